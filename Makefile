@@ -1,0 +1,43 @@
+# Every command a person or CI needs. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format proto clean
+
+help:  ## List the targets
+	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+# torch comes first, so that no dependency pulls a CUDA build on a machine without a GPU.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Distil a small model on this machine: teacher server, 2-rank trainer, report
+	$(BIN)/kdmesh demo
+
+test: $(INSTALLED)  ## Everything CI runs
+	$(BIN)/pytest -q
+
+check: $(INSTALLED)  ## Lint, types, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/generate_proto.py --check
+
+format: $(INSTALLED)  ## Rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: $(INSTALLED)  ## Regenerate kdmesh/v1 from proto/
+	$(BIN)/python tools/generate_proto.py
+
+bench-%: $(INSTALLED)  ## Run benchmarks/NAME.py (bench-transport, bench-loss, ...)
+	$(BIN)/python -m benchmarks.$*
+
+clean:  ## Remove the virtual environment, caches and runs
+	rm -rf $(VENV) .cache runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""kdmesh: distil large language models with a teacher, a rollout and a trainer as separate services."""

@@ -1,0 +1,78 @@
+"""Loads a typed, closed configuration from YAML and `--set` overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdmesh.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """A frozen section of a configuration: an unknown key is an error, a docstring is its description."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+M = TypeVar("M", bound=StrictModel)
+
+
+def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
+    """The configuration in `path`, with each override `a.b=value` (value is YAML) laid over it.
+
+    Raises:
+        ConfigError: the file cannot be read, is not a mapping, or any key is bad;
+            every bad key is named, with its path.
+    """
+    tree = _read(path)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_line(e["loc"], e["msg"], e["input"]) for e in error.errors()]
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError("\n".join([f"{path}: {count}", *lines])) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping, not {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(dotted.split(".")):
+        raise ConfigError(f"--set {override!r} is not of the form a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: {text!r} is not YAML") from None
+    *parents, last = dotted.split(".")
+    node = tree
+    for key in parents:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {key!r} is not a section")
+        node = child
+    node[last] = value
+
+
+def _line(location: tuple[int | str, ...], message: str, value: object) -> str:
+    dotted = ".".join(str(part) for part in location) or "(top level)"
+    if isinstance(value, dict | list):
+        return f"  {dotted}: {message}"
+    return f"  {dotted}: {message} (got {value!r})"

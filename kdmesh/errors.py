@@ -1,0 +1,71 @@
+"""Every deliberate error of kdmesh.
+
+KdmeshError
+  ConfigError            bad configuration; only before a service starts
+  DataError              a dataset that cannot be used; only before the first step
+  CheckpointError        a checkpoint that cannot be written or read
+  RpcError               has exactly one gRPC status (kdmesh/rpc/status.py)
+    InvalidRequest       INVALID_ARGUMENT     caller's fault; never retried
+    ModelMismatch        FAILED_PRECONDITION  weights or tokenizer disagree
+    HandleGone           NOT_FOUND            released, or its lease ran out
+    MessageTooLarge      RESOURCE_EXHAUSTED   use a handle; never retried
+    Unavailable          UNAVAILABLE          loading, draining or full; the only one worth retrying
+    DeadlineExpired      DEADLINE_EXCEEDED    the caller's time is up
+    EngineFailure        INTERNAL             our fault; the process restarts
+
+A message says what was wrong, the values, and the rule.
+"""
+
+from __future__ import annotations
+
+
+class KdmeshError(Exception):
+    """Anything kdmesh raises on purpose."""
+
+
+class ConfigError(KdmeshError):
+    """A configuration was refused before anything started."""
+
+
+class DataError(KdmeshError):
+    """A dataset was refused before the first step."""
+
+
+class CheckpointError(KdmeshError):
+    """A checkpoint could not be written or read; earlier ones are untouched."""
+
+
+class RpcError(KdmeshError):
+    """An error that crosses a service boundary."""
+
+
+class InvalidRequest(RpcError):
+    """The request itself is wrong."""
+
+
+class ModelMismatch(RpcError):
+    """Weights or tokenizer are not those the request relies on."""
+
+
+class HandleGone(RpcError):
+    """The handle or session has ended."""
+
+
+class MessageTooLarge(RpcError):
+    """A message exceeds gRPC's limit."""
+
+
+class Unavailable(RpcError):
+    """The server cannot take the request now."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExpired(RpcError):
+    """The caller's deadline passed."""
+
+
+class EngineFailure(RpcError):
+    """The server failed through no fault of the caller."""

@@ -1,0 +1,1 @@
+"""gRPC: servers, clients, retries, and the translation between wire and types."""

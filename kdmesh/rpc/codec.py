@@ -1,0 +1,150 @@
+"""Translates between protobuf messages and our types; everything on the wire is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from kdmesh.errors import InvalidRequest
+from kdmesh.types import DType, Handle, HeadSpec, ModelDescription, TokenSequence
+from kdmesh.v1 import common_pb2, teacher_pb2
+
+_DTYPE: dict[int, DType] = {
+    common_pb2.DTYPE_FLOAT32: DType.FLOAT32,
+    common_pb2.DTYPE_BFLOAT16: DType.BFLOAT16,
+    common_pb2.DTYPE_FLOAT16: DType.FLOAT16,
+}
+_WIRE: dict[DType, common_pb2.DType.ValueType] = {
+    DType.FLOAT32: common_pb2.DTYPE_FLOAT32,
+    DType.BFLOAT16: common_pb2.DTYPE_BFLOAT16,
+    DType.FLOAT16: common_pb2.DTYPE_FLOAT16,
+}
+_MAX_ID = 2**31 - 1
+
+
+def dtype_from_wire(value: int) -> DType:
+    """Raises InvalidRequest on a dtype this version does not know."""
+    if value not in _DTYPE:
+        raise InvalidRequest(f"unknown dtype {value}; known: {', '.join(d.value for d in _WIRE)}")
+    return _DTYPE[value]
+
+
+def sequences_from_wire(messages: Iterable[common_pb2.TokenSequence]) -> tuple[TokenSequence, ...]:
+    """Raises InvalidRequest when a sequence is not one."""
+    return tuple(
+        TokenSequence(token_ids=_int32(m.token_ids, "token id"), positions=_int32(m.positions, "position"))
+        for m in messages
+    )
+
+
+def sequences_to_wire(sequences: Iterable[TokenSequence]) -> list[common_pb2.TokenSequence]:
+    """The same sequences as messages."""
+    return [
+        common_pb2.TokenSequence(token_ids=s.token_ids.tolist(), positions=s.positions.tolist())
+        for s in sequences
+    ]
+
+
+def handle_from_wire(m: common_pb2.Handle) -> Handle:
+    """Raises InvalidRequest when a field is out of range."""
+    if len(m.token) != 16:
+        raise InvalidRequest(f"a handle's token has {len(m.token)} bytes; it must have 16")
+    if m.rows == 0 or m.cols == 0:
+        raise InvalidRequest(f"a handle of {m.rows} x {m.cols} elements; both must be at least 1")
+    if m.offset_bytes % 64:
+        raise InvalidRequest(f"a handle's offset_bytes is {m.offset_bytes}; it must be a multiple of 64")
+    return Handle(
+        segment=m.segment,
+        epoch=m.epoch,
+        token=m.token,
+        offset_bytes=m.offset_bytes,
+        rows=m.rows,
+        cols=m.cols,
+        dtype=dtype_from_wire(m.dtype),
+    )
+
+
+def handle_to_wire(handle: Handle) -> common_pb2.Handle:
+    """The same handle as a message."""
+    return common_pb2.Handle(
+        segment=handle.segment,
+        epoch=handle.epoch,
+        token=handle.token,
+        offset_bytes=handle.offset_bytes,
+        rows=handle.rows,
+        cols=handle.cols,
+        dtype=_WIRE[handle.dtype],
+    )
+
+
+def head_from_wire(m: teacher_pb2.HeadSpec) -> HeadSpec:
+    """Raises InvalidRequest when the sizes or factors are impossible."""
+    softcap = m.logit_softcap if m.HasField("logit_softcap") else None
+    if m.logit_scale == 0 or (softcap is not None and softcap <= 0):
+        raise InvalidRequest(f"a head with logit_scale {m.logit_scale} and logit_softcap {softcap}")
+    if not 0 < m.vocabulary_size <= m.padded_vocabulary_size:
+        raise InvalidRequest(
+            f"a head with vocabulary_size {m.vocabulary_size} and padded_vocabulary_size {m.padded_vocabulary_size}"
+        )
+    return HeadSpec(
+        logit_scale=m.logit_scale,
+        logit_softcap=softcap,
+        vocabulary_size=m.vocabulary_size,
+        padded_vocabulary_size=m.padded_vocabulary_size,
+        has_bias=m.has_bias,
+    )
+
+
+def head_to_wire(head: HeadSpec) -> teacher_pb2.HeadSpec:
+    """The same head as a message."""
+    return teacher_pb2.HeadSpec(
+        logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+        vocabulary_size=head.vocabulary_size,
+        padded_vocabulary_size=head.padded_vocabulary_size,
+        has_bias=head.has_bias,
+    )
+
+
+def description_from_wire(m: teacher_pb2.DescribeResponse) -> ModelDescription:
+    """Raises InvalidRequest when the description is impossible."""
+    if m.hidden_size == 0:
+        raise InvalidRequest("a model with hidden_size 0")
+    return ModelDescription(
+        name=m.model_name,
+        model_fingerprint=m.model_fingerprint,
+        tokenizer_fingerprint=m.tokenizer_fingerprint,
+        hidden_size=m.hidden_size,
+        dtype=dtype_from_wire(m.dtype),
+        head=head_from_wire(m.head),
+        weight_version=m.weight_version,
+        max_sequence_tokens=m.max_sequence_tokens,
+        max_request_tokens=m.max_request_tokens,
+        max_request_rows=m.max_request_rows,
+        is_deterministic=m.is_deterministic,
+    )
+
+
+def description_to_wire(model: ModelDescription) -> teacher_pb2.DescribeResponse:
+    """The same description as a message."""
+    return teacher_pb2.DescribeResponse(
+        model_name=model.name,
+        model_fingerprint=model.model_fingerprint,
+        tokenizer_fingerprint=model.tokenizer_fingerprint,
+        hidden_size=model.hidden_size,
+        dtype=_WIRE[model.dtype],
+        head=head_to_wire(model.head),
+        weight_version=model.weight_version,
+        max_sequence_tokens=model.max_sequence_tokens,
+        max_request_tokens=model.max_request_tokens,
+        max_request_rows=model.max_request_rows,
+        is_deterministic=model.is_deterministic,
+    )
+
+
+def _int32(values: Iterable[int], what: str) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    wide = np.fromiter(values, dtype=np.int64)
+    if len(wide) and wide.max() > _MAX_ID:
+        raise InvalidRequest(f"{what} {wide.max()} exceeds {_MAX_ID}")
+    return wide.astype(np.int32)

@@ -1,0 +1,122 @@
+"""Everything the teacher server can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kdmesh.config import StrictModel
+
+
+class TransformersEngine(StrictModel):
+    """Runs the model in this process with Hugging Face transformers, on the CPU or one GPU."""
+
+    kind: Literal["transformers"] = "transformers"
+
+    model: Path
+    """Directory of a Hugging Face causal LM. Required: there is no sensible default teacher."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Element type of the weights and of the rows; auto keeps the one the checkpoint names."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU when there is one."""
+
+    deterministic: bool = False
+    """Compute every sequence alone, so that its rows are the same bits whatever else is served. Slower."""
+
+    max_batch_tokens: int = Field(8192, ge=16)
+    """Tokens prefilled together, over all requests of a batch."""
+
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of the engine; unset lets torch decide."""
+
+
+class FakeEngine(StrictModel):
+    """Makes rows from the ids alone, without a model; for tests and drills."""
+
+    kind: Literal["fake"]
+
+    hidden_size: int = Field(8, ge=1)
+    """Columns of a row."""
+
+    vocabulary_size: int = Field(64, ge=2)
+    """Tokens of the made-up vocabulary."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Element type of the rows."""
+
+    max_batch_tokens: int = Field(8192, ge=16)
+    """Tokens answered together."""
+
+    seconds_per_batch: float = Field(0.0, ge=0)
+    """How long each batch pretends to take."""
+
+
+class ServerConfig(StrictModel):
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Loopback by default: there is no authentication yet."""
+
+    port: int = Field(50051, ge=0, le=65535)
+    """gRPC port; 0 takes any free one."""
+
+    rest_port: int = Field(8051, ge=0, le=65535)
+    """Port of /healthz, /readyz, /metrics and /v1; 0 takes any free one."""
+
+    runtime_dir: Path | None = None
+    """Where the shared-memory broker's socket lies; unset takes a private directory of this user."""
+
+    drain_s: float = Field(30.0, ge=0)
+    """After SIGTERM, how long running requests may take to finish."""
+
+
+class SlabConfig(StrictModel):
+    """The shared memory that answers lie in, and how long clients may keep it."""
+
+    slots: int = Field(16, ge=1, le=4096)
+    """Answers that can be held at the same time, over all sessions."""
+
+    slot_mib: float = Field(64, gt=0, le=65536)
+    """Size of one slot in MiB; one request's rows must fit in it."""
+
+    slots_per_session: int = Field(8, ge=1)
+    """Most slots one session may hold at once."""
+
+    lease_s: float = Field(30.0, gt=0)
+    """Silence after which a session ends."""
+
+    claim_s: float = Field(30.0, gt=0)
+    """How long an answer waits to be claimed."""
+
+    max_abandoned: int = Field(16, ge=0)
+    """Slots whose memory a silent client may still map. At this many the slot is not replaced, only withheld."""
+
+
+class QueueConfig(StrictModel):
+    """Requests that wait for the engine."""
+
+    max_tokens: int = Field(1_000_000, ge=1)
+    """Tokens waiting, over all sessions; more are refused with Unavailable."""
+
+    max_wait_s: float = Field(120.0, gt=0)
+    """Longest wait for the engine or a slot; a request's own deadline may be shorter."""
+
+
+class TeacherConfig(StrictModel):
+    """A teacher server."""
+
+    engine: Annotated[TransformersEngine | FakeEngine, Field(discriminator="kind")]
+    """The frozen model and how it is held."""
+
+    server: ServerConfig = ServerConfig()
+    """Where the server listens."""
+
+    slab: SlabConfig = SlabConfig()
+    """Shared memory for answers."""
+
+    queue: QueueConfig = QueueConfig()
+    """Requests that wait."""

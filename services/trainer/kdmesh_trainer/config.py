@@ -1,0 +1,274 @@
+"""Everything the trainer can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdmesh.config import StrictModel
+
+
+class StudentConfig(StrictModel):
+    """The model that learns."""
+
+    model: Path
+    """Directory of a Hugging Face causal LM with its tokenizer. Required."""
+
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """random ignores the checkpoint's weights and starts from the architecture's own initialisation."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Element type of the forward and backward pass; master weights and reductions are always float32."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes GPUs when there are any."""
+
+
+class TeacherConfig(StrictModel):
+    """The teacher servers that answer this job."""
+
+    addresses: tuple[str, ...] = ()
+    """host:port of each replica of one model. `kdmesh train --serve` fills it in."""
+
+    door: Literal["auto", "shm", "stream"] = "auto"
+    """How rows travel; auto takes shared memory where the server is on this node, else the stream."""
+
+    prefetch: int = Field(4, ge=0)
+    """Micro-batches each rank asks for ahead of the one it trains on; 0 asks only when needed."""
+
+    deadline_s: float = Field(300.0, gt=0)
+    """Longest wait for one answer, retries and a teacher's restart included."""
+
+
+class ForwardKL(StrictModel):
+    """KL(teacher || student)."""
+
+    name: Literal["forward_kl"] = "forward_kl"
+
+
+class ReverseKL(StrictModel):
+    """KL(student || teacher)."""
+
+    name: Literal["reverse_kl"]
+
+
+class JensenShannon(StrictModel):
+    """Generalised Jensen-Shannon divergence of the GKD paper."""
+
+    name: Literal["jensen_shannon"]
+
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture: m = beta p + (1 - beta) q."""
+
+
+class CustomDivergence(StrictModel):
+    """A divergence of your own: see docs/extending.md."""
+
+    name: Literal["custom"]
+
+    target: str = Field(pattern=r"^[\w.]+:\w+$")
+    """module:function."""
+
+    params: dict[str, Any] = {}
+    """Keyword arguments bound to the function; checked against its signature before anything loads."""
+
+
+DivergenceConfig = Annotated[
+    ForwardKL | ReverseKL | JensenShannon | CustomDivergence, Field(discriminator="name")
+]
+
+
+class Distill(StrictModel):
+    """Match the teacher's distribution at every loss position."""
+
+    name: Literal["distill"] = "distill"
+
+    divergence: DivergenceConfig = ForwardKL()
+    """What is minimised between the two distributions."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Divides both logits; the gradient is not rescaled by its square."""
+
+    kd_weight: float = Field(1.0, ge=0)
+    """Weight of the divergence."""
+
+    ce_weight: float = Field(0.0, ge=0)
+    """Weight of cross-entropy on the data's own tokens, at temperature 1."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Distill:
+        if self.kd_weight == 0 and self.ce_weight == 0:
+            raise ValueError("kd_weight and ce_weight are both 0: nothing would be learnt")
+        return self
+
+
+class Sft(StrictModel):
+    """Cross-entropy on the data's own tokens; a teacher, if any, only serves evaluation."""
+
+    name: Literal["sft"]
+
+
+class ChatFile(StrictModel):
+    """A JSON, JSONL or Parquet file of chats: `messages`, ShareGPT or Alpaca rows."""
+
+    format: Literal["chat"] = "chat"
+
+    path: Path
+    """The file, or a directory of such files."""
+
+    column: str = "messages"
+    """Column that holds the messages; Alpaca and ShareGPT rows are recognised without it."""
+
+
+class CustomDataset(StrictModel):
+    """A reader of your own that yields chats: see docs/extending.md."""
+
+    format: Literal["custom"]
+
+    target: str = Field(pattern=r"^[\w.]+:\w+$")
+    """module:function; returns an iterable of lists of {role, content}."""
+
+    params: dict[str, Any] = {}
+    """Keyword arguments of the function; checked against its signature before anything loads."""
+
+
+DatasetConfig = Annotated[ChatFile | CustomDataset, Field(discriminator="format")]
+
+
+class DataConfig(StrictModel):
+    """What the student is trained on and judged by."""
+
+    train: DatasetConfig
+    """Chats to train on."""
+
+    held_out: DatasetConfig | None = None
+    """Chats to evaluate on; unset evaluates nothing."""
+
+    max_tokens: int = Field(4096, ge=8)
+    """Longest sequence."""
+
+    too_long: Literal["truncate", "drop", "fail"] = "truncate"
+    """What happens to a longer one; truncated and dropped ones are counted and logged."""
+
+    unusable: Literal["drop", "fail"] = "fail"
+    """What happens to a row that cannot be aligned with its template or trains no token."""
+
+    chat_template: Path | None = None
+    """Jinja file that replaces the tokenizer's own chat template."""
+
+
+class BatchConfig(StrictModel):
+    """How sequences become steps and micro-batches."""
+
+    sequences: int = Field(32, ge=1)
+    """Sequences of one optimizer step, over all ranks."""
+
+    max_tokens: int = Field(8192, ge=8)
+    """Tokens of one micro-batch on one rank; a longer single sequence is refused."""
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments."""
+
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled; norms and biases are exempt."""
+
+    max_gradient_norm: float | None = Field(1.0, gt=0)
+    """Clips the global norm; null leaves gradients as they are."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After warm-up, the way down to final_fraction of the peak."""
+
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear rise from 0."""
+
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the last step, as a fraction of the peak."""
+
+
+class EvaluationConfig(StrictModel):
+    """Held-out evaluation; it also runs before the first step and after the last."""
+
+    every: int | None = Field(None, ge=1)
+    """Steps between evaluations; null evaluates only at the start and the end."""
+
+    max_sequences: int | None = Field(None, ge=1)
+    """Only this many held-out sequences, from the first on; null takes all."""
+
+
+class CheckpointConfig(StrictModel):
+    """Saved state for resuming."""
+
+    every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; null saves only when stopped and at the end."""
+
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class TrainerConfig(StrictModel):
+    """One training job."""
+
+    output: Path
+    """Directory of checkpoints, metrics and the final model; a second start continues what lies in it."""
+
+    student: StudentConfig
+    """The model that learns."""
+
+    teacher: TeacherConfig | None = None
+    """Where the teacher's rows come from; required by `distill`, optional for `sft`."""
+
+    objective: Annotated[Distill | Sft, Field(discriminator="name")] = Distill()
+    """What is minimised."""
+
+    data: DataConfig
+    """What it is trained on."""
+
+    batch: BatchConfig = BatchConfig()
+    """Steps and micro-batches."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps in all; the data is repeated as often as needed, reshuffled each epoch."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out evaluation."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saved state."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Beside the console and metrics.jsonl, which are always written."""
+
+    seed: int = Field(0, ge=0)
+    """Order of the data and initial weights."""
+
+    ranks: int | None = Field(None, ge=1)
+    """Processes that `kdmesh train` starts here; null takes one per GPU, or one on the CPU."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainerConfig:
+        if isinstance(self.objective, Distill) and self.teacher is None:
+            raise ValueError("objective distill needs a `teacher` section")
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be less than steps ({self.steps})"
+            )
+        if self.data.max_tokens > self.batch.max_tokens:
+            raise ValueError(
+                f"data.max_tokens ({self.data.max_tokens}) must not exceed batch.max_tokens ({self.batch.max_tokens})"
+            )
+        return self
