@@ -47,9 +47,7 @@ class TokenSequence:
     def __post_init__(self) -> None:
         tokens, positions = self.token_ids, self.positions
         if tokens.ndim != 1 or len(tokens) < 2:
-            raise InvalidRequest(
-                f"a sequence has shape {tokens.shape}; it needs one axis and at least 2 tokens"
-            )
+            raise InvalidRequest(f"a sequence has shape {tokens.shape}; it needs one axis and at least 2 tokens")
         if tokens.min() < 0:
             raise InvalidRequest(f"token id {tokens.min()} is negative")
         if positions.ndim != 1 or len(positions) == 0:

@@ -40,10 +40,7 @@ def sequences_from_wire(messages: Iterable[common_pb2.TokenSequence]) -> tuple[T
 
 def sequences_to_wire(sequences: Iterable[TokenSequence]) -> list[common_pb2.TokenSequence]:
     """The same sequences as messages."""
-    return [
-        common_pb2.TokenSequence(token_ids=s.token_ids.tolist(), positions=s.positions.tolist())
-        for s in sequences
-    ]
+    return [common_pb2.TokenSequence(token_ids=s.token_ids.tolist(), positions=s.positions.tolist()) for s in sequences]
 
 
 def handle_from_wire(m: common_pb2.Handle) -> Handle:

@@ -30,9 +30,7 @@ def from_number(code: int, message: str, *, retry_after_s: float) -> errors.RpcE
     for status, error in ERROR.items():
         if status.value[0] == code:
             return make(error, message, retry_after_s=retry_after_s)
-    return errors.EngineFailure(
-        f"the server sent status {code}, which is not part of the protocol: {message}"
-    )
+    return errors.EngineFailure(f"the server sent status {code}, which is not part of the protocol: {message}")
 
 
 def make(error: type[errors.RpcError], message: str, *, retry_after_s: float) -> errors.RpcError:

@@ -7,28 +7,28 @@ Units: a field that ends in _ms is milliseconds, _bytes is bytes. Token ids are
 ids of the model's own tokenizer; text never crosses a service boundary.
 """
 
-from collections import abc as _abc
-from google.protobuf import descriptor as _descriptor
-from google.protobuf import message as _message
-from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
-import builtins as _builtins
+import builtins
+import collections.abc
+import google.protobuf.descriptor
+import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
+import google.protobuf.message
 import sys
-import typing as _typing
+import typing
 
-if sys.version_info >= (3, 11):
-    from typing import TypeAlias as _TypeAlias, Never as _Never
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
 else:
-    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
+    import typing_extensions
 
-DESCRIPTOR: _descriptor.FileDescriptor
+DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 class _DType:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
 
-class _DTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DType.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
+class _DTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DType.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     DTYPE_UNSPECIFIED: _DType.ValueType  # 0
     """Not set. Receivers reject it."""
     DTYPE_FLOAT32: _DType.ValueType  # 1
@@ -51,22 +51,22 @@ DTYPE_BFLOAT16: DType.ValueType  # 2
 """bfloat16, little-endian, 2 bytes."""
 DTYPE_FLOAT16: DType.ValueType  # 3
 """IEEE 754 binary16, little-endian, 2 bytes."""
-Global___DType: _TypeAlias = DType  # noqa: Y015
+Global___DType: typing_extensions.TypeAlias = DType
 
-@_typing.final
-class TokenSequence(_message.Message):
+@typing.final
+class TokenSequence(google.protobuf.message.Message):
     """One sequence of tokens, and the positions whose hidden states are wanted."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    POSITIONS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    POSITIONS_FIELD_NUMBER: builtins.int
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Ids, in order; at least two. Each is below the model's padded vocabulary size."""
 
-    @_builtins.property
-    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+    @property
+    def positions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Zero-based positions, strictly increasing, at least one, each at most
         len(token_ids) - 2: position p is the hidden state that predicts token p + 1.
         """
@@ -74,99 +74,87 @@ class TokenSequence(_message.Message):
     def __init__(
         self,
         *,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        positions: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        positions: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions", "token_ids", b"token_ids"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["positions", b"positions", "token_ids", b"token_ids"]) -> None: ...
 
-Global___TokenSequence: _TypeAlias = TokenSequence  # noqa: Y015
+Global___TokenSequence: typing_extensions.TypeAlias = TokenSequence
 
-@_typing.final
-class Handle(_message.Message):
+@typing.final
+class Handle(google.protobuf.message.Message):
     """A capability to read one row-major matrix that lies in a server's shared memory.
 
     The bytes are immutable until the handle is released or its lease ends. A handle
     outlives neither its session nor the server process.
     """
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SEGMENT_FIELD_NUMBER: _builtins.int
-    EPOCH_FIELD_NUMBER: _builtins.int
-    TOKEN_FIELD_NUMBER: _builtins.int
-    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
-    ROWS_FIELD_NUMBER: _builtins.int
-    COLS_FIELD_NUMBER: _builtins.int
-    DTYPE_FIELD_NUMBER: _builtins.int
-    segment: _builtins.int
+    SEGMENT_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    COLS_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    segment: builtins.int
     """Which memory segment of the server. 0..slots-1 are slots of the slab; higher
     numbers are segments that are never reused (an output head).
     """
-    epoch: _builtins.int
+    epoch: builtins.int
     """Generation of the segment. It changes when an abandoned slot gets new memory;
     a mapping made for another epoch must not be used.
     """
-    token: _builtins.bytes
+    token: builtins.bytes
     """16 random bytes, new for every answer. Without them nothing can be read."""
-    offset_bytes: _builtins.int
+    offset_bytes: builtins.int
     """Where the matrix starts in the segment; a multiple of 64."""
-    rows: _builtins.int
+    rows: builtins.int
     """Number of rows; 0 is never sent."""
-    cols: _builtins.int
+    cols: builtins.int
     """Number of columns; 0 is never sent."""
     dtype: Global___DType.ValueType
     """Element type; the matrix has rows * cols * size(dtype) bytes."""
     def __init__(
         self,
         *,
-        segment: _builtins.int = ...,
-        epoch: _builtins.int = ...,
-        token: _builtins.bytes = ...,
-        offset_bytes: _builtins.int = ...,
-        rows: _builtins.int = ...,
-        cols: _builtins.int = ...,
+        segment: builtins.int = ...,
+        epoch: builtins.int = ...,
+        token: builtins.bytes = ...,
+        offset_bytes: builtins.int = ...,
+        rows: builtins.int = ...,
+        cols: builtins.int = ...,
         dtype: Global___DType.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cols", b"cols", "dtype", b"dtype", "epoch", b"epoch", "offset_bytes", b"offset_bytes", "rows", b"rows", "segment", b"segment", "token", b"token"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cols", b"cols", "dtype", b"dtype", "epoch", b"epoch", "offset_bytes", b"offset_bytes", "rows", b"rows", "segment", b"segment", "token", b"token"]) -> None: ...
 
-Global___Handle: _TypeAlias = Handle  # noqa: Y015
+Global___Handle: typing_extensions.TypeAlias = Handle
 
-@_typing.final
-class Failure(_message.Message):
+@typing.final
+class Failure(google.protobuf.message.Message):
     """Why one request of a stream failed, while the stream goes on."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    CODE_FIELD_NUMBER: _builtins.int
-    MESSAGE_FIELD_NUMBER: _builtins.int
-    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
-    code: _builtins.int
+    CODE_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
+    code: builtins.int
     """A gRPC status code (google.golang.org/grpc/codes numbering), with exactly the
     meaning the rpc's own documentation gives that code. 0 is never sent.
     """
-    message: _builtins.str
+    message: builtins.str
     """One sentence: what was wrong, the values, the rule."""
-    retry_after_ms: _builtins.int
+    retry_after_ms: builtins.int
     """For UNAVAILABLE: how long to wait before asking again. 0 for other codes."""
     def __init__(
         self,
         *,
-        code: _builtins.int = ...,
-        message: _builtins.str = ...,
-        retry_after_ms: _builtins.int = ...,
+        code: builtins.int = ...,
+        message: builtins.str = ...,
+        retry_after_ms: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["code", b"code", "message", b"message", "retry_after_ms", b"retry_after_ms"]) -> None: ...
 
-Global___Failure: _TypeAlias = Failure  # noqa: Y015
+Global___Failure: typing_extensions.TypeAlias = Failure

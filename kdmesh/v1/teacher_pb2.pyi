@@ -15,566 +15,494 @@ Every rpc may end with UNAVAILABLE while the server loads or drains, and with
 INTERNAL on a server fault; the lists below leave these two out.
 """
 
-from collections import abc as _abc
-from google.protobuf import descriptor as _descriptor
-from google.protobuf import message as _message
-from google.protobuf.internal import containers as _containers
-from kdmesh.v1 import common_pb2 as _common_pb2
-import builtins as _builtins
+import builtins
+import collections.abc
+import google.protobuf.descriptor
+import google.protobuf.internal.containers
+import google.protobuf.message
+import kdmesh.v1.common_pb2
 import sys
-import typing as _typing
+import typing
 
-if sys.version_info >= (3, 11):
-    from typing import TypeAlias as _TypeAlias, Never as _Never
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
 else:
-    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
+    import typing_extensions
 
-DESCRIPTOR: _descriptor.FileDescriptor
+DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
-@_typing.final
-class DescribeRequest(_message.Message):
+@typing.final
+class DescribeRequest(google.protobuf.message.Message):
     """Empty."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     def __init__(
         self,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
+Global___DescribeRequest: typing_extensions.TypeAlias = DescribeRequest
 
-@_typing.final
-class HeadSpec(_message.Message):
+@typing.final
+class HeadSpec(google.protobuf.message.Message):
     """How logits follow from a final hidden state h:
     z = logit_scale * (W h + b), then cap * tanh(z / cap) if a cap is set.
     """
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    LOGIT_SCALE_FIELD_NUMBER: _builtins.int
-    LOGIT_SOFTCAP_FIELD_NUMBER: _builtins.int
-    VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
-    PADDED_VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
-    HAS_BIAS_FIELD_NUMBER: _builtins.int
-    logit_scale: _builtins.float
+    LOGIT_SCALE_FIELD_NUMBER: builtins.int
+    LOGIT_SOFTCAP_FIELD_NUMBER: builtins.int
+    VOCABULARY_SIZE_FIELD_NUMBER: builtins.int
+    PADDED_VOCABULARY_SIZE_FIELD_NUMBER: builtins.int
+    HAS_BIAS_FIELD_NUMBER: builtins.int
+    logit_scale: builtins.float
     """Factor on the logits; 1 for most models, never 0."""
-    logit_softcap: _builtins.float
+    logit_softcap: builtins.float
     """Final soft cap, > 0; unset when the model has none."""
-    vocabulary_size: _builtins.int
+    vocabulary_size: builtins.int
     """Number of real tokens: rows of W at or above it are padding and never a token."""
-    padded_vocabulary_size: _builtins.int
+    padded_vocabulary_size: builtins.int
     """Rows of W; at least vocabulary_size."""
-    has_bias: _builtins.bool
+    has_bias: builtins.bool
     """Whether b exists."""
     def __init__(
         self,
         *,
-        logit_scale: _builtins.float = ...,
-        logit_softcap: _builtins.float | None = ...,
-        vocabulary_size: _builtins.int = ...,
-        padded_vocabulary_size: _builtins.int = ...,
-        has_bias: _builtins.bool = ...,
+        logit_scale: builtins.float = ...,
+        logit_softcap: builtins.float | None = ...,
+        vocabulary_size: builtins.int = ...,
+        padded_vocabulary_size: builtins.int = ...,
+        has_bias: builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logit_softcap", b"_logit_softcap", "logit_softcap", b"logit_softcap"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logit_softcap", b"_logit_softcap", "has_bias", b"has_bias", "logit_scale", b"logit_scale", "logit_softcap", b"logit_softcap", "padded_vocabulary_size", b"padded_vocabulary_size", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__logit_softcap: _TypeAlias = _typing.Literal["logit_softcap"]  # noqa: Y015
-    _WhichOneofArgType__logit_softcap: _TypeAlias = _typing.Literal["_logit_softcap", b"_logit_softcap"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__logit_softcap) -> _WhichOneofReturnType__logit_softcap | None: ...
+    def HasField(self, field_name: typing.Literal["_logit_softcap", b"_logit_softcap", "logit_softcap", b"logit_softcap"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_logit_softcap", b"_logit_softcap", "has_bias", b"has_bias", "logit_scale", b"logit_scale", "logit_softcap", b"logit_softcap", "padded_vocabulary_size", b"padded_vocabulary_size", "vocabulary_size", b"vocabulary_size"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_logit_softcap", b"_logit_softcap"]) -> typing.Literal["logit_softcap"] | None: ...
 
-Global___HeadSpec: _TypeAlias = HeadSpec  # noqa: Y015
+Global___HeadSpec: typing_extensions.TypeAlias = HeadSpec
 
-@_typing.final
-class DescribeResponse(_message.Message):
+@typing.final
+class DescribeResponse(google.protobuf.message.Message):
     """The model, its head, and what a request may ask for."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    MODEL_NAME_FIELD_NUMBER: _builtins.int
-    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
-    DTYPE_FIELD_NUMBER: _builtins.int
-    HEAD_FIELD_NUMBER: _builtins.int
-    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
-    MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
-    MAX_REQUEST_TOKENS_FIELD_NUMBER: _builtins.int
-    MAX_REQUEST_ROWS_FIELD_NUMBER: _builtins.int
-    IS_DETERMINISTIC_FIELD_NUMBER: _builtins.int
-    model_name: _builtins.str
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: builtins.int
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    MAX_SEQUENCE_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_REQUEST_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_REQUEST_ROWS_FIELD_NUMBER: builtins.int
+    IS_DETERMINISTIC_FIELD_NUMBER: builtins.int
+    model_name: builtins.str
     """What the operator calls the model; for people, never compared."""
-    model_fingerprint: _builtins.str
+    model_fingerprint: builtins.str
     """Identifies the weights and the architecture; hexadecimal."""
-    tokenizer_fingerprint: _builtins.str
+    tokenizer_fingerprint: builtins.str
     """Identifies token -> id; hexadecimal. Empty when the model has no tokenizer."""
-    hidden_size: _builtins.int
+    hidden_size: builtins.int
     """Columns of a row."""
-    dtype: _common_pb2.DType.ValueType
+    dtype: kdmesh.v1.common_pb2.DType.ValueType
     """Element type of the rows."""
-    weight_version: _builtins.int
+    weight_version: builtins.int
     """Number of the weights served now; starts at 1 and only grows."""
-    max_sequence_tokens: _builtins.int
+    max_sequence_tokens: builtins.int
     """Longest sequence, in tokens."""
-    max_request_tokens: _builtins.int
+    max_request_tokens: builtins.int
     """Most tokens of one request, over all its sequences."""
-    max_request_rows: _builtins.int
+    max_request_rows: builtins.int
     """Most rows of one request, over all its sequences: what fits in one slot."""
-    is_deterministic: _builtins.bool
+    is_deterministic: builtins.bool
     """Whether a request's rows are the same bits whatever else is being served."""
-    @_builtins.property
+    @property
     def head(self) -> Global___HeadSpec:
         """Output head."""
 
     def __init__(
         self,
         *,
-        model_name: _builtins.str = ...,
-        model_fingerprint: _builtins.str = ...,
-        tokenizer_fingerprint: _builtins.str = ...,
-        hidden_size: _builtins.int = ...,
-        dtype: _common_pb2.DType.ValueType = ...,
+        model_name: builtins.str = ...,
+        model_fingerprint: builtins.str = ...,
+        tokenizer_fingerprint: builtins.str = ...,
+        hidden_size: builtins.int = ...,
+        dtype: kdmesh.v1.common_pb2.DType.ValueType = ...,
         head: Global___HeadSpec | None = ...,
-        weight_version: _builtins.int = ...,
-        max_sequence_tokens: _builtins.int = ...,
-        max_request_tokens: _builtins.int = ...,
-        max_request_rows: _builtins.int = ...,
-        is_deterministic: _builtins.bool = ...,
+        weight_version: builtins.int = ...,
+        max_sequence_tokens: builtins.int = ...,
+        max_request_tokens: builtins.int = ...,
+        max_request_rows: builtins.int = ...,
+        is_deterministic: builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "head", b"head", "hidden_size", b"hidden_size", "is_deterministic", b"is_deterministic", "max_request_rows", b"max_request_rows", "max_request_tokens", b"max_request_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "weight_version", b"weight_version"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def HasField(self, field_name: typing.Literal["head", b"head"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "head", b"head", "hidden_size", b"hidden_size", "is_deterministic", b"is_deterministic", "max_request_rows", b"max_request_rows", "max_request_tokens", b"max_request_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "weight_version", b"weight_version"]) -> None: ...
 
-Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+Global___DescribeResponse: typing_extensions.TypeAlias = DescribeResponse
 
-@_typing.final
-class OpenSessionRequest(_message.Message):
+@typing.final
+class OpenSessionRequest(google.protobuf.message.Message):
     """Who is asking."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    JOB_FIELD_NUMBER: _builtins.int
-    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    job: _builtins.str
+    JOB_FIELD_NUMBER: builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: builtins.int
+    job: builtins.str
     """Name of the job, for logs and metrics; may be empty."""
-    model_fingerprint: _builtins.str
+    model_fingerprint: builtins.str
     """The model the client was set up for; empty accepts any."""
     def __init__(
         self,
         *,
-        job: _builtins.str = ...,
-        model_fingerprint: _builtins.str = ...,
+        job: builtins.str = ...,
+        model_fingerprint: builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "model_fingerprint", b"model_fingerprint"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job", "model_fingerprint", b"model_fingerprint"]) -> None: ...
 
-Global___OpenSessionRequest: _TypeAlias = OpenSessionRequest  # noqa: Y015
+Global___OpenSessionRequest: typing_extensions.TypeAlias = OpenSessionRequest
 
-@_typing.final
-class OpenSessionResponse(_message.Message):
+@typing.final
+class OpenSessionResponse(google.protobuf.message.Message):
     """The session's identity, its limits and its door on this node."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SESSION_FIELD_NUMBER: _builtins.int
-    LEASE_MS_FIELD_NUMBER: _builtins.int
-    CLAIM_MS_FIELD_NUMBER: _builtins.int
-    MAX_SLOTS_FIELD_NUMBER: _builtins.int
-    BROKER_SOCKET_FIELD_NUMBER: _builtins.int
-    NODE_NONCE_FIELD_NUMBER: _builtins.int
-    session: _builtins.bytes
+    SESSION_FIELD_NUMBER: builtins.int
+    LEASE_MS_FIELD_NUMBER: builtins.int
+    CLAIM_MS_FIELD_NUMBER: builtins.int
+    MAX_SLOTS_FIELD_NUMBER: builtins.int
+    BROKER_SOCKET_FIELD_NUMBER: builtins.int
+    NODE_NONCE_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
     """16 random bytes: the session's identity and its secret."""
-    lease_ms: _builtins.int
+    lease_ms: builtins.int
     """Silence after which the session ends."""
-    claim_ms: _builtins.int
+    claim_ms: builtins.int
     """How long an answered handle waits to be claimed before it ends."""
-    max_slots: _builtins.int
+    max_slots: builtins.int
     """Most slots this session may hold at once; more requests wait in the queue."""
-    broker_socket: _builtins.str
+    broker_socket: builtins.str
     """Unix socket of the shared-memory broker, on the server's node."""
-    node_nonce: _builtins.bytes
+    node_nonce: builtins.bytes
     """16 random bytes that the broker says too. A client that reads the same bytes from
     broker_socket is on the server's node; host names prove nothing.
     """
     def __init__(
         self,
         *,
-        session: _builtins.bytes = ...,
-        lease_ms: _builtins.int = ...,
-        claim_ms: _builtins.int = ...,
-        max_slots: _builtins.int = ...,
-        broker_socket: _builtins.str = ...,
-        node_nonce: _builtins.bytes = ...,
+        session: builtins.bytes = ...,
+        lease_ms: builtins.int = ...,
+        claim_ms: builtins.int = ...,
+        max_slots: builtins.int = ...,
+        broker_socket: builtins.str = ...,
+        node_nonce: builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["broker_socket", b"broker_socket", "claim_ms", b"claim_ms", "lease_ms", b"lease_ms", "max_slots", b"max_slots", "node_nonce", b"node_nonce", "session", b"session"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["broker_socket", b"broker_socket", "claim_ms", b"claim_ms", "lease_ms", b"lease_ms", "max_slots", b"max_slots", "node_nonce", b"node_nonce", "session", b"session"]) -> None: ...
 
-Global___OpenSessionResponse: _TypeAlias = OpenSessionResponse  # noqa: Y015
+Global___OpenSessionResponse: typing_extensions.TypeAlias = OpenSessionResponse
 
-@_typing.final
-class KeepAliveRequest(_message.Message):
+@typing.final
+class KeepAliveRequest(google.protobuf.message.Message):
     """The session to keep."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SESSION_FIELD_NUMBER: _builtins.int
-    session: _builtins.bytes
+    SESSION_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
     """From OpenSessionResponse."""
     def __init__(
         self,
         *,
-        session: _builtins.bytes = ...,
+        session: builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
 
-Global___KeepAliveRequest: _TypeAlias = KeepAliveRequest  # noqa: Y015
+Global___KeepAliveRequest: typing_extensions.TypeAlias = KeepAliveRequest
 
-@_typing.final
-class KeepAliveResponse(_message.Message):
+@typing.final
+class KeepAliveResponse(google.protobuf.message.Message):
     """Empty."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     def __init__(
         self,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___KeepAliveResponse: _TypeAlias = KeepAliveResponse  # noqa: Y015
+Global___KeepAliveResponse: typing_extensions.TypeAlias = KeepAliveResponse
 
-@_typing.final
-class CloseSessionRequest(_message.Message):
+@typing.final
+class CloseSessionRequest(google.protobuf.message.Message):
     """The session to end."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SESSION_FIELD_NUMBER: _builtins.int
-    session: _builtins.bytes
+    SESSION_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
     """From OpenSessionResponse."""
     def __init__(
         self,
         *,
-        session: _builtins.bytes = ...,
+        session: builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
 
-Global___CloseSessionRequest: _TypeAlias = CloseSessionRequest  # noqa: Y015
+Global___CloseSessionRequest: typing_extensions.TypeAlias = CloseSessionRequest
 
-@_typing.final
-class CloseSessionResponse(_message.Message):
+@typing.final
+class CloseSessionResponse(google.protobuf.message.Message):
     """Empty."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     def __init__(
         self,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CloseSessionResponse: _TypeAlias = CloseSessionResponse  # noqa: Y015
+Global___CloseSessionResponse: typing_extensions.TypeAlias = CloseSessionResponse
 
-@_typing.final
-class PrefillRequest(_message.Message):
+@typing.final
+class PrefillRequest(google.protobuf.message.Message):
     """Rows wanted of one group of sequences, answered in one slot."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SESSION_FIELD_NUMBER: _builtins.int
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    SEQUENCES_FIELD_NUMBER: _builtins.int
-    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    DEADLINE_MS_FIELD_NUMBER: _builtins.int
-    session: _builtins.bytes
+    SESSION_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    SEQUENCES_FIELD_NUMBER: builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: builtins.int
+    DEADLINE_MS_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
     """From OpenSessionResponse."""
-    request_id: _builtins.int
+    request_id: builtins.int
     """Chosen by the client, unique on its stream."""
-    model_fingerprint: _builtins.str
+    model_fingerprint: builtins.str
     """The model whose rows are wanted; required."""
-    deadline_ms: _builtins.int
+    deadline_ms: builtins.int
     """How long the client will wait for the reply; 0 means the server's own limit."""
-    @_builtins.property
-    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenSequence]:
+    @property
+    def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.TokenSequence]:
         """At least one. Rows come in this order, each sequence's positions in theirs."""
 
     def __init__(
         self,
         *,
-        session: _builtins.bytes = ...,
-        request_id: _builtins.int = ...,
-        sequences: _abc.Iterable[_common_pb2.TokenSequence] | None = ...,
-        model_fingerprint: _builtins.str = ...,
-        deadline_ms: _builtins.int = ...,
+        session: builtins.bytes = ...,
+        request_id: builtins.int = ...,
+        sequences: collections.abc.Iterable[kdmesh.v1.common_pb2.TokenSequence] | None = ...,
+        model_fingerprint: builtins.str = ...,
+        deadline_ms: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "sequences", b"sequences", "session", b"session"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "sequences", b"sequences", "session", b"session"]) -> None: ...
 
-Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
+Global___PrefillRequest: typing_extensions.TypeAlias = PrefillRequest
 
-@_typing.final
-class PrefillReply(_message.Message):
+@typing.final
+class PrefillReply(google.protobuf.message.Message):
     """The one reply to a request."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    RESULT_FIELD_NUMBER: _builtins.int
-    FAILURE_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    RESULT_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    request_id: builtins.int
     """Of the request."""
-    @_builtins.property
+    @property
     def result(self) -> Global___PrefillResult:
         """The rows."""
 
-    @_builtins.property
-    def failure(self) -> _common_pb2.Failure:
+    @property
+    def failure(self) -> kdmesh.v1.common_pb2.Failure:
         """Why there are none."""
 
     def __init__(
         self,
         *,
-        request_id: _builtins.int = ...,
+        request_id: builtins.int = ...,
         result: Global___PrefillResult | None = ...,
-        failure: _common_pb2.Failure | None = ...,
+        failure: kdmesh.v1.common_pb2.Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "request_id", b"request_id", "result", b"result"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "failure"]  # noqa: Y015
-    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "request_id", b"request_id", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["result", "failure"] | None: ...
 
-Global___PrefillReply: _TypeAlias = PrefillReply  # noqa: Y015
+Global___PrefillReply: typing_extensions.TypeAlias = PrefillReply
 
-@_typing.final
-class PrefillResult(_message.Message):
+@typing.final
+class PrefillResult(google.protobuf.message.Message):
     """Rows, and the proof that they are the ones asked for."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    ROWS_FIELD_NUMBER: _builtins.int
-    DIGEST_FIELD_NUMBER: _builtins.int
-    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
-    QUEUE_MS_FIELD_NUMBER: _builtins.int
-    ENGINE_MS_FIELD_NUMBER: _builtins.int
-    digest: _builtins.bytes
+    ROWS_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    QUEUE_MS_FIELD_NUMBER: builtins.int
+    ENGINE_MS_FIELD_NUMBER: builtins.int
+    digest: builtins.bytes
     """16-byte BLAKE2b over the ids and positions the engine computed; the client
     compares it with its own before it uses a row.
     """
-    weight_version: _builtins.int
+    weight_version: builtins.int
     """Weights that made the rows; the head of another version must not be used."""
-    queue_ms: _builtins.int
+    queue_ms: builtins.int
     """Time from arrival to the start of the prefill."""
-    engine_ms: _builtins.int
+    engine_ms: builtins.int
     """Duration of the prefill of the whole batch it was part of."""
-    @_builtins.property
-    def rows(self) -> _common_pb2.Handle:
+    @property
+    def rows(self) -> kdmesh.v1.common_pb2.Handle:
         """The rows, in the order of the request."""
 
     def __init__(
         self,
         *,
-        rows: _common_pb2.Handle | None = ...,
-        digest: _builtins.bytes = ...,
-        weight_version: _builtins.int = ...,
-        queue_ms: _builtins.int = ...,
-        engine_ms: _builtins.int = ...,
+        rows: kdmesh.v1.common_pb2.Handle | None = ...,
+        digest: builtins.bytes = ...,
+        weight_version: builtins.int = ...,
+        queue_ms: builtins.int = ...,
+        engine_ms: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "engine_ms", b"engine_ms", "queue_ms", b"queue_ms", "rows", b"rows", "weight_version", b"weight_version"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def HasField(self, field_name: typing.Literal["rows", b"rows"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "engine_ms", b"engine_ms", "queue_ms", b"queue_ms", "rows", b"rows", "weight_version", b"weight_version"]) -> None: ...
 
-Global___PrefillResult: _TypeAlias = PrefillResult  # noqa: Y015
+Global___PrefillResult: typing_extensions.TypeAlias = PrefillResult
 
-@_typing.final
-class ReleaseRequest(_message.Message):
+@typing.final
+class ReleaseRequest(google.protobuf.message.Message):
     """Handles to end."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SESSION_FIELD_NUMBER: _builtins.int
-    HANDLES_FIELD_NUMBER: _builtins.int
-    session: _builtins.bytes
+    SESSION_FIELD_NUMBER: builtins.int
+    HANDLES_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
     """From OpenSessionResponse."""
-    @_builtins.property
-    def handles(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Handle]:
+    @property
+    def handles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.Handle]:
         """Any number."""
 
     def __init__(
         self,
         *,
-        session: _builtins.bytes = ...,
-        handles: _abc.Iterable[_common_pb2.Handle] | None = ...,
+        session: builtins.bytes = ...,
+        handles: collections.abc.Iterable[kdmesh.v1.common_pb2.Handle] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handles", b"handles", "session", b"session"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["handles", b"handles", "session", b"session"]) -> None: ...
 
-Global___ReleaseRequest: _TypeAlias = ReleaseRequest  # noqa: Y015
+Global___ReleaseRequest: typing_extensions.TypeAlias = ReleaseRequest
 
-@_typing.final
-class ReleaseResponse(_message.Message):
+@typing.final
+class ReleaseResponse(google.protobuf.message.Message):
     """Empty."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     def __init__(
         self,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
+Global___ReleaseResponse: typing_extensions.TypeAlias = ReleaseResponse
 
-@_typing.final
-class GetHeadRequest(_message.Message):
+@typing.final
+class GetHeadRequest(google.protobuf.message.Message):
     """Which session asks for the head."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SESSION_FIELD_NUMBER: _builtins.int
-    session: _builtins.bytes
+    SESSION_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
     """From OpenSessionResponse."""
     def __init__(
         self,
         *,
-        session: _builtins.bytes = ...,
+        session: builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
 
-Global___GetHeadRequest: _TypeAlias = GetHeadRequest  # noqa: Y015
+Global___GetHeadRequest: typing_extensions.TypeAlias = GetHeadRequest
 
-@_typing.final
-class GetHeadResponse(_message.Message):
+@typing.final
+class GetHeadResponse(google.protobuf.message.Message):
     """The head's matrices at one version."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    HEAD_FIELD_NUMBER: _builtins.int
-    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
-    WEIGHT_FIELD_NUMBER: _builtins.int
-    BIAS_FIELD_NUMBER: _builtins.int
-    weight_version: _builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    BIAS_FIELD_NUMBER: builtins.int
+    weight_version: builtins.int
     """The version they belong to."""
-    @_builtins.property
+    @property
     def head(self) -> Global___HeadSpec:
         """How they make logits."""
 
-    @_builtins.property
-    def weight(self) -> _common_pb2.Handle:
+    @property
+    def weight(self) -> kdmesh.v1.common_pb2.Handle:
         """W, [padded_vocabulary_size, hidden_size]."""
 
-    @_builtins.property
-    def bias(self) -> _common_pb2.Handle:
+    @property
+    def bias(self) -> kdmesh.v1.common_pb2.Handle:
         """b, [1, padded_vocabulary_size]; unset when head.has_bias is false."""
 
     def __init__(
         self,
         *,
         head: Global___HeadSpec | None = ...,
-        weight_version: _builtins.int = ...,
-        weight: _common_pb2.Handle | None = ...,
-        bias: _common_pb2.Handle | None = ...,
+        weight_version: builtins.int = ...,
+        weight: kdmesh.v1.common_pb2.Handle | None = ...,
+        bias: kdmesh.v1.common_pb2.Handle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "head", b"head", "weight", b"weight"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "head", b"head", "weight", b"weight", "weight_version", b"weight_version"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def HasField(self, field_name: typing.Literal["bias", b"bias", "head", b"head", "weight", b"weight"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bias", b"bias", "head", b"head", "weight", b"weight", "weight_version", b"weight_version"]) -> None: ...
 
-Global___GetHeadResponse: _TypeAlias = GetHeadResponse  # noqa: Y015
+Global___GetHeadResponse: typing_extensions.TypeAlias = GetHeadResponse
 
-@_typing.final
-class ReadHandleRequest(_message.Message):
+@typing.final
+class ReadHandleRequest(google.protobuf.message.Message):
     """What to read."""
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    SESSION_FIELD_NUMBER: _builtins.int
-    HANDLE_FIELD_NUMBER: _builtins.int
-    session: _builtins.bytes
+    SESSION_FIELD_NUMBER: builtins.int
+    HANDLE_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
     """From OpenSessionResponse."""
-    @_builtins.property
-    def handle(self) -> _common_pb2.Handle:
+    @property
+    def handle(self) -> kdmesh.v1.common_pb2.Handle:
         """As it was answered."""
 
     def __init__(
         self,
         *,
-        session: _builtins.bytes = ...,
-        handle: _common_pb2.Handle | None = ...,
+        session: builtins.bytes = ...,
+        handle: kdmesh.v1.common_pb2.Handle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "session", b"session"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def HasField(self, field_name: typing.Literal["handle", b"handle"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["handle", b"handle", "session", b"session"]) -> None: ...
 
-Global___ReadHandleRequest: _TypeAlias = ReadHandleRequest  # noqa: Y015
+Global___ReadHandleRequest: typing_extensions.TypeAlias = ReadHandleRequest
 
-@_typing.final
-class ReadHandleChunk(_message.Message):
+@typing.final
+class ReadHandleChunk(google.protobuf.message.Message):
     """Some of the bytes. Servers and clients may write and read this message without a
     protobuf library: a tag, a length, the bytes.
     """
 
-    DESCRIPTOR: _descriptor.Descriptor
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    DATA_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
     """At most 2 MiB, at least one byte."""
     def __init__(
         self,
         *,
-        data: _builtins.bytes = ...,
+        data: builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data"]) -> None: ...
 
-Global___ReadHandleChunk: _TypeAlias = ReadHandleChunk  # noqa: Y015
+Global___ReadHandleChunk: typing_extensions.TypeAlias = ReadHandleChunk

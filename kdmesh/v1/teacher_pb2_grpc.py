@@ -5,7 +5,7 @@ import warnings
 
 from kdmesh.v1 import teacher_pb2 as kdmesh_dot_v1_dot_teacher__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class TeacherStub:
+class TeacherStub(object):
     """Hidden states of one frozen model for any number of clients.
     """
 
@@ -77,7 +77,7 @@ class TeacherStub:
                 _registered_method=True)
 
 
-class TeacherServicer:
+class TeacherServicer(object):
     """Hidden states of one frozen model for any number of clients.
     """
 
@@ -243,7 +243,7 @@ def add_TeacherServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Teacher:
+class Teacher(object):
     """Hidden states of one frozen model for any number of clients.
     """
 

@@ -15,44 +15,240 @@ Every rpc may end with UNAVAILABLE while the server loads or drains, and with
 INTERNAL on a server fault; the lists below leave these two out.
 """
 
-from collections import abc as _abc
-from grpc import aio as _aio
-from kdmesh.v1 import teacher_pb2 as _teacher_pb2
-import abc as _abc_1
-import grpc as _grpc
+import abc
+import collections.abc
+import grpc
+import grpc.aio
+import kdmesh.v1.teacher_pb2
 import sys
-import typing as _typing
+import typing
 
-if sys.version_info >= (3, 11):
-    from typing import Self as _Self
+if sys.version_info >= (3, 13):
+    import typing as typing_extensions
 else:
-    from typing_extensions import Self as _Self
+    import typing_extensions
 
-_T = _typing.TypeVar("_T")
+_T = typing.TypeVar("_T")
 
-class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
+class _MaybeAsyncIterator(collections.abc.AsyncIterator[_T], collections.abc.Iterator[_T], metaclass=abc.ABCMeta): ...
 
-class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
+class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
     ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
+_TeacherDescribeType = typing_extensions.TypeVar(
+    '_TeacherDescribeType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.DescribeRequest,
+        kdmesh.v1.teacher_pb2.DescribeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.DescribeRequest,
+        kdmesh.v1.teacher_pb2.DescribeResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.DescribeRequest,
+        kdmesh.v1.teacher_pb2.DescribeResponse,
+    ],
+)
 
-class TeacherStub:
+_TeacherOpenSessionType = typing_extensions.TypeVar(
+    '_TeacherOpenSessionType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.OpenSessionRequest,
+        kdmesh.v1.teacher_pb2.OpenSessionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.OpenSessionRequest,
+        kdmesh.v1.teacher_pb2.OpenSessionResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.OpenSessionRequest,
+        kdmesh.v1.teacher_pb2.OpenSessionResponse,
+    ],
+)
+
+_TeacherKeepAliveType = typing_extensions.TypeVar(
+    '_TeacherKeepAliveType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.KeepAliveRequest,
+        kdmesh.v1.teacher_pb2.KeepAliveResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.KeepAliveRequest,
+        kdmesh.v1.teacher_pb2.KeepAliveResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.KeepAliveRequest,
+        kdmesh.v1.teacher_pb2.KeepAliveResponse,
+    ],
+)
+
+_TeacherCloseSessionType = typing_extensions.TypeVar(
+    '_TeacherCloseSessionType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.CloseSessionRequest,
+        kdmesh.v1.teacher_pb2.CloseSessionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.CloseSessionRequest,
+        kdmesh.v1.teacher_pb2.CloseSessionResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.CloseSessionRequest,
+        kdmesh.v1.teacher_pb2.CloseSessionResponse,
+    ],
+)
+
+_TeacherPrefillType = typing_extensions.TypeVar(
+    '_TeacherPrefillType',
+    grpc.StreamStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.PrefillRequest,
+        kdmesh.v1.teacher_pb2.PrefillReply,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.PrefillRequest,
+        kdmesh.v1.teacher_pb2.PrefillReply,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.PrefillRequest,
+        kdmesh.v1.teacher_pb2.PrefillReply,
+    ],
+)
+
+_TeacherReleaseType = typing_extensions.TypeVar(
+    '_TeacherReleaseType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.ReleaseRequest,
+        kdmesh.v1.teacher_pb2.ReleaseResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.ReleaseRequest,
+        kdmesh.v1.teacher_pb2.ReleaseResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.ReleaseRequest,
+        kdmesh.v1.teacher_pb2.ReleaseResponse,
+    ],
+)
+
+_TeacherGetHeadType = typing_extensions.TypeVar(
+    '_TeacherGetHeadType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.GetHeadRequest,
+        kdmesh.v1.teacher_pb2.GetHeadResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.GetHeadRequest,
+        kdmesh.v1.teacher_pb2.GetHeadResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.GetHeadRequest,
+        kdmesh.v1.teacher_pb2.GetHeadResponse,
+    ],
+)
+
+_TeacherReadHandleType = typing_extensions.TypeVar(
+    '_TeacherReadHandleType',
+    grpc.UnaryStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.ReadHandleRequest,
+        kdmesh.v1.teacher_pb2.ReadHandleChunk,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.ReadHandleRequest,
+        kdmesh.v1.teacher_pb2.ReadHandleChunk,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.ReadHandleRequest,
+        kdmesh.v1.teacher_pb2.ReadHandleChunk,
+    ],
+)
+
+class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType]):
     """Hidden states of one frozen model for any number of clients."""
 
-    @_typing.overload
-    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
-    @_typing.overload
-    def __new__(cls, channel: _aio.Channel) -> TeacherAsyncStub: ...
-    Describe: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.DescribeRequest, _teacher_pb2.DescribeResponse]
+    @typing.overload
+    def __init__(self: TeacherStub[
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.DescribeRequest,
+            kdmesh.v1.teacher_pb2.DescribeResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.OpenSessionRequest,
+            kdmesh.v1.teacher_pb2.OpenSessionResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.KeepAliveRequest,
+            kdmesh.v1.teacher_pb2.KeepAliveResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.CloseSessionRequest,
+            kdmesh.v1.teacher_pb2.CloseSessionResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
+            kdmesh.v1.teacher_pb2.PrefillRequest,
+            kdmesh.v1.teacher_pb2.PrefillReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.ReleaseRequest,
+            kdmesh.v1.teacher_pb2.ReleaseResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.GetHeadRequest,
+            kdmesh.v1.teacher_pb2.GetHeadResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            kdmesh.v1.teacher_pb2.ReadHandleRequest,
+            kdmesh.v1.teacher_pb2.ReadHandleChunk,
+        ],
+    ], channel: grpc.Channel) -> None: ...
+
+    @typing.overload
+    def __init__(self: TeacherStub[
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.DescribeRequest,
+            kdmesh.v1.teacher_pb2.DescribeResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.OpenSessionRequest,
+            kdmesh.v1.teacher_pb2.OpenSessionResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.KeepAliveRequest,
+            kdmesh.v1.teacher_pb2.KeepAliveResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.CloseSessionRequest,
+            kdmesh.v1.teacher_pb2.CloseSessionResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
+            kdmesh.v1.teacher_pb2.PrefillRequest,
+            kdmesh.v1.teacher_pb2.PrefillReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.ReleaseRequest,
+            kdmesh.v1.teacher_pb2.ReleaseResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.GetHeadRequest,
+            kdmesh.v1.teacher_pb2.GetHeadResponse,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            kdmesh.v1.teacher_pb2.ReadHandleRequest,
+            kdmesh.v1.teacher_pb2.ReadHandleChunk,
+        ],
+    ], channel: grpc.aio.Channel) -> None: ...
+
+    Describe: _TeacherDescribeType
     """Describe says which model is served, its output head and the limits.
 
     Cost: none. Idempotent. Needs no session.
 
     Errors: none of its own.
     """
-    OpenSession: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.OpenSessionRequest, _teacher_pb2.OpenSessionResponse]
+
+    OpenSession: _TeacherOpenSessionType
     """OpenSession admits one client process.
 
     Cost: a few bytes; slots are only taken by requests. Not idempotent: a lost
@@ -61,7 +257,8 @@ class TeacherStub:
     Errors:
       FAILED_PRECONDITION request.model_fingerprint is set and differs from the loaded model
     """
-    KeepAlive: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.KeepAliveRequest, _teacher_pb2.KeepAliveResponse]
+
+    KeepAlive: _TeacherKeepAliveType
     """KeepAlive extends the session's lease; send it every lease_ms / 6.
 
     Idempotent. A client that is silent for lease_ms loses its session: its
@@ -70,14 +267,16 @@ class TeacherStub:
     Errors:
       NOT_FOUND the session is unknown or its lease has ended; open a new one
     """
-    CloseSession: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.CloseSessionRequest, _teacher_pb2.CloseSessionResponse]
+
+    CloseSession: _TeacherCloseSessionType
     """CloseSession gives everything back.
 
     Idempotent: closing an unknown session succeeds.
 
     Errors: none of its own.
     """
-    Prefill: _grpc.StreamStreamMultiCallable[_teacher_pb2.PrefillRequest, _teacher_pb2.PrefillReply]
+
+    Prefill: _TeacherPrefillType
     """Prefill answers each request with a handle to the rows it asked for.
 
     Order: replies come as they finish; match them by request_id. Every request
@@ -96,7 +295,8 @@ class TeacherStub:
     The stream itself ends with:
       NOT_FOUND the session is unknown or its lease has ended
     """
-    Release: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.ReleaseRequest, _teacher_pb2.ReleaseResponse]
+
+    Release: _TeacherReleaseType
     """Release ends handles early. Through shared memory the broker does the same.
 
     Idempotent: releasing what is already gone succeeds.
@@ -104,7 +304,8 @@ class TeacherStub:
     Errors:
       NOT_FOUND the session is unknown or its lease has ended
     """
-    GetHead: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.GetHeadRequest, _teacher_pb2.GetHeadResponse]
+
+    GetHead: _TeacherGetHeadType
     """GetHead returns the output head as handles, at one weight version.
 
     Cost: none; the head lies in its own segment and is shared by all sessions.
@@ -113,7 +314,8 @@ class TeacherStub:
     Errors:
       NOT_FOUND the session is unknown or its lease has ended
     """
-    ReadHandle: _grpc.UnaryStreamMultiCallable[_teacher_pb2.ReadHandleRequest, _teacher_pb2.ReadHandleChunk]
+
+    ReadHandle: _TeacherReadHandleType
     """ReadHandle streams a handle's bytes, for clients that cannot map them.
 
     Order: chunks in order, together exactly rows * cols * size(dtype) bytes.
@@ -125,100 +327,50 @@ class TeacherStub:
       NOT_FOUND        released, its lease ended, or never this session's
     """
 
-@_typing.type_check_only
-class TeacherAsyncStub(TeacherStub):
+TeacherAsyncStub: typing_extensions.TypeAlias = TeacherStub[
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.DescribeRequest,
+        kdmesh.v1.teacher_pb2.DescribeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.OpenSessionRequest,
+        kdmesh.v1.teacher_pb2.OpenSessionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.KeepAliveRequest,
+        kdmesh.v1.teacher_pb2.KeepAliveResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.CloseSessionRequest,
+        kdmesh.v1.teacher_pb2.CloseSessionResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.PrefillRequest,
+        kdmesh.v1.teacher_pb2.PrefillReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.ReleaseRequest,
+        kdmesh.v1.teacher_pb2.ReleaseResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.GetHeadRequest,
+        kdmesh.v1.teacher_pb2.GetHeadResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.ReadHandleRequest,
+        kdmesh.v1.teacher_pb2.ReadHandleChunk,
+    ],
+]
+
+class TeacherServicer(metaclass=abc.ABCMeta):
     """Hidden states of one frozen model for any number of clients."""
 
-    def __init__(self, channel: _aio.Channel) -> None: ...
-    Describe: _aio.UnaryUnaryMultiCallable[_teacher_pb2.DescribeRequest, _teacher_pb2.DescribeResponse]  # type: ignore[assignment]
-    """Describe says which model is served, its output head and the limits.
-
-    Cost: none. Idempotent. Needs no session.
-
-    Errors: none of its own.
-    """
-    OpenSession: _aio.UnaryUnaryMultiCallable[_teacher_pb2.OpenSessionRequest, _teacher_pb2.OpenSessionResponse]  # type: ignore[assignment]
-    """OpenSession admits one client process.
-
-    Cost: a few bytes; slots are only taken by requests. Not idempotent: a lost
-    answer leaves a session that ends with its lease.
-
-    Errors:
-      FAILED_PRECONDITION request.model_fingerprint is set and differs from the loaded model
-    """
-    KeepAlive: _aio.UnaryUnaryMultiCallable[_teacher_pb2.KeepAliveRequest, _teacher_pb2.KeepAliveResponse]  # type: ignore[assignment]
-    """KeepAlive extends the session's lease; send it every lease_ms / 6.
-
-    Idempotent. A client that is silent for lease_ms loses its session: its
-    requests are cancelled and its handles end. Bytes it has mapped stay valid.
-
-    Errors:
-      NOT_FOUND the session is unknown or its lease has ended; open a new one
-    """
-    CloseSession: _aio.UnaryUnaryMultiCallable[_teacher_pb2.CloseSessionRequest, _teacher_pb2.CloseSessionResponse]  # type: ignore[assignment]
-    """CloseSession gives everything back.
-
-    Idempotent: closing an unknown session succeeds.
-
-    Errors: none of its own.
-    """
-    Prefill: _aio.StreamStreamMultiCallable[_teacher_pb2.PrefillRequest, _teacher_pb2.PrefillReply]  # type: ignore[assignment]
-    """Prefill answers each request with a handle to the rows it asked for.
-
-    Order: replies come as they finish; match them by request_id. Every request
-    gets exactly one reply unless the stream breaks.
-    Cost: one prefill over every token of the request, and one slot from the start
-    of that prefill until the handle is released; nothing is generated.
-    Closing or breaking the stream cancels its unanswered requests.
-
-    A failed request is a Failure in its reply, and the stream goes on. Its codes:
-      INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
-      FAILED_PRECONDITION model_fingerprint differs from the loaded model
-      UNAVAILABLE         the queue is full, or no slot came free within the bounded
-                          wait; ask again after retry_after_ms
-      DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
-      INTERNAL            the engine failed on this batch
-    The stream itself ends with:
-      NOT_FOUND the session is unknown or its lease has ended
-    """
-    Release: _aio.UnaryUnaryMultiCallable[_teacher_pb2.ReleaseRequest, _teacher_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Release ends handles early. Through shared memory the broker does the same.
-
-    Idempotent: releasing what is already gone succeeds.
-
-    Errors:
-      NOT_FOUND the session is unknown or its lease has ended
-    """
-    GetHead: _aio.UnaryUnaryMultiCallable[_teacher_pb2.GetHeadRequest, _teacher_pb2.GetHeadResponse]  # type: ignore[assignment]
-    """GetHead returns the output head as handles, at one weight version.
-
-    Cost: none; the head lies in its own segment and is shared by all sessions.
-    Its handles need no release. Idempotent.
-
-    Errors:
-      NOT_FOUND the session is unknown or its lease has ended
-    """
-    ReadHandle: _aio.UnaryStreamMultiCallable[_teacher_pb2.ReadHandleRequest, _teacher_pb2.ReadHandleChunk]  # type: ignore[assignment]
-    """ReadHandle streams a handle's bytes, for clients that cannot map them.
-
-    Order: chunks in order, together exactly rows * cols * size(dtype) bytes.
-    Cost: one copy of the bytes through the socket. Idempotent while the handle lives.
-    Reading claims the handle; the server keeps its bytes until the stream ends.
-
-    Errors:
-      INVALID_ARGUMENT the handle's shape or dtype differs from what was answered
-      NOT_FOUND        released, its lease ended, or never this session's
-    """
-
-class TeacherServicer(metaclass=_abc_1.ABCMeta):
-    """Hidden states of one frozen model for any number of clients."""
-
-    @_abc_1.abstractmethod
+    @abc.abstractmethod
     def Describe(
         self,
-        request: _teacher_pb2.DescribeRequest,
+        request: kdmesh.v1.teacher_pb2.DescribeRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_teacher_pb2.DescribeResponse, _abc.Awaitable[_teacher_pb2.DescribeResponse]]:
+    ) -> typing.Union[kdmesh.v1.teacher_pb2.DescribeResponse, collections.abc.Awaitable[kdmesh.v1.teacher_pb2.DescribeResponse]]:
         """Describe says which model is served, its output head and the limits.
 
         Cost: none. Idempotent. Needs no session.
@@ -226,12 +378,12 @@ class TeacherServicer(metaclass=_abc_1.ABCMeta):
         Errors: none of its own.
         """
 
-    @_abc_1.abstractmethod
+    @abc.abstractmethod
     def OpenSession(
         self,
-        request: _teacher_pb2.OpenSessionRequest,
+        request: kdmesh.v1.teacher_pb2.OpenSessionRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_teacher_pb2.OpenSessionResponse, _abc.Awaitable[_teacher_pb2.OpenSessionResponse]]:
+    ) -> typing.Union[kdmesh.v1.teacher_pb2.OpenSessionResponse, collections.abc.Awaitable[kdmesh.v1.teacher_pb2.OpenSessionResponse]]:
         """OpenSession admits one client process.
 
         Cost: a few bytes; slots are only taken by requests. Not idempotent: a lost
@@ -241,12 +393,12 @@ class TeacherServicer(metaclass=_abc_1.ABCMeta):
           FAILED_PRECONDITION request.model_fingerprint is set and differs from the loaded model
         """
 
-    @_abc_1.abstractmethod
+    @abc.abstractmethod
     def KeepAlive(
         self,
-        request: _teacher_pb2.KeepAliveRequest,
+        request: kdmesh.v1.teacher_pb2.KeepAliveRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_teacher_pb2.KeepAliveResponse, _abc.Awaitable[_teacher_pb2.KeepAliveResponse]]:
+    ) -> typing.Union[kdmesh.v1.teacher_pb2.KeepAliveResponse, collections.abc.Awaitable[kdmesh.v1.teacher_pb2.KeepAliveResponse]]:
         """KeepAlive extends the session's lease; send it every lease_ms / 6.
 
         Idempotent. A client that is silent for lease_ms loses its session: its
@@ -256,12 +408,12 @@ class TeacherServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND the session is unknown or its lease has ended; open a new one
         """
 
-    @_abc_1.abstractmethod
+    @abc.abstractmethod
     def CloseSession(
         self,
-        request: _teacher_pb2.CloseSessionRequest,
+        request: kdmesh.v1.teacher_pb2.CloseSessionRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_teacher_pb2.CloseSessionResponse, _abc.Awaitable[_teacher_pb2.CloseSessionResponse]]:
+    ) -> typing.Union[kdmesh.v1.teacher_pb2.CloseSessionResponse, collections.abc.Awaitable[kdmesh.v1.teacher_pb2.CloseSessionResponse]]:
         """CloseSession gives everything back.
 
         Idempotent: closing an unknown session succeeds.
@@ -269,12 +421,12 @@ class TeacherServicer(metaclass=_abc_1.ABCMeta):
         Errors: none of its own.
         """
 
-    @_abc_1.abstractmethod
+    @abc.abstractmethod
     def Prefill(
         self,
-        request_iterator: _MaybeAsyncIterator[_teacher_pb2.PrefillRequest],
+        request_iterator: _MaybeAsyncIterator[kdmesh.v1.teacher_pb2.PrefillRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_teacher_pb2.PrefillReply], _abc.AsyncIterator[_teacher_pb2.PrefillReply]]:
+    ) -> typing.Union[collections.abc.Iterator[kdmesh.v1.teacher_pb2.PrefillReply], collections.abc.AsyncIterator[kdmesh.v1.teacher_pb2.PrefillReply]]:
         """Prefill answers each request with a handle to the rows it asked for.
 
         Order: replies come as they finish; match them by request_id. Every request
@@ -294,12 +446,12 @@ class TeacherServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND the session is unknown or its lease has ended
         """
 
-    @_abc_1.abstractmethod
+    @abc.abstractmethod
     def Release(
         self,
-        request: _teacher_pb2.ReleaseRequest,
+        request: kdmesh.v1.teacher_pb2.ReleaseRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_teacher_pb2.ReleaseResponse, _abc.Awaitable[_teacher_pb2.ReleaseResponse]]:
+    ) -> typing.Union[kdmesh.v1.teacher_pb2.ReleaseResponse, collections.abc.Awaitable[kdmesh.v1.teacher_pb2.ReleaseResponse]]:
         """Release ends handles early. Through shared memory the broker does the same.
 
         Idempotent: releasing what is already gone succeeds.
@@ -308,12 +460,12 @@ class TeacherServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND the session is unknown or its lease has ended
         """
 
-    @_abc_1.abstractmethod
+    @abc.abstractmethod
     def GetHead(
         self,
-        request: _teacher_pb2.GetHeadRequest,
+        request: kdmesh.v1.teacher_pb2.GetHeadRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_teacher_pb2.GetHeadResponse, _abc.Awaitable[_teacher_pb2.GetHeadResponse]]:
+    ) -> typing.Union[kdmesh.v1.teacher_pb2.GetHeadResponse, collections.abc.Awaitable[kdmesh.v1.teacher_pb2.GetHeadResponse]]:
         """GetHead returns the output head as handles, at one weight version.
 
         Cost: none; the head lies in its own segment and is shared by all sessions.
@@ -323,12 +475,12 @@ class TeacherServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND the session is unknown or its lease has ended
         """
 
-    @_abc_1.abstractmethod
+    @abc.abstractmethod
     def ReadHandle(
         self,
-        request: _teacher_pb2.ReadHandleRequest,
+        request: kdmesh.v1.teacher_pb2.ReadHandleRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_teacher_pb2.ReadHandleChunk], _abc.AsyncIterator[_teacher_pb2.ReadHandleChunk]]:
+    ) -> typing.Union[collections.abc.Iterator[kdmesh.v1.teacher_pb2.ReadHandleChunk], collections.abc.AsyncIterator[kdmesh.v1.teacher_pb2.ReadHandleChunk]]:
         """ReadHandle streams a handle's bytes, for clients that cannot map them.
 
         Order: chunks in order, together exactly rows * cols * size(dtype) bytes.
@@ -340,4 +492,4 @@ class TeacherServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND        released, its lease ended, or never this session's
         """
 
-def add_TeacherServicer_to_server(servicer: TeacherServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_TeacherServicer_to_server(servicer: TeacherServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

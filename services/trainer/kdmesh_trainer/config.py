@@ -71,13 +71,11 @@ class CustomDivergence(StrictModel):
     target: str = Field(pattern=r"^[\w.]+:\w+$")
     """module:function."""
 
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function; checked against its signature before anything loads."""
 
 
-DivergenceConfig = Annotated[
-    ForwardKL | ReverseKL | JensenShannon | CustomDivergence, Field(discriminator="name")
-]
+DivergenceConfig = Annotated[ForwardKL | ReverseKL | JensenShannon | CustomDivergence, Field(discriminator="name")]
 
 
 class Distill(StrictModel):
@@ -130,7 +128,7 @@ class CustomDataset(StrictModel):
     target: str = Field(pattern=r"^[\w.]+:\w+$")
     """module:function; returns an iterable of lists of {role, content}."""
 
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function; checked against its signature before anything loads."""
 
 
