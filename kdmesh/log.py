@@ -1,0 +1,103 @@
+"""Configures logging: one JSON object per line, or the same events rendered for a person on a terminal."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What every record carries; anything else on a record came from `extra`.
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+_OURS = ("kdmesh", "kdmesh_teacher", "kdmesh_trainer")
+
+
+def configure(service: str, *, rank: int = 0, pretty: bool | None = None) -> None:
+    """Send this process's log to stderr. Called once, by `main`; modules only take loggers.
+
+    Our own loggers speak from INFO on rank 0 and from WARNING on the others, libraries from WARNING.
+
+    Args:
+        service: the `service` field of every line.
+        rank: the `rank` field of every line.
+        pretty: True renders for a person, False writes JSON; None decides by whether stderr is a terminal.
+    """
+    if pretty is None:
+        pretty = sys.stderr.isatty()
+    handler: logging.Handler = _ConsoleHandler() if pretty else logging.StreamHandler(sys.stderr)
+    if not pretty:
+        handler.setFormatter(JsonFormatter(service, rank))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.captureWarnings(True)
+
+
+@functools.cache
+def console() -> Console:
+    """The terminal that log lines are rendered on; a live display must share it to keep its own line intact."""
+    from rich.console import Console  # a tenth of a second, needed on terminals only
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record: time, level, event, service, rank, then the fields of `extra`."""
+
+    def __init__(self, service: str, rank: int) -> None:
+        super().__init__()
+        self._service = service
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            "service": self._service,
+            "rank": self._rank,
+            "logger": record.name,
+        }
+        line.update({name: _plain(value) for name, value in _fields(record).items()})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str, allow_nan=False)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Time, event and fields on one line; colour says the level."""
+
+    _STYLES = ((logging.ERROR, "bold red"), (logging.WARNING, "yellow"), (0, "default"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record on the shared terminal."""
+        from rich.text import Text
+
+        style = next(style for level, style in self._STYLES if record.levelno >= level)
+        line = Text(time.strftime("%H:%M:%S ", time.localtime(record.created)), style="dim")
+        line.append(record.getMessage(), style=style)
+        for name, value in _fields(record).items():
+            line.append(f"  {name}=", style="dim")
+            line.append(f"{value:.4g}" if isinstance(value, float) else str(value))
+        if record.exc_info:
+            line.append("\n" + logging.Formatter().formatException(record.exc_info))
+        console().print(line)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    return {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+
+
+def _plain(value: object) -> object:
+    """JSON has no infinities and no NaN: they are written as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
