@@ -1,0 +1,36 @@
+"""Names for token data: what was asked, under which vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from kdmesh.types import TokenSequence
+
+DIGEST_BYTES = 16
+
+
+def digest(sequences: Sequence[TokenSequence]) -> bytes:
+    """16-byte BLAKE2b over ids and positions, so that rows can be tied to the request that asked for them.
+
+    Every array is preceded by its length, so no two different requests hash the same bytes.
+    """
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    state.update(len(sequences).to_bytes(8, "little"))
+    for sequence in sequences:
+        for array in (sequence.token_ids, sequence.positions):
+            state.update(len(array).to_bytes(8, "little"))
+            state.update(array.astype("<i4").tobytes())
+    return state.digest()
+
+
+def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:
+    """32 hexadecimal digits that name a token -> id map; the order of the mapping does not matter."""
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for token, token_id in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
+        # A token may hold any character, even a lone surrogate.
+        encoded = token.encode("utf-8", "surrogatepass")
+        state.update(token_id.to_bytes(8, "little"))
+        state.update(len(encoded).to_bytes(8, "little"))
+        state.update(encoded)
+    return state.hexdigest()
