@@ -1,0 +1,77 @@
+"""What the teacher server needs from whatever runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kdmesh.types import DType, HeadSpec, TokenSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineDescription:
+    """A loaded model, and the most an engine computes at a time."""
+
+    name: str  # for people, never compared
+    model_fingerprint: str
+    tokenizer_fingerprint: str  # empty: the model has no tokenizer
+    hidden_size: int
+    dtype: DType  # of the rows
+    head: HeadSpec
+    weight_version: int  # starts at 1
+    max_sequence_tokens: int  # longest sequence the model takes, at most max_batch_tokens
+    max_batch_tokens: int  # tokens of one prefill call, over all its jobs
+    is_deterministic: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PrefillJob:
+    """One request, and where its rows go."""
+
+    sequences: tuple[TokenSequence, ...]
+    out: memoryview  # writable bytes, contiguous, exactly num_rows * hidden_size * dtype.size_bytes long
+
+    @property
+    def num_tokens(self) -> int:
+        """Over all sequences."""
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def num_rows(self) -> int:
+        """Over all sequences."""
+        return sum(sequence.num_rows for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HeadParts:
+    """The output head's matrices as contiguous row-major bytes; valid for as long as the engine lives."""
+
+    weight: memoryview  # [padded_vocabulary_size, hidden_size]
+    bias: memoryview | None  # [padded_vocabulary_size]; None exactly when head.has_bias is false
+    dtype: DType  # of both
+
+
+class Engine(Protocol):
+    """A frozen model. Blocking, and called from one thread only."""
+
+    def load(self) -> EngineDescription:
+        """Load the model; called once, before anything else.
+
+        Raises:
+            ConfigError: the configured model cannot be used; the message names it.
+        """
+        ...
+
+    def prefill(self, jobs: Sequence[PrefillJob]) -> None:
+        """Write the final-norm hidden states each job asks for into its `out`.
+
+        Rows come in the order of the job's sequences, each sequence's positions in
+        theirs. The jobs have at most max_batch_tokens tokens together; they are valid
+        for the model. No reference to `out` is kept after the return.
+        """
+        ...
+
+    def head_parts(self) -> HeadParts:
+        """The output head that belongs to the rows; called once, after load."""
+        ...

@@ -1,0 +1,91 @@
+"""An engine without a model, whose rows can be predicted from the ids alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kdmesh.types import DType, HeadSpec, Int32Array, TokenSequence
+from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
+from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: multiplying by it spreads bits upwards
+
+
+class FakeEngine:
+    """Row p is a hash of the ids up to p: like a causal model, it sees no later token and no other sequence."""
+
+    def __init__(self, config: FakeEngineConfig) -> None:
+        self._config = config
+        self._dtype = DType(config.dtype)
+
+    def load(self) -> EngineDescription:
+        """Describe the made-up model."""
+        config = self._config
+        return EngineDescription(
+            name="fake",
+            model_fingerprint=f"fa4e{config.hidden_size:08x}{config.vocabulary_size:08x}",
+            tokenizer_fingerprint=f"fa4e{config.vocabulary_size:08x}",
+            hidden_size=config.hidden_size,
+            dtype=self._dtype,
+            head=HeadSpec(
+                logit_scale=0.5,
+                logit_softcap=30.0,
+                vocabulary_size=config.vocabulary_size,
+                padded_vocabulary_size=-(-config.vocabulary_size // 8) * 8,
+                has_bias=True,
+            ),
+            weight_version=1,
+            max_sequence_tokens=config.max_batch_tokens,
+            max_batch_tokens=config.max_batch_tokens,
+            is_deterministic=True,
+        )
+
+    def prefill(self, jobs: Sequence[PrefillJob]) -> None:
+        """Write every job's rows; takes the configured time per call."""
+        time.sleep(self._config.seconds_per_batch)
+        for job in jobs:
+            rows_RD = np.concatenate([hidden_states(s, self._config.hidden_size) for s in job.sequences])
+            job.out[:] = as_bytes(rows_RD, self._dtype)
+
+    def head_parts(self) -> HeadParts:
+        """A head whose rows are hashes of their token."""
+        padded = -(-self._config.vocabulary_size // 8) * 8
+        seeds_V = (np.arange(padded, dtype=np.uint64) + np.uint64(1)) * _ODD
+        weight_VD = _spread(seeds_V, self._config.hidden_size)
+        return HeadParts(
+            weight=memoryview(as_bytes(weight_VD, self._dtype)),
+            bias=memoryview(as_bytes(weight_VD[:, 0] * np.float32(0.5), self._dtype)),
+            dtype=self._dtype,
+        )
+
+
+def hidden_states(sequence: TokenSequence, hidden_size: int) -> npt.NDArray[np.float32]:
+    """[R, D] the rows that the fake engine gives for `sequence`; exact in every dtype."""
+    return _spread(_prefix_hashes(sequence.token_ids)[sequence.positions], hidden_size)
+
+
+def as_bytes(values: npt.NDArray[np.float32], dtype: DType) -> bytes:
+    """The values as little-endian bytes; they must be exact in `dtype`."""
+    match dtype:
+        case DType.FLOAT32:
+            return values.astype("<f4").tobytes()
+        case DType.FLOAT16:
+            return values.astype("<f2").tobytes()
+        case DType.BFLOAT16:  # numpy lacks it: the upper half of a float32 whose lower half is 0
+            return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+
+
+def _prefix_hashes(token_ids: Int32Array) -> npt.NDArray[np.uint64]:
+    places = np.arange(1, len(token_ids) + 1, dtype=np.uint64) * _ODD
+    return np.cumsum((token_ids.astype(np.uint64) + np.uint64(1)) * places, dtype=np.uint64)
+
+
+def _spread(seeds: npt.NDArray[np.uint64], columns: int) -> npt.NDArray[np.float32]:
+    """[len(seeds), columns] multiples of 1/128 in [-1, 1): 8 significant bits, so that bfloat16 holds them."""
+    factors = np.arange(1, columns + 1, dtype=np.uint64) * _ODD | np.uint64(1)
+    mixed = (seeds[:, None] * factors[None, :]) >> np.uint64(56)
+    return (mixed.astype(np.float32) - np.float32(128)) * np.float32(1 / 128)
