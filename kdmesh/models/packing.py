@@ -1,0 +1,72 @@
+"""Sequences laid end to end in one row, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdmesh.types import TokenSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedTokens:
+    """Sequences end to end, and the rows of them that carry loss."""
+
+    token_ids_T: Tensor  # [T] int64
+    position_ids_T: Tensor  # [T] int64, restarts at 0 with every sequence
+    lengths: tuple[int, ...]  # of the sequences, in order; their sum is T
+    rows_R: Tensor  # [R] int64, strictly increasing indices into T
+    labels_R: Tensor  # [R] int64, the token that each row predicts
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.token_ids_T)
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.rows_R)
+
+    def to(self, device: torch.device) -> PackedTokens:
+        """The same tokens on `device`."""
+        return replace(
+            self,
+            token_ids_T=self.token_ids_T.to(device),
+            position_ids_T=self.position_ids_T.to(device),
+            rows_R=self.rows_R.to(device),
+            labels_R=self.labels_R.to(device),
+        )
+
+
+def pack(sequences: Sequence[TokenSequence]) -> PackedTokens:
+    """One packed row of at least one sequence; rows come in the order of the sequences and their positions."""
+    lengths = tuple(sequence.num_tokens for sequence in sequences)
+    starts = np.cumsum((0, *lengths[:-1]))
+    return PackedTokens(
+        token_ids_T=_int64([sequence.token_ids for sequence in sequences]),
+        position_ids_T=_int64([np.arange(length) for length in lengths]),
+        lengths=lengths,
+        rows_R=_int64([sequence.positions + start for sequence, start in zip(sequences, starts, strict=True)]),
+        labels_R=_int64([sequence.labels for sequence in sequences]),
+    )
+
+
+def blank() -> PackedTokens:
+    """Two tokens that ask for no row, for a rank that only takes part in the collectives."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return PackedTokens(
+        token_ids_T=torch.zeros(2, dtype=torch.int64),
+        position_ids_T=torch.arange(2),
+        lengths=(2,),
+        rows_R=nothing,
+        labels_R=nothing,
+    )
+
+
+def _int64(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))

@@ -1,0 +1,139 @@
+"""Tiny random Hugging Face models with a tokenizer, saved as directories."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY_SIZE = 320
+"""Tokens of the tokenizer; also the rows of every model's head unless vocab_size is overridden."""
+
+CHAT_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_SHAPE = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen2": {},
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {
+        "sliding_window": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
+    "granite": {
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+    },
+}
+"""Model type -> what makes this family special."""
+
+
+class TinyModels:
+    """Makes each directory once and keeps it; callers must not change what they are given."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def path(
+        self,
+        family: str = "qwen3",
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: bool = True,
+        **overrides: Any,
+    ) -> Path:
+        """Directory of a random model of `family`; every parameter, biases and norms too, is random.
+
+        Args:
+            family: a key of FAMILIES.
+            seed: of the weights; equal arguments give equal weights.
+            dtype: of the saved weights.
+            tokenizer: whether a tokenizer with a chat template lies beside them.
+            **overrides: any attribute of the model's config.
+        """
+        name = "-".join([family, str(seed), str(dtype), str(tokenizer), *(f"{k}={overrides[k]}" for k in overrides)])
+        path = self._root / name.replace("/", "_")
+        if not path.exists():
+            save_model(path, family, seed=seed, dtype=dtype, **overrides)
+            if tokenizer:
+                save_tokenizer(path)
+        return path
+
+
+def save_model(path: Path, family: str, *, seed: int, dtype: torch.dtype, **overrides: Any) -> None:
+    """Writes a random model of `family` to `path`."""
+    config = AutoConfig.for_model(family, **{**_SHAPE, **FAMILIES[family], **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(path)
+
+
+def save_tokenizer(path: Path, *, bos_token: str | None = None) -> None:
+    """Writes a byte-level BPE tokenizer of VOCABULARY_SIZE tokens, trained on the standard library, to `path`."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([bos_token] if bos_token else [])]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([textwrap.__file__], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos_token,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Directories of tiny random models."""
+    return TinyModels(tmp_path_factory.mktemp("tiny_models"))
