@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from kdmesh.errors import InvalidRequest
+
+# Bounds that keep planning far below the time of a step. Beyond them the plan is
+# still valid, only perhaps not the best one.
+_MAX_SEARCH_LOOKS = 50_000
+_EXCHANGES_PER_BIN = 8
+_PARTNERS = 8
 
 
 def plan_step(
@@ -19,11 +28,13 @@ def plan_step(
 
     Every sequence appears exactly once, every micro-batch respects the caps, and
     all ranks have the same number of micro-batches, because each one is a
-    collective. That number is as small as found; then the work is balanced. Pure.
+    collective. First that number is made as small as a bounded search finds, then
+    the sum over k of the largest k-th micro-batch, which is how long the ranks are
+    kept busy. Larger micro-batches come first. Pure and deterministic.
 
     Args:
         lengths: tokens of each sequence of the step.
-        rows: loss positions of each sequence; needed with `max_rows`.
+        rows: loss positions of each sequence; goes with `max_rows`.
 
     Returns:
         result[rank][k]: indices into `lengths`, ascending. A micro-batch may be
@@ -32,25 +43,231 @@ def plan_step(
     Raises:
         InvalidRequest: a single sequence exceeds a cap.
     """
-    counted_rows = rows if rows is not None and max_rows is not None else [0] * len(lengths)
-    row_cap = max_rows if rows is not None and max_rows is not None else 0
-    for index, (tokens, sequence_rows) in enumerate(zip(lengths, counted_rows, strict=True)):
-        if tokens > max_tokens:
-            raise InvalidRequest(f"sequence {index} has {tokens} tokens; a micro-batch takes at most {max_tokens}")
-        if sequence_rows > row_cap:
-            raise InvalidRequest(f"sequence {index} has {sequence_rows} rows; a micro-batch takes at most {row_cap}")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bins: list[list[int]] = []
-    for index in order:
-        for members in bins:
-            if (
-                sum(lengths[i] for i in members) + lengths[index] <= max_tokens
-                and sum(counted_rows[i] for i in members) + counted_rows[index] <= row_cap
-            ):
-                members.append(index)
-                break
+    if (rows is None) != (max_rows is None):
+        raise InvalidRequest("`rows` and `max_rows` go together")
+    items = _Items(lengths, rows or [0] * len(lengths), max_tokens, max_rows or 0)
+    return _share_out(_level(items, _fewest_bins(items, ranks), ranks), ranks)
+
+
+@dataclass(slots=True, eq=False)
+class _Bin:
+    """One micro-batch being filled."""
+
+    target: int  # tokens it should end with
+    tokens: int = 0
+    rows: int = 0
+    members: list[int] = field(default_factory=list)
+
+    @property
+    def excess(self) -> int:
+        return self.tokens - self.target
+
+
+class _Items:
+    """The step's sequences and the caps they are packed under."""
+
+    def __init__(self, lengths: Sequence[int], rows: Sequence[int], max_tokens: int, max_rows: int) -> None:
+        self.lengths, self.rows = lengths, rows
+        self.max_tokens, self.max_rows = max_tokens, max_rows
+        for index, (tokens, num_rows) in enumerate(zip(lengths, rows, strict=True)):
+            if tokens > max_tokens:
+                raise InvalidRequest(f"sequence {index} has {tokens} tokens; a micro-batch takes at most {max_tokens}")
+            if num_rows > max_rows:
+                raise InvalidRequest(f"sequence {index} has {num_rows} rows; a micro-batch takes at most {max_rows}")
+        self.longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -rows[i], i))
+
+    def fit(self, index: int, box: _Bin) -> bool:
+        return box.tokens + self.lengths[index] <= self.max_tokens and box.rows + self.rows[index] <= self.max_rows
+
+    def put(self, index: int, box: _Bin) -> None:
+        box.tokens += self.lengths[index]
+        box.rows += self.rows[index]
+        box.members.append(index)
+
+    def take(self, index: int, box: _Bin) -> None:
+        box.tokens -= self.lengths[index]
+        box.rows -= self.rows[index]
+        box.members.remove(index)
+
+
+def _fewest_bins(items: _Items, ranks: int) -> list[_Bin]:
+    """A packing into a multiple of `ranks` bins, as few as the bounded search finds."""
+    packing = _best_fit(items)
+    packing += [_Bin(0) for _ in range(_round_up(len(packing), ranks) - len(packing))]
+    tokens_bound = -(-sum(items.lengths) // items.max_tokens)
+    rows_bound = -(-sum(items.rows) // items.max_rows) if items.max_rows else 0
+    for num_bins in range(len(packing) - ranks, max(tokens_bound, rows_bound, 1) - 1, -ranks):
+        smaller = _spread(items, [_Bin(t) for t in _targets(items, num_bins, ranks)]) or _search(items, num_bins)
+        if smaller is None:
+            break
+        packing = smaller
+    return packing
+
+
+def _level(items: _Items, packing: list[_Bin], ranks: int) -> list[_Bin]:
+    """As many bins as in `packing`, filled towards their targets; a bin of `packing` never grows past a cap."""
+    targets = _targets(items, len(packing), ranks)
+    bins = _spread(items, [_Bin(target) for target in targets])
+    if bins is None:
+        bins = sorted(packing, key=lambda box: -box.tokens)
+        for box, target in zip(bins, targets, strict=True):
+            box.target = target
+    _exchange_until_level(items, bins)
+    return bins
+
+
+def _share_out(bins: list[_Bin], ranks: int) -> list[list[tuple[int, ...]]]:
+    """Bins of like size at the same k; within one k the largest goes to the rank with the least work so far."""
+    plan: list[list[tuple[int, ...]]] = [[] for _ in range(ranks)]
+    work = [0] * ranks
+    by_size = sorted(bins, key=lambda box: (-box.tokens, box.members))
+    for first in range(0, len(by_size), ranks):
+        least_busy = sorted(range(ranks), key=lambda rank: (work[rank], rank))
+        for rank, box in zip(least_busy, by_size[first : first + ranks], strict=True):
+            plan[rank].append(tuple(sorted(box.members)))
+            work[rank] += box.tokens
+    return plan
+
+
+def _targets(items: _Items, num_bins: int, ranks: int) -> list[int]:
+    """Tokens each bin should hold, largest first, so that the sum over k of the largest is least.
+
+    The mean, unless single sequences are longer: all ranks wait for such a one
+    anyway, so its companions at the same k may be as large without any cost.
+    """
+    left, bins_left = sum(items.lengths), num_bins
+    targets: list[int] = []
+    for first in range(0, min(num_bins, len(items.lengths)), ranks):
+        longest = items.lengths[items.longest_first[first]]
+        if longest * bins_left <= left:
+            break
+        targets += [longest] * ranks
+        left, bins_left = max(0, left - longest * ranks), bins_left - ranks
+    return targets + [-(-left // bins_left)] * bins_left if bins_left else targets
+
+
+def _spread(items: _Items, bins: list[_Bin]) -> list[_Bin] | None:
+    """Longest first, each into the bin that lacks most; None when one fits nowhere."""
+    heap = [(box.excess, number) for number, box in enumerate(bins)]
+    heapq.heapify(heap)
+    for index in items.longest_first:
+        refused = []
+        while heap and not items.fit(index, bins[heap[0][1]]):
+            refused.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        number = heap[0][1]
+        items.put(index, bins[number])
+        heapq.heapreplace(heap, (bins[number].excess, number))
+        for entry in refused:
+            heapq.heappush(heap, entry)
+    return bins
+
+
+def _best_fit(items: _Items) -> list[_Bin]:
+    """Longest first, each into the fullest bin it fits, or into a new one."""
+    bins: list[_Bin] = []
+    by_room: list[tuple[int, int]] = []  # (tokens that still fit, number of the bin), ascending
+    for index in items.longest_first:
+        at = bisect_left(by_room, (items.lengths[index], 0))
+        while at < len(by_room) and not items.fit(index, bins[by_room[at][1]]):
+            at += 1
+        if at < len(by_room):
+            number = by_room.pop(at)[1]
         else:
-            bins.append([index])
-    bins += [[] for _ in range(-len(bins) % ranks)]
-    bins.sort(key=lambda members: -sum(lengths[i] for i in members))
-    return [[tuple(sorted(members)) for members in bins[rank::ranks]] for rank in range(ranks)]
+            number = len(bins)
+            bins.append(_Bin(0))
+        items.put(index, bins[number])
+        insort(by_room, (items.max_tokens - bins[number].tokens, number))
+    return bins
+
+
+def _search(items: _Items, num_bins: int) -> list[_Bin] | None:
+    """A packing into `num_bins` bins by depth-first search; None when there is none or the search took too long."""
+    bins = [_Bin(0) for _ in range(num_bins)]
+    placed: list[int] = []  # bin of each item, along longest_first
+    first = 0  # first bin to try for the next item
+    looks = 0
+    while len(placed) < len(items.lengths):
+        index = items.longest_first[len(placed)]
+        looks += num_bins
+        number = _next_bin(items, bins, index, first)
+        if number is not None:
+            items.put(index, bins[number])
+            placed.append(number)
+            first = 0
+        elif placed and looks < _MAX_SEARCH_LOOKS:
+            number = placed.pop()
+            items.take(items.longest_first[len(placed)], bins[number])
+            first = number + 1
+        else:
+            return None
+    return bins
+
+
+def _next_bin(items: _Items, bins: list[_Bin], index: int, first: int) -> int | None:
+    """The first bin from `first` on that the item fits, unless an earlier one has the same content."""
+    tried = {(box.tokens, box.rows) for box in bins[:first]}
+    for number in range(first, len(bins)):
+        box = bins[number]
+        # Bins filled alike are interchangeable: trying one of them is enough.
+        if (box.tokens, box.rows) not in tried and items.fit(index, box):
+            return number
+        tried.add((box.tokens, box.rows))
+    return None
+
+
+def _exchange_until_level(items: _Items, bins: list[_Bin]) -> None:
+    """Move or swap sequences from the bin most above its target to those most below, while that helps."""
+    order = sorted(range(len(bins)), key=lambda n: (bins[n].excess, n))
+    for _ in range(_EXCHANGES_PER_BIN * len(bins)):
+        if len(order) < 2:
+            return
+        heavy = order.pop()
+        for at, light in enumerate(order[:_PARTNERS]):
+            if _exchange(items, bins[heavy], bins[light]):
+                order.pop(at)
+                insort(order, light, key=lambda n: (bins[n].excess, n))
+                insort(order, heavy, key=lambda n: (bins[n].excess, n))
+                break
+
+
+def _exchange(items: _Items, heavy: _Bin, light: _Bin) -> bool:
+    """Do the one move or swap that best evens out two bins; False when none helps."""
+    gap = heavy.excess - light.excess
+    best: tuple[int, int, int | None] | None = None
+    partners = sorted((items.lengths[i], i) for i in light.members)
+    for given in heavy.members:
+        # The tokens that change sides should be gap / 2.
+        at = bisect_left(partners, (items.lengths[given] - gap // 2, 0))
+        candidates: list[tuple[int, int | None]] = [(0, None), *partners[max(0, at - 1) : at + 1]]
+        for length, taken in candidates:
+            moved = items.lengths[given] - length
+            distance = abs(2 * moved - gap)
+            if 0 < moved < gap and (best is None or distance < best[0]) and _allowed(items, heavy, light, given, taken):
+                best = (distance, given, taken)
+    if best is None:
+        return False
+    _, given, taken = best
+    items.take(given, heavy)
+    items.put(given, light)
+    if taken is not None:
+        items.take(taken, light)
+        items.put(taken, heavy)
+    return True
+
+
+def _allowed(items: _Items, heavy: _Bin, light: _Bin, given: int, taken: int | None) -> bool:
+    """Whether both bins respect the caps after the exchange."""
+    tokens = items.lengths[given] - (0 if taken is None else items.lengths[taken])
+    rows = items.rows[given] - (0 if taken is None else items.rows[taken])
+    return (
+        light.tokens + tokens <= items.max_tokens
+        and light.rows + rows <= items.max_rows
+        and heavy.rows - rows <= items.max_rows
+    )
+
+
+def _round_up(count: int, multiple: int) -> int:
+    """The least multiple that is at least `count`, and at least one of them."""
+    return max(1, -(-count // multiple)) * multiple

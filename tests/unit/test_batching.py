@@ -1,0 +1,110 @@
+"""What must hold of every plan of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from kdmesh.batching import plan_step
+from kdmesh.errors import InvalidRequest
+
+Plan = list[list[tuple[int, ...]]]
+
+
+def flat(plan: Plan) -> list[int]:
+    return [index for rank in plan for micro_batch in rank for index in micro_batch]
+
+
+def partitions(items: Sequence[int]) -> Iterator[list[list[int]]]:
+    """Every way to divide the items into groups."""
+    if not items:
+        yield []
+        return
+    for smaller in partitions(items[1:]):
+        yield [[items[0]], *smaller]
+        for k in range(len(smaller)):
+            yield [*smaller[:k], [items[0], *smaller[k]], *smaller[k + 1 :]]
+
+
+steps = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=40)
+
+
+@given(steps, st.integers(1, 5), st.integers(60, 200), st.integers(20, 60) | st.none())
+def test_nothing_is_lost_and_no_cap_is_broken(
+    step: list[tuple[int, int]], ranks: int, max_tokens: int, max_rows: int | None
+) -> None:
+    lengths, rows = [t for t, _ in step], [r for _, r in step]
+    plan = plan_step(lengths, ranks=ranks, max_tokens=max_tokens, rows=rows if max_rows else None, max_rows=max_rows)
+    assert len(plan) == ranks
+    assert len({len(micro_batches) for micro_batches in plan}) == 1
+    assert sorted(flat(plan)) == list(range(len(lengths)))
+    for micro_batch in (m for micro_batches in plan for m in micro_batches):
+        assert list(micro_batch) == sorted(micro_batch)
+        assert sum(lengths[i] for i in micro_batch) <= max_tokens
+        assert max_rows is None or sum(rows[i] for i in micro_batch) <= max_rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 10), st.integers(1, 6)), min_size=1, max_size=7), st.integers(1, 3), st.booleans()
+)
+# Longest-first packing needs 3 bins here, two suffice.
+@example([(4, 1), (4, 1), (3, 1), (3, 1), (3, 1), (3, 1)], 1, False)
+def test_no_plan_of_a_small_step_has_fewer_micro_batches(
+    step: list[tuple[int, int]], ranks: int, capped_rows: bool
+) -> None:
+    lengths, rows = [t for t, _ in step], [r for _, r in step]
+    max_tokens, max_rows = 10, (6 if capped_rows else 10**6)
+    plan = plan_step(lengths, ranks=ranks, max_tokens=max_tokens, rows=rows, max_rows=max_rows)
+    fewest = min(
+        len(groups)
+        for groups in partitions(range(len(step)))
+        if all(sum(lengths[i] for i in g) <= max_tokens and sum(rows[i] for i in g) <= max_rows for g in groups)
+    )
+    assert len(plan[0]) == -(-fewest // ranks)
+
+
+@given(steps, st.integers(1, 5))
+def test_the_plan_is_a_pure_function_of_its_arguments(step: list[tuple[int, int]], ranks: int) -> None:
+    lengths = [t for t, _ in step]
+    assert plan_step(lengths, ranks=ranks, max_tokens=60) == plan_step(tuple(lengths), ranks=ranks, max_tokens=60)
+
+
+def test_fewer_sequences_than_ranks_leave_empty_micro_batches() -> None:
+    assert plan_step([5, 6], ranks=4, max_tokens=10) == [[(1,)], [(0,)], [()], [()]]
+
+
+def test_large_micro_batches_come_first_and_like_ones_meet() -> None:
+    plan = plan_step([9, 9, 5, 5, 1, 1], ranks=2, max_tokens=9)
+    assert [sorted(sum(([9, 9, 5, 5, 1, 1][i] for i in m), 0) for m in k) for k in zip(*plan, strict=True)] == [
+        [9, 9],
+        [6, 6],
+    ]
+
+
+def test_a_single_sequence_over_the_cap_is_refused_with_both_figures() -> None:
+    with pytest.raises(InvalidRequest, match="sequence 1 has 11 tokens; a micro-batch takes at most 10"):
+        plan_step([3, 11], ranks=1, max_tokens=10)
+    with pytest.raises(InvalidRequest, match="sequence 0 has 5 rows; a micro-batch takes at most 4"):
+        plan_step([3], ranks=1, max_tokens=10, rows=[5], max_rows=4)
+
+
+def test_a_row_cap_without_rows_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="go together"):
+        plan_step([3], ranks=1, max_tokens=10, max_rows=4)
+
+
+@pytest.mark.parametrize(("ranks", "max_tokens"), [(1, 8192), (8, 8192), (64, 4096), (16, 1300)])
+def test_two_thousand_sequences_are_planned_in_well_under_100_ms(ranks: int, max_tokens: int) -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.75, 0.55, 2000), 100, 1200).astype(int).tolist()
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        plan_step(lengths, ranks=ranks, max_tokens=max_tokens)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1
