@@ -1,0 +1,140 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from kdmesh_trainer.sources.batches import Source, StepBatch
+from kdmesh_trainer.stats import Scores, StepStats
+
+
+class Stepper(Protocol):
+    """Turns a batch into an update of the student."""
+
+    def update(self, batch: StepBatch) -> StepStats:
+        """One optimizer step. Collective."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Judges the student on held-out data."""
+
+    def evaluate(self) -> Scores:
+        """The student as it is now. Collective; leaves no trace in what is trained."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """Saved state for continuing."""
+
+    def restore(self) -> int:
+        """Load the newest checkpoint, if any; the next step to run. Collective."""
+        ...
+
+    def save(self, *, next_step: int) -> None:
+        """Write everything that continuing at `next_step` needs. Collective."""
+        ...
+
+
+class Exporter(Protocol):
+    """Writes the trained model for others to use."""
+
+    def export(self) -> None:
+        """Write the student as it is now. Collective."""
+        ...
+
+
+class Stop(Protocol):
+    """Whether somebody wants the run to end early."""
+
+    def is_wanted(self) -> bool:
+        """True when any rank was asked to stop. Collective: all ranks get the same answer."""
+        ...
+
+
+class Telemetry(Protocol):
+    """Tells people and machines how the run goes; silent on every rank but the first."""
+
+    def start(self, first_step: int) -> None:
+        """The run begins, or continues, at `first_step`. Called once, before everything else."""
+        ...
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times what happens inside: batch, update, evaluate, checkpoint or export."""
+        ...
+
+    def report(self, step: int, stats: StepStats) -> None:
+        """Step `step` is done; it took the phases since the last report."""
+        ...
+
+    def report_scores(self, step: int, scores: Scores) -> None:
+        """The student after `step` steps, on held-out data."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything the loop talks to."""
+
+    source: Source
+    stepper: Stepper
+    evaluator: Evaluator | None  # None: there is no held-out data
+    checkpoints: Checkpoints
+    exporter: Exporter
+    stop: Stop
+    telemetry: Telemetry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """When things happen, in steps."""
+
+    steps: int
+    evaluate_every: int | None  # None: only before the first step and after the last
+    checkpoint_every: int | None  # None: only when stopped and after the last step
+
+    def evaluates_at(self, done: int) -> bool:
+        """Whether the student is judged when `done` steps are done."""
+        return done in (0, self.steps) or (self.evaluate_every is not None and done % self.evaluate_every == 0)
+
+    def saves_at(self, done: int) -> bool:
+        """Whether a checkpoint is written when `done` steps are done."""
+        return done == self.steps or (self.checkpoint_every is not None and done % self.checkpoint_every == 0)
+
+
+def run(parts: Parts, schedule: Schedule) -> int:
+    """Train from where the newest checkpoint left off; the number of steps done.
+
+    Fewer than `schedule.steps` when somebody wanted to stop: then a checkpoint holds
+    all of them, and the next run does the rest.
+    """
+    first = parts.checkpoints.restore()
+    parts.source.start_at(first)
+    parts.telemetry.start(first)
+    for step in range(first, schedule.steps):
+        _evaluate_if_due(parts, schedule, done=step)
+        with parts.telemetry.phase("batch"):
+            batch = parts.source.next_batch()
+        with parts.telemetry.phase("update"):
+            stats = parts.stepper.update(batch)
+        done = step + 1
+        is_stopping = parts.stop.is_wanted()
+        if is_stopping or schedule.saves_at(done):
+            with parts.telemetry.phase("checkpoint"):
+                parts.checkpoints.save(next_step=done)
+        parts.telemetry.report(step, stats)
+        if is_stopping and done < schedule.steps:
+            return done
+    _evaluate_if_due(parts, schedule, done=schedule.steps)
+    with parts.telemetry.phase("export"):
+        parts.exporter.export()
+    return schedule.steps
+
+
+def _evaluate_if_due(parts: Parts, schedule: Schedule, *, done: int) -> None:
+    if parts.evaluator is not None and schedule.evaluates_at(done):
+        with parts.telemetry.phase("evaluate"):
+            scores = parts.evaluator.evaluate()
+        parts.telemetry.report_scores(done, scores)

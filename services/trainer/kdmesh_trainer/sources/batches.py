@@ -1,0 +1,69 @@
+"""What a source hands to the loop: one optimizer step's share of this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from kdmesh.types import TokenSequence
+
+
+class TeacherRows(Protocol):
+    """A teacher's hidden states at the positions that were asked for."""
+
+    @property
+    def rows_RD(self) -> Tensor:
+        """[R, D] on the CPU, in the order of the sequences and of each one's positions; read-only."""
+        ...
+
+    @property
+    def weight_version(self) -> int:
+        """The teacher weights that made them; only the head of the same version turns them into logits."""
+        ...
+
+
+class PendingRows(Protocol):
+    """Rows that were asked for, or will be when they are waited on."""
+
+    def wait(self) -> TeacherRows:
+        """Block until the rows are here. Called once.
+
+        The caller becomes their only owner: the teacher's memory is free again as soon as
+        the caller drops them, so neither this object nor its source may keep a reference.
+
+        Raises:
+            RpcError: they will not come; the step cannot be finished.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatch:
+    """What this rank puts through one forward and backward pass."""
+
+    sequences: tuple[TokenSequence, ...]  # empty: this rank only takes part in the collectives
+    teacher: PendingRows | None  # None: no teacher is asked, or there is no sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepBatch:
+    """One optimizer step's share of this rank; every rank has the same number of micro-batches."""
+
+    step: int
+    micro_batches: tuple[MicroBatch, ...]  # at least one
+    num_loss_tokens: int  # over all ranks
+    num_tokens: int  # over all ranks
+
+
+class Source(Protocol):
+    """Where the loop gets its batches from."""
+
+    def start_at(self, step: int) -> None:
+        """Make `step` the first one that next_batch gives. Called once, before it."""
+        ...
+
+    def next_batch(self) -> StepBatch:
+        """The next step's share of this rank; a pure function of data, seed and step."""
+        ...
