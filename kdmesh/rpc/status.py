@@ -19,6 +19,10 @@ STATUS: dict[type[errors.RpcError], grpc.StatusCode] = {
 ERROR: dict[grpc.StatusCode, type[errors.RpcError]] = {code: error for error, code in STATUS.items()}
 
 
+RETRY_AFTER = "kdmesh-retry-after-ms"
+"""Trailing metadata of an rpc that ends with UNAVAILABLE: how long to wait before asking again."""
+
+
 def number(error: errors.RpcError) -> int:
     """The numeric gRPC code of an error."""
     code: int = STATUS[type(error)].value[0]
@@ -40,10 +44,16 @@ def make(error: type[errors.RpcError], message: str, *, retry_after_s: float) ->
     return error(message)
 
 
-def from_grpc(error: grpc.RpcError) -> errors.RpcError:
-    """The error behind a failed call, whichever side raised it."""
-    code = error.code() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else grpc.StatusCode.INTERNAL
-    details = (error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else None) or str(error)
+def from_grpc(error: grpc.aio.AioRpcError) -> errors.RpcError:
+    """The error behind a call that failed on the client, whichever side raised it."""
+    code = error.code()
+    details = error.details() or str(code)
     if code is grpc.StatusCode.CANCELLED:
-        return errors.Unavailable(f"the call was cancelled: {details}")
-    return make(ERROR.get(code, errors.EngineFailure), details, retry_after_s=1.0)
+        return errors.Unavailable(f"the call was cancelled: {details}", retry_after_s=0.0)
+    return make(ERROR.get(code, errors.EngineFailure), details, retry_after_s=_retry_after_s(error.trailing_metadata()))
+
+
+def _retry_after_s(metadata: grpc.aio.Metadata) -> float:
+    """What the server asks for; nothing when the error is gRPC's own, as for a refused connection."""
+    text = metadata.get(RETRY_AFTER)
+    return int(text) / 1000 if isinstance(text, str) and text.isdecimal() else 0.0

@@ -1,0 +1,119 @@
+"""The one place where an exception in a handler becomes a gRPC status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from inspect import isasyncgen
+from typing import Any, Never, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from kdmesh.errors import InvalidRequest, RpcError, Unavailable
+from kdmesh.rpc import status
+
+log = logging.getLogger(__name__)
+
+# The messages of a handler are of whatever type its method has; grpc's own stubs need `Any` here.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class ErrorBoundary(grpc.aio.ServerInterceptor):
+    """Ends every failed call with exactly one status, and never shows a caller our internals.
+
+    Requests are decoded inside the boundary, so that garbage is the caller's fault and
+    not ours. A handler may answer a message that is encoded already, as bytes.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The handler of one call, guarded; None when there is no such method."""
+        handler = await continuation(details)
+        return None if handler is None else _Guard(handler, details.method).handler()
+
+
+class _Guard:
+    """One method's handler, and the boundary around it."""
+
+    def __init__(self, handler: Handler, method: str) -> None:
+        self._handler = handler
+        self._inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        self._method = method
+
+    def handler(self) -> Handler:
+        """A handler that grpc calls with undecoded bytes."""
+        is_streaming = self._handler.response_streaming
+        make: Any = _MAKE[self._handler.request_streaming, is_streaming]
+        behaviour = self._answers if is_streaming else self._answer
+        guarded: Handler = make(behaviour, request_deserializer=None, response_serializer=self._encode)
+        return guarded
+
+    async def _answer(self, data: Any, context: Context) -> Any:
+        try:
+            return await self._inner(self._request(data), context)
+        except Exception as error:  # noqa: BLE001 - the boundary itself
+            await _abort(error, self._method, context)
+
+    async def _answers(self, data: Any, context: Context) -> None:
+        try:
+            call = self._inner(self._request(data), context)
+            if not isasyncgen(call):
+                await call
+                return
+            async with aclosing(call):
+                async for reply in call:
+                    await context.write(reply)
+        except Exception as error:  # noqa: BLE001 - the boundary itself
+            await _abort(error, self._method, context)
+
+    def _request(self, data: Any) -> Any:
+        return self._each(data) if self._handler.request_streaming else self._decode(data)
+
+    async def _each(self, messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in messages:
+            yield self._decode(data)
+
+    def _decode(self, data: bytes) -> Any:
+        decode = self._handler.request_deserializer
+        try:
+            return data if decode is None else decode(data)
+        except DecodeError:
+            raise InvalidRequest(f"{len(data)} bytes that are not a request of {self._method}") from None
+
+    def _encode(self, reply: Any) -> bytes:
+        encode = self._handler.response_serializer
+        return reply if encode is None or isinstance(reply, bytes) else encode(reply)
+
+
+_MAKE = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+async def _abort(error: Exception, method: str, context: Context) -> Never:
+    error = _first(error)
+    if isinstance(error, grpc.aio.BaseError):
+        raise error  # the handler has ended the call itself
+    if not isinstance(error, RpcError):
+        log.error("rpc failed", extra={"rpc": method}, exc_info=error)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+    wait: tuple[tuple[str, str], ...] = ()
+    if isinstance(error, Unavailable):
+        wait = ((status.RETRY_AFTER, str(round(error.retry_after_s * 1000))),)
+    await context.abort(status.STATUS[type(error)], str(error), trailing_metadata=wait)
+
+
+def _first(error: Exception) -> Exception:
+    """What a task group of the handler failed with."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
