@@ -1,0 +1,1 @@
+"""Handles: rows that stay where they were written, lent to readers on this node or streamed to others."""

@@ -1,0 +1,387 @@
+"""Who may touch which slot, as a state machine without any I/O.
+
+  FREE ----acquire---> FILLING --publish--> READY --claim/read--> HELD --release--> FREE
+                          |cancel -> FREE     |unclaimed -> FREE    |
+                                                                    | session ended, holder still has it mapped
+                                    FREE <--renew (new epoch)-- ABANDONED --holder gone or let go--> FREE
+
+A *session* is one client. A *holder* is a client's connection to the broker: the sign that
+somebody has memory mapped. A slot goes back to FREE only when nobody can touch its memory
+any more: not an engine that fills it, not a holder that maps it, not a stream that reads it.
+
+The end of a session, by silence, by its own wish or by the death of its process, ends its handles.
+What a holder that may be alive still has mapped is never written again: the slot is ABANDONED until
+it gets other memory (`renew`) or the holder goes. Memory replaced in this way is an *orphan* until its
+holder goes; there are at most `max_abandoned` of them.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from kdmesh.errors import ConfigError, HandleGone, InvalidRequest
+from kdmesh.types import DType, Handle
+
+
+class SlotState(StrEnum):
+    """What a slot is doing."""
+
+    FREE = "free"
+    FILLING = "filling"  # an engine may write it
+    READY = "ready"  # published, waiting to be claimed
+    HELD = "held"  # somebody reads it, or has said that they will
+    ABANDONED = "abandoned"  # out of service: a holder without a session may still read it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlabLimits:
+    """How much is lent, and for how long.
+
+    Raises:
+        ConfigError: when a value is impossible.
+    """
+
+    slots: int
+    slot_bytes: int
+    slots_per_session: int
+    lease_s: float  # silence after which a session ends
+    claim_s: float  # how long a published answer waits to be claimed
+    max_abandoned: int  # most orphans
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "slot_bytes", "slots_per_session", "lease_s", "claim_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"slab: {name} is {getattr(self, name)}; it must be above 0")
+        if self.max_abandoned < 0:
+            raise ConfigError(f"slab: max_abandoned is {self.max_abandoned}; it must not be negative")
+
+
+@dataclass(slots=True, kw_only=True)
+class Counters:
+    """Events since the start; each only grows."""
+
+    acquired: int = 0
+    published: int = 0
+    cancelled: int = 0
+    claimed: int = 0  # through shared memory
+    streamed: int = 0  # reads through a stream
+    released: int = 0
+    unclaimed: int = 0  # answers that nobody claimed in time
+    abandoned: int = 0  # times a slot went out of service
+    renewed: int = 0  # times such a slot got new memory
+    sessions_opened: int = 0
+    sessions_expired: int = 0  # by silence
+    sessions_died: int = 0  # with their process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionState:
+    """One open session, as an operator sees it."""
+
+    job: str
+    slots: int  # how many it has: being filled, ready or held
+    silent_s: float  # since it was last heard of
+
+
+class Key(Protocol):
+    """The part of a handle that gives access; a Handle is one."""
+
+    @property
+    def segment(self) -> int:
+        """Number of the segment."""
+
+    @property
+    def epoch(self) -> int:
+        """Generation of its memory."""
+
+    @property
+    def token(self) -> bytes:
+        """The secret."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Session:
+    job: str
+    heard_at: float
+    slots: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Slot:
+    state: SlotState = SlotState.FREE
+    epoch: int = 1
+    session: bytes = b""  # whose it is; it may have ended
+    handle: Handle | None = None  # what was answered; None before that, and once it is released
+    ready_at: float = 0.0
+    holder: int | None = None  # who has it mapped
+    readers: int = 0  # streams that read it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Orphan:
+    holder: int | None
+    token: bytes
+
+
+class Ledger:
+    """The books of a slab. Not thread-safe: it belongs to one event loop.
+
+    Args:
+        limits: how much and for how long.
+        clock: seconds that only grow.
+        on_free: called from within, whenever a slot came free; it must only schedule work.
+    """
+
+    def __init__(self, limits: SlabLimits, clock: Callable[[], float], on_free: Callable[[], None]) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._on_free = on_free
+        self._sessions: dict[bytes, _Session] = {}
+        self._slots = [_Slot() for _ in range(limits.slots)]
+        self._free = list(reversed(range(limits.slots)))  # a stack: the slot used last is the warmest
+        self._orphans: dict[tuple[int, int], _Orphan] = {}  # by (segment, epoch)
+        self.counters = Counters()
+
+    # Sessions
+
+    def open_session(self, job: str) -> bytes:
+        """The token of a new session: 16 random bytes."""
+        token = secrets.token_bytes(16)
+        self._sessions[token] = _Session(job=job, heard_at=self._clock())
+        self.counters.sessions_opened += 1
+        return token
+
+    def is_open(self, session: bytes) -> bool:
+        """Whether the session lives."""
+        return session in self._sessions
+
+    def keep_alive(self, session: bytes) -> None:
+        """Start the session's lease anew. Raises HandleGone when it has ended."""
+        self._session(session).heard_at = self._clock()
+
+    def excuse(self, seconds: float) -> None:
+        """Do not count that much silence: it was this process that was held up."""
+        for session in self._sessions.values():
+            session.heard_at += seconds
+        for slot in self._slots:
+            slot.ready_at += seconds
+
+    def end_session(self, session: bytes) -> bool:
+        """End a session's handles; False when it had ended already."""
+        ended = self._sessions.pop(session, None)
+        if ended is None:
+            return False
+        for index in ended.slots:
+            slot = self._slots[index]
+            if slot.state is SlotState.FILLING:
+                continue  # the engine may be writing: publish or cancel frees it
+            if slot.holder is None:
+                self._end_handle(index)
+            else:
+                slot.state = SlotState.ABANDONED
+                self.counters.abandoned += 1
+        return True
+
+    def holder_gone(self, holder: int) -> None:
+        """A holder has nothing mapped any more: what only it could touch comes free."""
+        for index, slot in enumerate(self._slots):
+            if slot.holder == holder:
+                self._end_handle(index)
+        self._orphans = {key: orphan for key, orphan in self._orphans.items() if orphan.holder != holder}
+
+    def process_died(self, holder: int, session: bytes) -> bool:
+        """The holder's process is dead, and its session with it; False when that had ended before."""
+        self.holder_gone(holder)
+        ended = self.end_session(session)
+        self.counters.sessions_died += ended
+        return ended
+
+    def sweep(self) -> list[bytes]:
+        """End what is overdue; returns the sessions that ended."""
+        now = self._clock()
+        for index, slot in enumerate(self._slots):
+            if slot.state is SlotState.READY and now - slot.ready_at > self._limits.claim_s:
+                self._end_handle(index)
+                self.counters.unclaimed += 1
+        silent = [token for token, s in self._sessions.items() if now - s.heard_at > self._limits.lease_s]
+        for token in silent:
+            self.end_session(token)
+            self.counters.sessions_expired += 1
+        return silent
+
+    # Filling
+
+    def acquire(self, session: bytes) -> int | None:
+        """A free slot, now FILLING; None when there is none or the session has its share.
+
+        Raises:
+            HandleGone: the session has ended.
+        """
+        owner = self._session(session)
+        if not self._free or len(owner.slots) >= self._limits.slots_per_session:
+            return None
+        index = self._free.pop()
+        slot = self._slots[index]
+        slot.state, slot.session = SlotState.FILLING, session
+        owner.slots.add(index)
+        self.counters.acquired += 1
+        return index
+
+    def publish(self, index: int, *, rows: int, cols: int, dtype: DType) -> Handle:
+        """A new handle to what was written; nothing writes the slot until its handle has ended.
+
+        Raises:
+            HandleGone: the session ended meanwhile; the slot is free.
+        """
+        slot = self._slots[index]
+        assert slot.state is SlotState.FILLING
+        if slot.session not in self._sessions:
+            self._end_handle(index)
+            raise HandleGone("the session ended before its answer was ready")
+        slot.state, slot.ready_at = SlotState.READY, self._clock()
+        slot.handle = Handle(
+            segment=index,
+            epoch=slot.epoch,
+            token=secrets.token_bytes(16),
+            offset_bytes=0,
+            rows=rows,
+            cols=cols,
+            dtype=dtype,
+        )
+        self.counters.published += 1
+        return slot.handle
+
+    def cancel(self, index: int) -> None:
+        """Give a FILLING slot back; nobody writes it any more."""
+        assert self._slots[index].state is SlotState.FILLING
+        self._end_handle(index)
+        self.counters.cancelled += 1
+
+    # Reading
+
+    def claim(self, session: bytes, key: Key, holder: int) -> None:
+        """`holder` maps the slot from now on, until it releases the handle or goes.
+
+        Raises:
+            HandleGone: the handle is forged, stale, released, another session's, or claimed already.
+        """
+        slot = self._find(session, key)
+        if slot.holder is not None:
+            raise HandleGone("the handle was claimed before; it can be mapped once")
+        slot.state, slot.holder = SlotState.HELD, holder
+        self.counters.claimed += 1
+
+    def begin_read(self, session: bytes, handle: Handle) -> None:
+        """Keep the slot as it is until `end_read`, whatever becomes of the session.
+
+        Raises:
+            HandleGone: as `claim`, but a handle can be read any number of times.
+            InvalidRequest: shape or dtype are not those that were answered.
+        """
+        slot = self._find(session, handle)
+        if slot.handle != handle:
+            raise InvalidRequest(f"the handle says {handle}, which is not what was answered")
+        slot.state = SlotState.HELD
+        slot.readers += 1
+        self.counters.streamed += 1
+
+    def end_read(self, key: Key) -> None:
+        """The other end of one `begin_read`."""
+        slot = self._slots[key.segment]
+        if slot.epoch != key.epoch:
+            return  # the slot has other memory since; what was read is an orphan
+        slot.readers -= 1
+        if slot.handle is None:
+            self._end_handle(key.segment)
+
+    def release(self, session: bytes, key: Key) -> None:
+        """End a handle; nothing happens when it has ended, or was never this session's."""
+        index = key.segment
+        orphan = self._orphans.get((index, key.epoch))
+        if orphan is not None and hmac.compare_digest(orphan.token, key.token):
+            del self._orphans[index, key.epoch]
+        elif self._is_answer(session, key):
+            self._end_handle(index)
+            self.counters.released += 1
+
+    # New memory
+
+    def to_renew(self) -> int | None:
+        """An ABANDONED slot that may get new memory; None when there is none or too many orphans."""
+        if len(self._orphans) >= self._limits.max_abandoned:
+            return None
+        return next((i for i, slot in enumerate(self._slots) if slot.state is SlotState.ABANDONED), None)
+
+    def renew(self, index: int) -> bool:
+        """The slot has new memory, and its old an orphan; False when that is no longer wanted."""
+        slot = self._slots[index]
+        if slot.state is not SlotState.ABANDONED or len(self._orphans) >= self._limits.max_abandoned:
+            return False
+        assert slot.handle is not None
+        self._orphans[index, slot.epoch] = _Orphan(holder=slot.holder, token=slot.handle.token)
+        self._slots[index] = _Slot(epoch=slot.epoch + 1)
+        self._put_back(index)
+        self.counters.renewed += 1
+        return True
+
+    # Looking
+
+    @property
+    def num_orphans(self) -> int:
+        """Replaced memories that a holder may still read."""
+        return len(self._orphans)
+
+    def slots_by_state(self) -> dict[SlotState, int]:
+        """How many slots are in each state; together all of them."""
+        count = Counter(slot.state for slot in self._slots)
+        return {state: count[state] for state in SlotState}
+
+    def sessions(self) -> tuple[SessionState, ...]:
+        """Every open session, in order of opening."""
+        now = self._clock()
+        return tuple(
+            SessionState(job=s.job, slots=len(s.slots), silent_s=now - s.heard_at) for s in self._sessions.values()
+        )
+
+    def _session(self, session: bytes) -> _Session:
+        found = self._sessions.get(session)
+        if found is None:
+            raise HandleGone("the session is unknown or its lease has ended; open a new one")
+        return found
+
+    def _is_answer(self, session: bytes, key: Key) -> bool:
+        if not 0 <= key.segment < len(self._slots):
+            return False
+        slot = self._slots[key.segment]
+        return (
+            slot.handle is not None
+            and slot.epoch == key.epoch
+            and slot.session == session
+            and hmac.compare_digest(slot.handle.token, key.token)
+        )
+
+    def _find(self, session: bytes, key: Key) -> _Slot:
+        self._session(session)
+        if not self._is_answer(session, key):
+            raise HandleGone(f"the handle to segment {key.segment} was released, or its lease ended, or it is forged")
+        return self._slots[key.segment]
+
+    def _end_handle(self, index: int) -> None:
+        slot = self._slots[index]
+        if slot.readers:  # streams still read, on the session's account: the last one comes here again
+            slot.state, slot.handle, slot.holder = SlotState.HELD, None, None
+            return
+        if owner := self._sessions.get(slot.session):
+            owner.slots.discard(index)
+        self._slots[index] = _Slot(epoch=slot.epoch)
+        self._put_back(index)
+
+    def _put_back(self, index: int) -> None:
+        self._free.append(index)
+        self._on_free()

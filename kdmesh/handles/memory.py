@@ -1,0 +1,98 @@
+"""Shared memory that one process writes; whoever gets its descriptor can only read.
+
+A segment is an anonymous memfd: it has no name in any file system, so nothing can be
+left behind, and it ends with its last descriptor and mapping. FUTURE_WRITE forbids every
+*later* writable mapping, so the process that writes is the process that creates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+
+from kdmesh.errors import EngineFailure
+
+_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; Python has no name for it
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | _F_SEAL_FUTURE_WRITE
+# mmap.madvise keeps the interpreter lock; in steps, other threads get their turn.
+_PREFAULT_STEP_BYTES = 2 * 2**20
+
+
+class Segment:
+    """One sealed segment in the process that writes it.
+
+    `fd` is good for passing on; it and the mapping belong to the segment.
+    """
+
+    def __init__(self, fd: int, mapping: mmap.mmap) -> None:
+        self.fd = fd
+        self.size_bytes = len(mapping)
+        self.writable = memoryview(mapping)
+        self._mapping = mapping
+
+    def close(self) -> None:
+        """Give up descriptor and mapping; readers keep theirs, and a view that still lives keeps this one."""
+        os.close(self.fd)
+        with contextlib.suppress(BufferError):
+            self.writable.release()
+            self._mapping.close()
+
+
+def create_segment(size_bytes: int) -> Segment:
+    """A sealed segment of at least `size_bytes` (whole pages) of zeros.
+
+    Every page is touched now: the first touch is about ten times as slow as any later one. Blocks for that long.
+
+    Raises:
+        OSError: there is not enough memory, or not enough descriptors.
+    """
+    size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    fd = os.memfd_create("kdmesh", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size_bytes)
+        mapping = mmap.mmap(fd, size_bytes)
+        _prefault(mapping)
+        # Only now: a mapping made after this seal could not be written.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Segment(fd, mapping)
+
+
+def map_readonly(fd: int, size_bytes: int) -> mmap.mmap:
+    """A reader's mapping of a segment; `fd` stays the caller's and may be closed at once.
+
+    A forked child does not inherit the mapping: its parent answers for what is still read.
+
+    Raises:
+        EngineFailure: the descriptor is not a segment of that size with its seals on, so that
+            its writer could take the memory away under the reader.
+        OSError: it cannot be mapped.
+    """
+    actual_bytes = os.fstat(fd).st_size
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    if seals & _SEALS != _SEALS or actual_bytes != size_bytes:
+        raise EngineFailure(
+            f"the server lent {actual_bytes} bytes with seals {seals:#x}; announced were {size_bytes} bytes, "
+            f"and the seals must include {_SEALS:#x}"
+        )
+    mapping = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
+    mapping.madvise(mmap.MADV_DONTFORK)
+    return mapping
+
+
+def _prefault(mapping: mmap.mmap) -> None:
+    for start in range(0, len(mapping), _PREFAULT_STEP_BYTES):
+        length = min(_PREFAULT_STEP_BYTES, len(mapping) - start)
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE, start, length)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # EINVAL: the kernel is older than the advice
+                raise
+            for page in range(start, start + length, mmap.PAGESIZE):
+                mapping[page] = 0
