@@ -1,0 +1,358 @@
+"""Runs the services of one machine as child processes that never outlive their parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from kdmesh.errors import KdmeshError
+
+_TETHER = Path(__file__).with_name("tether.py")
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TAIL_LINES = 20
+_FAILING_TOGETHER_S = 5.0
+
+USER_ERROR = 2
+"""Exit code of every kdmesh process that was refused its input."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class ChildFailed(KdmeshError):
+    """A child process ended although it was still needed.
+
+    Attributes:
+        exit_code: what it exited with; -n when signal n killed it.
+    """
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One child process to start."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)  # laid over this process's environment
+    on_line: Callable[[str], None] | None = None  # gets each line of its output; None shares our stdout and stderr
+    grace_s: float = 120.0  # from SIGTERM to SIGKILL
+    orphan_signal: signal.Signals = signal.SIGTERM  # what it gets when this process dies without stopping it
+
+
+class Child:
+    """A started command: the leader of its own session, so that a terminal's Ctrl-C reaches only its parent."""
+
+    def __init__(self, command: Command, process: subprocess.Popen[str]) -> None:
+        self.command = command
+        self.exit_code: int | None = None
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self.pidfd = os.pidfd_open(process.pid)
+        self._process = process
+        self._reader: threading.Thread | None = None
+        if command.on_line is not None:
+            self._reader = threading.Thread(target=self._forward, args=(command.on_line,), daemon=True)
+            self._reader.start()
+
+    @property
+    def name(self) -> str:
+        """The command's name."""
+        return self.command.name
+
+    def send(self, signum: signal.Signals) -> None:
+        """Signal the process, if it still runs."""
+        if self.exit_code is None:
+            signal.pidfd_send_signal(self.pidfd, signum)
+
+    def kill(self) -> None:
+        """SIGKILL its whole session; the process is not reaped yet, so its id cannot have been reused."""
+        if self.exit_code is None:
+            with suppress(ProcessLookupError):  # from a signal handler, between the reaping and its record
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def reap(self) -> int:
+        """Wait for the process to end, end what it left in its session, and return its exit code."""
+        if self.exit_code is None:
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
+            self.kill()
+            self.exit_code = self._process.wait()
+            os.close(self.pidfd)
+            if self._reader is not None:
+                self._reader.join()
+        return self.exit_code
+
+    def _forward(self, on_line: Callable[[str], None]) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        with stream:
+            for line in stream:
+                self.tail.append(line.rstrip("\n"))
+                on_line(self.tail[-1])
+
+
+class Processes:
+    """Children of this process, in groups: started in order, stopped in reverse.
+
+    A context manager, for the main thread only (signals, and a child is tied to the thread that starts it).
+    Inside it SIGINT, SIGTERM and SIGHUP raise `Stopped`. On exit, for whatever reason, each group gets
+    SIGTERM and its grace, then SIGKILL; a second signal kills everything at once.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[list[Child]] = []
+        self._received: list[int] = []
+        self._is_shielded = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Processes:
+        self._previous = {signum: signal.signal(signum, self._on_signal) for signum in _STOPPING}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_shielded = True
+        for group in reversed(self._groups):
+            self.stop(group)
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        if self._received and not isinstance(error, Stopped):
+            raise Stopped(self._received[0])
+
+    def start(self, *commands: Command) -> list[Child]:
+        """Start one group, all of it or nothing."""
+        return self._start(commands, ())
+
+    def serve(self, command: Command, *, ready_within_s: float) -> dict[str, Any]:
+        """Start a service and wait for what it reports in its `--ready-file`, a JSON object.
+
+        Raises:
+            ChildFailed: it exited first, or was not ready in time; the message ends with its last lines.
+        """
+        read_end, write_end = os.pipe()
+        try:
+            argv = (*command.argv, "--ready-file", f"/dev/fd/{write_end}")
+            (child,) = self._start((replace(command, argv=argv),), (write_end,))
+            return self._await_report(child, read_end, ready_within_s)
+        finally:
+            os.close(read_end)
+            os.close(write_end)
+
+    def wait(self, children: Sequence[Child]) -> None:
+        """Block until every one of `children` has exited with 0.
+
+        Raises:
+            ChildFailed: one of them exited with another code, or a service ended meanwhile.
+            Stopped: a signal came.
+        """
+        waiting = [child for child in children if child.exit_code is None]
+        while waiting:
+            live = [child for group in self._groups for child in group if child.exit_code is None]
+            ended = _ended(live, timeout_s=None)
+            for child in ended:
+                self._reap(child)
+                if child not in waiting:
+                    raise _failure(child)
+            failed = [child for child in ended if child.exit_code != 0]
+            if failed:
+                self._settle(waiting)
+                refused = [child for child in waiting if child.exit_code == USER_ERROR]
+                raise _failure((refused or failed)[0])
+            waiting = [child for child in waiting if child.exit_code is None]
+
+    def stop(self, group: Sequence[Child]) -> None:
+        """SIGTERM to all of a group, SIGKILL to those that outlive their grace; they are gone on return."""
+        with self._shield():
+            for child in group:
+                child.send(signal.SIGTERM)
+            deadline = time.monotonic() + max((child.command.grace_s for child in group), default=0.0)
+            live = [child for child in group if child.exit_code is None]
+            while live:
+                ended = _ended(live, timeout_s=max(0.0, deadline - time.monotonic()))
+                if not ended:
+                    for child in live:
+                        child.kill()
+                for child in ended or live:
+                    child.reap()
+                live = [child for child in live if child.exit_code is None]
+
+    def _start(self, commands: Sequence[Command], pass_fds: tuple[int, ...]) -> list[Child]:
+        group: list[Child] = []
+        self._groups.append(group)
+        for command in commands:
+            with self._shield():
+                group.append(Child(command, _popen(command, pass_fds)))
+        return group
+
+    def _await_report(self, child: Child, read_end: int, within_s: float) -> dict[str, Any]:
+        deadline, text = time.monotonic() + within_s, b""
+        while True:
+            left_s = deadline - time.monotonic()
+            ready = _ready((read_end, child.pidfd), timeout_s=max(0.0, left_s))
+            if read_end in ready:
+                text += os.read(read_end, 65536)
+                if text.endswith((b"}", b"}\n")):
+                    report: dict[str, Any] = json.loads(text)
+                    return report
+            elif ready:
+                self._reap(child)
+                raise _failure(child)
+            elif left_s <= 0:
+                raise ChildFailed(f"{child.name} was not ready within {within_s:g} s{_last_lines(child)}", exit_code=0)
+
+    def _settle(self, job: Sequence[Child]) -> None:
+        """End a failed job. Its other members may be about to say why, or wait for ever for the one that is gone."""
+        deadline = time.monotonic() + _FAILING_TOGETHER_S
+        while live := [child for child in job if child.exit_code is None]:
+            ended = _ended(live, timeout_s=max(0.0, deadline - time.monotonic()))
+            if not ended:
+                for child in live:
+                    child.kill()
+            for child in ended or live:
+                self._reap(child)
+
+    def _reap(self, child: Child) -> None:
+        with self._shield():
+            child.reap()
+
+    @contextmanager
+    def _shield(self) -> Iterator[None]:
+        """Hold back `Stopped` while a child is neither fully started nor fully ended."""
+        if self._is_shielded:
+            yield
+            return
+        self._is_shielded = True
+        try:
+            yield
+        finally:
+            self._is_shielded = False
+        if self._received:
+            raise Stopped(self._received[0])
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._received.append(signum)
+        if len(self._received) > 1:
+            for child in (child for group in self._groups for child in group):
+                child.kill()
+        elif not self._is_shielded:
+            raise Stopped(signum)
+
+
+def rank_commands(
+    argv: Sequence[str], *, ranks: int, threads: int, on_line: Callable[[str], None] | None = None
+) -> list[Command]:
+    """The commands of one torch.distributed job on this machine, one per rank.
+
+    The environment is the one torchrun gives. torchrun itself is left out because it turns every exit code
+    into 1 under a page of its own traceback, also after a clean stop. Ranks whose parent dies are killed at once:
+    one that waited for the others, or for a teacher that is gone too, would stay for minutes.
+    """
+    port = _free_port()
+    return [
+        Command(
+            name=f"trainer rank {rank}",
+            argv=tuple(argv),
+            env={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                # All ranks are here; a host name that does not resolve must not matter.
+                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+                **thread_limits(threads),
+            },
+            on_line=on_line,
+            orphan_signal=signal.SIGKILL,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def thread_limits(threads: int) -> dict[str, str]:
+    """Environment that gives a process this many CPU threads, unless the user has decided already."""
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+def num_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def num_gpus() -> int:
+    """NVIDIA GPUs this process may use, found without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    listed = Path("/proc/driver/nvidia/gpus")
+    return len(list(listed.iterdir())) if listed.is_dir() else 0
+
+
+def _popen(command: Command, pass_fds: tuple[int, ...]) -> subprocess.Popen[str]:
+    tether = (sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), str(int(command.orphan_signal)))
+    is_piped = command.on_line is not None
+    return subprocess.Popen(
+        (*tether, *command.argv),
+        env={**os.environ, **command.env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if is_piped else None,
+        stderr=subprocess.STDOUT if is_piped else None,
+        start_new_session=True,
+        pass_fds=pass_fds,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+
+
+def _ended(children: Sequence[Child], *, timeout_s: float | None) -> list[Child]:
+    ready = _ready([child.pidfd for child in children], timeout_s=timeout_s)
+    return [child for child in children if child.pidfd in ready]
+
+
+def _ready(descriptors: Sequence[int], *, timeout_s: float | None) -> set[int]:
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)}
+
+
+def _failure(child: Child) -> ChildFailed:
+    code = child.exit_code
+    assert code is not None
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return ChildFailed(f"{child.name} {how}{_last_lines(child)}", exit_code=code)
+
+
+def _last_lines(child: Child) -> str:
+    return "".join(f"\n  {line}" for line in ("; its last lines:", *child.tail)) if child.tail else ""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
