@@ -1,15 +1,27 @@
-"""Causal language models from a directory, run up to their final norm."""
+"""Causal language models, from a directory to hidden states."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from kdmesh.models.packing import PackedTokens
+from kdmesh.errors import ConfigError
+from kdmesh.models.attention import PACKED_ATTENTION
+from kdmesh.models.directory import check_model_directory
+from kdmesh.models.forward import hidden_states_TD
+from kdmesh.models.verify import check_head, check_packing
+
+__all__ = ["hidden_states_TD", "load_causal_lm"]
+
+# What transformers raises for files that do not fit together; the message is its own.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 
 
 def load_causal_lm(
@@ -32,20 +44,62 @@ def load_causal_lm(
         ConfigError: the directory is not such a model, or the model cannot be run over
             packed sequences; the message names the path and the rule.
     """
-    raise NotImplementedError(path, dtype, device, weights)
+    check_model_directory(path, needs_weights=weights == "pretrained")
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            model = _read(path, config, dtype) if weights == "pretrained" else _initialise(config, dtype)
+        except _LOAD_ERRORS as error:
+            raise ConfigError(f"{path} cannot be loaded: {error}") from error
+    model = model.to(device).eval()
+    check_packing(model)
+    check_head(model)
+    return model
 
 
-def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
-    """[T, D] hidden states after the final norm, each sequence as if it were alone; the lm_head does not run.
-
-    Carries gradients when autograd records. When `model` is sharded by FSDP, call this from inside
-    its root module's forward. `packed` lies on the model's device.
-    """
-    output = model.get_decoder()(
-        input_ids=packed.token_ids_T[None],
-        position_ids=packed.position_ids_T[None],
-        use_cache=False,
-        packed_lengths=packed.lengths,
+def _read(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=PACKED_ATTENTION,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
-    hidden_TD: Tensor = output.last_hidden_state[0]
-    return hidden_TD
+    _refuse_partial(path, report)
+    return model
+
+
+def _refuse_partial(path: Path, report: dict[str, Any]) -> None:
+    """A tensor that was not read stays random, and one without a place is lost: neither is a smaller problem."""
+    for kind in ("missing", "unexpected"):
+        names = sorted(report[f"{kind}_keys"])
+        if names:
+            raise ConfigError(
+                f"{path} has {len(names)} {kind} tensors, and every tensor must have its place: {', '.join(names[:5])}"
+            )
+
+
+def _initialise(config: PretrainedConfig, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    # In float32 whatever the dtype, so that one seed gives one model.
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=PACKED_ATTENTION, trust_remote_code=False
+    )
+    return model.to((config.dtype or torch.float32) if dtype == "auto" else dtype)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and tables: what matters is raised."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

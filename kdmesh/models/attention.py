@@ -1,0 +1,130 @@
+"""Causal attention over sequences laid end to end in one row, each seeing only itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from kdmesh.errors import ConfigError
+
+PACKED_ATTENTION = "kdmesh_packed"
+
+# Queries whose scores are formed together where a window or a soft cap rules out is_causal,
+# so that memory grows with a sequence's length instead of its square.
+_BLOCK = 512
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    packed_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface, for one row of sequences of `packed_lengths` tokens.
+
+    Args:
+        module: the attention layer; its sliding_window counts when the call names none.
+        query: [1, heads, T, head dim].
+        key: [1, key heads, T, head dim]; key heads divides heads.
+        value: [1, key heads, T, value dim].
+        attention_mask: None; there is no padding, and no [T, T] mask is ever made.
+        dropout: 0.
+        scaling: factor on the scores; None is 1 / sqrt(head dim).
+        softcap: cap on the scores, as in Gemma 2.
+        packed_lengths: tokens of each sequence; their sum is T.
+        **kwargs: `sliding_window`; what else transformers passes has no effect here.
+
+    Returns:
+        [1, T, heads, value dim], contiguous.
+
+    Raises:
+        ConfigError: the model cannot be run this way.
+    """
+    if packed_lengths is None:
+        raise ConfigError(f"{_name(module)} was not told packed_lengths: sequences in one row would see each other")
+    if attention_mask is not None:
+        raise ConfigError(f"{_name(module)} passes an attention mask: packed attention takes none")
+    if dropout:
+        raise ConfigError(f"{_name(module)} has attention dropout {dropout}: packed attention has none; set it to 0")
+    # Some models (Qwen2-MoE in 5.23) put the window only on the layer: their own masks hold it, and we use none.
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Split along an axis whose parts are contiguous in [1, T, heads, dim], so that joining outputs and
+    # gradients copies whole rows. One split has one backward; slices would each fill a [T] of zeros.
+    lengths = list(packed_lengths)
+    queries, keys, values = (torch.split(states.transpose(1, 2), lengths, dim=1) for states in (query, key, value))
+    outputs = [
+        _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, window, softcap).transpose(1, 2)
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of one sequence, [1, heads, L, dim]."""
+    length = query.shape[2]
+    if softcap is None and (window is None or window >= length):
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    return torch.cat(
+        [
+            _attend_block(
+                query[:, :, start:stop],
+                key[:, :, first:stop],
+                value[:, :, first:stop],
+                _visible(start - first, stop - start, window, query.device),
+                scale,
+                softcap,
+            )
+            for start, stop, first in _blocks(length, window)
+        ],
+        dim=2,
+    )
+
+
+def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
+    """(first query, one past the last query, first key that any of them sees) of each block."""
+    for start in range(0, length, _BLOCK):
+        yield start, min(start + _BLOCK, length), 0 if window is None else max(0, start - window + 1)
+
+
+def _visible(offset: int, num_queries: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] bool: query i stands at key offset + i, and sees itself and the window - 1 keys before it."""
+    ones = torch.ones(num_queries, offset + num_queries, dtype=torch.bool, device=device).tril(offset)
+    return ones if window is None else ones.triu(offset - window + 1)
+
+
+def _attend_block(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention of some queries to all keys they see, [1, heads, queries, dim]."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
+    _, key_heads, num_keys, _ = key.shape
+    # Query heads that share a key head become more queries of it: nothing is repeated.
+    grouped = query.reshape(key_heads, -1, query.shape[-1])
+    # The order of roundings is transformers' own, so that bfloat16 results agree.
+    scores = torch.tanh(grouped @ key[0].transpose(1, 2) * scale / softcap) * softcap
+    scores = scores.view(1, query.shape[1], -1, num_keys).masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights.view(key_heads, -1, num_keys) @ value[0]).view(1, *query.shape[1:3], value.shape[-1])
+
+
+# No mask function is registered under this name: transformers then makes no mask at all.
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

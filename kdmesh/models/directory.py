@@ -1,0 +1,69 @@
+"""Refuses a directory that is not a causal language model before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from kdmesh.errors import ConfigError
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def check_model_directory(path: Path, *, needs_weights: bool) -> None:
+    """Returns when `path` looks like a causal LM that transformers can build without code from elsewhere.
+
+    Raises:
+        ConfigError: naming the path and the rule it breaks.
+    """
+    if not path.is_dir():
+        raise ConfigError(
+            f"{path} is not a directory; a model is a local Hugging Face directory, never a name on the Hub"
+        )
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} has no config.json, so it is not a Hugging Face model directory")
+    _check_architecture(path, _read_object(path / "config.json"))
+    if needs_weights:
+        _check_weight_files(path)
+
+
+def _check_architecture(path: Path, config: dict[str, Any]) -> None:
+    model_type = config.get("model_type")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if "auto_map" in config:
+            raise ConfigError(f"{path} needs code of its own (auto_map in config.json); kdmesh runs no remote code")
+        raise ConfigError(
+            f"{path} is of model type {model_type!r}, which transformers {transformers.__version__} "
+            "does not know as a causal LM"
+        )
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    known = {known} if isinstance(known, str) else set(known)
+    stated = config.get("architectures") or sorted(known)
+    if known.isdisjoint(stated):
+        raise ConfigError(f"{path} holds a {stated[0]}, not a causal LM ({', '.join(sorted(known))})")
+
+
+def _check_weight_files(path: Path) -> None:
+    if (path / _WEIGHTS).is_file():
+        return
+    if not (path / _INDEX).is_file():
+        raise ConfigError(f"{path} has no weights: neither {_WEIGHTS} nor {_INDEX}; other formats are not read")
+    files = set(_read_object(path / _INDEX).get("weight_map", {}).values())
+    missing = sorted(file for file in files if not (path / file).is_file())
+    if missing or not files:
+        raise ConfigError(f"{path} lacks {len(missing)} weight files that {_INDEX} names: {', '.join(missing[:5])}")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} must hold an object, not {type(tree).__name__}")
+    return tree

@@ -1,0 +1,24 @@
+"""A causal LM run up to its final norm over packed sequences."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdmesh.models.packing import PackedTokens
+
+
+def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
+    """[T, D] hidden states after the final norm, each sequence as if it were alone; the lm_head does not run.
+
+    Carries gradients when autograd records. When `model` is sharded by FSDP, call this from inside
+    its root module's forward. `model` comes from load_causal_lm; `packed` lies on its device.
+    """
+    output = model.get_decoder()(
+        input_ids=packed.token_ids_T[None],
+        position_ids=packed.position_ids_T[None],
+        use_cache=False,
+        packed_lengths=packed.lengths,
+    )
+    hidden_TD: Tensor = output.last_hidden_state[0]
+    return hidden_TD

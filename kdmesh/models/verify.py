@@ -1,0 +1,96 @@
+"""Refuses a model that kdmesh would run otherwise than transformers does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdmesh.errors import ConfigError
+from kdmesh.models.attention import PACKED_ATTENTION
+from kdmesh.models.forward import hidden_states_TD
+from kdmesh.models.head import output_head
+from kdmesh.models.packing import PackedTokens, pack
+from kdmesh.types import TokenSequence
+
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCE_16_BITS = 0.1
+"""Largest relative error, |a - b| / |b| over all values. Rounding makes 1e-6 and 1e-2, a neighbour's tokens 0.8."""
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Compares two short sequences in one packed row with each alone under transformers' own attention.
+
+    Refuses what ignores our attention, keeps a state between tokens, attends to the
+    future, or needs a feature that packed attention lacks. Costs three short forwards.
+
+    Raises:
+        ConfigError: naming the model type and the error found.
+    """
+    other = set(_layer_types(model)) - _LAYER_TYPES
+    if other:
+        raise _refusal(model, f"it has layers of type {sorted(other)}; known are {sorted(_LAYER_TYPES)}")
+    sequences = _probe_sequences(model)
+    with torch.no_grad():
+        try:
+            together_TD = hidden_states_TD(model, pack(sequences).to(model.device))
+        except (TypeError, ConfigError) as error:
+            raise _refusal(model, str(error)) from error
+        with _own_attention(model):
+            alone_TD = torch.cat([_own_hidden_TD(model, pack([s]).to(model.device)) for s in sequences])
+    _check_close(model, together_TD, alone_TD, "two sequences in one row and each alone give hidden states")
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Compares the model's own logits with those rebuilt from its hidden states and `output_head`.
+
+    Raises:
+        ConfigError: naming the model type and the error found.
+    """
+    packed = pack(_probe_sequences(model)[:1]).to(model.device)
+    with torch.no_grad(), _own_attention(model):
+        own_TV = model(input_ids=packed.token_ids_T[None], use_cache=False).logits[0]
+        rebuilt_TV = output_head(model).logits(_own_hidden_TD(model, packed))
+    _check_close(model, rebuilt_TV, own_TV, "its own logits and those rebuilt from its output head are")
+
+
+def _layer_types(model: PreTrainedModel) -> list[str]:
+    return getattr(model.config.get_text_config(), "layer_types", None) or []
+
+
+def _probe_sequences(model: PreTrainedModel) -> list[TokenSequence]:
+    """Fixed ids that differ from each other: torch's random state is left as it was."""
+    vocabulary_size = model.get_input_embeddings().weight.shape[0]
+    ids = (np.arange(1, 13, dtype=np.int64) * 7919 % vocabulary_size).astype(np.int32)
+    return [TokenSequence(token_ids=part, positions=np.zeros(1, np.int32)) for part in np.split(ids, [7])]
+
+
+def _own_hidden_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
+    hidden_TD: Tensor = model.get_decoder()(input_ids=packed.token_ids_T[None], use_cache=False).last_hidden_state[0]
+    return hidden_TD
+
+
+@contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def _check_close(model: PreTrainedModel, actual: Tensor, expected: Tensor, what: str) -> None:
+    error = (actual.float() - expected.float()).norm() / expected.float().norm()
+    tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE_16_BITS)
+    if not error <= tolerance:  # NaN is refused too
+        raise _refusal(model, f"{what} {error:.2g} apart, relative; at most {tolerance:g} is rounding")
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> ConfigError:
+    return ConfigError(f"model type {model.config.model_type} of {model.name_or_path} is not supported: {reason}")
