@@ -215,6 +215,9 @@ class CheckpointConfig(StrictModel):
     """Newest checkpoints kept."""
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
 class TrainerConfig(StrictModel):
     """One training job."""
 
@@ -248,7 +251,7 @@ class TrainerConfig(StrictModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saved state."""
 
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Beside the console and metrics.jsonl, which are always written."""
 
     seed: int = Field(0, ge=0)

@@ -1,0 +1,216 @@
+"""Tells people, files and trackers how a run goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from kdmesh_trainer import config
+from kdmesh_trainer.progress import LogProgress, Progress, Reading, TerminalProgress
+from kdmesh_trainer.stats import Scores, StepStats
+from kdmesh_trainer.trackers import Tracker, build_trackers
+
+log = logging.getLogger(__name__)
+
+_RECENT_STEPS = 10
+
+
+def open_telemetry(
+    cfg: config.TrainerConfig, *, rank: int, door: Callable[[], str | None]
+) -> AbstractContextManager[RunTelemetry | SilentTelemetry]:
+    """What the loop reports to: on rank 0 metrics.jsonl, the progress line and the trackers; elsewhere nothing.
+
+    Args:
+        door: the name of the door that rows have come through so far; None before the first or without a teacher.
+
+    Raises:
+        ConfigError: a tracker is not installed.
+    """
+    if rank != 0:
+        return contextlib.nullcontext(SilentTelemetry())
+    progress: Progress = TerminalProgress() if sys.stderr.isatty() else LogProgress(every_s=10.0)
+    return contextlib.closing(
+        RunTelemetry(
+            metrics=cfg.output / "metrics.jsonl",
+            steps=cfg.steps,
+            progress=progress,
+            trackers=build_trackers(cfg),
+            door=door,
+        )
+    )
+
+
+class SilentTelemetry:
+    """Says nothing."""
+
+    def start(self, first_step: int) -> None:
+        """Nothing."""
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Nothing around what happens inside."""
+        return contextlib.nullcontext()
+
+    def report(self, step: int, stats: StepStats) -> None:
+        """Nothing."""
+
+    def report_scores(self, step: int, scores: Scores) -> None:
+        """Nothing."""
+
+
+class RunTelemetry:
+    """The record of a run: one line per step and evaluation in metrics.jsonl, the same to trackers, a digest to people.
+
+    A line is {"kind": "step" | "evaluation", "step": ..., "time": Unix seconds, ...}. Steps count from 0; an
+    evaluation's step is the number of steps done before it. A figure that is not finite is written as null.
+    """
+
+    def __init__(
+        self,
+        *,
+        metrics: Path,
+        steps: int,
+        progress: Progress,
+        trackers: list[Tracker],
+        door: Callable[[], str | None],
+    ) -> None:
+        self._path = metrics
+        self._steps = steps
+        self._progress = progress
+        self._trackers = trackers
+        self._door = door
+        self._file: IO[str] | None = None
+        self._phase_s: dict[str, float] = {}
+        self._recent: deque[tuple[StepStats, float]] = deque(maxlen=_RECENT_STEPS)
+        self._totals = _Totals()
+
+    def start(self, first_step: int) -> None:
+        """Open the files; what an earlier attempt wrote from `first_step` on is dropped."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _keep_before(self._path, first_step)
+        self._file = self._path.open("a", buffering=1, encoding="utf-8")
+        for tracker in self._trackers:
+            tracker.start(first_step)
+        self._progress.start(first_step, self._steps)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times what happens inside."""
+        self._progress.phase(name)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phase_s[name] = self._phase_s.get(name, 0.0) + time.perf_counter() - begin
+
+    def report(self, step: int, stats: StepStats) -> None:
+        """Write the step's line and show it."""
+        phase_s, self._phase_s = self._phase_s, {}
+        step_s = phase_s.get("batch", 0.0) + phase_s.get("update", 0.0)
+        self._recent.append((stats, step_s))
+        self._totals.add(stats, step_s)
+        figures = {
+            **asdict(stats),
+            "step_s": step_s,
+            "tokens_per_second": stats.num_tokens / step_s if step_s else None,
+            "teacher_wait_fraction": stats.teacher_wait_s / step_s if step_s else None,
+        }
+        self._write("step", step, {**figures, "phase_s": phase_s, "door": self._door()})
+        self._track("train", step, figures)
+        self._progress.show(self._reading(step + 1, stats))
+
+    def report_scores(self, step: int, scores: Scores) -> None:
+        """Write the evaluation's line and say it."""
+        seconds = self._phase_s.pop("evaluate", 0.0)
+        figures = {**asdict(scores), "perplexity": scores.perplexity}
+        self._totals.scores = {name: value for name, value in figures.items() if value is not None}
+        self._write("evaluation", step, {**figures, "evaluate_s": seconds})
+        self._track("held_out", step, figures)
+        log.info("held-out data evaluated", extra={"step": step, **self._totals.scores})
+
+    def close(self) -> None:
+        """End the display, say the summary, and give up files and trackers."""
+        self._progress.close()
+        if self._file is not None:
+            self._file.close()
+            if self._totals.num_steps:
+                log.info("run ended", extra={**self._totals.summary(), "door": self._door()})
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _reading(self, done: int, stats: StepStats) -> Reading:
+        seconds = sum(step_s for _, step_s in self._recent)
+        return Reading(
+            done=done,
+            loss_nats_per_token=stats.loss_nats_per_token,
+            tokens_per_second=sum(recent.num_tokens for recent, _ in self._recent) / seconds if seconds else 0.0,
+            teacher_wait_fraction=sum(recent.teacher_wait_s for recent, _ in self._recent) / seconds if seconds else 0,
+        )
+
+    def _write(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        line = {"kind": kind, "step": step, "time": time.time(), **figures}
+        self._file.write(json.dumps({name: _or_null(value) for name, value in line.items()}) + "\n")
+
+    def _track(self, group: str, step: int, figures: Mapping[str, float | None]) -> None:
+        finite = {f"{group}/{name}": value for name, value in figures.items() if _or_null(value) is not None}
+        for tracker in self._trackers:
+            tracker.log(step, {name: value for name, value in finite.items() if value is not None})
+
+
+class _Totals:
+    """Sums over the steps of this process."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.seconds = 0.0
+        self.teacher_wait_s = 0.0
+        self.loss_nats_per_token = math.nan
+        self.scores: dict[str, float] = {}
+
+    def add(self, stats: StepStats, step_s: float) -> None:
+        self.num_steps += 1
+        self.num_tokens += stats.num_tokens
+        self.seconds += step_s
+        self.teacher_wait_s += stats.teacher_wait_s
+        self.loss_nats_per_token = stats.loss_nats_per_token
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "steps": self.num_steps,
+            "tokens": self.num_tokens,
+            "seconds_in_steps": round(self.seconds, 1),
+            "tokens_per_second": round(self.num_tokens / self.seconds, 1) if self.seconds else 0.0,
+            "teacher_wait_fraction": round(self.teacher_wait_s / self.seconds, 4) if self.seconds else 0.0,
+            "loss_nats_per_token": self.loss_nats_per_token,
+            **{f"held_out_{name}": value for name, value in self.scores.items()},
+        }
+
+
+def _or_null(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_before(path: Path, first_step: int) -> None:
+    """Drop the lines of steps from `first_step` on, and a last line that was never finished; all or nothing."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(text)["step"] < first_step:
+                kept.append(text + "\n")
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,146 @@
+"""Sends a run's figures to experiment trackers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, assert_never
+
+from kdmesh.errors import ConfigError
+from kdmesh_trainer import config
+
+_PROJECT = "kdmesh"
+
+
+class Tracker(Protocol):
+    """Somewhere that draws curves. Started once, then fed in order, then closed."""
+
+    def start(self, first_step: int) -> None:
+        """The run begins, or continues, at `first_step`; later figures of an earlier attempt are superseded."""
+        ...
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the figures of one step."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        ...
+
+
+def build_trackers(cfg: config.TrainerConfig) -> list[Tracker]:
+    """The trackers that `cfg` names.
+
+    Raises:
+        ConfigError: one of them is not installed; the message says how to install it.
+    """
+    return [_build(name, cfg) for name in cfg.trackers]
+
+
+def _build(name: config.TrackerName, cfg: config.TrainerConfig) -> Tracker:
+    match name:
+        case "tensorboard":
+            return TensorBoard(_load("torch.utils.tensorboard", "tensorboard", "tensorboard"), cfg.output)
+        case "wandb":
+            return WandB(_load("wandb", "wandb", "kdmesh[wandb]"), cfg)
+        case "mlflow":
+            return MLflow(_load("mlflow", "mlflow", "kdmesh[mlflow]"), cfg)
+        case _:
+            assert_never(name)
+
+
+def _load(module: str, tracker: str, requirement: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"tracker {tracker!r} cannot be loaded ({error}): install it with `pip install '{requirement}'`, "
+            "or leave it out of `trackers`"
+        ) from None
+
+
+class TensorBoard:
+    """Event files in `output`/tensorboard."""
+
+    def __init__(self, module: ModuleType, output: Path) -> None:
+        self._module = module
+        self._directory = output / "tensorboard"
+        self._writer: Any = None
+
+    def start(self, first_step: int) -> None:
+        """Hide what an earlier attempt wrote from `first_step` on."""
+        self._writer = self._module.SummaryWriter(str(self._directory), purge_step=first_step or None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record scalars."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandB:
+    """A Weights & Biases run, continued by the id kept in `output`."""
+
+    def __init__(self, module: ModuleType, cfg: config.TrainerConfig) -> None:
+        self._module = module
+        self._cfg = cfg
+        self._run: Any = None
+
+    def start(self, first_step: int) -> None:
+        """Open the run, or the one that `output` belongs to."""
+        id_file = self._cfg.output / "wandb_run_id"
+        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+        self._run = self._module.init(
+            project=_PROJECT,
+            name=self._cfg.output.name,
+            dir=str(self._cfg.output),
+            id=run_id,
+            resume="allow",
+            config={**self._cfg.model_dump(mode="json"), "first_step": first_step},
+        )
+        id_file.write_text(self._run.id, encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record scalars; W&B ignores steps it has seen, so a repeated stretch keeps its first figures."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Upload what is pending."""
+        if self._run is not None:
+            self._run.finish()
+
+
+class MLflow:
+    """An MLflow run, continued by the id kept in `output`."""
+
+    def __init__(self, module: ModuleType, cfg: config.TrainerConfig) -> None:
+        self._module = module
+        self._cfg = cfg
+        self._is_open = False
+
+    def start(self, first_step: int) -> None:
+        """Open the run, or the one that `output` belongs to."""
+        id_file = self._cfg.output / "mlflow_run_id"
+        if id_file.exists():
+            self._module.start_run(run_id=id_file.read_text(encoding="utf-8").strip())
+        else:
+            self._module.set_experiment(_PROJECT)
+            run = self._module.start_run(run_name=self._cfg.output.name)
+            id_file.write_text(run.info.run_id, encoding="utf-8")
+            self._module.log_dict(self._cfg.model_dump(mode="json"), "config.json")
+        self._is_open = True
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record scalars; MLflow keeps every value of a repeated step."""
+        self._module.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        if self._is_open:
+            self._module.end_run()

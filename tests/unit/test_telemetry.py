@@ -1,0 +1,272 @@
+"""Holds what a run's record contains: one line per step, also after a resume, and the same figures for trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kdmesh import config as kdmesh_config
+from kdmesh.errors import ConfigError
+from kdmesh_trainer import progress, telemetry, trackers
+from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.stats import Scores, StepStats
+
+
+def stats(loss: float = 2.0, wait_s: float = 0.0) -> StepStats:
+    return StepStats(
+        loss_nats_per_token=loss,
+        divergence_nats_per_token=loss,
+        cross_entropy_nats_per_token=None,
+        top1_agreement=0.5,
+        gradient_norm=1.0,
+        learning_rate=1e-3,
+        num_loss_tokens=10,
+        num_tokens=100,
+        teacher_wait_s=wait_s,
+    )
+
+
+def scores(cross_entropy: float = 1.0) -> Scores:
+    return Scores(
+        kl_nats_per_token=0.25,
+        cross_entropy_nats_per_token=cross_entropy,
+        top1_agreement=0.5,
+        num_loss_tokens=10,
+        num_sequences=2,
+    )
+
+
+class Recorder:
+    """A tracker and a progress display that remember."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def start(self, first_step: int, steps: int | None = None) -> None:
+        self.calls.append(("start", first_step))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.calls.append(("log", (step, dict(values))))
+
+    def phase(self, name: str) -> None:
+        self.calls.append(("phase", name))
+
+    def show(self, reading: progress.Reading) -> None:
+        self.calls.append(("show", reading))
+
+    def close(self) -> None:
+        self.calls.append(("close", None))
+
+
+def run(path: Path, *, door: str | None = "shm") -> tuple[telemetry.RunTelemetry, Recorder, Recorder]:
+    display, tracker = Recorder(), Recorder()
+    record = telemetry.RunTelemetry(
+        metrics=path / "metrics.jsonl", steps=10, progress=display, trackers=[tracker], door=lambda: door
+    )
+    return record, display, tracker
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_and_evaluation_is_one_line_that_is_there_at_once(tmp_path: Path) -> None:
+    record, _, _ = run(tmp_path)
+    record.start(0)
+    record.report_scores(0, scores())
+    with record.phase("batch"):
+        pass
+    with record.phase("update"):
+        pass
+    record.report(0, stats(loss=2.5))
+    evaluation, step = lines(tmp_path)
+    assert (evaluation["kind"], evaluation["step"]) == ("evaluation", 0)
+    assert (step["kind"], step["step"], step["loss_nats_per_token"], step["door"]) == ("step", 0, 2.5, "shm")
+    assert evaluation["perplexity"] == pytest.approx(math.e)
+    assert set(step["phase_s"]) == {"batch", "update"}
+    assert step["tokens_per_second"] == pytest.approx(100 / step["step_s"])
+    record.close()
+
+
+def test_a_phase_counts_for_the_step_that_is_reported_next(tmp_path: Path) -> None:
+    record, _, _ = run(tmp_path)
+    record.start(0)
+    with record.phase("update"):
+        pass
+    record.report(0, stats())
+    record.report(1, stats())
+    first, second = lines(tmp_path)
+    assert first["step_s"] > 0
+    assert second["phase_s"] == {}
+    assert second["tokens_per_second"] is None
+    record.close()
+
+
+def test_resuming_leaves_one_line_per_step(tmp_path: Path) -> None:
+    record, _, _ = run(tmp_path)
+    record.start(0)
+    record.report_scores(0, scores())
+    for step in range(4):
+        record.report(step, stats(loss=1.0))
+    record.report_scores(4, scores())
+    record.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')  # killed while writing
+
+    again, _, tracker = run(tmp_path)
+    again.start(2)
+    again.report(2, stats(loss=9.0))
+    again.close()
+    record_now = [(line["kind"], line["step"], line.get("loss_nats_per_token")) for line in lines(tmp_path)]
+    assert record_now == [("evaluation", 0, None), ("step", 0, 1.0), ("step", 1, 1.0), ("step", 2, 9.0)]
+    assert tracker.calls[0] == ("start", 2)
+
+
+def test_figures_that_are_not_finite_are_null_and_kept_from_trackers(tmp_path: Path) -> None:
+    record, _, tracker = run(tmp_path)
+    record.start(0)
+    record.report(0, stats(loss=float("nan")))
+    record.report_scores(1, scores(cross_entropy=1e6))
+    record.close()
+    step, evaluation = lines(tmp_path)
+    assert step["loss_nats_per_token"] is None
+    assert evaluation["perplexity"] is None
+    tracked = [name for kind, call in tracker.calls if kind == "log" for name in call[1]]
+    assert "train/loss_nats_per_token" not in tracked
+    assert "held_out/perplexity" not in tracked
+    assert "held_out/kl_nats_per_token" in tracked
+
+
+def test_the_display_gets_rates_over_recent_steps(tmp_path: Path) -> None:
+    record, display, _ = run(tmp_path)
+    record.start(0)
+    for step in range(3):
+        with record.phase("update"):
+            pass
+        record.report(step, stats(wait_s=0.5))
+    readings = [reading for kind, reading in display.calls if kind == "show"]
+    assert [reading.done for reading in readings] == [1, 2, 3]
+    seconds = sum(line["step_s"] for line in lines(tmp_path))
+    assert readings[-1].tokens_per_second == pytest.approx(300 / seconds)
+    assert readings[-1].teacher_wait_fraction == pytest.approx(1.5 / seconds)
+    record.close()
+
+
+def test_the_end_is_summarised_with_the_last_scores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record, display, tracker = run(tmp_path)
+    with caplog.at_level(logging.INFO):
+        record.start(0)
+        record.report(0, stats())
+        record.report_scores(1, scores())
+        record.close()
+    (summary,) = [entry.__dict__ for entry in caplog.records if entry.getMessage() == "run ended"]
+    assert (summary["steps"], summary["tokens"], summary["held_out_kl_nats_per_token"]) == (1, 100, 0.25)
+    assert summary["door"] == "shm"
+    assert display.calls[-1] == tracker.calls[-1] == ("close", None)
+
+
+def test_progress_is_logged_at_the_first_and_the_last_step(caplog: pytest.LogCaptureFixture) -> None:
+    display = progress.LogProgress(every_s=3600)
+    with caplog.at_level(logging.INFO):
+        display.start(0, 5)
+        for done in range(1, 6):
+            display.show(
+                progress.Reading(done=done, loss_nats_per_token=1.0, tokens_per_second=10.0, teacher_wait_fraction=0.1)
+            )
+    assert [(entry.__dict__["done"], entry.__dict__["steps"]) for entry in caplog.records] == [(1, 5), (5, 5)]
+    assert caplog.records[-1].__dict__["eta_s"] == 0
+
+
+def config(tmp_path: Path, *names: str) -> TrainerConfig:
+    path = tmp_path / "train.yaml"
+    tracked = f"trackers: [{', '.join(names)}]" if names else ""
+    path.write_text(
+        f"output: {tmp_path / 'my-run'}\nsteps: 10\nstudent: {{model: student}}\n"
+        f"objective: {{name: sft}}\ndata: {{train: {{format: chat, path: train.jsonl}}}}\n{tracked}\n"
+    )
+    return kdmesh_config.load(TrainerConfig, path)
+
+
+def test_only_the_first_rank_records(tmp_path: Path) -> None:
+    with telemetry.open_telemetry(config(tmp_path), rank=1, door=lambda: None) as record:
+        record.start(0)
+        with record.phase("update"):
+            record.report(0, stats())
+        record.report_scores(1, scores())
+    assert not (tmp_path / "my-run").exists()
+
+
+def test_tensorboard_is_written_by_default(tmp_path: Path) -> None:
+    with telemetry.open_telemetry(config(tmp_path), rank=0, door=lambda: None) as record:
+        record.start(0)
+        record.report(0, stats())
+    assert list((tmp_path / "my-run" / "tensorboard").iterdir())
+    assert len(lines(tmp_path / "my-run")) == 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_refused_with_the_extra(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf"pip install 'kdmesh\[{name}\]'"):
+        trackers.build_trackers(config(tmp_path, name))
+
+
+class FakeService(ModuleType):
+    """Stands for the wandb or mlflow module: remembers calls, gives every new run the id r1."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, kwargs or args))
+            return SimpleNamespace(id="r1", info=SimpleNamespace(run_id="r1"), log=self.log, finish=self.finish)
+
+        return call
+
+
+def test_wandb_continues_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    cfg = config(tmp_path, "wandb")
+    cfg.output.mkdir()
+    for first_step in (0, 2):
+        (tracker,) = trackers.build_trackers(cfg)
+        tracker.start(first_step)
+        tracker.log(first_step, {"train/loss": 1.0})
+        tracker.close()
+    opened = [call for name, call in service.calls if name == "init"]
+    assert [(call["id"], call["name"], call["resume"]) for call in opened] == [
+        (None, "my-run", "allow"),
+        ("r1", "my-run", "allow"),
+    ]
+    assert opened[0]["config"]["steps"] == 10
+    assert [name for name, _ in service.calls] == ["init", "log", "finish"] * 2
+
+
+def test_mlflow_continues_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService("mlflow")
+    monkeypatch.setitem(sys.modules, "mlflow", service)
+    cfg = config(tmp_path, "mlflow")
+    cfg.output.mkdir()
+    for first_step in (0, 2):
+        (tracker,) = trackers.build_trackers(cfg)
+        tracker.start(first_step)
+        tracker.log(first_step, {"train/loss": 1.0})
+        tracker.close()
+    assert [call for name, call in service.calls if name == "start_run"] == [{"run_name": "my-run"}, {"run_id": "r1"}]
+    assert [name for name, _ in service.calls][-3:] == ["start_run", "log_metrics", "end_run"]
