@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from kdmesh.errors import ConfigError, HandleGone, InvalidRequest
+from kdmesh.errors import ConfigError, HandleGone
 from kdmesh.types import DType, Handle
 
 
@@ -87,6 +87,15 @@ class SessionState:
     job: str
     slots: int  # how many it has: being filled, ready or held
     silent_s: float  # since it was last heard of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionEnd:
+    """A session that has just ended."""
+
+    token: bytes
+    job: str
+    abandoned: int  # slots that went out of service with it
 
 
 class Key(Protocol):
@@ -172,11 +181,12 @@ class Ledger:
         for slot in self._slots:
             slot.ready_at += seconds
 
-    def end_session(self, session: bytes) -> bool:
-        """End a session's handles; False when it had ended already."""
+    def end_session(self, session: bytes) -> SessionEnd | None:
+        """End a session's handles; None when it had ended already."""
         ended = self._sessions.pop(session, None)
         if ended is None:
-            return False
+            return None
+        abandoned = 0
         for index in ended.slots:
             slot = self._slots[index]
             if slot.state is SlotState.FILLING:
@@ -185,8 +195,9 @@ class Ledger:
                 self._end_handle(index)
             else:
                 slot.state = SlotState.ABANDONED
-                self.counters.abandoned += 1
-        return True
+                abandoned += 1
+        self.counters.abandoned += abandoned
+        return SessionEnd(token=session, job=ended.job, abandoned=abandoned)
 
     def holder_gone(self, holder: int) -> None:
         """A holder has nothing mapped any more: what only it could touch comes free."""
@@ -195,25 +206,23 @@ class Ledger:
                 self._end_handle(index)
         self._orphans = {key: orphan for key, orphan in self._orphans.items() if orphan.holder != holder}
 
-    def process_died(self, holder: int, session: bytes) -> bool:
-        """The holder's process is dead, and its session with it; False when that had ended before."""
+    def process_died(self, holder: int, session: bytes) -> SessionEnd | None:
+        """The holder's process is dead, and its session with it; None when that had ended before."""
         self.holder_gone(holder)
-        ended = self.end_session(session)
-        self.counters.sessions_died += ended
-        return ended
+        end = self.end_session(session)
+        self.counters.sessions_died += end is not None
+        return end
 
-    def sweep(self) -> list[bytes]:
-        """End what is overdue; returns the sessions that ended."""
+    def sweep(self) -> list[SessionEnd]:
+        """End what is overdue; returns the sessions among it."""
         now = self._clock()
         for index, slot in enumerate(self._slots):
             if slot.state is SlotState.READY and now - slot.ready_at > self._limits.claim_s:
                 self._end_handle(index)
                 self.counters.unclaimed += 1
         silent = [token for token, s in self._sessions.items() if now - s.heard_at > self._limits.lease_s]
-        for token in silent:
-            self.end_session(token)
-            self.counters.sessions_expired += 1
-        return silent
+        self.counters.sessions_expired += len(silent)
+        return [end for token in silent if (end := self.end_session(token))]
 
     # Filling
 
@@ -265,40 +274,46 @@ class Ledger:
 
     # Reading
 
+    def find(self, session: bytes, key: Key) -> Handle:
+        """The handle as it was answered.
+
+        Raises:
+            HandleGone: the session has ended, or the handle is forged, stale, released or another session's.
+        """
+        self._session(session)
+        handle = self._slots[key.segment].handle if self._is_answer(session, key) else None
+        if handle is None:
+            raise HandleGone(f"the handle to segment {key.segment} was released, or its lease ended, or it is forged")
+        return handle
+
     def claim(self, session: bytes, key: Key, holder: int) -> None:
         """`holder` maps the slot from now on, until it releases the handle or goes.
 
         Raises:
-            HandleGone: the handle is forged, stale, released, another session's, or claimed already.
+            HandleGone: as `find`, or the handle was claimed before.
         """
-        slot = self._find(session, key)
+        slot = self._slots[self.find(session, key).segment]
         if slot.holder is not None:
             raise HandleGone("the handle was claimed before; it can be mapped once")
         slot.state, slot.holder = SlotState.HELD, holder
         self.counters.claimed += 1
 
-    def begin_read(self, session: bytes, handle: Handle) -> None:
-        """Keep the slot as it is until `end_read`, whatever becomes of the session.
-
-        Raises:
-            HandleGone: as `claim`, but a handle can be read any number of times.
-            InvalidRequest: shape or dtype are not those that were answered.
-        """
-        slot = self._find(session, handle)
-        if slot.handle != handle:
-            raise InvalidRequest(f"the handle says {handle}, which is not what was answered")
+    def begin_read(self, handle: Handle) -> None:
+        """Keep the slot of a handle that was just found as it is until `end_read`, whatever becomes of the session."""
+        slot = self._slots[handle.segment]
+        assert slot.handle == handle
         slot.state = SlotState.HELD
         slot.readers += 1
         self.counters.streamed += 1
 
-    def end_read(self, key: Key) -> None:
+    def end_read(self, handle: Handle) -> None:
         """The other end of one `begin_read`."""
-        slot = self._slots[key.segment]
-        if slot.epoch != key.epoch:
+        slot = self._slots[handle.segment]
+        if slot.epoch != handle.epoch:
             return  # the slot has other memory since; what was read is an orphan
         slot.readers -= 1
         if slot.handle is None:
-            self._end_handle(key.segment)
+            self._end_handle(handle.segment)
 
     def release(self, session: bytes, key: Key) -> None:
         """End a handle; nothing happens when it has ended, or was never this session's."""
@@ -365,12 +380,6 @@ class Ledger:
             and slot.session == session
             and hmac.compare_digest(slot.handle.token, key.token)
         )
-
-    def _find(self, session: bytes, key: Key) -> _Slot:
-        self._session(session)
-        if not self._is_answer(session, key):
-            raise HandleGone(f"the handle to segment {key.segment} was released, or its lease ended, or it is forged")
-        return self._slots[key.segment]
 
     def _end_handle(self, index: int) -> None:
         slot = self._slots[index]

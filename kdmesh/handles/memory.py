@@ -7,11 +7,13 @@ left behind, and it ends with its last descriptor and mapping. FUTURE_WRITE forb
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
 from kdmesh.errors import EngineFailure
 
@@ -42,6 +44,19 @@ class Segment:
             self._mapping.close()
 
 
+def whole_pages(size_bytes: int) -> int:
+    """`size_bytes` rounded up to pages."""
+    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def require_available(size_bytes: int) -> None:
+    """Raises OSError when the machine has less memory than that to give."""
+    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    available_bytes = int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024
+    if size_bytes > available_bytes:
+        raise OSError(errno.ENOMEM, f"{size_bytes} bytes of shared memory are wanted, {available_bytes} are available")
+
+
 def create_segment(size_bytes: int) -> Segment:
     """A sealed segment of at least `size_bytes` (whole pages) of zeros.
 
@@ -50,7 +65,8 @@ def create_segment(size_bytes: int) -> Segment:
     Raises:
         OSError: there is not enough memory, or not enough descriptors.
     """
-    size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    size_bytes = whole_pages(size_bytes)
+    require_available(size_bytes)
     fd = os.memfd_create("kdmesh", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size_bytes)
@@ -62,6 +78,17 @@ def create_segment(size_bytes: int) -> Segment:
         os.close(fd)
         raise
     return Segment(fd, mapping)
+
+
+async def create_segment_in_thread(size_bytes: int) -> Segment:
+    """`create_segment` without blocking the event loop. When cancelled, closes what the thread makes."""
+    making = asyncio.ensure_future(asyncio.to_thread(create_segment, size_bytes))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):  # the thread cannot be stopped, only waited for
+            (await making).close()
+        raise
 
 
 def map_readonly(fd: int, size_bytes: int) -> mmap.mmap:

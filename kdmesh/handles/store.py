@@ -27,19 +27,19 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kdmesh.handles.ledger import Counters, Key, Ledger, SessionState, SlabLimits, SlotState
-from kdmesh.handles.memory import Segment
+from kdmesh.errors import ConfigError, HandleGone, InvalidRequest
+from kdmesh.handles.broker import Broker
+from kdmesh.handles.ledger import Counters, Key, Ledger, SessionEnd, SessionState, SlabLimits, SlotState
+from kdmesh.handles.memory import Segment, create_segment_in_thread, require_available, whole_pages
+from kdmesh.handles.shared import Matrix, SharedSegments
 from kdmesh.types import DType, Handle
 
 log = logging.getLogger(__name__)
-
-_ALIGNMENT_BYTES = 4096  # of a matrix in a shared segment: good for vector loads, and for registering with a device
-_COPY_STEP_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +58,6 @@ class SlotLease:
     slot: int
     buffer: memoryview  # writable bytes, the whole slot
     is_open: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
-    """A row-major matrix to be shared."""
-
-    data: memoryview  # contiguous, rows * cols * dtype.size_bytes bytes
-    rows: int
-    cols: int
-    dtype: DType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +95,7 @@ class SlabStore:
     ) -> None:
         """Users other than those in `allowed_uids` (None: this process's own) are turned away."""
         self.limits = limits
-        self.slot_bytes = 0
+        self.slot_bytes = whole_pages(limits.slot_bytes)
         self.nonce = secrets.token_bytes(16)
         self.socket_path = socket_path
         self.on_free: Callable[[], None] = lambda: None
@@ -114,9 +104,9 @@ class SlabStore:
         self._clock = clock
         self._ledger = Ledger(limits, clock, self._freed)
         self._slots: list[Segment] = []
-        self._shared: list[tuple[Segment, bytes, tuple[Handle, ...]]] = []
-        self._told_free = False
-        self._has_abandoned = asyncio.Event()
+        self._shared = SharedSegments(first_number=limits.slots)
+        self._is_free_told = True
+        self._may_renew = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -125,31 +115,48 @@ class SlabStore:
         Raises:
             ConfigError: the memory is not there, the socket cannot be made, or a live server has it.
         """
-        raise NotImplementedError
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._close_memory)
+            try:
+                require_available(self.limits.slots * self.slot_bytes)
+                for _ in range(self.limits.slots):
+                    self._slots.append(await create_segment_in_thread(self.slot_bytes))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot make {self.limits.slots} slots of {self.slot_bytes} bytes: {error.strerror}"
+                ) from None
+            self._broker = Broker(self, nonce=self.nonce, path=self.socket_path, allowed_uids=self._allowed_uids)
+            stack.callback(self._broker.close)
+            tasks = await stack.enter_async_context(asyncio.TaskGroup())
+            stack.callback(tasks.create_task(self._sweep_forever()).cancel)
+            stack.callback(tasks.create_task(self._renew_forever()).cancel)
+            self._stack = stack.pop_all()
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End everything; clients keep the bytes they have mapped."""
-        raise NotImplementedError
+        await self._stack.aclose()
 
     # Sessions
 
     def open_session(self, job: str) -> Session:
         """A new session; it ends after limits.lease_s without `keep_alive`."""
-        raise NotImplementedError
+        return Session(token=self._ledger.open_session(job), job=job)
 
     def is_open(self, session: bytes) -> bool:
         """Whether the session lives."""
-        raise NotImplementedError
+        return self._ledger.is_open(session)
 
     def keep_alive(self, session: bytes) -> None:
         """Start the session's lease anew. Raises HandleGone."""
-        raise NotImplementedError
+        self._ledger.keep_alive(session)
 
     def close_session(self, session: bytes) -> None:
         """End a session and its handles; nothing happens when it has ended."""
-        raise NotImplementedError
+        if end := self._ledger.end_session(session):
+            self._ended(end, "closed")
 
     # Filling
 
@@ -159,7 +166,10 @@ class SlabStore:
         Raises:
             HandleGone.
         """
-        raise NotImplementedError
+        slot = self._ledger.acquire(session)
+        if slot is None:
+            return None
+        return SlotLease(session=session, slot=slot, buffer=self._slots[slot].writable[:])
 
     def publish(self, lease: SlotLease, *, rows: int, cols: int, dtype: DType) -> Handle:
         """The handle to the matrix that lies at the start of lease.buffer. Nobody may write there any more.
@@ -167,11 +177,16 @@ class SlabStore:
         Raises:
             HandleGone: the session ended meanwhile; the slot has been taken back.
         """
-        raise NotImplementedError
+        assert lease.is_open
+        assert 0 < rows * cols * dtype.size_bytes <= self.slot_bytes
+        lease.is_open = False
+        return self._ledger.publish(lease.slot, rows=rows, cols=cols, dtype=dtype)
 
     def cancel(self, lease: SlotLease) -> None:
         """Take a slot back unpublished, once nobody writes it any more; nothing happens to a lease that has ended."""
-        raise NotImplementedError
+        if lease.is_open:
+            lease.is_open = False
+            self._ledger.cancel(lease.slot)
 
     # Reading
 
@@ -185,12 +200,25 @@ class SlabStore:
             HandleGone: also when the handle is forged, stale, released or another session's.
             InvalidRequest: its shape or dtype are not those that were answered.
         """
-        raise NotImplementedError
-        yield
+        is_slot = handle.segment < len(self._slots)
+        if is_slot:
+            segment, answered = self._slots[handle.segment], self._ledger.find(session, handle)
+        else:
+            segment, answered = self._find_shared(session, handle)
+        if handle != answered:
+            raise InvalidRequest(f"the handle says {_shape(handle)}; answered was {_shape(answered)}")
+        if is_slot:
+            self._ledger.begin_read(handle)
+        try:
+            with segment.writable[handle.offset_bytes :][: handle.size_bytes].toreadonly() as view:
+                yield view
+        finally:
+            if is_slot:
+                self._ledger.end_read(handle)
 
     def release(self, session: bytes, key: Key) -> None:
         """End a handle; nothing happens when it has ended, was never this session's, or is shared."""
-        raise NotImplementedError
+        self._ledger.release(session, key)
 
     async def add_shared_segment(self, matrices: Sequence[Matrix]) -> tuple[Handle, ...]:
         """Copy matrices to a segment of their own that any session may read until the store closes.
@@ -198,8 +226,95 @@ class SlabStore:
         Raises:
             ConfigError: there is not enough memory.
         """
-        raise NotImplementedError
+        try:
+            return await self._shared.add(matrices)
+        except OSError as error:
+            raise ConfigError(f"cannot share {len(matrices)} matrices: {error.strerror}") from None
 
     def snapshot(self) -> Snapshot:
         """The slab as it is now."""
-        raise NotImplementedError
+        return Snapshot(
+            slots=self._ledger.slots_by_state(),
+            slot_bytes=self.slot_bytes,
+            sessions=self._ledger.sessions(),
+            orphans=self._ledger.num_orphans,
+            shared_bytes=self._shared.size_bytes,
+            connections=self._broker.num_connections,
+            counters=replace(self._ledger.counters),
+        )
+
+    # For the broker
+
+    def claim(self, session: bytes, key: Key, holder: int) -> Segment:
+        """The segment that `holder` is to map. Raises HandleGone as the ledger does."""
+        if key.segment >= len(self._slots):
+            return self._find_shared(session, key)[0]
+        self._ledger.claim(session, key, holder)
+        return self._slots[key.segment]
+
+    def holder_gone(self, holder: int) -> None:
+        """Nothing that this connection claimed is read any more."""
+        self._ledger.holder_gone(holder)
+        self._may_renew.set()
+
+    def process_died(self, holder: int, session: bytes) -> None:
+        """The same, and its session has no client."""
+        if end := self._ledger.process_died(holder, session):
+            self._ended(end, "process died")
+        self._may_renew.set()
+
+    # Inside
+
+    def _find_shared(self, session: bytes, key: Key) -> tuple[Segment, Handle]:
+        if not self._ledger.is_open(session):
+            raise HandleGone("the session is unknown or its lease has ended; open a new one")
+        return self._shared.find(key)
+
+    def _ended(self, end: SessionEnd, reason: str) -> None:
+        log.info("session ended", extra={"job": end.job, "reason": reason, "abandoned_slots": end.abandoned})
+        asyncio.get_running_loop().call_soon(self.on_session_end, end.token)
+        self._may_renew.set()
+
+    def _freed(self) -> None:
+        if self._is_free_told:  # once for all slots that come free in one go
+            self._is_free_told = False
+            asyncio.get_running_loop().call_soon(self._tell_free)
+
+    def _tell_free(self) -> None:
+        self._is_free_told = True
+        self.on_free()
+
+    async def _sweep_forever(self) -> None:
+        interval_s = min(self.limits.lease_s, self.limits.claim_s) / 10
+        while True:
+            begin = self._clock()
+            await asyncio.sleep(interval_s)
+            late_s = self._clock() - begin - interval_s
+            if late_s > interval_s:  # this loop stood still, and may not have heard those who spoke
+                self._ledger.excuse(late_s)
+            for end in self._ledger.sweep():
+                self._ended(end, "silent")
+            self._may_renew.set()
+
+    async def _renew_forever(self) -> None:
+        while True:
+            await self._may_renew.wait()
+            self._may_renew.clear()
+            while (slot := self._ledger.to_renew()) is not None:
+                try:
+                    segment = await create_segment_in_thread(self.slot_bytes)
+                except OSError as error:
+                    log.warning("slot stays abandoned", extra={"slot": slot, "error": str(error)})
+                    break  # until the next sweep
+                if self._ledger.renew(slot):
+                    segment, self._slots[slot] = self._slots[slot], segment
+                segment.close()
+
+    def _close_memory(self) -> None:
+        self._shared.close()
+        for segment in self._slots:
+            segment.close()
+
+
+def _shape(handle: Handle) -> str:
+    return f"{handle.rows} x {handle.cols} {handle.dtype} at {handle.offset_bytes}"

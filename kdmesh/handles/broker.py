@@ -1,0 +1,261 @@
+"""Lends memory to processes of this node, over a Unix socket.
+
+messages.py is the protocol. The broker decides nothing: it passes what clients ask to a
+`Lender`, and tells it when a client's connection or process ends:
+
+  process dead   its pidfd says so: SO_PEERPIDFD (Linux 6.5, right across namespaces), else pidfd_open of the
+                 SO_PEERCRED pid. It fires although a forked child still has the socket open.
+  hung up        the socket closed. Where there is no pidfd this is also all that is known of a death.
+  silent         not seen here; the lease of the session ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import itertools
+import logging
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Protocol
+
+from kdmesh.errors import ConfigError, HandleGone
+from kdmesh.handles import messages
+from kdmesh.handles.ledger import Key
+from kdmesh.handles.memory import Segment
+from kdmesh.handles.messages import Op, Reply, Request, Status
+
+log = logging.getLogger(__name__)
+
+_SO_PEERPIDFD = 77
+_BACKLOG = 128
+_ACCEPT_AGAIN_S = 1.0
+# A dying process closes its sockets a moment before its pidfd tells; a living one that hangs up is watched no longer.
+_DEATH_FOLLOWS_S = 5.0
+
+
+class Lender(Protocol):
+    """What the broker needs of the store. `holder` is the number of a connection, never used twice."""
+
+    def is_open(self, session: bytes) -> bool:
+        """Whether the session lives."""
+
+    def claim(self, session: bytes, key: Key, holder: int) -> Segment:
+        """The segment to map. Raises HandleGone."""
+
+    def release(self, session: bytes, key: Key) -> None:
+        """The handle is not read any more."""
+
+    def holder_gone(self, holder: int) -> None:
+        """Nothing that this connection claimed is read any more."""
+
+    def process_died(self, holder: int, session: bytes) -> None:
+        """The same, and its session has no client."""
+
+
+class Broker:
+    """Listens at `path` until closed. Only users in `allowed_uids` are heard."""
+
+    def __init__(self, lender: Lender, *, nonce: bytes, path: Path, allowed_uids: frozenset[int]) -> None:
+        """Raises ConfigError when the socket cannot be made, or a live server has it."""
+        self.lender = lender
+        self.nonce = nonce
+        self._path = path
+        self._allowed_uids = allowed_uids
+        self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count(1)
+        self._connections: set[_Connection] = set()
+        self._listener = _listen(path, is_private=allowed_uids == {os.getuid()})
+        self._inode = path.stat().st_ino
+        self._loop.add_reader(self._listener, self._accept)
+
+    @property
+    def num_connections(self) -> int:
+        """Clients that are connected, or left in the last seconds."""
+        return len(self._connections)
+
+    def close(self) -> None:
+        """Hang up on everybody; the lender hears nothing of it."""
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        for connection in tuple(self._connections):
+            connection.close()
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._inode:  # not if somebody put theirs in its place
+                self._path.unlink()
+
+    def forget(self, connection: _Connection) -> None:
+        """A connection is over."""
+        self._connections.discard(connection)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # out of descriptors: the caller stays in the backlog until there are some
+            log.warning("broker cannot accept", extra={"error": str(error)})
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(_ACCEPT_AGAIN_S, self._listen_again)
+            return
+        sock.setblocking(False)
+        pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid not in self._allowed_uids:
+            log.warning("broker turned a user away", extra={"uid": uid, "pid": pid})
+            sock.close()
+            return
+        self._connections.add(_Connection(self, sock, number=next(self._numbers), pidfd=_pidfd(sock, pid)))
+
+    def _listen_again(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener, self._accept)
+
+
+class _Connection:
+    """One client. Its number is the ledger's `holder`."""
+
+    def __init__(self, broker: Broker, sock: socket.socket, *, number: int, pidfd: int | None) -> None:
+        self._broker = broker
+        self._sock = sock
+        self._number = number
+        self._pidfd = pidfd
+        self._session = b""  # until HELLO
+        self._sent: dict[int, int] = {}  # segment -> epoch whose descriptor the client has
+        self._loop = asyncio.get_running_loop()
+        self._end_of_watch: asyncio.TimerHandle | None = None
+        self._loop.add_reader(sock, self._readable)
+        if pidfd is not None:
+            self._loop.add_reader(pidfd, self._died)
+
+    def close(self) -> None:
+        """Let go of socket and pidfd."""
+        self._hang_up()
+        if self._pidfd is not None:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+        if self._end_of_watch is not None:
+            self._end_of_watch.cancel()
+        self._broker.forget(self)
+
+    def _hang_up(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock)
+            self._sock.close()
+
+    def _died(self) -> None:
+        self.close()
+        self._broker.lender.process_died(self._number, self._session)
+
+    def _ended(self) -> None:
+        """The client hung up or must be hung up on."""
+        if self._pidfd is None:
+            self._died()
+            return
+        self._hang_up()
+        self._broker.lender.holder_gone(self._number)
+        self._end_of_watch = self._loop.call_later(_DEATH_FOLLOWS_S, self.close)
+
+    def _readable(self) -> None:
+        try:
+            message = self._sock.recv(messages.RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        if not message:
+            self._ended()
+            return
+        request = Request.unpack(message)
+        try:
+            is_served = request is not None and self._serve(request)
+        except OSError as error:  # the client does not read its replies, or is gone
+            log.warning("broker cannot reply", extra={"error": str(error)})
+            self._ended()
+            return
+        if not is_served:
+            log.warning("broker got no request", extra={"length": len(message), "first_byte": message[0]})
+            self._ended()
+
+    def _serve(self, request: Request) -> bool:
+        if bool(self._session) == (request.op is Op.HELLO):
+            return False  # HELLO comes first, and once
+        match request.op:
+            case Op.HELLO:
+                return self._hello(request)
+            case Op.CLAIM:
+                self._claim(request)
+            case Op.RELEASE:
+                self._broker.lender.release(self._session, request)
+        return True
+
+    def _hello(self, request: Request) -> bool:
+        if request.segment != messages.VERSION:
+            return False
+        if not self._broker.lender.is_open(request.token):
+            self._sock.send(Reply(Status.GONE).pack())
+            return True
+        self._session = request.token
+        self._sock.send(Reply(Status.OK, nonce=self._broker.nonce).pack())
+        return True
+
+    def _claim(self, request: Request) -> None:
+        try:
+            segment = self._broker.lender.claim(self._session, request, self._number)
+        except HandleGone:
+            self._sock.send(Reply(Status.GONE).pack())
+            return
+        reply = Reply(Status.OK, size_bytes=segment.size_bytes).pack()
+        if self._sent.get(request.segment) == request.epoch:
+            self._sock.send(reply)
+        else:
+            socket.send_fds(self._sock, [reply], [segment.fd])
+            self._sent[request.segment] = request.epoch
+
+
+def _pidfd(sock: socket.socket, pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    if pid > 0:  # 0: the peer lives in a process namespace that this one cannot see
+        with contextlib.suppress(OSError):
+            return os.pidfd_open(pid)
+    return None
+
+
+def _listen(path: Path, *, is_private: bool) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX)  # servers that start at the same time take turns
+            _remove_stale(path)
+            # Before bind, so that the socket never exists with other rights. Others' uids are checked on connection.
+            os.fchmod(sock.fileno(), 0o600 if is_private else 0o666)
+            sock.bind(str(path))
+            sock.listen(_BACKLOG)
+        finally:
+            os.close(directory)
+    except (OSError, ConfigError) as error:
+        sock.close()
+        raise ConfigError(f"cannot listen at {path}: {error}") from None
+    sock.setblocking(False)
+    return sock
+
+
+def _remove_stale(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise ConfigError("something that is not a socket lies there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:  # its server is dead
+            path.unlink()
+            return
+    raise ConfigError("a live server listens there")
