@@ -4,6 +4,7 @@ KdmeshError
   ConfigError            bad configuration; only before a service starts
   DataError              a dataset that cannot be used; only before the first step
   CheckpointError        a checkpoint that cannot be written or read
+  NotFinite              training went wrong: a loss or gradient is infinite or not a number
   RpcError               has exactly one gRPC status (kdmesh/rpc/status.py)
     InvalidRequest       INVALID_ARGUMENT     caller's fault; never retried
     ModelMismatch        FAILED_PRECONDITION  weights or tokenizer disagree
@@ -33,6 +34,10 @@ class DataError(KdmeshError):
 
 class CheckpointError(KdmeshError):
     """A checkpoint could not be written or read; earlier ones are untouched."""
+
+
+class NotFinite(KdmeshError):
+    """A loss or gradient is infinite or not a number; the step that made it changed nothing."""
 
 
 class RpcError(KdmeshError):

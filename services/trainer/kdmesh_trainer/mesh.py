@@ -1,0 +1,139 @@
+"""The ranks of one job, and what they do together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from kdmesh.errors import ConfigError, KdmeshError
+
+T = TypeVar("T")
+
+_FAILED = "kdmesh/failed"
+# A collective waits while another rank loads a model or writes a checkpoint; waits for a teacher come on top.
+_COLLECTIVE_S = 1800.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Mesh:
+    """This process's place among the ranks of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    device_mesh: DeviceMesh
+    store: Store
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that speaks and writes for all."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum over all ranks of a tensor on `device`, in place. Collective."""
+        dist.all_reduce(values)
+        return values
+
+    def is_any(self, value: bool) -> bool:
+        """Whether `value` is true on any rank. Collective, on the CPU: it never waits for a GPU."""
+        flag = torch.tensor([int(value)], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def on_first(self, call: Callable[[], T]) -> T:
+        """What `call` returns on the first rank, which alone runs it. Collective.
+
+        The result must be a plain value. An error that it raises on purpose is raised on every rank.
+        """
+        outcome: list[T | KdmeshError | None] = [None]
+        if self.is_first:
+            try:
+                outcome[0] = call()
+            except KdmeshError as error:
+                outcome[0] = error
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        result = outcome[0]
+        if isinstance(result, KdmeshError):
+            raise result
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's plain value, by rank. Collective."""
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def is_first_to_fail(self) -> bool:
+        """True for one rank only, whichever asks first; not collective. So one failure is told once."""
+        try:
+            return self.store.add(_FAILED, 1) == 1
+        except dist.DistError:  # the rank that holds the store is gone, so it has failed before
+            return False
+
+
+@contextmanager
+def joined(device: Literal["auto", "cpu", "cuda"], *, longest_wait_s: float) -> Iterator[Mesh]:
+    """Join the ranks that torchrun's environment describes; alone when there is no such environment.
+
+    Args:
+        longest_wait_s: how long one rank may keep the others waiting, beside loading and saving.
+
+    Raises:
+        ConfigError: GPUs are asked for and there are none, or fewer than ranks on this machine.
+    """
+    local = _device(device)
+    store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else _alone()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo",
+        store=PrefixStore("kdmesh/group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=_COLLECTIVE_S + longest_wait_s),
+    )
+    try:
+        yield Mesh(
+            rank=rank,
+            world_size=world_size,
+            device=local,
+            device_mesh=init_device_mesh(local.type, (world_size,)),
+            store=store,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def _alone() -> tuple[Store, int, int]:
+    return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+
+
+def _device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError("student.device is cuda, but torch sees no GPU on this machine")
+    if wanted == "cpu" or not has_gpu:
+        _use_cores()
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"local rank {index} has no GPU of its own: torch sees {torch.cuda.device_count()}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _use_cores() -> None:
+    """Share this machine's cores among its ranks, unless OMP_NUM_THREADS decides."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -1,0 +1,91 @@
+"""The student: a causal LM whose loss is computed inside its own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from kdmesh.losses import FusedLoss, OutputHead
+from kdmesh.models.forward import hidden_states_TD
+from kdmesh.models.head import output_head
+from kdmesh.models.packing import PackedTokens
+
+# (hidden_RD, head, labels_R) -> the loss of these rows.
+RowLoss = Callable[[Tensor, OutputHead, Tensor], FusedLoss]
+
+# Below this, ranks keep whole parameters and gradients from the first micro-batch of a step to the
+# last: one all-gather and one reduction per step instead of one per micro-batch, for memory that is there.
+_WHOLE_BYTES = 2 * 1024**3
+
+
+class LossTotals(NamedTuple):
+    """Sums over the rows of one micro-batch. A tuple, because FSDP looks for gradients in tuples only."""
+
+    loss_sum: Tensor  # [] float32, carries the gradient
+    sums_4: Tensor  # float64, no gradient: loss, divergence, cross-entropy, rows with equal top-1
+    num_diverging: int  # rows that have a divergence
+    num_labelled: int  # rows that have a cross-entropy
+
+
+class Student(nn.Module):
+    """A causal LM and the number of its tokens that are real."""
+
+    def __init__(self, lm: PreTrainedModel, *, vocabulary_size: int) -> None:
+        super().__init__()
+        self.lm = lm
+        self.vocabulary_size = vocabulary_size
+
+    def forward(self, packed: PackedTokens, row_loss: RowLoss) -> LossTotals:
+        """The summed loss of the rows that `packed` names.
+
+        The head is used here, inside the root module's forward, because only here are its
+        shards gathered. `row_loss` runs after the body, so it may still wait for a teacher.
+        """
+        hidden_TD = hidden_states_TD(self.lm, packed)
+        hidden_RD = hidden_TD.index_select(0, packed.rows_R)
+        loss = row_loss(hidden_RD, output_head(self.lm).sliced(self.vocabulary_size), packed.labels_R)
+        rows = (loss.divergence_R, loss.cross_entropy_R, loss.top1_agreement_R)
+        return LossTotals(
+            loss_sum=loss.loss_sum,
+            sums_4=torch.stack([loss.loss_sum.detach().double(), *(values.double().sum() for values in rows)]),
+            num_diverging=len(loss.divergence_R),
+            num_labelled=len(loss.cross_entropy_R),
+        )
+
+
+def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
+    """Spread the parameters over `mesh`, in place: each decoder layer, then the rest.
+
+    Parameters stay float32 and are gathered as `compute_dtype`; gradients are reduced in
+    float32 and *averaged* over the ranks. Every rank must hold the same values before.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in _layers(student.lm):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not is_kept_whole(student))
+    fully_shard(student, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def is_kept_whole(student: nn.Module) -> bool:
+    """Whether the student is so small that ranks hold all of it throughout a step."""
+    return 4 * sum(parameter.numel() for parameter in student.parameters()) <= _WHOLE_BYTES
+
+
+def begin_micro_batch(student: nn.Module, *, is_last: bool) -> None:
+    """Tell FSDP where in its step the next forward and backward pass is."""
+    assert isinstance(student, FSDPModule)
+    student.set_is_last_backward(is_last)
+    if is_kept_whole(student):
+        student.set_requires_gradient_sync(is_last)
+        student.set_reshard_after_backward(is_last)
+
+
+def _layers(lm: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that transformers says must not be split."""
+    names = set(lm._no_split_modules or ())
+    return [module for module in lm.modules() if type(module).__name__ in names]

@@ -1,0 +1,56 @@
+"""AdamW over the student's shards, with a learning rate that is a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import assert_never
+
+from torch import nn
+from torch.optim import AdamW
+
+from kdmesh_trainer.config import OptimizerConfig
+
+
+def build_adamw(student: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over every parameter; vectors (norms, biases) do not decay.
+
+    Call it after the student is sharded: sharding replaces the parameters.
+    """
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimizerConfig, *, step: int, steps: int) -> float:
+    """The rate of step `step` of `steps`, counted from 0.
+
+    Rises linearly from 0 so that the first step after warm-up has the peak, then falls to
+    final_fraction of it, reached in the last step.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    way = steps - 1 - config.warmup_steps
+    progress = (step - config.warmup_steps) / way if way > 0 else 0.0
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * _height(config, progress))
+
+
+def _height(config: OptimizerConfig, progress: float) -> float:
+    """1 at progress 0, 0 at progress 1, but for the constant schedule."""
+    match config.schedule:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return 1 - progress
+        case "constant":
+            return 1.0
+        case _:
+            assert_never(config.schedule)

@@ -1,0 +1,117 @@
+"""One optimizer step over this rank's micro-batches."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from kdmesh.errors import NotFinite
+from kdmesh.losses import FusedLoss, OutputHead
+from kdmesh.models.packing import blank, pack
+from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import LossTotals, Student, begin_micro_batch
+from kdmesh_trainer.objective import Objective
+from kdmesh_trainer.optimizer import learning_rate
+from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.stats import StepStats
+from kdmesh_trainer.tally import Tally
+
+
+class GradientStepper:
+    """Updates the student by the gradient of a batch."""
+
+    def __init__(
+        self,
+        student: Student,
+        objective: Objective,
+        optimizer: Optimizer,
+        *,
+        config: OptimizerConfig,
+        steps: int,
+        mesh: Mesh,
+    ) -> None:
+        self._student = student
+        self._objective = objective
+        self._optimizer = optimizer
+        self._config = config
+        self._steps = steps
+        self._mesh = mesh
+
+    def update(self, batch: StepBatch) -> StepStats:
+        """One optimizer step. Collective.
+
+        Raises:
+            NotFinite: the loss or its gradient is not finite; every rank raises it.
+            ModelMismatch: the teacher's rows are not all of one weight version.
+            RpcError: rows of the teacher did not come.
+            After any of these the student is as it was before.
+        """
+        tally = self.accumulate(batch)
+        norm = _gradient_norm(self._student)
+        totals, (gradient_norm,) = tally.over_all_ranks(norm)
+        loss = totals.loss / batch.num_loss_tokens
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            raise NotFinite(
+                f"step {batch.step} has loss {loss} and gradient norm {gradient_norm}, which must be finite; "
+                "nothing was updated. A lower optimizer.learning_rate or compute_dtype float32 may help"
+            )
+        assert max(totals.num_diverging, totals.num_labelled) == batch.num_loss_tokens, "not the whole step"
+        rate = learning_rate(self._config, step=batch.step, steps=self._steps)
+        self._descend(norm, rate)
+        return StepStats(
+            loss_nats_per_token=loss,
+            divergence_nats_per_token=totals.divergence_nats_per_token,
+            cross_entropy_nats_per_token=totals.cross_entropy_nats_per_token,
+            top1_agreement=totals.top1_agreement_per_token,
+            gradient_norm=gradient_norm,
+            learning_rate=rate,
+            num_loss_tokens=batch.num_loss_tokens,
+            num_tokens=batch.num_tokens,
+            teacher_wait_s=totals.teacher_wait_s / self._mesh.world_size,
+        )
+
+    def accumulate(self, batch: StepBatch) -> Tally:
+        """Leave the batch's gradient in the student's parameters, in place of any other. Collective.
+
+        The objective is (sum of per-token loss over all ranks) / (loss tokens of all ranks), so it
+        does not depend on how tokens were split. FSDP averages gradients over ranks, hence the
+        factor world_size. Every rank must pass the same number of micro-batches.
+        """
+        self._student.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        tally = Tally(self._mesh)
+        scale = self._mesh.world_size / batch.num_loss_tokens
+        for micro_batch in batch.micro_batches:
+            begin_micro_batch(self._student, is_last=micro_batch is batch.micro_batches[-1])
+            totals = self._forward(micro_batch, tally)
+            (totals.loss_sum * scale).backward()  # type: ignore[no-untyped-call]
+            tally.add(totals)
+        return tally
+
+    def _forward(self, micro_batch: MicroBatch, tally: Tally) -> LossTotals:
+        def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
+            # Only here are the rows held: their memory is the teacher's again before the backward pass.
+            return self._objective(hidden_RD, head, labels_R, tally.wait(micro_batch.teacher))
+
+        packed = pack(micro_batch.sequences) if micro_batch.sequences else blank()
+        totals: LossTotals = self._student(packed.to(self._mesh.device), row_loss)
+        return totals
+
+    def _descend(self, norm: Tensor, rate: float) -> None:
+        if self._config.max_gradient_norm is not None:
+            clip_grads_with_norm_(self._student.parameters(), self._config.max_gradient_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def _gradient_norm(student: Student) -> Tensor:
+    """[] the norm of the whole gradient, over all shards. Collective."""
+    norm = get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,107 @@
+"""Adds up what the micro-batches of a pass measured, over all ranks, without waiting for the device in between."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdmesh.errors import ModelMismatch
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import LossTotals
+from kdmesh_trainer.sources.batches import PendingRows, TeacherRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over all rows of all ranks, equal on every rank."""
+
+    loss: float
+    divergence: float
+    cross_entropy: float
+    top1_agreement: float
+    num_diverging: int  # rows that have a divergence
+    num_labelled: int  # rows that have a cross-entropy
+    teacher_wait_s: float  # over all ranks
+
+    @property
+    def divergence_nats_per_token(self) -> float | None:
+        """None when no row has one."""
+        return self.divergence / self.num_diverging if self.num_diverging else None
+
+    @property
+    def cross_entropy_nats_per_token(self) -> float | None:
+        """None when no row has one."""
+        return self.cross_entropy / self.num_labelled if self.num_labelled else None
+
+    @property
+    def top1_agreement_per_token(self) -> float | None:
+        """None when no row has a teacher."""
+        return self.top1_agreement / self.num_diverging if self.num_diverging else None
+
+
+class Tally:
+    """This rank's part of a step or an evaluation."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._sums_4 = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+        self._num_diverging = 0
+        self._num_labelled = 0
+        self._wait_s = 0.0
+        self._version: int | None = None
+
+    def wait(self, pending: PendingRows | None) -> TeacherRows | None:
+        """The rows, with the time they took on record.
+
+        Raises:
+            ModelMismatch: this rank has seen rows of another weight version since this tally began.
+        """
+        if pending is None:
+            return None
+        began_s = time.perf_counter()
+        rows = pending.wait()
+        self._wait_s += time.perf_counter() - began_s
+        if self._version not in (None, rows.weight_version):
+            raise _mixed(self._version, rows.weight_version)
+        self._version = rows.weight_version
+        return rows
+
+    def add(self, totals: LossTotals) -> None:
+        """Count one micro-batch in."""
+        self._sums_4 += totals.sums_4
+        self._num_diverging += totals.num_diverging
+        self._num_labelled += totals.num_labelled
+
+    def over_all_ranks(self, *more: Tensor) -> tuple[Totals, tuple[float, ...]]:
+        """The sums, and the plain values of `more`, which are scalars and equal on every rank. Collective.
+
+        The one place where a step waits for the device.
+
+        Raises:
+            ModelMismatch: another rank's rows have another weight version. Not every rank notices.
+        """
+        has_version = self._version is not None
+        own = [self._num_diverging, self._num_labelled, self._wait_s, self._version or 0, has_version]
+        sums = self._mesh.sum(torch.cat([self._sums_4, self._sums_4.new_tensor(own)]))
+        values = torch.cat([sums, *(value.double().reshape(1) for value in more)]).tolist()
+        totals = Totals(
+            loss=values[0],
+            divergence=values[1],
+            cross_entropy=values[2],
+            top1_agreement=values[3],
+            num_diverging=round(values[4]),
+            num_labelled=round(values[5]),
+            teacher_wait_s=values[6],
+        )
+        if has_version and values[7] != values[8] * own[3]:
+            raise _mixed(self._version, "another on another rank")
+        return totals, tuple(values[9:])
+
+
+def _mixed(version: int | None, other: int | str) -> ModelMismatch:
+    return ModelMismatch(
+        f"the teacher's rows of one step have weight version {version} and {other}; a step never mixes versions"
+    )
