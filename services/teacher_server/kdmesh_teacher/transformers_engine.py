@@ -1,0 +1,144 @@
+"""Runs a Hugging Face causal LM in this process, on the CPU or one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdmesh.errors import ConfigError
+from kdmesh.models.body import hidden_states_TD, load_causal_lm
+from kdmesh.models.fingerprint import model_fingerprint
+from kdmesh.models.head import head_spec, output_head
+from kdmesh.models.packing import pack
+from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.tokens import tokenizer_fingerprint
+from kdmesh.types import DType, HeadSpec, TokenSequence
+from kdmesh_teacher.config import TransformersEngine as TransformersEngineConfig
+from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
+
+_DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
+
+# On a CPU the activations of more tokens leave its caches: 8000 tokens in one row took 1.2 times as long as in rows
+# of 2000 (40M parameters, 2 cores).
+_CPU_ROW_TOKENS = 2048
+
+# One sequence, and the rows of a job's `out` that are its own.
+_Target = tuple[TokenSequence, Tensor]
+
+
+class TransformersEngine:
+    """Lays sequences end to end, without padding, and stops before the lm_head.
+
+    When deterministic, every sequence is computed alone: its kernels then see the same
+    shapes, and its rows are the same bits, whatever else is served.
+    """
+
+    def __init__(self, config: TransformersEngineConfig) -> None:
+        self._config = config
+        self._model: PreTrainedModel
+
+    def load(self) -> EngineDescription:
+        """Read the model and its tokenizer; sets this process's number of torch threads when one is configured."""
+        config = self._config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._model = load_causal_lm(config.model, _torch_dtype(config.dtype), _device(config.device))
+        if self._model.dtype not in _DTYPES:
+            raise ConfigError(
+                f"{config.model} has weights of {self._model.dtype}; set engine.dtype to float32 or bfloat16"
+            )
+        return self._describe()
+
+    def prefill(self, jobs: Sequence[PrefillJob]) -> None:
+        """Write every job's rows; on the CPU, that is the one copy they ever go through."""
+        with torch.inference_mode():
+            for row in self._rows([target for job in jobs for target in self._targets(job)]):
+                self._compute(row)
+
+    def head_parts(self) -> HeadParts:
+        """The output head's own memory where that lies in the CPU's, else a copy."""
+        head = output_head(self._model)
+        return HeadParts(
+            weight=_bytes_of(head.weight_VD),
+            bias=None if head.bias_V is None else _bytes_of(head.bias_V),
+            dtype=_DTYPES[head.weight_VD.dtype],
+        )
+
+    def _describe(self) -> EngineDescription:
+        config, model = self._config, self._model
+        head, fingerprint = self._vocabulary()
+        # A model without learnt positions may state no limit.
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_batch_tokens
+        return EngineDescription(
+            name=config.model.resolve().name,
+            model_fingerprint=model_fingerprint(model),
+            tokenizer_fingerprint=fingerprint,
+            hidden_size=output_head(model).hidden_size,
+            dtype=_DTYPES[model.dtype],
+            head=head,
+            weight_version=1,
+            max_sequence_tokens=min(limit, config.max_batch_tokens),
+            max_batch_tokens=config.max_batch_tokens,
+            is_deterministic=config.deterministic,
+        )
+
+    def _vocabulary(self) -> tuple[HeadSpec, str]:
+        """The head for the tokenizer's tokens, and the tokenizer's fingerprint; without one, every row is a token."""
+        tokenizer = load_tokenizer(self._config.model)
+        if tokenizer is None:
+            return head_spec(self._model, output_head(self._model).vocabulary_size), ""
+        vocabulary = tokenizer.get_vocab()
+        return head_spec(self._model, max(vocabulary.values()) + 1), tokenizer_fingerprint(vocabulary)
+
+    def _targets(self, job: PrefillJob) -> Iterator[_Target]:
+        out_RD = torch.frombuffer(job.out, dtype=self._model.dtype).view(job.num_rows, -1)
+        shares = torch.split(out_RD, [sequence.num_rows for sequence in job.sequences])
+        return zip(job.sequences, shares, strict=True)
+
+    def _rows(self, targets: list[_Target]) -> Iterator[list[_Target]]:
+        """The targets in order, cut into packed rows."""
+        if self._config.deterministic:
+            yield from ([target] for target in targets)
+            return
+        most = _CPU_ROW_TOKENS if self._model.device.type == "cpu" else self._config.max_batch_tokens
+        row: list[_Target] = []
+        tokens = 0
+        for target in targets:
+            if row and tokens + target[0].num_tokens > most:
+                yield row
+                row, tokens = [], 0
+            row.append(target)
+            tokens += target[0].num_tokens
+        if row:
+            yield row
+
+    def _compute(self, row: list[_Target]) -> None:
+        packed = pack([sequence for sequence, _ in row]).to(self._model.device)
+        hidden_TD = hidden_states_TD(self._model, packed)
+        wanted = torch.split(packed.rows_R, [sequence.num_rows for sequence, _ in row])
+        for rows_R, (_, out_RD) in zip(wanted, row, strict=True):
+            if hidden_TD.is_cuda:
+                out_RD.copy_(hidden_TD.index_select(0, rows_R))
+            else:
+                torch.index_select(hidden_TD, 0, rows_R, out=out_RD)
+
+
+def _torch_dtype(name: str) -> torch.dtype | Literal["auto"]:
+    return "auto" if name == "auto" else next(dtype for dtype, wire in _DTYPES.items() if wire == name)
+
+
+def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device is cuda, but torch finds no usable GPU here")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    contiguous = tensor.detach().cpu().contiguous()
+    return contiguous.view(torch.uint8).reshape(-1).numpy().data.toreadonly()
