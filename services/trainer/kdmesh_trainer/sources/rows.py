@@ -1,0 +1,133 @@
+"""Turns one row of a dataset into a chat, whichever of the three usual forms it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kdmesh.errors import DataError
+
+CHAT_COLUMNS = ("conversations", "instruction", "input", "output", "system", "history")
+"""Columns that ShareGPT and Alpaca rows are made of."""
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+# They change what the template renders or what carries loss: ignoring them would train on something else.
+_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn."""
+
+    role: str  # one of system, developer, user, assistant, tool
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation, and where it was read."""
+
+    messages: tuple[Message, ...]  # at least one
+    origin: str  # "file:line", for people
+
+
+def chat_from_row(row: object, *, column: str, origin: str) -> Chat:
+    """The chat in a row: OpenAI messages (or ShareGPT ones) in `column`, else ShareGPT, else Alpaca.
+
+    Raises:
+        DataError: it is none of these; the message names the origin, what was found and the rule.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
+    if row.get(column) is not None:
+        messages = _messages(row[column], f"{origin}: {column}")
+    elif row.get("conversations") is not None:
+        messages = _system(row, origin) + _messages(row["conversations"], f"{origin}: conversations")
+    elif row.get("instruction") is not None and row.get("output") is not None:
+        messages = _system(row, origin) + _alpaca_messages(row, origin)
+    else:
+        found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
+        raise DataError(
+            f"{origin}: no column {column!r}, and neither `conversations` (ShareGPT) nor `instruction` with "
+            f"`output` (Alpaca); columns found: {found}"
+        )
+    return Chat(messages=tuple(messages), origin=origin)
+
+
+def chat_from_messages(value: object, *, origin: str) -> Chat:
+    """The chat in a list of {role, content} or {from, value}.
+
+    Raises:
+        DataError: as chat_from_row.
+    """
+    return Chat(messages=tuple(_messages(value, origin)), origin=origin)
+
+
+def _messages(value: object, origin: str) -> list[Message]:
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{origin} must be a list of messages, not {_kind(value)}")
+    if not value:
+        raise DataError(f"{origin} has no message")
+    return [_message(item, f"{origin}[{number}]") for number, item in enumerate(value)]
+
+
+def _message(value: object, origin: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{origin}: a message must be an object, not {_kind(value)}")
+    for key in _UNSUPPORTED_KEYS:
+        if value.get(key) not in (None, "", [], 1):
+            raise DataError(f"{origin}: {key!r} is not supported; a message is a role and a text")
+    role_key, content_key = ("role", "content") if value.get("role") is not None else ("from", "value")
+    role = value.get(role_key)
+    if role is None:
+        raise DataError(f"{origin}: no `role` (or `from`); keys found: {', '.join(map(str, value)) or 'none'}")
+    if value.get(content_key) is None:
+        raise DataError(f"{origin}: `{content_key}` is missing or null; keys found: {', '.join(map(str, value))}")
+    roles = {name: name for name in _ROLES} if role_key == "role" else _SHAREGPT_ROLES
+    if not isinstance(role, str) or role not in roles:
+        raise DataError(f"{origin}: unknown role {role!r}; known: {', '.join(roles)}")
+    return Message(role=roles[role], content=_text(value[content_key], f"{origin}.{content_key}"))
+
+
+def _text(value: object, origin: str) -> str:
+    """A string, or a list of text parts joined."""
+    if isinstance(value, list | tuple):
+        return "".join(_part(part, f"{origin}[{number}]") for number, part in enumerate(value))
+    if not isinstance(value, str):
+        raise DataError(f"{origin} must be a string, not {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{origin} is not Unicode text: half a surrogate pair at character {error.start}") from None
+    return value
+
+
+def _part(part: object, origin: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        shown = repr(part.get("type")) if isinstance(part, Mapping) else _kind(part)
+        raise DataError(f"{origin}: only parts of type 'text' are supported, not {shown}")
+    if not isinstance(part.get("text"), str):
+        raise DataError(f"{origin}.text must be a string, not {_kind(part.get('text'))}")
+    return _text(part["text"], f"{origin}.text")
+
+
+def _system(row: Mapping[Any, Any], origin: str) -> list[Message]:
+    """The system message that ShareGPT and Alpaca rows keep in a column of its own, if they have one."""
+    text = _text(row.get("system") or "", f"{origin}: system")
+    return [Message(role="system", content=text)] if text else []
+
+
+def _alpaca_messages(row: Mapping[Any, Any], origin: str) -> list[Message]:
+    if row.get("history"):
+        raise DataError(f"{origin}: `history` of Alpaca rows is not supported; use messages")
+    instruction = _text(row["instruction"], f"{origin}: instruction")
+    further = _text(row.get("input") or "", f"{origin}: input")
+    answer = _text(row["output"], f"{origin}: output")
+    question = f"{instruction}\n\n{further}" if further else instruction
+    return [Message(role="user", content=question), Message(role="assistant", content=answer)]
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,260 @@
+"""Datasets are read in every supported form, and refused with the place and the rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdmesh.errors import ConfigError, DataError
+from kdmesh_trainer.config import ChatFile, CustomDataset
+from kdmesh_trainer.sources.readers import open_dataset
+from kdmesh_trainer.sources.rows import chat_from_row
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+ROW = {"messages": [USER, ASSISTANT]}
+TURNS = [("user", "Hi"), ("assistant", "Hello")]
+
+
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read(path: Path, column: str = "messages") -> list[list[tuple[str, str]]]:
+    return [[(m.role, m.content) for m in chat.messages] for chat in open_dataset(ChatFile(path=path, column=column))()]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_json_lines_arrays_and_parquet_give_the_same_chats(tmp_path: Path) -> None:
+    rows = [ROW, {"messages": [{"role": "system", "content": "日本語 🎉"}, USER, ASSISTANT]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    expected = [TURNS, [("system", "日本語 🎉"), *TURNS]]
+    assert read(write(tmp_path / "a.jsonl", lines(*rows))) == expected
+    assert read(write(tmp_path / "b.json", json.dumps(rows, indent=2))) == expected
+    assert read(write(tmp_path / "lines.json", lines(*rows))) == expected
+    assert read(tmp_path / "c.parquet") == expected
+
+
+def test_a_directory_is_read_in_the_order_of_its_file_names(tmp_path: Path) -> None:
+    for name in ("b.json", "a.jsonl"):
+        write(tmp_path / name, lines({"messages": [{"role": "user", "content": name}]}))
+    write(tmp_path / "notes.txt", "not data")
+    assert read(tmp_path) == [[("user", "a.jsonl")], [("user", "b.json")]]
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.jsonl", "\ufeff" + lines(ROW) + "\n  \n" + lines(ROW))) == [TURNS, TURNS]
+    assert read(write(tmp_path / "b.json", "\ufeff \n" + json.dumps([ROW]))) == [TURNS]
+
+
+def test_every_usual_form_of_a_row_is_recognised(tmp_path: Path) -> None:
+    share = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    parts = [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]
+    rows: list[dict[str, Any]] = [
+        ROW,
+        {"conversations": share},
+        {"conversations": share, "system": "Be brief"},
+        {"messages": share},
+        {"conversations": [USER, ASSISTANT]},
+        {"instruction": "Hi", "output": "Hello"},
+        {"instruction": "Hi", "input": "", "output": "Hello", "system": ""},
+        {"instruction": "Add", "input": "1 and 2", "output": "3", "system": "Be brief"},
+        {"messages": [USER, {"role": "assistant", "content": parts, "tool_calls": None, "weight": 1}], "id": 7},
+    ]
+    brief = ("system", "Be brief")
+    assert read(write(tmp_path / "a.jsonl", lines(*rows))) == [
+        TURNS,
+        TURNS,
+        [brief, *TURNS],
+        TURNS,
+        TURNS,
+        TURNS,
+        TURNS,
+        [brief, ("user", "Add\n\n1 and 2"), ("assistant", "3")],
+        TURNS,
+    ]
+
+
+def test_parquet_rows_of_other_forms_are_recognised(tmp_path: Path) -> None:
+    alpaca = pa.table({"instruction": ["Hi"], "input": [""], "output": ["Hello"], "score": [0.5]})
+    pq.write_table(alpaca, tmp_path / "a.parquet")
+    pq.write_table(pa.table({"chat": [[USER, ASSISTANT]]}), tmp_path / "b.parquet")
+    assert read(tmp_path / "a.parquet") == [TURNS]
+    assert read(tmp_path / "b.parquet", column="chat") == [TURNS]
+
+
+def test_the_column_may_have_another_name(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "a.jsonl", lines({"chat": [USER, ASSISTANT], "messages": 3})), "chat") == [TURNS]
+
+
+def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines(ROW) + "\n" + lines(ROW))
+    assert [chat.origin for chat in open_dataset(ChatFile(path=path))()] == [f"{path}:1", f"{path}:3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (lines(ROW) + '{"messages": [\n', r"a\.jsonl:2: not JSON: .* at column 15"),
+        (lines(ROW, ROW) + "oops\n" + lines(ROW), r"a\.jsonl:3: not JSON"),
+        (lines(ROW, 3), r"a\.jsonl:2: a row must be an object, not int"),
+        (lines(ROW, None), r"a\.jsonl:2: a row must be an object, not null"),
+        (lines({"text": "x", "id": 1}), r"a\.jsonl:1: no column 'messages'.*columns found: text, id"),
+        (lines({}), r"columns found: none"),
+        (lines({"instruction": "x"}), r"columns found: instruction"),
+        (lines({"messages": "Hi"}), r"a\.jsonl:1: messages must be a list of messages, not str"),
+        (lines({"messages": []}), r"a\.jsonl:1: messages has no message"),
+        (lines({"messages": ["Hi"]}), r"messages\[0\]: a message must be an object, not str"),
+        (lines({"messages": [USER, {"content": "x"}]}), r"messages\[1\]: no `role` \(or `from`\); keys found: content"),
+        (lines({"messages": [{"role": "bot", "content": "x"}]}), r"unknown role 'bot'; known: system, developer, user"),
+        (lines({"messages": [{"role": 3, "content": "x"}]}), r"unknown role 3"),
+        (lines({"conversations": [{"from": "bot", "value": "x"}]}), r"unknown role 'bot'; known: system, human"),
+        (lines({"messages": [{"role": "user"}]}), r"`content` is missing or null; keys found: role"),
+        (lines({"messages": [{"role": "user", "content": 3}]}), r"messages\[0\]\.content must be a string, not int"),
+        (
+            lines({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            r"messages\[0\]\.content\[0\]: only parts of type 'text' are supported, not 'image_url'",
+        ),
+        (lines({"messages": [{"role": "user", "content": [{"type": "text"}]}]}), r"\.text must be a string, not null"),
+        (lines({"messages": [{**ASSISTANT, "tool_calls": [{"id": 1}]}]}), r"'tool_calls' is not supported"),
+        (lines({"messages": [{**ASSISTANT, "reasoning_content": "hm"}]}), r"'reasoning_content' is not supported"),
+        (lines({"messages": [{**ASSISTANT, "weight": 0}]}), r"'weight' is not supported"),
+        (lines({"instruction": "x", "output": 3}), r"a\.jsonl:1: output must be a string, not int"),
+        (lines({"instruction": "x", "output": "y", "history": [["a", "b"]]}), r"`history` of Alpaca rows"),
+        ('{"messages": [{"role": "user", "content": "a\\ud800"}]}\n', r"half a surrogate pair at character 1"),
+        ("[" * 200_000 + "\n", r"a\.jsonl:1: not usable JSON: nested too deeply"),
+        ("", r"dataset .*a\.jsonl is empty"),
+        ("\n \n", r"dataset .*a\.jsonl is empty"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_place_and_the_rule(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", text)
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+def test_a_malformed_array_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '[\n{"messages": []},\n{"messages": \n')
+    with pytest.raises(DataError, match=r"a\.json:4: not JSON"):
+        read(path)
+
+
+def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"messages": "\xff"}')
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", "PAR1 or not")
+    with pytest.raises(DataError, match=r"a\.parquet is not a Parquet file"):
+        read(path)
+
+
+def test_missing_columns_of_a_parquet_file_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"row 1: no column 'messages'.*columns found: text, label"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"messages": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="is empty"):
+        read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.jsonl", "no such file or directory"),
+        ("notes.txt", "unknown kind; known: .json"),
+        ("", "no file of the"),
+    ],
+)
+def test_a_path_without_data_is_refused_before_reading(tmp_path: Path, name: str, message: str) -> None:
+    write(tmp_path / "notes.txt", "x")
+    with pytest.raises(DataError, match=message):
+        open_dataset(ChatFile(path=tmp_path / name))
+
+
+CUSTOM = """
+opened = []
+def reader(name, *, count=1):
+    opened.append(name)
+    for _ in range(count):
+        yield [{"role": "user", "content": name}, {"role": "assistant", "content": "ok"}]
+def number(): return 3
+"""
+
+
+@pytest.fixture(scope="module")
+def custom_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    directory = tmp_path_factory.mktemp("custom")
+    write(directory / "kdmesh_custom_reader.py", CUSTOM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(directory))
+        yield "kdmesh_custom_reader"
+
+
+def custom(module: str, function: str, **params: object) -> CustomDataset:
+    return CustomDataset(format="custom", target=f"{module}:{function}", params=params)
+
+
+def test_a_custom_reader_is_resolved_at_once_and_run_later(custom_module: str) -> None:
+    dataset = open_dataset(custom(custom_module, "reader", name="x", count=2))
+    import kdmesh_custom_reader as module  # type: ignore[import-not-found]
+
+    assert module.opened == []
+    for _ in range(2):  # each call starts anew
+        assert [chat.messages[0].content for chat in dataset()] == ["x", "x"]
+
+
+def test_a_custom_reader_is_checked_before_it_runs(custom_module: str) -> None:
+    with pytest.raises(ConfigError, match="unknown params: limit; missing params: name"):
+        open_dataset(custom(custom_module, "reader", limit=3))
+    with pytest.raises(ConfigError, match="has no function 'absent'"):
+        open_dataset(custom(custom_module, "absent"))
+
+
+def test_what_a_custom_reader_gives_is_checked(custom_module: str) -> None:
+    with pytest.raises(DataError, match="must return an iterable of chats, not int"):
+        list(open_dataset(custom(custom_module, "number"))())
+    with pytest.raises(DataError, match="kdmesh_custom_reader:reader is empty"):
+        list(open_dataset(custom(custom_module, "reader", name="x", count=0))())
+    with pytest.raises(DataError, match=r"chat 1\[0\]\.content must be a string, not int"):
+        list(open_dataset(custom(custom_module, "reader", name=3))())
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["messages", "role", "content", "from", "value", "type", "text", "instruction", "output"]),
+            inner | st.sampled_from(["user", "assistant", "human", "text"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(json_values)
+def test_any_row_is_either_a_chat_or_refused(row: object) -> None:
+    try:
+        chat = chat_from_row(row, column="messages", origin="here")
+    except DataError as error:
+        assert str(error).startswith("here")
+    else:
+        assert chat.messages
