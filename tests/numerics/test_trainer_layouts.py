@@ -1,0 +1,96 @@
+"""One batch has one gradient, however it is spread over ranks, micro-batches and packed rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.mesh import Mesh
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
+from tests.support.trainer_ranks import run_ranks
+
+# Real tokens; the models' heads are padded to different sizes above it.
+VOCABULARY_SIZE = 310
+NUM_SEQUENCES = 8
+
+# rank -> micro-batches -> sequences. Shares are uneven on purpose: equal ones hide a mean of means.
+LAYOUTS: dict[int, dict[str, list[list[list[int]]]]] = {
+    1: {
+        "1 rank, packed": [[[0, 1, 2, 3, 4, 5, 6, 7]]],
+        "1 rank, accumulation 2": [[[0, 5], [1, 2, 3, 4, 6, 7]]],
+        "1 rank, accumulation 4": [[[7], [0, 1, 2, 3], [4, 6], [5]]],
+        "1 rank, one sequence at a time": [[[0], [1], [2], [3], [4], [5], [6], [7]]],
+    },
+    2: {
+        "2 ranks, packed": [[[0, 1, 2]], [[3, 4, 5, 6, 7]]],
+        "2 ranks, accumulation 2": [[[0], [1, 2]], [[3, 4, 5, 6], [7]]],
+        "2 ranks, accumulation 4 with blanks": [[[0], [1], [2], []], [[3, 4], [], [5], [6, 7]]],
+        "2 ranks, all on one": [[[]], [[0, 1, 2, 3, 4, 5, 6, 7]]],
+    },
+}
+
+
+def batch_sequences() -> list[TokenSequence]:
+    return random_sequences(NUM_SEQUENCES, seed=5, vocabulary_size=VOCABULARY_SIZE)
+
+
+def gradients_of_layouts(mesh: Mesh, *, student: str, teacher: str, output: str) -> None:
+    """Writes every layout's whole gradient to `output`; runs on every rank."""
+    model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+    local_teacher = LocalTeacher(Path(teacher))
+    stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
+    for number, plan in enumerate(LAYOUTS[mesh.world_size].values()):
+        stepper.accumulate(step_batch(batch_sequences(), plan[mesh.rank], local_teacher))
+        gradients = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
+        if mesh.is_first:
+            save_file(gradients, Path(output) / f"{mesh.world_size}-{number}.safetensors")
+
+
+def textbook_gradients(student: Path, teacher: Path) -> dict[str, Tensor]:
+    """The gradient in float64 from whole logits of Hugging Face's own forward, one sequence at a time."""
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
+    other = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    sequences = batch_sequences()
+    total = torch.zeros((), dtype=torch.float64)
+    for sequence in sequences:
+        token_ids = torch.from_numpy(sequence.token_ids).long()[None]
+        positions = torch.from_numpy(sequence.positions).long()
+        log_q_RV = model(token_ids).logits[0, positions, :VOCABULARY_SIZE].log_softmax(-1)
+        log_p_RV = other(token_ids).logits[0, positions, :VOCABULARY_SIZE].log_softmax(-1).detach()
+        labels = torch.from_numpy(sequence.labels).long()
+        total = total + (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum()
+        total = total - 0.3 * log_q_RV.gather(1, labels[:, None]).sum()
+    (total / sum(sequence.num_rows for sequence in sequences)).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_eight_layouts_of_one_batch_have_the_textbook_gradient(
+    tiny_models: TinyModels, tmp_path: Path, is_tied: bool
+) -> None:
+    student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
+    teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
+    for ranks in (1, 2):
+        run_ranks(
+            "tests.numerics.test_trainer_layouts:gradients_of_layouts",
+            ranks=ranks,
+            student=str(student),
+            teacher=str(teacher),
+            output=str(tmp_path),
+        )
+    expected = textbook_gradients(student, teacher)
+    for ranks, layouts in LAYOUTS.items():
+        for number, layout in enumerate(layouts):
+            actual = load_file(tmp_path / f"{ranks}-{number}.safetensors")
+            assert actual.keys() == expected.keys()
+            for name, value in expected.items():
+                error = (actual[name] - value).norm() / value.norm()
+                assert error < 1e-5, f"{layout}: {name} is off by {error}"

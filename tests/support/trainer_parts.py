@@ -1,0 +1,129 @@
+"""Students, teachers and batches for tests of the trainer, without any service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdmesh.losses import OutputHead, forward_kl
+from kdmesh.models.body import load_causal_lm
+from kdmesh.models.forward import hidden_states_TD
+from kdmesh.models.head import output_head
+from kdmesh.models.packing import pack
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student, shard
+from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.step import GradientStepper
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rows:
+    """Rows that are here already."""
+
+    rows_RD: Tensor
+    weight_version: int = 1
+
+    def wait(self) -> Rows:
+        """Themselves."""
+        return self
+
+
+class LocalTeacher:
+    """A teacher in this process; each sequence alone, so that rows do not depend on what else is asked."""
+
+    def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        self._lm = load_causal_lm(path, dtype, torch.device("cpu"))
+        self.version = 1
+
+    @torch.no_grad()
+    def submit(self, sequences: Sequence[TokenSequence]) -> Rows:
+        """Their rows."""
+        packs = [pack([sequence]) for sequence in sequences]
+        rows = [hidden_states_TD(self._lm, packed).index_select(0, packed.rows_R) for packed in packs]
+        return Rows(rows_RD=torch.cat(rows), weight_version=self.version)
+
+    def head(self) -> tuple[OutputHead, int]:
+        """The head and its version."""
+        with torch.no_grad():
+            head = output_head(self._lm)
+            return OutputHead(
+                weight_VD=head.weight_VD.detach(),
+                bias_V=None if head.bias_V is None else head.bias_V.detach(),
+                logit_scale=head.logit_scale,
+                logit_softcap=head.logit_softcap,
+            ), self.version
+
+
+def random_sequences(count: int, *, seed: int, vocabulary_size: int, longest: int = 40) -> list[TokenSequence]:
+    """Sequences of uneven length, each with a random share of its positions."""
+    random = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(count):
+        length = int(random.integers(3, longest + 1))
+        num_rows = int(random.integers(1, length))
+        positions = np.sort(random.choice(length - 1, size=num_rows, replace=False))
+        sequences.append(
+            TokenSequence(
+                token_ids=random.integers(0, vocabulary_size, length).astype(np.int32),
+                positions=positions.astype(np.int32),
+            )
+        )
+    return sequences
+
+
+def step_batch(
+    sequences: Sequence[TokenSequence],
+    plan: Sequence[Sequence[int]],
+    teacher: LocalTeacher | None,
+    *,
+    step: int = 0,
+) -> StepBatch:
+    """The share of a rank whose micro-batches hold the sequences that `plan` numbers."""
+    micro_batches = []
+    for members in plan:
+        chosen = tuple(sequences[index] for index in members)
+        asks = teacher is not None and chosen
+        micro_batches.append(MicroBatch(sequences=chosen, teacher=teacher.submit(chosen) if asks else None))
+    return StepBatch(
+        step=step,
+        micro_batches=tuple(micro_batches),
+        num_loss_tokens=sum(sequence.num_rows for sequence in sequences),
+        num_tokens=sum(sequence.num_tokens for sequence in sequences),
+    )
+
+
+def build_student(path: Path, mesh: Mesh, *, vocabulary_size: int, compute_dtype: torch.dtype) -> Student:
+    """A sharded student with the weights of `path`."""
+    student = Student(load_causal_lm(path, torch.float32, torch.device("cpu")), vocabulary_size=vocabulary_size)
+    shard(student, mesh.device_mesh, compute_dtype=compute_dtype)
+    return student
+
+
+def build_stepper(
+    student: Student, teacher: LocalTeacher, mesh: Mesh, *, config: OptimizerConfig, steps: int
+) -> GradientStepper:
+    """A stepper that distils from `teacher` by forward KL with some cross-entropy."""
+    return GradientStepper(
+        student,
+        Distillation(
+            divergence=forward_kl,
+            temperature=1.0,
+            kd_weight=1.0,
+            ce_weight=0.3,
+            teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
+        ),
+        build_adamw(student, config),
+        config=config,
+        steps=steps,
+        mesh=mesh,
+    )
