@@ -170,6 +170,10 @@ class Ledger:
         """Whether the session lives."""
         return session in self._sessions
 
+    def job(self, session: bytes) -> str:
+        """The name the session was opened with. Raises HandleGone when it has ended."""
+        return self._session(session).job
+
     def keep_alive(self, session: bytes) -> None:
         """Start the session's lease anew. Raises HandleGone when it has ended."""
         self._session(session).heard_at = self._clock()

@@ -105,6 +105,7 @@ class SlabStore:
         self._ledger = Ledger(limits, clock, self._freed)
         self._slots: list[Segment] = []
         self._shared = SharedSegments(first_number=limits.slots)
+        self._is_collected = asyncio.Event()  # set whenever an answer may have been claimed or ended
         self._is_free_told = True
         self._may_renew = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
@@ -149,6 +150,10 @@ class SlabStore:
         """Whether the session lives."""
         return self._ledger.is_open(session)
 
+    def job(self, session: bytes) -> str:
+        """The name the session was opened with. Raises HandleGone."""
+        return self._ledger.job(session)
+
     def keep_alive(self, session: bytes) -> None:
         """Start the session's lease anew. Raises HandleGone."""
         self._ledger.keep_alive(session)
@@ -190,6 +195,12 @@ class SlabStore:
 
     # Reading
 
+    async def wait_collected(self) -> None:
+        """Return when no answer waits to be claimed."""
+        while self._ledger.slots_by_state()[SlotState.READY]:
+            self._is_collected.clear()
+            await self._is_collected.wait()
+
     @contextlib.contextmanager
     def reading(self, session: bytes, handle: Handle) -> Iterator[memoryview]:
         """The handle's bytes, which stay as they are inside the `with`, whatever becomes of the session.
@@ -209,6 +220,7 @@ class SlabStore:
             raise InvalidRequest(f"the handle says {_shape(handle)}; answered was {_shape(answered)}")
         if is_slot:
             self._ledger.begin_read(handle)
+            self._is_collected.set()
         try:
             with segment.writable[handle.offset_bytes :][: handle.size_bytes].toreadonly() as view:
                 yield view
@@ -247,6 +259,7 @@ class SlabStore:
 
     def claim(self, session: bytes, key: Key, holder: int) -> Segment:
         """The segment that `holder` is to map. Raises HandleGone as the ledger does."""
+        self._is_collected.set()
         if key.segment >= len(self._slots):
             return self._find_shared(session, key)[0]
         self._ledger.claim(session, key, holder)
@@ -276,6 +289,7 @@ class SlabStore:
         self._may_renew.set()
 
     def _freed(self) -> None:
+        self._is_collected.set()
         if self._is_free_told:  # once for all slots that come free in one go
             self._is_free_told = False
             asyncio.get_running_loop().call_soon(self._tell_free)
