@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from kdmesh.errors import ConfigError
 
@@ -30,15 +31,25 @@ def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
         ConfigError: the file cannot be read, is not a mapping, or any key is bad;
             every bad key is named, with its path.
     """
+    return parse(model, read_tree(path, overrides), source=path)
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `path` says after the overrides, as plain values. Raises ConfigError like `load`, but checks no key."""
     tree = _read(path)
     for override in overrides:
         _apply(tree, override)
+    return tree
+
+
+def parse(model: type[M], tree: dict[str, Any], *, source: Path) -> M:
+    """The typed form of `tree`, which was read from `source`. Raises ConfigError with every bad key."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_line(e["loc"], e["msg"], e["input"]) for e in error.errors()]
+        lines = [_line(details) for details in error.errors()]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise ConfigError("\n".join([f"{path}: {count}", *lines])) from None
+        raise ConfigError("\n".join([f"{source}: {count}", *lines])) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -71,8 +82,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _line(location: tuple[int | str, ...], message: str, value: object) -> str:
-    dotted = ".".join(str(part) for part in location) or "(top level)"
+def _line(details: ErrorDetails) -> str:
+    dotted = ".".join(str(part) for part in details["loc"]) or "(top level)"
+    message, value = details["msg"], details["input"]
+    if details["type"] == "union_tag_not_found":
+        message = f"says no {details['ctx']['discriminator']}, which decides what else belongs here"
+    if details["type"] == "extra_forbidden":
+        message = "there is no such key"
     if isinstance(value, dict | list):
         return f"  {dotted}: {message}"
     return f"  {dotted}: {message} (got {value!r})"

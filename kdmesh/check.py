@@ -1,0 +1,163 @@
+"""Finds what a configuration names that is not there, without loading any of it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+from kdmesh import config
+from kdmesh.errors import ConfigError
+from kdmesh_teacher.config import TeacherConfig, TransformersEngine
+from kdmesh_trainer.config import CustomDataset, CustomDivergence, DatasetConfig, Distill, TrainerConfig
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+def load_any(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig | TeacherConfig:
+    """The configuration in `path`, of the service that its keys belong to.
+
+    Raises:
+        ConfigError: as `config.load`, or no key belongs to a service.
+    """
+    tree = config.read_tree(path, overrides)
+    as_trainer = len(tree.keys() & TrainerConfig.model_fields)
+    as_teacher = len(tree.keys() & TeacherConfig.model_fields)
+    if as_trainer == as_teacher == 0:
+        raise ConfigError(
+            f"{path} configures no service: a trainer has the keys {', '.join(TrainerConfig.model_fields)}; "
+            f"a teacher has {', '.join(TeacherConfig.model_fields)}"
+        )
+    if as_trainer >= as_teacher:
+        return config.parse(TrainerConfig, tree, source=path)
+    return config.parse(TeacherConfig, tree, source=path)
+
+
+def missing(cfg: TrainerConfig | TeacherConfig) -> list[str]:
+    """One line for each file, directory or function that `cfg` names and that is not there or not fit for its use."""
+    if isinstance(cfg, TeacherConfig):
+        engine = cfg.engine
+        return list(_model("engine.model", engine.model)) if isinstance(engine, TransformersEngine) else []
+    return list(_missing_for_trainer(cfg))
+
+
+def refuse_missing(cfg: TrainerConfig | TeacherConfig, *, source: Path) -> None:
+    """Raises ConfigError with every line of `missing`."""
+    lines = missing(cfg)
+    if lines:
+        count = "1 thing is" if len(lines) == 1 else f"{len(lines)} things are"
+        raise ConfigError("\n".join([f"{source}: {count} missing", *(f"  {line}" for line in lines)]))
+
+
+def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
+    yield from _model("student.model", cfg.student.model, needs_weights=cfg.student.weights == "pretrained")
+    yield from _tokenizer("student.model", cfg.student.model)
+    yield from _dataset("data.train", cfg.data.train)
+    if cfg.data.held_out is not None:
+        yield from _dataset("data.held_out", cfg.data.held_out)
+    template = cfg.data.chat_template
+    if template is not None and not template.is_file():
+        yield f"data.chat_template: there is no file {template}"
+    if isinstance(cfg.objective, Distill) and isinstance(cfg.objective.divergence, CustomDivergence):
+        custom = cfg.objective.divergence
+        yield from _function("objective.divergence", custom.target, custom.params, positional=2)
+    for address in cfg.teacher.addresses if cfg.teacher else ():
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdigit()):
+            yield f"teacher.addresses: {address!r} is not of the form host:port"
+    if cfg.output.exists() and not cfg.output.is_dir():
+        yield f"output: {cfg.output} is not a directory"
+
+
+def _model(key: str, path: Path, *, needs_weights: bool = True) -> Iterator[str]:
+    if not path.is_dir():
+        yield f"{key}: there is no directory {path} (models are not downloaded; give a Hugging Face model directory)"
+    elif not (path / "config.json").is_file():
+        yield f"{key}: {path} is not a Hugging Face model directory: it has no config.json"
+    elif needs_weights and not any(path.glob("*.safetensors")):
+        yield f"{key}: {path} has no weights (*.safetensors)"
+
+
+def _tokenizer(key: str, path: Path) -> Iterator[str]:
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if path.is_dir() and not any((path / name).is_file() for name in files):
+        yield f"{key}: {path} has no tokenizer ({' or '.join(files)})"
+
+
+def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
+    if isinstance(dataset, CustomDataset):
+        yield from _function(key, dataset.target, dataset.params, positional=0)
+        return
+    path = dataset.path
+    if not path.exists():
+        yield f"{key}.path: there is no file or directory {path}"
+    elif path.is_dir() and not any(file.suffix in _DATA_SUFFIXES for file in path.iterdir()):
+        yield f"{key}.path: {path} has no {', '.join(_DATA_SUFFIXES)} file"
+    elif path.is_file() and path.suffix not in _DATA_SUFFIXES:
+        yield f"{key}.path: {path} is not a {', '.join(_DATA_SUFFIXES)} file"
+
+
+def _function(key: str, target: str, params: Mapping[str, object], *, positional: int) -> Iterator[str]:
+    """What is wrong with `module:function`, read from its source: importing it could load anything."""
+    module, _, name = target.partition(":")
+    spec = _find(module)
+    if spec is None:
+        yield f"{key}.target: there is no module {module!r} (the current directory is searched too)"
+        return
+    if not spec.origin or not spec.origin.endswith(".py"):
+        return  # compiled: only importing can tell
+    try:
+        defined = _definitions(Path(spec.origin))
+    except SyntaxError as error:
+        yield f"{key}.target: {spec.origin} is not Python: {error.msg} in line {error.lineno}"
+        return
+    if name not in defined:
+        yield f"{key}.target: {spec.origin} defines no {name!r}"
+        return
+    function = defined[name]
+    if isinstance(function, ast.FunctionDef):
+        yield from (f"{key}.params: {problem}" for problem in _misfits(function, params, positional))
+
+
+def _find(module: str) -> ModuleSpec | None:
+    """The module's spec, found as the import system would, but without importing its parents."""
+    path: list[str] | None = [str(Path.cwd()), *sys.path]
+    names = module.split(".")
+    for depth in range(1, len(names) + 1):
+        spec = PathFinder.find_spec(".".join(names[:depth]), path)
+        if spec is None or depth == len(names):
+            return spec
+        path = list(spec.submodule_search_locations or [])
+    return None
+
+
+def _definitions(source: Path) -> dict[str, ast.AST]:
+    """Top-level names of a module: functions, classes, assignments, imports."""
+    names: dict[str, ast.AST] = {}
+    for node in ast.parse(source.read_text(encoding="utf-8"), str(source)).body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                names[node.name] = node
+            case ast.Assign(targets=targets):
+                names.update({target.id: node for target in targets if isinstance(target, ast.Name)})
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names[name] = node
+            case ast.Import() | ast.ImportFrom():
+                names.update({alias.asname or alias.name: node for alias in node.names})
+    return names
+
+
+def _misfits(function: ast.FunctionDef, params: Mapping[str, object], positional: int) -> Iterator[str]:
+    """Parameters that the function lacks, and those it requires; its first `positional` ones are filled by us."""
+    arguments = function.args
+    in_order = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    required = set(in_order[positional : len(in_order) - len(arguments.defaults)])
+    by_name = {argument.arg for argument in arguments.kwonlyargs}
+    by_name |= set(in_order[positional:]) - {argument.arg for argument in arguments.posonlyargs}
+    without_default = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    required |= {argument.arg for argument, default in without_default if default is None}
+    if arguments.kwarg is None:
+        yield from (f"{function.name} has no parameter {name!r}" for name in params.keys() - by_name)
+    yield from (f"{function.name} requires {name!r}" for name in sorted(required - params.keys()))

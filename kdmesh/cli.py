@@ -1,0 +1,153 @@
+"""The `kdmesh` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from kdmesh import check, jobs, local
+from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh_teacher.config import TeacherConfig
+
+_ERROR = 1
+_YAML = click.Path(path_type=Path, dir_okay=False)
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="A.B=VALUE",
+    help="Lay a value over the file's, as often as you like; VALUE is YAML.",
+)
+
+
+class _Commands(click.Group):
+    """Turns our errors into one message: exit code 2 for what the user can put right, 1 for what broke."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except local.ChildFailed as error:
+            _fail(error, local.USER_ERROR if error.exit_code == local.USER_ERROR else _ERROR)
+        except KdmeshError as error:
+            _fail(error, local.USER_ERROR)
+        except local.Stopped as stopped:
+            sys.exit(128 + stopped.signum)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="kdmesh")
+def main() -> None:
+    """Distil large language models: a teacher service answers, trainers learn.
+
+    \b
+    See it work       kdmesh demo
+    Check a config    kdmesh check examples/train.yaml
+    Serve a teacher   kdmesh teacher examples/teacher.yaml
+    Train against it  kdmesh train examples/train.yaml
+    Both at once      kdmesh train examples/train.yaml --serve examples/teacher.yaml
+    Trust a teacher   kdmesh probe --teacher 127.0.0.1:50051 --model path/to/teacher
+
+    Every setting lives in the YAML file; the commented files in examples/ name the usual ones.
+    """
+
+
+@main.command()
+@click.argument("config", type=_YAML)
+@_set_option
+@click.option("--serve", "teacher_config", type=_YAML, help="Also start the teacher of this file, for this run only.")
+def train(config: Path, overrides: tuple[str, ...], teacher_config: Path | None) -> None:
+    """Distil, or fine-tune, a student as CONFIG says.
+
+    Starts the file's `ranks` on this machine: by default one per GPU, or one on a machine without. Under torchrun it
+    runs as the rank that torchrun gives it. Ctrl-C and SIGTERM end the run after the current step with a checkpoint;
+    the same command continues it.
+
+    \b
+    Example: kdmesh train examples/train.yaml --set steps=200 --set optimizer.learning_rate=2e-5
+    """
+    argv = [sys.executable, "-m", "kdmesh_trainer", str(config), *jobs.set_arguments(overrides)]
+    if "RANK" in os.environ:
+        if teacher_config is not None:
+            raise ConfigError("--serve starts one teacher per command, so it does not go with torchrun's many ranks")
+        os.execv(argv[0], argv)
+
+    jobs.train(config, overrides, teacher_config)
+
+
+@main.command()
+@click.argument("config", type=_YAML)
+@_set_option
+def teacher(config: Path, overrides: tuple[str, ...]) -> None:
+    """Serve the teacher of CONFIG until Ctrl-C or SIGTERM.
+
+    Any number of trainers may use it at the same time: put its host:port into their `teacher.addresses`. /readyz,
+    /metrics and /v1 are served over HTTP on `server.rest_port`.
+
+    \b
+    Example: kdmesh teacher examples/teacher.yaml --set server.port=50052
+    """
+    argv = [sys.executable, "-m", "kdmesh_teacher", str(config), *jobs.set_arguments(overrides)]
+    os.execv(argv[0], argv)
+
+
+@main.command("check")
+@click.argument("config", type=_YAML)
+@_set_option
+def check_command(config: Path, overrides: tuple[str, ...]) -> None:
+    """Say what is wrong with CONFIG, a trainer's or a teacher's, without loading a model.
+
+    Names every bad key with its path, and every file, directory and function that the file names and that is not
+    there. Exit code 0 when all is well, 2 otherwise.
+
+    \b
+    Example: kdmesh check examples/train.yaml
+    """
+    cfg = check.load_any(config, overrides)
+    check.refuse_missing(cfg, source=config)
+    kind = "teacher" if isinstance(cfg, TeacherConfig) else "trainer"
+    click.echo(f"{config}: a good {kind} configuration")
+
+
+@main.command()
+@click.option("--teacher", "address", required=True, metavar="HOST:PORT", help="The teacher server to judge.")
+@click.option(
+    "--model",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Hugging Face directory of the model it should serve, with its tokenizer.",
+)
+@click.option("--prompts", type=_YAML, help="Text file with one prompt per line; a few built-in ones otherwise.")
+@click.option(
+    "--bound",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Largest difference of a log-probability that passes; by default what rounding in the served type explains.",
+)
+@click.option("--door", type=click.Choice(["auto", "shm", "stream"]), default="auto", show_default=True)
+def probe(address: str, model: Path, prompts: Path | None, bound: float | None, door: str) -> None:
+    """Compare a teacher server's distribution with a local forward of the same model.
+
+    Rebuilds the distribution as a trainer does, from rows and head, and sets it against the model's own logits.
+    Prints the largest difference of a log-probability and the mean KL; the last line is JSON. Exit code 0 when it
+    passes, 1 when it does not.
+
+    \b
+    Example: kdmesh probe --teacher 127.0.0.1:50051 --model models/teacher
+    """
+    from kdmesh import probe as probing
+
+    texts = probing.read_prompts(prompts)
+    verdict = probing.compare(address, model, texts, bound=bound, door=door)
+    click.echo(verdict.sentence())
+    click.echo(verdict.json())
+    if not verdict.has_passed:
+        sys.exit(_ERROR)
+
+
+def _fail(error: KdmeshError, code: int) -> NoReturn:
+    click.echo(f"Error: {error}", err=True)
+    sys.exit(code)

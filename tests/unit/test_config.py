@@ -1,0 +1,130 @@
+"""Holds what loading a configuration refuses, and with which words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from kdmesh import config
+from kdmesh.config import StrictModel
+from kdmesh.errors import ConfigError
+from kdmesh_teacher import config as teacher_config
+from kdmesh_trainer import config as trainer_config
+from kdmesh_trainer.config import TrainerConfig
+
+GOOD = """
+output: runs/x
+steps: 100
+student: {model: models/student}
+teacher: {addresses: ["127.0.0.1:50051"]}
+data: {train: {format: chat, path: train.jsonl}}
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.load(TrainerConfig, written(tmp_path, text), overrides)
+    return str(caught.value)
+
+
+def test_defaults_fill_what_a_file_leaves_out(tmp_path: Path) -> None:
+    cfg = config.load(TrainerConfig, written(tmp_path, GOOD))
+    assert cfg.batch.sequences == 32
+    assert cfg.trackers == ("tensorboard",)
+
+
+def test_every_bad_key_is_named_with_its_path(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD + "optimizer: {learning_rate: -1, lr: 2}\nbatch: {sequences: many}\ncolour: red\n")
+    assert said.splitlines()[0].endswith("my.yaml: 4 problems")
+    for part in (
+        "optimizer.learning_rate",
+        "(got -1)",
+        "optimizer.lr: there is no such key",
+        "batch.sequences",
+        "colour",
+    ):
+        assert part in said
+
+
+def test_a_parameter_of_another_divergence_is_refused(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD + "objective: {name: distill, divergence: {name: forward_kl, beta: 0.1}}\n")
+    assert re.search(r"objective\.distill\.divergence\.forward_kl\.beta: there is no such key", said)
+
+
+def test_a_choice_without_its_name_says_which_key_decides(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD.replace("format: chat, ", ""))
+    assert "data.train: says no 'format', which decides what else belongs here" in said
+
+
+def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD + "objective: {name: distil}\n")
+    assert "'distill', 'sft'" in said
+
+
+def test_overrides_reach_any_depth_and_are_yaml(tmp_path: Path) -> None:
+    cfg = config.load(
+        TrainerConfig, written(tmp_path, GOOD), ["optimizer.learning_rate=2e-5", "teacher.addresses=[a:1]"]
+    )
+    assert cfg.optimizer.learning_rate == 2e-5
+    assert cfg.teacher is not None
+    assert cfg.teacher.addresses == ("a:1",)
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "a..b=3", "steps.inner=3", "steps=[1"])
+def test_a_malformed_override_is_refused_with_its_own_text(tmp_path: Path, override: str) -> None:
+    assert repr(override) in refusal(tmp_path, GOOD, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("- a\n- b\n", "must hold a mapping, not list"), ("a: [1\n", "is not YAML"), ("", "must hold a mapping")],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    assert words in refusal(tmp_path, text)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "none.yaml"))):
+        config.load(TrainerConfig, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("teacher: null", "objective distill needs a `teacher` section"),
+        ("optimizer: {warmup_steps: 100}", r"warmup_steps \(100\) must be less than steps \(100\)"),
+        ("data: {max_tokens: 9000, train: {format: chat, path: x.jsonl}}", "must not exceed batch.max_tokens"),
+        ("objective: {name: distill, kd_weight: 0}", "nothing would be learnt"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, change: str, words: str) -> None:
+    key = change.split(":")[0]
+    kept = "\n".join(line for line in GOOD.splitlines() if not line.startswith(key))
+    assert re.search(words, refusal(tmp_path, f"{kept}\n{change}\n"))
+
+
+def sections(module: object) -> Iterator[type[BaseModel]]:
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, StrictModel) and value is not StrictModel:
+            yield value
+
+
+@pytest.mark.parametrize("module", [teacher_config, trainer_config], ids=["teacher", "trainer"])
+def test_every_key_is_described_and_every_section_closed_and_frozen(module: object) -> None:
+    for section in sections(module):
+        assert section.__doc__
+        assert section.model_config["extra"] == "forbid"
+        assert section.model_config["frozen"] is True
+        for name, field in section.model_fields.items():
+            is_tag = name in ("name", "kind", "format")
+            assert field.description or is_tag, f"{section.__name__}.{name} has no description"
