@@ -50,7 +50,7 @@ def load_causal_lm(
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             model = _read(path, config, dtype) if weights == "pretrained" else _initialise(config, dtype)
         except _LOAD_ERRORS as error:
-            raise ConfigError(f"{path} cannot be loaded: {error}") from error
+            raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     model = model.to(device).eval()
     check_packing(model)
     check_head(model)

@@ -1,0 +1,107 @@
+"""Packed attention is causal attention of each sequence alone, against a dense float64 formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdmesh.errors import ConfigError
+from kdmesh.models import attention
+from kdmesh.models.attention import packed_attention
+
+HEADS, KEY_HEADS, DIM, VALUE_DIM = 6, 2, 8, 4
+
+
+def dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    cap: float | None,
+) -> Tensor:
+    """The same by the textbook: one [T, T] mask over everything."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.arange(len(owner))
+    distance = place[:, None] - place[None, :]
+    visible = (owner[:, None] == owner[None, :]) & (distance >= 0)
+    if window is not None:
+        visible &= distance < window
+    groups = query.shape[1] // key.shape[1]
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(groups, 1)) * scale
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, value.repeat_interleave(groups, 1))
+
+
+def states(tokens: int, *, value_dim: int = DIM) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(tokens)
+    return (
+        torch.randn(1, HEADS, tokens, DIM, dtype=torch.float64, requires_grad=True),
+        torch.randn(1, KEY_HEADS, tokens, DIM, dtype=torch.float64, requires_grad=True),
+        torch.randn(1, KEY_HEADS, tokens, value_dim, dtype=torch.float64, requires_grad=True),
+    )
+
+
+@pytest.mark.parametrize("block", [4, 512])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+def test_values_and_gradients_equal_the_dense_formula(
+    window: int | None, cap: float | None, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    lengths = (5, 1, 13, 2, 13)
+    inputs = states(sum(lengths))
+    expected = dense(*inputs, lengths, 0.3, window, cap)
+    actual, _ = packed_attention(
+        nn.Identity(), *inputs, None, scaling=0.3, softcap=cap, sliding_window=window, packed_lengths=lengths
+    )
+    assert actual.shape == expected.shape
+    # With a soft cap the softmax is float32, as in transformers.
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if cap is None else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    upstream = torch.randn_like(expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    inputs = states(7, value_dim=VALUE_DIM)
+    actual, _ = packed_attention(nn.Identity(), *inputs, None, packed_lengths=(3, 4))
+    torch.testing.assert_close(actual, dense(*inputs, (3, 4), DIM**-0.5, None, None), rtol=1e-10, atol=1e-12)
+
+
+def test_a_window_that_only_the_layer_knows_is_honoured() -> None:
+    layer = nn.Identity()
+    layer.sliding_window = 2
+    inputs = states(9)
+    actual, _ = packed_attention(layer, *inputs, None, packed_lengths=(9,))
+    torch.testing.assert_close(actual, dense(*inputs, (9,), DIM**-0.5, 2, None), rtol=1e-10, atol=1e-12)
+    full, _ = packed_attention(layer, *inputs, None, packed_lengths=(9,), sliding_window=None)
+    torch.testing.assert_close(full, dense(*inputs, (9,), DIM**-0.5, None, None), rtol=1e-10, atol=1e-12)
+
+
+def test_another_sequence_changes_no_bit() -> None:
+    query, key, value = (part.detach().clone() for part in states(12))
+    before, _ = packed_attention(nn.Identity(), query, key, value, None, packed_lengths=(5, 7))
+    for part in (query, key, value):
+        part[:, :, :5] = 1e6
+    after, _ = packed_attention(nn.Identity(), query, key, value, None, packed_lengths=(5, 7))
+    assert torch.equal(before[:, 5:], after[:, 5:])
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    inputs = states(4)
+    with pytest.raises(ConfigError, match="packed_lengths"):
+        packed_attention(nn.Identity(), *inputs, None)
+    with pytest.raises(ConfigError, match=r"dropout 0\.1"):
+        packed_attention(nn.Identity(), *inputs, None, dropout=0.1, packed_lengths=(4,))
+    with pytest.raises(ConfigError, match="mask"):
+        packed_attention(nn.Identity(), *inputs, torch.ones(1, 1, 4, 4), packed_lengths=(4,))

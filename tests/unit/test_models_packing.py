@@ -1,0 +1,41 @@
+"""Packed rows hold exactly the sequences, in order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kdmesh.models.packing import blank, pack
+from kdmesh.types import TokenSequence
+from tests.support.sequences import random_sequences
+
+
+def test_tokens_lie_end_to_end_and_positions_restart() -> None:
+    sequences = random_sequences([3, 2, 5], vocabulary_size=50)
+    packed = pack(sequences)
+    assert packed.token_ids_T.tolist() == [i for s in sequences for i in s.token_ids]
+    assert packed.position_ids_T.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4]
+    assert packed.lengths == (3, 2, 5)
+    assert (packed.token_ids_T.dtype, packed.position_ids_T.dtype) == (torch.int64, torch.int64)
+
+
+def test_rows_point_at_the_wanted_positions_and_labels_at_the_next_token() -> None:
+    sequences = random_sequences([3, 2, 9], vocabulary_size=50)
+    packed = pack(sequences)
+    assert packed.num_rows == sum(s.num_rows for s in sequences)
+    assert packed.token_ids_T[packed.rows_R].tolist() == [i for s in sequences for i in s.token_ids[s.positions]]
+    assert packed.token_ids_T[packed.rows_R + 1].tolist() == packed.labels_R.tolist()
+    assert packed.labels_R.tolist() == [i for s in sequences for i in s.labels]
+
+
+def test_a_packed_row_owns_its_memory() -> None:
+    ids = np.array([4, 5, 6], np.int32)
+    packed = pack([TokenSequence(token_ids=ids, positions=np.array([0], np.int32))])
+    ids[:] = 0
+    assert packed.token_ids_T.tolist() == [4, 5, 6]
+
+
+def test_a_blank_row_asks_for_nothing() -> None:
+    packed = blank()
+    assert (packed.num_tokens, packed.num_rows, packed.lengths) == (2, 0, (2,))
+    assert packed.labels_R.dtype == packed.rows_R.dtype == torch.int64
