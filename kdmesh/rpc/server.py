@@ -41,9 +41,9 @@ class RpcServer:
         for name in (health.OVERALL_HEALTH, self.service):
             await self._health.set(name, state)
 
-    async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, let running ones finish for `grace_s`, then cancel them."""
-        await self._server.stop(grace_s)
+    async def stop(self) -> None:
+        """Refuse new calls and cancel running ones; whoever drains does so before."""
+        await self._server.stop(None)
 
 
 @asynccontextmanager
@@ -78,4 +78,4 @@ async def serving(
     try:
         yield listening
     finally:
-        await server.stop(None)
+        await listening.stop()

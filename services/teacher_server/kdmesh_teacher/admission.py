@@ -1,0 +1,36 @@
+"""What a request must be before any work is done for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kdmesh.errors import InvalidRequest, ModelMismatch
+from kdmesh.types import ModelDescription, TokenSequence
+
+
+def check_sequences(sequences: Sequence[TokenSequence], model: ModelDescription) -> None:
+    """Raises InvalidRequest, with the value and the limit, when the model cannot answer the request."""
+    if not sequences:
+        raise InvalidRequest("the request holds no sequence; it needs at least one")
+    limit = model.head.padded_vocabulary_size
+    for index, sequence in enumerate(sequences):
+        if sequence.num_tokens > model.max_sequence_tokens:
+            raise InvalidRequest(
+                f"sequence {index} has {sequence.num_tokens} tokens; the longest allowed is {model.max_sequence_tokens}"
+            )
+        largest = int(sequence.token_ids.max())
+        if largest >= limit:
+            raise InvalidRequest(f"sequence {index} has token id {largest}; ids must be below {limit}")
+    _check_total("tokens", sum(s.num_tokens for s in sequences), model.max_request_tokens)
+    _check_total("rows", sum(s.num_rows for s in sequences), model.max_request_rows)
+
+
+def check_model(wanted: str, served: str) -> None:
+    """Raises ModelMismatch when a fingerprint is not the loaded model's."""
+    if wanted != served:
+        raise ModelMismatch(f"the request is for model {wanted or '(none named)'}; this server has {served}")
+
+
+def _check_total(what: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise InvalidRequest(f"the request has {count} {what} over all its sequences; the most allowed is {limit}")

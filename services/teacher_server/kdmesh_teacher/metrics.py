@@ -1,0 +1,114 @@
+"""The numbers that /metrics shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kdmesh.handles.store import Snapshot
+from kdmesh_teacher.fair_queue import Work
+
+_MAX_JOBS = 64  # distinct values of a label; names come from clients
+_NAMESPACE = "kdmesh_teacher"
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """What is true at the moment of a scrape."""
+
+    slab: Snapshot
+    waiting_tokens: int
+    waiting_requests: int
+
+
+class Metrics:
+    """Counters and histograms; a job is known by the name its sessions were opened with.
+
+    Written and read on the event loop only.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._jobs: set[str] = set()
+        self._tokens = self._counter("tokens", "Tokens prefilled.", "job")
+        self._rows = self._counter("rows", "Rows computed.", "job")
+        self._requests = self._counter("requests", "Requests by what came of them.", "job", "outcome")
+        self._stream_bytes = self._counter("stream_bytes", "Bytes of rows and heads read through the stream door.")
+        self._queue_seconds = self._histogram("queue_seconds", "From arrival to the start of the prefill.", "job")
+        self._engine_seconds = self._histogram("engine_seconds", "Duration of a batch in the engine.")
+
+    def watch(self, look: Callable[[], Gauges]) -> None:
+        """Show what `look` finds at every scrape; called once, when the server is ready."""
+        self.registry.register(_GaugeCollector(look))
+
+    def batch_done(self, works: Sequence[Work], *, started_s: float, engine_s: float) -> None:
+        """A batch has come from the engine, well or not."""
+        self._engine_seconds.observe(engine_s)
+        for work in works:
+            job = self._label(work.job)
+            self._tokens.labels(job).inc(work.num_tokens)
+            self._rows.labels(job).inc(work.num_rows)
+            self._queue_seconds.labels(job).observe(started_s - work.arrived_s)
+
+    def request_done(self, job: str, outcome: str) -> None:
+        """A request has been answered; `outcome` is "ok", "cancelled" or the name of an error."""
+        self._requests.labels(self._label(job), outcome).inc()
+
+    def streamed(self, num_bytes: int) -> None:
+        """So many bytes were read through the stream door."""
+        self._stream_bytes.inc(num_bytes)
+
+    def _label(self, job: str) -> str:
+        """The job's name, or one common name once there are too many."""
+        if job not in self._jobs:
+            if len(self._jobs) >= _MAX_JOBS:
+                return "(others)"
+            self._jobs.add(job)
+        return job or "(unnamed)"
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace=_NAMESPACE, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(name, text, labels, namespace=_NAMESPACE, registry=self.registry, buckets=_SECONDS)
+
+
+class _GaugeCollector(Collector):
+    def __init__(self, look: Callable[[], Gauges]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterator[Metric]:
+        """The slab and the queue as they are now."""
+        now = self._look()
+        slots = GaugeMetricFamily(f"{_NAMESPACE}_slots", "Slots of the slab by state.", labels=["state"])
+        for state, count in now.slab.slots.items():
+            slots.add_metric([state], count)
+        yield slots
+        for name, text, value in (
+            ("sessions", "Open sessions.", len(now.slab.sessions)),
+            ("orphans", "Replaced slots that a silent client may still map.", now.slab.orphans),
+            ("slab_bytes", "Shared memory of slots, orphans and heads.", _slab_bytes(now.slab)),
+            ("waiting_tokens", "Tokens of requests that have not started.", now.waiting_tokens),
+            ("waiting_requests", "Requests that have not started.", now.waiting_requests),
+        ):
+            yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
+        counters = now.slab.counters
+        for name, text, value in (
+            ("handles_mapped", "Handles claimed through shared memory.", counters.claimed),
+            ("handles_streamed", "Reads of handles through the stream door.", counters.streamed),
+            ("handles_unclaimed", "Answers that nobody claimed in time.", counters.unclaimed),
+            ("slots_abandoned", "Times a slot went out of service under a silent client.", counters.abandoned),
+            ("sessions_opened", "Sessions opened.", counters.sessions_opened),
+            ("leases_expired", "Sessions that ended by silence.", counters.sessions_expired),
+            ("sessions_died", "Sessions that ended with their process.", counters.sessions_died),
+        ):
+            yield CounterMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
+
+
+def _slab_bytes(slab: Snapshot) -> int:
+    return (sum(slab.slots.values()) + slab.orphans) * slab.slot_bytes + slab.shared_bytes

@@ -1,0 +1,80 @@
+"""Whether a loaded engine computes: asked before it serves, and after it has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kdmesh.errors import EngineFailure
+from kdmesh.types import DType, TokenSequence
+from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts, PrefillJob
+
+_LENGTHS = (2, 7, 33)
+# Batching changes the order of sums. Relative to the largest value of a row.
+_TOLERANCE = {DType.FLOAT32: 1e-4, DType.FLOAT16: 2e-2, DType.BFLOAT16: 1e-1}
+
+
+def check_rows(engine: Engine, model: EngineDescription) -> None:
+    """Compute a few fixed sequences, each alone and all together. Blocks for that long.
+
+    Raises:
+        EngineFailure: a row is not finite, or depends on what else was computed.
+    """
+    sequences = _sequences(model)
+    alone = [_rows(engine, model, [sequence])[0] for sequence in sequences]
+    together = _rows(engine, model, sequences)
+    tolerance = 0.0 if model.is_deterministic else _TOLERANCE[model.dtype]
+    for sequence, one_RD, other_RD in zip(sequences, alone, together, strict=True):
+        if not np.isfinite(one_RD).all():
+            raise EngineFailure(f"the model gives values that are not finite for token ids {sequence.token_ids}")
+        difference = float(np.abs(one_RD - other_RD).max() / max(float(np.abs(one_RD).max()), 1e-30))
+        if not difference <= tolerance:
+            raise EngineFailure(
+                f"a sequence of {sequence.num_tokens} tokens gets other rows in a batch than alone: "
+                f"they differ by {difference:.1e} of the largest value, and at most {tolerance:.1e} is allowed"
+            )
+
+
+def check_head(parts: HeadParts, model: EngineDescription) -> None:
+    """Raises EngineFailure when the head's matrices do not have the sizes its description says."""
+    rows, itemsize = model.head.padded_vocabulary_size, parts.dtype.size_bytes
+    if parts.weight.nbytes != rows * model.hidden_size * itemsize:
+        raise EngineFailure(f"the head's weight has {parts.weight.nbytes} bytes, not {rows} x {model.hidden_size}")
+    if (parts.bias is not None) is not model.head.has_bias:
+        raise EngineFailure("the head's bias and its description disagree")
+    if parts.bias is not None and parts.bias.nbytes != rows * itemsize:
+        raise EngineFailure(f"the head's bias has {parts.bias.nbytes} bytes for {rows} tokens")
+
+
+def _sequences(model: EngineDescription) -> list[TokenSequence]:
+    longest = min(model.max_sequence_tokens, model.max_batch_tokens // len(_LENGTHS))
+    lengths = [min(length, longest) for length in _LENGTHS]
+    ids = np.arange(1, sum(lengths) + 1, dtype=np.int64) * 7919 % model.head.vocabulary_size
+    return [
+        TokenSequence(token_ids=part.astype(np.int32), positions=np.arange(len(part) - 1, dtype=np.int32))
+        for part in np.split(ids, np.cumsum(lengths)[:-1])
+    ]
+
+
+def _rows(
+    engine: Engine, model: EngineDescription, sequences: Sequence[TokenSequence]
+) -> list[npt.NDArray[np.float32]]:
+    """[R, D] float32 for each sequence, computed in one call as one job each."""
+    row_bytes = model.hidden_size * model.dtype.size_bytes
+    # What the engine does not write stays not a number, which the check refuses.
+    outs = [bytearray(b"\xff" * (sequence.num_rows * row_bytes)) for sequence in sequences]
+    jobs = [PrefillJob(sequences=(s,), out=memoryview(out)) for s, out in zip(sequences, outs, strict=True)]
+    engine.prefill(jobs)
+    return [_float32(out, model.dtype).reshape(-1, model.hidden_size) for out in outs]
+
+
+def _float32(data: bytearray, dtype: DType) -> npt.NDArray[np.float32]:
+    match dtype:
+        case DType.FLOAT32:
+            return np.frombuffer(data, dtype="<f4")
+        case DType.FLOAT16:
+            return np.frombuffer(data, dtype="<f2").astype(np.float32)
+        case DType.BFLOAT16:  # numpy lacks it: the upper half of a float32
+            return (np.frombuffer(data, dtype="<u2").astype("<u4") << 16).view("<f4")

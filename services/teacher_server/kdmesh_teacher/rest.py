@@ -1,0 +1,112 @@
+"""HTTP for people and platforms: health, metrics, and what the server is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from kdmesh.errors import ConfigError, Unavailable
+from kdmesh_teacher.gate import Gate
+
+Json = dict[str, Any]
+
+
+def build_app(gate: Gate, registry: CollectorRegistry) -> FastAPI:
+    """The routes. They look, and change nothing."""
+    app = FastAPI(title="kdmesh teacher", docs_url=None, redoc_url=None)
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(request: Request, error: Unavailable) -> JSONResponse:
+        return JSONResponse({"reason": str(error)}, status_code=503, headers={"Retry-After": "1"})
+
+    @app.get("/healthz")
+    async def healthz() -> Json:
+        """Whether the process answers at all."""
+        return {"status": "alive"}
+
+    @app.get("/readyz")
+    async def readyz() -> Json:
+        """Whether new work is taken."""
+        gate.parts_for_new_work()
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text. On the event loop, where the numbers change, so it needs no lock."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/model")
+    async def model() -> Json:
+        """What is served, and the limits of a request."""
+        return asdict(gate.parts().model)
+
+    @app.get("/v1/sessions")
+    async def sessions() -> Json:
+        """Who is connected; never their tokens."""
+        return {"sessions": [asdict(session) for session in gate.parts().store.snapshot().sessions]}
+
+    @app.get("/v1/slab")
+    async def slab() -> Json:
+        """The shared memory and the queue."""
+        parts = gate.parts()
+        queue = parts.scheduler.queue
+        snapshot = asdict(parts.store.snapshot())
+        del snapshot["sessions"]
+        return snapshot | {
+            "limits": asdict(parts.store.limits),
+            "waiting": {"requests": queue.num_requests, "tokens": queue.num_tokens},
+            "tokens_per_s": parts.scheduler.tokens_per_s,
+        }
+
+    return app
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI, *, host: str, port: int) -> AsyncIterator[int]:
+    """Serve `app` from this event loop; yields the port.
+
+    Raises:
+        ConfigError: the port is in use, or the address is not this machine's.
+    """
+    listener = _listen(host, port)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=1
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]), name="rest")
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await task
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to the process's main, not to uvicorn."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Do not."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port} for HTTP: {error.strerror or error}") from None
+    return listener

@@ -1,0 +1,247 @@
+"""Requests in, batches to the engine, handles out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, RpcError, Unavailable
+from kdmesh.handles.ledger import SlotState
+from kdmesh.handles.store import SlabStore, SlotLease
+from kdmesh.tokens import digest
+from kdmesh.types import TokenSequence
+from kdmesh_teacher.engine import Engine, EngineDescription, PrefillJob
+from kdmesh_teacher.engine_thread import EngineThread
+from kdmesh_teacher.fair_queue import Answer, FairQueue, Work
+from kdmesh_teacher.metrics import Metrics
+from kdmesh_teacher.throughput import Throughput
+
+log = logging.getLogger(__name__)
+
+_SLOT_HINT_S = 1.0  # when slots come back depends on the clients, and cannot be measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueLimits:
+    """Bounds on waiting."""
+
+    max_tokens: int  # over all sessions
+    max_wait_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedEngine:
+    """An engine that computes, and the thread it lives on."""
+
+    engine: Engine
+    thread: EngineThread
+    model: EngineDescription
+    check: Callable[[], None]  # blocks on the engine's thread; raises when the engine is broken for good
+
+
+class Scheduler:
+    """Decides what the engine computes next. Not thread-safe: it belongs to one event loop.
+
+    A request starts only when it has a slot to write in, so that the engine never waits for a
+    reader, and a session that holds all its slots delays nobody else.
+    """
+
+    def __init__(self, engine: LoadedEngine, store: SlabStore, limits: QueueLimits, metrics: Metrics) -> None:
+        self._engine = engine
+        self._store = store
+        self._limits = limits
+        self._metrics = metrics
+        self._queue = FairQueue()
+        self._throughput = Throughput()
+        self._without_slot: set[bytes] = set()  # sessions that asked for a slot last and got none
+        self._wake = asyncio.Event()
+        store.on_free = self._wake.set
+        store.on_session_end = self._end_session
+
+    @property
+    def queue(self) -> FairQueue:
+        """What waits; for looking only."""
+        return self._queue
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Measured speed of the engine; None before its first batch."""
+        return self._throughput.tokens_per_s
+
+    async def prefill(
+        self, session: bytes, job: str, sequences: tuple[TokenSequence, ...], *, deadline_s: float = math.inf
+    ) -> Answer:
+        """The rows of a request that was checked. Cancelling this gives its place, or its slot, back.
+
+        Args:
+            session: whose slot it takes.
+            job: for metrics.
+            sequences: valid for the model.
+            deadline_s: longest wait for the start that the caller accepts.
+
+        Raises:
+            Unavailable: the queue is full, or the prefill did not start within the queue's limit.
+            DeadlineExpired: it did not start within deadline_s.
+            HandleGone: the session ended.
+            EngineFailure: the engine failed on its batch.
+        """
+        loop = asyncio.get_running_loop()
+        work = Work(
+            session=session,
+            job=job,
+            sequences=sequences,
+            num_tokens=sum(s.num_tokens for s in sequences),
+            num_rows=sum(s.num_rows for s in sequences),
+            arrived_s=time.monotonic(),
+            answer=loop.create_future(),
+        )
+        self._push(work)
+        wait_s = min(deadline_s, self._limits.max_wait_s)
+        timer = loop.call_later(wait_s, self._expire, work, wait_s, deadline_s <= wait_s)
+        try:
+            return await work.answer
+        except asyncio.CancelledError:
+            self._discard(work)
+            raise
+        finally:
+            timer.cancel()
+
+    async def run(self) -> None:
+        """Work until cancelled.
+
+        Raises:
+            EngineFailure: the engine is broken for good; every request has been told.
+        """
+        while True:
+            self._wake.clear()
+            batch = self._queue.take(self._engine.model.max_batch_tokens, self._acquire)
+            if batch:
+                await self._run(batch)
+            else:
+                await self._wake.wait()
+
+    # Waiting
+
+    def _push(self, work: Work) -> None:
+        waiting = self._queue.num_tokens
+        excess = waiting + work.num_tokens - self._limits.max_tokens
+        if waiting and excess > 0:  # a request larger than the limit can still enter an empty queue
+            raise Unavailable(
+                f"the queue is full: {waiting} tokens wait, this request has {work.num_tokens}, "
+                f"and at most {self._limits.max_tokens} may wait",
+                retry_after_s=self._throughput.seconds_for(min(excess, waiting)),
+            )
+        if not self._store.is_open(work.session):
+            raise HandleGone("the session is unknown or its lease has ended; open a new one")
+        self._queue.push(work)
+        self._wake.set()
+
+    def _acquire(self, session: bytes) -> SlotLease | None:
+        try:
+            lease = self._store.try_acquire(session)
+        except HandleGone:  # on_session_end is about to tell its requests
+            return None
+        if lease is None:
+            self._without_slot.add(session)
+        else:
+            self._without_slot.discard(session)
+        return lease
+
+    def _expire(self, work: Work, waited_s: float, is_own_deadline: bool) -> None:
+        if work not in self._queue:
+            return
+        if work.session in self._without_slot:
+            reason, retry_after_s = self._slab_state(), _SLOT_HINT_S
+        else:
+            reason = f"{self._queue.num_tokens} tokens waited for the engine"
+            retry_after_s = self._throughput.seconds_for(self._queue.num_tokens)
+        message = f"the prefill did not start within {waited_s:g} s: {reason}"
+        if is_own_deadline:
+            self._refuse([work], DeadlineExpired(message))
+        else:
+            self._refuse([work], Unavailable(message, retry_after_s=retry_after_s))
+
+    def _slab_state(self) -> str:
+        slots = self._store.snapshot().slots
+        if slots[SlotState.FREE]:
+            return f"the session has its share of {self._store.limits.slots_per_session} slots; release some"
+        states = ", ".join(f"{count} {state}" for state, count in slots.items() if count)
+        return f"no slot came free; of {self._store.limits.slots} slots are {states}"
+
+    def _end_session(self, session: bytes) -> None:
+        self._without_slot.discard(session)
+        self._refuse(self._queue.of_session(session), HandleGone("the session has ended; open a new one"))
+
+    def _refuse(self, works: Iterable[Work], error: RpcError) -> None:
+        for work in works:
+            self._queue.remove(work)
+            if not work.answer.done():
+                work.answer.set_exception(error)
+        self._wake.set()  # the next in line may fit where this one did not
+
+    def _discard(self, work: Work) -> None:
+        """Nobody waits for this answer any more."""
+        if work in self._queue:
+            self._queue.remove(work)
+            self._wake.set()
+        elif work.answer.done() and not work.answer.cancelled() and work.answer.exception() is None:
+            self._store.release(work.session, work.answer.result().rows)
+
+    # Running
+
+    async def _run(self, batch: list[tuple[Work, SlotLease]]) -> None:
+        model = self._engine.model
+        row_bytes = model.hidden_size * model.dtype.size_bytes
+        jobs = [
+            PrefillJob(sequences=work.sequences, out=lease.buffer[: work.num_rows * row_bytes]) for work, lease in batch
+        ]
+        started_s = time.monotonic()
+        call = self._engine.thread.run(self._engine.engine.prefill, jobs)
+        # Not `await call`: whatever the engine raises ends this batch, and nothing else.
+        await asyncio.wait((call,))
+        engine_s = time.monotonic() - started_s
+        failure = call.exception()
+        for work, lease in batch:
+            if failure is None:
+                self._publish(work, lease, queue_s=started_s - work.arrived_s, engine_s=engine_s)
+            else:
+                self._store.cancel(lease)
+                self._fail(work)
+        works = [work for work, _ in batch]
+        self._metrics.batch_done(works, started_s=started_s, engine_s=engine_s)
+        if failure is None:
+            self._throughput.add(sum(work.num_tokens for work in works), engine_s)
+        else:
+            log.error("engine failed on a batch", extra={"requests": len(batch)}, exc_info=failure)
+            await self._check()
+
+    def _publish(self, work: Work, lease: SlotLease, *, queue_s: float, engine_s: float) -> None:
+        if work.answer.done():  # cancelled while the engine computed it
+            self._store.cancel(lease)
+            return
+        model = self._engine.model
+        try:
+            rows = self._store.publish(lease, rows=work.num_rows, cols=model.hidden_size, dtype=model.dtype)
+        except HandleGone as gone:
+            work.answer.set_exception(gone)
+            return
+        work.answer.set_result(Answer(rows=rows, digest=digest(work.sequences), queue_s=queue_s, engine_s=engine_s))
+
+    def _fail(self, work: Work) -> None:
+        if not work.answer.done():
+            work.answer.set_exception(
+                EngineFailure("the engine failed on the batch of this request; the server's log has the details")
+            )
+
+    async def _check(self) -> None:
+        """Go on if the engine still computes."""
+        check = self._engine.thread.run(self._engine.check)
+        await asyncio.wait((check,))
+        failure = check.exception()
+        if failure is not None:
+            self._refuse(self._queue.everything(), EngineFailure("the engine is broken; the server restarts"))
+            raise EngineFailure("the engine is broken: it fails on the fixed sequences too") from failure

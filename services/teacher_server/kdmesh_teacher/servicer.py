@@ -1,0 +1,184 @@
+"""Answers the rpcs of teacher.proto."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+
+from kdmesh.errors import HandleGone, RpcError, Unavailable
+from kdmesh.rpc import codec, raw_chunk, status
+from kdmesh.v1 import common_pb2
+from kdmesh.v1 import teacher_pb2 as pb
+from kdmesh.v1.teacher_pb2_grpc import TeacherServicer
+from kdmesh_teacher import admission
+from kdmesh_teacher.fair_queue import Answer
+from kdmesh_teacher.gate import Gate, Parts
+from kdmesh_teacher.metrics import Metrics
+from kdmesh_teacher.outstanding import Outstanding
+
+# Open requests of one stream; more are not read until some are answered.
+_MAX_OPEN_REQUESTS = 1024
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class Servicer(TeacherServicer):
+    """The gRPC surface: checks what comes in, asks the parts, answers; the error boundary is outside.
+
+    The streaming methods write to their context instead of yielding, which grpc.aio allows and
+    the generated types do not know.
+    """
+
+    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+        self._gate = gate
+        self._metrics = metrics
+        self.outstanding = Outstanding()
+        """Requests that have come in and reads that have begun, until they are answered."""
+
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        """See teacher.proto."""
+        return codec.description_to_wire(self._gate.parts_for_new_work().model)
+
+    async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.OpenSessionResponse:
+        """See teacher.proto."""
+        parts = self._gate.parts_for_new_work()
+        if request.model_fingerprint:
+            admission.check_model(request.model_fingerprint, parts.model.model_fingerprint)
+        store = parts.store
+        return pb.OpenSessionResponse(
+            session=store.open_session(request.job).token,
+            lease_ms=_ms(store.limits.lease_s),
+            claim_ms=_ms(store.limits.claim_s),
+            max_slots=min(store.limits.slots, store.limits.slots_per_session),
+            broker_socket=str(store.socket_path),
+            node_nonce=store.nonce,
+        )
+
+    async def KeepAlive(self, request: pb.KeepAliveRequest, context: Context) -> pb.KeepAliveResponse:
+        """See teacher.proto."""
+        self._gate.parts().store.keep_alive(request.session)
+        return pb.KeepAliveResponse()
+
+    async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
+        """See teacher.proto."""
+        self._gate.parts().store.close_session(request.session)
+        return pb.CloseSessionResponse()
+
+    async def Prefill(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.PrefillRequest], context: Context
+    ) -> None:
+        """See teacher.proto."""
+        parts = self._gate.parts()
+        stream = _ReplyStream(context)
+        may_read = asyncio.Semaphore(_MAX_OPEN_REQUESTS)
+        async with asyncio.TaskGroup() as requests:
+            async for request in request_iterator:
+                job = parts.store.job(request.session)
+                await may_read.acquire()
+                task = requests.create_task(self._reply(request, job, parts, stream))
+                task.add_done_callback(lambda _: may_read.release())
+
+    async def _reply(self, request: pb.PrefillRequest, job: str, parts: Parts, stream: _ReplyStream) -> None:
+        """Answer one request of a stream. Raises HandleGone, which ends the stream, when its session has ended."""
+        outcome = "cancelled"
+        with self.outstanding:
+            try:
+                answer = await self._prefill(request, job, parts)
+                outcome = "ok"
+            except HandleGone:
+                outcome = HandleGone.__name__
+                raise
+            except RpcError as error:
+                outcome = type(error).__name__
+                await stream.write(pb.PrefillReply(request_id=request.request_id, failure=_failure(error)))
+                return
+            finally:
+                self._metrics.request_done(job, outcome)
+            result = _result(answer, parts.model.weight_version)
+            try:
+                await stream.write(pb.PrefillReply(request_id=request.request_id, result=result))
+            except BaseException:
+                parts.store.release(request.session, answer.rows)  # nobody will ever know of it
+                raise
+
+    async def _prefill(self, request: pb.PrefillRequest, job: str, parts: Parts) -> Answer:
+        self._gate.parts_for_new_work()
+        admission.check_model(request.model_fingerprint, parts.model.model_fingerprint)
+        sequences = codec.sequences_from_wire(request.sequences)
+        admission.check_sequences(sequences, parts.model)
+        deadline_s = request.deadline_ms / 1000 or math.inf
+        return await parts.scheduler.prefill(request.session, job, sequences, deadline_s=deadline_s)
+
+    async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
+        """See teacher.proto."""
+        store = self._gate.parts().store
+        store.job(request.session)
+        for handle in [codec.handle_from_wire(m) for m in request.handles]:
+            store.release(request.session, handle)
+        return pb.ReleaseResponse()
+
+    async def GetHead(self, request: pb.GetHeadRequest, context: Context) -> pb.GetHeadResponse:
+        """See teacher.proto."""
+        parts = self._gate.parts()
+        parts.store.job(request.session)
+        return pb.GetHeadResponse(
+            head=codec.head_to_wire(parts.model.head),
+            weight_version=parts.model.weight_version,
+            weight=codec.handle_to_wire(parts.head_weight),
+            bias=None if parts.head_bias is None else codec.handle_to_wire(parts.head_bias),
+        )
+
+    async def ReadHandle(  # type: ignore[override]
+        self, request: pb.ReadHandleRequest, context: Context
+    ) -> None:
+        """See teacher.proto."""
+        store = self._gate.parts().store
+        handle = codec.handle_from_wire(request.handle)
+        with self.outstanding, store.reading(request.session, handle) as data:
+            for start in range(0, len(data), raw_chunk.MAX_BYTES):
+                if not store.is_open(request.session):
+                    raise HandleGone("the session ended while the handle was read")
+                chunk = raw_chunk.encode(data[start : start + raw_chunk.MAX_BYTES])
+                # A reader that stops reading must not keep the slot.
+                try:
+                    async with asyncio.timeout(store.limits.lease_s):
+                        await context.write(chunk)
+                except TimeoutError:
+                    raise HandleGone(f"nothing was read for {store.limits.lease_s:g} s") from None
+                self._metrics.streamed(len(chunk))
+
+
+class _ReplyStream:
+    """Replies from many tasks, one write at a time, which is what grpc allows."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._turn = asyncio.Lock()
+
+    async def write(self, reply: pb.PrefillReply) -> None:
+        """Send a reply."""
+        async with self._turn:
+            await self._context.write(reply)
+
+
+def _result(answer: Answer, weight_version: int) -> pb.PrefillResult:
+    return pb.PrefillResult(
+        rows=codec.handle_to_wire(answer.rows),
+        digest=answer.digest,
+        weight_version=weight_version,
+        queue_ms=_ms(answer.queue_s),
+        engine_ms=_ms(answer.engine_s),
+    )
+
+
+def _failure(error: RpcError) -> common_pb2.Failure:
+    wait_s = error.retry_after_s if isinstance(error, Unavailable) else 0.0
+    return common_pb2.Failure(code=status.number(error), message=str(error), retry_after_ms=_ms(wait_s))
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)

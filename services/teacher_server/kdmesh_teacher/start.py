@@ -1,0 +1,99 @@
+"""From a configuration to the parts that answer requests: the memory, the loaded and proven engine, the queue."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+from kdmesh.errors import ConfigError
+from kdmesh.handles.ledger import SlabLimits
+from kdmesh.handles.shared import Matrix
+from kdmesh.handles.store import SlabStore
+from kdmesh.types import Handle, ModelDescription
+from kdmesh_teacher import probe
+from kdmesh_teacher.config import SlabConfig, TeacherConfig
+from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts
+from kdmesh_teacher.engine_thread import EngineThread
+from kdmesh_teacher.gate import Parts
+from kdmesh_teacher.metrics import Metrics
+from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
+
+log = logging.getLogger(__name__)
+
+_MAX_REQUEST_TOKENS = 1_000_000  # of one message: ids and positions must fit in channel.MAX_MESSAGE_BYTES
+
+
+async def start(
+    config: TeacherConfig,
+    engine: Engine,
+    thread: EngineThread,
+    *,
+    socket_path: Path,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+) -> Parts:
+    """Everything that answers requests; `stack` ends it. The scheduler does not run yet.
+
+    Raises:
+        ConfigError: the model or the memory is not to be had.
+        EngineFailure: the engine does not compute what it must.
+    """
+    # The memory first: it is known in a moment whether there is enough.
+    store = await stack.enter_async_context(SlabStore(_slab_limits(config.slab), socket_path=socket_path))
+    began_s = time.monotonic()
+    described = await thread.run(engine.load)
+    model = _limited(described, store.limits)
+    check = partial(probe.check_rows, engine, described)
+    await thread.run(check)
+    parts = await thread.run(engine.head_parts)
+    probe.check_head(parts, described)
+    weight, bias = await _share_head(store, parts, described)
+    log.info("model loaded", extra={"model": model.name, "seconds": time.monotonic() - began_s})
+    loaded = LoadedEngine(engine=engine, thread=thread, model=described, check=check)
+    limits = QueueLimits(max_tokens=config.queue.max_tokens, max_wait_s=config.queue.max_wait_s)
+    scheduler = Scheduler(loaded, store, limits, metrics)
+    return Parts(model=model, store=store, scheduler=scheduler, head_weight=weight, head_bias=bias)
+
+
+def _slab_limits(slab: SlabConfig) -> SlabLimits:
+    return SlabLimits(
+        slots=slab.slots,
+        slot_bytes=int(slab.slot_mib * 2**20),
+        slots_per_session=slab.slots_per_session,
+        lease_s=slab.lease_s,
+        claim_s=slab.claim_s,
+        max_abandoned=slab.max_abandoned,
+    )
+
+
+def _limited(model: EngineDescription, slab: SlabLimits) -> ModelDescription:
+    """What a client is told: the engine's limits, and what fits in a slot."""
+    row_bytes = model.hidden_size * model.dtype.size_bytes
+    max_rows = slab.slot_bytes // row_bytes
+    if max_rows == 0:
+        raise ConfigError(f"slab.slot_mib: a slot has {slab.slot_bytes} bytes, and one row of the model {row_bytes}")
+    return ModelDescription(
+        name=model.name,
+        model_fingerprint=model.model_fingerprint,
+        tokenizer_fingerprint=model.tokenizer_fingerprint,
+        hidden_size=model.hidden_size,
+        dtype=model.dtype,
+        head=model.head,
+        weight_version=model.weight_version,
+        max_sequence_tokens=model.max_sequence_tokens,
+        max_request_tokens=min(model.max_batch_tokens, _MAX_REQUEST_TOKENS),
+        max_request_rows=max_rows,
+        is_deterministic=model.is_deterministic,
+    )
+
+
+async def _share_head(store: SlabStore, parts: HeadParts, model: EngineDescription) -> tuple[Handle, Handle | None]:
+    rows = model.head.padded_vocabulary_size
+    matrices = [Matrix(data=parts.weight, rows=rows, cols=model.hidden_size, dtype=parts.dtype)]
+    if parts.bias is not None:
+        matrices.append(Matrix(data=parts.bias, rows=1, cols=rows, dtype=parts.dtype))
+    weight, *bias = await store.add_shared_segment(matrices)
+    return weight, bias[0] if bias else None
