@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -21,7 +22,16 @@ from kdmesh.models.verify import check_head, check_packing
 __all__ = ["hidden_states_TD", "load_causal_lm"]
 
 # What transformers raises for files that do not fit together; the message is its own.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+_LOAD_ERRORS = (
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_causal_lm(
@@ -67,6 +77,7 @@ def _read(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> Pre
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that the report names them
     )
     _refuse_partial(path, report)
     return model
@@ -80,6 +91,8 @@ def _refuse_partial(path: Path, report: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{path} has {len(names)} {kind} tensors, and every tensor must have its place: {', '.join(names[:5])}"
             )
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise ConfigError(f"{path} has a tensor {name} of shape {tuple(found)}; its config.json says {tuple(wanted)}")
 
 
 def _initialise(config: PretrainedConfig, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:

@@ -61,6 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.7,
     },
+    "phi": {"partial_rotary_factor": 0.5},  # its head has a bias
 }
 """Model type -> what makes this family special."""
 

@@ -1,0 +1,61 @@
+"""A fingerprint names weights and architecture, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from kdmesh.models import fingerprint
+from kdmesh.models.body import load_causal_lm
+from kdmesh.models.fingerprint import model_fingerprint
+from tests.support.tiny_models import TinyModels
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(tiny_models: TinyModels) -> PreTrainedModel:
+    return load_causal_lm(tiny_models.path(), "auto", CPU)
+
+
+def test_the_directory_does_not_matter(tiny_models: TinyModels, model: PreTrainedModel, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_models.path(), tmp_path / "elsewhere")
+    assert model_fingerprint(load_causal_lm(Path(copy), "auto", CPU)) == model_fingerprint(model)
+
+
+def test_a_model_saved_and_loaded_keeps_its_name(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    assert model_fingerprint(load_causal_lm(tmp_path, "auto", CPU)) == model_fingerprint(model)
+
+
+def test_attention_and_training_mode_do_not_matter(model: PreTrainedModel) -> None:
+    before = model_fingerprint(model)
+    model.train()
+    model.set_attn_implementation("sdpa")
+    assert model_fingerprint(model) == before
+
+
+def test_other_weights_dtypes_and_architectures_have_other_names(tiny_models: TinyModels) -> None:
+    models = [
+        load_causal_lm(tiny_models.path(), "auto", CPU),
+        load_causal_lm(tiny_models.path(), torch.bfloat16, CPU),
+        load_causal_lm(tiny_models.path(seed=1), "auto", CPU),
+        load_causal_lm(tiny_models.path("llama"), "auto", CPU),
+        load_causal_lm(tiny_models.path(rms_norm_eps=1e-5), "auto", CPU),
+    ]
+    assert len({model_fingerprint(model) for model in models}) == len(models)
+
+
+def test_either_end_of_any_tensor_matters(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "_SAMPLED", 5)
+    names = {model_fingerprint(model)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            for place in (0, -1):
+                parameter.view(-1)[place] += 1
+                names.add(model_fingerprint(model))
+    assert len(names) == 1 + 2 * len(list(model.parameters()))
