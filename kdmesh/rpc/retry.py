@@ -1,17 +1,10 @@
-"""How often to try again: a frozen policy whose retries end by deadline, never by count."""
+"""When to try again: retries end by deadline, never by count, and each attempt gets the time that is left."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
-
-from kdmesh.errors import DeadlineExpired, Unavailable
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +38,3 @@ class RetryPolicy:
         """Before the attempt after number `attempt` (from 0); never shorter than what the server asked for."""
         backoff = min(self.longest_s, self.first_s * self.factor ** min(attempt, 32))
         return max(backoff, at_least_s) * (1 + random.random() * self.jitter)
-
-    async def run(self, call: Callable[[Deadline], Awaitable[T]], deadline: Deadline) -> T:
-        """Await call(deadline) until it does not raise Unavailable.
-
-        Raises:
-            DeadlineExpired: with the last failure's sentence, when the time is up.
-        """
-        attempt = 0
-        while True:
-            try:
-                return await call(deadline)
-            except Unavailable as error:
-                wait_s = self.wait_s(attempt, at_least_s=error.retry_after_s)
-                if wait_s >= deadline.left_s:
-                    raise DeadlineExpired(
-                        f"gave up after {attempt + 1} attempts in {deadline.total_s:g} s; the last: {error}"
-                    ) from error
-            attempt += 1
-            await asyncio.sleep(wait_s)

@@ -1,0 +1,39 @@
+"""Turns the ways a client's call can fail into our errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+import grpc
+
+from kdmesh.errors import Unavailable
+from kdmesh.rpc import status
+
+UNARY_TIMEOUT_S = 10.0
+
+
+@contextlib.contextmanager
+def our_errors(address: str) -> Iterator[None]:
+    """Raise what a call to `address` failed with as an RpcError.
+
+    A call that timed out or was closed on this side is Unavailable: another attempt may
+    succeed, here or elsewhere. The cancellation of the task itself passes through.
+    """
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise Unavailable(f"{address} did not answer in time", retry_after_s=0.0) from None
+        failure = status.from_grpc(error)
+        failure.add_note(f"from {address}")
+        raise failure from None
+    except (grpc.aio.UsageError, asyncio.InvalidStateError):
+        raise Unavailable(f"the connection to {address} is closed", retry_after_s=0.0) from None
+    except asyncio.CancelledError:
+        # grpc raises this too when only the call was cancelled, as when its channel closes.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Unavailable(f"the connection to {address} was closed", retry_after_s=0.0) from None

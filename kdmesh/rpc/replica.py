@@ -1,0 +1,107 @@
+"""One teacher server of a fleet: connected again whenever it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch, RpcError
+from kdmesh.rpc.retry import RetryPolicy
+from kdmesh.rpc.teacher_client import TeacherClient
+
+log = logging.getLogger(__name__)
+
+
+class Replica:
+    """Belongs to one event loop.
+
+    Args:
+        address: host:port.
+        connect: one attempt to open a session.
+        on_change: called whenever it may have become usable, or has become useless.
+
+    Attributes:
+        client: the open session; None while there is none.
+        failure: why this replica is never used again; None as long as it may be.
+        last_error: what the last attempt failed with, for messages.
+        has_tried: whether the first attempt is over.
+        outstanding_tokens: of requests that were sent and have no rows yet.
+    """
+
+    def __init__(
+        self, address: str, connect: Callable[[], Awaitable[TeacherClient]], on_change: Callable[[], None]
+    ) -> None:
+        self.address = address
+        self.client: TeacherClient | None = None
+        self.failure: KdmeshError | None = None
+        self.last_error: KdmeshError | None = None
+        self.has_tried = False
+        self.outstanding_tokens = 0
+        self._connect = connect
+        self._on_change = on_change
+        self._outstanding_requests = 0
+        self._rests_until_s = 0.0
+        self._policy = RetryPolicy()
+
+    @property
+    def free_in_s(self) -> float:
+        """How long until it takes a request; infinite when only an event can tell."""
+        if self.client is None or self._outstanding_requests >= self.client.max_slots:
+            return float("inf")
+        return max(0.0, self._rests_until_s - time.monotonic())
+
+    def rest(self, seconds: float) -> None:
+        """Send it nothing for so long: it said that it is busy."""
+        self._rests_until_s = max(self._rests_until_s, time.monotonic() + seconds)
+
+    @contextlib.contextmanager
+    def busy(self, num_tokens: int) -> Iterator[None]:
+        """Around a request."""
+        self._outstanding_requests += 1
+        self.outstanding_tokens += num_tokens
+        try:
+            yield
+        finally:
+            self._outstanding_requests -= 1
+            self.outstanding_tokens -= num_tokens
+            self._on_change()
+
+    async def run(self) -> None:
+        """Stay connected until cancelled, or until the server turns out to be of no use."""
+        attempt = 0
+        try:
+            while self.failure is None:
+                wait_s = 0.0
+                try:
+                    self.client = await self._connect()
+                    attempt = 0
+                    await self._use(self.client)
+                except (ConfigError, ModelMismatch) as error:
+                    log.error("teacher refused", extra={"address": self.address, "reason": str(error)})
+                    self.failure = self.last_error = error
+                except RpcError as error:
+                    self.last_error = error
+                    wait_s = self._policy.wait_s(attempt)
+                    attempt += 1
+                self.has_tried = True
+                self._on_change()
+                await asyncio.sleep(wait_s)
+        finally:
+            await self._drop()
+
+    async def _use(self, client: TeacherClient) -> None:
+        """Return when the session is lost."""
+        self.has_tried = True
+        self._rests_until_s = 0.0
+        self._on_change()
+        self.last_error = await client.wait_lost()
+        log.warning("teacher lost", extra={"address": self.address, "reason": str(self.last_error)})
+        await self._drop()
+
+    async def _drop(self) -> None:
+        client, self.client = self.client, None
+        if client is not None:
+            await client.close()

@@ -1,0 +1,253 @@
+"""An open session with one teacher server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import grpc
+from torch import Tensor
+
+from kdmesh.errors import ConfigError, EngineFailure, InvalidRequest, RpcError, Unavailable
+from kdmesh.handles.door import Door
+from kdmesh.losses.head import OutputHead
+from kdmesh.rpc import codec, raw_chunk
+from kdmesh.rpc.background_tasks import BackgroundTasks
+from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
+from kdmesh.rpc.channel import open_channel
+from kdmesh.rpc.doors import DoorChoice, open_door
+from kdmesh.rpc.prefill_stream import PrefillStream
+from kdmesh.rpc.retry import Deadline
+from kdmesh.tokens import digest
+from kdmesh.types import Handle, ModelDescription, TokenSequence
+from kdmesh.v1 import common_pb2
+from kdmesh.v1 import teacher_pb2 as pb
+from kdmesh.v1.teacher_pb2_grpc import TeacherStub
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_READ_HANDLE = "/kdmesh.v1.Teacher/ReadHandle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TeacherRows:
+    """Hidden states of a request's positions, in its order. Never write to them."""
+
+    rows_RD: Tensor  # [R, D] on the CPU, in the teacher's dtype
+    weight_version: int
+    is_borrowed: bool  # the memory is a slot of the teacher's slab, which is short
+
+
+class TeacherClient:
+    """Keeps its session alive by itself; when it cannot, it is lost for good, and another must be connected.
+
+    Belongs to the event loop that connected it. The slot under rows that came through shared
+    memory is the server's again when the last view of them dies.
+
+    Attributes:
+        address: host:port.
+        model: what the server said of itself.
+        max_slots: most answers that the server lets this session hold at once.
+        door: through which rows come.
+    """
+
+    address: str
+    model: ModelDescription
+    max_slots: int
+    door: Door
+
+    def __init__(self, address: str) -> None:
+        """Use `connect`."""
+        self.address = address
+        self._channel = open_channel(address)
+        self._stub = TeacherStub(self._channel)
+        # The generated stub would parse each chunk, which copies it once more.
+        self._read_handle: grpc.aio.UnaryStreamMultiCallable[pb.ReadHandleRequest, bytes] = self._channel.unary_stream(
+            _READ_HANDLE, request_serializer=pb.ReadHandleRequest.SerializeToString
+        )
+        self._lost: asyncio.Future[RpcError] = asyncio.get_running_loop().create_future()
+        self._tasks = BackgroundTasks()
+        self._closing = contextlib.AsyncExitStack()
+
+    @classmethod
+    async def connect(cls, address: str, *, job: str, door: DoorChoice, model_fingerprint: str = "") -> Self:
+        """Open a session. One attempt: a server that is not there or still loads is Unavailable.
+
+        Args:
+            address: host:port.
+            job: name of the job, for the server's logs and metrics.
+            door: how rows shall come.
+            model_fingerprint: refuse a server with another model; empty accepts any.
+
+        Raises:
+            Unavailable: not reachable, loading or draining.
+            ModelMismatch: another model is served there.
+            ConfigError: `door` is shm, and the server is not on this node.
+            EngineFailure: something else answers there.
+        """
+        client = cls(address)
+        client._closing.push_async_callback(client._channel.close)
+        try:
+            await client._open(job, door, model_fingerprint)
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    async def _open(self, job: str, door: DoorChoice, model_fingerprint: str) -> None:
+        described = await self._call(self._stub.Describe, pb.DescribeRequest())
+        try:
+            self.model = codec.description_from_wire(described)
+        except InvalidRequest as error:
+            raise EngineFailure(f"{self.address} describes an impossible model: {error}") from None
+        wanted = model_fingerprint or self.model.model_fingerprint
+        opened = await self._call(self._stub.OpenSession, pb.OpenSessionRequest(job=job, model_fingerprint=wanted))
+        self._session, self.max_slots = opened.session, opened.max_slots
+        self._lease_s = opened.lease_ms / 1000
+        self._closing.push_async_callback(self._close_session)
+        self._closing.push_async_callback(self._tasks.close)
+        self.door = await self._open_door(door, opened)
+        self._closing.callback(self.door.close)
+        self._stream = PrefillStream(self._stub, self.address, on_orphan=self._release_orphan, on_end=self._lose)
+        self._closing.push_async_callback(self._stream.close)
+        self._tasks.start(self._keep_alive())
+
+    async def _open_door(self, choice: DoorChoice, opened: pb.OpenSessionResponse) -> Door:
+        try:
+            return await open_door(choice, opened, read=self._read, release=self._release)
+        except Unavailable as error:
+            # Is it the door, or has the whole server gone in this moment?
+            await self._call(self._stub.KeepAlive, pb.KeepAliveRequest(session=self._session))
+            raise ConfigError(f"door shm, but {self.address} is not to be had that way: {error}") from None
+
+    async def prefill(self, sequences: Sequence[TokenSequence], deadline: Deadline) -> TeacherRows:
+        """The rows of a request that the server's limits allow.
+
+        Raises:
+            RpcError: as teacher.proto says of Prefill and ReadHandle.
+            EngineFailure: the answer is not one to this request.
+        """
+        result = await self._stream.ask(
+            self._session,
+            sequences,
+            model_fingerprint=self.model.model_fingerprint,
+            deadline_s=deadline.left_s,
+        )
+        try:
+            handle = self._check(result, sequences)
+        except EngineFailure:
+            self._release_orphan(result.rows)
+            raise
+        return TeacherRows(
+            rows_RD=await self.door.fetch(handle),
+            weight_version=result.weight_version,
+            is_borrowed=self.door.name == "shm",
+        )
+
+    async def head(self) -> tuple[OutputHead, int]:
+        """The output head over the padded vocabulary, and its weight version. Over shared memory it is not copied."""
+        answer = await self._call(self._stub.GetHead, pb.GetHeadRequest(session=self._session))
+        spec = codec.head_from_wire(answer.head)
+        weight_VD = await self.door.fetch(codec.handle_from_wire(answer.weight))
+        bias_1V = await self.door.fetch(codec.handle_from_wire(answer.bias)) if spec.has_bias else None
+        head = OutputHead(
+            weight_VD=weight_VD,
+            bias_V=None if bias_1V is None else bias_1V[0],
+            logit_scale=spec.logit_scale,
+            logit_softcap=spec.logit_softcap,
+        )
+        return head, answer.weight_version
+
+    async def wait_lost(self) -> RpcError:
+        """Return when this client cannot be used any more, with the reason."""
+        return await asyncio.shield(self._lost)
+
+    async def close(self) -> None:
+        """End the session and the connection; requests under way fail as Unavailable. Tensors stay good."""
+        self._lose(Unavailable(f"the connection to {self.address} was closed", retry_after_s=0.0))
+        await self._closing.aclose()
+
+    # Inside
+
+    async def _call(
+        self, method: Callable[..., Awaitable[T]], request: object, timeout_s: float = UNARY_TIMEOUT_S
+    ) -> T:
+        with our_errors(self.address):
+            return await method(request, timeout=timeout_s)
+
+    def _lose(self, reason: RpcError) -> None:
+        if not self._lost.done():
+            self._lost.set_result(reason)
+
+    def _check(self, result: pb.PrefillResult, sequences: Sequence[TokenSequence]) -> Handle:
+        """The handle, when it is the answer to these sequences."""
+        if result.digest != digest(sequences):
+            raise EngineFailure(f"{self.address} answered other sequences than it was asked for")
+        try:
+            handle = codec.handle_from_wire(result.rows)
+        except InvalidRequest as error:
+            raise EngineFailure(f"{self.address} answered with no valid handle: {error}") from None
+        rows = sum(sequence.num_rows for sequence in sequences)
+        wanted = (rows, self.model.hidden_size, self.model.dtype)
+        if (handle.rows, handle.cols, handle.dtype) != wanted:
+            raise EngineFailure(
+                f"{self.address} answered {handle.rows} x {handle.cols} {handle.dtype}; asked for were {rows} rows of "
+                f"{self.model.hidden_size} {self.model.dtype}"
+            )
+        return handle
+
+    async def _keep_alive(self) -> None:
+        """Does not depend on anybody's loop over steps: a slow step must not cost the session."""
+        heard_s = time.monotonic()
+        while True:
+            await asyncio.sleep(self._lease_s / 6)
+            try:
+                request = pb.KeepAliveRequest(session=self._session)
+                await self._call(self._stub.KeepAlive, request, min(UNARY_TIMEOUT_S, self._lease_s / 3))
+                heard_s = time.monotonic()
+            except Unavailable as error:
+                if time.monotonic() - heard_s > self._lease_s / 2:
+                    self._lose(error)
+                    return
+            except RpcError as error:
+                self._lose(error)
+                return
+
+    async def _read(self, handle: Handle) -> AsyncIterator[memoryview]:
+        """The chunks of a handle, for the stream door."""
+        request = pb.ReadHandleRequest(session=self._session, handle=codec.handle_to_wire(handle))
+        with our_errors(self.address):
+            call = self._read_handle(request)
+            try:
+                async for message in call:
+                    yield self._chunk(message)
+            finally:
+                call.cancel()
+
+    def _chunk(self, message: bytes) -> memoryview:
+        try:
+            return raw_chunk.decode(message)
+        except InvalidRequest as error:
+            raise EngineFailure(f"{self.address} sent {error}") from None
+
+    def _release(self, handle: Handle) -> None:
+        self._tasks.start(self._send_release(codec.handle_to_wire(handle)))
+
+    def _release_orphan(self, handle: common_pb2.Handle) -> None:
+        self._tasks.start(self._send_release(handle))
+
+    async def _send_release(self, handle: common_pb2.Handle) -> None:
+        # A release that is lost comes anyway, with the end of the session.
+        with contextlib.suppress(RpcError):
+            await self._call(self._stub.Release, pb.ReleaseRequest(session=self._session, handles=[handle]))
+
+    async def _close_session(self) -> None:
+        with contextlib.suppress(RpcError):
+            await self._call(self._stub.CloseSession, pb.CloseSessionRequest(session=self._session), 1.0)

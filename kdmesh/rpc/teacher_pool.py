@@ -1,0 +1,189 @@
+"""All teacher servers of a job, for a thread that blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from kdmesh.losses.head import OutputHead
+from kdmesh.rpc.background_loop import BackgroundLoop
+from kdmesh.rpc.doors import DoorChoice
+from kdmesh.rpc.fleet import Fleet
+from kdmesh.rpc.pending_rows import ArrivedRows, PendingRows
+from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.splitting import split
+from kdmesh.rpc.teacher_client import TeacherRows
+from kdmesh.types import ModelDescription, TokenSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientStats:
+    """What a pool has done since it was opened."""
+
+    door: str  # through which rows come now: shm, stream, or shm+stream with several teachers
+    requests: int  # answered
+    bytes: int  # of rows
+    wait_s: float  # spent in PendingRows.wait
+    retries: int  # requests that were sent once more
+    moved: int  # answers that waited so long that they were copied out of the teacher's slab
+
+
+class TeacherPool:
+    """Asks for rows ahead of their use; one background thread does the rest. A context manager.
+
+    Requests go to the replica with the fewest outstanding tokens. When a replica dies, its requests are sent to
+    another one, or to itself when it is back; that is safe, because the rows are the same. Nothing is retried past the
+    deadline.
+
+    Shared memory is lent by the teacher: rows that have arrived and are not waited for within
+    `move_after_s` are copied to this process's memory, so that a slow job starves no other, and no rank of
+    this one.
+
+    Raises, when opened:
+        DeadlineExpired: no teacher answers within `deadline_s`.
+        ModelMismatch: the teachers serve different models, or another than `model_fingerprint`.
+        ConfigError: `door` is shm, and a teacher is not on this node.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        job: str,
+        door: DoorChoice = "auto",
+        deadline_s: float = 300.0,
+        model_fingerprint: str = "",
+        move_after_s: float = 2.0,
+    ) -> None:
+        """Connect. Blocks until a teacher is ready.
+
+        Args:
+            addresses: host:port of each replica of one model; at least one.
+            job: name for the teachers' logs and metrics.
+            door: how rows come; auto takes shared memory where a teacher is on this node.
+            deadline_s: longest wait for one request, retries and a teacher's restart included.
+            model_fingerprint: the model that is wanted; empty takes the first teacher's.
+            move_after_s: see above.
+        """
+        assert addresses
+        self._deadline_s = deadline_s
+        self._move_after_s = move_after_s
+        self._requests = self._bytes = self._moved = 0
+        self._wait_s = 0.0
+        self._loop = BackgroundLoop("teacher pool")
+        try:
+            self._fleet = self._loop.run(self._open(addresses, job, door, model_fingerprint))
+        except BaseException:
+            self._loop.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def describe(self) -> ModelDescription:
+        """The model that every teacher serves; limits are those of the narrowest."""
+        return self._fleet.model
+
+    def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
+        """Ask for the rows of a group of sequences, in their order. Does not block.
+
+        A group beyond the teacher's limits is asked for in several requests.
+
+        Raises:
+            InvalidRequest: there is no sequence, or one exceeds the limits by itself.
+        """
+        parts = split(sequences, self._fleet.model)
+        return PendingRows(self._loop.start(self._answer(parts, Deadline.after(self._deadline_s))), self._waited)
+
+    def head(self) -> tuple[OutputHead, int]:
+        """The output head over the padded vocabulary, and its weight version. Blocks.
+
+        Over shared memory its tensors are views of the teacher's memory, which stays good after the teacher's end.
+
+        Raises:
+            DeadlineExpired: no teacher answered in time.
+        """
+        return self._loop.run(self._fleet.head(Deadline.after(self._deadline_s)))
+
+    def stats(self) -> ClientStats:
+        """What was done so far."""
+        return ClientStats(
+            door="+".join(sorted(self._fleet.doors)),
+            requests=self._requests,
+            bytes=self._bytes,
+            wait_s=self._wait_s,
+            retries=self._fleet.retries,
+            moved=self._moved,
+        )
+
+    def close(self) -> None:
+        """Close the sessions and end the thread; whoever still waits gets Unavailable. Tensors stay good."""
+        if not self._loop.is_closed:
+            self._loop.run(self._fleet.close())
+            self._loop.close()
+
+    # On the loop
+
+    async def _open(self, addresses: Sequence[str], job: str, door: DoorChoice, model_fingerprint: str) -> Fleet:
+        fleet = Fleet(addresses, job=job, door=door, model_fingerprint=model_fingerprint)
+        try:
+            await fleet.start(Deadline.after(self._deadline_s))
+        except BaseException:
+            await fleet.close()
+            raise
+        return fleet
+
+    async def _answer(self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline) -> ArrivedRows:
+        if len(parts) > 1:
+            return ArrivedRows(await self._joined(parts, deadline))
+        rows = await self._ask(parts[0], deadline)
+        arrived = ArrivedRows(rows)
+        if rows.is_borrowed:
+            asyncio.get_running_loop().call_later(self._move_after_s, self._move, weakref.ref(arrived))
+        return arrived
+
+    async def _ask(self, sequences: Sequence[TokenSequence], deadline: Deadline) -> TeacherRows:
+        rows = await self._fleet.ask(sequences, deadline)
+        self._requests += 1
+        self._bytes += rows.rows_RD.nbytes
+        return rows
+
+    async def _joined(self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline) -> TeacherRows:
+        """The rows of several requests in one tensor of this process.
+
+        Each part is copied as it comes: there may be more parts than slots.
+        """
+        model = self._fleet.model
+        ends = list(itertools.accumulate(sum(s.num_rows for s in part) for part in parts))
+        joined_RD = torch.empty(ends[-1], model.hidden_size, dtype=getattr(torch, model.dtype.value))
+
+        async def fill(part: Sequence[TokenSequence], begin: int, end: int) -> None:
+            joined_RD[begin:end] = (await self._ask(part, deadline)).rows_RD
+
+        try:
+            async with asyncio.TaskGroup() as asking:
+                for part, begin, end in zip(parts, [0, *ends[:-1]], ends, strict=True):
+                    asking.create_task(fill(part, begin, end))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        return TeacherRows(rows_RD=joined_RD, weight_version=model.weight_version, is_borrowed=False)
+
+    def _move(self, arrived: weakref.ref[ArrivedRows]) -> None:
+        rows = arrived()
+        if rows is not None and rows.move():
+            self._moved += 1
+
+    def _waited(self, seconds: float) -> None:
+        self._wait_s += seconds
