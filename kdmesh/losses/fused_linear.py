@@ -1,28 +1,35 @@
-"""Output head and divergence in one differentiable step that never builds a [R, V] matrix."""
+"""Output head and loss in one differentiable step that never builds a [R, V] matrix."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from kdmesh.errors import InvalidRequest
 from kdmesh.losses.divergences import Divergence
+from kdmesh.losses.engine import Gradients, Side, Sizes, sweep
 from kdmesh.losses.head import OutputHead
+from kdmesh.losses.matmul import scaled
+from kdmesh.losses.rows import CrossEntropyRows, DivergenceRows, Mix, RowMaths, RowValues, StudentSide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FusedLoss:
-    """A summed loss, and per-row values for reports.
+    """A summed loss, and what each row came to.
 
-    The per-row tensors carry no gradient. One that the call had no means to know (no
-    teacher, no labels) is empty, shape [0]: it adds nothing to a sum.
+    The per-row tensors carry no gradient, no weight and no kd_weight or ce_weight. One that the call
+    had no means to know (no teacher, no labels) is empty, [0]: it adds nothing to a sum.
     """
 
-    loss_sum: Tensor  # [] float32, differentiable: sum over rows of weight * (kd_weight * D + ce_weight * CE)
-    divergence_R: Tensor  # [R] float32, nats, unweighted; [0] without a teacher
-    cross_entropy_R: Tensor  # [R] float32, nats, unweighted, at temperature 1; [0] without labels
-    top1_agreement_R: Tensor  # [R] float32, 1 where student and teacher prefer the same token; [0] without a teacher
+    loss_sum: Tensor  # [] float32, differentiable: sum of weight * (kd_weight * D + ce_weight * CE)
+    divergence_R: Tensor  # [R] float32, nats; [0] without a teacher
+    cross_entropy_R: Tensor  # [R] float32, nats, at temperature 1; [0] without labels
+    top1_agreement_R: Tensor  # [R] float32, 1 where both prefer the same token, else 0; [0] without a teacher
 
 
 def fused_linear_divergence(
@@ -39,23 +46,52 @@ def fused_linear_divergence(
     token_weight_R: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> FusedLoss:
-    """Sum over rows of weight * (kd_weight * D(student, teacher) + ce_weight * CE(student, label))."""
-    z_RV, t_RV = student_head.logits(student_hidden_RD), teacher_head.logits(teacher_hidden_RE).detach()
-    log_q_RV, log_p_RV = (z_RV / temperature).log_softmax(-1), (t_RV / temperature).log_softmax(-1)
-    value_R, h_RV = divergence(log_q_RV.detach(), log_p_RV)
-    surrogate_R = (h_RV * log_q_RV).sum(-1)
-    divergence_R = value_R + surrogate_R - surrogate_R.detach()
-    total_R = kd_weight * divergence_R
-    cross_entropy_R = z_RV.new_empty(0)
-    if labels_R is not None:
-        cross_entropy_R = torch.nn.functional.cross_entropy(z_RV, labels_R, reduction="none")
-        total_R = total_R + ce_weight * cross_entropy_R
-    weight_R = torch.ones_like(total_R) if token_weight_R is None else token_weight_R
-    return FusedLoss(
-        loss_sum=(weight_R * total_R).sum(),
-        divergence_R=divergence_R.detach(),
-        cross_entropy_R=cross_entropy_R.detach(),
-        top1_agreement_R=(z_RV.argmax(-1) == t_RV.argmax(-1)).float(),
+    """Sum over rows of weight * (kd_weight * D(student, teacher) + ce_weight * CE(student, label)).
+
+    The gradient is computed here, not in the backward pass, and only for those of hidden states,
+    weight and bias that require one; none under torch.no_grad(). Logits are float32 also for
+    bfloat16 models. R may be 0: the loss is 0 and its gradients are zeros.
+
+    Args:
+        student_hidden_RD: after the final norm; carries a gradient.
+        student_head: its tensors carry one too. A plain tensor, not a shard.
+        teacher_hidden_RE: rows of the same positions; never carry one.
+        teacher_head: over the same tokens as the student's: cut padding off first (OutputHead.sliced).
+        temperature: divides both logits before the divergence; the result is not multiplied by its square.
+        labels_R: int64 next tokens; cross-entropy is reported when they are given.
+        token_weight_R: of each row; 1 when None.
+        chunk_tokens: rows whose logit gradient exists at once; None chooses by device and vocabulary.
+
+    Raises:
+        InvalidRequest: shapes disagree, a number is out of range, or ce_weight lacks labels.
+    """
+    _check_side("student", student_hidden_RD, student_head)
+    _check_side("teacher", teacher_hidden_RE, teacher_head)
+    num_rows = len(student_hidden_RD)
+    if student_head.vocabulary_size != teacher_head.vocabulary_size:
+        raise InvalidRequest(
+            f"the student's head has {student_head.vocabulary_size} tokens, the teacher's "
+            f"{teacher_head.vocabulary_size}; cut both to the tokens they share (OutputHead.sliced)"
+        )
+    if ce_weight != 0 and labels_R is None:
+        raise InvalidRequest(f"ce_weight is {ce_weight} without labels; cross-entropy needs them")
+    if not temperature > 0:
+        raise InvalidRequest(f"temperature is {temperature}; it must be positive")
+    _check_rows(num_rows, teacher_hidden_RE=teacher_hidden_RE, labels_R=labels_R, token_weight_R=token_weight_R)
+    mix = Mix(divergence=divergence, temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
+
+    def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
+        return DivergenceRows(student, teacher_head, mix, labels_R, num_rows=num_rows, tile_CV=tile_CV)
+
+    return _fused(
+        _Call(
+            student_head=student_head,
+            teacher=(teacher_hidden_RE.detach(), teacher_head.detached()),
+            build_maths=build_maths,
+            token_weight_R=token_weight_R,
+            chunk_tokens=chunk_tokens,
+        ),
+        student_hidden_RD,
     )
 
 
@@ -67,13 +103,107 @@ def fused_linear_cross_entropy(
     token_weight_R: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> FusedLoss:
-    """Sum over rows of weight * CE(student, label)."""
-    z_RV = student_head.logits(student_hidden_RD)
-    cross_entropy_R = torch.nn.functional.cross_entropy(z_RV, labels_R, reduction="none")
-    weight_R = torch.ones_like(cross_entropy_R) if token_weight_R is None else token_weight_R
-    return FusedLoss(
-        loss_sum=(weight_R * cross_entropy_R).sum(),
-        divergence_R=z_RV.new_empty(0),
-        cross_entropy_R=cross_entropy_R.detach(),
-        top1_agreement_R=z_RV.new_empty(0),
+    """Sum over rows of weight * CE(student, label), in the manner of fused_linear_divergence.
+
+    Raises:
+        InvalidRequest: shapes disagree.
+    """
+    _check_side("student", student_hidden_RD, student_head)
+    _check_rows(len(student_hidden_RD), labels_R=labels_R, token_weight_R=token_weight_R)
+
+    def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
+        return CrossEntropyRows(student, labels_R, tile_CV=tile_CV)
+
+    return _fused(
+        _Call(
+            student_head=student_head,
+            teacher=None,
+            build_maths=build_maths,
+            token_weight_R=token_weight_R,
+            chunk_tokens=chunk_tokens,
+        ),
+        student_hidden_RD,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Call:
+    """One call, but for the tensors that autograd follows."""
+
+    student_head: OutputHead
+    teacher: tuple[Tensor, OutputHead] | None
+    build_maths: Callable[[StudentSide, Tensor], RowMaths]
+    token_weight_R: Tensor | None
+    chunk_tokens: int | None
+
+
+class _FusedLinear(torch.autograd.Function):
+    """Computes every gradient that is wanted in forward; backward multiplies it by a number."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: _Call, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor, ...]:
+        """The loss sum and three per-row tensors."""
+        head = replace(call.student_head, weight_VD=weight_VD, bias_V=bias_V)
+        with torch.autocast(hidden_RD.device.type, enabled=False):
+            values, gradients = _run(call, hidden_RD, head, wanted)
+            loss_R = values.loss_R if call.token_weight_R is None else values.loss_R * call.token_weight_R
+            loss_sum = loss_R.sum()
+        ctx.save_for_backward(gradients.hidden_RD, gradients.weight_VD, gradients.bias_V)
+        ctx.dtypes = hidden_RD.dtype, weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype
+        per_row = values.divergence_R, values.cross_entropy_R, values.top1_agreement_R
+        ctx.mark_non_differentiable(*per_row)
+        return loss_sum, *per_row
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times `loss_gradient`, in the dtypes of what they are gradients of."""
+        gradients = (
+            None if gradient is None else scaled(gradient, loss_gradient, dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *gradients, None, None
+
+
+def _fused(call: _Call, hidden_RD: Tensor) -> FusedLoss:
+    head = call.student_head
+    inputs = hidden_RD, head.weight_VD, head.bias_V
+    wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs)
+    loss_sum, divergence_R, cross_entropy_R, top1_agreement_R = _FusedLinear.apply(*inputs, call, wanted)  # type: ignore[no-untyped-call]
+    return FusedLoss(
+        loss_sum=loss_sum,
+        divergence_R=divergence_R,
+        cross_entropy_R=cross_entropy_R,
+        top1_agreement_R=top1_agreement_R,
+    )
+
+
+def _run(call: _Call, hidden_RD: Tensor, head: OutputHead, wanted: tuple[bool, ...]) -> tuple[RowValues, Gradients]:
+    teachers = [] if call.teacher is None else [call.teacher]
+    everything = [(hidden_RD, head), *teachers]
+    is_double = any(torch.float64 in (rows.dtype, head.weight_VD.dtype) for rows, head in everything)
+    student, *others = [Side.build(rows, head, is_double=is_double) for rows, head in everything]
+    gradients = Gradients.zeros(student, wanted)
+    sizes = Sizes.choose(head.vocabulary_size, hidden_RD.device, call.chunk_tokens)
+    tile_CV = hidden_RD.new_empty(sizes.tile_rows, head.vocabulary_size, dtype=student.product_dtype)
+    token_weight_R = None if call.token_weight_R is None else call.token_weight_R.to(tile_CV.dtype)
+    maths = call.build_maths(
+        StudentSide(head=head, token_weight_R=token_weight_R, bias_gradient_V=gradients.bias_V), tile_CV
+    )
+    sweep([student, *others], maths, gradients, sizes)
+    return maths.values(), gradients
+
+
+def _check_side(name: str, hidden_RD: Tensor, head: OutputHead) -> None:
+    if hidden_RD.ndim != 2 or hidden_RD.shape[1] != head.hidden_size:
+        raise InvalidRequest(
+            f"the {name}'s hidden states have shape {tuple(hidden_RD.shape)}; its head needs [R, {head.hidden_size}]"
+        )
+
+
+def _check_rows(num_rows: int, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and len(tensor) != num_rows:
+            raise InvalidRequest(f"{name} has {len(tensor)} rows, the student's hidden states have {num_rows}")

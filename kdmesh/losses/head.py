@@ -30,7 +30,7 @@ class OutputHead:
             raise InvalidRequest(f"an output head's weight has shape {tuple(self.weight_VD.shape)}; it needs [V, D]")
         if self.bias_V is not None and self.bias_V.shape != (self.vocabulary_size,):
             raise InvalidRequest(
-                f"an output head's bias has shape {tuple(self.bias_V.shape)}; its weight has {self.vocabulary_size} rows"
+                f"an output head's bias has shape {tuple(self.bias_V.shape)}; it needs [{self.vocabulary_size}]"
             )
         if self.logit_softcap is not None and not self.logit_softcap > 0:
             raise InvalidRequest(f"an output head's soft cap is {self.logit_softcap}; it must be positive")
@@ -57,6 +57,11 @@ class OutputHead:
             return self
         bias_V = None if self.bias_V is None else self.bias_V[:vocabulary_size]
         return replace(self, weight_VD=self.weight_VD[:vocabulary_size], bias_V=bias_V)
+
+    def detached(self) -> OutputHead:
+        """The same head, carrying no gradient."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return replace(self, weight_VD=self.weight_VD.detach(), bias_V=bias_V)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, V] float32 (float64 when either side is), differentiable.

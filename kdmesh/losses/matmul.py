@@ -1,0 +1,85 @@
+"""The matrix products of the fused loss, with float32 results from bfloat16 operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Rows of a weight that are cast or multiplied at a time on a CPU: small enough to stay in its cache.
+_SLAB_ROWS = 2048
+
+
+def spans(length: int, longest: int) -> list[slice]:
+    """Contiguous slices that cover `length`, none longer than `longest`, as equal as multiples of 16 allow."""
+    if length == 0:
+        return []
+    count = -(-length // longest)
+    size = -(-length // count)
+    size = min(longest, -(-size // 16) * 16)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def logits_into(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor) -> None:
+    """Overwrite `out_BV` with hidden @ weight.T; bfloat16 operands give float32 sums that are never rounded."""
+    if hidden_BD.dtype is not torch.bfloat16:
+        torch.mm(hidden_BD, weight_VD.T, out=out_BV)
+    elif hidden_BD.is_cuda:
+        torch.mm(hidden_BD, weight_VD.T, out_dtype=torch.float32, out=out_BV)
+    else:
+        _logits_into_on_cpu(out_BV, hidden_BD, weight_VD)
+
+
+def add_weight_gradient(gradient_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+    """Add logit_gradient.T @ hidden to `gradient_VD`, which is float32 where the operands are bfloat16."""
+    if hidden_CD.dtype is not torch.bfloat16:
+        gradient_VD.addmm_(logit_gradient_CV.T, hidden_CD)
+    elif hidden_CD.is_cuda:
+        torch.addmm(gradient_VD, logit_gradient_CV.T, hidden_CD, out_dtype=torch.float32, out=gradient_VD)
+    else:
+        for slab in spans(len(gradient_VD), _SLAB_ROWS):
+            gradient_VD[slab].add_(torch.mm(logit_gradient_CV[:, slab].T, hidden_CD))
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`, rounded once and without a float32 copy of the whole.
+
+    May be `gradient` itself where the factor is known to be 1, which costs a wait on anything but a CPU.
+    """
+    if factor.device.type == "cpu" and factor.item() == 1:
+        return gradient.to(dtype)
+    if gradient.dtype is dtype and dtype in (torch.float32, torch.float64):
+        return gradient * factor
+    result = torch.empty_like(gradient, dtype=dtype)
+    for slab in spans(len(gradient), _SLAB_ROWS):
+        result[slab].copy_(gradient[slab].to(factor.dtype).mul_(factor))
+    return result
+
+
+def _logits_into_on_cpu(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor) -> None:
+    """As logits_into. No CPU operator takes bfloat16 and returns float32, so the operands are cast, exactly, and
+    oneDNN is allowed to multiply them in bfloat16, which is what they are: no product is rounded."""
+    hidden_BD = hidden_BD.float()
+    slab_SD = torch.empty(min(_SLAB_ROWS, len(weight_VD)), weight_VD.shape[1])
+    with _float32_products_in_bfloat16():
+        for slab in spans(len(weight_VD), _SLAB_ROWS):
+            cast_SD = slab_SD[: slab.stop - slab.start].copy_(weight_VD[slab])
+            torch.mm(hidden_BD, cast_SD.T, out=out_BV[:, slab])
+
+
+@contextmanager
+def _float32_products_in_bfloat16() -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices with bfloat16 instructions, where the processor has them.
+
+    The switch is the process's: a float32 product that another thread computes meanwhile is rounded.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
