@@ -11,6 +11,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -18,12 +20,41 @@ from kdmesh_trainer.mesh import joined
 
 
 def run_ranks(target: str, *, ranks: int, **arguments: Any) -> list[Any]:
-    """What `target` ("module:function") returns on each of `ranks` gloo ranks."""
-    processes = start_ranks(["-m", "tests.support.trainer_ranks", target, json.dumps(arguments)], ranks=ranks)
-    outputs = [process.communicate(timeout=120) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    """What `target` ("module:function") returns on each of `ranks` gloo ranks; a single one is this process."""
+    if ranks == 1:
+        return [_call(target, arguments)]
+    processes = start_ranks_of(target, ranks=ranks, **arguments)
+    outcomes = finish(processes)
+    for outcome in outcomes:
+        assert outcome.exit_code == 0, outcome.errors
+    return [json.loads(outcome.output.splitlines()[-1]) for outcome in outcomes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a rank ended."""
+
+    exit_code: int
+    output: str
+    errors: str
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], *, within_s: float = 100) -> list[Outcome]:
+    """Waits for every rank; kills those that take longer."""
+    outcomes = []
+    for process in processes:
+        try:
+            output, errors = process.communicate(timeout=within_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, errors = process.communicate()
+        outcomes.append(Outcome(exit_code=process.returncode, output=output, errors=errors))
+    return outcomes
+
+
+def start_ranks_of(target: str, *, ranks: int, **arguments: Any) -> list[subprocess.Popen[str]]:
+    """`target` ("module:function") on each of `ranks` gloo ranks, started."""
+    return start_ranks(["-m", "tests.support.trainer_ranks", target, json.dumps(arguments)], ranks=ranks)
 
 
 def start_ranks(arguments: list[str], *, ranks: int) -> list[subprocess.Popen[str]]:
@@ -56,12 +87,15 @@ def _free_port() -> int:
         return port
 
 
-def main() -> None:
-    """Run one rank."""
-    target, arguments = sys.argv[1], json.loads(sys.argv[2])
+def _call(target: str, arguments: Mapping[str, Any]) -> Any:
     module, _, function = target.partition(":")
     with joined("cpu", longest_wait_s=60) as mesh:
-        result = getattr(import_module(module), function)(mesh, **arguments)
+        return getattr(import_module(module), function)(mesh, **arguments)
+
+
+def main() -> None:
+    """Run one rank."""
+    result = _call(sys.argv[1], json.loads(sys.argv[2]))
     sys.stdout.write(json.dumps(result) + "\n")
 
 

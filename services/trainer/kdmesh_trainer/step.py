@@ -37,7 +37,7 @@ class GradientStepper:
     ) -> None:
         self._student = student
         self._objective = objective
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._config = config
         self._steps = steps
         self._mesh = mesh
@@ -83,7 +83,7 @@ class GradientStepper:
         factor world_size. Every rank must pass the same number of micro-batches.
         """
         self._student.train()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         tally = Tally(self._mesh)
         scale = self._mesh.world_size / batch.num_loss_tokens
         for micro_batch in batch.micro_batches:
@@ -105,10 +105,10 @@ class GradientStepper:
     def _descend(self, norm: Tensor, rate: float) -> None:
         if self._config.max_gradient_norm is not None:
             clip_grads_with_norm_(self._student.parameters(), self._config.max_gradient_norm, norm)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def _gradient_norm(student: Student) -> Tensor:

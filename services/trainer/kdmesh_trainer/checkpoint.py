@@ -1,0 +1,224 @@
+"""Saved state of a run: complete or absent, never half."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+from kdmesh.errors import CheckpointError
+from kdmesh_trainer.files import sync_directory, write_synced
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student
+
+log = logging.getLogger(__name__)
+
+_COMPLETE = "step-"
+_WRITING = "writing-"
+_REMOVING = "removing-"
+_STATE = "state.json"
+_SLACK_BYTES = 2**20  # metadata, file headers, the other ranks' random states
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """What lies in state.json."""
+
+    next_step: int
+    world_size: int
+    identity: Mapping[str, str]
+
+
+class CheckpointDirectory:
+    """Checkpoints of one run, each a directory that appears under its final name only when all of it is on disk."""
+
+    def __init__(
+        self,
+        path: Path,
+        student: Student,
+        optimizer: Optimizer,
+        *,
+        identity: Mapping[str, str],
+        keep: int,
+        mesh: Mesh,
+    ) -> None:
+        """
+        Args:
+            path: where checkpoints lie; shared by all ranks.
+            identity: what must be the same for a checkpoint to be continued, by configuration key.
+            keep: how many of the newest to keep.
+        """
+        self._path = path
+        self._student = student
+        self._optimizer = optimizer
+        self._identity = dict(identity)
+        self._keep = keep
+        self._mesh = mesh
+
+    def restore(self) -> int:
+        """Load the newest checkpoint; the step to continue with, 0 when there is none. Collective.
+
+        Works on any number of ranks. Removes what an interrupted write left.
+
+        Raises:
+            CheckpointError: it cannot be read, or belongs to a run with another identity.
+        """
+        next_step = self._mesh.on_first(self._newest)
+        if next_step == 0:
+            return 0
+        directory = self._directory(next_step)
+        world_size = self._mesh.on_first(lambda: _read_state(directory).world_size)
+        state = self._trained_state()
+        if world_size == self._mesh.world_size:
+            state["random"] = self._random_state()
+        try:
+            # In place: the tensors of `state` are those that are trained.
+            load(state, checkpoint_id=directory)
+        except CheckpointException as error:
+            raise CheckpointError(f"{directory} cannot be read: {_cause(error)}") from error
+        if "random" in state:
+            self._set_random_state(state["random"])
+        log.info("continuing from a checkpoint", extra={"step": next_step, "path": str(directory)})
+        return next_step
+
+    def save(self, *, next_step: int) -> None:
+        """Write everything that continuing at `next_step` needs, then remove the oldest. Collective.
+
+        Raises:
+            CheckpointError: it could not be written; nothing of it is left and earlier ones are untouched.
+        """
+        state = {**self._trained_state(), "random": self._random_state()}
+        needed_bytes = _size_bytes(state) + _SLACK_BYTES
+        writing = self._path / f"{_WRITING}{next_step:08d}"
+        self._mesh.on_first(lambda: self._begin(writing, needed_bytes))
+        try:
+            save(state, storage_writer=FileSystemWriter(writing))
+        except CheckpointException as error:
+            if self._mesh.is_first:
+                shutil.rmtree(writing, ignore_errors=True)
+            raise self._not_written(writing, needed_bytes, _cause(error)) from error
+        self._mesh.on_first(lambda: self._finish(writing, next_step, needed_bytes))
+
+    def newest_step(self) -> int:
+        """The next step of the newest complete checkpoint; 0 when there is none. Reads only names."""
+        return max((int(path.name.removeprefix(_COMPLETE)) for path in self._path.glob(f"{_COMPLETE}*")), default=0)
+
+    def _newest(self) -> int:
+        for pattern in (_WRITING, _REMOVING):
+            for left in self._path.glob(f"{pattern}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        next_step = self.newest_step()
+        if next_step:
+            self._refuse_other_run(self._directory(next_step))
+        return next_step
+
+    def _refuse_other_run(self, directory: Path) -> None:
+        saved = _read_state(directory).identity
+        differing = [
+            f"{key} is {self._identity.get(key)} now and was {saved.get(key)}"
+            for key in sorted(saved.keys() | self._identity.keys())
+            if saved.get(key) != self._identity.get(key)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{directory} belongs to another run: {'; '.join(differing)}. "
+                "Restore the configuration, or give this run another `output`"
+            )
+
+    def _begin(self, writing: Path, needed_bytes: int) -> None:
+        try:
+            writing.mkdir(parents=True)
+            free_bytes = shutil.disk_usage(writing).free
+        except OSError as error:
+            raise self._not_written(writing, needed_bytes, str(error)) from error
+        if free_bytes < needed_bytes:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise self._not_written(writing, needed_bytes, "not enough space")
+
+    def _finish(self, writing: Path, next_step: int, needed_bytes: int) -> None:
+        state = {"next_step": next_step, "world_size": self._mesh.world_size, "identity": self._identity}
+        try:
+            write_synced(writing / _STATE, json.dumps(state, indent=1))
+            sync_directory(writing)
+            writing.rename(self._directory(next_step))
+            sync_directory(self._path)
+        except OSError as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise self._not_written(writing, needed_bytes, str(error)) from error
+        log.info("checkpoint written", extra={"step": next_step, "path": str(self._directory(next_step))})
+        self._remove_oldest()
+
+    def _remove_oldest(self) -> None:
+        for directory in sorted(self._path.glob(f"{_COMPLETE}*"))[: -self._keep]:
+            # Renamed first: a removal that is interrupted must not leave what looks like a checkpoint.
+            removing = directory.with_name(f"{_REMOVING}{directory.name}")
+            directory.rename(removing)
+            shutil.rmtree(removing, ignore_errors=True)
+
+    def _directory(self, next_step: int) -> Path:
+        return self._path / f"{_COMPLETE}{next_step:08d}"
+
+    def _trained_state(self) -> dict[str, Any]:
+        """This rank's shards of the weights and moments, by name. Shared weights appear once."""
+        unique = {name for name, _ in self._student.named_parameters()}
+        aliases = {name for name, _ in self._student.named_parameters(remove_duplicate=False)} - unique
+        model = get_model_state_dict(self._student)
+        optimizer = get_optimizer_state_dict(self._student, self._optimizer)
+        return {
+            "model": {name: value for name, value in model.items() if name not in aliases},
+            # Rates and decays are the configuration's, which may have changed since.
+            "optimizer": optimizer["state"],
+        }
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {f"cpu-{self._mesh.rank}": torch.get_rng_state()}
+        if self._mesh.device.type == "cuda":
+            state[f"cuda-{self._mesh.rank}"] = torch.cuda.get_rng_state(self._mesh.device)
+        return state
+
+    def _set_random_state(self, state: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(state[f"cpu-{self._mesh.rank}"])
+        if self._mesh.device.type == "cuda":
+            torch.cuda.set_rng_state(state[f"cuda-{self._mesh.rank}"], self._mesh.device)
+
+    def _not_written(self, path: Path, needed_bytes: int, why: str) -> CheckpointError:
+        existing = next(parent for parent in (self._path, *self._path.parents) if parent.exists())
+        free_bytes = shutil.disk_usage(existing).free
+        return CheckpointError(
+            f"checkpoint {path} was not written: {why} ({needed_bytes} bytes needed, {free_bytes} bytes free); "
+            "earlier checkpoints are untouched"
+        )
+
+
+def _read_state(directory: Path) -> _State:
+    try:
+        return _State(**json.loads((directory / _STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory / _STATE} cannot be read: {error}") from error
+
+
+def _size_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of all tensors, over all shards."""
+    return sum(
+        value.numel() * value.element_size() if isinstance(value, Tensor) else _size_bytes(value)
+        for value in state.values()
+    )
+
+
+def _cause(error: CheckpointException) -> str:
+    """The first rank's reason, without its traceback."""
+    reasons = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
+    return "; ".join(sorted(reasons))

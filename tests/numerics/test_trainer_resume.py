@@ -1,0 +1,46 @@
+"""A run that was interrupted goes on as if it had not been."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+
+RUNS = "tests.support.trainer_runs"
+STEPS = 8
+
+
+@pytest.fixture
+def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
+        "teacher": str(tiny_models.path("qwen3", seed=2)),
+        "checkpoints": str(tmp_path / "checkpoints"),
+        "steps": STEPS,
+    }
+
+
+def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=3, kill_at=5))
+    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
+    arguments |= {"until": STEPS, "other": str(tmp_path / "other")}
+    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments)[0]
+    assert both["first"] == 3
+    assert both["rest"] == both["whole"][3:]
+
+
+def test_a_run_continues_on_another_number_of_ranks(arguments: dict[str, Any]) -> None:
+    whole = run_ranks(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=4)[0]
+    rest = run_ranks(f"{RUNS}:train", ranks=1, **arguments, until=STEPS, save_at=6)[0]
+    assert rest["first"] == 4
+    assert rest["losses"] == pytest.approx(whole["losses"][4:], rel=1e-5)
+    last = run_ranks(f"{RUNS}:train", ranks=2, **arguments, until=STEPS)[0]
+    assert last["first"] == 6
+    assert last["losses"] == pytest.approx(whole["losses"][6:], rel=1e-5)

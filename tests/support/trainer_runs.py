@@ -1,0 +1,72 @@
+"""Short training runs on every rank, for tests of what survives an interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdmesh.batching import plan_step
+from kdmesh_trainer.checkpoint import CheckpointDirectory
+from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.sources.batches import StepBatch
+from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
+
+VOCABULARY_SIZE = 310
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01, warmup_steps=2, max_gradient_norm=0.5)
+
+
+def batch_of_step(step: int, mesh: Mesh, teacher: LocalTeacher) -> StepBatch:
+    """This rank's share of step `step`; every step has sequences of its own."""
+    sequences = random_sequences(6, seed=1000 + step, vocabulary_size=VOCABULARY_SIZE)
+    plan = plan_step([s.num_tokens for s in sequences], ranks=mesh.world_size, max_tokens=64)
+    return step_batch(sequences, plan[mesh.rank], teacher, step=step)
+
+
+def train(
+    mesh: Mesh,
+    *,
+    student: str,
+    teacher: str,
+    checkpoints: str,
+    steps: int,
+    until: int,
+    save_at: int | None = None,
+    kill_at: int | None = None,
+    compute_dtype: str = "float32",
+) -> dict[str, Any]:
+    """Trains from the newest checkpoint to step `until`; the losses by step.
+
+    Saves after step `save_at`. At step `kill_at` every rank kills itself after its forward and
+    backward passes, before its update.
+    """
+    model = build_student(
+        Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=getattr(torch, compute_dtype)
+    )
+    local_teacher = LocalTeacher(Path(teacher))
+    stepper = build_stepper(model, local_teacher, mesh, config=OPTIMIZER, steps=steps)
+    directory = CheckpointDirectory(
+        Path(checkpoints), model, stepper.optimizer, identity={"student.model": "tiny"}, keep=2, mesh=mesh
+    )
+    first = directory.restore()
+    losses = []
+    for step in range(first, until):
+        batch = batch_of_step(step, mesh, local_teacher)
+        if step == kill_at:
+            stepper.accumulate(batch)
+            os.kill(os.getpid(), signal.SIGKILL)
+        losses.append(stepper.update(batch).loss_nats_per_token)
+        if step + 1 == save_at:
+            directory.save(next_step=step + 1)
+    return {"first": first, "losses": losses}
+
+
+def train_rest_and_whole(mesh: Mesh, *, other: str, **arguments: Any) -> dict[str, Any]:
+    """Continues a run, then does all of it once more with its checkpoints in `other`; both runs' losses."""
+    rest = train(mesh, **arguments)
+    whole = train(mesh, **arguments | {"checkpoints": other})
+    return {"first": rest["first"], "rest": rest["losses"], "whole": whole["losses"]}
