@@ -1,0 +1,211 @@
+"""Turns chats into token ids with the positions that carry loss."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jinja2 import TemplateError, TemplateSyntaxError
+from tokenizers import Encoding, Tokenizer, processors
+
+from kdmesh.errors import ConfigError
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.sources.rows import Chat, Message
+from kdmesh_trainer.sources.turns import (
+    EncodedText,
+    Reason,
+    RenderedTurn,
+    Unusable,
+    Vocabulary,
+    find_turn,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+# Some templates print today's date (Llama and gpt-oss, in these two forms). With a fixed one a
+# resumed run sees the tokens it saw before. A macro, because transformers passes no callables on.
+_FIXED_DATE = (
+    "{% macro strftime_now(form) %}{{ '2024-07-26' if form == '%Y-%m-%d' else '26 Jul 2024' }}{% endmacro %}\n"
+)
+
+
+def read_template(path: Path) -> str:
+    """The Jinja source in `path`.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}") from None
+
+
+class ChatEncoder:
+    """Encodes chats under one tokenizer and one chat template.
+
+    Every assistant turn carries loss, from the first token after its prompt to the
+    token that ends the turn, and nothing else does. A turn is taken only if a model that is
+    prompted at that place would see exactly the tokens before it: the prompt must be a
+    prefix of the rendered chat and end at a token boundary, and the turn must read as it
+    did when it was the last one. A chat for which that does not hold as a whole (templates
+    that strip the thinking from earlier turns) becomes one sequence per assistant turn.
+
+    Nothing is added to what the template renders, so BOS is there once or not at all, as
+    in `apply_chat_template`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None = None) -> None:
+        """
+        Args:
+            template: Jinja source that replaces the tokenizer's own template.
+
+        Raises:
+            ConfigError: there is no template, or it is not Jinja.
+        """
+        self._tokenizer = tokenizer
+        self._template = _template_of(tokenizer, template)
+        self._backend = _with_whole_offsets(tokenizer)
+        self._vocabulary = _vocabulary(tokenizer, self._backend)
+        self._has_warned = False
+        self._check_syntax()
+
+    def encode(self, chats: Sequence[Chat]) -> list[list[TokenSequence] | Unusable]:
+        """For each chat its sequences, each cut after its last loss token, or why there are none."""
+        rendered = [self._render_turns(chat) for chat in chats]
+        usable = [turns for turns in rendered if not isinstance(turns, Unusable)]
+        whole = iter(self._sequences([(turns[-1].text, turns) for turns in usable]))
+        return [turns if isinstance(turns, Unusable) else self._choose(turns, next(whole)) for turns in rendered]
+
+    def _choose(self, turns: list[RenderedTurn], whole: TokenSequence | Unusable) -> list[TokenSequence] | Unusable:
+        """The chat as a whole if that is usable, else every turn by itself if all of them are."""
+        if isinstance(whole, TokenSequence):
+            return [whole]
+        if len(turns) == 1:
+            return whole
+        sequences = []
+        for single in self._sequences([(turn.text, [turn]) for turn in turns]):
+            if isinstance(single, Unusable):
+                return single
+            sequences.append(single)
+        return sequences
+
+    def _render_turns(self, chat: Chat) -> list[RenderedTurn] | Unusable:
+        """Every assistant turn as if the chat ended with it. What follows the last one trains nothing."""
+        turns = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
+        if not turns:
+            return Unusable(reason=Reason.NO_ASSISTANT, detail=f"{len(chat.messages)} messages")
+        if turns[0] == 0:
+            return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before the first one")
+        for number in turns:
+            if not chat.messages[number].content.strip():
+                return Unusable(reason=Reason.EMPTY, detail=f"message {number}")
+        try:
+            return [
+                RenderedTurn(
+                    prompt=self._render(chat.messages[:number], is_prompt=True),
+                    text=self._render(chat.messages[: number + 1], is_prompt=False),
+                    content=chat.messages[number].content,
+                )
+                for number in turns
+            ]
+        except (TemplateError, TypeError, ValueError) as error:
+            return Unusable(reason=Reason.TEMPLATE, detail=str(error))
+
+    def _render(self, messages: Sequence[Message], *, is_prompt: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=is_prompt,
+        )
+        return text
+
+    def _check_syntax(self) -> None:
+        try:
+            self._render([Message(role="user", content="x")], is_prompt=True)
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template is not Jinja: {error.message}, line {error.lineno}") from None
+        except (TemplateError, TypeError, ValueError):
+            log.debug("chat template refuses the shortest chat")  # its own rule; every row will tell
+
+    def _sequences(self, texts: Sequence[tuple[str, list[RenderedTurn]]]) -> Iterator[TokenSequence | Unusable]:
+        """Each text with loss on its turns, or why not."""
+        encodings = self._backend.encode_batch([text for text, _ in texts], add_special_tokens=False)
+        for (text, turns), encoding in zip(texts, encodings, strict=True):
+            yield self._sequence(_encoded(text, encoding), turns)
+
+    def _sequence(self, encoded: EncodedText, turns: list[RenderedTurn]) -> TokenSequence | Unusable:
+        labels: list[int] = []
+        for turn in turns:
+            found = find_turn(encoded, turn, self._vocabulary)
+            if isinstance(found, Unusable):
+                return found
+            if labels and found.tokens.start <= labels[-1]:
+                return Unusable(reason=Reason.CHANGED, detail="two turns share tokens")
+            if not found.ends_in_special:
+                self._warn_of_no_end(turn)
+            labels.extend(found.tokens)
+        return TokenSequence(
+            token_ids=np.array(encoded.ids[: labels[-1] + 1], np.int32),
+            positions=np.array(labels, np.int32) - 1,
+        )
+
+    def _warn_of_no_end(self, turn: RenderedTurn) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "assistant turns do not end in a special token, so the student will not learn to stop",
+                extra={"turn_ends_with": turn.text[-20:], "eos_token": self._tokenizer.eos_token},
+            )
+
+
+def _template_of(tokenizer: PreTrainedTokenizerFast, template: str | None) -> str:
+    try:
+        found: str = tokenizer.get_chat_template(template)
+    except ValueError:
+        raise ConfigError(
+            f"the tokenizer in {tokenizer.name_or_path} has no chat template, and a base model need not have one: "
+            "set data.chat_template to a Jinja file, best that of the teacher"
+        ) from None
+    return _FIXED_DATE + found if "strftime_now" in found else found
+
+
+def _with_whole_offsets(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy whose offsets include the space that belongs to a token.
+
+    Byte-level tokenizers may trim it from the offsets; then a token that spans the end of
+    a prompt "...: " would seem to begin after it.
+    """
+    backend: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return backend
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerFast, backend: Tokenizer) -> Vocabulary:
+    added = tokenizer.added_tokens_decoder
+    special = {number for number, token in added.items() if token.special}
+
+    @functools.lru_cache(maxsize=1024)  # prompts mostly end alike
+    def encode(text: str) -> list[int]:
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return Vocabulary(
+        special=frozenset(special.union(tokenizer.all_special_ids)), added=frozenset(added), encode=encode
+    )
+
+
+def _encoded(text: str, encoding: Encoding) -> EncodedText:
+    offsets = encoding.offsets
+    return EncodedText(text=text, ids=encoding.ids, begins=[b for b, _ in offsets], ends=[e for _, e in offsets])
