@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from kdmesh.errors import CheckpointError
-from kdmesh_trainer.files import sync_directory, write_synced
+from kdmesh_trainer.files import sync, write_synced
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 
@@ -152,9 +152,9 @@ class CheckpointDirectory:
         state = {"next_step": next_step, "world_size": self._mesh.world_size, "identity": self._identity}
         try:
             write_synced(writing / _STATE, json.dumps(state, indent=1))
-            sync_directory(writing)
+            sync(writing)
             writing.rename(self._directory(next_step))
-            sync_directory(self._path)
+            sync(self._path)
         except OSError as error:
             shutil.rmtree(writing, ignore_errors=True)
             raise self._not_written(writing, needed_bytes, str(error)) from error

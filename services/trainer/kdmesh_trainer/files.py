@@ -14,15 +14,10 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def sync_file(path: Path) -> None:
-    """Put a written file on disk."""
+def sync(path: Path) -> None:
+    """Put a written file's content, or a directory's names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_directory(path: Path) -> None:
-    """Put a directory's names on disk."""
-    sync_file(path)

@@ -85,6 +85,13 @@ def begin_micro_batch(student: nn.Module, *, is_last: bool) -> None:
         student.set_reshard_after_backward(is_last)
 
 
+def release(student: nn.Module) -> None:
+    """Give up what a pass without gradients left gathered, so that the parameters are shards again."""
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _layers(lm: PreTrainedModel) -> list[nn.Module]:
     """The blocks that transformers says must not be split."""
     names = set(lm._no_split_modules or ())

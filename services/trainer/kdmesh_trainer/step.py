@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -88,19 +89,10 @@ class GradientStepper:
         scale = self._mesh.world_size / batch.num_loss_tokens
         for micro_batch in batch.micro_batches:
             begin_micro_batch(self._student, is_last=micro_batch is batch.micro_batches[-1])
-            totals = self._forward(micro_batch, tally)
+            totals = forward(self._student, self._objective, micro_batch, tally, self._mesh.device)
             (totals.loss_sum * scale).backward()  # type: ignore[no-untyped-call]
             tally.add(totals)
         return tally
-
-    def _forward(self, micro_batch: MicroBatch, tally: Tally) -> LossTotals:
-        def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
-            # Only here are the rows held: their memory is the teacher's again before the backward pass.
-            return self._objective(hidden_RD, head, labels_R, tally.wait(micro_batch.teacher))
-
-        packed = pack(micro_batch.sequences) if micro_batch.sequences else blank()
-        totals: LossTotals = self._student(packed.to(self._mesh.device), row_loss)
-        return totals
 
     def _descend(self, norm: Tensor, rate: float) -> None:
         if self._config.max_gradient_norm is not None:
@@ -109,6 +101,20 @@ class GradientStepper:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def forward(
+    student: Student, objective: Objective, micro_batch: MicroBatch, tally: Tally, device: torch.device
+) -> LossTotals:
+    """The loss of one micro-batch. Collective; a rank without sequences passes a blank."""
+
+    def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
+        # Only here are the rows held: their memory is the teacher's again before the backward pass.
+        return objective(hidden_RD, head, labels_R, tally.wait(micro_batch.teacher))
+
+    packed = pack(micro_batch.sequences) if micro_batch.sequences else blank()
+    totals: LossTotals = student(packed.to(device), row_loss)
+    return totals
 
 
 def _gradient_norm(student: Student) -> Tensor:

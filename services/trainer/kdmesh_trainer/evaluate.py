@@ -1,0 +1,98 @@
+"""Judges the student on held-out data, through the same services and the same plan as training."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from kdmesh.batching import plan_step
+from kdmesh.losses import forward_kl
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.sources.batches import MicroBatch, PendingRows
+from kdmesh_trainer.stats import Scores
+from kdmesh_trainer.step import forward
+from kdmesh_trainer.tally import Tally
+
+
+class RowService(Protocol):
+    """Where a teacher's rows come from."""
+
+    def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
+        """Ask for the rows of a group of sequences, in their order. Does not block."""
+        ...
+
+
+class HeldOutEvaluator:
+    """KL(teacher || student) at temperature 1 where there is a teacher, and cross-entropy, over all held-out data."""
+
+    def __init__(
+        self,
+        student: Student,
+        sequences: Sequence[TokenSequence],
+        *,
+        teacher: RowService | None,
+        teacher_head: TeacherHead | None,
+        max_tokens: int,
+        prefetch: int,
+        mesh: Mesh,
+    ) -> None:
+        """
+        Args:
+            sequences: the same on every rank; at least one.
+            max_tokens: of one micro-batch.
+            prefetch: micro-batches to ask the teacher for ahead of the one that is judged.
+        """
+        plan = plan_step([s.num_tokens for s in sequences], ranks=mesh.world_size, max_tokens=max_tokens)
+        self._shares = [tuple(sequences[index] for index in members) for members in plan[mesh.rank]]
+        self._num_sequences = len(sequences)
+        self._student = student
+        self._teacher = teacher
+        self._objective = _judge(teacher_head)
+        self._prefetch = prefetch
+        self._mesh = mesh
+
+    @torch.no_grad()
+    def evaluate(self) -> Scores:
+        """The student as it is now. Collective.
+
+        Raises:
+            ModelMismatch: the teacher's rows are not all of one weight version.
+            RpcError: rows of the teacher did not come.
+        """
+        self._student.eval()
+        tally = Tally(self._mesh)
+        for micro_batch in self._micro_batches():
+            tally.add(forward(self._student, self._objective, micro_batch, tally, self._mesh.device))
+        release(self._student)
+        totals, _ = tally.over_all_ranks()
+        return Scores(
+            kl_nats_per_token=totals.divergence_nats_per_token,
+            cross_entropy_nats_per_token=totals.cross_entropy / totals.num_labelled,
+            top1_agreement=totals.top1_agreement_per_token,
+            num_loss_tokens=totals.num_labelled,
+            num_sequences=self._num_sequences,
+        )
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        """This rank's share; the teacher is asked for each one `prefetch` places before its turn."""
+        ahead: deque[MicroBatch] = deque()
+        for sequences in self._shares:
+            pending = self._teacher.submit(sequences) if self._teacher is not None and sequences else None
+            ahead.append(MicroBatch(sequences=sequences, teacher=pending))
+            if len(ahead) > self._prefetch:
+                yield ahead.popleft()
+        while ahead:
+            yield ahead.popleft()
+
+
+def _judge(teacher_head: TeacherHead | None) -> Objective:
+    if teacher_head is None:
+        return CrossEntropy()
+    return Distillation(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, teacher_head=teacher_head)

@@ -1,0 +1,96 @@
+"""The trained model as a directory that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdmesh.errors import CheckpointError
+from kdmesh_trainer.files import sync
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student, release
+
+log = logging.getLogger(__name__)
+
+_GENERATION = "generation_config.json"
+
+
+class HuggingFaceExporter:
+    """Writes the student with its tokenizer, in the element type of the checkpoint it started from."""
+
+    def __init__(
+        self, path: Path, student: Student, *, origin: Path, tokenizer: PreTrainedTokenizerBase, mesh: Mesh
+    ) -> None:
+        """
+        Args:
+            path: the directory to write; an older one is replaced when the new one is complete.
+            origin: directory of the model the student started from.
+            tokenizer: with the chat template that was trained with.
+        """
+        self._path = path
+        self._student = student
+        self._origin = origin
+        self._tokenizer = tokenizer
+        self._mesh = mesh
+
+    def export(self) -> None:
+        """Write the student as it is now. Collective; the first rank holds the whole model meanwhile.
+
+        Raises:
+            CheckpointError: it could not be written; an older one is untouched.
+        """
+        config = AutoConfig.from_pretrained(self._origin, local_files_only=True, trust_remote_code=False)
+        tensors = self._whole_tensors(config.dtype or torch.float32)
+        self._mesh.on_first(lambda: self._write(config, tensors))
+
+    def _whole_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Every tensor by its name in the model, on the first rank; one at a time is whole on the others."""
+        release(self._student)
+        whole: dict[int, Tensor] = {}  # shared weights once
+        named: dict[str, Tensor] = {}
+        for name, shard in self._student.lm.state_dict(keep_vars=True).items():
+            if id(shard) not in whole:
+                tensor = shard.detach()
+                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                whole[id(shard)] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+                if not self._mesh.is_first:
+                    whole[id(shard)] = tensor.new_empty(0)
+            named[name] = whole[id(shard)]
+        return named
+
+    def _write(self, config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:
+        writing = self._path.with_name(f"{self._path.name}.writing")
+        replaced = self._path.with_name(f"{self._path.name}.replaced")
+        try:
+            for left in (writing, replaced):
+                shutil.rmtree(left, ignore_errors=True)
+            _whole_model(config, tensors).save_pretrained(writing)
+            self._tokenizer.save_pretrained(writing)
+            if (self._origin / _GENERATION).is_file():
+                shutil.copyfile(self._origin / _GENERATION, writing / _GENERATION)
+            for written in (*writing.iterdir(), writing):
+                sync(written)
+            if self._path.exists():
+                self._path.rename(replaced)
+            writing.rename(self._path)
+            sync(self._path.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        except OSError as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise CheckpointError(f"the trained model was not written to {self._path}: {error}") from error
+        log.info("trained model written", extra={"path": str(self._path)})
+
+
+def _whole_model(config: PretrainedConfig, tensors: dict[str, Tensor]) -> PreTrainedModel:
+    """A model that holds `tensors` and nothing else."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    return model
