@@ -1,0 +1,128 @@
+"""A 64 MiB answer from the engine's tensor to the trainer's, through the real server, client and doors."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.measure import finish, say, server, table
+from benchmarks.replay_server import HIDDEN_SIZE, NUM_ROWS
+from kdmesh.handles.door import Door
+from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.types import Handle, TokenSequence
+
+_BYTES = NUM_ROWS * HIDDEN_SIZE * 2
+_WARM_UP = 6  # every slot is mapped once
+
+
+@dataclass(slots=True)
+class _TimedDoor:
+    """Notes how long each fetch of the door behind it takes."""
+
+    door: Door
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.door.name
+
+    async def fetch(self, handle: Handle) -> Tensor:
+        began_s = time.perf_counter()
+        tensor = await self.door.fetch(handle)
+        self.seconds.append(time.perf_counter() - began_s)
+        return tensor
+
+    def close(self) -> None:
+        self.door.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timings:
+    """Seconds, of every answer."""
+
+    delivered: list[float]  # from the engine's first byte to a tensor in this process
+    asked: list[float]  # from the request to a tensor in this process
+    fetched: list[float]  # from the handle to a tensor
+    copied: list[float]  # one copy_ of as many bytes, measured in turn with the answers
+
+
+async def _time_door(address: str, door: Literal["shm", "stream"], repeats: int) -> _Timings:
+    client = await TeacherClient.connect(address, job="benchmark", door=door)
+    client.door = timed = _TimedDoor(client.door)
+    positions = np.arange(NUM_ROWS, dtype=np.int32)
+    sequence = TokenSequence(token_ids=np.zeros(NUM_ROWS + 1, dtype=np.int32), positions=positions)
+    source, target = torch.ones(_BYTES // 2, dtype=torch.bfloat16), torch.zeros(_BYTES // 2, dtype=torch.bfloat16)
+    timings = _Timings(delivered=[], asked=[], fetched=timed.seconds, copied=[])
+    for _ in range(_WARM_UP + repeats):
+        began_s = time.perf_counter()
+        target.copy_(source)
+        timings.copied.append(time.perf_counter() - began_s)
+        began_s = time.perf_counter()
+        rows = (await client.prefill([sequence], Deadline.after(60.0))).rows_RD
+        arrived_ns = time.monotonic_ns()
+        timings.asked.append(time.perf_counter() - began_s)
+        began_ns = int.from_bytes(rows[0, :4].view(torch.uint8).numpy().tobytes(), "little")
+        timings.delivered.append((arrived_ns - began_ns) / 1e9)
+        del rows
+    await client.close()
+    return _Timings(
+        delivered=timings.delivered[_WARM_UP:],
+        asked=timings.asked[_WARM_UP:],
+        fetched=timings.fetched[_WARM_UP:],
+        copied=timings.copied[_WARM_UP:],
+    )
+
+
+def main() -> None:
+    """Print the table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=60, help="answers measured at each door")
+    repeats = parser.parse_args().repeats
+    with tempfile.TemporaryDirectory() as folder:
+        ready = Path(folder) / "ready.json"
+        with server([sys.executable, "-m", "benchmarks.replay_server", str(ready)], ready) as address:
+            shm = asyncio.run(_time_door(address, "shm", repeats))
+            stream = asyncio.run(_time_door(address, "stream", max(10, repeats // 4)))
+    median = statistics.median
+    say(f"{_BYTES // 2**20} MiB answers ({NUM_ROWS} x {HIDDEN_SIZE} bfloat16), medians:")
+    table(
+        ["door", "engine to tensor", "GB/s", "of one copy_", "handle to tensor", "request to tensor"],
+        [
+            [
+                name,
+                f"{median(t.delivered) * 1e3:.2f} ms",
+                f"{_BYTES / median(t.delivered) / 1e9:.2f}",
+                f"{median(t.copied) / median(t.delivered):.2f}",
+                f"{median(t.fetched) * 1e6:.0f} us",
+                f"{median(t.asked) * 1e3:.2f} ms",
+            ]
+            for name, t in (("shared memory", shm), ("stream", stream))
+        ],
+    )
+    say("copies of the bytes: shared memory 1 (the engine's, into the slot)")
+    finish(
+        "transport",
+        {
+            "shm_fraction_of_copy": round(median(shm.copied) / median(shm.delivered), 3),
+            "shm_gb_per_s": round(_BYTES / median(shm.delivered) / 1e9, 2),
+            "shm_handle_to_tensor_us": round(median(shm.fetched) * 1e6, 1),
+            "stream_gb_per_s": round(_BYTES / median(stream.delivered) / 1e9, 2),
+            "copy_gb_per_s": round(_BYTES / median(shm.copied) / 1e9, 2),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
