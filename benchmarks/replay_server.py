@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from kdmesh.types import DType, HeadSpec
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 from kdmesh_teacher.engine_thread import EngineThread
 from kdmesh_teacher.lifecycle import Addresses, serve
-
-from kdmesh.types import DType, HeadSpec
 
 HIDDEN_SIZE = 4096
 NUM_ROWS = 8192

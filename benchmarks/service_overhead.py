@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from kdmesh_teacher.config import TransformersEngine as EngineConfig
-from kdmesh_teacher.engine import PrefillJob
-from kdmesh_teacher.transformers_engine import TransformersEngine
 
 from benchmarks.end_to_end_inputs import VOCABULARY_SIZE, prepare
 from benchmarks.measure import finish, say, server, table
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.types import TokenSequence
+from kdmesh_teacher.config import TransformersEngine as EngineConfig
+from kdmesh_teacher.engine import PrefillJob
+from kdmesh_teacher.transformers_engine import TransformersEngine
 
 _NUM_SEQUENCES, _NUM_TOKENS = 4, 1024
 _WARM_UP = 2
