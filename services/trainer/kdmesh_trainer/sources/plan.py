@@ -1,0 +1,49 @@
+"""One rank's share of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdmesh.batching import plan_step
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.config import BatchConfig
+from kdmesh_trainer.sources.order import step_indices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepShare:
+    """What one rank trains on in one step."""
+
+    micro_batches: tuple[tuple[TokenSequence, ...], ...]  # at least one; as many on every rank; each may be empty
+    num_loss_tokens: int  # over all ranks
+    num_tokens: int  # over all ranks
+
+
+class StepPlanner:
+    """Splits each step over the ranks. Every rank plans all of it, so nothing needs to be communicated."""
+
+    def __init__(
+        self, sequences: Sequence[TokenSequence], batch: BatchConfig, *, seed: int, rank: int, ranks: int
+    ) -> None:
+        """
+        Args:
+            sequences: the same on every rank; at least one, none longer than batch.max_tokens.
+            seed: of the order.
+        """
+        self._sequences = sequences
+        self._batch = batch
+        self._seed = seed
+        self._rank = rank
+        self._ranks = ranks
+
+    def share(self, step: int) -> StepShare:
+        """This rank's share of step `step`; a pure function."""
+        indices = step_indices(step, number=len(self._sequences), per_step=self._batch.sequences, seed=self._seed)
+        chosen = [self._sequences[index] for index in indices]
+        plan = plan_step([s.num_tokens for s in chosen], ranks=self._ranks, max_tokens=self._batch.max_tokens)
+        return StepShare(
+            micro_batches=tuple(tuple(chosen[index] for index in members) for members in plan[self._rank]),
+            num_loss_tokens=sum(s.num_rows for s in chosen),
+            num_tokens=sum(s.num_tokens for s in chosen),
+        )

@@ -1,0 +1,142 @@
+"""Reads a dataset into token sequences, under the policies of the configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+from kdmesh.errors import DataError
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.config import DataConfig
+from kdmesh_trainer.sources.chat import ChatEncoder
+from kdmesh_trainer.sources.readers import Reader
+from kdmesh_trainer.sources.rows import Chat
+from kdmesh_trainer.sources.turns import Unusable
+
+log = logging.getLogger(__name__)
+
+# Enough for the tokenizer's threads, little enough that progress is seen to move.
+_CHATS_PER_CALL = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """What became of a dataset."""
+
+    rows: int
+    sequences: int
+    truncated: int
+    dropped_too_long: int  # also those that had no loss token left after truncation
+    unusable: dict[str, int]  # rows left out, by reason
+    tokens: int
+    loss_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """The sequences of a dataset, in its order."""
+
+    sequences: list[TokenSequence]  # at least one
+    report: DataReport
+
+
+def load_sequences(
+    name: str,
+    reader: Reader,
+    encoder: ChatEncoder,
+    policy: DataConfig,
+    *,
+    max_sequences: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Dataset:
+    """Read, encode and cut a dataset; what was left out is counted and logged.
+
+    Args:
+        name: for logs and errors: train or held_out.
+        max_sequences: stop after so many; None reads all.
+        on_progress: called with the number of rows that are done, now and then.
+
+    Raises:
+        DataError: a row is refused, or one is too long or unusable and the policy says fail,
+            or nothing is left.
+    """
+    intake = _Intake(policy)
+    chats = reader()
+    while group := list(islice(chats, _CHATS_PER_CALL)):
+        for chat, encoded in zip(group, encoder.encode(group), strict=True):
+            intake.add(chat, encoded)
+        if on_progress is not None:
+            on_progress(intake.rows)
+        if max_sequences is not None and len(intake.sequences) >= max_sequences:
+            break
+    dataset = intake.dataset(max_sequences)
+    log.info("dataset read", extra={"dataset": name, **asdict(dataset.report)})
+    if not dataset.sequences:
+        raise DataError(f"dataset {name}: none of {intake.rows} rows can be trained on: {_losses(dataset.report)}")
+    return dataset
+
+
+class _Intake:
+    """Applies the policies to one row after the other."""
+
+    def __init__(self, policy: DataConfig) -> None:
+        self._policy = policy
+        self.rows = 0
+        self.sequences: list[TokenSequence] = []
+        self._truncated = 0
+        self._dropped_too_long = 0
+        self._unusable: Counter[str] = Counter()
+
+    def add(self, chat: Chat, encoded: list[TokenSequence] | Unusable) -> None:
+        """Take what can be taken of a row."""
+        self.rows += 1
+        if not isinstance(encoded, Unusable):
+            for sequence in encoded:
+                self._add_sequence(chat, sequence)
+        elif self._policy.unusable == "fail":
+            raise DataError(
+                f"{chat.origin}: {encoded.reason} ({encoded.detail}); `data.unusable: drop` leaves such rows out"
+            )
+        else:
+            self._unusable[encoded.reason.value] += 1
+
+    def dataset(self, max_sequences: int | None) -> Dataset:
+        """What was taken, the first `max_sequences` of it."""
+        sequences = self.sequences[:max_sequences]
+        report = DataReport(
+            rows=self.rows,
+            sequences=len(sequences),
+            truncated=self._truncated,
+            dropped_too_long=self._dropped_too_long,
+            unusable=dict(self._unusable),
+            tokens=sum(sequence.num_tokens for sequence in sequences),
+            loss_tokens=sum(sequence.num_rows for sequence in sequences),
+        )
+        return Dataset(sequences=sequences, report=report)
+
+    def _add_sequence(self, chat: Chat, sequence: TokenSequence) -> None:
+        limit = self._policy.max_tokens
+        if sequence.num_tokens <= limit:
+            self.sequences.append(sequence)
+            return
+        if self._policy.too_long == "fail":
+            raise DataError(
+                f"{chat.origin}: {sequence.num_tokens} tokens, and data.max_tokens is {limit}; "
+                "`data.too_long: truncate` or `drop` goes on"
+            )
+        kept = sequence.positions[sequence.positions <= limit - 2]
+        if self._policy.too_long == "drop" or len(kept) == 0:
+            self._dropped_too_long += 1
+            return
+        self._truncated += 1
+        # A copy, because a slice would keep the whole array alive.
+        cut = sequence.token_ids[: kept[-1] + 2].copy()
+        self.sequences.append(TokenSequence(token_ids=cut, positions=kept))
+
+
+def _losses(report: DataReport) -> str:
+    counts = {**report.unusable, "too long": report.dropped_too_long}
+    return ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)

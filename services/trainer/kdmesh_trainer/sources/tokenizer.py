@@ -1,0 +1,31 @@
+"""The student's tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from kdmesh.errors import ConfigError
+from kdmesh.models.tokenizer import load_tokenizer
+
+
+def load_student_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in directory `path`; nothing is downloaded and no code of the directory is run.
+
+    Raises:
+        ConfigError: there is none, or not a fast one: loss positions are found by character
+            offsets, which only those have.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise ConfigError(f"no tokenizer in {path}; the student needs one to read the data")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or not (path / "tokenizer.json").is_file():
+        raise ConfigError(f"the tokenizer in {path} is not a fast one; it needs a tokenizer.json")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Number of real tokens: one more than the highest id. Rows of a head from there on are padding."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return max(vocabulary.values()) + 1
