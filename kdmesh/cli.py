@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from kdmesh import check, jobs, local
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh_teacher.config import TeacherConfig
+
+if TYPE_CHECKING:
+    from kdmesh.rpc.doors import DoorChoice
 
 _ERROR = 1
 _YAML = click.Path(path_type=Path, dir_okay=False)
@@ -128,7 +131,7 @@ def check_command(config: Path, overrides: tuple[str, ...]) -> None:
     help="Largest difference of a log-probability that passes; by default what rounding in the served type explains.",
 )
 @click.option("--door", type=click.Choice(["auto", "shm", "stream"]), default="auto", show_default=True)
-def probe(address: str, model: Path, prompts: Path | None, bound: float | None, door: str) -> None:
+def probe(address: str, model: Path, prompts: Path | None, bound: float | None, door: DoorChoice) -> None:
     """Compare a teacher server's distribution with a local forward of the same model.
 
     Rebuilds the distribution as a trainer does, from rows and head, and sets it against the model's own logits.

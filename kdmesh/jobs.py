@@ -100,8 +100,8 @@ def teacher_command(
 
 def serve_teacher(processes: local.Processes, command: local.Command) -> str:
     """Start a teacher server and wait until it answers; its host:port. Raises ChildFailed."""
-    report = processes.serve(command, ready_within_s=_TEACHER_READY_S)
-    return f"{report['host']}:{report['port']}"
+    address: str = processes.serve(command, ready_within_s=_TEACHER_READY_S)["grpc"]
+    return address
 
 
 def rank_commands(

@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +27,7 @@ _TETHER = Path(__file__).with_name("tether.py")
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAIL_LINES = 20
 _FAILING_TOGETHER_S = 5.0
+_READY_LOOK_S = 0.05
 
 USER_ERROR = 2
 """Exit code of every kdmesh process that was refused its input."""
@@ -142,23 +145,26 @@ class Processes:
             raise Stopped(self._received[0])
 
     def start(self, *commands: Command) -> list[Child]:
-        """Start one group, all of it or nothing."""
-        return self._start(commands, ())
+        """Start one group."""
+        group: list[Child] = []
+        self._groups.append(group)
+        for command in commands:
+            with self._shield():
+                group.append(Child(command, _popen(command)))
+        return group
 
     def serve(self, command: Command, *, ready_within_s: float) -> dict[str, Any]:
-        """Start a service and wait for what it reports in its `--ready-file`, a JSON object.
+        """Start a service and wait for what it reports in its `--ready-file`: a JSON object, in place all at once.
 
         Raises:
             ChildFailed: it exited first, or was not ready in time; the message ends with its last lines.
         """
-        read_end, write_end = os.pipe()
+        report = Path(tempfile.gettempdir()) / f"kdmesh-ready-{os.getpid()}-{uuid.uuid4().hex}"
         try:
-            argv = (*command.argv, "--ready-file", f"/dev/fd/{write_end}")
-            (child,) = self._start((replace(command, argv=argv),), (write_end,))
-            return self._await_report(child, read_end, ready_within_s)
+            (child,) = self.start(replace(command, argv=(*command.argv, "--ready-file", str(report))))
+            return self._await_report(child, report, ready_within_s)
         finally:
-            os.close(read_end)
-            os.close(write_end)
+            report.unlink(missing_ok=True)
 
     def wait(self, children: Sequence[Child]) -> None:
         """Block until every one of `children` has exited with 0.
@@ -198,29 +204,16 @@ class Processes:
                     child.reap()
                 live = [child for child in live if child.exit_code is None]
 
-    def _start(self, commands: Sequence[Command], pass_fds: tuple[int, ...]) -> list[Child]:
-        group: list[Child] = []
-        self._groups.append(group)
-        for command in commands:
-            with self._shield():
-                group.append(Child(command, _popen(command, pass_fds)))
-        return group
-
-    def _await_report(self, child: Child, read_end: int, within_s: float) -> dict[str, Any]:
-        deadline, text = time.monotonic() + within_s, b""
-        while True:
-            left_s = deadline - time.monotonic()
-            ready = _ready((read_end, child.pidfd), timeout_s=max(0.0, left_s))
-            if read_end in ready:
-                text += os.read(read_end, 65536)
-                if text.endswith((b"}", b"}\n")):
-                    report: dict[str, Any] = json.loads(text)
-                    return report
-            elif ready:
+    def _await_report(self, child: Child, path: Path, within_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + within_s
+        while not path.exists():
+            if _ended([child], timeout_s=_READY_LOOK_S):
                 self._reap(child)
                 raise _failure(child)
-            elif left_s <= 0:
+            if time.monotonic() > deadline:
                 raise ChildFailed(f"{child.name} was not ready within {within_s:g} s{_last_lines(child)}", exit_code=0)
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return report
 
     def _settle(self, job: Sequence[Child]) -> None:
         """End a failed job. Its other members may be about to say why, or wait for ever for the one that is gone."""
@@ -311,7 +304,7 @@ def num_gpus() -> int:
     return len(list(listed.iterdir())) if listed.is_dir() else 0
 
 
-def _popen(command: Command, pass_fds: tuple[int, ...]) -> subprocess.Popen[str]:
+def _popen(command: Command) -> subprocess.Popen[str]:
     tether = (sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), str(int(command.orphan_signal)))
     is_piped = command.on_line is not None
     return subprocess.Popen(
@@ -321,7 +314,6 @@ def _popen(command: Command, pass_fds: tuple[int, ...]) -> subprocess.Popen[str]
         stdout=subprocess.PIPE if is_piped else None,
         stderr=subprocess.STDOUT if is_piped else None,
         start_new_session=True,
-        pass_fds=pass_fds,
         text=True,
         encoding="utf-8",
         errors="replace",

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -21,8 +22,9 @@ SERVICE = """
     report = sys.argv[sys.argv.index("--ready-file") + 1]
     print("loading", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with open(report, "w") as file:
+    with open(report + ".part", "w") as file:
         json.dump({"port": 7, "pid": os.getpid()}, file)
+    os.replace(report + ".part", report)
     signal.pause()
 """
 IGNORES_TERM = """
@@ -65,6 +67,13 @@ def test_a_service_is_up_inside_the_block_and_gone_after_it() -> None:
         assert report["port"] == 7
         assert not is_gone(report["pid"])
     assert is_gone(report["pid"])
+
+
+def test_waiting_for_a_service_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with local.Processes() as processes:
+        processes.serve(quiet(SERVICE, "teacher"), ready_within_s=60)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_service_that_exits_before_it_is_ready_is_reported_with_its_last_lines() -> None:

@@ -1,0 +1,1 @@
+"""The demo: one teacher, two students, on text that every machine with Python has."""
