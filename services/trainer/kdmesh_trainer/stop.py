@@ -6,8 +6,10 @@ import os
 import signal
 import time
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from kdmesh_trainer.mesh import Mesh
+if TYPE_CHECKING:
+    from kdmesh_trainer.mesh import Mesh
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A terminal's Ctrl-C reaches a rank twice at once, directly and through torchrun: that is one wish, not two.

@@ -1,0 +1,146 @@
+"""The training loop, with a recorder that plays every part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kdmesh_trainer.loop import Parts, Schedule, run
+from kdmesh_trainer.sources.batches import StepBatch
+from kdmesh_trainer.stats import Scores, StepStats
+
+SCORES = Scores(
+    kl_nats_per_token=None, cross_entropy_nats_per_token=1.0, top1_agreement=None, num_loss_tokens=1, num_sequences=1
+)
+
+
+class Recorder:
+    """Plays every part and writes down what the loop asks for."""
+
+    def __init__(self, *, first: int = 0, stop_after: int | None = None) -> None:
+        self.events: list[str] = []
+        self._first = first
+        self._stop_after = stop_after
+        self._done = 0
+
+    def restore(self) -> int:
+        self.events.append("restore")
+        return self._first
+
+    def start_at(self, step: int) -> None:
+        self.events.append(f"source at {step}")
+        self._done = step
+
+    def start(self, first_step: int) -> None:
+        self.events.append(f"start {first_step}")
+
+    def next_batch(self) -> StepBatch:
+        return StepBatch(step=self._done, micro_batches=(), num_loss_tokens=1, num_tokens=2)
+
+    def update(self, batch: StepBatch) -> StepStats:
+        self.events.append(f"update {batch.step}")
+        self._done = batch.step + 1
+        return StepStats(
+            loss_nats_per_token=0.0,
+            divergence_nats_per_token=None,
+            cross_entropy_nats_per_token=None,
+            top1_agreement=None,
+            gradient_norm=1.0,
+            learning_rate=0.1,
+            num_loss_tokens=1,
+            num_tokens=2,
+            teacher_wait_s=0.0,
+        )
+
+    def evaluate(self) -> Scores:
+        self.events.append("evaluate")
+        return SCORES
+
+    def save(self, *, next_step: int) -> None:
+        self.events.append(f"save {next_step}")
+
+    def export(self) -> None:
+        self.events.append("export")
+
+    def is_wanted(self) -> bool:
+        return self._done == self._stop_after
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.events.append(f"<{name}")
+        yield
+        self.events.append(f"{name}>")
+
+    def report(self, step: int, stats: StepStats) -> None:
+        self.events.append(f"report {step}")
+
+    def report_scores(self, step: int, scores: Scores) -> None:
+        self.events.append(f"scores {step}")
+
+    def parts(self, *, has_held_out: bool = True) -> Parts:
+        return Parts(
+            source=self,
+            stepper=self,
+            evaluator=self if has_held_out else None,
+            checkpoints=self,
+            exporter=self,
+            stop=self,
+            telemetry=self,
+        )
+
+    def without_phases(self) -> list[str]:
+        return [event for event in self.events if event[0] != "<" and event[-1] != ">"]
+
+
+def schedule(steps: int, *, evaluate_every: int | None = None, checkpoint_every: int | None = None) -> Schedule:
+    return Schedule(steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
+
+
+def test_a_run_restores_trains_saves_judges_and_exports_in_this_order() -> None:
+    recorder = Recorder()
+    assert run(recorder.parts(), schedule(2)) == 2
+    assert recorder.events == [
+        *("restore", "source at 0", "start 0"),
+        *("<evaluate", "evaluate", "evaluate>", "scores 0"),
+        *("<batch", "batch>", "<update", "update 0", "update>", "report 0"),
+        *("<batch", "batch>", "<update", "update 1", "update>", "<checkpoint", "save 2", "checkpoint>", "report 1"),
+        *("<evaluate", "evaluate", "evaluate>", "scores 2"),
+        *("<export", "export", "export>"),
+    ]
+
+
+def test_evaluations_and_checkpoints_come_when_they_are_due() -> None:
+    recorder = Recorder()
+    run(recorder.parts(), schedule(5, evaluate_every=2, checkpoint_every=3))
+    events = recorder.without_phases()
+    assert [event for event in events if event.startswith("scores")] == ["scores 0", "scores 2", "scores 4", "scores 5"]
+    assert [event for event in events if event.startswith("save")] == ["save 3", "save 5"]
+    assert events.index("scores 2") > events.index("update 1")
+    assert events.index("scores 2") < events.index("update 2")
+
+
+def test_a_stop_ends_after_the_current_step_with_a_checkpoint() -> None:
+    recorder = Recorder(stop_after=2)
+    assert run(recorder.parts(), schedule(5, evaluate_every=2)) == 2
+    assert recorder.without_phases()[-3:] == ["update 1", "save 2", "report 1"]
+
+
+def test_a_stop_during_the_last_step_changes_nothing() -> None:
+    recorder, other = Recorder(stop_after=3), Recorder()
+    assert run(recorder.parts(), schedule(3)) == run(other.parts(), schedule(3)) == 3
+    assert recorder.events == other.events
+
+
+def test_a_continued_run_starts_where_the_checkpoint_says() -> None:
+    recorder = Recorder(first=3)
+    assert run(recorder.parts(has_held_out=False), schedule(5)) == 5
+    assert recorder.without_phases() == [
+        *("restore", "source at 3", "start 3"),
+        *("update 3", "report 3", "update 4", "save 5", "report 4", "export"),
+    ]
+
+
+def test_a_run_that_was_killed_after_its_last_step_is_finished() -> None:
+    recorder = Recorder(first=5)
+    run(recorder.parts(), schedule(5))
+    assert recorder.without_phases() == ["restore", "source at 5", "start 5", "evaluate", "scores 5", "export"]

@@ -1,0 +1,48 @@
+"""Signals that end a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kdmesh_trainer import stop
+from kdmesh_trainer.stop import StopSignals
+
+KILLED_BY_THE_SECOND = """
+import os, signal
+from kdmesh_trainer import stop
+stop._SAME_WISH_S = -1.0
+with stop.StopSignals():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never reached", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_only_remembered(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert not signals.is_asked
+        os.kill(os.getpid(), number)
+        assert signals.is_asked
+    assert signal.getsignal(number) is before
+
+
+def test_the_same_wish_told_twice_is_one() -> None:
+    assert stop._SAME_WISH_S > 0
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.is_asked
+
+
+def test_a_second_signal_kills() -> None:
+    ended = subprocess.run([sys.executable, "-c", KILLED_BY_THE_SECOND], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stdout == "still here\n"
