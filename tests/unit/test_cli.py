@@ -1,0 +1,192 @@
+"""Holds what the command line says and how it ends, without starting a service."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kdmesh import cli, jobs, local
+from kdmesh_trainer.config import TrainerConfig
+
+COMMANDS = sorted(cli.main.commands)
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(cli.main, arguments)
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture
+def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A trainer's configuration, everything it names, and a module of the user's own, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for model in ("student", "teacher"):
+        (tmp_path / model).mkdir()
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            (tmp_path / model / name).touch()
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "teacher.yaml").write_text("engine: {kind: transformers, model: teacher}\n")
+    (tmp_path / "mine.py").write_text("import torch\ndef divergence(log_q, log_p, *, strength): return None\n")
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "output: run\nsteps: 10\nstudent: {model: student}\nteacher: {addresses: ['127.0.0.1:1']}\n"
+        "data: {train: {format: chat, path: train.jsonl}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: kdmesh {command}" in result.output
+
+
+def test_the_first_help_page_names_every_command() -> None:
+    output = run("--help").output
+    assert all(f"kdmesh {command} " in output or f"kdmesh {command}\n" in output for command in COMMANDS)
+
+
+def test_a_good_configuration_is_called_good(good: Path) -> None:
+    assert run("check", "train.yaml").output == "train.yaml: a good trainer configuration\n"
+    assert run("check", "teacher.yaml").output == "teacher.yaml: a good teacher configuration\n"
+
+
+def test_every_bad_key_is_reported_at_once_with_exit_code_2(good: Path) -> None:
+    result = run("check", "train.yaml", "--set", "batch.size=3", "--set", "steps=none")
+    assert result.exit_code == 2
+    assert "batch.size: there is no such key" in result.output
+    assert "steps: " in result.output
+    assert "(got 'none')" in result.output
+
+
+def test_everything_that_is_not_there_is_reported_at_once(good: Path) -> None:
+    custom = "objective.divergence={name: custom, target: 'mine:divergnce'}"
+    overrides = ["student.model=gone", "data.train.path=gone.jsonl", "data.chat_template=gone.jinja", custom]
+    result = run("check", "train.yaml", *jobs.set_arguments(["objective.name=distill", *overrides]))
+    assert result.exit_code == 2
+    for words in (
+        "4 things are missing",
+        "student.model: there is no directory gone",
+        "data.train.path: there is no file or directory gone.jsonl",
+        "data.chat_template: there is no file gone.jinja",
+        "mine.py defines no 'divergnce'",
+    ):
+        assert words in result.output
+
+
+@pytest.mark.parametrize(
+    ("target", "params", "words"),
+    [
+        ("mine:divergence", "{strength: 1}", "a good trainer configuration"),
+        ("mine:divergence", "{}", "requires 'strength'"),
+        ("mine:divergence", "{strength: 1, colour: red}", "has no parameter 'colour'"),
+        ("mine:torch", "{}", "a good trainer configuration"),
+        ("nobody.knows:this", "{}", "there is no module 'nobody.knows'"),
+        ("kdmesh.losses.divergences:forward_kl", "{}", "a good trainer configuration"),
+    ],
+)
+def test_custom_functions_are_checked_without_importing_them(good: Path, target: str, params: str, words: str) -> None:
+    custom = f"objective={{name: distill, divergence: {{name: custom, target: '{target}', params: {params}}}}}"
+    assert words in run("check", "train.yaml", "--set", custom).output
+
+
+def test_a_file_that_configures_nothing_is_told_so(good: Path) -> None:
+    Path("other.yaml").write_text("colour: red\n")
+    result = run("check", "other.yaml")
+    assert result.exit_code == 2
+    assert "other.yaml configures no service" in result.output
+
+
+def test_checking_is_fast_and_loads_nothing_heavy(good: Path) -> None:
+    script = (
+        "import sys; from kdmesh.cli import main\n"
+        "try: main(['check', 'train.yaml'])\n"
+        "finally: print(*{'torch', 'grpc', 'transformers', 'rich'} & set(sys.modules))"
+    )
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].split() == []
+    if os.getloadavg()[0] < len(os.sched_getaffinity(0)):  # a machine that is busy says nothing about us
+        assert time.monotonic() - begin < 1
+
+
+def test_training_refuses_a_bad_configuration_before_anything_starts(good: Path) -> None:
+    result = run("train", "train.yaml", "--set", "student.model=gone")
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: train.yaml: 1 thing is missing")
+    assert not Path("run").exists()
+
+
+def test_distilling_without_a_teacher_says_how_to_get_one(good: Path) -> None:
+    result = run("train", "train.yaml", "--set", "teacher.addresses=[]")
+    assert result.exit_code == 2
+    assert "--serve" in result.output
+
+
+def test_a_served_teacher_is_checked_too(good: Path) -> None:
+    Path("teacher.yaml").write_text("engine: {kind: transformers, model: nowhere}\n")
+    result = run("train", "train.yaml", "--serve", "teacher.yaml")
+    assert result.exit_code == 2
+    assert "engine.model: there is no directory nowhere" in result.output
+
+
+def test_serving_under_torchrun_is_refused(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    result = run("train", "train.yaml", "--serve", "teacher.yaml")
+    assert result.exit_code == 2
+    assert "torchrun" in result.output
+
+
+def test_under_torchrun_the_command_becomes_the_rank(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Became(Exception):
+        pass
+
+    def become(path: str, argv: list[str]) -> None:
+        raise Became(argv[1:])
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(os, "execv", become)
+    result = CliRunner().invoke(cli.main, ["train", "train.yaml", "--set", "steps=3"])
+    assert isinstance(result.exception, Became)
+    assert result.exception.args[0] == ["-m", "kdmesh_trainer", "train.yaml", "--set", "steps=3"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "with_teacher", "expected"),
+    [(2, 2, True, (1, 1)), (2, 1, True, (1, 1)), (2, 1, False, (1, 2)), (16, 4, True, (8, 2)), (1, 2, True, (1, 1))],
+)
+def test_threads_are_divided_so_that_no_core_gets_several(
+    good: Path, cores: int, ranks: int, with_teacher: bool, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "num_cores", lambda: cores)
+    cfg = jobs.config.load(TrainerConfig, good, [f"ranks={ranks}", "student.device=cpu"])
+    threads = jobs.split_threads(cfg, with_teacher=with_teacher)
+    assert (threads.teacher, threads.rank) == expected
+
+
+def test_ranks_are_one_per_gpu_unless_the_file_says(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert jobs.num_ranks(jobs.config.load(TrainerConfig, good)) == 3
+    assert jobs.num_ranks(jobs.config.load(TrainerConfig, good, ["student.device=cpu"])) == 1
+    assert jobs.num_ranks(jobs.config.load(TrainerConfig, good, ["ranks=2"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "is_urgent"),
+    [
+        ('{"level": "info", "event": "ready"}', False),
+        ('{"level": "warning", "event": "slow"}', True),
+        ("Traceback (most recent call last):", True),
+        ("17", True),
+    ],
+)
+def test_a_services_warnings_reach_the_terminal_and_its_chatter_does_not(line: str, is_urgent: bool) -> None:
+    assert jobs.is_urgent(line) is is_urgent
