@@ -53,6 +53,8 @@ class OffPolicySource:
 
     def close(self) -> None:
         """Drop what was asked for and not waited for: that cancels it. Its rows must not be waited for any more."""
+        for ask in self._asks:
+            ask.drop()
         self._planned.clear()
         self._asks.clear()
         self._num_asked = 0
@@ -112,6 +114,10 @@ class _Ask:
         pending, self._pending = self._pending, None
         assert pending is not None
         return pending
+
+    def drop(self) -> None:
+        """Want the rows no more."""
+        self._pending = None
 
     def wait(self) -> TeacherRows:
         """See PendingRows."""

@@ -1,0 +1,136 @@
+"""Datasets become sequences under the policies, and everything left out is counted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdmesh.errors import ConfigError, DataError
+from kdmesh_trainer.config import ChatFile, DataConfig
+from kdmesh_trainer.sources.chat import ChatEncoder
+from kdmesh_trainer.sources.readers import open_dataset
+from kdmesh_trainer.sources.sequences import Dataset, load_sequences
+from kdmesh_trainer.sources.tokenizer import load_student_tokenizer, vocabulary_size
+from tests.support.chat_tokenizers import chat_tokenizer
+
+TOKENIZER = chat_tokenizer("chatml")
+
+
+def row(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def load(path: Path, rows: list[dict[str, Any]], *, progress: list[int] | None = None, **policy: Any) -> Dataset:
+    file = path / "a.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    most = policy.pop("max_sequences", None)
+    data = DataConfig(train=ChatFile(path=file), **policy)
+    on_progress = None if progress is None else progress.append
+    encoder = ChatEncoder(TOKENIZER)
+    return load_sequences("train", open_dataset(data.train), encoder, data, max_sequences=most, on_progress=on_progress)
+
+
+LONG = row("Was it so?", "It was so. " * 30)
+LONG_PROMPT = row("Was it so? " * 30, "yes")
+SHORT = row("Was it so?", "It was.")
+
+
+def test_sequences_keep_the_order_of_the_rows(tmp_path: Path) -> None:
+    dataset = load(tmp_path, [row("a", str(number)) for number in range(600)])
+    said = [TOKENIZER.decode(s.labels) for s in dataset.sequences]
+    assert said == [f"{number}<|im_end|>" for number in range(600)]
+
+
+def test_everything_is_counted_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [SHORT, LONG, LONG_PROMPT, row("a", ""), {"messages": [{"role": "user", "content": "a"}]}, row("b", " ")]
+    with caplog.at_level(logging.INFO):
+        dataset = load(tmp_path, rows, max_tokens=40, unusable="drop")
+    report = dataset.report
+    assert (report.rows, report.sequences, report.truncated, report.dropped_too_long) == (6, 2, 1, 1)
+    assert report.unusable == {"empty assistant turn": 2, "no assistant turn": 1}
+    assert report.tokens == sum(s.num_tokens for s in dataset.sequences)
+    assert report.loss_tokens == sum(s.num_rows for s in dataset.sequences)
+    [record] = caplog.records
+    assert (record.getMessage(), record.dataset, record.truncated) == ("dataset read", "train", 1)  # type: ignore[attr-defined]
+
+
+def test_truncation_cuts_tokens_and_the_positions_that_predict_them(tmp_path: Path) -> None:
+    [whole] = load(tmp_path, [LONG]).sequences
+    [cut] = load(tmp_path, [LONG], max_tokens=40).sequences
+    assert cut.num_tokens == 40
+    assert cut.token_ids.tolist() == whole.token_ids[:40].tolist()
+    assert cut.positions.tolist() == [p for p in whole.positions.tolist() if p <= 38]
+    assert cut.token_ids.base is None
+    assert cut.positions.base is None
+
+
+def test_a_sequence_that_just_fits_is_not_touched(tmp_path: Path) -> None:
+    [whole] = load(tmp_path, [LONG]).sequences
+    for policy in ("truncate", "drop", "fail"):
+        report = load(tmp_path, [LONG], max_tokens=whole.num_tokens, too_long=policy).report
+        assert (report.sequences, report.truncated, report.dropped_too_long) == (1, 0, 0)
+    assert load(tmp_path, [LONG], max_tokens=whole.num_tokens - 1).report.truncated == 1
+
+
+def test_too_long_sequences_can_be_dropped_or_refused(tmp_path: Path) -> None:
+    dropped = load(tmp_path, [SHORT, LONG], max_tokens=40, too_long="drop")
+    assert (dropped.report.sequences, dropped.report.truncated, dropped.report.dropped_too_long) == (1, 0, 1)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens, and data\.max_tokens is 40"):
+        load(tmp_path, [SHORT, LONG], max_tokens=40, too_long="fail")
+
+
+def test_unusable_rows_are_refused_by_default_with_place_and_reason(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:2: empty assistant turn \(message 1\); `data\.unusable: drop`"):
+        load(tmp_path, [SHORT, row("a", "")])
+
+
+def test_a_dataset_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of 3 rows can be trained on: 2 x empty assistant turn, 1 x too long"):
+        load(tmp_path, [row("a", ""), row("a", " "), LONG], max_tokens=40, unusable="drop", too_long="drop")
+
+
+def test_only_the_first_sequences_are_taken_when_so_many_are_wanted(tmp_path: Path) -> None:
+    dataset = load(tmp_path, [row("a", str(number)) for number in range(700)], max_sequences=3)
+    assert [TOKENIZER.decode(s.labels) for s in dataset.sequences] == ["0<|im_end|>", "1<|im_end|>", "2<|im_end|>"]
+    assert (dataset.report.sequences, dataset.report.rows < 700) == (3, True)
+    assert dataset.report.tokens == sum(s.num_tokens for s in dataset.sequences)
+
+
+def test_progress_ends_with_all_rows(tmp_path: Path) -> None:
+    progress: list[int] = []
+    load(tmp_path, [SHORT] * 600, progress=progress)
+    assert progress == sorted(progress)
+    assert (len(progress) > 1, progress[-1]) == (True, 600)
+
+
+def test_the_students_tokenizer_is_read_from_its_directory(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = load_student_tokenizer(tmp_path)
+    assert loaded.get_vocab() == TOKENIZER.get_vocab()
+    assert vocabulary_size(loaded) == len(TOKENIZER)
+
+
+def test_a_directory_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no tokenizer in"):
+        load_student_tokenizer(tmp_path / "absent")
+    # transformers makes up a tokenizer of one token for such a directory.
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is not a fast one; it needs a tokenizer\.json"):
+        load_student_tokenizer(tmp_path)
+
+
+def test_readers_load_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, kdmesh_trainer.config, kdmesh_trainer.sources.readers, kdmesh.batching, kdmesh.tokens;"
+        "sys.exit(' '.join({'torch', 'transformers', 'grpc', 'pyarrow'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True).stderr.strip() == ""
+    )
