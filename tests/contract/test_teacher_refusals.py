@@ -1,0 +1,188 @@
+"""Bad requests are refused before any work, with the value and the rule; garbage never harms the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdmesh.rpc import codec
+from kdmesh.rpc.channel import MAX_MESSAGE_BYTES, open_channel
+from kdmesh.v1 import common_pb2
+from kdmesh.v1 import teacher_pb2 as pb
+from kdmesh.v1.teacher_pb2_grpc import TeacherStub
+from tests.support.teacher_requests import sequence
+from tests.support.teacher_server import RunningTeacher, running_teacher
+
+FINGERPRINT = "fa4e000000080000003c"
+INVALID, MISMATCH = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
+
+
+class Asker:
+    """One session, and requests of any kind in it."""
+
+    def __init__(self, teacher: RunningTeacher, channel: grpc.aio.Channel, session: bytes) -> None:
+        self.teacher = teacher
+        self.channel = channel
+        self.stub = TeacherStub(channel)
+        self.session = session
+
+    async def failure(self, *sequences: common_pb2.TokenSequence, fingerprint: str = FINGERPRINT) -> common_pb2.Failure:
+        """Why a request of these sequences is refused."""
+        self.teacher.engine.batches.clear()
+        call = self.stub.Prefill()
+        await call.write(
+            pb.PrefillRequest(
+                session=self.session, request_id=5, sequences=sequences, model_fingerprint=fingerprint, deadline_ms=5000
+            )
+        )
+        reply = await call.read()
+        call.cancel()
+        assert isinstance(reply, pb.PrefillReply)
+        assert reply.request_id == 5
+        assert reply.WhichOneof("outcome") == "failure"
+        assert not self.teacher.engine.batches
+        return reply.failure
+
+    async def is_well(self) -> None:
+        """The server still answers."""
+        async with self.teacher.client() as client:
+            assert client.model.name == "fake"
+
+
+@pytest_asyncio.fixture
+async def asker(tmp_path: Path) -> AsyncIterator[Asker]:
+    async with running_teacher(tmp_path) as teacher, open_channel(teacher.addresses.grpc) as channel:
+        stub = TeacherStub(channel)
+        opened = await stub.OpenSession(pb.OpenSessionRequest(job="asker"))
+        yield Asker(teacher, channel, opened.session)
+        await stub.CloseSession(pb.CloseSessionRequest(session=opened.session))
+
+
+def raw(token_ids: list[int], positions: list[int]) -> common_pb2.TokenSequence:
+    return common_pb2.TokenSequence(token_ids=token_ids, positions=positions)
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        ([], "holds no sequence"),
+        ([raw([], [0])], "at least 2 tokens"),
+        ([raw([1], [0])], "at least 2 tokens"),
+        ([raw([1, 2], [])], "no position"),
+        ([raw([1, 2], [1])], "position 1 is out of range: a sequence of 2 tokens has the positions 0 to 0"),
+        ([raw([1, 2, 3], [1, 0])], "not strictly increasing"),
+        ([raw([1, 2, 3], [0, 0])], "not strictly increasing"),
+        ([raw([1, 64], [0])], "sequence 0 has token id 64; ids must be below 64"),
+        ([raw([1, 2**32 - 1], [0])], "token id 4294967295 exceeds 2147483647"),
+        ([raw([1] * 257, [0])], "sequence 0 has 257 tokens; the longest allowed is 256"),
+        ([raw([1] * 200, [0])] * 2, "400 tokens over all its sequences; the most allowed is 256"),
+    ],
+)
+async def test_bad_sequences_are_refused(asker: Asker, bad: list[common_pb2.TokenSequence], sentence: str) -> None:
+    failure = await asker.failure(*bad)
+    assert sentence in failure.message
+    assert failure.code == INVALID.value[0]
+    assert failure.retry_after_ms == 0
+
+
+async def test_more_rows_than_a_slot_holds_are_refused(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path, slab={"slot_mib": 0.004}) as teacher:
+        async with open_channel(teacher.addresses.grpc) as channel:
+            opened = await TeacherStub(channel).OpenSession(pb.OpenSessionRequest())
+            asker = Asker(teacher, channel, opened.session)
+            failure = await asker.failure(*codec.sequences_to_wire([sequence(200)]))
+        assert "199 rows over all its sequences; the most allowed is 131" in failure.message
+
+
+async def test_other_weights_are_refused_before_any_work(asker: Asker) -> None:
+    wrong = await asker.failure(raw([1, 2], [0]), fingerprint="0000")
+    assert (wrong.code, wrong.message) == (
+        MISMATCH.value[0],
+        f"the request is for model 0000; this server has {FINGERPRINT}",
+    )
+    assert "(none named)" in (await asker.failure(raw([1, 2], [0]), fingerprint="")).message
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await asker.stub.OpenSession(pb.OpenSessionRequest(model_fingerprint="0000"))
+    assert refused.value.code() is MISMATCH
+
+
+async def test_message_beyond_the_limit_is_too_large_and_not_busy(asker: Asker) -> None:
+    unlimited = (("grpc.max_send_message_length", -1),)
+    async with grpc.aio.insecure_channel(asker.teacher.addresses.grpc, options=unlimited) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await TeacherStub(channel).KeepAlive(pb.KeepAliveRequest(session=b"x" * (MAX_MESSAGE_BYTES + 1)))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await asker.is_well()
+
+
+UNARY = ["Describe", "OpenSession", "KeepAlive", "CloseSession", "Release", "GetHead"]
+
+
+@pytest.mark.parametrize("method", UNARY)
+async def test_bytes_that_are_no_message_are_the_callers_fault(asker: Asker, method: str) -> None:
+    call = asker.channel.unary_unary(f"/kdmesh.v1.Teacher/{method}")
+    with pytest.raises(grpc.aio.AioRpcError, match="7 bytes that are not a request of") as refused:
+        await call(b"\xff" * 7)
+    assert refused.value.code() is INVALID
+    await asker.is_well()
+
+
+GARBAGE = st.binary(max_size=200)
+
+
+@pytest.fixture
+def fuzzed(tmp_path: Path) -> Fuzzed:
+    return Fuzzed(tmp_path)
+
+
+class Fuzzed:
+    """Runs every example of a fuzz test against one server."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def run(self, examples: list[bytes], method: str) -> list[grpc.StatusCode | None]:
+        """The status of each call; None when a reply came instead. The server must be well afterwards."""
+        return asyncio.run(self._run(examples, method))
+
+    async def _run(self, examples: list[bytes], method: str) -> list[grpc.StatusCode | None]:
+        async with running_teacher(self.directory) as teacher, open_channel(teacher.addresses.grpc) as channel:
+            answers = [await self._one(channel, method, data) for data in examples]
+            async with teacher.client() as client:
+                assert client.model.name == "fake"
+            assert not teacher.ended.done()
+        return answers
+
+    async def _one(self, channel: grpc.aio.Channel, method: str, data: bytes) -> grpc.StatusCode | None:
+        call = channel.stream_stream(f"/kdmesh.v1.Teacher/{method}")()
+        try:
+            await call.write(data)
+            await call.done_writing()
+            async for reply in call:
+                assert reply
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return None
+
+
+ALLOWED = {INVALID, grpc.StatusCode.NOT_FOUND, None}
+
+
+@pytest.mark.parametrize("method", ["Prefill", "ReadHandle", "Release", "GetHead", "KeepAlive"])
+def test_garbage_never_crashes_the_server(fuzzed: Fuzzed, method: str) -> None:
+    examples: list[bytes] = []
+
+    @settings(max_examples=60, deadline=None, database=None)
+    @given(GARBAGE)
+    def collect(data: bytes) -> None:
+        examples.append(data)
+
+    collect()
+    assert set(fuzzed.run(examples, method)) <= ALLOWED

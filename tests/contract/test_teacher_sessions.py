@@ -1,0 +1,165 @@
+"""Sessions and handles: whose they are, and when they end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from kdmesh.rpc import codec
+from kdmesh.rpc.channel import open_channel
+from kdmesh.rpc.retry import Deadline
+from kdmesh.v1 import teacher_pb2 as pb
+from kdmesh.v1.teacher_pb2_grpc import TeacherStub
+from tests.support.teacher_requests import expected_rows, sequence
+from tests.support.teacher_server import RunningTeacher, running_teacher
+
+FORGED = b"\x01" * 16
+
+
+class RawClient:
+    """The bare protocol, without anything that keeps it right."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.stub = TeacherStub(channel)
+        self.session = b""
+
+    async def open(self) -> None:
+        self.session = (await self.stub.OpenSession(pb.OpenSessionRequest(job="raw"))).session
+
+    async def fingerprint(self) -> str:
+        return (await self.stub.Describe(pb.DescribeRequest())).model_fingerprint
+
+    async def prefill(self, *, session: bytes | None = None, num_tokens: int = 9) -> pb.PrefillReply:
+        request = pb.PrefillRequest(
+            session=self.session if session is None else session,
+            request_id=1,
+            sequences=codec.sequences_to_wire([sequence(num_tokens)]),
+            model_fingerprint=await self.fingerprint(),
+        )
+        call = self.stub.Prefill()
+        await call.write(request)
+        await call.done_writing()
+        replies = [reply async for reply in call]
+        assert len(replies) == 1
+        return replies[0]
+
+    async def read(self, request: pb.ReadHandleRequest) -> bytes:
+        return b"".join([chunk.data async for chunk in self.stub.ReadHandle(request)])
+
+
+@asynccontextmanager
+async def raw_client(teacher: RunningTeacher) -> AsyncIterator[RawClient]:
+    async with open_channel(teacher.addresses.grpc) as channel:
+        client = RawClient(channel)
+        await client.open()
+        yield client
+        await client.stub.CloseSession(pb.CloseSessionRequest(session=client.session))
+
+
+def code(failure: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> grpc.StatusCode:
+    return failure.value.code()
+
+
+async def test_the_simplest_client_gets_its_answer(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher, raw_client(teacher) as client:
+        reply = await client.prefill()  # it stops writing before the answer comes
+        data = await client.read(pb.ReadHandleRequest(session=client.session, handle=reply.result.rows))
+        assert torch.equal(
+            torch.frombuffer(bytearray(data), dtype=torch.float32).view(8, 8), expected_rows([sequence(9)])
+        )
+
+
+async def test_unknown_session_is_not_found_everywhere(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher, raw_client(teacher) as client:
+        handle = (await client.prefill()).result.rows
+        for call in (
+            client.stub.KeepAlive(pb.KeepAliveRequest(session=FORGED)),
+            client.stub.GetHead(pb.GetHeadRequest(session=FORGED)),
+            client.stub.Release(pb.ReleaseRequest(session=FORGED, handles=[handle])),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await call
+            assert code(failure) is grpc.StatusCode.NOT_FOUND
+        for stream in (
+            client.prefill(session=FORGED),
+            client.read(pb.ReadHandleRequest(session=FORGED, handle=handle)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await stream
+            assert code(failure) is grpc.StatusCode.NOT_FOUND
+        await client.stub.CloseSession(pb.CloseSessionRequest(session=FORGED))
+
+
+async def test_handle_is_worth_nothing_forged_foreign_or_released(tmp_path: Path) -> None:
+    async with (
+        running_teacher(tmp_path) as teacher,
+        raw_client(teacher) as owner,
+        raw_client(teacher) as thief,
+    ):
+        handle = (await owner.prefill()).result.rows
+        forged = type(handle)()
+        forged.CopyFrom(handle)
+        forged.token = FORGED
+        wrong = [
+            pb.ReadHandleRequest(session=thief.session, handle=handle),
+            pb.ReadHandleRequest(session=owner.session, handle=forged),
+        ]
+        for request in wrong:
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await owner.read(request)
+            assert code(failure) is grpc.StatusCode.NOT_FOUND
+        # Another's release changes nothing; the owner's ends it.
+        await thief.stub.Release(pb.ReleaseRequest(session=thief.session, handles=[handle]))
+        right = pb.ReadHandleRequest(session=owner.session, handle=handle)
+        assert len(await owner.read(right)) == 8 * 8 * 4
+        await owner.stub.Release(pb.ReleaseRequest(session=owner.session, handles=[handle]))
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await owner.read(right)
+        assert code(failure) is grpc.StatusCode.NOT_FOUND
+
+
+async def test_handle_with_another_shape_is_refused(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher, raw_client(teacher) as client:
+        handle = (await client.prefill()).result.rows
+        handle.rows += 1
+        with pytest.raises(grpc.aio.AioRpcError, match="9 x 8 float32 at 0; answered was 8 x 8") as failure:
+            await client.read(pb.ReadHandleRequest(session=client.session, handle=handle))
+        assert code(failure) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_silent_session_ends_with_its_requests_and_slots(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path, slab={"slots": 1, "lease_s": 0.3}) as teacher, raw_client(teacher) as silent:
+        await silent.prefill()  # holds the only slot, and never keeps its session alive
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await silent.prefill()
+        assert code(failure) is grpc.StatusCode.NOT_FOUND
+        async with teacher.client() as other:
+            assert (await other.prefill([sequence(9)], Deadline.after(5))).rows_RD.shape == (8, 8)
+
+
+async def test_client_keeps_its_session_without_being_used(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path, slab={"lease_s": 0.3}) as teacher, teacher.client(door="shm") as client:
+        rows = await client.prefill([sequence(9)], Deadline.after(5))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):  # three leases
+                await client.wait_lost()
+        assert torch.equal(rows.rows_RD, expected_rows([sequence(9)]))
+        del rows
+        assert (await client.prefill([sequence(9)], Deadline.after(5))).rows_RD.shape == (8, 8)
+
+
+async def test_client_whose_session_was_closed_notices(tmp_path: Path) -> None:
+    async with (
+        running_teacher(tmp_path, slab={"lease_s": 0.6}) as teacher,
+        teacher.client() as client,
+        raw_client(teacher) as other,
+    ):
+        await other.stub.CloseSession(pb.CloseSessionRequest(session=client._session))
+        async with asyncio.timeout(2):
+            assert "unknown or its lease has ended" in str(await client.wait_lost())
