@@ -50,7 +50,7 @@ def train(
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=OPTIMIZER, steps=steps)
     directory = CheckpointDirectory(
-        Path(checkpoints), model, stepper.optimizer, identity={"student.model": "tiny"}, keep=2, mesh=mesh
+        Path(checkpoints), model, stepper.optimizer, identity={"student.model": "tiny"}, steps=steps, keep=2, mesh=mesh
     )
     first = directory.restore()
     losses = []

@@ -52,6 +52,7 @@ class CheckpointDirectory:
         optimizer: Optimizer,
         *,
         identity: Mapping[str, str],
+        steps: int,
         keep: int,
         mesh: Mesh,
     ) -> None:
@@ -59,12 +60,14 @@ class CheckpointDirectory:
         Args:
             path: where checkpoints lie; shared by all ranks.
             identity: what must be the same for a checkpoint to be continued, by configuration key.
+            steps: of the whole run.
             keep: how many of the newest to keep.
         """
         self._path = path
         self._student = student
         self._optimizer = optimizer
         self._identity = dict(identity)
+        self._steps = steps
         self._keep = keep
         self._mesh = mesh
 
@@ -74,7 +77,8 @@ class CheckpointDirectory:
         Works on any number of ranks. Removes what an interrupted write left.
 
         Raises:
-            CheckpointError: it cannot be read, or belongs to a run with another identity.
+            CheckpointError: it cannot be read, belongs to a run with another identity, or is
+                beyond the last step.
         """
         next_step = self._mesh.on_first(self._newest)
         if next_step == 0:
@@ -112,21 +116,19 @@ class CheckpointDirectory:
             raise self._not_written(writing, needed_bytes, _cause(error)) from error
         self._mesh.on_first(lambda: self._finish(writing, next_step, needed_bytes))
 
-    def newest_step(self) -> int:
-        """The next step of the newest complete checkpoint; 0 when there is none. Reads only names."""
-        return max((int(path.name.removeprefix(_COMPLETE)) for path in self._path.glob(f"{_COMPLETE}*")), default=0)
-
     def _newest(self) -> int:
         for pattern in (_WRITING, _REMOVING):
             for left in self._path.glob(f"{pattern}*"):
                 shutil.rmtree(left, ignore_errors=True)
-        next_step = self.newest_step()
-        if next_step:
-            self._refuse_other_run(self._directory(next_step))
-        return next_step
+        complete = self._complete()
+        if not complete:
+            return 0
+        self._refuse_other_run(complete[-1])
+        return int(complete[-1].name.removeprefix(_COMPLETE))
 
     def _refuse_other_run(self, directory: Path) -> None:
-        saved = _read_state(directory).identity
+        state = _read_state(directory)
+        saved = state.identity
         differing = [
             f"{key} is {self._identity.get(key)} now and was {saved.get(key)}"
             for key in sorted(saved.keys() | self._identity.keys())
@@ -137,6 +139,8 @@ class CheckpointDirectory:
                 f"{directory} belongs to another run: {'; '.join(differing)}. "
                 "Restore the configuration, or give this run another `output`"
             )
+        if state.next_step > self._steps:
+            raise CheckpointError(f"{directory} is after {state.next_step} steps, and `steps` is only {self._steps}")
 
     def _begin(self, writing: Path, needed_bytes: int) -> None:
         try:
@@ -162,11 +166,15 @@ class CheckpointDirectory:
         self._remove_oldest()
 
     def _remove_oldest(self) -> None:
-        for directory in sorted(self._path.glob(f"{_COMPLETE}*"))[: -self._keep]:
+        for directory in self._complete()[: -self._keep]:
             # Renamed first: a removal that is interrupted must not leave what looks like a checkpoint.
             removing = directory.with_name(f"{_REMOVING}{directory.name}")
             directory.rename(removing)
             shutil.rmtree(removing, ignore_errors=True)
+
+    def _complete(self) -> list[Path]:
+        """From the oldest to the newest."""
+        return sorted(self._path.glob(f"{_COMPLETE}*"))
 
     def _directory(self, next_step: int) -> Path:
         return self._path / f"{_COMPLETE}{next_step:08d}"

@@ -1,9 +1,14 @@
-"""Writes files so that they survive a power cut."""
+"""The output directory: one run at a time, files that survive a power cut."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from kdmesh.errors import ConfigError
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -21,3 +26,23 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Keep every other run out of `directory`, which is made if need be; a run that dies gives it up.
+
+    Raises:
+        ConfigError: it cannot be made, or another run has it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("a")
+    except OSError as error:
+        raise ConfigError(f"output {directory} cannot be written: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run is writing to {directory}; give this one another `output`") from None
+        yield

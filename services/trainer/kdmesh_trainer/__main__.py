@@ -1,0 +1,99 @@
+"""The command line of one rank of the trainer."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdmesh import log
+from kdmesh.config import load
+from kdmesh.errors import KdmeshError
+from kdmesh_trainer.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+
+_REFUSED = 2
+_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Parse, check, train; run it under torchrun, or alone as the only rank.
+
+    Exit status: 0 when all steps are done, or when SIGTERM or SIGINT ended the run with a
+    checkpoint; 2 when something was refused or a service failed, in one sentence; 130 or a
+    signal when the run was ended before its first step.
+    """
+    arguments = _parser().parse_args()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        cfg = load(TrainerConfig, arguments.config, arguments.set)
+    except KdmeshError as error:
+        _end(error, is_speaker=rank == 0)
+    log.configure("trainer", rank=rank)
+    _run(cfg)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kdmesh_trainer", description="Train a student: one rank, in the environment torchrun gives."
+    )
+    parser.add_argument("config", type=Path, help="YAML file; see kdmesh_trainer/config.py")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
+    )
+    return parser
+
+
+def _run(cfg: TrainerConfig) -> None:
+    # Not at the top: a bad configuration must not wait for torch.
+    from kdmesh_trainer.mesh import joined
+
+    patience_s = cfg.teacher.deadline_s if cfg.teacher else 0.0
+    try:
+        with joined(cfg.student.device, longest_wait_s=patience_s) as mesh:
+            _train(cfg, mesh)
+    except KdmeshError as error:
+        _end(error, is_speaker=True)
+
+
+def _train(cfg: TrainerConfig, mesh: Mesh) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from kdmesh_trainer.build import built
+    from kdmesh_trainer.loop import Schedule, run
+    from kdmesh_trainer.stop import StopSignals
+
+    transformers_logging.disable_progress_bar()
+    schedule = Schedule(steps=cfg.steps, evaluate_every=cfg.evaluation.every, checkpoint_every=cfg.checkpoint.every)
+    signals = StopSignals()
+    try:
+        with built(cfg, mesh=mesh, signals=signals) as parts, signals:
+            done = run(parts, schedule)
+    except KdmeshError as error:
+        _end(error, is_speaker=mesh.is_first_to_fail())
+    except KeyboardInterrupt:  # before the first step, where there is nothing to save
+        sys.exit(_INTERRUPTED)
+    except RuntimeError:
+        # A collective fails when another rank has gone: that one has said why.
+        if mesh.is_first_to_fail():
+            raise
+        sys.exit(_REFUSED)
+    if done < cfg.steps:
+        logger.info("stopped", extra={"steps_done": done, "next": "run the same command to continue"})
+
+
+def _end(error: KdmeshError, *, is_speaker: bool) -> None:
+    if is_speaker:
+        sys.stderr.write(f"{error}\n")
+    sys.exit(_REFUSED)
+
+
+if __name__ == "__main__":
+    main()

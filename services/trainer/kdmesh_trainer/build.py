@@ -1,0 +1,287 @@
+"""Builds a run from its configuration: checks first, then what takes long."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from kdmesh.errors import ConfigError
+from kdmesh.losses import Divergence, build_divergence, custom_divergence
+from kdmesh.models.body import load_causal_lm
+from kdmesh.models.fingerprint import model_fingerprint
+from kdmesh.models.head import head_spec
+from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.tokens import digest, tokenizer_fingerprint
+from kdmesh.types import TokenSequence
+from kdmesh_trainer import config
+from kdmesh_trainer.checkpoint import CheckpointDirectory
+from kdmesh_trainer.evaluate import HeldOutEvaluator
+from kdmesh_trainer.export import HuggingFaceExporter
+from kdmesh_trainer.files import claimed
+from kdmesh_trainer.fit import check_requests, common_vocabulary
+from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.loop import Parts
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student, shard
+from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.sources.batches import Source
+from kdmesh_trainer.sources.chat import ChatEncoder, read_template
+from kdmesh_trainer.sources.off_policy import OffPolicySource
+from kdmesh_trainer.sources.plan import StepPlanner
+from kdmesh_trainer.sources.readers import Reader, open_dataset
+from kdmesh_trainer.sources.sequences import load_sequences
+from kdmesh_trainer.sources.sft import SftSource
+from kdmesh_trainer.sources.tokenizer import load_student_tokenizer, vocabulary_size
+from kdmesh_trainer.step import GradientStepper
+from kdmesh_trainer.stop import AgreedStop, StopSignals
+from kdmesh_trainer.telemetry import open_telemetry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checked:
+    """What is found without a teacher, and without reading a dataset or a weight."""
+
+    tokenizer: PreTrainedTokenizerFast  # with the chat template that is trained with
+    tokenizer_fingerprint: str
+    vocabulary_size: int  # real tokens of the student's tokenizer
+    encoder: ChatEncoder
+    train: Reader
+    held_out: Reader | None
+    divergence: Divergence | None  # None: the objective has none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Teacher:
+    """The services, and the head that belongs to their rows."""
+
+    pool: TeacherPool
+    head: TeacherHead
+    vocabulary_size: int  # real tokens that it shares with the student
+    prefetch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    """What is trained on, and what it is judged by."""
+
+    train: Sequence[TokenSequence]
+    held_out: Sequence[TokenSequence] | None
+
+
+@contextmanager
+def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[Parts]:
+    """Everything the loop talks to, for as long as the context lasts. Collective.
+
+    Raises:
+        ConfigError: a part of the configuration cannot be used.
+        DataError: the data cannot be used.
+        ModelMismatch: the teacher does not fit the student.
+        DeadlineExpired: no teacher answers.
+    """
+    with ExitStack() as stack:
+        mesh.on_first(lambda: stack.enter_context(claimed(cfg.output)))
+        checked = _check(cfg)
+        teacher = _open_teacher(cfg, checked, mesh, stack)
+        door = (lambda: None) if teacher is None else (lambda: teacher.pool.stats().door)
+        telemetry = stack.enter_context(open_telemetry(cfg, rank=mesh.rank, door=door))
+        data = _read_data(cfg, checked, teacher)
+        vocabulary_size = checked.vocabulary_size if teacher is None else teacher.vocabulary_size
+        lm = _load_student(cfg, vocabulary_size)
+        identity = _identity(cfg, lm, data, teacher)
+        _refuse_unequal_ranks(identity, mesh)
+        student = Student(lm, vocabulary_size=vocabulary_size)
+        shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.student.compute_dtype))
+        torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
+        optimizer = build_adamw(student, cfg.optimizer)
+        yield Parts(
+            source=_source(cfg, data, teacher, mesh, stack),
+            stepper=GradientStepper(
+                student,
+                _objective(cfg.objective, checked.divergence, teacher),
+                optimizer,
+                config=cfg.optimizer,
+                steps=cfg.steps,
+                mesh=mesh,
+            ),
+            evaluator=_evaluator(cfg, student, data, teacher, mesh),
+            checkpoints=CheckpointDirectory(
+                cfg.output / "checkpoints",
+                student,
+                optimizer,
+                identity=identity,
+                steps=cfg.steps,
+                keep=cfg.checkpoint.keep,
+                mesh=mesh,
+            ),
+            exporter=HuggingFaceExporter(
+                cfg.output / "final", student, origin=cfg.student.model, tokenizer=checked.tokenizer, mesh=mesh
+            ),
+            stop=AgreedStop(signals, mesh),
+            telemetry=telemetry,
+        )
+
+
+def _check(cfg: config.TrainerConfig) -> _Checked:
+    tokenizer = load_student_tokenizer(cfg.student.model)
+    template = None if cfg.data.chat_template is None else read_template(cfg.data.chat_template)
+    if template is not None:
+        tokenizer.chat_template = template  # so that the trained model is written with it
+    return _Checked(
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.get_vocab()),
+        vocabulary_size=vocabulary_size(tokenizer),
+        encoder=ChatEncoder(tokenizer, template),
+        train=open_dataset(cfg.data.train),
+        held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out),
+        divergence=_divergence(cfg.objective.divergence) if isinstance(cfg.objective, config.Distill) else None,
+    )
+
+
+def _divergence(cfg: config.DivergenceConfig) -> Divergence:
+    """The divergence `cfg` names, with its own parameters bound and no others."""
+    match cfg:
+        case config.ForwardKL() | config.ReverseKL():
+            return build_divergence(cfg.name)
+        case config.JensenShannon():
+            return build_divergence(cfg.name, {"beta": cfg.beta})
+        case config.CustomDivergence():
+            return custom_divergence(cfg.target, cfg.params)
+        case _:
+            assert_never(cfg)
+
+
+def _open_teacher(cfg: config.TrainerConfig, checked: _Checked, mesh: Mesh, stack: ExitStack) -> _Teacher | None:
+    """None when nobody would ask it anything: without a section, and for SFT without held-out data."""
+    is_asked = isinstance(cfg.objective, config.Distill) or cfg.data.held_out is not None
+    if cfg.teacher is None or not is_asked:
+        return None
+    if not cfg.teacher.addresses:
+        raise ConfigError("teacher.addresses is empty; it must name at least one running teacher as host:port")
+    pool = stack.enter_context(
+        TeacherPool(
+            cfg.teacher.addresses,
+            job=cfg.output.resolve().name,
+            door=cfg.teacher.door,
+            deadline_s=cfg.teacher.deadline_s,
+        )
+    )
+    model = pool.describe()
+    size = common_vocabulary(
+        model, tokenizer_fingerprint=checked.tokenizer_fingerprint, vocabulary_size=checked.vocabulary_size
+    )
+    facts = {"teacher": model.name, "fingerprint": model.model_fingerprint, "dtype": model.dtype.value}
+    log.info("teacher found", extra={**facts, "vocabulary_size": size})
+    return _Teacher(
+        pool=pool,
+        head=TeacherHead(pool, vocabulary_size=size, device=mesh.device),
+        vocabulary_size=size,
+        prefetch=cfg.teacher.prefetch,
+    )
+
+
+def _read_data(cfg: config.TrainerConfig, checked: _Checked, teacher: _Teacher | None) -> _Data:
+    """Both datasets, fit for whoever is asked about them."""
+    train = load_sequences("train", checked.train, checked.encoder, cfg.data).sequences
+    held_out = None
+    if checked.held_out is not None:
+        limit = cfg.evaluation.max_sequences
+        held_out = load_sequences(
+            "held_out", checked.held_out, checked.encoder, cfg.data, max_sequences=limit
+        ).sequences
+    if teacher is not None and isinstance(cfg.objective, config.Distill):
+        check_requests("train", train, teacher.pool.describe())
+    if teacher is not None and held_out is not None:
+        check_requests("held_out", held_out, teacher.pool.describe())
+    return _Data(train=train, held_out=held_out)
+
+
+def _load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrainedModel:
+    """The model in float32 on the CPU, whole; sharding moves each rank's part to its device."""
+    torch.manual_seed(cfg.seed)  # random weights must be the same on every rank
+    lm = load_causal_lm(cfg.student.model, torch.float32, torch.device("cpu"), weights=cfg.student.weights)
+    head = head_spec(lm, vocabulary_size)
+    facts = {"parameters": sum(p.numel() for p in lm.parameters()), "padded_vocabulary": head.padded_vocabulary_size}
+    log.info("student loaded", extra={"path": str(cfg.student.model), "vocabulary_size": vocabulary_size, **facts})
+    return lm
+
+
+def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teacher: _Teacher | None) -> dict[str, str]:
+    """What a checkpoint can only be continued with. By content: a directory may have moved."""
+    identity = {
+        "student (fingerprint)": model_fingerprint(lm),
+        "objective": json.dumps(cfg.objective.model_dump(mode="json"), sort_keys=True),
+        "data.train (digest)": digest(data.train).hex(),
+        "batch.sequences": str(cfg.batch.sequences),
+        "seed": str(cfg.seed),
+    }
+    if teacher is not None and isinstance(cfg.objective, config.Distill):
+        identity["teacher (fingerprint)"] = teacher.pool.describe().model_fingerprint
+    return identity
+
+
+def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
+    """Each rank loads and plans by itself, so all must have found the same."""
+    for rank, other in enumerate(mesh.gather(identity)):
+        for key, value in identity.items():
+            if other[key] != value:
+                raise ConfigError(
+                    f"{key} is {value} on rank {mesh.rank} and {other[key]} on rank {rank}; "
+                    "every rank must read the same"
+                )
+
+
+def _objective(cfg: config.Distill | config.Sft, divergence: Divergence | None, teacher: _Teacher | None) -> Objective:
+    match cfg:
+        case config.Distill():
+            assert divergence is not None and teacher is not None
+            return Distillation(
+                divergence=divergence,
+                temperature=cfg.temperature,
+                kd_weight=cfg.kd_weight,
+                ce_weight=cfg.ce_weight,
+                teacher_head=teacher.head,
+            )
+        case config.Sft():
+            return CrossEntropy()
+        case _:
+            assert_never(cfg)
+
+
+def _source(cfg: config.TrainerConfig, data: _Data, teacher: _Teacher | None, mesh: Mesh, stack: ExitStack) -> Source:
+    planner = StepPlanner(data.train, cfg.batch, seed=cfg.seed, rank=mesh.rank, ranks=mesh.world_size)
+    match cfg.objective:
+        case config.Distill():
+            assert teacher is not None
+            source = OffPolicySource(planner, teacher.pool, prefetch=teacher.prefetch, steps=cfg.steps)
+            stack.callback(source.close)
+            return source
+        case config.Sft():
+            return SftSource(planner)
+        case _:
+            assert_never(cfg.objective)
+
+
+def _evaluator(
+    cfg: config.TrainerConfig, student: Student, data: _Data, teacher: _Teacher | None, mesh: Mesh
+) -> HeldOutEvaluator | None:
+    if data.held_out is None:
+        return None
+    return HeldOutEvaluator(
+        student,
+        data.held_out,
+        teacher=None if teacher is None else teacher.pool,
+        teacher_head=None if teacher is None else teacher.head,
+        max_tokens=cfg.batch.max_tokens,
+        prefetch=0 if teacher is None else teacher.prefetch,
+        mesh=mesh,
+    )
