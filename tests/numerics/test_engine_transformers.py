@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdmesh.errors import ConfigError
+from kdmesh.models.packing import PackedTokens
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import DType, TokenSequence
 from kdmesh_teacher import config, transformers_engine
@@ -141,6 +142,23 @@ def test_nothing_keeps_the_buffer(tiny_models: TinyModels) -> None:
     del out, job
     gc.collect()
     assert kept() is None
+
+
+def test_packed_rows_are_filled_up_to_the_cap_in_order(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine(tiny_models.path())
+    seen: list[tuple[int, ...]] = []
+    compute = transformers_engine.hidden_states_TD
+
+    def recorded(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
+        seen.append(packed.lengths)
+        return compute(model, packed)
+
+    monkeypatch.setattr(transformers_engine, "hidden_states_TD", recorded)
+    monkeypatch.setattr(transformers_engine, "_CPU_ROW_TOKENS", 70)
+    prefill(runner, [[sequence] for sequence in sequences([33, 37, 2, 90, 60, 8, 3])])
+    assert seen == [(33, 37), (2,), (90,), (60, 8), (3,)]
 
 
 def test_no_job_is_no_work(tiny_models: TinyModels) -> None:
