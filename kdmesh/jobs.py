@@ -41,7 +41,7 @@ def train(path: Path, overrides: Sequence[str], teacher_path: Path | None) -> No
         Stopped: a signal came, and a rank could not end cleanly.
     """
     teacher = None if teacher_path is None else _checked_teacher(teacher_path)
-    cfg = _checked_trainer(path, [*overrides, *_served("later:0")] if teacher else overrides)
+    cfg = _checked_trainer(path, [*overrides, *served("later:0")] if teacher else overrides)
     threads = split_threads(cfg, with_teacher=teacher is not None)
     ranks: list[local.Child] = []
     try:
@@ -52,8 +52,10 @@ def train(path: Path, overrides: Sequence[str], teacher_path: Path | None) -> No
                 cfg.output.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context((cfg.output / "teacher.log").open("a", buffering=1, encoding="utf-8"))
                 processes = stack.enter_context(local.Processes())
-                command = teacher_command(teacher_path, teacher, threads=threads.teacher, on_line=_keep(log.write))
-                overrides = [*overrides, *_served(serve_teacher(processes, command))]
+                command = teacher_command(
+                    teacher_path, teacher, threads=threads.teacher, on_line=kept(log.write, show=_echo)
+                )
+                overrides = [*overrides, *served(serve_teacher(processes, command))]
             ranks = processes.start(*rank_commands(path, overrides, ranks=num_ranks(cfg), threads=threads.rank))
             processes.wait(ranks)
     except local.Stopped:
@@ -117,6 +119,11 @@ def rank_commands(
     return local.rank_commands(argv, ranks=ranks, threads=threads, on_line=on_line)
 
 
+def served(address: str) -> list[str]:
+    """The overrides that make a trainer use the teacher at `address`."""
+    return [f"teacher.addresses=['{address}']"]
+
+
 def set_arguments(overrides: Sequence[str]) -> list[str]:
     """The command-line form of overrides."""
     return [argument for override in overrides for argument in ("--set", override)]
@@ -138,21 +145,17 @@ def _checked_teacher(path: Path) -> TeacherConfig:
     return cfg
 
 
-def _served(address: str) -> list[str]:
-    return [f"teacher.addresses=['{address}']"]
-
-
 def _is_on_gpu(cfg: TrainerConfig) -> bool:
     return cfg.student.device != "cpu" and local.num_gpus() > 0
 
 
-def _keep(write: Callable[[str], object]) -> Callable[[str], None]:
-    """Every line goes to the file; those that need a person, and those that are no event, also to our stderr."""
+def kept(write: Callable[[str], object], *, show: Callable[[str], object]) -> Callable[[str], None]:
+    """What takes a service's output: every line is written; those that need a person are shown too."""
 
     def on_line(line: str) -> None:
         write(line + "\n")
         if is_urgent(line):
-            click.echo(line, err=True)
+            show(line)
 
     return on_line
 
@@ -163,3 +166,7 @@ def is_urgent(line: str) -> bool:
         return bool(json.loads(line)["level"] not in ("info", "debug"))
     except (ValueError, TypeError, KeyError):
         return True
+
+
+def _echo(line: str) -> None:
+    click.echo(line, err=True)

@@ -125,7 +125,7 @@ class RunTelemetry:
             "tokens_per_second": stats.num_tokens / step_s if step_s else None,
             "teacher_wait_fraction": stats.teacher_wait_s / step_s if step_s else None,
         }
-        self._write("step", step, {**figures, "phase_s": phase_s, "door": self._door()})
+        self._write("step", step, {**figures, "phase_s": phase_s, "door": self._door() or None})
         self._track("train", step, figures)
         self._progress.show(self._reading(step + 1, stats))
 
@@ -144,7 +144,7 @@ class RunTelemetry:
         if self._file is not None:
             self._file.close()
             if self._totals.num_steps:
-                log.info("run ended", extra={**self._totals.summary(), "door": self._door()})
+                log.info("run ended", extra={**self._totals.summary(), "door": self._door() or None})
         for tracker in self._trackers:
             tracker.close()
 
