@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 import yaml
@@ -26,12 +26,6 @@ class TeacherProcess:
     process: subprocess.Popen[str]
     grpc: str
     rest: str
-
-    @property
-    def stderr(self) -> IO[str]:
-        """Its log."""
-        assert self.process.stderr is not None
-        return self.process.stderr
 
     def get(self, path: str) -> Any:
         """The JSON that REST answers."""
@@ -63,44 +57,55 @@ def wait_event(process: subprocess.Popen[str], event: str) -> dict[str, Any]:
     raise AssertionError(f"the process ended without {event!r}: {''.join(seen)}")
 
 
-def start(
-    directory: Path, *arguments: str, env: dict[str, str] | None = None, **sections: dict[str, Any]
-) -> subprocess.Popen[str]:
-    """The process, which may not listen yet. Sections are those of `teacher_config`."""
-    config = directory / f"teacher-{len(list(directory.iterdir()))}.yaml"
-    config.write_text(yaml.safe_dump(teacher_config(**sections).model_dump(mode="json")), encoding="utf-8")
-    return subprocess.Popen(
-        [sys.executable, "-m", "kdmesh_teacher", str(config), *arguments],
+def write_config(directory: Path, **sections: dict[str, Any]) -> Path:
+    """A file of its own; sections are those of `teacher_config`."""
+    path = directory / f"teacher-{len(list(directory.iterdir()))}.yaml"
+    path.write_text(yaml.safe_dump(teacher_config(**sections).model_dump(mode="json")), encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def started(directory: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process, killed on exit if it still runs. Its temporary files lie in `directory`."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TMPDIR": str(directory)} | (env or {}),
+        env=os.environ | {"TMPDIR": str(directory)},
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def starting(
+    directory: Path, *arguments: str, **sections: dict[str, Any]
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """A server that may not listen yet."""
+    return started(directory, "-m", "kdmesh_teacher", str(write_config(directory, **sections)), *arguments)
 
 
 @contextlib.contextmanager
 def teacher_processes(directory: Path, *sections: dict[str, dict[str, Any]]) -> Iterator[list[TeacherProcess]]:
     """Servers that are ready, one for each configuration; killed on exit if they still run."""
     with contextlib.ExitStack() as stack:
-        processes = [start(directory, **keys) for keys in sections]
-        for process in processes:
-            stack.callback(_end, process)
-        ready = [wait_event(process, "ready") for process in processes]
-        yield [
-            TeacherProcess(process=process, grpc=fields["grpc"], rest=fields["rest"])
-            for process, fields in zip(processes, ready, strict=True)
-        ]
+        processes = [stack.enter_context(starting(directory, **keys)) for keys in sections]
+        yield [await_ready(process) for process in processes]
+
+
+def await_ready(process: subprocess.Popen[str]) -> TeacherProcess:
+    """The server, once it is ready."""
+    ready = wait_event(process, "ready")
+    return TeacherProcess(process=process, grpc=ready["grpc"], rest=ready["rest"])
 
 
 @contextlib.contextmanager
 def teacher_process(directory: Path, **sections: dict[str, Any]) -> Iterator[TeacherProcess]:
     """One server that is ready; killed on exit if it still runs."""
-    with teacher_processes(directory, sections) as (running,):
-        yield running
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    assert process.stderr is not None
-    process.stderr.close()
+    with starting(directory, **sections) as process:
+        yield await_ready(process)
