@@ -1,4 +1,4 @@
-"""The transformers engine writes Hugging Face's own hidden states, and in deterministic mode the same bits always."""
+"""The transformers engine writes Hugging Face's own hidden states; in deterministic mode, always the same bits."""
 
 from __future__ import annotations
 
