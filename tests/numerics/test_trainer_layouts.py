@@ -1,4 +1,4 @@
-"""One batch has one gradient, however it is spread over ranks, micro-batches and packed rows."""
+"""One batch has one loss and one gradient, however it is spread over ranks, micro-batches and packed rows."""
 
 from __future__ import annotations
 
@@ -48,32 +48,36 @@ def gradients_of_layouts(mesh: Mesh, *, student: str, teacher: str, output: str)
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
     for number, plan in enumerate(LAYOUTS[mesh.world_size].values()):
-        stepper.accumulate(step_batch(batch_sequences(), plan[mesh.rank], local_teacher))
-        gradients = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
+        tally = stepper.accumulate(step_batch(batch_sequences(), plan[mesh.rank], local_teacher))
+        totals, _ = tally.over_all_ranks()
+        results = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
+        results["loss"] = torch.tensor([totals.loss, totals.divergence, totals.cross_entropy], dtype=torch.float64)
         if mesh.is_first:
-            save_file(gradients, Path(output) / f"{mesh.world_size}-{number}.safetensors")
+            save_file(results, Path(output) / f"{mesh.world_size}-{number}.safetensors")
 
 
-def textbook_gradients(student: Path, teacher: Path) -> dict[str, Tensor]:
-    """The gradient in float64 from whole logits of Hugging Face's own forward, one sequence at a time."""
+def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
+    """Gradient and summed losses in float64: whole logits of Hugging Face's own forward, one sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
     other = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
     sequences = batch_sequences()
-    total = torch.zeros((), dtype=torch.float64)
+    divergence = cross_entropy = torch.zeros((), dtype=torch.float64)
     for sequence in sequences:
         token_ids = torch.from_numpy(sequence.token_ids).long()[None]
         positions = torch.from_numpy(sequence.positions).long()
         log_q_RV = model(token_ids).logits[0, positions, :VOCABULARY_SIZE].log_softmax(-1)
         log_p_RV = other(token_ids).logits[0, positions, :VOCABULARY_SIZE].log_softmax(-1).detach()
         labels = torch.from_numpy(sequence.labels).long()
-        total = total + (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum()
-        total = total - 0.3 * log_q_RV.gather(1, labels[:, None]).sum()
-    (total / sum(sequence.num_rows for sequence in sequences)).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+        divergence = divergence + (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum()
+        cross_entropy = cross_entropy - log_q_RV.gather(1, labels[:, None]).sum()
+    loss = divergence + 0.3 * cross_entropy
+    (loss / sum(sequence.num_rows for sequence in sequences)).backward()
+    losses = torch.stack([loss, divergence, cross_entropy]).detach()
+    return {"loss": losses, **{name: p.grad for name, p in model.named_parameters()}}
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_eight_layouts_of_one_batch_have_the_textbook_gradient(
+def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
     tiny_models: TinyModels, tmp_path: Path, is_tied: bool
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
@@ -86,7 +90,7 @@ def test_eight_layouts_of_one_batch_have_the_textbook_gradient(
             teacher=str(teacher),
             output=str(tmp_path),
         )
-    expected = textbook_gradients(student, teacher)
+    expected = textbook(student, teacher)
     for ranks, layouts in LAYOUTS.items():
         for number, layout in enumerate(layouts):
             actual = load_file(tmp_path / f"{ranks}-{number}.safetensors")

@@ -227,6 +227,15 @@ def _size_bytes(state: Mapping[str, Any]) -> int:
 
 
 def _cause(error: CheckpointException) -> str:
-    """The first rank's reason, without its traceback."""
-    reasons = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
-    return "; ".join(sorted(reasons))
+    """Why each failing rank failed, without its traceback."""
+    return "; ".join(sorted({_root(cause) for cause, _ in error.failures.values()}))
+
+
+def _root(error: BaseException) -> str:
+    """The operating system's own words where there are any: torch hides them behind an assertion of its own."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return str(link)
+        link = link.__cause__ or link.__context__
+    return f"{type(error).__name__}: {error}"

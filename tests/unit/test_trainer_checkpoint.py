@@ -1,0 +1,162 @@
+"""Checkpoints that cannot be written, cannot be read, or are not this run's."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdmesh.errors import CheckpointError
+from kdmesh_trainer.checkpoint import CheckpointDirectory
+from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.mesh import Mesh, joined
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
+
+IDENTITY = {"student": "a", "objective": "distill", "seed": "0"}
+Usage = namedtuple("Usage", "total used free")
+
+
+class Run:
+    """A student that can be trained and saved."""
+
+    def __init__(self, path: Path, mesh: Mesh, tiny_models: TinyModels) -> None:
+        model = tiny_models.path("qwen3", seed=1)
+        self._teacher = LocalTeacher(model)
+        self._student = build_student(model, mesh, vocabulary_size=310, compute_dtype=torch.float32)
+        self._stepper = build_stepper(self._student, self._teacher, mesh, config=OptimizerConfig(), steps=100)
+        self._sequences = random_sequences(2, seed=1, vocabulary_size=310)
+        self._mesh = mesh
+        self.path = path
+
+    def directory(self, *, keep: int = 2, steps: int = 100, **identity: str) -> CheckpointDirectory:
+        return CheckpointDirectory(
+            self.path,
+            self._student,
+            self._stepper.optimizer,
+            identity=IDENTITY | identity,
+            steps=steps,
+            keep=keep,
+            mesh=self._mesh,
+        )
+
+    def train(self, *, steps: int) -> None:
+        for step in range(steps):
+            self._stepper.update(step_batch(self._sequences, [[0, 1]], self._teacher, step=step))
+
+    def save(self, next_step: int) -> None:
+        self.directory().save(next_step=next_step)
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.path.iterdir())
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_models: TinyModels) -> Iterator[Run]:
+    with joined("cpu", longest_wait_s=10) as mesh:
+        run = Run(tmp_path / "checkpoints", mesh, tiny_models)
+        run.train(steps=1)
+        yield run
+
+
+@contextmanager
+def files_limited_to(size_bytes: int) -> Iterator[None]:
+    """Writes beyond `size_bytes` of a file fail, as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_without_a_checkpoint_a_run_starts_at_step_0(run: Run) -> None:
+    assert run.directory().restore() == 0
+
+
+def test_only_the_newest_are_kept(run: Run) -> None:
+    for next_step in (3, 6, 9, 12):
+        run.save(next_step)
+    assert run.names() == ["step-00000009", "step-00000012"]
+    assert run.directory().restore() == 12
+
+
+def test_a_write_that_was_interrupted_is_cleaned_at_the_next_start(run: Run) -> None:
+    run.save(3)
+    (run.path / "writing-00000006").mkdir()
+    (run.path / "writing-00000006" / "__0_0.distcp").write_bytes(b"half")
+    (run.path / "removing-step-00000001").mkdir()
+    assert run.directory().restore() == 3
+    assert run.names() == ["step-00000003"]
+
+
+def test_no_space_is_found_before_anything_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.save(3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 4567, 4567))
+    with pytest.raises(CheckpointError, match="not enough space") as refused:
+        run.save(6)
+    assert str(run.path / "writing-00000006") in str(refused.value)
+    assert "4567 bytes free" in str(refused.value)
+    needed = int(str(refused.value).partition("(")[2].split()[0])
+    on_disk = sum(file.stat().st_size for file in (run.path / "step-00000003").iterdir())
+    assert on_disk <= needed <= on_disk + 2**20
+    assert run.names() == ["step-00000003"]
+    assert run.directory().restore() == 3
+
+
+@pytest.mark.parametrize("limit_bytes", [10_000, 100])
+def test_a_disk_that_fills_up_meanwhile_leaves_no_half_checkpoint(run: Run, limit_bytes: int) -> None:
+    run.save(3)
+    with files_limited_to(limit_bytes), pytest.raises(CheckpointError, match=r"File too large.*bytes needed"):
+        run.save(6)
+    assert run.names() == ["step-00000003"]
+    run.save(6)
+    assert run.directory().restore() == 6
+
+
+def test_a_path_that_cannot_be_made_is_named(run: Run) -> None:
+    run.path.write_text("a file, not a directory")
+    with pytest.raises(CheckpointError, match=rf"{run.path}.*was not written: .*Not a directory"):
+        run.save(3)
+
+
+@pytest.mark.parametrize(("key", "value"), [("student", "b"), ("objective", "sft"), ("seed", "1")])
+def test_a_checkpoint_of_another_run_is_refused_with_the_key(run: Run, key: str, value: str) -> None:
+    run.save(3)
+    with pytest.raises(CheckpointError, match=f"{key} is {value} now and was {IDENTITY[key]}"):
+        run.directory(**{key: value}).restore()
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(run: Run) -> None:
+    run.save(3)
+    assert run.directory(steps=3).restore() == 3
+    with pytest.raises(CheckpointError, match="after 3 steps, and `steps` is only 2"):
+        run.directory(steps=2).restore()
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json"])
+def test_a_damaged_checkpoint_is_refused_by_name(run: Run, file: str) -> None:
+    run.save(3)
+    damaged = run.path / "step-00000003" / file
+    damaged.write_bytes(damaged.read_bytes()[:10])
+    with pytest.raises(CheckpointError, match=f"{run.path / 'step-00000003'}.*cannot be read"):
+        run.directory().restore()
+
+
+def test_weights_moments_and_random_numbers_come_back(run: Run, tiny_models: TinyModels) -> None:
+    run.train(steps=2)
+    run.save(3)
+    expected = torch.rand(3)
+    run.train(steps=2)
+    torch.manual_seed(99)
+    assert run.directory().restore() == 3
+    assert torch.equal(torch.rand(3), expected)
+    state = json.loads((run.path / "step-00000003" / "state.json").read_text())
+    assert state == {"next_step": 3, "world_size": 1, "identity": IDENTITY}
