@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -78,7 +79,8 @@ def handle_to_wire(handle: Handle) -> common_pb2.Handle:
 def head_from_wire(m: teacher_pb2.HeadSpec) -> HeadSpec:
     """Raises InvalidRequest when the sizes or factors are impossible."""
     softcap = m.logit_softcap if m.HasField("logit_softcap") else None
-    if m.logit_scale == 0 or (softcap is not None and softcap <= 0):
+    is_scaled = math.isfinite(m.logit_scale) and m.logit_scale != 0
+    if not is_scaled or (softcap is not None and not 0 < softcap < math.inf):
         raise InvalidRequest(f"a head with logit_scale {m.logit_scale} and logit_softcap {softcap}")
     if not 0 < m.vocabulary_size <= m.padded_vocabulary_size:
         raise InvalidRequest(
