@@ -57,11 +57,19 @@ def train(path: Path, overrides: Sequence[str], teacher_path: Path | None) -> No
                 )
                 overrides = [*overrides, *served(serve_teacher(processes, command))]
             ranks = processes.start(*rank_commands(path, overrides, ranks=num_ranks(cfg), threads=threads.rank))
-            processes.wait(ranks)
+            _wait(processes, ranks)
     except local.Stopped:
         if not ranks or any(rank.exit_code != 0 for rank in ranks):
             raise
         click.echo(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.", err=True)
+
+
+def _wait(processes: local.Processes, ranks: Sequence[local.Child]) -> None:
+    try:
+        processes.wait(ranks)
+    except local.Stopped:
+        _echo("Stopping after this step, with a checkpoint; once more ends at once.")
+        raise
 
 
 def num_ranks(cfg: TrainerConfig) -> int:

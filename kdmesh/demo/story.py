@@ -185,6 +185,9 @@ class _Telling:
         try:
             with self._live.following(_TITLES[name], run / METRICS, steps=cfg.steps):
                 self._processes.wait(self._processes.start(*commands))
+        except local.Stopped:
+            self._live.say("stopping after this step, with a checkpoint; the same command continues")
+            raise
         finally:
             add_seconds(run, time.monotonic() - begin)
 
