@@ -10,9 +10,11 @@ alive. Every rpc but Describe and OpenSession carries the session's token.
 Deadlines: every unary rpc answers within seconds; set 10 s. Prefill has no rpc
 deadline; each of its requests carries its own.
 Retry: only UNAVAILABLE is worth retrying, with backoff, at this or another
-replica. INTERNAL means that the server will restart.
-Every rpc may end with UNAVAILABLE while the server loads or drains, and with
-INTERNAL on a server fault; the lists below leave these two out.
+replica. How long to wait is in the trailing metadata kdmesh-retry-after-ms.
+INTERNAL means that the server will restart.
+Every rpc may end with UNAVAILABLE while the server loads or drains, with
+INVALID_ARGUMENT when its bytes or a handle in it are malformed, and with
+INTERNAL on a server fault; the lists below leave these three out.
 """
 
 import builtins

@@ -136,7 +136,8 @@ class TeacherServicer(object):
         gets exactly one reply unless the stream breaks.
         Cost: one prefill over every token of the request, and one slot from the start
         of that prefill until the handle is released; nothing is generated.
-        Closing or breaking the stream cancels its unanswered requests.
+        A client may close its side after its last request, and still gets every reply.
+        Ending or breaking the stream cancels its unanswered requests.
 
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
         INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows

@@ -10,9 +10,11 @@ alive. Every rpc but Describe and OpenSession carries the session's token.
 Deadlines: every unary rpc answers within seconds; set 10 s. Prefill has no rpc
 deadline; each of its requests carries its own.
 Retry: only UNAVAILABLE is worth retrying, with backoff, at this or another
-replica. INTERNAL means that the server will restart.
-Every rpc may end with UNAVAILABLE while the server loads or drains, and with
-INTERNAL on a server fault; the lists below leave these two out.
+replica. How long to wait is in the trailing metadata kdmesh-retry-after-ms.
+INTERNAL means that the server will restart.
+Every rpc may end with UNAVAILABLE while the server loads or drains, with
+INVALID_ARGUMENT when its bytes or a handle in it are malformed, and with
+INTERNAL on a server fault; the lists below leave these three out.
 """
 
 import abc
@@ -283,7 +285,8 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     gets exactly one reply unless the stream breaks.
     Cost: one prefill over every token of the request, and one slot from the start
     of that prefill until the handle is released; nothing is generated.
-    Closing or breaking the stream cancels its unanswered requests.
+    A client may close its side after its last request, and still gets every reply.
+    Ending or breaking the stream cancels its unanswered requests.
 
     A failed request is a Failure in its reply, and the stream goes on. Its codes:
       INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
@@ -433,7 +436,8 @@ class TeacherServicer(metaclass=abc.ABCMeta):
         gets exactly one reply unless the stream breaks.
         Cost: one prefill over every token of the request, and one slot from the start
         of that prefill until the handle is released; nothing is generated.
-        Closing or breaking the stream cancels its unanswered requests.
+        A client may close its side after its last request, and still gets every reply.
+        Ending or breaking the stream cancels its unanswered requests.
 
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
           INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows

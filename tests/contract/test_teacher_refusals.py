@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import pytest
@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from kdmesh.rpc import codec
 from kdmesh.rpc.channel import MAX_MESSAGE_BYTES, open_channel
+from kdmesh.tokens import digest
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
 from tests.support.teacher_requests import sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
+
+T = TypeVar("T")
 
 FINGERPRINT = "fa4e000000080000003c"
 INVALID, MISMATCH = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
@@ -134,55 +137,86 @@ async def test_bytes_that_are_no_message_are_the_callers_fault(asker: Asker, met
     await asker.is_well()
 
 
-GARBAGE = st.binary(max_size=200)
-
-
-@pytest.fixture
-def fuzzed(tmp_path: Path) -> Fuzzed:
-    return Fuzzed(tmp_path)
-
-
-class Fuzzed:
-    """Runs every example of a fuzz test against one server."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def run(self, examples: list[bytes], method: str) -> list[grpc.StatusCode | None]:
-        """The status of each call; None when a reply came instead. The server must be well afterwards."""
-        return asyncio.run(self._run(examples, method))
-
-    async def _run(self, examples: list[bytes], method: str) -> list[grpc.StatusCode | None]:
-        async with running_teacher(self.directory) as teacher, open_channel(teacher.addresses.grpc) as channel:
-            answers = [await self._one(channel, method, data) for data in examples]
-            async with teacher.client() as client:
-                assert client.model.name == "fake"
-            assert not teacher.ended.done()
-        return answers
-
-    async def _one(self, channel: grpc.aio.Channel, method: str, data: bytes) -> grpc.StatusCode | None:
-        call = channel.stream_stream(f"/kdmesh.v1.Teacher/{method}")()
-        try:
-            await call.write(data)
-            await call.done_writing()
-            async for reply in call:
-                assert reply
-        except grpc.aio.AioRpcError as error:
-            return error.code()
-        return None
-
-
 ALLOWED = {INVALID, grpc.StatusCode.NOT_FOUND, None}
 
 
-@pytest.mark.parametrize("method", ["Prefill", "ReadHandle", "Release", "GetHead", "KeepAlive"])
-def test_garbage_never_crashes_the_server(fuzzed: Fuzzed, method: str) -> None:
-    examples: list[bytes] = []
+def drawn(strategy: st.SearchStrategy[T], count: int = 80) -> list[T]:
+    """So many examples, to be sent to one server."""
+    examples: list[T] = []
 
-    @settings(max_examples=60, deadline=None, database=None)
-    @given(GARBAGE)
-    def collect(data: bytes) -> None:
-        examples.append(data)
+    @settings(max_examples=count, deadline=None, database=None)
+    @given(strategy)
+    def collect(example: T) -> None:
+        examples.append(example)
 
     collect()
-    assert set(fuzzed.run(examples, method)) <= ALLOWED
+    return examples
+
+
+async def status_of(channel: grpc.aio.Channel, method: str, data: bytes) -> grpc.StatusCode | None:
+    """How a call with these bytes ends; None when it succeeds."""
+    call = channel.stream_stream(f"/kdmesh.v1.Teacher/{method}")()
+    try:
+        await call.write(data)
+        await call.done_writing()
+        async for reply in call:
+            assert reply or method in ("Release", "KeepAlive")
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return None
+
+
+@pytest.mark.parametrize("method", ["Prefill", "ReadHandle", "Release", "GetHead", "KeepAlive"])
+async def test_garbage_never_harms_the_server(asker: Asker, method: str) -> None:
+    for data in drawn(st.binary(max_size=200)):
+        assert await status_of(asker.channel, method, data) in ALLOWED
+    await asker.is_well()
+
+
+NUMBERS = st.integers(0, 70) | st.integers(0, 2**32 - 1)
+ANY_SEQUENCES = st.lists(
+    st.builds(raw, st.lists(NUMBERS, max_size=5), st.lists(st.integers(0, 5) | NUMBERS, max_size=4)), max_size=3
+)
+
+
+async def test_any_request_gets_rows_or_a_refusal(asker: Asker) -> None:
+    call = asker.stub.Prefill()
+    answered = 0
+    for sequences in drawn(ANY_SEQUENCES | st.just([raw([1, 2, 3], [0, 1])]), 200):
+        request = pb.PrefillRequest(
+            session=asker.session, request_id=1, sequences=sequences, model_fingerprint=FINGERPRINT
+        )
+        await call.write(request)
+        reply = await call.read()
+        assert isinstance(reply, pb.PrefillReply)
+        if reply.WhichOneof("outcome") == "failure":
+            assert reply.failure.code == INVALID.value[0]
+            continue
+        answered += 1
+        valid = codec.sequences_from_wire(sequences)  # it was a request, then
+        assert reply.result.rows.rows == sum(s.num_rows for s in valid)
+        assert reply.result.digest == digest(valid)
+        await asker.stub.Release(pb.ReleaseRequest(session=asker.session, handles=[reply.result.rows]))
+    assert answered
+    call.cancel()
+    await asker.is_well()
+
+
+async def test_any_handle_is_read_or_refused(asker: Asker) -> None:
+    fields = st.integers(0, 9) | st.integers(0, 2**32 - 1)
+    handles = st.builds(
+        common_pb2.Handle,
+        segment=fields,
+        epoch=fields,
+        token=st.binary(max_size=20) | st.binary(min_size=16, max_size=16),
+        offset_bytes=fields | st.integers(0, 2**64 - 1),
+        rows=fields,
+        cols=fields,
+        dtype=st.sampled_from([0, 1, 2, 3]),
+    )
+    for handle in drawn(handles):
+        read = pb.ReadHandleRequest(session=asker.session, handle=handle).SerializeToString()
+        assert await status_of(asker.channel, "ReadHandle", read) in {INVALID, grpc.StatusCode.NOT_FOUND}
+        release = pb.ReleaseRequest(session=asker.session, handles=[handle]).SerializeToString()
+        assert await status_of(asker.channel, "Release", release) in {INVALID, None}
+    await asker.is_well()
