@@ -15,6 +15,8 @@ def open_channel(address: str) -> grpc.aio.Channel:
         options=(
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            # Frames of 16 KiB, the default, cost a memory slice each.
+            ("grpc.http2.max_frame_size", 2**20),
             ("grpc.use_local_subchannel_pool", 1),
             # Addresses are those of servers; a proxy from the environment never leads to one.
             ("grpc.enable_http_proxy", 0),

@@ -7,6 +7,9 @@ from kdmesh.errors import InvalidRequest
 MAX_BYTES = 2 * 2**20
 """Most data of one chunk."""
 
+GOOD_BYTES = 512 * 2**10
+"""Data of a chunk that is worth its overhead; from 1 MiB on, each message costs the server twice as much per byte."""
+
 _TAG = b"\x0a"  # field 1, length-delimited
 
 

@@ -139,10 +139,10 @@ class Servicer(TeacherServicer):
         store = self._gate.parts().store
         handle = codec.handle_from_wire(request.handle)
         with self.outstanding, store.reading(request.session, handle) as data:
-            for start in range(0, len(data), raw_chunk.MAX_BYTES):
+            for start in range(0, len(data), raw_chunk.GOOD_BYTES):
                 if not store.is_open(request.session):
                     raise HandleGone("the session ended while the handle was read")
-                chunk = raw_chunk.encode(data[start : start + raw_chunk.MAX_BYTES])
+                chunk = raw_chunk.encode(data[start : start + raw_chunk.GOOD_BYTES])
                 # A reader that stops reading must not keep the slot.
                 try:
                     async with asyncio.timeout(store.limits.lease_s):
