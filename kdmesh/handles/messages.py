@@ -27,6 +27,7 @@ from typing import Self
 
 VERSION = 1
 MAX_UNANSWERED = 64
+RECEIVE_BYTES = 64  # longer than any message, so that one that is too long shows
 
 _REQUEST = struct.Struct("<B3xII16s")
 _REPLY = struct.Struct("<B7xQ16s")
@@ -47,6 +48,10 @@ class Status(IntEnum):
     GONE = 1
 
 
+_OPS = frozenset(Op)
+_STATUSES = frozenset(Status)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """Client to broker. CLAIM and RELEASE have the fields of a handle's key."""
@@ -63,7 +68,7 @@ class Request:
     @classmethod
     def unpack(cls, message: bytes) -> Self | None:
         """None when the message is not a request."""
-        if len(message) != _REQUEST.size or message[0] not in set(Op):
+        if len(message) != _REQUEST.size or message[0] not in _OPS:
             return None
         op, segment, epoch, token = _REQUEST.unpack(message)
         return cls(Op(op), segment, epoch, token)
@@ -84,11 +89,7 @@ class Reply:
     @classmethod
     def unpack(cls, message: bytes) -> Self | None:
         """None when the message is not a reply."""
-        if len(message) != _REPLY.size or message[0] not in set(Status):
+        if len(message) != _REPLY.size or message[0] not in _STATUSES:
             return None
         status, size_bytes, nonce = _REPLY.unpack(message)
         return cls(Status(status), size_bytes, nonce)
-
-
-# Longer than any message, so that one that is too long shows.
-RECEIVE_BYTES = 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 
 from kdmesh.errors import HandleGone, Unavailable
-from kdmesh.handles.ledger import SlabLimits, SlotState
+from kdmesh.handles import broker
+from kdmesh.handles.ledger import SlotState
 from kdmesh.handles.shared import Matrix
 from kdmesh.handles.store import SlabStore
 from kdmesh.types import DType, Handle
 from tests.support.handles_consumer import Consumer, Consumers, digest, running, until
-
-SLOT_BYTES = 64 * 1024
+from tests.support.handles_slab import SLOT_BYTES, answer, slab, states
 
 
 @pytest.fixture(scope="module")
@@ -30,41 +31,12 @@ def consumers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consumers]:
 
 
 @contextlib.asynccontextmanager
-async def slab(
-    tmp_path: Path, *, slots: int = 2, lease_s: float = 60, claim_s: float = 60, max_abandoned: int = 1
-) -> AsyncIterator[SlabStore]:
-    limits = SlabLimits(
-        slots=slots,
-        slot_bytes=SLOT_BYTES,
-        slots_per_session=slots,
-        lease_s=lease_s,
-        claim_s=claim_s,
-        max_abandoned=max_abandoned,
-    )
-    async with SlabStore(limits, socket_path=tmp_path / "broker.sock") as store:
-        yield store
-
-
-@contextlib.asynccontextmanager
 async def client(consumers: Consumers, store: SlabStore, job: str = "job") -> AsyncIterator[tuple[Consumer, bytes]]:
     """A consumer process with a session and an open door."""
     session = store.open_session(job).token
     async with consumers.one() as consumer:
         await consumer.connect(store.socket_path, session, store.nonce)
         yield consumer, session
-
-
-def answer(store: SlabStore, session: bytes, seed: int) -> tuple[Handle, str]:
-    """A full slot of random bytes, and their digest."""
-    lease = store.try_acquire(session)
-    assert lease is not None
-    lease.buffer[:] = random.Random(seed).randbytes(len(lease.buffer))
-    expected = digest(lease.buffer)
-    return store.publish(lease, rows=64, cols=SLOT_BYTES // 128, dtype=DType.BFLOAT16), expected
-
-
-def states(store: SlabStore) -> dict[str, int]:
-    return {state.value: n for state, n in store.snapshot().slots.items() if n}
 
 
 async def test_tensor_has_the_bytes_and_its_slot_comes_back_with_the_last_view(
@@ -106,6 +78,30 @@ async def test_wrong_handles_are_gone_and_the_door_goes_on(tmp_path: Path, consu
         await consumer.ask("drop")
         with pytest.raises(HandleGone):
             await consumer.ask("fetch", handle=handle)
+
+
+@pytest.mark.parametrize("liveness", ["peer pidfd", "pid", "end of file"])
+async def test_death_is_seen_on_old_kernels_too(
+    tmp_path: Path, consumers: Consumers, liveness: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if liveness != "peer pidfd":
+        monkeypatch.setattr(broker, "_SO_PEERPIDFD", 9999)
+    if liveness == "end of file":
+        monkeypatch.setattr(os, "pidfd_open", _not_there)
+    async with slab(tmp_path, slots=3) as store, client(consumers, store) as (consumer, session):
+        child = await consumer.ask("fork_with_socket") if liveness != "end of file" else None
+        handle, _ = answer(store, session, seed=1)
+        await consumer.ask("fetch", handle=handle)
+        answer(store, session, seed=2)
+        consumer.signal(signal.SIGKILL)
+        assert await until(lambda: states(store) == {"free": 3}) < 1
+        assert not store.is_open(session)
+        if child is not None:
+            os.kill(child, signal.SIGKILL)
+
+
+def _not_there(pid: int) -> int:
+    raise OSError(errno.ENOSYS, "no such call")
 
 
 @pytest.mark.parametrize("has_child", [False, True])
