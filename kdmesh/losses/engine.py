@@ -99,21 +99,22 @@ def sweep(sides: list[Side], maths: RowMaths, gradients: Gradients, sizes: Sizes
         chunk_gradient_CV = None if gradient_CV is None else gradient_CV[: chunk.stop - chunk.start]
         for block in spans(chunk.stop - chunk.start, sizes.block_rows):
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
-            for side, product_BV in zip(sides, products, strict=True):
-                logits_into(product_BV[: rows.stop - rows.start], side.hidden_RD[rows], side.head.weight_VD)
+            block_products = [product_BV[: rows.stop - rows.start] for product_BV in products]
+            for side, product_BV in zip(sides, block_products, strict=True):
+                logits_into(product_BV, side.hidden_RD[rows], side.head.weight_VD)
             block_gradient_BV = None if chunk_gradient_CV is None else chunk_gradient_CV[block]
-            _by_tiles(rows, products, block_gradient_BV, maths, sizes.tile_rows)
+            _by_tiles(rows, block_products, block_gradient_BV, maths, sizes.tile_rows)
         if chunk_gradient_CV is not None:
             _chain_rule(student, chunk, chunk_gradient_CV, gradients)
 
 
 def _by_tiles(rows: slice, products: list[Tensor], gradient_BV: Tensor | None, maths: RowMaths, tile_rows: int) -> None:
-    for tile in spans(rows.stop - rows.start, tile_rows):
-        maths(
-            slice(rows.start + tile.start, rows.start + tile.stop),
-            [product_BV[tile] for product_BV in products],
-            None if gradient_BV is None else gradient_BV[tile],
-        )
+    tiles = list(range(rows.start, rows.stop, tile_rows))
+    gradients = [None] * len(tiles) if gradient_BV is None else torch.split(gradient_BV, tile_rows)
+    products_by_tile = zip(*(torch.split(product_BV, tile_rows) for product_BV in products), strict=True)
+    for start, tile_products, gradient_CV in zip(tiles, products_by_tile, gradients, strict=True):
+        maths.tile(slice(start, min(start + tile_rows, rows.stop)), tile_products, gradient_CV)
+    maths.end_block(products)
 
 
 def _chain_rule(student: Side, rows: slice, gradient_CV: Tensor, gradients: Gradients) -> None:

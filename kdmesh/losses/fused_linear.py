@@ -81,7 +81,7 @@ def fused_linear_divergence(
     mix = Mix(divergence=divergence, temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
 
     def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
-        return DivergenceRows(student, teacher_head, mix, labels_R, num_rows=num_rows, tile_CV=tile_CV)
+        return DivergenceRows(student, teacher_head, mix, labels_R, tile_CV=tile_CV)
 
     return _fused(
         _Call(

@@ -1,7 +1,8 @@
-"""The elementwise half of the fused loss, over a few rows of logits at a time so that they stay in the cache."""
+"""The elementwise half of the fused loss, a few rows of logits at a time so that they stay in the cache."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Protocol
@@ -24,17 +25,24 @@ class RowValues:
 
 
 class RowMaths(Protocol):
-    """Turns raw products (hidden @ weight.T, one matrix per head, student first) into values and a gradient."""
+    """Turns products (hidden @ weight.T, one matrix per head, student first) into values and a gradient.
 
-    def values(self) -> RowValues:
-        """Of every row worked on so far."""
+    Rows come in order: tile by tile, and the tiles of a block together once more.
+    """
+
+    def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
+        """Work on `rows` of the batch; the products become logits in place.
+
+        Fills `gradient_CV`, if there is one, with d loss / d (student's product).
+        """
         ...
 
-    def __call__(self, rows: slice, products: list[Tensor], gradient_CV: Tensor | None) -> None:
-        """Work on `rows` of the batch: keep their values, overwrite their products.
+    def end_block(self, products: Sequence[Tensor]) -> None:
+        """Finish what is cheaper for many rows at once; `products` are those of the tiles since the last call."""
+        ...
 
-        Writes d loss / d (student's product) to `gradient_CV`, if there is one.
-        """
+    def values(self) -> RowValues:
+        """Of all rows."""
         ...
 
 
@@ -56,48 +64,55 @@ class StudentSide:
     token_weight_R: Tensor | None
     bias_gradient_V: Tensor | None  # added to, where the bias wants a gradient
 
-    def store_gradient(self, rows: slice, dlogits_CV: Tensor, logits_CV: Tensor, gradient_CV: Tensor) -> None:
-        """Write d loss / d product to `gradient_CV`. Overwrites `dlogits_CV` and `logits_CV`."""
+    def store_gradient(
+        self, rows: slice, dlogits_CV: Tensor, logits_CV: Tensor, *, spare_CV: Tensor, out_CV: Tensor
+    ) -> None:
+        """Write d loss / d product to `out_CV`. Overwrites `dlogits_CV` and `spare_CV`."""
         cap, scale = self.head.logit_softcap, self.head.logit_scale
         if cap is not None:  # the derivative of tanh is 1 - tanh^2
-            dlogits_CV.addcmul_(dlogits_CV, logits_CV.div_(cap).square_(), value=-1)
+            dlogits_CV.addcmul_(dlogits_CV, torch.mul(logits_CV, 1 / cap, out=spare_CV).square_(), value=-1)
         if self.token_weight_R is not None:
             dlogits_CV.mul_(self.token_weight_R[rows, None] * scale)
         elif scale != 1:
             dlogits_CV.mul_(scale)
         if self.bias_gradient_V is not None:
             self.bias_gradient_V.add_(dlogits_CV.sum(0))
-        gradient_CV.copy_(dlogits_CV)
+        out_CV.copy_(dlogits_CV)
 
 
 class CrossEntropyRows:
     """Cross-entropy of the student against labels."""
 
     def __init__(self, student: StudentSide, labels_R: Tensor, *, tile_CV: Tensor) -> None:
-        """`tile_CV` has the most rows that a call may bring, and the dtype to compute in; it becomes scratch."""
-        self._cross_entropy_R = tile_CV.new_empty(len(labels_R))
+        """`tile_CV` has the most rows that a tile may have and the dtype to compute in; it becomes scratch."""
         self._student = student
         self._labels_R = labels_R
-        self._scratch_CV = tile_CV
+        self._scratch = tile_CV, torch.empty_like(tile_CV)
+        self._cross_entropy = [tile_CV.new_empty(0, 1)]
 
-    def __call__(self, rows: slice, products: list[Tensor], gradient_CV: Tensor | None) -> None:
-        (product_CV,) = products
+    def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
+        """Products are the student's."""
+        (logits_CV,) = products
+        _become_logits(logits_CV, self._student.head)
+        log_q_CV, spare_CV = _cut(self._scratch, len(logits_CV))
+        torch.log_softmax(logits_CV, -1, out=log_q_CV)
         label_C1 = self._labels_R[rows, None]
-        logits_CV = _logits(product_CV, self._student.head)
-        log_q_CV = torch.log_softmax(logits_CV, -1, out=self._scratch_CV[: len(logits_CV)])
-        self._cross_entropy_R[rows] = _cross_entropy(log_q_CV, label_C1)
+        self._cross_entropy.append(-log_q_CV.gather(-1, label_C1))
         if gradient_CV is not None:
             dlogits_CV = _subtract_at(log_q_CV.exp_(), label_C1, 1.0)  # q - onehot
-            self._student.store_gradient(rows, dlogits_CV, logits_CV, gradient_CV)
+            self._student.store_gradient(rows, dlogits_CV, logits_CV, spare_CV=spare_CV, out_CV=gradient_CV)
+
+    def end_block(self, products: Sequence[Tensor]) -> None:
+        """Nothing is left to do."""
 
     def values(self) -> RowValues:
         """Cross-entropy alone."""
-        values_R = self._cross_entropy_R
+        cross_entropy_R = torch.cat(self._cross_entropy)[:, 0]
         return RowValues(
-            loss_R=values_R,
-            divergence_R=values_R.new_empty(0),
-            cross_entropy_R=values_R,
-            top1_agreement_R=values_R.new_empty(0),
+            loss_R=cross_entropy_R,
+            divergence_R=cross_entropy_R.new_empty(0),
+            cross_entropy_R=cross_entropy_R,
+            top1_agreement_R=cross_entropy_R.new_empty(0),
         )
 
 
@@ -105,51 +120,54 @@ class DivergenceRows:
     """A divergence of the student from the teacher, with cross-entropy against labels mixed in."""
 
     def __init__(
-        self,
-        student: StudentSide,
-        teacher_head: OutputHead,
-        mix: Mix,
-        labels_R: Tensor | None,
-        *,
-        num_rows: int,
-        tile_CV: Tensor,
+        self, student: StudentSide, teacher_head: OutputHead, mix: Mix, labels_R: Tensor | None, *, tile_CV: Tensor
     ) -> None:
-        """`tile_CV` has the most rows that a call may bring, and the dtype to compute in; it becomes scratch."""
-        self._divergence_R = tile_CV.new_empty(num_rows)
-        self._cross_entropy_R = tile_CV.new_empty(0 if labels_R is None else num_rows)
-        self._top1_agreement_R = tile_CV.new_empty(num_rows)
+        """`tile_CV` has the most rows that a tile may have and the dtype to compute in; it becomes scratch."""
         self._student = student
         self._teacher_head = teacher_head
         self._mix = mix
         self._labels_R = labels_R
         self._scratch = tile_CV, torch.empty_like(tile_CV), torch.empty_like(tile_CV)
+        self._top1 = Top1Agreement(tile_CV)
+        self._divergence = [tile_CV.new_empty(0)]
+        self._cross_entropy = [tile_CV.new_empty(0, 1)]
 
-    def __call__(self, rows: slice, products: list[Tensor], gradient_CV: Tensor | None) -> None:
-        log_q_CV, log_p_CV, q_CV = (scratch_CV[: rows.stop - rows.start] for scratch_CV in self._scratch)
-        logits_CV = _logits(products[0], self._student.head)
+    def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
+        """Products are the student's, then the teacher's."""
+        logits_CV, teacher_logits_CV = products
+        _become_logits(logits_CV, self._student.head)
+        _become_logits(teacher_logits_CV, self._teacher_head)
+        self._top1.tile(logits_CV, teacher_logits_CV)
+        log_q_CV, log_p_CV, q_CV = _cut(self._scratch, len(logits_CV))
         self._log_softmax(logits_CV, spare_CV=q_CV, out=log_q_CV)
-        self._log_softmax(_logits(products[1], self._teacher_head), spare_CV=q_CV, out=log_p_CV)
-        self._top1_agreement_R[rows] = _top1_agreement(log_q_CV, log_p_CV)
+        self._log_softmax(teacher_logits_CV, spare_CV=q_CV, out=log_p_CV)
         if self._labels_R is not None and self._mix.temperature == 1:
-            self._cross_entropy_R[rows] = _cross_entropy(log_q_CV, self._labels_R[rows, None])
+            self._cross_entropy.append(-log_q_CV.gather(-1, self._labels_R[rows, None]))
         torch.exp(log_q_CV, out=q_CV)  # before the divergence, which may overwrite log q
-        self._divergence_R[rows], h_CV = self._mix.divergence(log_q_CV, log_p_CV)
+        divergence_C, h_CV = self._mix.divergence(log_q_CV, log_p_CV)
+        self._divergence.append(divergence_C)
         dlogits_CV = self._dlogits(h_CV, q_CV)
         if self._labels_R is not None:
-            self._mix_in_labels(rows, self._labels_R[rows, None], logits_CV, dlogits_CV, spare_CV=log_q_CV)
+            self._mix_in_labels(self._labels_R[rows, None], logits_CV, dlogits_CV, spare_CV=log_q_CV)
         if gradient_CV is not None:
-            self._student.store_gradient(rows, dlogits_CV, logits_CV, gradient_CV)
+            self._student.store_gradient(rows, dlogits_CV, logits_CV, spare_CV=log_q_CV, out_CV=gradient_CV)
+
+    def end_block(self, products: Sequence[Tensor]) -> None:
+        """Compare the two models' favourites."""
+        self._top1.end_block(*products)
 
     def values(self) -> RowValues:
         """The divergence, mixed with cross-entropy where there are labels."""
-        loss_R = self._divergence_R * self._mix.kd_weight
+        divergence_R = torch.cat(self._divergence)
+        cross_entropy_R = torch.cat(self._cross_entropy)[:, 0]
+        loss_R = divergence_R * self._mix.kd_weight
         if self._labels_R is not None:
-            loss_R += self._cross_entropy_R * self._mix.ce_weight
+            loss_R += cross_entropy_R * self._mix.ce_weight
         return RowValues(
             loss_R=loss_R,
-            divergence_R=self._divergence_R,
-            cross_entropy_R=self._cross_entropy_R,
-            top1_agreement_R=self._top1_agreement_R,
+            divergence_R=divergence_R,
+            cross_entropy_R=cross_entropy_R,
+            top1_agreement_R=self._top1.values_R(),
         )
 
     def _log_softmax(self, logits_CV: Tensor, *, spare_CV: Tensor, out: Tensor) -> None:
@@ -161,55 +179,73 @@ class DivergenceRows:
         """In place of q: kd_weight * (h - q sum(h)) / temperature, and q's share of cross-entropy where q is it."""
         mix = self._mix
         weight = mix.kd_weight / mix.temperature
-        factor_C1 = h_CV.sum(-1, keepdim=True) * weight
-        if mix.temperature == 1:
-            factor_C1 -= mix.ce_weight
+        factor_C1 = h_CV.sum(-1, keepdim=True)
         if weight != 1:
             h_CV = h_CV * weight
+            factor_C1 *= weight
+        if mix.temperature == 1 and mix.ce_weight != 0:
+            factor_C1 -= mix.ce_weight
         return torch.addcmul(h_CV, q_CV, factor_C1, value=-1, out=q_CV)
 
-    def _mix_in_labels(
-        self, rows: slice, label_C1: Tensor, logits_CV: Tensor, dlogits_CV: Tensor, *, spare_CV: Tensor
-    ) -> None:
+    def _mix_in_labels(self, label_C1: Tensor, logits_CV: Tensor, dlogits_CV: Tensor, *, spare_CV: Tensor) -> None:
         """Add the rest of cross-entropy, which knows no temperature."""
         if self._mix.temperature != 1:
             log_q_CV = torch.log_softmax(logits_CV, -1, out=spare_CV)
-            self._cross_entropy_R[rows] = _cross_entropy(log_q_CV, label_C1)
-            dlogits_CV.add_(log_q_CV.exp_(), alpha=self._mix.ce_weight)
-        _subtract_at(dlogits_CV, label_C1, self._mix.ce_weight)
+            self._cross_entropy.append(-log_q_CV.gather(-1, label_C1))
+            if self._mix.ce_weight != 0:
+                dlogits_CV.add_(log_q_CV.exp_(), alpha=self._mix.ce_weight)
+        if self._mix.ce_weight != 0:
+            _subtract_at(dlogits_CV, label_C1, self._mix.ce_weight)
 
 
-def _logits(product_CV: Tensor, head: OutputHead) -> Tensor:
-    """The head's logits, in place of the product."""
+class Top1Agreement:
+    """Whether the teacher's favourite token is the student's too, or one of several that tie.
+
+    A tile only notes maxima, which is cheap while it is in the cache: the student's, and the teacher's
+    in each of V / width runs of tokens. (amax is vectorised on a CPU; argmax is not and takes ten times as long.)
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        """`like` has V columns and the dtype of the logits."""
+        self._width = gcd(like.shape[1], 128)
+        self._student_max: list[Tensor] = []
+        self._teacher_run_max: list[Tensor] = []
+        self._agreement = [like.new_empty(0, 1)]
+
+    def tile(self, student_CV: Tensor, teacher_CV: Tensor) -> None:
+        """Note what is needed of a tile."""
+        self._student_max.append(student_CV.amax(-1, keepdim=True))
+        self._teacher_run_max.append(teacher_CV.view(len(teacher_CV), -1, self._width).amax(-1))
+
+    def end_block(self, student_BV: Tensor, teacher_BV: Tensor) -> None:
+        """Compare, for the tiles since the last call."""
+        run_B1 = torch.cat(self._teacher_run_max).argmax(-1, keepdim=True)
+        tokens_BW = run_B1 * self._width + torch.arange(self._width, device=run_B1.device)
+        best_B1 = tokens_BW.gather(-1, teacher_BV.gather(-1, tokens_BW).argmax(-1, keepdim=True))
+        self._agreement.append((student_BV.gather(-1, best_B1) == torch.cat(self._student_max)).to(student_BV.dtype))
+        self._student_max.clear()
+        self._teacher_run_max.clear()
+
+    def values_R(self) -> Tensor:
+        """[R] 1 or 0."""
+        return torch.cat(self._agreement)[:, 0]
+
+
+def _become_logits(product_CV: Tensor, head: OutputHead) -> None:
+    """What the head does after its product with the hidden states, in place."""
     if head.bias_V is not None:
         product_CV.add_(head.bias_V)
     if head.logit_softcap is not None:
-        return product_CV.mul_(head.logit_scale / head.logit_softcap).tanh_().mul_(head.logit_softcap)
-    return product_CV if head.logit_scale == 1 else product_CV.mul_(head.logit_scale)
+        product_CV.mul_(head.logit_scale / head.logit_softcap).tanh_().mul_(head.logit_softcap)
+    elif head.logit_scale != 1:
+        product_CV.mul_(head.logit_scale)
 
 
-def _cross_entropy(log_q_CV: Tensor, label_C1: Tensor) -> Tensor:
-    return -log_q_CV.gather(-1, label_C1)[:, 0]
+def _cut(scratch: tuple[Tensor, ...], num_rows: int) -> tuple[Tensor, ...]:
+    """The first `num_rows` of each."""
+    return scratch if len(scratch[0]) == num_rows else tuple(tile_CV[:num_rows] for tile_CV in scratch)
 
 
 def _subtract_at(matrix_CV: Tensor, column_C1: Tensor, amount: float) -> Tensor:
     """`matrix_CV` less `amount` at one column per row, in place."""
     return matrix_CV.scatter_add_(-1, column_C1, torch.full_like(column_C1, -amount, dtype=matrix_CV.dtype))
-
-
-def _top1_agreement(log_q_CV: Tensor, log_p_CV: Tensor) -> Tensor:
-    """1 where the teacher's favourite is the student's too, or one of several that tie."""
-    return log_q_CV.gather(-1, _argmax(log_p_CV))[:, 0] == log_q_CV.amax(-1)
-
-
-def _argmax(matrix_CV: Tensor) -> Tensor:
-    """[C, 1]: the first column that holds the row's maximum.
-
-    By blocks where V allows: amax is vectorised on a CPU, argmax is not and takes ten times as long.
-    """
-    num_rows, width = matrix_CV.shape
-    block = gcd(width, 128)
-    blocks_CKB = matrix_CV.view(num_rows, width // block, block)
-    best_C1 = blocks_CKB.amax(-1).argmax(-1, keepdim=True)
-    inside_CB = blocks_CKB.gather(1, best_C1[..., None].expand(-1, -1, block))[:, 0]
-    return best_C1 * block + inside_CB.argmax(-1, keepdim=True)
