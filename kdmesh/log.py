@@ -84,11 +84,12 @@ class _ConsoleHandler(logging.Handler):
         from rich.text import Text
 
         style = next(style for level, style in self._STYLES if record.levelno >= level)
-        line = Text(time.strftime("%H:%M:%S ", time.localtime(record.created)), style="dim")
+        line = Text()
+        line.append(time.strftime("%H:%M:%S ", time.localtime(record.created)), style="dim")
         line.append(record.getMessage(), style=style)
         for name, value in _fields(record).items():
             line.append(f"  {name}=", style="dim")
-            line.append(f"{value:.4g}" if isinstance(value, float) else str(value))
+            line.append(_short(value) if isinstance(value, float) else str(value))
         if record.exc_info:
             line.append("\n" + logging.Formatter().formatException(record.exc_info))
         console().print(line)
@@ -96,6 +97,10 @@ class _ConsoleHandler(logging.Handler):
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     return {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def _plain(value: object) -> object:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from kdmesh.demo.outcome import Outcome
 from kdmesh.demo.record import Record
@@ -75,8 +76,8 @@ def draw_all(outcome: Outcome) -> list[Chart]:
         ),
         Chart(
             name="loss",
-            title="What each run minimises, nats per token: SFT the cross-entropy, KD the divergence",
-            svg=_draw("loss", [_loss("SFT", "sft", sft), _loss("KD", "kd", kd)]),
+            title="Cross-entropy of the training docstrings, nats per token",
+            svg=_draw("loss", [_cross_entropy("SFT", "sft", sft), _cross_entropy("KD", "kd", kd)]),
         ),
         Chart(
             name="speed",
@@ -98,9 +99,9 @@ def _perplexity(label: str, style: str, record: Record) -> Curve:
     )
 
 
-def _loss(label: str, style: str, record: Record) -> Curve:
-    steps = record.steps
-    return Curve(label=label, style=style, x=[s.step + 1 for s in steps], y=[s.loss_nats_per_token for s in steps])
+def _cross_entropy(label: str, style: str, record: Record) -> Curve:
+    points = [(s.step + 1, s.cross_entropy_nats_per_token) for s in record.steps if s.cross_entropy_nats_per_token]
+    return Curve(label=label, style=style, x=[x for x, _ in points], y=[y for _, y in points])
 
 
 def _speed(label: str, style: str, record: Record) -> Curve:
@@ -123,12 +124,7 @@ def _draw(name: str, curves: Sequence[Curve], *, is_log: bool = False, starts_at
                 marker="o" if curve.is_marked else None,
                 markersize=3.5,
             )
-        if is_log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        if starts_at_zero:
-            axes.set_ylim(bottom=0)
+        _scale(axes, is_log=is_log, starts_at_zero=starts_at_zero)
         axes.set_xlabel("step", color=_STYLES["soft"])
         axes.tick_params(which="both", colors=_STYLES["soft"], length=0)
         axes.grid(color=_STYLES["grid"], linewidth=0.8)
@@ -141,6 +137,17 @@ def _draw(name: str, curves: Sequence[Curve], *, is_log: bool = False, starts_at
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     return _embeddable(name, drawn.getvalue())
+
+
+def _scale(axes: Axes, *, is_log: bool, starts_at_zero: bool) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if is_log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    if starts_at_zero:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def _embeddable(name: str, svg: str) -> str:

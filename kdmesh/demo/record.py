@@ -18,6 +18,7 @@ class Step:
     step: int
     time: float  # Unix seconds, when it was done
     loss_nats_per_token: float
+    cross_entropy_nats_per_token: float | None
     num_tokens: int
     step_s: float
     teacher_wait_s: float

@@ -46,15 +46,19 @@ def write_report(outcome: Outcome, plan: Plan, corpus: Corpus, *, config: Path) 
 
 
 def _story(outcome: Outcome, plan: Plan, corpus: Corpus) -> str:
-    teacher = plan.teacher.num_parameters(plan.vocabulary_size) / 1e6
-    student = plan.student.num_parameters(plan.vocabulary_size) / 1e6
+    teacher = _millions(plan.teacher.num_parameters(plan.vocabulary_size))
+    student = _millions(plan.student.num_parameters(plan.vocabulary_size))
     return (
-        f"A teacher of {teacher:.1f}M parameters learnt to write docstrings from {len(corpus.train):,} functions of "
-        f"Python {platform.python_version()}'s standard library. Two students of {student:.1f}M then started from the "
+        f"A teacher of {teacher} parameters learnt to write docstrings from {len(corpus.train):,} functions of "
+        f"Python {platform.python_version()}'s standard library. Two students of {student} then started from the "
         f"same random weights and saw the same {outcome.kd.done} batches: one learnt the docstrings themselves (SFT), "
         "one the distribution that the teacher's server gave for each of their tokens (KD). They are judged on "
         f"{plan.held_out_sequences} functions of modules that nobody was trained on."
     )
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number / 1e3:.0f} thousand"
 
 
 def _tiles(outcome: Outcome) -> list[tuple[str, str]]:

@@ -90,6 +90,7 @@ class TerminalProgress:
         """Draw the line."""
         self._pace.start(first_step, steps)
         self._line.update(self._task, total=steps, completed=first_step)
+        self._line.start_task(self._task)
         self._line.start()
 
     def phase(self, name: str) -> None:

@@ -1,0 +1,100 @@
+"""Runs the demo through the command line, with real services: slow, by name only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from kdmesh.demo.corpus import build_corpus
+from kdmesh.demo.plan import BRIEF, STANDARD
+from kdmesh.demo.record import read_record
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS = BRIEF.student_training.steps
+
+
+def start(directory: Path, *options: str) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-c", "from kdmesh.cli import main; main()", "demo", "--brief", *options]
+    return subprocess.Popen(
+        argv, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def last_line(process: subprocess.Popen[str]) -> dict[str, Any]:
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    figures: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    return figures
+
+
+def steps_done(run: Path) -> int:
+    return read_record(run / "metrics.jsonl").done
+
+
+def ours() -> list[int]:
+    """Services and trainers that descend from this test."""
+    return [child.pid for child in psutil.Process().children(recursive=True)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+def test_the_demo_tells_its_story_and_ends_with_one_json_object(directory: Path) -> None:
+    figures = last_line(start(directory))
+    assert {"kl_initial", "kl_sft", "kl_kd", "tokens_per_second", "teacher_wait_fraction"} <= figures.keys()
+    assert 0 < figures["kl_kd"] < figures["kl_initial"]
+    assert figures["handle_door"] == "shm"
+    assert not figures["is_teacher_cached"]
+    assert (directory / figures["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert (directory / "runs/demo/kd/final/model.safetensors").is_file()
+    assert ours() == []
+
+
+def test_a_second_demo_finds_everything_done(directory: Path) -> None:
+    begin = time.monotonic()
+    figures = last_line(start(directory))
+    assert figures["is_teacher_cached"]
+    assert time.monotonic() - begin < 60
+    assert [path.name for path in (directory / ".cache").iterdir()] == [next((directory / ".cache").iterdir()).name]
+
+
+def test_an_interrupted_demo_leaves_no_process_and_continues(directory: Path) -> None:
+    uninterrupted = last_line(start(directory))
+    process = start(directory, "--output", "again")
+    while steps_done(directory / "again/sft") == 0:
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in stderr
+    assert not [pid for pid in children if psutil.pid_exists(pid)]
+
+    figures = last_line(start(directory, "--output", "again"))
+    for student in ("sft", "kd"):
+        lines = (directory / "again" / student / "metrics.jsonl").read_text().splitlines()
+        kinds = Counter((row["kind"], row["step"]) for row in map(json.loads, lines))
+        assert set(kinds.values()) == {1}
+        assert {step for kind, step in kinds if kind == "step"} == set(range(STEPS))
+    assert figures["kl_kd"] == uninterrupted["kl_kd"]
+    assert figures["kl_sft"] == uninterrupted["kl_sft"]
+
+
+def test_this_machines_library_is_large_enough() -> None:
+    corpus = build_corpus(STANDARD.corpus)
+    assert len(corpus.train) > 1000
+    assert len(corpus.held_out) > STANDARD.held_out_sequences
