@@ -12,6 +12,7 @@ from typing import Any
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
+from kdmesh_teacher.engine import Engine
 from kdmesh_teacher.engine_thread import EngineThread
 from kdmesh_teacher.lifecycle import Addresses, serve
 from tests.support.teacher_engines import ControlledEngine
@@ -63,10 +64,22 @@ async def running_teacher(
     """
     config = teacher_config(**sections)
     assert isinstance(config.engine, FakeEngine)
-    engine, thread, stop = ControlledEngine(config.engine), EngineThread(), asyncio.Event()
+    engine = ControlledEngine(config.engine)
     if held:
         engine.hold()
-    loop = asyncio.get_running_loop()
+    async with served(config, engine, directory, wait_ready=wait_ready) as (addresses, stop, ended):
+        try:
+            yield RunningTeacher(addresses=addresses, engine=engine, stop=stop, ended=ended)
+        finally:
+            engine.let_go()
+
+
+@contextlib.asynccontextmanager
+async def served(
+    config: TeacherConfig, engine: Engine, directory: Path, *, wait_ready: bool = True
+) -> AsyncIterator[tuple[Addresses, asyncio.Event, asyncio.Task[None]]]:
+    """Any engine behind a server: where it listens, what stops it, and its end."""
+    thread, stop, loop = EngineThread(), asyncio.Event(), asyncio.get_running_loop()
     listening: asyncio.Future[Addresses] = loop.create_future()
     ready: asyncio.Future[Addresses] = loop.create_future()
     ended = asyncio.create_task(
@@ -84,9 +97,8 @@ async def running_teacher(
         await asyncio.wait((ended, ready if wait_ready else listening), return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
             ended.result()
-        yield RunningTeacher(addresses=listening.result(), engine=engine, stop=stop, ended=ended)
+        yield listening.result(), stop, ended
     finally:
         stop.set()
-        engine.let_go()
         await asyncio.wait((ended,))
         await asyncio.to_thread(thread.close, 5)

@@ -1,0 +1,112 @@
+"""Rows and heads that come through the service give Hugging Face's own hidden states and logits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kdmesh.rpc.doors import DoorChoice
+from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.types import TokenSequence
+from kdmesh_teacher.build import build_engine
+from kdmesh_teacher.config import TeacherConfig
+from tests.support.sequences import random_sequences
+from tests.support.teacher_server import served
+from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
+
+LENGTHS = (33, 2, 70, 7, 20)
+
+
+def asked() -> list[TokenSequence]:
+    return random_sequences(LENGTHS, vocabulary_size=VOCABULARY_SIZE, seed=0)
+
+
+@asynccontextmanager
+async def connected(model: Path, directory: Path, door: DoorChoice, **engine: Any) -> AsyncIterator[TeacherClient]:
+    config = TeacherConfig.model_validate(
+        {
+            "engine": {"kind": "transformers", "model": str(model), "device": "cpu", "max_batch_tokens": 256} | engine,
+            "server": {"port": 0, "rest_port": 0},
+            "slab": {"slots": 8, "slot_mib": 0.25},
+        }
+    )
+    async with served(config, build_engine(config.engine), directory) as (addresses, _, _):
+        client = await TeacherClient.connect(addresses.grpc, job="test", door=door)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+
+def hugging_face(path: Path, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
+    """[R, D] last hidden states after the final norm, and [R, V] logits."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="eager").eval()
+    hidden, logits = [], []
+    with torch.no_grad():
+        for sequence in sequences:
+            ids_1T = torch.from_numpy(sequence.token_ids).long()[None]
+            out = model(input_ids=ids_1T, output_hidden_states=True)
+            positions_R = torch.from_numpy(sequence.positions).long()
+            hidden.append(out.hidden_states[-1][0][positions_R])
+            logits.append(out.logits[0][positions_R])
+    return torch.cat(hidden), torch.cat(logits)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("door", ["shm", "stream"])
+async def test_rows_equal_hugging_face_together_and_alone(
+    tiny_models: TinyModels, tmp_path: Path, door: DoorChoice
+) -> None:
+    path = tiny_models.path("qwen3")
+    expected_RD, _ = hugging_face(path, asked())
+    async with connected(path, tmp_path, door) as client:
+        together = await client.prefill(asked(), Deadline.after(20))
+        assert relative_error(together.rows_RD, expected_RD) < 1e-5
+        alone = await asyncio.gather(*(client.prefill([s], Deadline.after(20)) for s in asked()))
+        assert relative_error(torch.cat([rows.rows_RD for rows in alone]), expected_RD) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "cohere", "granite", "phi"])
+async def test_logits_from_rows_and_head_are_the_models_own(
+    tiny_models: TinyModels, tmp_path: Path, family: str
+) -> None:
+    path = tiny_models.path(family)
+    _, expected_RV = hugging_face(path, asked())
+    async with connected(path, tmp_path, "shm") as client:
+        rows = await client.prefill(asked(), Deadline.after(20))
+        head, _ = await client.head()
+        logits_RV = head.sliced(client.model.head.vocabulary_size).logits(rows.rows_RD)
+        assert relative_error(logits_RV, expected_RV[:, : client.model.head.vocabulary_size]) < 1e-5
+
+
+async def test_deterministic_rows_do_not_depend_on_what_else_is_served(tiny_models: TinyModels, tmp_path: Path) -> None:
+    path = tiny_models.path("qwen3")
+    async with connected(path, tmp_path, "stream", deterministic=True) as client:
+        assert client.model.is_deterministic
+        quiet = await client.prefill(asked(), Deadline.after(20))
+        others = random_sequences([11, 60, 5, 44] * 5, vocabulary_size=VOCABULARY_SIZE, seed=9)
+        busy, *_ = await asyncio.gather(
+            client.prefill(asked(), Deadline.after(20)),
+            *(client.prefill([other], Deadline.after(20)) for other in others),
+        )
+        assert torch.equal(busy.rows_RD, quiet.rows_RD)
+
+
+async def test_bfloat16_model_answers_bfloat16(tiny_models: TinyModels, tmp_path: Path) -> None:
+    path = tiny_models.path("qwen3", dtype=torch.bfloat16)
+    async with connected(path, tmp_path, "shm") as client:
+        rows = await client.prefill(asked(), Deadline.after(20))
+        head, _ = await client.head()
+        assert rows.rows_RD.dtype is head.weight_VD.dtype is torch.bfloat16
