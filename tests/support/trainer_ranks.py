@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -39,7 +39,7 @@ class Outcome:
     errors: str
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], *, within_s: float = 100) -> list[Outcome]:
+def finish(processes: Iterable[subprocess.Popen[str]], *, within_s: float = 100) -> list[Outcome]:
     """Waits for every rank; kills those that take longer."""
     outcomes = []
     for process in processes:

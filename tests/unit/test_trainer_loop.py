@@ -103,7 +103,7 @@ def test_a_run_restores_trains_saves_judges_and_exports_in_this_order() -> None:
         *("restore", "source at 0", "start 0"),
         *("<evaluate", "evaluate", "evaluate>", "scores 0"),
         *("<batch", "batch>", "<update", "update 0", "update>", "report 0"),
-        *("<batch", "batch>", "<update", "update 1", "update>", "<checkpoint", "save 2", "checkpoint>", "report 1"),
+        *("<batch", "batch>", "<update", "update 1", "update>", "report 1", "<checkpoint", "save 2", "checkpoint>"),
         *("<evaluate", "evaluate", "evaluate>", "scores 2"),
         *("<export", "export", "export>"),
     ]
@@ -122,7 +122,7 @@ def test_evaluations_and_checkpoints_come_when_they_are_due() -> None:
 def test_a_stop_ends_after_the_current_step_with_a_checkpoint() -> None:
     recorder = Recorder(stop_after=2)
     assert run(recorder.parts(), schedule(5, evaluate_every=2)) == 2
-    assert recorder.without_phases()[-3:] == ["update 1", "save 2", "report 1"]
+    assert recorder.without_phases()[-3:] == ["update 1", "report 1", "save 2"]
 
 
 def test_a_stop_during_the_last_step_changes_nothing() -> None:
@@ -136,7 +136,7 @@ def test_a_continued_run_starts_where_the_checkpoint_says() -> None:
     assert run(recorder.parts(has_held_out=False), schedule(5)) == 5
     assert recorder.without_phases() == [
         *("restore", "source at 3", "start 3"),
-        *("update 3", "report 3", "update 4", "save 5", "report 4", "export"),
+        *("update 3", "report 3", "update 4", "report 4", "save 5", "export"),
     ]
 
 

@@ -17,7 +17,7 @@ from kdmesh_trainer.config import TrainerConfig
 if TYPE_CHECKING:
     from kdmesh_trainer.mesh import Mesh
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("kdmesh_trainer")  # not __name__, which is "__main__" here
 
 _REFUSED = 2
 _INTERRUPTED = 130

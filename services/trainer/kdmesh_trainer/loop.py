@@ -119,12 +119,13 @@ def run(parts: Parts, schedule: Schedule) -> int:
             batch = parts.source.next_batch()
         with parts.telemetry.phase("update"):
             stats = parts.stepper.update(batch)
+        # Before the checkpoint: a run that dies in between must find this step either to do or on record.
+        parts.telemetry.report(step, stats)
         done = step + 1
         is_stopping = parts.stop.is_wanted()
         if is_stopping or schedule.saves_at(done):
             with parts.telemetry.phase("checkpoint"):
                 parts.checkpoints.save(next_step=done)
-        parts.telemetry.report(step, stats)
         if is_stopping and done < schedule.steps:
             return done
     _evaluate_if_due(parts, schedule, done=schedule.steps)

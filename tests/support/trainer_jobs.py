@@ -1,0 +1,103 @@
+"""Whole training jobs on this machine: a teacher server, ranks, and what they leave on disk."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.support.teacher_process import await_ready, started
+from tests.support.trainer_ranks import Outcome, finish, start_ranks
+
+_WORDS = ("the", "quick", "brown fox", "jumps", "over", "lazy", "dog and", "returns", "a value", "when", "it is asked")
+
+
+def write_chats(path: Path, count: int, *, seed: int) -> Path:
+    """A JSONL file of `count` short chats."""
+    words = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        question, answer = (" ".join(words.choices(_WORDS, k=words.randint(1, most))) for most in (8, 12))
+        lines.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def write_config(directory: Path, *, student: Path, teacher: str | None, steps: int, **sections: Any) -> Path:
+    """A small job in `directory`; its output is `directory`/run. `sections` replace whole sections."""
+    tree: dict[str, Any] = {
+        "output": str(directory / "run"),
+        "student": {"model": str(student), "device": "cpu"},
+        "data": {
+            "train": {"format": "chat", "path": str(write_chats(directory / "train.jsonl", 30, seed=1))},
+            "held_out": {"format": "chat", "path": str(write_chats(directory / "held_out.jsonl", 5, seed=2))},
+            "max_tokens": 128,
+        },
+        "batch": {"sequences": 4, "max_tokens": 192},
+        "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
+        "steps": steps,
+        "trackers": [],
+        **({} if teacher is None else {"teacher": {"addresses": [teacher], "prefetch": 2}}),
+    }
+    path = directory / "train.yaml"
+    path.write_text(yaml.safe_dump(tree | sections), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def started_job(config: Path, *overrides: str, ranks: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """The ranks of a job, killed on exit if they still run."""
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    processes = start_ranks(["-m", "kdmesh_trainer", str(config), *sets], ranks=ranks)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+        finish(process for process in processes if not process.stderr.closed)
+
+
+def run_job(config: Path, *overrides: str, ranks: int = 1) -> list[Outcome]:
+    """How every rank of a job ended."""
+    with started_job(config, *overrides, ranks=ranks) as processes:
+        return finish(processes)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss by step, of a run's record."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    by_step = {line["step"]: line["loss_nats_per_token"] for line in steps}
+    assert len(by_step) == len(steps), "a step is recorded twice"
+    return by_step
+
+
+def evaluations(run: Path) -> dict[int, dict[str, Any]]:
+    """Scores by the number of steps done, of a run's record."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["kind"] == "evaluation"}
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of the complete checkpoints; fails when anything else lies beside them."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+
+
+@contextmanager
+def serving_teacher(directory: Path, model: Path) -> Iterator[str]:
+    """The host:port of a deterministic teacher server in a process of its own, which ends with the context."""
+    config = directory / "teacher.yaml"
+    tree = {
+        "engine": {"kind": "transformers", "model": str(model), "deterministic": True, "device": "cpu", "threads": 1},
+        "server": {"port": 0, "rest_port": 0, "drain_s": 5},
+        "slab": {"slots": 8, "slot_mib": 0.25, "slots_per_session": 4},
+    }
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with started(directory, "-m", "kdmesh_teacher", str(config)) as process:
+        yield await_ready(process).grpc
