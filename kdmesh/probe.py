@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from kdmesh.errors import ConfigError, ModelMismatch
 from kdmesh.models.directory import check_model_directory
@@ -78,6 +79,7 @@ def compare(address: str, model: Path, prompts: Sequence[str], *, bound: float |
         ModelMismatch: the service's tokenizer or vocabulary is another.
         RpcError: the service does not answer.
     """
+    transformers_logging.disable_progress_bar()
     check_model_directory(model, needs_weights=True)
     tokenizer = load_tokenizer(model)
     if tokenizer is None:

@@ -1,0 +1,155 @@
+"""Runs the commands against real services: a probe that passes or fails, two trainers, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+
+from kdmesh import cli, config, jobs, local, probe
+from kdmesh_teacher.config import TeacherConfig
+from tests.support.tiny_models import TinyModels
+
+KDMESH = (sys.executable, "-c", "from kdmesh.cli import main; main()")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[torch.dtype, str]]:
+    """The address of a teacher server for each element type."""
+    directory = tmp_path_factory.mktemp("served")
+    addresses = {}
+    with local.Processes() as processes:
+        for dtype in DTYPES:
+            path = teacher_yaml(directory / f"{dtype}.yaml", tiny_models.path(seed=1, dtype=dtype))
+            command = jobs.teacher_command(path, config.load(TeacherConfig, path), threads=1, on_line=lambda line: None)
+            addresses[dtype] = jobs.serve_teacher(processes, command)
+        yield addresses
+
+
+def teacher_yaml(path: Path, model: Path) -> Path:
+    tree = {
+        "engine": {"kind": "transformers", "model": str(model), "device": "cpu"},
+        "server": {"drain_s": 2},
+        "slab": {"slots": 8, "slot_mib": 0.25},
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def trainer_yaml(directory: Path, model: Path, *, steps: int) -> Path:
+    """A trainer of two ranks with its data beside it."""
+    chat = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it is said"}]
+    (directory / "train.jsonl").write_text(8 * (json.dumps({"messages": chat}) + "\n"))
+    tree = {
+        "output": str(directory / "run"),
+        "steps": steps,
+        "ranks": 2,
+        "student": {"model": str(model), "device": "cpu"},
+        "teacher": {"addresses": []},
+        "data": {"train": {"format": "chat", "path": str(directory / "train.jsonl")}, "max_tokens": 64},
+        "batch": {"sequences": 4, "max_tokens": 128},
+    }
+    path = directory / "train.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run_probe(address: str, model: Path, *options: str) -> Result:
+    return CliRunner().invoke(cli.main, ["probe", "--teacher", address, "--model", str(model), *options])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("door", ["shm", "stream"])
+def test_a_probe_of_the_same_model_passes(
+    dtype: torch.dtype, door: str, served: dict[torch.dtype, str], tiny_models: TinyModels
+) -> None:
+    result = run_probe(served[dtype], tiny_models.path(seed=1, dtype=dtype), "--door", door)
+    assert result.exit_code == 0, result.output
+    sentence, verdict = result.stdout.splitlines()
+    assert sentence.startswith("PASS")
+    figures = json.loads(verdict)
+    assert figures["door"] == door
+    assert figures["max_difference_nats"] <= figures["bound_nats"]
+    assert figures["num_positions"] > 50
+
+
+def test_a_probe_of_other_weights_fails_with_the_figure(
+    served: dict[torch.dtype, str], tiny_models: TinyModels
+) -> None:
+    result = run_probe(served[torch.float32], tiny_models.path(seed=2))
+    assert result.exit_code == 1
+    sentence, verdict = result.stdout.splitlines()
+    assert sentence.startswith("FAIL")
+    assert json.loads(verdict)["max_difference_nats"] > 0.1
+
+
+def test_a_probe_can_be_made_stricter(served: dict[torch.dtype, str], tiny_models: TinyModels) -> None:
+    model = tiny_models.path(seed=1, dtype=torch.bfloat16)
+    assert run_probe(served[torch.bfloat16], model, "--bound", "1e-9").exit_code == 1
+
+
+def test_a_probe_takes_prompts_from_a_file(
+    served: dict[torch.dtype, str], tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("def one(): pass\n\nthe second prompt\n")
+    (tmp_path / "none.txt").write_text("\n")
+    address, model = served[torch.float32], tiny_models.path(seed=1)
+    assert run_probe(address, model, "--prompts", str(tmp_path / "prompts.txt")).exit_code == 0
+    empty = run_probe(address, model, "--prompts", str(tmp_path / "none.txt"))
+    assert empty.exit_code == 2
+    assert "has no prompt" in empty.output
+
+
+def test_a_probe_without_a_teacher_says_so(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_DEADLINE_S", 0.5)
+    result = run_probe("127.0.0.1:1", tiny_models.path(seed=1))
+    assert result.exit_code == 2
+    assert "no teacher" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_stopped_training_continues_and_leaves_nothing(tiny_models: TinyModels, tmp_path: Path) -> None:
+    teacher = teacher_yaml(tmp_path / "teacher.yaml", tiny_models.path(seed=1))
+    trainer = trainer_yaml(tmp_path, tiny_models.path(seed=3), steps=100_000)
+    argv = [*KDMESH, "train", str(trainer), "--serve", str(teacher), "--set", "trackers=[]"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if '"progress"' in line)
+        children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        assert len(children) == 3, line
+        os.kill(process.pid, signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert "the same command continues" in said
+    assert "Traceback" not in said
+    assert not [pid for pid in children if psutil.pid_exists(pid)]
+
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    done = [json.loads(text)["step"] for text in metrics.read_text().splitlines()]
+    again = subprocess.run([*argv, "--set", f"steps={len(done) + 2}"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert [json.loads(text)["step"] for text in metrics.read_text().splitlines()] == list(range(len(done) + 2))
+    assert (tmp_path / "run" / "final" / "config.json").is_file()
+
+
+def test_a_rank_that_refuses_its_data_ends_the_command_with_its_sentence(
+    served: dict[torch.dtype, str], tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    trainer = trainer_yaml(tmp_path, tiny_models.path(seed=3), steps=5)
+    (tmp_path / "train.jsonl").write_text('{"messages": [}\n')
+    address = f"teacher.addresses=['{served[torch.float32]}']"
+    done = subprocess.run([*KDMESH, "train", str(trainer), "--set", address], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "train.jsonl:1" in done.stderr
+    assert "Traceback" not in done.stderr
