@@ -1,0 +1,123 @@
+"""What a job is refused for: one sentence, exit code 2, before any step."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kdmesh import log
+from kdmesh_trainer import __main__ as trainer
+from tests.support.tiny_models import TinyModels, save_tokenizer
+from tests.support.trainer_jobs import run_job, serving_teacher, write_config
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving_teacher(tmp_path_factory.mktemp("teacher"), tiny_models.path("qwen3", seed=2)) as address:
+        yield address
+
+
+@pytest.fixture
+def student(tiny_models: TinyModels) -> Path:
+    return tiny_models.path("qwen3", seed=1)
+
+
+class Refusals:
+    """Runs a job in this process and returns the sentence it was refused with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def sentence(self, config: Path, *overrides: str) -> str:
+        argv = ["kdmesh_trainer", str(config), *(part for override in overrides for part in ("--set", override))]
+        self._monkeypatch.setattr("sys.argv", argv)
+        self._monkeypatch.setattr(log, "configure", lambda *_, **__: None)
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            trainer.main()
+        assert ended.value.code == 2
+        errors = self._capsys.readouterr().err
+        assert "Traceback" not in errors
+        return errors
+
+
+@pytest.fixture
+def refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusals:
+    return Refusals(monkeypatch, capsys)
+
+
+def test_a_bad_key_is_named(refusals: Refusals, student: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"})
+    assert "optimizer.learning_rat" in refusals.sentence(config, "optimizer.learning_rat=1")
+
+
+def test_distilling_needs_an_address(refusals: Refusals, student: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, student=student, teacher=None, steps=1)
+    assert "teacher.addresses is empty" in refusals.sentence(config, "teacher.prefetch=1")
+
+
+def test_a_teacher_that_is_not_there_is_waited_for_no_longer_than_its_deadline(
+    refusals: Refusals, student: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, student=student, teacher="127.0.0.1:9", steps=1)
+    assert "127.0.0.1:9" in refusals.sentence(config, "teacher.deadline_s=0.5")
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(
+    refusals: Refusals, student: Path, teacher: str, tmp_path: Path
+) -> None:
+    other = shutil.copytree(student, tmp_path / "other")
+    save_tokenizer(other, bos_token="<s>")
+    sentence = refusals.sentence(write_config(tmp_path, student=other, teacher=teacher, steps=1))
+    assert "has another tokenizer (fingerprint " in sentence
+    assert "than the student (fingerprint " in sentence
+
+
+def test_data_beyond_the_teachers_limits_is_refused(
+    refusals: Refusals, student: Path, teacher: str, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, student=student, teacher=teacher, steps=1)
+    text = " ".join(["many more words than the model has positions"] * 60)
+    chat = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(chat))
+    sentence = refusals.sentence(config, "data.max_tokens=4000", "batch.max_tokens=4000")
+    assert "dataset train has a sequence of" in sentence
+    assert "takes at most 256" in sentence
+
+
+def test_missing_data_is_refused(refusals: Refusals, student: Path, teacher: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, student=student, teacher=teacher, steps=1)
+    (tmp_path / "held_out.jsonl").unlink()
+    assert "held_out.jsonl" in refusals.sentence(config)
+
+
+def test_an_output_that_another_run_writes_to_is_refused(refusals: Refusals, student: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"})
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is writing to" in refusals.sentence(config)
+
+
+def test_a_run_cannot_go_on_as_another_one(refusals: Refusals, student: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"})
+    (outcome,) = run_job(config)
+    assert outcome.exit_code == 0, outcome.errors
+    sentence = refusals.sentence(config, "batch.sequences=5")
+    assert "batch.sequences is 5 now and was 4" in sentence
+
+
+def test_of_many_ranks_one_speaks(student: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"})
+    (tmp_path / "train.jsonl").write_text('{"messages": []}')
+    outcomes = run_job(config, ranks=2)
+    assert [outcome.exit_code for outcome in outcomes] == [2, 2]
+    spoken = "".join(outcome.errors for outcome in outcomes)
+    assert "Traceback" not in spoken
+    assert spoken.count("train.jsonl:1") == 1
