@@ -50,7 +50,8 @@ class GradientStepper:
             NotFinite: the loss or its gradient is not finite; every rank raises it.
             ModelMismatch: the teacher's rows are not all of one weight version.
             RpcError: rows of the teacher did not come.
-            After any of these the student is as it was before.
+
+            After any of these the weights are as they were before, and the run is over.
         """
         tally = self.accumulate(batch)
         norm = _gradient_norm(self._student)

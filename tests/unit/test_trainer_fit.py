@@ -1,0 +1,53 @@
+"""Which teachers and data are refused before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kdmesh.errors import DataError, ModelMismatch
+from kdmesh.types import DType, HeadSpec, ModelDescription, TokenSequence
+from kdmesh_trainer.fit import check_requests, common_vocabulary
+
+TEACHER = ModelDescription(
+    name="big",
+    model_fingerprint="m",
+    tokenizer_fingerprint="aaaa",
+    hidden_size=8,
+    dtype=DType.FLOAT32,
+    head=HeadSpec(logit_scale=1.0, logit_softcap=None, vocabulary_size=100, padded_vocabulary_size=128, has_bias=False),
+    weight_version=1,
+    max_sequence_tokens=50,
+    max_request_tokens=40,
+    max_request_rows=10,
+    is_deterministic=True,
+)
+
+
+def sequence(tokens: int, rows: int) -> TokenSequence:
+    return TokenSequence(token_ids=np.arange(tokens, dtype=np.int32), positions=np.arange(rows, dtype=np.int32))
+
+
+def test_the_common_vocabulary_is_the_real_one_whatever_the_padding() -> None:
+    assert common_vocabulary(TEACHER, tokenizer_fingerprint="aaaa", vocabulary_size=100) == 100
+    assert common_vocabulary(TEACHER, tokenizer_fingerprint="aaaa", vocabulary_size=98) == 98
+
+
+def test_another_tokenizer_is_refused_with_both_names() -> None:
+    with pytest.raises(ModelMismatch, match=r"teacher big has another tokenizer \(fingerprint aaaa\).*bbbb"):
+        common_vocabulary(TEACHER, tokenizer_fingerprint="bbbb", vocabulary_size=100)
+
+
+def test_a_teacher_without_a_tokenizer_is_refused() -> None:
+    with pytest.raises(ModelMismatch, match="teacher big has no tokenizer"):
+        common_vocabulary(replace(TEACHER, tokenizer_fingerprint=""), tokenizer_fingerprint="b", vocabulary_size=100)
+
+
+def test_every_sequence_must_fit_a_request_by_itself() -> None:
+    check_requests("train", [sequence(40, 10), sequence(30, 3)], TEACHER)
+    with pytest.raises(DataError, match="dataset train has a sequence of 41 tokens, and teacher big takes at most 40"):
+        check_requests("train", [sequence(41, 1)], TEACHER)
+    with pytest.raises(DataError, match=r"held_out has a sequence of 11 loss tokens.*holds 10.*slab\.slot_mib"):
+        check_requests("held_out", [sequence(30, 11)], TEACHER)
