@@ -121,7 +121,7 @@ class ShmDoor:
             return
         try:
             result: Tensor | RpcError = self._tensor(claim.handle, reply, fds)
-        except (OSError, EngineFailure) as error:
+        except (OSError, ValueError, EngineFailure) as error:
             result = EngineFailure(f"segment {claim.handle.segment} cannot be mapped: {error}")
         # When nobody waits any more, the tensor dies here, and the slot is released.
         _settle(claim.answer, result)

@@ -59,6 +59,12 @@ class SlotLease:
     buffer: memoryview  # writable bytes, the whole slot
     is_open: bool = True
 
+    def end(self) -> None:
+        """Nobody writes any more. The store calls it; a view that was made of the buffer is not found out."""
+        self.is_open = False
+        with contextlib.suppress(BufferError):
+            self.buffer.release()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
@@ -184,13 +190,13 @@ class SlabStore:
         """
         assert lease.is_open
         assert 0 < rows * cols * dtype.size_bytes <= self.slot_bytes
-        lease.is_open = False
+        lease.end()
         return self._ledger.publish(lease.slot, rows=rows, cols=cols, dtype=dtype)
 
     def cancel(self, lease: SlotLease) -> None:
         """Take a slot back unpublished, once nobody writes it any more; nothing happens to a lease that has ended."""
         if lease.is_open:
-            lease.is_open = False
+            lease.end()
             self._ledger.cancel(lease.slot)
 
     # Reading

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from dataclasses import replace
@@ -134,6 +135,18 @@ async def test_answer_to_a_session_that_ended_is_taken_back(tmp_path: Path) -> N
         assert states(store) == {"free": 1}
 
 
+async def test_lease_that_has_ended_writes_no_more(tmp_path: Path) -> None:
+    async with slab(tmp_path, slots=2) as store:
+        session = store.open_session("job").token
+        published, cancelled = store.try_acquire(session), store.try_acquire(session)
+        assert published is not None and cancelled is not None
+        store.publish(published, rows=1, cols=1, dtype=DType.FLOAT32)
+        store.cancel(cancelled)
+        for lease in (published, cancelled):
+            with pytest.raises(ValueError, match="released"):
+                lease.buffer[0] = 1
+
+
 async def test_slot_without_new_memory_stays_out_of_service_until_there_is_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +183,7 @@ async def test_memory_that_is_not_there_is_refused_before_anything_starts(tmp_pa
 
 async def test_everything_goes_with_the_store(tmp_path: Path) -> None:
     def ours() -> tuple[int, int]:
+        gc.collect()  # what failed tests left in cycles
         maps = Path("/proc/self/maps").read_text()
         return maps.count("memfd:kdmesh"), len(os.listdir("/proc/self/fd"))
 
