@@ -124,13 +124,14 @@ def _function(key: str, target: str, params: Mapping[str, object], *, positional
 def _find(module: str) -> ModuleSpec | None:
     """The module's spec, found as the import system would, but without importing its parents."""
     path: list[str] | None = [str(Path.cwd()), *sys.path]
-    names = module.split(".")
-    for depth in range(1, len(names) + 1):
-        spec = PathFinder.find_spec(".".join(names[:depth]), path)
-        if spec is None or depth == len(names):
-            return spec
+    *parents, last = module.split(".")
+    for parent in parents:
+        # Without its own parents' names: given those, a directory without __init__.py looks for them among the imported.
+        spec = PathFinder.find_spec(parent, path)
+        if spec is None:
+            return None
         path = list(spec.submodule_search_locations or [])
-    return None
+    return PathFinder.find_spec(last, path)
 
 
 def _definitions(source: Path) -> dict[str, ast.AST]:

@@ -33,7 +33,9 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (tmp_path / model / name).touch()
     (tmp_path / "train.jsonl").touch()
     (tmp_path / "teacher.yaml").write_text("engine: {kind: transformers, model: teacher}\n")
-    (tmp_path / "mine.py").write_text("import torch\ndef divergence(log_q, log_p, *, strength): return None\n")
+    for module in (tmp_path / "mine.py", tmp_path / "parts" / "inner" / "mine.py"):
+        module.parent.mkdir(parents=True, exist_ok=True)
+        module.write_text("import torch\ndef divergence(log_q, log_p, *, strength): return None\n")
     path = tmp_path / "train.yaml"
     path.write_text(
         "output: run\nsteps: 10\nstudent: {model: student}\nteacher: {addresses: ['127.0.0.1:1']}\n"
@@ -87,6 +89,10 @@ def test_everything_that_is_not_there_is_reported_at_once(good: Path) -> None:
     [
         ("mine:divergence", "{strength: 1}", "a good trainer configuration"),
         ("mine:divergence", "{}", "requires 'strength'"),
+        ("parts.inner.mine:divergence", "{strength: 1}", "a good trainer configuration"),
+        ("parts.inner.mine:divergence", "{}", "requires 'strength'"),
+        ("parts.inner.absent:divergence", "{}", "there is no module 'parts.inner.absent'"),
+        ("mine.absent:divergence", "{}", "there is no module 'mine.absent'"),
         ("mine:divergence", "{strength: 1, colour: red}", "has no parameter 'colour'"),
         ("mine:torch", "{}", "a good trainer configuration"),
         ("nobody.knows:this", "{}", "there is no module 'nobody.knows'"),
