@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
+import httpx
 import pytest
 import torch
 
@@ -32,18 +34,17 @@ class RawClient:
     async def open(self) -> None:
         self.session = (await self.stub.OpenSession(pb.OpenSessionRequest(job="raw"))).session
 
-    async def fingerprint(self) -> str:
-        return (await self.stub.Describe(pb.DescribeRequest())).model_fingerprint
-
-    async def prefill(self, *, session: bytes | None = None, num_tokens: int = 9) -> pb.PrefillReply:
-        request = pb.PrefillRequest(
+    async def request(self, *, session: bytes | None = None) -> pb.PrefillRequest:
+        return pb.PrefillRequest(
             session=self.session if session is None else session,
             request_id=1,
-            sequences=codec.sequences_to_wire([sequence(num_tokens)]),
-            model_fingerprint=await self.fingerprint(),
+            sequences=codec.sequences_to_wire([sequence(9)]),
+            model_fingerprint=(await self.stub.Describe(pb.DescribeRequest())).model_fingerprint,
         )
+
+    async def prefill(self, *, session: bytes | None = None) -> pb.PrefillReply:
         call = self.stub.Prefill()
-        await call.write(request)
+        await call.write(await self.request(session=session))
         await call.done_writing()
         replies = [reply async for reply in call]
         assert len(replies) == 1
@@ -73,6 +74,30 @@ async def test_the_simplest_client_gets_its_answer(tmp_path: Path) -> None:
         assert torch.equal(
             torch.frombuffer(bytearray(data), dtype=torch.float32).view(8, 8), expected_rows([sequence(9)])
         )
+
+
+async def test_broken_stream_cancels_its_requests_though_the_session_lives(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher, raw_client(teacher) as client:
+        teacher.engine.hold()
+        call = client.stub.Prefill()
+        await call.write(await client.request())
+        await asyncio.to_thread(teacher.engine.wait_entered)
+        await call.write(await client.request())
+        async with httpx.AsyncClient() as http:
+
+            async def until_waiting(count: int) -> dict[str, Any]:
+                while True:
+                    slab = (await http.get(f"http://{teacher.addresses.rest}/v1/slab")).json()
+                    if slab["waiting"]["requests"] == count:
+                        return cast("dict[str, Any]", slab)
+
+            await until_waiting(1)
+            call.cancel()
+            await until_waiting(0)
+            teacher.engine.let_go()
+            while (await until_waiting(0))["slots"]["free"] != 4:
+                pass
+        assert (await client.prefill()).WhichOneof("outcome") == "result"
 
 
 async def test_unknown_session_is_not_found_everywhere(tmp_path: Path) -> None:

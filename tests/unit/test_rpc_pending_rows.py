@@ -1,0 +1,71 @@
+"""Rows on their way to a thread that blocks for them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+
+import pytest
+import torch
+
+from kdmesh.errors import InvalidRequest, Unavailable
+from kdmesh.rpc.pending_rows import ArrivedRows, PendingRows
+from kdmesh.rpc.teacher_client import TeacherRows
+
+Future = concurrent.futures.Future[ArrivedRows]
+
+
+def arrived(rows: int = 3) -> ArrivedRows:
+    return ArrivedRows(TeacherRows(rows_RD=torch.arange(rows * 2.0).view(rows, 2), weight_version=1, is_borrowed=True))
+
+
+def test_waiting_returns_the_rows_and_counts_the_time() -> None:
+    future, waited = Future(), []
+    pending = PendingRows(future, waited.append)
+    assert not pending.is_done
+    future.set_result(arrived())
+    assert pending.is_done
+    assert pending.wait().rows_RD.shape == (3, 2)
+    assert len(waited) == 1
+    assert waited[0] >= 0
+
+
+def test_rows_are_given_out_once() -> None:
+    future = Future()
+    future.set_result(arrived())
+    pending = PendingRows(future, lambda seconds: None)
+    pending.wait()
+    with pytest.raises(RuntimeError, match="taken before"):
+        pending.wait()
+
+
+def test_errors_come_to_who_waits() -> None:
+    future = Future()
+    future.set_exception(InvalidRequest("why"))
+    with pytest.raises(InvalidRequest, match="why"):
+        PendingRows(future, lambda seconds: None).wait()
+
+
+def test_cancelled_request_is_unavailable() -> None:
+    future = Future()
+    future.cancel()
+    with pytest.raises(Unavailable):
+        PendingRows(future, lambda seconds: None).wait()
+
+
+def test_request_that_nobody_refers_to_is_cancelled() -> None:
+    future = Future()
+    pending = PendingRows(future, lambda seconds: None)
+    del pending
+    assert future.cancelled()
+
+
+def test_moved_rows_are_equal_and_other_memory() -> None:
+    rows = arrived()
+    original_RD = rows._rows.rows_RD if rows._rows is not None else None
+    assert rows.move()
+    moved = rows.take()
+    assert original_RD is not None
+    assert torch.equal(moved.rows_RD, original_RD)
+    assert moved.rows_RD.data_ptr() != original_RD.data_ptr()
+    assert not moved.is_borrowed
+    assert not rows.move()  # they are taken
