@@ -26,6 +26,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from kdmesh.errors import ConfigError, HandleGone
+from kdmesh.handles.reports import Counters, SessionEnd, SessionState
 from kdmesh.types import DType, Handle
 
 
@@ -60,42 +61,6 @@ class SlabLimits:
                 raise ConfigError(f"slab: {name} is {getattr(self, name)}; it must be above 0")
         if self.max_abandoned < 0:
             raise ConfigError(f"slab: max_abandoned is {self.max_abandoned}; it must not be negative")
-
-
-@dataclass(slots=True, kw_only=True)
-class Counters:
-    """Events since the start; each only grows."""
-
-    acquired: int = 0
-    published: int = 0
-    cancelled: int = 0
-    claimed: int = 0  # through shared memory
-    streamed: int = 0  # reads through a stream
-    released: int = 0
-    unclaimed: int = 0  # answers that nobody claimed in time
-    abandoned: int = 0  # times a slot went out of service
-    renewed: int = 0  # times such a slot got new memory
-    sessions_opened: int = 0
-    sessions_expired: int = 0  # by silence
-    sessions_died: int = 0  # with their process
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionState:
-    """One open session, as an operator sees it."""
-
-    job: str
-    slots: int  # how many it has: being filled, ready or held
-    silent_s: float  # since it was last heard of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionEnd:
-    """A session that has just ended."""
-
-    token: bytes
-    job: str
-    abandoned: int  # slots that went out of service with it
 
 
 class Key(Protocol):

@@ -34,8 +34,9 @@ from typing import Self
 
 from kdmesh.errors import ConfigError, HandleGone, InvalidRequest
 from kdmesh.handles.broker import Broker
-from kdmesh.handles.ledger import Counters, Key, Ledger, SessionEnd, SessionState, SlabLimits, SlotState
+from kdmesh.handles.ledger import Key, Ledger, SlabLimits, SlotState
 from kdmesh.handles.memory import Segment, create_segment_in_thread, require_available, whole_pages
+from kdmesh.handles.reports import Counters, SessionEnd, SessionState
 from kdmesh.handles.shared import Matrix, SharedSegments
 from kdmesh.types import DType, Handle
 
