@@ -126,7 +126,7 @@ def _find(module: str) -> ModuleSpec | None:
     path: list[str] | None = [str(Path.cwd()), *sys.path]
     *parents, last = module.split(".")
     for parent in parents:
-        # Without its own parents' names: given those, a directory without __init__.py looks for them among the imported.
+        # Not by its full name: a directory without __init__.py would look for its parents among the imported.
         spec = PathFinder.find_spec(parent, path)
         if spec is None:
             return None
