@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kdmesh_trainer")  # not __name__, which is "__main__" here
 
 _REFUSED = 2
+_BROKEN = 1
 _INTERRUPTED = 130
 
 
@@ -27,8 +28,8 @@ def main() -> None:
     """Parse, check, train; run it under torchrun, or alone as the only rank.
 
     Exit status: 0 when all steps are done, or when SIGTERM or SIGINT ended the run with a
-    checkpoint; 2 when something was refused or a service failed, in one sentence; 130 or a
-    signal when the run was ended before its first step.
+    checkpoint; 2 when something was refused or a service failed, in one sentence; 1 when this
+    rank broke, or another one ended; 130 or a signal when the run was ended before its first step.
     """
     arguments = _parser().parse_args()
     rank = int(os.environ.get("RANK", "0"))
@@ -81,10 +82,10 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> None:
     except KeyboardInterrupt:  # before the first step, where there is nothing to save
         sys.exit(_INTERRUPTED)
     except RuntimeError:
-        # A collective fails when another rank has gone: that one has said why.
+        # A collective fails when another rank has gone: that one has said why, or was killed.
         if mesh.is_first_to_fail():
             raise
-        sys.exit(_REFUSED)
+        sys.exit(_BROKEN)
     if done < cfg.steps:
         logger.info("stopped", extra={"steps_done": done, "next": "run the same command to continue"})
 

@@ -1,0 +1,67 @@
+"""Teacher servers with a real model, as processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.system.processes import Process, Processes, free_port
+
+
+class Teacher:
+    """A server at an address of its own, started or not; every start is at the same address."""
+
+    def __init__(self, processes: Processes, directory: Path, model: Path, **sections: Mapping[str, Any]) -> None:
+        """Start nothing yet. `sections` are laid over a small deterministic configuration."""
+        self.runtime_dir = directory / "runtime"
+        self.address = f"127.0.0.1:{free_port()}"
+        self._rest = f"http://127.0.0.1:{free_port()}"
+        self._processes = processes
+        self._directory = directory
+        tree: dict[str, dict[str, Any]] = {
+            "engine": {"kind": "transformers", "model": str(model), "device": "cpu", "deterministic": True},
+            "server": {
+                "port": int(self.address.split(":")[1]),
+                "rest_port": int(self._rest.split(":")[2]),
+                "runtime_dir": str(self.runtime_dir),
+                "drain_s": 5,
+            },
+            "slab": {"slots": 16, "slot_mib": 0.25, "slots_per_session": 8},
+            "queue": {},
+        }
+        for name, keys in sections.items():
+            tree[name] |= keys
+        directory.mkdir(parents=True)
+        (directory / "teacher.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+        self.process: Process
+
+    def start(self) -> None:
+        """Start the server; it takes requests later."""
+        command = (sys.executable, "-m", "kdmesh_teacher", str(self._directory / "teacher.yaml"))
+        self.process = self._processes.start("teacher", self._directory, *command)
+
+    def wait_ready(self) -> None:
+        """Return when it takes requests."""
+        self.process.until(lambda: self.process.events("ready"))
+
+    def get(self, path: str) -> Any:
+        """The JSON that REST answers."""
+        return httpx.get(f"{self._rest}{path}").json()
+
+    def slots(self, job: str) -> list[int]:
+        """Slots of each of a job's sessions, the most first."""
+        sessions = self.get("/v1/sessions")["sessions"]
+        return sorted((session["slots"] for session in sessions if session["job"] == job), reverse=True)
+
+    def num_answered(self, job: str) -> int:
+        """Requests of a job that were answered with rows."""
+        families = text_string_to_metric_families(httpx.get(f"{self._rest}/metrics").text)
+        samples = [sample for family in families for sample in family.samples]
+        wanted = {"job": job, "outcome": "ok"}
+        return sum(int(s.value) for s in samples if s.name == "kdmesh_teacher_requests_total" and s.labels == wanted)

@@ -1,0 +1,140 @@
+"""The only teacher dies in the middle of a step, and comes back or does not; what it leaves on the machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import Materials, Undisturbed
+from tests.system.processes import Process, Processes
+from tests.system.teachers import Teacher
+from tests.system.training import Job
+
+_MIB = 2**20
+_SLAB_BYTES = 128 * _MIB
+# What other programs may take or give back meanwhile; far less than the slab.
+_TOLERANCE_BYTES = _SLAB_BYTES // 4
+_HASTY_S = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a process could leave behind."""
+
+    shared_bytes: int
+    named_memory: frozenset[str]  # entries of /dev/shm
+
+    @classmethod
+    def look(cls) -> Machine:
+        """As it is now."""
+        meminfo = Path("/proc/meminfo").read_text()
+        shared_kib = re.search(r"^Shmem: +(\d+) kB", meminfo, re.MULTILINE)
+        assert shared_kib is not None
+        return cls(shared_bytes=int(shared_kib[1]) * 1024, named_memory=frozenset(os.listdir("/dev/shm")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Story:
+    """Two jobs with one teacher, which is killed while both hold its rows. One waits for it, the other not so long."""
+
+    teacher: Teacher  # the second server at its address; still serves
+    patient: Job
+    hasty: Job
+    hasty_trainer: Process
+    hasty_took_s: float  # from the kill to its end
+    hasty_again: Process
+    before: Machine
+    serving: Machine
+    killed: Machine  # before there is a second server
+    dead_socket_ns: int  # when the first server made it
+
+
+@pytest.fixture(scope="module")
+def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    root = tmp_path_factory.mktemp("restart")
+    before = Machine.look()
+    slab = {"slots": 16, "slot_mib": _SLAB_BYTES / _MIB / 16}
+    teacher = Teacher(processes, root / "teacher", materials.teacher, slab=slab)
+    patient = Job(processes, root / "patient", materials.plain, teacher.address)
+    hasty = Job(processes, root / "hasty", materials.plain, teacher.address, teacher={"deadline_s": _HASTY_S})
+    gates = [job.gate(20) for job in (patient, hasty)]
+    teacher.start()
+    patient_trainer = patient.start()
+    teacher.wait_ready()  # for which the hasty one would not wait
+    hasty_trainer = hasty.start()
+    for trainer, gate in zip((patient_trainer, hasty_trainer), gates, strict=True):
+        trainer.until(gate.is_reached)
+    assert min(*teacher.slots("patient"), *teacher.slots("hasty")) > 0
+    serving, dead_socket_ns = Machine.look(), _socket(teacher).stat().st_ctime_ns
+    teacher.process.signal(signal.SIGKILL)
+    killed_s = time.monotonic()
+    for gate in gates:
+        gate.let_go()
+    hasty_trainer.exit_code()
+    hasty_took_s = time.monotonic() - killed_s
+    killed = Machine.look()
+    teacher.start()
+    again = hasty.start("teacher.deadline_s=100")
+    patient_trainer.succeed()
+    again.succeed()
+    return Story(
+        teacher=teacher,
+        patient=patient,
+        hasty=hasty,
+        hasty_trainer=hasty_trainer,
+        hasty_took_s=hasty_took_s,
+        hasty_again=again,
+        before=before,
+        serving=serving,
+        killed=killed,
+        dead_socket_ns=dead_socket_ns,
+    )
+
+
+def _socket(teacher: Teacher) -> Path:
+    (socket,) = teacher.runtime_dir.iterdir()
+    return socket
+
+
+def test_job_waits_for_its_teacher_and_learns_exactly_the_same(story: Story, undisturbed: Undisturbed) -> None:
+    assert story.patient.record() == undisturbed.plain
+    assert max(step["teacher_wait_s"] for step in story.patient.steps()) > 1
+
+
+def test_job_that_waits_no_longer_says_so(story: Story) -> None:
+    assert story.hasty_trainer.exit_code() == 2
+    address = re.escape(story.teacher.address)
+    (sentence,) = story.hasty_trainer.words()
+    assert re.match(rf"(no teacher is ready|{address} has not answered) within {_HASTY_S} s \({address}: ", sentence)
+    assert story.hasty_took_s < _HASTY_S + 5
+
+
+def test_job_that_gave_up_continues_with_the_next_teacher(story: Story, undisturbed: Undisturbed) -> None:
+    assert story.hasty.record() == undisturbed.plain
+    (event,) = story.hasty_again.events("continuing from a checkpoint")
+    assert event["step"] in (4, 8)
+
+
+def test_killed_teacher_leaves_no_memory(story: Story) -> None:
+    assert story.serving.shared_bytes - story.before.shared_bytes > _SLAB_BYTES - _TOLERANCE_BYTES
+    assert story.killed.shared_bytes - story.before.shared_bytes < _TOLERANCE_BYTES
+
+
+def test_next_server_replaces_the_socket_of_the_killed_one(story: Story) -> None:
+    assert _socket(story.teacher).stat().st_ctime_ns > story.dead_socket_ns
+
+
+def test_in_the_end_nothing_is_left(story: Story) -> None:
+    story.teacher.process.signal(signal.SIGTERM)
+    story.teacher.process.succeed()
+    assert not list(story.teacher.runtime_dir.iterdir())
+    after = Machine.look()
+    assert after.shared_bytes - story.before.shared_bytes < _TOLERANCE_BYTES
+    assert after.named_memory <= story.before.named_memory
+    assert not story.serving.named_memory - story.before.named_memory
