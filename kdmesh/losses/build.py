@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from kdmesh.errors import ConfigError
-from kdmesh.losses.divergences import Divergence, forward_kl, jensen_shannon, reverse_kl
+from kdmesh.extension import resolve
+from kdmesh.losses import divergences
+from kdmesh.losses.divergences import Divergence
+
+_BUILT_IN = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 
 def build_divergence(name: str, params: Mapping[str, Any] | None = None) -> Divergence:
-    """The built-in divergence `name` with `params` bound.
+    """The built-in divergence `name`, with its own parameters bound and no others.
 
     Raises:
-        ConfigError: unknown name, or unknown, missing or out-of-range parameters.
+        ConfigError: the name is unknown, or the parameters are unknown, missing or out of range.
     """
+    if name not in _BUILT_IN:
+        raise ConfigError(f"unknown divergence {name!r}; known: {', '.join(_BUILT_IN)}")
     params = params or {}
-    match name:
-        case "forward_kl":
-            return forward_kl
-        case "reverse_kl":
-            return reverse_kl
-        case "jensen_shannon":
-            return partial(jensen_shannon, **params)
-        case _:
-            raise ConfigError(f"unknown divergence {name!r}")
+    divergence: Divergence = resolve(f"{divergences.__name__}:{name}", params, num_arguments=2)
+    if name == "jensen_shannon" and not 0 < params["beta"] < 1:
+        raise ConfigError(
+            f"beta is {params['beta']}; it must be between 0 and 1, whose limits are the two KL divergences"
+        )
+    return divergence
 
 
 def custom_divergence(target: str, params: Mapping[str, Any]) -> Divergence:
-    """The divergence at `target` ("module:function") with `params` bound.
+    """The divergence at `target` with `params` bound; its form is described at `divergences.Divergence`.
+
+    Args:
+        target: "module:function"; the module is imported, the function is not called.
 
     Raises:
-        ConfigError: it cannot be imported, is not callable, or `params` do not fit its signature.
+        ConfigError: it cannot be imported, does not take two arguments, or has unknown or missing params.
     """
-    from importlib import import_module
-
-    module, _, attribute = target.partition(":")
-    return partial(getattr(import_module(module), attribute), **params)
+    divergence: Divergence = resolve(target, params, num_arguments=2)
+    return divergence
