@@ -31,7 +31,8 @@ class Pair:
     """A student, and a server of its teacher."""
 
     student: Path
-    teacher: str
+    teacher: str  # host:port
+    teacher_model: Path
 
     def config(self, directory: Path) -> Path:
         """A job that takes STEPS steps, with a checkpoint every 4."""
@@ -51,7 +52,9 @@ def pair(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> I
     # Another size, another padding of the vocabulary: only the tokenizer is the same.
     teacher = tiny_models.path("qwen3", seed=2, hidden_size=48, vocab_size=336)
     with serving_teacher(tmp_path_factory.mktemp("teacher"), teacher) as address:
-        yield Pair(student=tiny_models.path("qwen3", seed=1, tie_word_embeddings=True), teacher=address)
+        yield Pair(
+            student=tiny_models.path("qwen3", seed=1, tie_word_embeddings=True), teacher=address, teacher_model=teacher
+        )
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +130,13 @@ def test_sft_needs_no_teacher(pair: Pair, tmp_path: Path) -> None:
     (outcome,) = run_job(config)
     assert outcome.exit_code == 0, outcome.errors
     assert evaluations(tmp_path / "run")[3]["kl_nats_per_token"] is None
+
+
+def test_a_model_distilled_from_itself_starts_at_zero(pair: Pair, tmp_path: Path) -> None:
+    config = write_config(tmp_path, student=pair.teacher_model, teacher=pair.teacher, steps=1)
+    (outcome,) = run_job(config)
+    assert outcome.exit_code == 0, outcome.errors
+    before = evaluations(tmp_path / "run")[0]
+    assert abs(before["kl_nats_per_token"]) < 1e-6
+    assert before["top1_agreement"] == 1
+    assert abs(losses(tmp_path / "run")[0]) < 1e-6

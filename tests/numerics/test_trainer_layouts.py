@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdmesh.types import TokenSequence
+from kdmesh_trainer import model as model_module
 from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.mesh import Mesh
 from tests.support.tiny_models import TinyModels
@@ -42,8 +43,9 @@ def batch_sequences() -> list[TokenSequence]:
     return random_sequences(NUM_SEQUENCES, seed=5, vocabulary_size=VOCABULARY_SIZE)
 
 
-def gradients_of_layouts(mesh: Mesh, *, student: str, teacher: str, output: str) -> None:
-    """Writes every layout's whole gradient to `output`; runs on every rank."""
+def gradients_of_layouts(mesh: Mesh, *, student: str, teacher: str, output: str, whole_bytes: int) -> None:
+    """Writes every layout's losses and whole gradient to `output`; runs on every rank."""
+    model_module._WHOLE_BYTES = whole_bytes
     model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
@@ -76,12 +78,14 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
     return {"loss": losses, **{name: p.grad for name, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("is_tied", [False, True])
+# Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
+@pytest.mark.parametrize(("is_tied", "whole_bytes"), [(False, 0), (True, 2**30)])
 def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
-    tiny_models: TinyModels, tmp_path: Path, is_tied: bool
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_tied: bool, whole_bytes: int
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
+    monkeypatch.setattr(model_module, "_WHOLE_BYTES", whole_bytes)  # restored after the test
     for ranks in (1, 2):
         run_ranks(
             "tests.numerics.test_trainer_layouts:gradients_of_layouts",
@@ -89,6 +93,7 @@ def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
             student=str(student),
             teacher=str(teacher),
             output=str(tmp_path),
+            whole_bytes=whole_bytes,
         )
     expected = textbook(student, teacher)
     for ranks, layouts in LAYOUTS.items():
