@@ -1,0 +1,167 @@
+"""The fused loss against the textbook: values and gradients of hidden states, weight and bias."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kdmesh.losses import OutputHead, fused_linear_cross_entropy
+from tests.support import textbook_losses as textbook
+from tests.support.loss_cases import Case, Outcome, call, cases, expected, heads, run, tensors
+from tests.support.textbook_losses import Transform
+
+DIVERGENCES = ["forward_kl", "reverse_kl", "jensen_shannon"]
+
+# Every option at once, none at its neutral value.
+FULL = Case(
+    rows=33,
+    vocabulary=70,
+    padding=5,
+    temperature=1.7,
+    kd_weight=0.6,
+    ce_weight=0.4,
+    has_token_weights=True,
+    student=Transform(scale=0.8, softcap=4.0),
+    teacher=Transform(scale=1.3, softcap=9.0),
+    has_bias=True,
+    chunk_tokens=8,
+    upstream=-2.5,
+)
+
+
+def assert_same(actual: Outcome, reference: Outcome, *, tolerance: float) -> None:
+    """Every tensor within `tolerance` of its own scale, or of 1 where that is less."""
+
+    def close(mine: Tensor, theirs: Tensor) -> None:
+        assert mine.shape == theirs.shape
+        allowed = tolerance * max(1.0, theirs.abs().max().item() if theirs.numel() else 0.0)
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=0, atol=allowed)
+
+    close(actual.loss_sum, reference.loss_sum)
+    close(actual.divergence_R, reference.divergence_R)
+    close(actual.cross_entropy_R, reference.cross_entropy_R)
+    for mine, theirs in zip(actual.gradients, reference.gradients, strict=True):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_values_and_gradients_are_the_textbooks(name: str) -> None:
+    @settings(max_examples=120)
+    @given(case=cases(name=name))
+    def check(case: Case) -> None:
+        inputs = tensors(case, torch.float64)
+        assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-11)
+
+    check()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_float32_is_as_near_as_its_rounding(name: str) -> None:
+    @settings(max_examples=60)
+    @given(case=cases(name=name))
+    def check(case: Case) -> None:
+        inputs = tensors(case, torch.float32)
+        assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-4)
+
+    check()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_option_at_once_is_the_textbooks(name: str) -> None:
+    case = replace(FULL, name=name, beta=0.3)
+    inputs = tensors(case, torch.float64)
+    assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_student_and_teacher_may_differ_in_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    case = replace(FULL, rows=64)
+    inputs = tensors(case, *dtypes)
+    tolerance = 1e-5 if dtypes[0] is torch.float32 else 1e-2  # the gradient itself is rounded to bfloat16
+    outcome = run(case, inputs)
+    assert [gradient.dtype for gradient in outcome.gradients] == [dtypes[0]] * 3
+    assert outcome.loss_sum.dtype is torch.float32
+    assert_same(outcome, expected(case, inputs), tolerance=tolerance)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**16),
+    rows=st.integers(0, 40),
+    vocabulary=st.integers(2, 300),
+    softcap=st.sampled_from([None, 3.0]),
+    scale=st.sampled_from([1.0, 0.7]),
+    is_weighted=st.booleans(),
+    chunk_tokens=st.sampled_from([None, 1, 7, 16]),
+)
+def test_cross_entropy_alone_is_the_textbooks(
+    seed: int,
+    rows: int,
+    vocabulary: int,
+    softcap: float | None,
+    scale: float,
+    is_weighted: bool,
+    chunk_tokens: int | None,
+) -> None:
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    hidden_RD, weight_VD, bias_V = normal(rows, 5), normal(vocabulary, 5), normal(vocabulary)
+    leaves = [leaf.requires_grad_() for leaf in (hidden_RD, weight_VD, bias_V)]
+    labels_R = torch.arange(rows) % vocabulary
+    token_weight_R = torch.linspace(0, 2, rows, dtype=torch.float64) if is_weighted else None
+    head = OutputHead(weight_VD=weight_VD, bias_V=bias_V, logit_scale=scale, logit_softcap=softcap)
+    loss = fused_linear_cross_entropy(
+        hidden_RD, head, labels_R, token_weight_R=token_weight_R, chunk_tokens=chunk_tokens
+    )
+    reference_R = textbook.cross_entropy(
+        textbook.logits(hidden_RD, weight_VD, bias_V, Transform(scale=scale, softcap=softcap)), labels_R
+    )
+    reference_sum = (reference_R if token_weight_R is None else reference_R * token_weight_R).sum()
+    torch.testing.assert_close(loss.cross_entropy_R, reference_R.detach())
+    torch.testing.assert_close(loss.loss_sum, reference_sum)
+    assert loss.divergence_R.shape == loss.top1_agreement_R.shape == (0,)
+    actual = torch.autograd.grad(loss.loss_sum * 3, leaves)
+    torch.testing.assert_close(actual, torch.autograd.grad(reference_sum * 3, leaves, materialize_grads=True))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradcheck_passes(name: str) -> None:
+    case = replace(FULL, rows=5, vocabulary=9, padding=0, name=name)
+    inputs = tensors(case, torch.float64)
+
+    def loss(*_: Tensor) -> Tensor:
+        return call(case, inputs).loss_sum
+
+    assert torch.autograd.gradcheck(loss, tuple(inputs.leaves))
+
+
+def test_a_models_divergence_from_itself_is_zero_in_float32() -> None:
+    for name in DIVERGENCES:
+        case = Case(name=name, rows=200, vocabulary=1000, student_size=32, spread=4.0, ce_weight=0.0)
+        inputs = tensors(case, torch.float32)
+        head, _ = heads(case, inputs)
+        same = replace(
+            inputs, teacher_hidden_RE=inputs.student_hidden_RD.detach(), teacher_weight_VE=head.weight_VD.detach()
+        )
+        outcome = run(case, same)
+        assert outcome.divergence_R.abs().max() < 1e-6
+        assert call(case, same).top1_agreement_R.min() == 1
+        assert all(gradient.abs().max() < 1e-5 for gradient in outcome.gradients)
+
+
+def test_top1_agreement_is_that_of_the_logits() -> None:
+    for vocabulary in (128 * 5, 97):  # with and without runs of tokens
+        case = Case(rows=300, vocabulary=vocabulary, student_size=3, teacher_size=3, seed=5)
+        inputs = tensors(case, torch.float64)
+        # A teacher that is a noisy student: agreement on some rows only.
+        teacher_RE = inputs.student_hidden_RD.detach() + 0.3 * inputs.teacher_hidden_RE
+        inputs = replace(inputs, teacher_hidden_RE=teacher_RE, teacher_weight_VE=inputs.student_weight_VD.detach())
+        student, teacher = heads(case, inputs)
+        agreement_R = student.logits(inputs.student_hidden_RD).argmax(-1) == teacher.logits(teacher_RE).argmax(-1)
+        assert 0.1 < agreement_R.double().mean() < 0.9
+        assert torch.equal(call(case, inputs).top1_agreement_R, agreement_R.double())

@@ -1,0 +1,215 @@
+"""Random calls of the fused loss, and what the textbook says they come to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kdmesh.losses import Divergence, FusedLoss, OutputHead, build_divergence, fused_linear_divergence
+from tests.support import textbook_losses as textbook
+from tests.support.textbook_losses import Transform
+
+PLAIN = Transform()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One call; the tensors follow from `seed`."""
+
+    seed: int = 0
+    rows: int = 12
+    vocabulary: int = 40
+    padding: int = 0
+    student_size: int = 6
+    teacher_size: int = 9
+    spread: float = 1.0  # standard deviation of the logits, about
+    name: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    has_labels: bool = True
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    has_token_weights: bool = False
+    student: Transform = PLAIN
+    teacher: Transform = PLAIN
+    has_bias: bool = False
+    chunk_tokens: int | None = None
+    upstream: float = 1.0
+
+    @property
+    def divergence(self) -> Divergence:
+        """The one under test."""
+        return build_divergence(self.name, {"beta": self.beta} if self.name == "jensen_shannon" else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tensors:
+    """Inputs of a case; the student's three require a gradient."""
+
+    student_hidden_RD: Tensor
+    student_weight_VD: Tensor
+    student_bias_V: Tensor | None
+    teacher_hidden_RE: Tensor
+    teacher_weight_VE: Tensor
+    teacher_bias_V: Tensor | None
+    labels_R: Tensor | None
+    token_weight_R: Tensor | None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What carries a gradient."""
+        leaves = [self.student_hidden_RD, self.student_weight_VD]
+        return leaves if self.student_bias_V is None else [*leaves, self.student_bias_V]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """Of one call and its backward pass."""
+
+    loss_sum: Tensor
+    divergence_R: Tensor
+    cross_entropy_R: Tensor
+    gradients: list[Tensor]
+
+
+def tensors(case: Case, dtype: torch.dtype, teacher_dtype: torch.dtype | None = None) -> Tensors:
+    """The inputs of `case`."""
+    generator = torch.Generator().manual_seed(case.seed)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float64)
+    padded = case.vocabulary + case.padding
+    teacher_dtype = teacher_dtype or dtype
+    return Tensors(
+        student_hidden_RD=normal(case.rows, case.student_size).to(dtype).requires_grad_(),
+        student_weight_VD=_weight(normal(padded, case.student_size), case).to(dtype).requires_grad_(),
+        student_bias_V=normal(padded).to(dtype).requires_grad_() if case.has_bias else None,
+        teacher_hidden_RE=normal(case.rows, case.teacher_size).to(teacher_dtype),
+        teacher_weight_VE=_weight(normal(padded, case.teacher_size), case).to(teacher_dtype),
+        teacher_bias_V=normal(padded).to(teacher_dtype) if case.has_bias else None,
+        labels_R=torch.randint(case.vocabulary, (case.rows,), generator=generator) if case.has_labels else None,
+        token_weight_R=torch.rand(case.rows, generator=generator) if case.has_token_weights else None,
+    )
+
+
+def _weight(normal_VD: Tensor, case: Case) -> Tensor:
+    return normal_VD * case.spread / normal_VD.shape[1] ** 0.5
+
+
+def heads(case: Case, inputs: Tensors) -> tuple[OutputHead, OutputHead]:
+    """Student's and teacher's, without padding."""
+    student = OutputHead(
+        weight_VD=inputs.student_weight_VD,
+        bias_V=inputs.student_bias_V,
+        logit_scale=case.student.scale,
+        logit_softcap=case.student.softcap,
+    )
+    teacher = OutputHead(
+        weight_VD=inputs.teacher_weight_VE,
+        bias_V=inputs.teacher_bias_V,
+        logit_scale=case.teacher.scale,
+        logit_softcap=case.teacher.softcap,
+    )
+    return student.sliced(case.vocabulary), teacher.sliced(case.vocabulary)
+
+
+def call(case: Case, inputs: Tensors) -> FusedLoss:
+    """The loss under test."""
+    student_head, teacher_head = heads(case, inputs)
+    return fused_linear_divergence(
+        inputs.student_hidden_RD,
+        student_head,
+        inputs.teacher_hidden_RE,
+        teacher_head,
+        divergence=case.divergence,
+        temperature=case.temperature,
+        labels_R=inputs.labels_R,
+        kd_weight=case.kd_weight,
+        ce_weight=case.ce_weight,
+        token_weight_R=inputs.token_weight_R,
+        chunk_tokens=case.chunk_tokens,
+    )
+
+
+def run(case: Case, inputs: Tensors) -> Outcome:
+    """The loss under test, forward and backward."""
+    loss = call(case, inputs)
+    return Outcome(
+        loss_sum=loss.loss_sum.detach(),
+        divergence_R=loss.divergence_R,
+        cross_entropy_R=loss.cross_entropy_R,
+        gradients=list(torch.autograd.grad(loss.loss_sum * case.upstream, inputs.leaves)),
+    )
+
+
+def expected(case: Case, inputs: Tensors) -> Outcome:
+    """The textbook's values and autograd's gradients, in float64."""
+    leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
+    bias_V = leaves[2][: case.vocabulary] if case.has_bias else None
+    teacher_bias_V = inputs.teacher_bias_V[: case.vocabulary] if inputs.teacher_bias_V is not None else None
+    z_RV = textbook.logits(leaves[0], leaves[1][: case.vocabulary], bias_V, case.student)
+    teacher_z_RV = textbook.logits(
+        inputs.teacher_hidden_RE, inputs.teacher_weight_VE[: case.vocabulary], teacher_bias_V, case.teacher
+    )
+    q_RV, p_RV = textbook.softmax(z_RV, case.temperature), textbook.softmax(teacher_z_RV, case.temperature)
+    divergence_R = textbook.divergence(case.name, q_RV, p_RV, beta=case.beta)
+    cross_entropy_R = z_RV.new_empty(0)
+    loss_R = case.kd_weight * divergence_R
+    if inputs.labels_R is not None:
+        cross_entropy_R = textbook.cross_entropy(z_RV, inputs.labels_R)
+        loss_R = loss_R + case.ce_weight * cross_entropy_R
+    if inputs.token_weight_R is not None:
+        loss_R = loss_R * inputs.token_weight_R.double()
+    loss_sum = loss_R.sum()
+    return Outcome(
+        loss_sum=loss_sum.detach(),
+        divergence_R=divergence_R.detach(),
+        cross_entropy_R=cross_entropy_R.detach(),
+        gradients=list(torch.autograd.grad(loss_sum * case.upstream, leaves)),
+    )
+
+
+def relative_error(actual: Tensor, reference: Tensor) -> float:
+    """Of the whole tensor; 0 where both are 0."""
+    norm = reference.double().norm()
+    return 0.0 if norm == 0 and actual.norm() == 0 else ((actual.double() - reference.double()).norm() / norm).item()
+
+
+_transforms = st.builds(
+    Transform, scale=st.sampled_from([1.0, 0.0625, 0.7, 2.5]), softcap=st.sampled_from([None, 3.0, 30.0])
+)
+
+
+def cases(*, name: str) -> st.SearchStrategy[Case]:
+    """Calls of the divergence `name`."""
+    return st.builds(
+        _with_ce_only_for_labels,
+        st.builds(
+            Case,
+            seed=st.integers(0, 2**16),
+            rows=st.integers(1, 40),
+            vocabulary=st.integers(2, 300),
+            padding=st.integers(0, 7),
+            student_size=st.integers(1, 20),
+            teacher_size=st.integers(1, 20),
+            spread=st.sampled_from([0.1, 1.0, 4.0]),
+            name=st.just(name),
+            beta=st.floats(0.05, 0.95),
+            temperature=st.sampled_from([1.0, 0.5, 2.0, 3.7]),
+            has_labels=st.booleans(),
+            kd_weight=st.sampled_from([1.0, 0.0, 0.6]),
+            ce_weight=st.sampled_from([0.0, 0.4, 1.0]),
+            has_token_weights=st.booleans(),
+            student=_transforms,
+            teacher=_transforms,
+            has_bias=st.booleans(),
+            chunk_tokens=st.sampled_from([None, 1, 7, 16, 40]),
+            upstream=st.sampled_from([1.0, -2.5, 1e-3]),
+        ),
+    )
+
+
+def _with_ce_only_for_labels(case: Case) -> Case:
+    return case if case.has_labels else replace(case, ce_weight=0.0)
