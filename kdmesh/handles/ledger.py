@@ -261,11 +261,13 @@ class Ledger:
         Raises:
             HandleGone: as `find`, or the handle was claimed before.
         """
-        slot = self._slots[self.find(session, key).segment]
+        answered = self.find(session, key)
+        slot = self._slots[answered.segment]
         if slot.holder is not None:
             raise HandleGone("the handle was claimed before; it can be mapped once")
         slot.state, slot.holder = SlotState.HELD, holder
         self.counters.claimed += 1
+        self.counters.claimed_bytes += answered.size_bytes
 
     def begin_read(self, handle: Handle) -> None:
         """Keep the slot of a handle that was just found as it is until `end_read`, whatever becomes of the session."""

@@ -13,6 +13,7 @@ class Counters:
     published: int = 0
     cancelled: int = 0
     claimed: int = 0  # through shared memory
+    claimed_bytes: int = 0
     streamed: int = 0  # reads through a stream
     released: int = 0
     unclaimed: int = 0  # answers that nobody claimed in time

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_CLOSE_S = 2.0  # for a farewell; without it, the session ends with its lease
 _READ_HANDLE = "/kdmesh.v1.Teacher/ReadHandle"
 
 
@@ -250,4 +251,4 @@ class TeacherClient:
 
     async def _close_session(self) -> None:
         with contextlib.suppress(RpcError):
-            await self._call(self._stub.CloseSession, pb.CloseSessionRequest(session=self._session), 1.0)
+            await self._call(self._stub.CloseSession, pb.CloseSessionRequest(session=self._session), _CLOSE_S)

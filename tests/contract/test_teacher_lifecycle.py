@@ -20,11 +20,9 @@ from kdmesh.rpc.teacher_pool import TeacherPool
 from tests.support.teacher_process import (
     TeacherProcess,
     await_ready,
-    started,
     starting,
     teacher_process,
     wait_event,
-    write_config,
 )
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import running_teacher
@@ -93,23 +91,20 @@ def test_second_signal_ends_at_once(tmp_path: Path) -> None:
         del kept
 
 
-# Starts the server, and then does nothing until it is killed.
-LAUNCHER = """
-import os, subprocess, sys, threading
-os.environ["KDMESH_DIE_WITH_PARENT"] = "1"
-subprocess.Popen([sys.executable, "-m", "kdmesh_teacher", sys.argv[1]])
-threading.Event().wait()
-"""
-
-
-def test_server_ends_with_its_launcher(tmp_path: Path) -> None:
-    with started(tmp_path, "-c", LAUNCHER, str(write_config(tmp_path))) as launcher:
-        wait_event(launcher, "ready")
-        launcher.kill()
-        wait_event(launcher, "draining")
-        assert launcher.stderr is not None
-        assert launcher.stderr.read() == ""  # ends when the last process that has the pipe has ended
+def test_sigterm_while_loading_ends_at_once(tmp_path: Path) -> None:
+    with starting(tmp_path, engine={"seconds_per_batch": 60}) as process:
+        wait_event(process, "listening")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
     assert not list(tmp_path.glob("kdmesh-*"))
+
+
+def test_memory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with starting(tmp_path, slab={"slots": 4096, "slot_mib": 65536}) as process:
+        stderr = process.communicate(timeout=20)[1]
+    assert process.returncode == 2
+    assert "slots" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("key", ["port", "rest_port"])
@@ -157,26 +152,40 @@ def test_rest_shows_model_sessions_and_slab_and_no_secret(teacher: TeacherProces
         del rows
 
 
-def test_metrics_parse_and_count(teacher: TeacherProcess) -> None:
-    with TeacherPool([teacher.grpc], job="counted", door="stream", deadline_s=10) as pool:
-        pool.submit([sequence(9)]).wait()
-        with pytest.raises(errors.InvalidRequest):
-            pool.submit([sequence(9, vocabulary_size=1000)]).wait()
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def scraped(teacher: TeacherProcess) -> Samples:
     text = httpx.get(f"http://{teacher.rest}/metrics").text
-    samples = {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+    return {
+        (sample.name.removeprefix("kdmesh_teacher_"), tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    prefix, job = "kdmesh_teacher", ("job", "counted")
-    assert samples[f"{prefix}_tokens_total", (job,)] == 9
-    assert samples[f"{prefix}_rows_total", (job,)] == 8
-    assert samples[f"{prefix}_requests_total", (job, ("outcome", "ok"))] == 1
-    assert samples[f"{prefix}_requests_total", (job, ("outcome", "InvalidRequest"))] == 1
-    assert samples[f"{prefix}_queue_seconds_count", (job,)] == 1
-    assert samples[f"{prefix}_slots", (("state", "free"),)] == 4
-    assert samples[f"{prefix}_stream_bytes_total", ()] >= 8 * 32
-    assert samples[f"{prefix}_sessions", ()] == 0
+
+
+def test_metrics_parse_and_count(teacher: TeacherProcess) -> None:
+    before = scraped(teacher)
+    with (
+        TeacherPool([teacher.grpc], job="counted", door="stream", deadline_s=10) as counted,
+        TeacherPool([teacher.grpc], job="other", door="shm", deadline_s=10) as other,
+    ):
+        counted.submit([sequence(9)]).wait()
+        other.submit([sequence(5)]).wait()
+        with pytest.raises(errors.InvalidRequest):
+            counted.submit([sequence(9, vocabulary_size=1000)]).wait()
+        assert scraped(teacher)["sessions", ()] == 2
+    after, job = scraped(teacher), ("job", "counted")
+    assert after["tokens_total", (job,)] == 9
+    assert after["rows_total", (job,)] == 8
+    assert after["requests_total", (job, ("outcome", "ok"))] == 1
+    assert after["requests_total", (job, ("outcome", "InvalidRequest"))] == 1
+    assert after["queue_seconds_count", (job,)] == 1
+    assert after["slots", (("state", "free"),)] == 4
+    assert after["sessions", ()] == 0
+    for door, rows in (("stream", 8), ("shm", 4)):
+        key = "bytes_total", (("door", door),)
+        assert after[key] - before[key] == rows * 32
 
 
 def test_port_is_not_shared_by_two_servers(teacher: TeacherProcess, tmp_path: Path) -> None:

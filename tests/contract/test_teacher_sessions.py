@@ -34,17 +34,17 @@ class RawClient:
     async def open(self) -> None:
         self.session = (await self.stub.OpenSession(pb.OpenSessionRequest(job="raw"))).session
 
-    async def request(self, *, session: bytes | None = None) -> pb.PrefillRequest:
+    async def request(self, *, session: bytes | None = None, num_tokens: int = 9) -> pb.PrefillRequest:
         return pb.PrefillRequest(
             session=self.session if session is None else session,
             request_id=1,
-            sequences=codec.sequences_to_wire([sequence(9)]),
+            sequences=codec.sequences_to_wire([sequence(num_tokens)]),
             model_fingerprint=(await self.stub.Describe(pb.DescribeRequest())).model_fingerprint,
         )
 
-    async def prefill(self, *, session: bytes | None = None) -> pb.PrefillReply:
+    async def prefill(self, *, session: bytes | None = None, num_tokens: int = 9) -> pb.PrefillReply:
         call = self.stub.Prefill()
-        await call.write(await self.request(session=session))
+        await call.write(await self.request(session=session, num_tokens=num_tokens))
         await call.done_writing()
         replies = [reply async for reply in call]
         assert len(replies) == 1
@@ -166,6 +166,24 @@ async def test_silent_session_ends_with_its_requests_and_slots(tmp_path: Path) -
         assert code(failure) is grpc.StatusCode.NOT_FOUND
         async with teacher.client() as other:
             assert (await other.prefill([sequence(9)], Deadline.after(5))).rows_RD.shape == (8, 8)
+
+
+async def test_reader_that_stops_reading_keeps_no_slot_past_its_session(tmp_path: Path) -> None:
+    large = {"hidden_size": 2048, "max_batch_tokens": 1024}  # far more than fits in socket buffers
+    async with (
+        running_teacher(tmp_path, engine=large, slab={"slots": 1, "slot_mib": 16, "lease_s": 0.6}) as teacher,
+        raw_client(teacher) as stalled,
+    ):
+        handle = (await stalled.prefill(num_tokens=1000)).result.rows
+        reading = stalled.stub.ReadHandle(pb.ReadHandleRequest(session=stalled.session, handle=handle))
+        chunks = aiter(reading)
+        assert len((await anext(chunks)).data) > 0
+        async with teacher.client() as other:
+            assert (await other.prefill([sequence(9)], Deadline.after(5))).rows_RD.shape == (8, 2048)
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            async for _ in chunks:
+                pass
+        assert code(failure) is grpc.StatusCode.NOT_FOUND
 
 
 async def test_client_keeps_its_session_without_being_used(tmp_path: Path) -> None:

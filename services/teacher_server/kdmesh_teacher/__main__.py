@@ -17,7 +17,6 @@ from kdmesh import log
 from kdmesh.config import load
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh_teacher.config import TeacherConfig
-from kdmesh_teacher.parent import follow_parent
 
 if TYPE_CHECKING:
     from kdmesh_teacher.lifecycle import Addresses
@@ -35,7 +34,6 @@ def main() -> None:
     try:
         config = load(TeacherConfig, arguments.config, arguments.set)
         if not arguments.check:
-            follow_parent()
             log.configure(service="teacher")
             _run(config, arguments.ready_file)
     except ConfigError as error:

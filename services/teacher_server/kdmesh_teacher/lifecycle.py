@@ -65,6 +65,7 @@ async def serve(
     servicer = Servicer(gate, metrics)
     async with contextlib.AsyncExitStack() as stack:
         rpc, addresses = await stack.enter_async_context(_listening(config.server, servicer, gate, metrics))
+        log.info("listening", extra={"grpc": addresses.grpc, "rest": addresses.rest})
         on_listen(addresses)
         socket_path = directory / f"teacher-{rpc.port}.sock"
         starting = start(config, engine, thread, socket_path=socket_path, metrics=metrics, stack=stack)

@@ -38,13 +38,13 @@ class Metrics:
         self._tokens = self._counter("tokens", "Tokens prefilled.", "job")
         self._rows = self._counter("rows", "Rows computed.", "job")
         self._requests = self._counter("requests", "Requests by what came of them.", "job", "outcome")
-        self._stream_bytes = self._counter("stream_bytes", "Bytes of rows and heads read through the stream door.")
+        self._stream_bytes = 0
         self._queue_seconds = self._histogram("queue_seconds", "From arrival to the start of the prefill.", "job")
         self._engine_seconds = self._histogram("engine_seconds", "Duration of a batch in the engine.")
 
     def watch(self, look: Callable[[], Gauges]) -> None:
         """Show what `look` finds at every scrape; called once, when the server is ready."""
-        self.registry.register(_GaugeCollector(look))
+        self.registry.register(_Collector(look, lambda: self._stream_bytes))
 
     def batch_done(self, works: Sequence[Work], *, started_s: float, engine_s: float) -> None:
         """A batch has come from the engine, well or not."""
@@ -61,7 +61,7 @@ class Metrics:
 
     def streamed(self, num_bytes: int) -> None:
         """So many bytes were read through the stream door."""
-        self._stream_bytes.inc(num_bytes)
+        self._stream_bytes += num_bytes
 
     def _label(self, job: str) -> str:
         """The job's name, or one common name once there are too many."""
@@ -78,9 +78,10 @@ class Metrics:
         return Histogram(name, text, labels, namespace=_NAMESPACE, registry=self.registry, buckets=_SECONDS)
 
 
-class _GaugeCollector(Collector):
-    def __init__(self, look: Callable[[], Gauges]) -> None:
+class _Collector(Collector):
+    def __init__(self, look: Callable[[], Gauges], stream_bytes: Callable[[], int]) -> None:
         self._look = look
+        self._stream_bytes = stream_bytes
 
     def collect(self) -> Iterator[Metric]:
         """The slab and the queue as they are now."""
@@ -98,6 +99,10 @@ class _GaugeCollector(Collector):
         ):
             yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
         counters = now.slab.counters
+        door = CounterMetricFamily(f"{_NAMESPACE}_bytes", "Bytes that clients got, by door.", labels=["door"])
+        door.add_metric(["shm"], counters.claimed_bytes)
+        door.add_metric(["stream"], self._stream_bytes())
+        yield door
         for name, text, value in (
             ("handles_mapped", "Handles claimed through shared memory.", counters.claimed),
             ("handles_streamed", "Reads of handles through the stream door.", counters.streamed),

@@ -142,14 +142,14 @@ class Servicer(TeacherServicer):
             for start in range(0, len(data), raw_chunk.GOOD_BYTES):
                 if not store.is_open(request.session):
                     raise HandleGone("the session ended while the handle was read")
-                chunk = raw_chunk.encode(data[start : start + raw_chunk.GOOD_BYTES])
+                part = data[start : start + raw_chunk.GOOD_BYTES]
                 # A reader that stops reading must not keep the slot.
                 try:
                     async with asyncio.timeout(store.limits.lease_s):
-                        await context.write(chunk)
+                        await context.write(raw_chunk.encode(part))
                 except TimeoutError:
                     raise HandleGone(f"nothing was read for {store.limits.lease_s:g} s") from None
-                self._metrics.streamed(len(chunk))
+                self._metrics.streamed(len(part))
 
 
 class _ReplyStream:
