@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,13 +27,13 @@ class Materials:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Undisturbed:
-    """What each recipe comes to when its job has a teacher for itself, and that teacher."""
+    """A job of each recipe that had a teacher for itself, and the teachers."""
 
     teacher: Teacher  # still serves
     spare: Teacher  # of the same model
-    plain: list[dict[str, Any]]  # record of materials.plain
+    plain: Job  # materials.plain
     plain_requests: int  # that it asked of its teacher
-    other: list[dict[str, Any]]
+    other: Job  # materials.other
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +79,7 @@ def undisturbed(materials: Materials, tmp_path_factory: pytest.TempPathFactory) 
         yield Undisturbed(
             teacher=teacher,
             spare=spare,
-            plain=plain.record(),
+            plain=plain,
             plain_requests=teacher.num_answered("plain"),
-            other=other.record(),
+            other=other,
         )
