@@ -35,7 +35,10 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except local.ChildFailed as error:
-            _fail(error, local.USER_ERROR if error.exit_code == local.USER_ERROR else _ERROR)
+            code = local.USER_ERROR if error.exit_code == local.USER_ERROR else _ERROR
+            if error.is_told:
+                sys.exit(code)
+            _fail(error, code)
         except KdmeshError as error:
             _fail(error, local.USER_ERROR)
         except local.Stopped as stopped:

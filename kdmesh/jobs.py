@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import click
 
 from kdmesh import check, config, local
 from kdmesh.errors import ConfigError
+from kdmesh.log import is_urgent
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import Distill, TrainerConfig
 
@@ -166,14 +166,6 @@ def kept(write: Callable[[str], object], *, show: Callable[[str], object]) -> Ca
             show(line)
 
     return on_line
-
-
-def is_urgent(line: str) -> bool:
-    """Whether a line of a service's output is a warning, an error, or not an event at all."""
-    try:
-        return bool(json.loads(line)["level"] not in ("info", "debug"))
-    except (ValueError, TypeError, KeyError):
-        return True
 
 
 def _echo(line: str) -> None:

@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from kdmesh.errors import KdmeshError
+from kdmesh.log import is_urgent
 
 _TETHER = Path(__file__).with_name("tether.py")
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -46,11 +47,13 @@ class ChildFailed(KdmeshError):
 
     Attributes:
         exit_code: what it exited with; -n when signal n killed it.
+        is_told: it was refused its input, and has said why on the stderr that it shares with us.
     """
 
-    def __init__(self, message: str, *, exit_code: int) -> None:
+    def __init__(self, message: str, *, exit_code: int, is_told: bool = False) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.is_told = is_told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,8 +303,7 @@ def num_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    listed = Path("/proc/driver/nvidia/gpus")
-    return len(list(listed.iterdir())) if listed.is_dir() else 0
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))  # a container has only those it was given
 
 
 def _popen(command: Command) -> subprocess.Popen[str]:
@@ -336,11 +338,14 @@ def _failure(child: Child) -> ChildFailed:
     code = child.exit_code
     assert code is not None
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return ChildFailed(f"{child.name} {how}{_last_lines(child)}", exit_code=code)
+    is_told = code == USER_ERROR and child.command.on_line is None
+    return ChildFailed(f"{child.name} {how}{_last_lines(child)}", exit_code=code, is_told=is_told)
 
 
 def _last_lines(child: Child) -> str:
-    return "".join(f"\n  {line}" for line in ("; its last lines:", *child.tail)) if child.tail else ""
+    """What a failed child said, without the events of its ordinary work where it said anything else."""
+    lines = [line for line in child.tail if is_urgent(line)] or list(child.tail)
+    return "".join(["; its last lines:", *(f"\n  {line}" for line in lines)]) if lines else ""
 
 
 def _free_port() -> int:

@@ -49,6 +49,14 @@ def console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def is_urgent(line: str) -> bool:
+    """Whether a line of a service's output needs a person: a warning, an error, or no event at all."""
+    try:
+        return bool(json.loads(line)["level"] not in ("info", "debug"))
+    except (ValueError, TypeError, KeyError):
+        return True
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object per record: time, level, event, service, rank, then the fields of `extra`."""
 

@@ -216,7 +216,7 @@ def print_table(outcome: Outcome) -> None:
         assert kl is not None
         assert agreement is not None
         table.add_row(name, f"{kl:.4f}", f"{evaluation.perplexity:,.1f}", f"{agreement:.1%}", style=style)
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     console.print()
     console.print(table)
     console.print(outcome.sentence())

@@ -84,6 +84,13 @@ def test_a_service_that_exits_before_it_is_ready_is_reported_with_its_last_lines
     assert caught.value.exit_code == 2
 
 
+def test_the_reason_is_not_buried_in_events() -> None:
+    fails = """import sys; print('{"level": "info", "event": "loading"}'); print('no such model'); sys.exit(2)"""
+    with pytest.raises(local.ChildFailed, match="no such model") as caught, local.Processes() as processes:
+        processes.serve(quiet(fails, "teacher"), ready_within_s=60)
+    assert "loading" not in str(caught.value)
+
+
 def test_a_service_that_is_never_ready_is_given_up_and_ended() -> None:
     seen: list[str] = []
     never = local.Command(name="teacher", argv=python(IGNORES_TERM), on_line=seen.append, grace_s=0.1)

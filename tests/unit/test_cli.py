@@ -183,16 +183,3 @@ def test_ranks_are_one_per_gpu_unless_the_file_says(good: Path, monkeypatch: pyt
     assert jobs.num_ranks(jobs.config.load(TrainerConfig, good)) == 3
     assert jobs.num_ranks(jobs.config.load(TrainerConfig, good, ["student.device=cpu"])) == 1
     assert jobs.num_ranks(jobs.config.load(TrainerConfig, good, ["ranks=2"])) == 2
-
-
-@pytest.mark.parametrize(
-    ("line", "is_urgent"),
-    [
-        ('{"level": "info", "event": "ready"}', False),
-        ('{"level": "warning", "event": "slow"}', True),
-        ("Traceback (most recent call last):", True),
-        ("17", True),
-    ],
-)
-def test_a_services_warnings_reach_the_terminal_and_its_chatter_does_not(line: str, is_urgent: bool) -> None:
-    assert jobs.is_urgent(line) is is_urgent

@@ -87,3 +87,16 @@ def test_a_terminal_gets_the_same_event_for_a_person(monkeypatch: pytest.MonkeyP
     assert "step done" in shown
     assert "0.1235" in shown
     assert "{" not in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "is_urgent"),
+    [
+        ('{"level": "info", "event": "ready"}', False),
+        ('{"level": "warning", "event": "slow"}', True),
+        ("Traceback (most recent call last):", True),
+        ("17", True),
+    ],
+)
+def test_a_services_warnings_reach_the_terminal_and_its_chatter_does_not(line: str, is_urgent: bool) -> None:
+    assert log.is_urgent(line) is is_urgent
