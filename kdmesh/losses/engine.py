@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdmesh.losses.head import OutputHead
-from kdmesh.losses.matmul import add_weight_gradient, logits_into, spans
+from kdmesh.losses.matmul import logits_into, spans, weight_gradient_into
 from kdmesh.losses.rows import RowMaths
+from kdmesh.losses.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,15 +46,21 @@ class Gradients:
     bias_V: Tensor | None  # as weight_VD
 
     @classmethod
-    def zeros(cls, student: Side, wanted: tuple[bool, ...]) -> Gradients:
-        """Zeros for those of (hidden, weight, bias) that are wanted."""
+    def allocate(cls, student: Side, wanted: tuple[bool, ...]) -> Gradients:
+        """Those of (hidden, weight, bias) that are wanted; `sweep` fills them, but adds to the bias."""
         hidden_RD, weight_VD = student.hidden_RD, student.head.weight_VD
         hidden, weight, bias = wanted
         return cls(
-            hidden_RD=torch.zeros_like(hidden_RD) if hidden else None,
-            weight_VD=torch.zeros_like(weight_VD, dtype=student.product_dtype) if weight else None,
+            hidden_RD=torch.empty_like(hidden_RD) if hidden else None,
+            weight_VD=torch.empty_like(weight_VD, dtype=student.product_dtype) if weight else None,
             bias_V=weight_VD.new_zeros(len(weight_VD), dtype=student.product_dtype) if bias else None,
         )
+
+    def zero_(self) -> None:
+        """What they are without rows."""
+        for gradient in (self.hidden_RD, self.weight_VD, self.bias_V):
+            if gradient is not None:
+                gradient.zero_()
 
     @property
     def is_wanted(self) -> bool:
@@ -73,39 +81,49 @@ class Sizes:
     tile_rows: int
 
     @classmethod
-    def choose(cls, vocabulary_size: int, device: torch.device, chunk_tokens: int | None) -> Sizes:
+    def choose(
+        cls, num_rows: int, vocabulary_size: int, device: torch.device, chunk_tokens: int | None = None
+    ) -> Sizes:
         """What suits the device; `chunk_tokens` replaces the chunk's default."""
-        on_cpu = device.type == "cpu"
-        if chunk_tokens is None:
-            chunk_tokens = 1024 if on_cpu else 2048
-        block = min(chunk_tokens, 512) if on_cpu else chunk_tokens
-        tile_elements = 2**17 * torch.get_num_threads() if on_cpu else 2**25
-        tile = min(block, max(1, tile_elements // vocabulary_size))
-        return cls(chunk_rows=chunk_tokens, block_rows=block, tile_rows=tile)
+        if device.type == "cpu":
+            chunk = chunk_tokens or 1024
+            block = 512 if vocabulary_size <= 2**16 else 256
+            tile = 2**17 * torch.get_num_threads() // vocabulary_size
+        else:
+            chunk = block = chunk_tokens or 2048
+            tile = 2**25 // vocabulary_size
+        chunk = max(1, min(chunk, num_rows))
+        block = min(chunk, block)
+        return cls(chunk_rows=chunk, block_rows=block, tile_rows=max(1, min(block, tile)))
 
 
-def sweep(sides: list[Side], maths: RowMaths, gradients: Gradients, sizes: Sizes) -> None:
-    """Run `maths` over every row and add up the gradients that are wanted. The student is sides[0]."""
+def sweep(sides: Sequence[Side], maths: RowMaths, gradients: Gradients, sizes: Sizes, workspace: Workspace) -> None:
+    """Run `maths` over every row and fill the gradients that are wanted. The student is sides[0]."""
     student = sides[0]
-    num_rows, vocabulary_size = len(student.hidden_RD), student.head.vocabulary_size
+    num_rows, vocabulary_size, device = len(student.hidden_RD), student.head.vocabulary_size, student.hidden_RD.device
+    if num_rows == 0:
+        gradients.zero_()
+        return
     products = [
-        side.hidden_RD.new_empty(min(sizes.block_rows, num_rows), vocabulary_size, dtype=side.product_dtype)
-        for side in sides
+        workspace.matrix(f"product {n}", sizes.block_rows, vocabulary_size, dtype=side.product_dtype, device=device)
+        for n, side in enumerate(sides)
     ]
     gradient_CV = None
     if gradients.is_wanted:
-        gradient_CV = student.hidden_RD.new_empty(min(sizes.chunk_rows, num_rows), vocabulary_size)
+        gradient_CV = workspace.matrix(
+            "logit gradient", sizes.chunk_rows, vocabulary_size, dtype=student.hidden_RD.dtype, device=device
+        )
     for chunk in spans(num_rows, sizes.chunk_rows):
         chunk_gradient_CV = None if gradient_CV is None else gradient_CV[: chunk.stop - chunk.start]
         for block in spans(chunk.stop - chunk.start, sizes.block_rows):
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
             block_products = [product_BV[: rows.stop - rows.start] for product_BV in products]
             for side, product_BV in zip(sides, block_products, strict=True):
-                logits_into(product_BV, side.hidden_RD[rows], side.head.weight_VD)
+                logits_into(product_BV, side.hidden_RD[rows], side.head.weight_VD, workspace)
             block_gradient_BV = None if chunk_gradient_CV is None else chunk_gradient_CV[block]
             _by_tiles(rows, block_products, block_gradient_BV, maths, sizes.tile_rows)
         if chunk_gradient_CV is not None:
-            _chain_rule(student, chunk, chunk_gradient_CV, gradients)
+            _chain_rule(student, chunk, chunk_gradient_CV, gradients, workspace)
 
 
 def _by_tiles(rows: slice, products: list[Tensor], gradient_BV: Tensor | None, maths: RowMaths, tile_rows: int) -> None:
@@ -117,9 +135,9 @@ def _by_tiles(rows: slice, products: list[Tensor], gradient_BV: Tensor | None, m
     maths.end_block(products)
 
 
-def _chain_rule(student: Side, rows: slice, gradient_CV: Tensor, gradients: Gradients) -> None:
+def _chain_rule(student: Side, rows: slice, gradient_CV: Tensor, gradients: Gradients, workspace: Workspace) -> None:
     """From the gradient of a chunk's products to that of its rows and of the weight."""
     if gradients.hidden_RD is not None:
         torch.mm(gradient_CV, student.head.weight_VD, out=gradients.hidden_RD[rows])
     if gradients.weight_VD is not None:
-        add_weight_gradient(gradients.weight_VD, gradient_CV, student.hidden_RD[rows])
+        weight_gradient_into(gradients.weight_VD, gradient_CV, student.hidden_RD[rows], workspace, adds=rows.start > 0)

@@ -16,6 +16,7 @@ from kdmesh.losses.engine import Gradients, Side, Sizes, sweep
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.matmul import scaled
 from kdmesh.losses.rows import CrossEntropyRows, DivergenceRows, Mix, RowMaths, RowValues, StudentSide
+from kdmesh.losses.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,6 +46,7 @@ def fused_linear_divergence(
     ce_weight: float = 0.0,
     token_weight_R: Tensor | None = None,
     chunk_tokens: int | None = None,
+    workspace: Workspace | None = None,
 ) -> FusedLoss:
     """Sum over rows of weight * (kd_weight * D(student, teacher) + ce_weight * CE(student, label)).
 
@@ -61,6 +63,7 @@ def fused_linear_divergence(
         labels_R: int64 next tokens; cross-entropy is reported when they are given.
         token_weight_R: of each row; 1 when None.
         chunk_tokens: rows whose logit gradient exists at once; None chooses by device and vocabulary.
+        workspace: scratch to use again in the next call; None allocates and frees it in this one.
 
     Raises:
         InvalidRequest: shapes disagree, a number is out of range, or ce_weight lacks labels.
@@ -90,6 +93,7 @@ def fused_linear_divergence(
             build_maths=build_maths,
             token_weight_R=token_weight_R,
             chunk_tokens=chunk_tokens,
+            workspace=workspace or Workspace(),
         ),
         student_hidden_RD,
     )
@@ -102,6 +106,7 @@ def fused_linear_cross_entropy(
     *,
     token_weight_R: Tensor | None = None,
     chunk_tokens: int | None = None,
+    workspace: Workspace | None = None,
 ) -> FusedLoss:
     """Sum over rows of weight * CE(student, label), in the manner of fused_linear_divergence.
 
@@ -121,6 +126,7 @@ def fused_linear_cross_entropy(
             build_maths=build_maths,
             token_weight_R=token_weight_R,
             chunk_tokens=chunk_tokens,
+            workspace=workspace or Workspace(),
         ),
         student_hidden_RD,
     )
@@ -135,6 +141,7 @@ class _Call:
     build_maths: Callable[[StudentSide, Tensor], RowMaths]
     token_weight_R: Tensor | None
     chunk_tokens: int | None
+    workspace: Workspace
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -185,14 +192,14 @@ def _run(call: _Call, hidden_RD: Tensor, head: OutputHead, wanted: tuple[bool, .
     everything = [(hidden_RD, head), *teachers]
     is_double = any(torch.float64 in (rows.dtype, head.weight_VD.dtype) for rows, head in everything)
     student, *others = [Side.build(rows, head, is_double=is_double) for rows, head in everything]
-    gradients = Gradients.zeros(student, wanted)
-    sizes = Sizes.choose(head.vocabulary_size, hidden_RD.device, call.chunk_tokens)
+    gradients = Gradients.allocate(student, wanted)
+    sizes = Sizes.choose(len(hidden_RD), head.vocabulary_size, hidden_RD.device, call.chunk_tokens)
     tile_CV = hidden_RD.new_empty(sizes.tile_rows, head.vocabulary_size, dtype=student.product_dtype)
     token_weight_R = None if call.token_weight_R is None else call.token_weight_R.to(tile_CV.dtype)
     maths = call.build_maths(
         StudentSide(head=head, token_weight_R=token_weight_R, bias_gradient_V=gradients.bias_V), tile_CV
     )
-    sweep([student, *others], maths, gradients, sizes)
+    sweep([student, *others], maths, gradients, sizes, call.workspace)
     return maths.values(), gradients
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows of a weight that are cast or multiplied at a time on a CPU: small enough to stay in its cache.
+from kdmesh.losses.workspace import Workspace
+
+# Rows of a weight that are cast, multiplied or scaled at a time on a CPU: few enough to stay in its cache.
 _SLAB_ROWS = 2048
 
 
@@ -23,31 +25,41 @@ def spans(length: int, longest: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def logits_into(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor) -> None:
+def logits_into(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor, workspace: Workspace) -> None:
     """Overwrite `out_BV` with hidden @ weight.T; bfloat16 operands give float32 sums that are never rounded."""
     if hidden_BD.dtype is not torch.bfloat16:
         torch.mm(hidden_BD, weight_VD.T, out=out_BV)
     elif hidden_BD.is_cuda:
         torch.mm(hidden_BD, weight_VD.T, out_dtype=torch.float32, out=out_BV)
     else:
-        _logits_into_on_cpu(out_BV, hidden_BD, weight_VD)
+        _logits_into_on_cpu(out_BV, hidden_BD, weight_VD, workspace)
 
 
-def add_weight_gradient(gradient_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: Tensor) -> None:
-    """Add logit_gradient.T @ hidden to `gradient_VD`, which is float32 where the operands are bfloat16."""
+def weight_gradient_into(
+    out_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: Tensor, workspace: Workspace, *, adds: bool
+) -> None:
+    """Overwrite `out_VD` with logit_gradient.T @ hidden, or add it; float32 where the operands are bfloat16."""
     if hidden_CD.dtype is not torch.bfloat16:
-        gradient_VD.addmm_(logit_gradient_CV.T, hidden_CD)
+        torch.addmm(out_VD, logit_gradient_CV.T, hidden_CD, beta=int(adds), out=out_VD)
     elif hidden_CD.is_cuda:
-        torch.addmm(gradient_VD, logit_gradient_CV.T, hidden_CD, out_dtype=torch.float32, out=gradient_VD)
+        torch.addmm(out_VD, logit_gradient_CV.T, hidden_CD, beta=int(adds), out_dtype=torch.float32, out=out_VD)
     else:
-        for slab in spans(len(gradient_VD), _SLAB_ROWS):
-            gradient_VD[slab].add_(torch.mm(logit_gradient_CV[:, slab].T, hidden_CD))
+        slabs = spans(len(out_VD), _SLAB_ROWS)
+        product_SD = workspace.matrix(
+            "weight gradient", slabs[0].stop, out_VD.shape[1], dtype=torch.bfloat16, device=out_VD.device
+        )
+        for slab in slabs:
+            product = torch.mm(logit_gradient_CV[:, slab].T, hidden_CD, out=product_SD[: slab.stop - slab.start])
+            if adds:
+                out_VD[slab].add_(product)
+            else:
+                out_VD[slab].copy_(product)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient * factor in `dtype`, rounded once and without a float32 copy of the whole.
 
-    May be `gradient` itself where the factor is known to be 1, which costs a wait on anything but a CPU.
+    May be `gradient` itself where the factor is known to be 1; only a CPU knows without a wait.
     """
     if factor.device.type == "cpu" and factor.item() == 1:
         return gradient.to(dtype)
@@ -59,15 +71,17 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _logits_into_on_cpu(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor) -> None:
+def _logits_into_on_cpu(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor, workspace: Workspace) -> None:
     """As logits_into. No CPU operator takes bfloat16 and returns float32, so the operands are cast, exactly, and
     oneDNN is allowed to multiply them in bfloat16, which is what they are: no product is rounded."""
-    hidden_BD = hidden_BD.float()
-    slab_SD = torch.empty(min(_SLAB_ROWS, len(weight_VD)), weight_VD.shape[1])
+    size, device = hidden_BD.shape[1], hidden_BD.device
+    slabs = spans(len(weight_VD), _SLAB_ROWS)
+    cast_BD = workspace.matrix("hidden", len(hidden_BD), size, dtype=torch.float32, device=device).copy_(hidden_BD)
+    slab_SD = workspace.matrix("weight", slabs[0].stop, size, dtype=torch.float32, device=device)
     with _float32_products_in_bfloat16():
-        for slab in spans(len(weight_VD), _SLAB_ROWS):
+        for slab in slabs:
             cast_SD = slab_SD[: slab.stop - slab.start].copy_(weight_VD[slab])
-            torch.mm(hidden_BD, cast_SD.T, out=out_BV[:, slab])
+            torch.mm(cast_BD, cast_SD.T, out=out_BV[:, slab])
 
 
 @contextmanager
