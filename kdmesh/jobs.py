@@ -104,6 +104,7 @@ def teacher_command(
         argv=(sys.executable, "-m", "kdmesh_teacher", str(path), *set_arguments([*free, *overrides])),
         env=local.thread_limits(threads),
         on_line=on_line,
+        is_shown=True,
         grace_s=cfg.server.drain_s + _TEACHER_GRACE_S,
     )
 

@@ -47,7 +47,7 @@ class ChildFailed(KdmeshError):
 
     Attributes:
         exit_code: what it exited with; -n when signal n killed it.
-        is_told: it was refused its input, and has said why on the stderr that it shares with us.
+        is_told: it was refused its input, and a person has seen why.
     """
 
     def __init__(self, message: str, *, exit_code: int, is_told: bool = False) -> None:
@@ -64,6 +64,7 @@ class Command:
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)  # laid over this process's environment
     on_line: Callable[[str], None] | None = None  # gets each line of its output; None shares our stdout and stderr
+    is_shown: bool = False  # on_line shows a person what matters, so that a failure need not repeat it
     grace_s: float = 120.0  # from SIGTERM to SIGKILL
     orphan_signal: signal.Signals = signal.SIGTERM  # what it gets when this process dies without stopping it
 
@@ -282,6 +283,7 @@ def rank_commands(
                 **thread_limits(threads),
             },
             on_line=on_line,
+            is_shown=True,
             orphan_signal=signal.SIGKILL,
         )
         for rank in range(ranks)
@@ -338,8 +340,9 @@ def _failure(child: Child) -> ChildFailed:
     code = child.exit_code
     assert code is not None
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    is_told = code == USER_ERROR and child.command.on_line is None
-    return ChildFailed(f"{child.name} {how}{_last_lines(child)}", exit_code=code, is_told=is_told)
+    is_seen = child.command.is_shown or child.command.on_line is None
+    tail = "" if is_seen else _last_lines(child)
+    return ChildFailed(f"{child.name} {how}{tail}", exit_code=code, is_told=is_seen and code == USER_ERROR)
 
 
 def _last_lines(child: Child) -> str:
