@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from kdmesh import config
 from kdmesh.errors import ConfigError
+from kdmesh.extension import search_path
 from kdmesh_teacher.config import TeacherConfig, TransformersEngine
 from kdmesh_trainer.config import CustomDataset, CustomDivergence, DatasetConfig, Distill, TrainerConfig
 
@@ -104,7 +104,7 @@ def _function(key: str, target: str, params: Mapping[str, object], *, positional
     module, _, name = target.partition(":")
     spec = _find(module)
     if spec is None:
-        yield f"{key}.target: there is no module {module!r} (the current directory is searched too)"
+        yield f"{key}.target: there is no module {module!r} (the working directory is searched too)"
         return
     if not spec.origin or not spec.origin.endswith(".py"):
         return  # compiled: only importing can tell
@@ -123,7 +123,7 @@ def _function(key: str, target: str, params: Mapping[str, object], *, positional
 
 def _find(module: str) -> ModuleSpec | None:
     """The module's spec, found as the import system would, but without importing its parents."""
-    path: list[str] | None = [str(Path.cwd()), *sys.path]
+    path = search_path()
     *parents, last = module.split(".")
     for parent in parents:
         # Not by its full name: a directory without __init__.py would look for its parents among the imported.

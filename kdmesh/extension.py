@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from kdmesh.errors import ConfigError
@@ -13,11 +15,22 @@ from kdmesh.errors import ConfigError
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
+def search_path() -> list[str]:
+    """Directories in which a user's module is looked for: the working directory, then where Python looks.
+
+    Whether Python itself looks in the working directory depends on how it was started; relative paths of a
+    configuration begin there, and so do its modules.
+    """
+    here = str(Path.cwd())
+    return sys.path if here in sys.path else [here, *sys.path]
+
+
 def resolve(target: str, params: Mapping[str, Any], *, num_arguments: int = 0) -> Callable[..., Any]:
     """The function at `target` with `params` bound by keyword.
 
     Args:
-        target: "module:function"; the module is imported, the function is not called.
+        target: "module:function"; the module is imported, the function is not called. From then on
+            this process imports from `search_path`.
         num_arguments: positional arguments that the caller will pass first.
 
     Raises:
@@ -39,6 +52,7 @@ def resolve(target: str, params: Mapping[str, Any], *, num_arguments: int = 0) -
 
 def _find(target: str) -> Callable[..., Any]:
     module_name, _, name = target.partition(":")
+    sys.path[:] = search_path()
     try:
         module = import_module(module_name)
     except (ImportError, SyntaxError, TypeError, ValueError) as error:  # the last two: not a module name

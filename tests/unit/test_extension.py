@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def test_what_does_not_fit_the_signature_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         find(name, params, num_arguments)
+
+
+def test_a_module_in_the_working_directory_is_found_however_python_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kdmesh_extension_here.py").write_text("from kdmesh_extension_beside import value as found\n")
+    (tmp_path / "kdmesh_extension_beside.py").write_text("def value(): return 3\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])  # as under `python -P`
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path) not in sys.path
+    assert resolve("kdmesh_extension_here:found", {})() == 3
 
 
 @pytest.mark.parametrize("module", ["kdmesh_extension_absent", "kdmesh_extension_broken", ".relative", ""])

@@ -1,0 +1,77 @@
+"""The files of docs/extending.md train a student, as they stand there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import Materials, Undisturbed
+from tests.system.processes import ROOT, Process, Processes
+from tests.system.training import KDMESH
+
+PAGE = ROOT / "docs" / "extending.md"
+# A line with a file's name, then its text.
+FILE = re.compile(r"^`([\w.]+)`:\n\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's directory with the files of the page."""
+    path = tmp_path_factory.mktemp("extending")
+    for name, text in FILE.findall(PAGE.read_text(encoding="utf-8")):
+        (path / name).write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def on_path(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules of the page can be imported."""
+    monkeypatch.syspath_prepend(directory)
+    yield
+    for name in [file.stem for file in directory.glob("*.py")]:
+        sys.modules.pop(name, None)
+
+
+def run(processes: Processes, directory: Path, *arguments: str) -> Process:
+    """`kdmesh` in the user's directory, by a Python that does not look there by itself."""
+    return processes.start("kdmesh", directory, KDMESH, *arguments, PYTHONPATH="", PYTHONSAFEPATH="1")
+
+
+def test_page_names_every_file_that_it_shows(directory: Path) -> None:
+    names = {"my.yaml", "my_losses.py", "test_my_losses.py", "my_data.py", "questions.csv"}
+    assert {file.name for file in directory.iterdir()} == names
+    assert PAGE.read_text(encoding="utf-8").count("\n```") == 2 * len(names) + 2  # and the two commands
+
+
+def test_tests_of_the_page_pass(directory: Path, on_path: None) -> None:
+    tests = [value for name, value in vars(import_module("test_my_losses")).items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+
+
+def test_files_of_the_page_train_a_student(
+    directory: Path, materials: Materials, undisturbed: Undisturbed, processes: Processes
+) -> None:
+    models = ["--set", f"student.model={materials.plain.student}"]
+    check = run(processes, directory, "check", "my.yaml", *models)
+    training = run(
+        processes,
+        directory,
+        "train",
+        "my.yaml",
+        *models,
+        *("--set", f"teacher.addresses=['{undisturbed.teacher.address}']", "--set", "steps=3"),
+    )
+    check.succeed()
+    training.succeed()
+    (read,) = training.events("dataset read")
+    assert (read["rows"], read["sequences"]) == (6, 6)
+    assert (directory / "runs" / "mine" / "final" / "config.json").is_file()
+    text = (directory / "runs" / "mine" / "metrics.jsonl").read_text()
+    assert text.count('"kind": "step"') == 3
