@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdmesh.errors import ConfigError
+
+_PREFIX = "kdmesh-teacher-"
+_LOCK = "lock"  # held for as long as the server lives, however it dies
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +34,45 @@ class RuntimeDir:
 def runtime_dir(configured: Path | None) -> Iterator[RuntimeDir]:
     """The configured directory, made if it is missing, or a private one; removed on exit if it was made here.
 
+    Private directories of this user's servers that were killed are removed too.
+
     Raises:
         ConfigError: it cannot be made.
     """
-    try:
-        directory = _make(configured)
-    except OSError as error:
-        raise ConfigError(f"cannot make server.runtime_dir {configured or tempfile.gettempdir()}: {error}") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            directory = _make(configured)
+            stack.callback(directory.remove)
+            if configured is None:
+                (directory.path / _LOCK).touch()
+                stack.enter_context(_locked(directory.path / _LOCK))
+                _remove_abandoned(directory.path.parent)
+        except OSError as error:
+            place = configured or tempfile.gettempdir()
+            raise ConfigError(f"cannot make server.runtime_dir {place}: {error}") from None
         yield directory
-    finally:
-        directory.remove()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process. Raises BlockingIOError when another one holds it."""
+    with path.open("r") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        # BlockingIOError: its server lives. Others: it ends at this moment, or it is not ours to open.
+        with contextlib.suppress(OSError):
+            if lock.stat().st_uid == os.getuid():
+                with _locked(lock):
+                    shutil.rmtree(lock.parent)
 
 
 def _make(configured: Path | None) -> RuntimeDir:
     if configured is None:
-        return RuntimeDir(Path(tempfile.mkdtemp(prefix="kdmesh-teacher-")), is_ours=True)
+        return RuntimeDir(Path(tempfile.mkdtemp(prefix=_PREFIX)), is_ours=True)
     if configured.is_dir():
         return RuntimeDir(configured, is_ours=False)
     configured.mkdir(mode=0o700, parents=True)
