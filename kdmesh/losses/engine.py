@@ -87,7 +87,7 @@ class Sizes:
         """What suits the device; `chunk_tokens` replaces the chunk's default."""
         if device.type == "cpu":
             chunk = chunk_tokens or 1024
-            block = 512 if vocabulary_size <= 2**16 else 256
+            block = min(1024, max(256, 2**25 // vocabulary_size))  # below 256 rows a product wastes its time on packing
             tile = 2**17 * torch.get_num_threads() // vocabulary_size
         else:
             chunk = block = chunk_tokens or 2048
