@@ -33,9 +33,7 @@ class Arithmetic:
 def measure(inputs: Inputs, *, steps: int = 3) -> Arithmetic:
     """Train a few steps sequence by sequence, without padding, the fused loss on response rows only."""
     encoder = ChatEncoder(load_student_tokenizer(inputs.student), None)
-    policy = DataConfig.model_validate(
-        {"train": {"format": "chat", "path": str(inputs.chats)}, "max_tokens": MAX_TOKENS}
-    )
+    policy = DataConfig(train=ChatFile(path=inputs.chats), max_tokens=MAX_TOKENS)
     sequences = load_sequences("train", open_dataset(policy.train), encoder, policy).sequences
     teacher = load_causal_lm(inputs.teacher, torch.float32, torch.device("cpu"))
     student = load_causal_lm(inputs.student, torch.float32, torch.device("cpu")).train()
