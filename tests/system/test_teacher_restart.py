@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.system.conftest import Materials, Undisturbed
@@ -137,4 +138,7 @@ def test_in_the_end_nothing_is_left(story: Story) -> None:
     after = Machine.look()
     assert after.shared_bytes - story.before.shared_bytes < _TOLERANCE_BYTES
     assert after.named_memory <= story.before.named_memory
-    assert not story.serving.named_memory - story.before.named_memory
+    assert story.serving.named_memory <= story.before.named_memory
+    directory = str(story.patient.output.parents[1])
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if directory in command]
