@@ -68,9 +68,6 @@ def fused_linear_divergence(
     Raises:
         InvalidRequest: shapes disagree, a number is out of range, or ce_weight lacks labels.
     """
-    _check_side("student", student_hidden_RD, student_head)
-    _check_side("teacher", teacher_hidden_RE, teacher_head)
-    num_rows = len(student_hidden_RD)
     if student_head.vocabulary_size != teacher_head.vocabulary_size:
         raise InvalidRequest(
             f"the student's head has {student_head.vocabulary_size} tokens, the teacher's "
@@ -80,7 +77,8 @@ def fused_linear_divergence(
         raise InvalidRequest(f"ce_weight is {ce_weight} without labels; cross-entropy needs them")
     if not temperature > 0:
         raise InvalidRequest(f"temperature is {temperature}; it must be positive")
-    _check_rows(num_rows, teacher_hidden_RE=teacher_hidden_RE, labels_R=labels_R, token_weight_R=token_weight_R)
+    _check_side("teacher", teacher_hidden_RE, teacher_head)
+    _check_rows(len(student_hidden_RD), teacher_hidden_RE=teacher_hidden_RE, labels_R=labels_R)
     mix = Mix(divergence=divergence, temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
 
     def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
@@ -113,8 +111,7 @@ def fused_linear_cross_entropy(
     Raises:
         InvalidRequest: shapes disagree.
     """
-    _check_side("student", student_hidden_RD, student_head)
-    _check_rows(len(student_hidden_RD), labels_R=labels_R, token_weight_R=token_weight_R)
+    _check_rows(len(student_hidden_RD), labels_R=labels_R)
 
     def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
         return CrossEntropyRows(student, labels_R, tile_CV=tile_CV)
@@ -176,6 +173,10 @@ class _FusedLinear(torch.autograd.Function):
 
 def _fused(call: _Call, hidden_RD: Tensor) -> FusedLoss:
     head = call.student_head
+    _check_side("student", hidden_RD, head)
+    _check_rows(len(hidden_RD), token_weight_R=call.token_weight_R)
+    if call.chunk_tokens is not None and call.chunk_tokens < 1:
+        raise InvalidRequest(f"chunk_tokens is {call.chunk_tokens}; it must be at least 1")
     inputs = hidden_RD, head.weight_VD, head.bias_V
     wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs)
     loss_sum, divergence_R, cross_entropy_R, top1_agreement_R = _FusedLinear.apply(*inputs, call, wanted)  # type: ignore[no-untyped-call]

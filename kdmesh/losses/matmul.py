@@ -67,7 +67,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return gradient * factor
     result = torch.empty_like(gradient, dtype=dtype)
     for slab in spans(len(gradient), _SLAB_ROWS):
-        result[slab].copy_(gradient[slab].to(factor.dtype).mul_(factor))
+        result[slab].copy_(gradient[slab].to(factor.dtype) * factor)
     return result
 
 

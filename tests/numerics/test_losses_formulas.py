@@ -13,41 +13,10 @@ from torch import Tensor
 
 from kdmesh.losses import OutputHead, fused_linear_cross_entropy
 from tests.support import textbook_losses as textbook
-from tests.support.loss_cases import Case, Outcome, call, cases, expected, heads, run, tensors
+from tests.support.loss_cases import FULL, Case, assert_same, call, cases, expected, heads, run, tensors
 from tests.support.textbook_losses import Transform
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jensen_shannon"]
-
-# Every option at once, none at its neutral value.
-FULL = Case(
-    rows=33,
-    vocabulary=70,
-    padding=5,
-    temperature=1.7,
-    kd_weight=0.6,
-    ce_weight=0.4,
-    has_token_weights=True,
-    student=Transform(scale=0.8, softcap=4.0),
-    teacher=Transform(scale=1.3, softcap=9.0),
-    has_bias=True,
-    chunk_tokens=8,
-    upstream=-2.5,
-)
-
-
-def assert_same(actual: Outcome, reference: Outcome, *, tolerance: float) -> None:
-    """Every tensor within `tolerance` of its own scale, or of 1 where that is less."""
-
-    def close(mine: Tensor, theirs: Tensor) -> None:
-        assert mine.shape == theirs.shape
-        allowed = tolerance * max(1.0, theirs.abs().max().item() if theirs.numel() else 0.0)
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=0, atol=allowed)
-
-    close(actual.loss_sum, reference.loss_sum)
-    close(actual.divergence_R, reference.divergence_R)
-    close(actual.cross_entropy_R, reference.cross_entropy_R)
-    for mine, theirs in zip(actual.gradients, reference.gradients, strict=True):
-        close(mine, theirs)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

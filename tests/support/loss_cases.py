@@ -46,6 +46,23 @@ class Case:
         return build_divergence(self.name, {"beta": self.beta} if self.name == "jensen_shannon" else {})
 
 
+# Every option at once, none at its neutral value.
+FULL = Case(
+    rows=33,
+    vocabulary=70,
+    padding=5,
+    temperature=1.7,
+    kd_weight=0.6,
+    ce_weight=0.4,
+    has_token_weights=True,
+    student=Transform(scale=0.8, softcap=4.0),
+    teacher=Transform(scale=1.3, softcap=9.0),
+    has_bias=True,
+    chunk_tokens=8,
+    upstream=-2.5,
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tensors:
     """Inputs of a case; the student's three require a gradient."""
@@ -169,6 +186,21 @@ def expected(case: Case, inputs: Tensors) -> Outcome:
         cross_entropy_R=cross_entropy_R.detach(),
         gradients=list(torch.autograd.grad(loss_sum * case.upstream, leaves)),
     )
+
+
+def assert_same(actual: Outcome, reference: Outcome, *, tolerance: float) -> None:
+    """Every tensor within `tolerance` of its own scale, or of 1 where that is less."""
+
+    def close(mine: Tensor, theirs: Tensor) -> None:
+        assert mine.shape == theirs.shape
+        allowed = tolerance * max(1.0, theirs.abs().max().item() if theirs.numel() else 0.0)
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=0, atol=allowed)
+
+    close(actual.loss_sum, reference.loss_sum)
+    close(actual.divergence_R, reference.divergence_R)
+    close(actual.cross_entropy_R, reference.cross_entropy_R)
+    for mine, theirs in zip(actual.gradients, reference.gradients, strict=True):
+        close(mine, theirs)
 
 
 def relative_error(actual: Tensor, reference: Tensor) -> float:
