@@ -45,10 +45,15 @@ def story(
     undisturbed_ranks = whole.start_ranks(2)
     for process, gate in zip(running, gates, strict=True):
         process.until(gate.is_reached)
-    teacher_slots = {job: teacher.slots(job) for job in ("plain-shared", "other-shared", "killed")}
-    freed_after_s = _kill_first_rank(running[2], teacher)
+    # Each keeps what it works on; what was prefetched is soon copied to its own memory.
+    running[0].until(lambda: teacher.slots("plain-shared") == teacher.slots("other-shared") == [1])
+    first, second = _ranks(running[2])
+    second.suspend()  # it would end its own session as soon as it hears of the other's death
+    slots_before = {job: teacher.slots(job) for job in ("plain-shared", "other-shared", "killed")}
+    freed_after_s = _kill(first, teacher)
+    slots_after = {job: teacher.slots(job) for job in slots_before}
+    second.resume()
     gates[2].remove()
-    slots_after = {job: teacher.slots(job) for job in teacher_slots}
     for gate in gates[:2]:
         gate.let_go()
     running[2].exit_code()
@@ -61,27 +66,30 @@ def story(
         killed=killed,
         whole=whole,
         call=call,
-        slots_before=teacher_slots,
+        slots_before=slots_before,
         slots_after=slots_after,
         freed_after_s=freed_after_s,
         launcher=running[2],
     )
 
 
-def _kill_first_rank(launcher: Process, teacher: Teacher) -> float:
+def _ranks(launcher: Process) -> list[psutil.Process]:
+    """The processes that it started, by rank."""
+    return sorted(psutil.Process(launcher.pid).children(), key=lambda child: int(child.environ()["RANK"]))
+
+
+def _kill(rank: psutil.Process, teacher: Teacher) -> float:
     """Seconds until the teacher has ended its session."""
-    (rank,) = [child for child in psutil.Process(launcher.pid).children() if child.environ()["RANK"] == "0"]
     sessions = len(teacher.slots("killed"))
     rank.kill()
     killed_s = time.monotonic()
     while len(teacher.slots("killed")) == sessions:
-        assert time.monotonic() < killed_s + 30
+        assert time.monotonic() < killed_s + 60
     return time.monotonic() - killed_s
 
 
 def test_slots_of_a_killed_rank_are_back_within_a_second(story: Story) -> None:
-    assert len(story.slots_before["killed"]) == 2
-    assert len(story.slots_after["killed"]) <= 1
+    assert (len(story.slots_before["killed"]), len(story.slots_after["killed"])) == (2, 1)
     assert sum(story.slots_before["killed"]) > sum(story.slots_after["killed"])
     assert story.freed_after_s < 1
 
@@ -98,8 +106,7 @@ def test_job_killed_at_any_step_continues_exactly(story: Story) -> None:
 
 def test_different_jobs_held_slots_at_the_same_time(story: Story) -> None:
     for job in ("plain-shared", "other-shared"):
-        assert story.slots_before[job][0] > 0
-        assert story.slots_after[job] == story.slots_before[job]
+        assert story.slots_before[job] == story.slots_after[job] == [1]
 
 
 def test_each_job_learns_what_it_learns_alone(story: Story, undisturbed: Undisturbed) -> None:
