@@ -15,6 +15,13 @@ from tests.system.teachers import Teacher
 from tests.system.training import Job, Recipe
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several processes that import torch at the same time take long where the cores are not theirs alone."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(400))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Materials:
     """Directories that jobs are made of."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_stopped_job_loses_its_credit_and_nothing_else(
     teacher: Teacher, materials: Materials, undisturbed: Undisturbed, processes: Processes, tmp_path: Path
 ) -> None:
     # A step is one micro-batch of about 1800 rows, of which the loss reads no more than 1024 before the gate.
-    large = {"batch": {"sequences": 60, "max_tokens": 8192}, "steps": 4}
+    large: dict[str, Any] = {"batch": {"sequences": 60, "max_tokens": 8192}, "steps": 4}
     job = Job(processes, tmp_path / "stopped", materials.plain, teacher.address, **large)
     whole = Job(processes, tmp_path / "whole", materials.plain, undisturbed.spare.address, **large)
     gate = job.gate(1)

@@ -82,6 +82,7 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
     killed = Machine.look()
     teacher.start()
     again = hasty.start("teacher.deadline_s=100")
+    teacher.wait_ready()
     patient_trainer.succeed()
     again.succeed()
     return Story(
