@@ -97,6 +97,8 @@ def main() -> None:
     """Run one rank."""
     result = _call(sys.argv[1], json.loads(sys.argv[2]))
     sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # as the trainer does: gloo's threads must not meet an interpreter that goes down
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from kdmesh import log
 from kdmesh.config import load
@@ -24,21 +24,22 @@ _BROKEN = 1
 _INTERRUPTED = 130
 
 
-def main() -> None:
+def main() -> int:
     """Parse, check, train; run it under torchrun, or alone as the only rank.
 
-    Exit status: 0 when all steps are done, or when SIGTERM or SIGINT ended the run with a
-    checkpoint; 2 when something was refused or a service failed, in one sentence; 1 when this
-    rank broke, or another one ended; 130 or a signal when the run was ended before its first step.
+    Returns:
+        The exit status: 0 when all steps are done, or when SIGTERM or SIGINT ended the run with
+        a checkpoint; 2 when something was refused or a service failed, in one sentence; 1 when
+        another rank ended; 130 when Ctrl-C came before the first step.
     """
     arguments = _parser().parse_args()
     rank = int(os.environ.get("RANK", "0"))
     try:
         cfg = load(TrainerConfig, arguments.config, arguments.set)
     except KdmeshError as error:
-        _end(error, is_speaker=rank == 0)
+        return _refused(error, is_speaker=rank == 0)
     log.configure("trainer", rank=rank)
-    _run(cfg)
+    return _join(cfg)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,19 +53,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(cfg: TrainerConfig) -> None:
+def _join(cfg: TrainerConfig) -> int:
     # Not at the top: a bad configuration must not wait for torch.
     from kdmesh_trainer.mesh import joined
 
     patience_s = cfg.teacher.deadline_s if cfg.teacher else 0.0
     try:
         with joined(cfg.student.device, longest_wait_s=patience_s) as mesh:
-            _train(cfg, mesh)
+            return _train(cfg, mesh)
     except KdmeshError as error:
-        _end(error, is_speaker=True)
+        return _refused(error, is_speaker=True)
 
 
-def _train(cfg: TrainerConfig, mesh: Mesh) -> None:
+def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
     from transformers.utils import logging as transformers_logging
 
     from kdmesh_trainer.build import built
@@ -78,23 +79,35 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> None:
         with built(cfg, mesh=mesh, signals=signals) as parts, signals:
             done = run(parts, schedule)
     except KdmeshError as error:
-        _end(error, is_speaker=mesh.is_first_to_fail())
+        return _refused(error, is_speaker=mesh.is_first_to_fail())
     except KeyboardInterrupt:  # before the first step, where there is nothing to save
-        sys.exit(_INTERRUPTED)
+        return _INTERRUPTED
     except RuntimeError:
         # A collective fails when another rank has gone: that one has said why, or was killed.
         if mesh.is_first_to_fail():
             raise
-        sys.exit(_BROKEN)
+        return _BROKEN
     if done < cfg.steps:
         logger.info("stopped", extra={"steps_done": done, "next": "run the same command to continue"})
+    return 0
 
 
-def _end(error: KdmeshError, *, is_speaker: bool) -> None:
+def _refused(error: KdmeshError, *, is_speaker: bool) -> int:
     if is_speaker:
         sys.stderr.write(f"{error}\n")
-    sys.exit(_REFUSED)
+    return _REFUSED
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process without tearing the interpreter down.
+
+    Everything is closed by now, but gloo's threads may still let go of tensors, and one that does so while the
+    interpreter goes down aborts the process: about one run in a hundred (pytorch/pytorch#179291, #190489).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    main()
+    _leave(main())
