@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.matmul import logits_into, spans, weight_gradient_into
-from kdmesh.losses.rows import RowMaths
+from kdmesh.losses.rows import RowMaths, RowValues
+from kdmesh.losses.threads import run_each
 from kdmesh.losses.workspace import Workspace
 
 
@@ -43,42 +45,38 @@ class Gradients:
 
     hidden_RD: Tensor | None  # dtype of the student's rows
     weight_VD: Tensor | None  # float32, or float64 with a float64 student
-    bias_V: Tensor | None  # as weight_VD
+    bias_NV: Tensor | None  # as weight_VD; one row for each thread to add to, so the sum over N is meant
 
     @classmethod
-    def allocate(cls, student: Side, wanted: tuple[bool, ...]) -> Gradients:
-        """Those of (hidden, weight, bias) that are wanted; `sweep` fills them, but adds to the bias."""
-        hidden_RD, weight_VD = student.hidden_RD, student.head.weight_VD
+    def allocate(cls, student: Side, wanted: tuple[bool, ...], *, num_threads: int) -> Gradients:
+        """Those of (hidden, weight, bias) that are wanted: the bias zero, the others zero where there are no rows."""
         hidden, weight, bias = wanted
+        hidden_RD, weight_VD, dtype = student.hidden_RD, student.head.weight_VD, student.product_dtype
+        allocate = torch.empty_like if len(hidden_RD) > 0 else torch.zeros_like
         return cls(
-            hidden_RD=torch.empty_like(hidden_RD) if hidden else None,
-            weight_VD=torch.empty_like(weight_VD, dtype=student.product_dtype) if weight else None,
-            bias_V=weight_VD.new_zeros(len(weight_VD), dtype=student.product_dtype) if bias else None,
+            hidden_RD=allocate(hidden_RD) if hidden else None,
+            weight_VD=allocate(weight_VD, dtype=dtype) if weight else None,
+            bias_NV=weight_VD.new_zeros(num_threads, len(weight_VD), dtype=dtype) if bias else None,
         )
-
-    def zero_(self) -> None:
-        """What they are without rows."""
-        for gradient in (self.hidden_RD, self.weight_VD, self.bias_V):
-            if gradient is not None:
-                gradient.zero_()
 
     @property
     def is_wanted(self) -> bool:
         """Whether there is any."""
-        return any(gradient is not None for gradient in (self.hidden_RD, self.weight_VD, self.bias_V))
+        return any(gradient is not None for gradient in (self.hidden_RD, self.weight_VD, self.bias_NV))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How many rows are worked on at a time, at three levels.
+    """How many rows are worked on at a time, at three levels, and on how many threads.
 
     A chunk's logit gradient exists at once, so that the weight gradient is added to once per chunk. Of
-    its logits one block exists at once. Elementwise work goes tile by tile.
+    its logits one block exists at once. Elementwise work on a block is shared by threads, tile by tile.
     """
 
     chunk_rows: int
     block_rows: int
     tile_rows: int
+    num_threads: int
 
     @classmethod
     def choose(
@@ -87,23 +85,34 @@ class Sizes:
         """What suits the device; `chunk_tokens` replaces the chunk's default."""
         if device.type == "cpu":
             chunk = chunk_tokens or 1024
-            block = min(1024, max(256, 2**25 // vocabulary_size))  # below 256 rows a product wastes its time on packing
-            tile = 2**17 * torch.get_num_threads() // vocabulary_size
+            # Below 256 rows a product wastes its time on packing the weight.
+            block = min(1024, max(256, 2**25 // vocabulary_size))
+            tile = 2**17 // vocabulary_size  # half a MiB, several of which fit a core's cache
+            num_threads = torch.get_num_threads()
         else:
             chunk = block = chunk_tokens or 2048
             tile = 2**25 // vocabulary_size
+            num_threads = 1
         chunk = max(1, min(chunk, num_rows))
         block = min(chunk, block)
-        return cls(chunk_rows=chunk, block_rows=block, tile_rows=max(1, min(block, tile)))
+        tile = max(1, min(block, tile))
+        return cls(chunk_rows=chunk, block_rows=block, tile_rows=tile, num_threads=min(num_threads, -(-block // tile)))
 
 
-def sweep(sides: Sequence[Side], maths: RowMaths, gradients: Gradients, sizes: Sizes, workspace: Workspace) -> None:
-    """Run `maths` over every row and fill the gradients that are wanted. The student is sides[0]."""
+def sweep(
+    sides: Sequence[Side], maths: Sequence[RowMaths], gradients: Gradients, sizes: Sizes, workspace: Workspace
+) -> list[RowValues]:
+    """Work through every row, and fill the gradients that are wanted.
+
+    Args:
+        sides: the student first.
+        maths: one for each thread, with scratch of its own.
+
+    Returns:
+        Values of all rows, in order.
+    """
     student = sides[0]
     num_rows, vocabulary_size, device = len(student.hidden_RD), student.head.vocabulary_size, student.hidden_RD.device
-    if num_rows == 0:
-        gradients.zero_()
-        return
     products = [
         workspace.matrix(f"product {n}", sizes.block_rows, vocabulary_size, dtype=side.product_dtype, device=device)
         for n, side in enumerate(sides)
@@ -113,26 +122,50 @@ def sweep(sides: Sequence[Side], maths: RowMaths, gradients: Gradients, sizes: S
         gradient_CV = workspace.matrix(
             "logit gradient", sizes.chunk_rows, vocabulary_size, dtype=student.hidden_RD.dtype, device=device
         )
+    values: list[RowValues] = []
     for chunk in spans(num_rows, sizes.chunk_rows):
-        chunk_gradient_CV = None if gradient_CV is None else gradient_CV[: chunk.stop - chunk.start]
         for block in spans(chunk.stop - chunk.start, sizes.block_rows):
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
             block_products = [product_BV[: rows.stop - rows.start] for product_BV in products]
             for side, product_BV in zip(sides, block_products, strict=True):
                 logits_into(product_BV, side.hidden_RD[rows], side.head.weight_VD, workspace)
-            block_gradient_BV = None if chunk_gradient_CV is None else chunk_gradient_CV[block]
-            _by_tiles(rows, block_products, block_gradient_BV, maths, sizes.tile_rows)
-        if chunk_gradient_CV is not None:
-            _chain_rule(student, chunk, chunk_gradient_CV, gradients, workspace)
+            gradient_BV = None if gradient_CV is None else gradient_CV[block]
+            values += _block(rows, block_products, gradient_BV, maths, sizes.tile_rows)
+        if gradient_CV is not None:
+            _chain_rule(student, chunk, gradient_CV[: chunk.stop - chunk.start], gradients, workspace)
+    return values
 
 
-def _by_tiles(rows: slice, products: list[Tensor], gradient_BV: Tensor | None, maths: RowMaths, tile_rows: int) -> None:
-    tiles = list(range(rows.start, rows.stop, tile_rows))
-    gradients = [None] * len(tiles) if gradient_BV is None else torch.split(gradient_BV, tile_rows)
+def _block(
+    rows: slice, products: Sequence[Tensor], gradient_BV: Tensor | None, maths: Sequence[RowMaths], tile_rows: int
+) -> list[RowValues]:
+    """Elementwise work on one block: each thread has a share of its rows."""
+    num_rows = rows.stop - rows.start
+    shares = spans(num_rows, -(-num_rows // len(maths)))
+    return run_each(
+        [
+            partial(
+                _share,
+                slice(rows.start + share.start, rows.start + share.stop),
+                [product_BV[share] for product_BV in products],
+                None if gradient_BV is None else gradient_BV[share],
+                maths_of_thread,
+                tile_rows,
+            )
+            for share, maths_of_thread in zip(shares, maths[: len(shares)], strict=True)
+        ]
+    )
+
+
+def _share(
+    rows: slice, products: Sequence[Tensor], gradient_BV: Tensor | None, maths: RowMaths, tile_rows: int
+) -> RowValues:
+    starts = range(rows.start, rows.stop, tile_rows)
+    gradients = [None] * len(starts) if gradient_BV is None else torch.split(gradient_BV, tile_rows)
     products_by_tile = zip(*(torch.split(product_BV, tile_rows) for product_BV in products), strict=True)
-    for start, tile_products, gradient_CV in zip(tiles, products_by_tile, gradients, strict=True):
+    for start, tile_products, gradient_CV in zip(starts, products_by_tile, gradients, strict=True):
         maths.tile(slice(start, min(start + tile_rows, rows.stop)), tile_products, gradient_CV)
-    maths.end_block(products)
+    return maths.end_block(products)
 
 
 def _chain_rule(student: Side, rows: slice, gradient_CV: Tensor, gradients: Gradients, workspace: Workspace) -> None:

@@ -154,7 +154,8 @@ class _FusedLinear(torch.autograd.Function):
             values, gradients = _run(call, hidden_RD, head, wanted)
             loss_R = values.loss_R if call.token_weight_R is None else values.loss_R * call.token_weight_R
             loss_sum = loss_R.sum()
-        ctx.save_for_backward(gradients.hidden_RD, gradients.weight_VD, gradients.bias_V)
+        bias_gradient_V = None if gradients.bias_NV is None else gradients.bias_NV.sum(0)
+        ctx.save_for_backward(gradients.hidden_RD, gradients.weight_VD, bias_gradient_V)
         ctx.dtypes = hidden_RD.dtype, weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype
         per_row = values.divergence_R, values.cross_entropy_R, values.top1_agreement_R
         ctx.mark_non_differentiable(*per_row)
@@ -193,15 +194,23 @@ def _run(call: _Call, hidden_RD: Tensor, head: OutputHead, wanted: tuple[bool, .
     everything = [(hidden_RD, head), *teachers]
     is_double = any(torch.float64 in (rows.dtype, head.weight_VD.dtype) for rows, head in everything)
     student, *others = [Side.build(rows, head, is_double=is_double) for rows, head in everything]
-    gradients = Gradients.allocate(student, wanted)
     sizes = Sizes.choose(len(hidden_RD), head.vocabulary_size, hidden_RD.device, call.chunk_tokens)
+    gradients = Gradients.allocate(student, wanted, num_threads=sizes.num_threads)
     tile_CV = hidden_RD.new_empty(sizes.tile_rows, head.vocabulary_size, dtype=student.product_dtype)
     token_weight_R = None if call.token_weight_R is None else call.token_weight_R.to(tile_CV.dtype)
-    maths = call.build_maths(
-        StudentSide(head=head, token_weight_R=token_weight_R, bias_gradient_V=gradients.bias_V), tile_CV
-    )
-    sweep([student, *others], maths, gradients, sizes, call.workspace)
-    return maths.values(), gradients
+    maths = [
+        call.build_maths(
+            StudentSide(
+                head=head,
+                token_weight_R=token_weight_R,
+                bias_gradient_V=None if gradients.bias_NV is None else gradients.bias_NV[n],
+            ),
+            torch.empty_like(tile_CV),
+        )
+        for n in range(sizes.num_threads)
+    ]
+    values = sweep([student, *others], maths, gradients, sizes, call.workspace)
+    return RowValues.joined(values, like=tile_CV), gradients
 
 
 def _check_side(name: str, hidden_RD: Tensor, head: OutputHead) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import gcd
 from typing import Protocol
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from kdmesh.losses.divergences import Divergence
 from kdmesh.losses.head import OutputHead
+from kdmesh.losses.top1 import Top1Agreement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,11 +23,25 @@ class RowValues:
     cross_entropy_R: Tensor  # [0] without labels
     top1_agreement_R: Tensor  # [0] without a teacher
 
+    @classmethod
+    def joined(cls, parts: Sequence[RowValues], *, like: Tensor) -> RowValues:
+        """Of the rows of all parts in order; `like` gives dtype and device where there is none."""
+
+        def join(pick: Callable[[RowValues], Tensor]) -> Tensor:
+            return torch.cat([like.new_empty(0), *map(pick, parts)])
+
+        return cls(
+            loss_R=join(lambda part: part.loss_R),
+            divergence_R=join(lambda part: part.divergence_R),
+            cross_entropy_R=join(lambda part: part.cross_entropy_R),
+            top1_agreement_R=join(lambda part: part.top1_agreement_R),
+        )
+
 
 class RowMaths(Protocol):
     """Turns products (hidden @ weight.T, one matrix per head, student first) into values and a gradient.
 
-    Rows come in order: tile by tile, and the tiles of a block together once more.
+    A block of rows comes tile by tile, in order. For one thread at a time.
     """
 
     def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
@@ -37,12 +51,8 @@ class RowMaths(Protocol):
         """
         ...
 
-    def end_block(self, products: Sequence[Tensor]) -> None:
-        """Finish what is cheaper for many rows at once; `products` are those of the tiles since the last call."""
-        ...
-
-    def values(self) -> RowValues:
-        """Of all rows."""
+    def end_block(self, products: Sequence[Tensor]) -> RowValues:
+        """Values of the tiles since the last call, whose products these are."""
         ...
 
 
@@ -88,7 +98,7 @@ class CrossEntropyRows:
         self._student = student
         self._labels_R = labels_R
         self._scratch = tile_CV, torch.empty_like(tile_CV)
-        self._cross_entropy = [tile_CV.new_empty(0, 1)]
+        self._cross_entropy: list[Tensor] = []
 
     def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
         """Products are the student's."""
@@ -102,17 +112,16 @@ class CrossEntropyRows:
             dlogits_CV = _subtract_at(log_q_CV.exp_(), label_C1, 1.0)  # q - onehot
             self._student.store_gradient(rows, dlogits_CV, logits_CV, spare_CV=spare_CV, out_CV=gradient_CV)
 
-    def end_block(self, products: Sequence[Tensor]) -> None:
-        """Nothing is left to do."""
-
-    def values(self) -> RowValues:
+    def end_block(self, products: Sequence[Tensor]) -> RowValues:
         """Cross-entropy alone."""
         cross_entropy_R = torch.cat(self._cross_entropy)[:, 0]
+        self._cross_entropy.clear()
+        absent_0 = cross_entropy_R[:0]
         return RowValues(
             loss_R=cross_entropy_R,
-            divergence_R=cross_entropy_R.new_empty(0),
+            divergence_R=absent_0,
             cross_entropy_R=cross_entropy_R,
-            top1_agreement_R=cross_entropy_R.new_empty(0),
+            top1_agreement_R=absent_0,
         )
 
 
@@ -128,9 +137,9 @@ class DivergenceRows:
         self._mix = mix
         self._labels_R = labels_R
         self._scratch = tile_CV, torch.empty_like(tile_CV), torch.empty_like(tile_CV)
-        self._top1 = Top1Agreement(tile_CV)
-        self._divergence = [tile_CV.new_empty(0)]
-        self._cross_entropy = [tile_CV.new_empty(0, 1)]
+        self._top1 = Top1Agreement(tile_CV.shape[1], tile_CV.device)
+        self._divergence: list[Tensor] = []
+        self._cross_entropy: list[Tensor] = []
 
     def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
         """Products are the student's, then the teacher's."""
@@ -152,22 +161,21 @@ class DivergenceRows:
         if gradient_CV is not None:
             self._student.store_gradient(rows, dlogits_CV, logits_CV, spare_CV=log_q_CV, out_CV=gradient_CV)
 
-    def end_block(self, products: Sequence[Tensor]) -> None:
-        """Compare the two models' favourites."""
-        self._top1.end_block(*products)
-
-    def values(self) -> RowValues:
+    def end_block(self, products: Sequence[Tensor]) -> RowValues:
         """The divergence, mixed with cross-entropy where there are labels."""
         divergence_R = torch.cat(self._divergence)
-        cross_entropy_R = torch.cat(self._cross_entropy)[:, 0]
+        self._divergence.clear()
+        cross_entropy_R = divergence_R[:0]
         loss_R = divergence_R * self._mix.kd_weight
         if self._labels_R is not None:
+            cross_entropy_R = torch.cat(self._cross_entropy)[:, 0]
+            self._cross_entropy.clear()
             loss_R += cross_entropy_R * self._mix.ce_weight
         return RowValues(
             loss_R=loss_R,
             divergence_R=divergence_R,
             cross_entropy_R=cross_entropy_R,
-            top1_agreement_R=self._top1.values_R(),
+            top1_agreement_R=self._top1.end_block(*products),
         )
 
     def _log_softmax(self, logits_CV: Tensor, *, spare_CV: Tensor, out: Tensor) -> None:
@@ -196,39 +204,6 @@ class DivergenceRows:
                 dlogits_CV.add_(log_q_CV.exp_(), alpha=self._mix.ce_weight)
         if self._mix.ce_weight != 0:
             _subtract_at(dlogits_CV, label_C1, self._mix.ce_weight)
-
-
-class Top1Agreement:
-    """Whether the teacher's favourite token is the student's too, or one of several that tie.
-
-    A tile only notes maxima, which is cheap while it is in the cache: the student's, and the teacher's
-    in each of V / width runs of tokens. (amax is vectorised on a CPU; argmax is not and takes ten times as long.)
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        """`like` has V columns and the dtype of the logits."""
-        self._width = gcd(like.shape[1], 128)
-        self._student_max: list[Tensor] = []
-        self._teacher_run_max: list[Tensor] = []
-        self._agreement = [like.new_empty(0, 1)]
-
-    def tile(self, student_CV: Tensor, teacher_CV: Tensor) -> None:
-        """Note what is needed of a tile."""
-        self._student_max.append(student_CV.amax(-1, keepdim=True))
-        self._teacher_run_max.append(teacher_CV.view(len(teacher_CV), -1, self._width).amax(-1))
-
-    def end_block(self, student_BV: Tensor, teacher_BV: Tensor) -> None:
-        """Compare, for the tiles since the last call."""
-        run_B1 = torch.cat(self._teacher_run_max).argmax(-1, keepdim=True)
-        tokens_BW = run_B1 * self._width + torch.arange(self._width, device=run_B1.device)
-        best_B1 = tokens_BW.gather(-1, teacher_BV.gather(-1, tokens_BW).argmax(-1, keepdim=True))
-        self._agreement.append((student_BV.gather(-1, best_B1) == torch.cat(self._student_max)).to(student_BV.dtype))
-        self._student_max.clear()
-        self._teacher_run_max.clear()
-
-    def values_R(self) -> Tensor:
-        """[R] 1 or 0."""
-        return torch.cat(self._agreement)[:, 0]
 
 
 def _become_logits(product_CV: Tensor, head: OutputHead) -> None:

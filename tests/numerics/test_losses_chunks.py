@@ -29,6 +29,7 @@ def test_spans_cover_everything_once_and_are_balanced(length: int, longest: int)
 def test_a_tile_fits_a_block_and_a_block_a_chunk(rows: int, vocabulary: int, chunk: int | None) -> None:
     sizes = engine.Sizes.choose(rows, vocabulary, torch.device("cpu"), chunk)
     assert 1 <= sizes.tile_rows <= sizes.block_rows <= sizes.chunk_rows <= max(rows, 1)
+    assert 1 <= sizes.num_threads <= torch.get_num_threads()
     if chunk is not None:
         assert sizes.chunk_rows <= chunk
 
@@ -50,12 +51,12 @@ def test_results_are_those_of_any_other_chunk_size(dtype: torch.dtype) -> None:
         assert_same(run(replace(case, chunk_tokens=chunk_tokens), inputs), whole, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("sizes", [(100, 30, 7), (64, 64, 1), (37, 16, 16), (150, 1, 1)])
-def test_blocks_and_tiles_of_any_size_give_the_textbooks_gradient(
-    sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sizes", [(100, 30, 7, 1), (64, 64, 1, 3), (37, 16, 16, 2), (150, 1, 1, 1), (150, 150, 2, 4)])
+def test_blocks_tiles_and_threads_of_any_number_give_the_textbooks_gradient(
+    sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunk, block, tile = sizes
-    fixed = engine.Sizes(chunk_rows=chunk, block_rows=block, tile_rows=tile)
+    chunk, block, tile, num_threads = sizes
+    fixed = engine.Sizes(chunk_rows=chunk, block_rows=block, tile_rows=tile, num_threads=num_threads)
     monkeypatch.setattr(engine.Sizes, "choose", staticmethod(lambda *_: fixed))
     case = replace(FULL, rows=150)
     inputs = tensors(case, torch.float64)
