@@ -15,7 +15,7 @@ from torch import Tensor
 # temperature, weights or chunks.
 #
 # The arguments are scratch: a divergence may overwrite them and return them, which saves memory
-# traffic. It must not keep them.
+# traffic. It must not keep them. It is called for a few rows at a time, on several threads at once.
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

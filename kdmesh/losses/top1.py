@@ -19,10 +19,9 @@ class Top1Agreement:
     def __init__(self, vocabulary_size: int, device: torch.device) -> None:
         self._width = min(_RUN, vocabulary_size)
         self._in_runs = vocabulary_size // self._width * self._width
-        starts = list(range(0, self._in_runs, self._width))
-        if self._in_runs < vocabulary_size:
-            starts.append(vocabulary_size - self._width)  # overlaps the run before it
-        self._starts_K = torch.tensor(starts, device=device)
+        num_runs = -(-vocabulary_size // self._width)
+        starts_K = torch.arange(num_runs, device=device) * self._width
+        self._starts_K = starts_K.clamp_(max=vocabulary_size - self._width)  # the last may overlap the one before
         self._within_W = torch.arange(self._width, device=device)
         self._student_max: list[Tensor] = []
         self._teacher_run_max: list[Tensor] = []
