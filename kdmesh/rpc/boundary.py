@@ -103,13 +103,14 @@ async def _abort(error: Exception, method: str, context: Context) -> Never:
     error = _first(error)
     if isinstance(error, grpc.aio.BaseError):
         raise error  # the handler has ended the call itself
+    trailer = [(status.OURS, type(error).__name__)]
     if not isinstance(error, RpcError):
         log.error("rpc failed", extra={"rpc": method}, exc_info=error)
-        await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
-    wait: tuple[tuple[str, str], ...] = ()
+        details = "internal error; the server's log has the details"
+        await context.abort(grpc.StatusCode.INTERNAL, details, trailing_metadata=tuple(trailer))
     if isinstance(error, Unavailable):
-        wait = ((status.RETRY_AFTER, str(round(error.retry_after_s * 1000))),)
-    await context.abort(status.STATUS[type(error)], str(error), trailing_metadata=wait)
+        trailer.append((status.RETRY_AFTER, str(round(error.retry_after_s * 1000))))
+    await context.abort(status.STATUS[type(error)], str(error), trailing_metadata=tuple(trailer))
 
 
 def _first(error: Exception) -> Exception:

@@ -22,6 +22,9 @@ ERROR: dict[grpc.StatusCode, type[errors.RpcError]] = {code: error for error, co
 RETRY_AFTER = "kdmesh-retry-after-ms"
 """Trailing metadata of an rpc that ends with UNAVAILABLE: how long to wait before asking again."""
 
+OURS = "kdmesh-error"
+"""Trailing metadata of every rpc that a server of ours has failed: the name of the error."""
+
 
 def number(error: errors.RpcError) -> int:
     """The numeric gRPC code of an error."""
@@ -45,11 +48,17 @@ def make(error: type[errors.RpcError], message: str, *, retry_after_s: float) ->
 
 
 def from_grpc(error: grpc.aio.AioRpcError) -> errors.RpcError:
-    """The error behind a call that failed on the client, whichever side raised it."""
+    """The error behind a call that failed on the client, whichever side raised it.
+
+    INTERNAL that no server of ours has sent is gRPC's own: it writes that over the real status
+    when a message could not be sent because the connection broke (github.com/grpc/grpc/issues/36066).
+    """
     code = error.code()
     details = error.details() or str(code)
     if code is grpc.StatusCode.CANCELLED:
         return errors.Unavailable(f"the call was cancelled: {details}", retry_after_s=0.0)
+    if code is grpc.StatusCode.INTERNAL and OURS not in error.trailing_metadata():
+        return errors.Unavailable(f"the connection broke: {details}", retry_after_s=0.0)
     return make(ERROR.get(code, errors.EngineFailure), details, retry_after_s=_retry_after_s(error.trailing_metadata()))
 
 

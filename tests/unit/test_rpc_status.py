@@ -47,7 +47,7 @@ def call_error(code: grpc.StatusCode, **trailing: str) -> grpc.aio.AioRpcError:
 
 @pytest.mark.parametrize("code", list(grpc.StatusCode))
 def test_every_failed_call_is_one_of_our_errors(code: grpc.StatusCode) -> None:
-    error = status.from_grpc(call_error(code))
+    error = status.from_grpc(call_error(code, kdmesh_error="Anything"))
     assert "why" in str(error)
     if code in status.ERROR:
         assert type(error) is status.ERROR[code]
@@ -55,6 +55,11 @@ def test_every_failed_call_is_one_of_our_errors(code: grpc.StatusCode) -> None:
         assert isinstance(error, errors.Unavailable)
     else:
         assert isinstance(error, errors.EngineFailure)
+
+
+def test_internal_error_of_the_connection_is_not_the_servers_fault() -> None:
+    with pytest.raises(errors.Unavailable, match="the connection broke: why"):
+        raise status.from_grpc(call_error(grpc.StatusCode.INTERNAL))
 
 
 def test_wait_comes_with_the_call() -> None:
