@@ -88,6 +88,7 @@ class Handle:
     rows: int
     cols: int
     dtype: DType
+    is_claimed: bool = False  # by the connection to the broker of whoever was answered
 
     @property
     def size_bytes(self) -> int:

@@ -68,6 +68,7 @@ class Broker:
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count(1)
         self._connections: set[_Connection] = set()
+        self._by_session: dict[bytes, set[_Connection]] = {}
         self._listener = _listen(path, is_private=allowed_uids == {os.getuid()})
         self._inode = path.stat().st_ino
         self._loop.add_reader(self._listener, self._accept)
@@ -76,6 +77,25 @@ class Broker:
     def num_connections(self) -> int:
         """Clients that are connected, or left in the last seconds."""
         return len(self._connections)
+
+    def holder_of(self, session: bytes, segment: int, epoch: int) -> int | None:
+        """The session's connection, when it is its only one and was sent this segment in this epoch."""
+        connections = self._by_session.get(session, ())
+        if len(connections) != 1:
+            return None
+        (connection,) = connections
+        return connection.number if connection.has(segment, epoch) else None
+
+    def introduced(self, session: bytes, connection: _Connection) -> None:
+        """A connection speaks for a session from now on."""
+        self._by_session.setdefault(session, set()).add(connection)
+
+    def hung_up(self, session: bytes, connection: _Connection) -> None:
+        """A connection speaks for its session no more."""
+        connections = self._by_session.get(session, set())
+        connections.discard(connection)
+        if not connections:
+            self._by_session.pop(session, None)
 
     def close(self) -> None:
         """Hang up on everybody; the lender hears nothing of it."""
@@ -120,7 +140,7 @@ class _Connection:
     def __init__(self, broker: Broker, sock: socket.socket, *, number: int, pidfd: int | None) -> None:
         self._broker = broker
         self._sock = sock
-        self._number = number
+        self.number = number
         self._pidfd = pidfd
         self._session = b""  # until HELLO
         self._sent: dict[int, int] = {}  # segment -> epoch whose descriptor the client has
@@ -129,6 +149,10 @@ class _Connection:
         self._loop.add_reader(sock, self._readable)
         if pidfd is not None:
             self._loop.add_reader(pidfd, self._died)
+
+    def has(self, segment: int, epoch: int) -> bool:
+        """Whether the client was sent this segment in this epoch."""
+        return self._sent.get(segment) == epoch
 
     def close(self) -> None:
         """Let go of socket and pidfd."""
@@ -145,10 +169,11 @@ class _Connection:
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock)
             self._sock.close()
+            self._broker.hung_up(self._session, self)
 
     def _died(self) -> None:
         self.close()
-        self._broker.lender.process_died(self._number, self._session)
+        self._broker.lender.process_died(self.number, self._session)
 
     def _ended(self) -> None:
         """The client hung up or must be hung up on."""
@@ -156,7 +181,7 @@ class _Connection:
             self._died()
             return
         self._hang_up()
-        self._broker.lender.holder_gone(self._number)
+        self._broker.lender.holder_gone(self.number)
         self._end_of_watch = self._loop.call_later(_DEATH_FOLLOWS_S, self.close)
 
     def _readable(self) -> None:
@@ -199,17 +224,18 @@ class _Connection:
             self._sock.send(Reply(Status.GONE).pack())
             return True
         self._session = request.token
+        self._broker.introduced(self._session, self)
         self._sock.send(Reply(Status.OK, nonce=self._broker.nonce).pack())
         return True
 
     def _claim(self, request: Request) -> None:
         try:
-            segment = self._broker.lender.claim(self._session, request, self._number)
+            segment = self._broker.lender.claim(self._session, request, self.number)
         except HandleGone:
             self._sock.send(Reply(Status.GONE).pack())
             return
         reply = Reply(Status.OK, size_bytes=segment.size_bytes).pack()
-        if self._sent.get(request.segment) == request.epoch:
+        if self.has(request.segment, request.epoch):
             self._sock.send(reply)
         else:
             socket.send_fds(self._sock, [reply], [segment.fd])

@@ -2,6 +2,7 @@
 
   FREE ----acquire---> FILLING --publish--> READY --claim/read--> HELD --release--> FREE
                           |cancel -> FREE     |unclaimed -> FREE    |
+                          +--publish to who has it mapped---------->|
                                                                     | session ended, holder still has it mapped
                                     FREE <--renew (new epoch)-- ABANDONED --holder gone or let go--> FREE
 
@@ -211,8 +212,14 @@ class Ledger:
         self.counters.acquired += 1
         return index
 
-    def publish(self, index: int, *, rows: int, cols: int, dtype: DType) -> Handle:
+    def epoch(self, index: int) -> int:
+        """Generation of the slot's memory."""
+        return self._slots[index].epoch
+
+    def publish(self, index: int, *, rows: int, cols: int, dtype: DType, holder: int | None = None) -> Handle:
         """A new handle to what was written; nothing writes the slot until its handle has ended.
+
+        With `holder`, who has the slot's memory mapped, it is claimed by them already.
 
         Raises:
             HandleGone: the session ended meanwhile; the slot is free.
@@ -231,8 +238,11 @@ class Ledger:
             rows=rows,
             cols=cols,
             dtype=dtype,
+            is_claimed=holder is not None,
         )
         self.counters.published += 1
+        if holder is not None:
+            self._hold(slot, slot.handle, holder)
         return slot.handle
 
     def cancel(self, index: int) -> None:
@@ -265,9 +275,7 @@ class Ledger:
         slot = self._slots[answered.segment]
         if slot.holder is not None:
             raise HandleGone("the handle was claimed before; it can be mapped once")
-        slot.state, slot.holder = SlotState.HELD, holder
-        self.counters.claimed += 1
-        self.counters.claimed_bytes += answered.size_bytes
+        self._hold(slot, answered, holder)
 
     def begin_read(self, handle: Handle) -> None:
         """Keep the slot of a handle that was just found as it is until `end_read`, whatever becomes of the session."""
@@ -340,6 +348,11 @@ class Ledger:
         if found is None:
             raise HandleGone("the session is unknown or its lease has ended; open a new one")
         return found
+
+    def _hold(self, slot: _Slot, handle: Handle, holder: int) -> None:
+        slot.state, slot.holder = SlotState.HELD, holder
+        self.counters.claimed += 1
+        self.counters.claimed_bytes += handle.size_bytes
 
     def _is_answer(self, session: bytes, key: Key) -> bool:
         if not 0 <= key.segment < len(self._slots):

@@ -26,7 +26,7 @@ from kdmesh.types import Handle
 
 
 class ShmDoor:
-    """Maps each segment once; after that, a fetch is one round trip to the broker.
+    """Maps each segment once; after that, an answer comes with its claim, and a fetch asks nobody.
 
     When the last view of a fetched tensor dies, in whatever thread, its handle is released.
     """
@@ -71,12 +71,13 @@ class ShmDoor:
 
     async def fetch(self, handle: Handle) -> Tensor:
         """See Door. A write to the tensor kills the process: the memory is mapped read-only."""
+        if handle.is_claimed:
+            return self._tensor(self._open_wire(), handle)
         async with self._turns:
-            if self._wire is None:
-                raise Unavailable("the shared-memory door is closed")
-            answer: asyncio.Future[Tensor] = self._wire.loop.create_future()
+            wire = self._open_wire()
+            answer: asyncio.Future[Tensor] = wire.loop.create_future()
             self._claims.append(_Claim(handle=handle, answer=answer))
-            self._wire.send(Request(Op.CLAIM, handle.segment, handle.epoch, handle.token).pack())
+            wire.send(Request(Op.CLAIM, handle.segment, handle.epoch, handle.token).pack())
             return await answer
 
     def close(self) -> None:
@@ -120,27 +121,40 @@ class ShmDoor:
             _settle(claim.answer, gone)
             return
         try:
-            result: Tensor | RpcError = self._tensor(claim.handle, reply, fds)
-        except (OSError, ValueError, EngineFailure) as error:
-            result = EngineFailure(f"segment {claim.handle.segment} cannot be mapped: {error}")
+            if fds:
+                self._map(claim.handle, fds[0], reply.size_bytes)
+            result: Tensor | RpcError = self._tensor(self._open_wire(), claim.handle)
+        except RpcError as error:
+            result = error
         # When nobody waits any more, the tensor dies here, and the slot is released.
         _settle(claim.answer, result)
 
-    def _tensor(self, handle: Handle, reply: Reply, fds: list[int]) -> Tensor:
-        assert self._wire is not None
-        if fds:
-            self._mappings[handle.segment] = _Mapping(handle.epoch, map_readonly(fds[0], reply.size_bytes))
+    def _open_wire(self) -> _Wire:
+        if self._wire is None:
+            raise Unavailable("the shared-memory door is closed")
+        return self._wire
+
+    def _map(self, handle: Handle, fd: int, size_bytes: int) -> None:
+        try:
+            self._mappings[handle.segment] = _Mapping(handle.epoch, map_readonly(fd, size_bytes))
+        except (OSError, ValueError, EngineFailure) as error:
+            raise EngineFailure(f"segment {handle.segment} cannot be mapped: {error}") from None
+
+    def _tensor(self, wire: _Wire, handle: Handle) -> Tensor:
+        """Over a segment that was mapped; the broker counts this process as its reader."""
         mapping = self._mappings.get(handle.segment)
         if mapping is None or mapping.epoch != handle.epoch:
-            raise EngineFailure("no descriptor came, and none is known")
-        if handle.offset_bytes + handle.size_bytes > reply.size_bytes:
+            raise EngineFailure(f"segment {handle.segment} cannot be mapped: no descriptor came, and none is known")
+        size_bytes = len(mapping.memory)
+        if handle.offset_bytes + handle.size_bytes > size_bytes:
             raise EngineFailure(
-                f"{handle.size_bytes} bytes at {handle.offset_bytes} do not fit in its {reply.size_bytes} bytes"
+                f"segment {handle.segment} cannot be mapped: {handle.size_bytes} bytes at {handle.offset_bytes} "
+                f"do not fit in its {size_bytes} bytes"
             )
         exporter = mapping.exporter()
         release = Request(Op.RELEASE, handle.segment, handle.epoch, handle.token).pack()
         # Also keeps the memory mapped and the wire open. Not at exit: threads may still read then.
-        weakref.finalize(exporter, _release, self._wire, release, mapping.memory).atexit = False
+        weakref.finalize(exporter, _release, wire, release, mapping.memory).atexit = False
         return matrix_over(exporter, handle, offset_bytes=handle.offset_bytes)
 
 

@@ -186,13 +186,16 @@ class SlabStore:
     def publish(self, lease: SlotLease, *, rows: int, cols: int, dtype: DType) -> Handle:
         """The handle to the matrix that lies at the start of lease.buffer. Nobody may write there any more.
 
+        A client that has this slot mapped holds it from now on, and need not ask the broker for it.
+
         Raises:
             HandleGone: the session ended meanwhile; the slot has been taken back.
         """
         assert lease.is_open
         assert 0 < rows * cols * dtype.size_bytes <= self.slot_bytes
         lease.end()
-        return self._ledger.publish(lease.slot, rows=rows, cols=cols, dtype=dtype)
+        holder = self._broker.holder_of(lease.session, lease.slot, self._ledger.epoch(lease.slot))
+        return self._ledger.publish(lease.slot, rows=rows, cols=cols, dtype=dtype, holder=holder)
 
     def cancel(self, lease: SlotLease) -> None:
         """Take a slot back unpublished, once nobody writes it any more; nothing happens to a lease that has ended."""

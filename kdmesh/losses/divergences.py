@@ -27,7 +27,7 @@ def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor) -> tuple[Tensor, Tensor]:
     """
     log_ratio_CV = torch.sub(log_p_CV, log_q_CV, out=log_q_CV)
     p_CV = log_p_CV.exp_()
-    return torch.linalg.vecdot(p_CV, log_ratio_CV), p_CV.neg_()
+    return log_ratio_CV.mul_(p_CV).sum(-1), p_CV.neg_()
 
 
 def reverse_kl(log_q_CV: Tensor, log_p_CV: Tensor) -> tuple[Tensor, Tensor]:

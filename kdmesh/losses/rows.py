@@ -77,7 +77,7 @@ class StudentSide:
     def store_gradient(
         self, rows: slice, dlogits_CV: Tensor, logits_CV: Tensor, *, spare_CV: Tensor, out_CV: Tensor
     ) -> None:
-        """Write d loss / d product to `out_CV`. Overwrites `dlogits_CV` and `spare_CV`."""
+        """Write d loss / d product to `out_CV`, which may be `dlogits_CV`. Overwrites that and `spare_CV`."""
         cap, scale = self.head.logit_softcap, self.head.logit_scale
         if cap is not None:  # the derivative of tanh is 1 - tanh^2
             dlogits_CV.addcmul_(dlogits_CV, torch.mul(logits_CV, 1 / cap, out=spare_CV).square_(), value=-1)
@@ -87,7 +87,8 @@ class StudentSide:
             dlogits_CV.mul_(scale)
         if self.bias_gradient_V is not None:
             self.bias_gradient_V.add_(dlogits_CV.sum(0))
-        out_CV.copy_(dlogits_CV)
+        if out_CV is not dlogits_CV:
+            out_CV.copy_(dlogits_CV)
 
 
 class CrossEntropyRows:
@@ -155,7 +156,9 @@ class DivergenceRows:
         torch.exp(log_q_CV, out=q_CV)  # before the divergence, which may overwrite log q
         divergence_C, h_CV = self._mix.divergence(log_q_CV, log_p_CV)
         self._divergence.append(divergence_C)
-        dlogits_CV = self._dlogits(h_CV, q_CV)
+        # Straight to where it belongs, unless it is rounded on the way.
+        target_CV = q_CV if gradient_CV is None or gradient_CV.dtype is not q_CV.dtype else gradient_CV
+        dlogits_CV = self._dlogits(h_CV, q_CV, out=target_CV)
         if self._labels_R is not None:
             self._mix_in_labels(self._labels_R[rows, None], logits_CV, dlogits_CV, spare_CV=log_q_CV)
         if gradient_CV is not None:
@@ -183,8 +186,8 @@ class DivergenceRows:
             logits_CV = torch.mul(logits_CV, 1 / self._mix.temperature, out=spare_CV)
         torch.log_softmax(logits_CV, -1, out=out)
 
-    def _dlogits(self, h_CV: Tensor, q_CV: Tensor) -> Tensor:
-        """In place of q: kd_weight * (h - q sum(h)) / temperature, and q's share of cross-entropy where q is it."""
+    def _dlogits(self, h_CV: Tensor, q_CV: Tensor, *, out: Tensor) -> Tensor:
+        """kd_weight * (h - q sum(h)) / temperature, and q's share of cross-entropy where q is it."""
         mix = self._mix
         weight = mix.kd_weight / mix.temperature
         factor_C1 = h_CV.sum(-1, keepdim=True)
@@ -193,7 +196,7 @@ class DivergenceRows:
             factor_C1 *= weight
         if mix.temperature == 1 and mix.ce_weight != 0:
             factor_C1 -= mix.ce_weight
-        return torch.addcmul(h_CV, q_CV, factor_C1, value=-1, out=q_CV)
+        return torch.addcmul(h_CV, q_CV, factor_C1, value=-1, out=out)
 
     def _mix_in_labels(self, label_C1: Tensor, logits_CV: Tensor, dlogits_CV: Tensor, *, spare_CV: Tensor) -> None:
         """Add the rest of cross-entropy, which knows no temperature."""

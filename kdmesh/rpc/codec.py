@@ -60,6 +60,7 @@ def handle_from_wire(m: common_pb2.Handle) -> Handle:
         rows=m.rows,
         cols=m.cols,
         dtype=dtype_from_wire(m.dtype),
+        is_claimed=m.is_claimed,
     )
 
 
@@ -73,6 +74,7 @@ def handle_to_wire(handle: Handle) -> common_pb2.Handle:
         rows=handle.rows,
         cols=handle.cols,
         dtype=_WIRE[handle.dtype],
+        is_claimed=handle.is_claimed,
     )
 
 

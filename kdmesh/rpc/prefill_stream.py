@@ -66,7 +66,12 @@ class PrefillStream:
         answer: asyncio.Future[pb.PrefillResult] = asyncio.get_running_loop().create_future()
         self._answers[request.request_id] = answer
         self._unsent.put_nowait(request)
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._on_orphan(answer.result().rows)  # it came just now
+            raise
 
     async def close(self) -> None:
         """End the stream; what is unanswered fails as Unavailable."""

@@ -98,6 +98,7 @@ class Handle(google.protobuf.message.Message):
     ROWS_FIELD_NUMBER: builtins.int
     COLS_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
+    IS_CLAIMED_FIELD_NUMBER: builtins.int
     segment: builtins.int
     """Which memory segment of the server. 0..slots-1 are slots of the slab; higher
     numbers are segments that are never reused (an output head).
@@ -116,6 +117,12 @@ class Handle(google.protobuf.message.Message):
     """Number of columns; 0 is never sent."""
     dtype: Global___DType.ValueType
     """Element type; the matrix has rows * cols * size(dtype) bytes."""
+    is_claimed: builtins.bool
+    """The server already counts the session's connection to the broker as the reader of
+    this matrix, because it was sent this segment's descriptor in this epoch before: the
+    client reads its mapping without asking, and tells the broker when it is done. To be
+    read by stream all the same, it is like any other handle.
+    """
     def __init__(
         self,
         *,
@@ -126,8 +133,9 @@ class Handle(google.protobuf.message.Message):
         rows: builtins.int = ...,
         cols: builtins.int = ...,
         dtype: Global___DType.ValueType = ...,
+        is_claimed: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cols", b"cols", "dtype", b"dtype", "epoch", b"epoch", "offset_bytes", b"offset_bytes", "rows", b"rows", "segment", b"segment", "token", b"token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cols", b"cols", "dtype", b"dtype", "epoch", b"epoch", "is_claimed", b"is_claimed", "offset_bytes", b"offset_bytes", "rows", b"rows", "segment", b"segment", "token", b"token"]) -> None: ...
 
 Global___Handle: typing_extensions.TypeAlias = Handle
 

@@ -36,7 +36,14 @@ def build_evaluator(student: Student, teacher: LocalTeacher | None, mesh: Mesh, 
     if teacher is not None:
         head = TeacherHead(teacher, vocabulary_size=VOCABULARY_SIZE, device=mesh.device)
     return HeldOutEvaluator(
-        student, held_out(), teacher=teacher, teacher_head=head, max_tokens=max_tokens, prefetch=1, mesh=mesh
+        student,
+        held_out(),
+        teacher=teacher,
+        teacher_head=head,
+        max_tokens=max_tokens,
+        prefetch=1,
+        workspace=None,
+        mesh=mesh,
     )
 
 

@@ -121,6 +121,7 @@ def build_stepper(
             kd_weight=1.0,
             ce_weight=0.3,
             teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
+            workspace=None,
         ),
         build_adamw(student, config),
         config=config,

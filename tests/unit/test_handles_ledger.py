@@ -62,6 +62,26 @@ def test_slot_goes_round() -> None:
     assert len(b.freed) == 1
 
 
+def test_answer_to_who_has_the_slot_mapped_is_held_at_once() -> None:
+    b = books()
+    session = b.ledger.open_session("job")
+    slot = b.ledger.acquire(session)
+    assert slot is not None
+    handle = b.ledger.publish(slot, rows=2, cols=3, dtype=DType.FLOAT32, holder=7)
+    assert handle.is_claimed
+    assert b.states() == {"free": 1, "held": 1}
+    assert (b.ledger.counters.claimed, b.ledger.counters.claimed_bytes) == (1, 24)
+    b.clock.now += 11  # past claim_s: nothing is left to claim
+    b.ledger.sweep()
+    assert b.states() == {"free": 1, "held": 1}
+    with pytest.raises(HandleGone, match="claimed before"):
+        b.ledger.claim(session, handle, holder=8)
+    b.ledger.end_session(session)
+    assert b.states() == {"free": 1, "abandoned": 1}  # its memory is not written while the holder may read it
+    b.ledger.holder_gone(7)
+    assert b.states() == {"free": 2}
+
+
 def test_session_gets_no_more_than_its_share() -> None:
     b = books(slots=3, per_session=2)
     greedy, other = b.ledger.open_session("a"), b.ledger.open_session("b")

@@ -66,19 +66,25 @@ class Slab(RuleBasedStateMachine):
             self.fills.append((slot, session))
 
     @precondition(lambda self: self.fills)
-    @rule(pick=PICK, is_cancelled=st.sampled_from([False, False, False, True]))
-    def finish(self, pick: int, is_cancelled: bool) -> None:
+    @rule(
+        pick=PICK,
+        is_cancelled=st.sampled_from([False, False, False, True]),
+        holder=st.none() | st.sampled_from(HOLDERS),
+    )
+    def finish(self, pick: int, is_cancelled: bool, holder: int | None) -> None:
         slot, session = self.fills.pop(pick % len(self.fills))
         self.memories[slot, self.epochs[slot]].writers = 0
         if is_cancelled:
             self.ledger.cancel(slot)
             return
         try:
-            handle = self.ledger.publish(slot, rows=1, cols=1, dtype=DType.FLOAT32)
+            handle = self.ledger.publish(slot, rows=1, cols=1, dtype=DType.FLOAT32, holder=holder)
         except HandleGone:
             assert session not in self.sessions
             return
         self.answers.append((handle, session))
+        if holder is not None:
+            self.memory(handle).mappers.add((holder, handle.token))
 
     @precondition(lambda self: self.answers)
     @rule(pick=PICK, holder=st.sampled_from(HOLDERS))
@@ -97,7 +103,7 @@ class Slab(RuleBasedStateMachine):
         """The usual way, in one step, so that the unusual happens more often."""
         self.acquire(pick)
         if self.fills:
-            self.finish(len(self.fills) - 1, is_cancelled=False)
+            self.finish(len(self.fills) - 1, is_cancelled=False, holder=None)
         if self.answers:
             self.claim(0, holder)
 

@@ -24,6 +24,7 @@ LAYER = {
     "kdmesh": 0,
     "kdmesh.errors": 0,
     "kdmesh.types": 0,
+    "kdmesh.allocator": 1,
     "kdmesh.batching": 1,
     "kdmesh.config": 1,
     "kdmesh.extension": 1,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdmesh.errors import ConfigError
+from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.losses import (
     OutputHead,
     build_divergence,
@@ -57,6 +57,30 @@ def test_a_custom_divergence_has_the_gradient_of_its_formula(skewed_kl_module: s
     formula = (p_RV * (p_RV.log() - m_RV.log())).sum()
     torch.testing.assert_close(loss.loss_sum, formula)
     torch.testing.assert_close(torch.autograd.grad(loss.loss_sum, hidden_RD), torch.autograd.grad(formula, hidden_RD))
+
+
+WRONG_SHAPES = """
+def flat_gradient(log_q_CV, log_p_CV):
+    return (log_p_CV - log_q_CV).sum(-1), log_q_CV[:, :1]
+
+
+def scalar_value(log_q_CV, log_p_CV):
+    return (log_p_CV - log_q_CV).sum(), -log_p_CV.exp()
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"), [("flat_gradient", r"\(4,\) and \(4, 1\)"), ("scalar_value", r"\(\) and \(4, 30\)")]
+)
+def test_a_custom_divergence_of_the_wrong_shape_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, shapes: str
+) -> None:
+    (tmp_path / "kdmesh_test_shapes.py").write_text(WRONG_SHAPES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    divergence = custom_divergence(f"kdmesh_test_shapes:{function}", {})
+    hidden_RD, head = torch.randn(4, 3), OutputHead(weight_VD=torch.randn(30, 3))
+    with pytest.raises(InvalidRequest, match=rf"{function} returned tensors of shapes {shapes}; for \(4, 30\)"):
+        fused_linear_divergence(hidden_RD, head, hidden_RD, head, divergence=divergence)
 
 
 @pytest.mark.parametrize(

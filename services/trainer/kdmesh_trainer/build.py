@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdmesh.errors import ConfigError
-from kdmesh.losses import Divergence, build_divergence, custom_divergence
+from kdmesh.losses import Divergence, Workspace, build_divergence, custom_divergence
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.head import head_spec
@@ -103,17 +103,19 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.student.compute_dtype))
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_adamw(student, cfg.optimizer)
+        # A GPU's allocator keeps scratch by itself, and may lend it to the rest of the step.
+        workspace = Workspace() if mesh.device.type == "cpu" else None
         yield Parts(
             source=_source(cfg, data, teacher, mesh, stack),
             stepper=GradientStepper(
                 student,
-                _objective(cfg.objective, checked.divergence, teacher),
+                _objective(cfg.objective, checked.divergence, teacher, workspace),
                 optimizer,
                 config=cfg.optimizer,
                 steps=cfg.steps,
                 mesh=mesh,
             ),
-            evaluator=_evaluator(cfg, student, data, teacher, mesh),
+            evaluator=_evaluator(cfg, student, data, teacher, workspace, mesh),
             checkpoints=CheckpointDirectory(
                 cfg.output / "checkpoints",
                 student,
@@ -240,7 +242,12 @@ def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
                 )
 
 
-def _objective(cfg: config.Distill | config.Sft, divergence: Divergence | None, teacher: _Teacher | None) -> Objective:
+def _objective(
+    cfg: config.Distill | config.Sft,
+    divergence: Divergence | None,
+    teacher: _Teacher | None,
+    workspace: Workspace | None,
+) -> Objective:
     match cfg:
         case config.Distill():
             assert divergence is not None and teacher is not None
@@ -250,9 +257,10 @@ def _objective(cfg: config.Distill | config.Sft, divergence: Divergence | None, 
                 kd_weight=cfg.kd_weight,
                 ce_weight=cfg.ce_weight,
                 teacher_head=teacher.head,
+                workspace=workspace,
             )
         case config.Sft():
-            return CrossEntropy()
+            return CrossEntropy(workspace=workspace)
         case _:
             assert_never(cfg)
 
@@ -272,7 +280,12 @@ def _source(cfg: config.TrainerConfig, data: _Data, teacher: _Teacher | None, me
 
 
 def _evaluator(
-    cfg: config.TrainerConfig, student: Student, data: _Data, teacher: _Teacher | None, mesh: Mesh
+    cfg: config.TrainerConfig,
+    student: Student,
+    data: _Data,
+    teacher: _Teacher | None,
+    workspace: Workspace | None,
+    mesh: Mesh,
 ) -> HeldOutEvaluator | None:
     if data.held_out is None:
         return None
@@ -283,5 +296,6 @@ def _evaluator(
         teacher_head=None if teacher is None else teacher.head,
         max_tokens=cfg.batch.max_tokens,
         prefetch=0 if teacher is None else teacher.prefetch,
+        workspace=workspace,
         mesh=mesh,
     )

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from kdmesh.allocator import keep_freed_memory
 from kdmesh.errors import ConfigError, KdmeshError
 
 T = TypeVar("T")
@@ -123,6 +124,7 @@ def _device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         raise ConfigError("student.device is cuda, but torch sees no GPU on this machine")
     if wanted == "cpu" or not has_gpu:
         _use_cores()
+        keep_freed_memory()
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():

@@ -7,7 +7,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kdmesh.losses import Divergence, FusedLoss, OutputHead, fused_linear_cross_entropy, fused_linear_divergence
+from kdmesh.losses import (
+    Divergence,
+    FusedLoss,
+    OutputHead,
+    Workspace,
+    fused_linear_cross_entropy,
+    fused_linear_divergence,
+)
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.sources.batches import TeacherRows
 
@@ -35,6 +42,7 @@ class Distillation:
     kd_weight: float
     ce_weight: float
     teacher_head: TeacherHead
+    workspace: Workspace | None
 
     def __call__(
         self, student_hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor, teacher: TeacherRows | None
@@ -42,7 +50,7 @@ class Distillation:
         """The mix; without teacher rows there is nothing to learn from, so R must be 0."""
         if teacher is None:
             assert len(labels_R) == 0
-            return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R)
+            return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R, workspace=self.workspace)
         return fused_linear_divergence(
             student_hidden_RD,
             student_head,
@@ -54,6 +62,7 @@ class Distillation:
             labels_R=labels_R if self.ce_weight > 0 or self.temperature == 1 else None,
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
+            workspace=self.workspace,
         )
 
 
@@ -61,8 +70,10 @@ class Distillation:
 class CrossEntropy:
     """Cross-entropy on the data's own tokens."""
 
+    workspace: Workspace | None
+
     def __call__(
         self, student_hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor, teacher: TeacherRows | None
     ) -> FusedLoss:
         """The teacher's rows, if any, are not looked at."""
-        return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R)
+        return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R, workspace=self.workspace)
