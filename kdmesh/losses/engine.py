@@ -175,4 +175,4 @@ def _chain_rule(student: Side, rows: slice, gradient_CV: Tensor, gradients: Grad
     if gradients.hidden_RD is not None:
         torch.mm(gradient_CV, student.head.weight_VD, out=gradients.hidden_RD[rows])
     if gradients.weight_VD is not None:
-        weight_gradient_into(gradients.weight_VD, gradient_CV, student.hidden_RD[rows], workspace, adds=rows.start > 0)
+        weight_gradient_into(gradients.weight_VD, gradient_CV, student.hidden_RD[rows], adds=rows.start > 0)

@@ -13,6 +13,7 @@ from kdmesh.losses.workspace import Workspace
 
 # Rows of a weight that are cast, multiplied or scaled at a time on a CPU: few enough to stay in its cache.
 _SLAB_ROWS = 2048
+_GRADIENT_SLAB_ROWS = 1024
 
 
 def spans(length: int, longest: int) -> list[slice]:
@@ -36,7 +37,7 @@ def logits_into(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor, workspace:
 
 
 def weight_gradient_into(
-    out_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: Tensor, workspace: Workspace, *, adds: bool
+    out_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: Tensor, *, adds: bool
 ) -> None:
     """Overwrite `out_VD` with logit_gradient.T @ hidden, or add it; float32 where the operands are bfloat16."""
     if hidden_CD.dtype is not torch.bfloat16:
@@ -44,16 +45,15 @@ def weight_gradient_into(
     elif hidden_CD.is_cuda:
         torch.addmm(out_VD, logit_gradient_CV.T, hidden_CD, beta=int(adds), out_dtype=torch.float32, out=out_VD)
     else:
-        slabs = spans(len(out_VD), _SLAB_ROWS)
-        product_SD = workspace.matrix(
-            "weight gradient", slabs[0].stop, out_VD.shape[1], dtype=torch.bfloat16, device=out_VD.device
-        )
-        for slab in slabs:
-            product = torch.mm(logit_gradient_CV[:, slab].T, hidden_CD, out=product_SD[: slab.stop - slab.start])
+        # The transposed product: oneDNN would pack the transposed gradient, which is the large operand, at twice the
+        # price of the product itself; the few rows of its result are cheap to transpose.
+        hidden_DC = hidden_CD.T.contiguous()
+        for slab in spans(len(out_VD), _GRADIENT_SLAB_ROWS):
+            product_SD = torch.mm(hidden_DC, logit_gradient_CV[:, slab]).T
             if adds:
-                out_VD[slab].add_(product)
+                out_VD[slab].add_(product_SD)
             else:
-                out_VD[slab].copy_(product)
+                out_VD[slab].copy_(product_SD)
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
