@@ -87,6 +87,7 @@ class RolloutServicer(object):
         aborted it; ask again after retry_after_ms
         DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
         INTERNAL            the engine failed on it
+        The stream itself ends with: nothing of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -149,6 +149,7 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
                           aborted it; ask again after retry_after_ms
       DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
       INTERNAL            the engine failed on it
+    The stream itself ends with: nothing of its own.
     """
 
     UpdateWeights: _RolloutUpdateWeightsType
@@ -226,6 +227,7 @@ class RolloutServicer(metaclass=abc.ABCMeta):
                               aborted it; ask again after retry_after_ms
           DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
           INTERNAL            the engine failed on it
+        The stream itself ends with: nothing of its own.
         """
 
     @abc.abstractmethod
