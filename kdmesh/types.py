@@ -6,6 +6,7 @@ B sequences, T packed tokens, R loss positions (rows), V vocabulary, D hidden si
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from kdmesh.errors import InvalidRequest
 
 Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
 
 
 class DType(StrEnum):
@@ -122,3 +124,99 @@ class ModelDescription:
     max_request_tokens: int
     max_request_rows: int
     is_deterministic: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens of a response are drawn, and what ends it; see rollout.proto.
+
+    Applied in this order: repetition penalty, temperature, top_k, top_p, min_p.
+
+    Raises:
+        InvalidRequest: a parameter is out of its range.
+    """
+
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_p: float = 1.0
+    top_k: int = 0  # 0 draws from all tokens
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise InvalidRequest(f"temperature is {self.temperature}; it must be 0 or more, and finite")
+        if not 0 < self.top_p <= 1:
+            raise InvalidRequest(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise InvalidRequest(f"top_k is {self.top_k}; it must be 0, for all tokens, or more")
+        if not 0 <= self.min_p <= 1:
+            raise InvalidRequest(f"min_p is {self.min_p}; it must be from 0 to 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InvalidRequest(f"repetition_penalty is {self.repetition_penalty}; it must be above 0, and finite")
+        if self.max_new_tokens < 1:
+            raise InvalidRequest(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if any(token < 0 for token in self.stop_token_ids):
+            raise InvalidRequest(f"stop_token_ids holds {min(self.stop_token_ids)}; a token id is 0 or more")
+        if not all(self.stop_strings):
+            raise InvalidRequest("stop_strings holds an empty text, which would end every response at once")
+
+
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    STOP = "stop"  # a stop token, which is its last token, or a stop string
+    LENGTH = "length"  # max_new_tokens or the model's limit; nothing was appended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """One finished response, without its prompt.
+
+    Raises:
+        InvalidRequest: when the arrays or the versions do not have the form stated here.
+    """
+
+    token_ids: Int32Array  # [N], each >= 0, N >= 1
+    logprobs: Float32Array  # [N] of each token at temperature 1, before truncation or penalty; each <= 0
+    finish_reason: FinishReason
+    min_weight_version: int  # of the first token
+    max_weight_version: int  # of the last token
+
+    def __post_init__(self) -> None:
+        tokens, logprobs = self.token_ids, self.logprobs
+        if tokens.ndim != 1 or len(tokens) == 0:
+            raise InvalidRequest(f"a sample has shape {tokens.shape}; it needs one axis and at least 1 token")
+        if tokens.min() < 0:
+            raise InvalidRequest(f"token id {tokens.min()} is negative")
+        if logprobs.shape != tokens.shape:
+            raise InvalidRequest(f"a sample of {len(tokens)} tokens has log-probabilities of shape {logprobs.shape}")
+        if not (logprobs <= 0).all():
+            wrong = logprobs[~(logprobs <= 0)][0]
+            raise InvalidRequest(f"a log-probability is {wrong}; it must be at most 0, and a number")
+        if not 0 <= self.min_weight_version <= self.max_weight_version:
+            raise InvalidRequest(
+                f"a sample with weight versions {self.min_weight_version} to {self.max_weight_version}; "
+                "they must not fall"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutDescription:
+    """The model behind a rollout server, and what one request may ask of it; see rollout.proto."""
+
+    name: str
+    architecture_fingerprint: str
+    tokenizer_fingerprint: str  # empty: the model has no tokenizer
+    vocabulary_size: int  # real tokens; an id at or above it is neither accepted nor drawn
+    weight_version: int  # 0: those the server was started with
+    max_sequence_tokens: int  # of prompt and response together
+    is_deterministic: bool
+    dtype: DType  # of the weights, also on the wire
