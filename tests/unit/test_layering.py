@@ -35,6 +35,7 @@ LAYER = {
     "kdmesh.losses": 2,
     "kdmesh.models": 2,
     "kdmesh.rpc": 2,
+    "kdmesh.serving": 2,
     # The composition root: starts services as processes, so it knows their configurations and nothing else of them.
     "kdmesh.check": 4,
     "kdmesh.cli": 4,

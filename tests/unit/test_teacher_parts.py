@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdmesh.errors import EngineFailure
+from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.throughput import Throughput
 from kdmesh.types import DType
 from kdmesh_teacher import probe
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
 from kdmesh_teacher.engine import HeadParts, PrefillJob
-from kdmesh_teacher.engine_thread import EngineThread
 from kdmesh_teacher.fair_queue import FairQueue, Work
 from kdmesh_teacher.fake_engine import FakeEngine, as_bytes, hidden_states
-from kdmesh_teacher.throughput import Throughput
 from tests.support.teacher_requests import sequence
 
 FAKE = FakeEngineConfig(kind="fake", hidden_size=8, vocabulary_size=60, max_batch_tokens=256)

@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(config: TeacherConfig, ready_file: Path | None) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it would print, we raise; read when grpc is imported
     # Not at the top: --check and a bad configuration must not wait for them.
+    from kdmesh.serving.engine_thread import EngineThread
     from kdmesh_teacher.build import build_engine
-    from kdmesh_teacher.engine_thread import EngineThread
     from kdmesh_teacher.lifecycle import serve
     from kdmesh_teacher.runtime_dir import RuntimeDir, runtime_dir
 

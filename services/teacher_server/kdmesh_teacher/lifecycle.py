@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdmesh.rpc import server as rpc_server
+from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.v1.teacher_pb2_grpc import add_TeacherServicer_to_server
 from kdmesh_teacher import rest
 from kdmesh_teacher.config import ServerConfig, TeacherConfig
 from kdmesh_teacher.engine import Engine
-from kdmesh_teacher.engine_thread import EngineThread
 from kdmesh_teacher.gate import Gate, Parts
 from kdmesh_teacher.metrics import Gauges, Metrics
 from kdmesh_teacher.servicer import Servicer

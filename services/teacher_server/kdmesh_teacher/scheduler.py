@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, RpcError, Unavailable
 from kdmesh.handles.ledger import SlotState
 from kdmesh.handles.store import SlabStore, SlotLease
+from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.throughput import Throughput
 from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.engine import Engine, EngineDescription, PrefillJob
-from kdmesh_teacher.engine_thread import EngineThread
 from kdmesh_teacher.fair_queue import Answer, FairQueue, Work
 from kdmesh_teacher.metrics import Metrics
-from kdmesh_teacher.throughput import Throughput
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import grpc
 
 from kdmesh.errors import HandleGone, RpcError, Unavailable
 from kdmesh.rpc import codec, raw_chunk, status
+from kdmesh.serving.outstanding import Outstanding
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherServicer
@@ -18,7 +19,6 @@ from kdmesh_teacher import admission
 from kdmesh_teacher.fair_queue import Answer
 from kdmesh_teacher.gate import Gate, Parts
 from kdmesh_teacher.metrics import Metrics
-from kdmesh_teacher.outstanding import Outstanding
 
 # Open requests of one stream; more are not read until some are answered.
 _MAX_OPEN_REQUESTS = 1024

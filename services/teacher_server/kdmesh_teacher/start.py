@@ -12,11 +12,11 @@ from kdmesh.errors import ConfigError
 from kdmesh.handles.ledger import SlabLimits
 from kdmesh.handles.shared import Matrix
 from kdmesh.handles.store import SlabStore
+from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.types import Handle, ModelDescription
 from kdmesh_teacher import probe
 from kdmesh_teacher.config import SlabConfig, TeacherConfig
 from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts
-from kdmesh_teacher.engine_thread import EngineThread
 from kdmesh_teacher.gate import Parts
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler

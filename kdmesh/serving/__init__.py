@@ -1,0 +1,1 @@
+"""What every server of kdmesh is made of: its life, its health and numbers, its engine's thread."""
