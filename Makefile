@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SGLANG := .cache/sglang-env
+SGLANG_INSTALLED := $(SGLANG)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format proto clean
+.PHONY: help demo test test-sglang sglang-env check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -17,11 +19,25 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
 	@touch $@
 
+# The real SGLang on a CPU. It pins its own torch and transformers, hence an environment of its own.
+$(SGLANG_INSTALLED): pyproject.toml tools/sglang_env/bare.txt tools/sglang_env/packages.txt
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tools/sglang_env/bare.txt
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check -r tools/sglang_env/packages.txt
+	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
 demo: $(INSTALLED)  ## Distil a small model on this machine: teacher server, 2-rank trainer, report
 	$(BIN)/kdmesh demo
 
 test: $(INSTALLED)  ## Everything CI runs
 	$(BIN)/pytest -q
+
+sglang-env: $(SGLANG_INSTALLED)  ## An environment with the real SGLang for CPU, about 3 GB, kept between runs
+
+test-sglang: $(SGLANG_INSTALLED)  ## The SGLang engine against the real SGLang, on the CPU
+	$(SGLANG)/bin/pytest -q -m sglang tests/sglang
 
 check: $(INSTALLED)  ## Lint, types, generated code
 	$(BIN)/ruff check .
