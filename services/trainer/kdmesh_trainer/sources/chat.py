@@ -14,7 +14,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Encoding, Tokenizer, processors
 
 from kdmesh.errors import ConfigError
-from kdmesh.types import TokenSequence
+from kdmesh.types import Int32Array, TokenSequence
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.turns import (
     EncodedText,
@@ -85,6 +85,25 @@ class ChatEncoder:
         whole = iter(self._sequences([(turns[-1].text, turns) for turns in usable]))
         return [turns if isinstance(turns, Unusable) else self._choose(turns, next(whole)) for turns in rendered]
 
+    def encode_prompts(self, chats: Sequence[Chat]) -> list[Int32Array | Unusable]:
+        """For each chat what a model is prompted with for the turn that comes next, or why there is nothing.
+
+        An assistant turn at the end is left out: in its place a response will be sampled.
+        """
+        texts = [self._render_prompt(chat) for chat in chats]
+        rendered = [text for text in texts if isinstance(text, str)]
+        encodings = iter(self._backend.encode_batch(rendered, add_special_tokens=False))
+        return [text if isinstance(text, Unusable) else _prompt_ids(next(encodings)) for text in texts]
+
+    def end_of_turn(self) -> int | None:
+        """The special token that ends an assistant turn; None where the template has none, or cannot be asked."""
+        shortest = (Message(role="user", content="x"), Message(role="assistant", content="y"))
+        [encoded] = self.encode([Chat(messages=shortest, origin="the shortest chat")])
+        if isinstance(encoded, Unusable):
+            return None
+        last = int(encoded[-1].labels[-1])
+        return last if last in self._vocabulary.special else None
+
     def _choose(self, turns: list[RenderedTurn], whole: TokenSequence | Unusable) -> list[TokenSequence] | Unusable:
         """The chat as a whole if that is usable, else every turn by itself if all of them are."""
         if isinstance(whole, TokenSequence):
@@ -117,6 +136,17 @@ class ChatEncoder:
                 )
                 for number in turns
             ]
+        except (TemplateError, TypeError, ValueError) as error:
+            return Unusable(reason=Reason.TEMPLATE, detail=str(error))
+
+    def _render_prompt(self, chat: Chat) -> str | Unusable:
+        messages = chat.messages
+        while messages and messages[-1].role == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before it")
+        try:
+            return self._render(messages, is_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
 
@@ -204,6 +234,12 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast, backend: Tokenizer) -> Vocab
     return Vocabulary(
         special=frozenset(special.union(tokenizer.all_special_ids)), added=frozenset(added), encode=encode
     )
+
+
+def _prompt_ids(encoding: Encoding) -> Int32Array | Unusable:
+    if not encoding.ids:
+        return Unusable(reason=Reason.NO_PROMPT, detail="the template renders nothing")
+    return np.array(encoding.ids, np.int32)
 
 
 def _encoded(text: str, encoding: Encoding) -> EncodedText:

@@ -1,0 +1,163 @@
+"""Reads a dataset into the prompts that responses are sampled for, under the policies of the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Literal
+
+from kdmesh.errors import DataError
+from kdmesh.tokens import DIGEST_BYTES
+from kdmesh.types import Int32Array
+from kdmesh_trainer.sources.chat import ChatEncoder
+from kdmesh_trainer.sources.order import step_indices
+from kdmesh_trainer.sources.readers import Reader
+from kdmesh_trainer.sources.rows import Chat
+from kdmesh_trainer.sources.turns import Unusable
+
+log = logging.getLogger(__name__)
+
+_CHATS_PER_CALL = 256
+# Seeds are added to, and some engines keep them in a signed word.
+_SEED_BYTES = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptPolicy:
+    """What becomes of rows that cannot be used as they are."""
+
+    max_tokens: int  # of a prompt: the rest of a sequence is its response's
+    too_long: Literal["drop", "fail"]
+    unusable: Literal["drop", "fail"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptReport:
+    """What became of a dataset."""
+
+    rows: int
+    prompts: int
+    dropped_too_long: int
+    unusable: dict[str, int]  # rows left out, by reason
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """The prompts of a dataset, in its order."""
+
+    prompts: list[Int32Array]  # at least one
+    report: PromptReport
+
+
+def load_prompts(name: str, reader: Reader, encoder: ChatEncoder, policy: PromptPolicy) -> PromptSet:
+    """Read and encode the prompts of a dataset; what was left out is counted and logged.
+
+    Args:
+        name: for logs and errors.
+
+    Raises:
+        DataError: a row is refused, or one is too long or unusable and the policy says fail,
+            or nothing is left.
+    """
+    intake = _Intake(policy)
+    chats = reader()
+    while group := list(islice(chats, _CHATS_PER_CALL)):
+        for chat, encoded in zip(group, encoder.encode_prompts(group), strict=True):
+            intake.add(chat, encoded)
+    found = intake.prompt_set()
+    log.info("prompts read", extra={"dataset": name, **asdict(found.report)})
+    if not found.prompts:
+        counts = {**found.report.unusable, "too long": found.report.dropped_too_long}
+        losses = ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)
+        raise DataError(f"dataset {name}: none of {found.report.rows} rows gives a prompt: {losses}")
+    return found
+
+
+def digest_prompts(prompts: Sequence[Int32Array]) -> bytes:
+    """16-byte BLAKE2b over the ids; each prompt is preceded by its length."""
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for prompt in prompts:
+        state.update(len(prompt).to_bytes(8, "little"))
+        state.update(prompt.astype("<i4").tobytes())
+    return state.digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepPrompt:
+    """A prompt of one step."""
+
+    token_ids: Int32Array  # [P], P >= 1
+    seed: int  # sample i of it draws from seed + i
+
+
+class PromptOrder:
+    """Which prompts each step samples from, and where their draws start: a pure function of seed and step."""
+
+    def __init__(self, prompts: Sequence[Int32Array], *, per_step: int, seed: int) -> None:
+        """
+        Args:
+            prompts: the same on every rank; at least one.
+            per_step: over all ranks.
+        """
+        self._prompts = prompts
+        self._per_step = per_step
+        self._seed = seed
+
+    def of_step(self, step: int) -> list[StepPrompt]:
+        """The step's prompts, over all ranks; one may come twice where the dataset is small."""
+        indices = step_indices(step, number=len(self._prompts), per_step=self._per_step, seed=self._seed)
+        return [
+            StepPrompt(token_ids=self._prompts[index], seed=_draw_seed(self._seed, step, place))
+            for place, index in enumerate(indices)
+        ]
+
+
+def _draw_seed(seed: int, step: int, place: int) -> int:
+    words = b"".join(number.to_bytes(8, "little") for number in (seed, step, place))
+    return int.from_bytes(hashlib.blake2b(words, digest_size=_SEED_BYTES).digest(), "little")
+
+
+class _Intake:
+    """Applies the policy to one row after the other."""
+
+    def __init__(self, policy: PromptPolicy) -> None:
+        self._policy = policy
+        self._rows = 0
+        self._prompts: list[Int32Array] = []
+        self._dropped_too_long = 0
+        self._unusable: Counter[str] = Counter()
+
+    def add(self, chat: Chat, encoded: Int32Array | Unusable) -> None:
+        """Take the row's prompt if it can be taken."""
+        self._rows += 1
+        if isinstance(encoded, Unusable):
+            if self._policy.unusable == "fail":
+                raise DataError(
+                    f"{chat.origin}: {encoded.reason} ({encoded.detail}); `data.unusable: drop` leaves such rows out"
+                )
+            self._unusable[encoded.reason.value] += 1
+        elif len(encoded) <= self._policy.max_tokens:
+            self._prompts.append(encoded)
+        elif self._policy.too_long == "fail":
+            raise DataError(
+                f"{chat.origin}: a prompt of {len(encoded)} tokens, and {self._policy.max_tokens} leave room for "
+                "source.sampling.max_new_tokens within data.max_tokens; `source.too_long: drop` leaves such rows out"
+            )
+        else:
+            self._dropped_too_long += 1
+
+    def prompt_set(self) -> PromptSet:
+        """What was taken."""
+        report = PromptReport(
+            rows=self._rows,
+            prompts=len(self._prompts),
+            dropped_too_long=self._dropped_too_long,
+            unusable=dict(self._unusable),
+            tokens=sum(len(prompt) for prompt in self._prompts),
+        )
+        return PromptSet(prompts=self._prompts, report=report)
