@@ -36,9 +36,7 @@ def logits_into(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor, workspace:
         _logits_into_on_cpu(out_BV, hidden_BD, weight_VD, workspace)
 
 
-def weight_gradient_into(
-    out_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: Tensor, *, adds: bool
-) -> None:
+def weight_gradient_into(out_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: Tensor, *, adds: bool) -> None:
     """Overwrite `out_VD` with logit_gradient.T @ hidden, or add it; float32 where the operands are bfloat16."""
     if hidden_CD.dtype is not torch.bfloat16:
         torch.addmm(out_VD, logit_gradient_CV.T, hidden_CD, beta=int(adds), out=out_VD)

@@ -145,11 +145,13 @@ class DivergenceRows:
     def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
         """Products are the student's, then the teacher's."""
         logits_CV, teacher_logits_CV = products
-        _become_logits(logits_CV, self._student.head)
-        _become_logits(teacher_logits_CV, self._teacher_head)
-        self._top1.tile(logits_CV, teacher_logits_CV)
         log_q_CV, log_p_CV, q_CV = _cut(self._scratch, len(logits_CV))
+        # One side after the other: what is worked on is still in the cache.
+        _become_logits(logits_CV, self._student.head)
+        self._top1.note_student(logits_CV)
         self._log_softmax(logits_CV, spare_CV=q_CV, out=log_q_CV)
+        _become_logits(teacher_logits_CV, self._teacher_head)
+        self._top1.note_teacher(teacher_logits_CV)
         self._log_softmax(teacher_logits_CV, spare_CV=q_CV, out=log_p_CV)
         if self._labels_R is not None and self._mix.temperature == 1:
             self._cross_entropy.append(-log_q_CV.gather(-1, self._labels_R[rows, None]))

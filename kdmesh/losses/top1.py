@@ -26,9 +26,12 @@ class Top1Agreement:
         self._student_max: list[Tensor] = []
         self._teacher_run_max: list[Tensor] = []
 
-    def tile(self, student_CV: Tensor, teacher_CV: Tensor) -> None:
-        """Note what is needed of a tile of logits."""
+    def note_student(self, student_CV: Tensor) -> None:
+        """Note what is needed of a tile of the student's logits."""
         self._student_max.append(student_CV.amax(-1, keepdim=True))
+
+    def note_teacher(self, teacher_CV: Tensor) -> None:
+        """Note what is needed of a tile of the teacher's logits."""
         run_max_CK = teacher_CV[:, : self._in_runs].view(len(teacher_CV), -1, self._width).amax(-1)
         if self._in_runs < teacher_CV.shape[1]:
             last_C1 = teacher_CV[:, -self._width :].amax(-1, keepdim=True)

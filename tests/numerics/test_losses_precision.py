@@ -87,7 +87,7 @@ def test_the_weight_gradient_does_not_lose_small_chunks() -> None:
     gradient_CV = torch.full((16, 32), 2.0**-4, dtype=torch.bfloat16)
     out_VD = torch.ones(32, 8)
     for _ in range(64):  # each adds 2^-8, which a bfloat16 sum that is at 1 would drop
-        weight_gradient_into(out_VD, gradient_CV, hidden_CD, Workspace(), adds=True)
+        weight_gradient_into(out_VD, gradient_CV, hidden_CD, adds=True)
     assert torch.equal(out_VD, torch.full((32, 8), 1.25))
 
 
