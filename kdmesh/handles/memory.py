@@ -2,7 +2,8 @@
 
 A segment is an anonymous memfd: it has no name in any file system, so nothing can be
 left behind, and it ends with its last descriptor and mapping. FUTURE_WRITE forbids every
-*later* writable mapping, so the process that writes is the process that creates.
+*later* writable mapping, so whoever is to write a segment maps it while it is made: the process
+that makes it, and the processes that a `SegmentWriter` speaks for.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 from pathlib import Path
+from typing import Protocol
 
 from kdmesh.errors import EngineFailure
 
@@ -23,15 +26,19 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | _F_SEAL_F
 # mmap.madvise keeps the interpreter lock; in steps, other threads get their turn.
 _PREFAULT_STEP_BYTES = 2 * 2**20
 
+_numbers = itertools.count(1)
+
 
 class Segment:
-    """One sealed segment in the process that writes it.
+    """One segment in the process that made it.
 
-    `fd` is good for passing on; it and the mapping belong to the segment.
+    `fd` is good for passing on; it and the mapping belong to the segment. No other segment
+    of this process ever has its `number`.
     """
 
     def __init__(self, fd: int, mapping: mmap.mmap) -> None:
         self.fd = fd
+        self.number = next(_numbers)
         self.size_bytes = len(mapping)
         self.writable = memoryview(mapping)
         self._mapping = mapping
@@ -42,6 +49,20 @@ class Segment:
         with contextlib.suppress(BufferError):
             self.writable.release()
             self._mapping.close()
+
+
+class SegmentWriter(Protocol):
+    """Other processes that write segments too. Called from any thread; blocks."""
+
+    def adopt(self, segment: Segment) -> None:
+        """Return when they have mapped a segment that is not sealed yet.
+
+        Raises:
+            OSError: they have not, and will not.
+        """
+
+    def drop(self, segment: Segment) -> None:
+        """They write this segment no more."""
 
 
 def whole_pages(size_bytes: int) -> int:
@@ -57,13 +78,13 @@ def require_available(size_bytes: int) -> None:
         raise OSError(errno.ENOMEM, f"{size_bytes} bytes of shared memory are wanted, {available_bytes} are available")
 
 
-def create_segment(size_bytes: int) -> Segment:
-    """A sealed segment of at least `size_bytes` (whole pages) of zeros.
+def create_segment(size_bytes: int, writer: SegmentWriter | None = None) -> Segment:
+    """A sealed segment of at least `size_bytes` (whole pages) of zeros, that `writer` may write too.
 
     Every page is touched now: the first touch is about ten times as slow as any later one. Blocks for that long.
 
     Raises:
-        OSError: there is not enough memory, or not enough descriptors.
+        OSError: there is not enough memory, or not enough descriptors, or the writer has failed.
     """
     size_bytes = whole_pages(size_bytes)
     require_available(size_bytes)
@@ -71,18 +92,21 @@ def create_segment(size_bytes: int) -> Segment:
     try:
         os.ftruncate(fd, size_bytes)
         mapping = mmap.mmap(fd, size_bytes)
-        _prefault(mapping)
+        prefault(mapping)
+        segment = Segment(fd, mapping)
+        if writer is not None:
+            writer.adopt(segment)
         # Only now: a mapping made after this seal could not be written.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(fd)
         raise
-    return Segment(fd, mapping)
+    return segment
 
 
-async def create_segment_in_thread(size_bytes: int) -> Segment:
+async def create_segment_in_thread(size_bytes: int, writer: SegmentWriter | None = None) -> Segment:
     """`create_segment` without blocking the event loop. When cancelled, closes what the thread makes."""
-    making = asyncio.ensure_future(asyncio.to_thread(create_segment, size_bytes))
+    making = asyncio.ensure_future(asyncio.to_thread(create_segment, size_bytes, writer))
     try:
         return await asyncio.shield(making)
     except asyncio.CancelledError:
@@ -113,7 +137,8 @@ def map_readonly(fd: int, size_bytes: int) -> mmap.mmap:
     return mapping
 
 
-def _prefault(mapping: mmap.mmap) -> None:
+def prefault(mapping: mmap.mmap) -> None:
+    """Touch every page of a writable mapping, so that no later write waits for one."""
     for start in range(0, len(mapping), _PREFAULT_STEP_BYTES):
         length = min(_PREFAULT_STEP_BYTES, len(mapping) - start)
         try:

@@ -35,7 +35,13 @@ from typing import Self
 from kdmesh.errors import ConfigError, HandleGone, InvalidRequest
 from kdmesh.handles.broker import Broker
 from kdmesh.handles.ledger import Key, Ledger, SlabLimits, SlotState
-from kdmesh.handles.memory import Segment, create_segment_in_thread, require_available, whole_pages
+from kdmesh.handles.memory import (
+    Segment,
+    SegmentWriter,
+    create_segment_in_thread,
+    require_available,
+    whole_pages,
+)
 from kdmesh.handles.reports import Counters, SessionEnd, SessionState
 from kdmesh.handles.shared import Matrix, SharedSegments
 from kdmesh.types import DType, Handle
@@ -58,6 +64,7 @@ class SlotLease:
     session: bytes
     slot: int
     buffer: memoryview  # writable bytes, the whole slot
+    segment: int  # number of its memory, for processes that write it too
     is_open: bool = True
 
     def end(self) -> None:
@@ -97,16 +104,26 @@ class SlabStore:
         limits: SlabLimits,
         *,
         socket_path: Path,
+        writer: SegmentWriter | None = None,
         allowed_uids: frozenset[int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Users other than those in `allowed_uids` (None: this process's own) are turned away."""
+        """A store that is not entered yet.
+
+        Args:
+            limits: how much is lent, and for how long.
+            socket_path: where the broker is to listen.
+            writer: other processes that write the slots; it is shown every new one.
+            allowed_uids: users that are not turned away; None: this process's own.
+            clock: seconds that only grow.
+        """
         self.limits = limits
         self.slot_bytes = whole_pages(limits.slot_bytes)
         self.nonce = secrets.token_bytes(16)
         self.socket_path = socket_path
         self.on_free: Callable[[], None] = lambda: None
         self.on_session_end: Callable[[bytes], None] = lambda session: None
+        self._writer = writer
         self._allowed_uids = frozenset({os.getuid()}) if allowed_uids is None else allowed_uids
         self._clock = clock
         self._ledger = Ledger(limits, clock, self._freed)
@@ -128,10 +145,10 @@ class SlabStore:
             try:
                 require_available(self.limits.slots * self.slot_bytes)
                 for _ in range(self.limits.slots):
-                    self._slots.append(await create_segment_in_thread(self.slot_bytes))
+                    self._slots.append(await create_segment_in_thread(self.slot_bytes, self._writer))
             except OSError as error:
                 raise ConfigError(
-                    f"cannot make {self.limits.slots} slots of {self.slot_bytes} bytes: {error.strerror}"
+                    f"cannot make {self.limits.slots} slots of {self.slot_bytes} bytes: {error.strerror or error}"
                 ) from None
             self._broker = Broker(self, nonce=self.nonce, path=self.socket_path, allowed_uids=self._allowed_uids)
             stack.callback(self._broker.close)
@@ -181,7 +198,8 @@ class SlabStore:
         slot = self._ledger.acquire(session)
         if slot is None:
             return None
-        return SlotLease(session=session, slot=slot, buffer=self._slots[slot].writable[:])
+        memory = self._slots[slot]
+        return SlotLease(session=session, slot=slot, buffer=memory.writable[:], segment=memory.number)
 
     def publish(self, lease: SlotLease, *, rows: int, cols: int, dtype: DType) -> Handle:
         """The handle to the matrix that lies at the start of lease.buffer. Nobody may write there any more.
@@ -326,12 +344,14 @@ class SlabStore:
             self._may_renew.clear()
             while (slot := self._ledger.to_renew()) is not None:
                 try:
-                    segment = await create_segment_in_thread(self.slot_bytes)
+                    segment = await create_segment_in_thread(self.slot_bytes, self._writer)
                 except OSError as error:
                     log.warning("slot stays abandoned", extra={"slot": slot, "error": str(error)})
                     break  # until the next sweep
                 if self._ledger.renew(slot):
                     segment, self._slots[slot] = self._slots[slot], segment
+                if self._writer is not None:
+                    self._writer.drop(segment)
                 segment.close()
 
     def _close_memory(self) -> None:

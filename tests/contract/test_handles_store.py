@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,12 +148,45 @@ async def test_lease_that_has_ended_writes_no_more(tmp_path: Path) -> None:
                 lease.buffer[0] = 1
 
 
+class OtherProcess:
+    """Another process that writes slots, as far as the store can tell."""
+
+    def __init__(self) -> None:
+        self.segments: dict[int, memoryview] = {}
+
+    def adopt(self, segment: Segment) -> None:
+        self.segments[segment.number] = segment.writable[:]
+
+    def drop(self, segment: Segment) -> None:
+        self.segments.pop(segment.number).release()
+
+
+async def test_another_process_is_shown_every_memory_that_it_may_have_to_write(tmp_path: Path) -> None:
+    other = OtherProcess()
+    async with slab(tmp_path, slots=2, writer=other) as store:
+        assert len(other.segments) == 2
+        session = store.open_session("job").token
+        lease = store.try_acquire(session)
+        assert lease is not None
+        replaced = lease.segment
+        other.segments[replaced][:4] = np.float32(7).tobytes()
+        handle = store.publish(lease, rows=1, cols=1, dtype=DType.FLOAT32)
+        door = await ShmDoor.connect(store.socket_path, session, store.nonce)
+        tensor = await door.fetch(handle)
+        assert tensor.item() == 7
+        store.close_session(session)
+        await until(lambda: states(store) == {"free": 2})
+        assert replaced not in other.segments
+        assert len(other.segments) == 2
+        door.close()
+
+
 async def test_slot_without_new_memory_stays_out_of_service_until_there_is_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = list[int]()
 
-    async def scarce(size_bytes: int) -> Segment:
+    async def scarce(size_bytes: int, writer: None) -> Segment:
         tries.append(size_bytes)
         if len(tries) < 3:
             raise OSError("no memory")

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from kdmesh.handles.ledger import SlabLimits
+from kdmesh.handles.memory import SegmentWriter
 from kdmesh.handles.store import SlabStore
 from kdmesh.types import DType, Handle
 from tests.support.handles_consumer import digest
@@ -23,6 +24,7 @@ async def slab(
     lease_s: float = 60,
     claim_s: float = 60,
     max_abandoned: int = 1,
+    writer: SegmentWriter | None = None,
     allowed_uids: frozenset[int] | None = None,
 ) -> AsyncIterator[SlabStore]:
     """A slab that any one session may have whole."""
@@ -34,7 +36,9 @@ async def slab(
         claim_s=claim_s,
         max_abandoned=max_abandoned,
     )
-    async with SlabStore(limits, socket_path=tmp_path / "broker.sock", allowed_uids=allowed_uids) as store:
+    async with SlabStore(
+        limits, socket_path=tmp_path / "broker.sock", writer=writer, allowed_uids=allowed_uids
+    ) as store:
         yield store
 
 

@@ -126,10 +126,45 @@ def test_failure_on_the_way_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+class OtherProcess:
+    """Maps what it is shown, as a process with a descriptor of its own does."""
+
+    def __init__(self) -> None:
+        self.mappings: dict[int, mmap.mmap] = {}
+
+    def adopt(self, segment: Segment) -> None:
+        self.mappings[segment.number] = mmap.mmap(segment.fd, segment.size_bytes)
+
+    def drop(self, segment: Segment) -> None:
+        del self.mappings[segment.number]
+
+
+class GoneProcess(OtherProcess):
+    def adopt(self, segment: Segment) -> None:
+        raise ConnectionResetError("the process has ended")
+
+
+def test_who_maps_a_segment_while_it_is_made_can_write_it_for_ever() -> None:
+    other = OtherProcess()
+    with contextlib.closing(create_segment(SIZE, other)) as made:
+        mapping = map_readonly(made.fd, SIZE)
+        other.mappings[made.number][7:11] = b"rows"
+        assert mapping[7:11] == made.writable[7:11] == b"rows"
+        with pytest.raises(PermissionError):
+            mmap.mmap(made.fd, SIZE)
+
+
+def test_segment_that_its_writer_did_not_map_is_not_made() -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConnectionResetError):
+        create_segment(SIZE, GoneProcess())
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
 async def test_cancelled_creation_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     has_begun, may_go_on = threading.Event(), threading.Event()
 
-    def slow(size_bytes: int) -> Segment:
+    def slow(size_bytes: int, writer: None) -> Segment:
         has_begun.set()
         may_go_on.wait()
         return create_segment(size_bytes)
