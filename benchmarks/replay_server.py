@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.types import DType, HeadSpec
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
-from kdmesh_teacher.lifecycle import Addresses, serve
+from kdmesh_teacher.lifecycle import serve
 
 HIDDEN_SIZE = 4096
 NUM_ROWS = 8192

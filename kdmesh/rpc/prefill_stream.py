@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kdmesh.errors import EngineFailure, RpcError, Unavailable
-from kdmesh.rpc import codec, status
+from kdmesh.rpc import codec, failure
 from kdmesh.rpc.calls import our_errors
 from kdmesh.types import TokenSequence
 from kdmesh.v1 import common_pb2
@@ -110,7 +110,7 @@ class PrefillStream:
             case "result" if answer is not None:
                 answer.set_result(reply.result)
             case "failure" if answer is not None and is_wanted:
-                answer.set_exception(_error(reply.failure))
+                answer.set_exception(failure.from_wire(reply.failure))
             case None if answer is not None and is_wanted:
                 answer.set_exception(EngineFailure(f"{self._address} sent a reply without an outcome"))
 
@@ -120,7 +120,3 @@ class PrefillStream:
             if not answer.done():
                 answer.set_exception(error)
         self._answers.clear()
-
-
-def _error(failure: common_pb2.Failure) -> RpcError:
-    return status.from_number(failure.code, failure.message, retry_after_s=failure.retry_after_ms / 1000)

@@ -11,10 +11,11 @@ from typing import Any
 
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
 from kdmesh_teacher.engine import Engine
-from kdmesh_teacher.lifecycle import Addresses, serve
+from kdmesh_teacher.lifecycle import serve
 from tests.support.teacher_engines import ControlledEngine
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kdmesh.config import StrictModel
+from kdmesh.serving.config import ListenConfig, Port
 
 
 class TransformersEngine(StrictModel):
@@ -55,23 +56,17 @@ class FakeEngine(StrictModel):
     """How long each batch pretends to take."""
 
 
-class ServerConfig(StrictModel):
+class ServerConfig(ListenConfig):
     """Where the server listens."""
 
-    host: str = "127.0.0.1"
-    """Address to listen on. Loopback by default: there is no authentication yet."""
-
-    port: int = Field(50051, ge=0, le=65535)
+    port: Port = 50051
     """gRPC port; 0 takes any free one."""
 
-    rest_port: int = Field(8051, ge=0, le=65535)
+    rest_port: Port = 8051
     """Port of /healthz, /readyz, /metrics and /v1; 0 takes any free one."""
 
     runtime_dir: Path | None = None
     """Where the shared-memory broker's socket lies; unset takes a private directory of this user."""
-
-    drain_s: float = Field(30.0, ge=0)
-    """After SIGTERM, how long running requests may take to finish."""
 
 
 class SlabConfig(StrictModel):

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kdmesh.handles.store import Snapshot
+from kdmesh.serving.job_metrics import JobMetrics
 from kdmesh_teacher.fair_queue import Work
 
-_MAX_JOBS = 64  # distinct values of a label; names come from clients
 _NAMESPACE = "kdmesh_teacher"
-_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,21 +24,20 @@ class Gauges:
     waiting_requests: int
 
 
-class Metrics:
+class Metrics(JobMetrics):
     """Counters and histograms; a job is known by the name its sessions were opened with.
 
     Written and read on the event loop only.
     """
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._jobs: set[str] = set()
-        self._tokens = self._counter("tokens", "Tokens prefilled.", "job")
-        self._rows = self._counter("rows", "Rows computed.", "job")
-        self._requests = self._counter("requests", "Requests by what came of them.", "job", "outcome")
+        super().__init__(_NAMESPACE)
+        self._tokens = self.counter("tokens", "Tokens prefilled.", "job")
+        self._rows = self.counter("rows", "Rows computed.", "job")
+        self._requests = self.counter("requests", "Requests by what came of them.", "job", "outcome")
         self._stream_bytes = 0
-        self._queue_seconds = self._histogram("queue_seconds", "From arrival to the start of the prefill.", "job")
-        self._engine_seconds = self._histogram("engine_seconds", "Duration of a batch in the engine.")
+        self._queue_seconds = self.histogram("queue_seconds", "From arrival to the start of the prefill.", "job")
+        self._engine_seconds = self.histogram("engine_seconds", "Duration of a batch in the engine.")
 
     def watch(self, look: Callable[[], Gauges]) -> None:
         """Show what `look` finds at every scrape; called once, when the server is ready."""
@@ -50,32 +47,18 @@ class Metrics:
         """A batch has come from the engine, well or not."""
         self._engine_seconds.observe(engine_s)
         for work in works:
-            job = self._label(work.job)
+            job = self.job_label(work.job)
             self._tokens.labels(job).inc(work.num_tokens)
             self._rows.labels(job).inc(work.num_rows)
             self._queue_seconds.labels(job).observe(started_s - work.arrived_s)
 
     def request_done(self, job: str, outcome: str) -> None:
         """A request has been answered; `outcome` is "ok", "cancelled" or the name of an error."""
-        self._requests.labels(self._label(job), outcome).inc()
+        self._requests.labels(self.job_label(job), outcome).inc()
 
     def streamed(self, num_bytes: int) -> None:
         """So many bytes were read through the stream door."""
         self._stream_bytes += num_bytes
-
-    def _label(self, job: str) -> str:
-        """The job's name, or one common name once there are too many."""
-        if job not in self._jobs:
-            if len(self._jobs) >= _MAX_JOBS:
-                return "(others)"
-            self._jobs.add(job)
-        return job or "(unnamed)"
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, namespace=_NAMESPACE, registry=self.registry)
-
-    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
-        return Histogram(name, text, labels, namespace=_NAMESPACE, registry=self.registry, buckets=_SECONDS)
 
 
 class _Collector(Collector):

@@ -9,16 +9,17 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from kdmesh.errors import HandleGone, RpcError, Unavailable
-from kdmesh.rpc import codec, raw_chunk, status
+from kdmesh.errors import HandleGone, RpcError
+from kdmesh.rpc import codec, failure, raw_chunk
+from kdmesh.rpc.reply_stream import ReplyStream
+from kdmesh.serving.gate import Gate
 from kdmesh.serving.outstanding import Outstanding
-from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherServicer
 from kdmesh_teacher import admission
 from kdmesh_teacher.fair_queue import Answer
-from kdmesh_teacher.gate import Gate, Parts
 from kdmesh_teacher.metrics import Metrics
+from kdmesh_teacher.parts import Parts
 
 # Open requests of one stream; more are not read until some are answered.
 _MAX_OPEN_REQUESTS = 1024
@@ -33,7 +34,7 @@ class Servicer(TeacherServicer):
     the generated types do not know.
     """
 
-    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+    def __init__(self, gate: Gate[Parts], metrics: Metrics) -> None:
         self._gate = gate
         self._metrics = metrics
         self.outstanding = Outstanding()
@@ -73,7 +74,7 @@ class Servicer(TeacherServicer):
     ) -> None:
         """See teacher.proto."""
         parts = self._gate.parts()
-        stream = _ReplyStream(context)
+        stream = ReplyStream(context)
         may_read = asyncio.Semaphore(_MAX_OPEN_REQUESTS)
         async with asyncio.TaskGroup() as requests:
             async for request in request_iterator:
@@ -82,7 +83,7 @@ class Servicer(TeacherServicer):
                 task = requests.create_task(self._reply(request, job, parts, stream))
                 task.add_done_callback(lambda _: may_read.release())
 
-    async def _reply(self, request: pb.PrefillRequest, job: str, parts: Parts, stream: _ReplyStream) -> None:
+    async def _reply(self, request: pb.PrefillRequest, job: str, parts: Parts, stream: ReplyStream) -> None:
         """Answer one request of a stream. Raises HandleGone, which ends the stream, when its session has ended."""
         outcome = "cancelled"
         with self.outstanding:
@@ -94,7 +95,7 @@ class Servicer(TeacherServicer):
                 raise
             except RpcError as error:
                 outcome = type(error).__name__
-                await stream.write(pb.PrefillReply(request_id=request.request_id, failure=_failure(error)))
+                await stream.write(pb.PrefillReply(request_id=request.request_id, failure=failure.to_wire(error)))
                 return
             finally:
                 self._metrics.request_done(job, outcome)
@@ -152,19 +153,6 @@ class Servicer(TeacherServicer):
                 self._metrics.streamed(len(part))
 
 
-class _ReplyStream:
-    """Replies from many tasks, one write at a time, which is what grpc allows."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._turn = asyncio.Lock()
-
-    async def write(self, reply: pb.PrefillReply) -> None:
-        """Send a reply."""
-        async with self._turn:
-            await self._context.write(reply)
-
-
 def _result(answer: Answer, weight_version: int) -> pb.PrefillResult:
     return pb.PrefillResult(
         rows=codec.handle_to_wire(answer.rows),
@@ -173,11 +161,6 @@ def _result(answer: Answer, weight_version: int) -> pb.PrefillResult:
         queue_ms=_ms(answer.queue_s),
         engine_ms=_ms(answer.engine_s),
     )
-
-
-def _failure(error: RpcError) -> common_pb2.Failure:
-    wait_s = error.retry_after_s if isinstance(error, Unavailable) else 0.0
-    return common_pb2.Failure(code=status.number(error), message=str(error), retry_after_ms=_ms(wait_s))
 
 
 def _ms(seconds: float) -> int:

@@ -17,8 +17,8 @@ from kdmesh.types import Handle, ModelDescription
 from kdmesh_teacher import probe
 from kdmesh_teacher.config import SlabConfig, TeacherConfig
 from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts
-from kdmesh_teacher.gate import Parts
 from kdmesh_teacher.metrics import Metrics
+from kdmesh_teacher.parts import Parts
 from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
 
 log = logging.getLogger(__name__)

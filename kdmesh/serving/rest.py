@@ -1,4 +1,4 @@
-"""HTTP for people and platforms: health, metrics, and what the server is doing."""
+"""HTTP for people and platforms: the routes that every server has, and how they are served."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict
 from typing import Any
 
 import uvicorn
@@ -15,14 +14,14 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from kdmesh.errors import ConfigError, Unavailable
-from kdmesh_teacher.gate import Gate
+from kdmesh.serving.gate import Gate
 
 Json = dict[str, Any]
 
 
-def build_app(gate: Gate, registry: CollectorRegistry) -> FastAPI:
-    """The routes. They look, and change nothing."""
-    app = FastAPI(title="kdmesh teacher", docs_url=None, redoc_url=None)
+def build_app(title: str, gate: Gate[Any], registry: CollectorRegistry) -> FastAPI:
+    """Health and metrics. The caller adds its own routes; all of them look, and change nothing."""
+    app = FastAPI(title=title, docs_url=None, redoc_url=None)
 
     @app.exception_handler(Unavailable)
     async def unavailable(request: Request, error: Unavailable) -> JSONResponse:
@@ -43,29 +42,6 @@ def build_app(gate: Gate, registry: CollectorRegistry) -> FastAPI:
     async def metrics() -> Response:
         """Prometheus text. On the event loop, where the numbers change, so it needs no lock."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/v1/model")
-    async def model() -> Json:
-        """What is served, and the limits of a request."""
-        return asdict(gate.parts().model)
-
-    @app.get("/v1/sessions")
-    async def sessions() -> Json:
-        """Who is connected; never their tokens."""
-        return {"sessions": [asdict(session) for session in gate.parts().store.snapshot().sessions]}
-
-    @app.get("/v1/slab")
-    async def slab() -> Json:
-        """The shared memory and the queue."""
-        parts = gate.parts()
-        queue = parts.scheduler.queue
-        snapshot = asdict(parts.store.snapshot())
-        del snapshot["sessions"]
-        return snapshot | {
-            "limits": asdict(parts.store.limits),
-            "waiting": {"requests": queue.num_requests, "tokens": queue.num_tokens},
-            "tokens_per_s": parts.scheduler.tokens_per_s,
-        }
 
     return app
 

@@ -1,0 +1,20 @@
+"""What answers a teacher's requests once the model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdmesh.handles.store import SlabStore
+from kdmesh.types import Handle, ModelDescription
+from kdmesh_teacher.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Made by start.py, one of each."""
+
+    model: ModelDescription
+    store: SlabStore
+    scheduler: Scheduler
+    head_weight: Handle
+    head_bias: Handle | None

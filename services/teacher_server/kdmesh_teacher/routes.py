@@ -1,0 +1,40 @@
+"""What a teacher server shows over HTTP besides health and metrics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import FastAPI
+
+from kdmesh.serving.gate import Gate
+from kdmesh_teacher.parts import Parts
+
+Json = dict[str, Any]
+
+
+def add_routes(app: FastAPI, gate: Gate[Parts]) -> None:
+    """The model, the sessions and the slab."""
+
+    @app.get("/v1/model")
+    async def model() -> Json:
+        """What is served, and the limits of a request."""
+        return asdict(gate.parts().model)
+
+    @app.get("/v1/sessions")
+    async def sessions() -> Json:
+        """Who is connected; never their tokens."""
+        return {"sessions": [asdict(session) for session in gate.parts().store.snapshot().sessions]}
+
+    @app.get("/v1/slab")
+    async def slab() -> Json:
+        """The shared memory and the queue."""
+        parts = gate.parts()
+        queue = parts.scheduler.queue
+        snapshot = asdict(parts.store.snapshot())
+        del snapshot["sessions"]
+        return snapshot | {
+            "limits": asdict(parts.store.limits),
+            "waiting": {"requests": queue.num_requests, "tokens": queue.num_tokens},
+            "tokens_per_s": parts.scheduler.tokens_per_s,
+        }
