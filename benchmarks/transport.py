@@ -56,6 +56,17 @@ class _Timings:
     asked: list[float]  # from the request to a tensor in this process
     fetched: list[float]  # from the handle to a tensor
     copied: list[float]  # one copy_ of as many bytes, measured in turn with the answers
+    num_in_slab: int  # answers whose tensor is the server's own memory
+
+
+def _is_in_slab(tensor: Tensor) -> bool:
+    """Whether the tensor's bytes lie in a mapping of a slot, into which only the server's engine writes."""
+    for line in Path("/proc/self/maps").read_text(encoding="ascii").splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        first, end = (int(address, 16) for address in span.split("-"))
+        if first <= tensor.data_ptr() < end:
+            return name.startswith("/memfd:kdmesh")
+    return False
 
 
 async def _time_door(address: str, door: Literal["shm", "stream"], repeats: int) -> _Timings:
@@ -64,24 +75,29 @@ async def _time_door(address: str, door: Literal["shm", "stream"], repeats: int)
     positions = np.arange(NUM_ROWS, dtype=np.int32)
     sequence = TokenSequence(token_ids=np.zeros(NUM_ROWS + 1, dtype=np.int32), positions=positions)
     source, target = torch.ones(_BYTES // 2, dtype=torch.bfloat16), torch.zeros(_BYTES // 2, dtype=torch.bfloat16)
-    timings = _Timings(delivered=[], asked=[], fetched=timed.seconds, copied=[])
+    delivered: list[float] = []
+    asked: list[float] = []
+    copied: list[float] = []
+    num_in_slab = 0
     for _ in range(_WARM_UP + repeats):
         began_s = time.perf_counter()
         target.copy_(source)
-        timings.copied.append(time.perf_counter() - began_s)
+        copied.append(time.perf_counter() - began_s)
         began_s = time.perf_counter()
         rows = (await client.prefill([sequence], Deadline.after(60.0))).rows_RD
         arrived_ns = time.monotonic_ns()
-        timings.asked.append(time.perf_counter() - began_s)
+        asked.append(time.perf_counter() - began_s)
         began_ns = int.from_bytes(rows[0, :4].view(torch.uint8).numpy().tobytes(), "little")
-        timings.delivered.append((arrived_ns - began_ns) / 1e9)
+        delivered.append((arrived_ns - began_ns) / 1e9)
+        num_in_slab += _is_in_slab(rows)
         del rows
     await client.close()
     return _Timings(
-        delivered=timings.delivered[_WARM_UP:],
-        asked=timings.asked[_WARM_UP:],
-        fetched=timings.fetched[_WARM_UP:],
-        copied=timings.copied[_WARM_UP:],
+        delivered=delivered[_WARM_UP:],
+        asked=asked[_WARM_UP:],
+        fetched=timed.seconds[_WARM_UP:],
+        copied=copied[_WARM_UP:],
+        num_in_slab=num_in_slab,
     )
 
 
@@ -111,12 +127,14 @@ def main() -> None:
             for name, t in (("shared memory", shm), ("stream", stream))
         ],
     )
-    say("copies of the bytes: shared memory 1 (the engine's, into the slot)")
+    copies = 1 + (shm.num_in_slab < _WARM_UP + repeats)
+    say(f"copies of the bytes through shared memory: {copies}; {shm.num_in_slab} answers read where the engine wrote")
     finish(
         "transport",
         {
             "shm_fraction_of_copy": round(median(shm.copied) / median(shm.delivered), 3),
             "shm_gb_per_s": round(_BYTES / median(shm.delivered) / 1e9, 2),
+            "shm_copies": copies,
             "shm_handle_to_tensor_us": round(median(shm.fetched) * 1e6, 1),
             "stream_gb_per_s": round(_BYTES / median(stream.delivered) / 1e9, 2),
             "stream_door_gb_per_s": round(_BYTES / median(stream.fetched) / 1e9, 2),  # without the engine's copy
