@@ -1,9 +1,10 @@
-"""A name for a model's weights together with its architecture."""
+"""Names for a model: for its architecture alone, or for its weights with it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ _SAMPLED = 1024
 
 # What differs between two loads of the same model.
 _INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
+
+# What differs between models whose weights fit each other.
+_NOT_ARCHITECTURE = _INCIDENTAL | {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
@@ -29,6 +33,37 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         state.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         state.update(_sample(tensor).numpy().tobytes())
     return state.hexdigest()
+
+
+def architecture_fingerprint(model: PreTrainedModel) -> str:
+    """32 hexadecimal digits over what the config says of the architecture, and every weight's name and shape.
+
+    Values and dtypes do not matter, nor whether the model is sharded: a trainer in float32 and a server in
+    bfloat16 have the same.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    state.update(json.dumps(_architecture(model.config.to_dict()), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(named_weights(model).items()):
+        state.update(f"\n{name} {tuple(tensor.shape)}".encode())
+    return state.hexdigest()
+
+
+def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter and saved buffer by its name in the state dict; tied ones once, under the first name."""
+    once: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        once.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in once.values()}
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what does not matter, in sections too."""
+    return {
+        name: _architecture(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _NOT_ARCHITECTURE
+    }
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -31,6 +31,11 @@ def dtype_from_wire(value: int) -> DType:
     return _DTYPE[value]
 
 
+def dtype_to_wire(dtype: DType) -> common_pb2.DType.ValueType:
+    """The same dtype on the wire."""
+    return _WIRE[dtype]
+
+
 def sequences_from_wire(messages: Iterable[common_pb2.TokenSequence]) -> tuple[TokenSequence, ...]:
     """Raises InvalidRequest when a sequence is not one."""
     return tuple(

@@ -1,0 +1,83 @@
+"""Translates between the messages of UpdateWeights and our types; everything on the wire is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kdmesh.errors import InvalidRequest
+from kdmesh.rpc import codec
+from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.weights.buckets import BucketEntry, Part
+from kdmesh.weights.digests import DIGEST_BYTES
+from kdmesh.weights.manifest import Manifest, TensorSpec, UpdatePolicy
+
+MAX_INLINE_BYTES = 2**20
+"""Most bytes of a bucket that travels inside its message."""
+
+_POLICY: dict[int, UpdatePolicy] = {
+    pb.UPDATE_POLICY_FINISH: UpdatePolicy.FINISH,
+    pb.UPDATE_POLICY_ABORT: UpdatePolicy.ABORT,
+    pb.UPDATE_POLICY_CONTINUE: UpdatePolicy.CONTINUE,
+}
+_WIRE: dict[UpdatePolicy, pb.UpdatePolicy.ValueType] = {
+    UpdatePolicy.FINISH: pb.UPDATE_POLICY_FINISH,
+    UpdatePolicy.ABORT: pb.UPDATE_POLICY_ABORT,
+    UpdatePolicy.CONTINUE: pb.UPDATE_POLICY_CONTINUE,
+}
+
+
+def manifest_from_wire(m: pb.BeginUpdate) -> Manifest:
+    """Raises InvalidRequest when it announces what cannot be."""
+    if m.policy not in _POLICY:
+        raise InvalidRequest(f"unknown update policy {m.policy}; known: {', '.join(p.value for p in _WIRE)}")
+    return Manifest(
+        version=m.version,
+        architecture_fingerprint=m.architecture_fingerprint,
+        tensors=tuple(
+            TensorSpec(name=t.name, shape=tuple(t.shape), dtype=codec.dtype_from_wire(t.dtype)) for t in m.tensors
+        ),
+        policy=_POLICY[m.policy],
+    )
+
+
+def manifest_to_wire(manifest: Manifest) -> pb.BeginUpdate:
+    """The same as a message without a broker: buckets are to come inline."""
+    return pb.BeginUpdate(
+        version=manifest.version,
+        architecture_fingerprint=manifest.architecture_fingerprint,
+        tensors=[
+            pb.TensorSpec(name=t.name, shape=t.shape, dtype=codec.dtype_to_wire(t.dtype)) for t in manifest.tensors
+        ],
+        policy=_WIRE[manifest.policy],
+    )
+
+
+def entries_from_wire(messages: Iterable[pb.BucketEntry]) -> tuple[BucketEntry, ...]:
+    """Raises InvalidRequest when a digest is none."""
+    return tuple(_entry_from_wire(m) for m in messages)
+
+
+def entries_to_wire(entries: Iterable[BucketEntry]) -> list[pb.BucketEntry]:
+    """The same entries as messages."""
+    return [
+        pb.BucketEntry(
+            tensor=entry.part.tensor,
+            tensor_offset_bytes=entry.part.tensor_offset_bytes,
+            bucket_offset_bytes=entry.part.bucket_offset_bytes,
+            size_bytes=entry.part.size_bytes,
+            digest=entry.digest,
+        )
+        for entry in entries
+    ]
+
+
+def _entry_from_wire(m: pb.BucketEntry) -> BucketEntry:
+    if len(m.digest) != DIGEST_BYTES:
+        raise InvalidRequest(f"a digest of {len(m.digest)} bytes; it must have {DIGEST_BYTES}")
+    part = Part(
+        tensor=m.tensor,
+        tensor_offset_bytes=m.tensor_offset_bytes,
+        bucket_offset_bytes=m.bucket_offset_bytes,
+        size_bytes=m.size_bytes,
+    )
+    return BucketEntry(part=part, digest=m.digest)

@@ -1,0 +1,184 @@
+"""The server's side of UpdateWeights."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import torch
+
+from kdmesh.errors import EngineFailure, InvalidRequest, Unavailable
+from kdmesh.handles.shm_door import ShmDoor
+from kdmesh.rpc import codec, weight_codec
+from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.weights.manifest import Manifest
+from kdmesh.weights.target import WeightTarget
+from kdmesh.weights.versions import UpdateState, WeightVersions
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Apply: TypeAlias = Callable[[Manifest, Callable[[], None]], Awaitable[None]]
+"""Awaited with what was verified and a blocking `commit`: does what manifest.policy says with the samples under way,
+and calls `commit` once, in the engine's thread, when no decoding step is running. It may be cancelled before that."""
+
+
+class WeightUpdates:
+    """Takes one update at a time; belongs to one event loop.
+
+    Bytes are copied and checked in a thread of its own, so that sampling, keep-alives and other calls go on.
+    """
+
+    def __init__(
+        self, target: WeightTarget, *, architecture_fingerprint: str, apply: Apply, silence_s: float = 300.0
+    ) -> None:
+        """
+        Args:
+            target: the engine.
+            architecture_fingerprint: of its model.
+            apply: see Apply.
+            silence_s: how long a sender may say nothing before its update is dropped.
+        """
+        self._versions = WeightVersions(target, architecture_fingerprint=architecture_fingerprint)
+        self._apply = apply
+        self._silence_s = silence_s
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+
+    @property
+    def version(self) -> int:
+        """Of the weights that are served; 0 for those the server was started with."""
+        return self._versions.version
+
+    @property
+    def state(self) -> UpdateState:
+        """What is being done about new weights."""
+        return self._versions.state
+
+    def close(self) -> None:
+        """End the thread. Blocks for a copy under way; call it when no update is answered any more."""
+        self._thread.shutdown()
+
+    async def answer(self, requests: AsyncIterator[pb.UpdateWeightsRequest]) -> AsyncIterator[pb.UpdateWeightsReply]:
+        """The replies to one UpdateWeights stream. However it ends: without a commit, nothing has changed.
+
+        Raises:
+            RpcError: as rollout.proto says.
+        """
+        begin = await self._next(requests, "begin")
+        manifest = weight_codec.manifest_from_wire(begin.begin)
+        self._versions.admit(manifest)
+        door: ShmDoor | None = None
+        try:
+            await self._run(self._versions.begin)
+            door = await _open_door(begin.begin)
+            yield pb.UpdateWeightsReply(weight_version=self.version, needs_inline=door is None)
+            while (request := await self._next(requests, "bucket", "commit")).HasField("bucket"):
+                data = await _bytes_of(request.bucket, door)
+                await self._run(self._versions.write, weight_codec.entries_from_wire(request.bucket.entries), data)
+                del data  # the sender may write there again
+                yield pb.UpdateWeightsReply(weight_version=self.version)
+            await self._commit(await self._run(self._versions.verify))
+        finally:
+            if door is not None:
+                door.close()
+            # In the thread, behind whatever it still does, so nothing is written after it. When cancelled, not awaited.
+            ending = asyncio.wrap_future(self._thread.submit(self._versions.discard))
+            await asyncio.shield(ending)
+        log.info("weights replaced", extra={"version": self.version, "policy": manifest.policy.value})
+        yield pb.UpdateWeightsReply(weight_version=self.version)
+
+    async def _next(self, requests: AsyncIterator[pb.UpdateWeightsRequest], *wanted: str) -> pb.UpdateWeightsRequest:
+        try:
+            async with asyncio.timeout(self._silence_s):
+                request = await anext(requests)
+        except StopAsyncIteration:
+            raise InvalidRequest(f"the stream ended where {' or '.join(wanted)} comes next") from None
+        except TimeoutError:
+            raise Unavailable(f"nothing came for {self._silence_s} s; the update was dropped") from None
+        step = request.WhichOneof("step")
+        if step not in wanted:
+            raise InvalidRequest(f"the update says {step or 'nothing'} where {' or '.join(wanted)} comes next")
+        return request
+
+    async def _commit(self, manifest: Manifest) -> None:
+        """Apply it; when cancelled, not at all unless it has begun."""
+        turn = _Turn(self._versions.commit)
+        applying = asyncio.ensure_future(self._apply(manifest, turn.take))
+        try:
+            await asyncio.shield(applying)
+        except asyncio.CancelledError:
+            if turn.withdraw():
+                applying.cancel()
+            await asyncio.wait([applying])
+            raise
+
+    async def _run(self, call: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+
+
+class _Turn:
+    """A call that is made or withdrawn, never both."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._lock = threading.Lock()
+        self._is_taken = False
+
+    def take(self) -> None:
+        """Make the call. Raises Unavailable when it was withdrawn."""
+        if not self._decide():
+            raise Unavailable("the update was withdrawn")
+        self._call()
+
+    def withdraw(self) -> bool:
+        """Whether the call is never made."""
+        return self._decide()
+
+    def _decide(self) -> bool:
+        with self._lock:
+            is_first, self._is_taken = not self._is_taken, True
+        return is_first
+
+
+async def _open_door(begin: pb.BeginUpdate) -> ShmDoor | None:
+    """To the sender's memory; None when the bytes come inline."""
+    if not begin.broker_socket:
+        return None
+    try:
+        return await ShmDoor.connect(Path(begin.broker_socket), begin.session, begin.node_nonce)
+    except Unavailable as error:
+        log.info("weights come inline", extra={"reason": str(error)})
+        return None
+
+
+async def _bytes_of(bucket: pb.WeightBucket, door: ShmDoor | None) -> memoryview:
+    """The bucket's bytes.
+
+    Raises:
+        HandleGone: its handle has ended.
+        Unavailable: the sender is gone.
+        InvalidRequest: it has no bytes, or too many, or none that this server can reach.
+    """
+    match bucket.WhichOneof("source"):
+        case "inline":
+            if len(bucket.inline) > weight_codec.MAX_INLINE_BYTES:
+                raise InvalidRequest(
+                    f"a bucket of {len(bucket.inline)} bytes inline; at most {weight_codec.MAX_INLINE_BYTES}"
+                )
+            return memoryview(bucket.inline)
+        case "handle" if door is not None:
+            try:
+                matrix = await door.fetch(codec.handle_from_wire(bucket.handle))
+            except EngineFailure as error:  # the sender's fault, not this server's
+                raise InvalidRequest(f"the bucket cannot be read: {error}") from None
+            return matrix.reshape(-1).view(torch.uint8).numpy().data
+        case "handle":
+            raise InvalidRequest("a bucket as a handle, but the sender's memory cannot be reached: send it inline")
+        case _:
+            raise InvalidRequest("a bucket without bytes")

@@ -1,0 +1,1 @@
+"""How weights get from a trainer to the servers that sample from them."""

@@ -1,0 +1,82 @@
+"""Which bytes of which tensor lie where in which bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+ALIGNMENT_BYTES = 64
+"""Of everything in a bucket; as every element's size divides it, no element is ever cut in two."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One whole tensor, or a part of one that spans buckets."""
+
+    tensor: int  # index in the manifest
+    tensor_offset_bytes: int
+    bucket_offset_bytes: int  # a multiple of ALIGNMENT_BYTES
+    size_bytes: int  # at least 1
+
+    @property
+    def end_bytes(self) -> int:
+        """Where in the bucket it ends."""
+        return self.bucket_offset_bytes + self.size_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketEntry:
+    """A part, and what its bytes must be."""
+
+    part: Part
+    digest: bytes  # XXH3-128
+
+
+def plan_buckets(sizes_bytes: Sequence[int], bucket_bytes: int) -> Iterator[tuple[Part, ...]]:
+    """Fill one bucket after the other with tensors in their order; one that does not fit goes on in the next.
+
+    So the parts of a tensor come in order, and no bucket but the last is left with room. A tensor without
+    elements has no part.
+
+    Args:
+        sizes_bytes: of each tensor.
+        bucket_bytes: most bytes of a bucket, padding included; a multiple of ALIGNMENT_BYTES.
+    """
+    assert bucket_bytes > 0 and bucket_bytes % ALIGNMENT_BYTES == 0
+    bucket: list[Part] = []
+    end = 0
+    for tensor, size_bytes in enumerate(sizes_bytes):
+        done = 0
+        while done < size_bytes:
+            if end == bucket_bytes:
+                yield tuple(bucket)
+                bucket, end = [], 0
+            fits = min(size_bytes - done, bucket_bytes - end)
+            part = Part(tensor=tensor, tensor_offset_bytes=done, bucket_offset_bytes=end, size_bytes=fits)
+            bucket.append(part)
+            done += fits
+            end = _aligned(part.end_bytes)
+    if bucket:
+        yield tuple(bucket)
+
+
+def cut(entries: Sequence[BucketEntry], most_bytes: int) -> Iterator[tuple[Part, ...]]:
+    """The same parts in their order, as smaller buckets of at most `most_bytes`.
+
+    Each part of the result has its place in its smaller bucket; its tensor and tensor offset say what it is.
+    """
+    sizes = [entry.part.size_bytes for entry in entries]
+    for bucket in plan_buckets(sizes, most_bytes):
+        yield tuple(
+            Part(
+                tensor=entries[piece.tensor].part.tensor,
+                tensor_offset_bytes=entries[piece.tensor].part.tensor_offset_bytes + piece.tensor_offset_bytes,
+                bucket_offset_bytes=piece.bucket_offset_bytes,
+                size_bytes=piece.size_bytes,
+            )
+            for piece in bucket
+        )
+
+
+def _aligned(offset_bytes: int) -> int:
+    return -(-offset_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

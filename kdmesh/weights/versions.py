@@ -1,0 +1,173 @@
+"""The versions of a server's weights, as a state machine without any I/O.
+
+  SERVING --begin--> RECEIVING --verify--> VERIFIED --commit--> SERVING, the new version
+     ^                   |                     |
+     +------discard------+-------discard-------+   the old version, as if nothing had come
+
+Every byte is checked as it comes, and verify finds what did not. Nothing but `commit` changes what is served.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kdmesh.errors import InvalidRequest, ModelMismatch, Unavailable
+from kdmesh.weights.buckets import ALIGNMENT_BYTES, BucketEntry
+from kdmesh.weights.digests import digest
+from kdmesh.weights.manifest import Manifest, TensorSpec
+from kdmesh.weights.target import WeightTarget
+
+log = logging.getLogger(__name__)
+
+
+class UpdateState(StrEnum):
+    """What is being done about new weights."""
+
+    SERVING = "serving"  # nothing
+    RECEIVING = "receiving"  # they come
+    VERIFIED = "verified"  # they are all here, and right
+
+
+@dataclass(slots=True, kw_only=True)
+class _Update:
+    """What is announced, and how much of it has come."""
+
+    manifest: Manifest
+    places: tuple[int, ...]  # of each announced tensor, in the target's order
+    received_bytes: list[int]  # of each announced tensor
+
+
+class WeightVersions:
+    """Which weights are served, and the one update that may be under way.
+
+    All methods but `admit` may take long and must not run at the same time as another.
+
+    Attributes:
+        version: of the weights that are served; 0 for those the server was started with.
+        state: see the picture above.
+    """
+
+    def __init__(self, target: WeightTarget, *, architecture_fingerprint: str) -> None:
+        self.version = 0
+        self.state = UpdateState.SERVING
+        self._target = target
+        self._fingerprint = architecture_fingerprint
+        self._specs = target.tensor_specs()
+        self._places = {spec.name: place for place, spec in enumerate(self._specs)}
+        self._update: _Update | None = None
+
+    def admit(self, manifest: Manifest) -> None:
+        """Look at what is announced; `begin` is next.
+
+        Raises:
+            Unavailable: another update is under way.
+            ModelMismatch: it belongs to another model, or is not newer than what is served.
+            InvalidRequest: its tensors are not the model's.
+        """
+        if self._update is not None:
+            raise Unavailable(f"the update to version {self._update.manifest.version} is under way")
+        if manifest.architecture_fingerprint != self._fingerprint:
+            raise ModelMismatch(
+                f"the update is for a model with fingerprint {manifest.architecture_fingerprint}; "
+                f"the model served has {self._fingerprint}"
+            )
+        if manifest.version <= self.version:
+            raise ModelMismatch(f"version {manifest.version} is not newer than the one served, {self.version}")
+        places = tuple(self._place(spec) for spec in manifest.tensors)
+        missing = self._places.keys() - {spec.name for spec in manifest.tensors}
+        if missing:
+            raise InvalidRequest(f"the update lacks {_some(missing)}; every tensor of the model must come")
+        self._update = _Update(manifest=manifest, places=places, received_bytes=[0] * len(places))
+        self.state = UpdateState.RECEIVING
+
+    def begin(self) -> None:
+        """Make room for what was admitted."""
+        self._target.begin()
+
+    def write(self, entries: Sequence[BucketEntry], data: memoryview) -> None:
+        """Take the bytes of one bucket.
+
+        Raises:
+            InvalidRequest: a part is not in the bucket, not the next one of its tensor, or not what its digest says.
+        """
+        update = self._receiving()
+        for entry in entries:
+            part, end = entry.part, entry.part.end_bytes
+            if part.bucket_offset_bytes % ALIGNMENT_BYTES or not part.bucket_offset_bytes < end <= len(data):
+                raise InvalidRequest(
+                    f"{part.size_bytes} bytes at {part.bucket_offset_bytes} of a bucket of {len(data)}; parts begin at "
+                    f"multiples of {ALIGNMENT_BYTES} and lie inside"
+                )
+            spec = self._expected(update, entry)
+            part_data = data[part.bucket_offset_bytes : end]
+            # Copied first: if the sender wrote here meanwhile, what it wrote is in the digest, and is noticed.
+            self._target.write(update.places[part.tensor], part.tensor_offset_bytes, part_data)
+            if digest(part_data) != entry.digest:
+                raise InvalidRequest(f"the bytes of {spec.name} from {part.tensor_offset_bytes} on are not those sent")
+            update.received_bytes[part.tensor] += part.size_bytes
+
+    def verify(self) -> Manifest:
+        """What has come, all of it. Raises InvalidRequest when something has not."""
+        update = self._receiving()
+        pairs = zip(update.manifest.tensors, update.received_bytes, strict=True)
+        short = [spec.name for spec, received in pairs if received < spec.size_bytes]
+        if short:
+            raise InvalidRequest(f"the update is to be committed, but bytes of {_some(short)} have not come")
+        self.state = UpdateState.VERIFIED
+        return update.manifest
+
+    def commit(self) -> None:
+        """Serve what was verified."""
+        assert self.state is UpdateState.VERIFIED and self._update is not None
+        version = self._update.manifest.version
+        self._target.commit(version)
+        self.version = version
+        self._end()
+
+    def discard(self) -> None:
+        """Forget the update under way, if any; what is served stays."""
+        if self._update is not None:
+            log.warning("update of the weights dropped", extra={"version": self._update.manifest.version})
+            self._end()
+            self._target.discard()
+
+    def _end(self) -> None:
+        self._update = None
+        self.state = UpdateState.SERVING
+
+    def _receiving(self) -> _Update:
+        assert self.state is UpdateState.RECEIVING and self._update is not None
+        return self._update
+
+    def _place(self, announced: TensorSpec) -> int:
+        place = self._places.get(announced.name)
+        if place is None:
+            raise InvalidRequest(f"the model has no tensor {announced.name}")
+        own = self._specs[place]
+        if announced != own:
+            raise InvalidRequest(
+                f"{announced.name} is announced as {announced.dtype} of {announced.shape}; "
+                f"the model has {own.dtype} of {own.shape}"
+            )
+        return place
+
+    def _expected(self, update: _Update, entry: BucketEntry) -> TensorSpec:
+        """The tensor of an entry, which must be where that tensor's bytes go on."""
+        part = entry.part
+        if part.tensor >= len(update.places):
+            raise InvalidRequest(f"a part of tensor {part.tensor}; {len(update.places)} tensors were announced")
+        spec = update.manifest.tensors[part.tensor]
+        expected = update.received_bytes[part.tensor]
+        if part.tensor_offset_bytes != expected or expected + part.size_bytes > spec.size_bytes:
+            raise InvalidRequest(
+                f"{part.size_bytes} bytes of {spec.name} from {part.tensor_offset_bytes} on; "
+                f"{expected} of its {spec.size_bytes} bytes have come, and parts come in order"
+            )
+        return spec
+
+
+def _some(names: set[str] | list[str]) -> str:
+    return f"{', '.join(sorted(names)[:5])} ({len(names)} in all)"

@@ -1,0 +1,194 @@
+"""What is served changes by a complete, right and newer update, and by nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdmesh.errors import InvalidRequest, ModelMismatch, RpcError, Unavailable
+from kdmesh.types import DType
+from kdmesh.weights.buckets import BucketEntry, Part
+from kdmesh.weights.digests import digest
+from kdmesh.weights.manifest import Manifest, TensorSpec
+from kdmesh.weights.versions import UpdateState, WeightVersions
+from tests.support.weight_targets import FINGERPRINT, MemoryTarget, is_same, manifest_of, random_weights
+
+WEIGHTS = random_weights({"embedding": (5, 3), "norm": (7,), "scale": ()}, seed=0)
+SPECS = list(WEIGHTS)
+
+
+@pytest.fixture
+def target() -> MemoryTarget:
+    return MemoryTarget(SPECS)
+
+
+@pytest.fixture
+def versions(target: MemoryTarget) -> WeightVersions:
+    return WeightVersions(target, architecture_fingerprint=FINGERPRINT)
+
+
+def _entry(index: int, *, begin: int = 0, end: int | None = None) -> tuple[BucketEntry, memoryview]:
+    """Some bytes of a tensor as a bucket of their own."""
+    tensor = WEIGHTS[SPECS[index]].reshape(-1).view(torch.uint8)[begin:end]
+    data = memoryview(tensor.numpy().tobytes())
+    part = Part(tensor=index, tensor_offset_bytes=begin, bucket_offset_bytes=0, size_bytes=len(data))
+    return BucketEntry(part=part, digest=digest(data)), data
+
+
+def _write(versions: WeightVersions, index: int, **bounds: int) -> None:
+    entry, data = _entry(index, **bounds)
+    versions.write([entry], data)
+
+
+def _begin(versions: WeightVersions, version: int = 1) -> None:
+    versions.admit(manifest_of(SPECS, version=version))
+    versions.begin()
+
+
+def _update(versions: WeightVersions, version: int) -> None:
+    _begin(versions, version)
+    for index in range(len(SPECS)):
+        _write(versions, index)
+    versions.verify()
+    versions.commit()
+
+
+def test_an_update_goes_through_its_states(versions: WeightVersions, target: MemoryTarget) -> None:
+    states = [versions.state]
+    _begin(versions)
+    states.append(versions.state)
+    for index in range(len(SPECS)):
+        _write(versions, index)
+    versions.verify()
+    states.append(versions.state)
+    assert (versions.version, target.version) == (0, 0)
+    versions.commit()
+    states.append(versions.state)
+    assert states == [UpdateState.SERVING, UpdateState.RECEIVING, UpdateState.VERIFIED, UpdateState.SERVING]
+    assert (versions.version, target.version) == (1, 1)
+    assert all(is_same(target.served[spec.name], tensor) for spec, tensor in WEIGHTS.items())
+
+
+def test_tensors_may_be_announced_in_any_order(versions: WeightVersions, target: MemoryTarget) -> None:
+    versions.admit(manifest_of(SPECS[::-1]))
+    versions.begin()
+    for announced, index in enumerate([2, 1, 0]):
+        entry, data = _entry(index)
+        versions.write([replace(entry, part=replace(entry.part, tensor=announced))], data)
+    versions.verify()
+    versions.commit()
+    assert all(is_same(target.served[spec.name], tensor) for spec, tensor in WEIGHTS.items())
+
+
+def _other(**changes: object) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(manifest, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (_other(architecture_fingerprint="0" * 32), ModelMismatch, "fingerprint 0000"),
+        (_other(version=2), ModelMismatch, "version 2 is not newer than the one served, 2"),
+        (_other(version=1), ModelMismatch, "version 1 is not newer"),
+        (_other(tensors=tuple(SPECS[1:])), InvalidRequest, "lacks embedding"),
+        (
+            _other(tensors=(*SPECS, TensorSpec(name="bias", shape=(1,), dtype=DType.BFLOAT16))),
+            InvalidRequest,
+            "no tensor bias",
+        ),
+        (_other(tensors=(replace(SPECS[0], shape=(3, 5)), *SPECS[1:])), InvalidRequest, r"bfloat16 of \(3, 5\)"),
+        (_other(tensors=(replace(SPECS[0], dtype=DType.FLOAT32), *SPECS[1:])), InvalidRequest, "float32 of"),
+    ],
+)
+def test_an_update_that_does_not_fit_is_refused_before_anything_is_made(
+    versions: WeightVersions,
+    target: MemoryTarget,
+    change: Callable[[Manifest], Manifest],
+    error: type[RpcError],
+    message: str,
+) -> None:
+    _update(versions, 2)
+    with pytest.raises(error, match=message):
+        versions.admit(change(manifest_of(SPECS, version=3)))
+    assert target.staged is None and versions.state is UpdateState.SERVING
+    _update(versions, 3)
+
+
+@pytest.mark.parametrize("tensors", [(), (SPECS[0], SPECS[0])])
+def test_a_manifest_names_tensors_once(tensors: tuple[TensorSpec, ...]) -> None:
+    with pytest.raises(InvalidRequest, match=r"without a tensor|names embedding twice"):
+        manifest_of(tensors)
+
+
+def test_one_update_at_a_time(versions: WeightVersions) -> None:
+    _begin(versions)
+    with pytest.raises(Unavailable, match="update to version 1 is under way"):
+        versions.admit(manifest_of(SPECS, version=2))
+    versions.discard()
+    _update(versions, 2)
+
+
+def _changed(**changes: int | bytes) -> Callable[[BucketEntry], BucketEntry]:
+    def change(entry: BucketEntry) -> BucketEntry:
+        if "digest" in changes:
+            return replace(entry, digest=changes["digest"])  # type: ignore[arg-type]
+        return replace(entry, part=replace(entry.part, **changes))  # type: ignore[arg-type]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_changed(digest=bytes(16)), "not those sent"),
+        (_changed(tensor=3), "a part of tensor 3; 3 tensors"),
+        (_changed(tensor_offset_bytes=2), "parts come in order"),
+        (_changed(tensor=2), "parts come in order"),  # longer than that tensor
+        (_changed(bucket_offset_bytes=32), "multiples of 64"),
+        (_changed(bucket_offset_bytes=64), "lie inside"),
+        (_changed(size_bytes=31), "lie inside"),
+        (_changed(size_bytes=0), "lie inside"),
+    ],
+)
+def test_a_part_that_is_wrong_is_refused(
+    versions: WeightVersions, change: Callable[[BucketEntry], BucketEntry], message: str
+) -> None:
+    _begin(versions)
+    entry, data = _entry(0)
+    with pytest.raises(InvalidRequest, match=message):
+        versions.write([change(entry)], data)
+
+
+def test_no_byte_comes_twice(versions: WeightVersions) -> None:
+    _begin(versions)
+    _write(versions, 0, end=16)
+    with pytest.raises(InvalidRequest, match="16 of its 30 bytes have come"):
+        _write(versions, 0, end=16)
+    _write(versions, 0, begin=16)
+    with pytest.raises(InvalidRequest, match="30 of its 30 bytes have come"):
+        _write(versions, 0)
+
+
+def test_what_is_not_complete_is_not_committed(versions: WeightVersions, target: MemoryTarget) -> None:
+    _begin(versions)
+    _write(versions, 0)
+    _write(versions, 1, end=2)
+    with pytest.raises(InvalidRequest, match=r"norm, scale \(2 in all\)"):
+        versions.verify()
+    versions.discard()
+    assert target.staged is None and versions.version == 0
+
+
+def test_a_discarded_update_leaves_no_trace(versions: WeightVersions, target: MemoryTarget) -> None:
+    _update(versions, 4)
+    served: dict[str, Tensor] = target.served
+    _begin(versions, 5)
+    _write(versions, 0)
+    versions.discard()
+    assert target.served is served and (versions.version, versions.state) == (4, UpdateState.SERVING)
+    versions.discard()
+    _update(versions, 5)
