@@ -37,7 +37,6 @@ LAYER = {
     "kdmesh.rpc": 2,
     "kdmesh.serving": 2,
     "kdmesh.weights": 2,
-    "kdmesh.weights": 2,
     # The composition root: starts services as processes, so it knows their configurations and nothing else of them.
     "kdmesh.check": 4,
     "kdmesh.cli": 4,
