@@ -24,9 +24,9 @@ def main() -> None:
 
 def run(config: TeacherConfig, thread: EngineThread, on_ready: Callable[[Addresses], None]) -> None:
     """Serve until a signal comes. Blocks."""
+    from kdmesh.handles.runtime_dir import RuntimeDir, runtime_dir
     from kdmesh_teacher.build import build_engine
     from kdmesh_teacher.lifecycle import serve
-    from kdmesh_teacher.runtime_dir import RuntimeDir, runtime_dir
 
     engine = build_engine(config.engine)
 

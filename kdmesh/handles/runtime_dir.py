@@ -1,4 +1,4 @@
-"""The directory that the broker's socket lies in."""
+"""The directory that a broker's socket lies in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kdmesh.errors import ConfigError
 
-_PREFIX = "kdmesh-teacher-"
+_PREFIX = "kdmesh-broker-"
 _LOCK = "lock"  # held for as long as the server lives, however it dies
 
 
@@ -49,7 +49,7 @@ def runtime_dir(configured: Path | None) -> Iterator[RuntimeDir]:
                 _remove_abandoned(directory.path.parent)
         except OSError as error:
             place = configured or tempfile.gettempdir()
-            raise ConfigError(f"cannot make server.runtime_dir {place}: {error}") from None
+            raise ConfigError(f"cannot make the runtime directory {place}: {error}") from None
         yield directory
 
 

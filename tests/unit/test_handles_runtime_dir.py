@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh_teacher.runtime_dir import runtime_dir
+from kdmesh.handles.runtime_dir import runtime_dir
 
 _HOLD = """
-from kdmesh_teacher.runtime_dir import runtime_dir
+from kdmesh.handles.runtime_dir import runtime_dir
 with runtime_dir(None) as directory:
     print(directory.path, flush=True)
     input()
