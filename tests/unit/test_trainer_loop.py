@@ -52,6 +52,9 @@ class Recorder:
             teacher_wait_s=0.0,
         )
 
+    def publish(self, *, version: int) -> None:
+        self.events.append(f"publish {version}")
+
     def evaluate(self) -> Scores:
         self.events.append("evaluate")
         return SCORES
@@ -77,10 +80,11 @@ class Recorder:
     def report_scores(self, step: int, scores: Scores) -> None:
         self.events.append(f"scores {step}")
 
-    def parts(self, *, has_held_out: bool = True) -> Parts:
+    def parts(self, *, has_held_out: bool = True, publishes: bool = False) -> Parts:
         return Parts(
             source=self,
             stepper=self,
+            publishers=(self,) if publishes else (),
             evaluator=self if has_held_out else None,
             checkpoints=self,
             exporter=self,
@@ -144,3 +148,14 @@ def test_a_run_that_was_killed_after_its_last_step_is_finished() -> None:
     recorder = Recorder(first=5)
     run(recorder.parts(), schedule(5))
     assert recorder.without_phases() == ["restore", "source at 5", "start 5", "evaluate", "scores 5", "export"]
+
+
+def test_the_student_is_published_before_the_first_step_and_after_each_update() -> None:
+    recorder = Recorder(first=3)
+    run(recorder.parts(has_held_out=False, publishes=True), schedule(5, checkpoint_every=1))
+    assert recorder.without_phases() == [
+        *("restore", "source at 3", "start 3", "publish 3"),
+        *("update 3", "publish 4", "report 3", "save 4"),
+        *("update 4", "publish 5", "report 4", "save 5", "export"),
+    ]
+    assert recorder.events.count("<publish") == recorder.events.count("publish>") == 3

@@ -115,6 +115,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 steps=cfg.steps,
                 mesh=mesh,
             ),
+            publishers=(),
             evaluator=_evaluator(cfg, student, data, teacher, workspace, mesh),
             checkpoints=CheckpointDirectory(
                 cfg.output / "checkpoints",

@@ -15,7 +15,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.sources.batches import MicroBatch
-from kdmesh_trainer.sources.off_policy import RowService
+from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.step import forward
 from kdmesh_trainer.tally import Tally

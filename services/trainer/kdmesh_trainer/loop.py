@@ -18,6 +18,14 @@ class Stepper(Protocol):
         ...
 
 
+class Publisher(Protocol):
+    """Keeps a copy of the student that somebody else uses while it learns."""
+
+    def publish(self, *, version: int) -> None:
+        """Have it be the student as it is now, after `version` steps. Collective."""
+        ...
+
+
 class Evaluator(Protocol):
     """Judges the student on held-out data."""
 
@@ -62,7 +70,7 @@ class Telemetry(Protocol):
         ...
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Times what happens inside: batch, update, evaluate, checkpoint or export."""
+        """Times what happens inside: batch, update, publish, evaluate, checkpoint or export."""
         ...
 
     def report(self, step: int, stats: StepStats) -> None:
@@ -80,6 +88,7 @@ class Parts:
 
     source: Source
     stepper: Stepper
+    publishers: tuple[Publisher, ...]  # empty: nobody uses the student while it learns
     evaluator: Evaluator | None  # None: there is no held-out data
     checkpoints: Checkpoints
     exporter: Exporter
@@ -113,15 +122,18 @@ def run(parts: Parts, schedule: Schedule) -> int:
     first = parts.checkpoints.restore()
     parts.source.start_at(first)
     parts.telemetry.start(first)
+    # Before anything is sampled: servers that were started anew, or have seen later steps than this, must have these.
+    _publish(parts, version=first)
     for step in range(first, schedule.steps):
         _evaluate_if_due(parts, schedule, done=step)
         with parts.telemetry.phase("batch"):
             batch = parts.source.next_batch()
         with parts.telemetry.phase("update"):
             stats = parts.stepper.update(batch)
+        done = step + 1
+        _publish(parts, version=done)
         # Before the checkpoint: a run that dies in between must find this step either to do or on record.
         parts.telemetry.report(step, stats)
-        done = step + 1
         is_stopping = parts.stop.is_wanted()
         if is_stopping or schedule.saves_at(done):
             with parts.telemetry.phase("checkpoint"):
@@ -132,6 +144,12 @@ def run(parts: Parts, schedule: Schedule) -> int:
     with parts.telemetry.phase("export"):
         parts.exporter.export()
     return schedule.steps
+
+
+def _publish(parts: Parts, *, version: int) -> None:
+    for publisher in parts.publishers:
+        with parts.telemetry.phase("publish"):
+            publisher.publish(version=version)
 
 
 def _evaluate_if_due(parts: Parts, schedule: Schedule, *, done: int) -> None:

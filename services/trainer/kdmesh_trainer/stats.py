@@ -3,7 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutFigures:
+    """The samples of one step, over all ranks; equal on every rank."""
+
+    response_tokens_mean: float
+    response_tokens_max: int
+    cut_off_fraction: float  # of samples that ended at a limit of length
+    staleness_steps_mean: float  # updates of the student between a sample's first token and its use
+    staleness_steps_max: int
+    sampling_wait_s: float  # mean over ranks of the time spent waiting for samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerDrift:
+    """How far the student that is trained is from the weights that sampled, on the tokens sampled, at temperature 1.
+
+    With d = log p_sampler - log p_trainer of a token, k1 is the mean of d and k3 that of exp(-d) - 1 + d; both estimate
+    KL(sampler || trainer). Source: Schulman, "Approximating KL Divergence" (2020).
+    """
+
+    sampler_kl_k1_nats: float
+    sampler_kl_k3_nats: float  # >= 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +43,14 @@ class StepStats:
     num_loss_tokens: int
     num_tokens: int  # loss tokens and all others
     teacher_wait_s: float  # mean over ranks of the time spent waiting for rows
+    rollouts: RolloutFigures | None = None  # None: nothing was sampled
+    drift: SamplerDrift | None = None  # None: nothing was sampled, or the objective knows no label's probability
+
+    def figures(self) -> dict[str, float | None]:
+        """Every figure by its name, in one level."""
+        figures = asdict(self)
+        rollouts, drift = figures.pop("rollouts"), figures.pop("drift")
+        return {**figures, **(rollouts or {}), **(drift or {})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,8 @@ class GradientStepper:
             num_loss_tokens=batch.num_loss_tokens,
             num_tokens=batch.num_tokens,
             teacher_wait_s=totals.teacher_wait_s / self._mesh.world_size,
+            rollouts=batch.rollouts,
+            drift=totals.drift,
         )
 
     def accumulate(self, batch: StepBatch) -> Tally:
@@ -111,7 +113,9 @@ def forward(
 
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
         # Only here are the rows held: their memory is the teacher's again before the backward pass.
-        return objective(hidden_RD, head, labels_R, tally.wait(micro_batch.teacher))
+        loss = objective(hidden_RD, head, labels_R, tally.wait(micro_batch.teacher))
+        tally.compare(loss.cross_entropy_R, micro_batch.rollout_logprobs_R)
+        return loss
 
     packed = pack(micro_batch.sequences) if micro_batch.sequences else blank()
     totals: LossTotals = student(packed.to(device), row_loss)

@@ -12,6 +12,7 @@ from kdmesh.errors import ModelMismatch
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals
 from kdmesh_trainer.sources.batches import PendingRows, TeacherRows
+from kdmesh_trainer.stats import SamplerDrift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class Totals:
     num_diverging: int  # rows that have a divergence
     num_labelled: int  # rows that have a cross-entropy
     teacher_wait_s: float  # over all ranks
+    drift: SamplerDrift | None  # None: no row was sampled
 
     @property
     def divergence_nats_per_token(self) -> float | None:
@@ -48,6 +50,8 @@ class Tally:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._sums_4 = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+        self._drift_2 = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        self._num_sampled = 0
         self._num_diverging = 0
         self._num_labelled = 0
         self._wait_s = 0.0
@@ -75,6 +79,19 @@ class Tally:
         self._num_diverging += totals.num_diverging
         self._num_labelled += totals.num_labelled
 
+    def compare(self, cross_entropy_R: Tensor, rollout_logprobs_R: Tensor | None) -> None:
+        """Count in how the student and the weights that sampled differ on one micro-batch's labels.
+
+        Args:
+            cross_entropy_R: of the labels under the student; [0] where the objective does not compute it.
+            rollout_logprobs_R: on the CPU; None where nothing was sampled.
+        """
+        if rollout_logprobs_R is None or len(cross_entropy_R) == 0:
+            return
+        difference_R = rollout_logprobs_R.to(cross_entropy_R.device).double() + cross_entropy_R.double()
+        self._drift_2 += torch.stack([difference_R.sum(), (difference_R + (-difference_R).expm1()).sum()])
+        self._num_sampled += len(cross_entropy_R)
+
     def over_all_ranks(self, *more: Tensor) -> tuple[Totals, tuple[float, ...]]:
         """The sums, and the plain values of `more`, which are scalars and equal on every rank. Collective.
 
@@ -84,8 +101,15 @@ class Tally:
             ModelMismatch: another rank's rows have another weight version. Not every rank notices.
         """
         has_version = self._version is not None
-        own = [self._num_diverging, self._num_labelled, self._wait_s, self._version or 0, has_version]
-        sums = self._mesh.sum(torch.cat([self._sums_4, self._sums_4.new_tensor(own)]))
+        own = [
+            self._num_diverging,
+            self._num_labelled,
+            self._wait_s,
+            self._version or 0,
+            has_version,
+            self._num_sampled,
+        ]
+        sums = self._mesh.sum(torch.cat([self._sums_4, self._sums_4.new_tensor(own), self._drift_2]))
         values = torch.cat([sums, *(value.double().reshape(1) for value in more)]).tolist()
         totals = Totals(
             loss=values[0],
@@ -95,10 +119,17 @@ class Tally:
             num_diverging=round(values[4]),
             num_labelled=round(values[5]),
             teacher_wait_s=values[6],
+            drift=_drift(values[10], values[11], num_sampled=round(values[9])),
         )
         if has_version and values[7] != values[8] * own[3]:
             raise _mixed(self._version, "another on another rank")
-        return totals, tuple(values[9:])
+        return totals, tuple(values[12:])
+
+
+def _drift(k1_sum: float, k3_sum: float, *, num_sampled: int) -> SamplerDrift | None:
+    if num_sampled == 0:
+        return None
+    return SamplerDrift(sampler_kl_k1_nats=k1_sum / num_sampled, sampler_kl_k3_nats=k3_sum / num_sampled)
 
 
 def _mixed(version: int | None, other: int | str) -> ModelMismatch:

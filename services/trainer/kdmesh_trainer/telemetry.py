@@ -120,7 +120,7 @@ class RunTelemetry:
         self._recent.append((stats, step_s))
         self._totals.add(stats, step_s)
         figures = {
-            **asdict(stats),
+            **stats.figures(),
             "step_s": step_s,
             "tokens_per_second": stats.num_tokens / step_s if step_s else None,
             "teacher_wait_fraction": stats.teacher_wait_s / step_s if step_s else None,

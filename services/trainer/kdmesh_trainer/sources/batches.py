@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.stats import RolloutFigures
 
 
 class TeacherRows(Protocol):
@@ -45,6 +46,7 @@ class MicroBatch:
 
     sequences: tuple[TokenSequence, ...]  # empty: this rank only takes part in the collectives
     teacher: PendingRows | None  # None: no teacher is asked, or there is no sequence
+    rollout_logprobs_R: Tensor | None = None  # [R] float32, of each label as it was sampled; None: it was not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,6 +57,7 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]  # at least one
     num_loss_tokens: int  # over all ranks
     num_tokens: int  # over all ranks
+    rollouts: RolloutFigures | None = None  # None: nothing was sampled
 
 
 class Source(Protocol):
@@ -65,5 +68,8 @@ class Source(Protocol):
         ...
 
     def next_batch(self) -> StepBatch:
-        """The next step's share of this rank; a pure function of data, seed and step."""
+        """The next step's share of this rank. Collective where something is sampled.
+
+        A pure function of data, seed and step, and of the student's weights where something is sampled.
+        """
         ...

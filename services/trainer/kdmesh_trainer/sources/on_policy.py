@@ -1,0 +1,175 @@
+"""The student's own samples with a teacher's rows, drawn and asked for while earlier ones are trained on."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kdmesh.batching import plan_step
+from kdmesh.errors import ModelMismatch
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.rollouts import Rollout, WeightPublisher, figures_of
+from kdmesh_trainer.sources.row_queue import RowQueue, RowService
+from kdmesh_trainer.sources.sampler import Sampler, Share
+
+log = logging.getLogger(__name__)
+
+# A server that is started anew has old weights once; one that has them again and again is not ours.
+_MOST_REFUSALS = 3
+
+
+class OnPolicySource:
+    """A Source that samples its batches from the student, and the Publisher that brings the student there.
+
+    The samples of step s begin on weights at most `max_staleness` updates older than those they train. As soon as new
+    weights are served, everything that may be sampled from them is asked for, step by step. Which samples there are
+    depends on weights and seeds alone, so with `max_staleness` 0 a run is what it would be without any overlap.
+
+    Each rank samples from every `world_size`-th prompt. Then the ranks tell each other the ids, every rank plans
+    the same balanced micro-batches, and asks the teacher for the rows of its own. Rows must be waited for in order.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        weights: WeightPublisher,
+        teacher: RowService,
+        *,
+        max_staleness: int,
+        max_tokens: int,
+        prefetch: int,
+        steps: int,
+        mesh: Mesh,
+    ) -> None:
+        """
+        Args:
+            max_tokens: of one micro-batch.
+            prefetch: micro-batches to ask the teacher for ahead of the one that is trained on.
+            steps: of the whole run; nothing beyond them is sampled.
+        """
+        self._sampler = sampler
+        self._weights = weights
+        self._rows = RowQueue(teacher, prefetch=prefetch, extend=lambda: False)
+        self._max_staleness = max_staleness
+        self._max_tokens = max_tokens
+        self._steps = steps
+        self._mesh = mesh
+        self._first = 0  # step that this process began with
+        self._published = 0  # steps done by the student that is served
+        self._version_before_first = 0  # of any server
+        self._next_asked = 0
+        self._next_planned = 0
+        self._planned: deque[StepBatch] = deque()  # not handed out yet
+
+    def start_at(self, step: int) -> None:
+        """Make `step` the first one that next_batch gives. Collective."""
+        self._first = self._next_asked = self._next_planned = step
+        # Versions only rise, also when a run goes back to an earlier step: a server may have a later one's weights.
+        self._version_before_first = self._weights.newest_version()
+
+    def publish(self, *, version: int) -> None:
+        """Bring the student to those who sample, and ask for what may now be sampled. Collective.
+
+        Raises:
+            RpcError: a server did not take the weights.
+        """
+        self._weights.publish(version=self._weight_version(version))
+        self._published = version
+        while self._next_asked < min(version + self._max_staleness + 1, self._steps):
+            self._sampler.ask(self._next_asked, min_weight_version=self._oldest_version(self._next_asked))
+            self._next_asked += 1
+
+    def next_batch(self) -> StepBatch:
+        """The next step's share of this rank. Collective.
+
+        Raises:
+            ModelMismatch: a sample began on weights that its step does not allow.
+            EngineFailure: what a server sent is not what was asked for.
+            RpcError: samples did not come.
+        """
+        if not self._planned:
+            self._plan_one()
+        batch = self._planned.popleft()
+        self._plan_what_is_here()
+        self._rows.ask_ahead()
+        return batch
+
+    def close(self) -> None:
+        """Drop what was asked for and not used: that cancels it. Its rows must not be waited for any more."""
+        self._planned.clear()
+        self._sampler.close()
+        self._rows.close()
+
+    def _plan_what_is_here(self) -> None:
+        """Plan later steps whose samples all ranks have, so that the teacher may work on them already."""
+        while self._next_planned < self._next_asked:
+            # Every rank has asked for the same steps, so all come here equally often.
+            if self._mesh.is_any(not self._sampler.is_here(self._next_planned)):
+                return
+            self._plan_one()
+
+    def _plan_one(self) -> None:
+        step = self._next_planned
+        shares = self._exchange(step)
+        rollouts = self._sampler.assemble(step, shares)
+        staleness = [self._staleness(step, rollout) for rollout in rollouts]
+        sequences = [rollout.sequence for rollout in rollouts]
+        plan = plan_step([s.num_tokens for s in sequences], ranks=self._mesh.world_size, max_tokens=self._max_tokens)
+        self._planned.append(
+            StepBatch(
+                step=step,
+                micro_batches=tuple(
+                    self._micro_batch([rollouts[index] for index in members]) for members in plan[self._mesh.rank]
+                ),
+                num_loss_tokens=sum(s.num_rows for s in sequences),
+                num_tokens=sum(s.num_tokens for s in sequences),
+                rollouts=figures_of(rollouts, staleness, waits_s=[share.wait_s for share in shares]),
+            )
+        )
+        self._next_planned += 1
+
+    def _exchange(self, step: int) -> list[Share]:
+        """The share of every rank. Collective."""
+        for _ in range(_MOST_REFUSALS):
+            shares = self._mesh.gather(self._sampler.collect(step))
+            refusals = [share.refusal for share in shares if share.refusal]
+            if not refusals:
+                return shares
+            log.warning("a rollout server has old weights, so it gets the student again", extra={"why": refusals[0]})
+            self._weights.publish(version=self._weight_version(self._published))
+            self._sampler.ask_again(step)
+        raise ModelMismatch(
+            f"step {step} could not be sampled although the weights were published again: {refusals[0]}"
+        )
+
+    def _micro_batch(self, rollouts: Sequence[Rollout]) -> MicroBatch:
+        if not rollouts:
+            return MicroBatch(sequences=(), teacher=None)
+        sequences = tuple(rollout.sequence for rollout in rollouts)
+        return MicroBatch(
+            sequences=sequences,
+            teacher=self._rows.add(sequences),
+            rollout_logprobs_R=torch.from_numpy(np.concatenate([rollout.logprobs for rollout in rollouts])),
+        )
+
+    def _staleness(self, step: int, rollout: Rollout) -> int:
+        """Updates of the student between the weights that began a rollout and those it trains."""
+        oldest, newest = self._oldest_version(step), self._weight_version(step)
+        if not oldest <= rollout.weight_version <= newest:
+            raise ModelMismatch(
+                f"a sample of step {step} began on weight version {rollout.weight_version}; "
+                f"source.max_staleness {self._max_staleness} allows {oldest} to {newest}"
+            )
+        return newest - rollout.weight_version
+
+    def _oldest_version(self, step: int) -> int:
+        """The oldest weights that a step may be sampled from; never those of an earlier attempt of this run."""
+        return self._weight_version(max(self._first, step - self._max_staleness))
+
+    def _weight_version(self, steps_done: int) -> int:
+        return self._version_before_first + 1 + steps_done - self._first

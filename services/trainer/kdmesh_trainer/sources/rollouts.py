@@ -1,0 +1,98 @@
+"""What is sampled from the student, and who samples it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kdmesh.types import FinishReason, Float32Array, Int32Array, Sample, Sampling, TokenSequence
+from kdmesh_trainer.stats import RolloutFigures
+
+
+class PendingSamples(Protocol):
+    """The samples of one prompt, which were asked for."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        ...
+
+    def wait(self) -> list[Sample]:
+        """Block until all samples are here, in the order of their seeds. Called once.
+
+        Raises:
+            ModelMismatch: every server has weights that are older than the request wants.
+            RpcError: they will not come; the step cannot be finished.
+        """
+        ...
+
+
+class RolloutService(Protocol):
+    """Where samples come from. Dropping what `submit` returns aborts the request."""
+
+    def submit(
+        self, prompt_ids: Int32Array, sampling: Sampling, *, num_samples: int, seed: int, min_weight_version: int
+    ) -> PendingSamples:
+        """Ask for samples of one prompt, sample i drawn from seed + i. Does not block."""
+        ...
+
+
+class WeightPublisher(Protocol):
+    """Brings the student's weights to those who sample from it."""
+
+    def newest_version(self) -> int:
+        """The highest weight version that any server has; the same on every rank. Collective."""
+        ...
+
+    def publish(self, *, version: int) -> None:
+        """Make every server that is behind serve the student as it is now, as `version`. Collective.
+
+        Raises:
+            RpcError: a server did not take it within the deadline.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    """A prompt with one response; every token that was drawn carries loss, and nothing was appended."""
+
+    sequence: TokenSequence
+    logprobs: Float32Array  # [R] of each drawn token, at temperature 1
+    is_cut_off: bool  # ended at a limit of length
+    weight_version: int  # of its first token
+
+    @classmethod
+    def of(cls, prompt_ids: Int32Array, sample: Sample) -> Rollout:
+        """The sample after its prompt."""
+        num_tokens = len(prompt_ids) + sample.num_tokens
+        return cls(
+            sequence=TokenSequence(
+                token_ids=np.concatenate([prompt_ids, sample.token_ids]),
+                positions=np.arange(len(prompt_ids) - 1, num_tokens - 1, dtype=np.int32),
+            ),
+            logprobs=sample.logprobs,
+            is_cut_off=sample.finish_reason is FinishReason.LENGTH,
+            weight_version=sample.min_weight_version,
+        )
+
+
+def figures_of(rollouts: Sequence[Rollout], staleness: Sequence[int], *, waits_s: Sequence[float]) -> RolloutFigures:
+    """The figures of one step.
+
+    Args:
+        staleness: of each rollout, in steps.
+        waits_s: of each rank.
+    """
+    lengths = [rollout.sequence.num_rows for rollout in rollouts]
+    return RolloutFigures(
+        response_tokens_mean=sum(lengths) / len(lengths),
+        response_tokens_max=max(lengths),
+        cut_off_fraction=sum(rollout.is_cut_off for rollout in rollouts) / len(rollouts),
+        staleness_steps_mean=sum(staleness) / len(staleness),
+        staleness_steps_max=max(staleness),
+        sampling_wait_s=sum(waits_s) / len(waits_s),
+    )

@@ -1,0 +1,98 @@
+"""Asks a teacher for rows before they are needed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.sources.batches import PendingRows, TeacherRows
+
+
+class RowService(Protocol):
+    """Where a teacher's rows come from."""
+
+    def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
+        """Ask for the rows of a group of sequences, in their order. Does not block."""
+        ...
+
+
+class RowQueue:
+    """Rows that will be waited for in order, of which the next few are asked for.
+
+    While a group's rows are used, up to `prefetch` later groups are asked for; while they are
+    waited for, one more.
+    """
+
+    def __init__(self, teacher: RowService, *, prefetch: int, extend: Callable[[], bool]) -> None:
+        """
+        Args:
+            extend: called when fewer groups are known than may be asked for; adds some, or returns False.
+        """
+        self._teacher = teacher
+        self._prefetch = prefetch
+        self._extend = extend
+        self._asks: deque[_Ask] = deque()  # not waited for yet, in order; the first ones are asked
+        self._num_asked = 0
+
+    def add(self, sequences: tuple[TokenSequence, ...]) -> PendingRows:
+        """The rows of one more group, at least one sequence; asked for when their turn comes near."""
+        ask = _Ask(self, sequences)
+        self._asks.append(ask)
+        return ask
+
+    def ask_ahead(self) -> None:
+        """Have the next `prefetch` groups asked for, so that they are under way before the first is waited for."""
+        self._ask_for(self._prefetch)
+
+    def close(self) -> None:
+        """Drop what was asked for and not waited for: that cancels it. It must not be waited for any more."""
+        for ask in self._asks:
+            ask.drop()
+        self._asks.clear()
+        self._num_asked = 0
+
+    def collect(self, ask: _Ask) -> TeacherRows:
+        """Block until the rows of `ask`, the next one in order, are here; PendingRows.wait."""
+        assert self._asks and self._asks[0] is ask, "rows must be waited for once, in order, before close"
+        self._ask_for(self._prefetch + 1)
+        self._asks.popleft()
+        self._num_asked -= 1
+        return ask.take().wait()
+
+    def _ask_for(self, number: int) -> None:
+        """Have the next `number` groups asked for."""
+        while self._num_asked < number:
+            if self._num_asked < len(self._asks):
+                self._asks[self._num_asked].send(self._teacher)
+                self._num_asked += 1
+            elif not self._extend():
+                return
+
+
+class _Ask:
+    """One group's rows: asked for ahead of time, or when they are waited for."""
+
+    def __init__(self, queue: RowQueue, sequences: tuple[TokenSequence, ...]) -> None:
+        self._queue = queue
+        self._sequences = sequences
+        self._pending: PendingRows | None = None
+
+    def send(self, teacher: RowService) -> None:
+        """Ask the teacher. Called once."""
+        self._pending = teacher.submit(self._sequences)
+
+    def take(self) -> PendingRows:
+        """What was asked for, which from now on belongs to the caller."""
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        return pending
+
+    def drop(self) -> None:
+        """Want the rows no more."""
+        self._pending = None
+
+    def wait(self) -> TeacherRows:
+        """See PendingRows."""
+        return self._queue.collect(self)

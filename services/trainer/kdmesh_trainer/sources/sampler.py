@@ -1,0 +1,196 @@
+"""This rank's share of the sampling, and what the ranks tell each other of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdmesh.errors import EngineFailure, ModelMismatch
+from kdmesh.tokens import digest
+from kdmesh.types import FinishReason, Sample, Sampling
+from kdmesh_trainer.sources.prompts import PromptOrder, StepPrompt
+from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one rank sampled for one step, as plain values."""
+
+    lengths: tuple[int, ...]  # of the responses, prompt by prompt
+    token_ids: bytes  # of all responses, int32
+    logprobs: bytes  # of all response tokens, float32
+    is_cut_off: tuple[bool, ...]  # of each response
+    weight_versions: tuple[int, ...]  # of each response
+    digest: bytes  # of the sequences that prompts and responses make
+    wait_s: float
+    refusal: str  # why a server's weights are too old; then this share is not whole. Empty: it is
+
+
+class Sampler:
+    """Asks for the samples of every `ranks`-th prompt of a step, and collects them."""
+
+    def __init__(
+        self,
+        order: PromptOrder,
+        service: RolloutService,
+        *,
+        sampling: Sampling,
+        samples_per_prompt: int,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self._order = order
+        self._service = service
+        self._sampling = sampling
+        self._samples_per_prompt = samples_per_prompt
+        self._rank = rank
+        self._ranks = ranks
+        self._asked: dict[int, list[_Ask]] = {}  # by step
+
+    def ask(self, step: int, *, min_weight_version: int) -> None:
+        """Ask for this rank's share of `step`. Does not block."""
+        mine = self._order.of_step(step)[self._rank :: self._ranks]
+        self._asked[step] = [_Ask(prompt, min_weight_version) for prompt in mine]
+        self._send(step)
+
+    def is_here(self, step: int) -> bool:
+        """Whether `collect` would return, or raise, at once."""
+        return all(ask.is_done for ask in self._asked[step])
+
+    def collect(self, step: int) -> Share:
+        """Block until every answer of this rank's share has come.
+
+        When servers refuse because their weights are too old, the share says so and is not whole. Then they need newer
+        ones, after which `ask_again` asks for what is missing, and this for the share once more.
+
+        Raises:
+            EngineFailure: a server sent another number of samples, or longer ones, than it was asked for.
+            RpcError: samples will not come.
+        """
+        began_s = time.perf_counter()
+        asks = self._asked[step]
+        refusals = [refusal for ask in asks if (refusal := ask.collect())]
+        wait_s = time.perf_counter() - began_s
+        if refusals:
+            return _share([], wait_s=wait_s, refusal=refusals[0])
+        for ask in asks:
+            self._check(ask.samples)
+        del self._asked[step]
+        return _share(asks, wait_s=wait_s, refusal="")
+
+    def ask_again(self, step: int) -> None:
+        """Ask once more for what was refused."""
+        self._send(step)
+
+    def assemble(self, step: int, shares: Sequence[Share]) -> list[Rollout]:
+        """All rollouts of the step, by prompt and then by seed, from the share of every rank.
+
+        Raises:
+            EngineFailure: a rank sampled from other prompts than this one would have.
+        """
+        prompts = self._order.of_step(step)
+        by_place: dict[int, list[Rollout]] = {}
+        for rank, share in enumerate(shares):
+            places = range(rank, len(prompts), self._ranks)
+            rollouts = self._rollouts([prompts[place] for place in places], share, rank)
+            for number, place in enumerate(places):
+                first = number * self._samples_per_prompt
+                by_place[place] = rollouts[first : first + self._samples_per_prompt]
+        return [rollout for place in range(len(prompts)) for rollout in by_place[place]]
+
+    def close(self) -> None:
+        """Drop what was asked for and not collected: that aborts it."""
+        self._asked.clear()
+
+    def _send(self, step: int) -> None:
+        for ask in self._asked[step]:
+            ask.send(self._service, self._sampling, self._samples_per_prompt)
+
+    def _check(self, samples: Sequence[Sample]) -> None:
+        most = max(sample.num_tokens for sample in samples) if samples else 0
+        if len(samples) != self._samples_per_prompt or most > self._sampling.max_new_tokens:
+            raise EngineFailure(
+                f"a rollout server sent {len(samples)} samples of up to {most} tokens; it was asked for "
+                f"{self._samples_per_prompt} of at most {self._sampling.max_new_tokens}"
+            )
+
+    def _rollouts(self, prompts: Sequence[StepPrompt], share: Share, rank: int) -> list[Rollout]:
+        each = [prompt for prompt in prompts for _ in range(self._samples_per_prompt)]
+        rollouts = [Rollout.of(prompt.token_ids, sample) for prompt, sample in zip(each, _samples(share), strict=True)]
+        if digest([rollout.sequence for rollout in rollouts]) != share.digest:
+            raise EngineFailure(
+                f"the tokens that rank {rank} sampled are not those that rank {self._rank} has from it; "
+                "every rank must have the same prompts in the same order"
+            )
+        return rollouts
+
+
+class _Ask:
+    """One prompt at the rollout servers."""
+
+    def __init__(self, prompt: StepPrompt, min_weight_version: int) -> None:
+        self.prompt = prompt
+        self.samples: list[Sample] = []  # when they are here
+        self._min_weight_version = min_weight_version
+        self._pending: PendingSamples | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `collect` would not block."""
+        return self._pending is None or self._pending.is_done
+
+    def send(self, service: RolloutService, sampling: Sampling, num_samples: int) -> None:
+        """Ask, unless there are samples already."""
+        if not self.samples:
+            self._pending = service.submit(
+                self.prompt.token_ids,
+                sampling,
+                num_samples=num_samples,
+                seed=self.prompt.seed,
+                min_weight_version=self._min_weight_version,
+            )
+
+    def collect(self) -> str:
+        """Block for the samples; why every server is too old, or nothing."""
+        if self._pending is None:
+            return ""
+        pending, self._pending = self._pending, None
+        try:
+            self.samples = pending.wait()
+        except ModelMismatch as error:
+            return str(error)
+        return ""
+
+
+def _share(asks: Sequence[_Ask], *, wait_s: float, refusal: str) -> Share:
+    samples = [sample for ask in asks for sample in ask.samples]
+    sequences = [Rollout.of(ask.prompt.token_ids, sample).sequence for ask in asks for sample in ask.samples]
+    return Share(
+        lengths=tuple(sample.num_tokens for sample in samples),
+        token_ids=b"".join(sample.token_ids.astype(np.int32).tobytes() for sample in samples),
+        logprobs=b"".join(sample.logprobs.astype(np.float32).tobytes() for sample in samples),
+        is_cut_off=tuple(sample.finish_reason is FinishReason.LENGTH for sample in samples),
+        weight_versions=tuple(sample.min_weight_version for sample in samples),
+        digest=digest(sequences),
+        wait_s=wait_s,
+        refusal=refusal,
+    )
+
+
+def _samples(share: Share) -> list[Sample]:
+    ends = np.cumsum(share.lengths)[:-1]
+    token_ids = np.split(np.frombuffer(share.token_ids, np.int32), ends)
+    logprobs = np.split(np.frombuffer(share.logprobs, np.float32), ends)
+    return [
+        Sample(
+            token_ids=token_ids[number],
+            logprobs=logprobs[number],
+            finish_reason=FinishReason.LENGTH if share.is_cut_off[number] else FinishReason.STOP,
+            min_weight_version=version,
+            max_weight_version=version,
+        )
+        for number, version in enumerate(share.weight_versions)
+    ]

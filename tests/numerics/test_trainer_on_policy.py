@@ -1,0 +1,230 @@
+"""On-policy training: what is sampled is what is trained on, however the services keep time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdmesh.errors import EngineFailure, ModelMismatch
+from kdmesh.types import Sample
+from kdmesh_trainer.mesh import Mesh, joined
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_on_policy import (
+    PROMPTS_PER_STEP,
+    SAMPLES_PER_PROMPT,
+    SAMPLING,
+    Run,
+    losses,
+    order,
+    serial_losses,
+)
+from tests.support.trainer_ranks import run_ranks
+from tests.support.trainer_rollouts import FastRollouts, Ready, SlowRollouts
+
+SUPPORT = "tests.support.trainer_on_policy"
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with joined("cpu", longest_wait_s=60) as alone:
+        yield alone
+
+
+@pytest.fixture(scope="module")
+def models(tiny_models: TinyModels) -> dict[str, Any]:
+    return {
+        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
+        "teacher": str(tiny_models.path("qwen3", seed=2)),
+        "steps": STEPS,
+    }
+
+
+@pytest.fixture(scope="module")
+def serial(mesh: Mesh, models: dict[str, Any]) -> dict[str, Any]:
+    return serial_losses(mesh, **models)
+
+
+@pytest.mark.parametrize("kind", ["fast", "slow", "threaded"])
+def test_synchronous_training_equals_the_serial_order_bit_for_bit(
+    mesh: Mesh, models: dict[str, Any], serial: dict[str, Any], kind: str
+) -> None:
+    run = losses(mesh, **models, kind=kind)
+    assert run["losses"] == serial["losses"]
+    assert run["sequences"] == serial["sequences"]
+    assert len(set(map(tuple, serial["sequences"]))) == STEPS
+
+
+def test_two_ranks_train_on_the_samples_of_one(models: dict[str, Any], serial: dict[str, Any]) -> None:
+    first, second = run_ranks(f"{SUPPORT}:losses", ranks=2, **models, kind="threaded")
+    assert first["losses"] == second["losses"]
+    assert first["num_tokens"] == second["num_tokens"]
+    assert all(first["sequences"])
+    assert all(second["sequences"])
+    # Gradients are summed in another order, so later weights, and with them samples, may differ in the last bit.
+    assert sorted(first["sequences"][0] + second["sequences"][0]) == serial["sequences"][0]
+    assert first["losses"] == pytest.approx(serial["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_a_slow_trainer_never_sees_samples_older_than_allowed(
+    mesh: Mesh, models: dict[str, Any], max_staleness: int
+) -> None:
+    run = Run(mesh, **models)
+    source = run.source(FastRollouts(run.copy), max_staleness=max_staleness)
+    for step, (batch, _) in enumerate(run.train(source)):
+        assert batch.rollouts is not None
+        assert batch.rollouts.staleness_steps_mean == batch.rollouts.staleness_steps_max == min(step, max_staleness)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_slow_service_is_sampled_with_the_newest_weights(
+    mesh: Mesh, models: dict[str, Any], max_staleness: int
+) -> None:
+    run = Run(mesh, **models)
+    for batch, _ in run.train(run.source(SlowRollouts(run.copy), max_staleness=max_staleness)):
+        assert batch.rollouts is not None
+        assert batch.rollouts.staleness_steps_max == 0
+
+
+def test_staleness_changes_what_is_learnt_and_is_measured(
+    mesh: Mesh, models: dict[str, Any], serial: dict[str, Any]
+) -> None:
+    stale = losses(mesh, **models, max_staleness=2)
+    assert stale["losses"][0] == serial["losses"][0]
+    assert stale["losses"][1:] != serial["losses"][1:]
+    fresh = losses(mesh, **models)
+    assert max(fresh["drift"]) < 1e-9
+    assert stale["drift"][0] < 1e-9
+    assert min(stale["drift"][1:]) > 1e-5
+
+
+def test_a_continued_run_samples_the_same(mesh: Mesh, models: dict[str, Any]) -> None:
+    whole, rest = Run(mesh, **models), Run(mesh, **models, served=9)
+    all_of_it, last_of_it = FastRollouts(whole.copy), FastRollouts(rest.copy)
+    list(whole.train(whole.source(all_of_it, max_staleness=0)))
+    list(rest.train(rest.source(last_of_it, max_staleness=0), first=3))
+    assert last_of_it.seeds == all_of_it.seeds[3 * PROMPTS_PER_STEP :]
+    assert rest.copy.published == [10, 11, 12]  # above what an earlier attempt has served
+
+
+def test_nothing_beyond_the_last_step_is_sampled(mesh: Mesh, models: dict[str, Any]) -> None:
+    run = Run(mesh, **models)
+    service = FastRollouts(run.copy)
+    list(run.train(run.source(service, max_staleness=3)))
+    assert service.seeds == [prompt.seed for step in range(STEPS) for prompt in order().of_step(step)]
+
+
+def test_every_drawn_token_carries_loss_and_nothing_is_appended(mesh: Mesh, models: dict[str, Any]) -> None:
+    run = Run(mesh, **models)
+    batch, _ = next(run.train(run.source(FastRollouts(run.copy), max_staleness=0)))
+    assert batch.rollouts is not None
+    drawn = {}
+    for prompt in order().of_step(0):
+        for i in range(SAMPLES_PER_PROMPT):
+            other = Run(mesh, **models).copy.sample(prompt.token_ids, SAMPLING, seed=prompt.seed + i)
+            drawn[tuple(prompt.token_ids.tolist()), tuple(other.token_ids.tolist())] = other
+    for micro_batch in batch.micro_batches:
+        for sequence in micro_batch.sequences:
+            start = sequence.num_tokens - sequence.num_rows
+            key = tuple(sequence.token_ids[:start].tolist()), tuple(sequence.token_ids[start:].tolist())
+            assert sequence.labels.tolist() == list(key[1])
+            del drawn[key]
+    assert not drawn
+    assert 0 < batch.rollouts.cut_off_fraction < 1
+    lengths = [s.num_rows for m in batch.micro_batches for s in m.sequences]
+    assert batch.rollouts.response_tokens_max == max(lengths) == SAMPLING.max_new_tokens
+    assert batch.rollouts.response_tokens_mean == sum(lengths) / len(lengths)
+
+
+def test_a_server_that_lost_the_weights_gets_them_again(mesh: Mesh, models: dict[str, Any]) -> None:
+    whole, run = Run(mesh, **models), Run(mesh, **models)
+    expected = [
+        stats.loss_nats_per_token for _, stats in whole.train(whole.source(SlowRollouts(whole.copy), max_staleness=0))
+    ]
+    seen = []
+    source = run.source(SlowRollouts(run.copy), max_staleness=0)
+    for step, (_, stats) in enumerate(run.train(source)):
+        seen.append(stats.loss_nats_per_token)
+        if step == 1:
+            run.copy.version = 0  # what a server has that was killed and started anew
+    assert seen == expected
+    assert run.copy.published == [1, 2, 3, 3, 4, 5, 6]
+
+
+class Forgetful(FastRollouts):
+    """Refuses every request: it never has the weights."""
+
+    def submit(self, *arguments: Any, **keywords: Any) -> Ready:
+        def refuse() -> list[Sample]:
+            raise ModelMismatch("weight version 0 is served, 1 is wanted")
+
+        return Ready(refuse, is_eager=False)
+
+
+def test_a_server_that_never_has_the_weights_ends_the_run(mesh: Mesh, models: dict[str, Any]) -> None:
+    run = Run(mesh, **models)
+    with pytest.raises(ModelMismatch, match="published again: weight version 0 is served, 1 is wanted"):
+        next(run.train(run.source(Forgetful(run.copy), max_staleness=0)))
+
+
+class Liar(FastRollouts):
+    """Sends something else than it was asked for."""
+
+    def __init__(self, *arguments: Any, lie: str) -> None:
+        super().__init__(*arguments)
+        self._lie = lie
+
+    def submit(self, *arguments: Any, **keywords: Any) -> Ready:
+        honest = super().submit(*arguments, **keywords).wait()
+        return Ready(lambda: self._told(honest), is_eager=True)
+
+    def _told(self, samples: list[Sample]) -> list[Sample]:
+        first = samples[0]
+        facts: dict[str, Any] = {
+            "token_ids": first.token_ids,
+            "logprobs": first.logprobs,
+            "finish_reason": first.finish_reason,
+            "min_weight_version": first.min_weight_version,
+            "max_weight_version": first.max_weight_version,
+        }
+        match self._lie:
+            case "too few":
+                return samples[1:]
+            case "too old":
+                return [Sample(**facts | {"min_weight_version": 0}), *samples[1:]]
+            case "too long":
+                length = SAMPLING.max_new_tokens + 1
+                long = {"token_ids": np.ones(length, np.int32), "logprobs": np.zeros(length, np.float32)}
+                return [Sample(**facts | long), *samples[1:]]
+        raise AssertionError(self._lie)
+
+
+@pytest.mark.parametrize(
+    ("lie", "error", "says"),
+    [
+        ("too few", EngineFailure, "sent 1 samples of up to .* asked for 2"),
+        ("too long", EngineFailure, "of up to 13 tokens; it was asked for 2 of at most 12"),
+        ("too old", ModelMismatch, "step 0 began on weight version 0; source.max_staleness 0 allows 1 to 1"),
+    ],
+)
+def test_what_was_not_asked_for_is_an_error(
+    mesh: Mesh, models: dict[str, Any], lie: str, error: type[Exception], says: str
+) -> None:
+    run = Run(mesh, **models)
+    with pytest.raises(error, match=says):
+        next(run.train(run.source(Liar(run.copy, lie=lie), max_staleness=0)))
+
+
+def test_ranks_with_other_prompts_notice(mesh: Mesh, models: dict[str, Any]) -> None:
+    run = Run(mesh, **models)
+    source = run.source(FastRollouts(run.copy), max_staleness=0)
+    sampler = source._sampler
+    source.start_at(0)
+    source.publish(version=0)
+    share = sampler.collect(0)
+    with pytest.raises(EngineFailure, match="every rank must have the same prompts"):
+        sampler.assemble(1, [share])
