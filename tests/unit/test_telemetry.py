@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from kdmesh import config as kdmesh_config
 from kdmesh.errors import ConfigError
 from kdmesh_trainer import progress, telemetry, trackers
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.stats import Scores, StepStats
+from kdmesh_trainer.stats import RolloutFigures, SamplerDrift, Scores, StepStats
 
 
 def stats(loss: float = 2.0, wait_s: float = 0.0) -> StepStats:
@@ -32,6 +33,19 @@ def stats(loss: float = 2.0, wait_s: float = 0.0) -> StepStats:
         num_tokens=100,
         teacher_wait_s=wait_s,
     )
+
+
+def sampled_stats(*, teacher_wait_s: float = 0.0, sampling_wait_s: float = 0.0) -> StepStats:
+    rollouts = RolloutFigures(
+        response_tokens_mean=12.5,
+        response_tokens_max=20,
+        cut_off_fraction=0.25,
+        staleness_steps_mean=0.5,
+        staleness_steps_max=1,
+        sampling_wait_s=sampling_wait_s,
+    )
+    drift = SamplerDrift(sampler_kl_k1_nats=0.01, sampler_kl_k3_nats=0.02)
+    return replace(stats(wait_s=teacher_wait_s), rollouts=rollouts, drift=drift)
 
 
 def scores(cross_entropy: float = 1.0) -> Scores:
@@ -143,6 +157,46 @@ def test_figures_that_are_not_finite_are_null_and_kept_from_trackers(tmp_path: P
     assert "train/loss_nats_per_token" not in tracked
     assert "held_out/perplexity" not in tracked
     assert "held_out/kl_nats_per_token" in tracked
+
+
+def test_figures_of_samples_stand_beside_those_of_the_step(tmp_path: Path) -> None:
+    record, display, tracker = run(tmp_path)
+    record.start(0)
+    with record.phase("update"):
+        pass
+    record.report(0, sampled_stats())
+    record.report(1, stats())
+    record.close()
+    sampled, plain = lines(tmp_path)
+    added = {"response_tokens_mean": 12.5, "response_tokens_max": 20, "cut_off_fraction": 0.25}
+    added |= {"staleness_steps_mean": 0.5, "staleness_steps_max": 1, "sampling_wait_s": 0.0}
+    added |= {"sampler_kl_k1_nats": 0.01, "sampler_kl_k3_nats": 0.02}
+    assert {name: sampled[name] for name in added} == added
+    assert not {*added, "bounded_by", "rollouts", "drift"} & set(plain)
+    tracked = [call[1] for kind, call in tracker.calls if kind == "log"]
+    assert tracked[0]["train/response_tokens_mean"] == 12.5
+    readings = [call for kind, call in display.calls if kind == "show"]
+    assert (readings[0].response_tokens_mean, readings[0].sampling_wait_fraction) == (12.5, 0.0)
+    assert readings[1].response_tokens_mean is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bound"),
+    [
+        ({"sampling_wait_s": 1e3}, "sampling"),
+        ({"teacher_wait_s": 1e3}, "teacher"),
+        ({"teacher_wait_s": -1e3}, "update"),  # what is left of the update without its wait
+        ({}, "publish"),
+    ],
+)
+def test_the_record_says_what_took_most_of_a_step(tmp_path: Path, seconds: dict[str, float], bound: str) -> None:
+    record, _, _ = run(tmp_path)
+    record.start(0)
+    with record.phase("publish"):
+        sum(range(1000))
+    record.report(0, sampled_stats(**seconds))
+    record.close()
+    assert lines(tmp_path)[0]["bounded_by"] == bound
 
 
 def test_the_display_gets_rates_over_recent_steps(tmp_path: Path) -> None:

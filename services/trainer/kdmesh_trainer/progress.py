@@ -20,6 +20,8 @@ class Reading:
     loss_nats_per_token: float
     tokens_per_second: float
     teacher_wait_fraction: float
+    sampling_wait_fraction: float | None = None  # None: nothing is sampled
+    response_tokens_mean: float | None = None
 
 
 class Progress(Protocol):
@@ -64,14 +66,15 @@ class LogProgress:
             return
         self._next_at_s = now_s + self._every_s
         eta_s = round(self._pace.eta_s(reading.done), 1)
-        log.info("progress", extra={"steps": self._pace.steps, **asdict(reading), "eta_s": eta_s})
+        known = {name: value for name, value in asdict(reading).items() if value is not None}
+        log.info("progress", extra={"steps": self._pace.steps, **known, "eta_s": eta_s})
 
     def close(self) -> None:
         """Nothing to end."""
 
 
 class TerminalProgress:
-    """One live line: step, loss, tokens per second, teacher wait, time left."""
+    """One live line: step, loss, tokens per second, waits, time left."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -94,21 +97,29 @@ class TerminalProgress:
         self._line.start()
 
     def phase(self, name: str) -> None:
-        """Name what is going on; batch and update alternate too fast to read."""
-        self._line.update(self._task, phase="train" if name in ("batch", "update") else name)
+        """Name what is going on; batch, update and publish alternate too fast to read."""
+        self._line.update(self._task, phase="train" if name in ("batch", "update", "publish") else name)
 
     def show(self, reading: Reading) -> None:
         """Redraw the line."""
         minutes, seconds = divmod(round(self._pace.eta_s(reading.done)), 60)
         figures = (
             f"loss [bold]{reading.loss_nats_per_token:.4f}[/]   {reading.tokens_per_second:,.0f} tokens/s   "
-            f"teacher wait {reading.teacher_wait_fraction:.0%}   {minutes}:{seconds:02d} left"
+            f"teacher wait {reading.teacher_wait_fraction:.0%}   {_sampling(reading)}{minutes}:{seconds:02d} left"
         )
         self._line.update(self._task, completed=reading.done, figures=figures)
 
     def close(self) -> None:
         """Leave the line as it is."""
         self._line.stop()
+
+
+def _sampling(reading: Reading) -> str:
+    if reading.sampling_wait_fraction is None or reading.response_tokens_mean is None:
+        return ""
+    return (
+        f"sampling wait {reading.sampling_wait_fraction:.0%}   {reading.response_tokens_mean:,.0f} tokens/response   "
+    )
 
 
 class _Pace:

@@ -18,12 +18,13 @@ from typing import IO, Any
 
 from kdmesh_trainer import config
 from kdmesh_trainer.progress import LogProgress, Progress, Reading, TerminalProgress
-from kdmesh_trainer.stats import Scores, StepStats
+from kdmesh_trainer.stats import RolloutFigures, Scores, StepStats
 from kdmesh_trainer.trackers import Tracker, build_trackers
 
 log = logging.getLogger(__name__)
 
 _RECENT_STEPS = 10
+_STEP_PHASES = ("batch", "update", "publish")
 
 
 def open_telemetry(
@@ -116,7 +117,7 @@ class RunTelemetry:
     def report(self, step: int, stats: StepStats) -> None:
         """Write the step's line and show it."""
         phase_s, self._phase_s = self._phase_s, {}
-        step_s = phase_s.get("batch", 0.0) + phase_s.get("update", 0.0)
+        step_s = sum(phase_s.get(name, 0.0) for name in _STEP_PHASES)
         self._recent.append((stats, step_s))
         self._totals.add(stats, step_s)
         figures = {
@@ -125,7 +126,10 @@ class RunTelemetry:
             "tokens_per_second": stats.num_tokens / step_s if step_s else None,
             "teacher_wait_fraction": stats.teacher_wait_s / step_s if step_s else None,
         }
-        self._write("step", step, {**figures, "phase_s": phase_s, "door": self._door() or None})
+        facts: dict[str, Any] = {"phase_s": phase_s, "door": self._door() or None}
+        if stats.rollouts is not None:
+            facts["bounded_by"] = _bound(stats, stats.rollouts, phase_s)
+        self._write("step", step, {**figures, **facts})
         self._track("train", step, figures)
         self._progress.show(self._reading(step + 1, stats))
 
@@ -150,11 +154,15 @@ class RunTelemetry:
 
     def _reading(self, done: int, stats: StepStats) -> Reading:
         seconds = sum(step_s for _, step_s in self._recent)
+        rollouts = [recent.rollouts for recent, _ in self._recent if recent.rollouts is not None]
+        sampling_wait_s = sum(recent.sampling_wait_s for recent in rollouts)
         return Reading(
             done=done,
             loss_nats_per_token=stats.loss_nats_per_token,
             tokens_per_second=sum(recent.num_tokens for recent, _ in self._recent) / seconds if seconds else 0.0,
             teacher_wait_fraction=sum(recent.teacher_wait_s for recent, _ in self._recent) / seconds if seconds else 0,
+            sampling_wait_fraction=sampling_wait_s / seconds if rollouts and seconds else None,
+            response_tokens_mean=stats.rollouts.response_tokens_mean if stats.rollouts else None,
         )
 
     def _write(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
@@ -196,6 +204,17 @@ class _Totals:
             "loss_nats_per_token": self.loss_nats_per_token,
             **{f"held_out_{name}": value for name, value in self.scores.items()},
         }
+
+
+def _bound(stats: StepStats, rollouts: RolloutFigures, phase_s: Mapping[str, float]) -> str:
+    """What took most of a step: waiting for samples, waiting for the teacher, the update itself, or publishing it."""
+    seconds = {
+        "sampling": rollouts.sampling_wait_s,
+        "teacher": stats.teacher_wait_s,
+        "update": phase_s.get("update", 0.0) - stats.teacher_wait_s,
+        "publish": phase_s.get("publish", 0.0),
+    }
+    return max(seconds, key=lambda name: seconds[name])
 
 
 def _or_null(value: Any) -> Any:
