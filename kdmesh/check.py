@@ -10,7 +10,7 @@ from pathlib import Path
 from kdmesh import config
 from kdmesh.errors import ConfigError
 from kdmesh.extension import search_path
-from kdmesh_teacher.config import TeacherConfig, TransformersEngine
+from kdmesh_teacher.config import FakeEngine, TeacherConfig
 from kdmesh_trainer.config import CustomDataset, CustomDivergence, DatasetConfig, Distill, TrainerConfig
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -39,7 +39,7 @@ def missing(cfg: TrainerConfig | TeacherConfig) -> list[str]:
     """One line for each file, directory or function that `cfg` names and that is not there or not fit for its use."""
     if isinstance(cfg, TeacherConfig):
         engine = cfg.engine
-        return list(_model("engine.model", engine.model)) if isinstance(engine, TransformersEngine) else []
+        return [] if isinstance(engine, FakeEngine) else list(_model("engine.model", engine.model))
     return list(_missing_for_trainer(cfg))
 
 

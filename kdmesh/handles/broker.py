@@ -27,10 +27,10 @@ from kdmesh.handles import messages
 from kdmesh.handles.ledger import Key
 from kdmesh.handles.memory import Segment
 from kdmesh.handles.messages import Op, Reply, Request, Status
+from kdmesh.handles.peers import peer_pidfd
 
 log = logging.getLogger(__name__)
 
-_SO_PEERPIDFD = 77
 _BACKLOG = 128
 _ACCEPT_AGAIN_S = 1.0
 # A dying process closes its sockets a moment before its pidfd tells; a living one that hangs up is watched no longer.
@@ -127,7 +127,7 @@ class Broker:
             log.warning("broker turned a user away", extra={"uid": uid, "pid": pid})
             sock.close()
             return
-        self._connections.add(_Connection(self, sock, number=next(self._numbers), pidfd=_pidfd(sock, pid)))
+        self._connections.add(_Connection(self, sock, number=next(self._numbers), pidfd=peer_pidfd(sock, pid)))
 
     def _listen_again(self) -> None:
         if self._listener.fileno() >= 0:
@@ -240,15 +240,6 @@ class _Connection:
         else:
             socket.send_fds(self._sock, [reply], [segment.fd])
             self._sent[request.segment] = request.epoch
-
-
-def _pidfd(sock: socket.socket, pid: int) -> int | None:
-    with contextlib.suppress(OSError):
-        return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    if pid > 0:  # 0: the peer lives in a process namespace that this one cannot see
-        with contextlib.suppress(OSError):
-            return os.pidfd_open(pid)
-    return None
 
 
 def _listen(path: Path, *, is_private: bool) -> socket.socket:

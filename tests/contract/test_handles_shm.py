@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kdmesh.errors import HandleGone, Unavailable
-from kdmesh.handles import broker
+from kdmesh.handles import peers
 from kdmesh.handles.shared import Matrix
 from kdmesh.handles.store import SlabStore
 from kdmesh.types import DType, Handle
@@ -116,7 +116,7 @@ async def test_death_is_seen_on_old_kernels_too(
     tmp_path: Path, consumers: Consumers, liveness: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if liveness != "peer pidfd":
-        monkeypatch.setattr(broker, "_SO_PEERPIDFD", 9999)
+        monkeypatch.setattr(peers, "_SO_PEERPIDFD", 9999)
     if liveness == "end of file":
         monkeypatch.setattr(os, "pidfd_open", _not_there)
     async with slab(tmp_path, slots=3) as store, client(consumers, store) as (consumer, session):

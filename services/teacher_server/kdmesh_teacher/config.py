@@ -9,6 +9,7 @@ from pydantic import Field
 
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
+from kdmesh_teacher.sglang_config import SglangEngine
 
 
 class TransformersEngine(StrictModel):
@@ -54,6 +55,10 @@ class FakeEngine(StrictModel):
 
     seconds_per_batch: float = Field(0.0, ge=0)
     """How long each batch pretends to take."""
+
+
+EngineConfig = Annotated[TransformersEngine | SglangEngine | FakeEngine, Field(discriminator="kind")]
+"""Every engine."""
 
 
 class ServerConfig(ListenConfig):
@@ -104,7 +109,7 @@ class QueueConfig(StrictModel):
 class TeacherConfig(StrictModel):
     """A teacher server."""
 
-    engine: Annotated[TransformersEngine | FakeEngine, Field(discriminator="kind")]
+    engine: EngineConfig
     """The frozen model and how it is held."""
 
     server: ServerConfig = ServerConfig()

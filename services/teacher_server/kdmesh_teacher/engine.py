@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from kdmesh.handles.memory import Segment
 from kdmesh.types import DType, HeadSpec, TokenSequence
 
 
@@ -31,6 +32,7 @@ class PrefillJob:
 
     sequences: tuple[TokenSequence, ...]
     out: memoryview  # writable bytes, contiguous, exactly num_rows * hidden_size * dtype.size_bytes long
+    segment: int | None = None  # number of the segment that begins with `out`; None: ordinary memory
 
     @property
     def num_tokens(self) -> int:
@@ -74,4 +76,29 @@ class Engine(Protocol):
 
     def head_parts(self) -> HeadParts:
         """The output head that belongs to the rows; called once, after load."""
+        ...
+
+
+@runtime_checkable
+class ProcessEngine(Engine, Protocol):
+    """An engine whose rows other processes compute, and write into segments they have mapped.
+
+    It is loaded before there are slots, because they must map each one while it is made. What
+    follows may be called from any thread.
+    """
+
+    def adopt(self, segment: Segment) -> None:
+        """Let them map a segment, as `SegmentWriter`; jobs may name it from then on."""
+        ...
+
+    def drop(self, segment: Segment) -> None:
+        """No job names this segment any more."""
+        ...
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        """From now on call `on_death` from some thread, with a reason, when one of them dies; called once."""
+        ...
+
+    def close(self) -> None:
+        """End them, also while they load."""
         ...

@@ -58,6 +58,7 @@ class Scheduler:
         self._queue = FairQueue()
         self._throughput = Throughput()
         self._without_slot: set[bytes] = set()  # sessions that asked for a slot last and got none
+        self._death: str | None = None
         self._wake = asyncio.Event()
         store.on_free = self._wake.set
         store.on_session_end = self._end_session
@@ -118,11 +119,19 @@ class Scheduler:
         """
         while True:
             self._wake.clear()
+            if self._death is not None:
+                self._refuse(self._queue.everything(), EngineFailure("the engine died; the server restarts"))
+                raise EngineFailure(self._death)
             batch = self._queue.take(self._engine.model.max_batch_tokens, self._acquire)
             if batch:
                 await self._run(batch)
             else:
                 await self._wake.wait()
+
+    def engine_died(self, reason: str) -> None:
+        """Let `run` raise EngineFailure; a batch under way must fail by itself."""
+        self._death = reason
+        self._wake.set()
 
     # Waiting
 
@@ -197,7 +206,8 @@ class Scheduler:
         model = self._engine.model
         row_bytes = model.hidden_size * model.dtype.size_bytes
         jobs = [
-            PrefillJob(sequences=work.sequences, out=lease.buffer[: work.num_rows * row_bytes]) for work, lease in batch
+            PrefillJob(sequences=work.sequences, out=lease.buffer[: work.num_rows * row_bytes], segment=lease.segment)
+            for work, lease in batch
         ]
         started_s = time.monotonic()
         call = self._engine.thread.run(self._engine.engine.prefill, jobs)
@@ -217,7 +227,8 @@ class Scheduler:
             self._throughput.add(sum(work.num_tokens for work in works), engine_s)
         else:
             log.error("engine failed on a batch", extra={"requests": len(batch)}, exc_info=failure)
-            await self._check()
+            if self._death is None:
+                await self._check()
 
     def _publish(self, work: Work, lease: SlotLease, *, queue_s: float, engine_s: float) -> None:
         if work.answer.done():  # cancelled while the engine computed it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from contextlib import AsyncExitStack
@@ -10,13 +11,14 @@ from pathlib import Path
 
 from kdmesh.errors import ConfigError
 from kdmesh.handles.ledger import SlabLimits
+from kdmesh.handles.memory import SegmentWriter
 from kdmesh.handles.shared import Matrix
 from kdmesh.handles.store import SlabStore
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.types import Handle, ModelDescription
 from kdmesh_teacher import probe
 from kdmesh_teacher.config import SlabConfig, TeacherConfig
-from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts
+from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts, ProcessEngine
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
 from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
@@ -41,10 +43,15 @@ async def start(
         ConfigError: the model or the memory is not to be had.
         EngineFailure: the engine does not compute what it must.
     """
-    # The memory first: it is known in a moment whether there is enough.
-    store = await stack.enter_async_context(SlabStore(_slab_limits(config.slab), socket_path=socket_path))
     began_s = time.monotonic()
-    described = await thread.run(engine.load)
+    if isinstance(engine, ProcessEngine):
+        stack.push_async_callback(asyncio.to_thread, engine.close)
+        described = await thread.run(engine.load)
+        store = await stack.enter_async_context(_store(config.slab, socket_path, writer=engine))
+    else:
+        # The memory first: it is known in a moment whether there is enough.
+        store = await stack.enter_async_context(_store(config.slab, socket_path))
+        described = await thread.run(engine.load)
     model = _limited(described, store.limits)
     check = partial(probe.check_rows, engine, described)
     await thread.run(check)
@@ -55,11 +62,22 @@ async def start(
     loaded = LoadedEngine(engine=engine, thread=thread, model=described, check=check)
     limits = QueueLimits(max_tokens=config.queue.max_tokens, max_wait_s=config.queue.max_wait_s)
     scheduler = Scheduler(loaded, store, limits, metrics)
+    if isinstance(engine, ProcessEngine):
+        _watch(engine, scheduler)
     return Parts(model=model, store=store, scheduler=scheduler, head_weight=weight, head_bias=bias)
 
 
-def _slab_limits(slab: SlabConfig) -> SlabLimits:
-    return SlabLimits(
+def _watch(engine: ProcessEngine, scheduler: Scheduler) -> None:
+    loop = asyncio.get_running_loop()
+
+    def on_death(reason: str) -> None:
+        loop.call_soon_threadsafe(scheduler.engine_died, reason)
+
+    engine.watch(on_death)
+
+
+def _store(slab: SlabConfig, socket_path: Path, writer: SegmentWriter | None = None) -> SlabStore:
+    limits = SlabLimits(
         slots=slab.slots,
         slot_bytes=int(slab.slot_mib * 2**20),
         slots_per_session=slab.slots_per_session,
@@ -67,6 +85,7 @@ def _slab_limits(slab: SlabConfig) -> SlabLimits:
         claim_s=slab.claim_s,
         max_abandoned=slab.max_abandoned,
     )
+    return SlabStore(limits, socket_path=socket_path, writer=writer)
 
 
 def _limited(model: EngineDescription, slab: SlabLimits) -> ModelDescription:

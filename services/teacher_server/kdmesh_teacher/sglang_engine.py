@@ -1,0 +1,245 @@
+"""Runs a causal LM in SGLang, whose scheduler processes write the rows into shared memory themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdmesh.errors import ConfigError, EngineFailure
+from kdmesh.handles.memory import Segment, create_segment
+from kdmesh.handles.runtime_dir import runtime_dir
+from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
+from kdmesh.models.head import head_spec, output_head
+from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.tokens import tokenizer_fingerprint
+from kdmesh.types import DType, TokenSequence
+from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
+from kdmesh_teacher.sglang_arguments import has_deterministic_inference, num_schedulers, server_arguments
+from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
+from kdmesh_teacher.sglang_messages import SOCKET_VARIABLE, Ask
+from kdmesh_teacher.sglang_reference import check_reference
+from kdmesh_teacher.sglang_schedulers import Schedulers
+from kdmesh_teacher.sglang_versions import require_tested_version
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
+
+# They have reported before SGLang says that it is ready.
+_REPORT_S = 10.0
+
+
+class SglangEngine:
+    """One `sglang.Engine`; a `ProcessEngine`.
+
+    A request's rows are counted on the way, and must be those asked for. Without SGLang's own
+    deterministic inference, `deterministic` computes every sequence alone and from its first token.
+
+    Attributes:
+        num_cached_tokens: tokens that SGLang did not compute again, so far.
+    """
+
+    def __init__(self, config: SglangEngineConfig) -> None:
+        self.num_cached_tokens = 0
+        self._config = config
+        self._stack = contextlib.ExitStack()
+        self._is_alone = False
+        self._engine: Any = None  # sglang.Engine
+        self._checkpoint: Checkpoint
+        self._dtype: DType
+        self._schedulers: Schedulers
+        self._loop: asyncio.AbstractEventLoop
+        self._death: asyncio.Future[str]
+        self._on_death: Callable[[str], None] = lambda reason: None
+        if threading.current_thread() is threading.main_thread():
+            # SGLang's way of telling us that a process of its own failed. We see that ourselves, and say more.
+            signal.signal(signal.SIGQUIT, lambda number, frame: None)
+
+    def load(self) -> EngineDescription:
+        """Start SGLang's processes; with node_rank above 0, stay until they end."""
+        config = self._config
+        require_tested_version()
+        self._checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
+        dtype = self._checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        if dtype not in _DTYPES:
+            raise ConfigError(f"{config.model} has weights of {dtype}; set engine.dtype to bfloat16")
+        self._dtype = _DTYPES[dtype]
+        self._is_alone = config.deterministic and not has_deterministic_inference(config)
+        directory = self._stack.enter_context(runtime_dir(None)).path
+        self._schedulers = Schedulers(directory / "schedulers.sock")
+        self._stack.callback(self._schedulers.close)
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        self._death = self._loop.create_future()
+        with _surroundings(directory=str(directory), socket_path=str(self._schedulers.socket_path)):
+            self._start()
+        self._schedulers.wait_reports(num_schedulers(config), _REPORT_S)
+        self._schedulers.watch(self._died)
+        if config.node_rank > 0:
+            raise EngineFailure(self._loop.run_until_complete(self._death))
+        description = self._describe()
+        if config.self_probe:
+            check_reference(self, description, self._checkpoint)
+        return description
+
+    def prefill(self, jobs: Sequence[PrefillJob]) -> None:
+        """Write every job's rows; those for ordinary memory go through a segment made for them."""
+        with contextlib.ExitStack() as stack:
+            requests = list[tuple[TokenSequence, Ask]]()
+            for job in jobs:
+                segment = stack.enter_context(self._scratch(job)) if job.segment is None else job.segment
+                requests += self._asks(job, segment)
+            for batch in [[request] for request in requests] if self._is_alone else [requests]:
+                self._compute(batch)
+
+    def head_parts(self) -> HeadParts:
+        """The output head, read from the checkpoint in the dtype of the rows."""
+        head = self._checkpoint.output_head(getattr(torch, self._dtype))
+        return HeadParts(
+            weight=_bytes_of(head.weight_VD),
+            bias=None if head.bias_V is None else _bytes_of(head.bias_V),
+            dtype=self._dtype,
+        )
+
+    def adopt(self, segment: Segment) -> None:
+        """Let the schedulers that write map a segment."""
+        self._schedulers.adopt(segment)
+
+    def drop(self, segment: Segment) -> None:
+        """Let them forget it."""
+        self._schedulers.drop(segment)
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        """Call `on_death` when a scheduler dies, or at once when one has died."""
+        self._on_death = on_death
+        if self._death.done():
+            on_death(self._death.result())
+
+    def close(self) -> None:
+        """Kill SGLang's processes, all of which are this process's children."""
+        from sglang.srt.utils import kill_process_tree
+
+        self._stack.close()
+        if self._engine is not None:
+            self._engine.shutdown()
+        else:
+            kill_process_tree(os.getpid(), include_parent=False)
+
+    def _start(self) -> None:
+        # Not at the top: the environment must be set before.
+        from sglang.srt.entrypoints.engine import Engine
+
+        arguments = server_arguments(self._config, self._dtype)
+        try:
+            self._engine = Engine(**arguments)
+        except Exception as error:
+            raise ConfigError(f"SGLang did not start: {type(error).__name__}: {error}") from error
+
+    def _describe(self) -> EngineDescription:
+        config, checkpoint = self._config, self._checkpoint
+        info = self._engine._scheduler_init_result.scheduler_infos[0]
+        tokenizer = load_tokenizer(config.model)
+        vocabulary = None if tokenizer is None else tokenizer.get_vocab()
+        rows = output_head(checkpoint.skeleton).vocabulary_size  # all of them are tokens where no tokenizer says so
+        tokens = rows if vocabulary is None else max(vocabulary.values()) + 1
+        return EngineDescription(
+            name=config.model.resolve().name,
+            model_fingerprint=checkpoint.fingerprint(self._dtype.value, config.quantization or ""),
+            tokenizer_fingerprint="" if vocabulary is None else tokenizer_fingerprint(vocabulary),
+            hidden_size=checkpoint.skeleton.config.get_text_config().hidden_size,
+            dtype=self._dtype,
+            head=head_spec(checkpoint.skeleton, tokens),
+            weight_version=1,
+            max_sequence_tokens=min(info["max_req_input_len"] - 1, config.max_batch_tokens),
+            max_batch_tokens=config.max_batch_tokens,
+            is_deterministic=config.deterministic,
+        )
+
+    @contextlib.contextmanager
+    def _scratch(self, job: PrefillJob) -> Iterator[int]:
+        segment = create_segment(len(job.out), self)
+        try:
+            yield segment.number
+            job.out[:] = segment.writable[: len(job.out)]
+        finally:
+            self.drop(segment)
+            segment.close()
+
+    def _asks(self, job: PrefillJob, segment: int) -> Iterator[tuple[TokenSequence, Ask]]:
+        row_bytes = len(job.out) // job.num_rows
+        offset_bytes = 0
+        for sequence in job.sequences:
+            yield (
+                sequence,
+                Ask(
+                    segment=segment,
+                    offset_bytes=offset_bytes,
+                    dtype=self._dtype,
+                    first_computed=0 if self._is_alone else int(sequence.positions[0]),
+                    positions=sequence.positions,
+                ),
+            )
+            offset_bytes += sequence.num_rows * row_bytes
+
+    def _compute(self, requests: Sequence[tuple[TokenSequence, Ask]]) -> None:
+        answers = self._loop.run_until_complete(self._answers(requests))
+        for (sequence, _), answer in zip(requests, answers, strict=True):
+            meta = answer["meta_info"]
+            (delivered,) = meta.get("hidden_states") or [None]
+            if delivered != [sequence.num_rows, sequence.num_tokens]:
+                raise EngineFailure(
+                    f"SGLang delivered [rows, tokens] {delivered}; asked for were "
+                    f"{[sequence.num_rows, sequence.num_tokens]}, and it says: {meta.get('finish_reason')}"
+                )
+            self.num_cached_tokens += meta["cached_tokens"]
+
+    async def _answers(self, requests: Sequence[tuple[TokenSequence, Ask]]) -> list[dict[str, Any]]:
+        """What SGLang says to the requests. Raises EngineFailure when it dies, or refuses one."""
+        sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        answering = self._engine.async_generate(
+            input_ids=[sequence.token_ids.tolist() for sequence, _ in requests],
+            sampling_params=[sampling | {"custom_params": ask.to_params()} for _, ask in requests],
+            return_hidden_states=True,
+        )
+        call = asyncio.create_task(answering)
+        await asyncio.wait((call, self._death), return_when=asyncio.FIRST_COMPLETED)
+        if self._death.done():
+            call.cancel()
+            raise EngineFailure(self._death.result())
+        answers: list[dict[str, Any]] = call.result()
+        return answers
+
+    def _died(self, reason: str) -> None:
+        self._on_death(reason)  # first: whoever then sees a call fail knows why
+        self._loop.call_soon_threadsafe(self._death.set_result, reason)
+
+
+@contextlib.contextmanager
+def _surroundings(*, directory: str, socket_path: str) -> Iterator[None]:
+    """What SGLang's start finds in this process, and what it changes and must not keep."""
+    root = logging.getLogger()
+    handlers, level, temporary = root.handlers[:], root.level, tempfile.tempdir
+    logging.getLogger("sglang").setLevel(logging.WARNING)
+    os.environ[SOCKET_VARIABLE] = socket_path
+    tempfile.tempdir = directory  # its sockets then go when ours do
+    try:
+        yield
+    finally:
+        del os.environ[SOCKET_VARIABLE]
+        tempfile.tempdir = temporary
+        root.handlers[:] = handlers  # it takes them all away
+        root.setLevel(level)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy().data.toreadonly()

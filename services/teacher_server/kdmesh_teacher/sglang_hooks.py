@@ -1,0 +1,120 @@
+"""What a teacher server changes in SGLang's scheduler processes: hidden states go to shared memory.
+
+Three functions of SGLang get a hook, by its own hook registry; none is replaced:
+
+  _append_prefill_hidden_states   called once per chunk of a prompt, with the chunk's rows still on the device. Ours
+                                  selects the wanted ones, copies them to the segment, and leaves a count.
+  _compute_max_prefix_len         how much of a prompt may come out of the prefix cache. Ours ends that at the first
+                                  wanted row, which is not in the cache: it keeps keys and values, not hidden states.
+  Scheduler.__init__              afterwards the process reports to the server.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_parallel
+
+from kdmesh_teacher.sglang_messages import Ask, Hello, pack
+from kdmesh_teacher.sglang_rows import RowProgress, Segments
+
+_APPEND = (
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+    "._append_prefill_hidden_states"
+)
+_MAX_PREFIX = "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len"
+_STARTED = "sglang.srt.managers.scheduler.Scheduler.__init__"
+
+
+def install(socket_path: str) -> None:
+    """Register the hooks, which SGLang applies after this."""
+    segments = Segments()
+    originals = {target: pkgutil.resolve_name(target) for target in (_APPEND, _MAX_PREFIX, _STARTED)}
+    HookRegistry.register(_APPEND, _Rows(segments).append, HookType.AROUND)
+    HookRegistry.register(_MAX_PREFIX, _max_prefix, HookType.AROUND)
+    HookRegistry.register(_STARTED, partial(_report, socket_path, originals, segments), HookType.AFTER)
+
+
+class _Rows:
+    """Takes the hidden states of every chunk."""
+
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
+        self._under_way: WeakKeyDictionary[Any, RowProgress] = WeakKeyDictionary()
+
+    def append(
+        self,
+        original: Callable[..., int],
+        processor: Any,
+        *,
+        req: Any,
+        logits_output: Any,
+        hidden_state_offset: int,
+        capture_hidden_mode: Any,
+        extend_input_len: int,
+        store: bool = True,
+    ) -> int:
+        """Write a chunk's wanted rows; returns where the next request's rows begin.
+
+        `store` is false for all chunks but the last, and all of them count.
+        """
+        progress = self._progress(req)
+        if progress is None or not capture_hidden_mode.is_full():
+            return original(
+                processor,
+                req=req,
+                logits_output=logits_output,
+                hidden_state_offset=hidden_state_offset,
+                capture_hidden_mode=capture_hidden_mode,
+                extend_input_len=extend_input_len,
+                store=store,
+            )
+        end = hidden_state_offset + extend_input_len
+        progress.take(logits_output.hidden_states[hidden_state_offset:end])
+        if store:
+            # SGLang hands this list back with the answer, cut to the number of new tokens: one.
+            req.hidden_states.append([float(progress.num_written), float(progress.position)])
+        return end
+
+    def _progress(self, req: Any) -> RowProgress | None:
+        if req in self._under_way:
+            return self._under_way[req]
+        ask = Ask.from_params(req.sampling_params.custom_params)
+        if ask is None:
+            return None
+        # What the cache had is not computed, so the first chunk begins behind it.
+        progress = RowProgress(ask, self._segments, position=req.cached_tokens)
+        self._under_way[req] = progress
+        return progress
+
+
+def _max_prefix(original: Callable[[Any, int], int], req: Any, input_len: int) -> int:
+    most = original(req, input_len)
+    params = req.sampling_params.custom_params
+    if params is None or "kdmesh_first_computed" not in params:
+        return most
+    return min(most, int(params["kdmesh_first_computed"]))
+
+
+def _report(
+    socket_path: str, originals: dict[str, object], segments: Segments, result: None, scheduler: Any, *_: Any, **__: Any
+) -> None:
+    """Tell the server that this process is there, and follow it from now on."""
+    parallel = get_parallel()
+    # Of the ranks that compute the same rows, one writes.
+    writes = parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
+    hello = Hello(
+        rank=f"tensor {parallel.tp_rank}, data {parallel.dp_rank or 0}",
+        writes=writes,
+        unhooked=[target for target, original in originals.items() if pkgutil.resolve_name(target) is original],
+    )
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(socket_path)
+    sock.send(pack(hello))
+    segments.follow(sock)

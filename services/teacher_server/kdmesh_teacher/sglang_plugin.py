@@ -1,0 +1,19 @@
+"""Our entry point in SGLang's processes (group `sglang.srt.plugins`)."""
+
+from __future__ import annotations
+
+import os
+
+from kdmesh_teacher.sglang_messages import SOCKET_VARIABLE
+
+
+def register() -> None:
+    """Called by SGLang in each of its processes, also in those that have nothing to do with kdmesh.
+
+    Does nothing unless a teacher server started this process.
+    """
+    socket_path = os.environ.get(SOCKET_VARIABLE)
+    if socket_path is not None:
+        from kdmesh_teacher.sglang_hooks import install
+
+        install(socket_path)

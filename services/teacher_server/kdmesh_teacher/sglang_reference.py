@@ -1,0 +1,86 @@
+"""Whether SGLang computes what Hugging Face transformers does from the same weights."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdmesh.errors import EngineFailure
+from kdmesh.handles.memory import require_available
+from kdmesh.losses.head import OutputHead
+from kdmesh.models.body import hidden_states_TD, load_causal_lm
+from kdmesh.models.checkpoint import Checkpoint
+from kdmesh.models.head import output_head
+from kdmesh.models.packing import pack
+from kdmesh.types import TokenSequence
+from kdmesh_teacher.engine import Engine, EngineDescription, PrefillJob
+
+log = logging.getLogger(__name__)
+
+_LENGTHS = (2, 9, 40)
+_SEED = 7
+# Relative error |a - b| / |b| over all values. Rounding of 16 bits makes 1e-2, quantization 5e-2; hidden states of
+# another layer, before the final norm or of other tokens are further than 0.5 away.
+_MAX_ROW_ERROR = 0.1
+_MAX_KL_NATS = 0.05
+# Weights are read a file at a time, beside the model being filled.
+_ROOM = 1.25
+
+
+def check_reference(engine: Engine, model: EngineDescription, checkpoint: Checkpoint) -> None:
+    """Compare a few fixed sequences, where the weights fit in memory a second time. Blocks for that long.
+
+    Raises:
+        EngineFailure: rows or distributions are further apart than rounding.
+    """
+    dtype = getattr(torch, model.dtype)
+    needed_bytes = checkpoint.size_bytes * dtype.itemsize / checkpoint.dtype.itemsize * _ROOM
+    try:
+        require_available(int(needed_bytes))
+    except OSError:
+        log.warning("rows not compared with transformers", extra={"needed_bytes": int(needed_bytes)})
+        return
+    sequences = _sequences(model)
+    actual_RD = _rows_RD(engine, model, sequences)
+    reference = load_causal_lm(checkpoint.path, dtype, torch.device("cpu"))
+    with torch.inference_mode():
+        packed = pack(sequences)
+        expected_RD = hidden_states_TD(reference, packed).index_select(0, packed.rows_R)
+        row_error = float((actual_RD.float() - expected_RD.float()).norm() / expected_RD.float().norm())
+        kl_nats = _kl_nats(output_head(reference), expected_RD, actual_RD)
+    if not (row_error <= _MAX_ROW_ERROR and kl_nats <= _MAX_KL_NATS):  # NaN is refused too
+        raise EngineFailure(
+            f"SGLang and transformers disagree about {model.name}: rows differ by {row_error:.2g} relative (at most "
+            f"{_MAX_ROW_ERROR} is rounding), next-token distributions by {kl_nats:.2g} nats (at most {_MAX_KL_NATS})"
+        )
+    log.info("rows agree with transformers", extra={"relative_error": row_error, "kl_nats": kl_nats})
+
+
+def _sequences(model: EngineDescription) -> list[TokenSequence]:
+    random = np.random.default_rng(_SEED)
+    return [
+        TokenSequence(
+            token_ids=random.integers(0, model.head.vocabulary_size, length).astype(np.int32),
+            positions=np.arange(length - 1, dtype=np.int32),
+        )
+        for length in _LENGTHS
+        if length <= model.max_sequence_tokens
+    ]
+
+
+def _rows_RD(engine: Engine, model: EngineDescription, sequences: list[TokenSequence]) -> Tensor:
+    rows = sum(sequence.num_rows for sequence in sequences)
+    rows_RD = torch.full((rows, model.hidden_size), torch.nan, dtype=getattr(torch, model.dtype))
+    out = rows_RD.view(torch.uint8).reshape(-1).numpy().data
+    engine.prefill([PrefillJob(sequences=tuple(sequences), out=out)])
+    return rows_RD
+
+
+def _kl_nats(head: OutputHead, expected_RD: Tensor, actual_RD: Tensor) -> float:
+    """Largest KL(transformers || SGLang) of a row."""
+    log_p_RV = head.logits(expected_RD).float().log_softmax(-1)
+    log_q_RV = head.logits(actual_RD).float().log_softmax(-1)
+    return float((log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(-1).max())

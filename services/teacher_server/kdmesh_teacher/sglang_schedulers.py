@@ -1,0 +1,152 @@
+"""The scheduler processes of one SGLang engine, as they report to the server that started them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdmesh.errors import EngineFailure
+from kdmesh.handles.memory import Segment
+from kdmesh.handles.peers import peer_pidfd
+from kdmesh_teacher.sglang_messages import RECEIVE_BYTES, Adopt, Adopted, Drop, Hello, pack, unpack
+
+_BACKLOG = 128
+# Mapping and touching 64 GiB takes a few seconds.
+_ADOPT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Scheduler:
+    """One process."""
+
+    sock: socket.socket
+    pidfd: int | None
+    pid: int
+    hello: Hello
+
+
+class Schedulers:
+    """Lets those that write map the segments, and notices at once when one dies.
+
+    A `SegmentWriter`: adopt and drop may be called from any thread.
+    """
+
+    def __init__(self, socket_path: Path) -> None:
+        """Listen there; the socket is removed by `close`."""
+        self.socket_path = socket_path
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(socket_path))
+        self._listener.listen(_BACKLOG)
+        self._schedulers: list[_Scheduler] = []
+        self._changed = threading.Condition()
+        self._adopted: set[tuple[int, int]] = set()  # (pid, segment number)
+        self._death: str | None = None
+        self._wake_read, self._wake_write = os.pipe()
+
+    def wait_reports(self, count: int, timeout_s: float) -> None:
+        """Return when that many schedulers have reported.
+
+        Raises:
+            EngineFailure: they have not, or one runs without our hooks.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while len(self._schedulers) < count:
+            try:
+                self._listener.settimeout(max(deadline_s - time.monotonic(), 0.001))
+                self._schedulers.append(_received(self._listener.accept()[0]))
+            except TimeoutError:
+                raise EngineFailure(
+                    f"{len(self._schedulers)} of {count} SGLang schedulers reported: the others run without kdmesh's "
+                    "plugin; SGLang's log above says why it did not load"
+                ) from None
+        for scheduler in self._schedulers:
+            if scheduler.hello.unhooked:
+                raise EngineFailure(
+                    f"the SGLang scheduler {scheduler.hello.rank} could not hook {', '.join(scheduler.hello.unhooked)}"
+                )
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        """From now on call `on_death` with the reason, once and from a thread, when a scheduler dies."""
+        threading.Thread(target=self._watch, args=(on_death,), name="sglang-schedulers", daemon=True).start()
+
+    def adopt(self, segment: Segment) -> None:
+        """Show a segment to all that write; `watch` must have begun."""
+        writers = [scheduler for scheduler in self._schedulers if scheduler.hello.writes]
+        message = pack(Adopt(number=segment.number, size_bytes=segment.size_bytes))
+        for writer in writers:
+            socket.send_fds(writer.sock, [message], [segment.fd])
+        wanted = {(writer.pid, segment.number) for writer in writers}
+        with self._changed:
+            self._changed.wait_for(lambda: self._death is not None or wanted <= self._adopted, _ADOPT_S)
+            is_adopted = wanted <= self._adopted
+            self._adopted -= wanted
+        if not is_adopted:
+            raise ConnectionResetError(self._death or f"SGLang did not map {segment.size_bytes} bytes in {_ADOPT_S} s")
+
+    def drop(self, segment: Segment) -> None:
+        """Tell all that write that it is over."""
+        for scheduler in self._schedulers:
+            if scheduler.hello.writes:
+                with contextlib.suppress(OSError):  # a dead one writes no more either
+                    scheduler.sock.send(pack(Drop(number=segment.number)))
+
+    def close(self) -> None:
+        """Hang up; no death is told any more."""
+        os.write(self._wake_write, b"x")
+        self._listener.close()
+        self.socket_path.unlink(missing_ok=True)
+
+    def _watch(self, on_death: Callable[[str], None]) -> None:
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        by_descriptor: dict[int, _Scheduler] = {}
+        for scheduler in self._schedulers:
+            for descriptor in (scheduler.sock.fileno(), scheduler.pidfd):
+                if descriptor is not None:
+                    by_descriptor[descriptor] = scheduler
+                    poll.register(descriptor, select.POLLIN)
+        while True:
+            for descriptor, _ in poll.poll():
+                if descriptor == self._wake_read:
+                    return
+                scheduler = by_descriptor[descriptor]
+                if descriptor == scheduler.pidfd or not self._heard(scheduler):
+                    self._died(scheduler, on_death)
+                    return
+
+    def _heard(self, scheduler: _Scheduler) -> bool:
+        """Take one message; False when there will be none."""
+        try:
+            data = scheduler.sock.recv(RECEIVE_BYTES)
+        except OSError:
+            return False
+        if data:
+            message = unpack(data)
+            assert isinstance(message, Adopted)
+            with self._changed:
+                self._adopted.add((scheduler.pid, message.number))
+                self._changed.notify_all()
+        return bool(data)
+
+    def _died(self, scheduler: _Scheduler, on_death: Callable[[str], None]) -> None:
+        reason = f"the SGLang scheduler {scheduler.hello.rank} (process {scheduler.pid}) died"
+        with self._changed:
+            self._death = reason
+            self._changed.notify_all()
+        on_death(reason)
+
+
+def _received(sock: socket.socket) -> _Scheduler:
+    sock.settimeout(None)
+    pid, _, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    hello = unpack(sock.recv(RECEIVE_BYTES))
+    assert isinstance(hello, Hello)
+    return _Scheduler(sock=sock, pidfd=peer_pidfd(sock, pid), pid=pid, hello=hello)
