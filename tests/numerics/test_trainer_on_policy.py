@@ -108,7 +108,7 @@ def test_a_continued_run_samples_the_same(mesh: Mesh, models: dict[str, Any]) ->
     list(whole.train(whole.source(all_of_it, max_staleness=0)))
     list(rest.train(rest.source(last_of_it, max_staleness=0), first=3))
     assert last_of_it.seeds == all_of_it.seeds[3 * PROMPTS_PER_STEP :]
-    assert rest.copy.published == [10, 11, 12]  # above what an earlier attempt has served
+    assert rest.copy.published == [(10, 3), (11, 4), (12, 5)]  # above what an earlier attempt has served
 
 
 def test_nothing_beyond_the_last_step_is_sampled(mesh: Mesh, models: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def test_a_server_that_lost_the_weights_gets_them_again(mesh: Mesh, models: dict
         if step == 1:
             run.copy.version = 0  # what a server has that was killed and started anew
     assert seen == expected
-    assert run.copy.published == [1, 2, 3, 3, 4, 5, 6]
+    assert run.copy.published == [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (6, 4), (7, 5)]
 
 
 class Forgetful(FastRollouts):
@@ -208,7 +208,7 @@ class Liar(FastRollouts):
     [
         ("too few", EngineFailure, "sent 1 samples of up to .* asked for 2"),
         ("too long", EngineFailure, "of up to 13 tokens; it was asked for 2 of at most 12"),
-        ("too old", ModelMismatch, "step 0 began on weight version 0; source.max_staleness 0 allows 1 to 1"),
+        ("too old", ModelMismatch, "step 0 began on weight version 0; source.max_staleness 0 allows 1"),
     ],
 )
 def test_what_was_not_asked_for_is_an_error(

@@ -121,7 +121,7 @@ def serial_losses(mesh: Mesh, *, student: str, teacher: str, steps: int) -> dict
     run = Run(mesh, student=student, teacher=teacher, steps=steps)
     result: dict[str, Any] = {"losses": [], "sequences": []}
     for step in range(steps):
-        run.copy.publish(version=step + 1)
+        run.copy.publish(version=step)
         rollouts = [
             Rollout.of(prompt.token_ids, run.copy.sample(prompt.token_ids, SAMPLING, seed=prompt.seed + i))
             for prompt in order().of_step(step)

@@ -29,16 +29,12 @@ class LocalStudent:
         self._vocabulary_size = vocabulary_size
         self._student: Student | None = None
         self._lock = threading.Lock()
-        self.version = served
-        self.published: list[int] = []
+        self._newest = self.version = served
+        self.published: list[tuple[int, int]] = []  # weight version, steps done
 
     def follow(self, student: Student) -> None:
         """Take the weights from `student` from now on."""
         self._student = student
-
-    def newest_version(self) -> int:
-        """What it has."""
-        return self.version
 
     def publish(self, *, version: int) -> None:
         """Have the student as it is now. What is being sampled is finished first."""
@@ -46,10 +42,15 @@ class LocalStudent:
         release(self._student)
         whole = {name: _whole(tensor) for name, tensor in self._student.lm.state_dict(keep_vars=True).items()}
         with self._lock:
-            if version > self.version:
-                self._lm.load_state_dict(whole)
-                self.version = version
-        self.published.append(version)
+            self._lm.load_state_dict(whole)
+            self._newest += 1
+            self.version = self._newest
+        self.published.append((self.version, version))
+
+    def weight_version(self, version: int) -> int:
+        """The newest."""
+        assert self.published[-1] == (self._newest, version)
+        return self._newest
 
     def sample(self, prompt_ids: Int32Array, sampling: Sampling, *, seed: int, min_weight_version: int = 0) -> Sample:
         """One sample, a pure function of weights, prompt and seed."""

@@ -59,18 +59,14 @@ class OnPolicySource:
         self._max_tokens = max_tokens
         self._steps = steps
         self._mesh = mesh
-        self._first = 0  # step that this process began with
-        self._published = 0  # steps done by the student that is served
-        self._version_before_first = 0  # of any server
+        self._published: dict[int, int] = {}  # weight version -> steps that its student had done, ascending
         self._next_asked = 0
         self._next_planned = 0
         self._planned: deque[StepBatch] = deque()  # not handed out yet
 
     def start_at(self, step: int) -> None:
-        """Make `step` the first one that next_batch gives. Collective."""
-        self._first = self._next_asked = self._next_planned = step
-        # Versions only rise, also when a run goes back to an earlier step: a server may have a later one's weights.
-        self._version_before_first = self._weights.newest_version()
+        """Make `step` the first one that next_batch gives."""
+        self._next_asked = self._next_planned = step
 
     def publish(self, *, version: int) -> None:
         """Bring the student to those who sample, and ask for what may now be sampled. Collective.
@@ -78,10 +74,10 @@ class OnPolicySource:
         Raises:
             RpcError: a server did not take the weights.
         """
-        self._weights.publish(version=self._weight_version(version))
-        self._published = version
+        self._weights.publish(version=version)
+        self._published = {**self._allowed(version), self._weights.weight_version(version): version}
         while self._next_asked < min(version + self._max_staleness + 1, self._steps):
-            self._sampler.ask(self._next_asked, min_weight_version=self._oldest_version(self._next_asked))
+            self._sampler.ask(self._next_asked, min_weight_version=min(self._allowed(self._next_asked)))
             self._next_asked += 1
 
     def next_batch(self) -> StepBatch:
@@ -141,7 +137,7 @@ class OnPolicySource:
             if not refusals:
                 return shares
             log.warning("a rollout server has old weights, so it gets the student again", extra={"why": refusals[0]})
-            self._weights.publish(version=self._weight_version(self._published))
+            self.publish(version=max(self._published.values()))
             self._sampler.ask_again(step)
         raise ModelMismatch(
             f"step {step} could not be sampled although the weights were published again: {refusals[0]}"
@@ -159,17 +155,19 @@ class OnPolicySource:
 
     def _staleness(self, step: int, rollout: Rollout) -> int:
         """Updates of the student between the weights that began a rollout and those it trains."""
-        oldest, newest = self._oldest_version(step), self._weight_version(step)
-        if not oldest <= rollout.weight_version <= newest:
+        allowed = self._allowed(step)
+        if rollout.weight_version not in allowed:
+            versions = ", ".join(map(str, allowed))
             raise ModelMismatch(
                 f"a sample of step {step} began on weight version {rollout.weight_version}; "
-                f"source.max_staleness {self._max_staleness} allows {oldest} to {newest}"
+                f"source.max_staleness {self._max_staleness} allows {versions}"
             )
-        return newest - rollout.weight_version
+        return step - allowed[rollout.weight_version]
 
-    def _oldest_version(self, step: int) -> int:
-        """The oldest weights that a step may be sampled from; never those of an earlier attempt of this run."""
-        return self._weight_version(max(self._first, step - self._max_staleness))
-
-    def _weight_version(self, steps_done: int) -> int:
-        return self._version_before_first + 1 + steps_done - self._first
+    def _allowed(self, step: int) -> dict[int, int]:
+        """The weights that a step may be sampled from; never those of an earlier attempt of this run."""
+        return {
+            weight_version: steps_done
+            for weight_version, steps_done in self._published.items()
+            if step - self._max_staleness <= steps_done <= step
+        }

@@ -43,15 +43,20 @@ class RolloutService(Protocol):
 class WeightPublisher(Protocol):
     """Brings the student's weights to those who sample from it."""
 
-    def newest_version(self) -> int:
-        """The highest weight version that any server has; the same on every rank. Collective."""
-        ...
-
     def publish(self, *, version: int) -> None:
-        """Make every server that is behind serve the student as it is now, as `version`. Collective.
+        """Have every server serve the student as it is now, after `version` steps. Collective.
+
+        The same version may be published again, for servers that have lost it.
 
         Raises:
             RpcError: a server did not take it within the deadline.
+        """
+        ...
+
+    def weight_version(self, version: int) -> int:
+        """The number that servers know the student by which was published last, after `version` steps.
+
+        The numbers only rise, also when a run goes back to an earlier step.
         """
         ...
 
