@@ -57,8 +57,7 @@ def packed_attention(
         raise ConfigError(f"{_name(module)} passes an attention mask: packed attention takes none")
     if dropout:
         raise ConfigError(f"{_name(module)} has attention dropout {dropout}: packed attention has none; set it to 0")
-    # Some models (Qwen2-MoE in 5.23) put the window only on the layer: their own masks hold it, and we use none.
-    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
+    window = window_of(module, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Split along an axis whose parts are contiguous in [1, T, heads, dim], so that joining outputs and
     # gradients copies whole rows. One split has one backward; slices would each fill a [T] of zeros.
@@ -69,6 +68,13 @@ def packed_attention(
         for q, k, v in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
+
+
+def window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """Tokens that a query sees, itself included; None when that is all before it."""
+    # Some models (Qwen2-MoE in 5.23) put the window only on the layer: their own masks hold it, and we use none.
+    window: int | None = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    return window
 
 
 def _name(module: nn.Module) -> str:

@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "kdmesh": ROOT / "kdmesh",
     "kdmesh_teacher": ROOT / "services/teacher_server/kdmesh_teacher",
+    "kdmesh_rollout": ROOT / "services/rollout_server/kdmesh_rollout",
     "kdmesh_trainer": ROOT / "services/trainer/kdmesh_trainer",
 }
+SERVICES = set(PACKAGES) - {"kdmesh"}
 
 # Every module or package of kdmesh and its layer; a new one must be given its place here.
 LAYER = {
@@ -111,7 +113,7 @@ def ours(dotted: str) -> str | None:
 
 
 def layer(unit: str) -> int:
-    return 3 if unit in ("kdmesh_teacher", "kdmesh_trainer") else LAYER[unit]
+    return 3 if unit in SERVICES else LAYER[unit]
 
 
 def names(found: list[Module]) -> list[str]:
@@ -131,17 +133,16 @@ def test_nobody_imports_from_a_higher_layer(module: Module) -> None:
 
 
 def test_the_services_never_import_each_other() -> None:
-    services = {"kdmesh_teacher", "kdmesh_trainer"}
     for module in modules():
-        if module.unit in services:
-            others = services - {module.unit}
+        if module.unit in SERVICES:
+            others = SERVICES - {module.unit}
             assert not [dotted for dotted in imports(module) if ours(dotted) in others], module.name
 
 
 def test_the_composition_root_knows_only_the_configurations_of_services() -> None:
     for module in modules():
         if layer(module.unit) == 4:
-            reached = [dotted for dotted in imports(module) if ours(dotted) in ("kdmesh_teacher", "kdmesh_trainer")]
+            reached = [dotted for dotted in imports(module) if ours(dotted) in SERVICES]
             assert all(dotted.split(".")[1] == "config" for dotted in reached), module.name
 
 
@@ -154,7 +155,7 @@ def test_strangers_stay_strangers(one: str, other: str) -> None:
 
 
 def test_grpc_is_known_only_to_rpc_and_servicers() -> None:
-    allowed = {"kdmesh_teacher.servicer"}
+    allowed = {"kdmesh_teacher.servicer", "kdmesh_rollout.servicer"}
     for module in modules():
         if module.unit != "kdmesh.rpc" and module.name not in allowed:
             reached = [dotted for dotted in imports(module) if dotted.split(".")[0].startswith("grpc")]
@@ -188,7 +189,7 @@ def test_nothing_is_ever_unpickled() -> None:
 
 def test_configurations_load_nothing_heavy() -> None:
     configs = [module.name for module in modules() if module.is_config]
-    assert len(configs) == 4
+    assert len(configs) == 5
     for name in [*configs, "kdmesh.cli", "kdmesh.check", "kdmesh.jobs"]:
         script = f"import sys, {name}; print(*sorted({HEAVY!r} & set(sys.modules)))"
         done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

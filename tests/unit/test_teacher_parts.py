@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from kdmesh.errors import EngineFailure
 from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.throughput import Throughput
 from kdmesh.types import DType
 from kdmesh_teacher import probe
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
 from kdmesh_teacher.engine import HeadParts, PrefillJob
-from kdmesh_teacher.fair_queue import FairQueue, Work
 from kdmesh_teacher.fake_engine import FakeEngine, as_bytes, hidden_states
+from kdmesh_teacher.work import Work
 from tests.support.teacher_requests import sequence
 
 FAKE = FakeEngineConfig(kind="fake", hidden_size=8, vocabulary_size=60, max_batch_tokens=256)
@@ -41,14 +42,14 @@ def work(session: str, num_tokens: int) -> Work:
     )
 
 
-def queue_of(*shapes: tuple[str, int]) -> FairQueue:
-    queue = FairQueue()
+def queue_of(*shapes: tuple[str, int]) -> FairQueue[Work]:
+    queue = FairQueue[Work]()
     for session, num_tokens in shapes:
         queue.push(work(session, num_tokens))
     return queue
 
 
-def taken(queue: FairQueue, max_tokens: int, without: Sequence[str] = ()) -> list[tuple[str, int]]:
+def taken(queue: FairQueue[Work], max_tokens: int, without: Sequence[str] = ()) -> list[tuple[str, int]]:
     batch = queue.take(max_tokens, lambda session: None if session.decode() in without else True)
     return [(one.job, one.num_tokens) for one, _ in batch]
 

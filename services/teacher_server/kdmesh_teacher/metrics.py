@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from kdmesh.handles.store import Snapshot
 from kdmesh.serving.job_metrics import JobMetrics
-from kdmesh_teacher.fair_queue import Work
+from kdmesh_teacher.work import Work
 
 _NAMESPACE = "kdmesh_teacher"
 

@@ -13,12 +13,13 @@ from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, RpcError, 
 from kdmesh.handles.ledger import SlotState
 from kdmesh.handles.store import SlabStore, SlotLease
 from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.throughput import Throughput
 from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.engine import Engine, EngineDescription, PrefillJob
-from kdmesh_teacher.fair_queue import Answer, FairQueue, Work
 from kdmesh_teacher.metrics import Metrics
+from kdmesh_teacher.work import Answer, Work
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Scheduler:
         self._store = store
         self._limits = limits
         self._metrics = metrics
-        self._queue = FairQueue()
+        self._queue = FairQueue[Work]()
         self._throughput = Throughput()
         self._without_slot: set[bytes] = set()  # sessions that asked for a slot last and got none
         self._death: str | None = None
@@ -64,7 +65,7 @@ class Scheduler:
         store.on_session_end = self._end_session
 
     @property
-    def queue(self) -> FairQueue:
+    def queue(self) -> FairQueue[Work]:
         """What waits; for looking only."""
         return self._queue
 

@@ -17,9 +17,9 @@ from kdmesh.serving.outstanding import Outstanding
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherServicer
 from kdmesh_teacher import admission
-from kdmesh_teacher.fair_queue import Answer
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
+from kdmesh_teacher.work import Answer
 
 # Open requests of one stream; more are not read until some are answered.
 _MAX_OPEN_REQUESTS = 1024

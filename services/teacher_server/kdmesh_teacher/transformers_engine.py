@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,13 +13,12 @@ from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.packing import pack
+from kdmesh.models.placement import DTYPES, device, torch_dtype
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh.types import DType, HeadSpec, TokenSequence
+from kdmesh.types import HeadSpec, TokenSequence
 from kdmesh_teacher.config import TransformersEngine as TransformersEngineConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
-
-_DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
 
 # On a CPU the activations of more tokens leave its caches: 8000 tokens in one row took 1.2 times as long as in rows
 # of 2000 (40M parameters, 2 cores).
@@ -46,8 +44,8 @@ class TransformersEngine:
         config = self._config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self._model = load_causal_lm(config.model, _torch_dtype(config.dtype), _device(config.device))
-        if self._model.dtype not in _DTYPES:
+        self._model = load_causal_lm(config.model, torch_dtype(config.dtype), device(config.device))
+        if self._model.dtype not in DTYPES:
             raise ConfigError(
                 f"{config.model} has weights of {self._model.dtype}; set engine.dtype to float32 or bfloat16"
             )
@@ -65,7 +63,7 @@ class TransformersEngine:
         return HeadParts(
             weight=_bytes_of(head.weight_VD),
             bias=None if head.bias_V is None else _bytes_of(head.bias_V),
-            dtype=_DTYPES[head.weight_VD.dtype],
+            dtype=DTYPES[head.weight_VD.dtype],
         )
 
     def _describe(self) -> EngineDescription:
@@ -78,7 +76,7 @@ class TransformersEngine:
             model_fingerprint=model_fingerprint(model),
             tokenizer_fingerprint=fingerprint,
             hidden_size=output_head(model).hidden_size,
-            dtype=_DTYPES[model.dtype],
+            dtype=DTYPES[model.dtype],
             head=head,
             weight_version=1,
             max_sequence_tokens=min(limit, config.max_batch_tokens),
@@ -125,18 +123,6 @@ class TransformersEngine:
                 out_RD.copy_(hidden_TD.index_select(0, rows_R))
             else:
                 torch.index_select(hidden_TD, 0, rows_R, out=out_RD)
-
-
-def _torch_dtype(name: str) -> torch.dtype | Literal["auto"]:
-    return "auto" if name == "auto" else next(dtype for dtype, wire in _DTYPES.items() if wire == name)
-
-
-def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device is cuda, but torch finds no usable GPU here")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -1,0 +1,1 @@
+"""The rollout server: samples from a student whose weights a trainer replaces."""

@@ -1,0 +1,251 @@
+"""Samples from a Hugging Face causal LM in this process, on the CPU or one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdmesh.errors import ConfigError
+from kdmesh.losses.head import OutputHead
+from kdmesh.losses.matmul import logits_into
+from kdmesh.losses.workspace import Workspace
+from kdmesh.models.body import load_causal_lm
+from kdmesh.models.decoding import Decoder, prepare_decoding
+from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
+from kdmesh.models.head import head_spec, output_head
+from kdmesh.models.placement import DTYPES, device, torch_dtype
+from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.tokens import tokenizer_fingerprint
+from kdmesh.weights.manifest import TensorSpec
+from kdmesh.weights.staging import StagedTensors
+from kdmesh_rollout.config import TransformersEngine as TransformersEngineConfig
+from kdmesh_rollout.drawing import draw
+from kdmesh_rollout.engine import EngineDescription, Finished, Order
+from kdmesh_rollout.growing import GrowingSample
+from kdmesh_rollout.stops import StopStrings
+
+
+class _Group:
+    """Samples that are decoded together; sample i is row i of the decoder."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.samples: list[GrowingSample] = []
+
+    def remove(self, row: int) -> None:
+        self.decoder.leave(row)
+        self.samples[row] = self.samples[-1]
+        self.samples.pop()
+
+
+class TransformersEngine:
+    """Decodes what is under way in one batch: new samples join between steps, finished ones leave.
+
+    When deterministic, every sample is decoded alone: its kernels then see the same shapes, and it
+    gets the same tokens, whatever else is served.
+    """
+
+    def __init__(self, config: TransformersEngineConfig) -> None:
+        self._config = config
+        self._model: PreTrainedModel
+        self._head: OutputHead
+        self._tokenizer: PreTrainedTokenizerBase | None
+        self._workspace = Workspace()
+        self._waiting: list[GrowingSample] = []
+        self._groups: list[_Group] = []
+        self._version = 0
+        self._staged: StagedTensors | None = None
+        self._drawn_tokens = self._prefilled_tokens = 0
+
+    # Loading
+
+    def load(self) -> EngineDescription:
+        """Read the model and its tokenizer; sets this process's number of torch threads when one is configured."""
+        config = self._config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._model = load_causal_lm(config.model, torch_dtype(config.dtype), device(config.device))
+        if self._model.dtype not in DTYPES:
+            raise ConfigError(
+                f"{config.model} has weights of {self._model.dtype}; set engine.dtype to float32 or bfloat16"
+            )
+        prepare_decoding(self._model)
+        self._tokenizer = load_tokenizer(config.model)
+        return self._describe()
+
+    def _describe(self) -> EngineDescription:
+        config, model = self._config, self._model
+        whole = output_head(model).detached()
+        vocabulary_size, fingerprint = whole.vocabulary_size, ""
+        if self._tokenizer is not None:
+            vocabulary = self._tokenizer.get_vocab()
+            vocabulary_size, fingerprint = max(vocabulary.values()) + 1, tokenizer_fingerprint(vocabulary)
+        # Views of the parameters: they hold the new values after a commit.
+        self._head = whole.sliced(head_spec(model, vocabulary_size).vocabulary_size)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_sequence_tokens
+        self._max_sequence_tokens = min(limit, config.max_sequence_tokens)
+        return EngineDescription(
+            name=config.model.resolve().name,
+            architecture_fingerprint=architecture_fingerprint(model),
+            tokenizer_fingerprint=fingerprint,
+            vocabulary_size=vocabulary_size,
+            dtype=DTYPES[model.dtype],
+            max_sequence_tokens=self._max_sequence_tokens,
+            max_running=config.max_running,
+            is_deterministic=config.deterministic,
+        )
+
+    # Sampling
+
+    def add(self, order: Order) -> None:
+        """Begin a sample with the next step."""
+        stops = StopStrings(order.sampling.stop_strings, self._decode)
+        self._waiting.append(GrowingSample(order, max_sequence_tokens=self._max_sequence_tokens, stops=stops))
+
+    def abort(self, key: int) -> None:
+        """Forget a sample."""
+        self._waiting = [sample for sample in self._waiting if sample.key != key]
+        for group in self._groups:
+            for row in reversed(range(len(group.samples))):
+                if group.samples[row].key == key:
+                    group.remove(row)
+
+    def step(self) -> list[Finished]:
+        """Draw one token for every sample under way; prompts join afterwards, and get their first."""
+        with torch.inference_mode():
+            self._groups = [group for group in self._groups if group.samples]
+            finished = []
+            for group in self._groups:
+                hidden_BD = group.decoder.advance([sample.newest for sample in group.samples])
+                finished += self._draw(group, 0, hidden_BD)
+            for samples in self._joining():
+                finished += self._join(samples)
+        return finished
+
+    @property
+    def num_running(self) -> int:
+        """Samples under way."""
+        return len(self._waiting) + sum(len(group.samples) for group in self._groups)
+
+    @property
+    def num_drawn_tokens(self) -> int:
+        """Tokens drawn since the start."""
+        return self._drawn_tokens
+
+    @property
+    def num_prefilled_tokens(self) -> int:
+        """Prompt tokens computed since the start."""
+        return self._prefilled_tokens
+
+    def _joining(self) -> Iterator[list[GrowingSample]]:
+        """Takes samples that join now, each list as one batch; a list's samples share prompts where they can."""
+        prompts: set[bytes] = set()
+        tokens = taken = 0
+        for sample in self._waiting:
+            ids = sample.sequence_ids
+            cost = 0 if ids.tobytes() in prompts and not self._config.deterministic else len(ids)
+            if taken and tokens + cost > self._config.max_prefill_tokens:
+                break
+            prompts.add(ids.tobytes())
+            tokens, taken = tokens + cost, taken + 1
+        joining, self._waiting = self._waiting[:taken], self._waiting[taken:]
+        if self._config.deterministic:
+            yield from ([sample] for sample in joining)
+        elif joining:
+            yield joining
+
+    def _join(self, samples: Sequence[GrowingSample]) -> list[Finished]:
+        """Compute each different prompt once, and draw every sample's first token."""
+        group = self._group_for(samples)
+        first = len(group.samples)
+        alike: dict[bytes, list[GrowingSample]] = {}
+        for sample in samples:
+            alike.setdefault(sample.sequence_ids.tobytes(), []).append(sample)
+        leaders = [same[0] for same in alike.values()]
+        hidden_PD = group.decoder.join([leader.sequence_ids for leader in leaders])
+        self._prefilled_tokens += sum(len(leader.sequence_ids) for leader in leaders)
+        group.samples += leaders
+        sources = list(range(len(leaders)))
+        for source, same in enumerate(alike.values()):
+            for sample in same[1:]:
+                group.decoder.fork(first + source, len(sample.sequence_ids))
+                group.samples.append(sample)
+                sources.append(source)
+        return self._draw(group, first, hidden_PD[sources])
+
+    def _group_for(self, samples: Sequence[GrowingSample]) -> _Group:
+        if self._config.deterministic or not self._groups:
+            # A deterministic sample's memory depends on nothing but itself, and never moves.
+            longest = max(sample.longest for sample in samples) if self._config.deterministic else 1
+            self._groups.append(_Group(Decoder(self._model, rows=1, tokens=longest)))
+        return self._groups[-1]
+
+    def _draw(self, group: _Group, first: int, hidden_BD: Tensor) -> list[Finished]:
+        """Draw for the rows from `first` on; those that have finished leave."""
+        drawing = group.samples[first:]
+        tokens, logprobs = draw(self._logits(hidden_BD), [sample.draw(hidden_BD.device) for sample in drawing])
+        self._drawn_tokens += len(drawing)
+        outcomes = [
+            sample.take(token, logprob, version=self._version)
+            for sample, token, logprob in zip(drawing, tokens, logprobs, strict=True)
+        ]
+        for row in reversed(range(len(outcomes))):  # the last row takes the place of one that leaves
+            if outcomes[row] is not None:
+                group.remove(first + row)
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _logits(self, hidden_BD: Tensor) -> Tensor:
+        """[B, V] float32, of real tokens."""
+        head = self._head
+        if hidden_BD.dtype not in (torch.float32, torch.bfloat16):
+            return head.logits(hidden_BD)
+        logits_BV = hidden_BD.new_empty(len(hidden_BD), head.vocabulary_size, dtype=torch.float32)
+        logits_into(logits_BV, hidden_BD, head.weight_VD, self._workspace)
+        if head.bias_V is not None:
+            logits_BV += head.bias_V
+        logits_BV *= head.logit_scale
+        if head.logit_softcap is None:
+            return logits_BV
+        return logits_BV.div_(head.logit_softcap).tanh_().mul_(head.logit_softcap)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        assert self._tokenizer is not None
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    # Weights
+
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
+        """Every tensor of the model, tied ones once."""
+        return tuple(
+            TensorSpec(name=name, shape=tuple(tensor.shape), dtype=DTYPES[tensor.dtype])
+            for name, tensor in named_weights(self._model).items()
+        )
+
+    def begin(self) -> None:
+        """Make room for a second copy, in ordinary memory."""
+        self._staged = StagedTensors(self.tensor_specs())
+
+    def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
+        """Copy bytes to that room."""
+        assert self._staged is not None
+        self._staged.write(tensor, offset_bytes, data)
+
+    def commit(self, version: int) -> None:
+        """Copy the new values over the old ones; what is under way is computed anew from its tokens."""
+        assert self._staged is not None
+        own = named_weights(self._model)
+        with torch.no_grad():
+            for name, tensor in self._staged.tensors.items():
+                own[name].copy_(tensor)
+        self._staged = None
+        self._version = version
+        self._waiting = [sample for group in self._groups for sample in group.samples] + self._waiting
+        self._groups = []
+
+    def discard(self) -> None:
+        """Give the second copy up."""
+        self._staged = None
