@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kdmesh.errors import DataError, ModelMismatch
-from kdmesh.types import DType, HeadSpec, ModelDescription, TokenSequence
-from kdmesh_trainer.fit import check_requests, common_vocabulary
+from kdmesh.types import DType, HeadSpec, ModelDescription, RolloutDescription, TokenSequence
+from kdmesh_trainer.fit import check_requests, check_sampler, check_samples, common_vocabulary
 
 TEACHER = ModelDescription(
     name="big",
@@ -51,3 +51,36 @@ def test_every_sequence_must_fit_a_request_by_itself() -> None:
         check_requests("train", [sequence(41, 1)], TEACHER)
     with pytest.raises(DataError, match=r"held_out has a sequence of 11 loss tokens.*holds 10.*slab\.slot_mib"):
         check_requests("held_out", [sequence(30, 11)], TEACHER)
+
+
+def test_the_longest_response_to_the_longest_prompt_must_fit_a_request() -> None:
+    check_samples(prompt_tokens=30, max_new_tokens=10, teacher=TEACHER)
+    with pytest.raises(DataError, match="a prompt with a response of 41 tokens, and teacher big takes at most 40"):
+        check_samples(prompt_tokens=31, max_new_tokens=10, teacher=TEACHER)
+    with pytest.raises(DataError, match="a response of 11 loss tokens, and one answer of teacher big holds 10"):
+        check_samples(prompt_tokens=3, max_new_tokens=11, teacher=TEACHER)
+
+
+SERVER = RolloutDescription(
+    name="learner",
+    architecture_fingerprint="x",
+    tokenizer_fingerprint="aaaa",
+    vocabulary_size=100,
+    weight_version=0,
+    max_sequence_tokens=50,
+    is_deterministic=True,
+    dtype=DType.FLOAT32,
+)
+
+
+def test_a_rollout_server_must_draw_what_the_teacher_can_score() -> None:
+    check_sampler(SERVER, tokenizer_fingerprint="aaaa", vocabulary_size=100, max_tokens=50)
+    with pytest.raises(ModelMismatch, match=r"learner has another tokenizer \(fingerprint aaaa\).* bbbb"):
+        check_sampler(SERVER, tokenizer_fingerprint="bbbb", vocabulary_size=100, max_tokens=50)
+    bare = replace(SERVER, tokenizer_fingerprint="")
+    with pytest.raises(ModelMismatch, match=r"learner has no tokenizer \(fingerprint none\)"):
+        check_sampler(bare, tokenizer_fingerprint="aaaa", vocabulary_size=100, max_tokens=50)
+    with pytest.raises(ModelMismatch, match="draws from 100 tokens, and the teacher shares only 99"):
+        check_sampler(SERVER, tokenizer_fingerprint="aaaa", vocabulary_size=99, max_tokens=50)
+    with pytest.raises(DataError, match="may be 51 tokens, and rollout server learner takes at most 50"):
+        check_sampler(SERVER, tokenizer_fingerprint="aaaa", vocabulary_size=100, max_tokens=51)

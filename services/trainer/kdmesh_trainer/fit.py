@@ -1,11 +1,11 @@
-"""Refuses a teacher that does not fit the student, or data that does not fit the teacher."""
+"""Refuses services that do not fit the student, or data that does not fit the services."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from kdmesh.errors import DataError, ModelMismatch
-from kdmesh.types import ModelDescription, TokenSequence
+from kdmesh.types import ModelDescription, RolloutDescription, TokenSequence
 
 
 def common_vocabulary(teacher: ModelDescription, *, tokenizer_fingerprint: str, vocabulary_size: int) -> int:
@@ -38,16 +38,69 @@ def check_requests(name: str, sequences: Sequence[TokenSequence], teacher: Model
     Raises:
         DataError: one is too long or has too many loss tokens.
     """
+    _check_limits(
+        f"dataset {name} has a sequence",
+        tokens=max(sequence.num_tokens for sequence in sequences),
+        rows=max(sequence.num_rows for sequence in sequences),
+        teacher=teacher,
+    )
+
+
+def check_samples(*, prompt_tokens: int, max_new_tokens: int, teacher: ModelDescription) -> None:
+    """Return when the teacher takes every response to a prompt, however long it gets.
+
+    Args:
+        prompt_tokens: of the longest prompt.
+
+    Raises:
+        DataError: it could be too long, or have too many loss tokens.
+    """
+    tokens = prompt_tokens + max_new_tokens
+    _check_limits("there may be a prompt with a response", tokens=tokens, rows=max_new_tokens, teacher=teacher)
+
+
+def check_sampler(
+    server: RolloutDescription, *, tokenizer_fingerprint: str, vocabulary_size: int, max_tokens: int
+) -> None:
+    """Return when the rollout servers sample what the student can be trained on.
+
+    Args:
+        tokenizer_fingerprint: of the student's tokenizer.
+        vocabulary_size: real tokens that student and teacher share.
+        max_tokens: of the longest prompt with the longest response.
+
+    Raises:
+        ModelMismatch: they have another tokenizer, or may draw tokens that the teacher lacks.
+        DataError: they would cut responses that the configuration allows.
+    """
+    if server.tokenizer_fingerprint != tokenizer_fingerprint:
+        raise ModelMismatch(
+            f"rollout server {server.name} has "
+            f"{'another' if server.tokenizer_fingerprint else 'no'} tokenizer (fingerprint "
+            f"{server.tokenizer_fingerprint or 'none'}); the student's has {tokenizer_fingerprint}, and their ids "
+            "must mean the same"
+        )
+    if server.vocabulary_size > vocabulary_size:
+        raise ModelMismatch(
+            f"rollout server {server.name} draws from {server.vocabulary_size} tokens, and the teacher shares only "
+            f"{vocabulary_size} with the student"
+        )
+    if server.max_sequence_tokens < max_tokens:
+        raise DataError(
+            f"a prompt with its response may be {max_tokens} tokens, and rollout server {server.name} takes at most "
+            f"{server.max_sequence_tokens}; lower source.sampling.max_new_tokens or data.max_tokens"
+        )
+
+
+def _check_limits(what: str, *, tokens: int, rows: int, teacher: ModelDescription) -> None:
     most_tokens = min(teacher.max_sequence_tokens, teacher.max_request_tokens)
-    tokens = max(sequence.num_tokens for sequence in sequences)
-    rows = max(sequence.num_rows for sequence in sequences)
     if tokens > most_tokens:
         raise DataError(
-            f"dataset {name} has a sequence of {tokens} tokens, and teacher {teacher.name} takes at most "
+            f"{what} of {tokens} tokens, and teacher {teacher.name} takes at most "
             f"{most_tokens}; lower data.max_tokens, or raise the teacher's engine.max_batch_tokens"
         )
     if rows > teacher.max_request_rows:
         raise DataError(
-            f"dataset {name} has a sequence of {rows} loss tokens, and one answer of teacher {teacher.name} holds "
+            f"{what} of {rows} loss tokens, and one answer of teacher {teacher.name} holds "
             f"{teacher.max_request_rows}; lower data.max_tokens, or raise the teacher's slab.slot_mib"
         )
