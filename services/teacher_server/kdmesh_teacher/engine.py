@@ -99,6 +99,10 @@ class ProcessEngine(Engine, Protocol):
         """From now on call `on_death` from some thread, with a reason, when one of them dies; called once."""
         ...
 
+    def num_cached_tokens(self) -> int:
+        """Tokens of requests that they had computed before, and did not again, so far."""
+        ...
+
     def close(self) -> None:
         """End them, also while they load."""
         ...

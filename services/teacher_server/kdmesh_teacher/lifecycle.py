@@ -77,4 +77,9 @@ async def serve(
 
 def _gauges(parts: Parts) -> Gauges:
     queue = parts.scheduler.queue
-    return Gauges(slab=parts.store.snapshot(), waiting_tokens=queue.num_tokens, waiting_requests=queue.num_requests)
+    return Gauges(
+        slab=parts.store.snapshot(),
+        waiting_tokens=queue.num_tokens,
+        waiting_requests=queue.num_requests,
+        cached_tokens=parts.cached_tokens(),
+    )

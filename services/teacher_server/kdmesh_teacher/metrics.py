@@ -22,6 +22,7 @@ class Gauges:
     slab: Snapshot
     waiting_tokens: int
     waiting_requests: int
+    cached_tokens: int
 
 
 class Metrics(JobMetrics):
@@ -87,6 +88,7 @@ class _Collector(Collector):
         door.add_metric(["stream"], self._stream_bytes())
         yield door
         for name, text, value in (
+            ("cached_tokens", "Tokens that the engine had computed before, and did not again.", now.cached_tokens),
             ("handles_mapped", "Handles claimed through shared memory.", counters.claimed),
             ("handles_streamed", "Reads of handles through the stream door.", counters.streamed),
             ("handles_unclaimed", "Answers that nobody claimed in time.", counters.unclaimed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kdmesh.handles.store import SlabStore
@@ -18,3 +19,4 @@ class Parts:
     scheduler: Scheduler
     head_weight: Handle
     head_bias: Handle | None
+    cached_tokens: Callable[[], int]  # so far, over all requests

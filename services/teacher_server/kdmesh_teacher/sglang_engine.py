@@ -44,14 +44,11 @@ class SglangEngine:
 
     A request's rows are counted on the way, and must be those asked for. Without SGLang's own
     deterministic inference, `deterministic` computes every sequence alone and from its first token.
-
-    Attributes:
-        num_cached_tokens: tokens that SGLang did not compute again, so far.
     """
 
     def __init__(self, config: SglangEngineConfig) -> None:
-        self.num_cached_tokens = 0
         self._config = config
+        self._num_cached_tokens = 0
         self._stack = contextlib.ExitStack()
         self._is_alone = False
         self._engine: Any = None  # sglang.Engine
@@ -124,6 +121,10 @@ class SglangEngine:
         self._on_death = on_death
         if self._death.done():
             on_death(self._death.result())
+
+    def num_cached_tokens(self) -> int:
+        """As SGLang counts them."""
+        return self._num_cached_tokens
 
     def close(self) -> None:
         """Kill SGLang's processes, all of which are this process's children."""
@@ -201,7 +202,7 @@ class SglangEngine:
                     f"SGLang delivered [rows, tokens] {delivered}; asked for were "
                     f"{[sequence.num_rows, sequence.num_tokens]}, and it says: {meta.get('finish_reason')}"
                 )
-            self.num_cached_tokens += meta["cached_tokens"]
+            self._num_cached_tokens += meta["cached_tokens"]
 
     async def _answers(self, requests: Sequence[tuple[TokenSequence, Ask]]) -> list[dict[str, Any]]:
         """What SGLang says to the requests. Raises EngineFailure when it dies, or refuses one."""

@@ -64,7 +64,14 @@ async def start(
     scheduler = Scheduler(loaded, store, limits, metrics)
     if isinstance(engine, ProcessEngine):
         _watch(engine, scheduler)
-    return Parts(model=model, store=store, scheduler=scheduler, head_weight=weight, head_bias=bias)
+    return Parts(
+        model=model,
+        store=store,
+        scheduler=scheduler,
+        head_weight=weight,
+        head_bias=bias,
+        cached_tokens=engine.num_cached_tokens if isinstance(engine, ProcessEngine) else lambda: 0,
+    )
 
 
 def _watch(engine: ProcessEngine, scheduler: Scheduler) -> None:
