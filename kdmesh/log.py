@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # What every record carries; anything else on a record came from `extra`.
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
-_OURS = ("kdmesh", "kdmesh_teacher", "kdmesh_trainer")
+_OURS = ("kdmesh", "kdmesh_teacher", "kdmesh_rollout", "kdmesh_trainer")
 
 
 def configure(service: str, *, rank: int = 0, pretty: bool | None = None) -> None:

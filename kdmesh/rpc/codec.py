@@ -39,7 +39,9 @@ def dtype_to_wire(dtype: DType) -> common_pb2.DType.ValueType:
 def sequences_from_wire(messages: Iterable[common_pb2.TokenSequence]) -> tuple[TokenSequence, ...]:
     """Raises InvalidRequest when a sequence is not one."""
     return tuple(
-        TokenSequence(token_ids=_int32(m.token_ids, "token id"), positions=_int32(m.positions, "position"))
+        TokenSequence(
+            token_ids=int32_from_wire(m.token_ids, "token id"), positions=int32_from_wire(m.positions, "position")
+        )
         for m in messages
     )
 
@@ -149,7 +151,8 @@ def description_to_wire(model: ModelDescription) -> teacher_pb2.DescribeResponse
     )
 
 
-def _int32(values: Iterable[int], what: str) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def int32_from_wire(values: Iterable[int], what: str) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """[n] of unsigned numbers. Raises InvalidRequest when one is too large; `what` names them."""
     wide = np.fromiter(values, dtype=np.int64)
     if len(wide) and wide.max() > _MAX_ID:
         raise InvalidRequest(f"{what} {wide.max()} exceeds {_MAX_ID}")

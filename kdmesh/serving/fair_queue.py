@@ -63,7 +63,7 @@ class FairQueue(Generic[W]):
         """Every request that waits."""
         return tuple(work for session in self._waiting.values() for work in session)
 
-    def take(self, max_tokens: int, acquire: Callable[[bytes], S | None]) -> list[tuple[W, S]]:
+    def take(self, max_tokens: float, acquire: Callable[[bytes], S | None]) -> list[tuple[W, S]]:
         """The next batch, with what `acquire` gave for each request; empty when nothing can start now.
 
         A session whose next request does not fit, or for which `acquire` gives None, is passed over and

@@ -41,6 +41,11 @@ class GrowingSample:
         return np.concatenate([self._order.prompt_ids, np.array(self._token_ids, np.int32)])
 
     @property
+    def num_drawn(self) -> int:
+        """Tokens drawn so far."""
+        return len(self._token_ids)
+
+    @property
     def newest(self) -> int:
         """The last token drawn."""
         return self._token_ids[-1]

@@ -1,0 +1,51 @@
+"""What a request must be before any work is done for it."""
+
+from __future__ import annotations
+
+from kdmesh.errors import InvalidRequest, ModelMismatch
+from kdmesh.types import RolloutDescription, Sampling
+from kdmesh_rollout.work import SampleRequest
+
+_MAX_SAMPLES = 4096  # of one request
+
+
+def check_request(request: SampleRequest, model: RolloutDescription) -> None:
+    """Raises InvalidRequest, with the value and the limit, when the model cannot answer the request."""
+    if not 1 <= request.num_samples <= _MAX_SAMPLES:
+        raise InvalidRequest(f"num_samples is {request.num_samples}; it must be from 1 to {_MAX_SAMPLES}")
+    length = len(request.prompt_ids)
+    if not length:
+        raise InvalidRequest("the prompt is empty; it needs at least one token")
+    if length >= model.max_sequence_tokens:
+        raise InvalidRequest(
+            f"the prompt has {length} tokens, which leaves no room for a response: prompt and response together have "
+            f"at most {model.max_sequence_tokens}"
+        )
+    _check_ids("the prompt", int(request.prompt_ids.max()), model)
+    _check_stops(request.sampling, model)
+
+
+def check_model(architecture_fingerprint: str, min_weight_version: int, model: RolloutDescription) -> None:
+    """Raises ModelMismatch when the client wants another model than is served, or newer weights."""
+    if architecture_fingerprint not in ("", model.architecture_fingerprint):
+        raise ModelMismatch(
+            f"the request is for architecture {architecture_fingerprint}; "
+            f"this server has {model.architecture_fingerprint}"
+        )
+    if min_weight_version > model.weight_version:
+        raise ModelMismatch(
+            f"the request wants weights of version {min_weight_version} or newer; "
+            f"this server has {model.weight_version}"
+        )
+
+
+def _check_stops(sampling: Sampling, model: RolloutDescription) -> None:
+    if sampling.stop_token_ids:
+        _check_ids("stop_token_ids", max(sampling.stop_token_ids), model)
+    if sampling.stop_strings and not model.tokenizer_fingerprint:
+        raise InvalidRequest("stop_strings need a tokenizer, and this model has none; give stop_token_ids")
+
+
+def _check_ids(what: str, largest: int, model: RolloutDescription) -> None:
+    if largest >= model.vocabulary_size:
+        raise InvalidRequest(f"{what} has token id {largest}; ids must be below {model.vocabulary_size}")

@@ -1,0 +1,84 @@
+"""The numbers that /metrics shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kdmesh.serving.job_metrics import JobMetrics
+from kdmesh.types import Sample
+
+_NAMESPACE = "kdmesh_rollout"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """What is true at the moment of a scrape."""
+
+    running_samples: int
+    waiting_samples: int
+    waiting_tokens: int
+    weight_version: int
+    drawn_tokens: int
+    prefilled_tokens: int
+
+
+class Metrics(JobMetrics):
+    """Counters and histograms; a job is known by the name its streams carry.
+
+    Written and read on the event loop only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_NAMESPACE)
+        self._samples = self.counter("samples", "Finished samples by why they ended.", "job", "reason")
+        self._tokens = self.counter("tokens", "Tokens of finished samples.", "job")
+        self._requests = self.counter("requests", "Requests by what came of them.", "job", "outcome")
+        self._queue_seconds = self.histogram("queue_seconds", "From arrival to a sample's first step.", "job")
+        self._step_seconds = self.histogram("step_seconds", "Duration of a decoding step.")
+
+    def watch(self, look: Callable[[], Gauges]) -> None:
+        """Show what `look` finds at every scrape; called once, when the server is ready."""
+        self.registry.register(_Collector(look))
+
+    def sample_started(self, job: str, *, waited_s: float) -> None:
+        """A sample has begun."""
+        self._queue_seconds.labels(self.job_label(job)).observe(waited_s)
+
+    def sample_done(self, job: str, sample: Sample) -> None:
+        """A sample has finished."""
+        label = self.job_label(job)
+        self._samples.labels(label, sample.finish_reason.value).inc()
+        self._tokens.labels(label).inc(sample.num_tokens)
+
+    def step_done(self, seconds: float) -> None:
+        """The engine has made a step."""
+        self._step_seconds.observe(seconds)
+
+    def request_done(self, job: str, outcome: str) -> None:
+        """A request has been answered; `outcome` is "ok", "aborted", "cancelled" or the name of an error."""
+        self._requests.labels(self.job_label(job), outcome).inc()
+
+
+class _Collector(Collector):
+    def __init__(self, look: Callable[[], Gauges]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterator[Metric]:
+        """The engine and the queue as they are now."""
+        now = self._look()
+        for name, text, value in (
+            ("running_samples", "Samples being decoded.", now.running_samples),
+            ("waiting_samples", "Samples that have not started.", now.waiting_samples),
+            ("waiting_tokens", "Tokens of prompts, and of the longest responses, that wait.", now.waiting_tokens),
+            ("weight_version", "Weights that are served; 0 for those of the start.", now.weight_version),
+        ):
+            yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
+        for name, text, value in (
+            ("drawn_tokens", "Tokens drawn, those of aborted samples too.", now.drawn_tokens),
+            ("prefilled_tokens", "Prompt tokens computed.", now.prefilled_tokens),
+        ):
+            yield CounterMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)

@@ -1,0 +1,23 @@
+"""What answers a rollout server's requests once the model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kdmesh.rpc.weight_updates import WeightUpdates
+from kdmesh.types import RolloutDescription
+from kdmesh_rollout.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Made by start.py, one of each."""
+
+    model_at_start: RolloutDescription
+    scheduler: Scheduler
+    updates: WeightUpdates
+
+    @property
+    def model(self) -> RolloutDescription:
+        """What is served now."""
+        return replace(self.model_at_start, weight_version=self.updates.version)

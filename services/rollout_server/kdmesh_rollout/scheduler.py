@@ -1,0 +1,266 @@
+"""Requests in, decoding steps of the engine, samples out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kdmesh.errors import EngineFailure, RpcError, Unavailable
+from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.fair_queue import FairQueue
+from kdmesh.serving.throughput import Throughput
+from kdmesh.weights.manifest import Manifest, UpdatePolicy
+from kdmesh_rollout.engine import Engine, EngineDescription, Finished, Order
+from kdmesh_rollout.metrics import Metrics
+from kdmesh_rollout.work import Answers, SampleRequest, Work
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedEngine:
+    """An engine that samples, and the thread it lives on."""
+
+    engine: Engine
+    thread: EngineThread
+    model: EngineDescription
+    check: Callable[[], None]  # blocks on the engine's thread; raises when the engine is broken for good
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Update:
+    """New weights that are to be committed."""
+
+    policy: UpdatePolicy
+    commit: Callable[[], None]
+    done: asyncio.Future[None]
+
+
+class Scheduler:
+    """Decides what the engine decodes next. Not thread-safe: it belongs to one event loop.
+
+    Between two steps new samples join, unwanted ones leave, and new weights are committed.
+    """
+
+    def __init__(self, engine: LoadedEngine, *, max_waiting_tokens: int, metrics: Metrics) -> None:
+        self._engine = engine
+        self._max_waiting_tokens = max_waiting_tokens
+        self._metrics = metrics
+        self._queue = FairQueue[Work]()
+        self._throughput = Throughput()
+        self._keys = itertools.count()
+        self._running: dict[int, Work] = {}
+        self._unwanted: list[int] = []  # keys that the engine has still to forget
+        self._update: _Update | None = None
+        self._wake = asyncio.Event()
+
+    @property
+    def queue(self) -> FairQueue[Work]:
+        """What waits; for looking only."""
+        return self._queue
+
+    @property
+    def num_running(self) -> int:
+        """Samples being decoded."""
+        return len(self._running)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Measured speed of the engine; None before its first step."""
+        return self._throughput.tokens_per_s
+
+    @contextlib.contextmanager
+    def answering(self, request: SampleRequest) -> Iterator[Answers]:
+        """The samples of a request as they come; on exit, what is unfinished is forgotten.
+
+        Raises:
+            Unavailable: the queue is full.
+        """
+        answers = Answers(request.num_samples)
+        works = [self._work(request, index, answers) for index in range(request.num_samples)]
+        self._check_room(works)
+        for work in works:
+            self._queue.push(work)
+        self._wake.set()
+        try:
+            yield answers
+        finally:
+            for work in works:
+                self._forget(work)
+
+    async def apply(self, manifest: Manifest, commit: Callable[[], None]) -> None:
+        """Call `commit` in the engine's thread between two steps, after what manifest.policy asks for.
+
+        May be cancelled before that.
+        """
+        update = _Update(policy=manifest.policy, commit=commit, done=asyncio.get_running_loop().create_future())
+        self._update = update
+        self._wake.set()
+        try:
+            await update.done
+        finally:
+            if self._update is update:
+                self._update = None
+                self._wake.set()
+
+    async def run(self) -> None:
+        """Work until cancelled.
+
+        Raises:
+            EngineFailure: the engine is broken for good; every request has been told.
+        """
+        while True:
+            self._wake.clear()
+            if self._update is not None:
+                await self._make_way(self._update)
+            orders = self._take()
+            if orders or self._running or self._unwanted:
+                await self._advance(orders)
+            else:
+                await self._wake.wait()
+
+    # Waiting
+
+    def _work(self, request: SampleRequest, index: int, answers: Answers) -> Work:
+        seed = None if request.seed is None else (request.seed + index) % 2**64
+        order = Order(key=next(self._keys), prompt_ids=request.prompt_ids, sampling=request.sampling, seed=seed)
+        return Work(
+            session=request.session,
+            job=request.job,
+            order=order,
+            index=index,
+            num_tokens=len(request.prompt_ids) + request.sampling.max_new_tokens,
+            arrived_s=time.monotonic(),
+            answers=answers,
+        )
+
+    def _check_room(self, works: Sequence[Work]) -> None:
+        waiting, wanted = self._queue.num_tokens, sum(work.num_tokens for work in works)
+        excess = waiting + wanted - self._max_waiting_tokens
+        if waiting and excess > 0:  # a request larger than the limit can still enter an empty queue
+            raise Unavailable(
+                f"the queue is full: {waiting} tokens wait, this request may come to {wanted}, "
+                f"and at most {self._max_waiting_tokens} may wait",
+                retry_after_s=self._throughput.seconds_for(min(excess, waiting)),
+            )
+
+    def _take(self) -> list[Order]:
+        """What joins now: nothing while an update waits for the samples under way."""
+        if self._update is not None:
+            return []
+        room = iter(range(self._engine.model.max_running - len(self._running)))
+        now_s = time.monotonic()
+        taken = [work for work, _ in self._queue.take(math.inf, lambda session: next(room, None))]
+        for work in taken:
+            self._running[work.order.key] = work
+            self._metrics.sample_started(work.job, waited_s=now_s - work.arrived_s)
+        return [work.order for work in taken]
+
+    def _forget(self, work: Work) -> None:
+        if work in self._queue:
+            self._queue.remove(work)
+        elif self._running.pop(work.order.key, None) is not None:
+            self._unwanted.append(work.order.key)
+        self._wake.set()
+
+    # Running
+
+    async def _advance(self, orders: Sequence[Order]) -> None:
+        unwanted, self._unwanted = self._unwanted, []
+        engine = self._engine.engine
+        before = engine.num_drawn_tokens + engine.num_prefilled_tokens
+        began_s = time.monotonic()
+        call = self._engine.thread.run(self._step, unwanted, orders)
+        # Not `await call`: whatever the engine raises ends what is under way, and nothing else.
+        await asyncio.wait((call,))
+        seconds = time.monotonic() - began_s
+        failure = call.exception()
+        if failure is not None:
+            log.error("engine failed on a step", extra={"samples": len(self._running)}, exc_info=failure)
+            self._end_running(
+                EngineFailure("the engine failed while this was sampled; the server's log has the details")
+            )
+            await self._check()
+            return
+        self._throughput.add(engine.num_drawn_tokens + engine.num_prefilled_tokens - before, seconds)
+        self._metrics.step_done(seconds)
+        for finished in call.result():
+            work = self._running.pop(finished.key, None)
+            if work is not None:  # else it was aborted during the step
+                self._metrics.sample_done(work.job, finished.sample)
+                work.answers.give(work.index, finished.sample)
+
+    def _step(self, unwanted: Sequence[int], orders: Sequence[Order]) -> list[Finished]:
+        """On the engine's thread."""
+        engine = self._engine.engine
+        for key in unwanted:
+            engine.abort(key)
+        for order in orders:
+            engine.add(order)
+        return engine.step() if engine.num_running else []
+
+    def _end_running(self, error: RpcError) -> None:
+        for work in self._running.values():
+            work.answers.fail(error)
+        self._unwanted += self._running
+        self._running.clear()
+
+    async def _check(self) -> None:
+        """Go on if the engine still samples."""
+        unwanted, self._unwanted = self._unwanted, []
+
+        def check() -> None:
+            for key in unwanted:
+                self._engine.engine.abort(key)
+            self._engine.check()
+
+        call = self._engine.thread.run(check)
+        await asyncio.wait((call,))
+        failure = call.exception()
+        if failure is not None:
+            self._give_up(EngineFailure("the engine is broken; the server restarts"))
+            raise EngineFailure("the engine is broken: it fails on the fixed prompt too") from failure
+
+    def _give_up(self, error: RpcError) -> None:
+        for work in self._queue.everything():
+            self._queue.remove(work)
+            work.answers.fail(error)
+        self._end_running(error)
+
+    # Weights
+
+    async def _make_way(self, update: _Update) -> None:
+        """Commit new weights, unless samples under way are to be finished first."""
+        if update.policy is UpdatePolicy.FINISH and self._running:
+            return
+        if update.policy is UpdatePolicy.ABORT:
+            self._end_running(Unavailable("an update of the weights aborted this; ask again", retry_after_s=0.0))
+        if self._unwanted:
+            await self._engine.thread.run(self._abort, tuple(self._unwanted))
+            self._unwanted.clear()
+        if self._update is not update:
+            return  # withdrawn meanwhile
+        call = self._engine.thread.run(update.commit)
+        await asyncio.wait((call,))
+        self._update = None
+        failure = call.exception()
+        if update.done.cancelled():
+            pass
+        elif failure is None:
+            update.done.set_result(None)
+        else:
+            update.done.set_exception(failure)
+        if failure is not None and not isinstance(failure, RpcError):
+            self._give_up(EngineFailure("new weights could not be taken over; the server restarts"))
+            raise EngineFailure("new weights could not be taken over") from failure
+
+    def _abort(self, keys: Sequence[int]) -> None:
+        """On the engine's thread."""
+        for key in keys:
+            self._engine.engine.abort(key)

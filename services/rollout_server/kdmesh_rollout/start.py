@@ -1,0 +1,66 @@
+"""From a configuration to the parts that answer requests: the loaded and proven engine, the queue, the weights."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+
+from kdmesh.rpc.weight_updates import WeightUpdates
+from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.types import RolloutDescription
+from kdmesh_rollout import probe
+from kdmesh_rollout.config import RolloutConfig
+from kdmesh_rollout.engine import Engine
+from kdmesh_rollout.metrics import Gauges, Metrics
+from kdmesh_rollout.parts import Parts
+from kdmesh_rollout.scheduler import LoadedEngine, Scheduler
+
+log = logging.getLogger(__name__)
+
+
+async def start(
+    config: RolloutConfig, engine: Engine, thread: EngineThread, *, metrics: Metrics, stack: AsyncExitStack
+) -> Parts:
+    """Everything that answers requests; `stack` ends it. The scheduler does not run yet.
+
+    Raises:
+        ConfigError: the model is not to be had.
+        EngineFailure: the engine does not sample as it must.
+    """
+    began_s = time.monotonic()
+    model = await thread.run(engine.load)
+    check = partial(probe.check_samples, engine, model)
+    await thread.run(check)
+    log.info("model loaded", extra={"model": model.name, "seconds": time.monotonic() - began_s})
+    loaded = LoadedEngine(engine=engine, thread=thread, model=model, check=check)
+    scheduler = Scheduler(loaded, max_waiting_tokens=config.queue.max_tokens, metrics=metrics)
+    updates = WeightUpdates(engine, architecture_fingerprint=model.architecture_fingerprint, apply=scheduler.apply)
+    stack.push_async_callback(asyncio.to_thread, updates.close)
+    described = RolloutDescription(
+        name=model.name,
+        architecture_fingerprint=model.architecture_fingerprint,
+        tokenizer_fingerprint=model.tokenizer_fingerprint,
+        vocabulary_size=model.vocabulary_size,
+        weight_version=0,
+        max_sequence_tokens=model.max_sequence_tokens,
+        is_deterministic=model.is_deterministic,
+        dtype=model.dtype,
+    )
+    parts = Parts(model_at_start=described, scheduler=scheduler, updates=updates)
+    metrics.watch(lambda: _gauges(parts, engine))
+    return parts
+
+
+def _gauges(parts: Parts, engine: Engine) -> Gauges:
+    queue = parts.scheduler.queue
+    return Gauges(
+        running_samples=parts.scheduler.num_running,
+        waiting_samples=queue.num_requests,
+        waiting_tokens=queue.num_tokens,
+        weight_version=parts.updates.version,
+        drawn_tokens=engine.num_drawn_tokens,
+        prefilled_tokens=engine.num_prefilled_tokens,
+    )
