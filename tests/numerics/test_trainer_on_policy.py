@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from kdmesh.errors import EngineFailure, ModelMismatch
 from kdmesh.types import Sample
+from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.evaluate import HeldOutEvaluator
+from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.sources.rollouts import Rollout
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_on_policy import (
+    MAX_TOKENS,
     PROMPTS_PER_STEP,
     SAMPLES_PER_PROMPT,
     SAMPLING,
+    VOCABULARY_SIZE,
     Run,
     losses,
     order,
+    prompts,
     serial_losses,
 )
 from tests.support.trainer_ranks import run_ranks
-from tests.support.trainer_rollouts import FastRollouts, Ready, SlowRollouts
+from tests.support.trainer_rollouts import FastRollouts, LocalStudent, Ready, SlowRollouts
 
 SUPPORT = "tests.support.trainer_on_policy"
 STEPS = 5
@@ -153,6 +163,46 @@ def test_a_server_that_lost_the_weights_gets_them_again(mesh: Mesh, models: dict
             run.copy.version = 0  # what a server has that was killed and started anew
     assert seen == expected
     assert run.copy.published == [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (6, 4), (7, 5)]
+
+
+def blurred(model: Path, path: Path) -> Path:
+    """A copy of a model with noise on its head: what must be learnt back is known, and the same for every prompt."""
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        noise = torch.randn(lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+        lm.lm_head.weight.add_(0.2 * noise)
+    lm.save_pretrained(path)
+    return path
+
+
+def test_the_student_comes_nearer_to_its_teacher_on_prompts_it_was_not_trained_on(
+    mesh: Mesh, models: dict[str, Any], tmp_path: Path
+) -> None:
+    student = blurred(Path(models["teacher"]), tmp_path / "student")
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant")
+    run = Run(mesh, student=str(student), teacher=models["teacher"], steps=20, optimizer=optimizer)
+    speaker = LocalStudent(Path(models["teacher"]), vocabulary_size=VOCABULARY_SIZE)
+    held_out = [
+        Rollout.of(prompt, speaker.sample(prompt, SAMPLING, seed=number)).sequence
+        for number, prompt in enumerate(prompts(24)[12:])
+    ]
+    judge = HeldOutEvaluator(
+        run.model,
+        held_out,
+        teacher=run.teacher,
+        teacher_head=TeacherHead(run.teacher, vocabulary_size=VOCABULARY_SIZE, device=mesh.device),
+        max_tokens=MAX_TOKENS,
+        prefetch=0,
+        workspace=None,
+        mesh=mesh,
+    )
+    before = judge.evaluate().kl_nats_per_token
+    list(run.train(run.source(FastRollouts(run.copy), max_staleness=1)))
+    after = judge.evaluate().kl_nats_per_token
+    assert before is not None
+    assert after is not None
+
+    assert after < before / 2
 
 
 class Forgetful(FastRollouts):

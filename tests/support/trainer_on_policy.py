@@ -48,14 +48,27 @@ def order() -> PromptOrder:
 class Run:
     """A student with its stepper, its teacher and its copy."""
 
-    def __init__(self, mesh: Mesh, *, student: str, teacher: str, steps: int, served: int = 0) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        student: str,
+        teacher: str,
+        steps: int,
+        served: int = 0,
+        optimizer: OptimizerConfig = OPTIMIZER,
+    ) -> None:
+        """`served` is the weight version that the rollout server has when the run begins."""
         self.mesh = mesh
         self.steps = steps
         self.teacher = LocalTeacher(Path(teacher))
         self.copy = LocalStudent(Path(student), vocabulary_size=VOCABULARY_SIZE, served=served)
         model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
         self.copy.follow(model)
-        self.stepper: GradientStepper = build_stepper(model, self.teacher, mesh, config=OPTIMIZER, steps=steps)
+        self.model = model
+        self.stepper: GradientStepper = build_stepper(
+            model, self.teacher, mesh, config=optimizer, steps=steps, ce_weight=0.0
+        )
 
     def source(self, service: RolloutService, *, max_staleness: int, prefetch: int = 1) -> OnPolicySource:
         """A source of this run."""

@@ -110,7 +110,13 @@ def build_student(path: Path, mesh: Mesh, *, vocabulary_size: int, compute_dtype
 
 
 def build_stepper(
-    student: Student, teacher: LocalTeacher, mesh: Mesh, *, config: OptimizerConfig, steps: int
+    student: Student,
+    teacher: LocalTeacher,
+    mesh: Mesh,
+    *,
+    config: OptimizerConfig,
+    steps: int,
+    ce_weight: float = 0.3,
 ) -> GradientStepper:
     """A stepper that distils from `teacher` by forward KL with some cross-entropy."""
     return GradientStepper(
@@ -119,7 +125,7 @@ def build_stepper(
             divergence=forward_kl,
             temperature=1.0,
             kd_weight=1.0,
-            ce_weight=0.3,
+            ce_weight=ce_weight,
             teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
             workspace=None,
         ),
