@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.types import TokenSequence
 from tests.support.reference_rows import hugging_face_rows
 from tests.support.sequences import random_sequences
-from tests.support.sglang_teachers import CHUNK_TOKENS, metric, sglang_teacher
+from tests.support.sglang_teachers import CHUNK_TOKENS, metric, sglang_environment, sglang_teacher
 from tests.support.teacher_process import TeacherProcess
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 
@@ -113,9 +117,40 @@ def test_positions_inside_a_cached_prefix_get_their_rows(
     assert cached(teacher) == before + 200
 
 
-def test_head_is_the_models_own(pool: TeacherPool, model: Path) -> None:
-    from transformers import AutoModelForCausalLM
+_HOLD_ROWS = """
+import sys, time
+import numpy as np
+from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.types import TokenSequence
+sequence = TokenSequence(token_ids=np.arange(9, dtype=np.int32), positions=np.arange(8, dtype=np.int32))
+pool = TeacherPool([sys.argv[1]], job="held", door="shm", move_after_s=1000)
+rows = pool.submit([sequence]).wait()
+print("held", flush=True)
+time.sleep(1000)
+"""
 
+
+def test_slot_that_got_other_memory_is_written_as_the_first_was(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    slab = {"slots": 1, "slots_per_session": 1, "lease_s": 1}
+    with (
+        sglang_teacher(tmp_path_factory.mktemp("s"), model, slab=slab) as server,
+        subprocess.Popen(
+            [sys.executable, "-c", _HOLD_ROWS, server.grpc], stdout=subprocess.PIPE, env=sglang_environment()
+        ) as holder,
+    ):
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        holder.send_signal(signal.SIGSTOP)  # alive, and silent from now on
+        asked = sequences(33, 70, seed=8)
+        with TeacherPool([server.grpc], job="test", door="shm", deadline_s=30) as pool:
+            assert relative_error(rows(pool, asked), hugging_face_rows(model, asked)) < 1e-5
+        assert metric(server, "kdmesh_teacher_orphans") == 1
+        holder.kill()
+
+
+def test_head_is_the_models_own(pool: TeacherPool, model: Path) -> None:
     head, _ = pool.head()
     expected = AutoModelForCausalLM.from_pretrained(model, dtype="auto").get_output_embeddings().weight
     assert torch.equal(head.weight_VD, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from transformers import AutoModelForCausalLM
 from kdmesh.types import TokenSequence
 
 
-def hugging_face_rows(path: Path, sequences: Sequence[TokenSequence]) -> Tensor:
+def hugging_face_rows(
+    path: Path, sequences: Sequence[TokenSequence], *, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> Tensor:
     """[R, D] last hidden states after the final norm, every sequence computed alone."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
     rows = []
     with torch.no_grad():
         for sequence in sequences:
