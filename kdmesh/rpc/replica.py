@@ -1,4 +1,4 @@
-"""One teacher server of a fleet: connected again whenever it comes back."""
+"""One of several servers that do the same: connected again whenever it comes back."""
 
 from __future__ import annotations
 
@@ -7,39 +7,61 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch, RpcError
 from kdmesh.rpc.retry import RetryPolicy
-from kdmesh.rpc.teacher_client import TeacherClient
 
 log = logging.getLogger(__name__)
 
 
-class Replica:
+class Client(Protocol):
+    """A connection to one server, which is lost for good when it is lost."""
+
+    @property
+    def max_requests(self) -> int:
+        """Most requests that may be under way at once."""
+        ...
+
+    async def wait_lost(self) -> RpcError:
+        """Return when it cannot be used any more, with the reason."""
+        ...
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+C = TypeVar("C", bound=Client)
+
+
+class Replica(Generic[C]):
     """Belongs to one event loop.
 
     Args:
+        kind: what such a server is called in logs.
         address: host:port.
-        connect: one attempt to open a session.
+        connect: one attempt at the address.
         on_change: called whenever it may have become usable, or has become useless.
 
     Attributes:
-        client: the open session; None while there is none.
+        client: the open connection; None while there is none.
         failure: why this replica is never used again; None as long as it may be.
         last_error: what the last attempt failed with, for messages.
         has_tried: whether the first attempt is over.
-        outstanding_tokens: of requests that were sent and have no rows yet.
+        outstanding_tokens: of requests that were sent and are not answered yet.
     """
 
     def __init__(
-        self, address: str, connect: Callable[[], Awaitable[TeacherClient]], on_change: Callable[[], None]
+        self, kind: str, address: str, connect: Callable[[str], Awaitable[C]], on_change: Callable[[], None]
     ) -> None:
         self.address = address
-        self.client: TeacherClient | None = None
+        self.client: C | None = None
         self.failure: KdmeshError | None = None
         self.last_error: KdmeshError | None = None
         self.has_tried = False
         self.outstanding_tokens = 0
+        self._kind = kind
         self._connect = connect
         self._on_change = on_change
         self._outstanding_requests = 0
@@ -49,7 +71,7 @@ class Replica:
     @property
     def free_in_s(self) -> float:
         """How long until it takes a request; infinite when only an event can tell."""
-        if self.client is None or self._outstanding_requests >= self.client.max_slots:
+        if self.client is None or self._outstanding_requests >= self.client.max_requests:
             return float("inf")
         return max(0.0, self._rests_until_s - time.monotonic())
 
@@ -76,11 +98,13 @@ class Replica:
             while self.failure is None:
                 wait_s = 0.0
                 try:
-                    self.client = await self._connect()
+                    self.client = await self._connect(self.address)
                     attempt = 0
                     await self._use(self.client)
                 except (ConfigError, ModelMismatch) as error:
-                    log.error("teacher refused", extra={"address": self.address, "reason": str(error)})
+                    log.error(
+                        "server refused", extra={"kind": self._kind, "address": self.address, "reason": str(error)}
+                    )
                     self.failure = self.last_error = error
                 except RpcError as error:
                     self.last_error = error
@@ -92,13 +116,13 @@ class Replica:
         finally:
             await self._drop()
 
-    async def _use(self, client: TeacherClient) -> None:
-        """Return when the session is lost."""
+    async def _use(self, client: C) -> None:
+        """Return when the connection is lost."""
         self.has_tried = True
         self._rests_until_s = 0.0
         self._on_change()
         self.last_error = await client.wait_lost()
-        log.warning("teacher lost", extra={"address": self.address, "reason": str(self.last_error)})
+        log.warning("server lost", extra={"kind": self._kind, "address": self.address, "reason": str(self.last_error)})
         await self._drop()
 
     async def _drop(self) -> None:

@@ -55,13 +55,13 @@ class TeacherClient:
     Attributes:
         address: host:port.
         model: what the server said of itself.
-        max_slots: most answers that the server lets this session hold at once.
+        max_requests: most answers that the server lets this session hold at once.
         door: through which rows come.
     """
 
     address: str
     model: ModelDescription
-    max_slots: int
+    max_requests: int
     door: Door
 
     def __init__(self, address: str) -> None:
@@ -110,7 +110,7 @@ class TeacherClient:
             raise EngineFailure(f"{self.address} describes an impossible model: {error}") from None
         wanted = model_fingerprint or self.model.model_fingerprint
         opened = await self._call(self._stub.OpenSession, pb.OpenSessionRequest(job=job, model_fingerprint=wanted))
-        self._session, self.max_slots = opened.session, opened.max_slots
+        self._session, self.max_requests = opened.session, opened.max_slots
         self._lease_s = opened.lease_ms / 1000
         self._closing.push_async_callback(self._close_session)
         self._closing.push_async_callback(self._tasks.close)

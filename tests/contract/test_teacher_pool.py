@@ -159,7 +159,7 @@ def test_request_waits_for_the_restart_of_the_only_teacher(tmp_path: Path) -> No
 
 def test_lost_session_is_opened_again(teacher: TeacherProcess) -> None:
     with TeacherPool([teacher.grpc], job="test", deadline_s=10) as pool:
-        (replica,) = pool._fleet._replicas
+        (replica,) = pool._fleet._replicas._replicas
         assert replica.client is not None
         session = replica.client._session
         with grpc.insecure_channel(teacher.grpc) as channel:

@@ -37,6 +37,6 @@ def test_job_goes_on_with_the_other_teacher_and_learns_exactly_the_same(
     second.let_go()
     trainer.succeed()
     assert job.record() == undisturbed.plain.record()
-    assert [event["address"] for event in trainer.events("teacher lost")] == [victim.address]
+    assert [event["address"] for event in trainer.events("server lost")] == [victim.address]
     # What the victim did not answer was asked once more.
     assert survivor.num_answered("orphaned") == undisturbed.plain_requests - answered

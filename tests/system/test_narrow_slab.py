@@ -67,7 +67,7 @@ def test_stopped_job_loses_its_credit_and_nothing_else(
     other.succeed()
     assert job.record() == whole.record()
     assert 1500 < job.steps()[0]["num_loss_tokens"] < ROWS
-    assert trainer.events("teacher lost")
+    assert trainer.events("server lost")
     slab = teacher.get("/v1/slab")
     assert (slab["orphans"], slab["slots"]["free"]) == (0, 1)
 

@@ -1,0 +1,120 @@
+"""Servers that do the same: finds the one with the least to do, and another when that one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+from kdmesh.errors import DeadlineExpired, HandleGone, Unavailable
+from kdmesh.rpc.background_tasks import BackgroundTasks
+from kdmesh.rpc.replica import Client, Replica
+from kdmesh.rpc.retry import Deadline, RetryPolicy
+
+C = TypeVar("C", bound=Client)
+T = TypeVar("T")
+
+
+class Replicas(Generic[C]):
+    """Belongs to one event loop.
+
+    Args:
+        kind: what they are called in messages.
+        addresses: host:port of each.
+        connect: one attempt at an address.
+
+    Attributes:
+        retries: requests that were sent once more.
+    """
+
+    def __init__(self, kind: str, addresses: Sequence[str], connect: Callable[[str], Awaitable[C]]) -> None:
+        self.retries = 0
+        self._kind = kind
+        self._changed = asyncio.Event()
+        self._tasks = BackgroundTasks()
+        self._policy = RetryPolicy()
+        self._replicas = [Replica(kind, address, connect, self._changed.set) for address in addresses]
+
+    @property
+    def clients(self) -> list[C]:
+        """Those that are connected now."""
+        return [replica.client for replica in self._replicas if replica.client is not None]
+
+    async def start(self, deadline: Deadline) -> None:
+        """Connect. Returns when every replica has been tried and one answers.
+
+        Raises:
+            ConfigError, ModelMismatch: a replica that answers is of no use.
+            DeadlineExpired: none answers.
+        """
+        for replica in self._replicas:
+            self._tasks.start(replica.run())
+        await self._until(deadline, self._is_started)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._tasks.close()
+
+    async def somewhere(self, call: Callable[[C], Awaitable[T]], num_tokens: int, deadline: Deadline) -> T:
+        """What `call` returns for one replica, or the next when that one fails, until the deadline.
+
+        Raises:
+            DeadlineExpired: no replica answered in time.
+            RpcError: whatever else `call` raises but Unavailable and HandleGone.
+        """
+        for attempt in itertools.count():
+            replica = await self._choose(deadline)
+            assert replica.client is not None
+            try:
+                with replica.busy(num_tokens):
+                    async with asyncio.timeout(deadline.left_s):
+                        return await call(replica.client)
+            except TimeoutError:
+                raise self._late(deadline, f"{replica.address} has not answered") from None
+            except (Unavailable, HandleGone) as error:
+                replica.last_error = error
+                asked_s = error.retry_after_s if isinstance(error, Unavailable) else 0.0
+                replica.rest(self._policy.wait_s(attempt, at_least_s=asked_s))
+                self.retries += 1
+        raise AssertionError("unreachable")
+
+    def _is_started(self) -> bool:
+        failures = [r.failure for r in self._replicas if r.failure is not None]
+        if failures:
+            raise failures[0]
+        return all(r.has_tried for r in self._replicas) and any(r.client is not None for r in self._replicas)
+
+    async def _choose(self, deadline: Deadline) -> Replica[C]:
+        """The free replica with the fewest outstanding tokens; waits for one."""
+        chosen: list[Replica[C]] = []
+
+        def is_chosen() -> bool:
+            if all(r.failure is not None for r in self._replicas):
+                raise next(r.failure for r in self._replicas if r.failure is not None)
+            free = [r for r in self._replicas if r.free_in_s == 0]
+            chosen[:] = sorted(free, key=lambda r: r.outstanding_tokens)[:1]
+            return bool(chosen)
+
+        await self._until(deadline, is_chosen)
+        return chosen[0]
+
+    async def _until(self, deadline: Deadline, is_so: Callable[[], bool]) -> None:
+        """Return when `is_so`, which is asked again after every change of a replica.
+
+        Raises:
+            DeadlineExpired: it was not so in time.
+        """
+        while not is_so():
+            if not deadline.left_s:
+                raise self._late(deadline, f"no {self._kind} is ready")
+            rest_s = min(r.free_in_s for r in self._replicas)
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(deadline.left_s, rest_s)):
+                    await self._changed.wait()
+
+    def _late(self, deadline: Deadline, what: str) -> DeadlineExpired:
+        reasons = "; ".join(f"{r.address}: {r.last_error}" for r in self._replicas if r.last_error is not None)
+        return DeadlineExpired(f"{what} within {deadline.total_s:g} s{f' ({reasons})' if reasons else ''}")
