@@ -31,6 +31,8 @@ class FusedLoss:
     divergence_R: Tensor  # [R] float32, nats; [0] without a teacher
     cross_entropy_R: Tensor  # [R] float32, nats, at temperature 1; [0] without labels
     top1_agreement_R: Tensor  # [R] float32, 1 where both prefer the same token, else 0; [0] without a teacher
+    student_entropy_R: Tensor  # [R] float32, nats, at the divergence's temperature; [0] unless asked for
+    teacher_entropy_R: Tensor  # [R] float32, likewise
 
 
 def fused_linear_divergence(
@@ -45,6 +47,7 @@ def fused_linear_divergence(
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     token_weight_R: Tensor | None = None,
+    with_entropies: bool = False,
     chunk_tokens: int | None = None,
     workspace: Workspace | None = None,
 ) -> FusedLoss:
@@ -62,6 +65,7 @@ def fused_linear_divergence(
         temperature: divides both logits before the divergence; the result is not multiplied by its square.
         labels_R: int64 next tokens; cross-entropy is reported when they are given.
         token_weight_R: of each row; 1 when None.
+        with_entropies: whether to report those of student and teacher, which takes a little more time.
         chunk_tokens: rows whose logit gradient exists at once; None chooses by device and vocabulary.
         workspace: scratch to use again in the next call; None allocates and frees it in this one.
 
@@ -79,7 +83,13 @@ def fused_linear_divergence(
         raise InvalidRequest(f"temperature is {temperature}; it must be positive")
     _check_side("teacher", teacher_hidden_RE, teacher_head)
     _check_rows(len(student_hidden_RD), teacher_hidden_RE=teacher_hidden_RE, labels_R=labels_R)
-    mix = Mix(divergence=divergence, temperature=temperature, kd_weight=kd_weight, ce_weight=ce_weight)
+    mix = Mix(
+        divergence=divergence,
+        temperature=temperature,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        with_entropies=with_entropies,
+    )
 
     def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
         return DivergenceRows(student, teacher_head, mix, labels_R, tile_CV=tile_CV)
@@ -148,7 +158,7 @@ class _FusedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: _Call, wanted: tuple[bool, ...]
     ) -> tuple[Tensor, ...]:
-        """The loss sum and three per-row tensors."""
+        """The loss sum and the per-row tensors."""
         head = replace(call.student_head, weight_VD=weight_VD, bias_V=bias_V)
         with torch.autocast(hidden_RD.device.type, enabled=False):
             values, gradients = _run(call, hidden_RD, head, wanted)
@@ -157,7 +167,13 @@ class _FusedLinear(torch.autograd.Function):
         bias_gradient_V = None if gradients.bias_NV is None else gradients.bias_NV.sum(0)
         ctx.save_for_backward(gradients.hidden_RD, gradients.weight_VD, bias_gradient_V)
         ctx.dtypes = hidden_RD.dtype, weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype
-        per_row = values.divergence_R, values.cross_entropy_R, values.top1_agreement_R
+        per_row = (
+            values.divergence_R,
+            values.cross_entropy_R,
+            values.top1_agreement_R,
+            values.student_entropy_R,
+            values.teacher_entropy_R,
+        )
         ctx.mark_non_differentiable(*per_row)
         return loss_sum, *per_row
 
@@ -180,12 +196,15 @@ def _fused(call: _Call, hidden_RD: Tensor) -> FusedLoss:
         raise InvalidRequest(f"chunk_tokens is {call.chunk_tokens}; it must be at least 1")
     inputs = hidden_RD, head.weight_VD, head.bias_V
     wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs)
-    loss_sum, divergence_R, cross_entropy_R, top1_agreement_R = _FusedLinear.apply(*inputs, call, wanted)  # type: ignore[no-untyped-call]
+    loss_sum, *per_row = _FusedLinear.apply(*inputs, call, wanted)  # type: ignore[no-untyped-call]
+    divergence_R, cross_entropy_R, top1_agreement_R, student_entropy_R, teacher_entropy_R = per_row
     return FusedLoss(
         loss_sum=loss_sum,
         divergence_R=divergence_R,
         cross_entropy_R=cross_entropy_R,
         top1_agreement_R=top1_agreement_R,
+        student_entropy_R=student_entropy_R,
+        teacher_entropy_R=teacher_entropy_R,
     )
 
 

@@ -22,6 +22,8 @@ class RowValues:
     divergence_R: Tensor  # [0] without a teacher
     cross_entropy_R: Tensor  # [0] without labels
     top1_agreement_R: Tensor  # [0] without a teacher
+    student_entropy_R: Tensor  # [0] unless asked for
+    teacher_entropy_R: Tensor  # [0] unless asked for
 
     @classmethod
     def joined(cls, parts: Sequence[RowValues], *, like: Tensor) -> RowValues:
@@ -35,6 +37,8 @@ class RowValues:
             divergence_R=join(lambda part: part.divergence_R),
             cross_entropy_R=join(lambda part: part.cross_entropy_R),
             top1_agreement_R=join(lambda part: part.top1_agreement_R),
+            student_entropy_R=join(lambda part: part.student_entropy_R),
+            teacher_entropy_R=join(lambda part: part.teacher_entropy_R),
         )
 
 
@@ -64,6 +68,7 @@ class Mix:
     temperature: float
     kd_weight: float
     ce_weight: float
+    with_entropies: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -123,6 +128,8 @@ class CrossEntropyRows:
             divergence_R=absent_0,
             cross_entropy_R=cross_entropy_R,
             top1_agreement_R=absent_0,
+            student_entropy_R=absent_0,
+            teacher_entropy_R=absent_0,
         )
 
 
@@ -141,6 +148,7 @@ class DivergenceRows:
         self._top1 = Top1Agreement(tile_CV.shape[1], tile_CV.device)
         self._divergence: list[Tensor] = []
         self._cross_entropy: list[Tensor] = []
+        self._entropies: list[Tensor] = []
 
     def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
         """Products are the student's, then the teacher's."""
@@ -156,6 +164,8 @@ class DivergenceRows:
         if self._labels_R is not None and self._mix.temperature == 1:
             self._cross_entropy.append(-log_q_CV.gather(-1, self._labels_R[rows, None]))
         torch.exp(log_q_CV, out=q_CV)  # before the divergence, which may overwrite log q
+        if self._mix.with_entropies:
+            self._entropies.append(_entropies(q_CV, log_q_CV, log_p_CV))
         divergence_C, h_CV = self._mix.divergence(log_q_CV, log_p_CV)
         self._divergence.append(divergence_C)
         # Straight to where it belongs, unless it is rounded on the way.
@@ -176,11 +186,15 @@ class DivergenceRows:
             cross_entropy_R = torch.cat(self._cross_entropy)[:, 0]
             self._cross_entropy.clear()
             loss_R += cross_entropy_R * self._mix.ce_weight
+        entropies_2R = torch.cat(self._entropies or [loss_R.new_empty(2, 0)], dim=1)
+        self._entropies.clear()
         return RowValues(
             loss_R=loss_R,
             divergence_R=divergence_R,
             cross_entropy_R=cross_entropy_R,
             top1_agreement_R=self._top1.end_block(*products),
+            student_entropy_R=entropies_2R[0],
+            teacher_entropy_R=entropies_2R[1],
         )
 
     def _log_softmax(self, logits_CV: Tensor, *, spare_CV: Tensor, out: Tensor) -> None:
@@ -208,6 +222,12 @@ class DivergenceRows:
                 dlogits_CV.add_(log_q_CV.exp_(), alpha=self._mix.ce_weight)
         if self._mix.ce_weight != 0:
             _subtract_at(dlogits_CV, label_C1, self._mix.ce_weight)
+
+
+def _entropies(q_CV: Tensor, log_q_CV: Tensor, log_p_CV: Tensor) -> Tensor:
+    """[2, C]: of the student and of the teacher."""
+    student_C = torch.linalg.vecdot(q_CV, log_q_CV)
+    return -torch.stack([student_C, torch.linalg.vecdot(log_p_CV.exp(), log_p_CV)])
 
 
 def _become_logits(product_CV: Tensor, head: OutputHead) -> None:

@@ -134,3 +134,22 @@ def test_top1_agreement_is_that_of_the_logits() -> None:
         agreement_R = student.logits(inputs.student_hidden_RD).argmax(-1) == teacher.logits(teacher_RE).argmax(-1)
         assert 0.1 < agreement_R.double().mean() < 0.9
         assert torch.equal(call(case, inputs).top1_agreement_R, agreement_R.double())
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_entropies_are_the_textbooks_and_change_nothing_else(name: str) -> None:
+    case = replace(FULL, name=name, rows=300, vocabulary=700)
+    inputs = tensors(case, torch.float64)
+    asked, plain = call(case, inputs, with_entropies=True), call(case, inputs)
+    for found_R, head, hidden in zip(
+        (asked.student_entropy_R, asked.teacher_entropy_R),
+        heads(case, inputs),
+        (inputs.student_hidden_RD, inputs.teacher_hidden_RE),
+        strict=True,
+    ):
+        p_RV = textbook.softmax(head.logits(hidden), case.temperature)
+        torch.testing.assert_close(found_R, -(p_RV * p_RV.log()).sum(-1), rtol=1e-11, atol=1e-11)
+    assert torch.equal(asked.loss_sum, plain.loss_sum)
+    of_asked, of_plain = (torch.autograd.grad(loss.loss_sum, inputs.leaves) for loss in (asked, plain))
+    assert all(torch.equal(one, other) for one, other in zip(of_asked, of_plain, strict=True))
+    assert len(plain.student_entropy_R) == len(plain.teacher_entropy_R) == 0

@@ -12,12 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdmesh.errors import EngineFailure, ModelMismatch
+from kdmesh.losses import FusedLoss
 from kdmesh.types import Sample
 from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.sources.rollouts import Rollout
+from kdmesh_trainer.stats import SampleScores
+from kdmesh_trainer.tally import Tally
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_on_policy import (
     MAX_TOKENS,
@@ -110,6 +113,42 @@ def test_staleness_changes_what_is_learnt_and_is_measured(
     assert max(fresh["drift"]) < 1e-9
     assert stale["drift"][0] < 1e-9
     assert min(stale["drift"][1:]) > 1e-5
+
+
+def seen(cross_entropy: list[float]) -> FusedLoss:
+    nothing_0 = torch.zeros(0)
+    return FusedLoss(
+        loss_sum=torch.zeros(()),
+        divergence_R=torch.zeros(3),
+        cross_entropy_R=torch.tensor(cross_entropy),
+        top1_agreement_R=nothing_0,
+        student_entropy_R=torch.tensor([1.0, 2.0, 3.0]),
+        teacher_entropy_R=torch.tensor([0.5, 0.5, 2.0]),
+    )
+
+
+def test_sampler_and_student_are_compared_by_both_estimators(mesh: Mesh) -> None:
+    tally = Tally(mesh)
+    tally.look_at_samples(seen([1.0, 2.0, 0.25]), torch.tensor([-1.5, -1.75, -0.25]))
+    tally.look_at_samples(seen([9.0, 9.0, 9.0]), None)  # not sampled
+    totals, _ = tally.over_all_ranks()
+    d = np.array([-0.5, 0.25, 0.0])  # log p of the sampler less that of the student
+    assert totals.samples == SampleScores(
+        sampler_kl_k1_nats=pytest.approx(d.mean()),
+        sampler_kl_k3_nats=pytest.approx((np.exp(-d) - 1 + d).mean()),
+        student_entropy_nats=2.0,
+        teacher_entropy_nats=1.0,
+    )
+
+
+def test_without_probabilities_of_tokens_only_entropies_are_told(mesh: Mesh) -> None:
+    tally = Tally(mesh)
+    tally.look_at_samples(seen([]), torch.tensor([-1.5, -1.75, -0.25]))
+    totals, _ = tally.over_all_ranks()
+    assert totals.samples == SampleScores(
+        sampler_kl_k1_nats=None, sampler_kl_k3_nats=None, student_entropy_nats=2.0, teacher_entropy_nats=1.0
+    )
+    assert Tally(mesh).over_all_ranks()[0].samples is None
 
 
 def test_a_continued_run_samples_the_same(mesh: Mesh, models: dict[str, Any]) -> None:

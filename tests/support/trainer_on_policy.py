@@ -67,7 +67,7 @@ class Run:
         self.copy.follow(model)
         self.model = model
         self.stepper: GradientStepper = build_stepper(
-            model, self.teacher, mesh, config=optimizer, steps=steps, ce_weight=0.0
+            model, self.teacher, mesh, config=optimizer, steps=steps, is_sampled=True
         )
 
     def source(self, service: RolloutService, *, max_staleness: int, prefetch: int = 1) -> OnPolicySource:
@@ -125,7 +125,9 @@ def losses(
         "losses": [stats.loss_nats_per_token for _, stats in seen],
         "sequences": [sorted(digest([s]).hex() for m in batch.micro_batches for s in m.sequences) for batch, _ in seen],
         "num_tokens": [(batch.num_tokens, batch.num_loss_tokens, len(batch.micro_batches)) for batch, _ in seen],
-        "drift": [None if stats.drift is None else stats.drift.sampler_kl_k3_nats for _, stats in seen],
+        "drift": [stats.samples and stats.samples.sampler_kl_k3_nats for _, stats in seen],
+        "entropies": [stats.samples and stats.samples.student_entropy_nats for _, stats in seen],
+        "cross_entropies": [stats.cross_entropy_nats_per_token for _, stats in seen],
     }
 
 

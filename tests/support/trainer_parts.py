@@ -116,16 +116,19 @@ def build_stepper(
     *,
     config: OptimizerConfig,
     steps: int,
-    ce_weight: float = 0.3,
+    is_sampled: bool = False,
 ) -> GradientStepper:
-    """A stepper that distils from `teacher` by forward KL with some cross-entropy."""
+    """A stepper that distils from `teacher` by forward KL, with some cross-entropy unless the student's samples are
+    trained on.
+    """
     return GradientStepper(
         student,
         Distillation(
             divergence=forward_kl,
             temperature=1.0,
             kd_weight=1.0,
-            ce_weight=ce_weight,
+            ce_weight=0.0 if is_sampled else 0.3,
+            with_entropies=is_sampled,
             teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
             workspace=None,
         ),

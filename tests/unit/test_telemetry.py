@@ -18,7 +18,7 @@ from kdmesh import config as kdmesh_config
 from kdmesh.errors import ConfigError
 from kdmesh_trainer import progress, telemetry, trackers
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.stats import RolloutFigures, SamplerDrift, Scores, StepStats
+from kdmesh_trainer.stats import RolloutFigures, SampleScores, Scores, StepStats
 
 
 def stats(loss: float = 2.0, wait_s: float = 0.0) -> StepStats:
@@ -44,8 +44,10 @@ def sampled_stats(*, teacher_wait_s: float = 0.0, sampling_wait_s: float = 0.0) 
         staleness_steps_max=1,
         sampling_wait_s=sampling_wait_s,
     )
-    drift = SamplerDrift(sampler_kl_k1_nats=0.01, sampler_kl_k3_nats=0.02)
-    return replace(stats(wait_s=teacher_wait_s), rollouts=rollouts, drift=drift)
+    samples = SampleScores(
+        sampler_kl_k1_nats=0.01, sampler_kl_k3_nats=0.02, student_entropy_nats=1.5, teacher_entropy_nats=1.25
+    )
+    return replace(stats(wait_s=teacher_wait_s), rollouts=rollouts, samples=samples)
 
 
 def scores(cross_entropy: float = 1.0) -> Scores:
@@ -171,8 +173,9 @@ def test_figures_of_samples_stand_beside_those_of_the_step(tmp_path: Path) -> No
     added = {"response_tokens_mean": 12.5, "response_tokens_max": 20, "cut_off_fraction": 0.25}
     added |= {"staleness_steps_mean": 0.5, "staleness_steps_max": 1, "sampling_wait_s": 0.0}
     added |= {"sampler_kl_k1_nats": 0.01, "sampler_kl_k3_nats": 0.02}
+    added |= {"student_entropy_nats": 1.5, "teacher_entropy_nats": 1.25}
     assert {name: sampled[name] for name in added} == added
-    assert not {*added, "bounded_by", "rollouts", "drift"} & set(plain)
+    assert not {*added, "bounded_by", "rollouts", "samples"} & set(plain)
     tracked = [call[1] for kind, call in tracker.calls if kind == "log"]
     assert tracked[0]["train/response_tokens_mean"] == 12.5
     readings = [call for kind, call in display.calls if kind == "show"]

@@ -43,6 +43,7 @@ class Distillation:
     ce_weight: float
     teacher_head: TeacherHead
     workspace: Workspace | None
+    with_entropies: bool = False
 
     def __call__(
         self, student_hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor, teacher: TeacherRows | None
@@ -62,6 +63,7 @@ class Distillation:
             labels_R=labels_R if self.ce_weight > 0 or self.temperature == 1 else None,
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
+            with_entropies=self.with_entropies,
             workspace=self.workspace,
         )
 

@@ -19,15 +19,18 @@ class RolloutFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplerDrift:
-    """How far the student that is trained is from the weights that sampled, on the tokens sampled, at temperature 1.
+class SampleScores:
+    """How the student that is trained sees the tokens that were sampled; equal on every rank.
 
-    With d = log p_sampler - log p_trainer of a token, k1 is the mean of d and k3 that of exp(-d) - 1 + d; both estimate
-    KL(sampler || trainer). Source: Schulman, "Approximating KL Divergence" (2020).
+    With d = log p_sampler - log p_student of a token, at temperature 1, k1 is the mean of d and k3 that of
+    exp(-d) - 1 + d; both estimate KL(sampler || student), which is 0 where the sampler has the student's weights.
+    Source: Schulman, "Approximating KL Divergence" (2020).
     """
 
-    sampler_kl_k1_nats: float
-    sampler_kl_k3_nats: float  # >= 0
+    sampler_kl_k1_nats: float | None  # None: the objective knows no token's probability
+    sampler_kl_k3_nats: float | None  # >= 0
+    student_entropy_nats: float  # at the objective's temperature
+    teacher_entropy_nats: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +47,13 @@ class StepStats:
     num_tokens: int  # loss tokens and all others
     teacher_wait_s: float  # mean over ranks of the time spent waiting for rows
     rollouts: RolloutFigures | None = None  # None: nothing was sampled
-    drift: SamplerDrift | None = None  # None: nothing was sampled, or the objective knows no label's probability
+    samples: SampleScores | None = None  # None: nothing was sampled
 
     def figures(self) -> dict[str, float | None]:
         """Every figure by its name, in one level."""
         figures = asdict(self)
-        rollouts, drift = figures.pop("rollouts"), figures.pop("drift")
-        return {**figures, **(rollouts or {}), **(drift or {})}
+        rollouts, samples = figures.pop("rollouts"), figures.pop("samples")
+        return {**figures, **(rollouts or {}), **(samples or {})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,7 +76,7 @@ class GradientStepper:
             num_tokens=batch.num_tokens,
             teacher_wait_s=totals.teacher_wait_s / self._mesh.world_size,
             rollouts=batch.rollouts,
-            drift=totals.drift,
+            samples=totals.samples,
         )
 
     def accumulate(self, batch: StepBatch) -> Tally:
@@ -114,7 +114,7 @@ def forward(
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
         # Only here are the rows held: their memory is the teacher's again before the backward pass.
         loss = objective(hidden_RD, head, labels_R, tally.wait(micro_batch.teacher))
-        tally.compare(loss.cross_entropy_R, micro_batch.rollout_logprobs_R)
+        tally.look_at_samples(loss, micro_batch.rollout_logprobs_R)
         return loss
 
     packed = pack(micro_batch.sequences) if micro_batch.sequences else blank()

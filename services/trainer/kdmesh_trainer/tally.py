@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kdmesh.errors import ModelMismatch
+from kdmesh.losses import FusedLoss
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals
 from kdmesh_trainer.sources.batches import PendingRows, TeacherRows
-from kdmesh_trainer.stats import SamplerDrift
+from kdmesh_trainer.stats import SampleScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class Totals:
     num_diverging: int  # rows that have a divergence
     num_labelled: int  # rows that have a cross-entropy
     teacher_wait_s: float  # over all ranks
-    drift: SamplerDrift | None  # None: no row was sampled
+    samples: SampleScores | None  # None: no row was sampled
 
     @property
     def divergence_nats_per_token(self) -> float | None:
@@ -50,8 +51,9 @@ class Tally:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._sums_4 = torch.zeros(4, dtype=torch.float64, device=mesh.device)
-        self._drift_2 = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        self._samples_4 = torch.zeros(4, dtype=torch.float64, device=mesh.device)
         self._num_sampled = 0
+        self._num_compared = 0  # sampled rows that have a cross-entropy
         self._num_diverging = 0
         self._num_labelled = 0
         self._wait_s = 0.0
@@ -79,18 +81,23 @@ class Tally:
         self._num_diverging += totals.num_diverging
         self._num_labelled += totals.num_labelled
 
-    def compare(self, cross_entropy_R: Tensor, rollout_logprobs_R: Tensor | None) -> None:
-        """Count in how the student and the weights that sampled differ on one micro-batch's labels.
+    def look_at_samples(self, loss: FusedLoss, rollout_logprobs_R: Tensor | None) -> None:
+        """Count in how one micro-batch's sampled tokens are seen.
 
         Args:
-            cross_entropy_R: of the labels under the student; [0] where the objective does not compute it.
-            rollout_logprobs_R: on the CPU; None where nothing was sampled.
+            loss: with entropies.
+            rollout_logprobs_R: of the labels, on the CPU; None where nothing was sampled.
         """
-        if rollout_logprobs_R is None or len(cross_entropy_R) == 0:
+        if rollout_logprobs_R is None:
             return
-        difference_R = rollout_logprobs_R.to(cross_entropy_R.device).double() + cross_entropy_R.double()
-        self._drift_2 += torch.stack([difference_R.sum(), (difference_R + (-difference_R).expm1()).sum()])
-        self._num_sampled += len(cross_entropy_R)
+        # Without labels there is no difference to sum up, and it is told as nothing.
+        cross_entropy_R = loss.cross_entropy_R.double()
+        difference_R = rollout_logprobs_R[: len(cross_entropy_R)].to(cross_entropy_R.device).double() + cross_entropy_R
+        k3_R = difference_R + (-difference_R).expm1()
+        sums = (difference_R, k3_R, loss.student_entropy_R, loss.teacher_entropy_R)
+        self._samples_4 += torch.stack([values_R.double().sum() for values_R in sums])
+        self._num_sampled += len(rollout_logprobs_R)
+        self._num_compared += len(cross_entropy_R)
 
     def over_all_ranks(self, *more: Tensor) -> tuple[Totals, tuple[float, ...]]:
         """The sums, and the plain values of `more`, which are scalars and equal on every rank. Collective.
@@ -101,15 +108,9 @@ class Tally:
             ModelMismatch: another rank's rows have another weight version. Not every rank notices.
         """
         has_version = self._version is not None
-        own = [
-            self._num_diverging,
-            self._num_labelled,
-            self._wait_s,
-            self._version or 0,
-            has_version,
-            self._num_sampled,
-        ]
-        sums = self._mesh.sum(torch.cat([self._sums_4, self._sums_4.new_tensor(own), self._drift_2]))
+        own = [self._num_diverging, self._num_labelled, self._wait_s, self._version or 0, has_version]
+        own += [self._num_sampled, self._num_compared]
+        sums = self._mesh.sum(torch.cat([self._sums_4, self._sums_4.new_tensor(own), self._samples_4]))
         values = torch.cat([sums, *(value.double().reshape(1) for value in more)]).tolist()
         totals = Totals(
             loss=values[0],
@@ -119,17 +120,22 @@ class Tally:
             num_diverging=round(values[4]),
             num_labelled=round(values[5]),
             teacher_wait_s=values[6],
-            drift=_drift(values[10], values[11], num_sampled=round(values[9])),
+            samples=_scores(values[11:15], num_sampled=round(values[9]), num_compared=round(values[10])),
         )
         if has_version and values[7] != values[8] * own[3]:
             raise _mixed(self._version, "another on another rank")
-        return totals, tuple(values[12:])
+        return totals, tuple(values[15:])
 
 
-def _drift(k1_sum: float, k3_sum: float, *, num_sampled: int) -> SamplerDrift | None:
+def _scores(sums: list[float], *, num_sampled: int, num_compared: int) -> SampleScores | None:
     if num_sampled == 0:
         return None
-    return SamplerDrift(sampler_kl_k1_nats=k1_sum / num_sampled, sampler_kl_k3_nats=k3_sum / num_sampled)
+    return SampleScores(
+        sampler_kl_k1_nats=sums[0] / num_compared if num_compared else None,
+        sampler_kl_k3_nats=sums[1] / num_compared if num_compared else None,
+        student_entropy_nats=sums[2] / num_sampled,
+        teacher_entropy_nats=sums[3] / num_sampled,
+    )
 
 
 def _mixed(version: int | None, other: int | str) -> ModelMismatch:
