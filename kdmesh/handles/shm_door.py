@@ -78,7 +78,10 @@ class ShmDoor:
             answer: asyncio.Future[Tensor] = wire.loop.create_future()
             self._claims.append(_Claim(handle=handle, answer=answer))
             wire.send(Request(Op.CLAIM, handle.segment, handle.epoch, handle.token).pack())
-            return await answer
+            try:
+                return await answer
+            finally:
+                del wire, answer  # an error refers to this frame, and would keep the socket open until it is collected
 
     def close(self) -> None:
         """See Door. The socket, the broker's sign that somebody reads, stays open until the last tensor is gone."""

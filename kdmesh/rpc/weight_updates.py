@@ -79,9 +79,10 @@ class WeightUpdates:
             door = await _open_door(begin.begin)
             yield pb.UpdateWeightsReply(weight_version=self.version, needs_inline=door is None)
             while (request := await self._next(requests, "bucket", "commit")).HasField("bucket"):
-                data = await _bytes_of(request.bucket, door)
-                await self._run(self._versions.write, weight_codec.entries_from_wire(request.bucket.entries), data)
-                del data  # the sender may write there again
+                entries = weight_codec.entries_from_wire(request.bucket.entries)
+                # Released at once, although an error's frames may refer to it: it is the sender's memory.
+                with await _bytes_of(request.bucket, door) as data:
+                    await self._run(self._versions.write, entries, data)
                 yield pb.UpdateWeightsReply(weight_version=self.version)
             await self._commit(await self._run(self._versions.verify))
         finally:

@@ -41,6 +41,11 @@ class BucketMemory:
         self._segments = segments
         self._tokens = [b""] * len(segments)
 
+    @property
+    def num_buffers(self) -> int:
+        """How many there are."""
+        return len(self._segments)
+
     def writable(self, buffer: int) -> memoryview:
         """All of a buffer. Nobody who was told its handle may still read."""
         return self._segments[buffer].writable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ALIGNMENT_BYTES = 64
 """Of everything in a bucket; as every element's size divides it, no element is ever cut in two."""
@@ -60,22 +60,25 @@ def plan_buckets(sizes_bytes: Sequence[int], bucket_bytes: int) -> Iterator[tupl
         yield tuple(bucket)
 
 
-def cut(entries: Sequence[BucketEntry], most_bytes: int) -> Iterator[tuple[Part, ...]]:
-    """The same parts in their order, as smaller buckets of at most `most_bytes`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of a part, in a smaller bucket."""
 
-    Each part of the result has its place in its smaller bucket; its tensor and tensor offset say what it is.
-    """
-    sizes = [entry.part.size_bytes for entry in entries]
-    for bucket in plan_buckets(sizes, most_bytes):
-        yield tuple(
-            Part(
-                tensor=entries[piece.tensor].part.tensor,
-                tensor_offset_bytes=entries[piece.tensor].part.tensor_offset_bytes + piece.tensor_offset_bytes,
-                bucket_offset_bytes=piece.bucket_offset_bytes,
-                size_bytes=piece.size_bytes,
-            )
-            for piece in bucket
-        )
+    part: Part
+    origin_bytes: int  # where its bytes begin in the bucket that was cut
+
+
+def cut(parts: Sequence[Part], most_bytes: int) -> Iterator[tuple[Piece, ...]]:
+    """The same bytes in their order, as smaller buckets of at most `most_bytes`, a multiple of ALIGNMENT_BYTES."""
+    for bucket in plan_buckets([part.size_bytes for part in parts], most_bytes):
+        yield tuple(_piece(parts[smaller.tensor], smaller) for smaller in bucket)
+
+
+def _piece(whole: Part, smaller: Part) -> Piece:
+    """`smaller` was planned as if `whole` were a tensor."""
+    offset = smaller.tensor_offset_bytes
+    part = replace(smaller, tensor=whole.tensor, tensor_offset_bytes=whole.tensor_offset_bytes + offset)
+    return Piece(part=part, origin_bytes=whole.bucket_offset_bytes + offset)
 
 
 def _aligned(offset_bytes: int) -> int:

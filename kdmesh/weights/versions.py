@@ -102,10 +102,11 @@ class WeightVersions:
                     f"multiples of {ALIGNMENT_BYTES} and lie inside"
                 )
             spec = self._expected(update, entry)
-            part_data = data[part.bucket_offset_bytes : end]
-            # Copied first: if the sender wrote here meanwhile, what it wrote is in the digest, and is noticed.
-            self._target.write(update.places[part.tensor], part.tensor_offset_bytes, part_data)
-            if digest(part_data) != entry.digest:
+            with data[part.bucket_offset_bytes : end] as part_data:
+                # Copied first: if the sender wrote here meanwhile, what it wrote is in the digest, and is noticed.
+                self._target.write(update.places[part.tensor], part.tensor_offset_bytes, part_data)
+                is_right = digest(part_data) == entry.digest
+            if not is_right:
                 raise InvalidRequest(f"the bytes of {spec.name} from {part.tensor_offset_bytes} on are not those sent")
             update.received_bytes[part.tensor] += part.size_bytes
 

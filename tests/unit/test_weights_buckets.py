@@ -77,11 +77,16 @@ def test_a_bucket_that_is_cut_holds_the_same_bytes(
     shapes: list[tuple[int, ...]], bucket_bytes: int, most_bytes: int
 ) -> None:
     for parts in plan_buckets([2 * int(np.prod(shape)) for shape in shapes], bucket_bytes):
-        entries = [BucketEntry(part=part, digest=bytes(16)) for part in parts]
-        pieces = [piece for bucket in cut(entries, most_bytes) for piece in bucket]
-        assert all(bucket[-1].end_bytes <= most_bytes for bucket in cut(entries, most_bytes))
-        bytes_before = [(p.tensor, p.tensor_offset_bytes + i) for p in parts for i in range(p.size_bytes)]
-        assert bytes_before == [(p.tensor, p.tensor_offset_bytes + i) for p in pieces for i in range(p.size_bytes)]
+        buckets = list(cut(parts, most_bytes))
+        assert all(bucket[-1].part.end_bytes <= most_bytes for bucket in buckets)
+        pieces = [piece for bucket in buckets for piece in bucket]
+        before = [octet for part in parts for octet in _places(part, part.bucket_offset_bytes)]
+        assert before == [octet for piece in pieces for octet in _places(piece.part, piece.origin_bytes)]
+
+
+def _places(part: Part, begin: int) -> list[tuple[int, int, int]]:
+    """Of each byte: the tensor, where in the tensor, where in the bucket that was cut."""
+    return [(part.tensor, part.tensor_offset_bytes + i, begin + i) for i in range(part.size_bytes)]
 
 
 @given(data=st.data(), shapes=_SHAPES.filter(lambda shapes: any(map(np.prod, shapes))), bucket_bytes=_BUCKET_BYTES)

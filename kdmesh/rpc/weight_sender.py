@@ -1,0 +1,244 @@
+"""Brings new weights to all rollout servers of a job, for a thread that blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, KdmeshError, ModelMismatch, RpcError
+from kdmesh.handles.runtime_dir import runtime_dir
+from kdmesh.rpc.background_loop import BackgroundLoop
+from kdmesh.rpc.retry import Deadline, RetryPolicy
+from kdmesh.rpc.weight_delivery import Delivery
+from kdmesh.rpc.weight_link import ServedWeights, WeightDoor, WeightLink, describe_weights
+from kdmesh.weights.bucket_memory import BucketMemory, bucket_memory
+from kdmesh.weights.buckets import plan_buckets
+from kdmesh.weights.manifest import Manifest, UpdatePolicy
+from kdmesh.weights.packing import Packer, Weights
+
+log = logging.getLogger(__name__)
+
+_BUFFERS = 3  # one is filled, one is copied by the servers, one waits for them
+_SOCKET = "weights.sock"
+# Trying again would end the same way.
+_FINAL = (ConfigError, InvalidRequest, ModelMismatch)
+
+
+class WeightSender:
+    """Sends whole versions. A context manager.
+
+    A bucket is written to shared memory once, and every server of this node copies it from there; others get it inline.
+    Servers copy one bucket while the next is filled. A server that dies, or is not there yet, is tried again until the
+    deadline and then gets all of the version, whatever it missed.
+
+    Raises, when made:
+        ConfigError: there is not enough memory for the buckets, or their socket cannot be made.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        bucket_bytes: int = 64 * 2**20,
+        door: WeightDoor = "auto",
+        deadline_s: float = 600.0,
+        socket_dir: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            addresses: host:port of each server; at least one.
+            bucket_bytes: size of a bucket; three are held.
+            door: how bytes travel; auto takes shared memory where a server can reach it.
+            deadline_s: longest time for one version to reach all servers, their restarts included.
+            socket_dir: where servers find the broker; None makes a private directory.
+        """
+        assert addresses
+        self._addresses = tuple(addresses)
+        self._bucket_bytes = bucket_bytes
+        self._door = door
+        self._deadline_s = deadline_s
+        self._policy = RetryPolicy()
+        self._closing = AsyncExitStack()
+        self._loop = BackgroundLoop("weight sender")
+        try:
+            self._memory = self._loop.run(self._open(socket_dir))
+        except BaseException:
+            self._loop.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def describe(self) -> tuple[ServedWeights, ...]:
+        """What each server serves now, in the order of the addresses. Blocks until all have answered.
+
+        Raises:
+            DeadlineExpired: one does not answer in time.
+        """
+        return self._loop.run(self._describe(Deadline.after(self._deadline_s)))
+
+    def publish(
+        self, version: int, architecture_fingerprint: str, tensors: Weights, policy: UpdatePolicy = UpdatePolicy.FINISH
+    ) -> None:
+        """Return when every server serves this version. Blocks.
+
+        Tensors are made in this thread, one at a time and in order, and again from the first for servers that
+        were not there the first time.
+
+        Raises:
+            DeadlineExpired: a server did not get it in time; the others serve it.
+            ModelMismatch: a server has another model, or serves weights as new already; the others serve it.
+            InvalidRequest: a server has other tensors, or found bytes changed on their way; the others serve it.
+            ConfigError: `door` is shm, and a server is not on this node.
+        """
+        manifest = Manifest(
+            version=version,
+            architecture_fingerprint=architecture_fingerprint,
+            tensors=tuple(spec for spec, _ in tensors),
+            policy=policy,
+        )
+        progress = _Progress(manifest, self._addresses, Deadline.after(self._deadline_s))
+        while progress.is_unfinished:
+            delivery = self._loop.run(self._begin(progress))
+            try:
+                self._send(delivery, manifest, tensors, progress.deadline)
+            finally:
+                self._loop.run(delivery.close())
+            progress.note(delivery.links)
+        progress.report()
+
+    def close(self) -> None:
+        """Give the memory back and end the thread."""
+        if not self._loop.is_closed:
+            self._loop.run(self._closing.aclose())
+            self._loop.close()
+
+    # In the caller's thread
+
+    def _send(self, delivery: Delivery, manifest: Manifest, tensors: Weights, deadline: Deadline) -> None:
+        """Where it fails, the links say why."""
+        packer = Packer(tensors)
+        for parts in plan_buckets([spec.size_bytes for spec in manifest.tensors], self._bucket_bytes):
+            buffer = self._loop.run(delivery.next_buffer(deadline))
+            if buffer is None:
+                return
+            entries = packer.fill(self._memory.writable(buffer), parts)
+            self._loop.run(delivery.hand_over(buffer, entries))
+        self._loop.run(delivery.commit(manifest.version, deadline))
+
+    # On the loop
+
+    async def _open(self, socket_dir: Path | None) -> BucketMemory:
+        async with AsyncExitStack() as stack:
+            directory = stack.enter_context(runtime_dir(socket_dir))
+            memory = await stack.enter_async_context(
+                bucket_memory(directory.path / _SOCKET, buffers=_BUFFERS, buffer_bytes=self._bucket_bytes)
+            )
+            self._closing = stack.pop_all()
+        return memory
+
+    async def _begin(self, progress: _Progress) -> Delivery:
+        """To whoever can be reached; to nobody when the deadline has passed or nothing is left to do."""
+        while progress.is_unfinished:
+            if progress.attempts:
+                wait_s = self._policy.wait_s(progress.attempts - 1)
+                await asyncio.sleep(min(wait_s, progress.deadline.left_s))
+            progress.attempts += 1
+            links = await asyncio.gather(*(self._try_link(progress, address) for address in tuple(progress.waiting)))
+            if any(links):
+                return Delivery([link for link in links if link is not None], self._memory)
+        return Delivery([], self._memory)
+
+    async def _try_link(self, progress: _Progress, address: str) -> WeightLink | None:
+        try:
+            async with asyncio.timeout(progress.deadline.left_s):
+                if address in progress.uncertain:
+                    served = await describe_weights(address)
+                    if served.version == progress.manifest.version:
+                        progress.waiting.pop(address)
+                        return None
+                return await WeightLink.open(address, progress.manifest, self._memory, self._door)
+        except TimeoutError:
+            progress.failed(address, DeadlineExpired("no answer"))
+        except KdmeshError as error:
+            progress.failed(address, error)
+        return None
+
+    async def _describe(self, deadline: Deadline) -> tuple[ServedWeights, ...]:
+        return tuple(await asyncio.gather(*(self._describe_one(address, deadline) for address in self._addresses)))
+
+    async def _describe_one(self, address: str, deadline: Deadline) -> ServedWeights:
+        for attempt in itertools.count():
+            try:
+                return await describe_weights(address)
+            except RpcError as error:
+                wait_s = self._policy.wait_s(attempt)
+                if wait_s > deadline.left_s:
+                    raise DeadlineExpired(f"{address} did not answer within {deadline.total_s} s: {error}") from None
+                await asyncio.sleep(wait_s)
+        raise AssertionError("count ends")
+
+
+class _Progress:
+    """Who has a version, and who has not.
+
+    Attributes:
+        manifest: of the version.
+        deadline: when to give up.
+        waiting: addresses of servers that are to get it.
+        uncertain: those that may have it, because their answer to a commit was lost.
+        attempts: rounds of connecting so far.
+    """
+
+    def __init__(self, manifest: Manifest, addresses: Sequence[str], deadline: Deadline) -> None:
+        self.manifest = manifest
+        self.deadline = deadline
+        self.waiting = dict.fromkeys(addresses)
+        self.uncertain: set[str] = set()
+        self.attempts = 0
+        self._errors: dict[str, KdmeshError] = {}  # the last of each server
+        self._refusals: list[tuple[str, KdmeshError]] = []
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether something can still be done."""
+        return bool(self.waiting) and (self.deadline.left_s > 0 or not self.attempts)
+
+    def failed(self, address: str, error: KdmeshError) -> None:
+        """A server did not take it."""
+        self._errors[address] = error
+        log.warning("weights not taken", extra={"address": address, "reason": str(error)})
+        if isinstance(error, _FINAL):
+            self.waiting.pop(address)
+            self._refusals.append((address, error))
+
+    def note(self, links: Sequence[WeightLink]) -> None:
+        """A pass is over; a link without a failure has committed."""
+        for link in links:
+            if link.failure is None:
+                self.waiting.pop(link.address)
+                continue
+            if link.has_sent_commit:
+                self.uncertain.add(link.address)
+            self.failed(link.address, link.failure)
+
+    def report(self) -> None:
+        """Raise what keeps a server from serving the version, if any."""
+        for address, error in self._refusals:
+            raise type(error)(f"{address}: {error}")
+        if self.waiting:
+            late = "; ".join(f"{address}: {self._errors[address]}" for address in self.waiting)
+            raise DeadlineExpired(
+                f"version {self.manifest.version} was not taken within {self.deadline.total_s} s by {late}"
+            )

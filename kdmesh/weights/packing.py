@@ -1,0 +1,51 @@
+"""Fills buckets with tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdmesh.weights.buckets import BucketEntry, Part
+from kdmesh.weights.digests import digest
+from kdmesh.weights.manifest import TensorSpec
+
+Weights: TypeAlias = Sequence[tuple[TensorSpec, Callable[[], Tensor]]]
+"""Tensors in the order in which they are sent, each with what makes it: called once for each time it is sent."""
+
+
+class Packer:
+    """Copies tensors into buckets, in order; holds one of them at a time."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._held: int | None = None  # index of the tensor whose bytes are `_octets`
+        self._octets = torch.empty(0, dtype=torch.uint8)
+
+    def fill(self, bucket: memoryview, parts: Sequence[Part]) -> tuple[BucketEntry, ...]:
+        """Put the parts in their places, and say what is there now. Blocks, mostly without the interpreter lock."""
+        return tuple(self._put(bucket, part) for part in parts)
+
+    def _put(self, bucket: memoryview, part: Part) -> BucketEntry:
+        source = self._octets_of(part.tensor)[part.tensor_offset_bytes :][: part.size_bytes]
+        place = bucket[part.bucket_offset_bytes : part.end_bytes]
+        if source.device.type == "cpu":
+            # One copy for the whole part: it bypasses the cache, which a copy in steps would not.
+            np.copyto(np.frombuffer(place, np.uint8), source.numpy())
+        else:
+            torch.frombuffer(place, dtype=torch.uint8).copy_(source)
+        return BucketEntry(part=part, digest=digest(place))
+
+    def _octets_of(self, index: int) -> Tensor:
+        if self._held != index:
+            self._octets = torch.empty(0, dtype=torch.uint8)  # let go of one tensor before the next is made
+            spec, make = self._weights[index]
+            tensor = make().detach()
+            made = (tuple(tensor.shape), tensor.dtype)
+            assert made == (spec.shape, getattr(torch, spec.dtype.value)), f"{spec} was announced, {made} made"
+            self._octets = tensor.contiguous().reshape(-1).view(torch.uint8)
+            self._held = index
+        return self._octets

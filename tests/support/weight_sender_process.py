@@ -1,0 +1,38 @@
+"""A sender in a process of its own, which tests can kill.
+
+`python -m tests.support.weight_sender_process ADDRESS SHAPES_JSON VERSION SECONDS_PER_TENSOR` sends random weights,
+of which the version is the seed, and writes a line for each tensor that it is about to send.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kdmesh.rpc.weight_sender import WeightSender
+from tests.support.weight_targets import FINGERPRINT, random_weights
+
+
+def main(address: str, shapes: str, version: int, seconds_per_tensor: float) -> None:
+    """Send once."""
+    weights = random_weights({name: tuple(shape) for name, shape in json.loads(shapes).items()}, seed=version)
+
+    def maker(name: str, tensor: Tensor) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            sys.stdout.write(f"{name}\n")
+            sys.stdout.flush()
+            time.sleep(seconds_per_tensor)
+            return tensor
+
+        return make
+
+    with WeightSender([address], bucket_bytes=2**16) as sender:
+        sender.publish(version, FINGERPRINT, [(spec, maker(spec.name, tensor)) for spec, tensor in weights.items()])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
