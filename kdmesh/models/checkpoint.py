@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -19,7 +21,7 @@ from kdmesh.models.head import output_head
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_SAMPLED_BYTES = 4096
+_SAMPLED_BYTES = 1024  # at each of three places of a tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,7 +54,7 @@ class Checkpoint:
         )
 
     def fingerprint(self, *computed_as: str) -> str:
-        """32 hexadecimal digits over the configuration, every weight file's table and a sample of each file's bytes.
+        """32 hexadecimal digits over the configuration, every tensor's name, shape and dtype, and a sample of its bytes.
 
         Args:
             computed_as: what else makes the numbers: dtype, quantization.
@@ -60,13 +62,9 @@ class Checkpoint:
         state = hashlib.blake2b(digest_size=16)
         state.update(json.dumps([*computed_as, self.skeleton.config.to_diff_dict()], default=str).encode())
         for file in _weight_files(self.path):
-            state.update(f"\n{file.name} {file.stat().st_size}\n".encode())
             with file.open("rb") as stream:
-                table_bytes = int.from_bytes(stream.read(8), "little")
-                state.update(stream.read(table_bytes))
-                for part in range(16):
-                    stream.seek(file.stat().st_size * part // 16)
-                    state.update(stream.read(_SAMPLED_BYTES))
+                for sample in _samples(stream):
+                    state.update(sample)
         return state.hexdigest()
 
     def _tied_or_own(self, name: str) -> Tensor:
@@ -102,6 +100,19 @@ def read_tensor(path: Path, name: str) -> Tensor:
                 tensor: Tensor = tensors.get_tensor(name)
                 return tensor
     raise ConfigError(f"{path} has no tensor {name}, which its output head needs")
+
+
+def _samples(stream: BinaryIO) -> Iterator[bytes]:
+    """Of a safetensors file: what its table says of each tensor, and bytes from its begin, middle and end."""
+    table_bytes = int.from_bytes(stream.read(8), "little")
+    table = json.loads(stream.read(table_bytes))
+    table.pop("__metadata__", None)
+    for name, entry in sorted(table.items()):
+        yield json.dumps([name, entry["dtype"], entry["shape"]]).encode()
+        begin, end = (8 + table_bytes + offset for offset in entry["data_offsets"])
+        for place in (begin, (begin + end - _SAMPLED_BYTES) // 2, end - _SAMPLED_BYTES):
+            stream.seek(max(place, begin))
+            yield stream.read(min(_SAMPLED_BYTES, end - begin))
 
 
 def _weight_files(path: Path) -> list[Path]:

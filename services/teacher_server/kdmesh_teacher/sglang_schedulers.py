@@ -49,6 +49,7 @@ class Schedulers:
         self._changed = threading.Condition()
         self._adopted: set[tuple[int, int]] = set()  # (pid, segment number)
         self._death: str | None = None
+        self._watcher: threading.Thread | None = None
         self._wake_read, self._wake_write = os.pipe()
 
     def wait_reports(self, count: int, timeout_s: float) -> None:
@@ -75,7 +76,8 @@ class Schedulers:
 
     def watch(self, on_death: Callable[[str], None]) -> None:
         """From now on call `on_death` with the reason, once and from a thread, when a scheduler dies."""
-        threading.Thread(target=self._watch, args=(on_death,), name="sglang-schedulers", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=(on_death,), name="sglang-schedulers", daemon=True)
+        self._watcher.start()
 
     def adopt(self, segment: Segment) -> None:
         """Show a segment to all that write; `watch` must have begun."""
@@ -101,8 +103,16 @@ class Schedulers:
     def close(self) -> None:
         """Hang up; no death is told any more."""
         os.write(self._wake_write, b"x")
+        if self._watcher is not None:
+            self._watcher.join()
+        for scheduler in self._schedulers:
+            scheduler.sock.close()
+            if scheduler.pidfd is not None:
+                os.close(scheduler.pidfd)
         self._listener.close()
         self.socket_path.unlink(missing_ok=True)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
 
     def _watch(self, on_death: Callable[[str], None]) -> None:
         poll = select.poll()

@@ -1,0 +1,152 @@
+"""What surrounds SGLang in the teacher works without it: configuration, messages, selection of rows, versions."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from kdmesh.errors import ConfigError
+from kdmesh.types import DType
+from kdmesh_teacher.sglang_config import SglangEngine
+from kdmesh_teacher.sglang_messages import Adopt, Adopted, Ask, Drop, Hello, Message, pack, unpack
+from kdmesh_teacher.sglang_rows import RowProgress, Segments
+from kdmesh_teacher.sglang_versions import require_tested_version
+
+POSITIONS = st.lists(st.integers(0, 60), min_size=1, max_size=40, unique=True).map(sorted)
+
+
+def ask(positions: list[int], *, segment: int = 1, offset_bytes: int = 0) -> Ask:
+    return Ask(
+        segment=segment,
+        offset_bytes=offset_bytes,
+        dtype=DType.FLOAT32,
+        first_computed=positions[0],
+        positions=np.array(positions, dtype=np.int32),
+    )
+
+
+class OneMatrix(Segments):
+    """Segment 1 is a tensor of ours; there is no other."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.rows_RD = torch.full((rows, columns), torch.nan)
+
+    def matrix(self, ask: Ask, columns: int) -> torch.Tensor | None:
+        return self.rows_RD if ask.segment == 1 else None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello(rank="tensor 0", writes=True, unhooked=["a.b"]),
+        Adopt(number=3, size_bytes=2**40),
+        Adopted(number=3),
+        Drop(number=3),
+    ],
+)
+def test_a_message_arrives_as_it_was_sent(message: Message) -> None:
+    assert unpack(pack(message)) == message
+
+
+@given(POSITIONS)
+def test_an_ask_goes_through_request_parameters(positions: list[int]) -> None:
+    sent = ask(positions, segment=7, offset_bytes=640)
+    params = sent.to_params()
+    assert all(isinstance(value, int | str) or set(map(type, value)) == {int} for value in params.values())
+    got = Ask.from_params(params)
+    assert got is not None
+    assert got.positions.tolist() == positions
+    assert (got.segment, got.offset_bytes, got.dtype, got.first_computed) == (7, 640, DType.FLOAT32, positions[0])
+
+
+def test_a_contiguous_response_is_asked_for_in_two_numbers() -> None:
+    assert ask(list(range(100, 4000))).to_params()["kdmesh_runs"] == [100, 4000]
+
+
+@pytest.mark.parametrize("params", [None, {}, {"thinking_budget": 3}])
+def test_other_peoples_requests_are_not_ours(params: dict[str, int] | None) -> None:
+    assert Ask.from_params(params) is None
+
+
+@given(POSITIONS, st.lists(st.integers(1, 62), max_size=6), st.data())
+def test_wanted_rows_arrive_in_order_however_the_prompt_is_cut(
+    positions: list[int], cuts: list[int], data: st.DataObject
+) -> None:
+    hidden_TD = torch.arange(62.0)[:, None].expand(62, 3)
+    cached = data.draw(st.integers(0, positions[0]))
+    edges = [cached, *sorted({cut for cut in cuts if cached < cut < 62}), 62]
+    segments = OneMatrix(len(positions), 3)
+    progress = RowProgress(ask(positions), segments, position=cached)
+    for begin, end in itertools.pairwise(edges):
+        progress.take(hidden_TD[begin:end])
+    assert segments.rows_RD[:, 0].tolist() == positions
+    assert (progress.num_written, progress.position) == (len(positions), 62)
+
+
+def test_rows_that_were_taken_from_the_cache_are_missed() -> None:
+    progress = RowProgress(ask([3, 9]), OneMatrix(2, 3), position=5)
+    progress.take(torch.zeros(7, 3))
+    assert (progress.num_written, progress.position) == (1, 12)
+
+
+def test_rows_for_memory_that_is_not_mapped_are_missed() -> None:
+    progress = RowProgress(ask([3, 9], segment=2), OneMatrix(2, 3), position=0)
+    progress.take(torch.zeros(12, 3))
+    assert progress.num_written == 0
+
+
+def engine(**members: object) -> SglangEngine:
+    return SglangEngine.model_validate({"kind": "sglang", "model": "m"} | members)
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ({"arguments": {"tp_size": 2}}, "tp_size cannot be given; set engine.tensor_parallel instead"),
+        ({"arguments": {"skip_tokenizer_init": False}}, "skip_tokenizer_init cannot be given; the server decides it"),
+        ({"num_nodes": 2, "tensor_parallel": 2}, "dist_init_address must say where they meet"),
+        ({"node_rank": 1}, "with 1 nodes the last is one less"),
+        ({"tensor_parallel": 4, "expert_parallel": 3}, "expert_parallel 3 does not divide tensor_parallel 4"),
+        ({"num_nodes": 2, "tensor_parallel": 3, "dist_init_address": "a:1"}, "a multiple of num_nodes 2"),
+        ({"tensor_paralel": 2}, "Extra inputs are not permitted"),
+    ],
+)
+def test_an_impossible_engine_is_refused(members: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        engine(**members)
+
+
+def test_remote_code_is_off_and_the_caches_are_on() -> None:
+    made = engine()
+    assert not made.trust_remote_code
+    assert made.prefix_cache
+    assert made.self_probe
+
+
+@pytest.mark.parametrize("version", ["0.5.22", "0.5.24", "0.6.0"])
+def test_an_untested_version_is_refused(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = tmp_path / f"sglang-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"SGLang {version} is installed"):
+        require_tested_version()
+
+
+def test_the_plugin_loads_nothing_heavy_into_processes_that_are_not_ours() -> None:
+    script = (
+        "import sys; from kdmesh_teacher.sglang_plugin import register; register();"
+        "print(*sorted({'torch', 'sglang', 'grpc', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
