@@ -54,7 +54,7 @@ class Checkpoint:
         )
 
     def fingerprint(self, *computed_as: str) -> str:
-        """32 hexadecimal digits over the configuration, every tensor's name, shape and dtype, and a sample of its bytes.
+        """32 hexadecimal digits over the configuration, and each tensor's name, shape, dtype and a sample of its bytes.
 
         Args:
             computed_as: what else makes the numbers: dtype, quantization.

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kdmesh.errors import ConfigError
-from kdmesh.types import DType
+from kdmesh.types import DType, TokenSequence
 from kdmesh_teacher.sglang_config import SglangEngine
 from kdmesh_teacher.sglang_messages import Adopt, Adopted, Ask, Drop, Hello, Message, pack, unpack
 from kdmesh_teacher.sglang_rows import RowProgress, Segments
+from kdmesh_teacher.sglang_sharing import Request, waves
 from kdmesh_teacher.sglang_versions import require_tested_version
 
 POSITIONS = st.lists(st.integers(0, 60), min_size=1, max_size=40, unique=True).map(sorted)
@@ -103,6 +104,28 @@ def test_rows_for_memory_that_is_not_mapped_are_missed() -> None:
     progress = RowProgress(ask([3, 9], segment=2), OneMatrix(2, 3), position=0)
     progress.take(torch.zeros(12, 3))
     assert progress.num_written == 0
+
+
+def request(ids: list[int], first: int) -> Request:
+    positions = np.arange(first, len(ids) - 1, dtype=np.int32)
+    sequence = TokenSequence(token_ids=np.array(ids, dtype=np.int32), positions=positions)
+    return sequence, ask(positions.tolist())
+
+
+def test_samples_of_one_prompt_wait_for_the_first_of_them() -> None:
+    prompt, other = list(range(40)), list(range(1, 41))
+    requests = [
+        request([*prompt, 1, 2], 40),
+        request([*other, 1, 2], 40),
+        request([*prompt, 3, 4, 5], 40),
+        request([*prompt, 1, 2], 39),  # wants a row of the prompt itself
+        request([*prompt, 6, 7], 40),
+        request([1, 2, 3], 0),
+        request([1, 2, 4], 0),
+    ]
+    alone, shared = waves(requests)
+    assert sorted(alone) == [1, 3, 5, 6]
+    assert shared == [(0, [2, 4])]
 
 
 def engine(**members: object) -> SglangEngine:

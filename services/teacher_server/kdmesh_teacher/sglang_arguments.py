@@ -70,6 +70,7 @@ _CPU: dict[str, Any] = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
     "disable_cuda_graph": True,
+    "sleep_on_idle": True,  # else it asks for work without pause, on the cores that compute
 }
 
 

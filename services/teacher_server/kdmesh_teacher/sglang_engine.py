@@ -22,13 +22,14 @@ from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh.types import DType, TokenSequence
+from kdmesh.types import DType
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 from kdmesh_teacher.sglang_arguments import has_deterministic_inference, num_schedulers, server_arguments
 from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
 from kdmesh_teacher.sglang_messages import SOCKET_VARIABLE, Ask
 from kdmesh_teacher.sglang_reference import check_reference
 from kdmesh_teacher.sglang_schedulers import Schedulers
+from kdmesh_teacher.sglang_sharing import Request, waves
 from kdmesh_teacher.sglang_versions import require_tested_version
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class SglangEngine:
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
         """Write every job's rows; those for ordinary memory go through a segment made for them."""
         with contextlib.ExitStack() as stack:
-            requests = list[tuple[TokenSequence, Ask]]()
+            requests = list[Request]()
             for job in jobs:
                 segment = stack.enter_context(self._scratch(job)) if job.segment is None else job.segment
                 requests += self._asks(job, segment)
@@ -176,7 +177,7 @@ class SglangEngine:
             self.drop(segment)
             segment.close()
 
-    def _asks(self, job: PrefillJob, segment: int) -> Iterator[tuple[TokenSequence, Ask]]:
+    def _asks(self, job: PrefillJob, segment: int) -> Iterator[Request]:
         row_bytes = len(job.out) // job.num_rows
         offset_bytes = 0
         for sequence in job.sequences:
@@ -192,9 +193,10 @@ class SglangEngine:
             )
             offset_bytes += sequence.num_rows * row_bytes
 
-    def _compute(self, requests: Sequence[tuple[TokenSequence, Ask]]) -> None:
+    def _compute(self, requests: Sequence[Request]) -> None:
         answers = self._loop.run_until_complete(self._answers(requests))
-        for (sequence, _), answer in zip(requests, answers, strict=True):
+        for index, (sequence, _) in enumerate(requests):
+            answer = answers[index]
             meta = answer["meta_info"]
             (delivered,) = meta.get("hidden_states") or [None]
             if delivered != [sequence.num_rows, sequence.num_tokens]:
@@ -204,20 +206,35 @@ class SglangEngine:
                 )
             self._num_cached_tokens += meta["cached_tokens"]
 
-    async def _answers(self, requests: Sequence[tuple[TokenSequence, Ask]]) -> list[dict[str, Any]]:
-        """What SGLang says to the requests. Raises EngineFailure when it dies, or refuses one."""
-        sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
-        answering = self._engine.async_generate(
-            input_ids=[sequence.token_ids.tolist() for sequence, _ in requests],
-            sampling_params=[sampling | {"custom_params": ask.to_params()} for _, ask in requests],
-            return_hidden_states=True,
-        )
-        call = asyncio.create_task(answering)
+    async def _answers(self, requests: Sequence[Request]) -> dict[int, dict[str, Any]]:
+        """What SGLang says to each request. Raises EngineFailure when it dies."""
+        alone, shared = waves(requests) if self._config.prefix_cache else (list(range(len(requests))), [])
+        answers: dict[int, dict[str, Any]] = {}
+
+        async def generate(indices: Sequence[int]) -> None:
+            if indices:
+                chosen = await self._generate([requests[index] for index in indices])
+                answers.update(zip(indices, chosen, strict=True))
+
+        async def generate_shared(leader: int, followers: Sequence[int]) -> None:
+            await generate([leader])
+            await generate(followers)
+
+        call = asyncio.gather(generate(alone), *(generate_shared(*wave) for wave in shared))
         await asyncio.wait((call, self._death), return_when=asyncio.FIRST_COMPLETED)
         if self._death.done():
             call.cancel()
             raise EngineFailure(self._death.result())
-        answers: list[dict[str, Any]] = call.result()
+        call.result()
+        return answers
+
+    async def _generate(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        answers: list[dict[str, Any]] = await self._engine.async_generate(
+            input_ids=[sequence.token_ids.tolist() for sequence, _ in requests],
+            sampling_params=[sampling | {"custom_params": ask.to_params()} for _, ask in requests],
+            return_hidden_states=True,
+        )
         return answers
 
     def _died(self, reason: str) -> None:
