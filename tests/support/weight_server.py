@@ -1,7 +1,7 @@
 """A server of which nothing is real but UpdateWeights.
 
-`python -m tests.support.weight_server READY_FILE SPECS_JSON SECONDS_PER_WRITE PORT` is one in a process of its own;
-READY_FILE then says where it listens. It tells the digest of what it serves as its model's name.
+`python -m tests.support.weight_server READY_FILE SPECS_JSON SECONDS_PER_WRITE PORT FINGERPRINT` is one in a
+process of its own; READY_FILE then says where it listens. It tells the digest of what it serves as its model's name.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ async def at_once(manifest: Manifest, commit: Callable[[], None]) -> None:
 
 
 class _Servicer(RolloutServicer):
-    def __init__(self, target: MemoryTarget, updates: WeightUpdates) -> None:
+    def __init__(self, target: MemoryTarget, updates: WeightUpdates, fingerprint: str) -> None:
         self._target = target
         self._updates = updates
+        self._fingerprint = fingerprint
 
     async def Describe(self, request: pb.DescribeRolloutRequest, context: Context) -> pb.DescribeRolloutResponse:
         return pb.DescribeRolloutResponse(
             model_name=served_digest(self._target),
             weight_version=self._updates.version,
             dtype=codec.dtype_to_wire(self._target.tensor_specs()[0].dtype),
-            architecture_fingerprint=FINGERPRINT,
+            architecture_fingerprint=self._fingerprint,
         )
 
     def UpdateWeights(
@@ -63,11 +64,16 @@ def served_digest(target: MemoryTarget) -> str:
 
 @contextlib.asynccontextmanager
 async def weight_server(
-    target: MemoryTarget, *, apply: Apply = at_once, silence_s: float = 60, port: int = 0
+    target: MemoryTarget,
+    *,
+    apply: Apply = at_once,
+    silence_s: float = 60,
+    port: int = 0,
+    fingerprint: str = FINGERPRINT,
 ) -> AsyncIterator[tuple[str, WeightUpdates]]:
     """Its address, and what answers there."""
-    updates = WeightUpdates(target, architecture_fingerprint=FINGERPRINT, apply=apply, silence_s=silence_s)
-    servicer = _Servicer(target, updates)
+    updates = WeightUpdates(target, architecture_fingerprint=fingerprint, apply=apply, silence_s=silence_s)
+    servicer = _Servicer(target, updates, fingerprint)
     add = lambda server: add_RolloutServicer_to_server(servicer, server)  # noqa: E731
     async with serving("kdmesh.v1.Rollout", add, host="127.0.0.1", port=port) as server:
         yield f"127.0.0.1:{server.port}", updates
@@ -87,12 +93,17 @@ class SlowTarget(MemoryTarget):
 
 @contextlib.contextmanager
 def weight_server_process(
-    ready: Path, specs: Sequence[TensorSpec], *, seconds_per_write: float = 0, port: int = 0
+    ready: Path,
+    specs: Sequence[TensorSpec],
+    *,
+    seconds_per_write: float = 0,
+    port: int = 0,
+    fingerprint: str = FINGERPRINT,
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process and its address; killed at the end."""
     ready.unlink(missing_ok=True)
     named = json.dumps([[spec.name, spec.shape, spec.dtype.value] for spec in specs])
-    arguments = [str(ready), named, str(seconds_per_write), str(port)]
+    arguments = [str(ready), named, str(seconds_per_write), str(port), fingerprint]
     process = subprocess.Popen([sys.executable, "-m", "tests.support.weight_server", *arguments], cwd=ROOT)
     try:
         ends_s = time.monotonic() + 60
@@ -105,11 +116,11 @@ def weight_server_process(
         process.wait()
 
 
-async def _main(ready: Path, named: str, seconds_per_write: float, port: int) -> None:
+async def _main(ready: Path, named: str, seconds_per_write: float, port: int, fingerprint: str) -> None:
     specs = [TensorSpec(name=name, shape=tuple(shape), dtype=DType(dtype)) for name, shape, dtype in json.loads(named)]
     target = SlowTarget(specs)
     target.seconds_per_write = seconds_per_write
-    async with weight_server(target, port=port) as (address, _):
+    async with weight_server(target, port=port, fingerprint=fingerprint) as (address, _):
         writing = ready.with_suffix(".writing")
         writing.write_text(address)
         writing.rename(ready)
@@ -117,4 +128,4 @@ async def _main(ready: Path, named: str, seconds_per_write: float, port: int) ->
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])))
+    asyncio.run(_main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), sys.argv[5]))

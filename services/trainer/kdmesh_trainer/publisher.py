@@ -1,0 +1,148 @@
+"""Brings the student, as it learns, to the servers that sample from it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch
+from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
+from kdmesh.rpc.weight_link import ServedWeights
+from kdmesh.types import DType
+from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
+from kdmesh.weights.packing import Weights
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student, release
+
+log = logging.getLogger(__name__)
+
+_DONE = -1
+
+
+class Sender(Protocol):
+    """Who carries the bytes; a kdmesh.rpc.weight_sender.WeightSender is one."""
+
+    def describe(self) -> tuple[ServedWeights, ...]:
+        """What each server serves now. Blocks."""
+        ...
+
+    def publish(self, version: int, architecture_fingerprint: str, tensors: Weights, policy: UpdatePolicy) -> None:
+        """Return when every server serves this version. Blocks."""
+        ...
+
+
+class StudentPublisher:
+    """Sends every weight under its Hugging Face name and in the servers' own element type; tied weights once.
+
+    Ranks gather one tensor at a time, as the first of them sends it, and so never hold a second copy of the student.
+    """
+
+    def __init__(self, student: Student, sender: Sender | None, *, policy: UpdatePolicy, mesh: Mesh) -> None:
+        """
+        Args:
+            student: sharded.
+            sender: on the first rank; None on the others.
+            policy: what becomes of samples under way.
+
+        Raises:
+            ConfigError: a tensor of the student is not of floating point, so that it cannot be sent.
+        """
+        assert (sender is not None) == mesh.is_first
+        self._student = student
+        self._sender = sender
+        self._policy = policy
+        self._mesh = mesh
+        self._fingerprint = architecture_fingerprint(student.lm)
+        self._tensors = named_weights(student.lm)
+        self._steps_done: int | None = None  # of the student that was published last
+        self._weight_version = 0
+        self._dtype: DType | None = None
+        for name, tensor in self._tensors.items():
+            if not tensor.is_floating_point():
+                raise ConfigError(f"the student's {name} is {tensor.dtype}; rollout servers take floating point only")
+
+    def publish(self, *, version: int) -> None:
+        """Have every server serve the student as it is now, after `version` steps. Collective.
+
+        Each time under a new and higher number, so the same may be published again.
+
+        Raises:
+            KdmeshError: as WeightSender.publish says; on every rank.
+        """
+        release(self._student)
+        self._dtype = self._dtype or self._mesh.on_first(self._look_at_servers)
+        failure = None
+        if self._mesh.is_first:
+            failure = self._send()
+        else:
+            self._follow()
+        self._weight_version = self._mesh.on_first(lambda: self._agreed(failure))
+        self._steps_done = version
+        log.info("weights published", extra={"steps_done": version, "weight_version": self._weight_version})
+
+    def weight_version(self, version: int) -> int:
+        """The number that servers know the student by which was published last, after `version` steps."""
+        assert version == self._steps_done
+        return self._weight_version
+
+    # On the first rank
+
+    def _look_at_servers(self) -> DType:
+        """Their element type. Numbers go on from the highest that any of them knows."""
+        assert self._sender is not None
+        served = self._sender.describe()
+        if len({weights.dtype for weights in served}) > 1:
+            differing = ", ".join(f"{weights.dtype} at {weights.address}" for weights in served)
+            raise ModelMismatch(f"the rollout servers' weights have several element types: {differing}")
+        self._weight_version = max(weights.version for weights in served)
+        return served[0].dtype
+
+    def _send(self) -> KdmeshError | None:
+        """What kept a server from taking it, if anything."""
+        assert self._sender is not None
+        self._weight_version += 1
+        try:
+            self._sender.publish(self._weight_version, self._fingerprint, self._weights(), self._policy)
+        except KdmeshError as error:
+            return error
+        finally:
+            self._mesh.on_first(lambda: _DONE)
+        return None
+
+    def _weights(self) -> Weights:
+        assert self._dtype is not None
+        return [
+            (
+                TensorSpec(name=name, shape=tuple(tensor.shape), dtype=self._dtype),
+                functools.partial(self._gather_for_all, index),
+            )
+            for index, (name, tensor) in enumerate(self._tensors.items())
+        ]
+
+    def _gather_for_all(self, index: int) -> Tensor:
+        return self._gather(self._mesh.on_first(lambda: index))
+
+    def _agreed(self, failure: KdmeshError | None) -> int:
+        if failure is not None:
+            raise failure
+        return self._weight_version
+
+    # On every rank
+
+    def _follow(self) -> None:
+        """Gather what the first rank sends, as often as it sends it. Collective, with its `_send`."""
+        while (index := self._mesh.on_first(lambda: _DONE)) != _DONE:
+            self._gather(index)
+
+    def _gather(self, index: int) -> Tensor:
+        """A whole tensor as it is sent. Collective."""
+        assert self._dtype is not None
+        shard = tuple(self._tensors.values())[index].detach()
+        # Before it is gathered: half as many bytes travel.
+        tensor = shard.to(getattr(torch, self._dtype.value))
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

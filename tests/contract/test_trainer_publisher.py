@@ -1,0 +1,175 @@
+"""A sharded student gets to real servers, bit for bit, from any number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from torch import Tensor
+
+from kdmesh.errors import ConfigError, DeadlineExpired, KdmeshError
+from kdmesh.models.body import load_causal_lm
+from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
+from kdmesh.rpc.weight_link import ServedWeights
+from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.types import DType
+from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1.rollout_pb2_grpc import RolloutStub
+from kdmesh.weights.digests import digest
+from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
+from kdmesh.weights.packing import Weights
+from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.model import Student
+from kdmesh_trainer.publisher import StudentPublisher
+from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
+from tests.support.trainer_parts import build_student
+from tests.support.trainer_ranks import run_ranks
+from tests.support.weight_server import weight_server_process
+
+BUCKET_BYTES = 2**14  # the embedding takes several
+
+
+def publish(mesh: Mesh, path: str, address: str, steps: list[int]) -> list[int]:
+    """Publishes a student that changes by 1 with each step; the weight versions it had."""
+    student = build_student(Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+    sender = WeightSender([address], bucket_bytes=BUCKET_BYTES, deadline_s=30) if mesh.is_first else None
+    publisher = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh)
+    whole = _watch(publisher)
+    versions, done = [], 0
+    for step in steps:
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(step - done)
+        done = step
+        publisher.publish(version=step)
+        versions.append(publisher.weight_version(step))
+    assert max(whole) == 0, "a whole tensor lived while the next was gathered"
+    if sender is not None:
+        sender.close()
+    return versions
+
+
+def _watch(publisher: StudentPublisher) -> list[int]:
+    """How many tensors that were gathered before live when the next one is."""
+    alive: list[int] = []
+    gathered: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    gather = publisher._gather
+
+    def watched(index: int) -> Tensor:
+        alive.append(len(gathered))
+        tensor = gather(index)
+        gathered.add(tensor)
+        return tensor
+
+    publisher._gather = watched  # type: ignore[method-assign]
+    return alive
+
+
+def _specs(path: Path, dtype: DType) -> list[TensorSpec]:
+    weights = named_weights(load_causal_lm(path, "auto", torch.device("cpu")))
+    return [TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype) for name, tensor in weights.items()]
+
+
+def _expected(path: Path, dtype: DType, steps: list[int]) -> str:
+    weights = named_weights(load_causal_lm(path, torch.float32, torch.device("cpu")))
+    with torch.no_grad():
+        for parameter in weights.values():
+            for before, after in itertools.pairwise([0, *steps]):
+                parameter.add_(after - before)
+    whole = [weights[name].detach().to(getattr(torch, dtype.value)) for name in sorted(weights)]
+    return digest(torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in whole]).numpy().data).hex()
+
+
+def _served(address: str) -> tuple[int, str]:
+    with grpc.insecure_channel(address) as channel:
+        described = RolloutStub(channel).Describe(pb.DescribeRolloutRequest(), timeout=20)
+    return described.weight_version, described.model_name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "tied"),
+    [(1, DType.BFLOAT16, True), (2, DType.BFLOAT16, False), (2, DType.FLOAT32, True)],
+)
+def test_servers_get_the_student_bit_for_bit(
+    ranks: int, dtype: DType, tied: bool, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    path, steps = tiny_models.path(tie_word_embeddings=tied), [0, 1, 2]
+    fingerprint = architecture_fingerprint(load_causal_lm(path, "auto", torch.device("cpu")))
+    running = weight_server_process(tmp_path / "ready", _specs(path, dtype), fingerprint=fingerprint)
+    with running as (_, address):
+        results = run_ranks(
+            "tests.contract.test_trainer_publisher:publish", ranks=ranks, path=str(path), address=address, steps=steps
+        )
+        assert results == [[1, 2, 3]] * ranks
+        assert _served(address) == (3, _expected(path, dtype, steps))
+
+
+def test_numbers_rise_when_a_run_goes_back_to_an_earlier_step(tiny_models: TinyModels, tmp_path: Path) -> None:
+    path = tiny_models.path()
+    fingerprint = architecture_fingerprint(load_causal_lm(path, "auto", torch.device("cpu")))
+    running = weight_server_process(tmp_path / "ready", _specs(path, DType.BFLOAT16), fingerprint=fingerprint)
+    with running as (_, address), joined("cpu", longest_wait_s=60) as mesh:
+        for steps, versions in (([0, 1, 2], [1, 2, 3]), ([1, 1], [4, 5])):
+            assert publish(mesh, str(path), address, steps) == versions
+            assert _served(address) == (versions[-1], _expected(path, DType.BFLOAT16, steps))
+
+
+class _FailingSender:
+    """Has two tensors made twice, and fails."""
+
+    def describe(self) -> tuple[ServedWeights, ...]:
+        return (ServedWeights(address="a", version=7, dtype=DType.BFLOAT16, architecture_fingerprint=""),)
+
+    def publish(self, version: int, architecture_fingerprint: str, tensors: Weights, policy: UpdatePolicy) -> None:
+        for _ in range(2):
+            for spec, make in tensors[:2]:
+                assert make().shape == spec.shape
+        raise DeadlineExpired(f"version {version} was not taken")
+
+
+class _MixedSender(_FailingSender):
+    """Knows servers that differ."""
+
+    def describe(self) -> tuple[ServedWeights, ...]:
+        (one,) = super().describe()
+        return one, replace(one, address="b", dtype=DType.FLOAT32)
+
+
+def fail(mesh: Mesh, path: str) -> list[str]:
+    """What a rank hears."""
+    student = build_student(Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+    heard = []
+    for make in (_FailingSender, _MixedSender):
+        sender = make() if mesh.is_first else None
+        publisher = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh)
+        try:
+            publisher.publish(version=0)
+        except KdmeshError as error:
+            heard.append(f"{type(error).__name__}: {error}")
+    return heard
+
+
+def test_every_rank_hears_that_the_weights_were_not_taken(tiny_models: TinyModels) -> None:
+    results = run_ranks("tests.contract.test_trainer_publisher:fail", ranks=2, path=str(tiny_models.path()))
+    assert (
+        results
+        == [
+            [
+                "DeadlineExpired: version 8 was not taken",
+                "ModelMismatch: the rollout servers' weights have several element types: bfloat16 at a, float32 at b",
+            ]
+        ]
+        * 2
+    )
+
+
+def test_a_student_with_numbers_that_cannot_be_sent_is_refused(tiny_models: TinyModels) -> None:
+    student = Student(load_causal_lm(tiny_models.path(), "auto", torch.device("cpu")), vocabulary_size=VOCABULARY_SIZE)
+    student.lm.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+    with joined("cpu", longest_wait_s=60) as mesh, pytest.raises(ConfigError, match=r"steps is torch\.int64"):
+        StudentPublisher(student, _FailingSender(), policy=UpdatePolicy.FINISH, mesh=mesh)
