@@ -1,0 +1,149 @@
+"""One Generate stream: many requests under way, whose samples come one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kdmesh.errors import EngineFailure, InvalidRequest, RpcError, Unavailable
+from kdmesh.rpc import failure, rollout_codec
+from kdmesh.rpc.calls import our_errors
+from kdmesh.types import Int32Array, Sample
+from kdmesh.v1 import rollout_pb2 as pb
+
+if TYPE_CHECKING:
+    from kdmesh.v1.rollout_pb2_grpc import RolloutAsyncStub
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Open:
+    """A request of which samples are missing."""
+
+    prompt_ids: Int32Array
+    missing: set[int]
+    on_sample: Callable[[int, Sample], None]
+    end: asyncio.Future[None]
+
+
+class GenerateStream:
+    """Belongs to the event loop that made it.
+
+    Args:
+        job: name of the job, for the server's metrics.
+        on_end: called once with the reason when the stream ends by itself.
+    """
+
+    def __init__(self, stub: RolloutAsyncStub, address: str, *, job: str, on_end: Callable[[RpcError], None]) -> None:
+        self._address = address
+        self._on_end = on_end
+        self._open: dict[int, _Open] = {}
+        self._numbers = itertools.count(1)
+        self._end: RpcError | None = None
+        self._call = stub.Generate(metadata=((rollout_codec.JOB, job),))
+        self._unsent: asyncio.Queue[pb.GenerateRequest] = asyncio.Queue()
+        # A task of its own: grpc ends the whole stream when a task that writes to it is cancelled.
+        self._writer = asyncio.create_task(self._write(), name="generate writer")
+        self._reader = asyncio.create_task(self._read(), name="generate reader")
+
+    async def ask(
+        self, request: pb.GenerateRequest, prompt_ids: Int32Array, on_sample: Callable[[int, Sample], None]
+    ) -> None:
+        """Return when every sample of the request has been given to `on_sample`, with its index. Cancelling aborts it.
+
+        Its request_id is overwritten.
+
+        Raises:
+            RpcError: as rollout.proto says, or Unavailable when the stream breaks; samples may have come before.
+            EngineFailure: an answer is not one to this request.
+        """
+        if self._end is not None:
+            raise self._end
+        request.request_id = next(self._numbers)
+        end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._open[request.request_id] = _Open(
+            prompt_ids=prompt_ids, missing=set(range(request.num_samples)), on_sample=on_sample, end=end
+        )
+        self._unsent.put_nowait(request)
+        try:
+            await end
+        finally:
+            if self._open.pop(request.request_id, None) is not None:  # it goes on without us
+                self._unsent.put_nowait(pb.GenerateRequest(request_id=request.request_id, is_abort=True))
+
+    async def close(self) -> None:
+        """End the stream; what is unanswered fails as Unavailable."""
+        self._fail(Unavailable(f"the connection to {self._address} was closed", retry_after_s=0.0))
+        self._call.cancel()
+        for task in (self._writer, self._reader):
+            task.cancel()
+        await asyncio.wait((self._writer, self._reader))
+
+    async def _write(self) -> None:
+        try:
+            with our_errors(self._address):
+                while True:
+                    await self._call.write(await self._unsent.get())
+        except RpcError:
+            return  # the reader hears the reason
+
+    async def _read(self) -> None:
+        try:
+            with our_errors(self._address):
+                async for reply in self._call:
+                    self._take(reply)
+            end: RpcError = Unavailable(f"{self._address} ended the stream", retry_after_s=0.0)
+        except RpcError as error:
+            end = error
+        if self._end is None:
+            self._fail(end)
+            self._on_end(end)
+
+    def _take(self, reply: pb.GenerateReply) -> None:
+        opened = self._open.get(reply.request_id)
+        if opened is None:
+            return  # aborted here before it came
+        match reply.WhichOneof("outcome"):
+            case "sample":
+                self._take_sample(reply.request_id, opened, reply.sample)
+            case "failure":
+                self._close_request(reply.request_id, failure.from_wire(reply.failure), is_ended=True)
+            case None:
+                self._close_request(reply.request_id, self._lie("a reply without an outcome"))
+
+    def _take_sample(self, request_id: int, opened: _Open, message: pb.Sample) -> None:
+        index = message.sample_index
+        if index not in opened.missing:
+            self._close_request(request_id, self._lie(f"sample {index}, which is not missing"))
+            return
+        try:
+            sample = rollout_codec.sample_from_wire(message, opened.prompt_ids)
+        except InvalidRequest as error:
+            self._close_request(request_id, self._lie(f"no valid sample: {error}"))
+            return
+        opened.missing.remove(index)
+        opened.on_sample(index, sample)
+        if not opened.missing:
+            self._close_request(request_id, None, is_ended=True)
+
+    def _close_request(self, request_id: int, error: RpcError | None, *, is_ended: bool = False) -> None:
+        """Tell who waits. Unless the server has ended it, it is aborted there when they hear of it."""
+        opened = self._open.pop(request_id) if is_ended else self._open[request_id]
+        if opened.end.done():
+            return
+        if error is None:
+            opened.end.set_result(None)
+        else:
+            opened.end.set_exception(error)
+
+    def _lie(self, what: str) -> EngineFailure:
+        return EngineFailure(f"{self._address} sent {what}")
+
+    def _fail(self, error: RpcError) -> None:
+        self._end = error
+        for opened in self._open.values():
+            if not opened.end.done():
+                opened.end.set_exception(error)
+        self._open.clear()

@@ -1,0 +1,130 @@
+"""A connection to one rollout server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from kdmesh.errors import EngineFailure, InvalidRequest, ModelMismatch, RpcError, Unavailable
+from kdmesh.rpc import rollout_codec
+from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
+from kdmesh.rpc.channel import open_channel
+from kdmesh.rpc.generate_stream import GenerateStream
+from kdmesh.rpc.retry import Deadline
+from kdmesh.types import Int32Array, RolloutDescription, Sample, Sampling
+from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1.rollout_pb2_grpc import RolloutStub
+
+_MAX_REQUESTS = 4096  # the server bounds them by tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ask:
+    """Samples of one prompt."""
+
+    prompt_ids: Int32Array
+    sampling: Sampling
+    num_samples: int
+    seed: int | None  # sample i uses seed + i
+    min_weight_version: int  # 0 accepts any
+
+    @property
+    def num_tokens(self) -> int:
+        """The most that all its samples come to, the prompt counted for each."""
+        return self.num_samples * (len(self.prompt_ids) + self.sampling.max_new_tokens)
+
+
+class RolloutClient:
+    """Lost for good when its stream ends. Belongs to the event loop that connected it.
+
+    Attributes:
+        address: host:port.
+        model: what the server said of itself when it was connected.
+    """
+
+    model: RolloutDescription
+
+    def __init__(self, address: str) -> None:
+        """Use `connect`."""
+        self.address = address
+        self._channel = open_channel(address)
+        self._stub = RolloutStub(self._channel)
+        self._lost: asyncio.Future[RpcError] = asyncio.get_running_loop().create_future()
+        self._closing = contextlib.AsyncExitStack()
+
+    @classmethod
+    async def connect(cls, address: str, *, job: str, architecture_fingerprint: str = "") -> Self:
+        """One attempt: a server that is not there or still loads is Unavailable.
+
+        Args:
+            address: host:port.
+            job: name of the job, for the server's metrics.
+            architecture_fingerprint: refuse a server with another model; empty accepts any.
+
+        Raises:
+            Unavailable: not reachable, loading or draining.
+            ModelMismatch: another model is served there.
+            EngineFailure: something else answers there.
+        """
+        client = cls(address)
+        client._closing.push_async_callback(client._channel.close)
+        try:
+            await client._open(job, architecture_fingerprint)
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    async def _open(self, job: str, architecture_fingerprint: str) -> None:
+        with our_errors(self.address):
+            described = await self._stub.Describe(pb.DescribeRolloutRequest(), timeout=UNARY_TIMEOUT_S)
+        try:
+            self.model = rollout_codec.rollout_description_from_wire(described)
+        except InvalidRequest as error:
+            raise EngineFailure(f"{self.address} describes an impossible model: {error}") from None
+        if architecture_fingerprint not in ("", self.model.architecture_fingerprint):
+            raise ModelMismatch(
+                f"{self.address} serves architecture {self.model.architecture_fingerprint}; "
+                f"this job is for {architecture_fingerprint}"
+            )
+        self._stream = GenerateStream(self._stub, self.address, job=job, on_end=self._lose)
+        self._closing.push_async_callback(self._stream.close)
+
+    @property
+    def max_requests(self) -> int:
+        """Most requests that may be under way at once."""
+        return _MAX_REQUESTS
+
+    async def generate(self, ask: Ask, on_sample: Callable[[int, Sample], None], deadline: Deadline) -> None:
+        """Return when every sample has been given to `on_sample`, with its index. Cancelling aborts the rest.
+
+        Raises:
+            RpcError: as rollout.proto says of Generate; samples may have come before.
+            EngineFailure: an answer is not one to this request.
+        """
+        request = pb.GenerateRequest(
+            prompt_ids=ask.prompt_ids.tolist(),
+            num_samples=ask.num_samples,
+            sampling=rollout_codec.sampling_to_wire(ask.sampling),
+            seed=ask.seed,
+            architecture_fingerprint=self.model.architecture_fingerprint,
+            min_weight_version=ask.min_weight_version,
+            deadline_ms=max(1, min(round(deadline.left_s * 1000), 2**32 - 1)),
+        )
+        await self._stream.ask(request, ask.prompt_ids, on_sample)
+
+    async def wait_lost(self) -> RpcError:
+        """Return when this client cannot be used any more, with the reason."""
+        return await asyncio.shield(self._lost)
+
+    async def close(self) -> None:
+        """End the stream and the connection; requests under way fail as Unavailable."""
+        self._lose(Unavailable(f"the connection to {self.address} was closed", retry_after_s=0.0))
+        await self._closing.aclose()
+
+    def _lose(self, reason: RpcError) -> None:
+        if not self._lost.done():
+            self._lost.set_result(reason)

@@ -1,0 +1,138 @@
+"""The rollout servers of a job, all of the same model: what one of them loses, another samples."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from kdmesh.errors import ModelMismatch, Unavailable
+from kdmesh.rpc.replicas import Replicas
+from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.rollout_client import Ask, RolloutClient
+from kdmesh.types import RolloutDescription, Sample
+
+_SAME = ("architecture_fingerprint", "tokenizer_fingerprint", "vocabulary_size", "dtype")
+
+
+class RolloutFleet:
+    """Belongs to one event loop."""
+
+    def __init__(self, addresses: Sequence[str], *, job: str, architecture_fingerprint: str) -> None:
+        self._addresses = frozenset(addresses)
+        self._job = job
+        self._model: RolloutDescription | None = None
+        self._fingerprint = architecture_fingerprint
+        self._replicas = Replicas("rollout server", addresses, self._connect)
+
+    @property
+    def model(self) -> RolloutDescription:
+        """What every server serves; after `start`."""
+        assert self._model is not None
+        return self._model
+
+    @property
+    def retries(self) -> int:
+        """Requests that were sent once more."""
+        return self._replicas.retries
+
+    async def start(self, deadline: Deadline) -> None:
+        """Connect. Returns when every server has been tried and one answers.
+
+        Raises:
+            ModelMismatch: a server that answers is of no use.
+            DeadlineExpired: none answers.
+        """
+        await self._replicas.start(deadline)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._replicas.close()
+
+    async def sample(self, ask: Ask, on_sample: Callable[[int, Sample], None], deadline: Deadline) -> None:
+        """Give every sample to `on_sample` once, with its index, whichever server it comes from.
+
+        Raises:
+            DeadlineExpired: the last one did not come in time.
+            ModelMismatch: every server has older weights than the request wants.
+            RpcError: the request is refused, or the engine failed on it.
+        """
+        missing = set(range(ask.num_samples))
+        refusals: dict[str, ModelMismatch] = {}
+
+        def arrive(index: int, sample: Sample) -> None:
+            missing.remove(index)
+            on_sample(index, sample)
+
+        async def attempt(client: RolloutClient) -> None:
+            try:
+                await _sample_missing(client, ask, sorted(missing), arrive, deadline)
+            except ModelMismatch as error:
+                refusals[client.address] = error
+                if refusals.keys() == self._addresses:
+                    raise
+                raise Unavailable(str(error), retry_after_s=0.0) from None
+
+        await self._replicas.somewhere(attempt, ask.num_tokens, deadline)
+
+    async def _connect(self, address: str) -> RolloutClient:
+        client = await RolloutClient.connect(address, job=self._job, architecture_fingerprint=self._fingerprint)
+        try:
+            self._admit(client)
+        except ModelMismatch:
+            await client.close()
+            raise
+        return client
+
+    def _admit(self, client: RolloutClient) -> None:
+        """All must serve the same model; the narrowest limits count."""
+        ours, theirs = self._model, client.model
+        if ours is None:
+            self._model, self._fingerprint = theirs, theirs.architecture_fingerprint
+            return
+        for name in _SAME:
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ModelMismatch(
+                    f"{client.address} has {name} {getattr(theirs, name)}, and the other rollout servers, or itself "
+                    f"before, {getattr(ours, name)}; all rollout servers of a job must serve the same model"
+                )
+        self._model = replace(
+            ours,
+            max_sequence_tokens=min(ours.max_sequence_tokens, theirs.max_sequence_tokens),
+            is_deterministic=ours.is_deterministic and theirs.is_deterministic,
+        )
+
+
+async def _sample_missing(
+    client: RolloutClient,
+    ask: Ask,
+    missing: Sequence[int],
+    on_sample: Callable[[int, Sample], None],
+    deadline: Deadline,
+) -> None:
+    """One request for each run of neighbours, whose seeds are neighbours too."""
+
+    async def sample(begin: int, count: int) -> None:
+        seed = None if ask.seed is None else (ask.seed + begin) % 2**64
+        part = replace(ask, num_samples=count, seed=seed)
+        await client.generate(part, lambda index, sample: on_sample(begin + index, sample), deadline)
+
+    try:
+        async with asyncio.TaskGroup() as asking:
+            for begin, count in _runs(missing):
+                asking.create_task(sample(begin, count))
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+def _runs(indices: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of each run of neighbours in increasing indices."""
+    begin = end = None
+    for index in indices:
+        if begin is None or index != end:
+            if begin is not None and end is not None:
+                yield begin, end - begin
+            begin = index
+        end = index + 1
+    if begin is not None and end is not None:
+        yield begin, end - begin

@@ -1,0 +1,137 @@
+"""All rollout servers of a job, for a thread that blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from kdmesh.rpc.background_loop import BackgroundLoop
+from kdmesh.rpc.pending_samples import ArrivedSamples, PendingSamples
+from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.rollout_client import Ask
+from kdmesh.rpc.rollout_fleet import RolloutFleet
+from kdmesh.types import Int32Array, RolloutDescription, Sample, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutStats:
+    """What a pool has done since it was opened."""
+
+    samples: int  # that came
+    tokens: int  # of those samples, without prompts
+    wait_s: float  # spent in PendingSamples.wait
+    retries: int  # requests that were sent once more, for the samples that were missing
+
+
+class RolloutPool:
+    """Asks for samples ahead of their use; one background thread does the rest. A context manager.
+
+    Requests go to the server with the fewest outstanding tokens. When a server dies, the samples that it still owed
+    are sampled by another one, or by itself when it is back; those that have come are kept, so none is used twice.
+    Nothing is retried past the deadline.
+
+    Raises, when opened:
+        DeadlineExpired: no server answers within `deadline_s`.
+        ModelMismatch: the servers serve different models, or another than `architecture_fingerprint`.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str], *, job: str, deadline_s: float = 600.0, architecture_fingerprint: str = ""
+    ) -> None:
+        """Connect. Blocks until a server is ready.
+
+        Args:
+            addresses: host:port of each server of one model; at least one.
+            job: name for the servers' metrics.
+            deadline_s: longest wait for the last sample of a request, retries and a server's restart included.
+            architecture_fingerprint: the model that is wanted; empty takes the first server's.
+        """
+        assert addresses
+        self._deadline_s = deadline_s
+        self._samples = self._tokens = 0
+        self._wait_s = 0.0
+        self._loop = BackgroundLoop("rollout pool")
+        try:
+            self._fleet = self._loop.run(self._open(addresses, job, architecture_fingerprint))
+        except BaseException:
+            self._loop.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def describe(self) -> RolloutDescription:
+        """The model that every server serves; limits are those of the narrowest.
+
+        Its weight_version is that of the first server when it was connected: later ones are in the samples.
+        """
+        return self._fleet.model
+
+    def submit(
+        self,
+        prompt_ids: Int32Array,
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seed: int | None,
+        min_weight_version: int = 0,
+    ) -> PendingSamples:
+        """Ask for samples of one prompt, sample i drawn from seed + i. Does not block.
+
+        Args:
+            prompt_ids: at least one id.
+            sampling: how tokens are drawn.
+            num_samples: at least 1.
+            seed: None draws differently each time.
+            min_weight_version: oldest weights to sample from; 0 accepts any.
+        """
+        ask = Ask(
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            num_samples=num_samples,
+            seed=seed,
+            min_weight_version=min_weight_version,
+        )
+        arrived = ArrivedSamples()
+        return PendingSamples(self._loop.start(self._sample(ask, arrived)), arrived, self._waited)
+
+    def stats(self) -> RolloutStats:
+        """What was done so far."""
+        return RolloutStats(
+            samples=self._samples, tokens=self._tokens, wait_s=self._wait_s, retries=self._fleet.retries
+        )
+
+    def close(self) -> None:
+        """Abort what is under way and end the thread; whoever still waits gets Unavailable."""
+        if not self._loop.is_closed:
+            self._loop.run(self._fleet.close())
+            self._loop.close()
+
+    # On the loop
+
+    async def _open(self, addresses: Sequence[str], job: str, architecture_fingerprint: str) -> RolloutFleet:
+        fleet = RolloutFleet(addresses, job=job, architecture_fingerprint=architecture_fingerprint)
+        try:
+            await fleet.start(Deadline.after(self._deadline_s))
+        except BaseException:
+            await fleet.close()
+            raise
+        return fleet
+
+    async def _sample(self, ask: Ask, arrived: ArrivedSamples) -> None:
+        def arrive(index: int, sample: Sample) -> None:
+            self._samples += 1
+            self._tokens += sample.num_tokens
+            arrived.add(index, sample)
+
+        await self._fleet.sample(ask, arrive, Deadline.after(self._deadline_s))
+
+    def _waited(self, seconds: float) -> None:
+        self._wait_s += seconds
