@@ -108,10 +108,11 @@ class TransformersEngine:
     def abort(self, key: int) -> None:
         """Forget a sample."""
         self._waiting = [sample for sample in self._waiting if sample.key != key]
-        for group in self._groups:
-            for row in reversed(range(len(group.samples))):
-                if group.samples[row].key == key:
-                    group.remove(row)
+        with torch.inference_mode():  # as the tensors were made
+            for group in self._groups:
+                for row in reversed(range(len(group.samples))):
+                    if group.samples[row].key == key:
+                        group.remove(row)
 
     def step(self) -> list[Finished]:
         """Draw one token for every sample under way; prompts join afterwards, and get their first."""
