@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -64,7 +64,7 @@ class WeightUpdates:
         """End the thread. Blocks for a copy under way; call it when no update is answered any more."""
         self._thread.shutdown()
 
-    async def answer(self, requests: AsyncIterator[pb.UpdateWeightsRequest]) -> AsyncIterator[pb.UpdateWeightsReply]:
+    async def answer(self, requests: AsyncIterator[pb.UpdateWeightsRequest]) -> AsyncGenerator[pb.UpdateWeightsReply, None]:
         """The replies to one UpdateWeights stream. However it ends: without a commit, nothing has changed.
 
         Raises:

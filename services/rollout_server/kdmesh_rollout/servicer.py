@@ -6,7 +6,7 @@ import asyncio
 import math
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -68,8 +68,9 @@ class Servicer(RolloutServicer):
     ) -> None:
         """See rollout.proto."""
         updates = self._gate.parts_for_new_work().updates
-        async for reply in updates.answer(request_iterator):
-            await context.write(reply)
+        async with aclosing(updates.answer(request_iterator)) as replies:
+            async for reply in replies:
+                await context.write(reply)
 
 
 @dataclass(slots=True, eq=False)
