@@ -54,6 +54,7 @@ def main() -> None:
     See it work       kdmesh demo
     Check a config    kdmesh check examples/train.yaml
     Serve a teacher   kdmesh teacher examples/teacher.yaml
+    Sample a student  kdmesh rollout examples/rollout.yaml
     Train against it  kdmesh train examples/train.yaml
     Both at once      kdmesh train examples/train.yaml --serve examples/teacher.yaml
     Trust a teacher   kdmesh probe --teacher 127.0.0.1:50051 --model path/to/teacher
@@ -97,8 +98,22 @@ def teacher(config: Path, overrides: tuple[str, ...]) -> None:
     \b
     Example: kdmesh teacher examples/teacher.yaml --set server.port=50052
     """
-    argv = [sys.executable, "-m", "kdmesh_teacher", str(config), *jobs.set_arguments(overrides)]
-    os.execv(argv[0], argv)
+    _serve("kdmesh_teacher", config, overrides)
+
+
+@main.command()
+@click.argument("config", type=_YAML)
+@_set_option
+def rollout(config: Path, overrides: tuple[str, ...]) -> None:
+    """Serve the rollout server of CONFIG, which samples from a student, until Ctrl-C or SIGTERM.
+
+    Trainers with `source: {kind: on_policy}` send it prompts and new weights: put its host:port into their
+    `source.rollouts.addresses`. /readyz, /metrics and /v1 are served over HTTP on `server.rest_port`.
+
+    \b
+    Example: kdmesh rollout examples/rollout.yaml --set server.port=50062
+    """
+    _serve("kdmesh_rollout", config, overrides)
 
 
 @main.command("check")
@@ -186,6 +201,12 @@ def demo(output: Path, cache: Path, fresh: bool, brief: bool) -> None:
     outcome = story.tell(plan.BRIEF if brief else plan.STANDARD, output=output, cache=cache, fresh=fresh)
     story.print_table(outcome)
     click.echo(outcome.json())
+
+
+def _serve(package: str, config: Path, overrides: tuple[str, ...]) -> NoReturn:
+    """Become the server."""
+    argv = [sys.executable, "-m", package, str(config), *jobs.set_arguments(overrides)]
+    os.execv(argv[0], argv)
 
 
 def _fail(error: KdmeshError, code: int) -> NoReturn:

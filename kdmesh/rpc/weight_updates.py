@@ -64,7 +64,9 @@ class WeightUpdates:
         """End the thread. Blocks for a copy under way; call it when no update is answered any more."""
         self._thread.shutdown()
 
-    async def answer(self, requests: AsyncIterator[pb.UpdateWeightsRequest]) -> AsyncGenerator[pb.UpdateWeightsReply, None]:
+    async def answer(
+        self, requests: AsyncIterator[pb.UpdateWeightsRequest]
+    ) -> AsyncGenerator[pb.UpdateWeightsReply, None]:
         """The replies to one UpdateWeights stream. However it ends: without a commit, nothing has changed.
 
         Raises:
