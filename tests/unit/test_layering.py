@@ -43,6 +43,7 @@ LAYER = {
     "kdmesh.check": 4,
     "kdmesh.cli": 4,
     "kdmesh.demo": 4,
+    "kdmesh.generate": 4,
     "kdmesh.jobs": 4,
     "kdmesh.local": 4,
     "kdmesh.probe": 4,

@@ -1,0 +1,195 @@
+"""Writes a chat dataset of a model's own answers, sampled by rollout servers."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from kdmesh.errors import ConfigError, DataError, ModelMismatch
+from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.rpc.pending_samples import PendingSamples
+from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.tokens import tokenizer_fingerprint
+from kdmesh.types import FinishReason, Int32Array, Sample, Sampling
+
+_AHEAD = 64  # prompts under way, so that the servers always have something to do
+_SEEDS = 2**32  # of one prompt
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to ask of every prompt."""
+
+    samples: int
+    sampling: Sampling  # without stop_token_ids, the tokenizer's end of sequence ends an answer
+    seed: int
+    keeps_cut_off: bool  # whether answers that reached the length limit are written too
+    deadline_s: float  # for the answers to one prompt
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """What became of the prompts."""
+
+    prompts: int = 0
+    written: int = 0
+    cut_off: int = 0  # answers at the length limit
+
+    def sentence(self) -> str:
+        """For a person."""
+        return f"{self.written} answers to {self.prompts} prompts; {self.cut_off} reached the length limit"
+
+
+def generate(addresses: Sequence[str], model: Path, prompts: Path, output: Path, plan: Plan) -> Report:
+    """Write one row of `messages` for each answer, in the order of the prompts; blocks until all are written.
+
+    `output` appears when it is whole.
+
+    Args:
+        addresses: rollout servers.
+        model: directory of the tokenizer, with its chat template; it must be the servers' own.
+        prompts: see read_prompts.
+        output: JSONL file to write.
+        plan: how answers are drawn.
+
+    Raises:
+        ConfigError: `model` has no tokenizer or no chat template, or `output` cannot be written.
+        DataError: a prompt cannot be used.
+        ModelMismatch: the servers have another tokenizer.
+        RpcError: the servers do not answer, or refuse a prompt.
+    """
+    chats = ChatTokens(model)
+    stops = plan.sampling.stop_token_ids or chats.end_of_sequence
+    plan = replace(plan, sampling=replace(plan.sampling, stop_token_ids=stops))
+    unfinished = output.with_name(f"{output.name}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = unfinished.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error}") from None
+    report = Report()
+    with ExitStack() as stack:
+        stack.callback(unfinished.unlink, missing_ok=True)
+        stack.enter_context(file)
+        pool = stack.enter_context(RolloutPool(addresses, job="generate", deadline_s=plan.deadline_s))
+        chats.check(pool.describe().tokenizer_fingerprint)
+        for messages, samples in _answers(pool, chats, prompts, plan):
+            report.prompts += 1
+            for sample in samples:
+                is_cut_off = sample.finish_reason is FinishReason.LENGTH
+                report.cut_off += is_cut_off
+                if plan.keeps_cut_off or not is_cut_off:
+                    _write(file, [*messages, {"role": "assistant", "content": chats.text(sample, stops)}])
+                    report.written += 1
+        file.flush()
+        unfinished.replace(output)
+    return report
+
+
+def read_prompts(path: Path) -> Iterator[list[Message]]:
+    """The messages of each row of a JSONL file, up to what the assistant shall answer.
+
+    A row has `messages`, whose last one is dropped when it is the assistant's, or `prompt`, a text for the user's turn.
+
+    Raises:
+        DataError: a row has neither, or is not JSON; the message names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _messages(line, f"{path}, line {number}")
+
+
+class ChatTokens:
+    """Messages to a prompt's ids, and an answer's ids to its text.
+
+    Raises, when made:
+        ConfigError: the directory has no tokenizer, or one without a chat template.
+    """
+
+    def __init__(self, model: Path) -> None:
+        tokenizer = load_tokenizer(model) if model.is_dir() else None
+        if tokenizer is None:
+            raise ConfigError(f"{model} has no tokenizer")
+        if tokenizer.chat_template is None:
+            raise ConfigError(f"the tokenizer in {model} has no chat template")
+        self._tokenizer: PreTrainedTokenizerBase = tokenizer
+
+    @property
+    def end_of_sequence(self) -> tuple[int, ...]:
+        """The token that ends an answer, if the tokenizer has one."""
+        return () if self._tokenizer.eos_token_id is None else (self._tokenizer.eos_token_id,)
+
+    def check(self, fingerprint: str) -> None:
+        """Raises ModelMismatch when a server with that fingerprint has another tokenizer."""
+        ours = tokenizer_fingerprint(self._tokenizer.get_vocab())
+        if fingerprint != ours:
+            raise ModelMismatch(f"the servers have tokenizer {fingerprint or '(none)'}; --model has {ours}")
+
+    def prompt_ids(self, messages: list[Message]) -> Int32Array:
+        """The chat so far, and the beginning of the assistant's turn. Raises DataError when the template refuses it."""
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(f"the chat template refuses {json.dumps(messages)[:200]}: {error}") from None
+        # The template writes the special tokens itself.
+        return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+    def text(self, sample: Sample, stops: Sequence[int]) -> str:
+        """What the assistant said, without the stop token, which the template writes."""
+        ids = sample.token_ids.tolist()
+        text: str = self._tokenizer.decode(
+            ids[:-1] if ids[-1] in stops else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def _answers(
+    pool: RolloutPool, chats: ChatTokens, prompts: Path, plan: Plan
+) -> Iterator[tuple[list[Message], list[Sample]]]:
+    """Each prompt's messages and samples, in order; later prompts are being answered meanwhile."""
+    waiting: deque[tuple[list[Message], PendingSamples]] = deque()
+    for number, messages in enumerate(read_prompts(prompts)):
+        seed = (plan.seed + number * _SEEDS) % 2**64
+        ids = chats.prompt_ids(messages)
+        waiting.append((messages, pool.submit(ids, plan.sampling, num_samples=plan.samples, seed=seed)))
+        if len(waiting) > _AHEAD:
+            first, pending = waiting.popleft()
+            yield first, pending.wait()
+    for messages, pending in waiting:
+        yield messages, pending.wait()
+
+
+def _messages(line: str, place: str) -> list[Message]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON: {error}") from None
+    prompt, messages = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{place} has neither `messages`, a list of turns, nor `prompt`, a text")
+    if messages and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise DataError(f"{place} has no turn to answer")
+    return messages
+
+
+def _write(file: TextIO, messages: list[Message]) -> None:
+    file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
