@@ -4,46 +4,71 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from kdmesh import config
+from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh.extension import search_path
-from kdmesh_teacher.config import FakeEngine, TeacherConfig
-from kdmesh_trainer.config import CustomDataset, CustomDivergence, DatasetConfig, Distill, TrainerConfig
+from kdmesh_rollout.config import FakeEngine as RolloutFake
+from kdmesh_rollout.config import RolloutConfig
+from kdmesh_teacher.config import FakeEngine as TeacherFake
+from kdmesh_teacher.config import TeacherConfig
+from kdmesh_trainer.config import CustomDataset, CustomDivergence, DatasetConfig, Distill, OnPolicy, TrainerConfig
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+_SERVICES: dict[str, type[StrictModel]] = {
+    "trainer": TrainerConfig,
+    "teacher": TeacherConfig,
+    "rollout server": RolloutConfig,
+}
 
 
-def load_any(path: Path, overrides: Sequence[str] = ()) -> TrainerConfig | TeacherConfig:
+ServiceConfig = TrainerConfig | TeacherConfig | RolloutConfig
+
+
+def load_any(path: Path, overrides: Sequence[str] = ()) -> ServiceConfig:
     """The configuration in `path`, of the service that its keys belong to.
+
+    What could be a teacher's as well as a rollout server's is the one that it is without an error, and a teacher's if
+    it is both.
 
     Raises:
         ConfigError: as `config.load`, or no key belongs to a service.
     """
     tree = config.read_tree(path, overrides)
-    as_trainer = len(tree.keys() & TrainerConfig.model_fields)
-    as_teacher = len(tree.keys() & TeacherConfig.model_fields)
-    if as_trainer == as_teacher == 0:
-        raise ConfigError(
-            f"{path} configures no service: a trainer has the keys {', '.join(TrainerConfig.model_fields)}; "
-            f"a teacher has {', '.join(TeacherConfig.model_fields)}"
-        )
-    if as_trainer >= as_teacher:
+    known = {name: len(tree.keys() & model.model_fields) for name, model in _SERVICES.items()}
+    if not any(known.values()):
+        keys = "; ".join(f"a {name} has {', '.join(model.model_fields)}" for name, model in _SERVICES.items())
+        raise ConfigError(f"{path} configures no service: {keys}")
+    if known["trainer"] >= max(known.values()):
         return config.parse(TrainerConfig, tree, source=path)
+    if known["rollout server"] == known["teacher"]:
+        with suppress(ConfigError):
+            return config.parse(TeacherConfig, tree, source=path)
+        with suppress(ConfigError):
+            return config.parse(RolloutConfig, tree, source=path)
     return config.parse(TeacherConfig, tree, source=path)
 
 
-def missing(cfg: TrainerConfig | TeacherConfig) -> list[str]:
+def kind(cfg: ServiceConfig) -> str:
+    """What the configuration is for, in words."""
+    return next(name for name, model in _SERVICES.items() if isinstance(cfg, model))
+
+
+def missing(cfg: ServiceConfig) -> list[str]:
     """One line for each file, directory or function that `cfg` names and that is not there or not fit for its use."""
-    if isinstance(cfg, TeacherConfig):
-        engine = cfg.engine
-        return [] if isinstance(engine, FakeEngine) else list(_model("engine.model", engine.model))
-    return list(_missing_for_trainer(cfg))
+    if isinstance(cfg, TrainerConfig):
+        return list(_missing_for_trainer(cfg))
+    engine = cfg.engine
+    if isinstance(engine, TeacherFake | RolloutFake):
+        return []
+    return list(_model("engine.model", engine.model))
 
 
-def refuse_missing(cfg: TrainerConfig | TeacherConfig, *, source: Path) -> None:
+def refuse_missing(cfg: ServiceConfig, *, source: Path) -> None:
     """Raises ConfigError with every line of `missing`."""
     lines = missing(cfg)
     if lines:
@@ -63,12 +88,18 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     if isinstance(cfg.objective, Distill) and isinstance(cfg.objective.divergence, CustomDivergence):
         custom = cfg.objective.divergence
         yield from _function("objective.divergence", custom.target, custom.params, positional=2)
-    for address in cfg.teacher.addresses if cfg.teacher else ():
-        host, colon, port = address.rpartition(":")
-        if not (host and colon and port.isdigit()):
-            yield f"teacher.addresses: {address!r} is not of the form host:port"
+    yield from _addresses("teacher.addresses", cfg.teacher.addresses if cfg.teacher else ())
+    if isinstance(cfg.source, OnPolicy):
+        yield from _addresses("source.rollouts.addresses", cfg.source.rollouts.addresses)
     if cfg.output.exists() and not cfg.output.is_dir():
         yield f"output: {cfg.output} is not a directory"
+
+
+def _addresses(key: str, addresses: Sequence[str]) -> Iterator[str]:
+    for address in addresses:
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdigit()):
+            yield f"{key}: {address!r} is not of the form host:port"
 
 
 def _model(key: str, path: Path, *, needs_weights: bool = True) -> Iterator[str]:

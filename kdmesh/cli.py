@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from kdmesh import check, jobs, local
 from kdmesh.errors import ConfigError, KdmeshError
-from kdmesh_teacher.config import TeacherConfig
 
 if TYPE_CHECKING:
     from kdmesh.rpc.doors import DoorChoice
 
 _ERROR = 1
-_GENERATE_S = 3600.0  # for the answers to one prompt
 _YAML = click.Path(path_type=Path, dir_okay=False)
 _set_option = click.option(
     "--set",
@@ -68,7 +66,13 @@ def main() -> None:
 @click.argument("config", type=_YAML)
 @_set_option
 @click.option("--serve", "teacher_config", type=_YAML, help="Also start the teacher of this file, for this run only.")
-def train(config: Path, overrides: tuple[str, ...], teacher_config: Path | None) -> None:
+@click.option(
+    "--serve-rollout",
+    "rollout_config",
+    type=_YAML,
+    help="Also start the rollout server of this file, for this run only.",
+)
+def train(config: Path, overrides: tuple[str, ...], teacher_config: Path | None, rollout_config: Path | None) -> None:
     """Distil, or fine-tune, a student as CONFIG says.
 
     Starts the file's `ranks` on this machine: by default one per GPU, or one on a machine without. Under torchrun it
@@ -79,12 +83,14 @@ def train(config: Path, overrides: tuple[str, ...], teacher_config: Path | None)
     Example: kdmesh train examples/train.yaml --set steps=200 --set optimizer.learning_rate=2e-5
     """
     argv = [sys.executable, "-m", "kdmesh_trainer", str(config), *jobs.set_arguments(overrides)]
+    wanted = {jobs.TEACHER: teacher_config, jobs.ROLLOUT: rollout_config}
+    serve = {service: file for service, file in wanted.items() if file is not None}
     if "RANK" in os.environ:
-        if teacher_config is not None:
-            raise ConfigError("--serve starts one teacher per command, so it does not go with torchrun's many ranks")
+        if serve:
+            raise ConfigError("--serve starts one server per command, so it does not go with torchrun's many ranks")
         os.execv(argv[0], argv)
 
-    jobs.train(config, overrides, teacher_config)
+    jobs.train(config, overrides, serve)
 
 
 @main.command()
@@ -121,7 +127,7 @@ def rollout(config: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("config", type=_YAML)
 @_set_option
 def check_command(config: Path, overrides: tuple[str, ...]) -> None:
-    """Say what is wrong with CONFIG, a trainer's or a teacher's, without loading a model.
+    """Say what is wrong with CONFIG, of a trainer or a server, without loading a model.
 
     Names every bad key with its path, and every file, directory and function that the file names and that is not
     there. Exit code 0 when all is well, 2 otherwise.
@@ -131,8 +137,7 @@ def check_command(config: Path, overrides: tuple[str, ...]) -> None:
     """
     cfg = check.load_any(config, overrides)
     check.refuse_missing(cfg, source=config)
-    kind = "teacher" if isinstance(cfg, TeacherConfig) else "trainer"
-    click.echo(f"{config}: a good {kind} configuration")
+    click.echo(f"{config}: a good {check.kind(cfg)} configuration")
 
 
 @main.command()
@@ -171,57 +176,11 @@ def probe(address: str, model: Path, prompts: Path | None, bound: float | None, 
 
 
 @main.command()
-@click.option("--rollout", "addresses", required=True, multiple=True, metavar="HOST:PORT", help="A rollout server.")
-@click.option(
-    "--model",
-    required=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Hugging Face directory with the servers' tokenizer and a chat template.",
-)
-@click.option("--prompts", required=True, type=_YAML, help="JSONL with `messages` or `prompt` in each row.")
-@click.option("--output", required=True, type=_YAML, help="JSONL to write: a chat dataset for a trainer.")
-@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to each prompt.")
-@click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Text that ends an answer, besides its end token.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--keep-cut-off", is_flag=True, help="Write answers that reached the longest length, too.")
-def generate(
-    addresses: tuple[str, ...], model: Path, prompts: Path, output: Path, stops: tuple[str, ...], **options: Any
-) -> None:
-    """Write a chat dataset of a served model's own answers, to fine-tune a student on.
-
-    \b
-    Example: kdmesh generate --rollout 127.0.0.1:50061 --model models/teacher \\
-               --prompts data/train.jsonl --output data/answers.jsonl
-    """
-    from kdmesh import generate as generating
-    from kdmesh.types import Sampling
-
-    sampling = Sampling(
-        temperature=options["temperature"],
-        top_p=options["top_p"],
-        max_new_tokens=options["max_new_tokens"],
-        stop_strings=stops,
-    )
-    plan = generating.Plan(
-        samples=options["samples"],
-        sampling=sampling,
-        seed=options["seed"],
-        keeps_cut_off=options["keep_cut_off"],
-        deadline_s=_GENERATE_S,
-    )
-    click.echo(generating.generate(addresses, model, prompts, output, plan).sentence())
-
-
-@main.command()
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("runs/demo"),
-    show_default=True,
-    help="Directory of the students, the report and the configuration files.",
+    help="Directory of the students, the report and the configuration files.  [default: runs/demo, or "
+    "runs/demo-on-policy]",
 )
 @click.option(
     "--cache",
@@ -230,22 +189,30 @@ def generate(
     show_default=True,
     help="Directory that keeps the trained teacher for the next demo.",
 )
-@click.option("--fresh", is_flag=True, help="Train both students again; the cached teacher is used.")
+@click.option("--fresh", is_flag=True, help="Train the students again; the cached teacher is used.")
 @click.option("--brief", is_flag=True, help="Tiny models and eight steps: shows that all works, and nothing else.")
-def demo(output: Path, cache: Path, fresh: bool, brief: bool) -> None:
+@click.option("--on-policy", "is_on_policy", is_flag=True, help="Let a student learn from its own answers.")
+def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_policy: bool) -> None:
     """Distil a small model on this machine, from nothing, in a few minutes on two CPU cores.
 
     Makes chats of this machine's Python standard library, trains a small teacher on them, serves it, and trains two
-    students from the same start on the same batches: one on the docstrings, one on the teacher's distribution. Ends
-    with a table and a page; the last line of stdout is JSON. Interrupted, the same command continues.
+    students from the same start on the same batches: one on the docstrings, one on the teacher's distribution. With
+    --on-policy, one student that samples from a rollout server and learns what the teacher thinks of its samples.
+    Ends with a table and a page; the last line of stdout is JSON. Interrupted, the same command continues.
 
     \b
     Example: kdmesh demo --output runs/demo
     """
-    from kdmesh.demo import plan, story
+    from kdmesh.demo import on_policy, plan, story, table
 
-    outcome = story.tell(plan.BRIEF if brief else plan.STANDARD, output=output, cache=cache, fresh=fresh)
-    story.print_table(outcome)
+    chosen = plan.BRIEF if brief else plan.STANDARD
+    if is_on_policy:
+        sampled = on_policy.tell(chosen, output=output or Path("runs/demo-on-policy"), cache=cache, fresh=fresh)
+        table.print_on_policy(sampled)
+        click.echo(sampled.json())
+        return
+    outcome = story.tell(chosen, output=output or Path("runs/demo"), cache=cache, fresh=fresh)
+    table.print_students(outcome)
     click.echo(outcome.json())
 
 

@@ -1,9 +1,9 @@
-"""Runs one training job on this machine: its ranks, with a teacher of their own when asked to."""
+"""Runs one training job on this machine: its ranks, with servers of their own when asked to."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,55 +13,76 @@ import click
 from kdmesh import check, config, local
 from kdmesh.errors import ConfigError
 from kdmesh.log import is_urgent
+from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
-from kdmesh_trainer.config import Distill, TrainerConfig
+from kdmesh_trainer.config import Distill, OnPolicy, TrainerConfig
 
-# Loading a large model takes minutes; a teacher that cannot says so at once by exiting.
-_TEACHER_READY_S = 1800.0
+# Loading a large model takes minutes; a server that cannot says so at once by exiting.
+_SERVER_READY_S = 1800.0
 # Beyond the requests it may finish, the time that unloading takes.
-_TEACHER_GRACE_S = 10.0
+_SERVER_GRACE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A server that a job may start for itself."""
+
+    name: str
+    package: str
+    config: type[TeacherConfig] | type[RolloutConfig]
+    addresses: str  # the trainer's key that says where it is
+
+
+TEACHER = Service(name="teacher", package="kdmesh_teacher", config=TeacherConfig, addresses="teacher.addresses")
+ROLLOUT = Service(name="rollout", package="kdmesh_rollout", config=RolloutConfig, addresses="source.rollouts.addresses")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threads:
     """CPU threads for each process of a job."""
 
-    teacher: int
+    server: int
     rank: int
 
 
-def train(path: Path, overrides: Sequence[str], teacher_path: Path | None) -> None:
-    """Check everything, start the teacher if any, then the ranks, and wait for them.
+def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -> None:
+    """Check everything, start the servers, then the ranks, and wait for them.
 
     A signal ends the run after the current step; that is a success when every rank saved and left.
+
+    Args:
+        serve: configuration files of servers for this run only.
 
     Raises:
         ConfigError: a configuration is bad, or names something that is not there.
         ChildFailed: a process ended that should not have.
         Stopped: a signal came, and a rank could not end cleanly.
     """
-    teacher = None if teacher_path is None else _checked_teacher(teacher_path)
-    cfg = _checked_trainer(path, [*overrides, *served("later:0")] if teacher else overrides)
-    threads = split_threads(cfg, with_teacher=teacher is not None)
+    servers = {service: _checked_server(service, file) for service, file in serve.items()}
+    later = [override for service in serve for override in served(service, "later:0")]
+    cfg = _checked_trainer(path, [*overrides, *later])
+    threads = split_threads(cfg, with_servers=bool(serve))
     ranks: list[local.Child] = []
     try:
         with ExitStack() as stack:
-            if teacher is None or teacher_path is None:
-                processes = stack.enter_context(local.Processes())
-            else:
-                cfg.output.mkdir(parents=True, exist_ok=True)
-                log = stack.enter_context((cfg.output / "teacher.log").open("a", buffering=1, encoding="utf-8"))
-                processes = stack.enter_context(local.Processes())
-                command = teacher_command(
-                    teacher_path, teacher, threads=threads.teacher, on_line=kept(log.write, show=_echo)
-                )
-                overrides = [*overrides, *served(serve_teacher(processes, command))]
+            logs = {service: _log(cfg.output / f"{service.name}.log", stack) for service in serve}
+            processes = stack.enter_context(local.Processes())
+            for service, file in serve.items():
+                command = server_command(service, file, servers[service], threads=threads.server, on_line=logs[service])
+                overrides = [*overrides, *served(service, start_server(processes, command))]
             ranks = processes.start(*rank_commands(path, overrides, ranks=num_ranks(cfg), threads=threads.rank))
             _wait(processes, ranks)
     except local.Stopped:
         if not ranks or any(rank.exit_code != 0 for rank in ranks):
             raise
         click.echo(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.", err=True)
+
+
+def _log(path: Path, stack: ExitStack) -> Callable[[str], None]:
+    """Takes a server's output, and shows what needs a person; the file is open as long as `stack`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context(path.open("a", buffering=1, encoding="utf-8"))
+    return kept(file.write, show=_echo)
 
 
 def _wait(processes: local.Processes, ranks: Sequence[local.Child]) -> None:
@@ -77,41 +98,42 @@ def num_ranks(cfg: TrainerConfig) -> int:
     return cfg.ranks or (local.num_gpus() if _is_on_gpu(cfg) else 1)
 
 
-def split_threads(cfg: TrainerConfig, *, with_teacher: bool) -> Threads:
-    """This machine's cores, divided among the ranks; a teacher on the same CPU gets half of them first.
+def split_threads(cfg: TrainerConfig, *, with_servers: bool) -> Threads:
+    """This machine's cores, divided among the ranks; servers on the same CPU get the same half of them.
 
-    One thread more than there are cores costs little, because the teacher works while ranks wait and the other way
+    One thread more than there are cores costs little, because servers work while ranks wait and the other way
     round; several per core would make every matrix product wait for its slowest thread.
     """
     cores = local.num_cores()
-    teacher = max(1, cores // 2)
-    left = cores - teacher if with_teacher and not _is_on_gpu(cfg) else cores
-    return Threads(teacher=teacher, rank=max(1, left // num_ranks(cfg)))
+    server = max(1, cores // 2)
+    left = cores - server if with_servers and not _is_on_gpu(cfg) else cores
+    return Threads(server=server, rank=max(1, left // num_ranks(cfg)))
 
 
-def teacher_command(
+def server_command(
+    service: Service,
     path: Path,
-    cfg: TeacherConfig,
+    cfg: TeacherConfig | RolloutConfig,
     *,
     threads: int,
     on_line: Callable[[str], None],
     overrides: Sequence[str] = (),
 ) -> local.Command:
-    """The command of the teacher server in `path`; ports that the file does not set are any free ones."""
+    """The command of the server in `path`, which holds `cfg`; ports that the file does not set are any free ones."""
     free = [f"server.{port}=0" for port in ("port", "rest_port") if port not in cfg.server.model_fields_set]
     return local.Command(
-        name="teacher",
-        argv=(sys.executable, "-m", "kdmesh_teacher", str(path), *set_arguments([*free, *overrides])),
+        name=service.name,
+        argv=(sys.executable, "-m", service.package, str(path), *set_arguments([*free, *overrides])),
         env=local.thread_limits(threads),
         on_line=on_line,
         is_shown=True,
-        grace_s=cfg.server.drain_s + _TEACHER_GRACE_S,
+        grace_s=cfg.server.drain_s + _SERVER_GRACE_S,
     )
 
 
-def serve_teacher(processes: local.Processes, command: local.Command) -> str:
-    """Start a teacher server and wait until it answers; its host:port. Raises ChildFailed."""
-    address: str = processes.serve(command, ready_within_s=_TEACHER_READY_S)["grpc"]
+def start_server(processes: local.Processes, command: local.Command) -> str:
+    """Start a server and wait until it answers; its host:port. Raises ChildFailed."""
+    address: str = processes.serve(command, ready_within_s=_SERVER_READY_S)["grpc"]
     return address
 
 
@@ -128,9 +150,9 @@ def rank_commands(
     return local.rank_commands(argv, ranks=ranks, threads=threads, on_line=on_line)
 
 
-def served(address: str) -> list[str]:
-    """The overrides that make a trainer use the teacher at `address`."""
-    return [f"teacher.addresses=['{address}']"]
+def served(service: Service, address: str) -> list[str]:
+    """The overrides that make a trainer use the server at `address`."""
+    return [f"{service.addresses}=['{address}']"]
 
 
 def set_arguments(overrides: Sequence[str]) -> list[str]:
@@ -145,11 +167,16 @@ def _checked_trainer(path: Path, overrides: Sequence[str]) -> TrainerConfig:
         raise ConfigError(
             f"{path}: teacher.addresses is empty: name a running teacher there, or start one with --serve TEACHER.YAML"
         )
+    if isinstance(cfg.source, OnPolicy) and not cfg.source.rollouts.addresses:
+        raise ConfigError(
+            f"{path}: source.rollouts.addresses is empty: name a running rollout server there, or start one with "
+            "--serve-rollout ROLLOUT.YAML"
+        )
     return cfg
 
 
-def _checked_teacher(path: Path) -> TeacherConfig:
-    cfg = config.load(TeacherConfig, path)
+def _checked_server(service: Service, path: Path) -> TeacherConfig | RolloutConfig:
+    cfg = config.load(service.config, path)
     check.refuse_missing(cfg, source=path)
     return cfg
 

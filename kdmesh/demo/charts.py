@@ -59,12 +59,12 @@ def draw_all(outcome: Outcome) -> list[Chart]:
         Chart(
             name="kl",
             title="KL(teacher ‖ student) on held-out functions, nats per token",
-            svg=_draw("kl", [_kl("SFT", "sft", sft), _kl("KD", "kd", kd)], is_log=True),
+            svg=draw("kl", [_kl("SFT", "sft", sft), _kl("KD", "kd", kd)], is_log=True),
         ),
         Chart(
             name="perplexity",
             title="Perplexity of the held-out docstrings",
-            svg=_draw(
+            svg=draw(
                 "perplexity",
                 [
                     _perplexity("SFT", "sft", sft),
@@ -77,12 +77,12 @@ def draw_all(outcome: Outcome) -> list[Chart]:
         Chart(
             name="loss",
             title="Cross-entropy of the training docstrings, nats per token",
-            svg=_draw("loss", [_cross_entropy("SFT", "sft", sft), _cross_entropy("KD", "kd", kd)]),
+            svg=draw("loss", [_cross_entropy("SFT", "sft", sft), _cross_entropy("KD", "kd", kd)]),
         ),
         Chart(
             name="speed",
             title="Tokens per second while training",
-            svg=_draw("speed", [_speed("SFT", "sft", sft), _speed("KD", "kd", kd)], starts_at_zero=True),
+            svg=draw("speed", [_speed("SFT", "sft", sft), _speed("KD", "kd", kd)], starts_at_zero=True),
         ),
     ]
 
@@ -109,7 +109,8 @@ def _speed(label: str, style: str, record: Record) -> Curve:
     return Curve(label=label, style=style, x=[s.step + 1 for s in steps], y=[s.num_tokens / s.step_s for s in steps])
 
 
-def _draw(name: str, curves: Sequence[Curve], *, is_log: bool = False, starts_at_zero: bool = False) -> str:
+def draw(name: str, curves: Sequence[Curve], *, is_log: bool = False, starts_at_zero: bool = False) -> str:
+    """The curves as SVG, over steps."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.0}):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
         axes = figure.add_subplot()

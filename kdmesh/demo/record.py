@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,23 @@ class Step:
     step_s: float
     teacher_wait_s: float
     door: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledStep:
+    """What a step that samples records beside the others' figures."""
+
+    step: int
+    divergence_nats_per_token: float
+    response_tokens_mean: float
+    cut_off_fraction: float
+    staleness_steps_max: int
+    sampler_kl_k3_nats: float
+    student_entropy_nats: float
+    teacher_entropy_nats: float
+    sampling_wait_s: float
+    teacher_wait_s: float
+    phase_s: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +71,16 @@ class Record:
 
 def read_record(path: Path) -> Record:
     """What `path` holds now; nothing when it is not there. A line that is being written is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = _rows(path)
     return Record(
         steps=tuple(_of(Step, row) for row in rows if row["kind"] == "step"),
         evaluations=tuple(_of(Evaluation, row) for row in rows if row["kind"] == "evaluation"),
     )
+
+
+def read_sampled(path: Path) -> tuple[SampledStep, ...]:
+    """The steps of a run that samples."""
+    return tuple(_of(SampledStep, row) for row in _rows(path) if row["kind"] == "step")
 
 
 def tokens_per_second(steps: Sequence[Step]) -> float:
@@ -72,6 +93,11 @@ def teacher_wait_fraction(steps: Sequence[Step]) -> float:
     """Part of the steps' time that a rank spent waiting for rows."""
     seconds = sum(step.step_s for step in steps)
     return sum(step.teacher_wait_s for step in steps) / seconds if seconds else 0.0
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _of(kind: type[Any], row: dict[str, Any]) -> Any:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from kdmesh.demo.charts import draw_all
+from kdmesh.demo.charts import Chart, draw_all
 from kdmesh.demo.corpus import Corpus
+from kdmesh.demo.models import Architecture
 from kdmesh.demo.outcome import Outcome
 from kdmesh.demo.plan import Plan
 from kdmesh.demo.record import Evaluation, teacher_wait_fraction, tokens_per_second
@@ -24,30 +27,59 @@ def write_report(outcome: Outcome, plan: Plan, corpus: Corpus, *, config: Path) 
     Args:
         config: the distilled student's configuration file, shown on the page.
     """
-    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        sentence=escape(outcome.sentence()),
-        story=escape(_story(outcome, plan, corpus)),
-        tiles="".join(_tile(value, what) for value, what in _tiles(outcome)),
-        rows="".join(_row(name, evaluation) for name, evaluation in _models(outcome)),
+    write_page(
+        outcome.report,
+        Page(
+            sentence=outcome.sentence(),
+            story=_story(outcome, plan, corpus),
+            tiles=_tiles(outcome),
+            models=[("teacher", outcome.teacher.evaluations[-1]), *outcome.rows],
+            charts=draw_all(outcome),
+            seconds=outcome.seconds,
+        ),
+        corpus,
+        config=config,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """What differs between the pages of two demos, as plain text."""
+
+    sentence: str
+    story: str
+    tiles: Sequence[tuple[str, str]]  # value, what it is
+    models: Sequence[tuple[str, Evaluation]]  # by name
+    charts: Sequence[Chart]
+    seconds: Mapping[str, float]
+
+
+def write_page(path: Path, page: Page, corpus: Corpus, *, config: Path) -> None:
+    """Write a page, all of it or nothing; `config` is shown on it."""
+    text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        sentence=escape(page.sentence),
+        story=escape(page.story),
+        tiles="".join(_tile(value, what) for value, what in page.tiles),
+        rows="".join(_row(name, evaluation) for name, evaluation in page.models),
         charts="".join(
             f'<figure class="card"><figcaption>{escape(chart.title)}</figcaption>{chart.svg}</figure>'
-            for chart in draw_all(outcome)
+            for chart in page.charts
         ),
         example=_example(corpus),
         phases="".join(
-            f"<tr><td>{escape(name)}</td><td>{seconds:.0f}</td></tr>" for name, seconds in outcome.seconds.items()
+            f"<tr><td>{escape(name)}</td><td>{seconds:.0f}</td></tr>" for name, seconds in page.seconds.items()
         ),
         config=escape(config.read_text(encoding="utf-8")),
         made_with=escape(_made_with()),
     )
-    part = outcome.report.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, outcome.report)
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def _story(outcome: Outcome, plan: Plan, corpus: Corpus) -> str:
-    teacher = _millions(plan.teacher.num_parameters(plan.vocabulary_size))
-    student = _millions(plan.student.num_parameters(plan.vocabulary_size))
+    teacher = size_in_words(plan.teacher, plan)
+    student = size_in_words(plan.student, plan)
     return (
         f"A teacher of {teacher} parameters learnt to write docstrings from {len(corpus.train):,} functions of "
         f"Python {platform.python_version()}'s standard library. Two students of {student} then started from the "
@@ -57,7 +89,9 @@ def _story(outcome: Outcome, plan: Plan, corpus: Corpus) -> str:
     )
 
 
-def _millions(number: int) -> str:
+def size_in_words(architecture: Architecture, plan: Plan) -> str:
+    """The parameters of a model."""
+    number = architecture.num_parameters(plan.vocabulary_size)
     return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number / 1e3:.0f} thousand"
 
 
@@ -69,10 +103,6 @@ def _tiles(outcome: Outcome) -> list[tuple[str, str]]:
         (f"{teacher_wait_fraction(outcome.kd.steps):.0%}", "of that time a rank waited for the teacher"),
         (outcome.kd.steps[-1].door or "none", "is the door that hidden states came through"),
     ]
-
-
-def _models(outcome: Outcome) -> list[tuple[str, Evaluation]]:
-    return [("teacher", outcome.teacher.evaluations[-1]), *outcome.rows]
 
 
 def _tile(value: str, what: str) -> str:

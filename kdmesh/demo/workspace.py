@@ -21,6 +21,7 @@ METRICS = "metrics.jsonl"
 _PLAN = "plan.json"
 _SECONDS = "seconds.json"
 STUDENTS = ("sft", "kd")
+WARM_UP, ON_POLICY = "warm-up", "on-policy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,7 @@ def is_finished(run: Path, *, steps: int) -> bool:
 
 def clear_students(workspace: Workspace) -> None:
     """Forget what this run's students have learnt."""
-    for student in STUDENTS:
+    for student in (*STUDENTS, WARM_UP, ON_POLICY):
         shutil.rmtree(workspace.run(student), ignore_errors=True)
 
 

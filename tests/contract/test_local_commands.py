@@ -33,8 +33,10 @@ def served(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) ->
     with local.Processes() as processes:
         for dtype in DTYPES:
             path = teacher_yaml(directory / f"{dtype}.yaml", tiny_models.path(seed=1, dtype=dtype))
-            command = jobs.teacher_command(path, config.load(TeacherConfig, path), threads=1, on_line=lambda line: None)
-            addresses[dtype] = jobs.serve_teacher(processes, command)
+            command = jobs.server_command(
+                jobs.TEACHER, path, config.load(TeacherConfig, path), threads=1, on_line=lambda line: None
+            )
+            addresses[dtype] = jobs.start_server(processes, command)
         yield addresses
 
 

@@ -23,6 +23,8 @@ _MAY_DIFFER = {
     "tokens_per_second",
     "teacher_wait_s",
     "teacher_wait_fraction",
+    "sampling_wait_s",
+    "bounded_by",
     "phase_s",
     "evaluate_s",
 }

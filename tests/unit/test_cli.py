@@ -174,8 +174,8 @@ def test_threads_are_divided_so_that_no_core_gets_several(
 ) -> None:
     monkeypatch.setattr(local, "num_cores", lambda: cores)
     cfg = jobs.config.load(TrainerConfig, good, [f"ranks={ranks}", "student.device=cpu"])
-    threads = jobs.split_threads(cfg, with_teacher=with_teacher)
-    assert (threads.teacher, threads.rank) == expected
+    threads = jobs.split_threads(cfg, with_servers=with_teacher)
+    assert (threads.server, threads.rank) == expected
 
 
 def test_ranks_are_one_per_gpu_unless_the_file_says(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

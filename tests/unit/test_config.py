@@ -113,6 +113,45 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, change: str
     assert re.search(words, refusal(tmp_path, f"{kept}\n{change}\n"))
 
 
+ON_POLICY = GOOD + """
+source:
+  kind: on_policy
+  rollouts: {addresses: ["127.0.0.1:50061"]}
+  samples_per_prompt: 4
+  sampling: {max_new_tokens: 64}
+"""
+
+
+def test_the_data_s_own_answers_are_the_default(tmp_path: Path) -> None:
+    cfg = config.load(TrainerConfig, written(tmp_path, GOOD))
+    assert cfg.source == trainer_config.OffPolicy()
+    sampled = config.load(TrainerConfig, written(tmp_path, ON_POLICY))
+    assert isinstance(sampled.source, trainer_config.OnPolicy)
+    assert (sampled.source.max_staleness, sampled.source.update_policy) == (0, "finish")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("objective={name: sft}", "source on_policy needs objective distill"),
+        ("objective={name: distill, ce_weight: 0.1}", r"ce_weight \(0.1\) must be 0 with source on_policy"),
+        ("batch.sequences=30", r"batch.sequences \(30\) must be a multiple of source.samples_per_prompt \(4\)"),
+        ("data.max_tokens=64", r"max_new_tokens \(64\) must be less than data.max_tokens \(64\)"),
+        ("source.sampling.top_p=0", "source.on_policy.sampling.top_p: Input should be greater than 0"),
+        ("source.max_staleness=-1", "source.on_policy.max_staleness: Input should be greater than or equal to 0"),
+        ("source.rollouts.address=a:1", "source.on_policy.rollouts.address: there is no such key"),
+        ("source.kind=on-policy", "'off_policy', 'on_policy'"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(tmp_path: Path, override: str, words: str) -> None:
+    assert re.search(words, refusal(tmp_path, ON_POLICY, override))
+
+
+def test_a_source_without_samples_takes_no_sampling(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD + "source: {kind: off_policy, max_staleness: 1}\n")
+    assert "source.off_policy.max_staleness: there is no such key" in said
+
+
 def sections(module: object) -> Iterator[type[BaseModel]]:
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, StrictModel) and value is not StrictModel:

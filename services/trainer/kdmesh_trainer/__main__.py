@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from kdmesh import log
 from kdmesh.config import load
 from kdmesh.errors import KdmeshError
-from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
     from kdmesh_trainer.mesh import Mesh
@@ -57,12 +57,19 @@ def _join(cfg: TrainerConfig) -> int:
     # Not at the top: a bad configuration must not wait for torch.
     from kdmesh_trainer.mesh import joined
 
-    patience_s = cfg.teacher.deadline_s if cfg.teacher else 0.0
     try:
-        with joined(cfg.student.device, longest_wait_s=patience_s) as mesh:
+        with joined(cfg.student.device, longest_wait_s=_longest_wait_s(cfg)) as mesh:
             return _train(cfg, mesh)
     except KdmeshError as error:
         return _refused(error, is_speaker=True)
+
+
+def _longest_wait_s(cfg: TrainerConfig) -> float:
+    """How long services may keep one rank, one after the other, while the others wait for it."""
+    teacher_s = cfg.teacher.deadline_s if cfg.teacher else 0.0
+    # For samples, and for a server to take the weights.
+    rollouts_s = 2 * cfg.source.rollouts.deadline_s if isinstance(cfg.source, OnPolicy) else 0.0
+    return teacher_s + rollouts_s
 
 
 def _train(cfg: TrainerConfig, mesh: Mesh) -> int:

@@ -21,6 +21,7 @@ from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.tokens import digest, tokenizer_fingerprint
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
+from kdmesh_trainer.build_on_policy import Task, build_source, read_task
 from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.export import HuggingFaceExporter
@@ -32,9 +33,9 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.optimizer import build_adamw
-from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
 from kdmesh_trainer.sources.off_policy import OffPolicySource
+from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.readers import Reader, open_dataset
 from kdmesh_trainer.sources.sequences import load_sequences
@@ -74,7 +75,7 @@ class _Teacher:
 class _Data:
     """What is trained on, and what it is judged by."""
 
-    train: Sequence[TokenSequence]
+    train: Sequence[TokenSequence] | Task
     held_out: Sequence[TokenSequence] | None
 
 
@@ -105,17 +106,18 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         optimizer = build_adamw(student, cfg.optimizer)
         # A GPU's allocator keeps scratch by itself, and may lend it to the rest of the step.
         workspace = Workspace() if mesh.device.type == "cpu" else None
+        source = _source(cfg, checked, data, teacher, student, mesh, stack)
         yield Parts(
-            source=_source(cfg, data, teacher, mesh, stack),
+            source=source,
             stepper=GradientStepper(
                 student,
-                _objective(cfg.objective, checked.divergence, teacher, workspace),
+                _objective(cfg, checked.divergence, teacher, workspace),
                 optimizer,
                 config=cfg.optimizer,
                 steps=cfg.steps,
                 mesh=mesh,
             ),
-            publishers=(),
+            publishers=(source,) if isinstance(source, OnPolicySource) else (),
             evaluator=_evaluator(cfg, student, data, teacher, workspace, mesh),
             checkpoints=CheckpointDirectory(
                 cfg.output / "checkpoints",
@@ -194,18 +196,39 @@ def _open_teacher(cfg: config.TrainerConfig, checked: _Checked, mesh: Mesh, stac
 
 def _read_data(cfg: config.TrainerConfig, checked: _Checked, teacher: _Teacher | None) -> _Data:
     """Both datasets, fit for whoever is asked about them."""
-    train = load_sequences("train", checked.train, checked.encoder, cfg.data).sequences
+    train = _read_train(cfg, checked, teacher)
     held_out = None
     if checked.held_out is not None:
         limit = cfg.evaluation.max_sequences
         held_out = load_sequences(
             "held_out", checked.held_out, checked.encoder, cfg.data, max_sequences=limit
         ).sequences
-    if teacher is not None and isinstance(cfg.objective, config.Distill):
-        check_requests("train", train, teacher.pool.describe())
-    if teacher is not None and held_out is not None:
-        check_requests("held_out", held_out, teacher.pool.describe())
+        if teacher is not None:
+            check_requests("held_out", held_out, teacher.pool.describe())
     return _Data(train=train, held_out=held_out)
+
+
+def _read_train(
+    cfg: config.TrainerConfig, checked: _Checked, teacher: _Teacher | None
+) -> Sequence[TokenSequence] | Task:
+    match cfg.source:
+        case config.OffPolicy():
+            train = load_sequences("train", checked.train, checked.encoder, cfg.data).sequences
+            if teacher is not None and isinstance(cfg.objective, config.Distill):
+                check_requests("train", train, teacher.pool.describe())
+            return train
+        case config.OnPolicy():
+            assert teacher is not None  # the configuration sees to it
+            return read_task(
+                cfg,
+                cfg.source,
+                reader=checked.train,
+                encoder=checked.encoder,
+                tokenizer=checked.tokenizer,
+                teacher=teacher.pool.describe(),
+            )
+        case _:
+            assert_never(cfg.source)
 
 
 def _load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrainedModel:
@@ -223,13 +246,19 @@ def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teach
     identity = {
         "student (fingerprint)": model_fingerprint(lm),
         "objective": json.dumps(cfg.objective.model_dump(mode="json"), sort_keys=True),
-        "data.train (digest)": digest(data.train).hex(),
+        **(
+            data.train.identity() if isinstance(data.train, Task) else {"data.train (digest)": digest(data.train).hex()}
+        ),
         "batch.sequences": str(cfg.batch.sequences),
         "seed": str(cfg.seed),
     }
     if teacher is not None and isinstance(cfg.objective, config.Distill):
         identity["teacher (fingerprint)"] = teacher.pool.describe().model_fingerprint
     return identity
+
+
+def _identity_of(train: Sequence[TokenSequence] | Task) -> dict[str, str]:
+    return train.identity() if isinstance(train, Task) else {"data.train (digest)": digest(train).hex()}
 
 
 def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
@@ -244,29 +273,47 @@ def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
 
 
 def _objective(
-    cfg: config.Distill | config.Sft,
-    divergence: Divergence | None,
-    teacher: _Teacher | None,
-    workspace: Workspace | None,
+    cfg: config.TrainerConfig, divergence: Divergence | None, teacher: _Teacher | None, workspace: Workspace | None
 ) -> Objective:
-    match cfg:
+    match cfg.objective:
         case config.Distill():
             assert divergence is not None and teacher is not None
             return Distillation(
                 divergence=divergence,
-                temperature=cfg.temperature,
-                kd_weight=cfg.kd_weight,
-                ce_weight=cfg.ce_weight,
+                temperature=cfg.objective.temperature,
+                kd_weight=cfg.objective.kd_weight,
+                ce_weight=cfg.objective.ce_weight,
                 teacher_head=teacher.head,
                 workspace=workspace,
+                with_entropies=isinstance(cfg.source, config.OnPolicy),
             )
         case config.Sft():
             return CrossEntropy(workspace=workspace)
         case _:
-            assert_never(cfg)
+            assert_never(cfg.objective)
 
 
-def _source(cfg: config.TrainerConfig, data: _Data, teacher: _Teacher | None, mesh: Mesh, stack: ExitStack) -> Source:
+def _source(
+    cfg: config.TrainerConfig,
+    checked: _Checked,
+    data: _Data,
+    teacher: _Teacher | None,
+    student: Student,
+    mesh: Mesh,
+    stack: ExitStack,
+) -> SftSource | OffPolicySource | OnPolicySource:
+    if isinstance(data.train, Task):
+        assert teacher is not None
+        return build_source(
+            cfg,
+            data.train,
+            student=student,
+            tokenizer_fingerprint=checked.tokenizer_fingerprint,
+            teacher=teacher.pool,
+            prefetch=teacher.prefetch,
+            mesh=mesh,
+            stack=stack,
+        )
     planner = StepPlanner(data.train, cfg.batch, seed=cfg.seed, rank=mesh.rank, ranks=mesh.world_size)
     match cfg.objective:
         case config.Distill():

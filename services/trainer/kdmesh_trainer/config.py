@@ -108,6 +108,69 @@ class Sft(StrictModel):
     name: Literal["sft"]
 
 
+class OffPolicy(StrictModel):
+    """The data's own answers are trained on."""
+
+    kind: Literal["off_policy"] = "off_policy"
+
+
+class RolloutsConfig(StrictModel):
+    """The rollout servers that sample for this job alone, since they serve its student."""
+
+    addresses: tuple[str, ...] = ()
+    """host:port of each. `kdmesh train --serve-rollout` fills it in."""
+
+    deadline_s: float = Field(600.0, gt=0)
+    """Longest wait for one prompt's samples, or for a server to take new weights, restarts included."""
+
+
+class SamplingConfig(StrictModel):
+    """How responses are drawn; applied in this order: repetition penalty, temperature, top_k, top_p, min_p."""
+
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits; 0 takes the likeliest token."""
+
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the fewest tokens whose probabilities reach this; 1 draws from all."""
+
+    top_k: int = Field(0, ge=0)
+    """Draw from this many likeliest tokens; 0 draws from all."""
+
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Drop tokens less likely than this fraction of the likeliest; 0 drops none."""
+
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Divides positive and multiplies negative logits of tokens that the sequence holds; 1 changes nothing."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    """Most tokens of a response; a longer one is cut, and nothing is appended to it."""
+
+
+class OnPolicy(StrictModel):
+    """The student's own answers to the data's prompts are trained on; batch.sequences counts samples."""
+
+    kind: Literal["on_policy"]
+
+    rollouts: RolloutsConfig = RolloutsConfig()
+    """Who samples."""
+
+    samples_per_prompt: int = Field(1, ge=1)
+    """Responses to each prompt; divides batch.sequences."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """How they are drawn."""
+
+    max_staleness: int = Field(0, ge=0)
+    """Updates of the student that a sample's weights may be behind those it trains; 0 samples and trains in turn."""
+
+    update_policy: Literal["finish", "abort", "continue"] = "finish"
+    """What becomes of samples that are being drawn when new weights come: finished on the old ones first, drawn again,
+    or continued with the new ones."""
+
+    too_long: Literal["drop", "fail"] = "drop"
+    """What happens to a prompt that leaves no room for max_new_tokens in data.max_tokens; dropped ones are counted."""
+
+
 class ChatFile(StrictModel):
     """A JSON, JSONL or Parquet file of chats: `messages`, ShareGPT or Alpaca rows."""
 
@@ -236,6 +299,9 @@ class TrainerConfig(StrictModel):
     data: DataConfig
     """What it is trained on."""
 
+    source: Annotated[OffPolicy | OnPolicy, Field(discriminator="kind")] = OffPolicy()
+    """Whose answers it is trained on."""
+
     batch: BatchConfig = BatchConfig()
     """Steps and micro-batches."""
 
@@ -271,5 +337,28 @@ class TrainerConfig(StrictModel):
         if self.data.max_tokens > self.batch.max_tokens:
             raise ValueError(
                 f"data.max_tokens ({self.data.max_tokens}) must not exceed batch.max_tokens ({self.batch.max_tokens})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _source_fits(self) -> TrainerConfig:
+        if not isinstance(self.source, OnPolicy):
+            return self
+        if not isinstance(self.objective, Distill):
+            raise ValueError("source on_policy needs objective distill: its samples are nothing to imitate")
+        if self.objective.ce_weight > 0:
+            raise ValueError(
+                f"objective.ce_weight ({self.objective.ce_weight}) must be 0 with source on_policy, whose tokens are "
+                "the student's own"
+            )
+        if self.batch.sequences % self.source.samples_per_prompt:
+            raise ValueError(
+                f"batch.sequences ({self.batch.sequences}) must be a multiple of source.samples_per_prompt "
+                f"({self.source.samples_per_prompt})"
+            )
+        if self.source.sampling.max_new_tokens >= self.data.max_tokens:
+            raise ValueError(
+                f"source.sampling.max_new_tokens ({self.source.sampling.max_new_tokens}) must be less than "
+                f"data.max_tokens ({self.data.max_tokens}), which a prompt takes a part of"
             )
         return self

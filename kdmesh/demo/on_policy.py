@@ -1,0 +1,153 @@
+"""Tells how a student learns from its own answers: teacher, rollout server and trainer on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdmesh import jobs
+from kdmesh.demo import plan as plans
+from kdmesh.demo.plan import Plan
+from kdmesh.demo.record import (
+    Evaluation,
+    Record,
+    SampledStep,
+    read_record,
+    read_sampled,
+    teacher_wait_fraction,
+    tokens_per_second,
+)
+from kdmesh.demo.stage import Stage, opened
+from kdmesh.demo.workspace import METRICS, ON_POLICY, WARM_UP, is_finished, read_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnPolicyOutcome:
+    """The record of the run, and how long things took."""
+
+    teacher: Record
+    run: Record
+    sampled: tuple[SampledStep, ...]
+    seconds: Mapping[str, float]  # by phase, in order
+    is_teacher_cached: bool
+    report: Path
+
+    @property
+    def before(self) -> Evaluation:
+        """The student that had only seen docstrings."""
+        return self.run.evaluations[0]
+
+    @property
+    def after(self) -> Evaluation:
+        """The student that had learnt from its own answers."""
+        return self.run.evaluations[-1]
+
+    def json(self) -> str:
+        """The figures for a machine, on one line."""
+        first, last = self.sampled[0], self.sampled[-1]
+        return json.dumps(
+            {
+                "kl_before": self.before.kl_nats_per_token,
+                "kl_after": self.after.kl_nats_per_token,
+                "own_answers_kl_before": first.divergence_nats_per_token,
+                "own_answers_kl_after": last.divergence_nats_per_token,
+                "perplexity_teacher": self.teacher.evaluations[-1].perplexity,
+                "perplexity_before": self.before.perplexity,
+                "perplexity_after": self.after.perplexity,
+                "response_tokens_mean": last.response_tokens_mean,
+                "cut_off_fraction": last.cut_off_fraction,
+                "staleness_steps_max": max(step.staleness_steps_max for step in self.sampled),
+                "tokens_per_second": round(tokens_per_second(self.run.steps), 1),
+                "sampling_wait_fraction": round(self.sampling_wait_fraction, 4),
+                "teacher_wait_fraction": round(teacher_wait_fraction(self.run.steps), 4),
+                "handle_door": self.run.steps[-1].door,
+                "steps": self.run.done,
+                "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()},
+                "is_teacher_cached": self.is_teacher_cached,
+                "report": str(self.report),
+            }
+        )
+
+    @property
+    def sampling_wait_fraction(self) -> float:
+        """Part of the steps' time that was spent waiting for samples."""
+        seconds = sum(step.step_s for step in self.run.steps)
+        return sum(step.sampling_wait_s for step in self.sampled) / seconds if seconds else 0.0
+
+    def sentence(self) -> str:
+        """The result in words."""
+        before, after = self.before.kl_nats_per_token, self.after.kl_nats_per_token
+        assert before is not None
+        assert after is not None
+        if after < before:
+            return f"Its own answers brought the student {before / after:.1f} times nearer to its teacher."
+        return "Its own answers did not bring the student nearer to its teacher."
+
+
+def tell(plan: Plan, *, output: Path, cache: Path, fresh: bool) -> OnPolicyOutcome:
+    """Do what is left to do, and write the report.
+
+    Args:
+        output: what this demo makes.
+        cache: where the teacher is kept for later demos.
+        fresh: forget what this output's students have learnt; the teacher is kept.
+
+    Raises:
+        ConfigError: `output` is something else, or the drawing library is missing.
+        ChildFailed: a service failed; its log lies in the directory of its run.
+        Stopped: a signal came; the next telling continues.
+    """
+    with opened(plan, output=output, cache=cache, fresh=fresh) as stage:
+        stage.train_teacher()
+        _warm_up(stage)
+        _learn_from_samples(stage)
+    return _report(stage)
+
+
+def _warm_up(stage: Stage) -> None:
+    """A student whose samples are something: a random one would only babble."""
+    plan, workspace, title = stage.plan, stage.workspace, "warm up on the docstrings"
+    run = workspace.run(WARM_UP)
+    if not is_finished(run, steps=plan.student_warm_up.steps):
+        tree = plans.warm_up(plan, corpus=workspace.corpus, start=workspace.student_start, output=run)
+        stage.train(title, workspace.write_config(WARM_UP, tree), run)
+    stage.seconds[title] = read_seconds(run)
+    last = read_record(run / METRICS).evaluations[-1]
+    stage.live.say(f"student warmed up: held-out perplexity [bold]{last.perplexity:.1f}[/]")
+
+
+def _learn_from_samples(stage: Stage) -> None:
+    plan, workspace, title = stage.plan, stage.workspace, "learn from its own answers"
+    run, start = workspace.run(ON_POLICY), workspace.run(WARM_UP) / "final"
+    if not is_finished(run, steps=plan.student_on_policy.training.steps):
+        teacher = stage.serve(jobs.TEACHER, plans.teacher_server(plan, model=workspace.teacher_model))
+        rollout = stage.serve(jobs.ROLLOUT, plans.rollout_server(plan, model=start))
+        tree = plans.on_policy(plan, corpus=workspace.corpus, start=start, output=run)
+        overrides = [*jobs.served(jobs.TEACHER, teacher), *jobs.served(jobs.ROLLOUT, rollout)]
+        stage.train(title, workspace.write_config(ON_POLICY, tree), run, overrides)
+    stage.seconds[title] = read_seconds(run)
+    last = read_record(run / METRICS).evaluations[-1]
+    stage.live.say(
+        f"student ready: [bold]{last.kl_nats_per_token:.4f}[/] nats from its teacher, "
+        f"held-out perplexity [bold]{last.perplexity:.1f}[/]"
+    )
+
+
+def _report(stage: Stage) -> OnPolicyOutcome:
+    """The figures and the page."""
+    from kdmesh.demo.on_policy_report import write_report  # draws; a second, needed only here
+
+    workspace = stage.workspace
+    metrics = workspace.run(ON_POLICY) / METRICS
+    outcome = OnPolicyOutcome(
+        teacher=read_record(workspace.teacher_run / METRICS),
+        run=read_record(metrics),
+        sampled=read_sampled(metrics),
+        seconds=stage.seconds,
+        is_teacher_cached=stage.is_teacher_cached,
+        report=workspace.report,
+    )
+    write_report(outcome, stage.plan, stage.corpus, config=workspace.config(ON_POLICY))
+    return outcome

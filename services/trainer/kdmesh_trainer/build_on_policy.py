@@ -1,0 +1,169 @@
+"""Builds what only an on-policy run has: prompts, rollout servers, and the source that uses both."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from kdmesh.errors import ConfigError
+from kdmesh.models.fingerprint import architecture_fingerprint
+from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.types import Int32Array, ModelDescription, Sampling
+from kdmesh.weights.manifest import UpdatePolicy
+from kdmesh_trainer import config
+from kdmesh_trainer.fit import check_sampler, check_samples
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student
+from kdmesh_trainer.publisher import StudentPublisher
+from kdmesh_trainer.sources.chat import ChatEncoder
+from kdmesh_trainer.sources.on_policy import OnPolicySource
+from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, digest_prompts, load_prompts
+from kdmesh_trainer.sources.readers import Reader
+from kdmesh_trainer.sources.row_queue import RowService
+from kdmesh_trainer.sources.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is sampled, checked against everything but the rollout servers."""
+
+    source: config.OnPolicy
+    prompts: Sequence[Int32Array]
+    sampling: Sampling
+    max_tokens: int  # of the longest prompt with the longest response
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint can only be continued with, by configuration key."""
+        told = self.source.model_dump(mode="json", exclude={"rollouts", "too_long"})
+        return {"data.train (digest)": digest_prompts(self.prompts).hex(), "source": json.dumps(told, sort_keys=True)}
+
+
+def read_task(
+    cfg: config.TrainerConfig,
+    source: config.OnPolicy,
+    *,
+    reader: Reader,
+    encoder: ChatEncoder,
+    tokenizer: PreTrainedTokenizerFast,
+    teacher: ModelDescription,
+) -> Task:
+    """Read the prompts, and check that the teacher takes every response to them.
+
+    Raises:
+        DataError: the data cannot be used, or does not fit the teacher.
+    """
+    drawn = source.sampling
+    policy = PromptPolicy(
+        max_tokens=cfg.data.max_tokens - drawn.max_new_tokens, too_long=source.too_long, unusable=cfg.data.unusable
+    )
+    prompts = load_prompts("train", reader, encoder, policy).prompts
+    longest = max(len(prompt) for prompt in prompts)
+    check_samples(prompt_tokens=longest, max_new_tokens=drawn.max_new_tokens, teacher=teacher)
+    sampling = Sampling(
+        temperature=drawn.temperature,
+        top_p=drawn.top_p,
+        top_k=drawn.top_k,
+        min_p=drawn.min_p,
+        repetition_penalty=drawn.repetition_penalty,
+        max_new_tokens=drawn.max_new_tokens,
+        stop_token_ids=_stop_token_ids(cfg.student.model, tokenizer, encoder),
+    )
+    return Task(source=source, prompts=prompts, sampling=sampling, max_tokens=longest + drawn.max_new_tokens)
+
+
+def build_source(
+    cfg: config.TrainerConfig,
+    task: Task,
+    *,
+    student: Student,
+    tokenizer_fingerprint: str,
+    teacher: RowService,
+    prefetch: int,
+    mesh: Mesh,
+    stack: ExitStack,
+) -> OnPolicySource:
+    """The source with its connections to the rollout servers, all closed with `stack`. Collective.
+
+    Args:
+        student: sharded; its vocabulary is what it shares with the teacher.
+        tokenizer_fingerprint: of the student's tokenizer.
+        prefetch: micro-batches to ask the teacher for ahead.
+
+    Raises:
+        ConfigError: no address is given.
+        ModelMismatch: a server has another model or tokenizer.
+        DataError: a server would cut what the configuration allows.
+        DeadlineExpired: no server answers.
+    """
+    source = task.source
+    if not source.rollouts.addresses:
+        raise ConfigError("source.rollouts.addresses is empty; it must name at least one running rollout server")
+    pool = stack.enter_context(
+        RolloutPool(
+            source.rollouts.addresses,
+            job=cfg.output.resolve().name,
+            deadline_s=source.rollouts.deadline_s,
+            architecture_fingerprint=architecture_fingerprint(student.lm),
+        )
+    )
+    server = pool.describe()
+    check_sampler(
+        server,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        vocabulary_size=student.vocabulary_size,
+        max_tokens=task.max_tokens,
+    )
+    facts = {"model": server.name, "dtype": server.dtype.value, "stop_token_ids": list(task.sampling.stop_token_ids)}
+    log.info("rollout server found", extra=facts)
+    addresses, deadline_s = source.rollouts.addresses, source.rollouts.deadline_s
+    sender = stack.enter_context(WeightSender(addresses, deadline_s=deadline_s)) if mesh.is_first else None
+    built = OnPolicySource(
+        _sampler(cfg, task, pool, mesh),
+        StudentPublisher(student, sender, policy=UpdatePolicy(source.update_policy), mesh=mesh),
+        teacher,
+        max_staleness=source.max_staleness,
+        max_tokens=cfg.batch.max_tokens,
+        prefetch=prefetch,
+        steps=cfg.steps,
+        mesh=mesh,
+    )
+    stack.callback(built.close)
+    return built
+
+
+def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mesh) -> Sampler:
+    each = task.source.samples_per_prompt
+    return Sampler(
+        PromptOrder(task.prompts, per_step=cfg.batch.sequences // each, seed=cfg.seed),
+        pool,
+        sampling=task.sampling,
+        samples_per_prompt=each,
+        rank=mesh.rank,
+        ranks=mesh.world_size,
+    )
+
+
+def _stop_token_ids(model: Path, tokenizer: PreTrainedTokenizerFast, encoder: ChatEncoder) -> tuple[int, ...]:
+    """What ends a response: what ends an assistant turn in the data's template, and what ends the model's text."""
+    ends = {encoder.end_of_turn(), tokenizer.eos_token_id, *_generation_ends(model / "generation_config.json")}
+    found = tuple(sorted(end for end in ends if end is not None))
+    if not found:
+        log.warning("nothing ends a response but its length: the tokenizer and the chat template name no end")
+    return found
+
+
+def _generation_ends(path: Path) -> Sequence[int]:
+    """The ids in a generation_config.json that end a text, if there is such a file."""
+    if not path.is_file():
+        return ()
+    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return ends if isinstance(ends, list) else () if ends is None else (ends,)

@@ -1,0 +1,56 @@
+"""Rollout servers with a real model, as processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from tests.system.processes import Process, Processes, free_port
+
+
+class Rollouts:
+    """A server at an address of its own, started or not; every start is at the same address, with the first weights.
+
+    It decodes one sample after the other.
+    """
+
+    def __init__(self, processes: Processes, directory: Path, model: Path) -> None:
+        """Start nothing yet."""
+        self.address = f"127.0.0.1:{free_port()}"
+        self._rest = f"http://127.0.0.1:{free_port()}"
+        self._processes = processes
+        self._directory = directory
+        tree: dict[str, dict[str, Any]] = {
+            "engine": {"kind": "transformers", "model": str(model), "device": "cpu", "deterministic": True},
+            "server": {
+                "port": int(self.address.split(":")[1]),
+                "rest_port": int(self._rest.split(":")[2]),
+                "drain_s": 5,
+            },
+        }
+        directory.mkdir(parents=True)
+        (directory / "rollout.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+        self.process: Process
+
+    def start(self) -> None:
+        """Start the server; it takes requests later."""
+        command = (sys.executable, "-m", "kdmesh_rollout", str(self._directory / "rollout.yaml"))
+        self.process = self._processes.start("rollout", self._directory, *command)
+
+    def wait_ready(self) -> None:
+        """Return when it takes requests."""
+        self.process.until(lambda: self.process.events("ready"))
+
+    def num_waiting(self) -> int:
+        """Samples that it has not begun."""
+        samples: int = httpx.get(f"{self._rest}/v1/queue").json()["waiting"]["samples"]
+        return samples
+
+    def weight_version(self) -> int:
+        """Of the weights that it serves."""
+        version: int = httpx.get(f"{self._rest}/v1/model").json()["weight_version"]
+        return version

@@ -1,0 +1,123 @@
+"""On-policy jobs with the real services, which are killed one after the other."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from tests.system.conftest import Materials
+from tests.system.processes import Process, Processes
+from tests.system.rollouts import Rollouts
+from tests.system.teachers import Teacher
+from tests.system.training import Job
+
+STEPS = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Story:
+    """Three jobs of the same recipe, each with a rollout server of its own."""
+
+    undisturbed: Job
+    undisturbed_rollouts: Rollouts
+    disturbed: Job  # its rollout server, its teacher and then itself were killed
+    disturbed_rollouts: Rollouts  # the second server at its address
+    first_trainer: Process
+    second_trainer: Process
+    stale: Job  # samples from weights that may be 2 updates old, on two ranks
+
+
+def source(rollouts: Rollouts, **more: Any) -> dict[str, Any]:
+    return {
+        "kind": "on_policy",
+        "rollouts": {"addresses": [rollouts.address], "deadline_s": 100},
+        "samples_per_prompt": 2,
+        "sampling": {"max_new_tokens": 24},
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    root = tmp_path_factory.mktemp("on_policy")
+    recipe = replace(materials.plain, is_judged=True)
+    servers = [Rollouts(processes, root / f"rollouts-{name}", recipe.student) for name in ("a", "b", "c")]
+    teacher, other = (Teacher(processes, root / name, materials.teacher) for name in ("teacher", "other"))
+    undisturbed, disturbed, stale = (
+        Job(processes, root / name, recipe, address, steps=STEPS, source=source(rollouts, **more))
+        for name, address, rollouts, more in (
+            ("undisturbed", teacher.address, servers[0], {}),
+            ("disturbed", other.address, servers[1], {}),
+            ("stale", teacher.address, servers[2], {"max_staleness": 2, "update_policy": "abort"}),
+        )
+    )
+    for server in (teacher, other, *servers):
+        server.start()
+    running = [undisturbed.start(), stale.start_torchrun(2)]
+    first = disturbed.start()
+    # Each time in the middle of it: samples are owed, a step has just been taken.
+    first.until(lambda: len(disturbed.steps()) >= 2)
+    first.until(lambda: servers[1].num_waiting() >= 3)
+    servers[1].process.signal(signal.SIGKILL)
+    servers[1].start()
+    first.until(lambda: len(disturbed.steps()) >= 7)
+    other.process.signal(signal.SIGKILL)
+    other.start()
+    first.until(lambda: len(disturbed.steps()) >= 13)
+    first.signal(signal.SIGKILL)
+    first.exit_code()
+    second = disturbed.start()
+    for process in (*running, second):
+        process.succeed()
+    return Story(
+        undisturbed=undisturbed,
+        undisturbed_rollouts=servers[0],
+        disturbed=disturbed,
+        disturbed_rollouts=servers[1],
+        first_trainer=first,
+        second_trainer=second,
+        stale=stale,
+    )
+
+
+def test_a_job_whose_services_were_killed_learns_exactly_the_same(story: Story) -> None:
+    assert len(story.undisturbed.steps()) == STEPS
+    assert story.disturbed.record() == story.undisturbed.record()
+
+
+def test_a_rollout_server_that_comes_back_gets_the_student_before_it_samples(story: Story) -> None:
+    [event] = story.first_trainer.events("a rollout server has old weights, so it gets the student again")
+    assert event["why"].endswith("this server has 0")
+
+
+def test_a_job_that_was_killed_goes_on_from_its_checkpoint_under_higher_weight_versions(story: Story) -> None:
+    [event] = story.second_trainer.events("continuing from a checkpoint")
+    assert event["step"] in (12, 16)
+    versions = [event["weight_version"] for event in story.second_trainer.events("weights published")]
+    earlier = [event["weight_version"] for event in story.first_trainer.events("weights published")]
+    assert versions[0] > max(earlier)
+    assert story.disturbed_rollouts.weight_version() == versions[-1]
+    assert story.undisturbed_rollouts.weight_version() == STEPS + 1
+
+
+def test_the_sampler_is_the_student_that_is_trained(story: Story) -> None:
+    for step in story.undisturbed.steps():
+        assert abs(step["sampler_kl_k1_nats"]) < 1e-5
+        assert 0 <= step["sampler_kl_k3_nats"] < 1e-8
+        assert step["staleness_steps_max"] == 0
+
+
+def test_stale_samples_stay_within_their_bound(story: Story) -> None:
+    steps = story.stale.steps()
+    assert len(steps) == STEPS
+    assert 0 < max(step["staleness_steps_max"] for step in steps) <= 2
+    assert max(step["sampler_kl_k3_nats"] for step in steps) > 1e-8
+
+
+def test_held_out_distance_to_the_teacher_falls(story: Story) -> None:
+    for job in (story.undisturbed, story.stale):
+        scores = [line["kl_nats_per_token"] for line in job.lines() if line["kind"] == "evaluation"]
+        assert scores[-1] < 0.75 * scores[0]
