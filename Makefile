@@ -52,6 +52,9 @@ format: $(INSTALLED)  ## Rewrite the code in the project's format
 proto: $(INSTALLED)  ## Regenerate kdmesh/v1 from proto/
 	$(BIN)/python tools/generate_proto.py
 
+bench-sglang_hidden_states bench-prefix_reuse: bench-%: $(SGLANG_INSTALLED)
+	PYTHONPATH=tests/support/sglang_standin $(SGLANG)/bin/python -m benchmarks.$*
+
 bench-%: $(INSTALLED)  ## Run benchmarks/NAME.py (bench-transport, bench-loss, ...)
 	$(BIN)/python -m benchmarks.$*
 
