@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kdmesh.rpc.doors import DoorChoice
 
 _ERROR = 1
+_GENERATE_S = 3600.0  # for the answers to one prompt
 _YAML = click.Path(path_type=Path, dir_okay=False)
 _set_option = click.option(
     "--set",
@@ -173,6 +174,51 @@ def probe(address: str, model: Path, prompts: Path | None, bound: float | None, 
     click.echo(verdict.json())
     if not verdict.has_passed:
         sys.exit(_ERROR)
+
+
+@main.command()
+@click.option("--rollout", "addresses", required=True, multiple=True, metavar="HOST:PORT", help="A rollout server.")
+@click.option(
+    "--model",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Hugging Face directory with the servers' tokenizer and a chat template.",
+)
+@click.option("--prompts", required=True, type=_YAML, help="JSONL with `messages` or `prompt` in each row.")
+@click.option("--output", required=True, type=_YAML, help="JSONL to write: a chat dataset for a trainer.")
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to each prompt.")
+@click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Text that ends an answer, besides its end token.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--keep-cut-off", is_flag=True, help="Write answers that reached the longest length, too.")
+def generate(
+    addresses: tuple[str, ...], model: Path, prompts: Path, output: Path, stops: tuple[str, ...], **options: Any
+) -> None:
+    """Write a chat dataset of a served model's own answers, to fine-tune a student on.
+
+    \b
+    Example: kdmesh generate --rollout 127.0.0.1:50061 --model models/teacher \\
+               --prompts data/train.jsonl --output data/answers.jsonl
+    """
+    from kdmesh import generate as generating
+    from kdmesh.types import Sampling
+
+    sampling = Sampling(
+        temperature=options["temperature"],
+        top_p=options["top_p"],
+        max_new_tokens=options["max_new_tokens"],
+        stop_strings=stops,
+    )
+    plan = generating.Plan(
+        samples=options["samples"],
+        sampling=sampling,
+        seed=options["seed"],
+        keeps_cut_off=options["keep_cut_off"],
+        deadline_s=_GENERATE_S,
+    )
+    click.echo(generating.generate(addresses, model, prompts, output, plan).sentence())
 
 
 @main.command()
