@@ -51,8 +51,8 @@ def _story(outcome: OnPolicyOutcome, plan: Plan, corpus: Corpus) -> str:
         f"itself: in each of {outcome.run.done} steps a rollout server sampled {sampled.samples_per_prompt} answers "
         f"to {sampled.prompts} functions, the teacher's server gave its distribution for each of their tokens, the "
         "trainer brought the student nearer to it, and the rollout server got the new weights. Samples began on "
-        f"weights at most {sampled.max_staleness} update old. The student is judged on {plan.held_out_sequences} functions "
-        "of modules that nobody was trained on, and on the docstrings that these have."
+        f"weights at most {sampled.max_staleness} update old. The student is judged on {plan.held_out_sequences} "
+        "functions of modules that nobody was trained on, and on the docstrings that these have."
     )
 
 
