@@ -8,6 +8,8 @@ sends new weights on an UpdateWeights stream, of which there is at most one at a
 
 Deadlines: unary rpcs answer within seconds; set 10 s. The streams have no rpc deadline;
 each GenerateRequest carries its own.
+A client may name its job in the metadata kdmesh-job of a Generate stream: for metrics, and
+nothing depends on it.
 Retry: only UNAVAILABLE is worth retrying, with backoff, at this or another replica. How
 long to wait is in the trailing metadata kdmesh-retry-after-ms. INTERNAL means that the
 server will restart.
