@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from kdmesh import check
+from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import TrainerConfig
 
@@ -19,7 +20,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_loads_as_the_service_it_is_for(path: Path) -> None:
-    kind = TeacherConfig if path.name.startswith("teacher") else TrainerConfig
+    kinds = {"teacher": TeacherConfig, "rollout": RolloutConfig}
+    kind = kinds.get(path.stem.split("-")[0], TrainerConfig)
     assert isinstance(check.load_any(path), kind)
 
 
