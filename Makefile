@@ -7,7 +7,7 @@ SGLANG := .cache/sglang-env
 SGLANG_INSTALLED := $(SGLANG)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sglang sglang-env check format proto clean
+.PHONY: help demo demo-onpolicy test test-sglang sglang-env check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ $(SGLANG_INSTALLED): pyproject.toml tools/sglang_env/bare.txt tools/sglang_env/p
 
 demo: $(INSTALLED)  ## Distil a small model on this machine: teacher server, 2-rank trainer, report
 	$(BIN)/kdmesh demo
+
+demo-onpolicy: $(INSTALLED)  ## Let a small model learn from its own samples: teacher, rollout server, trainer, report
+	$(BIN)/kdmesh demo --on-policy
 
 test: $(INSTALLED)  ## Everything CI runs
 	$(BIN)/pytest -q

@@ -57,6 +57,7 @@ def main() -> None:
     Sample a student  kdmesh rollout examples/rollout.yaml
     Train against it  kdmesh train examples/train.yaml
     Both at once      kdmesh train examples/train.yaml --serve examples/teacher.yaml
+    Write a dataset   kdmesh generate --rollout 127.0.0.1:50061 --model path/to/model
     Trust a teacher   kdmesh probe --teacher 127.0.0.1:50051 --model path/to/teacher
 
     Every setting lives in the YAML file; the commented files in examples/ name the usual ones.

@@ -94,6 +94,17 @@ def test_an_interrupted_demo_leaves_no_process_and_continues(directory: Path) ->
     assert figures["kl_sft"] == uninterrupted["kl_sft"]
 
 
+def test_the_on_policy_demo_ends_with_one_json_object_and_no_process(directory: Path) -> None:
+    figures = last_line(start(directory, "--on-policy"))
+    assert figures["steps"] == BRIEF.student_on_policy.training.steps
+    assert 0 < figures["kl_after"] < figures["kl_before"]
+    assert 0 <= figures["staleness_steps_max"] <= BRIEF.student_on_policy.max_staleness
+    assert figures["handle_door"] == "shm"
+    assert (directory / figures["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert (directory / "runs/demo-on-policy/on-policy/final/model.safetensors").is_file()
+    assert ours() == []
+
+
 def test_this_machines_library_is_large_enough() -> None:
     corpus = build_corpus(STANDARD.corpus)
     assert len(corpus.train) > 1000

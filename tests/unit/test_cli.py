@@ -33,6 +33,7 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (tmp_path / model / name).touch()
     (tmp_path / "train.jsonl").touch()
     (tmp_path / "teacher.yaml").write_text("engine: {kind: transformers, model: teacher}\n")
+    (tmp_path / "rollout.yaml").write_text("engine: {kind: transformers, model: student, max_running: 8}\n")
     for module in (tmp_path / "mine.py", tmp_path / "parts" / "inner" / "mine.py"):
         module.parent.mkdir(parents=True, exist_ok=True)
         module.write_text("import torch\ndef divergence(log_q, log_p, *, strength): return None\n")
@@ -59,6 +60,7 @@ def test_the_first_help_page_names_every_command() -> None:
 def test_a_good_configuration_is_called_good(good: Path) -> None:
     assert run("check", "train.yaml").output == "train.yaml: a good trainer configuration\n"
     assert run("check", "teacher.yaml").output == "teacher.yaml: a good teacher configuration\n"
+    assert run("check", "rollout.yaml").output == "rollout.yaml: a good rollout server configuration\n"
 
 
 def test_every_bad_key_is_reported_at_once_with_exit_code_2(good: Path) -> None:
@@ -142,6 +144,29 @@ def test_a_served_teacher_is_checked_too(good: Path) -> None:
     result = run("train", "train.yaml", "--serve", "teacher.yaml")
     assert result.exit_code == 2
     assert "engine.model: there is no directory nowhere" in result.output
+
+
+SAMPLED = ["source={kind: on_policy, rollouts: {addresses: []}}", "data.max_tokens=512", "batch.max_tokens=1024"]
+
+
+def test_sampling_without_a_server_says_how_to_get_one(good: Path) -> None:
+    result = run("train", "train.yaml", *jobs.set_arguments(SAMPLED))
+    assert result.exit_code == 2
+    assert "source.rollouts.addresses is empty" in result.output
+    assert "--serve-rollout" in result.output
+
+
+def test_a_served_rollout_server_is_checked_too(good: Path) -> None:
+    Path("rollout.yaml").write_text("engine: {kind: transformers, model: nowhere}\n")
+    result = run("train", "train.yaml", "--serve-rollout", "rollout.yaml", *jobs.set_arguments(SAMPLED))
+    assert result.exit_code == 2
+    assert "engine.model: there is no directory nowhere" in result.output
+
+
+def test_an_address_of_a_rollout_server_has_a_port(good: Path) -> None:
+    wrong = [*SAMPLED, "source.rollouts.addresses=[somewhere]"]
+    result = run("check", "train.yaml", *jobs.set_arguments(wrong))
+    assert "source.rollouts.addresses: 'somewhere' is not of the form host:port" in result.output
 
 
 def test_serving_under_torchrun_is_refused(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

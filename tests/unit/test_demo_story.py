@@ -15,11 +15,14 @@ from kdmesh.demo import plan as plans
 from kdmesh.demo import workspace as places
 from kdmesh.demo.corpus import Corpus, Example
 from kdmesh.demo.live import figures
+from kdmesh.demo.on_policy import OnPolicyOutcome
+from kdmesh.demo.on_policy_report import write_report as write_on_policy_report
 from kdmesh.demo.outcome import Outcome, check_same_start
 from kdmesh.demo.plan import BRIEF, STANDARD
-from kdmesh.demo.record import read_record
+from kdmesh.demo.record import read_record, read_sampled
 from kdmesh.demo.report import write_report
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import TrainerConfig
 
@@ -98,6 +101,51 @@ def test_students_that_did_not_start_alike_are_not_compared(outcome: Outcome, tm
         check_same_start(outcome.sft, read_record(metrics(tmp_path / "x.jsonl", kl=[2.1, 0.5, 0.2])))
 
 
+@pytest.fixture
+def on_policy_outcome(tmp_path: Path) -> OnPolicyOutcome:
+    path = metrics(tmp_path / "o.jsonl", kl=[0.9, 0.5, 0.3])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "step":
+            row |= {
+                "divergence_nats_per_token": 1.0 - 0.05 * row["step"],
+                "response_tokens_mean": 20.0 + row["step"],
+                "cut_off_fraction": 0.25,
+                "staleness_steps_max": int(row["step"] > 0),
+                "sampler_kl_k3_nats": 0.001,
+                "student_entropy_nats": 2.0,
+                "teacher_entropy_nats": 1.0,
+                "sampling_wait_s": 0.25,
+                "phase_s": {"batch": 0.25, "update": 0.2, "publish": 0.05},
+            }
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return OnPolicyOutcome(
+        teacher=read_record(metrics(tmp_path / "t.jsonl", kl=[3.0, 0.0])),
+        run=read_record(path),
+        sampled=read_sampled(path),
+        seconds={"learn": 30.0},
+        is_teacher_cached=True,
+        report=tmp_path / "report.html",
+    )
+
+
+def test_the_line_for_machines_has_every_figure_of_the_samples(on_policy_outcome: OnPolicyOutcome) -> None:
+    figures = json.loads(on_policy_outcome.json())
+    assert (figures["kl_before"], figures["kl_after"]) == (0.9, 0.3)
+    assert figures["own_answers_kl_before"] == 1.0
+    assert figures["own_answers_kl_after"] == pytest.approx(0.45)
+    assert figures["sampling_wait_fraction"] == 0.5
+    assert figures["staleness_steps_max"] == 1
+    assert figures["response_tokens_mean"] == 31
+
+
+def test_what_own_answers_did_is_told_as_it_is(on_policy_outcome: OnPolicyOutcome) -> None:
+    assert "3.0 times nearer" in on_policy_outcome.sentence()
+    run = on_policy_outcome.run
+    backwards = replace(run, evaluations=run.evaluations[::-1])
+    assert "did not" in replace(on_policy_outcome, run=backwards).sentence()
+
+
 class Page(HTMLParser):
     """Collects what a browser would fetch, every id, and unbalanced tags."""
 
@@ -134,6 +182,21 @@ def test_the_page_is_whole_and_needs_nothing_else(outcome: Outcome, tmp_path: Pa
     for words in ("Do &lt;nothing&gt;.", "# &lt;b&gt;", "train &amp; test", "0.2000", "3.0 times nearer", "shm"):
         assert words in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_the_page_of_samples_is_whole_too(on_policy_outcome: OnPolicyOutcome, tmp_path: Path) -> None:
+    (tmp_path / "on-policy.yaml").write_text("source: {kind: on_policy}\n")
+    write_on_policy_report(on_policy_outcome, STANDARD, CORPUS, config=tmp_path / "on-policy.yaml")
+    text = on_policy_outcome.report.read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.links == []
+    assert len(page.ids) == len(set(page.ids))
+    assert text.count("<svg") == 6
+    assert not re.search(r"\$\w|#a1b2c|url\(http|@import|<script", text)
+    for words in ("0.300", "3.0 times nearer", "kind: on_policy", "of a step was spent waiting for samples"):
+        assert words in text
 
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
@@ -173,8 +236,10 @@ def test_another_plan_forgets_the_students_and_the_same_one_keeps_them(tmp_path:
     workspace = opened(STANDARD)
     places.add_seconds(workspace.run("kd"), 1.5)
     places.add_seconds(workspace.run("kd"), 2.0)
+    places.add_seconds(workspace.run(places.ON_POLICY), 1.0)
     assert places.read_seconds(opened(STANDARD).run("kd")) == 3.5
     assert not opened(BRIEF).run("kd").exists()
+    assert not workspace.run(places.ON_POLICY).exists()
 
 
 def test_a_directory_with_something_else_in_it_is_not_touched(tmp_path: Path) -> None:
@@ -200,6 +265,9 @@ def test_the_configurations_of_the_demo_load(plan: plans.Plan, tmp_path: Path) -
         (plans.teacher_training(plan, **paths), TrainerConfig),
         (plans.student_training(plan, **paths, objective={"name": "sft"}), TrainerConfig),
         (plans.student_training(plan, **paths, objective={"name": "distill"}), TrainerConfig),
+        (plans.warm_up(plan, **paths), TrainerConfig),
+        (plans.on_policy(plan, **paths), TrainerConfig),
         (plans.teacher_server(plan, model=workspace.teacher_model), TeacherConfig),
+        (plans.rollout_server(plan, model=workspace.student_start), RolloutConfig),
     ):
         assert isinstance(check.load_any(workspace.write_config("some", tree)), kind)
