@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdmesh.errors import DataError
 from kdmesh_trainer.config import ChatFile
@@ -58,6 +60,29 @@ def test_a_prompt_is_what_comes_before_the_loss_tokens_of_the_same_chat(family: 
     [[sequence]] = encoder.encode([chat(SEVERAL[:2])])
     [prompt] = encoder.encode_prompts([chat(SEVERAL[:2])])
     assert sequence.token_ids[: sequence.positions[0] + 1].tolist() == prompt.tolist()
+
+
+_SPECIAL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot|>",
+    "<|end_of_turn|>",
+    "<|bos|>",
+    "\n\n",
+    " ",
+    "é🎉",
+    "<think>\n</think>",
+)
+_CONTENT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(_SPECIAL)), min_size=1, max_size=6).map("".join)
+
+
+@settings(max_examples=60)
+@given(family=st.sampled_from(FAMILIES), contents=st.lists(_CONTENT, min_size=1, max_size=5))
+def test_any_chat_is_prompted_as_inference_would(family: str, contents: list[str]) -> None:
+    turns = [("user" if number % 2 == 0 else "assistant", content) for number, content in enumerate(contents)]
+    [found] = ChatEncoder(chat_tokenizer(family)).encode_prompts([chat(turns)])
+    assert not isinstance(found, Unusable)
+    assert found.tolist() == inference_ids(family, turns if len(turns) % 2 else turns[:-1])
 
 
 def test_rows_that_give_no_prompt_say_why_and_leave_the_others_in_place() -> None:
