@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kdmesh.errors import EngineFailure, InvalidRequest, RpcError, Unavailable
+from kdmesh.errors import EngineFailure, InvalidRequest, RpcError
 from kdmesh.rpc import failure, rollout_codec
-from kdmesh.rpc.calls import our_errors
+from kdmesh.rpc.request_stream import RequestStream
 from kdmesh.types import Int32Array, Sample
 from kdmesh.v1 import rollout_pb2 as pb
 
@@ -41,12 +41,8 @@ class GenerateStream:
         self._on_end = on_end
         self._open: dict[int, _Open] = {}
         self._numbers = itertools.count(1)
-        self._end: RpcError | None = None
-        self._call = stub.Generate(metadata=((rollout_codec.JOB, job),))
-        self._unsent: asyncio.Queue[pb.GenerateRequest] = asyncio.Queue()
-        # A task of its own: grpc ends the whole stream when a task that writes to it is cancelled.
-        self._writer = asyncio.create_task(self._write(), name="generate writer")
-        self._reader = asyncio.create_task(self._read(), name="generate reader")
+        call = stub.Generate(metadata=((rollout_codec.JOB, job),))
+        self._stream = RequestStream(call, address, on_reply=self._take, on_end=self._ended)
 
     async def ask(
         self, request: pb.GenerateRequest, prompt_ids: Int32Array, on_sample: Callable[[int, Sample], None]
@@ -59,47 +55,22 @@ class GenerateStream:
             RpcError: as rollout.proto says, or Unavailable when the stream breaks; samples may have come before.
             EngineFailure: an answer is not one to this request.
         """
-        if self._end is not None:
-            raise self._end
+        self._stream.check_open()
         request.request_id = next(self._numbers)
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._open[request.request_id] = _Open(
             prompt_ids=prompt_ids, missing=set(range(request.num_samples)), on_sample=on_sample, end=end
         )
-        self._unsent.put_nowait(request)
+        self._stream.send(request)
         try:
             await end
         finally:
             if self._open.pop(request.request_id, None) is not None:  # it goes on without us
-                self._unsent.put_nowait(pb.GenerateRequest(request_id=request.request_id, is_abort=True))
+                self._stream.send(pb.GenerateRequest(request_id=request.request_id, is_abort=True))
 
     async def close(self) -> None:
         """End the stream; what is unanswered fails as Unavailable."""
-        self._fail(Unavailable(f"the connection to {self._address} was closed", retry_after_s=0.0))
-        self._call.cancel()
-        for task in (self._writer, self._reader):
-            task.cancel()
-        await asyncio.wait((self._writer, self._reader))
-
-    async def _write(self) -> None:
-        try:
-            with our_errors(self._address):
-                while True:
-                    await self._call.write(await self._unsent.get())
-        except RpcError:
-            return  # the reader hears the reason
-
-    async def _read(self) -> None:
-        try:
-            with our_errors(self._address):
-                async for reply in self._call:
-                    self._take(reply)
-            end: RpcError = Unavailable(f"{self._address} ended the stream", retry_after_s=0.0)
-        except RpcError as error:
-            end = error
-        if self._end is None:
-            self._fail(end)
-            self._on_end(end)
+        await self._stream.close()
 
     def _take(self, reply: pb.GenerateReply) -> None:
         opened = self._open.get(reply.request_id)
@@ -141,9 +112,10 @@ class GenerateStream:
     def _lie(self, what: str) -> EngineFailure:
         return EngineFailure(f"{self._address} sent {what}")
 
-    def _fail(self, error: RpcError) -> None:
-        self._end = error
+    def _ended(self, error: RpcError, is_by_itself: bool) -> None:
         for opened in self._open.values():
             if not opened.end.done():
                 opened.end.set_exception(error)
         self._open.clear()
+        if is_by_itself:
+            self._on_end(error)

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from kdmesh.errors import EngineFailure, RpcError, Unavailable
+from kdmesh.errors import EngineFailure, RpcError
 from kdmesh.rpc import codec, failure
-from kdmesh.rpc.calls import our_errors
+from kdmesh.rpc.request_stream import RequestStream
 from kdmesh.types import TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
@@ -39,12 +39,7 @@ class PrefillStream:
         self._on_end = on_end
         self._answers: dict[int, asyncio.Future[pb.PrefillResult]] = {}
         self._numbers = itertools.count(1)
-        self._end: RpcError | None = None
-        self._call = stub.Prefill()
-        self._unsent: asyncio.Queue[pb.PrefillRequest] = asyncio.Queue()
-        # A task of its own: grpc ends the whole stream when a task that writes to it is cancelled.
-        self._writer = asyncio.create_task(self._write(), name="prefill writer")
-        self._reader = asyncio.create_task(self._read(), name="prefill reader")
+        self._stream = RequestStream(stub.Prefill(), address, on_reply=self._take, on_end=self._ended)
 
     async def ask(
         self, session: bytes, sequences: Iterable[TokenSequence], *, model_fingerprint: str, deadline_s: float
@@ -54,8 +49,7 @@ class PrefillStream:
         Raises:
             RpcError: as teacher.proto says, or Unavailable when the stream breaks.
         """
-        if self._end is not None:
-            raise self._end
+        self._stream.check_open()
         request = pb.PrefillRequest(
             session=session,
             request_id=next(self._numbers),
@@ -65,7 +59,7 @@ class PrefillStream:
         )
         answer: asyncio.Future[pb.PrefillResult] = asyncio.get_running_loop().create_future()
         self._answers[request.request_id] = answer
-        self._unsent.put_nowait(request)
+        self._stream.send(request)
         try:
             return await answer
         except asyncio.CancelledError:
@@ -75,31 +69,7 @@ class PrefillStream:
 
     async def close(self) -> None:
         """End the stream; what is unanswered fails as Unavailable."""
-        self._fail(Unavailable(f"the connection to {self._address} was closed", retry_after_s=0.0))
-        self._call.cancel()
-        for task in (self._writer, self._reader):
-            task.cancel()
-        await asyncio.wait((self._writer, self._reader))
-
-    async def _write(self) -> None:
-        try:
-            with our_errors(self._address):
-                while True:
-                    await self._call.write(await self._unsent.get())
-        except RpcError:
-            return  # the reader hears the reason
-
-    async def _read(self) -> None:
-        try:
-            with our_errors(self._address):
-                async for reply in self._call:
-                    self._take(reply)
-            end: RpcError = Unavailable(f"{self._address} ended the stream", retry_after_s=0.0)
-        except RpcError as error:
-            end = error
-        if self._end is None:
-            self._fail(end)
-            self._on_end(end)
+        await self._stream.close()
 
     def _take(self, reply: pb.PrefillReply) -> None:
         answer = self._answers.pop(reply.request_id, None)
@@ -114,9 +84,10 @@ class PrefillStream:
             case None if answer is not None and is_wanted:
                 answer.set_exception(EngineFailure(f"{self._address} sent a reply without an outcome"))
 
-    def _fail(self, error: RpcError) -> None:
-        self._end = error
+    def _ended(self, error: RpcError, is_by_itself: bool) -> None:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)
         self._answers.clear()
+        if is_by_itself:
+            self._on_end(error)
