@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from benchmarks.sglang_processes import VOCABULARY_SIZE, Work, make_model, sglan
 
 _NUM_SEQUENCES, _NUM_TOKENS = 8, 512
 _WARM_UP = 2
+_PAUSE_S = 0.5  # SGLang's own return leaves millions of Python objects to free, on cores that the next one needs
 _MODES = {"plain": "no hidden states", "rows": "our rows, in shared memory", "stock": "SGLang's return_hidden_states"}
 
 
@@ -36,8 +38,9 @@ def main() -> None:
         for repeat in range(_WARM_UP + repeats):
             work = _work(draw)
             turns = list(zip(_MODES, processes, strict=True))
-            first = repeat % len(turns)  # nobody is always the first after a pause
-            for mode, process in turns[first:] + turns[:first]:
+            for turn in draw.permutation(len(turns)):  # nobody always follows the same
+                mode, process = turns[turn]
+                time.sleep(_PAUSE_S)
                 done = process.prefill(work)
                 # Two random sequences may begin with the same token or two.
                 if done.computed_tokens < 0.99 * _NUM_SEQUENCES * _NUM_TOKENS:
