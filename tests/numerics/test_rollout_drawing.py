@@ -132,6 +132,13 @@ def test_a_rows_token_does_not_depend_on_its_neighbours() -> None:
         assert (alone, alone_logprobs) == ([together[row]], [logprobs[row]])
 
 
+def test_a_temperature_near_zero_is_the_likeliest_token() -> None:
+    logits_V = logits() * 100
+    for wanted in (sampling(temperature=1e-40), sampling(temperature=1e-40, top_p=0.9), sampling(temperature=0)):
+        tokens, _ = draw(logits_V[None], [Draw(sampling=wanted, chance=0.999, seen_S=None)])
+        assert tokens == [int(logits_V.argmax())]
+
+
 def test_logprobs_ignore_temperature_truncation_and_penalty() -> None:
     logits_V = logits()
     wanted = sampling(temperature=0.3, top_k=2, repetition_penalty=5.0)

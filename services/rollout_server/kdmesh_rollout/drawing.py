@@ -76,7 +76,9 @@ def _tokens(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
         if rows:
             chosen = [draws[row] for row in rows]
             temperatures = torch.tensor([one.sampling.temperature for one in chosen], device=logits_BV.device)
-            tokens_B[rows] = pick((logits_BV[rows] / temperatures[:, None]).softmax(1), chosen)
+            # Below 0 before the division, so that no temperature is too small for it.
+            below_BV = logits_BV[rows] - logits_BV[rows].amax(1, keepdim=True)
+            tokens_B[rows] = pick((below_BV / temperatures[:, None]).softmax(1), chosen)
     return tokens_B
 
 

@@ -242,8 +242,8 @@ class Scheduler:
         if update.policy is UpdatePolicy.ABORT:
             self._end_running(Unavailable("an update of the weights aborted this; ask again", retry_after_s=0.0))
         if self._unwanted:
-            await self._engine.thread.run(self._abort, tuple(self._unwanted))
-            self._unwanted.clear()
+            unwanted, self._unwanted = self._unwanted, []
+            await self._engine.thread.run(self._abort, unwanted)
         if self._update is not update:
             return  # withdrawn meanwhile
         call = self._engine.thread.run(update.commit)
