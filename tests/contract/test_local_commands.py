@@ -50,6 +50,12 @@ def teacher_yaml(path: Path, model: Path) -> Path:
     return path
 
 
+def rollout_yaml(path: Path, model: Path) -> Path:
+    tree = {"engine": {"kind": "transformers", "model": str(model), "device": "cpu"}, "server": {"drain_s": 2}}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
 def trainer_yaml(directory: Path, model: Path, *, steps: int) -> Path:
     """A trainer of two ranks with its data beside it."""
     chat = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it is said"}]
@@ -122,15 +128,25 @@ def test_a_probe_without_a_teacher_says_so(tiny_models: TinyModels, monkeypatch:
     assert "Traceback" not in result.output
 
 
-def test_a_stopped_training_continues_and_leaves_nothing(tiny_models: TinyModels, tmp_path: Path) -> None:
+SAMPLED = "{kind: on_policy, samples_per_prompt: 2, sampling: {max_new_tokens: 8}, max_staleness: 1}"
+
+
+@pytest.mark.parametrize("is_sampled", [False, True], ids=["off-policy", "on-policy"])
+def test_a_stopped_training_continues_and_leaves_nothing(
+    tiny_models: TinyModels, tmp_path: Path, is_sampled: bool
+) -> None:
+    student = tiny_models.path(seed=3)
     teacher = teacher_yaml(tmp_path / "teacher.yaml", tiny_models.path(seed=1))
-    trainer = trainer_yaml(tmp_path, tiny_models.path(seed=3), steps=100_000)
+    trainer = trainer_yaml(tmp_path, student, steps=100_000)
     argv = [*KDMESH, "train", str(trainer), "--serve", str(teacher), "--set", "trackers=[]"]
+    if is_sampled:
+        rollout = rollout_yaml(tmp_path / "rollout.yaml", student)
+        argv += ["--serve-rollout", str(rollout), "--set", f"source={SAMPLED}"]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = next(line for line in process.stderr if '"progress"' in line)
         children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-        assert len(children) == 3, line
+        assert len(children) == 3 + is_sampled, line
         os.kill(process.pid, signal.SIGTERM)
         said = process.stderr.read()
     assert process.returncode == 0, said

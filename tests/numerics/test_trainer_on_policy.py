@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.errors import EngineFailure, ModelMismatch
 from kdmesh.losses import FusedLoss
-from kdmesh.types import Sample
+from kdmesh.tokens import digest
+from kdmesh.types import Sample, TokenSequence
 from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import TeacherHead
@@ -34,6 +35,7 @@ from tests.support.trainer_on_policy import (
     prompts,
     serial_losses,
 )
+from tests.support.trainer_parts import Rows
 from tests.support.trainer_ranks import run_ranks
 from tests.support.trainer_rollouts import FastRollouts, LocalStudent, Ready, SlowRollouts
 
@@ -158,6 +160,25 @@ def test_a_continued_run_samples_the_same(mesh: Mesh, models: dict[str, Any]) ->
     list(rest.train(rest.source(last_of_it, max_staleness=0), first=3))
     assert last_of_it.seeds == all_of_it.seeds[3 * PROMPTS_PER_STEP :]
     assert rest.copy.published == [(10, 3), (11, 4), (12, 5)]  # above what an earlier attempt has served
+
+
+def test_the_teacher_works_on_a_later_step_whose_samples_are_here(mesh: Mesh, models: dict[str, Any]) -> None:
+    run = Run(mesh, **models)
+    asked: list[bytes] = []
+    submit = run.teacher.submit
+
+    def counted(sequences: Sequence[TokenSequence]) -> Rows:
+        asked.append(digest(sequences))
+        return submit(sequences)
+
+    run.teacher.submit = counted  # type: ignore[method-assign]
+    source = run.source(FastRollouts(run.copy), max_staleness=2, prefetch=100)
+    source.start_at(0)
+    source.publish(version=0)
+    batches = [source.next_batch()]
+    assert len(asked) > len(batches[0].micro_batches)  # those of steps 1 and 2 too, while step 0 is trained on
+    batches += [source.next_batch() for _ in range(2)]
+    assert asked == [digest(m.sequences) for batch in batches for m in batch.micro_batches]
 
 
 def test_nothing_beyond_the_last_step_is_sampled(mesh: Mesh, models: dict[str, Any]) -> None:
