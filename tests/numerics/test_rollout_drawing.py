@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdmesh.types import Sampling
+from kdmesh_rollout import drawing
 from kdmesh_rollout.drawing import Chance, Draw, draw
 
 DRAWS = 4000
@@ -120,6 +121,17 @@ def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
     assert numbers(2**64 - 1) == numbers(2**64 - 1)
     assert numbers(3) != numbers(4)
     assert numbers(None) != numbers(None)
+
+
+@pytest.mark.parametrize("parameters", [c for c in CASES if c and "repetition_penalty" not in c], ids=str)
+def test_few_likeliest_tokens_at_first_change_no_share(
+    parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, logits_V = sampling(**parameters), logits(40)
+    all_at_once = counts(logits_V, wanted)
+    for likeliest in (1, 3, 8):
+        monkeypatch.setattr(drawing, "_LIKELIEST", likeliest)
+        np.testing.assert_array_equal(counts(logits_V, wanted), all_at_once)
 
 
 def test_a_rows_token_does_not_depend_on_its_neighbours() -> None:

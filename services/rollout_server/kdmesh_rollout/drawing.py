@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kdmesh.types import Sampling
 
+_LIKELIEST = 1024  # tokens that truncation seldom leaves more of; sorting a whole vocabulary takes longer than a step
+
 
 class Chance:
     """The random numbers of one sample: one for each token, from its seed alone."""
@@ -91,22 +93,48 @@ def _draw_plain(probs_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _draw_cut(probs_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    sorted_BV, order_BV = probs_BV.sort(dim=1, descending=True, stable=True)
-    sorted_BV = sorted_BV.double()
+    """From a row's likeliest tokens, which are found fast; from all of them, sorted, where truncation leaves more."""
+    size = min(_LIKELIEST, probs_BV.shape[1])
+    likeliest_BK, order_BK = probs_BV.topk(size, dim=1)
+    total_B1 = probs_BV.sum(1, keepdim=True, dtype=torch.float64)
+    tokens_B, is_enough = _draw_sorted(likeliest_BK, order_BK, total_B1, draws)
+    rest = [row for row, enough in enumerate(is_enough) if not enough]
+    if rest:
+        sorted_BV, order_BV = probs_BV[rest].sort(dim=1, descending=True, stable=True)
+        tokens_B[rest], _ = _draw_sorted(sorted_BV, order_BV, total_B1[rest], [draws[row] for row in rest])
+    return tokens_B
+
+
+def _draw_sorted(
+    probs_BK: Tensor, order_BK: Tensor, total_B1: Tensor, draws: Sequence[Draw]
+) -> tuple[Tensor, list[bool]]:
+    """[B] tokens, and for each row whether truncation leaves none but the K given.
+
+    Args:
+        probs_BK: the likeliest tokens' probabilities, falling.
+        order_BK: which tokens they are.
+        total_B1: float64, sum over all tokens.
+        draws: one for each row.
+    """
+    probs_BK = probs_BK.double()
+    size = probs_BK.shape[1]
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=probs_BV.device)[:, None]
+        return torch.tensor(values, dtype=torch.float64, device=probs_BK.device)[:, None]
 
-    size = probs_BV.shape[1]
-    top_k = column([one.sampling.top_k or size for one in draws])
-    sorted_BV *= torch.arange(size, device=probs_BV.device) < top_k
+    top_k = column([one.sampling.top_k or math.inf for one in draws])
+    top_p = column([one.sampling.top_p if one.sampling.top_p < 1 else math.inf for one in draws])
+    least_B1 = column([one.sampling.min_p for one in draws]) * probs_BK[:, :1]
+    left_BK = probs_BK * (torch.arange(size, device=probs_BK.device) < top_k)
+    sums_BK = left_BK.cumsum(1)
     # top_p is of what top_k has left: a token stays when those before it have not reached top_p.
-    sums_BV = sorted_BV.cumsum(1)
-    before_BV = (sums_BV - sorted_BV) / sums_BV[:, -1:]
-    sorted_BV *= before_BV < column([one.sampling.top_p if one.sampling.top_p < 1 else math.inf for one in draws])
-    sorted_BV *= sorted_BV >= column([one.sampling.min_p for one in draws]) * sorted_BV[:, :1]
-    places_B = _invert(sorted_BV.cumsum(1), draws)
-    return order_BV.gather(1, places_B[:, None])[:, 0]
+    reached_BK = sums_BK / torch.where(top_k <= size, sums_BK[:, -1:], total_B1)
+    is_enough_B1 = (top_k <= size) | ((reached_BK[:, -1:] >= top_p) | (probs_BK[:, -1:] < least_B1)) & top_k.isinf()
+    before_BK = reached_BK.roll(1, 1)
+    before_BK[:, 0] = 0
+    left_BK *= (before_BK < top_p) & (left_BK >= least_B1)
+    places_B = _invert(left_BK.cumsum(1), draws)
+    return order_BK.gather(1, places_B[:, None])[:, 0], is_enough_B1[:, 0].tolist()
 
 
 def _invert(sums_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
