@@ -210,7 +210,7 @@ def test_stop_tokens_stop_strings_and_the_models_limit_end_a_response(tiny_model
 
 def other_weights(runner: TransformersEngine, path: Path, version: int) -> None:
     """Replace the engine's weights by those in `path`, as an update does."""
-    new = named_weights(load_causal_lm(path, torch.float32, torch.device("cpu")))
+    new = named_weights(load_causal_lm(path, "auto", torch.device("cpu")))
     runner.begin()
     for number, spec in enumerate(runner.tensor_specs()):
         data = new[spec.name].detach().contiguous().view(torch.uint8).reshape(-1).numpy().data
@@ -220,9 +220,11 @@ def other_weights(runner: TransformersEngine, path: Path, version: int) -> None:
     runner.commit(version)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
-def test_new_weights_are_those_of_the_model_they_came_from(family: str, tiny_models: TinyModels) -> None:
-    old, new = tiny_models.path(family), tiny_models.path(family, seed=1)
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3", torch.float32), ("gemma2", torch.bfloat16)])
+def test_new_weights_are_those_of_the_model_they_came_from(
+    family: str, dtype: torch.dtype, tiny_models: TinyModels
+) -> None:
+    old, new = tiny_models.path(family, dtype=dtype), tiny_models.path(family, seed=1, dtype=dtype)
     runner = engine(old)
     before = run(runner, orders())
     other_weights(runner, new, version=3)
