@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdmesh.errors import EngineFailure
+from kdmesh.errors import ConfigError, EngineFailure
 from kdmesh.models.checkpoint import open_checkpoint
 from kdmesh_teacher import sglang_reference
 from kdmesh_teacher.config import TransformersEngine as EngineConfig
@@ -42,7 +42,7 @@ def test_the_same_weights_agree(tiny_models: TinyModels, dtype: torch.dtype, cap
     path = tiny_models.path("qwen3", dtype=dtype)
     with caplog.at_level(logging.INFO):
         check_reference(*loaded(TransformersEngine(config(path))), open_checkpoint(path))
-    assert "rows agree with transformers" in caplog.messages
+    assert "rows compared" in caplog.messages
 
 
 def test_other_weights_are_refused(tiny_models: TinyModels) -> None:
@@ -57,13 +57,34 @@ def test_rows_of_the_wrong_position_are_refused(tiny_models: TinyModels) -> None
         check_reference(*loaded(Shifted(config(path))), open_checkpoint(path))
 
 
-def test_a_model_that_does_not_fit_twice_is_not_compared_and_that_is_said(
-    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_model_that_does_not_fit_twice_is_compared_with_its_first_start(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def nothing_left(size_bytes: int) -> None:
         raise OSError("no memory")
 
     monkeypatch.setattr(sglang_reference, "require_available", nothing_left)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tiny_models.path("qwen3")
-    check_reference(*loaded(Shifted(config(path))), open_checkpoint(path))
+    engine, model = loaded(TransformersEngine(config(path)))
+    check_reference(engine, model, open_checkpoint(path))
     assert "rows not compared with transformers" in caplog.messages
+    assert "rows compared with nothing, but kept for the next start" in caplog.messages
+    check_reference(engine, model, open_checkpoint(path))
+    with pytest.raises(EngineFailure, match="SGLang and an earlier start disagree"):
+        check_reference(*loaded(Shifted(config(path))), open_checkpoint(path))
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sglang_reference, "load_causal_lm", _unknown)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    path = tiny_models.path("qwen3")
+    check_reference(*loaded(TransformersEngine(config(path))), open_checkpoint(path))
+    assert "rows compared with nothing" in caplog.messages
+
+
+def _unknown(*arguments: object) -> None:
+    raise ConfigError("transformers does not know it")

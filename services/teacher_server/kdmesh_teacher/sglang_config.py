@@ -103,7 +103,8 @@ class SglangEngine(StrictModel):
 
     self_probe: bool = True
     """At start, compare rows and distributions of fixed sequences with those of Hugging Face transformers, if the
-    model fits in this machine's free memory a second time."""
+    model fits in this machine's free memory a second time; else with its first start, whose rows are kept in the
+    user's cache directory. A coarse quantization is further off than is allowed."""
 
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of SGLang's ServerArgs, by the names that the installed version gives them."""

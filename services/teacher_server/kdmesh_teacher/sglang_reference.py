@@ -1,19 +1,22 @@
-"""Whether SGLang computes what Hugging Face transformers does from the same weights."""
+"""Whether SGLang computes what Hugging Face transformers does from the same weights, or else what it did before."""
 
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdmesh.errors import EngineFailure
+from kdmesh.errors import ConfigError, EngineFailure
 from kdmesh.handles.memory import require_available
 from kdmesh.losses.head import OutputHead
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.checkpoint import Checkpoint
-from kdmesh.models.head import output_head
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.engine import Engine, EngineDescription, PrefillJob
@@ -31,32 +34,60 @@ _ROOM = 1.25
 
 
 def check_reference(engine: Engine, model: EngineDescription, checkpoint: Checkpoint) -> None:
-    """Compare a few fixed sequences, where the weights fit in memory a second time. Blocks for that long.
+    """Compare a few fixed sequences with transformers, or with an earlier start. Blocks for that long.
+
+    transformers runs where the weights fit in memory a second time and it knows the model. Elsewhere the first
+    start keeps its rows in the user's cache directory, and later ones are compared with those.
 
     Raises:
         EngineFailure: rows or distributions are further apart than rounding.
     """
-    dtype = getattr(torch, model.dtype)
-    needed_bytes = checkpoint.size_bytes * dtype.itemsize / checkpoint.dtype.itemsize * _ROOM
-    try:
-        require_available(int(needed_bytes))
-    except OSError:
-        log.warning("rows not compared with transformers", extra={"needed_bytes": int(needed_bytes)})
-        return
     sequences = _sequences(model)
     actual_RD = _rows_RD(engine, model, sequences)
-    reference = load_causal_lm(checkpoint.path, dtype, torch.device("cpu"))
-    with torch.inference_mode():
-        packed = pack(sequences)
-        expected_RD = hidden_states_TD(reference, packed).index_select(0, packed.rows_R)
-        row_error = float((actual_RD.float() - expected_RD.float()).norm() / expected_RD.float().norm())
-        kl_nats = _kl_nats(output_head(reference), expected_RD, actual_RD)
+    expected_RD, source = _transformers_rows_RD(model, checkpoint, sequences), "transformers"
+    if expected_RD is None:
+        expected_RD, source = _kept_rows_RD(model, actual_RD), "an earlier start"
+    if expected_RD is None:
+        return
+    row_error = float((actual_RD.float() - expected_RD.float()).norm() / expected_RD.float().norm())
+    kl_nats = _kl_nats(checkpoint.output_head(actual_RD.dtype), expected_RD, actual_RD)
     if not (row_error <= _MAX_ROW_ERROR and kl_nats <= _MAX_KL_NATS):  # NaN is refused too
         raise EngineFailure(
-            f"SGLang and transformers disagree about {model.name}: rows differ by {row_error:.2g} relative (at most "
+            f"SGLang and {source} disagree about {model.name}: rows differ by {row_error:.2g} relative (at most "
             f"{_MAX_ROW_ERROR} is rounding), next-token distributions by {kl_nats:.2g} nats (at most {_MAX_KL_NATS})"
         )
-    log.info("rows agree with transformers", extra={"relative_error": row_error, "kl_nats": kl_nats})
+    log.info("rows compared", extra={"with": source, "relative_error": row_error, "kl_nats": kl_nats})
+
+
+def _transformers_rows_RD(
+    model: EngineDescription, checkpoint: Checkpoint, sequences: list[TokenSequence]
+) -> Tensor | None:
+    """What transformers gives; None, and a warning, where it cannot run."""
+    dtype = getattr(torch, model.dtype)
+    try:
+        require_available(int(checkpoint.size_bytes * dtype.itemsize / checkpoint.dtype.itemsize * _ROOM))
+        reference = load_causal_lm(checkpoint.path, dtype, torch.device("cpu"))
+    except (OSError, ConfigError) as error:
+        log.warning("rows not compared with transformers", extra={"reason": str(error)})
+        return None
+    with torch.inference_mode():
+        packed = pack(sequences)
+        return hidden_states_TD(reference, packed).index_select(0, packed.rows_R)
+
+
+def _kept_rows_RD(model: EngineDescription, actual_RD: Tensor) -> Tensor | None:
+    """The rows of an earlier start of this model; None, and `actual_RD` is kept, at the first."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    file = cache / "kdmesh" / f"rows-{model.model_fingerprint}.safetensors"
+    try:
+        if file.is_file():
+            return load_file(file)["rows_RD"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"rows_RD": actual_RD}, file)
+        log.warning("rows compared with nothing, but kept for the next start", extra={"file": str(file)})
+    except (OSError, SafetensorError) as error:
+        log.warning("rows compared with nothing", extra={"reason": f"{file}: {error}"})
+    return None
 
 
 def _sequences(model: EngineDescription) -> list[TokenSequence]:
