@@ -45,7 +45,7 @@ class WeightSender:
         self,
         addresses: Sequence[str],
         *,
-        bucket_bytes: int = 64 * 2**20,
+        bucket_bytes: int = 32 * 2**20,
         door: WeightDoor = "auto",
         deadline_s: float = 600.0,
         socket_dir: Path | None = None,
@@ -134,7 +134,8 @@ class WeightSender:
             if buffer is None:
                 return
             entries = packer.fill(self._memory.writable(buffer), parts)
-            self._loop.run(delivery.hand_over(buffer, entries))
+            # Not waited for: the loop does it before whatever it is asked next.
+            self._loop.start(delivery.hand_over(buffer, entries))
         self._loop.run(delivery.commit(manifest.version, deadline))
 
     # On the loop

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdmesh.weights import digests
 from kdmesh.weights.buckets import BucketEntry, Part
-from kdmesh.weights.digests import digest
 from kdmesh.weights.manifest import TensorSpec
 
 Weights: TypeAlias = Sequence[tuple[TensorSpec, Callable[[], Tensor]]]
@@ -33,11 +34,9 @@ class Packer:
         source = self._octets_of(part.tensor)[part.tensor_offset_bytes :][: part.size_bytes]
         place = bucket[part.bucket_offset_bytes : part.end_bytes]
         if source.device.type == "cpu":
-            # One copy for the whole part: it bypasses the cache, which a copy in steps would not.
-            np.copyto(np.frombuffer(place, np.uint8), source.numpy())
-        else:
-            torch.frombuffer(place, dtype=torch.uint8).copy_(source)
-        return BucketEntry(part=part, digest=digest(place))
+            return BucketEntry(part=part, digest=_copy(source.numpy(), np.frombuffer(place, np.uint8)))
+        torch.frombuffer(place, dtype=torch.uint8).copy_(source)
+        return BucketEntry(part=part, digest=digests.digest(place))
 
     def _octets_of(self, index: int) -> Tensor:
         if self._held != index:
@@ -49,3 +48,12 @@ class Packer:
             self._octets = tensor.contiguous().reshape(-1).view(torch.uint8)
             self._held = index
         return self._octets
+
+
+def _copy(source: npt.NDArray[np.uint8], place: npt.NDArray[np.uint8]) -> bytes:
+    """Copy; the digest of what is there then."""
+    running = digests.Running()
+    for begin, end in digests.steps(len(source)):
+        np.copyto(place[begin:end], source[begin:end])
+        running.update(place[begin:end].data)
+    return running.digest()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from kdmesh.errors import InvalidRequest, ModelMismatch, Unavailable
+from kdmesh.weights import digests
 from kdmesh.weights.buckets import ALIGNMENT_BYTES, BucketEntry
-from kdmesh.weights.digests import digest
 from kdmesh.weights.manifest import Manifest, TensorSpec
 from kdmesh.weights.target import WeightTarget
 
@@ -103,12 +103,20 @@ class WeightVersions:
                 )
             spec = self._expected(update, entry)
             with data[part.bucket_offset_bytes : end] as part_data:
-                # Copied first: if the sender wrote here meanwhile, what it wrote is in the digest, and is noticed.
-                self._target.write(update.places[part.tensor], part.tensor_offset_bytes, part_data)
-                is_right = digest(part_data) == entry.digest
-            if not is_right:
+                copied = self._copy(update.places[part.tensor], part.tensor_offset_bytes, part_data)
+            if copied != entry.digest:
                 raise InvalidRequest(f"the bytes of {spec.name} from {part.tensor_offset_bytes} on are not those sent")
             update.received_bytes[part.tensor] += part.size_bytes
+
+    def _copy(self, place: int, offset_bytes: int, data: memoryview) -> bytes:
+        """Hand bytes to the target; their digest."""
+        running = digests.Running()
+        for begin, end in digests.steps(len(data)):
+            with data[begin:end] as step:
+                # Copied first: if the sender wrote here meanwhile, what it wrote is in the digest, and is noticed.
+                self._target.write(place, offset_bytes + begin, step)
+                running.update(step)
+        return running.digest()
 
     def verify(self) -> Manifest:
         """What has come, all of it. Raises InvalidRequest when something has not."""
