@@ -409,7 +409,7 @@ Global___BeginUpdate: typing_extensions.TypeAlias = BeginUpdate
 
 @typing.final
 class BucketEntry(google.protobuf.message.Message):
-    """One whole tensor, or a part of one that spans buckets."""
+    """One whole tensor, or a part of one that spans buckets. The parts of a tensor come in order."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -458,8 +458,8 @@ class WeightBucket(google.protobuf.message.Message):
 
     @property
     def handle(self) -> kdmesh.v1.common_pb2.Handle:
-        """A slot of the sender's slab, as one row of float32 whose bytes are the bucket's; the server releases it
-        when it has copied them.
+        """Memory of the sender, as one row of float32 whose bytes are the bucket's; several servers may be given it.
+        The reply says that the server has copied them, and that the sender may write there again.
         """
 
     def __init__(
