@@ -32,7 +32,15 @@ class Process:
                 command,
                 cwd=directory,
                 # The gate is a module of the tests. One thread: the same sums in the same order.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(directory), **env},
+                # A process that crashes says what its threads were doing.
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONFAULTHANDLER": "1",
+                    "PYTHONPATH": str(ROOT),
+                    "TMPDIR": str(directory),
+                    **env,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

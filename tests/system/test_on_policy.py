@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ class Story:
     disturbed_rollouts: Rollouts  # the second server at its address
     first_trainer: Process
     second_trainer: Process
+    teacher: Teacher  # of the first and the last; still serves
     stale: Job  # samples from weights that may be 2 updates old, on two ranks
 
 
@@ -79,6 +81,7 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
         disturbed_rollouts=servers[1],
         first_trainer=first,
         second_trainer=second,
+        teacher=teacher,
         stale=stale,
     )
 
@@ -121,3 +124,23 @@ def test_held_out_distance_to_the_teacher_falls(story: Story) -> None:
     for job in (story.undisturbed, story.stale):
         scores = [line["kl_nats_per_token"] for line in job.lines() if line["kind"] == "evaluation"]
         assert scores[-1] < 0.75 * scores[0]
+
+
+def test_a_job_whose_rollout_server_stays_away_says_so(
+    story: Story, materials: Materials, processes: Processes, tmp_path: Path
+) -> None:
+    rollouts = Rollouts(processes, tmp_path / "rollouts", materials.plain.student)
+    section = source(rollouts)
+    section["rollouts"]["deadline_s"] = 8  # long enough for a server that starts
+    job = Job(processes, tmp_path / "job", materials.plain, story.teacher.address, source=section)
+    gate = job.gate(5)
+    rollouts.start()
+    rollouts.wait_ready()
+    trainer = job.start()
+    trainer.until(gate.is_reached)
+    rollouts.process.signal(signal.SIGKILL)
+    gate.let_go()
+    assert trainer.exit_code() == 2
+    [sentence] = trainer.words()
+    assert rollouts.address in sentence
+    assert "8" in sentence
