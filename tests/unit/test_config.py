@@ -113,13 +113,16 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, change: str
     assert re.search(words, refusal(tmp_path, f"{kept}\n{change}\n"))
 
 
-ON_POLICY = GOOD + """
+ON_POLICY = (
+    GOOD
+    + """
 source:
   kind: on_policy
   rollouts: {addresses: ["127.0.0.1:50061"]}
   samples_per_prompt: 4
   sampling: {max_new_tokens: 64}
 """
+)
 
 
 def test_the_data_s_own_answers_are_the_default(tmp_path: Path) -> None:
