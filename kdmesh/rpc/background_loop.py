@@ -4,45 +4,109 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import threading
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class BackgroundLoop:
-    """Runs until closed. The thread is a daemon: it never keeps a process alive."""
+    """One client's part of the process's background loop: all who need one share a loop and its thread.
 
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+    grpc.aio hands the events of all loops of a process to whichever of them wakes first, on its thread
+    (PollerCompletionQueue): with several, calls end on loops that are closed already, or worse.
+    The thread is a daemon: it never keeps a process alive.
+    """
 
-    def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Begin `work` on the loop, after whatever was started before."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+    def __init__(self) -> None:
+        self._thread: _Thread | None = _borrow()
+        self._loop = self._thread.loop
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns. Blocks."""
-        return self.start(work).result()
+    def start(
+        self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> concurrent.futures.Future[T]:
+        """Begin work(*args) on the loop, after whatever was started before."""
+        return asyncio.run_coroutine_threadsafe(self._own(functools.partial(work, *args, **kwargs)), self._loop)
+
+    def run(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What work(*args) returns. Blocks."""
+        return self.start(work, *args, **kwargs).result()
 
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
-        return self._loop.is_closed()
+        return self._thread is None
 
     def close(self) -> None:
-        """End the thread, once. What still runs is cancelled. Blocks."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Cancel what this client started and still runs, once; the last client ends the thread. Blocks."""
+        assert self._thread is not None
+        asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
+        _give_back(self._thread)
+        self._thread = None
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-        tasks = asyncio.all_tasks(self._loop)
+    async def _own(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            return await work()  # made only now: what is cancelled before it begins leaves no coroutine behind
+        finally:
+            self._tasks.discard(task)
+
+    async def _cancel(self) -> None:
+        tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Thread:
+    """The loop, running."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.num_clients = 0
+        self._thread = threading.Thread(target=self._run, name="kdmesh clients", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop the loop and end the thread. What still runs is cancelled. Blocks."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+
+
+_lock = threading.Lock()
+_shared: _Thread | None = None
+
+
+def _borrow() -> _Thread:
+    global _shared
+    with _lock:
+        if _shared is None:
+            _shared = _Thread()
+        _shared.num_clients += 1
+        return _shared
+
+
+def _give_back(thread: _Thread) -> None:
+    global _shared
+    with _lock:
+        thread.num_clients -= 1
+        if thread.num_clients > 0:
+            return
+        _shared = None
+    thread.end()

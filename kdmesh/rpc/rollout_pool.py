@@ -52,9 +52,9 @@ class RolloutPool:
         self._deadline_s = deadline_s
         self._samples = self._tokens = 0
         self._wait_s = 0.0
-        self._loop = BackgroundLoop("rollout pool")
+        self._loop = BackgroundLoop()
         try:
-            self._fleet = self._loop.run(self._open(addresses, job, architecture_fingerprint))
+            self._fleet = self._loop.run(self._open, addresses, job, architecture_fingerprint)
         except BaseException:
             self._loop.close()
             raise
@@ -100,7 +100,7 @@ class RolloutPool:
             min_weight_version=min_weight_version,
         )
         arrived = ArrivedSamples()
-        return PendingSamples(self._loop.start(self._sample(ask, arrived)), arrived, self._waited)
+        return PendingSamples(self._loop.start(self._sample, ask, arrived), arrived, self._waited)
 
     def stats(self) -> RolloutStats:
         """What was done so far."""
@@ -111,7 +111,7 @@ class RolloutPool:
     def close(self) -> None:
         """Abort what is under way and end the thread; whoever still waits gets Unavailable."""
         if not self._loop.is_closed:
-            self._loop.run(self._fleet.close())
+            self._loop.run(self._fleet.close)
             self._loop.close()
 
     # On the loop

@@ -77,9 +77,9 @@ class TeacherPool:
         self._move_after_s = move_after_s
         self._requests = self._bytes = self._moved = 0
         self._wait_s = 0.0
-        self._loop = BackgroundLoop("teacher pool")
+        self._loop = BackgroundLoop()
         try:
-            self._fleet = self._loop.run(self._open(addresses, job, door, model_fingerprint))
+            self._fleet = self._loop.run(self._open, addresses, job, door, model_fingerprint)
         except BaseException:
             self._loop.close()
             raise
@@ -105,7 +105,7 @@ class TeacherPool:
             InvalidRequest: there is no sequence, or one exceeds the limits by itself.
         """
         parts = split(sequences, self._fleet.model)
-        return PendingRows(self._loop.start(self._answer(parts, Deadline.after(self._deadline_s))), self._waited)
+        return PendingRows(self._loop.start(self._answer, parts, Deadline.after(self._deadline_s)), self._waited)
 
     def head(self) -> tuple[OutputHead, int]:
         """The output head over the padded vocabulary, and its weight version. Blocks.
@@ -115,7 +115,7 @@ class TeacherPool:
         Raises:
             DeadlineExpired: no teacher answered in time.
         """
-        return self._loop.run(self._fleet.head(Deadline.after(self._deadline_s)))
+        return self._loop.run(self._fleet.head, Deadline.after(self._deadline_s))
 
     def stats(self) -> ClientStats:
         """What was done so far."""
@@ -131,7 +131,7 @@ class TeacherPool:
     def close(self) -> None:
         """Close the sessions and end the thread; whoever still waits gets Unavailable. Tensors stay good."""
         if not self._loop.is_closed:
-            self._loop.run(self._fleet.close())
+            self._loop.run(self._fleet.close)
             self._loop.close()
 
     # On the loop

@@ -65,9 +65,9 @@ class WeightSender:
         self._deadline_s = deadline_s
         self._policy = RetryPolicy()
         self._closing = AsyncExitStack()
-        self._loop = BackgroundLoop("weight sender")
+        self._loop = BackgroundLoop()
         try:
-            self._memory = self._loop.run(self._open(socket_dir))
+            self._memory = self._loop.run(self._open, socket_dir)
         except BaseException:
             self._loop.close()
             raise
@@ -86,7 +86,7 @@ class WeightSender:
         Raises:
             DeadlineExpired: one does not answer in time.
         """
-        return self._loop.run(self._describe(Deadline.after(self._deadline_s)))
+        return self._loop.run(self._describe, Deadline.after(self._deadline_s))
 
     def publish(
         self, version: int, architecture_fingerprint: str, tensors: Weights, policy: UpdatePolicy = UpdatePolicy.FINISH
@@ -110,18 +110,18 @@ class WeightSender:
         )
         progress = _Progress(manifest, self._addresses, Deadline.after(self._deadline_s))
         while progress.is_unfinished:
-            delivery = self._loop.run(self._begin(progress))
+            delivery = self._loop.run(self._begin, progress)
             try:
                 self._send(delivery, manifest, tensors, progress.deadline)
             finally:
-                self._loop.run(delivery.close())
+                self._loop.run(delivery.close)
             progress.note(delivery.links)
         progress.report()
 
     def close(self) -> None:
         """Give the memory back and end the thread."""
         if not self._loop.is_closed:
-            self._loop.run(self._closing.aclose())
+            self._loop.run(self._closing.aclose)
             self._loop.close()
 
     # In the caller's thread
@@ -130,13 +130,13 @@ class WeightSender:
         """Where it fails, the links say why."""
         packer = Packer(tensors)
         for parts in plan_buckets([spec.size_bytes for spec in manifest.tensors], self._bucket_bytes):
-            buffer = self._loop.run(delivery.next_buffer(deadline))
+            buffer = self._loop.run(delivery.next_buffer, deadline)
             if buffer is None:
                 return
             entries = packer.fill(self._memory.writable(buffer), parts)
             # Not waited for: the loop does it before whatever it is asked next.
-            self._loop.start(delivery.hand_over(buffer, entries))
-        self._loop.run(delivery.commit(manifest.version, deadline))
+            self._loop.start(delivery.hand_over, buffer, entries)
+        self._loop.run(delivery.commit, manifest.version, deadline)
 
     # On the loop
 
