@@ -53,7 +53,7 @@ class RequestStream(Generic[RequestT, ReplyT]):
         self._unsent.put_nowait(request)
 
     async def close(self) -> None:
-        """End the stream, as Unavailable."""
+        """End the stream, as Unavailable. Called once, and last."""
         self._finish(
             Unavailable(f"the connection to {self._address} was closed", retry_after_s=0.0), is_by_itself=False
         )
@@ -61,6 +61,9 @@ class RequestStream(Generic[RequestT, ReplyT]):
         for task in (self._writer, self._reader):
             task.cancel()
         await asyncio.wait((self._writer, self._reader))
+        # The connection lasts as long as its call, which would wait for the garbage collector: errors refer to frames,
+        # and those to this.
+        del self._call, self._writer, self._reader
 
     async def _write(self) -> None:
         try:

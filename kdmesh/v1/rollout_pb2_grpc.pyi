@@ -147,7 +147,7 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
                           no room for a token
       FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights served
                           are older than min_weight_version
-      UNAVAILABLE         the queue is full, the server sleeps, or an update of the weights
+      UNAVAILABLE         the queue is full, or an update of the weights
                           aborted it; ask again after retry_after_ms
       DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
       INTERNAL            the engine failed on it
@@ -225,7 +225,7 @@ class RolloutServicer(metaclass=abc.ABCMeta):
                               no room for a token
           FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights served
                               are older than min_weight_version
-          UNAVAILABLE         the queue is full, the server sleeps, or an update of the weights
+          UNAVAILABLE         the queue is full, or an update of the weights
                               aborted it; ask again after retry_after_ms
           DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
           INTERNAL            the engine failed on it
