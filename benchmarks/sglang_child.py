@@ -55,9 +55,12 @@ def _rows(config: EngineConfig) -> Prefill:
 def _stock(config: EngineConfig, *, returns_rows: bool) -> Prefill:
     from sglang.srt.entrypoints.engine import Engine
 
-    from kdmesh_teacher.sglang_arguments import server_arguments
+    from kdmesh.sglang.arguments import server_arguments
 
-    arguments = server_arguments(config, DType.FLOAT32) | {"enable_return_hidden_states": returns_rows}
+    arguments = server_arguments(config, DType.FLOAT32) | {
+        "enable_return_hidden_states": returns_rows,
+        "disable_overlap_schedule": True,  # as with our rows
+    }
     engine = Engine(**arguments)
 
     def prefill(sequences: Sequence[TokenSequence]) -> int:

@@ -16,7 +16,7 @@ import pytest
 
 from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import create_segment, map_readonly
-from kdmesh_teacher.sglang_schedulers import Schedulers
+from kdmesh.sglang.schedulers import Schedulers
 
 SIZE = 1 << 16
 
@@ -24,9 +24,11 @@ SIZE = 1 << 16
 _SCHEDULER = """
 import json, socket, sys
 import numpy as np, torch
+from kdmesh.sglang.messages import Hello, pack
+from kdmesh.sglang.segments import Segments
 from kdmesh.types import DType
-from kdmesh_teacher.sglang_messages import Ask, Hello, pack
-from kdmesh_teacher.sglang_rows import RowProgress, Segments
+from kdmesh_teacher.sglang_ask import Ask
+from kdmesh_teacher.sglang_rows import RowProgress
 path, hello = sys.argv[1], json.loads(sys.argv[2])
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 sock.connect(path)

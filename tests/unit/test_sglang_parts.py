@@ -1,8 +1,9 @@
-"""What surrounds SGLang in the teacher works without it: configuration, messages, selection of rows, versions."""
+"""What surrounds SGLang in a server works without it: configuration, messages, selection of rows, versions."""
 
 from __future__ import annotations
 
 import itertools
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kdmesh.errors import ConfigError
+from kdmesh.sglang.messages import Adopt, Adopted, Drop, Hello, Message, pack, unpack
+from kdmesh.sglang.segments import Segments
+from kdmesh.sglang.versions import require_tested_version
 from kdmesh.types import DType, TokenSequence
+from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_config import SglangEngine
-from kdmesh_teacher.sglang_messages import Adopt, Adopted, Ask, Drop, Hello, Message, pack, unpack
-from kdmesh_teacher.sglang_rows import RowProgress, Segments
+from kdmesh_teacher.sglang_rows import RowProgress
 from kdmesh_teacher.sglang_sharing import Request, waves
-from kdmesh_teacher.sglang_versions import require_tested_version
 
 POSITIONS = st.lists(st.integers(0, 60), min_size=1, max_size=40, unique=True).map(sorted)
 
@@ -36,14 +39,15 @@ def ask(positions: list[int], *, segment: int = 1, offset_bytes: int = 0) -> Ask
 
 
 class OneMatrix(Segments):
-    """Segment 1 is a tensor of ours; there is no other."""
+    """Segment 1 is memory of ours; there is no other."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
-        self.rows_RD = torch.full((rows, columns), torch.nan)
+        self._memory = mmap.mmap(-1, rows * columns * 4)
+        self.rows_RD = torch.frombuffer(self._memory, dtype=torch.float32).view(rows, columns).fill_(torch.nan)
 
-    def matrix(self, ask: Ask, columns: int) -> torch.Tensor | None:
-        return self.rows_RD if ask.segment == 1 else None
+    def mapping(self, number: int) -> mmap.mmap | None:
+        return self._memory if number == 1 else None
 
 
 @pytest.mark.parametrize(

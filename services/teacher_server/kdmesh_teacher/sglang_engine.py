@@ -6,9 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
-import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,20 +18,28 @@ from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.sglang.arguments import has_deterministic_inference, num_schedulers, server_arguments
+from kdmesh.sglang.schedulers import Schedulers
+from kdmesh.sglang.surroundings import ignore_its_signal, surroundings
+from kdmesh.sglang.versions import require_tested_version
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import DType
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
-from kdmesh_teacher.sglang_arguments import has_deterministic_inference, num_schedulers, server_arguments
+from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
-from kdmesh_teacher.sglang_messages import SOCKET_VARIABLE, Ask
+from kdmesh_teacher.sglang_plugin import SOCKET_VARIABLE
 from kdmesh_teacher.sglang_reference import check_reference
-from kdmesh_teacher.sglang_schedulers import Schedulers
 from kdmesh_teacher.sglang_sharing import Request, waves
-from kdmesh_teacher.sglang_versions import require_tested_version
 
 log = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
+
+_ARGUMENTS = {
+    "enable_return_hidden_states": True,
+    # With overlap SGLang copies every hidden state of a batch to the host before our hook sees one.
+    "disable_overlap_schedule": True,
+}
 
 # They have reported before SGLang says that it is ready.
 _REPORT_S = 10.0
@@ -59,9 +64,7 @@ class SglangEngine:
         self._loop: asyncio.AbstractEventLoop
         self._death: asyncio.Future[str]
         self._on_death: Callable[[str], None] = lambda reason: None
-        if threading.current_thread() is threading.main_thread():
-            # SGLang's way of telling us that a process of its own failed. We see that ourselves, and say more.
-            signal.signal(signal.SIGQUIT, lambda number, frame: None)
+        ignore_its_signal()
 
     def load(self) -> EngineDescription:
         """Start SGLang's processes; with node_rank above 0, stay until they end."""
@@ -79,7 +82,8 @@ class SglangEngine:
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
         self._death = self._loop.create_future()
-        with _surroundings(directory=str(directory), socket_path=str(self._schedulers.socket_path)):
+        variables = {SOCKET_VARIABLE: str(self._schedulers.socket_path)}
+        with surroundings(directory=str(directory), variables=variables):
             self._start()
         self._schedulers.wait_reports(num_schedulers(config), _REPORT_S)
         self._schedulers.watch(self._died)
@@ -143,7 +147,7 @@ class SglangEngine:
 
         arguments = server_arguments(self._config, self._dtype)
         try:
-            self._engine = Engine(**arguments)
+            self._engine = Engine(**arguments, **_ARGUMENTS)
         except Exception as error:
             raise ConfigError(f"SGLang did not start: {type(error).__name__}: {error}") from error
 
@@ -240,23 +244,6 @@ class SglangEngine:
     def _died(self, reason: str) -> None:
         self._on_death(reason)  # first: whoever then sees a call fail knows why
         self._loop.call_soon_threadsafe(self._death.set_result, reason)
-
-
-@contextlib.contextmanager
-def _surroundings(*, directory: str, socket_path: str) -> Iterator[None]:
-    """What SGLang's start finds in this process, and what it changes and must not keep."""
-    root = logging.getLogger()
-    handlers, level, temporary = root.handlers[:], root.level, tempfile.tempdir
-    logging.getLogger("sglang").setLevel(logging.WARNING)
-    os.environ[SOCKET_VARIABLE] = socket_path
-    tempfile.tempdir = directory  # its sockets then go when ours do
-    try:
-        yield
-    finally:
-        del os.environ[SOCKET_VARIABLE]
-        tempfile.tempdir = temporary
-        root.handlers[:] = handlers  # it takes them all away
-        root.setLevel(level)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

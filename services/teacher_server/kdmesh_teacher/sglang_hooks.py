@@ -21,8 +21,10 @@ from weakref import WeakKeyDictionary
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 
-from kdmesh_teacher.sglang_messages import Ask, Hello, pack
-from kdmesh_teacher.sglang_rows import RowProgress, Segments
+from kdmesh.sglang.messages import Hello, pack
+from kdmesh.sglang.segments import Segments
+from kdmesh_teacher.sglang_ask import Ask
+from kdmesh_teacher.sglang_rows import RowProgress
 
 _APPEND = (
     "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"

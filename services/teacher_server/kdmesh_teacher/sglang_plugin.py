@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from kdmesh_teacher.sglang_messages import SOCKET_VARIABLE
+SOCKET_VARIABLE = "KDMESH_SGLANG_SOCKET"
+"""Names the server's socket, in the environment of SGLang's processes. Without it the plugin does nothing."""
 
 
 def register() -> None:

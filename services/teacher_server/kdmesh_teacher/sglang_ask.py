@@ -1,72 +1,14 @@
-"""What the server and SGLang's scheduler processes tell each other.
-
-Two ways. Over the server's private socket (SOCK_SEQPACKET, one JSON message each): a scheduler says Hello
-once; the server shows it segments with Adopt, a descriptor beside it, which it answers with Adopted, and ends
-them with Drop. Inside SGLang's own requests: `Ask`, in a request's custom_params.
-"""
+"""What the teacher asks of a prompt, inside SGLang's own requests: which hidden states, and where they go."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
 from kdmesh.types import DType, Int32Array
-
-SOCKET_VARIABLE = "KDMESH_SGLANG_SOCKET"
-"""Names the socket, in the environment of SGLang's processes. Without it the plugin does nothing."""
-
-RECEIVE_BYTES = 65536
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hello:
-    """A scheduler has its model loaded."""
-
-    rank: str  # for people
-    writes: bool  # whether it is to write rows; its like compute the same ones
-    unhooked: Sequence[str]  # functions of SGLang that our hooks are not on
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adopt:
-    """Map the segment whose descriptor comes with this, for writing."""
-
-    number: int
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adopted:
-    """It is mapped."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drop:
-    """It is written no more."""
-
-    number: int
-
-
-Message = Hello | Adopt | Adopted | Drop
-
-_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Hello, Adopt, Adopted, Drop)}
-
-
-def pack(message: Message) -> bytes:
-    """The bytes of a message."""
-    return json.dumps([type(message).__name__, asdict(message)]).encode()
-
-
-def unpack(data: bytes) -> Message:
-    """The message; both ends are of one version."""
-    kind, fields = json.loads(data)
-    return _KINDS[kind](**fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 from kdmesh.errors import ConfigError
+from kdmesh.sglang.config import SglangModel
 from kdmesh.types import DType
-from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
 
 
-def server_arguments(config: SglangEngineConfig, dtype: DType) -> dict[str, Any]:
+def server_arguments(config: SglangModel, dtype: DType) -> dict[str, Any]:
     """Arguments of `sglang.Engine`; sets the environment variables that SGLang reads besides.
 
     Raises:
@@ -42,15 +42,12 @@ def server_arguments(config: SglangEngineConfig, dtype: DType) -> dict[str, Any]
         "chunked_prefill_size": config.chunked_prefill_tokens,
         "disable_radix_cache": not config.prefix_cache,
         "enable_deterministic_inference": config.deterministic and has_deterministic_inference(config),
-        "enable_return_hidden_states": True,
-        "skip_tokenizer_init": True,  # ids go in, rows come out
-        # With overlap SGLang copies every hidden state of a batch to the host before our hook sees one.
-        "disable_overlap_schedule": True,
+        "skip_tokenizer_init": True,  # ids go in, and what comes out is no text
         "log_level": "warning",
     }
 
 
-def has_deterministic_inference(config: SglangEngineConfig) -> bool:
+def has_deterministic_inference(config: SglangModel) -> bool:
     """Whether SGLang itself makes rows independent of batching with this attention backend."""
     from sglang.srt.arg_groups.choices import DETERMINISTIC_ATTENTION_BACKEND_CHOICES
 
@@ -59,7 +56,7 @@ def has_deterministic_inference(config: SglangEngineConfig) -> bool:
     return config.attention_backend is None or config.attention_backend in DETERMINISTIC_ATTENTION_BACKEND_CHOICES
 
 
-def num_schedulers(config: SglangEngineConfig) -> int:
+def num_schedulers(config: SglangModel) -> int:
     """Scheduler processes on this machine."""
     # With attention data parallelism, the copies lie inside the processes of tensor parallelism.
     copies = 1 if config.arguments.get("enable_dp_attention") else config.data_parallel
@@ -74,14 +71,14 @@ _CPU: dict[str, Any] = {
 }
 
 
-def _set_environment(config: SglangEngineConfig) -> None:
+def _set_environment(config: SglangModel) -> None:
     if config.device == "cpu":
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     if config.node_rank > 0:
         os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"  # it would serve a port of its own, for ever
 
 
-def _check_names(config: SglangEngineConfig) -> None:
+def _check_names(config: SglangModel) -> None:
     import msgspec
     from sglang.srt.server_args import ServerArgs
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment
 from kdmesh.handles.peers import peer_pidfd
-from kdmesh_teacher.sglang_messages import RECEIVE_BYTES, Adopt, Adopted, Drop, Hello, pack, unpack
+from kdmesh.sglang.messages import RECEIVE_BYTES, Adopt, Adopted, Drop, Hello, pack, unpack
 
 _BACKLOG = 128
 # Mapping and touching 64 GiB takes a few seconds.
