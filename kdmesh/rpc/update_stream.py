@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING
 
 from kdmesh.errors import EngineFailure, RpcError
 from kdmesh.rpc.request_stream import RequestStream
-from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1 import weights_pb2 as pb
 
 if TYPE_CHECKING:
-    from kdmesh.v1.rollout_pb2_grpc import RolloutAsyncStub
+    from kdmesh.rpc.weight_services import UpdateCall
 
 
 class UpdateStream:
     """Belongs to the event loop that made it."""
 
-    def __init__(self, stub: RolloutAsyncStub, address: str) -> None:
+    def __init__(self, call: UpdateCall, address: str) -> None:
+        """`call` was just started."""
         self._address = address
         self._answers: deque[asyncio.Future[pb.UpdateWeightsReply]] = deque()  # sent and unanswered, oldest first
-        self._stream = RequestStream(stub.UpdateWeights(), address, on_reply=self._take, on_end=self._ended)
+        self._stream = RequestStream(call, address, on_reply=self._take, on_end=self._ended)
 
     def send(self, request: pb.UpdateWeightsRequest) -> asyncio.Future[pb.UpdateWeightsReply]:
         """The answer to a step, which is sent after all those before it.
 
-        It fails with an RpcError as rollout.proto says, or with Unavailable when the stream breaks.
+        It fails with an RpcError as the service's proto file says, or with Unavailable when the stream breaks.
         """
         answer: asyncio.Future[pb.UpdateWeightsReply] = asyncio.get_running_loop().create_future()
         try:

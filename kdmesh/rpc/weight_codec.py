@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.rpc import codec
-from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.buckets import BucketEntry, Part
 from kdmesh.weights.digests import DIGEST_BYTES
 from kdmesh.weights.manifest import Manifest, TensorSpec, UpdatePolicy

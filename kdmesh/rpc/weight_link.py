@@ -12,12 +12,12 @@ from typing import Literal, Self, TypeAlias
 
 from kdmesh.errors import ConfigError, EngineFailure, InvalidRequest, KdmeshError, RpcError
 from kdmesh.rpc import codec, weight_codec
-from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
+from kdmesh.rpc.calls import our_errors
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.update_stream import UpdateStream
-from kdmesh.types import DType, Handle
-from kdmesh.v1 import rollout_pb2 as pb
-from kdmesh.v1.rollout_pb2_grpc import RolloutStub
+from kdmesh.rpc.weight_services import ServedWeights, WeightService
+from kdmesh.types import Handle
+from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.bucket_memory import BucketMemory
 from kdmesh.weights.buckets import BucketEntry, cut
 from kdmesh.weights.digests import digest
@@ -26,16 +26,6 @@ from kdmesh.weights.manifest import Manifest
 WeightDoor: TypeAlias = Literal["auto", "shm", "inline"]
 
 _INLINE_AHEAD = 4  # messages sent and unanswered, so that neither side waits for the other
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedWeights:
-    """What a server says of its weights."""
-
-    address: str
-    version: int
-    dtype: DType
-    architecture_fingerprint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,26 +47,28 @@ class WeightLink:
         has_committed: whether it has.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, service: WeightService) -> None:
         """Use `open`."""
         self.address = address
         self.failure: KdmeshError | None = None
         self.has_sent_commit = self.has_committed = False
         self._channel = open_channel(address)
-        self._stub = RolloutStub(self._channel)
+        self._service = service
         self._buckets: asyncio.Queue[tuple[FilledBucket, Callable[[], None]]] = asyncio.Queue()
         self._closing = contextlib.AsyncExitStack()
         self._closing.push_async_callback(self._channel.close)
 
     @classmethod
-    async def open(cls, address: str, manifest: Manifest, memory: BucketMemory, door: WeightDoor) -> Self:
+    async def open(
+        cls, address: str, service: WeightService, manifest: Manifest, memory: BucketMemory, door: WeightDoor
+    ) -> Self:
         """Announce an update. One attempt.
 
         Raises:
-            RpcError: as rollout.proto says of UpdateWeights.
+            RpcError: as the service's proto file says of UpdateWeights.
             ConfigError: `door` is shm, and the server is not on this node.
         """
-        link = cls(address)
+        link = cls(address, service)
         try:
             await link._begin(manifest, memory, door)
         except BaseException:
@@ -112,7 +104,7 @@ class WeightLink:
         if door != "inline":
             begin.broker_socket = str(memory.socket_path)
             begin.session, begin.node_nonce = memory.session, memory.nonce
-        self._stream = UpdateStream(self._stub, self.address)
+        self._stream = UpdateStream(self._service.update(self._channel), self.address)
         self._closing.push_async_callback(self._stream.close)
         reply = await self._stream.send(pb.UpdateWeightsRequest(begin=begin))
         if door == "shm" and reply.needs_inline:
@@ -151,23 +143,17 @@ class WeightLink:
         done()
 
 
-async def describe_weights(address: str) -> ServedWeights:
+async def describe_weights(address: str, service: WeightService) -> ServedWeights:
     """What the server serves now. One attempt.
 
     Raises:
-        RpcError: as rollout.proto says of Describe.
+        RpcError: as the service's proto file says of Describe.
         EngineFailure: something else answers there.
     """
     channel = open_channel(address)
     try:
         with our_errors(address):
-            described = await RolloutStub(channel).Describe(pb.DescribeRolloutRequest(), timeout=UNARY_TIMEOUT_S)
-        return ServedWeights(
-            address=address,
-            version=described.weight_version,
-            dtype=codec.dtype_from_wire(described.dtype),
-            architecture_fingerprint=described.architecture_fingerprint,
-        )
+            return await service.describe(channel, address)
     except InvalidRequest as error:
         raise EngineFailure(f"{address} describes an impossible model: {error}") from None
     finally:

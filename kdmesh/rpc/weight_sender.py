@@ -1,4 +1,4 @@
-"""Brings new weights to all rollout servers of a job, for a thread that blocks."""
+"""Brings new weights to all servers of a job that use its student, for a thread that blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.retry import Deadline, RetryPolicy
 from kdmesh.rpc.weight_delivery import Delivery
-from kdmesh.rpc.weight_link import ServedWeights, WeightDoor, WeightLink, describe_weights
+from kdmesh.rpc.weight_link import WeightDoor, WeightLink, describe_weights
+from kdmesh.rpc.weight_services import ROLLOUTS, ServedWeights, WeightService
 from kdmesh.weights.bucket_memory import BucketMemory, bucket_memory
 from kdmesh.weights.buckets import plan_buckets
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
@@ -45,6 +46,7 @@ class WeightSender:
         self,
         addresses: Sequence[str],
         *,
+        service: WeightService = ROLLOUTS,
         bucket_bytes: int = 32 * 2**20,
         door: WeightDoor = "auto",
         deadline_s: float = 600.0,
@@ -53,6 +55,7 @@ class WeightSender:
         """
         Args:
             addresses: host:port of each server; at least one.
+            service: what kind of server they are.
             bucket_bytes: size of a bucket; three are held.
             door: how bytes travel; auto takes shared memory where a server can reach it.
             deadline_s: longest time for one version to reach all servers, their restarts included.
@@ -60,6 +63,7 @@ class WeightSender:
         """
         assert addresses
         self._addresses = tuple(addresses)
+        self._service = service
         self._bucket_bytes = bucket_bytes
         self._door = door
         self._deadline_s = deadline_s
@@ -165,11 +169,11 @@ class WeightSender:
         try:
             async with asyncio.timeout(progress.deadline.left_s):
                 if address in progress.uncertain:
-                    served = await describe_weights(address)
+                    served = await describe_weights(address, self._service)
                     if served.version == progress.manifest.version:
                         progress.waiting.pop(address)
                         return None
-                return await WeightLink.open(address, progress.manifest, self._memory, self._door)
+                return await WeightLink.open(address, self._service, progress.manifest, self._memory, self._door)
         except TimeoutError:
             progress.failed(address, DeadlineExpired("no answer"))
         except KdmeshError as error:
@@ -182,7 +186,7 @@ class WeightSender:
     async def _describe_one(self, address: str, deadline: Deadline) -> ServedWeights:
         for attempt in itertools.count():
             try:
-                return await describe_weights(address)
+                return await describe_weights(address, self._service)
             except RpcError as error:
                 wait_s = self._policy.wait_s(attempt)
                 if wait_s > deadline.left_s:

@@ -15,7 +15,7 @@ import torch
 from kdmesh.errors import EngineFailure, InvalidRequest, Unavailable
 from kdmesh.handles.shm_door import ShmDoor
 from kdmesh.rpc import codec, weight_codec
-from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.manifest import Manifest
 from kdmesh.weights.target import WeightTarget
 from kdmesh.weights.versions import UpdateState, WeightVersions
@@ -70,7 +70,7 @@ class WeightUpdates:
         """The replies to one UpdateWeights stream. However it ends: without a commit, nothing has changed.
 
         Raises:
-            RpcError: as rollout.proto says.
+            RpcError: as the service's proto file says.
         """
         begin = await self._next(requests, "begin")
         manifest = weight_codec.manifest_from_wire(begin.begin)

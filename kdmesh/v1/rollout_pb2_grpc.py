@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from kdmesh.v1 import rollout_pb2 as kdmesh_dot_v1_dot_rollout__pb2
+from kdmesh.v1 import weights_pb2 as kdmesh_dot_v1_dot_weights__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -47,8 +48,8 @@ class RolloutStub(object):
                 _registered_method=True)
         self.UpdateWeights = channel.stream_stream(
                 '/kdmesh.v1.Rollout/UpdateWeights',
-                request_serializer=kdmesh_dot_v1_dot_rollout__pb2.UpdateWeightsRequest.SerializeToString,
-                response_deserializer=kdmesh_dot_v1_dot_rollout__pb2.UpdateWeightsReply.FromString,
+                request_serializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsReply.FromString,
                 _registered_method=True)
 
 
@@ -130,8 +131,8 @@ def add_RolloutServicer_to_server(servicer, server):
             ),
             'UpdateWeights': grpc.stream_stream_rpc_method_handler(
                     servicer.UpdateWeights,
-                    request_deserializer=kdmesh_dot_v1_dot_rollout__pb2.UpdateWeightsRequest.FromString,
-                    response_serializer=kdmesh_dot_v1_dot_rollout__pb2.UpdateWeightsReply.SerializeToString,
+                    request_deserializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -214,8 +215,8 @@ class Rollout(object):
             request_iterator,
             target,
             '/kdmesh.v1.Rollout/UpdateWeights',
-            kdmesh_dot_v1_dot_rollout__pb2.UpdateWeightsRequest.SerializeToString,
-            kdmesh_dot_v1_dot_rollout__pb2.UpdateWeightsReply.FromString,
+            kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.SerializeToString,
+            kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -23,6 +23,7 @@ import collections.abc
 import grpc
 import grpc.aio
 import kdmesh.v1.rollout_pb2
+import kdmesh.v1.weights_pb2
 import sys
 import typing
 
@@ -75,16 +76,16 @@ _RolloutGenerateType = typing_extensions.TypeVar(
 _RolloutUpdateWeightsType = typing_extensions.TypeVar(
     '_RolloutUpdateWeightsType',
     grpc.StreamStreamMultiCallable[
-        kdmesh.v1.rollout_pb2.UpdateWeightsRequest,
-        kdmesh.v1.rollout_pb2.UpdateWeightsReply,
+        kdmesh.v1.weights_pb2.UpdateWeightsRequest,
+        kdmesh.v1.weights_pb2.UpdateWeightsReply,
     ],
     grpc.aio.StreamStreamMultiCallable[
-        kdmesh.v1.rollout_pb2.UpdateWeightsRequest,
-        kdmesh.v1.rollout_pb2.UpdateWeightsReply,
+        kdmesh.v1.weights_pb2.UpdateWeightsRequest,
+        kdmesh.v1.weights_pb2.UpdateWeightsReply,
     ],
     default=grpc.StreamStreamMultiCallable[
-        kdmesh.v1.rollout_pb2.UpdateWeightsRequest,
-        kdmesh.v1.rollout_pb2.UpdateWeightsReply,
+        kdmesh.v1.weights_pb2.UpdateWeightsRequest,
+        kdmesh.v1.weights_pb2.UpdateWeightsReply,
     ],
 )
 
@@ -102,8 +103,8 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
             kdmesh.v1.rollout_pb2.GenerateReply,
         ],
         grpc.StreamStreamMultiCallable[
-            kdmesh.v1.rollout_pb2.UpdateWeightsRequest,
-            kdmesh.v1.rollout_pb2.UpdateWeightsReply,
+            kdmesh.v1.weights_pb2.UpdateWeightsRequest,
+            kdmesh.v1.weights_pb2.UpdateWeightsReply,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -118,8 +119,8 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
             kdmesh.v1.rollout_pb2.GenerateReply,
         ],
         grpc.aio.StreamStreamMultiCallable[
-            kdmesh.v1.rollout_pb2.UpdateWeightsRequest,
-            kdmesh.v1.rollout_pb2.UpdateWeightsReply,
+            kdmesh.v1.weights_pb2.UpdateWeightsRequest,
+            kdmesh.v1.weights_pb2.UpdateWeightsReply,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -183,8 +184,8 @@ RolloutAsyncStub: typing_extensions.TypeAlias = RolloutStub[
         kdmesh.v1.rollout_pb2.GenerateReply,
     ],
     grpc.aio.StreamStreamMultiCallable[
-        kdmesh.v1.rollout_pb2.UpdateWeightsRequest,
-        kdmesh.v1.rollout_pb2.UpdateWeightsReply,
+        kdmesh.v1.weights_pb2.UpdateWeightsRequest,
+        kdmesh.v1.weights_pb2.UpdateWeightsReply,
     ],
 ]
 
@@ -235,9 +236,9 @@ class RolloutServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def UpdateWeights(
         self,
-        request_iterator: _MaybeAsyncIterator[kdmesh.v1.rollout_pb2.UpdateWeightsRequest],
+        request_iterator: _MaybeAsyncIterator[kdmesh.v1.weights_pb2.UpdateWeightsRequest],
         context: _ServicerContext,
-    ) -> typing.Union[collections.abc.Iterator[kdmesh.v1.rollout_pb2.UpdateWeightsReply], collections.abc.AsyncIterator[kdmesh.v1.rollout_pb2.UpdateWeightsReply]]:
+    ) -> typing.Union[collections.abc.Iterator[kdmesh.v1.weights_pb2.UpdateWeightsReply], collections.abc.AsyncIterator[kdmesh.v1.weights_pb2.UpdateWeightsReply]]:
         """UpdateWeights replaces the model's weights by those of a newer version.
 
         Order: begin, then buckets, then commit; one reply to each. Between commit and its reply the server

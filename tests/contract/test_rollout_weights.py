@@ -12,7 +12,7 @@ import torch
 from kdmesh import errors
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.types import DType
-from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights

@@ -15,8 +15,8 @@ from torch import Tensor
 from kdmesh.errors import ConfigError, DeadlineExpired, KdmeshError
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
-from kdmesh.rpc.weight_link import ServedWeights
 from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weight_services import ServedWeights
 from kdmesh.types import DType
 from kdmesh.v1 import rollout_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub

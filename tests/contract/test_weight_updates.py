@@ -15,7 +15,7 @@ from kdmesh.errors import Unavailable
 from kdmesh.rpc import codec, weight_codec
 from kdmesh.rpc.channel import open_channel
 from kdmesh.types import DType, Handle
-from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.bucket_memory import BucketMemory, bucket_memory
 from kdmesh.weights.buckets import plan_buckets

@@ -22,7 +22,7 @@ from kdmesh.rpc.boundary import Context
 from kdmesh.rpc.server import serving
 from kdmesh.rpc.weight_updates import Apply, WeightUpdates
 from kdmesh.types import DType
-from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1 import rollout_pb2, weights_pb2
 from kdmesh.v1.rollout_pb2_grpc import RolloutServicer, add_RolloutServicer_to_server
 from kdmesh.weights.digests import digest
 from kdmesh.weights.manifest import Manifest, TensorSpec
@@ -42,8 +42,10 @@ class _Servicer(RolloutServicer):
         self._updates = updates
         self._fingerprint = fingerprint
 
-    async def Describe(self, request: pb.DescribeRolloutRequest, context: Context) -> pb.DescribeRolloutResponse:
-        return pb.DescribeRolloutResponse(
+    async def Describe(
+        self, request: rollout_pb2.DescribeRolloutRequest, context: Context
+    ) -> rollout_pb2.DescribeRolloutResponse:
+        return rollout_pb2.DescribeRolloutResponse(
             model_name=served_digest(self._target),
             weight_version=self._updates.version,
             dtype=codec.dtype_to_wire(self._target.tensor_specs()[0].dtype),
@@ -51,8 +53,8 @@ class _Servicer(RolloutServicer):
         )
 
     def UpdateWeights(
-        self, request_iterator: AsyncIterator[pb.UpdateWeightsRequest], context: Context
-    ) -> AsyncIterator[pb.UpdateWeightsReply]:
+        self, request_iterator: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Context
+    ) -> AsyncIterator[weights_pb2.UpdateWeightsReply]:
         return self._updates.answer(request_iterator)
 
 

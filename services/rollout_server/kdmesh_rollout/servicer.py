@@ -18,6 +18,7 @@ from kdmesh.rpc.reply_stream import ReplyStream
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1 import weights_pb2
 from kdmesh.v1.rollout_pb2_grpc import RolloutServicer
 from kdmesh_rollout import admission
 from kdmesh_rollout.metrics import Metrics
@@ -64,7 +65,7 @@ class Servicer(RolloutServicer):
             await stream.answer(request, opened, max_request_s=self._max_request_s)
 
     async def UpdateWeights(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[pb.UpdateWeightsRequest], context: Context
+        self, request_iterator: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Context
     ) -> None:
         """See rollout.proto."""
         updates = self._gate.parts_for_new_work().updates

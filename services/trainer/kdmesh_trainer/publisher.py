@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
-from kdmesh.rpc.weight_link import ServedWeights
+from kdmesh.rpc.weight_services import ServedWeights
 from kdmesh.types import DType
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights

@@ -1,0 +1,59 @@
+"""The kinds of servers whose weights can be replaced, as whoever sends weights sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import grpc
+
+from kdmesh.rpc import codec
+from kdmesh.rpc.calls import UNARY_TIMEOUT_S
+from kdmesh.types import DType
+from kdmesh.v1 import rollout_pb2
+from kdmesh.v1 import weights_pb2 as pb
+from kdmesh.v1.rollout_pb2_grpc import RolloutStub
+
+UpdateCall: TypeAlias = "grpc.aio.StreamStreamCall[pb.UpdateWeightsRequest, pb.UpdateWeightsReply]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedWeights:
+    """What a server says of its weights."""
+
+    address: str
+    version: int
+    dtype: DType
+    architecture_fingerprint: str
+
+
+class WeightService(Protocol):
+    """One kind of server."""
+
+    def update(self, channel: grpc.aio.Channel) -> UpdateCall:
+        """An UpdateWeights call, just started."""
+        ...
+
+    async def describe(self, channel: grpc.aio.Channel, address: str) -> ServedWeights:
+        """What is served now. Raises AioRpcError, or InvalidRequest when that cannot be."""
+        ...
+
+
+class _Rollouts:
+    def update(self, channel: grpc.aio.Channel) -> UpdateCall:
+        """See WeightService."""
+        return RolloutStub(channel).UpdateWeights()
+
+    async def describe(self, channel: grpc.aio.Channel, address: str) -> ServedWeights:
+        """See WeightService."""
+        described = await RolloutStub(channel).Describe(rollout_pb2.DescribeRolloutRequest(), timeout=UNARY_TIMEOUT_S)
+        return ServedWeights(
+            address=address,
+            version=described.weight_version,
+            dtype=codec.dtype_from_wire(described.dtype),
+            architecture_fingerprint=described.architecture_fingerprint,
+        )
+
+
+ROLLOUTS: WeightService = _Rollouts()
+"""Rollout servers."""
