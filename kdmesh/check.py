@@ -85,6 +85,9 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     template = cfg.data.chat_template
     if template is not None and not template.is_file():
         yield f"data.chat_template: there is no file {template}"
+    context = cfg.data.teacher_context
+    if context is not None and context.kind == "template" and not context.path.is_file():
+        yield f"data.teacher_context.path: there is no file {context.path}"
     if isinstance(cfg.objective, Distill) and isinstance(cfg.objective.divergence, CustomDivergence):
         custom = cfg.objective.divergence
         yield from _function("objective.divergence", custom.target, custom.params, positional=2)

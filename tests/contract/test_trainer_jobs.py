@@ -114,6 +114,22 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_continues(pair: Pair, 
     assert (tmp_path / "run" / "final").is_dir()
 
 
+def test_a_job_comes_nearer_to_what_the_teacher_says_in_its_context(
+    whole_run: Path, pair: Pair, tmp_path: Path
+) -> None:
+    config = pair.config(tmp_path)
+    told = "{kind: system_prompt, text: It is asked when the quick brown fox returns a value.}"
+    (outcome,) = run_job(config, f"data.teacher_context={told}")
+    assert outcome.exit_code == 0, outcome.errors
+    scores, plain = evaluations(tmp_path / "run"), evaluations(whole_run)
+    assert scores[0]["num_loss_tokens"] == plain[0]["num_loss_tokens"]
+    assert abs(scores[0]["kl_nats_per_token"] - plain[0]["kl_nats_per_token"]) > 1e-4
+    assert scores[STEPS]["kl_nats_per_token"] < 0.7 * scores[0]["kl_nats_per_token"]
+    (refused,) = run_job(config, "data.teacher_context={kind: system_prompt, text: Another.}", "steps=30")
+    assert refused.exit_code == 2
+    assert "data.teacher_context (digest)" in refused.errors
+
+
 def test_sft_is_judged_by_the_teacher_all_the_same(pair: Pair, tmp_path: Path) -> None:
     config = write_config(
         tmp_path, student=pair.student, teacher=pair.teacher, steps=3, objective={"name": "sft"}, ranks=1

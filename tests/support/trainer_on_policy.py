@@ -21,6 +21,7 @@ from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.prompts import PromptOrder
 from kdmesh_trainer.sources.rollouts import Rollout, RolloutService
 from kdmesh_trainer.sources.sampler import Sampler
+from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.stats import StepStats
 from kdmesh_trainer.step import GradientStepper
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student
@@ -40,9 +41,14 @@ def prompts(count: int = 7) -> list[Int32Array]:
     return [random.integers(0, VOCABULARY_SIZE, int(random.integers(2, 12))).astype(np.int32) for _ in range(count)]
 
 
-def order() -> PromptOrder:
-    """Their order."""
-    return PromptOrder(prompts(), per_step=PROMPTS_PER_STEP, seed=3)
+def order(*, has_context: bool = False) -> PromptOrder:
+    """Their order; with `has_context` the teacher reads more before each of them."""
+    told = np.arange(20, 50, dtype=np.int32)
+    pairs = [
+        Prompt(token_ids=prompt, teacher_ids=np.concatenate([told, prompt]) if has_context else None)
+        for prompt in prompts()
+    ]
+    return PromptOrder(pairs, per_step=PROMPTS_PER_STEP, seed=3)
 
 
 class Run:
@@ -57,10 +63,12 @@ class Run:
         steps: int,
         served: int = 0,
         optimizer: OptimizerConfig = OPTIMIZER,
+        has_context: bool = False,
     ) -> None:
         """`served` is the weight version that the rollout server has when the run begins."""
         self.mesh = mesh
         self.steps = steps
+        self.order = order(has_context=has_context)
         self.teacher = LocalTeacher(Path(teacher))
         self.copy = LocalStudent(Path(student), vocabulary_size=VOCABULARY_SIZE, served=served)
         model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
@@ -74,7 +82,7 @@ class Run:
         """A source of this run."""
         return OnPolicySource(
             Sampler(
-                order(),
+                self.order,
                 service,
                 sampling=SAMPLING,
                 samples_per_prompt=SAMPLES_PER_PROMPT,
@@ -114,11 +122,9 @@ def service_of(kind: str, copy: LocalStudent) -> Iterator[FastRollouts]:
             yield ThreadedRollouts(copy, threads)
 
 
-def losses(
-    mesh: Mesh, *, student: str, teacher: str, steps: int, kind: str = "fast", max_staleness: int = 0
-) -> dict[str, Any]:
-    """What every step was trained on, and its loss."""
-    run = Run(mesh, student=student, teacher=teacher, steps=steps)
+def losses(mesh: Mesh, *, steps: int, kind: str = "fast", max_staleness: int = 0, **models: Any) -> dict[str, Any]:
+    """What every step was trained on, and its loss; `models` are further arguments of a Run."""
+    run = Run(mesh, steps=steps, **models)
     with service_of(kind, run.copy) as service:
         seen = list(run.train(run.source(service, max_staleness=max_staleness)))
     return {

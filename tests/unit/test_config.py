@@ -14,6 +14,7 @@ from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
+from kdmesh_trainer import context_config
 from kdmesh_trainer.config import TrainerConfig
 
 GOOD = """
@@ -71,6 +72,13 @@ def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
     assert "'distill', 'sft'" in said
 
 
+def test_a_teacher_is_told_more_only_where_it_is_learnt_from(tmp_path: Path) -> None:
+    told = "data.teacher_context={kind: system_prompt, text: x}"
+    assert config.load(TrainerConfig, written(tmp_path, GOOD), [told]).data.teacher_context is not None
+    assert "needs objective distill" in refusal(tmp_path, GOOD, told, "objective={name: sft}")
+    assert "text" in refusal(tmp_path, GOOD, "data.teacher_context={kind: system_prompt, text: ''}")
+
+
 def test_overrides_reach_any_depth_and_are_yaml(tmp_path: Path) -> None:
     cfg = config.load(
         TrainerConfig, written(tmp_path, GOOD), ["optimizer.learning_rate=2e-5", "teacher.addresses=[a:1]"]
@@ -105,6 +113,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("optimizer: {warmup_steps: 100}", r"warmup_steps \(100\) must be less than steps \(100\)"),
         ("data: {max_tokens: 9000, train: {format: chat, path: x.jsonl}}", "must not exceed batch.max_tokens"),
         ("objective: {name: distill, kd_weight: 0}", "nothing would be learnt"),
+        (
+            "data: {train: {format: custom, target: 'a:b'}, teacher_context: {kind: messages}}",
+            "teacher_context messages needs files",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, change: str, words: str) -> None:
@@ -161,7 +173,7 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
             yield value
 
 
-@pytest.mark.parametrize("module", [teacher_config, trainer_config], ids=["teacher", "trainer"])
+@pytest.mark.parametrize("module", [teacher_config, trainer_config, context_config])
 def test_every_key_is_described_and_every_section_closed_and_frozen(module: object) -> None:
     for section in sections(module):
         assert section.__doc__

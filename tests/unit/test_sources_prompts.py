@@ -18,6 +18,7 @@ from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, PromptSet, digest_prompts, load_prompts
 from kdmesh_trainer.sources.readers import open_dataset
 from kdmesh_trainer.sources.rows import Chat, Message
+from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.sources.turns import Reason, Unusable
 from tests.support.chat_tokenizers import chat_tokenizer
 
@@ -50,8 +51,8 @@ def test_a_prompt_is_what_inference_would_feed_the_model(
 ) -> None:
     [found] = ChatEncoder(chat_tokenizer(family)).encode_prompts([chat(turns)])
     assert not isinstance(found, Unusable)
-    assert found.dtype == np.int32
-    assert found.tolist() == inference_ids(family, prompt)
+    assert found.token_ids.dtype == np.int32
+    assert found.token_ids.tolist() == inference_ids(family, prompt)
 
 
 @pytest.mark.parametrize("family", ("chatml", "llama3", "gemma", "mistral", "phi"))
@@ -59,7 +60,7 @@ def test_a_prompt_is_what_comes_before_the_loss_tokens_of_the_same_chat(family: 
     encoder = ChatEncoder(chat_tokenizer(family))
     [[sequence]] = encoder.encode([chat(SEVERAL[:2])])
     [prompt] = encoder.encode_prompts([chat(SEVERAL[:2])])
-    assert sequence.token_ids[: sequence.positions[0] + 1].tolist() == prompt.tolist()
+    assert sequence.token_ids[: sequence.positions[0] + 1].tolist() == prompt.token_ids.tolist()
 
 
 _SPECIAL = (
@@ -82,7 +83,7 @@ def test_any_chat_is_prompted_as_inference_would(family: str, contents: list[str
     turns = [("user" if number % 2 == 0 else "assistant", content) for number, content in enumerate(contents)]
     [found] = ChatEncoder(chat_tokenizer(family)).encode_prompts([chat(turns)])
     assert not isinstance(found, Unusable)
-    assert found.tolist() == inference_ids(family, turns if len(turns) % 2 else turns[:-1])
+    assert found.token_ids.tolist() == inference_ids(family, turns if len(turns) % 2 else turns[:-1])
 
 
 def test_rows_that_give_no_prompt_say_why_and_leave_the_others_in_place() -> None:
@@ -128,7 +129,7 @@ def test_everything_is_counted_and_logged_once(tmp_path: Path, caplog: pytest.Lo
         found = load(tmp_path, [row("a"), LONG, ONLY_ANSWER, row("b"), LONG])
     assert (found.report.rows, found.report.prompts, found.report.dropped_too_long) == (5, 2, 2)
     assert found.report.unusable == {"begins with an assistant turn": 1}
-    assert found.report.tokens == sum(len(prompt) for prompt in found.prompts)
+    assert found.report.tokens == sum(len(prompt.token_ids) for prompt in found.prompts)
     [record] = caplog.records
     assert (record.getMessage(), record.dataset) == ("prompts read", "train")  # type: ignore[attr-defined]
 
@@ -139,9 +140,10 @@ def test_the_answer_of_a_row_does_not_make_its_prompt_too_long(tmp_path: Path) -
 
 def test_a_prompt_of_just_the_limit_is_taken(tmp_path: Path) -> None:
     [prompt] = load(tmp_path, [row("a")]).prompts
-    assert load(tmp_path, [row("a")], max_tokens=len(prompt), too_long="fail").report.prompts == 1
-    with pytest.raises(DataError, match=rf"a\.jsonl:1: a prompt of {len(prompt)} tokens, and {len(prompt) - 1} leave"):
-        load(tmp_path, [row("a")], max_tokens=len(prompt) - 1, too_long="fail")
+    length = len(prompt.token_ids)
+    assert load(tmp_path, [row("a")], max_tokens=length, too_long="fail").report.prompts == 1
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: a prompt of {length} tokens, and {length - 1} leave"):
+        load(tmp_path, [row("a")], max_tokens=length - 1, too_long="fail")
 
 
 def test_unusable_rows_fail_where_the_policy_says_so(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_nothing_left_is_an_error_that_counts(tmp_path: Path) -> None:
         load(tmp_path, [LONG, ONLY_ANSWER, LONG])
 
 
-PROMPTS = [np.array([number, number + 1], np.int32) for number in range(7)]
+PROMPTS = [Prompt(token_ids=np.array([number, number + 1], np.int32)) for number in range(7)]
 
 
 def test_order_and_seeds_are_a_pure_function_of_seed_and_step() -> None:
@@ -163,9 +165,7 @@ def test_order_and_seeds_are_a_pure_function_of_seed_and_step() -> None:
     steps = [whole.of_step(step) for step in range(6)]
     for step in (5, 2, 0):
         assert [p.seed for p in again.of_step(step)] == [p.seed for p in steps[step]]
-        assert digest_prompts([p.token_ids for p in again.of_step(step)]) == digest_prompts(
-            [p.token_ids for p in steps[step]]
-        )
+        assert digest_prompts(again.of_step(step)) == digest_prompts(steps[step])
     first_epoch = [int(p.token_ids[0]) for step in steps for p in step][:7]
     assert sorted(first_epoch) == list(range(7))
 
@@ -178,9 +178,12 @@ def test_every_place_of_every_step_draws_from_a_seed_of_its_own() -> None:
 
 
 def test_the_digest_of_prompts_tells_where_one_ends() -> None:
-    one, other = (
-        [np.array([1, 2], np.int32), np.array([3], np.int32)],
-        [np.array([1], np.int32), np.array([2, 3], np.int32)],
-    )
-    assert digest_prompts(one) != digest_prompts(other)
-    assert digest_prompts(one) == digest_prompts([prompt.copy() for prompt in one])
+    one, two, three, four = (np.array(ids, np.int32) for ids in ([1, 2], [3], [1], [2, 3]))
+    sets = [
+        [Prompt(token_ids=one), Prompt(token_ids=two)],
+        [Prompt(token_ids=three), Prompt(token_ids=four)],
+        [Prompt(token_ids=one, teacher_ids=two)],
+        [Prompt(token_ids=one, teacher_ids=four)],
+    ]
+    assert len({digest_prompts(prompts) for prompts in sets}) == 4
+    assert digest_prompts(sets[0]) == digest_prompts([Prompt(token_ids=one.copy()), Prompt(token_ids=two.copy())])

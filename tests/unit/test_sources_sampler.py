@@ -16,8 +16,11 @@ from kdmesh.types import FinishReason, Int32Array, Sample, Sampling
 from kdmesh_trainer.sources.prompts import PromptOrder
 from kdmesh_trainer.sources.rollouts import Rollout, figures_of
 from kdmesh_trainer.sources.sampler import Sampler
+from kdmesh_trainer.sources.sides import Prompt
 
-PROMPTS = [np.arange(100 * number, 100 * number + 1 + number % 5, dtype=np.int32) for number in range(11)]
+PROMPTS = [
+    Prompt(token_ids=np.arange(100 * number, 100 * number + 1 + number % 5, dtype=np.int32)) for number in range(11)
+]
 LONGEST = 9
 
 

@@ -23,6 +23,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
 from kdmesh_trainer.checkpoint import CheckpointDirectory
+from kdmesh_trainer.context_config import TeacherMessages
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.files import claimed
@@ -40,6 +41,8 @@ from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.readers import Reader, open_dataset
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sft import SftSource
+from kdmesh_trainer.sources.sides import teacher_side
+from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
 from kdmesh_trainer.sources.tokenizer import load_student_tokenizer, vocabulary_size
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
@@ -55,7 +58,7 @@ class _Checked:
     tokenizer: PreTrainedTokenizerFast  # with the chat template that is trained with
     tokenizer_fingerprint: str
     vocabulary_size: int  # real tokens of the student's tokenizer
-    encoder: ChatEncoder
+    encoder: ChatEncoder | ContextEncoder
     train: Reader
     held_out: Reader | None
     divergence: Divergence | None  # None: the objective has none
@@ -141,13 +144,15 @@ def _check(cfg: config.TrainerConfig) -> _Checked:
     template = None if cfg.data.chat_template is None else read_template(cfg.data.chat_template)
     if template is not None:
         tokenizer.chat_template = template  # so that the trained model is written with it
+    context = cfg.data.teacher_context
+    column = context.column if isinstance(context, TeacherMessages) else None
     return _Checked(
         tokenizer=tokenizer,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.get_vocab()),
         vocabulary_size=vocabulary_size(tokenizer),
-        encoder=ChatEncoder(tokenizer, template),
-        train=open_dataset(cfg.data.train),
-        held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out),
+        encoder=build_encoder(tokenizer, template, cfg.data),
+        train=open_dataset(cfg.data.train, teacher_column=column),
+        held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher_column=column),
         divergence=_divergence(cfg.objective.divergence) if isinstance(cfg.objective, config.Distill) else None,
     )
 
@@ -204,7 +209,7 @@ def _read_data(cfg: config.TrainerConfig, checked: _Checked, teacher: _Teacher |
             "held_out", checked.held_out, checked.encoder, cfg.data, max_sequences=limit
         ).sequences
         if teacher is not None:
-            check_requests("held_out", held_out, teacher.pool.describe())
+            check_requests("held_out", teacher_side(held_out), teacher.pool.describe())
     return _Data(train=train, held_out=held_out)
 
 
@@ -215,7 +220,7 @@ def _read_train(
         case config.OffPolicy():
             train = load_sequences("train", checked.train, checked.encoder, cfg.data).sequences
             if teacher is not None and isinstance(cfg.objective, config.Distill):
-                check_requests("train", train, teacher.pool.describe())
+                check_requests("train", teacher_side(train), teacher.pool.describe())
             return train
         case config.OnPolicy():
             assert teacher is not None  # the configuration sees to it
@@ -246,9 +251,7 @@ def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teach
     identity = {
         "student (fingerprint)": model_fingerprint(lm),
         "objective": json.dumps(cfg.objective.model_dump(mode="json"), sort_keys=True),
-        **(
-            data.train.identity() if isinstance(data.train, Task) else {"data.train (digest)": digest(data.train).hex()}
-        ),
+        **_identity_of(data.train),
         "batch.sequences": str(cfg.batch.sequences),
         "seed": str(cfg.seed),
     }
@@ -258,7 +261,10 @@ def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teach
 
 
 def _identity_of(train: Sequence[TokenSequence] | Task) -> dict[str, str]:
-    return train.identity() if isinstance(train, Task) else {"data.train (digest)": digest(train).hex()}
+    if isinstance(train, Task):
+        return train.identity()
+    own, theirs = digest(train).hex(), digest(teacher_side(train)).hex()
+    return {"data.train (digest)": own, **({} if own == theirs else {"data.teacher_context (digest)": theirs})}
 
 
 def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:

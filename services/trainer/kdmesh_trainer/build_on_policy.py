@@ -15,7 +15,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.types import Int32Array, ModelDescription, Sampling
+from kdmesh.types import ModelDescription, Sampling
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer import config
 from kdmesh_trainer.fit import check_sampler, check_samples
@@ -28,6 +28,8 @@ from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, digest_pro
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sampler import Sampler
+from kdmesh_trainer.sources.sides import Prompt
+from kdmesh_trainer.sources.teacher_context import ContextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class Task:
     """What is sampled, checked against everything but the rollout servers."""
 
     source: config.OnPolicy
-    prompts: Sequence[Int32Array]
+    prompts: Sequence[Prompt]
     sampling: Sampling
     max_tokens: int  # of the longest prompt with the longest response
 
@@ -52,7 +54,7 @@ def read_task(
     source: config.OnPolicy,
     *,
     reader: Reader,
-    encoder: ChatEncoder,
+    encoder: ChatEncoder | ContextEncoder,
     tokenizer: PreTrainedTokenizerFast,
     teacher: ModelDescription,
 ) -> Task:
@@ -66,8 +68,9 @@ def read_task(
         max_tokens=cfg.data.max_tokens - drawn.max_new_tokens, too_long=source.too_long, unusable=cfg.data.unusable
     )
     prompts = load_prompts("train", reader, encoder, policy).prompts
-    longest = max(len(prompt) for prompt in prompts)
-    check_samples(prompt_tokens=longest, max_new_tokens=drawn.max_new_tokens, teacher=teacher)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    read = [prompt.token_ids if prompt.teacher_ids is None else prompt.teacher_ids for prompt in prompts]
+    check_samples(prompt_tokens=max(map(len, read)), max_new_tokens=drawn.max_new_tokens, teacher=teacher)
     sampling = Sampling(
         temperature=drawn.temperature,
         top_p=drawn.top_p,
@@ -152,7 +155,9 @@ def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mes
     )
 
 
-def _stop_token_ids(model: Path, tokenizer: PreTrainedTokenizerFast, encoder: ChatEncoder) -> tuple[int, ...]:
+def _stop_token_ids(
+    model: Path, tokenizer: PreTrainedTokenizerFast, encoder: ChatEncoder | ContextEncoder
+) -> tuple[int, ...]:
     """What ends a response: what ends an assistant turn in the data's template, and what ends the model's text."""
     ends = {encoder.end_of_turn(), tokenizer.eos_token_id, *_generation_ends(model / "generation_config.json")}
     found = tuple(sorted(end for end in ends if end is not None))

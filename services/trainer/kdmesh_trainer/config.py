@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
+from kdmesh_trainer.context_config import TeacherContextConfig, TeacherMessages
 
 
 class StudentConfig(StrictModel):
@@ -219,6 +220,16 @@ class DataConfig(StrictModel):
     chat_template: Path | None = None
     """Jinja file that replaces the tokenizer's own chat template."""
 
+    teacher_context: TeacherContextConfig | None = None
+    """What the teacher is told beyond what the student reads; then only the last assistant turn carries loss."""
+
+    @model_validator(mode="after")
+    def _context_can_be_read(self) -> DataConfig:
+        custom = any(isinstance(dataset, CustomDataset) for dataset in (self.train, self.held_out))
+        if isinstance(self.teacher_context, TeacherMessages) and custom:
+            raise ValueError("teacher_context messages needs files: a reader of your own gives no second chat")
+        return self
+
 
 class BatchConfig(StrictModel):
     """How sequences become steps and micro-batches."""
@@ -338,6 +349,12 @@ class TrainerConfig(StrictModel):
             raise ValueError(
                 f"data.max_tokens ({self.data.max_tokens}) must not exceed batch.max_tokens ({self.batch.max_tokens})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _context_is_used(self) -> TrainerConfig:
+        if self.data.teacher_context is not None and not isinstance(self.objective, Distill):
+            raise ValueError("data.teacher_context needs objective distill: nobody else learns from the teacher")
         return self
 
     @model_validator(mode="after")

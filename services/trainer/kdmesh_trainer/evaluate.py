@@ -16,6 +16,7 @@ from kdmesh_trainer.model import Student, release
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.sources.batches import MicroBatch
 from kdmesh_trainer.sources.row_queue import RowService
+from kdmesh_trainer.sources.sides import teacher_side
 from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.step import forward
 from kdmesh_trainer.tally import Tally
@@ -79,7 +80,7 @@ class HeldOutEvaluator:
         """This rank's share; the teacher is asked for each one `prefetch` places before its turn."""
         ahead: deque[MicroBatch] = deque()
         for sequences in self._shares:
-            pending = self._teacher.submit(sequences) if self._teacher is not None and sequences else None
+            pending = self._teacher.submit(teacher_side(sequences)) if self._teacher is not None and sequences else None
             ahead.append(MicroBatch(sequences=sequences, teacher=pending))
             if len(ahead) > self._prefetch:
                 yield ahead.popleft()

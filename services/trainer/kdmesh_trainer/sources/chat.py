@@ -14,14 +14,16 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Encoding, Tokenizer, processors
 
 from kdmesh.errors import ConfigError
-from kdmesh.types import Int32Array, TokenSequence
+from kdmesh.types import TokenSequence
 from kdmesh_trainer.sources.rows import Chat, Message
+from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.sources.turns import (
     EncodedText,
     Reason,
     RenderedTurn,
     Unusable,
     Vocabulary,
+    common_length,
     find_turn,
 )
 
@@ -85,7 +87,14 @@ class ChatEncoder:
         whole = iter(self._sequences([(turns[-1].text, turns) for turns in usable]))
         return [turns if isinstance(turns, Unusable) else self._choose(turns, next(whole)) for turns in rendered]
 
-    def encode_prompts(self, chats: Sequence[Chat]) -> list[Int32Array | Unusable]:
+    def encode_last_turns(self, chats: Sequence[Chat]) -> list[TokenSequence | Unusable]:
+        """For each chat the sequence that ends with its last assistant turn, which alone carries loss, or why not."""
+        rendered = [self._render_turns(chat, only_last=True) for chat in chats]
+        usable = [turns for turns in rendered if not isinstance(turns, Unusable)]
+        last = iter(self._sequences([(turn.text, [turn]) for [turn] in usable]))
+        return [turns if isinstance(turns, Unusable) else next(last) for turns in rendered]
+
+    def encode_prompts(self, chats: Sequence[Chat]) -> list[Prompt | Unusable]:
         """For each chat what a model is prompted with for the turn that comes next, or why there is nothing.
 
         An assistant turn at the end is left out: in its place a response will be sampled.
@@ -93,7 +102,15 @@ class ChatEncoder:
         texts = [self._render_prompt(chat) for chat in chats]
         rendered = [text for text in texts if isinstance(text, str)]
         encodings = iter(self._backend.encode_batch(rendered, add_special_tokens=False))
-        return [text if isinstance(text, Unusable) else _prompt_ids(next(encodings)) for text in texts]
+        return [text if isinstance(text, Unusable) else _prompt(next(encodings)) for text in texts]
+
+    def generation_prompt(self, messages: Sequence[Message]) -> str:
+        """What the template adds after `messages` to prompt a model; empty where it adds nothing."""
+        prompt = self._render(messages, is_prompt=True)
+        try:
+            return prompt[common_length(prompt, self._render(messages, is_prompt=False)) :]
+        except (TemplateError, TypeError, ValueError):
+            return ""  # a template that renders whole chats only, and prompts alike
 
     def end_of_turn(self) -> int | None:
         """The special token that ends an assistant turn; None where the template has none, or cannot be asked."""
@@ -117,11 +134,13 @@ class ChatEncoder:
             sequences.append(single)
         return sequences
 
-    def _render_turns(self, chat: Chat) -> list[RenderedTurn] | Unusable:
+    def _render_turns(self, chat: Chat, *, only_last: bool = False) -> list[RenderedTurn] | Unusable:
         """Every assistant turn as if the chat ended with it. What follows the last one trains nothing."""
         turns = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
         if not turns:
             return Unusable(reason=Reason.NO_ASSISTANT, detail=f"{len(chat.messages)} messages")
+        if only_last:
+            turns = turns[-1:]
         if turns[0] == 0:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before the first one")
         for number in turns:
@@ -140,9 +159,7 @@ class ChatEncoder:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
 
     def _render_prompt(self, chat: Chat) -> str | Unusable:
-        messages = chat.messages
-        while messages and messages[-1].role == "assistant":
-            messages = messages[:-1]
+        messages = without_answers(chat.messages)
         if not messages:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before it")
         try:
@@ -198,6 +215,13 @@ class ChatEncoder:
             )
 
 
+def without_answers(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages without the assistant's turns at their end, in whose place a response comes."""
+    while messages and messages[-1].role == "assistant":
+        messages = messages[:-1]
+    return messages
+
+
 def _template_of(tokenizer: PreTrainedTokenizerFast, template: str | None) -> str:
     try:
         found: str = tokenizer.get_chat_template(template)
@@ -236,10 +260,10 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast, backend: Tokenizer) -> Vocab
     )
 
 
-def _prompt_ids(encoding: Encoding) -> Int32Array | Unusable:
+def _prompt(encoding: Encoding) -> Prompt | Unusable:
     if not encoding.ids:
         return Unusable(reason=Reason.NO_PROMPT, detail="the template renders nothing")
-    return np.array(encoding.ids, np.int32)
+    return Prompt(token_ids=np.array(encoding.ids, np.int32))
 
 
 def _encoded(text: str, encoding: Encoding) -> EncodedText:

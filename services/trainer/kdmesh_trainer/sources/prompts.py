@@ -8,15 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, Protocol
 
 from kdmesh.errors import DataError
 from kdmesh.tokens import DIGEST_BYTES
-from kdmesh.types import Int32Array
-from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.order import step_indices
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.rows import Chat
+from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.sources.turns import Unusable
 
 log = logging.getLogger(__name__)
@@ -24,6 +23,8 @@ log = logging.getLogger(__name__)
 _CHATS_PER_CALL = 256
 # Seeds are added to, and some engines keep them in a signed word.
 _SEED_BYTES = 6
+# Stands where the next prompt's length would: no length is this.
+_TEACHERS = (2**64 - 1).to_bytes(8, "little")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +51,19 @@ class PromptReport:
 class PromptSet:
     """The prompts of a dataset, in its order."""
 
-    prompts: list[Int32Array]  # at least one
+    prompts: list[Prompt]  # at least one
     report: PromptReport
 
 
-def load_prompts(name: str, reader: Reader, encoder: ChatEncoder, policy: PromptPolicy) -> PromptSet:
+class PromptEncoder(Protocol):
+    """Turns chats into prompts."""
+
+    def encode_prompts(self, chats: Sequence[Chat]) -> list[Prompt | Unusable]:
+        """For each chat what precedes the turn that comes next, or why there is nothing."""
+        ...
+
+
+def load_prompts(name: str, reader: Reader, encoder: PromptEncoder, policy: PromptPolicy) -> PromptSet:
     """Read and encode the prompts of a dataset; what was left out is counted and logged.
 
     Args:
@@ -78,27 +87,29 @@ def load_prompts(name: str, reader: Reader, encoder: ChatEncoder, policy: Prompt
     return found
 
 
-def digest_prompts(prompts: Sequence[Int32Array]) -> bytes:
-    """16-byte BLAKE2b over the ids; each prompt is preceded by its length."""
+def digest_prompts(prompts: Sequence[Prompt]) -> bytes:
+    """16-byte BLAKE2b over the ids; each prompt, and then the teacher's where that differs, after its length."""
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for prompt in prompts:
-        state.update(len(prompt).to_bytes(8, "little"))
-        state.update(prompt.astype("<i4").tobytes())
+        state.update(len(prompt.token_ids).to_bytes(8, "little"))
+        state.update(prompt.token_ids.astype("<i4").tobytes())
+        if prompt.teacher_ids is not None:
+            state.update(_TEACHERS + len(prompt.teacher_ids).to_bytes(8, "little"))
+            state.update(prompt.teacher_ids.astype("<i4").tobytes())
     return state.digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StepPrompt:
+class StepPrompt(Prompt):
     """A prompt of one step."""
 
-    token_ids: Int32Array  # [P], P >= 1
     seed: int  # sample i of it draws from seed + i
 
 
 class PromptOrder:
     """Which prompts each step samples from, and where their draws start: a pure function of seed and step."""
 
-    def __init__(self, prompts: Sequence[Int32Array], *, per_step: int, seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, per_step: int, seed: int) -> None:
         """
         Args:
             prompts: the same on every rank; at least one.
@@ -112,7 +123,11 @@ class PromptOrder:
         """The step's prompts, over all ranks; one may come twice where the dataset is small."""
         indices = step_indices(step, number=len(self._prompts), per_step=self._per_step, seed=self._seed)
         return [
-            StepPrompt(token_ids=self._prompts[index], seed=_draw_seed(self._seed, step, place))
+            StepPrompt(
+                token_ids=self._prompts[index].token_ids,
+                teacher_ids=self._prompts[index].teacher_ids,
+                seed=_draw_seed(self._seed, step, place),
+            )
             for place, index in enumerate(indices)
         ]
 
@@ -128,11 +143,11 @@ class _Intake:
     def __init__(self, policy: PromptPolicy) -> None:
         self._policy = policy
         self._rows = 0
-        self._prompts: list[Int32Array] = []
+        self._prompts: list[Prompt] = []
         self._dropped_too_long = 0
         self._unusable: Counter[str] = Counter()
 
-    def add(self, chat: Chat, encoded: Int32Array | Unusable) -> None:
+    def add(self, chat: Chat, encoded: Prompt | Unusable) -> None:
         """Take the row's prompt if it can be taken."""
         self._rows += 1
         if isinstance(encoded, Unusable):
@@ -141,12 +156,13 @@ class _Intake:
                     f"{chat.origin}: {encoded.reason} ({encoded.detail}); `data.unusable: drop` leaves such rows out"
                 )
             self._unusable[encoded.reason.value] += 1
-        elif len(encoded) <= self._policy.max_tokens:
+        elif len(encoded.token_ids) <= self._policy.max_tokens:
             self._prompts.append(encoded)
         elif self._policy.too_long == "fail":
             raise DataError(
-                f"{chat.origin}: a prompt of {len(encoded)} tokens, and {self._policy.max_tokens} leave room for "
-                "source.sampling.max_new_tokens within data.max_tokens; `source.too_long: drop` leaves such rows out"
+                f"{chat.origin}: a prompt of {len(encoded.token_ids)} tokens, and {self._policy.max_tokens} leave room "
+                "for source.sampling.max_new_tokens within data.max_tokens; `source.too_long: drop` leaves such rows "
+                "out"
             )
         else:
             self._dropped_too_long += 1
@@ -158,6 +174,6 @@ class _Intake:
             prompts=len(self._prompts),
             dropped_too_long=self._dropped_too_long,
             unusable=dict(self._unusable),
-            tokens=sum(len(prompt) for prompt in self._prompts),
+            tokens=sum(len(prompt.token_ids) for prompt in self._prompts),
         )
         return PromptSet(prompts=self._prompts, report=report)

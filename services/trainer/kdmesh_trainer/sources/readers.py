@@ -18,11 +18,14 @@ Reader = Callable[[], Iterator[Chat]]
 _SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
-def open_dataset(config: DatasetConfig) -> Reader:
+def open_dataset(config: DatasetConfig, *, teacher_column: str | None = None) -> Reader:
     """The reader of a dataset; nothing of the data is read until it is called.
 
     The reader raises DataError at the first row it cannot use, naming file and line,
     and when there is no row at all.
+
+    Args:
+        teacher_column: of a file, holds messages for the teacher; None: no column does.
 
     Raises:
         ConfigError: a custom reader cannot be found or does not take its params.
@@ -31,7 +34,7 @@ def open_dataset(config: DatasetConfig) -> Reader:
     match config:
         case ChatFile():
             files = _files(config.path)
-            return lambda: _not_empty(_read_files(files, config.column), str(config.path))
+            return lambda: _not_empty(_read_files(files, config.column, teacher_column), str(config.path))
         case CustomDataset():
             function = resolve(config.target, config.params)
             return lambda: _not_empty(_read_custom(function, config.target), config.target)
@@ -70,17 +73,17 @@ def _read_custom(function: Callable[[], Iterable[object]], target: str) -> Itera
         yield chat_from_messages(messages, origin=f"{target}: chat {number}")
 
 
-def _read_files(files: list[Path], column: str) -> Iterator[Chat]:
+def _read_files(files: list[Path], column: str, teacher_column: str | None) -> Iterator[Chat]:
     for path in files:
-        for origin, row in _rows_of(path, column):
-            yield chat_from_row(row, column=column, origin=origin)
+        for origin, row in _rows_of(path, column, teacher_column):
+            yield chat_from_row(row, column=column, origin=origin, teacher_column=teacher_column)
 
 
-def _rows_of(path: Path, column: str) -> Iterator[tuple[str, object]]:
+def _rows_of(path: Path, column: str, teacher_column: str | None) -> Iterator[tuple[str, object]]:
     """Each row of one file after its origin."""
     try:
         if path.suffix == ".parquet":
-            yield from _parquet_rows(path, column)
+            yield from _parquet_rows(path, column, teacher_column)
             return
         # utf-8-sig: a byte order mark is not part of the first line.
         with path.open(encoding="utf-8-sig") as file:
@@ -121,14 +124,14 @@ def _parse(text: str, path: Path, *, first_line: int) -> object:
         raise DataError(f"{path}:{first_line}: not usable JSON: nested too deeply") from None
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, object]]:
+def _parquet_rows(path: Path, column: str, teacher_column: str | None) -> Iterator[tuple[str, object]]:
     import pyarrow as pa  # a tenth of a second, and most datasets are JSON
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = [name for name in names if name in (column, *CHAT_COLUMNS)]
+            wanted = [name for name in names if name in (column, teacher_column, *CHAT_COLUMNS)]
             number = 0
             if column not in names and "conversations" not in names and "instruction" not in names:
                 wanted = names  # whole rows, so that the refusal can name their columns

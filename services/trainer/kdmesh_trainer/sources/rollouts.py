@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from kdmesh.types import FinishReason, Float32Array, Int32Array, Sample, Sampling, TokenSequence
+from kdmesh_trainer.sources.sides import InContext
 from kdmesh_trainer.stats import RolloutFigures
 
 
@@ -71,18 +72,29 @@ class Rollout:
     weight_version: int  # of its first token
 
     @classmethod
-    def of(cls, prompt_ids: Int32Array, sample: Sample) -> Rollout:
-        """The sample after its prompt."""
-        num_tokens = len(prompt_ids) + sample.num_tokens
+    def of(cls, prompt_ids: Int32Array, sample: Sample, *, teacher_prompt_ids: Int32Array | None = None) -> Rollout:
+        """The sample after its prompt, and for the teacher after another one if there is one."""
+        sequence = _after(prompt_ids, sample)
+        if teacher_prompt_ids is not None:
+            sequence = InContext(
+                token_ids=sequence.token_ids,
+                positions=sequence.positions,
+                teacher=_after(teacher_prompt_ids, sample),
+            )
         return cls(
-            sequence=TokenSequence(
-                token_ids=np.concatenate([prompt_ids, sample.token_ids]),
-                positions=np.arange(len(prompt_ids) - 1, num_tokens - 1, dtype=np.int32),
-            ),
+            sequence=sequence,
             logprobs=sample.logprobs,
             is_cut_off=sample.finish_reason is FinishReason.LENGTH,
             weight_version=sample.min_weight_version,
         )
+
+
+def _after(prompt_ids: Int32Array, sample: Sample) -> TokenSequence:
+    num_tokens = len(prompt_ids) + sample.num_tokens
+    return TokenSequence(
+        token_ids=np.concatenate([prompt_ids, sample.token_ids]),
+        positions=np.arange(len(prompt_ids) - 1, num_tokens - 1, dtype=np.int32),
+    )
 
 
 def figures_of(rollouts: Sequence[Rollout], staleness: Sequence[int], *, waits_s: Sequence[float]) -> RolloutFigures:

@@ -8,13 +8,14 @@ from typing import Protocol
 
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.sources.batches import PendingRows, TeacherRows
+from kdmesh_trainer.sources.sides import teacher_side
 
 
 class RowService(Protocol):
     """Where a teacher's rows come from."""
 
     def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
-        """Ask for the rows of a group of sequences, in their order. Does not block."""
+        """Ask for the rows of a group of sequences, as the teacher reads them, in their order. Does not block."""
         ...
 
 
@@ -81,7 +82,7 @@ class _Ask:
 
     def send(self, teacher: RowService) -> None:
         """Ask the teacher. Called once."""
-        self._pending = teacher.submit(self._sequences)
+        self._pending = teacher.submit(teacher_side(self._sequences))
 
     def take(self) -> PendingRows:
         """What was asked for, which from now on belongs to the caller."""

@@ -31,10 +31,14 @@ class Chat:
 
     messages: tuple[Message, ...]  # at least one
     origin: str  # "file:line", for people
+    teacher_messages: tuple[Message, ...] = ()  # what leads up to the same response for the teacher; empty: no column
 
 
-def chat_from_row(row: object, *, column: str, origin: str) -> Chat:
+def chat_from_row(row: object, *, column: str, origin: str, teacher_column: str | None = None) -> Chat:
     """The chat in a row: OpenAI messages (or ShareGPT ones) in `column`, else ShareGPT, else Alpaca.
+
+    Args:
+        teacher_column: holds messages for the teacher; None: no column does.
 
     Raises:
         DataError: it is none of these; the message names the origin, what was found and the rule.
@@ -53,7 +57,8 @@ def chat_from_row(row: object, *, column: str, origin: str) -> Chat:
             f"{origin}: no column {column!r}, and neither `conversations` (ShareGPT) nor `instruction` with "
             f"`output` (Alpaca); columns found: {found}"
         )
-    return Chat(messages=tuple(messages), origin=origin)
+    teacher_messages = [] if teacher_column is None else _teacher_messages(row, teacher_column, origin)
+    return Chat(messages=tuple(messages), origin=origin, teacher_messages=tuple(teacher_messages))
 
 
 def chat_from_messages(value: object, *, origin: str) -> Chat:
@@ -63,6 +68,12 @@ def chat_from_messages(value: object, *, origin: str) -> Chat:
         DataError: as chat_from_row.
     """
     return Chat(messages=tuple(_messages(value, origin)), origin=origin)
+
+
+def _teacher_messages(row: Mapping[Any, Any], column: str, origin: str) -> list[Message]:
+    if row.get(column) is None:
+        raise DataError(f"{origin}: no column {column!r}, which data.teacher_context names")
+    return _messages(row[column], f"{origin}: {column}")
 
 
 def _messages(value: object, origin: str) -> list[Message]:

@@ -119,7 +119,10 @@ class Sampler:
 
     def _rollouts(self, prompts: Sequence[StepPrompt], share: Share, rank: int) -> list[Rollout]:
         each = [prompt for prompt in prompts for _ in range(self._samples_per_prompt)]
-        rollouts = [Rollout.of(prompt.token_ids, sample) for prompt, sample in zip(each, _samples(share), strict=True)]
+        rollouts = [
+            Rollout.of(prompt.token_ids, sample, teacher_prompt_ids=prompt.teacher_ids)
+            for prompt, sample in zip(each, _samples(share), strict=True)
+        ]
         if digest([rollout.sequence for rollout in rollouts]) != share.digest:
             raise EngineFailure(
                 f"the tokens that rank {rank} sampled are not those that rank {self._rank} has from it; "

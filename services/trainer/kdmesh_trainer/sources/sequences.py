@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Protocol
 
 from kdmesh.errors import DataError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.config import DataConfig
-from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.rows import Chat
+from kdmesh_trainer.sources.sides import first_rows
 from kdmesh_trainer.sources.turns import Unusable
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,18 @@ class Dataset:
     report: DataReport
 
 
+class SequenceEncoder(Protocol):
+    """Turns chats into sequences."""
+
+    def encode(self, chats: Sequence[Chat]) -> list[list[TokenSequence] | Unusable]:
+        """For each chat its sequences, or why there are none."""
+        ...
+
+
 def load_sequences(
     name: str,
     reader: Reader,
-    encoder: ChatEncoder,
+    encoder: SequenceEncoder,
     policy: DataConfig,
     *,
     max_sequences: int | None = None,
@@ -127,14 +136,12 @@ class _Intake:
                 f"{chat.origin}: {sequence.num_tokens} tokens, and data.max_tokens is {limit}; "
                 "`data.too_long: truncate` or `drop` goes on"
             )
-        kept = sequence.positions[sequence.positions <= limit - 2]
-        if self._policy.too_long == "drop" or len(kept) == 0:
+        num_kept = int((sequence.positions <= limit - 2).sum())
+        if self._policy.too_long == "drop" or num_kept == 0:
             self._dropped_too_long += 1
             return
         self._truncated += 1
-        # A copy, because a slice would keep the whole array alive.
-        cut = sequence.token_ids[: kept[-1] + 2].copy()
-        self.sequences.append(TokenSequence(token_ids=cut, positions=kept))
+        self.sequences.append(first_rows(sequence, num_kept))
 
 
 def _losses(report: DataReport) -> str:

@@ -18,6 +18,8 @@ class Reason(StrEnum):
     NOT_A_PREFIX = "the prompt is not a prefix of the rendered chat"
     RETOKENISED = "the tokens of a prompt change when its turn follows"
     CHANGED = "a later turn changes how an assistant turn is rendered"
+    OTHER_RESPONSE = "the teacher would read another response"
+    OTHER_PROMPT = "the teacher would be prompted for another turn"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,7 @@ def find_turn(encoded: EncodedText, turn: RenderedTurn, vocabulary: Vocabulary) 
     """The turn's tokens in a rendering of the same chat, which may go on after the turn."""
     text, start = encoded.text, len(turn.prompt)
     if not text.startswith(turn.prompt):
-        at = _common_length(text, turn.prompt)
+        at = common_length(text, turn.prompt)
         detail = f"the prompt goes on {turn.prompt[at : at + 40]!r}, the chat {text[at : at + 40]!r}"
         return Unusable(reason=Reason.NOT_A_PREFIX, detail=detail)
     first = bisect_right(encoded.ends, start)
@@ -98,7 +100,7 @@ def _last_token(encoded: EncodedText, turn: RenderedTurn, special: frozenset[int
     """The token that ends the turn, or -1 when it cannot be found, and whether it is a special one."""
     # Looked for after the content, which may hold special tokens of its own.
     content, start = turn.content.strip(), len(turn.prompt)
-    agreed = _common_length(encoded.text, turn.text)
+    agreed = common_length(encoded.text, turn.text)
     at = encoded.text.find(content, start, agreed)
     end_token = _end_token(encoded, start if at < 0 else at + len(content), agreed, special)
     plain_end = len(turn.text.rstrip())
@@ -130,7 +132,7 @@ def _end_token(encoded: EncodedText, lower: int, upper: int, special: frozenset[
     return found
 
 
-def _common_length(a: str, b: str) -> int:
+def common_length(a: str, b: str) -> int:
     """Length of the longest common prefix."""
     low, high = 0, min(len(a), len(b))
     while low < high:

@@ -1,0 +1,53 @@
+"""What the student reads and what the teacher reads, where that is not the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdmesh.errors import InvalidRequest
+from kdmesh.types import Int32Array, TokenSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class InContext(TokenSequence):
+    """A sequence as the student reads it, and the same response after the prompt that the teacher reads.
+
+    Row r of the one answers to row r of the other; where they are in their sequence differs.
+
+    Raises:
+        InvalidRequest: the two do not have the same loss tokens.
+    """
+
+    teacher: TokenSequence
+
+    def __post_init__(self) -> None:
+        TokenSequence.__post_init__(self)
+        if self.labels.tolist() != self.teacher.labels.tolist():
+            raise InvalidRequest(
+                f"the student's sequence has {self.num_rows} loss tokens and the teacher's {self.teacher.num_rows}; "
+                "they must be the same tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """What a response follows."""
+
+    token_ids: Int32Array  # [P], P >= 1
+    teacher_ids: Int32Array | None = None  # what it follows for the teacher; None: the same
+
+
+def teacher_side(sequences: Sequence[TokenSequence]) -> tuple[TokenSequence, ...]:
+    """The sequences as the teacher reads them."""
+    return tuple(s.teacher if isinstance(s, InContext) else s for s in sequences)
+
+
+def first_rows(sequence: TokenSequence, count: int) -> TokenSequence:
+    """The sequence cut after its first `count` loss tokens."""
+    positions = sequence.positions[:count].copy()  # copies, because a slice would keep the whole array alive
+    token_ids = sequence.token_ids[: positions[-1] + 2].copy()
+    if isinstance(sequence, InContext):
+        teacher = first_rows(sequence.teacher, count)
+        return InContext(token_ids=token_ids, positions=positions, teacher=teacher)
+    return TokenSequence(token_ids=token_ids, positions=positions)
