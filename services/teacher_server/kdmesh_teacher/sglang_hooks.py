@@ -12,7 +12,6 @@ Three functions of SGLang get a hook, by its own hook registry; none is replaced
 from __future__ import annotations
 
 import pkgutil
-import socket
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from weakref import WeakKeyDictionary
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 
-from kdmesh.sglang.messages import Hello, pack
+from kdmesh.sglang.report import report
 from kdmesh.sglang.segments import Segments
 from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_rows import RowProgress
@@ -111,12 +110,4 @@ def _report(
     parallel = get_parallel()
     # Of the ranks that compute the same rows, one writes.
     writes = parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
-    hello = Hello(
-        rank=f"tensor {parallel.tp_rank}, data {parallel.dp_rank or 0}",
-        writes=writes,
-        unhooked=[target for target, original in originals.items() if pkgutil.resolve_name(target) is original],
-    )
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.connect(socket_path)
-    sock.send(pack(hello))
-    segments.follow(sock)
+    segments.follow(report(socket_path, originals, writes=writes))

@@ -1,0 +1,31 @@
+"""How a scheduler process of SGLang tells the server that started it that it is there."""
+
+from __future__ import annotations
+
+import pkgutil
+import socket
+from collections.abc import Mapping
+
+from sglang.srt.runtime_context import get_parallel
+
+from kdmesh.sglang.messages import Hello, pack
+
+
+def report(socket_path: str, originals: Mapping[str, object], *, writes: bool) -> socket.socket:
+    """Say Hello; what the server says from then on comes through the socket returned.
+
+    Args:
+        socket_path: where the server listens.
+        originals: by dotted name, the functions of SGLang that hooks were registered for, as they were before.
+        writes: whether the server is to show this process its segments.
+    """
+    parallel = get_parallel()
+    hello = Hello(
+        rank=f"tensor {parallel.tp_rank}, data {parallel.dp_rank or 0}",
+        writes=writes,
+        unhooked=[target for target, original in originals.items() if pkgutil.resolve_name(target) is original],
+    )
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(socket_path)
+    sock.send(pack(hello))
+    return sock
