@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdmesh.errors import ConfigError, EngineFailure
+from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment, create_segment
-from kdmesh.handles.runtime_dir import runtime_dir
-from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.sglang.arguments import has_deterministic_inference, num_schedulers, server_arguments
-from kdmesh.sglang.schedulers import Schedulers
-from kdmesh.sglang.surroundings import ignore_its_signal, surroundings
-from kdmesh.sglang.versions import require_tested_version
+from kdmesh.sglang.arguments import has_deterministic_inference
+from kdmesh.sglang.runtime import SglangRuntime
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh.types import DType
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
@@ -31,18 +24,11 @@ from kdmesh_teacher.sglang_plugin import SOCKET_VARIABLE
 from kdmesh_teacher.sglang_reference import check_reference
 from kdmesh_teacher.sglang_sharing import Request, waves
 
-log = logging.getLogger(__name__)
-
-_DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
-
 _ARGUMENTS = {
     "enable_return_hidden_states": True,
     # With overlap SGLang copies every hidden state of a batch to the host before our hook sees one.
     "disable_overlap_schedule": True,
 }
-
-# They have reported before SGLang says that it is ready.
-_REPORT_S = 10.0
 
 
 class SglangEngine:
@@ -54,44 +40,17 @@ class SglangEngine:
 
     def __init__(self, config: SglangEngineConfig) -> None:
         self._config = config
+        self._runtime = SglangRuntime(config, socket_variable=SOCKET_VARIABLE, arguments=_ARGUMENTS)
         self._num_cached_tokens = 0
-        self._stack = contextlib.ExitStack()
         self._is_alone = False
-        self._engine: Any = None  # sglang.Engine
-        self._checkpoint: Checkpoint
-        self._dtype: DType
-        self._schedulers: Schedulers
-        self._loop: asyncio.AbstractEventLoop
-        self._death: asyncio.Future[str]
-        self._on_death: Callable[[str], None] = lambda reason: None
-        ignore_its_signal()
 
     def load(self) -> EngineDescription:
         """Start SGLang's processes; with node_rank above 0, stay until they end."""
-        config = self._config
-        require_tested_version()
-        self._checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
-        dtype = self._checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        if dtype not in _DTYPES:
-            raise ConfigError(f"{config.model} has weights of {dtype}; set engine.dtype to bfloat16")
-        self._dtype = _DTYPES[dtype]
-        self._is_alone = config.deterministic and not has_deterministic_inference(config)
-        directory = self._stack.enter_context(runtime_dir(None)).path
-        self._schedulers = Schedulers(directory / "schedulers.sock")
-        self._stack.callback(self._schedulers.close)
-        self._loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(self._loop)
-        self._death = self._loop.create_future()
-        variables = {SOCKET_VARIABLE: str(self._schedulers.socket_path)}
-        with surroundings(directory=str(directory), variables=variables):
-            self._start()
-        self._schedulers.wait_reports(num_schedulers(config), _REPORT_S)
-        self._schedulers.watch(self._died)
-        if config.node_rank > 0:
-            raise EngineFailure(self._loop.run_until_complete(self._death))
+        self._runtime.start()
+        self._is_alone = self._config.deterministic and not has_deterministic_inference(self._config)
         description = self._describe()
-        if config.self_probe:
-            check_reference(self, description, self._checkpoint)
+        if self._config.self_probe:
+            check_reference(self, description, self._runtime.checkpoint)
         return description
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
@@ -106,26 +65,23 @@ class SglangEngine:
 
     def head_parts(self) -> HeadParts:
         """The output head, read from the checkpoint in the dtype of the rows."""
-        head = self._checkpoint.output_head(getattr(torch, self._dtype))
+        dtype = self._runtime.dtype
+        head = self._runtime.checkpoint.output_head(getattr(torch, dtype))
         return HeadParts(
-            weight=_bytes_of(head.weight_VD),
-            bias=None if head.bias_V is None else _bytes_of(head.bias_V),
-            dtype=self._dtype,
+            weight=_bytes_of(head.weight_VD), bias=None if head.bias_V is None else _bytes_of(head.bias_V), dtype=dtype
         )
 
     def adopt(self, segment: Segment) -> None:
         """Let the schedulers that write map a segment."""
-        self._schedulers.adopt(segment)
+        self._runtime.schedulers.adopt(segment)
 
     def drop(self, segment: Segment) -> None:
         """Let them forget it."""
-        self._schedulers.drop(segment)
+        self._runtime.schedulers.drop(segment)
 
     def watch(self, on_death: Callable[[str], None]) -> None:
         """Call `on_death` when a scheduler dies, or at once when one has died."""
-        self._on_death = on_death
-        if self._death.done():
-            on_death(self._death.result())
+        self._runtime.watch(on_death)
 
     def num_cached_tokens(self) -> int:
         """As SGLang counts them."""
@@ -133,40 +89,23 @@ class SglangEngine:
 
     def close(self) -> None:
         """Kill SGLang's processes, all of which are this process's children."""
-        from sglang.srt.utils import kill_process_tree
-
-        self._stack.close()
-        if self._engine is not None:
-            self._engine.shutdown()
-        else:
-            kill_process_tree(os.getpid(), include_parent=False)
-
-    def _start(self) -> None:
-        # Not at the top: the environment must be set before.
-        from sglang.srt.entrypoints.engine import Engine
-
-        arguments = server_arguments(self._config, self._dtype)
-        try:
-            self._engine = Engine(**arguments, **_ARGUMENTS)
-        except Exception as error:
-            raise ConfigError(f"SGLang did not start: {type(error).__name__}: {error}") from error
+        self._runtime.close()
 
     def _describe(self) -> EngineDescription:
-        config, checkpoint = self._config, self._checkpoint
-        info = self._engine._scheduler_init_result.scheduler_infos[0]
+        config, checkpoint, dtype = self._config, self._runtime.checkpoint, self._runtime.dtype
         tokenizer = load_tokenizer(config.model)
         vocabulary = None if tokenizer is None else tokenizer.get_vocab()
         rows = output_head(checkpoint.skeleton).vocabulary_size  # all of them are tokens where no tokenizer says so
         tokens = rows if vocabulary is None else max(vocabulary.values()) + 1
         return EngineDescription(
             name=config.model.resolve().name,
-            model_fingerprint=checkpoint.fingerprint(self._dtype.value, config.quantization or ""),
+            model_fingerprint=checkpoint.fingerprint(dtype.value, config.quantization or ""),
             tokenizer_fingerprint="" if vocabulary is None else tokenizer_fingerprint(vocabulary),
             hidden_size=checkpoint.skeleton.config.get_text_config().hidden_size,
-            dtype=self._dtype,
+            dtype=dtype,
             head=head_spec(checkpoint.skeleton, tokens),
             weight_version=1,
-            max_sequence_tokens=min(info["max_req_input_len"] - 1, config.max_batch_tokens),
+            max_sequence_tokens=min(self._runtime.max_input_tokens - 1, config.max_batch_tokens),
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=config.deterministic,
         )
@@ -190,7 +129,7 @@ class SglangEngine:
                 Ask(
                     segment=segment,
                     offset_bytes=offset_bytes,
-                    dtype=self._dtype,
+                    dtype=self._runtime.dtype,
                     first_computed=0 if self._is_alone else int(sequence.positions[0]),
                     positions=sequence.positions,
                 ),
@@ -198,7 +137,7 @@ class SglangEngine:
             offset_bytes += sequence.num_rows * row_bytes
 
     def _compute(self, requests: Sequence[Request]) -> None:
-        answers = self._loop.run_until_complete(self._answers(requests))
+        answers = self._runtime.run(self._answers(requests))
         for index, (sequence, _) in enumerate(requests):
             answer = answers[index]
             meta = answer["meta_info"]
@@ -211,7 +150,7 @@ class SglangEngine:
             self._num_cached_tokens += meta["cached_tokens"]
 
     async def _answers(self, requests: Sequence[Request]) -> dict[int, dict[str, Any]]:
-        """What SGLang says to each request. Raises EngineFailure when it dies."""
+        """What SGLang says to each request."""
         alone, shared = waves(requests) if self._config.prefix_cache else (list(range(len(requests))), [])
         answers: dict[int, dict[str, Any]] = {}
 
@@ -224,26 +163,17 @@ class SglangEngine:
             await generate([leader])
             await generate(followers)
 
-        call = asyncio.gather(generate(alone), *(generate_shared(*wave) for wave in shared))
-        await asyncio.wait((call, self._death), return_when=asyncio.FIRST_COMPLETED)
-        if self._death.done():
-            call.cancel()
-            raise EngineFailure(self._death.result())
-        call.result()
+        await asyncio.gather(generate(alone), *(generate_shared(*wave) for wave in shared))
         return answers
 
     async def _generate(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
-        answers: list[dict[str, Any]] = await self._engine.async_generate(
+        answers: list[dict[str, Any]] = await self._runtime.engine.async_generate(
             input_ids=[sequence.token_ids.tolist() for sequence, _ in requests],
             sampling_params=[sampling | {"custom_params": ask.to_params()} for _, ask in requests],
             return_hidden_states=True,
         )
         return answers
-
-    def _died(self, reason: str) -> None:
-        self._on_death(reason)  # first: whoever then sees a call fail knows why
-        self._loop.call_soon_threadsafe(self._death.set_result, reason)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
