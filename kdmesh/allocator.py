@@ -1,4 +1,4 @@
-"""Tells the C library's allocator to keep the memory that tensors on a CPU give back."""
+"""Tells the C library's allocator what to do with the memory that tensors on a CPU give back."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, _TOP_PAD)
+
+
+def return_freed_memory() -> None:
+    """Give what this process has freed back to the kernel. Does nothing where the C library is another than glibc."""
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return
+    malloc_trim(0)

@@ -32,6 +32,16 @@ class DType(StrEnum):
         return 4 if self is DType.FLOAT32 else 2
 
 
+class SleepTag(StrEnum):
+    """What a server can give back to its device for a while; see common.proto."""
+
+    WEIGHTS = "weights"
+    KV_CACHE = "kv_cache"
+
+
+EVERY_TAG = frozenset(SleepTag)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenSequence:
     """One sequence under one tokenizer, and the positions that carry loss.

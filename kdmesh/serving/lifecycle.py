@@ -73,13 +73,22 @@ async def serve(
         stack.push_async_callback(_cancel, running)
         gate.open(parts)
         await rpc.report(is_serving=True)
+        telling = asyncio.create_task(_tell_health(gate, rpc), name="health")
+        stack.push_async_callback(_cancel, telling)
         on_ready(addresses)
         name = service.model_name(parts)
         log.info("ready", extra={"grpc": addresses.grpc, "rest": addresses.rest, "model": name})
         await _before(stop, asyncio.shield(running))
         gate.drain()
-        await rpc.report(is_serving=False)
         await _drain(service, parts)
+
+
+async def _tell_health(gate: Gate[Any], rpc: rpc_server.RpcServer) -> None:
+    """Let gRPC health checks know what the gate says, whenever that changes, until cancelled."""
+    while True:
+        gate.changed.clear()
+        await rpc.report(is_serving=gate.refusal is None)
+        await gate.changed.wait()
 
 
 @contextlib.asynccontextmanager

@@ -5,27 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Body, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from kdmesh.errors import ConfigError, Unavailable
+from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, RpcError, Unavailable
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.sleep import DRAIN_S, Sleep
+from kdmesh.types import SleepTag
 
 Json = dict[str, Any]
 
+_HTTP = {InvalidRequest: 400, Unavailable: 503, DeadlineExpired: 504}
+
 
 def build_app(title: str, gate: Gate[Any], registry: CollectorRegistry) -> FastAPI:
-    """Health and metrics. The caller adds its own routes; all of them look, and change nothing."""
+    """Health and metrics. The caller adds its own routes; what changes something is a POST."""
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
 
-    @app.exception_handler(Unavailable)
-    async def unavailable(request: Request, error: Unavailable) -> JSONResponse:
-        return JSONResponse({"reason": str(error)}, status_code=503, headers={"Retry-After": "1"})
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RpcError)
+        headers = {"Retry-After": "1"} if isinstance(error, Unavailable) else None
+        return JSONResponse({"reason": str(error)}, status_code=_HTTP[type(error)], headers=headers)
+
+    for kind in _HTTP:
+        app.add_exception_handler(kind, refused)
 
     @app.get("/healthz")
     async def healthz() -> Json:
@@ -44,6 +52,22 @@ def build_app(title: str, gate: Gate[Any], registry: CollectorRegistry) -> FastA
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def add_sleep_routes(app: FastAPI, sleep: Callable[[], Sleep]) -> None:
+    """What the rpcs Sleep and Wake do. `sleep` raises Unavailable while the model loads."""
+
+    @app.post("/v1/sleep")
+    async def fall_asleep(
+        tags: Annotated[list[SleepTag], Body()], drain_s: Annotated[float, Body(gt=0)] = DRAIN_S
+    ) -> Json:
+        """Give back what the tags name."""
+        return {"asleep": sorted(await sleep().sleep(frozenset(tags), drain_s=drain_s))}
+
+    @app.post("/v1/wake")
+    async def wake_up(tags: Annotated[list[SleepTag], Body(embed=True)]) -> Json:
+        """Take again what the tags name."""
+        return {"asleep": sorted(await sleep().wake(frozenset(tags)))}
 
 
 @contextlib.asynccontextmanager

@@ -43,6 +43,8 @@ def server_arguments(config: SglangModel, dtype: DType) -> dict[str, Any]:
         "disable_radix_cache": not config.prefix_cache,
         "enable_deterministic_inference": config.deterministic and has_deterministic_inference(config),
         "skip_tokenizer_init": True,  # ids go in, and what comes out is no text
+        "enable_memory_saver": config.sleep,
+        "enable_weights_cpu_backup": config.sleep,  # else they come back as garbage
         "log_level": "warning",
     }
 

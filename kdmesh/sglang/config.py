@@ -29,6 +29,8 @@ _DECIDED = {
     "chunked_prefill_size": "chunked_prefill_tokens",
     "disable_radix_cache": "prefix_cache",
     "enable_deterministic_inference": "deterministic",
+    "enable_memory_saver": "sleep",
+    "enable_weights_cpu_backup": "sleep",
     "enable_return_hidden_states": "",
     "return_hidden_states_mode": "",
     "skip_tokenizer_init": "",
@@ -98,6 +100,10 @@ class SglangModel(StrictModel):
     prefix_cache: bool = True
     """Keep computed prefixes, so that sequences with the same beginning compute it once."""
 
+    sleep: bool = False
+    """Be able to give the GPUs' memory back, for others that share them; needs torch-memory-saver, and as much ordinary
+    memory as the weights take."""
+
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of SGLang's ServerArgs, by the names that the installed version gives them."""
 
@@ -106,6 +112,8 @@ class SglangModel(StrictModel):
         for name in sorted(_DECIDED.keys() & self.arguments):
             instead = f"set engine.{_DECIDED[name]} instead" if _DECIDED[name] else "the server decides it"
             raise ValueError(f"arguments: {name} cannot be given; {instead}")
+        if self.sleep and self.device == "cpu":
+            raise ValueError("sleep is true, but device is cpu: SGLang can only give a GPU's memory back")
         if self.num_nodes > 1 and self.dist_init_address is None:
             raise ValueError(f"num_nodes is {self.num_nodes}, so dist_init_address must say where they meet")
         if self.node_rank >= self.num_nodes:

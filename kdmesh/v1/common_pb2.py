@@ -24,19 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kdmesh/v1/common.proto\x12\tkdmesh.v1\"5\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\"\x9e\x01\n\x06Handle\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\r\x12\x0c\n\x04\x63ols\x18\x06 \x01(\r\x12\x1f\n\x05\x64type\x18\x07 \x01(\x0e\x32\x10.kdmesh.v1.DType\x12\x12\n\nis_claimed\x18\x08 \x01(\x08\"@\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kdmesh/v1/common.proto\x12\tkdmesh.v1\"5\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\"\x9e\x01\n\x06Handle\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\r\x12\x0c\n\x04\x63ols\x18\x06 \x01(\r\x12\x1f\n\x05\x64type\x18\x07 \x01(\x0e\x32\x10.kdmesh.v1.DType\x12\x12\n\nis_claimed\x18\x08 \x01(\x08\"@\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"C\n\x0cSleepRequest\x12!\n\x04tags\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag\x12\x10\n\x08\x64rain_ms\x18\x02 \x01(\r\"4\n\rSleepResponse\x12#\n\x06\x61sleep\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag\"0\n\x0bWakeRequest\x12!\n\x04tags\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag\"3\n\x0cWakeResponse\x12#\n\x06\x61sleep\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03*T\n\x08SleepTag\x12\x19\n\x15SLEEP_TAG_UNSPECIFIED\x10\x00\x12\x15\n\x11SLEEP_TAG_WEIGHTS\x10\x01\x12\x16\n\x12SLEEP_TAG_KV_CACHE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kdmesh.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=319
-  _globals['_DTYPE']._serialized_end=407
+  _globals['_DTYPE']._serialized_start=545
+  _globals['_DTYPE']._serialized_end=633
+  _globals['_SLEEPTAG']._serialized_start=635
+  _globals['_SLEEPTAG']._serialized_end=719
   _globals['_TOKENSEQUENCE']._serialized_start=37
   _globals['_TOKENSEQUENCE']._serialized_end=90
   _globals['_HANDLE']._serialized_start=93
   _globals['_HANDLE']._serialized_end=251
   _globals['_FAILURE']._serialized_start=253
   _globals['_FAILURE']._serialized_end=317
+  _globals['_SLEEPREQUEST']._serialized_start=319
+  _globals['_SLEEPREQUEST']._serialized_end=386
+  _globals['_SLEEPRESPONSE']._serialized_start=388
+  _globals['_SLEEPRESPONSE']._serialized_end=440
+  _globals['_WAKEREQUEST']._serialized_start=442
+  _globals['_WAKEREQUEST']._serialized_end=490
+  _globals['_WAKERESPONSE']._serialized_start=492
+  _globals['_WAKERESPONSE']._serialized_end=543
 # @@protoc_insertion_point(module_scope)

@@ -53,6 +53,30 @@ DTYPE_FLOAT16: DType.ValueType  # 3
 """IEEE 754 binary16, little-endian, 2 bytes."""
 Global___DType: typing_extensions.TypeAlias = DType
 
+class _SleepTag:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SleepTagEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_SleepTag.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SLEEP_TAG_UNSPECIFIED: _SleepTag.ValueType  # 0
+    """Not set. Receivers reject it."""
+    SLEEP_TAG_WEIGHTS: _SleepTag.ValueType  # 1
+    """The model's parameters. They come back as they were, to the last bit."""
+    SLEEP_TAG_KV_CACHE: _SleepTag.ValueType  # 2
+    """Keys and values of computed tokens, and scratch. They come back empty."""
+
+class SleepTag(_SleepTag, metaclass=_SleepTagEnumTypeWrapper):
+    """What a server can give back to its device for a while."""
+
+SLEEP_TAG_UNSPECIFIED: SleepTag.ValueType  # 0
+"""Not set. Receivers reject it."""
+SLEEP_TAG_WEIGHTS: SleepTag.ValueType  # 1
+"""The model's parameters. They come back as they were, to the last bit."""
+SLEEP_TAG_KV_CACHE: SleepTag.ValueType  # 2
+"""Keys and values of computed tokens, and scratch. They come back empty."""
+Global___SleepTag: typing_extensions.TypeAlias = SleepTag
+
 @typing.final
 class TokenSequence(google.protobuf.message.Message):
     """One sequence of tokens, and the positions whose hidden states are wanted."""
@@ -166,3 +190,87 @@ class Failure(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["code", b"code", "message", b"message", "retry_after_ms", b"retry_after_ms"]) -> None: ...
 
 Global___Failure: typing_extensions.TypeAlias = Failure
+
+@typing.final
+class SleepRequest(google.protobuf.message.Message):
+    """What to give back."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TAGS_FIELD_NUMBER: builtins.int
+    DRAIN_MS_FIELD_NUMBER: builtins.int
+    drain_ms: builtins.int
+    """Longest time for what is being computed to finish; 0 leaves it to the server."""
+    @property
+    def tags(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___SleepTag.ValueType]:
+        """At least one; those that are given back already stay so."""
+
+    def __init__(
+        self,
+        *,
+        tags: collections.abc.Iterable[Global___SleepTag.ValueType] | None = ...,
+        drain_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drain_ms", b"drain_ms", "tags", b"tags"]) -> None: ...
+
+Global___SleepRequest: typing_extensions.TypeAlias = SleepRequest
+
+@typing.final
+class SleepResponse(google.protobuf.message.Message):
+    """The server sleeps."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ASLEEP_FIELD_NUMBER: builtins.int
+    @property
+    def asleep(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___SleepTag.ValueType]:
+        """Everything that is given back now."""
+
+    def __init__(
+        self,
+        *,
+        asleep: collections.abc.Iterable[Global___SleepTag.ValueType] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asleep", b"asleep"]) -> None: ...
+
+Global___SleepResponse: typing_extensions.TypeAlias = SleepResponse
+
+@typing.final
+class WakeRequest(google.protobuf.message.Message):
+    """What to take again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TAGS_FIELD_NUMBER: builtins.int
+    @property
+    def tags(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___SleepTag.ValueType]:
+        """At least one; those that are not given back stay so."""
+
+    def __init__(
+        self,
+        *,
+        tags: collections.abc.Iterable[Global___SleepTag.ValueType] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tags", b"tags"]) -> None: ...
+
+Global___WakeRequest: typing_extensions.TypeAlias = WakeRequest
+
+@typing.final
+class WakeResponse(google.protobuf.message.Message):
+    """The server has what it was told to take."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ASLEEP_FIELD_NUMBER: builtins.int
+    @property
+    def asleep(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___SleepTag.ValueType]:
+        """What is still given back; the server works again when this is empty."""
+
+    def __init__(
+        self,
+        *,
+        asleep: collections.abc.Iterable[Global___SleepTag.ValueType] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asleep", b"asleep"]) -> None: ...
+
+Global___WakeResponse: typing_extensions.TypeAlias = WakeResponse

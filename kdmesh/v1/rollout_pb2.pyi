@@ -6,7 +6,8 @@ The rollout service: samples from a student whose weights a trainer replaces as 
 A client sends prompts on one Generate stream and gets every sample as it finishes; a trainer
 sends new weights on an UpdateWeights stream, of which there is at most one at a time.
 
-Deadlines: unary rpcs answer within seconds; set 10 s. The streams have no rpc deadline;
+Deadlines: unary rpcs answer within seconds; set 10 s. Sleep and Wake move as much as the device
+holds; set minutes. The streams have no rpc deadline;
 each GenerateRequest carries its own.
 A client may name its job in the metadata kdmesh-job of a Generate stream: for metrics, and
 nothing depends on it.

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from kdmesh.v1 import common_pb2 as kdmesh_dot_v1_dot_common__pb2
 from kdmesh.v1 import rollout_pb2 as kdmesh_dot_v1_dot_rollout__pb2
 from kdmesh.v1 import weights_pb2 as kdmesh_dot_v1_dot_weights__pb2
 
@@ -51,6 +52,16 @@ class RolloutStub(object):
                 request_serializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.SerializeToString,
                 response_deserializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsReply.FromString,
                 _registered_method=True)
+        self.Sleep = channel.unary_unary(
+                '/kdmesh.v1.Rollout/Sleep',
+                request_serializer=kdmesh_dot_v1_dot_common__pb2.SleepRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_common__pb2.SleepResponse.FromString,
+                _registered_method=True)
+        self.Wake = channel.unary_unary(
+                '/kdmesh.v1.Rollout/Wake',
+                request_serializer=kdmesh_dot_v1_dot_common__pb2.WakeRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_common__pb2.WakeResponse.FromString,
+                _registered_method=True)
 
 
 class RolloutServicer(object):
@@ -84,7 +95,7 @@ class RolloutServicer(object):
         no room for a token
         FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights served
         are older than min_weight_version
-        UNAVAILABLE         the queue is full, or an update of the weights
+        UNAVAILABLE         the queue is full, the server sleeps, or an update of the weights
         aborted it; ask again after retry_after_ms
         DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
         INTERNAL            the engine failed on it
@@ -110,7 +121,37 @@ class RolloutServicer(object):
         FAILED_PRECONDITION begin.model_fingerprint differs from the loaded model's, or begin.version is
         not newer than the version served
         NOT_FOUND           a bucket's handle has ended
-        UNAVAILABLE         another update is under way
+        UNAVAILABLE         another update is under way, or the weights sleep
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sleep(self, request, context):
+        """Sleep gives memory of the device back, for somebody else to use. It is for whoever decides who has the device.
+
+        New work is refused at once, what waits for the engine fails with UNAVAILABLE, and samples being drawn and an
+        update being received are finished first. Until everything is taken again every request of Generate, and every
+        UpdateWeights unless only KV_CACHE is given back, ends with UNAVAILABLE and the reason; all else goes on.
+        Cost: the copy of what is given back to ordinary memory or to a file. Idempotent.
+
+        Errors:
+        INVALID_ARGUMENT  no tag, an unknown one, or an engine that cannot sleep
+        UNAVAILABLE       there is nowhere to put the weights; nothing has changed
+        DEADLINE_EXCEEDED what was being computed did not finish within drain_ms; the server works as before
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Wake(self, request, context):
+        """Wake takes memory of the device again.
+
+        Cost: the copy back. Idempotent: waking a server that is awake succeeds.
+
+        Errors:
+        INVALID_ARGUMENT no tag, or an unknown one
+        UNAVAILABLE      the memory is not to be had; it sleeps on
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,6 +174,16 @@ def add_RolloutServicer_to_server(servicer, server):
                     servicer.UpdateWeights,
                     request_deserializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.FromString,
                     response_serializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsReply.SerializeToString,
+            ),
+            'Sleep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sleep,
+                    request_deserializer=kdmesh_dot_v1_dot_common__pb2.SleepRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_common__pb2.SleepResponse.SerializeToString,
+            ),
+            'Wake': grpc.unary_unary_rpc_method_handler(
+                    servicer.Wake,
+                    request_deserializer=kdmesh_dot_v1_dot_common__pb2.WakeRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_common__pb2.WakeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -217,6 +268,60 @@ class Rollout(object):
             '/kdmesh.v1.Rollout/UpdateWeights',
             kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.SerializeToString,
             kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sleep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kdmesh.v1.Rollout/Sleep',
+            kdmesh_dot_v1_dot_common__pb2.SleepRequest.SerializeToString,
+            kdmesh_dot_v1_dot_common__pb2.SleepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Wake(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kdmesh.v1.Rollout/Wake',
+            kdmesh_dot_v1_dot_common__pb2.WakeRequest.SerializeToString,
+            kdmesh_dot_v1_dot_common__pb2.WakeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,7 +6,8 @@ The rollout service: samples from a student whose weights a trainer replaces as 
 A client sends prompts on one Generate stream and gets every sample as it finishes; a trainer
 sends new weights on an UpdateWeights stream, of which there is at most one at a time.
 
-Deadlines: unary rpcs answer within seconds; set 10 s. The streams have no rpc deadline;
+Deadlines: unary rpcs answer within seconds; set 10 s. Sleep and Wake move as much as the device
+holds; set minutes. The streams have no rpc deadline;
 each GenerateRequest carries its own.
 A client may name its job in the metadata kdmesh-job of a Generate stream: for metrics, and
 nothing depends on it.
@@ -22,6 +23,7 @@ import abc
 import collections.abc
 import grpc
 import grpc.aio
+import kdmesh.v1.common_pb2
 import kdmesh.v1.rollout_pb2
 import kdmesh.v1.weights_pb2
 import sys
@@ -89,7 +91,39 @@ _RolloutUpdateWeightsType = typing_extensions.TypeVar(
     ],
 )
 
-class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _RolloutUpdateWeightsType]):
+_RolloutSleepType = typing_extensions.TypeVar(
+    '_RolloutSleepType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.SleepRequest,
+        kdmesh.v1.common_pb2.SleepResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.SleepRequest,
+        kdmesh.v1.common_pb2.SleepResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.SleepRequest,
+        kdmesh.v1.common_pb2.SleepResponse,
+    ],
+)
+
+_RolloutWakeType = typing_extensions.TypeVar(
+    '_RolloutWakeType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.WakeRequest,
+        kdmesh.v1.common_pb2.WakeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.WakeRequest,
+        kdmesh.v1.common_pb2.WakeResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.WakeRequest,
+        kdmesh.v1.common_pb2.WakeResponse,
+    ],
+)
+
+class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _RolloutUpdateWeightsType, _RolloutSleepType, _RolloutWakeType]):
     """Samples from one model whose weights change."""
 
     @typing.overload
@@ -106,6 +140,14 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
             kdmesh.v1.weights_pb2.UpdateWeightsRequest,
             kdmesh.v1.weights_pb2.UpdateWeightsReply,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.SleepRequest,
+            kdmesh.v1.common_pb2.SleepResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.WakeRequest,
+            kdmesh.v1.common_pb2.WakeResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -121,6 +163,14 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
         grpc.aio.StreamStreamMultiCallable[
             kdmesh.v1.weights_pb2.UpdateWeightsRequest,
             kdmesh.v1.weights_pb2.UpdateWeightsReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.SleepRequest,
+            kdmesh.v1.common_pb2.SleepResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.WakeRequest,
+            kdmesh.v1.common_pb2.WakeResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -148,7 +198,7 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
                           no room for a token
       FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights served
                           are older than min_weight_version
-      UNAVAILABLE         the queue is full, or an update of the weights
+      UNAVAILABLE         the queue is full, the server sleeps, or an update of the weights
                           aborted it; ask again after retry_after_ms
       DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
       INTERNAL            the engine failed on it
@@ -171,7 +221,31 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
       FAILED_PRECONDITION begin.model_fingerprint differs from the loaded model's, or begin.version is
                           not newer than the version served
       NOT_FOUND           a bucket's handle has ended
-      UNAVAILABLE         another update is under way
+      UNAVAILABLE         another update is under way, or the weights sleep
+    """
+
+    Sleep: _RolloutSleepType
+    """Sleep gives memory of the device back, for somebody else to use. It is for whoever decides who has the device.
+
+    New work is refused at once, what waits for the engine fails with UNAVAILABLE, and samples being drawn and an
+    update being received are finished first. Until everything is taken again every request of Generate, and every
+    UpdateWeights unless only KV_CACHE is given back, ends with UNAVAILABLE and the reason; all else goes on.
+    Cost: the copy of what is given back to ordinary memory or to a file. Idempotent.
+
+    Errors:
+      INVALID_ARGUMENT  no tag, an unknown one, or an engine that cannot sleep
+      UNAVAILABLE       there is nowhere to put the weights; nothing has changed
+      DEADLINE_EXCEEDED what was being computed did not finish within drain_ms; the server works as before
+    """
+
+    Wake: _RolloutWakeType
+    """Wake takes memory of the device again.
+
+    Cost: the copy back. Idempotent: waking a server that is awake succeeds.
+
+    Errors:
+      INVALID_ARGUMENT no tag, or an unknown one
+      UNAVAILABLE      the memory is not to be had; it sleeps on
     """
 
 RolloutAsyncStub: typing_extensions.TypeAlias = RolloutStub[
@@ -186,6 +260,14 @@ RolloutAsyncStub: typing_extensions.TypeAlias = RolloutStub[
     grpc.aio.StreamStreamMultiCallable[
         kdmesh.v1.weights_pb2.UpdateWeightsRequest,
         kdmesh.v1.weights_pb2.UpdateWeightsReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.SleepRequest,
+        kdmesh.v1.common_pb2.SleepResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.WakeRequest,
+        kdmesh.v1.common_pb2.WakeResponse,
     ],
 ]
 
@@ -226,7 +308,7 @@ class RolloutServicer(metaclass=abc.ABCMeta):
                               no room for a token
           FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights served
                               are older than min_weight_version
-          UNAVAILABLE         the queue is full, or an update of the weights
+          UNAVAILABLE         the queue is full, the server sleeps, or an update of the weights
                               aborted it; ask again after retry_after_ms
           DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
           INTERNAL            the engine failed on it
@@ -254,7 +336,41 @@ class RolloutServicer(metaclass=abc.ABCMeta):
           FAILED_PRECONDITION begin.model_fingerprint differs from the loaded model's, or begin.version is
                               not newer than the version served
           NOT_FOUND           a bucket's handle has ended
-          UNAVAILABLE         another update is under way
+          UNAVAILABLE         another update is under way, or the weights sleep
+        """
+
+    @abc.abstractmethod
+    def Sleep(
+        self,
+        request: kdmesh.v1.common_pb2.SleepRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kdmesh.v1.common_pb2.SleepResponse, collections.abc.Awaitable[kdmesh.v1.common_pb2.SleepResponse]]:
+        """Sleep gives memory of the device back, for somebody else to use. It is for whoever decides who has the device.
+
+        New work is refused at once, what waits for the engine fails with UNAVAILABLE, and samples being drawn and an
+        update being received are finished first. Until everything is taken again every request of Generate, and every
+        UpdateWeights unless only KV_CACHE is given back, ends with UNAVAILABLE and the reason; all else goes on.
+        Cost: the copy of what is given back to ordinary memory or to a file. Idempotent.
+
+        Errors:
+          INVALID_ARGUMENT  no tag, an unknown one, or an engine that cannot sleep
+          UNAVAILABLE       there is nowhere to put the weights; nothing has changed
+          DEADLINE_EXCEEDED what was being computed did not finish within drain_ms; the server works as before
+        """
+
+    @abc.abstractmethod
+    def Wake(
+        self,
+        request: kdmesh.v1.common_pb2.WakeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kdmesh.v1.common_pb2.WakeResponse, collections.abc.Awaitable[kdmesh.v1.common_pb2.WakeResponse]]:
+        """Wake takes memory of the device again.
+
+        Cost: the copy back. Idempotent: waking a server that is awake succeeds.
+
+        Errors:
+          INVALID_ARGUMENT no tag, or an unknown one
+          UNAVAILABLE      the memory is not to be had; it sleeps on
         """
 
 def add_RolloutServicer_to_server(servicer: RolloutServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -5,10 +5,11 @@ The teacher service: hidden states of a frozen model, as handles.
 
 A client opens a session, asks on one Prefill stream, reads rows through shared
 memory (same node) or ReadHandle (anywhere), releases them, and keeps the session
-alive. Every rpc but Describe and OpenSession carries the session's token.
+alive. Every rpc but Describe, OpenSession, Sleep and Wake carries the session's token.
 
-Deadlines: every unary rpc answers within seconds; set 10 s. Prefill has no rpc
-deadline; each of its requests carries its own.
+Deadlines: every unary rpc answers within seconds; set 10 s. Sleep and Wake move as
+much as the device holds; set minutes. Prefill has no rpc deadline; each of its
+requests carries its own.
 Retry: only UNAVAILABLE is worth retrying, with backoff, at this or another
 replica. How long to wait is in the trailing metadata kdmesh-retry-after-ms.
 INTERNAL means that the server will restart.

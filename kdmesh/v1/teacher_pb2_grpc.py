@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from kdmesh.v1 import common_pb2 as kdmesh_dot_v1_dot_common__pb2
 from kdmesh.v1 import teacher_pb2 as kdmesh_dot_v1_dot_teacher__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
@@ -75,6 +76,16 @@ class TeacherStub(object):
                 request_serializer=kdmesh_dot_v1_dot_teacher__pb2.ReadHandleRequest.SerializeToString,
                 response_deserializer=kdmesh_dot_v1_dot_teacher__pb2.ReadHandleChunk.FromString,
                 _registered_method=True)
+        self.Sleep = channel.unary_unary(
+                '/kdmesh.v1.Teacher/Sleep',
+                request_serializer=kdmesh_dot_v1_dot_common__pb2.SleepRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_common__pb2.SleepResponse.FromString,
+                _registered_method=True)
+        self.Wake = channel.unary_unary(
+                '/kdmesh.v1.Teacher/Wake',
+                request_serializer=kdmesh_dot_v1_dot_common__pb2.WakeRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_common__pb2.WakeResponse.FromString,
+                _registered_method=True)
 
 
 class TeacherServicer(object):
@@ -142,8 +153,8 @@ class TeacherServicer(object):
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
         INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
         FAILED_PRECONDITION model_fingerprint differs from the loaded model
-        UNAVAILABLE         the queue is full, or no slot came free within the bounded
-        wait; ask again after retry_after_ms
+        UNAVAILABLE         the queue is full, no slot came free within the bounded
+        wait, or the server sleeps; ask again after retry_after_ms
         DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
         INTERNAL            the engine failed on this batch
         The stream itself ends with:
@@ -193,6 +204,37 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Sleep(self, request, context):
+        """Sleep gives memory of the device back, for somebody else to use. It is for whoever decides who has the device:
+        no session has a say.
+
+        New work is refused at once, what waits for the engine fails with UNAVAILABLE, and what is being computed is
+        finished first. Until everything is taken again every request of Prefill ends with UNAVAILABLE and the reason.
+        All else goes on: sessions and handles live, rows that were answered can be read.
+        Cost: the copy of what is given back to ordinary memory or to a file. Idempotent.
+
+        Errors:
+        INVALID_ARGUMENT  no tag, an unknown one, or an engine that cannot sleep
+        UNAVAILABLE       there is nowhere to put the weights; nothing has changed
+        DEADLINE_EXCEEDED what was being computed did not finish within drain_ms; the server works as before
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Wake(self, request, context):
+        """Wake takes memory of the device again.
+
+        Cost: the copy back. Idempotent: waking a server that is awake succeeds.
+
+        Errors:
+        INVALID_ARGUMENT no tag, or an unknown one
+        UNAVAILABLE      the memory is not to be had; it sleeps on
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -235,6 +277,16 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.ReadHandle,
                     request_deserializer=kdmesh_dot_v1_dot_teacher__pb2.ReadHandleRequest.FromString,
                     response_serializer=kdmesh_dot_v1_dot_teacher__pb2.ReadHandleChunk.SerializeToString,
+            ),
+            'Sleep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sleep,
+                    request_deserializer=kdmesh_dot_v1_dot_common__pb2.SleepRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_common__pb2.SleepResponse.SerializeToString,
+            ),
+            'Wake': grpc.unary_unary_rpc_method_handler(
+                    servicer.Wake,
+                    request_deserializer=kdmesh_dot_v1_dot_common__pb2.WakeRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_common__pb2.WakeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -454,6 +506,60 @@ class Teacher(object):
             '/kdmesh.v1.Teacher/ReadHandle',
             kdmesh_dot_v1_dot_teacher__pb2.ReadHandleRequest.SerializeToString,
             kdmesh_dot_v1_dot_teacher__pb2.ReadHandleChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sleep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kdmesh.v1.Teacher/Sleep',
+            kdmesh_dot_v1_dot_common__pb2.SleepRequest.SerializeToString,
+            kdmesh_dot_v1_dot_common__pb2.SleepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Wake(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kdmesh.v1.Teacher/Wake',
+            kdmesh_dot_v1_dot_common__pb2.WakeRequest.SerializeToString,
+            kdmesh_dot_v1_dot_common__pb2.WakeResponse.FromString,
             options,
             channel_credentials,
             insecure,

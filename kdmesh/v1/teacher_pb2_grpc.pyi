@@ -5,10 +5,11 @@ The teacher service: hidden states of a frozen model, as handles.
 
 A client opens a session, asks on one Prefill stream, reads rows through shared
 memory (same node) or ReadHandle (anywhere), releases them, and keeps the session
-alive. Every rpc but Describe and OpenSession carries the session's token.
+alive. Every rpc but Describe, OpenSession, Sleep and Wake carries the session's token.
 
-Deadlines: every unary rpc answers within seconds; set 10 s. Prefill has no rpc
-deadline; each of its requests carries its own.
+Deadlines: every unary rpc answers within seconds; set 10 s. Sleep and Wake move as
+much as the device holds; set minutes. Prefill has no rpc deadline; each of its
+requests carries its own.
 Retry: only UNAVAILABLE is worth retrying, with backoff, at this or another
 replica. How long to wait is in the trailing metadata kdmesh-retry-after-ms.
 INTERNAL means that the server will restart.
@@ -21,6 +22,7 @@ import abc
 import collections.abc
 import grpc
 import grpc.aio
+import kdmesh.v1.common_pb2
 import kdmesh.v1.teacher_pb2
 import sys
 import typing
@@ -167,7 +169,39 @@ _TeacherReadHandleType = typing_extensions.TypeVar(
     ],
 )
 
-class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType]):
+_TeacherSleepType = typing_extensions.TypeVar(
+    '_TeacherSleepType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.SleepRequest,
+        kdmesh.v1.common_pb2.SleepResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.SleepRequest,
+        kdmesh.v1.common_pb2.SleepResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.SleepRequest,
+        kdmesh.v1.common_pb2.SleepResponse,
+    ],
+)
+
+_TeacherWakeType = typing_extensions.TypeVar(
+    '_TeacherWakeType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.WakeRequest,
+        kdmesh.v1.common_pb2.WakeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.WakeRequest,
+        kdmesh.v1.common_pb2.WakeResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.WakeRequest,
+        kdmesh.v1.common_pb2.WakeResponse,
+    ],
+)
+
+class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType, _TeacherSleepType, _TeacherWakeType]):
     """Hidden states of one frozen model for any number of clients."""
 
     @typing.overload
@@ -204,6 +238,14 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
             kdmesh.v1.teacher_pb2.ReadHandleRequest,
             kdmesh.v1.teacher_pb2.ReadHandleChunk,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.SleepRequest,
+            kdmesh.v1.common_pb2.SleepResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.WakeRequest,
+            kdmesh.v1.common_pb2.WakeResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -239,6 +281,14 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
         grpc.aio.UnaryStreamMultiCallable[
             kdmesh.v1.teacher_pb2.ReadHandleRequest,
             kdmesh.v1.teacher_pb2.ReadHandleChunk,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.SleepRequest,
+            kdmesh.v1.common_pb2.SleepResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.WakeRequest,
+            kdmesh.v1.common_pb2.WakeResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -291,8 +341,8 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     A failed request is a Failure in its reply, and the stream goes on. Its codes:
       INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
       FAILED_PRECONDITION model_fingerprint differs from the loaded model
-      UNAVAILABLE         the queue is full, or no slot came free within the bounded
-                          wait; ask again after retry_after_ms
+      UNAVAILABLE         the queue is full, no slot came free within the bounded
+                          wait, or the server sleeps; ask again after retry_after_ms
       DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
       INTERNAL            the engine failed on this batch
     The stream itself ends with:
@@ -330,6 +380,31 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
       NOT_FOUND        released, its lease ended, or never this session's
     """
 
+    Sleep: _TeacherSleepType
+    """Sleep gives memory of the device back, for somebody else to use. It is for whoever decides who has the device:
+    no session has a say.
+
+    New work is refused at once, what waits for the engine fails with UNAVAILABLE, and what is being computed is
+    finished first. Until everything is taken again every request of Prefill ends with UNAVAILABLE and the reason.
+    All else goes on: sessions and handles live, rows that were answered can be read.
+    Cost: the copy of what is given back to ordinary memory or to a file. Idempotent.
+
+    Errors:
+      INVALID_ARGUMENT  no tag, an unknown one, or an engine that cannot sleep
+      UNAVAILABLE       there is nowhere to put the weights; nothing has changed
+      DEADLINE_EXCEEDED what was being computed did not finish within drain_ms; the server works as before
+    """
+
+    Wake: _TeacherWakeType
+    """Wake takes memory of the device again.
+
+    Cost: the copy back. Idempotent: waking a server that is awake succeeds.
+
+    Errors:
+      INVALID_ARGUMENT no tag, or an unknown one
+      UNAVAILABLE      the memory is not to be had; it sleeps on
+    """
+
 TeacherAsyncStub: typing_extensions.TypeAlias = TeacherStub[
     grpc.aio.UnaryUnaryMultiCallable[
         kdmesh.v1.teacher_pb2.DescribeRequest,
@@ -362,6 +437,14 @@ TeacherAsyncStub: typing_extensions.TypeAlias = TeacherStub[
     grpc.aio.UnaryStreamMultiCallable[
         kdmesh.v1.teacher_pb2.ReadHandleRequest,
         kdmesh.v1.teacher_pb2.ReadHandleChunk,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.SleepRequest,
+        kdmesh.v1.common_pb2.SleepResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.WakeRequest,
+        kdmesh.v1.common_pb2.WakeResponse,
     ],
 ]
 
@@ -442,8 +525,8 @@ class TeacherServicer(metaclass=abc.ABCMeta):
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
           INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
           FAILED_PRECONDITION model_fingerprint differs from the loaded model
-          UNAVAILABLE         the queue is full, or no slot came free within the bounded
-                              wait; ask again after retry_after_ms
+          UNAVAILABLE         the queue is full, no slot came free within the bounded
+                              wait, or the server sleeps; ask again after retry_after_ms
           DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
           INTERNAL            the engine failed on this batch
         The stream itself ends with:
@@ -494,6 +577,41 @@ class TeacherServicer(metaclass=abc.ABCMeta):
         Errors:
           INVALID_ARGUMENT the handle's shape or dtype differs from what was answered
           NOT_FOUND        released, its lease ended, or never this session's
+        """
+
+    @abc.abstractmethod
+    def Sleep(
+        self,
+        request: kdmesh.v1.common_pb2.SleepRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kdmesh.v1.common_pb2.SleepResponse, collections.abc.Awaitable[kdmesh.v1.common_pb2.SleepResponse]]:
+        """Sleep gives memory of the device back, for somebody else to use. It is for whoever decides who has the device:
+        no session has a say.
+
+        New work is refused at once, what waits for the engine fails with UNAVAILABLE, and what is being computed is
+        finished first. Until everything is taken again every request of Prefill ends with UNAVAILABLE and the reason.
+        All else goes on: sessions and handles live, rows that were answered can be read.
+        Cost: the copy of what is given back to ordinary memory or to a file. Idempotent.
+
+        Errors:
+          INVALID_ARGUMENT  no tag, an unknown one, or an engine that cannot sleep
+          UNAVAILABLE       there is nowhere to put the weights; nothing has changed
+          DEADLINE_EXCEEDED what was being computed did not finish within drain_ms; the server works as before
+        """
+
+    @abc.abstractmethod
+    def Wake(
+        self,
+        request: kdmesh.v1.common_pb2.WakeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kdmesh.v1.common_pb2.WakeResponse, collections.abc.Awaitable[kdmesh.v1.common_pb2.WakeResponse]]:
+        """Wake takes memory of the device again.
+
+        Cost: the copy back. Idempotent: waking a server that is awake succeeds.
+
+        Errors:
+          INVALID_ARGUMENT no tag, or an unknown one
+          UNAVAILABLE      the memory is not to be had; it sleeps on
         """
 
 def add_TeacherServicer_to_server(servicer: TeacherServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

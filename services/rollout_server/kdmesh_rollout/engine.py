@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, Int32Array, Sample, Sampling
 from kdmesh.weights.target import WeightTarget
 
@@ -41,7 +42,7 @@ class Finished:
     sample: Sample
 
 
-class Engine(WeightTarget, Protocol):
+class Engine(WeightTarget, Sleeper, Protocol):
     """A model that is sampled from. Blocking, and called from one thread only, but for what WeightTarget says.
 
     Weights have version 0 at the start. `commit` comes between two steps; what is under way then goes on with the

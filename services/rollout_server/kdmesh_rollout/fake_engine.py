@@ -6,11 +6,11 @@ import hashlib
 import secrets
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
-from kdmesh.types import DType, Int32Array
+from kdmesh.types import DType, Int32Array, SleepTag
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh.weights.staging import StagedTensors
 from kdmesh_rollout.config import FakeEngine as FakeEngineConfig
@@ -120,6 +120,17 @@ class FakeEngine:
     def discard(self) -> None:
         """Forget the new ones."""
         self._staged = None
+
+    @property
+    def sleep_refusal(self) -> str:
+        """It can sleep."""
+        return ""
+
+    def sleep(self, tags: Set[SleepTag]) -> None:
+        """It holds nothing to give back."""
+
+    def wake(self, tags: Set[SleepTag]) -> None:
+        """Nothing to take."""
 
 
 def token_at(prompt_ids: Int32Array, seed: int, place: int, *, salt: int, vocabulary_size: int) -> tuple[int, float]:

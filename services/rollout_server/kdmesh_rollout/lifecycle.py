@@ -44,10 +44,11 @@ async def serve(
     gate, metrics = Gate[Parts](), Metrics()
     servicer = Servicer(gate, metrics, max_request_s=config.queue.max_request_s)
     app = rest.build_app("kdmesh rollout", gate, metrics.registry)
+    rest.add_sleep_routes(app, lambda: gate.parts().sleep)
     add_routes(app, gate)
 
     async def begin(stack: AsyncExitStack, port: int) -> Parts:
-        return await start(config, engine, thread, metrics=metrics, stack=stack)
+        return await start(config, engine, thread, metrics=metrics, gate=gate, stack=stack)
 
     async def drain(parts: Parts) -> None:
         await servicer.outstanding.wait_none()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kdmesh.rpc.weight_updates import WeightUpdates
+from kdmesh.serving.outstanding import Outstanding
+from kdmesh.serving.sleep import Sleep
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout.scheduler import Scheduler
 
@@ -16,6 +18,8 @@ class Parts:
     model_at_start: RolloutDescription
     scheduler: Scheduler
     updates: WeightUpdates
+    updating: Outstanding  # updates that are being received
+    sleep: Sleep
 
     @property
     def model(self) -> RolloutDescription:

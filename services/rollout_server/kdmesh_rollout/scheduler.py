@@ -59,6 +59,7 @@ class Scheduler:
         self._unwanted: list[int] = []  # keys that the engine has still to forget
         self._update: _Update | None = None
         self._wake = asyncio.Event()
+        self._settled = asyncio.Event()
 
     @property
     def queue(self) -> FairQueue[Work]:
@@ -123,7 +124,20 @@ class Scheduler:
             if orders or self._running or self._unwanted:
                 await self._advance(orders)
             else:
+                self._settled.set()
                 await self._wake.wait()
+
+    def refuse_waiting(self, error: RpcError) -> None:
+        """Fail samples that have not begun."""
+        for work in self._queue.everything():
+            self._queue.remove(work)
+            work.answers.fail(error)
+
+    async def wait_idle(self) -> None:
+        """Return when nothing is drawn, and the engine has forgotten what nobody wants."""
+        self._settled.clear()
+        self._wake.set()
+        await self._settled.wait()
 
     # Waiting
 
@@ -228,9 +242,7 @@ class Scheduler:
             raise EngineFailure("the engine is broken: it fails on the fixed prompt too") from failure
 
     def _give_up(self, error: RpcError) -> None:
-        for work in self._queue.everything():
-            self._queue.remove(work)
-            work.answers.fail(error)
+        self.refuse_waiting(error)
         self._end_running(error)
 
     # Weights

@@ -15,10 +15,11 @@ import grpc
 from kdmesh.errors import DeadlineExpired, InvalidRequest, RpcError, Unavailable
 from kdmesh.rpc import codec, failure, rollout_codec
 from kdmesh.rpc.reply_stream import ReplyStream
+from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.outstanding import Outstanding
+from kdmesh.v1 import common_pb2, weights_pb2
 from kdmesh.v1 import rollout_pb2 as pb
-from kdmesh.v1 import weights_pb2
 from kdmesh.v1.rollout_pb2_grpc import RolloutServicer
 from kdmesh_rollout import admission
 from kdmesh_rollout.metrics import Metrics
@@ -46,7 +47,7 @@ class Servicer(RolloutServicer):
 
     async def Describe(self, request: pb.DescribeRolloutRequest, context: Context) -> pb.DescribeRolloutResponse:
         """See rollout.proto."""
-        return rollout_codec.rollout_description_to_wire(self._gate.parts_for_new_work().model)
+        return rollout_codec.rollout_description_to_wire(self._gate.parts_for_new_clients().model)
 
     async def Generate(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Context
@@ -68,10 +69,20 @@ class Servicer(RolloutServicer):
         self, request_iterator: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Context
     ) -> None:
         """See rollout.proto."""
-        updates = self._gate.parts_for_new_work().updates
-        async with aclosing(updates.answer(request_iterator)) as replies:
-            async for reply in replies:
-                await context.write(reply)
+        parts = self._gate.parts_for_new_clients()
+        parts.sleep.require_weights()
+        with parts.updating:
+            async with aclosing(parts.updates.answer(request_iterator)) as replies:
+                async for reply in replies:
+                    await context.write(reply)
+
+    async def Sleep(self, request: common_pb2.SleepRequest, context: Context) -> common_pb2.SleepResponse:
+        """See rollout.proto."""
+        return await sleep_rpcs.answer_sleep(self._gate.parts().sleep, request)
+
+    async def Wake(self, request: common_pb2.WakeRequest, context: Context) -> common_pb2.WakeResponse:
+        """See rollout.proto."""
+        return await sleep_rpcs.answer_wake(self._gate.parts().sleep, request)
 
 
 @dataclass(slots=True, eq=False)

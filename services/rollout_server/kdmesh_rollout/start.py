@@ -8,8 +8,12 @@ import time
 from contextlib import AsyncExitStack
 from functools import partial
 
+from kdmesh.errors import Unavailable
 from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.gate import Gate
+from kdmesh.serving.outstanding import Outstanding
+from kdmesh.serving.sleep import Sleep
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout import probe
 from kdmesh_rollout.config import RolloutConfig
@@ -22,7 +26,13 @@ log = logging.getLogger(__name__)
 
 
 async def start(
-    config: RolloutConfig, engine: Engine, thread: EngineThread, *, metrics: Metrics, stack: AsyncExitStack
+    config: RolloutConfig,
+    engine: Engine,
+    thread: EngineThread,
+    *,
+    metrics: Metrics,
+    gate: Gate[Parts],
+    stack: AsyncExitStack,
 ) -> Parts:
     """Everything that answers requests; `stack` ends it. The scheduler does not run yet.
 
@@ -49,9 +59,33 @@ async def start(
         is_deterministic=model.is_deterministic,
         dtype=model.dtype,
     )
-    parts = Parts(model_at_start=described, scheduler=scheduler, updates=updates)
+    updating = Outstanding()
+    parts = Parts(
+        model_at_start=described,
+        scheduler=scheduler,
+        updates=updates,
+        updating=updating,
+        sleep=Sleep(engine, thread, _Work(scheduler, updating), gate),
+    )
     metrics.watch(lambda: _gauges(parts, engine))
     return parts
+
+
+class _Work:
+    """Everything that needs the engine."""
+
+    def __init__(self, scheduler: Scheduler, updating: Outstanding) -> None:
+        self._scheduler = scheduler
+        self._updating = updating
+
+    def refuse_waiting(self, error: Unavailable) -> None:
+        """Fail samples that have not begun."""
+        self._scheduler.refuse_waiting(error)
+
+    async def wait_idle(self) -> None:
+        """Return when no update is received and no sample drawn."""
+        await self._updating.wait_none()
+        await self._scheduler.wait_idle()
 
 
 def _gauges(parts: Parts, engine: Engine) -> Gauges:

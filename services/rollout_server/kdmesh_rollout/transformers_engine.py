@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdmesh.errors import ConfigError
+from kdmesh.errors import ConfigError, Unavailable
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.matmul import logits_into
 from kdmesh.losses.workspace import Workspace
@@ -17,8 +17,10 @@ from kdmesh.models.decoding import Decoder, prepare_decoding
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.placement import DTYPES, device, torch_dtype
+from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.tokens import tokenizer_fingerprint
+from kdmesh.types import SleepTag
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh.weights.staging import StagedTensors
 from kdmesh_rollout.config import TransformersEngine as TransformersEngineConfig
@@ -51,13 +53,14 @@ class TransformersEngine:
     def __init__(self, config: TransformersEngineConfig) -> None:
         self._config = config
         self._model: PreTrainedModel
-        self._head: OutputHead
+        self._head: OutputHead | None = None  # of real tokens; views of the parameters. None: they sleep
         self._tokenizer: PreTrainedTokenizerBase | None
         self._workspace = Workspace()
         self._waiting: list[GrowingSample] = []
         self._groups: list[_Group] = []
         self._version = 0
         self._staged: StagedTensors | None = None
+        self._resting: RestingWeights | None = None
         self._drawn_tokens = self._prefilled_tokens = 0
 
     # Loading
@@ -78,13 +81,12 @@ class TransformersEngine:
 
     def _describe(self) -> EngineDescription:
         config, model = self._config, self._model
-        whole = output_head(model).detached()
-        vocabulary_size, fingerprint = whole.vocabulary_size, ""
+        vocabulary_size, fingerprint = output_head(model).vocabulary_size, ""
         if self._tokenizer is not None:
             vocabulary = self._tokenizer.get_vocab()
             vocabulary_size, fingerprint = max(vocabulary.values()) + 1, tokenizer_fingerprint(vocabulary)
-        # Views of the parameters: they hold the new values after a commit.
-        self._head = whole.sliced(head_spec(model, vocabulary_size).vocabulary_size)
+        self._vocabulary_size = head_spec(model, vocabulary_size).vocabulary_size
+        self._take_head()
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_sequence_tokens
         self._max_sequence_tokens = min(limit, config.max_sequence_tokens)
         return EngineDescription(
@@ -97,6 +99,10 @@ class TransformersEngine:
             max_running=config.max_running,
             is_deterministic=config.deterministic,
         )
+
+    def _take_head(self) -> None:
+        """Views of the parameters: they hold the new values after a commit."""
+        self._head = output_head(self._model).detached().sliced(self._vocabulary_size)
 
     # Sampling
 
@@ -201,6 +207,7 @@ class TransformersEngine:
     def _logits(self, hidden_BD: Tensor) -> Tensor:
         """[B, V] float32, of real tokens."""
         head = self._head
+        assert head is not None
         if hidden_BD.dtype not in (torch.float32, torch.bfloat16):
             return head.logits(hidden_BD)
         logits_BV = hidden_BD.new_empty(len(hidden_BD), head.vocabulary_size, dtype=torch.float32)
@@ -250,3 +257,32 @@ class TransformersEngine:
     def discard(self) -> None:
         """Give the second copy up."""
         self._staged = None
+
+    # Sleep
+
+    @property
+    def sleep_refusal(self) -> str:
+        """It can sleep."""
+        return ""
+
+    def sleep(self, tags: Set[SleepTag]) -> None:
+        """Put the weights away; drop keys, values and scratch."""
+        if SleepTag.KV_CACHE in tags:
+            self._groups = []
+            self._workspace = Workspace()
+        if SleepTag.WEIGHTS in tags:
+            self._head = None
+            try:
+                self._resting = RestingWeights(self._model)
+            except Unavailable:
+                self._take_head()
+                raise
+        give_back_memory(self._model.device)
+
+    def wake(self, tags: Set[SleepTag]) -> None:
+        """Bring the weights back; the cache grows anew."""
+        if SleepTag.WEIGHTS in tags:
+            assert self._resting is not None
+            self._resting.restore()
+            self._resting = None
+            self._take_head()

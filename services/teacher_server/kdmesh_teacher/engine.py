@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from kdmesh.handles.memory import Segment
+from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, HeadSpec, TokenSequence
 
 
@@ -54,7 +55,7 @@ class HeadParts:
     dtype: DType  # of both
 
 
-class Engine(Protocol):
+class Engine(Sleeper, Protocol):
     """A frozen model. Blocking, and called from one thread only."""
 
     def load(self) -> EngineDescription:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 import numpy.typing as npt
 
-from kdmesh.types import DType, HeadSpec, Int32Array, TokenSequence
+from kdmesh.types import DType, HeadSpec, Int32Array, SleepTag, TokenSequence
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 
@@ -61,6 +61,17 @@ class FakeEngine:
             bias=memoryview(as_bytes(weight_VD[:, 0] * np.float32(0.5), self._dtype)),
             dtype=self._dtype,
         )
+
+    @property
+    def sleep_refusal(self) -> str:
+        """It can sleep."""
+        return ""
+
+    def sleep(self, tags: Set[SleepTag]) -> None:
+        """It holds nothing to give back."""
+
+    def wake(self, tags: Set[SleepTag]) -> None:
+        """Nothing to take."""
 
 
 def hidden_states(sequence: TokenSequence, hidden_size: int) -> npt.NDArray[np.float32]:

@@ -47,11 +47,12 @@ async def serve(
     gate, metrics = Gate[Parts](), Metrics()
     servicer = Servicer(gate, metrics)
     app = rest.build_app("kdmesh teacher", gate, metrics.registry)
+    rest.add_sleep_routes(app, lambda: gate.parts().sleep)
     add_routes(app, gate)
 
     async def begin(stack: AsyncExitStack, port: int) -> Parts:
         socket_path = directory / f"teacher-{port}.sock"
-        parts = await start(config, engine, thread, socket_path=socket_path, metrics=metrics, stack=stack)
+        parts = await start(config, engine, thread, socket_path=socket_path, metrics=metrics, gate=gate, stack=stack)
         metrics.watch(lambda: _gauges(parts))
         return parts
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kdmesh.handles.store import SlabStore
+from kdmesh.serving.sleep import Sleep
 from kdmesh.types import Handle, ModelDescription
 from kdmesh_teacher.scheduler import Scheduler
 
@@ -17,6 +18,7 @@ class Parts:
     model: ModelDescription
     store: SlabStore
     scheduler: Scheduler
+    sleep: Sleep
     head_weight: Handle
     head_bias: Handle | None
     cached_tokens: Callable[[], int]  # so far, over all requests

@@ -61,6 +61,7 @@ class Scheduler:
         self._without_slot: set[bytes] = set()  # sessions that asked for a slot last and got none
         self._death: str | None = None
         self._wake = asyncio.Event()
+        self._settled = asyncio.Event()
         store.on_free = self._wake.set
         store.on_session_end = self._end_session
 
@@ -127,7 +128,18 @@ class Scheduler:
             if batch:
                 await self._run(batch)
             else:
+                self._settled.set()
                 await self._wake.wait()
+
+    def refuse_waiting(self, error: Unavailable) -> None:
+        """Fail everything that has not begun."""
+        self._refuse(self._queue.everything(), error)
+
+    async def wait_idle(self) -> None:
+        """Return when nothing can be computed and nothing is."""
+        self._settled.clear()
+        self._wake.set()
+        await self._settled.wait()
 
     def engine_died(self, reason: str) -> None:
         """Let `run` raise EngineFailure; a batch under way must fail by itself."""

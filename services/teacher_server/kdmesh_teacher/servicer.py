@@ -12,8 +12,10 @@ import grpc
 from kdmesh.errors import HandleGone, RpcError
 from kdmesh.rpc import codec, failure, raw_chunk
 from kdmesh.rpc.reply_stream import ReplyStream
+from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.outstanding import Outstanding
+from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherServicer
 from kdmesh_teacher import admission
@@ -42,11 +44,11 @@ class Servicer(TeacherServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         """See teacher.proto."""
-        return codec.description_to_wire(self._gate.parts_for_new_work().model)
+        return codec.description_to_wire(self._gate.parts_for_new_clients().model)
 
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.OpenSessionResponse:
         """See teacher.proto."""
-        parts = self._gate.parts_for_new_work()
+        parts = self._gate.parts_for_new_clients()
         if request.model_fingerprint:
             admission.check_model(request.model_fingerprint, parts.model.model_fingerprint)
         store = parts.store
@@ -151,6 +153,14 @@ class Servicer(TeacherServicer):
                 except TimeoutError:
                     raise HandleGone(f"nothing was read for {store.limits.lease_s:g} s") from None
                 self._metrics.streamed(len(part))
+
+    async def Sleep(self, request: common_pb2.SleepRequest, context: Context) -> common_pb2.SleepResponse:
+        """See teacher.proto."""
+        return await sleep_rpcs.answer_sleep(self._gate.parts().sleep, request)
+
+    async def Wake(self, request: common_pb2.WakeRequest, context: Context) -> common_pb2.WakeResponse:
+        """See teacher.proto."""
+        return await sleep_rpcs.answer_wake(self._gate.parts().sleep, request)
 
 
 def _result(answer: Answer, weight_version: int) -> pb.PrefillResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment, create_segment
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.sglang import sleep
 from kdmesh.sglang.arguments import has_deterministic_inference
 from kdmesh.sglang.runtime import SglangRuntime
 from kdmesh.tokens import tokenizer_fingerprint
+from kdmesh.types import SleepTag
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
@@ -70,6 +72,19 @@ class SglangEngine:
         return HeadParts(
             weight=_bytes_of(head.weight_VD), bias=None if head.bias_V is None else _bytes_of(head.bias_V), dtype=dtype
         )
+
+    @property
+    def sleep_refusal(self) -> str:
+        """Why it cannot sleep."""
+        return sleep.sleep_refusal(self._config)
+
+    def sleep(self, tags: Set[SleepTag]) -> None:
+        """Let SGLang release what the tags name; with the cache go the prefixes in it."""
+        self._runtime.run(sleep.release(self._runtime.engine, tags))
+
+    def wake(self, tags: Set[SleepTag]) -> None:
+        """Let SGLang take it again."""
+        self._runtime.run(sleep.resume(self._runtime.engine, tags))
 
     def adopt(self, segment: Segment) -> None:
         """Let the schedulers that write map a segment."""

@@ -15,6 +15,8 @@ from kdmesh.handles.memory import SegmentWriter
 from kdmesh.handles.shared import Matrix
 from kdmesh.handles.store import SlabStore
 from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.gate import Gate
+from kdmesh.serving.sleep import Sleep
 from kdmesh.types import Handle, ModelDescription
 from kdmesh_teacher import probe
 from kdmesh_teacher.config import SlabConfig, TeacherConfig
@@ -35,6 +37,7 @@ async def start(
     *,
     socket_path: Path,
     metrics: Metrics,
+    gate: Gate[Parts],
     stack: AsyncExitStack,
 ) -> Parts:
     """Everything that answers requests; `stack` ends it. The scheduler does not run yet.
@@ -68,6 +71,7 @@ async def start(
         model=model,
         store=store,
         scheduler=scheduler,
+        sleep=Sleep(engine, thread, scheduler, gate),
         head_weight=weight,
         head_bias=bias,
         cached_tokens=engine.num_cached_tokens if isinstance(engine, ProcessEngine) else lambda: 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.packing import pack
 from kdmesh.models.placement import DTYPES, device, torch_dtype
+from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh.types import HeadSpec, TokenSequence
+from kdmesh.types import HeadSpec, SleepTag, TokenSequence
 from kdmesh_teacher.config import TransformersEngine as TransformersEngineConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 
@@ -38,6 +39,7 @@ class TransformersEngine:
     def __init__(self, config: TransformersEngineConfig) -> None:
         self._config = config
         self._model: PreTrainedModel
+        self._resting: RestingWeights | None = None
 
     def load(self) -> EngineDescription:
         """Read the model and its tokenizer; sets this process's number of torch threads when one is configured."""
@@ -65,6 +67,24 @@ class TransformersEngine:
             bias=None if head.bias_V is None else _bytes_of(head.bias_V),
             dtype=DTYPES[head.weight_VD.dtype],
         )
+
+    @property
+    def sleep_refusal(self) -> str:
+        """It can sleep."""
+        return ""
+
+    def sleep(self, tags: Set[SleepTag]) -> None:
+        """Put the weights away; there is no cache between batches."""
+        if SleepTag.WEIGHTS in tags:
+            self._resting = RestingWeights(self._model)
+        give_back_memory(self._model.device)
+
+    def wake(self, tags: Set[SleepTag]) -> None:
+        """Bring the weights back."""
+        if SleepTag.WEIGHTS in tags:
+            assert self._resting is not None
+            self._resting.restore()
+            self._resting = None
 
     def _describe(self) -> EngineDescription:
         config, model = self._config, self._model
