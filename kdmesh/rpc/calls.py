@@ -24,7 +24,7 @@ def our_errors(address: str) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and status.OURS not in error.trailing_metadata():
             raise Unavailable(f"{address} did not answer in time", retry_after_s=0.0) from None
         failure = status.from_grpc(error)
         failure.add_note(f"from {address}")

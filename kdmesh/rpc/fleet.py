@@ -11,7 +11,7 @@ from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
-from kdmesh.types import ModelDescription, TokenSequence
+from kdmesh.types import ModelDescription, SleepTag, TokenSequence
 
 
 class Fleet:
@@ -48,6 +48,10 @@ class Fleet:
             DeadlineExpired: none answers.
         """
         await self._replicas.start(deadline)
+
+    async def set_asleep(self, tags: frozenset[SleepTag], deadline: Deadline) -> None:
+        """See Replicas."""
+        await self._replicas.set_asleep(tags, deadline)
 
     async def close(self) -> None:
         """Close every session."""

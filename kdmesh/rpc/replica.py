@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Set
 from typing import Generic, Protocol, TypeVar
 
 from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch, RpcError
 from kdmesh.rpc.retry import RetryPolicy
+from kdmesh.types import SleepTag
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,14 @@ class Client(Protocol):
     @property
     def max_requests(self) -> int:
         """Most requests that may be under way at once."""
+        ...
+
+    async def sleep(self, tags: Set[SleepTag], *, drain_s: float) -> None:
+        """Have the server give these back, after what it computes now. Raises RpcError when it does not."""
+        ...
+
+    async def wake(self, tags: Set[SleepTag]) -> None:
+        """Have the server take these again. Raises RpcError when it does not."""
         ...
 
     async def wait_lost(self) -> RpcError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -12,9 +13,14 @@ from kdmesh.errors import DeadlineExpired, HandleGone, Unavailable
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.replica import Client, Replica
 from kdmesh.rpc.retry import Deadline, RetryPolicy
+from kdmesh.types import EVERY_TAG, SleepTag
+
+log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Client)
 T = TypeVar("T")
+
+_SETTLE_S = 60.0
 
 
 class Replicas(Generic[C]):
@@ -35,7 +41,9 @@ class Replicas(Generic[C]):
         self._changed = asyncio.Event()
         self._tasks = BackgroundTasks()
         self._policy = RetryPolicy()
-        self._replicas = [Replica(kind, address, connect, self._changed.set) for address in addresses]
+        self._connect = connect
+        self._asleep: frozenset[SleepTag] | None = None  # None: nobody has said, so they are left as they are
+        self._replicas = [Replica(kind, address, self._connected, self._changed.set) for address in addresses]
 
     @property
     def clients(self) -> list[C]:
@@ -80,6 +88,54 @@ class Replicas(Generic[C]):
                 self.retries += 1
         raise AssertionError("unreachable")
 
+    async def set_asleep(self, tags: frozenset[SleepTag], deadline: Deadline) -> None:
+        """Have every server give exactly these back, and those that connect later too.
+
+        A server that is not there now is not waited for.
+
+        Raises:
+            DeadlineExpired: what a server computes did not finish in time, or it has not enough memory to wake.
+            RpcError: whatever else sleep and wake of a client raise.
+        """
+        self._asleep = tags
+        try:
+            async with asyncio.TaskGroup() as telling:
+                for replica in self._replicas:
+                    telling.create_task(self._tell(replica, tags, deadline))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _tell(self, replica: Replica[C], tags: frozenset[SleepTag], deadline: Deadline) -> None:
+        client = replica.client
+        for attempt in itertools.count():
+            if client is None or replica.client is not client:
+                log.warning(
+                    "a server is not there to be told", extra={"address": replica.address, "asleep": sorted(tags)}
+                )
+                return
+            try:
+                return await _settle(client, tags, drain_s=deadline.left_s)
+            except Unavailable as error:
+                replica.last_error = error
+                wait_s = self._policy.wait_s(attempt, at_least_s=error.retry_after_s)
+                if wait_s > deadline.left_s:
+                    raise self._late(deadline, f"{replica.address} does neither sleep nor wake as it should") from None
+                await asyncio.sleep(wait_s)
+
+    async def _connected(self, address: str) -> C:
+        """A new connection to a server that is as awake as all should be."""
+        client = await self._connect(address)
+        try:
+            settled = None
+            while settled != self._asleep:
+                settled = self._asleep
+                if settled is not None:
+                    await _settle(client, settled, drain_s=_SETTLE_S)
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
     def _is_started(self) -> bool:
         failures = [r.failure for r in self._replicas if r.failure is not None]
         if failures:
@@ -118,3 +174,11 @@ class Replicas(Generic[C]):
     def _late(self, deadline: Deadline, what: str) -> DeadlineExpired:
         reasons = "; ".join(f"{r.address}: {r.last_error}" for r in self._replicas if r.last_error is not None)
         return DeadlineExpired(f"{what} within {deadline.total_s:g} s{f' ({reasons})' if reasons else ''}")
+
+
+async def _settle(client: Client, tags: frozenset[SleepTag], *, drain_s: float) -> None:
+    """Have one server give back exactly these."""
+    if tags != EVERY_TAG:
+        await client.wake(EVERY_TAG - tags)
+    if tags:
+        await client.sleep(tags, drain_s=drain_s)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Self
 
 from kdmesh.errors import EngineFailure, InvalidRequest, ModelMismatch, RpcError, Unavailable
-from kdmesh.rpc import rollout_codec
+from kdmesh.rpc import rollout_codec, sleep_calls
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.generate_stream import GenerateStream
 from kdmesh.rpc.retry import Deadline
-from kdmesh.types import Int32Array, RolloutDescription, Sample, Sampling
+from kdmesh.types import Int32Array, RolloutDescription, Sample, Sampling, SleepTag
 from kdmesh.v1 import rollout_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 
@@ -115,6 +115,18 @@ class RolloutClient:
             deadline_ms=max(1, min(round(deadline.left_s * 1000), 2**32 - 1)),
         )
         await self._stream.ask(request, ask.prompt_ids, on_sample)
+
+    async def sleep(self, tags: Set[SleepTag], *, drain_s: float) -> None:
+        """Have the server give these back, after what it computes now.
+
+        Raises:
+            RpcError: as the proto says of Sleep.
+        """
+        await sleep_calls.sleep(self._stub, self.address, tags, drain_s=drain_s)
+
+    async def wake(self, tags: Set[SleepTag]) -> None:
+        """Have the server take these again. Raises RpcError as the proto says of Wake."""
+        await sleep_calls.wake(self._stub, self.address, tags)
 
     async def wait_lost(self) -> RpcError:
         """Return when this client cannot be used any more, with the reason."""

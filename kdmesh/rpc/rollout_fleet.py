@@ -10,7 +10,7 @@ from kdmesh.errors import ModelMismatch, Unavailable
 from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask, RolloutClient
-from kdmesh.types import RolloutDescription, Sample
+from kdmesh.types import RolloutDescription, Sample, SleepTag
 
 _SAME = ("architecture_fingerprint", "tokenizer_fingerprint", "vocabulary_size", "dtype")
 
@@ -44,6 +44,10 @@ class RolloutFleet:
             DeadlineExpired: none answers.
         """
         await self._replicas.start(deadline)
+
+    async def set_asleep(self, tags: frozenset[SleepTag], deadline: Deadline) -> None:
+        """See Replicas."""
+        await self._replicas.set_asleep(tags, deadline)
 
     async def close(self) -> None:
         """Close every connection."""

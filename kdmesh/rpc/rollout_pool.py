@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -12,7 +12,7 @@ from kdmesh.rpc.pending_samples import ArrivedSamples, PendingSamples
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask
 from kdmesh.rpc.rollout_fleet import RolloutFleet
-from kdmesh.types import Int32Array, RolloutDescription, Sample, Sampling
+from kdmesh.types import EVERY_TAG, Int32Array, RolloutDescription, Sample, Sampling, SleepTag
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +101,25 @@ class RolloutPool:
         )
         arrived = ArrivedSamples()
         return PendingSamples(self._loop.start(self._sample, ask, arrived), arrived, self._waited)
+
+    def sleep(self, tags: Set[SleepTag] = EVERY_TAG) -> None:
+        """Have every rollout server give these back, and nothing else; also those that connect later. Blocks.
+
+        Nothing should be under way: what waits there fails and is tried again, what is computed is waited for.
+
+        Raises:
+            DeadlineExpired: a rollout server did not finish what it computes in time.
+            InvalidRequest: a rollout server's engine cannot sleep.
+        """
+        self._loop.run(self._fleet.set_asleep, frozenset(tags), Deadline.after(self._deadline_s))
+
+    def wake(self) -> None:
+        """Have every rollout server take everything again; also those that connect later. Blocks.
+
+        Raises:
+            DeadlineExpired: a rollout server did not get the memory in time.
+        """
+        self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), Deadline.after(self._deadline_s))
 
     def stats(self) -> RolloutStats:
         """What was done so far."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from kdmesh.errors import ConfigError, EngineFailure, InvalidRequest, RpcError, Unavailable
 from kdmesh.handles.door import Door
 from kdmesh.losses.head import OutputHead
-from kdmesh.rpc import codec, raw_chunk
+from kdmesh.rpc import codec, raw_chunk, sleep_calls
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
 from kdmesh.rpc.channel import open_channel
@@ -24,7 +24,7 @@ from kdmesh.rpc.doors import DoorChoice, open_door
 from kdmesh.rpc.prefill_stream import PrefillStream
 from kdmesh.rpc.retry import Deadline
 from kdmesh.tokens import digest
-from kdmesh.types import Handle, ModelDescription, TokenSequence
+from kdmesh.types import Handle, ModelDescription, SleepTag, TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
@@ -165,6 +165,18 @@ class TeacherClient:
             logit_softcap=spec.logit_softcap,
         )
         return head, answer.weight_version
+
+    async def sleep(self, tags: Set[SleepTag], *, drain_s: float) -> None:
+        """Have the server give these back, after what it computes now.
+
+        Raises:
+            RpcError: as the proto says of Sleep.
+        """
+        await sleep_calls.sleep(self._stub, self.address, tags, drain_s=drain_s)
+
+    async def wake(self, tags: Set[SleepTag]) -> None:
+        """Have the server take these again. Raises RpcError as the proto says of Wake."""
+        await sleep_calls.wake(self._stub, self.address, tags)
 
     async def wait_lost(self) -> RpcError:
         """Return when this client cannot be used any more, with the reason."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -20,7 +20,7 @@ from kdmesh.rpc.pending_rows import ArrivedRows, PendingRows
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.splitting import split
 from kdmesh.rpc.teacher_client import TeacherRows
-from kdmesh.types import ModelDescription, TokenSequence
+from kdmesh.types import EVERY_TAG, ModelDescription, SleepTag, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +116,25 @@ class TeacherPool:
             DeadlineExpired: no teacher answered in time.
         """
         return self._loop.run(self._fleet.head, Deadline.after(self._deadline_s))
+
+    def sleep(self, tags: Set[SleepTag] = EVERY_TAG) -> None:
+        """Have every teacher give these back, and nothing else; also those that connect later. Blocks.
+
+        Nothing should be under way: what waits there fails and is tried again, what is computed is waited for.
+
+        Raises:
+            DeadlineExpired: a teacher did not finish what it computes in time.
+            InvalidRequest: a teacher's engine cannot sleep.
+        """
+        self._loop.run(self._fleet.set_asleep, frozenset(tags), Deadline.after(self._deadline_s))
+
+    def wake(self) -> None:
+        """Have every teacher take everything again; also those that connect later. Blocks.
+
+        Raises:
+            DeadlineExpired: a teacher did not get the memory in time.
+        """
+        self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), Deadline.after(self._deadline_s))
 
     def stats(self) -> ClientStats:
         """What was done so far."""

@@ -185,6 +185,7 @@ def _open_teacher(cfg: config.TrainerConfig, checked: _Checked, mesh: Mesh, stac
             deadline_s=cfg.teacher.deadline_s,
         )
     )
+    mesh.on_first(pool.wake)  # a job that was killed may have left a teacher asleep
     model = pool.describe()
     size = common_vocabulary(
         model, tokenizer_fingerprint=checked.tokenizer_fingerprint, vocabulary_size=checked.vocabulary_size

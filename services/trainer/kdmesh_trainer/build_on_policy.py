@@ -118,6 +118,7 @@ def build_source(
             architecture_fingerprint=architecture_fingerprint(student.lm),
         )
     )
+    mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep
     server = pool.describe()
     check_sampler(
         server,
