@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from kdmesh import config
@@ -16,7 +18,14 @@ from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import FakeEngine as TeacherFake
 from kdmesh_teacher.config import TeacherConfig
-from kdmesh_trainer.config import CustomDataset, CustomDivergence, DatasetConfig, Distill, OnPolicy, TrainerConfig
+from kdmesh_trainer.config import (
+    CustomDataset,
+    CustomDivergence,
+    DatasetConfig,
+    Distill,
+    OnPolicy,
+    TrainerConfig,
+)
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 _SERVICES: dict[str, type[StrictModel]] = {
@@ -79,6 +88,8 @@ def refuse_missing(cfg: ServiceConfig, *, source: Path) -> None:
 def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     yield from _model("student.model", cfg.student.model, needs_weights=cfg.student.weights == "pretrained")
     yield from _tokenizer("student.model", cfg.student.model)
+    if cfg.student.lora is not None:
+        yield from _adapter("student.lora", cfg.student.lora.target_modules, cfg.student.model)
     yield from _dataset("data.train", cfg.data.train)
     if cfg.data.held_out is not None:
         yield from _dataset("data.held_out", cfg.data.held_out)
@@ -112,6 +123,27 @@ def _model(key: str, path: Path, *, needs_weights: bool = True) -> Iterator[str]
         yield f"{key}: {path} is not a Hugging Face model directory: it has no config.json"
     elif needs_weights and not any(path.glob("*.safetensors")):
         yield f"{key}: {path} has no weights (*.safetensors)"
+
+
+def _adapter(key: str, targets: str | Sequence[str], model: Path) -> Iterator[str]:
+    """What the names of the model's matrices tell without building it; the trainer knows the modules themselves."""
+    if find_spec("peft") is None:
+        yield f"{key}: peft is not installed (pip install 'kdmesh[lora]')"
+    if isinstance(targets, str):  # all that there are
+        return
+    modules = {name.removesuffix(".weight") for file in model.glob("*.safetensors") for name in _matrices(file)}
+    known = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+    for target in targets if modules else ():
+        if not any(module == target or module.endswith(f".{target}") for module in modules):
+            yield f"{key}.target_modules: {model} has no {target}; it has {known}"
+
+
+def _matrices(file: Path) -> Iterator[str]:
+    """Names of the two-dimensional tensors in a safetensors file, from its table alone."""
+    with file.open("rb") as stream:
+        size_bytes = int.from_bytes(stream.read(8), "little")
+        table = json.loads(stream.read(size_bytes) or b"{}")
+    yield from (name for name, entry in table.items() if name != "__metadata__" and len(entry["shape"]) == 2)
 
 
 def _tokenizer(key: str, path: Path) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,16 +36,21 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return state.hexdigest()
 
 
-def architecture_fingerprint(model: PreTrainedModel) -> str:
+def architecture_fingerprint(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
     """32 hexadecimal digits over what the config says of the architecture, and every weight's name and shape.
 
     Values and dtypes do not matter, nor whether the model is sharded: a trainer in float32 and a server in
     bfloat16 have the same.
+
+    Args:
+        shapes: of every weight, by name; None takes them from `model`.
     """
+    if shapes is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in named_weights(model).items()}
     state = hashlib.blake2b(digest_size=16)
     state.update(json.dumps(_architecture(model.config.to_dict()), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(named_weights(model).items()):
-        state.update(f"\n{name} {tuple(tensor.shape)}".encode())
+    for name, shape in sorted(shapes.items()):
+        state.update(f"\n{name} {shape}".encode())
     return state.hexdigest()
 
 

@@ -23,9 +23,12 @@ from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.digests import digest
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights
+from kdmesh_trainer.export import HuggingFaceExporter
+from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.publisher import StudentPublisher
+from kdmesh_trainer.sources.tokenizer import load_student_tokenizer
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_parts import build_student
 from tests.support.trainer_ranks import run_ranks
@@ -117,6 +120,35 @@ def test_numbers_rise_when_a_run_goes_back_to_an_earlier_step(tiny_models: TinyM
         for steps, versions in (([0, 1, 2], [1, 2, 3]), ([1, 1], [4, 5])):
             assert publish(mesh, str(path), address, steps) == versions
             assert _served(address) == (versions[-1], _expected(path, DType.BFLOAT16, steps))
+
+
+def publish_adapted(mesh: Mesh, path: str, address: str, output: str) -> None:
+    """Publishes a student whose adapters are not zero, and writes it as a whole model."""
+    lora = LoraConfig(rank=3, alpha=12, target_modules=("k_proj", "down_proj"))
+    student = build_student(Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=lora)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    sender = WeightSender([address], bucket_bytes=BUCKET_BYTES, deadline_s=30) if mesh.is_first else None
+    StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh).publish(version=0)
+    if sender is not None:
+        sender.close()
+    tokenizer = load_student_tokenizer(Path(path))
+    HuggingFaceExporter(Path(output), student, origin=Path(path), tokenizer=tokenizer, mesh=mesh).export()
+
+
+def test_servers_get_the_matrices_with_their_adapters_under_the_names_that_they_know(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    path = tiny_models.path("qwen3", dtype=torch.bfloat16)
+    fingerprint = architecture_fingerprint(load_causal_lm(path, "auto", torch.device("cpu")))
+    running = weight_server_process(tmp_path / "ready", _specs(path, DType.BFLOAT16), fingerprint=fingerprint)
+    with running as (_, address):
+        arguments = {"path": str(path), "address": address, "output": str(tmp_path / "whole")}
+        run_ranks("tests.contract.test_trainer_publisher:publish_adapted", ranks=2, **arguments)
+        assert _served(address) == (1, _expected(tmp_path / "whole", DType.BFLOAT16, []))
+        assert _served(address) != (1, _expected(path, DType.BFLOAT16, []))
 
 
 class _FailingSender:

@@ -18,6 +18,8 @@ from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.lora import add_adapter
+from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.objective import Distillation
@@ -102,9 +104,13 @@ def step_batch(
     )
 
 
-def build_student(path: Path, mesh: Mesh, *, vocabulary_size: int, compute_dtype: torch.dtype) -> Student:
-    """A sharded student with the weights of `path`."""
-    student = Student(load_causal_lm(path, torch.float32, torch.device("cpu")), vocabulary_size=vocabulary_size)
+def build_student(
+    path: Path, mesh: Mesh, *, vocabulary_size: int, compute_dtype: torch.dtype, lora: LoraConfig | None = None
+) -> Student:
+    """A sharded student with the weights of `path`, and an adapter if one is asked for."""
+    lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
+    adapter = None if lora is None else add_adapter(lm, lora, seed=7)
+    student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter)
     shard(student, mesh.device_mesh, compute_dtype=compute_dtype)
     return student
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from kdmesh.errors import ModelMismatch
 from kdmesh.models.body import load_causal_lm
@@ -40,7 +39,7 @@ class LocalStudent:
         """Have the student as it is now. What is being sampled is finished first."""
         assert self._student is not None
         release(self._student)
-        whole = {name: _whole(tensor) for name, tensor in self._student.lm.state_dict(keep_vars=True).items()}
+        whole = {name: weight.whole(None) for name, weight in self._student.weights().items()}
         with self._lock:
             self._lm.load_state_dict(whole)
             self._newest += 1
@@ -172,8 +171,3 @@ class ThreadedRollouts(FastRollouts):
                 ).wait()
             )
         )
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    detached = tensor.detach()
-    return detached.full_tensor() if isinstance(detached, DTensor) else detached

@@ -12,6 +12,7 @@ import torch
 from kdmesh.batching import plan_step
 from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import StepBatch
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
@@ -38,6 +39,7 @@ def train(
     save_at: int | None = None,
     kill_at: int | None = None,
     compute_dtype: str = "float32",
+    lora: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains from the newest checkpoint to step `until`; the losses by step.
 
@@ -45,7 +47,11 @@ def train(
     backward passes, before its update.
     """
     model = build_student(
-        Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=getattr(torch, compute_dtype)
+        Path(student),
+        mesh,
+        vocabulary_size=VOCABULARY_SIZE,
+        compute_dtype=getattr(torch, compute_dtype),
+        lora=None if lora is None else LoraConfig(**lora),
     )
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=OPTIMIZER, steps=steps)

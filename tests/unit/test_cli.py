@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -104,6 +105,23 @@ def test_everything_that_is_not_there_is_reported_at_once(good: Path) -> None:
 def test_custom_functions_are_checked_without_importing_them(good: Path, target: str, params: str, words: str) -> None:
     custom = f"objective={{name: distill, divergence: {{name: custom, target: '{target}', params: {params}}}}}"
     assert words in run("check", "train.yaml", "--set", custom).output
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ("all-linear", "a good trainer configuration"),
+        ("[q_proj, 0.v_proj]", "a good trainer configuration"),
+        ("[q_proj, w_q]", "student.lora.target_modules: student has no w_q; it has lm_head, q_proj, v_proj"),
+        ("[norm]", "student.lora.target_modules: student has no norm; it has"),
+    ],
+)
+def test_modules_for_adapters_are_looked_for_in_the_table_of_the_weights(good: Path, targets: str, words: str) -> None:
+    names = ("lm_head", "layers.0.q_proj", "layers.0.v_proj")
+    shapes = {**{f"{name}.weight": [4, 4] for name in names}, "norm.weight": [4]}
+    table = json.dumps({"__metadata__": {}, **{name: {"shape": shape} for name, shape in shapes.items()}}).encode()
+    Path("student/model.safetensors").write_bytes(len(table).to_bytes(8, "little") + table)
+    assert words in run("check", "train.yaml", "--set", f"student.lora.target_modules={targets}").output
 
 
 def test_a_file_that_configures_nothing_is_told_so(good: Path) -> None:

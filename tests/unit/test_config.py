@@ -14,7 +14,7 @@ from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
-from kdmesh_trainer import context_config
+from kdmesh_trainer import context_config, lora_config
 from kdmesh_trainer.config import TrainerConfig
 
 GOOD = """
@@ -113,6 +113,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("optimizer: {warmup_steps: 100}", r"warmup_steps \(100\) must be less than steps \(100\)"),
         ("data: {max_tokens: 9000, train: {format: chat, path: x.jsonl}}", "must not exceed batch.max_tokens"),
         ("objective: {name: distill, kd_weight: 0}", "nothing would be learnt"),
+        ("student: {model: x, weights: random, lora: {}}", "lora needs weights pretrained"),
+        ("student: {model: x, lora: {target_modules: []}}", "target_modules is empty: nothing would be learnt"),
+        ("student: {model: x, lora: {target_modules: q_proj}}", "student.lora.target_modules"),
         (
             "data: {train: {format: custom, target: 'a:b'}, teacher_context: {kind: messages}}",
             "teacher_context messages needs files",
@@ -173,7 +176,7 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
             yield value
 
 
-@pytest.mark.parametrize("module", [teacher_config, trainer_config, context_config])
+@pytest.mark.parametrize("module", [teacher_config, trainer_config, context_config, lora_config])
 def test_every_key_is_described_and_every_section_closed_and_frozen(module: object) -> None:
     for section in sections(module):
         assert section.__doc__

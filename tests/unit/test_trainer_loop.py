@@ -87,7 +87,7 @@ class Recorder:
             publishers=(self,) if publishes else (),
             evaluator=self if has_held_out else None,
             checkpoints=self,
-            exporter=self,
+            exporters=(self,),
             stop=self,
             telemetry=self,
         )

@@ -26,10 +26,12 @@ from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.context_config import TeacherMessages
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.export import HuggingFaceExporter
+from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.files import claimed
 from kdmesh_trainer.fit import check_requests, common_vocabulary
 from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.loop import Parts
+from kdmesh_trainer.loop import Exporter, Parts
+from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
@@ -103,7 +105,8 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         lm = _load_student(cfg, vocabulary_size)
         identity = _identity(cfg, lm, data, teacher)
         _refuse_unequal_ranks(identity, mesh)
-        student = Student(lm, vocabulary_size=vocabulary_size)
+        adapter = None if cfg.student.lora is None else add_adapter(lm, cfg.student.lora, seed=cfg.seed)
+        student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter)
         shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.student.compute_dtype))
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_adamw(student, cfg.optimizer)
@@ -131,9 +134,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 keep=cfg.checkpoint.keep,
                 mesh=mesh,
             ),
-            exporter=HuggingFaceExporter(
-                cfg.output / "final", student, origin=cfg.student.model, tokenizer=checked.tokenizer, mesh=mesh
-            ),
+            exporters=tuple(_exporters(cfg, student, checked.tokenizer, mesh)),
             stop=AgreedStop(signals, mesh),
             telemetry=telemetry,
         )
@@ -256,6 +257,8 @@ def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teach
         "batch.sequences": str(cfg.batch.sequences),
         "seed": str(cfg.seed),
     }
+    if cfg.student.lora is not None:
+        identity["student.lora"] = json.dumps(cfg.student.lora.model_dump(mode="json"), sort_keys=True)
     if teacher is not None and isinstance(cfg.objective, config.Distill):
         identity["teacher (fingerprint)"] = teacher.pool.describe().model_fingerprint
     return identity
@@ -332,6 +335,15 @@ def _source(
             return SftSource(planner)
         case _:
             assert_never(cfg.objective)
+
+
+def _exporters(
+    cfg: config.TrainerConfig, student: Student, tokenizer: PreTrainedTokenizerFast, mesh: Mesh
+) -> Iterator[Exporter]:
+    origin = cfg.student.model
+    yield HuggingFaceExporter(cfg.output / "final", student, origin=origin, tokenizer=tokenizer, mesh=mesh)
+    if student.adapter is not None:
+        yield AdapterExporter(cfg.output / "adapter", student, student.adapter, origin=origin, mesh=mesh)
 
 
 def _evaluator(

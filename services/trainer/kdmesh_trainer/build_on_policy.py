@@ -12,7 +12,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.types import ModelDescription, Sampling
@@ -115,7 +114,7 @@ def build_source(
             source.rollouts.addresses,
             job=cfg.output.resolve().name,
             deadline_s=source.rollouts.deadline_s,
-            architecture_fingerprint=architecture_fingerprint(student.lm),
+            architecture_fingerprint=student.architecture_fingerprint(),
         )
     )
     mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep

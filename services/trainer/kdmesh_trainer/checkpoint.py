@@ -180,13 +180,13 @@ class CheckpointDirectory:
         return self._path / f"{_COMPLETE}{next_step:08d}"
 
     def _trained_state(self) -> dict[str, Any]:
-        """This rank's shards of the weights and moments, by name. Shared weights appear once."""
-        unique = {name for name, _ in self._student.named_parameters()}
-        aliases = {name for name, _ in self._student.named_parameters(remove_duplicate=False)} - unique
+        """This rank's shards of the weights that are trained and their moments, by name. Shared weights appear once."""
+        trained = {name for name, parameter in self._student.named_parameters() if parameter.requires_grad}
+        others = {name for name, _ in self._student.named_parameters(remove_duplicate=False)} - trained
         model = get_model_state_dict(self._student)
         optimizer = get_optimizer_state_dict(self._student, self._optimizer)
         return {
-            "model": {name: value for name, value in model.items() if name not in aliases},
+            "model": {name: value for name, value in model.items() if name not in others},
             # Rates and decays are the configuration's, which may have changed since.
             "optimizer": optimizer["state"],
         }

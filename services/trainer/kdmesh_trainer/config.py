@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
 from kdmesh_trainer.context_config import TeacherContextConfig, TeacherMessages
+from kdmesh_trainer.lora_config import LoraConfig
 
 
 class StudentConfig(StrictModel):
@@ -20,11 +21,20 @@ class StudentConfig(StrictModel):
     weights: Literal["pretrained", "random"] = "pretrained"
     """random ignores the checkpoint's weights and starts from the architecture's own initialisation."""
 
+    lora: LoraConfig | None = None
+    """Train adapters and freeze the rest; null trains every weight."""
+
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Element type of the forward and backward pass; master weights and reductions are always float32."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs when there are any."""
+
+    @model_validator(mode="after")
+    def _adapts_something(self) -> StudentConfig:
+        if self.lora is not None and self.weights == "random":
+            raise ValueError("lora needs weights pretrained: adapters of a random model teach nothing")
+        return self
 
 
 class TeacherConfig(StrictModel):

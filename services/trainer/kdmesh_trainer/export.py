@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdmesh.errors import CheckpointError
-from kdmesh_trainer.files import sync
+from kdmesh_trainer.files import replacing
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
 
@@ -22,7 +21,10 @@ _GENERATION = "generation_config.json"
 
 
 class HuggingFaceExporter:
-    """Writes the student with its tokenizer, in the element type of the checkpoint it started from."""
+    """Writes the student with its tokenizer, in the element type of the checkpoint it started from.
+
+    An adapter is added to the matrices that it belongs to.
+    """
 
     def __init__(
         self, path: Path, student: Student, *, origin: Path, tokenizer: PreTrainedTokenizerBase, mesh: Mesh
@@ -54,35 +56,21 @@ class HuggingFaceExporter:
         release(self._student)
         whole: dict[int, Tensor] = {}  # shared weights once
         named: dict[str, Tensor] = {}
-        for name, shard in self._student.lm.state_dict(keep_vars=True).items():
-            if id(shard) not in whole:
-                tensor = shard.detach()
-                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                whole[id(shard)] = tensor.to("cpu", dtype if tensor.is_floating_point() else None)
-                if not self._mesh.is_first:
-                    whole[id(shard)] = tensor.new_empty(0)
-            named[name] = whole[id(shard)]
+        for name, weight in self._student.weights().items():
+            if id(weight) not in whole:
+                tensor = weight.whole(dtype if weight.base.is_floating_point() else None).to("cpu")
+                whole[id(weight)] = tensor if self._mesh.is_first else tensor.new_empty(0)
+            named[name] = whole[id(weight)]
         return named
 
     def _write(self, config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:
-        writing = self._path.with_name(f"{self._path.name}.writing")
-        replaced = self._path.with_name(f"{self._path.name}.replaced")
         try:
-            for left in (writing, replaced):
-                shutil.rmtree(left, ignore_errors=True)
-            _whole_model(config, tensors).save_pretrained(writing)
-            self._tokenizer.save_pretrained(writing)
-            if (self._origin / _GENERATION).is_file():
-                shutil.copyfile(self._origin / _GENERATION, writing / _GENERATION)
-            for written in (*writing.iterdir(), writing):
-                sync(written)
-            if self._path.exists():
-                self._path.rename(replaced)
-            writing.rename(self._path)
-            sync(self._path.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            with replacing(self._path) as writing:
+                _whole_model(config, tensors).save_pretrained(writing)
+                self._tokenizer.save_pretrained(writing)
+                if (self._origin / _GENERATION).is_file():
+                    shutil.copyfile(self._origin / _GENERATION, writing / _GENERATION)
         except OSError as error:
-            shutil.rmtree(writing, ignore_errors=True)
             raise CheckpointError(f"the trained model was not written to {self._path}: {error}") from error
         log.info("trained model written", extra={"path": str(self._path)})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,30 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The path of a directory to make; complete when the context ends, it takes the place of `path`, on disk.
+
+    When the context fails, an older one at `path` is untouched, and nothing else is left.
+    """
+    writing = path.with_name(f"{path.name}.writing")
+    replaced = path.with_name(f"{path.name}.replaced")
+    try:
+        for left in (writing, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+        yield writing
+        for written in (*writing.iterdir(), writing):
+            sync(written)
+        if path.exists():
+            path.rename(replaced)
+        writing.rename(path)
+        sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class Parts:
     publishers: tuple[Publisher, ...]  # empty: nobody uses the student while it learns
     evaluator: Evaluator | None  # None: there is no held-out data
     checkpoints: Checkpoints
-    exporter: Exporter
+    exporters: tuple[Exporter, ...]
     stop: Stop
     telemetry: Telemetry
 
@@ -142,7 +142,8 @@ def run(parts: Parts, schedule: Schedule) -> int:
             return done
     _evaluate_if_due(parts, schedule, done=schedule.steps)
     with parts.telemetry.phase("export"):
-        parts.exporter.export()
+        for exporter in parts.exporters:
+            exporter.export()
     return schedule.steps
 
 

@@ -12,9 +12,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from kdmesh.losses import FusedLoss, OutputHead
+from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens
+from kdmesh_trainer.lora import Adapter
+from kdmesh_trainer.weights import StudentWeight, weights_of, without_aliases
 
 # (hidden_RD, head, labels_R) -> the loss of these rows.
 RowLoss = Callable[[Tensor, OutputHead, Tensor], FusedLoss]
@@ -36,10 +39,21 @@ class LossTotals(NamedTuple):
 class Student(nn.Module):
     """A causal LM and the number of its tokens that are real."""
 
-    def __init__(self, lm: PreTrainedModel, *, vocabulary_size: int) -> None:
+    def __init__(self, lm: PreTrainedModel, *, vocabulary_size: int, adapter: Adapter | None = None) -> None:
+        """`adapter` is what was put into `lm`, if anything."""
         super().__init__()
         self.lm = lm
         self.vocabulary_size = vocabulary_size
+        self.adapter = adapter
+
+    def weights(self) -> dict[str, StudentWeight]:
+        """Its tensors by the names that they have in a model without adapters; tied ones are the same object."""
+        return weights_of(self.lm, self.adapter)
+
+    def architecture_fingerprint(self) -> str:
+        """Of the model without adapters, which is what others have."""
+        weights = without_aliases(self.weights())
+        return architecture_fingerprint(self.lm, {name: weight.shape for name, weight in weights.items()})
 
     def forward(self, packed: PackedTokens, row_loss: RowLoss) -> LossTotals:
         """The summed loss of the rows that `packed` names.

@@ -12,7 +12,7 @@ from kdmesh_trainer.config import OptimizerConfig
 
 
 def build_adamw(student: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over every parameter; vectors (norms, biases) do not decay.
+    """AdamW over every parameter that is trained; vectors (norms, biases) do not decay.
 
     Call it after the student is sharded: sharding replaces the parameters.
     """

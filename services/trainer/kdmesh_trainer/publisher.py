@@ -8,16 +8,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch
-from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
 from kdmesh.rpc.weight_services import ServedWeights
 from kdmesh.types import DType
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.weights import without_aliases
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,8 @@ class Sender(Protocol):
 class StudentPublisher:
     """Sends every weight under its Hugging Face name and in the servers' own element type; tied weights once.
 
-    Ranks gather one tensor at a time, as the first of them sends it, and so never hold a second copy of the student.
+    An adapter is added to the matrices that it belongs to, so that servers need not know of it. Ranks gather one tensor
+    at a time, as the first of them sends it, and so never hold a second copy of the student.
     """
 
     def __init__(self, student: Student, sender: Sender | None, *, policy: UpdatePolicy, mesh: Mesh) -> None:
@@ -57,14 +57,16 @@ class StudentPublisher:
         self._sender = sender
         self._policy = policy
         self._mesh = mesh
-        self._fingerprint = architecture_fingerprint(student.lm)
-        self._tensors = named_weights(student.lm)
+        self._fingerprint = student.architecture_fingerprint()
+        self._weights_by_name = without_aliases(student.weights())
         self._steps_done: int | None = None  # of the student that was published last
         self._weight_version = 0
         self._dtype: DType | None = None
-        for name, tensor in self._tensors.items():
-            if not tensor.is_floating_point():
-                raise ConfigError(f"the student's {name} is {tensor.dtype}; rollout servers take floating point only")
+        for name, weight in self._weights_by_name.items():
+            if not weight.base.is_floating_point():
+                raise ConfigError(
+                    f"the student's {name} is {weight.base.dtype}; rollout servers take floating point only"
+                )
 
     def publish(self, *, version: int) -> None:
         """Have every server serve the student as it is now, after `version` steps. Collective.
@@ -118,10 +120,10 @@ class StudentPublisher:
         assert self._dtype is not None
         return [
             (
-                TensorSpec(name=name, shape=tuple(tensor.shape), dtype=self._dtype),
+                TensorSpec(name=name, shape=weight.shape, dtype=self._dtype),
                 functools.partial(self._gather_for_all, index),
             )
-            for index, (name, tensor) in enumerate(self._tensors.items())
+            for index, (name, weight) in enumerate(self._weights_by_name.items())
         ]
 
     def _gather_for_all(self, index: int) -> Tensor:
@@ -142,7 +144,5 @@ class StudentPublisher:
     def _gather(self, index: int) -> Tensor:
         """A whole tensor as it is sent. Collective."""
         assert self._dtype is not None
-        shard = tuple(self._tensors.values())[index].detach()
-        # Before it is gathered: half as many bytes travel.
-        tensor = shard.to(getattr(torch, self._dtype.value))
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        weight = tuple(self._weights_by_name.values())[index]
+        return weight.whole(getattr(torch, self._dtype.value))

@@ -1,0 +1,127 @@
+"""Low-rank adapters: put into a model by peft, and taken apart again where a plain model is wanted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdmesh.errors import ConfigError
+from kdmesh_trainer.lora_config import ALL_LINEAR, LoraConfig
+
+if TYPE_CHECKING:
+    import peft
+
+log = logging.getLogger(__name__)
+
+_NAME = "default"  # of the one adapter, as peft calls it
+_BASE = ".base_layer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LowRank:
+    """What is added to a matrix: scaling * b @ a. Either may be a shard."""
+
+    a: Tensor  # [rank, in]
+    b: Tensor  # [out, rank]
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Adapter:
+    """What `add_adapter` has put into a model."""
+
+    config: peft.LoraConfig
+    layers: Collection[str]  # names of the linear modules that have one
+    scaling: float
+
+    def plain_name(self, name: str) -> str:
+        """The name that a tensor has in the model without an adapter."""
+        module, _, last = name.rpartition(".")
+        layer = module.removesuffix(_BASE)
+        return f"{layer}.{last}" if layer in self.layers else name
+
+    def split(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, LowRank]]:
+        """The tensors without those of the adapter; what is added to each that has something added to it.
+
+        Args:
+            tensors: of the model, by their names in its state dict.
+        """
+        rest, added = dict(tensors), {}
+        for layer in self.layers:
+            a, b = (rest.pop(f"{layer}.{name}") for name in _own_names())
+            added[f"{layer}{_BASE}.weight"] = LowRank(a=a, b=b, scaling=self.scaling)
+        return rest, added
+
+    def saved_name(self, name: str) -> str | None:
+        """The name that a tensor of the adapter has in a file that peft reads; None when it is not the adapter's."""
+        for own in _own_names():
+            layer = name.removesuffix(f".{own}")
+            if layer != name and layer in self.layers:
+                return f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"
+        return None
+
+
+def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
+    """Put an adapter into `lm`, in place, and freeze everything else. It begins as zero, so `lm` says what it said.
+
+    Args:
+        lm: whole, not sharded.
+        seed: of the adapter's first weights.
+
+    Raises:
+        ConfigError: peft is not installed, or `config.target_modules` names what cannot have an adapter.
+    """
+    layers = _targets(lm, config)
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"student.lora needs peft (pip install 'kdmesh[lora]'): {error}") from error
+    told = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=sorted(layers),
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    torch.manual_seed(seed)
+    peft.inject_adapter_in_model(told, lm, adapter_name=_NAME)
+    lm.eval()
+    trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
+    log.info("adapter added", extra={"modules": len(layers), "rank": config.rank, "trained_parameters": trained})
+    return Adapter(config=told, layers=frozenset(layers), scaling=config.alpha / config.rank)
+
+
+def _targets(lm: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Names of the linear modules that get an adapter."""
+    body = lm.get_decoder()
+    prefix = next(name for name, module in lm.named_modules() if module is body)
+    linear = [f"{prefix}.{name}" for name, module in body.named_modules() if isinstance(module, nn.Linear)]
+    if config.target_modules == ALL_LINEAR:
+        return linear
+    others = [name for name, module in lm.named_modules() if name not in linear and _own_tensors(module)]
+    for target in config.target_modules:
+        if not any(_is_meant(target, name) for name in linear):
+            what = (
+                "is not linear, or outside of the body" if any(_is_meant(target, n) for n in others) else "is unknown"
+            )
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ConfigError(f"student.lora.target_modules: {target} {what}; linear modules of the body: {known}")
+    return [name for name in linear if any(_is_meant(target, name) for target in config.target_modules)]
+
+
+def _is_meant(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _own_tensors(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _own_names() -> tuple[str, str]:
+    return f"lora_A.{_NAME}.weight", f"lora_B.{_NAME}.weight"

@@ -1,0 +1,33 @@
+"""What a trainer can be told of adapters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from kdmesh.config import StrictModel
+
+ALL_LINEAR = "all-linear"
+
+
+class LoraConfig(StrictModel):
+    """Low-rank adapters on some of the student's linear modules; everything else is frozen. Needs kdmesh[lora]."""
+
+    rank: int = Field(16, ge=1)
+    """Inner size of an adapter: a matrix W becomes W + alpha / rank * B A, with rank rows in A."""
+
+    alpha: int = Field(32, ge=1)
+    """Numerator of the adapter's scale."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Fraction of an adapter's inputs that are zeroed in training."""
+
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names, or last parts of names, of linear modules of the body; all-linear takes all of them."""
+
+    @model_validator(mode="after")
+    def _some_module(self) -> LoraConfig:
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: nothing would be learnt")
+        return self

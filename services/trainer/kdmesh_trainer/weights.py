@@ -1,0 +1,75 @@
+"""The student's tensors as a plain Hugging Face model has them, whatever they are made of while it learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from transformers import PreTrainedModel
+
+from kdmesh_trainer.lora import Adapter, LowRank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StudentWeight:
+    """One tensor: a parameter or a saved buffer, with what an adapter adds to it."""
+
+    base: Tensor  # a shard when the student is sharded
+    added: LowRank | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self.base.shape)
+
+    @property
+    def can_change(self) -> bool:
+        """Whether training changes it."""
+        return self.added is not None or self.base.requires_grad
+
+    def whole(self, dtype: torch.dtype | None) -> Tensor:
+        """The tensor as it is now, added up as the student keeps it and then rounded to `dtype` once. Collective.
+
+        Args:
+            dtype: None leaves it as it is.
+        """
+        tensor = self.base.detach() if self.added is None else _sum(self.base.detach(), self.added)
+        # Before it is gathered: fewer bytes travel.
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def weights_of(lm: PreTrainedModel, adapter: Adapter | None) -> dict[str, StudentWeight]:
+    """Every parameter and saved buffer by its name in a model without adapters; tied ones are the same object.
+
+    Args:
+        lm: sharded or not.
+        adapter: that was put into it, if any.
+    """
+    tensors, added = dict(lm.state_dict(keep_vars=True)), dict[str, LowRank]()
+    if adapter is not None:
+        tensors, added = adapter.split(tensors)
+    once: dict[int, StudentWeight] = {}
+    named = {}
+    for name, tensor in tensors.items():
+        weight = once.setdefault(id(tensor), StudentWeight(base=tensor, added=added.get(name)))
+        named[name if adapter is None else adapter.plain_name(name)] = weight
+    return named
+
+
+def without_aliases(weights: dict[str, StudentWeight]) -> dict[str, StudentWeight]:
+    """Tied ones once, under the first of their names."""
+    once: dict[int, str] = {}
+    for name, weight in weights.items():
+        once.setdefault(id(weight), name)
+    return {name: weights[name] for name in once.values()}
+
+
+def _sum(base: Tensor, added: LowRank) -> Tensor:
+    a, b = added.a.detach(), added.b.detach()
+    if isinstance(a, DTensor):
+        # The others are split by rows, so each rank computes the rows that it has.
+        a = a.redistribute(placements=[Replicate()])
+    return torch.addmm(base, b, a, alpha=added.scaling)
