@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.measure import finish, say, server, table
 from benchmarks.weight_server import FINGERPRINT
-from kdmesh.rpc.weight_link import WeightDoor
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.types import DType
+from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh.weights.packing import Weights
 
@@ -70,7 +70,7 @@ class _Timings:
 
 
 def _time_door(
-    door: WeightDoor, weights: Mapping[str, Tensor], folder: Path, *, repeats: int, bucket_bytes: int
+    door: DoorChoice, weights: Mapping[str, Tensor], folder: Path, *, repeats: int, bucket_bytes: int
 ) -> _Timings:
     """After the first ones, of each update and of the copies measured before it."""
     ready, specs = folder / f"{door}.json", folder / "specs.json"
@@ -106,16 +106,16 @@ def _copy_seconds(weights: Mapping[str, Tensor], copies: Mapping[str, Tensor], t
 def main() -> None:
     """Print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="updates measured at each door")
+    parser.add_argument("--repeats", type=int, default=4, help="updates measured inline; faster doors get more")
     parser.add_argument("--bucket-mib", type=int, default=32, help="size of a bucket")
     options = parser.parse_args()
     weights = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in _shapes().items()}
     size_bytes = sum(tensor.nbytes for tensor in weights.values())
-    bucket_bytes = options.bucket_mib * 2**20
+    bucket_bytes, few = options.bucket_mib * 2**20, options.repeats
     with tempfile.TemporaryDirectory() as folder:
         timings = {
             door: _time_door(door, weights, Path(folder), repeats=repeats, bucket_bytes=bucket_bytes)
-            for door, repeats in (("shm", options.repeats), ("inline", max(3, options.repeats // 4)))
+            for door, repeats in (("shm", few * 4), ("collective", few * 2), ("inline", few))
         }
     median = statistics.median
     parameters = sum(tensor.numel() for tensor in weights.values())
@@ -133,7 +133,7 @@ def main() -> None:
             for door, t in timings.items()
         ],
     )
-    shm, inline = timings["shm"], timings["inline"]
+    shm, collective, inline = timings["shm"], timings["collective"], timings["inline"]
     finish(
         "weight_sync",
         {
@@ -143,6 +143,8 @@ def main() -> None:
             "shm_gb_per_s": round(size_bytes / median(shm.sent) / 1e9, 2),
             "shm_fraction_of_copy": round(median(shm.copied) / median(shm.sent), 3),
             "shm_fraction_of_copy_by_all_threads": round(median(shm.copied_by_all) / median(shm.sent), 3),
+            "collective_gb_per_s": round(size_bytes / median(collective.sent) / 1e9, 2),
+            "collective_fraction_of_copy": round(median(collective.copied) / median(collective.sent), 3),
             "inline_gb_per_s": round(size_bytes / median(inline.sent) / 1e9, 2),
             "copy_gb_per_s": round(size_bytes / median(shm.copied) / 1e9, 2),
             "copy_by_all_threads_gb_per_s": round(size_bytes / median(shm.copied_by_all) / 1e9, 2),

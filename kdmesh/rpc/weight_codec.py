@@ -9,11 +9,28 @@ from kdmesh.rpc import codec
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.buckets import BucketEntry, Part
 from kdmesh.weights.digests import DIGEST_BYTES
+from kdmesh.weights.doors import Door
 from kdmesh.weights.manifest import Manifest, TensorSpec, UpdatePolicy
+from kdmesh.weights.pair_group import SECRET_BYTES, Invitation
 
 MAX_INLINE_BYTES = 2**20
 """Most bytes of a bucket that travels inside its message."""
 
+MAX_GROUP_BYTES = 2**30
+"""Most bytes of a bucket that comes through a group: the server holds them once more."""
+
+_DOOR: dict[int, Door] = {
+    pb.WEIGHT_DOOR_INLINE: Door.INLINE,
+    pb.WEIGHT_DOOR_SHARED_MEMORY: Door.SHM,
+    pb.WEIGHT_DOOR_GLOO: Door.GLOO,
+    pb.WEIGHT_DOOR_NCCL: Door.NCCL,
+}
+_WIRE_DOOR: dict[Door, pb.WeightDoor.ValueType] = {
+    Door.INLINE: pb.WEIGHT_DOOR_INLINE,
+    Door.SHM: pb.WEIGHT_DOOR_SHARED_MEMORY,
+    Door.GLOO: pb.WEIGHT_DOOR_GLOO,
+    Door.NCCL: pb.WEIGHT_DOOR_NCCL,
+}
 _POLICY: dict[int, UpdatePolicy] = {
     pb.UPDATE_POLICY_FINISH: UpdatePolicy.FINISH,
     pb.UPDATE_POLICY_ABORT: UpdatePolicy.ABORT,
@@ -41,7 +58,7 @@ def manifest_from_wire(m: pb.BeginUpdate) -> Manifest:
 
 
 def manifest_to_wire(manifest: Manifest) -> pb.BeginUpdate:
-    """The same as a message without a broker: buckets are to come inline."""
+    """The same as a message that offers no door: buckets are to come inline."""
     return pb.BeginUpdate(
         version=manifest.version,
         architecture_fingerprint=manifest.architecture_fingerprint,
@@ -50,6 +67,38 @@ def manifest_to_wire(manifest: Manifest) -> pb.BeginUpdate:
         ],
         policy=_WIRE[manifest.policy],
     )
+
+
+def doors_from_wire(messages: Iterable[int]) -> tuple[Door, ...]:
+    """Raises InvalidRequest when one is none."""
+    return tuple(door_from_wire(m) for m in messages)
+
+
+def door_from_wire(m: int) -> Door:
+    """Raises InvalidRequest when it is none."""
+    if m not in _DOOR:
+        raise InvalidRequest(f"unknown door for weights {m}; known: {', '.join(door.value for door in _WIRE_DOOR)}")
+    return _DOOR[m]
+
+
+def door_to_wire(door: Door) -> pb.WeightDoor.ValueType:
+    """The same door as a message names it."""
+    return _WIRE_DOOR[door]
+
+
+def invitation_from_wire(m: pb.JoinGroup) -> Invitation:
+    """Raises InvalidRequest when nobody could be invited by it."""
+    host, _, port = m.store_address.rpartition(":")
+    if not (host and port.isdigit() and int(port) < 2**16):
+        raise InvalidRequest(f"a store at {m.store_address!r}; it must be of the form host:port")
+    if len(m.secret) != SECRET_BYTES:
+        raise InvalidRequest(f"a secret of {len(m.secret)} bytes; it must have {SECRET_BYTES}")
+    return Invitation(store_address=m.store_address, secret=m.secret)
+
+
+def invitation_to_wire(invitation: Invitation) -> pb.JoinGroup:
+    """The same invitation as a message."""
+    return pb.JoinGroup(store_address=invitation.store_address, secret=invitation.secret)
 
 
 def entries_from_wire(messages: Iterable[pb.BucketEntry]) -> tuple[BucketEntry, ...]:

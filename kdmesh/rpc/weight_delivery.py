@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from kdmesh.errors import DeadlineExpired, KdmeshError
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.weight_link import FilledBucket, WeightLink
+from kdmesh.rpc.weight_carriers import FilledBucket
+from kdmesh.rpc.weight_link import WeightLink
 from kdmesh.weights.bucket_memory import BucketMemory
 from kdmesh.weights.buckets import BucketEntry
 

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, Self, TypeAlias
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Self
 
-from kdmesh.errors import ConfigError, EngineFailure, InvalidRequest, KdmeshError, RpcError
-from kdmesh.rpc import codec, weight_codec
+import torch
+
+from kdmesh.errors import (
+    ConfigError,
+    DeadlineExpired,
+    EngineFailure,
+    InvalidRequest,
+    KdmeshError,
+    RpcError,
+    Unavailable,
+)
+from kdmesh.rpc import weight_codec
+from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.calls import our_errors
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.update_stream import UpdateStream
+from kdmesh.rpc.weight_carriers import ByHandle, Carrier, FilledBucket, Inline, ThroughGroup
+from kdmesh.rpc.weight_offer import JOIN_S, DoorOffer
 from kdmesh.rpc.weight_services import ServedWeights, WeightService
-from kdmesh.types import Handle
 from kdmesh.v1 import weights_pb2 as pb
-from kdmesh.weights.bucket_memory import BucketMemory
-from kdmesh.weights.buckets import BucketEntry, cut
-from kdmesh.weights.digests import digest
+from kdmesh.weights.doors import GROUPS, Door
 from kdmesh.weights.manifest import Manifest
+from kdmesh.weights.pair_channel import PairChannel
+from kdmesh.weights.pair_group import Meeting, PairGroup, Seat, address_towards, split_address
 
-WeightDoor: TypeAlias = Literal["auto", "shm", "inline"]
-
-_INLINE_AHEAD = 4  # messages sent and unanswered, so that neither side waits for the other
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FilledBucket:
-    """Bytes that stay as they are until every server is done with them."""
-
-    entries: tuple[BucketEntry, ...]
-    data: memoryview
-    handle: Handle  # to the same bytes
+log = logging.getLogger(__name__)
 
 
 class WeightLink:
@@ -42,35 +42,38 @@ class WeightLink:
 
     Attributes:
         address: host:port.
+        door: how bytes travel.
         failure: why it takes no more buckets; None while it does.
         has_sent_commit: whether the server may have committed.
         has_committed: whether it has.
     """
 
-    def __init__(self, address: str, service: WeightService) -> None:
+    door = Door.INLINE
+
+    def __init__(self, address: str, service: WeightService, offer: DoorOffer) -> None:
         """Use `open`."""
         self.address = address
         self.failure: KdmeshError | None = None
         self.has_sent_commit = self.has_committed = False
+        self._offer = offer
         self._channel = open_channel(address)
         self._service = service
-        self._buckets: asyncio.Queue[tuple[FilledBucket, Callable[[], None]]] = asyncio.Queue()
+        self._tasks = BackgroundTasks()
         self._closing = contextlib.AsyncExitStack()
         self._closing.push_async_callback(self._channel.close)
 
     @classmethod
-    async def open(
-        cls, address: str, service: WeightService, manifest: Manifest, memory: BucketMemory, door: WeightDoor
-    ) -> Self:
+    async def open(cls, address: str, service: WeightService, manifest: Manifest, offer: DoorOffer) -> Self:
         """Announce an update. One attempt.
 
         Raises:
             RpcError: as the service's proto file says of UpdateWeights.
-            ConfigError: `door` is shm, and the server is not on this node.
+            Unavailable: also when a door was asked for that is a group, and none can be made.
+            ConfigError: a door was asked for that the server cannot use.
         """
-        link = cls(address, service)
+        link = cls(address, service, offer)
         try:
-            await link._begin(manifest, memory, door)
+            await link._begin(manifest)
         except BaseException:
             await link.close()
             raise
@@ -78,7 +81,7 @@ class WeightLink:
 
     def put(self, bucket: FilledBucket, done: Callable[[], None]) -> None:
         """Send a bucket after those before it; `done` is called once the server has it, or never will."""
-        self._buckets.put_nowait((bucket, done))
+        self._tasks.start(self._carry(bucket, done))
 
     async def commit(self, version: int) -> None:
         """Return when the server serves what it was sent. Every bucket must be done.
@@ -94,53 +97,77 @@ class WeightLink:
             raise EngineFailure(
                 f"{self.address} serves version {reply.weight_version} after version {version} was sent"
             )
+        self.has_committed = True
 
     async def close(self) -> None:
         """End the stream and the connection. Without a commit, the server goes on with its old weights."""
         await self._closing.aclose()
 
-    async def _begin(self, manifest: Manifest, memory: BucketMemory, door: WeightDoor) -> None:
+    async def _begin(self, manifest: Manifest) -> None:
         begin = weight_codec.manifest_to_wire(manifest)
-        if door != "inline":
-            begin.broker_socket = str(memory.socket_path)
-            begin.session, begin.node_nonce = memory.session, memory.nonce
+        self._offer.announce(begin)
         self._stream = UpdateStream(self._service.update(self._channel), self.address)
         self._closing.push_async_callback(self._stream.close)
         reply = await self._stream.send(pb.UpdateWeightsRequest(begin=begin))
-        if door == "shm" and reply.needs_inline:
-            raise ConfigError(f"door shm, but {self.address} cannot reach this process's shared memory")
-        worker = asyncio.create_task(self._work(is_inline=reply.needs_inline), name="weight link")
-        self._closing.push_async_callback(_ended, worker)
+        self.door = self._taken(reply)
+        self._carrier = await self._carrier_through(self.door)
+        self._closing.push_async_callback(self._tasks.close)
+        log.info("weights on their way", extra={"address": self.address, "door": self.door.value})
 
-    async def _work(self, *, is_inline: bool) -> None:
-        while True:
-            bucket, done = await self._buckets.get()
-            if self.failure is not None:
-                done()
-            elif is_inline:
-                await self._send_inline(bucket)
-                done()
-            else:
-                answer = self._stream.send(_by_handle(bucket))
-                # Not awaited: the next bucket is to be there when the server is done with this one.
-                answer.add_done_callback(functools.partial(self._answered, done))
+    async def _carrier_through(self, door: Door) -> Carrier:
+        if door in GROUPS:
+            try:
+                return await self._invite(door)
+            except Unavailable as error:
+                if self._offer.choice != "auto":
+                    raise
+                log.warning("weights go inline", extra={"address": self.address, "reason": str(error)})
+                self.door = Door.INLINE
+        return ByHandle(self._stream) if door is Door.SHM else Inline(self._stream)
 
-    async def _send_inline(self, bucket: FilledBucket) -> None:
-        unanswered: deque[asyncio.Future[pb.UpdateWeightsReply]] = deque()
+    async def _invite(self, door: Door) -> Carrier:
+        """Make a group with the server. Raises Unavailable when that is not possible."""
+        server_host = split_address(self.address)[0]
+        host = self._offer.advertise or await asyncio.to_thread(address_towards, server_host)
+        meeting = await asyncio.to_thread(Meeting, host, timeout_s=JOIN_S)
+        invitation = weight_codec.invitation_to_wire(meeting.invitation)
+        reply = await self._stream.send(pb.UpdateWeightsRequest(join=invitation))
+        if self._taken(reply) is not door:
+            raise Unavailable(f"{self.address} cannot reach {meeting.invitation.store_address}")
+        device = self._offer.device if door is Door.NCCL else torch.device("cpu")
+        secret = meeting.invitation.secret
+        seat = Seat(store=meeting.store, secret=secret, rank=0, door=door, device=device, host=host)
+        channel = PairChannel(partial(PairGroup, seat, timeout_s=JOIN_S))
+        self._closing.push_async_callback(channel.close)
+        await channel.joined()
+        return ThroughGroup(self._stream, channel, timeout_s=self._offer.bucket_s)
+
+    def _taken(self, reply: pb.UpdateWeightsReply) -> Door:
+        """The door that a reply names, which must be one that was offered."""
         try:
-            for message in _inline(bucket):
-                unanswered.append(self._stream.send(message))
-                if len(unanswered) >= _INLINE_AHEAD:
-                    await unanswered.popleft()
-            while unanswered:
-                await unanswered.popleft()
-        except RpcError as error:
-            self.failure = self.failure or error
+            door = weight_codec.door_from_wire(reply.door)
+        except InvalidRequest as error:
+            raise EngineFailure(f"{self.address} takes no door: {error}") from None
+        if door not in (*self._offer.doors, Door.INLINE):
+            raise EngineFailure(f"{self.address} takes door {door}, which was not offered")
+        if door is Door.INLINE and self._offer.choice not in ("auto", "inline"):
+            raise ConfigError(f"door {self._offer.choice}, but {self.address} {self._offer.obstacle}")
+        return door
 
-    def _answered(self, done: Callable[[], None], answer: asyncio.Future[pb.UpdateWeightsReply]) -> None:
-        if not answer.cancelled() and isinstance(error := answer.exception(), RpcError):
-            self.failure = self.failure or error
-        done()
+    async def _carry(self, bucket: FilledBucket, done: Callable[[], None]) -> None:
+        try:
+            if self.failure is None:
+                async with asyncio.timeout(self._offer.bucket_s):
+                    await self._carrier.carry(bucket)
+        except TimeoutError:
+            self._fail(DeadlineExpired(f"it took no bucket for {self._offer.bucket_s:g} s"))
+        except RpcError as error:
+            self._fail(error)
+        finally:
+            done()
+
+    def _fail(self, error: KdmeshError) -> None:
+        self.failure = self.failure or error
 
 
 async def describe_weights(address: str, service: WeightService) -> ServedWeights:
@@ -158,31 +185,3 @@ async def describe_weights(address: str, service: WeightService) -> ServedWeight
         raise EngineFailure(f"{address} describes an impossible model: {error}") from None
     finally:
         await channel.close()
-
-
-def _by_handle(bucket: FilledBucket) -> pb.UpdateWeightsRequest:
-    handle = codec.handle_to_wire(bucket.handle)
-    return pb.UpdateWeightsRequest(
-        bucket=pb.WeightBucket(entries=weight_codec.entries_to_wire(bucket.entries), handle=handle)
-    )
-
-
-def _inline(bucket: FilledBucket) -> Iterator[pb.UpdateWeightsRequest]:
-    """The same bytes as messages that are small enough."""
-    digests = {(entry.part.bucket_offset_bytes, entry.part.size_bytes): entry.digest for entry in bucket.entries}
-    for pieces in cut([entry.part for entry in bucket.entries], weight_codec.MAX_INLINE_BYTES):
-        data = bytearray(pieces[-1].part.end_bytes)
-        entries = []
-        for piece in pieces:
-            octets = bucket.data[piece.origin_bytes :][: piece.part.size_bytes]
-            data[piece.part.bucket_offset_bytes : piece.part.end_bytes] = octets
-            whole = digests.get((piece.origin_bytes, piece.part.size_bytes))
-            entries.append(BucketEntry(part=piece.part, digest=whole or digest(octets)))
-        yield pb.UpdateWeightsRequest(
-            bucket=pb.WeightBucket(entries=weight_codec.entries_to_wire(entries), inline=bytes(data))
-        )
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])

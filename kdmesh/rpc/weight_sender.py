@@ -11,17 +11,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
+
 from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, KdmeshError, ModelMismatch, RpcError
 from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.retry import Deadline, RetryPolicy
 from kdmesh.rpc.weight_delivery import Delivery
-from kdmesh.rpc.weight_link import WeightDoor, WeightLink, describe_weights
+from kdmesh.rpc.weight_link import WeightLink, describe_weights
+from kdmesh.rpc.weight_offer import DoorOffer
 from kdmesh.rpc.weight_services import ROLLOUTS, ServedWeights, WeightService
 from kdmesh.weights.bucket_memory import BucketMemory, bucket_memory
 from kdmesh.weights.buckets import plan_buckets
+from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
 from kdmesh.weights.packing import Packer, Weights
+from kdmesh.weights.pair_group import check_own_address
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +39,14 @@ _FINAL = (ConfigError, InvalidRequest, ModelMismatch)
 class WeightSender:
     """Sends whole versions. A context manager.
 
-    A bucket is written to shared memory once, and every server of this node copies it from there; others get it inline.
+    A bucket is written to shared memory once, and every server of this node copies it from there; others get it
+    through a group of two processes each, or inline.
     Servers copy one bucket while the next is filled. A server that dies, or is not there yet, is tried again until the
     deadline and then gets all of the version, whatever it missed.
 
     Raises, when made:
-        ConfigError: there is not enough memory for the buckets, or their socket cannot be made.
+        ConfigError: there is not enough memory for the buckets, or their socket cannot be made, or `advertise` is no
+            address of this machine.
     """
 
     def __init__(
@@ -48,8 +55,11 @@ class WeightSender:
         *,
         service: WeightService = ROLLOUTS,
         bucket_bytes: int = 32 * 2**20,
-        door: WeightDoor = "auto",
+        door: DoorChoice = "auto",
+        advertise: str = "",
+        device: torch.device | None = None,
         deadline_s: float = 600.0,
+        bucket_s: float = 60.0,
         socket_dir: Path | None = None,
     ) -> None:
         """
@@ -57,15 +67,21 @@ class WeightSender:
             addresses: host:port of each server; at least one.
             service: what kind of server they are.
             bucket_bytes: size of a bucket; three are held.
-            door: how bytes travel; auto takes shared memory where a server can reach it.
+            door: how bytes travel; auto takes shared memory where a server can reach it, else a private group with
+                each server, else messages.
+            advertise: address of this machine by which servers reach a group; empty for that of the interface that
+                leads to each.
+            device: the GPU whose groups are NCCL's; None for gloo's.
             deadline_s: longest time for one version to reach all servers, their restarts included.
+            bucket_s: how long a server may take for one bucket; past it, it costs the others no more time.
             socket_dir: where servers find the broker; None makes a private directory.
         """
         assert addresses
+        if advertise:
+            check_own_address(advertise)
         self._addresses = tuple(addresses)
         self._service = service
         self._bucket_bytes = bucket_bytes
-        self._door = door
         self._deadline_s = deadline_s
         self._policy = RetryPolicy()
         self._closing = AsyncExitStack()
@@ -75,6 +91,13 @@ class WeightSender:
         except BaseException:
             self._loop.close()
             raise
+        self._offer = DoorOffer(
+            memory=self._memory,
+            choice=door,
+            advertise=advertise,
+            device=device or torch.device("cpu"),
+            bucket_s=bucket_s,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -104,7 +127,7 @@ class WeightSender:
             DeadlineExpired: a server did not get it in time; the others serve it.
             ModelMismatch: a server has another model, or serves weights as new already; the others serve it.
             InvalidRequest: a server has other tensors, or found bytes changed on their way; the others serve it.
-            ConfigError: `door` is shm, and a server is not on this node.
+            ConfigError: a server cannot use the `door` that was asked for.
         """
         manifest = Manifest(
             version=version,
@@ -173,7 +196,7 @@ class WeightSender:
                     if served.version == progress.manifest.version:
                         progress.waiting.pop(address)
                         return None
-                return await WeightLink.open(address, self._service, progress.manifest, self._memory, self._door)
+                return await WeightLink.open(address, self._service, progress.manifest, self._offer)
         except TimeoutError:
             progress.failed(address, DeadlineExpired("no answer"))
         except KdmeshError as error:

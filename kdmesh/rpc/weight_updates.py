@@ -7,14 +7,13 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 import torch
 
-from kdmesh.errors import EngineFailure, InvalidRequest, Unavailable
-from kdmesh.handles.shm_door import ShmDoor
-from kdmesh.rpc import codec, weight_codec
+from kdmesh.errors import InvalidRequest, Unavailable
+from kdmesh.rpc import weight_codec
+from kdmesh.rpc.weight_source import BucketSource
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.manifest import Manifest
 from kdmesh.weights.target import WeightTarget
@@ -36,7 +35,13 @@ class WeightUpdates:
     """
 
     def __init__(
-        self, target: WeightTarget, *, architecture_fingerprint: str, apply: Apply, silence_s: float = 300.0
+        self,
+        target: WeightTarget,
+        *,
+        architecture_fingerprint: str,
+        apply: Apply,
+        silence_s: float = 300.0,
+        device: torch.device | None = None,
     ) -> None:
         """
         Args:
@@ -44,10 +49,12 @@ class WeightUpdates:
             architecture_fingerprint: of its model.
             apply: see Apply.
             silence_s: how long a sender may say nothing before its update is dropped.
+            device: a GPU that this process computes on, to which bytes may come over NCCL; None where it has none.
         """
         self._versions = WeightVersions(target, architecture_fingerprint=architecture_fingerprint)
         self._apply = apply
         self._silence_s = silence_s
+        self._device = device
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
 
     @property
@@ -75,26 +82,33 @@ class WeightUpdates:
         begin = await self._next(requests, "begin")
         manifest = weight_codec.manifest_from_wire(begin.begin)
         self._versions.admit(manifest)
-        door: ShmDoor | None = None
+        source: BucketSource | None = None
         try:
             await self._run(self._versions.begin)
-            door = await _open_door(begin.begin)
-            yield pb.UpdateWeightsReply(weight_version=self.version, needs_inline=door is None)
-            while (request := await self._next(requests, "bucket", "commit")).HasField("bucket"):
+            source = await BucketSource.open(begin.begin, device=self._device, silence_s=self._silence_s)
+            yield self._took(source)
+            while not (request := await self._next(requests, "join", "bucket", "commit")).HasField("commit"):
+                if request.HasField("join"):
+                    await source.join(request.join)
+                    yield self._took(source)
+                    continue
                 entries = weight_codec.entries_from_wire(request.bucket.entries)
                 # Released at once, although an error's frames may refer to it: it is the sender's memory.
-                with await _bytes_of(request.bucket, door) as data:
+                with await source.read(request.bucket) as data:
                     await self._run(self._versions.write, entries, data)
                 yield pb.UpdateWeightsReply(weight_version=self.version)
             await self._commit(await self._run(self._versions.verify))
         finally:
-            if door is not None:
-                door.close()
             # In the thread, behind whatever it still does, so nothing is written after it. When cancelled, not awaited.
             ending = asyncio.wrap_future(self._thread.submit(self._versions.discard))
+            if source is not None:
+                await source.close()
             await asyncio.shield(ending)
         log.info("weights replaced", extra={"version": self.version, "policy": manifest.policy.value})
         yield pb.UpdateWeightsReply(weight_version=self.version)
+
+    def _took(self, source: BucketSource) -> pb.UpdateWeightsReply:
+        return pb.UpdateWeightsReply(weight_version=self.version, door=weight_codec.door_to_wire(source.door))
 
     async def _next(self, requests: AsyncIterator[pb.UpdateWeightsRequest], *wanted: str) -> pb.UpdateWeightsRequest:
         try:
@@ -147,41 +161,3 @@ class _Turn:
         with self._lock:
             is_first, self._is_taken = not self._is_taken, True
         return is_first
-
-
-async def _open_door(begin: pb.BeginUpdate) -> ShmDoor | None:
-    """To the sender's memory; None when the bytes come inline."""
-    if not begin.broker_socket:
-        return None
-    try:
-        return await ShmDoor.connect(Path(begin.broker_socket), begin.session, begin.node_nonce)
-    except Unavailable as error:
-        log.info("weights come inline", extra={"reason": str(error)})
-        return None
-
-
-async def _bytes_of(bucket: pb.WeightBucket, door: ShmDoor | None) -> memoryview:
-    """The bucket's bytes.
-
-    Raises:
-        HandleGone: its handle has ended.
-        Unavailable: the sender is gone.
-        InvalidRequest: it has no bytes, or too many, or none that this server can reach.
-    """
-    match bucket.WhichOneof("source"):
-        case "inline":
-            if len(bucket.inline) > weight_codec.MAX_INLINE_BYTES:
-                raise InvalidRequest(
-                    f"a bucket of {len(bucket.inline)} bytes inline; at most {weight_codec.MAX_INLINE_BYTES}"
-                )
-            return memoryview(bucket.inline)
-        case "handle" if door is not None:
-            try:
-                matrix = await door.fetch(codec.handle_from_wire(bucket.handle))
-            except EngineFailure as error:  # the sender's fault, not this server's
-                raise InvalidRequest(f"the bucket cannot be read: {error}") from None
-            return matrix.reshape(-1).view(torch.uint8).numpy().data
-        case "handle":
-            raise InvalidRequest("a bucket as a handle, but the sender's memory cannot be reached: send it inline")
-        case _:
-            raise InvalidRequest("a bucket without bytes")

@@ -108,7 +108,7 @@ class RolloutServicer(object):
     def UpdateWeights(self, request_iterator, context):
         """UpdateWeights replaces the model's weights by those of a newer version.
 
-        Order: begin, then buckets, then commit; one reply to each. Between commit and its reply the server
+        Order: as weights.proto says, with one reply to each step. Between commit and its reply the server
         waits for, or aborts, what is being sampled, as begin.policy says.
         What is served changes with the reply to commit and not before: when the stream
         ends, breaks or fails without it, the old weights stay and the new ones are dropped.
@@ -121,7 +121,8 @@ class RolloutServicer(object):
         FAILED_PRECONDITION begin.model_fingerprint differs from the loaded model's, or begin.version is
         not newer than the version served
         NOT_FOUND           a bucket's handle has ended
-        UNAVAILABLE         another update is under way, or the weights sleep
+        UNAVAILABLE         another update is under way, the weights sleep, or the group that bytes come
+        through broke
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

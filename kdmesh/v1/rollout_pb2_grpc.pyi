@@ -208,7 +208,7 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
     UpdateWeights: _RolloutUpdateWeightsType
     """UpdateWeights replaces the model's weights by those of a newer version.
 
-    Order: begin, then buckets, then commit; one reply to each. Between commit and its reply the server
+    Order: as weights.proto says, with one reply to each step. Between commit and its reply the server
     waits for, or aborts, what is being sampled, as begin.policy says.
     What is served changes with the reply to commit and not before: when the stream
     ends, breaks or fails without it, the old weights stay and the new ones are dropped.
@@ -221,7 +221,8 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
       FAILED_PRECONDITION begin.model_fingerprint differs from the loaded model's, or begin.version is
                           not newer than the version served
       NOT_FOUND           a bucket's handle has ended
-      UNAVAILABLE         another update is under way, or the weights sleep
+      UNAVAILABLE         another update is under way, the weights sleep, or the group that bytes come
+                          through broke
     """
 
     Sleep: _RolloutSleepType
@@ -323,7 +324,7 @@ class RolloutServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[kdmesh.v1.weights_pb2.UpdateWeightsReply], collections.abc.AsyncIterator[kdmesh.v1.weights_pb2.UpdateWeightsReply]]:
         """UpdateWeights replaces the model's weights by those of a newer version.
 
-        Order: begin, then buckets, then commit; one reply to each. Between commit and its reply the server
+        Order: as weights.proto says, with one reply to each step. Between commit and its reply the server
         waits for, or aborts, what is being sampled, as begin.policy says.
         What is served changes with the reply to commit and not before: when the stream
         ends, breaks or fails without it, the old weights stay and the new ones are dropped.
@@ -336,7 +337,8 @@ class RolloutServicer(metaclass=abc.ABCMeta):
           FAILED_PRECONDITION begin.model_fingerprint differs from the loaded model's, or begin.version is
                               not newer than the version served
           NOT_FOUND           a bucket's handle has ended
-          UNAVAILABLE         another update is under way, or the weights sleep
+          UNAVAILABLE         another update is under way, the weights sleep, or the group that bytes come
+                              through broke
         """
 
     @abc.abstractmethod

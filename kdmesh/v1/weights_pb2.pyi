@@ -6,6 +6,12 @@ New weights for a server whose model changes: the messages of every UpdateWeight
 Order: begin, then buckets, then commit, with one reply to each. What is served changes with
 the reply to commit and not before. The service's own file says what its UpdateWeights does
 with work that is under way, and which errors end it.
+
+Doors: the bytes of a bucket lie in memory that the sender shares with its node, come through a
+private group of two processes (torch.distributed; the sender is rank 0), or travel inside the
+message. begin says which doors the sender offers, and its reply which one the server takes: the
+first of them that it can use. Where that is a group, join is next. Bytes in messages are taken at any time.
+Through every door the digests are the messages', and nothing is committed without them.
 """
 
 import builtins
@@ -53,6 +59,38 @@ UPDATE_POLICY_CONTINUE: UpdatePolicy.ValueType  # 3
 """They go on with the new weights, and report both versions."""
 Global___UpdatePolicy: typing_extensions.TypeAlias = UpdatePolicy
 
+class _WeightDoor:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _WeightDoorEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_WeightDoor.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    WEIGHT_DOOR_UNSPECIFIED: _WeightDoor.ValueType  # 0
+    """Not set. Receivers reject it."""
+    WEIGHT_DOOR_INLINE: _WeightDoor.ValueType  # 1
+    """Inside the messages."""
+    WEIGHT_DOOR_SHARED_MEMORY: _WeightDoor.ValueType  # 2
+    """Memory of the sender, through its broker."""
+    WEIGHT_DOOR_GLOO: _WeightDoor.ValueType  # 3
+    """A gloo group of sender and server; bytes go from memory to memory."""
+    WEIGHT_DOOR_NCCL: _WeightDoor.ValueType  # 4
+    """An NCCL group of sender and server; bytes go from GPU to GPU. Only a server that holds a GPU takes it."""
+
+class WeightDoor(_WeightDoor, metaclass=_WeightDoorEnumTypeWrapper):
+    """A way for the bytes of buckets."""
+
+WEIGHT_DOOR_UNSPECIFIED: WeightDoor.ValueType  # 0
+"""Not set. Receivers reject it."""
+WEIGHT_DOOR_INLINE: WeightDoor.ValueType  # 1
+"""Inside the messages."""
+WEIGHT_DOOR_SHARED_MEMORY: WeightDoor.ValueType  # 2
+"""Memory of the sender, through its broker."""
+WEIGHT_DOOR_GLOO: WeightDoor.ValueType  # 3
+"""A gloo group of sender and server; bytes go from memory to memory."""
+WEIGHT_DOOR_NCCL: WeightDoor.ValueType  # 4
+"""An NCCL group of sender and server; bytes go from GPU to GPU. Only a server that holds a GPU takes it."""
+Global___WeightDoor: typing_extensions.TypeAlias = WeightDoor
+
 @typing.final
 class TensorSpec(google.protobuf.message.Message):
     """One tensor of the model."""
@@ -94,6 +132,7 @@ class BeginUpdate(google.protobuf.message.Message):
     BROKER_SOCKET_FIELD_NUMBER: builtins.int
     SESSION_FIELD_NUMBER: builtins.int
     NODE_NONCE_FIELD_NUMBER: builtins.int
+    DOORS_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Number of the new weights; above the one served."""
     architecture_fingerprint: builtins.str
@@ -101,16 +140,20 @@ class BeginUpdate(google.protobuf.message.Message):
     policy: Global___UpdatePolicy.ValueType
     """What becomes of samples being drawn."""
     broker_socket: builtins.str
-    """Unix socket of the sender's broker, for buckets in shared memory; empty when they come inline."""
+    """Unix socket of the sender's broker; empty when it does not offer WEIGHT_DOOR_SHARED_MEMORY."""
     session: builtins.bytes
-    """The session to fetch handles with; empty when buckets come inline."""
+    """The session to fetch handles with; empty without a broker."""
     node_nonce: builtins.bytes
     """16 random bytes that the sender's broker says too; a server that cannot read them there
-    answers begin with needs_inline.
+    takes another door. Empty without a broker.
     """
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Every tensor that will come, once each; tied ones under one of their names."""
+
+    @property
+    def doors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___WeightDoor.ValueType]:
+        """What the sender offers, the best first; inline goes without saying. May be empty."""
 
     def __init__(
         self,
@@ -122,10 +165,37 @@ class BeginUpdate(google.protobuf.message.Message):
         broker_socket: builtins.str = ...,
         session: builtins.bytes = ...,
         node_nonce: builtins.bytes = ...,
+        doors: collections.abc.Iterable[Global___WeightDoor.ValueType] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture_fingerprint", b"architecture_fingerprint", "broker_socket", b"broker_socket", "node_nonce", b"node_nonce", "policy", b"policy", "session", b"session", "tensors", b"tensors", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture_fingerprint", b"architecture_fingerprint", "broker_socket", b"broker_socket", "doors", b"doors", "node_nonce", b"node_nonce", "policy", b"policy", "session", b"session", "tensors", b"tensors", "version", b"version"]) -> None: ...
 
 Global___BeginUpdate: typing_extensions.TypeAlias = BeginUpdate
+
+@typing.final
+class JoinGroup(google.protobuf.message.Message):
+    """Asks the server into the group whose door it took. The reply comes when the server has reached the store, before
+    the group is complete. Then rank 0 sends the first half of the secret through the group, and rank 1 the other half
+    once it has that; whoever gets another one leaves. A server that cannot reach the store answers
+    WEIGHT_DOOR_INLINE; a group that breaks later ends the update.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STORE_ADDRESS_FIELD_NUMBER: builtins.int
+    SECRET_FIELD_NUMBER: builtins.int
+    store_address: builtins.str
+    """host:port of a torch.distributed TCPStore of the sender, on which the group meets."""
+    secret: builtins.bytes
+    """32 random bytes, which say that both processes of the group are those of this update."""
+    def __init__(
+        self,
+        *,
+        store_address: builtins.str = ...,
+        secret: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["secret", b"secret", "store_address", b"store_address"]) -> None: ...
+
+Global___JoinGroup: typing_extensions.TypeAlias = JoinGroup
 
 @typing.final
 class BucketEntry(google.protobuf.message.Message):
@@ -170,8 +240,13 @@ class WeightBucket(google.protobuf.message.Message):
     ENTRIES_FIELD_NUMBER: builtins.int
     HANDLE_FIELD_NUMBER: builtins.int
     INLINE_FIELD_NUMBER: builtins.int
+    GROUP_BYTES_FIELD_NUMBER: builtins.int
     inline: builtins.bytes
     """The bytes themselves; at most 1 MiB."""
+    group_bytes: builtins.int
+    """Number of bytes, at most 1 GiB, that come through the group as one tensor of uint8, in the order of the
+    messages. The reply says that the server has copied them out of what it received.
+    """
     @property
     def entries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BucketEntry]:
         """What the bucket holds, in order."""
@@ -188,10 +263,11 @@ class WeightBucket(google.protobuf.message.Message):
         entries: collections.abc.Iterable[Global___BucketEntry] | None = ...,
         handle: kdmesh.v1.common_pb2.Handle | None = ...,
         inline: builtins.bytes = ...,
+        group_bytes: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["handle", b"handle", "inline", b"inline", "source", b"source"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["entries", b"entries", "handle", b"handle", "inline", b"inline", "source", b"source"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["handle", "inline"] | None: ...
+    def HasField(self, field_name: typing.Literal["group_bytes", b"group_bytes", "handle", b"handle", "inline", b"inline", "source", b"source"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries", "group_bytes", b"group_bytes", "handle", b"handle", "inline", b"inline", "source", b"source"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["handle", "inline", "group_bytes"] | None: ...
 
 Global___WeightBucket: typing_extensions.TypeAlias = WeightBucket
 
@@ -216,6 +292,7 @@ class UpdateWeightsRequest(google.protobuf.message.Message):
     BEGIN_FIELD_NUMBER: builtins.int
     BUCKET_FIELD_NUMBER: builtins.int
     COMMIT_FIELD_NUMBER: builtins.int
+    JOIN_FIELD_NUMBER: builtins.int
     @property
     def begin(self) -> Global___BeginUpdate:
         """First."""
@@ -228,16 +305,21 @@ class UpdateWeightsRequest(google.protobuf.message.Message):
     def commit(self) -> Global___CommitUpdate:
         """Last."""
 
+    @property
+    def join(self) -> Global___JoinGroup:
+        """Second, once, and only where the reply to begin names the door of a group."""
+
     def __init__(
         self,
         *,
         begin: Global___BeginUpdate | None = ...,
         bucket: Global___WeightBucket | None = ...,
         commit: Global___CommitUpdate | None = ...,
+        join: Global___JoinGroup | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["begin", b"begin", "bucket", b"bucket", "commit", b"commit", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["begin", b"begin", "bucket", b"bucket", "commit", b"commit", "step", b"step"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["step", b"step"]) -> typing.Literal["begin", "bucket", "commit"] | None: ...
+    def HasField(self, field_name: typing.Literal["begin", b"begin", "bucket", b"bucket", "commit", b"commit", "join", b"join", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "bucket", b"bucket", "commit", b"commit", "join", b"join", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["step", b"step"]) -> typing.Literal["begin", "bucket", "commit", "join"] | None: ...
 
 Global___UpdateWeightsRequest: typing_extensions.TypeAlias = UpdateWeightsRequest
 
@@ -248,17 +330,17 @@ class UpdateWeightsReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
-    NEEDS_INLINE_FIELD_NUMBER: builtins.int
+    DOOR_FIELD_NUMBER: builtins.int
     weight_version: builtins.int
     """Weights that are served now."""
-    needs_inline: builtins.bool
-    """Only in the reply to begin: shared memory cannot be reached, send the bytes inline."""
+    door: Global___WeightDoor.ValueType
+    """Only in the replies to begin and to join, where it is set: the door that the server takes."""
     def __init__(
         self,
         *,
         weight_version: builtins.int = ...,
-        needs_inline: builtins.bool = ...,
+        door: Global___WeightDoor.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["needs_inline", b"needs_inline", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["door", b"door", "weight_version", b"weight_version"]) -> None: ...
 
 Global___UpdateWeightsReply: typing_extensions.TypeAlias = UpdateWeightsReply

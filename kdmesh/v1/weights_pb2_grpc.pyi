@@ -6,6 +6,12 @@ New weights for a server whose model changes: the messages of every UpdateWeight
 Order: begin, then buckets, then commit, with one reply to each. What is served changes with
 the reply to commit and not before. The service's own file says what its UpdateWeights does
 with work that is under way, and which errors end it.
+
+Doors: the bytes of a bucket lie in memory that the sender shares with its node, come through a
+private group of two processes (torch.distributed; the sender is rank 0), or travel inside the
+message. begin says which doors the sender offers, and its reply which one the server takes: the
+first of them that it can use. Where that is a group, join is next. Bytes in messages are taken at any time.
+Through every door the digests are the messages', and nothing is committed without them.
 """
 
 import abc

@@ -69,6 +69,7 @@ def _begin(*, version: int = 1, memory: BucketMemory | None = None) -> Step:
     begin = weight_codec.manifest_to_wire(manifest_of(SPECS, version=version))
     if memory is not None:
         begin.broker_socket, begin.session, begin.node_nonce = str(memory.socket_path), memory.session, memory.nonce
+        begin.doors.append(pb.WEIGHT_DOOR_SHARED_MEMORY)
     return Step(begin=begin)
 
 
@@ -122,7 +123,7 @@ FIRST, SECOND = _buckets()
         ([FIRST], "says bucket where begin comes next"),
         ([COMMIT], "says commit where begin comes next"),
         ([Step()], "says nothing where begin comes next"),
-        ([_begin(), _begin()], "says begin where bucket or commit comes next"),
+        ([_begin(), _begin()], "says begin where join or bucket or commit comes next"),
         ([_begin(), COMMIT], "bytes of embedding, norm"),
         ([_begin(), FIRST, COMMIT], "embedding, norm (2 in all) have not come"),
         ([_begin(), SECOND], "parts come in order"),
@@ -286,7 +287,7 @@ async def _memory(tmp_path: Path) -> AsyncIterator[BucketMemory]:
 async def test_buckets_in_shared_memory_are_copied_when_they_are_answered(tmp_path: Path) -> None:
     target = MemoryTarget(SPECS)
     async with weight_server(target) as (address, _), _memory(tmp_path) as memory, _call(address) as call:
-        assert not (await call.ask(_begin(memory=memory))).needs_inline
+        assert (await call.ask(_begin(memory=memory))).door == pb.WEIGHT_DOOR_SHARED_MEMORY
         for step in (FIRST, SECOND):  # in the same buffer
             await call.ask(_offered(memory, step))
         await call.ask(COMMIT)
@@ -317,7 +318,7 @@ async def test_another_senders_memory_is_not_read(tmp_path: Path) -> None:
     async with weight_server(MemoryTarget(SPECS)) as (address, _), _memory(tmp_path) as memory, _call(address) as call:
         begin = _begin(memory=memory)
         begin.begin.node_nonce = bytes(16)
-        assert (await call.ask(begin)).needs_inline
+        assert (await call.ask(begin)).door == pb.WEIGHT_DOOR_INLINE
 
 
 async def test_a_session_that_is_none_is_gone(tmp_path: Path) -> None:

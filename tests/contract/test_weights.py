@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
@@ -10,11 +11,11 @@ import pytest
 from torch import Tensor
 
 from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, ModelMismatch, Unavailable
-from kdmesh.rpc import weight_updates
+from kdmesh.rpc import weight_source
 from kdmesh.rpc.weight_delivery import Delivery
-from kdmesh.rpc.weight_link import WeightDoor
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.weights.buckets import BucketEntry
+from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import Manifest, TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights
 from tests.support.handles_consumer import until
@@ -43,7 +44,7 @@ def _makers(weights: Mapping[TensorSpec, Tensor]) -> Weights:
     return [(spec, lambda tensor=tensor: tensor) for spec, tensor in weights.items()]  # type: ignore[misc]
 
 
-def _sender(addresses: Sequence[str], *, door: WeightDoor = "auto", deadline_s: float = 30) -> WeightSender:
+def _sender(addresses: Sequence[str], *, door: DoorChoice = "auto", deadline_s: float = 30) -> WeightSender:
     return WeightSender(addresses, bucket_bytes=BUCKET_BYTES, door=door, deadline_s=deadline_s)
 
 
@@ -57,8 +58,8 @@ def _serves(target: MemoryTarget, version: int) -> bool:
     return right and target.version == version and target.staged is None
 
 
-@pytest.mark.parametrize("door", ["shm", "inline", "auto"])
-async def test_every_version_arrives(door: WeightDoor) -> None:
+@pytest.mark.parametrize("door", ["shm", "collective", "inline", "auto"])
+async def test_every_version_arrives(door: DoorChoice) -> None:
     target = MemoryTarget(SPECS)
     async with weight_server(target) as (address, updates):
         with _sender([address], door=door) as sender:
@@ -66,6 +67,7 @@ async def test_every_version_arrives(door: WeightDoor) -> None:
                 await _publish(sender, version)
                 assert _serves(target, version) and updates.version == version
     assert all(name.startswith("weights") for name in target.threads)  # never the event loop's
+    await until(lambda: not any(thread.name.startswith("weights") for thread in threading.enumerate()))
 
 
 async def test_several_servers_read_the_same_bucket() -> None:
@@ -82,7 +84,7 @@ async def test_a_server_out_of_reach_of_the_memory_gets_it_inline_while_another_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     near, far = MemoryTarget(SPECS), MemoryTarget(SPECS)
-    connect = weight_updates.ShmDoor.connect
+    connect = weight_source.ShmDoor.connect
     calls = 0
 
     async def connect_once(*arguments: object) -> object:
@@ -92,7 +94,7 @@ async def test_a_server_out_of_reach_of_the_memory_gets_it_inline_while_another_
             raise Unavailable("no shared memory")
         return await connect(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(weight_updates.ShmDoor, "connect", connect_once)
+    monkeypatch.setattr(weight_source.ShmDoor, "connect", connect_once)
     async with weight_server(near) as (one, _), weight_server(far) as (other, _):
         with _sender([one, other]) as sender:
             await _publish(sender, 1)
@@ -103,7 +105,7 @@ async def test_shared_memory_that_is_asked_for_and_not_to_be_had_is_refused(monk
     async def connect(*arguments: object) -> object:
         raise Unavailable("no shared memory")
 
-    monkeypatch.setattr(weight_updates.ShmDoor, "connect", connect)
+    monkeypatch.setattr(weight_source.ShmDoor, "connect", connect)
     async with weight_server(MemoryTarget(SPECS)) as (address, _):
         refused = pytest.raises(ConfigError, match="cannot reach this process's shared memory")
         with _sender([address], door="shm") as sender, refused:
@@ -163,18 +165,18 @@ async def test_what_is_served_changes_only_when_the_policy_has_been_applied() ->
             assert applied == [UpdatePolicy.ABORT] and _serves(target, 1)
 
 
-async def test_a_server_that_samples_past_the_deadline_keeps_its_weights() -> None:
-    target = MemoryTarget(SPECS)
+async def test_a_server_that_samples_past_the_deadline_keeps_its_weights_and_is_the_only_one() -> None:
+    target, other = MemoryTarget(SPECS), MemoryTarget(SPECS)
 
     async def never(manifest: Manifest, commit: Callable[[], None]) -> None:
         await asyncio.Event().wait()
 
-    async with weight_server(target, apply=never) as (address, updates):
-        late = pytest.raises(DeadlineExpired, match=r"version 1 was not taken within 0\.5 s by 127\.0\.0\.1")
-        with _sender([address], deadline_s=0.5) as sender, late:
+    async with weight_server(target, apply=never) as (late, updates), weight_server(other) as (address, _):
+        expired = pytest.raises(DeadlineExpired, match=f"version 1 was not taken within 0.5 s by {late}: [^;]*$")
+        with _sender([late, address], deadline_s=0.5) as sender, expired:
             await _publish(sender, 1)
         await until(lambda: target.staged is None)
-        assert updates.version == 0 and target.served == {}
+        assert updates.version == 0 and target.served == {} and _serves(other, 1)
 
 
 async def test_a_server_that_comes_late_gets_the_newest() -> None:
@@ -221,8 +223,8 @@ async def test_servers_tell_what_they_serve() -> None:
     assert [(s.address, s.version, s.dtype) for s in served] == [(one, 0, "bfloat16"), (other, 7, "bfloat16")]
 
 
-@pytest.mark.parametrize("door", ["shm", "inline"])
-async def test_a_byte_that_changes_on_its_way_is_noticed(door: WeightDoor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("door", ["shm", "collective", "inline"])
+async def test_a_byte_that_changes_on_its_way_is_noticed(door: DoorChoice, monkeypatch: pytest.MonkeyPatch) -> None:
     target = MemoryTarget(SPECS)
     hand_over = Delivery.hand_over
 

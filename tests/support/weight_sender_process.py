@@ -1,7 +1,7 @@
 """A sender in a process of its own, which tests can kill.
 
-`python -m tests.support.weight_sender_process ADDRESS SHAPES_JSON VERSION SECONDS_PER_TENSOR` sends random weights,
-of which the version is the seed, and writes a line for each tensor that it is about to send.
+`python -m tests.support.weight_sender_process ADDRESS SHAPES_JSON VERSION SECONDS_PER_TENSOR DOOR` sends random
+weights, of which the version is the seed, and writes a line for each tensor that it is about to send.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor
 
 from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.weights.doors import DoorChoice
 from tests.support.weight_targets import FINGERPRINT, random_weights
 
 
-def main(address: str, shapes: str, version: int, seconds_per_tensor: float) -> None:
+def main(address: str, shapes: str, version: int, seconds_per_tensor: float, door: DoorChoice) -> None:
     """Send once."""
     weights = random_weights({name: tuple(shape) for name, shape in json.loads(shapes).items()}, seed=version)
 
@@ -30,9 +32,9 @@ def main(address: str, shapes: str, version: int, seconds_per_tensor: float) -> 
 
         return make
 
-    with WeightSender([address], bucket_bytes=2**16) as sender:
+    with WeightSender([address], bucket_bytes=2**16, door=door) as sender:
         sender.publish(version, FINGERPRINT, [(spec, maker(spec.name, tensor)) for spec, tensor in weights.items()])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), cast(DoorChoice, sys.argv[5]))

@@ -1,6 +1,6 @@
 """A server of which nothing is real but UpdateWeights.
 
-`python -m tests.support.weight_server READY_FILE SPECS_JSON SECONDS_PER_WRITE PORT FINGERPRINT` is one in a
+`python -m tests.support.weight_server READY_FILE SPECS_JSON SECONDS_PER_WRITE PORT FINGERPRINT REACH` is one in a
 process of its own; READY_FILE then says where it listens. It tells the digest of what it serves as its model's name.
 """
 
@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, NoReturn, TypeAlias, cast
 
 import torch
 
-from kdmesh.rpc import codec
+from kdmesh.errors import Unavailable
+from kdmesh.rpc import codec, weight_source
 from kdmesh.rpc.boundary import Context
 from kdmesh.rpc.server import serving
 from kdmesh.rpc.weight_updates import Apply, WeightUpdates
@@ -29,6 +31,9 @@ from kdmesh.weights.manifest import Manifest, TensorSpec
 from tests.support.weight_targets import FINGERPRINT, MemoryTarget
 
 ROOT = Path(__file__).parents[2]
+
+Reach: TypeAlias = Literal["all", "groups", "nothing"]
+"""What a server process finds of a sender's doors: all of them, its groups but not its memory, neither."""
 
 
 async def at_once(manifest: Manifest, commit: Callable[[], None]) -> None:
@@ -101,11 +106,12 @@ def weight_server_process(
     seconds_per_write: float = 0,
     port: int = 0,
     fingerprint: str = FINGERPRINT,
+    reach: Reach = "all",
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process and its address; killed at the end."""
     ready.unlink(missing_ok=True)
     named = json.dumps([[spec.name, spec.shape, spec.dtype.value] for spec in specs])
-    arguments = [str(ready), named, str(seconds_per_write), str(port), fingerprint]
+    arguments = [str(ready), named, str(seconds_per_write), str(port), fingerprint, reach]
     process = subprocess.Popen([sys.executable, "-m", "tests.support.weight_server", *arguments], cwd=ROOT)
     try:
         ends_s = time.monotonic() + 60
@@ -116,6 +122,18 @@ def weight_server_process(
     finally:
         process.kill()
         process.wait()
+
+
+def _narrow(reach: Reach) -> None:
+    """Let this process find no more than `reach` says."""
+
+    def fail(*arguments: object, **named: object) -> NoReturn:
+        raise Unavailable("out of reach")
+
+    if reach != "all":
+        setattr(weight_source.ShmDoor, "connect", fail)  # noqa: B010
+    if reach == "nothing":
+        setattr(weight_source, "visit", fail)  # noqa: B010
 
 
 async def _main(ready: Path, named: str, seconds_per_write: float, port: int, fingerprint: str) -> None:
@@ -130,4 +148,5 @@ async def _main(ready: Path, named: str, seconds_per_write: float, port: int, fi
 
 
 if __name__ == "__main__":
+    _narrow(cast(Reach, sys.argv[6]))
     asyncio.run(_main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), sys.argv[5]))

@@ -8,7 +8,10 @@ import time
 from contextlib import AsyncExitStack
 from functools import partial
 
+import torch
+
 from kdmesh.errors import Unavailable
+from kdmesh.models.placement import device
 from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
@@ -16,7 +19,7 @@ from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout import probe
-from kdmesh_rollout.config import RolloutConfig
+from kdmesh_rollout.config import FakeEngine, RolloutConfig, TransformersEngine
 from kdmesh_rollout.engine import Engine
 from kdmesh_rollout.metrics import Gauges, Metrics
 from kdmesh_rollout.parts import Parts
@@ -47,7 +50,12 @@ async def start(
     log.info("model loaded", extra={"model": model.name, "seconds": time.monotonic() - began_s})
     loaded = LoadedEngine(engine=engine, thread=thread, model=model, check=check)
     scheduler = Scheduler(loaded, max_waiting_tokens=config.queue.max_tokens, metrics=metrics)
-    updates = WeightUpdates(engine, architecture_fingerprint=model.architecture_fingerprint, apply=scheduler.apply)
+    updates = WeightUpdates(
+        engine,
+        architecture_fingerprint=model.architecture_fingerprint,
+        apply=scheduler.apply,
+        device=_gpu(config.engine),
+    )
     stack.push_async_callback(asyncio.to_thread, updates.close)
     described = RolloutDescription(
         name=model.name,
@@ -86,6 +94,14 @@ class _Work:
         """Return when no update is received and no sample drawn."""
         await self._updating.wait_none()
         await self._scheduler.wait_idle()
+
+
+def _gpu(engine: TransformersEngine | FakeEngine) -> torch.device | None:
+    """The one that this process computes on, if any."""
+    if not isinstance(engine, TransformersEngine):
+        return None
+    found = device(engine.device)
+    return found if found.type == "cuda" else None
 
 
 def _gauges(parts: Parts, engine: Engine) -> Gauges:

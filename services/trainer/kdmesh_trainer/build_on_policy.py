@@ -127,8 +127,7 @@ def build_source(
     )
     facts = {"model": server.name, "dtype": server.dtype.value, "stop_token_ids": list(task.sampling.stop_token_ids)}
     log.info("rollout server found", extra=facts)
-    addresses, deadline_s = source.rollouts.addresses, source.rollouts.deadline_s
-    sender = stack.enter_context(WeightSender(addresses, deadline_s=deadline_s)) if mesh.is_first else None
+    sender = stack.enter_context(_weight_sender(source.rollouts, mesh)) if mesh.is_first else None
     built = OnPolicySource(
         _sampler(cfg, task, pool, mesh),
         StudentPublisher(student, sender, policy=UpdatePolicy(source.update_policy), mesh=mesh),
@@ -141,6 +140,16 @@ def build_source(
     )
     stack.callback(built.close)
     return built
+
+
+def _weight_sender(rollouts: config.RolloutsConfig, mesh: Mesh) -> WeightSender:
+    return WeightSender(
+        rollouts.addresses,
+        door=rollouts.door,
+        advertise=rollouts.advertise,
+        device=mesh.device,
+        deadline_s=rollouts.deadline_s,
+    )
 
 
 def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mesh) -> Sampler:

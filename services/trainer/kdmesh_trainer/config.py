@@ -134,6 +134,14 @@ class RolloutsConfig(StrictModel):
     deadline_s: float = Field(600.0, gt=0)
     """Longest wait for one prompt's samples, or for a server to take new weights, restarts included."""
 
+    door: Literal["auto", "shm", "collective", "inline"] = "auto"
+    """How new weights travel; auto takes shared memory on this node, else a private group of two processes with each
+    server, else gRPC messages. Any other is the only one that is taken."""
+
+    advertise: str = ""
+    """Address of the first rank's machine that servers on other nodes reach; empty takes that of the interface which
+    leads to each."""
+
 
 class SamplingConfig(StrictModel):
     """How responses are drawn; applied in this order: repetition penalty, temperature, top_k, top_p, min_p."""

@@ -1,0 +1,153 @@
+"""Two processes hand each other bytes through a group of their own, and nobody else gets one."""
+
+from __future__ import annotations
+
+import gc
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from kdmesh.errors import ConfigError, Unavailable
+from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.weights.doors import Door
+from kdmesh.weights.pair_group import SECRET_BYTES, Invitation, Meeting, PairGroup, Seat, address_towards, visit
+
+HOST = "127.0.0.1"
+CPU = torch.device("cpu")
+
+
+def _first(meeting: Meeting, *, timeout_s: float = 10) -> PairGroup:
+    seat = Seat(store=meeting.store, secret=meeting.invitation.secret, rank=0, door=Door.GLOO, device=CPU, host=HOST)
+    return PairGroup(seat, timeout_s=timeout_s)
+
+
+def _second(invitation: Invitation, *, timeout_s: float = 10) -> PairGroup:
+    store = visit(invitation, timeout_s=timeout_s)
+    seat = Seat(store=store, secret=invitation.secret, rank=1, door=Door.GLOO, device=CPU, host=HOST)
+    return PairGroup(seat, timeout_s=timeout_s)
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+@contextmanager
+def _pair() -> Iterator[tuple[PairGroup, PairGroup]]:
+    meeting = Meeting(HOST, timeout_s=10)
+    with _threads() as pool:
+        one, other = pool.submit(_first, meeting), pool.submit(_second, meeting.invitation)
+        pair = one.result(20), other.result(20)
+    yield pair
+    for group in pair:
+        group.close()
+
+
+def _refused(future: Future[PairGroup]) -> str:
+    with pytest.raises(Unavailable) as refused:
+        future.result(20)
+    return str(refused.value)
+
+
+def _held() -> tuple[int, int]:
+    gc.collect()
+    process = psutil.Process()
+    return process.num_fds(), process.num_threads()
+
+
+def test_bytes_arrive_in_order() -> None:
+    with _pair() as (one, other), _threads() as pool:
+        for octets in (b"first", b"a second and longer one"):
+            place = torch.zeros(len(octets), dtype=torch.uint8)
+            receiving = pool.submit(other.receive, place, 10)
+            one.send(memoryview(bytearray(octets)), 10)
+            receiving.result(10)
+            assert bytes(place.numpy()) == octets
+
+
+def test_a_group_leaves_nothing_open() -> None:
+    with _pair():  # what torch makes once
+        pass
+    before = _held()
+    for _ in range(3):
+        with _pair():
+            assert _held() > before
+    assert _held() == before
+
+
+def test_a_stranger_in_a_seat_of_the_group_gets_no_byte() -> None:
+    """Whoever reaches the store reads where the first process listens, but not the secret."""
+    meeting = Meeting(HOST, timeout_s=10)
+    stranger = replace(meeting.invitation, secret=secrets.token_bytes(SECRET_BYTES))
+    with _threads() as pool:
+        one, other = pool.submit(_first, meeting), pool.submit(_second, stranger)
+        assert "does not know its secret" in _refused(other)
+        _refused(one)
+
+
+def test_a_stranger_who_repeats_what_he_was_told_is_noticed() -> None:
+    meeting = Meeting(HOST, timeout_s=10)
+    half = meeting.invitation.secret[: SECRET_BYTES // 2]
+    stranger = replace(meeting.invitation, secret=half + half)
+    with _threads() as pool:
+        one, other = pool.submit(_first, meeting), pool.submit(_second, stranger)
+        assert "does not know its secret" in _refused(one)
+        other.result(20).close()
+
+
+def test_a_stranger_who_talks_to_the_store_disturbs_nobody() -> None:
+    meeting = Meeting(HOST, timeout_s=10)
+    host, _, port = meeting.invitation.store_address.rpartition(":")
+    with socket.create_connection((host, int(port))) as silent, socket.create_connection((host, int(port))) as loud:
+        loud.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+        with _threads() as pool:
+            one, other = pool.submit(_first, meeting), pool.submit(_second, meeting.invitation)
+            one.result(20).close()
+            other.result(20).close()
+        assert silent.fileno() >= 0
+
+
+def test_who_never_comes_is_not_waited_for_longer_than_allowed() -> None:
+    meeting = Meeting(HOST, timeout_s=0.2)
+    with pytest.raises(Unavailable, match="no group of two"):
+        _first(meeting, timeout_s=0.2)
+
+
+@pytest.mark.parametrize("end", [PairGroup.abort, PairGroup.close])
+def test_who_waits_learns_that_the_other_left(end: Callable[[PairGroup], None]) -> None:
+    with _pair() as (one, other), _threads() as pool:
+        receiving = pool.submit(other.receive, torch.zeros(8, dtype=torch.uint8), 60)
+        if end is PairGroup.abort:
+            while other._work is None:
+                pass
+            end(other)
+        else:
+            end(one)
+        with pytest.raises(Unavailable, match="the group of two broke"):
+            receiving.result(20)
+        with pytest.raises(Unavailable, match="ended"):
+            other.send(memoryview(bytearray(8)), 1)
+
+
+def test_a_store_that_is_not_there_is_unavailable() -> None:
+    with socket.create_server((HOST, 0)) as free:
+        address = f"{HOST}:{free.getsockname()[1]}"
+    with pytest.raises(Unavailable, match=f"no connection to {address}"):
+        visit(Invitation(store_address=address, secret=bytes(SECRET_BYTES)), timeout_s=5)
+
+
+def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1: "):
+        WeightSender(["127.0.0.1:1"], advertise="192.0.2.1")
+
+
+def test_the_way_to_this_machine_is_its_loopback() -> None:
+    assert address_towards(HOST) == HOST
