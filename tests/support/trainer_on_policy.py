@@ -18,13 +18,14 @@ from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.on_policy import OnPolicySource
+from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.prompts import PromptOrder
 from kdmesh_trainer.sources.rollouts import Rollout, RolloutService
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.stats import StepStats
 from kdmesh_trainer.step import GradientStepper
-from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student
+from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences
 from tests.support.trainer_rollouts import FastRollouts, LocalStudent, SlowRollouts, ThreadedRollouts
 
 VOCABULARY_SIZE = 310
@@ -64,18 +65,24 @@ class Run:
         served: int = 0,
         optimizer: OptimizerConfig = OPTIMIZER,
         has_context: bool = False,
+        answers: int = 0,
+        ce_weight: float = 0.0,
     ) -> None:
-        """`served` is the weight version that the rollout server has when the run begins."""
+        """`served` is the weight version that the rollout server has when the run begins; `answers` the number of the
+        data's own sequences in each step.
+        """
         self.mesh = mesh
         self.steps = steps
         self.order = order(has_context=has_context)
+        data = random_sequences(5, seed=6, vocabulary_size=VOCABULARY_SIZE)
+        self.answers = AnswerOrder(data, per_step=answers, seed=3) if answers else None
         self.teacher = LocalTeacher(Path(teacher))
         self.copy = LocalStudent(Path(student), vocabulary_size=VOCABULARY_SIZE, served=served)
         model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
         self.copy.follow(model)
         self.model = model
         self.stepper: GradientStepper = build_stepper(
-            model, self.teacher, mesh, config=optimizer, steps=steps, is_sampled=True
+            model, self.teacher, mesh, config=optimizer, steps=steps, is_sampled=True, ce_weight=ce_weight
         )
 
     def source(self, service: RolloutService, *, max_staleness: int, prefetch: int = 1) -> OnPolicySource:
@@ -96,6 +103,7 @@ class Run:
             prefetch=prefetch,
             steps=self.steps,
             mesh=self.mesh,
+            answers=self.answers,
         )
 
     def train(self, source: OnPolicySource, *, first: int = 0) -> Iterator[tuple[StepBatch, StepStats]]:

@@ -123,17 +123,16 @@ def build_stepper(
     config: OptimizerConfig,
     steps: int,
     is_sampled: bool = False,
+    ce_weight: float = 0.3,
 ) -> GradientStepper:
-    """A stepper that distils from `teacher` by forward KL, with some cross-entropy unless the student's samples are
-    trained on.
-    """
+    """A stepper that distils from `teacher` by forward KL, with some cross-entropy."""
     return GradientStepper(
         student,
         Distillation(
             divergence=forward_kl,
             temperature=1.0,
             kd_weight=1.0,
-            ce_weight=0.0 if is_sampled else 0.3,
+            ce_weight=ce_weight,
             with_entropies=is_sampled,
             teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
             workspace=None,

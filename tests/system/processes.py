@@ -37,7 +37,7 @@ class Process:
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
                     "PYTHONFAULTHANDLER": "1",
-                    "PYTHONPATH": str(ROOT),
+                    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
                     "TMPDIR": str(directory),
                     **env,
                 },

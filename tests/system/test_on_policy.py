@@ -16,6 +16,8 @@ from tests.system.teachers import Teacher
 from tests.system.training import Job
 
 STEPS = 24
+SAMPLED = {"sequences": 6, "max_tokens": 128}
+MIXED = {"sequences": 9, "max_tokens": 128}  # 6 samples and 3 answers of the data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +51,11 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
     servers = [Rollouts(processes, root / f"rollouts-{name}", recipe.student) for name in ("a", "b", "c")]
     teacher, other = (Teacher(processes, root / name, materials.teacher) for name in ("teacher", "other"))
     undisturbed, disturbed, stale = (
-        Job(processes, root / name, recipe, address, steps=STEPS, source=source(rollouts, **more))
-        for name, address, rollouts, more in (
-            ("undisturbed", teacher.address, servers[0], {}),
-            ("disturbed", other.address, servers[1], {}),
-            ("stale", teacher.address, servers[2], {"max_staleness": 2, "update_policy": "abort"}),
+        Job(processes, root / name, recipe, address, steps=STEPS, source=source(rollouts, **more), batch=batch)
+        for name, address, rollouts, batch, more in (
+            ("undisturbed", teacher.address, servers[0], MIXED, {"sampled_fraction": 0.667}),
+            ("disturbed", other.address, servers[1], MIXED, {"sampled_fraction": 0.667}),
+            ("stale", teacher.address, servers[2], SAMPLED, {"max_staleness": 2, "update_policy": "abort"}),
         )
     )
     for server in (teacher, other, *servers):

@@ -153,6 +153,8 @@ def test_the_data_s_own_answers_are_the_default(tmp_path: Path) -> None:
     [
         ("objective={name: sft}", "source on_policy needs objective distill"),
         ("objective={name: distill, ce_weight: 0.1}", r"ce_weight \(0.1\) must be 0 with source on_policy"),
+        ("source.sampled_fraction=0.01", r"sampled_fraction \(0.01\) makes 0 samples of batch.sequences \(32\)"),
+        ("source.sampled_fraction=0.99", r"sampled_fraction \(0.99\) makes 32 samples of batch.sequences \(32\)"),
         ("batch.sequences=30", r"batch.sequences \(30\) must be a multiple of source.samples_per_prompt \(4\)"),
         ("data.max_tokens=64", r"max_new_tokens \(64\) must be less than data.max_tokens \(64\)"),
         ("source.sampling.top_p=0", "source.on_policy.sampling.top_p: Input should be greater than 0"),
@@ -163,6 +165,13 @@ def test_the_data_s_own_answers_are_the_default(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_sampled_is_refused(tmp_path: Path, override: str, words: str) -> None:
     assert re.search(words, refusal(tmp_path, ON_POLICY, override))
+
+
+def test_some_of_a_step_may_be_the_data_s_own_answers_and_imitated(tmp_path: Path) -> None:
+    half = ["source.sampled_fraction=0.4", "batch.sequences=30", "objective={name: distill, ce_weight: 0.1}"]
+    cfg = config.load(TrainerConfig, written(tmp_path, ON_POLICY), half)
+    assert isinstance(cfg.source, trainer_config.OnPolicy)
+    assert cfg.source.prompts_of(cfg.batch.sequences) == 3
 
 
 def test_a_source_without_samples_takes_no_sampling(tmp_path: Path) -> None:

@@ -14,20 +14,23 @@ from transformers import PreTrainedTokenizerFast
 from kdmesh.errors import ConfigError
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.types import ModelDescription, Sampling
+from kdmesh.tokens import digest
+from kdmesh.types import ModelDescription, Sampling, TokenSequence
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer import config
-from kdmesh_trainer.fit import check_sampler, check_samples
+from kdmesh_trainer.fit import check_requests, check_sampler, check_samples
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.publisher import StudentPublisher
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.on_policy import OnPolicySource
+from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, digest_prompts, load_prompts
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sampler import Sampler
-from kdmesh_trainer.sources.sides import Prompt
+from kdmesh_trainer.sources.sequences import load_sequences
+from kdmesh_trainer.sources.sides import Prompt, teacher_side
 from kdmesh_trainer.sources.teacher_context import ContextEncoder
 
 log = logging.getLogger(__name__)
@@ -41,11 +44,16 @@ class Task:
     prompts: Sequence[Prompt]
     sampling: Sampling
     max_tokens: int  # of the longest prompt with the longest response
+    answers: Sequence[TokenSequence]  # the data's own; empty where all is sampled
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
         told = self.source.model_dump(mode="json", exclude={"rollouts", "too_long"})
-        return {"data.train (digest)": digest_prompts(self.prompts).hex(), "source": json.dumps(told, sort_keys=True)}
+        return {
+            "data.train (digest)": digest_prompts(self.prompts).hex(),
+            "data.train's answers (digest)": digest((*self.answers, *teacher_side(self.answers))).hex(),
+            "source": json.dumps(told, sort_keys=True),
+        }
 
 
 def read_task(
@@ -79,7 +87,17 @@ def read_task(
         max_new_tokens=drawn.max_new_tokens,
         stop_token_ids=_stop_token_ids(cfg.student.model, tokenizer, encoder),
     )
-    return Task(source=source, prompts=prompts, sampling=sampling, max_tokens=longest + drawn.max_new_tokens)
+    answers: Sequence[TokenSequence] = ()
+    if source.sampled_fraction < 1:
+        answers = load_sequences("train", reader, encoder, cfg.data).sequences
+        check_requests("train", teacher_side(answers), teacher)
+    return Task(
+        source=source,
+        prompts=prompts,
+        sampling=sampling,
+        max_tokens=longest + drawn.max_new_tokens,
+        answers=answers,
+    )
 
 
 def build_source(
@@ -137,6 +155,7 @@ def build_source(
         prefetch=prefetch,
         steps=cfg.steps,
         mesh=mesh,
+        answers=_answers(cfg, task),
     )
     stack.callback(built.close)
     return built
@@ -155,13 +174,20 @@ def _weight_sender(rollouts: config.RolloutsConfig, mesh: Mesh) -> WeightSender:
 def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mesh) -> Sampler:
     each = task.source.samples_per_prompt
     return Sampler(
-        PromptOrder(task.prompts, per_step=cfg.batch.sequences // each, seed=cfg.seed),
+        PromptOrder(task.prompts, per_step=task.source.prompts_of(cfg.batch.sequences), seed=cfg.seed),
         pool,
         sampling=task.sampling,
         samples_per_prompt=each,
         rank=mesh.rank,
         ranks=mesh.world_size,
     )
+
+
+def _answers(cfg: config.TrainerConfig, task: Task) -> AnswerOrder | None:
+    if not task.answers:
+        return None
+    sampled = task.source.prompts_of(cfg.batch.sequences) * task.source.samples_per_prompt
+    return AnswerOrder(task.answers, per_step=cfg.batch.sequences - sampled, seed=cfg.seed)
 
 
 def _stop_token_ids(

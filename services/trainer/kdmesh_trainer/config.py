@@ -176,6 +176,9 @@ class OnPolicy(StrictModel):
     samples_per_prompt: int = Field(1, ge=1)
     """Responses to each prompt; divides batch.sequences."""
 
+    sampled_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of batch.sequences that is sampled, to the nearest whole prompt; the rest are the data's own answers."""
+
     sampling: SamplingConfig = SamplingConfig()
     """How they are drawn."""
 
@@ -188,6 +191,10 @@ class OnPolicy(StrictModel):
 
     too_long: Literal["drop", "fail"] = "drop"
     """What happens to a prompt that leaves no room for max_new_tokens in data.max_tokens; dropped ones are counted."""
+
+    def prompts_of(self, sequences: int) -> int:
+        """How many prompts of a step with that many sequences are sampled from."""
+        return int(self.sampled_fraction * sequences / self.samples_per_prompt + 0.5)
 
 
 class ChatFile(StrictModel):
@@ -381,15 +388,21 @@ class TrainerConfig(StrictModel):
             return self
         if not isinstance(self.objective, Distill):
             raise ValueError("source on_policy needs objective distill: its samples are nothing to imitate")
-        if self.objective.ce_weight > 0:
+        if self.objective.ce_weight > 0 and self.source.sampled_fraction == 1:
             raise ValueError(
                 f"objective.ce_weight ({self.objective.ce_weight}) must be 0 with source on_policy, whose tokens are "
                 "the student's own"
             )
-        if self.batch.sequences % self.source.samples_per_prompt:
+        sampled = self.source.prompts_of(self.batch.sequences) * self.source.samples_per_prompt
+        if self.source.sampled_fraction == 1 and sampled != self.batch.sequences:
             raise ValueError(
                 f"batch.sequences ({self.batch.sequences}) must be a multiple of source.samples_per_prompt "
                 f"({self.source.samples_per_prompt})"
+            )
+        if self.source.sampled_fraction < 1 and not 0 < sampled < self.batch.sequences:
+            raise ValueError(
+                f"source.sampled_fraction ({self.source.sampled_fraction}) makes {sampled} samples of batch.sequences "
+                f"({self.batch.sequences}) at {self.source.samples_per_prompt} per prompt; it must leave some of both"
             )
         if self.source.sampling.max_new_tokens >= self.data.max_tokens:
             raise ValueError(

@@ -113,8 +113,14 @@ def forward(
 
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
         # Only here are the rows held: their memory is the teacher's again before the backward pass.
-        loss = objective(hidden_RD, head, labels_R, tally.wait(micro_batch.teacher))
-        tally.look_at_samples(loss, micro_batch.rollout_logprobs_R)
+        loss = objective(
+            hidden_RD,
+            head,
+            labels_R,
+            tally.wait(micro_batch.teacher),
+            num_sampled=micro_batch.num_sampled_rows,
+        )
+        tally.look_at_samples(loss, micro_batch.rollout_logprobs_S)
         return loss
 
     packed = pack(micro_batch.sequences) if micro_batch.sequences else blank()

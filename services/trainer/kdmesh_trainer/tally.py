@@ -81,23 +81,24 @@ class Tally:
         self._num_diverging += totals.num_diverging
         self._num_labelled += totals.num_labelled
 
-    def look_at_samples(self, loss: FusedLoss, rollout_logprobs_R: Tensor | None) -> None:
+    def look_at_samples(self, loss: FusedLoss, rollout_logprobs_S: Tensor | None) -> None:
         """Count in how one micro-batch's sampled tokens are seen.
 
         Args:
             loss: with entropies.
-            rollout_logprobs_R: of the labels, on the CPU; None where nothing was sampled.
+            rollout_logprobs_S: of the first labels, on the CPU; None where nothing was sampled.
         """
-        if rollout_logprobs_R is None:
+        if rollout_logprobs_S is None:
             return
         # Without labels there is no difference to sum up, and it is told as nothing.
-        cross_entropy_R = loss.cross_entropy_R.double()
-        difference_R = rollout_logprobs_R[: len(cross_entropy_R)].to(cross_entropy_R.device).double() + cross_entropy_R
-        k3_R = difference_R + (-difference_R).expm1()
-        sums = (difference_R, k3_R, loss.student_entropy_R, loss.teacher_entropy_R)
-        self._samples_4 += torch.stack([values_R.double().sum() for values_R in sums])
-        self._num_sampled += len(rollout_logprobs_R)
-        self._num_compared += len(cross_entropy_R)
+        num_sampled = len(rollout_logprobs_S)
+        cross_entropy_S = loss.cross_entropy_R[:num_sampled].double()
+        difference_S = rollout_logprobs_S[: len(cross_entropy_S)].to(cross_entropy_S.device).double() + cross_entropy_S
+        k3_S = difference_S + (-difference_S).expm1()
+        entropies = loss.student_entropy_R[:num_sampled], loss.teacher_entropy_R[:num_sampled]
+        self._samples_4 += torch.stack([values_S.double().sum() for values_S in (difference_S, k3_S, *entropies)])
+        self._num_sampled += num_sampled
+        self._num_compared += len(cross_entropy_S)
 
     def over_all_ranks(self, *more: Tensor) -> tuple[Totals, tuple[float, ...]]:
         """The sums, and the plain values of `more`, which are scalars and equal on every rank. Collective.

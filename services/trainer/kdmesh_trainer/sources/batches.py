@@ -46,7 +46,13 @@ class MicroBatch:
 
     sequences: tuple[TokenSequence, ...]  # empty: this rank only takes part in the collectives
     teacher: PendingRows | None  # None: no teacher is asked, or there is no sequence
-    rollout_logprobs_R: Tensor | None = None  # [R] float32, of each label as it was sampled; None: it was not
+    # float32, of the labels of the first rows as they were sampled, the other rows being data; None: all are data
+    rollout_logprobs_S: Tensor | None = None
+
+    @property
+    def num_sampled_rows(self) -> int:
+        """S: the rows whose labels the student drew."""
+        return 0 if self.rollout_logprobs_S is None else len(self.rollout_logprobs_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,8 +11,10 @@ import torch
 
 from kdmesh.batching import plan_step
 from kdmesh.errors import ModelMismatch
+from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.rollouts import Rollout, WeightPublisher, figures_of
 from kdmesh_trainer.sources.row_queue import RowQueue, RowService
 from kdmesh_trainer.sources.sampler import Sampler, Share
@@ -32,6 +34,9 @@ class OnPolicySource:
 
     Each rank samples from every `world_size`-th prompt. Then the ranks tell each other the ids, every rank plans
     the same balanced micro-batches, and asks the teacher for the rows of its own. Rows must be waited for in order.
+
+    A step may hold answers of the data as well. They are planned together with the samples, which come first in every
+    micro-batch.
     """
 
     def __init__(
@@ -45,12 +50,14 @@ class OnPolicySource:
         prefetch: int,
         steps: int,
         mesh: Mesh,
+        answers: AnswerOrder | None = None,
     ) -> None:
         """
         Args:
             max_tokens: of one micro-batch.
             prefetch: micro-batches to ask the teacher for ahead of the one that is trained on.
             steps: of the whole run; nothing beyond them is sampled.
+            answers: those of the data that each step holds; None: it holds samples alone.
         """
         self._sampler = sampler
         self._weights = weights
@@ -59,6 +66,7 @@ class OnPolicySource:
         self._max_tokens = max_tokens
         self._steps = steps
         self._mesh = mesh
+        self._answers = answers
         self._published: dict[int, int] = {}  # weight version -> steps that its student had done, ascending
         self._next_asked = 0
         self._next_planned = 0
@@ -114,13 +122,18 @@ class OnPolicySource:
         shares = self._exchange(step)
         rollouts = self._sampler.assemble(step, shares)
         staleness = [self._staleness(step, rollout) for rollout in rollouts]
-        sequences = [rollout.sequence for rollout in rollouts]
+        answers = [] if self._answers is None else self._answers.of_step(step)
+        sequences = [*(rollout.sequence for rollout in rollouts), *answers]
         plan = plan_step([s.num_tokens for s in sequences], ranks=self._mesh.world_size, max_tokens=self._max_tokens)
         self._planned.append(
             StepBatch(
                 step=step,
                 micro_batches=tuple(
-                    self._micro_batch([rollouts[index] for index in members]) for members in plan[self._mesh.rank]
+                    self._micro_batch(
+                        [rollouts[index] for index in members if index < len(rollouts)],
+                        tuple(sequences[index] for index in members),
+                    )
+                    for members in plan[self._mesh.rank]
                 ),
                 num_loss_tokens=sum(s.num_rows for s in sequences),
                 num_tokens=sum(s.num_tokens for s in sequences),
@@ -143,14 +156,13 @@ class OnPolicySource:
             f"step {step} could not be sampled although the weights were published again: {refusals[0]}"
         )
 
-    def _micro_batch(self, rollouts: Sequence[Rollout]) -> MicroBatch:
-        if not rollouts:
-            return MicroBatch(sequences=(), teacher=None)
-        sequences = tuple(rollout.sequence for rollout in rollouts)
+    def _micro_batch(self, rollouts: Sequence[Rollout], sequences: tuple[TokenSequence, ...]) -> MicroBatch:
+        """`sequences` are those of the rollouts and then those of the data."""
+        logprobs = [rollout.logprobs for rollout in rollouts]
         return MicroBatch(
             sequences=sequences,
-            teacher=self._rows.add(sequences),
-            rollout_logprobs_R=torch.from_numpy(np.concatenate([rollout.logprobs for rollout in rollouts])),
+            teacher=self._rows.add(sequences) if sequences else None,
+            rollout_logprobs_S=torch.from_numpy(np.concatenate(logprobs)) if logprobs else None,
         )
 
     def _staleness(self, step: int, rollout: Rollout) -> int:

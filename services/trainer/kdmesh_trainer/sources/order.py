@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+
+from kdmesh.types import TokenSequence
+
+# Added to the seed of a walk beside that of the prompts: a step shall not hold a prompt's samples and its answer too.
+_OTHER_WALK = 2**32
+
+
+class AnswerOrder:
+    """Which of the data's own sequences each step holds beside its samples: a pure function of seed and step."""
+
+    def __init__(self, sequences: Sequence[TokenSequence], *, per_step: int, seed: int) -> None:
+        """
+        Args:
+            sequences: the same on every rank; at least one.
+            per_step: over all ranks.
+        """
+        self._sequences = sequences
+        self._per_step = per_step
+        self._seed = seed + _OTHER_WALK
+
+    def of_step(self, step: int) -> list[TokenSequence]:
+        """The step's sequences, over all ranks; one may come twice where the dataset is small."""
+        indices = step_indices(step, number=len(self._sequences), per_step=self._per_step, seed=self._seed)
+        return [self._sequences[index] for index in indices]
 
 
 def step_indices(step: int, *, number: int, per_step: int, seed: int) -> list[int]:
