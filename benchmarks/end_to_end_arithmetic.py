@@ -12,7 +12,7 @@ from kdmesh.losses import build_divergence, fused_linear_divergence
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import pack
-from kdmesh_trainer.config import ChatFile, DataConfig
+from kdmesh_trainer.data_config import ChatFile, DataConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.readers import open_dataset
 from kdmesh_trainer.sources.sequences import load_sequences

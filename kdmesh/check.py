@@ -19,13 +19,12 @@ from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import FakeEngine as TeacherFake
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import (
-    CustomDataset,
     CustomDivergence,
-    DatasetConfig,
     Distill,
     OnPolicy,
     TrainerConfig,
 )
+from kdmesh_trainer.data_config import CustomDataset, DatasetConfig
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 _SERVICES: dict[str, type[StrictModel]] = {

@@ -14,7 +14,7 @@ from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
-from kdmesh_trainer import context_config, lora_config
+from kdmesh_trainer import data_config, lora_config
 from kdmesh_trainer.config import TrainerConfig
 
 GOOD = """
@@ -185,7 +185,7 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
             yield value
 
 
-@pytest.mark.parametrize("module", [teacher_config, trainer_config, context_config, lora_config])
+@pytest.mark.parametrize("module", [teacher_config, trainer_config, data_config, lora_config])
 def test_every_key_is_described_and_every_section_closed_and_frozen(module: object) -> None:
     for section in sections(module):
         assert section.__doc__

@@ -74,7 +74,7 @@ class Module:
 
     @property
     def is_config(self) -> bool:
-        return self.name.split(".")[-1] == "config"
+        return self.name.split(".")[-1].endswith("config")
 
 
 @cache
@@ -145,7 +145,7 @@ def test_the_composition_root_knows_only_the_configurations_of_services() -> Non
     for module in modules():
         if layer(module.unit) == 4:
             reached = [dotted for dotted in imports(module) if ours(dotted) in SERVICES]
-            assert all(dotted.split(".")[1] == "config" for dotted in reached), module.name
+            assert all(dotted.split(".")[1].endswith("config") for dotted in reached), module.name
 
 
 @pytest.mark.parametrize(("one", "other"), STRANGERS)
@@ -191,7 +191,7 @@ def test_nothing_is_ever_unpickled() -> None:
 
 def test_configurations_load_nothing_heavy() -> None:
     configs = [module.name for module in modules() if module.is_config]
-    assert len(configs) == 6
+    assert len(configs) >= 9
     for name in [*configs, "kdmesh.cli", "kdmesh.check", "kdmesh.jobs"]:
         script = f"import sys, {name}; print(*sorted({HEAVY!r} & set(sys.modules)))"
         done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.config import ChatFile
+from kdmesh_trainer.data_config import ChatFile
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, PromptSet, digest_prompts, load_prompts
 from kdmesh_trainer.sources.readers import open_dataset

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdmesh.errors import ConfigError, DataError
-from kdmesh_trainer.config import ChatFile, CustomDataset
+from kdmesh_trainer.data_config import ChatFile, CustomDataset
 from kdmesh_trainer.sources.readers import open_dataset
 from kdmesh_trainer.sources.rows import chat_from_row
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kdmesh.errors import ConfigError, DataError
-from kdmesh_trainer.config import ChatFile, DataConfig
+from kdmesh_trainer.data_config import ChatFile, DataConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.readers import open_dataset
 from kdmesh_trainer.sources.sequences import Dataset, load_sequences

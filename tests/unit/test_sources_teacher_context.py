@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kdmesh.errors import ConfigError, DataError, InvalidRequest
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.config import DataConfig
+from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
 from kdmesh_trainer.sources.readers import open_dataset

@@ -23,7 +23,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
 from kdmesh_trainer.checkpoint import CheckpointDirectory
-from kdmesh_trainer.context_config import TeacherMessages
+from kdmesh_trainer.data_config import TeacherMessages
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter

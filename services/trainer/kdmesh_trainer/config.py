@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
-from kdmesh_trainer.context_config import TeacherContextConfig, TeacherMessages
+from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
 
 
@@ -195,65 +195,6 @@ class OnPolicy(StrictModel):
     def prompts_of(self, sequences: int) -> int:
         """How many prompts of a step with that many sequences are sampled from."""
         return int(self.sampled_fraction * sequences / self.samples_per_prompt + 0.5)
-
-
-class ChatFile(StrictModel):
-    """A JSON, JSONL or Parquet file of chats: `messages`, ShareGPT or Alpaca rows."""
-
-    format: Literal["chat"] = "chat"
-
-    path: Path
-    """The file, or a directory of such files."""
-
-    column: str = "messages"
-    """Column that holds the messages; Alpaca and ShareGPT rows are recognised without it."""
-
-
-class CustomDataset(StrictModel):
-    """A reader of your own that yields chats: see docs/extending.md."""
-
-    format: Literal["custom"]
-
-    target: str = Field(pattern=r"^[\w.]+:\w+$")
-    """module:function; returns an iterable of lists of {role, content}."""
-
-    params: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the function; checked against its signature before anything loads."""
-
-
-DatasetConfig = Annotated[ChatFile | CustomDataset, Field(discriminator="format")]
-
-
-class DataConfig(StrictModel):
-    """What the student is trained on and judged by."""
-
-    train: DatasetConfig
-    """Chats to train on."""
-
-    held_out: DatasetConfig | None = None
-    """Chats to evaluate on; unset evaluates nothing."""
-
-    max_tokens: int = Field(4096, ge=8)
-    """Longest sequence."""
-
-    too_long: Literal["truncate", "drop", "fail"] = "truncate"
-    """What happens to a longer one; truncated and dropped ones are counted and logged."""
-
-    unusable: Literal["drop", "fail"] = "fail"
-    """What happens to a row that cannot be aligned with its template or trains no token."""
-
-    chat_template: Path | None = None
-    """Jinja file that replaces the tokenizer's own chat template."""
-
-    teacher_context: TeacherContextConfig | None = None
-    """What the teacher is told beyond what the student reads; then only the last assistant turn carries loss."""
-
-    @model_validator(mode="after")
-    def _context_can_be_read(self) -> DataConfig:
-        custom = any(isinstance(dataset, CustomDataset) for dataset in (self.train, self.held_out))
-        if isinstance(self.teacher_context, TeacherMessages) and custom:
-            raise ValueError("teacher_context messages needs files: a reader of your own gives no second chat")
-        return self
 
 
 class BatchConfig(StrictModel):

@@ -9,7 +9,7 @@ from typing import IO, Any, assert_never
 
 from kdmesh.errors import DataError
 from kdmesh.extension import resolve
-from kdmesh_trainer.config import ChatFile, CustomDataset, DatasetConfig
+from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig
 from kdmesh_trainer.sources.rows import CHAT_COLUMNS, Chat, chat_from_messages, chat_from_row
 
 Reader = Callable[[], Iterator[Chat]]

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from kdmesh.errors import DataError
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.config import DataConfig
+from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.rows import Chat
 from kdmesh_trainer.sources.sides import first_rows

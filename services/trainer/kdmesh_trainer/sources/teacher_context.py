@@ -7,8 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.config import DataConfig
-from kdmesh_trainer.context_config import TeacherContextConfig, TeacherMessages, TeacherSystemPrompt, TeacherTemplate
+from kdmesh_trainer.data_config import (
+    DataConfig,
+    TeacherContextConfig,
+    TeacherMessages,
+    TeacherSystemPrompt,
+    TeacherTemplate,
+)
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template, without_answers
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import InContext, Prompt

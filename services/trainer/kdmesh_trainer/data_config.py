@@ -1,0 +1,99 @@
+"""What the student is trained on, and what the teacher is told beyond it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdmesh.config import StrictModel
+
+
+class TeacherMessages(StrictModel):
+    """A column of each row holds the chat that leads up to the response for the teacher."""
+
+    kind: Literal["messages"]
+
+    column: str = "teacher_messages"
+    """Its name; messages as in the chat's own column."""
+
+
+class TeacherSystemPrompt(StrictModel):
+    """The same instruction for every chat."""
+
+    kind: Literal["system_prompt"]
+
+    text: str = Field(min_length=1)
+    """The teacher's system message; one that the chat has follows it after an empty line."""
+
+
+class TeacherTemplate(StrictModel):
+    """The chat's own messages, rendered otherwise."""
+
+    kind: Literal["template"]
+
+    path: Path
+    """Jinja file that renders chats for the teacher, in place of the student's chat template."""
+
+
+TeacherContextConfig = Annotated[TeacherMessages | TeacherSystemPrompt | TeacherTemplate, Field(discriminator="kind")]
+
+
+class ChatFile(StrictModel):
+    """A JSON, JSONL or Parquet file of chats: `messages`, ShareGPT or Alpaca rows."""
+
+    format: Literal["chat"] = "chat"
+
+    path: Path
+    """The file, or a directory of such files."""
+
+    column: str = "messages"
+    """Column that holds the messages; Alpaca and ShareGPT rows are recognised without it."""
+
+
+class CustomDataset(StrictModel):
+    """A reader of your own that yields chats: see docs/extending.md."""
+
+    format: Literal["custom"]
+
+    target: str = Field(pattern=r"^[\w.]+:\w+$")
+    """module:function; returns an iterable of lists of {role, content}."""
+
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function; checked against its signature before anything loads."""
+
+
+DatasetConfig = Annotated[ChatFile | CustomDataset, Field(discriminator="format")]
+
+
+class DataConfig(StrictModel):
+    """What the student is trained on and judged by."""
+
+    train: DatasetConfig
+    """Chats to train on."""
+
+    held_out: DatasetConfig | None = None
+    """Chats to evaluate on; unset evaluates nothing."""
+
+    max_tokens: int = Field(4096, ge=8)
+    """Longest sequence."""
+
+    too_long: Literal["truncate", "drop", "fail"] = "truncate"
+    """What happens to a longer one; truncated and dropped ones are counted and logged."""
+
+    unusable: Literal["drop", "fail"] = "fail"
+    """What happens to a row that cannot be aligned with its template or trains no token."""
+
+    chat_template: Path | None = None
+    """Jinja file that replaces the tokenizer's own chat template."""
+
+    teacher_context: TeacherContextConfig | None = None
+    """What the teacher is told beyond what the student reads; then only the last assistant turn carries loss."""
+
+    @model_validator(mode="after")
+    def _context_can_be_read(self) -> DataConfig:
+        custom = any(isinstance(dataset, CustomDataset) for dataset in (self.train, self.held_out))
+        if isinstance(self.teacher_context, TeacherMessages) and custom:
+            raise ValueError("teacher_context messages needs files: a reader of your own gives no second chat")
+        return self
