@@ -134,6 +134,7 @@ class ModelDescription:
     max_request_tokens: int
     max_request_rows: int
     is_deterministic: bool
+    architecture_fingerprint: str = ""  # empty: its weights are frozen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

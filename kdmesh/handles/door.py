@@ -39,6 +39,9 @@ class Door(Protocol):
             EngineFailure: the server broke the protocol.
         """
 
+    def forget(self, handle: Handle) -> None:
+        """A shared segment that was fetched is not fetched again. Its tensors stay good."""
+
     def close(self) -> None:
         """Fetch no more; fetches under way fail. Tensors stay good."""
 

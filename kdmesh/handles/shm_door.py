@@ -83,6 +83,10 @@ class ShmDoor:
             finally:
                 del wire, answer  # an error refers to this frame, and would keep the socket open until it is collected
 
+    def forget(self, handle: Handle) -> None:
+        """See Door. Its memory goes with the last tensor over it."""
+        self._mappings.pop(handle.segment, None)
+
     def close(self) -> None:
         """See Door. The socket, the broker's sign that somebody reads, stays open until the last tensor is gone."""
         self._end(Unavailable("the shared-memory door was closed"))

@@ -43,7 +43,7 @@ from kdmesh.handles.memory import (
     whole_pages,
 )
 from kdmesh.handles.reports import Counters, SessionEnd, SessionState
-from kdmesh.handles.shared import Matrix, SharedSegments
+from kdmesh.handles.shared import Matrix, Shape, SharedSegments
 from kdmesh.types import DType, Handle
 
 log = logging.getLogger(__name__)
@@ -246,22 +246,28 @@ class SlabStore:
             segment, answered = self._find_shared(session, handle)
         if handle != answered:
             raise InvalidRequest(f"the handle says {_shape(handle)}; answered was {_shape(answered)}")
-        if is_slot:
-            self._ledger.begin_read(handle)
-            self._is_collected.set()
+        staying = self._reading_slot(handle) if is_slot else self._shared.reading(handle)
+        with staying, segment.writable[handle.offset_bytes :][: handle.size_bytes].toreadonly() as view:
+            yield view
+
+    @contextlib.contextmanager
+    def _reading_slot(self, handle: Handle) -> Iterator[None]:
+        self._ledger.begin_read(handle)
+        self._is_collected.set()
         try:
-            with segment.writable[handle.offset_bytes :][: handle.size_bytes].toreadonly() as view:
-                yield view
+            yield
         finally:
-            if is_slot:
-                self._ledger.end_read(handle)
+            self._ledger.end_read(handle)
 
     def release(self, session: bytes, key: Key) -> None:
-        """End a handle; nothing happens when it has ended, was never this session's, or is shared."""
+        """End a handle for this session; nothing happens when it has ended, or was never this session's."""
         self._ledger.release(session, key)
+        self._shared.release(session, key)
+
+    # Shared segments
 
     async def add_shared_segment(self, matrices: Sequence[Matrix]) -> tuple[Handle, ...]:
-        """Copy matrices to a segment of their own that any session may read until the store closes.
+        """Copy matrices to a segment of their own that any session may read until it is retired.
 
         Raises:
             ConfigError: there is not enough memory.
@@ -270,6 +276,34 @@ class SlabStore:
             return await self._shared.add(matrices)
         except OSError as error:
             raise ConfigError(f"cannot share {len(matrices)} matrices: {error.strerror}") from None
+
+    async def reserve_shared_segment(self, shapes: Sequence[Shape]) -> tuple[Handle, ...]:
+        """The same with the bytes to come, by `fill_shared_segment`; nobody may be told of the handles before.
+
+        Raises:
+            ConfigError: there is not enough memory.
+        """
+        try:
+            return await self._shared.reserve(shapes)
+        except OSError as error:
+            raise ConfigError(f"cannot share {len(shapes)} matrices: {error.strerror}") from None
+
+    async def fill_shared_segment(self, handles: Sequence[Handle], data: Sequence[memoryview]) -> None:
+        """Copy the bytes of matrices to the segment that was reserved for them."""
+        await self._shared.fill(handles, data)
+
+    def retire_shared_segment(self, handles: Sequence[Handle]) -> None:
+        """Give a segment up once no session needs it any more that it was lent to."""
+        self._shared.retire(handles)
+
+    def lend(self, session: bytes, handles: Sequence[Handle]) -> None:
+        """A session is told of a shared segment's handles: they stay until it releases them, is told of others or ends.
+
+        Raises:
+            HandleGone.
+        """
+        self._ledger.job(session)
+        self._shared.lend(session, handles)
 
     def snapshot(self) -> Snapshot:
         """The slab as it is now."""
@@ -313,6 +347,7 @@ class SlabStore:
 
     def _ended(self, end: SessionEnd, reason: str) -> None:
         log.info("session ended", extra={"job": end.job, "reason": reason, "abandoned_slots": end.abandoned})
+        self._shared.end_session(end.token)
         asyncio.get_running_loop().call_soon(self.on_session_end, end.token)
         self._may_renew.set()
 

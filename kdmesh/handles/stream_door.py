@@ -51,6 +51,9 @@ class StreamDoor:
             self._release(handle)
         return matrix_over(exporter, handle, offset_bytes=0)
 
+    def forget(self, handle: Handle) -> None:
+        """See Door. Nothing is kept of it."""
+
     def close(self) -> None:
         """See Door."""
         self._is_closed = True

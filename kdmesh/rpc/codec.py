@@ -131,6 +131,7 @@ def description_from_wire(m: teacher_pb2.DescribeResponse) -> ModelDescription:
         max_request_tokens=m.max_request_tokens,
         max_request_rows=m.max_request_rows,
         is_deterministic=m.is_deterministic,
+        architecture_fingerprint=m.architecture_fingerprint,
     )
 
 
@@ -148,6 +149,7 @@ def description_to_wire(model: ModelDescription) -> teacher_pb2.DescribeResponse
         max_request_tokens=model.max_request_tokens,
         max_request_rows=model.max_request_rows,
         is_deterministic=model.is_deterministic,
+        architecture_fingerprint=model.architecture_fingerprint,
     )
 
 

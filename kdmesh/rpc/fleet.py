@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kdmesh.errors import ModelMismatch
+from kdmesh.errors import ModelMismatch, Unavailable
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.replicas import Replicas
@@ -15,12 +15,18 @@ from kdmesh.types import ModelDescription, SleepTag, TokenSequence
 
 
 class Fleet:
-    """Replicas of one model. Belongs to one event loop."""
+    """Replicas of one model. Belongs to one event loop.
+
+    Attributes:
+        weight_version: of the weights that rows are wanted of; the first teacher's, until `follow`.
+    """
 
     def __init__(self, addresses: Sequence[str], *, job: str, door: DoorChoice, model_fingerprint: str) -> None:
         self._job = job
         self._door: DoorChoice = door
         self._model: ModelDescription | None = None
+        self.weight_version = 0
+        self._is_following = False
         self._fingerprint = model_fingerprint
         self._replicas = Replicas("teacher", addresses, self._connect)
 
@@ -57,16 +63,26 @@ class Fleet:
         """Close every session."""
         await self._replicas.close()
 
-    async def ask(self, sequences: Sequence[TokenSequence], deadline: Deadline) -> TeacherRows:
+    def follow(self, weight_version: int) -> None:
+        """Every replica has new weights, of this version; a replica that is found without them is not used."""
+        self.weight_version, self._is_following = weight_version, True
+
+    async def ask(self, sequences: Sequence[TokenSequence], deadline: Deadline, weight_version: int) -> TeacherRows:
         """The rows of a request that the model's limits allow; the same whichever replica answers.
 
         Raises:
             DeadlineExpired: no replica answered in time.
+            ModelMismatch: a replica has other weights than those of `weight_version`.
             RpcError: the request is refused, or the engine failed on it.
         """
 
         async def prefill(client: TeacherClient) -> TeacherRows:
-            return self._same_version(await client.prefill(sequences, deadline))
+            rows = await client.prefill(sequences, deadline, weight_version=weight_version)
+            if rows.weight_version != weight_version:
+                raise ModelMismatch(
+                    f"the teacher answered with weight version {rows.weight_version}; asked for was {weight_version}"
+                )
+            return rows
 
         num_tokens = sum(sequence.num_tokens for sequence in sequences)
         return await self._replicas.somewhere(prefill, num_tokens, deadline)
@@ -81,7 +97,7 @@ class Fleet:
         )
         try:
             self._admit(client)
-        except ModelMismatch:
+        except (ModelMismatch, Unavailable):
             await client.close()
             raise
         return client
@@ -91,12 +107,14 @@ class Fleet:
         ours, theirs = self._model, client.model
         if ours is None:
             self._model, self._fingerprint = theirs, theirs.model_fingerprint
+            self.weight_version = theirs.weight_version
             return
+        self._check_version(client)
         limits = {
             name: min(getattr(ours, name), getattr(theirs, name))
             for name in ("max_sequence_tokens", "max_request_tokens", "max_request_rows")
         }
-        for name in ("model_fingerprint", "tokenizer_fingerprint", "weight_version", "hidden_size", "dtype", "head"):
+        for name in ("model_fingerprint", "tokenizer_fingerprint", "hidden_size", "dtype", "head"):
             if getattr(ours, name) != getattr(theirs, name):
                 raise ModelMismatch(
                     f"{client.address} has {name} {getattr(theirs, name)}, and the other teachers, or itself "
@@ -104,10 +122,14 @@ class Fleet:
                 )
         self._model = replace(ours, **limits)
 
-    def _same_version(self, rows: TeacherRows) -> TeacherRows:
-        if rows.weight_version != self.model.weight_version:
-            raise ModelMismatch(
-                f"the teacher answered with weight version {rows.weight_version}; this job began with "
-                f"{self.model.weight_version}"
-            )
-        return rows
+    def _check_version(self, client: TeacherClient) -> None:
+        """Before `follow`, replicas whose weights can be replaced may differ: they are about to get the same."""
+        theirs = client.model
+        if theirs.weight_version == self.weight_version or (theirs.architecture_fingerprint and not self._is_following):
+            return
+        message = (
+            f"{client.address} has weight version {theirs.weight_version}; this job's teacher has {self.weight_version}"
+        )
+        if theirs.architecture_fingerprint:
+            raise Unavailable(f"{message}, and gets it with the next update")
+        raise ModelMismatch(message)

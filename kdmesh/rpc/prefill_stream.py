@@ -42,9 +42,18 @@ class PrefillStream:
         self._stream = RequestStream(stub.Prefill(), address, on_reply=self._take, on_end=self._ended)
 
     async def ask(
-        self, session: bytes, sequences: Iterable[TokenSequence], *, model_fingerprint: str, deadline_s: float
+        self,
+        session: bytes,
+        sequences: Iterable[TokenSequence],
+        *,
+        model_fingerprint: str,
+        weight_version: int = 0,
+        deadline_s: float,
     ) -> pb.PrefillResult:
         """The server's answer to one request.
+
+        Args:
+            weight_version: of the weights that must make the rows; 0: any.
 
         Raises:
             RpcError: as teacher.proto says, or Unavailable when the stream breaks.
@@ -55,6 +64,7 @@ class PrefillStream:
             request_id=next(self._numbers),
             sequences=codec.sequences_to_wire(sequences),
             model_fingerprint=model_fingerprint,
+            weight_version=weight_version,
             deadline_ms=max(1, min(round(deadline_s * 1000), 2**32 - 1)),
         )
         answer: asyncio.Future[pb.PrefillResult] = asyncio.get_running_loop().create_future()

@@ -76,6 +76,7 @@ class TeacherClient:
         self._lost: asyncio.Future[RpcError] = asyncio.get_running_loop().create_future()
         self._tasks = BackgroundTasks()
         self._closing = contextlib.AsyncExitStack()
+        self._head: Handle | None = None  # to the weight of the head that was fetched last
 
     @classmethod
     async def connect(cls, address: str, *, job: str, door: DoorChoice, model_fingerprint: str = "") -> Self:
@@ -128,8 +129,10 @@ class TeacherClient:
             await self._call(self._stub.KeepAlive, pb.KeepAliveRequest(session=self._session))
             raise ConfigError(f"door shm, but {self.address} is not to be had that way: {error}") from None
 
-    async def prefill(self, sequences: Sequence[TokenSequence], deadline: Deadline) -> TeacherRows:
-        """The rows of a request that the server's limits allow.
+    async def prefill(
+        self, sequences: Sequence[TokenSequence], deadline: Deadline, *, weight_version: int = 0
+    ) -> TeacherRows:
+        """The rows of a request that the server's limits allow, by the weights of that version; 0 takes any.
 
         Raises:
             RpcError: as teacher.proto says of Prefill and ReadHandle.
@@ -139,6 +142,7 @@ class TeacherClient:
             self._session,
             sequences,
             model_fingerprint=self.model.model_fingerprint,
+            weight_version=weight_version,
             deadline_s=deadline.left_s,
         )
         try:
@@ -156,7 +160,11 @@ class TeacherClient:
         """The output head over the padded vocabulary, and its weight version. Over shared memory it is not copied."""
         answer = await self._call(self._stub.GetHead, pb.GetHeadRequest(session=self._session))
         spec = codec.head_from_wire(answer.head)
-        weight_VD = await self.door.fetch(codec.handle_from_wire(answer.weight))
+        weight = codec.handle_from_wire(answer.weight)
+        if self._head is not None and self._head.segment != weight.segment:
+            self.door.forget(self._head)
+        self._head = weight
+        weight_VD = await self.door.fetch(weight)
         bias_1V = await self.door.fetch(codec.handle_from_wire(answer.bias)) if spec.has_bias else None
         head = OutputHead(
             weight_VD=weight_VD,

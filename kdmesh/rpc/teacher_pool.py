@@ -105,7 +105,13 @@ class TeacherPool:
             InvalidRequest: there is no sequence, or one exceeds the limits by itself.
         """
         parts = split(sequences, self._fleet.model)
-        return PendingRows(self._loop.start(self._answer, parts, Deadline.after(self._deadline_s)), self._waited)
+        version = self._fleet.weight_version
+        answering = self._loop.start(self._answer, parts, Deadline.after(self._deadline_s), version)
+        return PendingRows(answering, self._waited)
+
+    def follow(self, weight_version: int) -> None:
+        """From now on ask for rows of these weights, which every teacher has been given."""
+        self._fleet.follow(weight_version)
 
     def head(self) -> tuple[OutputHead, int]:
         """The output head over the padded vocabulary, and its weight version. Blocks.
@@ -164,22 +170,26 @@ class TeacherPool:
             raise
         return fleet
 
-    async def _answer(self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline) -> ArrivedRows:
+    async def _answer(
+        self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline, version: int
+    ) -> ArrivedRows:
         if len(parts) > 1:
-            return ArrivedRows(await self._joined(parts, deadline))
-        rows = await self._ask(parts[0], deadline)
+            return ArrivedRows(await self._joined(parts, deadline, version))
+        rows = await self._ask(parts[0], deadline, version)
         arrived = ArrivedRows(rows)
         if rows.is_borrowed:
             asyncio.get_running_loop().call_later(self._move_after_s, self._move, weakref.ref(arrived))
         return arrived
 
-    async def _ask(self, sequences: Sequence[TokenSequence], deadline: Deadline) -> TeacherRows:
-        rows = await self._fleet.ask(sequences, deadline)
+    async def _ask(self, sequences: Sequence[TokenSequence], deadline: Deadline, version: int) -> TeacherRows:
+        rows = await self._fleet.ask(sequences, deadline, version)
         self._requests += 1
         self._bytes += rows.rows_RD.nbytes
         return rows
 
-    async def _joined(self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline) -> TeacherRows:
+    async def _joined(
+        self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline, version: int
+    ) -> TeacherRows:
         """The rows of several requests in one tensor of this process.
 
         Each part is copied as it comes: there may be more parts than slots.
@@ -189,7 +199,7 @@ class TeacherPool:
         joined_RD = torch.empty(ends[-1], model.hidden_size, dtype=getattr(torch, model.dtype.value))
 
         async def fill(part: Sequence[TokenSequence], begin: int, end: int) -> None:
-            joined_RD[begin:end] = (await self._ask(part, deadline)).rows_RD
+            joined_RD[begin:end] = (await self._ask(part, deadline, version)).rows_RD
 
         try:
             async with asyncio.TaskGroup() as asking:
@@ -197,7 +207,7 @@ class TeacherPool:
                     asking.create_task(fill(part, begin, end))
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
-        return TeacherRows(rows_RD=joined_RD, weight_version=model.weight_version, is_borrowed=False)
+        return TeacherRows(rows_RD=joined_RD, weight_version=version, is_borrowed=False)
 
     def _move(self, arrived: weakref.ref[ArrivedRows]) -> None:
         rows = arrived()

@@ -10,9 +10,10 @@ import grpc
 from kdmesh.rpc import codec
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S
 from kdmesh.types import DType
-from kdmesh.v1 import rollout_pb2
+from kdmesh.v1 import rollout_pb2, teacher_pb2
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
+from kdmesh.v1.teacher_pb2_grpc import TeacherStub
 
 UpdateCall: TypeAlias = "grpc.aio.StreamStreamCall[pb.UpdateWeightsRequest, pb.UpdateWeightsReply]"
 
@@ -55,5 +56,24 @@ class _Rollouts:
         )
 
 
+class _Teachers:
+    def update(self, channel: grpc.aio.Channel) -> UpdateCall:
+        """See WeightService."""
+        return TeacherStub(channel).UpdateWeights()
+
+    async def describe(self, channel: grpc.aio.Channel, address: str) -> ServedWeights:
+        """See WeightService."""
+        described = await TeacherStub(channel).Describe(teacher_pb2.DescribeRequest(), timeout=UNARY_TIMEOUT_S)
+        return ServedWeights(
+            address=address,
+            version=described.weight_version,
+            dtype=codec.dtype_from_wire(described.dtype),
+            architecture_fingerprint=described.architecture_fingerprint,
+        )
+
+
 ROLLOUTS: WeightService = _Rollouts()
 """Rollout servers."""
+
+TEACHERS: WeightService = _Teachers()
+"""Teacher servers whose weights are not frozen."""

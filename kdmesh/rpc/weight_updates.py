@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
@@ -15,7 +15,7 @@ from kdmesh.errors import InvalidRequest, Unavailable
 from kdmesh.rpc import weight_codec
 from kdmesh.rpc.weight_source import BucketSource
 from kdmesh.v1 import weights_pb2 as pb
-from kdmesh.weights.manifest import Manifest
+from kdmesh.weights.manifest import Manifest, UpdatePolicy
 from kdmesh.weights.target import WeightTarget
 from kdmesh.weights.versions import UpdateState, WeightVersions
 
@@ -40,6 +40,8 @@ class WeightUpdates:
         *,
         architecture_fingerprint: str,
         apply: Apply,
+        version: int = 0,
+        policies: Collection[UpdatePolicy] = tuple(UpdatePolicy),
         silence_s: float = 300.0,
         device: torch.device | None = None,
     ) -> None:
@@ -48,18 +50,21 @@ class WeightUpdates:
             target: the engine.
             architecture_fingerprint: of its model.
             apply: see Apply.
+            version: of the weights the server was started with.
+            policies: those that `apply` knows.
             silence_s: how long a sender may say nothing before its update is dropped.
             device: a GPU that this process computes on, to which bytes may come over NCCL; None where it has none.
         """
-        self._versions = WeightVersions(target, architecture_fingerprint=architecture_fingerprint)
+        self._versions = WeightVersions(target, architecture_fingerprint=architecture_fingerprint, version=version)
         self._apply = apply
+        self._policies = policies
         self._silence_s = silence_s
         self._device = device
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
 
     @property
     def version(self) -> int:
-        """Of the weights that are served; 0 for those the server was started with."""
+        """Of the weights that are served."""
         return self._versions.version
 
     @property
@@ -81,6 +86,8 @@ class WeightUpdates:
         """
         begin = await self._next(requests, "begin")
         manifest = weight_codec.manifest_from_wire(begin.begin)
+        if manifest.policy not in self._policies:
+            raise InvalidRequest(f"update policy {manifest.policy}; this server knows {', '.join(self._policies)}")
         self._versions.admit(manifest)
         source: BucketSource | None = None
         try:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from kdmesh.errors import DeadlineExpired, InvalidRequest, Unavailable
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.outstanding import Outstanding
 from kdmesh.types import EVERY_TAG, SleepTag
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,23 @@ class Pausable(Protocol):
     async def wait_idle(self) -> None:
         """Return when nothing is under way."""
         ...
+
+
+class WorkAndUpdates:
+    """What needs the engine of a server whose weights are replaced: its work, and updates that are being received."""
+
+    def __init__(self, work: Pausable, updating: Outstanding) -> None:
+        self._work = work
+        self._updating = updating
+
+    def refuse_waiting(self, error: Unavailable) -> None:
+        """Fail what has not begun."""
+        self._work.refuse_waiting(error)
+
+    async def wait_idle(self) -> None:
+        """Return when no update is received, and nothing is under way."""
+        await self._updating.wait_none()
+        await self._work.wait_idle()
 
 
 class Sleep:

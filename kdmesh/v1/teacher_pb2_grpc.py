@@ -5,6 +5,7 @@ import warnings
 
 from kdmesh.v1 import common_pb2 as kdmesh_dot_v1_dot_common__pb2
 from kdmesh.v1 import teacher_pb2 as kdmesh_dot_v1_dot_teacher__pb2
+from kdmesh.v1 import weights_pb2 as kdmesh_dot_v1_dot_weights__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -27,7 +28,7 @@ if _version_not_supported:
 
 
 class TeacherStub(object):
-    """Hidden states of one frozen model for any number of clients.
+    """Hidden states of one model for any number of clients.
     """
 
     def __init__(self, channel):
@@ -86,10 +87,15 @@ class TeacherStub(object):
                 request_serializer=kdmesh_dot_v1_dot_common__pb2.WakeRequest.SerializeToString,
                 response_deserializer=kdmesh_dot_v1_dot_common__pb2.WakeResponse.FromString,
                 _registered_method=True)
+        self.UpdateWeights = channel.stream_stream(
+                '/kdmesh.v1.Teacher/UpdateWeights',
+                request_serializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsReply.FromString,
+                _registered_method=True)
 
 
 class TeacherServicer(object):
-    """Hidden states of one frozen model for any number of clients.
+    """Hidden states of one model for any number of clients.
     """
 
     def Describe(self, request, context):
@@ -152,7 +158,8 @@ class TeacherServicer(object):
 
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
         INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
-        FAILED_PRECONDITION model_fingerprint differs from the loaded model
+        FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
+        served are not those of weight_version
         UNAVAILABLE         the queue is full, no slot came free within the bounded
         wait, or the server sleeps; ask again after retry_after_ms
         DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
@@ -180,7 +187,9 @@ class TeacherServicer(object):
         """GetHead returns the output head as handles, at one weight version.
 
         Cost: none; the head lies in its own segment and is shared by all sessions.
-        Its handles need no release. Idempotent.
+        Its handles need no release. Where the weights are replaced, so is the head: handles to an
+        older one stay good until the session releases them, asks for the head again, or ends.
+        Idempotent.
 
         Errors:
         NOT_FOUND the session is unknown or its lease has ended
@@ -230,6 +239,31 @@ class TeacherServicer(object):
         Errors:
         INVALID_ARGUMENT no tag, or an unknown one
         UNAVAILABLE      the memory is not to be had; it sleeps on
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateWeights(self, request_iterator, context):
+        """UpdateWeights replaces the model's weights, body and head, by those of a newer version.
+
+        Order: begin, then buckets, then commit; one reply to each. What is served changes between two
+        batches, before the reply to commit and never without it: when the stream ends, breaks or fails
+        before, the old weights stay and the new ones are dropped. A batch that is being computed then
+        is finished on the old weights; requests that wait are computed with the new ones, and those
+        that name another weight_version fail. Answered rows and heads stay as they are.
+        Cost: the weights once through the door that each bucket names; while an update is received the
+        server holds a second copy of them, and afterwards each old head that a session still holds.
+
+        Errors:
+        INVALID_ARGUMENT    a message out of order; a tensor that the model does not have, or has
+        in another shape; a digest that differs; tensors missing at commit; a
+        policy other than FINISH
+        FAILED_PRECONDITION this server's weights are frozen, begin.architecture_fingerprint differs
+        from the loaded model's, or begin.version is not newer than the one served
+        NOT_FOUND           a bucket's handle has ended
+        UNAVAILABLE         another update is under way, there is no memory for another head, or the server
+        sleeps without its weights
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -288,6 +322,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     request_deserializer=kdmesh_dot_v1_dot_common__pb2.WakeRequest.FromString,
                     response_serializer=kdmesh_dot_v1_dot_common__pb2.WakeResponse.SerializeToString,
             ),
+            'UpdateWeights': grpc.stream_stream_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsReply.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'kdmesh.v1.Teacher', rpc_method_handlers)
@@ -297,7 +336,7 @@ def add_TeacherServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Teacher(object):
-    """Hidden states of one frozen model for any number of clients.
+    """Hidden states of one model for any number of clients.
     """
 
     @staticmethod
@@ -560,6 +599,33 @@ class Teacher(object):
             '/kdmesh.v1.Teacher/Wake',
             kdmesh_dot_v1_dot_common__pb2.WakeRequest.SerializeToString,
             kdmesh_dot_v1_dot_common__pb2.WakeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kdmesh.v1.Teacher/UpdateWeights',
+            kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.SerializeToString,
+            kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -138,7 +138,7 @@ class BeginUpdate(google.protobuf.message.Message):
     architecture_fingerprint: builtins.str
     """The model they belong to."""
     policy: Global___UpdatePolicy.ValueType
-    """What becomes of samples being drawn."""
+    """What becomes of samples being drawn; a server that draws none takes FINISH only."""
     broker_socket: builtins.str
     """Unix socket of the sender's broker; empty when it does not offer WEIGHT_DOOR_SHARED_MEMORY."""
     session: builtins.bytes

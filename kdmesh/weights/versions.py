@@ -46,12 +46,13 @@ class WeightVersions:
     All methods but `admit` may take long and must not run at the same time as another.
 
     Attributes:
-        version: of the weights that are served; 0 for those the server was started with.
+        version: of the weights that are served.
         state: see the picture above.
     """
 
-    def __init__(self, target: WeightTarget, *, architecture_fingerprint: str) -> None:
-        self.version = 0
+    def __init__(self, target: WeightTarget, *, architecture_fingerprint: str, version: int = 0) -> None:
+        """`version` is that of the weights the server was started with."""
+        self.version = version
         self.state = UpdateState.SERVING
         self._target = target
         self._fingerprint = architecture_fingerprint

@@ -48,8 +48,8 @@ def no_handle(result: pb.PrefillResult) -> None:
 async def test_lies_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: object, sentence: str) -> None:
     honest = servicer._result
 
-    def lying(answer: object, weight_version: int) -> pb.PrefillResult:
-        result = honest(answer, weight_version)  # type: ignore[arg-type]
+    def lying(answer: object) -> pb.PrefillResult:
+        result = honest(answer)  # type: ignore[arg-type]
         lie(result)  # type: ignore[operator]
         return result
 

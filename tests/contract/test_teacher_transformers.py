@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
+from kdmesh.models.placement import DTYPES
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weight_services import TEACHERS
 from kdmesh.types import TokenSequence
+from kdmesh.weights.manifest import TensorSpec
 from kdmesh_teacher.build import build_engine
 from kdmesh_teacher.config import TeacherConfig
 from tests.support.sequences import random_sequences
@@ -110,3 +116,43 @@ async def test_bfloat16_model_answers_bfloat16(tiny_models: TinyModels, tmp_path
         rows = await client.prefill(asked(), Deadline.after(20))
         head, _ = await client.head()
         assert rows.rows_RD.dtype is head.weight_VD.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("qwen3", torch.float32), ("gemma2", torch.bfloat16), ("phi", torch.float32)]
+)
+async def test_replaced_weights_give_the_bits_of_a_server_that_was_started_with_them(
+    tiny_models: TinyModels, tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    new = tiny_models.path(family, seed=1, dtype=dtype)
+
+    async def answers(client: TeacherClient) -> list[Tensor]:
+        rows = await client.prefill(asked(), Deadline.after(20))
+        head, version = await client.head()
+        assert rows.weight_version == version
+        return [tensor.clone() for tensor in (rows.rows_RD, head.weight_VD, head.bias_V) if tensor is not None]
+
+    (tmp_path / "fresh").mkdir()
+    async with connected(new, tmp_path / "fresh", "shm", deterministic=True) as fresh:
+        expected = await answers(fresh)
+    old = tiny_models.path(family, dtype=dtype)
+    async with connected(old, tmp_path, "shm", deterministic=True, updatable=True) as client:
+        assert not torch.equal((await answers(client))[0], expected[0])
+        await asyncio.to_thread(send, client.address, new)
+        for tensor, wanted in zip(await answers(client), expected, strict=True):
+            assert torch.equal(tensor, wanted)
+
+
+def send(address: str, path: Path) -> None:
+    """The weights in a directory, to a server."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    weights = [
+        (TensorSpec(name=name, shape=tuple(tensor.shape), dtype=DTYPES[tensor.dtype]), partial(_itself, tensor))
+        for name, tensor in named_weights(model).items()
+    ]
+    with WeightSender([address], service=TEACHERS, bucket_bytes=2**14, deadline_s=20) as sender:
+        sender.publish(2, architecture_fingerprint(model), weights)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

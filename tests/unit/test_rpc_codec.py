@@ -30,6 +30,7 @@ MODEL = ModelDescription(
     max_request_tokens=200,
     max_request_rows=300,
     is_deterministic=True,
+    architecture_fingerprint="ffff",
 )
 
 

@@ -35,6 +35,7 @@ def work(session: str, num_tokens: int) -> Work:
         session=session.encode(),
         job=session,
         sequences=(),
+        weight_version=0,
         num_tokens=num_tokens,
         num_rows=1,
         arrived_s=0.0,

@@ -9,7 +9,7 @@ import pytest
 
 from kdmesh.errors import DataError, ModelMismatch
 from kdmesh.types import DType, HeadSpec, ModelDescription, RolloutDescription, TokenSequence
-from kdmesh_trainer.fit import check_requests, check_sampler, check_samples, common_vocabulary
+from kdmesh_trainer.fit import check_frozen, check_requests, check_sampler, check_samples, common_vocabulary
 
 TEACHER = ModelDescription(
     name="big",
@@ -43,6 +43,12 @@ def test_another_tokenizer_is_refused_with_both_names() -> None:
 def test_a_teacher_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ModelMismatch, match="teacher big has no tokenizer"):
         common_vocabulary(replace(TEACHER, tokenizer_fingerprint=""), tokenizer_fingerprint="b", vocabulary_size=100)
+
+
+def test_a_teacher_that_another_job_may_change_is_refused() -> None:
+    check_frozen(TEACHER)
+    with pytest.raises(ModelMismatch, match=r"teacher big has engine\.updatable"):
+        check_frozen(replace(TEACHER, architecture_fingerprint="f"))
 
 
 def test_every_sequence_must_fit_a_request_by_itself() -> None:

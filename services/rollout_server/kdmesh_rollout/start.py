@@ -10,13 +10,12 @@ from functools import partial
 
 import torch
 
-from kdmesh.errors import Unavailable
 from kdmesh.models.placement import device
 from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.outstanding import Outstanding
-from kdmesh.serving.sleep import Sleep
+from kdmesh.serving.sleep import Sleep, WorkAndUpdates
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout import probe
 from kdmesh_rollout.config import FakeEngine, RolloutConfig, TransformersEngine
@@ -73,27 +72,10 @@ async def start(
         scheduler=scheduler,
         updates=updates,
         updating=updating,
-        sleep=Sleep(engine, thread, _Work(scheduler, updating), gate),
+        sleep=Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate),
     )
     metrics.watch(lambda: _gauges(parts, engine))
     return parts
-
-
-class _Work:
-    """Everything that needs the engine."""
-
-    def __init__(self, scheduler: Scheduler, updating: Outstanding) -> None:
-        self._scheduler = scheduler
-        self._updating = updating
-
-    def refuse_waiting(self, error: Unavailable) -> None:
-        """Fail samples that have not begun."""
-        self._scheduler.refuse_waiting(error)
-
-    async def wait_idle(self) -> None:
-        """Return when no update is received and no sample drawn."""
-        await self._updating.wait_none()
-        await self._scheduler.wait_idle()
 
 
 def _gpu(engine: TransformersEngine | FakeEngine) -> torch.device | None:

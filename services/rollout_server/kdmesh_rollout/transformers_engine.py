@@ -14,15 +14,15 @@ from kdmesh.losses.matmul import logits_into
 from kdmesh.losses.workspace import Workspace
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.decoding import Decoder, prepare_decoding
-from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
+from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.placement import DTYPES, device, torch_dtype
+from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import SleepTag
 from kdmesh.weights.manifest import TensorSpec
-from kdmesh.weights.staging import StagedTensors
 from kdmesh_rollout.config import TransformersEngine as TransformersEngineConfig
 from kdmesh_rollout.drawing import draw
 from kdmesh_rollout.engine import EngineDescription, Finished, Order
@@ -59,7 +59,7 @@ class TransformersEngine:
         self._waiting: list[GrowingSample] = []
         self._groups: list[_Group] = []
         self._version = 0
-        self._staged: StagedTensors | None = None
+        self._weights: ReplaceableWeights
         self._resting: RestingWeights | None = None
         self._drawn_tokens = self._prefilled_tokens = 0
 
@@ -77,6 +77,7 @@ class TransformersEngine:
             )
         prepare_decoding(self._model)
         self._tokenizer = load_tokenizer(config.model)
+        self._weights = ReplaceableWeights(self._model)
         return self._describe()
 
     def _describe(self) -> EngineDescription:
@@ -228,35 +229,26 @@ class TransformersEngine:
 
     def tensor_specs(self) -> tuple[TensorSpec, ...]:
         """Every tensor of the model, tied ones once."""
-        return tuple(
-            TensorSpec(name=name, shape=tuple(tensor.shape), dtype=DTYPES[tensor.dtype])
-            for name, tensor in named_weights(self._model).items()
-        )
+        return self._weights.tensor_specs()
 
     def begin(self) -> None:
         """Make room for a second copy, in ordinary memory."""
-        self._staged = StagedTensors(self.tensor_specs())
+        self._weights.begin()
 
     def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
         """Copy bytes to that room."""
-        assert self._staged is not None
-        self._staged.write(tensor, offset_bytes, data)
+        self._weights.write(tensor, offset_bytes, data)
 
     def commit(self, version: int) -> None:
         """Copy the new values over the old ones; what is under way is computed anew from its tokens."""
-        assert self._staged is not None
-        own = named_weights(self._model)
-        with torch.no_grad():
-            for name, tensor in self._staged.tensors.items():
-                own[name].copy_(tensor)
-        self._staged = None
+        self._weights.commit(version)
         self._version = version
         self._waiting = [sample for group in self._groups for sample in group.samples] + self._waiting
         self._groups = []
 
     def discard(self) -> None:
         """Give the second copy up."""
-        self._staged = None
+        self._weights.discard()
 
     # Sleep
 

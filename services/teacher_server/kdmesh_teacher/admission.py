@@ -31,6 +31,15 @@ def check_model(wanted: str, served: str) -> None:
         raise ModelMismatch(f"the request is for model {wanted or '(none named)'}; this server has {served}")
 
 
+def check_version(wanted: int, served: int) -> None:
+    """Raises ModelMismatch when a request names other weights than those that are served; 0 names none."""
+    if wanted not in (0, served):
+        raise ModelMismatch(
+            f"the request is for weight version {wanted}; this server has {served}: its weights were replaced, or it "
+            "was started anew"
+        )
+
+
 def _check_total(what: str, count: int, limit: int) -> None:
     if count > limit:
         raise InvalidRequest(f"the request has {count} {what} over all its sequences; the most allowed is {limit}")

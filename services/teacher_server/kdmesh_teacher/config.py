@@ -35,6 +35,9 @@ class TransformersEngine(StrictModel):
     threads: int | None = Field(None, ge=1)
     """CPU threads of the engine; unset lets torch decide."""
 
+    updatable: bool = False
+    """Let one job replace the weights, for self-distillation; jobs that want a frozen teacher refuse such a server."""
+
 
 class FakeEngine(StrictModel):
     """Makes rows from the ids alone, without a model; for tests and drills."""
@@ -55,6 +58,9 @@ class FakeEngine(StrictModel):
 
     seconds_per_batch: float = Field(0.0, ge=0)
     """How long each batch pretends to take."""
+
+    updatable: bool = False
+    """Let one job replace the made-up weights."""
 
 
 EngineConfig = Annotated[TransformersEngine | SglangEngine | FakeEngine, Field(discriminator="kind")]
@@ -110,7 +116,7 @@ class TeacherConfig(StrictModel):
     """A teacher server."""
 
     engine: EngineConfig
-    """The frozen model and how it is held."""
+    """The model and how it is held."""
 
     server: ServerConfig = ServerConfig()
     """Where the server listens."""

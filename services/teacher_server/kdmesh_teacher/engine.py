@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from kdmesh.handles.memory import Segment
 from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, HeadSpec, TokenSequence
+from kdmesh.weights.target import WeightTarget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,7 @@ class EngineDescription:
     """A loaded model, and the most an engine computes at a time."""
 
     name: str  # for people, never compared
-    model_fingerprint: str
+    model_fingerprint: str  # equal to architecture_fingerprint where that is set: see teacher.proto
     tokenizer_fingerprint: str  # empty: the model has no tokenizer
     hidden_size: int
     dtype: DType  # of the rows
@@ -25,6 +26,7 @@ class EngineDescription:
     max_sequence_tokens: int  # longest sequence the model takes, at most max_batch_tokens
     max_batch_tokens: int  # tokens of one prefill call, over all its jobs
     is_deterministic: bool
+    architecture_fingerprint: str = ""  # empty: the weights are frozen. Set: the engine is an UpdatableEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,7 +50,7 @@ class PrefillJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeadParts:
-    """The output head's matrices as contiguous row-major bytes; valid for as long as the engine lives."""
+    """The output head's matrices as contiguous row-major bytes; valid until weights are committed."""
 
     weight: memoryview  # [padded_vocabulary_size, hidden_size]
     bias: memoryview | None  # [padded_vocabulary_size]; None exactly when head.has_bias is false
@@ -56,7 +58,7 @@ class HeadParts:
 
 
 class Engine(Sleeper, Protocol):
-    """A frozen model. Blocking, and called from one thread only."""
+    """A model. Blocking, and called from one thread only."""
 
     def load(self) -> EngineDescription:
         """Load the model; called once, before anything else.
@@ -76,8 +78,13 @@ class Engine(Sleeper, Protocol):
         ...
 
     def head_parts(self) -> HeadParts:
-        """The output head that belongs to the rows; called once, after load."""
+        """The output head that belongs to the rows; called after load, and after every commit."""
         ...
+
+
+@runtime_checkable
+class UpdatableEngine(Engine, WeightTarget, Protocol):
+    """An engine whose weights can be replaced; `commit` comes between two prefills, in the engine's thread."""
 
 
 @runtime_checkable

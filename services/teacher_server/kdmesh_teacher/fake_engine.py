@@ -1,4 +1,4 @@
-"""An engine without a model, whose rows can be predicted from the ids alone."""
+"""An engine without a model, whose rows can be predicted from the ids and the weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Sequence, Set
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kdmesh.types import DType, HeadSpec, Int32Array, SleepTag, TokenSequence
+from kdmesh.weights.manifest import TensorSpec
+from kdmesh.weights.staging import StagedTensors
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 
@@ -16,18 +19,26 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: multiplying by it s
 
 
 class FakeEngine:
-    """Row p is a hash of the ids up to p: like a causal model, it sees no later token and no other sequence."""
+    """Row p is a hash of the ids up to p: like a causal model, it sees no later token and no other sequence.
+
+    Its weights are one factor per column of a row, and the head; the factors are 1 at the start. Rows are exact when
+    the factors are powers of two.
+    """
 
     def __init__(self, config: FakeEngineConfig) -> None:
         self._config = config
         self._dtype = DType(config.dtype)
+        self._trunk_D = np.ones(config.hidden_size, np.float32)
+        self._head_VD = _first_head(config)
+        self._staged: StagedTensors | None = None
 
     def load(self) -> EngineDescription:
         """Describe the made-up model."""
         config = self._config
+        fingerprint = f"fa4e{config.hidden_size:08x}{config.vocabulary_size:08x}"
         return EngineDescription(
             name="fake",
-            model_fingerprint=f"fa4e{config.hidden_size:08x}{config.vocabulary_size:08x}",
+            model_fingerprint=fingerprint,
             tokenizer_fingerprint=f"fa4e{config.vocabulary_size:08x}",
             hidden_size=config.hidden_size,
             dtype=self._dtype,
@@ -42,6 +53,7 @@ class FakeEngine:
             max_sequence_tokens=config.max_batch_tokens,
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=True,
+            architecture_fingerprint=fingerprint if config.updatable else "",
         )
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
@@ -49,16 +61,13 @@ class FakeEngine:
         time.sleep(self._config.seconds_per_batch)
         for job in jobs:
             rows_RD = np.concatenate([hidden_states(s, self._config.hidden_size) for s in job.sequences])
-            job.out[:] = as_bytes(rows_RD, self._dtype)
+            job.out[:] = as_bytes(rows_RD * self._trunk_D, self._dtype)
 
     def head_parts(self) -> HeadParts:
-        """A head whose rows are hashes of their token."""
-        padded = -(-self._config.vocabulary_size // 8) * 8
-        seeds_V = (np.arange(padded, dtype=np.uint64) + np.uint64(1)) * _ODD
-        weight_VD = _spread(seeds_V, self._config.hidden_size)
+        """A head whose rows are, at first, hashes of their token; the bias is half of its first column."""
         return HeadParts(
-            weight=memoryview(as_bytes(weight_VD, self._dtype)),
-            bias=memoryview(as_bytes(weight_VD[:, 0] * np.float32(0.5), self._dtype)),
+            weight=memoryview(as_bytes(self._head_VD, self._dtype)),
+            bias=memoryview(as_bytes(self._head_VD[:, 0] * np.float32(0.5), self._dtype)),
             dtype=self._dtype,
         )
 
@@ -73,10 +82,44 @@ class FakeEngine:
     def wake(self, tags: Set[SleepTag]) -> None:
         """Nothing to take."""
 
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
+        """The factors and the head."""
+        return (
+            TensorSpec(name="trunk", shape=self._trunk_D.shape, dtype=self._dtype),
+            TensorSpec(name="head", shape=self._head_VD.shape, dtype=self._dtype),
+        )
+
+    def begin(self) -> None:
+        """Make room for new ones."""
+        self._staged = StagedTensors(self.tensor_specs())
+
+    def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
+        """Copy bytes to that room."""
+        assert self._staged is not None
+        self._staged.write(tensor, offset_bytes, data)
+
+    def commit(self, version: int) -> None:
+        """Compute with the new ones from now on."""
+        assert self._staged is not None
+        tensors = self._staged.tensors
+        self._trunk_D = tensors["trunk"].to(torch.float32).numpy()
+        self._head_VD = tensors["head"].to(torch.float32).numpy()
+        self._staged = None
+
+    def discard(self) -> None:
+        """Forget the new ones."""
+        self._staged = None
+
 
 def hidden_states(sequence: TokenSequence, hidden_size: int) -> npt.NDArray[np.float32]:
     """[R, D] the rows that the fake engine gives for `sequence`; exact in every dtype."""
     return _spread(_prefix_hashes(sequence.token_ids)[sequence.positions], hidden_size)
+
+
+def _first_head(config: FakeEngineConfig) -> npt.NDArray[np.float32]:
+    padded = -(-config.vocabulary_size // 8) * 8
+    seeds_V = (np.arange(padded, dtype=np.uint64) + np.uint64(1)) * _ODD
+    return _spread(seeds_V, config.hidden_size)
 
 
 def as_bytes(values: npt.NDArray[np.float32], dtype: DType) -> bytes:

@@ -83,4 +83,5 @@ def _gauges(parts: Parts) -> Gauges:
         waiting_tokens=queue.num_tokens,
         waiting_requests=queue.num_requests,
         cached_tokens=parts.cached_tokens(),
+        weight_version=parts.scheduler.weights.version,
     )

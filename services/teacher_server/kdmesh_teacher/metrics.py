@@ -23,6 +23,7 @@ class Gauges:
     waiting_tokens: int
     waiting_requests: int
     cached_tokens: int
+    weight_version: int
 
 
 class Metrics(JobMetrics):
@@ -80,6 +81,7 @@ class _Collector(Collector):
             ("slab_bytes", "Shared memory of slots, orphans and heads.", _slab_bytes(now.slab)),
             ("waiting_tokens", "Tokens of requests that have not started.", now.waiting_tokens),
             ("waiting_requests", "Requests that have not started.", now.waiting_requests),
+            ("weight_version", "Number of the weights that are served.", now.weight_version),
         ):
             yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
         counters = now.slab.counters

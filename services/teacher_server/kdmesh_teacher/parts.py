@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdmesh.handles.store import SlabStore
+from kdmesh.rpc.weight_updates import WeightUpdates
+from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
-from kdmesh.types import Handle, ModelDescription
+from kdmesh.types import ModelDescription
 from kdmesh_teacher.scheduler import Scheduler
 
 
@@ -15,10 +17,15 @@ from kdmesh_teacher.scheduler import Scheduler
 class Parts:
     """Made by start.py, one of each."""
 
-    model: ModelDescription
+    model_at_start: ModelDescription
     store: SlabStore
     scheduler: Scheduler
+    updates: WeightUpdates | None  # None: the weights are frozen
+    updating: Outstanding  # updates that are being received
     sleep: Sleep
-    head_weight: Handle
-    head_bias: Handle | None
     cached_tokens: Callable[[], int]  # so far, over all requests
+
+    @property
+    def model(self) -> ModelDescription:
+        """What is served now."""
+        return replace(self.model_at_start, weight_version=self.scheduler.weights.version)

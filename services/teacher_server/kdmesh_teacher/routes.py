@@ -14,12 +14,19 @@ Json = dict[str, Any]
 
 
 def add_routes(app: FastAPI, gate: Gate[Parts]) -> None:
-    """The model, the sessions and the slab."""
+    """The model, its weights, the sessions and the slab."""
 
     @app.get("/v1/model")
     async def model() -> Json:
         """What is served, and the limits of a request."""
         return asdict(gate.parts().model)
+
+    @app.get("/v1/weights")
+    async def weights() -> Json:
+        """Which weights are served, and whether new ones are coming or can come."""
+        parts = gate.parts()
+        state = "frozen" if parts.updates is None else parts.updates.state.value
+        return {"version": parts.scheduler.weights.version, "state": state}
 
     @app.get("/v1/sessions")
     async def sessions() -> Json:

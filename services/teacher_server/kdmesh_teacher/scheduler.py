@@ -9,16 +9,19 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, RpcError, Unavailable
+from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, ModelMismatch, RpcError, Unavailable
 from kdmesh.handles.ledger import SlotState
 from kdmesh.handles.store import SlabStore, SlotLease
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.throughput import Throughput
 from kdmesh.tokens import digest
-from kdmesh.types import TokenSequence
-from kdmesh_teacher.engine import Engine, EngineDescription, PrefillJob
+from kdmesh.types import Handle, TokenSequence
+from kdmesh.weights.manifest import Manifest
+from kdmesh_teacher import admission
+from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts, PrefillJob
 from kdmesh_teacher.metrics import Metrics
+from kdmesh_teacher.served import ServedWeights, matrices_of, room_for_another_head
 from kdmesh_teacher.work import Answer, Work
 
 log = logging.getLogger(__name__)
@@ -44,14 +47,31 @@ class LoadedEngine:
     check: Callable[[], None]  # blocks on the engine's thread; raises when the engine is broken for good
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Update:
+    """New weights that are to be committed."""
+
+    version: int
+    commit: Callable[[], None]
+    head: tuple[Handle, ...]  # room for theirs
+    done: asyncio.Future[None]
+
+
 class Scheduler:
     """Decides what the engine computes next. Not thread-safe: it belongs to one event loop.
 
     A request starts only when it has a slot to write in, so that the engine never waits for a
-    reader, and a session that holds all its slots delays nobody else.
+    reader, and a session that holds all its slots delays nobody else. Between two batches new weights are
+    committed, with their head.
+
+    Attributes:
+        weights: what is served now.
     """
 
-    def __init__(self, engine: LoadedEngine, store: SlabStore, limits: QueueLimits, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: LoadedEngine, store: SlabStore, limits: QueueLimits, metrics: Metrics, weights: ServedWeights
+    ) -> None:
+        self.weights = weights
         self._engine = engine
         self._store = store
         self._limits = limits
@@ -60,6 +80,7 @@ class Scheduler:
         self._throughput = Throughput()
         self._without_slot: set[bytes] = set()  # sessions that asked for a slot last and got none
         self._death: str | None = None
+        self._update: _Update | None = None
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         store.on_free = self._wake.set
@@ -76,7 +97,13 @@ class Scheduler:
         return self._throughput.tokens_per_s
 
     async def prefill(
-        self, session: bytes, job: str, sequences: tuple[TokenSequence, ...], *, deadline_s: float = math.inf
+        self,
+        session: bytes,
+        job: str,
+        sequences: tuple[TokenSequence, ...],
+        *,
+        weight_version: int = 0,
+        deadline_s: float = math.inf,
     ) -> Answer:
         """The rows of a request that was checked. Cancelling this gives its place, or its slot, back.
 
@@ -84,12 +111,14 @@ class Scheduler:
             session: whose slot it takes.
             job: for metrics.
             sequences: valid for the model.
+            weight_version: of the weights that must make the rows, which are served now; 0: any.
             deadline_s: longest wait for the start that the caller accepts.
 
         Raises:
             Unavailable: the queue is full, or the prefill did not start within the queue's limit.
             DeadlineExpired: it did not start within deadline_s.
             HandleGone: the session ended.
+            ModelMismatch: the weights were replaced before its turn came.
             EngineFailure: the engine failed on its batch.
         """
         loop = asyncio.get_running_loop()
@@ -97,6 +126,7 @@ class Scheduler:
             session=session,
             job=job,
             sequences=sequences,
+            weight_version=weight_version,
             num_tokens=sum(s.num_tokens for s in sequences),
             num_rows=sum(s.num_rows for s in sequences),
             arrived_s=time.monotonic(),
@@ -113,6 +143,29 @@ class Scheduler:
         finally:
             timer.cancel()
 
+    async def apply(self, manifest: Manifest, commit: Callable[[], None]) -> None:
+        """Call `commit` in the engine's thread between two batches, and serve the new head from then on.
+
+        May be cancelled before that.
+
+        Raises:
+            Unavailable: there is no memory for another head; `commit` was not called.
+        """
+        update = _Update(
+            version=manifest.version,
+            commit=commit,
+            head=await room_for_another_head(self._store, self.weights),
+            done=asyncio.get_running_loop().create_future(),
+        )
+        self._update = update
+        self._wake.set()
+        try:
+            await update.done
+        finally:
+            self._update = None
+            if self.weights.head is not update.head:
+                self._store.retire_shared_segment(update.head)
+
     async def run(self) -> None:
         """Work until cancelled.
 
@@ -124,6 +177,8 @@ class Scheduler:
             if self._death is not None:
                 self._refuse(self._queue.everything(), EngineFailure("the engine died; the server restarts"))
                 raise EngineFailure(self._death)
+            if self._update is not None:
+                await self._replace_weights(self._update)
             batch = self._queue.take(self._engine.model.max_batch_tokens, self._acquire)
             if batch:
                 await self._run(batch)
@@ -253,7 +308,14 @@ class Scheduler:
         except HandleGone as gone:
             work.answer.set_exception(gone)
             return
-        work.answer.set_result(Answer(rows=rows, digest=digest(work.sequences), queue_s=queue_s, engine_s=engine_s))
+        answer = Answer(
+            rows=rows,
+            digest=digest(work.sequences),
+            weight_version=self.weights.version,
+            queue_s=queue_s,
+            engine_s=engine_s,
+        )
+        work.answer.set_result(answer)
 
     def _fail(self, work: Work) -> None:
         if not work.answer.done():
@@ -269,3 +331,38 @@ class Scheduler:
         if failure is not None:
             self._refuse(self._queue.everything(), EngineFailure("the engine is broken; the server restarts"))
             raise EngineFailure("the engine is broken: it fails on the fixed sequences too") from failure
+
+    # Weights
+
+    async def _replace_weights(self, update: _Update) -> None:
+        """Commit new weights, share their head, and refuse what waits for others."""
+        self._update = None
+
+        def commit() -> HeadParts:
+            update.commit()
+            return self._engine.engine.head_parts()
+
+        call = self._engine.thread.run(commit)
+        await asyncio.wait((call,))
+        failure = call.exception()
+        if failure is None:
+            await self._store.fill_shared_segment(update.head, matrices_of(call.result()))
+            self._serve(ServedWeights(version=update.version, head=update.head))
+        if update.done.cancelled():
+            pass
+        elif failure is None:
+            update.done.set_result(None)
+        else:
+            update.done.set_exception(failure)
+        if failure is not None and not isinstance(failure, RpcError):
+            self._refuse(self._queue.everything(), EngineFailure("new weights could not be taken over"))
+            raise EngineFailure("new weights could not be taken over; the server restarts") from failure
+
+    def _serve(self, weights: ServedWeights) -> None:
+        old, self.weights = self.weights, weights
+        self._store.retire_shared_segment(old.head)
+        for work in tuple(self._queue.everything()):
+            try:
+                admission.check_version(work.weight_version, weights.version)
+            except ModelMismatch as error:
+                self._refuse([work], error)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
 
-from kdmesh.errors import HandleGone, RpcError
+from kdmesh.errors import HandleGone, ModelMismatch, RpcError
 from kdmesh.rpc import codec, failure, raw_chunk
 from kdmesh.rpc.reply_stream import ReplyStream
 from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.outstanding import Outstanding
-from kdmesh.v1 import common_pb2
+from kdmesh.v1 import common_pb2, weights_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherServicer
 from kdmesh_teacher import admission
@@ -101,7 +102,7 @@ class Servicer(TeacherServicer):
                 return
             finally:
                 self._metrics.request_done(job, outcome)
-            result = _result(answer, parts.model.weight_version)
+            result = _result(answer)
             try:
                 await stream.write(pb.PrefillReply(request_id=request.request_id, result=result))
             except BaseException:
@@ -110,11 +111,15 @@ class Servicer(TeacherServicer):
 
     async def _prefill(self, request: pb.PrefillRequest, job: str, parts: Parts) -> Answer:
         self._gate.parts_for_new_work()
-        admission.check_model(request.model_fingerprint, parts.model.model_fingerprint)
+        model = parts.model
+        admission.check_model(request.model_fingerprint, model.model_fingerprint)
+        admission.check_version(request.weight_version, model.weight_version)
         sequences = codec.sequences_from_wire(request.sequences)
-        admission.check_sequences(sequences, parts.model)
+        admission.check_sequences(sequences, model)
         deadline_s = request.deadline_ms / 1000 or math.inf
-        return await parts.scheduler.prefill(request.session, job, sequences, deadline_s=deadline_s)
+        return await parts.scheduler.prefill(
+            request.session, job, sequences, weight_version=request.weight_version, deadline_s=deadline_s
+        )
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         """See teacher.proto."""
@@ -127,12 +132,14 @@ class Servicer(TeacherServicer):
     async def GetHead(self, request: pb.GetHeadRequest, context: Context) -> pb.GetHeadResponse:
         """See teacher.proto."""
         parts = self._gate.parts()
-        parts.store.job(request.session)
+        served = parts.scheduler.weights
+        parts.store.lend(request.session, served.head)
+        weight, *bias = map(codec.handle_to_wire, served.head)
         return pb.GetHeadResponse(
             head=codec.head_to_wire(parts.model.head),
-            weight_version=parts.model.weight_version,
-            weight=codec.handle_to_wire(parts.head_weight),
-            bias=None if parts.head_bias is None else codec.handle_to_wire(parts.head_bias),
+            weight_version=served.version,
+            weight=weight,
+            bias=bias[0] if bias else None,
         )
 
     async def ReadHandle(  # type: ignore[override]
@@ -162,12 +169,28 @@ class Servicer(TeacherServicer):
         """See teacher.proto."""
         return await sleep_rpcs.answer_wake(self._gate.parts().sleep, request)
 
+    async def UpdateWeights(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Context
+    ) -> None:
+        """See teacher.proto."""
+        parts = self._gate.parts_for_new_clients()
+        if parts.updates is None:
+            raise ModelMismatch(
+                f"the weights of teacher {parts.model.name} are frozen: only an engine of kind transformers that is "
+                "configured with engine.updatable takes new ones"
+            )
+        parts.sleep.require_weights()
+        with parts.updating:
+            async with aclosing(parts.updates.answer(request_iterator)) as replies:
+                async for reply in replies:
+                    await context.write(reply)
 
-def _result(answer: Answer, weight_version: int) -> pb.PrefillResult:
+
+def _result(answer: Answer) -> pb.PrefillResult:
     return pb.PrefillResult(
         rows=codec.handle_to_wire(answer.rows),
         digest=answer.digest,
-        weight_version=weight_version,
+        weight_version=answer.weight_version,
         queue_ms=_ms(answer.queue_s),
         engine_ms=_ms(answer.engine_s),
     )

@@ -12,18 +12,21 @@ from pathlib import Path
 from kdmesh.errors import ConfigError
 from kdmesh.handles.ledger import SlabLimits
 from kdmesh.handles.memory import SegmentWriter
-from kdmesh.handles.shared import Matrix
 from kdmesh.handles.store import SlabStore
+from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
-from kdmesh.serving.sleep import Sleep
-from kdmesh.types import Handle, ModelDescription
+from kdmesh.serving.outstanding import Outstanding
+from kdmesh.serving.sleep import Sleep, WorkAndUpdates
+from kdmesh.types import ModelDescription
+from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_teacher import probe
 from kdmesh_teacher.config import SlabConfig, TeacherConfig
-from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts, ProcessEngine
+from kdmesh_teacher.engine import Engine, EngineDescription, ProcessEngine, UpdatableEngine
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
 from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
+from kdmesh_teacher.served import first_weights
 
 log = logging.getLogger(__name__)
 
@@ -60,22 +63,41 @@ async def start(
     await thread.run(check)
     parts = await thread.run(engine.head_parts)
     probe.check_head(parts, described)
-    weight, bias = await _share_head(store, parts, described)
+    weights = await first_weights(store, parts, described)
     log.info("model loaded", extra={"model": model.name, "seconds": time.monotonic() - began_s})
     loaded = LoadedEngine(engine=engine, thread=thread, model=described, check=check)
     limits = QueueLimits(max_tokens=config.queue.max_tokens, max_wait_s=config.queue.max_wait_s)
-    scheduler = Scheduler(loaded, store, limits, metrics)
+    scheduler = Scheduler(loaded, store, limits, metrics, weights)
     if isinstance(engine, ProcessEngine):
         _watch(engine, scheduler)
+    updating = Outstanding()
     return Parts(
-        model=model,
+        model_at_start=model,
         store=store,
         scheduler=scheduler,
-        sleep=Sleep(engine, thread, scheduler, gate),
-        head_weight=weight,
-        head_bias=bias,
+        updates=_updates(engine, described, scheduler, stack),
+        updating=updating,
+        sleep=Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate),
         cached_tokens=engine.num_cached_tokens if isinstance(engine, ProcessEngine) else lambda: 0,
     )
+
+
+def _updates(
+    engine: Engine, model: EngineDescription, scheduler: Scheduler, stack: AsyncExitStack
+) -> WeightUpdates | None:
+    """What takes new weights, if any may come."""
+    if not model.architecture_fingerprint:
+        return None
+    assert isinstance(engine, UpdatableEngine)
+    updates = WeightUpdates(
+        engine,
+        architecture_fingerprint=model.architecture_fingerprint,
+        apply=scheduler.apply,
+        version=model.weight_version,
+        policies=(UpdatePolicy.FINISH,),
+    )
+    stack.push_async_callback(asyncio.to_thread, updates.close)
+    return updates
 
 
 def _watch(engine: ProcessEngine, scheduler: Scheduler) -> None:
@@ -117,13 +139,5 @@ def _limited(model: EngineDescription, slab: SlabLimits) -> ModelDescription:
         max_request_tokens=min(model.max_batch_tokens, _MAX_REQUEST_TOKENS),
         max_request_rows=max_rows,
         is_deterministic=model.is_deterministic,
+        architecture_fingerprint=model.architecture_fingerprint,
     )
-
-
-async def _share_head(store: SlabStore, parts: HeadParts, model: EngineDescription) -> tuple[Handle, Handle | None]:
-    rows = model.head.padded_vocabulary_size
-    matrices = [Matrix(data=parts.weight, rows=rows, cols=model.hidden_size, dtype=parts.dtype)]
-    if parts.bias is not None:
-        matrices.append(Matrix(data=parts.bias, rows=1, cols=rows, dtype=parts.dtype))
-    weight, *bias = await store.add_shared_segment(matrices)
-    return weight, bias[0] if bias else None

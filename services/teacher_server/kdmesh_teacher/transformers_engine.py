@@ -10,14 +10,16 @@ from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
-from kdmesh.models.fingerprint import model_fingerprint
+from kdmesh.models.fingerprint import architecture_fingerprint, model_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.packing import pack
 from kdmesh.models.placement import DTYPES, device, torch_dtype
+from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import HeadSpec, SleepTag, TokenSequence
+from kdmesh.weights.manifest import TensorSpec
 from kdmesh_teacher.config import TransformersEngine as TransformersEngineConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 
@@ -40,6 +42,7 @@ class TransformersEngine:
         self._config = config
         self._model: PreTrainedModel
         self._resting: RestingWeights | None = None
+        self._weights: ReplaceableWeights  # where the configuration lets them be replaced
 
     def load(self) -> EngineDescription:
         """Read the model and its tokenizer; sets this process's number of torch threads when one is configured."""
@@ -51,6 +54,8 @@ class TransformersEngine:
             raise ConfigError(
                 f"{config.model} has weights of {self._model.dtype}; set engine.dtype to float32 or bfloat16"
             )
+        if config.updatable:
+            self._weights = ReplaceableWeights(self._model)
         return self._describe()
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
@@ -67,6 +72,8 @@ class TransformersEngine:
             bias=None if head.bias_V is None else _bytes_of(head.bias_V),
             dtype=DTYPES[head.weight_VD.dtype],
         )
+
+    # Sleep
 
     @property
     def sleep_refusal(self) -> str:
@@ -86,14 +93,39 @@ class TransformersEngine:
             self._resting.restore()
             self._resting = None
 
+    # Weights
+
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
+        """See WeightTarget."""
+        return self._weights.tensor_specs()
+
+    def begin(self) -> None:
+        """See WeightTarget."""
+        self._weights.begin()
+
+    def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
+        """See WeightTarget."""
+        self._weights.write(tensor, offset_bytes, data)
+
+    def commit(self, version: int) -> None:
+        """Compute with the new weights from the next prefill on."""
+        self._weights.commit(version)
+
+    def discard(self) -> None:
+        """See WeightTarget."""
+        self._weights.discard()
+
+    # Loading
+
     def _describe(self) -> EngineDescription:
         config, model = self._config, self._model
         head, fingerprint = self._vocabulary()
+        architecture = architecture_fingerprint(model) if config.updatable else ""
         # A model without learnt positions may state no limit.
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_batch_tokens
         return EngineDescription(
             name=config.model.resolve().name,
-            model_fingerprint=model_fingerprint(model),
+            model_fingerprint=architecture or model_fingerprint(model),
             tokenizer_fingerprint=fingerprint,
             hidden_size=output_head(model).hidden_size,
             dtype=DTYPES[model.dtype],
@@ -102,6 +134,7 @@ class TransformersEngine:
             max_sequence_tokens=min(limit, config.max_batch_tokens),
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=config.deterministic,
+            architecture_fingerprint=architecture,
         )
 
     def _vocabulary(self) -> tuple[HeadSpec, str]:
@@ -111,6 +144,8 @@ class TransformersEngine:
             return head_spec(self._model, output_head(self._model).vocabulary_size), ""
         vocabulary = tokenizer.get_vocab()
         return head_spec(self._model, max(vocabulary.values()) + 1), tokenizer_fingerprint(vocabulary)
+
+    # Computing
 
     def _targets(self, job: PrefillJob) -> Iterator[_Target]:
         out_RD = torch.frombuffer(job.out, dtype=self._model.dtype).view(job.num_rows, -1)

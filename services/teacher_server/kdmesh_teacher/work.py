@@ -14,6 +14,7 @@ class Answer:
 
     rows: Handle
     digest: bytes  # 16 bytes, of the sequences that the engine was given
+    weight_version: int  # of the weights that made them
     queue_s: float  # from arrival to the start of the prefill
     engine_s: float  # of the whole batch
 
@@ -25,6 +26,7 @@ class Work:
     session: bytes
     job: str
     sequences: tuple[TokenSequence, ...]
+    weight_version: int  # of the weights that must make the rows; 0: any
     num_tokens: int
     num_rows: int
     arrived_s: float

@@ -28,7 +28,7 @@ from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.files import claimed
-from kdmesh_trainer.fit import check_requests, common_vocabulary
+from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.loop import Exporter, Parts
 from kdmesh_trainer.lora import add_adapter
@@ -188,6 +188,7 @@ def _open_teacher(cfg: config.TrainerConfig, checked: _Checked, mesh: Mesh, stac
     )
     mesh.on_first(pool.wake)  # a job that was killed may have left a teacher asleep
     model = pool.describe()
+    check_frozen(model)
     size = common_vocabulary(
         model, tokenizer_fingerprint=checked.tokenizer_fingerprint, vocabulary_size=checked.vocabulary_size
     )

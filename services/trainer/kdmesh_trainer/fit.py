@@ -32,6 +32,15 @@ def common_vocabulary(teacher: ModelDescription, *, tokenizer_fingerprint: str, 
     return min(teacher.head.vocabulary_size, vocabulary_size)
 
 
+def check_frozen(teacher: ModelDescription) -> None:
+    """Raises ModelMismatch when another job may replace the teacher's weights while this one learns from it."""
+    if teacher.architecture_fingerprint:
+        raise ModelMismatch(
+            f"teacher {teacher.name} has engine.updatable, so that another job may replace its weights; this job wants "
+            "a frozen one"
+        )
+
+
 def check_requests(name: str, sequences: Sequence[TokenSequence], teacher: ModelDescription) -> None:
     """Return when the teacher takes every sequence of dataset `name` by itself; groups are split to its limits.
 
