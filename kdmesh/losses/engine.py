@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdmesh.losses.head import OutputHead
-from kdmesh.losses.matmul import logits_into, spans, weight_gradient_into
+from kdmesh.losses.matmul import hidden_gradient_into, logits_into, spans, weight_gradient_into
 from kdmesh.losses.rows import RowMaths, RowValues
 from kdmesh.losses.threads import run_each
 from kdmesh.losses.workspace import Workspace
@@ -85,8 +85,9 @@ class Sizes:
         """What suits the device; `chunk_tokens` replaces the chunk's default."""
         if device.type == "cpu":
             chunk = chunk_tokens or 2048
-            # A product casts and packs the weight anew for every block: below 256 rows, most of its time.
-            block = min(1024, max(256, 2**25 // vocabulary_size))
+            # A product arranges the weight anew for every block: below 256 rows, much of its time. Above 64 MiB of
+            # logits, their first touch is.
+            block = min(1024, max(256, 2**24 // vocabulary_size))
             num_threads = torch.get_num_threads()
             # Half a MiB, several of which fit a core's cache. Threads also wait for the interpreter's lock between
             # operators, and the fewer the better: twice as much is faster there.
@@ -173,6 +174,6 @@ def _share(
 def _chain_rule(student: Side, rows: slice, gradient_CV: Tensor, gradients: Gradients, workspace: Workspace) -> None:
     """From the gradient of a chunk's products to that of its rows and of the weight."""
     if gradients.hidden_RD is not None:
-        torch.mm(gradient_CV, student.head.weight_VD, out=gradients.hidden_RD[rows])
+        hidden_gradient_into(gradients.hidden_RD[rows], gradient_CV, student.head.weight_VD)
     if gradients.weight_VD is not None:
         weight_gradient_into(gradients.weight_VD, gradient_CV, student.hidden_RD[rows], adds=rows.start > 0)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdmesh.losses import brgemm
+from kdmesh.losses.threads import run_each
 from kdmesh.losses.workspace import Workspace
 
 # Rows of a weight that are cast, multiplied or scaled at a time on a CPU: few enough to stay in its cache.
 _SLAB_ROWS = 2048
 _GRADIENT_SLAB_ROWS = 1024
+_KERNEL_SLAB_ROWS = 256
 
 
 def spans(length: int, longest: int) -> list[slice]:
@@ -28,30 +32,63 @@ def spans(length: int, longest: int) -> list[slice]:
 
 def logits_into(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor, workspace: Workspace) -> None:
     """Overwrite `out_BV` with hidden @ weight.T; bfloat16 operands give float32 sums that are never rounded."""
-    if hidden_BD.dtype is not torch.bfloat16:
-        torch.mm(hidden_BD, weight_VD.T, out=out_BV)
-    elif hidden_BD.is_cuda:
+    if hidden_BD.is_cuda and hidden_BD.dtype is torch.bfloat16:
         torch.mm(hidden_BD, weight_VD.T, out_dtype=torch.float32, out=out_BV)
+    elif _has_kernel(hidden_BD, weight_VD):
+
+        def multiply(slab: slice) -> None:
+            right_DS = brgemm.transposed(weight_VD[slab])
+            brgemm.multiply_into(out_BV[:, slab], hidden_BD, right_DS)
+
+        _on_threads(multiply, spans(len(weight_VD), _KERNEL_SLAB_ROWS))
+    elif hidden_BD.dtype is torch.bfloat16:
+        _logits_into_by_casts(out_BV, hidden_BD, weight_VD, workspace)
     else:
-        _logits_into_on_cpu(out_BV, hidden_BD, weight_VD, workspace)
+        torch.mm(hidden_BD, weight_VD.T, out=out_BV)
+
+
+def hidden_gradient_into(out_CD: Tensor, logit_gradient_CV: Tensor, weight_VD: Tensor) -> None:
+    """Overwrite `out_CD` with logit_gradient @ weight."""
+    if out_CD.dtype is torch.float32 and _has_kernel(logit_gradient_CV, weight_VD):
+
+        def multiply(rows: slice) -> None:
+            brgemm.multiply_into(out_CD[rows], logit_gradient_CV[rows], weight_VD)
+
+        _on_threads(multiply, spans(len(out_CD), -(-len(out_CD) // torch.get_num_threads())))
+    else:
+        torch.mm(logit_gradient_CV, weight_VD, out=out_CD)
 
 
 def weight_gradient_into(out_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: Tensor, *, adds: bool) -> None:
     """Overwrite `out_VD` with logit_gradient.T @ hidden, or add it; float32 where the operands are bfloat16."""
-    if hidden_CD.dtype is not torch.bfloat16:
-        torch.addmm(out_VD, logit_gradient_CV.T, hidden_CD, beta=int(adds), out=out_VD)
-    elif hidden_CD.is_cuda:
+    if hidden_CD.is_cuda and hidden_CD.dtype is torch.bfloat16:
         torch.addmm(out_VD, logit_gradient_CV.T, hidden_CD, beta=int(adds), out_dtype=torch.float32, out=out_VD)
-    else:
-        # The transposed product: oneDNN would pack the transposed gradient, which is the large operand, at twice the
-        # price of the product itself; the few rows of its result are cheap to transpose.
-        hidden_DC = hidden_CD.T.contiguous()
+        return
+    is_bfloat16 = hidden_CD.dtype is torch.bfloat16
+    if not is_bfloat16 and not _has_kernel(hidden_CD, logit_gradient_CV):
+        torch.addmm(out_VD, logit_gradient_CV.T, hidden_CD, beta=int(adds), out=out_VD)
+        return
+    # The transposed product: the gradient is the large operand, which to transpose takes longer than the product
+    # itself; the few rows of the result are cheap to transpose.
+    hidden_DC = hidden_CD.T.contiguous()
+
+    def put(slab: slice, product_DS: Tensor) -> None:
+        if adds:
+            out_VD[slab].add_(product_DS.T)
+        else:
+            out_VD[slab].copy_(product_DS.T)
+
+    def multiply(slab: slice) -> None:
+        gradient_CS = logit_gradient_CV[:, slab].contiguous()
+        product_DS = out_VD.new_empty(len(hidden_DC), gradient_CS.shape[1])
+        brgemm.multiply_into(product_DS, hidden_DC, gradient_CS)
+        put(slab, product_DS)
+
+    if is_bfloat16:
         for slab in spans(len(out_VD), _GRADIENT_SLAB_ROWS):
-            product_SD = torch.mm(hidden_DC, logit_gradient_CV[:, slab]).T
-            if adds:
-                out_VD[slab].add_(product_SD)
-            else:
-                out_VD[slab].copy_(product_SD)
+            put(slab, torch.mm(hidden_DC, logit_gradient_CV[:, slab]))
+    else:
+        _on_threads(multiply, spans(len(out_VD), _KERNEL_SLAB_ROWS))
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,7 +106,23 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _logits_into_on_cpu(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor, workspace: Workspace) -> None:
+def _has_kernel(*matrices: Tensor) -> bool:
+    """Whether brgemm takes all of them."""
+    return all(brgemm.takes(matrix) for matrix in matrices)
+
+
+def _on_threads(work: Callable[[slice], None], parts: Sequence[slice]) -> None:
+    """Do all parts, each thread as many as any other."""
+
+    def share(first: int) -> None:
+        for part in parts[first::num_threads]:
+            work(part)
+
+    num_threads = torch.get_num_threads()
+    run_each([partial(share, first) for first in range(min(num_threads, len(parts)))])
+
+
+def _logits_into_by_casts(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor, workspace: Workspace) -> None:
     """As logits_into. No CPU operator takes bfloat16 and returns float32, so the operands are cast, exactly, and
     oneDNN is allowed to multiply them in bfloat16, which is what they are: no product is rounded."""
     size, device = hidden_BD.shape[1], hidden_BD.device

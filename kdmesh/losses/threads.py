@@ -23,7 +23,9 @@ def run_each(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """
     if len(tasks) == 1:
         return [tasks[0]()]
-    futures = [_pool(len(tasks)).submit(_without_gradient, task) for task in tasks]
+    # As many threads for few tasks as for many: a pool of another size would begin new ones.
+    pool = _pool(max(len(tasks), torch.get_num_threads()))
+    futures = [pool.submit(_without_gradient, task) for task in tasks]
     wait(futures)  # all of them, also when one fails: they write to matrices that are the caller's
     return [future.result() for future in futures]
 
