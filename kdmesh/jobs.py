@@ -15,6 +15,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.log import is_urgent
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
+from kdmesh_teacher.sglang_config import SglangEngine
 from kdmesh_trainer.config import Distill, OnPolicy, TrainerConfig
 
 # Loading a large model takes minutes; a server that cannot says so at once by exiting.
@@ -61,6 +62,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     servers = {service: _checked_server(service, file) for service, file in serve.items()}
     later = [override for service in serve for override in served(service, "later:0")]
     cfg = _checked_trainer(path, [*overrides, *later])
+    _refuse_unfit_teacher(cfg, servers.get(TEACHER))
     threads = split_threads(cfg, with_servers=bool(serve))
     ranks: list[local.Child] = []
     try:
@@ -179,6 +181,18 @@ def _checked_server(service: Service, path: Path) -> TeacherConfig | RolloutConf
     cfg = config.load(service.config, path)
     check.refuse_missing(cfg, source=path)
     return cfg
+
+
+def _refuse_unfit_teacher(cfg: TrainerConfig, teacher: TeacherConfig | RolloutConfig | None) -> None:
+    """A teacher of the run's own must be updatable where it follows the student, and only there."""
+    if not isinstance(teacher, TeacherConfig):
+        return
+    is_updatable = not isinstance(teacher.engine, SglangEngine) and teacher.engine.updatable
+    if is_updatable is not (cfg.teacher_update_every is not None):
+        raise ConfigError(
+            f"the teacher's engine.updatable is {str(is_updatable).lower()}, and the trainer's teacher.follows_student "
+            f"is {'not ' if is_updatable else ''}set: both, or neither"
+        )
 
 
 def _is_on_gpu(cfg: TrainerConfig) -> bool:

@@ -29,3 +29,9 @@ def device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
+
+
+def gpu(name: Literal["auto", "cpu", "cuda"]) -> torch.device | None:
+    """The device of that name where it is a GPU. Raises ConfigError as `device`."""
+    found = device(name)
+    return found if found.type == "cuda" else None

@@ -193,7 +193,7 @@ def test_every_rank_hears_that_the_weights_were_not_taken(tiny_models: TinyModel
         == [
             [
                 "DeadlineExpired: version 8 was not taken",
-                "ModelMismatch: the rollout servers' weights have several element types: bfloat16 at a, float32 at b",
+                "ModelMismatch: the servers' weights have several element types: bfloat16 at a, float32 at b",
             ]
         ]
         * 2

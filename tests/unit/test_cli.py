@@ -167,6 +167,18 @@ def test_a_served_teacher_is_checked_too(good: Path) -> None:
 SAMPLED = ["source={kind: on_policy, rollouts: {addresses: []}}", "data.max_tokens=512", "batch.max_tokens=1024"]
 
 
+def test_a_served_teacher_is_updatable_where_it_follows_the_student_and_only_there(good: Path) -> None:
+    following = jobs.set_arguments(["teacher.follows_student={}"])
+    result = run("train", "train.yaml", "--serve", "teacher.yaml", *following)
+    assert result.exit_code == 2
+    assert "engine.updatable is false, and the trainer's teacher.follows_student is set" in result.output
+    teacher = good.with_name("teacher.yaml")
+    teacher.write_text(teacher.read_text().replace("model:", "updatable: true, model:"), encoding="utf-8")
+    result = run("train", "train.yaml", "--serve", "teacher.yaml")
+    assert result.exit_code == 2
+    assert "engine.updatable is true, and the trainer's teacher.follows_student is not set" in result.output
+
+
 def test_sampling_without_a_server_says_how_to_get_one(good: Path) -> None:
     result = run("train", "train.yaml", *jobs.set_arguments(SAMPLED))
     assert result.exit_code == 2

@@ -140,6 +140,15 @@ source:
 )
 
 
+def test_a_teacher_that_follows_the_student_needs_somebody_who_learns_from_it(tmp_path: Path) -> None:
+    cfg = config.load(TrainerConfig, written(tmp_path, GOOD), ["teacher.follows_student={every: 3}"])
+    assert cfg.teacher_update_every == 3
+    assert config.load(TrainerConfig, written(tmp_path, GOOD)).teacher_update_every is None
+    said = refusal(tmp_path, GOOD, "teacher.follows_student={}", "objective={name: sft}")
+    assert "teacher.follows_student needs objective distill" in said
+    assert "teacher.follows_student.decay" in refusal(tmp_path, GOOD, "teacher.follows_student={decay: 1.0}")
+
+
 def test_the_data_s_own_answers_are_the_default(tmp_path: Path) -> None:
     cfg = config.load(TrainerConfig, written(tmp_path, GOOD))
     assert cfg.source == trainer_config.OffPolicy()

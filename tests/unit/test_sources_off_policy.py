@@ -32,14 +32,14 @@ class Rows:
 
 class Pending:
     def __init__(self, teacher: FakeTeacher, sequences: tuple[TokenSequence, ...]) -> None:
-        self.teacher, self.sequences = teacher, sequences
+        self.teacher, self.sequences, self.version = teacher, sequences, teacher.version
 
     def wait(self) -> Rows:
         self.teacher.waited.append(digest(self.sequences))
         if self.teacher.is_broken:
             raise Unavailable("the teacher is gone")
         labels = np.concatenate([s.labels for s in self.sequences])
-        return Rows(torch.from_numpy(labels).unsqueeze(1).float())
+        return Rows(torch.from_numpy(labels).unsqueeze(1).float(), weight_version=self.version)
 
 
 @dataclass
@@ -47,6 +47,7 @@ class FakeTeacher:
     """Answers every position with the token it predicts; remembers what it was asked."""
 
     is_broken: bool = False
+    version: int = 1
     asked: list[bytes] = field(default_factory=list)
     waited: list[bytes] = field(default_factory=list)
     pending: list[weakref.ref[Pending]] = field(default_factory=list)
@@ -125,6 +126,32 @@ def test_prefetch_is_kept_full_and_never_exceeded(prefetch: int) -> None:
             # While this one is trained on, exactly `prefetch` are under way, also across the end of a step.
             assert teacher.num_outstanding == prefetch
             assert before in (0, prefetch)
+
+
+@pytest.mark.parametrize("prefetch", [0, 3, 100])
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_rows_are_asked_of_the_weights_that_their_step_is_trained_with(every: int, prefetch: int) -> None:
+    teacher, serial = FakeTeacher(), FakeTeacher()
+    batches = OffPolicySource(planner(), teacher, prefetch=prefetch, steps=STEPS, teacher_update_every=every)
+    batches.start_at(1)
+    for step in range(1, STEPS):
+        teacher.version += step % every == 0
+        for micro_batch in batches.next_batch().micro_batches:
+            assert micro_batch.teacher is not None
+            assert micro_batch.teacher.wait().weight_version == teacher.version
+    train(source(serial, prefetch=0), range(1, STEPS))
+    assert teacher.asked == serial.asked
+
+
+def test_between_two_updates_of_the_teacher_rows_are_asked_ahead_across_steps() -> None:
+    teacher, serial = FakeTeacher(), FakeTeacher()
+    batches = OffPolicySource(planner(), teacher, prefetch=100, steps=STEPS, teacher_update_every=3)
+    batches.start_at(0)
+    first = batches.next_batch().micro_batches[0].teacher
+    assert first is not None
+    first.wait()
+    train(source(serial, prefetch=0), range(3))
+    assert teacher.asked == serial.asked
 
 
 def test_without_prefetch_nothing_is_asked_before_it_is_needed() -> None:

@@ -9,7 +9,14 @@ import pytest
 
 from kdmesh.errors import DataError, ModelMismatch
 from kdmesh.types import DType, HeadSpec, ModelDescription, RolloutDescription, TokenSequence
-from kdmesh_trainer.fit import check_frozen, check_requests, check_sampler, check_samples, common_vocabulary
+from kdmesh_trainer.fit import (
+    check_follower,
+    check_frozen,
+    check_requests,
+    check_sampler,
+    check_samples,
+    common_vocabulary,
+)
 
 TEACHER = ModelDescription(
     name="big",
@@ -49,6 +56,14 @@ def test_a_teacher_that_another_job_may_change_is_refused() -> None:
     check_frozen(TEACHER)
     with pytest.raises(ModelMismatch, match=r"teacher big has engine\.updatable"):
         check_frozen(replace(TEACHER, architecture_fingerprint="f"))
+
+
+def test_a_teacher_follows_a_student_of_its_own_architecture_only_and_unless_it_is_frozen() -> None:
+    check_follower(replace(TEACHER, architecture_fingerprint="f"), architecture_fingerprint="f")
+    with pytest.raises(ModelMismatch, match=r"teacher big has another architecture \(fingerprint f\).*student.*g"):
+        check_follower(replace(TEACHER, architecture_fingerprint="f"), architecture_fingerprint="g")
+    with pytest.raises(ModelMismatch, match="teacher big is frozen"):
+        check_follower(TEACHER, architecture_fingerprint="g")
 
 
 def test_every_sequence_must_fit_a_request_by_itself() -> None:

@@ -8,9 +8,7 @@ import time
 from contextlib import AsyncExitStack
 from functools import partial
 
-import torch
-
-from kdmesh.models.placement import device
+from kdmesh.models.placement import gpu
 from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
@@ -18,7 +16,7 @@ from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep, WorkAndUpdates
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout import probe
-from kdmesh_rollout.config import FakeEngine, RolloutConfig, TransformersEngine
+from kdmesh_rollout.config import RolloutConfig, TransformersEngine
 from kdmesh_rollout.engine import Engine
 from kdmesh_rollout.metrics import Gauges, Metrics
 from kdmesh_rollout.parts import Parts
@@ -53,7 +51,7 @@ async def start(
         engine,
         architecture_fingerprint=model.architecture_fingerprint,
         apply=scheduler.apply,
-        device=_gpu(config.engine),
+        device=gpu(config.engine.device) if isinstance(config.engine, TransformersEngine) else None,
     )
     stack.push_async_callback(asyncio.to_thread, updates.close)
     described = RolloutDescription(
@@ -76,14 +74,6 @@ async def start(
     )
     metrics.watch(lambda: _gauges(parts, engine))
     return parts
-
-
-def _gpu(engine: TransformersEngine | FakeEngine) -> torch.device | None:
-    """The one that this process computes on, if any."""
-    if not isinstance(engine, TransformersEngine):
-        return None
-    found = device(engine.device)
-    return found if found.type == "cuda" else None
 
 
 def _gauges(parts: Parts, engine: Engine) -> Gauges:

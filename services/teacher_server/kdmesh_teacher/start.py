@@ -13,6 +13,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.handles.ledger import SlabLimits
 from kdmesh.handles.memory import SegmentWriter
 from kdmesh.handles.store import SlabStore
+from kdmesh.models.placement import gpu
 from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
@@ -21,7 +22,7 @@ from kdmesh.serving.sleep import Sleep, WorkAndUpdates
 from kdmesh.types import ModelDescription
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_teacher import probe
-from kdmesh_teacher.config import SlabConfig, TeacherConfig
+from kdmesh_teacher.config import EngineConfig, SlabConfig, TeacherConfig, TransformersEngine
 from kdmesh_teacher.engine import Engine, EngineDescription, ProcessEngine, UpdatableEngine
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
@@ -75,7 +76,7 @@ async def start(
         model_at_start=model,
         store=store,
         scheduler=scheduler,
-        updates=_updates(engine, described, scheduler, stack),
+        updates=_updates(config.engine, engine, described, scheduler, stack),
         updating=updating,
         sleep=Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate),
         cached_tokens=engine.num_cached_tokens if isinstance(engine, ProcessEngine) else lambda: 0,
@@ -83,7 +84,7 @@ async def start(
 
 
 def _updates(
-    engine: Engine, model: EngineDescription, scheduler: Scheduler, stack: AsyncExitStack
+    cfg: EngineConfig, engine: Engine, model: EngineDescription, scheduler: Scheduler, stack: AsyncExitStack
 ) -> WeightUpdates | None:
     """What takes new weights, if any may come."""
     if not model.architecture_fingerprint:
@@ -95,6 +96,7 @@ def _updates(
         apply=scheduler.apply,
         version=model.weight_version,
         policies=(UpdatePolicy.FINISH,),
+        device=gpu(cfg.device) if isinstance(cfg, TransformersEngine) else None,
     )
     stack.push_async_callback(asyncio.to_thread, updates.close)
     return updates

@@ -17,25 +17,25 @@ from kdmesh.losses import Divergence, Workspace, build_divergence, custom_diverg
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.head import head_spec
-from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.tokens import digest, tokenizer_fingerprint
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
+from kdmesh_trainer.build_teacher import Teacher, build_copy, build_publisher, open_teacher
 from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.data_config import TeacherMessages
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.files import claimed
-from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
-from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.loop import Exporter, Parts
+from kdmesh_trainer.fit import check_requests
+from kdmesh_trainer.loop import Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.on_policy import OnPolicySource
@@ -48,6 +48,7 @@ from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
 from kdmesh_trainer.sources.tokenizer import load_student_tokenizer, vocabulary_size
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
+from kdmesh_trainer.teacher_copy import TeacherCopy
 from kdmesh_trainer.telemetry import open_telemetry
 
 log = logging.getLogger(__name__)
@@ -64,16 +65,6 @@ class _Checked:
     train: Reader
     held_out: Reader | None
     divergence: Divergence | None  # None: the objective has none
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Teacher:
-    """The services, and the head that belongs to their rows."""
-
-    pool: TeacherPool
-    head: TeacherHead
-    vocabulary_size: int  # real tokens that it shares with the student
-    prefetch: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +88,13 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
     with ExitStack() as stack:
         mesh.on_first(lambda: stack.enter_context(claimed(cfg.output)))
         checked = _check(cfg)
-        teacher = _open_teacher(cfg, checked, mesh, stack)
+        teacher = open_teacher(
+            cfg,
+            tokenizer_fingerprint=checked.tokenizer_fingerprint,
+            vocabulary_size=checked.vocabulary_size,
+            mesh=mesh,
+            stack=stack,
+        )
         door = (lambda: None) if teacher is None else (lambda: teacher.pool.stats().door)
         telemetry = stack.enter_context(open_telemetry(cfg, rank=mesh.rank, door=door))
         data = _read_data(cfg, checked, teacher)
@@ -112,6 +109,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         optimizer = build_adamw(student, cfg.optimizer)
         # A GPU's allocator keeps scratch by itself, and may lend it to the rest of the step.
         workspace = Workspace() if mesh.device.type == "cpu" else None
+        copy = None if teacher is None else build_copy(teacher, student)
         source = _source(cfg, checked, data, teacher, student, mesh, stack)
         yield Parts(
             source=source,
@@ -123,7 +121,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 steps=cfg.steps,
                 mesh=mesh,
             ),
-            publishers=(source,) if isinstance(source, OnPolicySource) else (),
+            publishers=tuple(_publishers(teacher, copy, student, source, mesh, stack)),
             evaluator=_evaluator(cfg, student, data, teacher, workspace, mesh),
             checkpoints=CheckpointDirectory(
                 cfg.output / "checkpoints",
@@ -133,6 +131,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 steps=cfg.steps,
                 keep=cfg.checkpoint.keep,
                 mesh=mesh,
+                teacher_copy=copy,
             ),
             exporters=tuple(_exporters(cfg, student, checked.tokenizer, mesh)),
             stop=AgreedStop(signals, mesh),
@@ -171,38 +170,7 @@ def _divergence(cfg: config.DivergenceConfig) -> Divergence:
             assert_never(cfg)
 
 
-def _open_teacher(cfg: config.TrainerConfig, checked: _Checked, mesh: Mesh, stack: ExitStack) -> _Teacher | None:
-    """None when nobody would ask it anything: without a section, and for SFT without held-out data."""
-    is_asked = isinstance(cfg.objective, config.Distill) or cfg.data.held_out is not None
-    if cfg.teacher is None or not is_asked:
-        return None
-    if not cfg.teacher.addresses:
-        raise ConfigError("teacher.addresses is empty; it must name at least one running teacher as host:port")
-    pool = stack.enter_context(
-        TeacherPool(
-            cfg.teacher.addresses,
-            job=cfg.output.resolve().name,
-            door=cfg.teacher.door,
-            deadline_s=cfg.teacher.deadline_s,
-        )
-    )
-    mesh.on_first(pool.wake)  # a job that was killed may have left a teacher asleep
-    model = pool.describe()
-    check_frozen(model)
-    size = common_vocabulary(
-        model, tokenizer_fingerprint=checked.tokenizer_fingerprint, vocabulary_size=checked.vocabulary_size
-    )
-    facts = {"teacher": model.name, "fingerprint": model.model_fingerprint, "dtype": model.dtype.value}
-    log.info("teacher found", extra={**facts, "vocabulary_size": size})
-    return _Teacher(
-        pool=pool,
-        head=TeacherHead(pool, vocabulary_size=size, device=mesh.device),
-        vocabulary_size=size,
-        prefetch=cfg.teacher.prefetch,
-    )
-
-
-def _read_data(cfg: config.TrainerConfig, checked: _Checked, teacher: _Teacher | None) -> _Data:
+def _read_data(cfg: config.TrainerConfig, checked: _Checked, teacher: Teacher | None) -> _Data:
     """Both datasets, fit for whoever is asked about them."""
     train = _read_train(cfg, checked, teacher)
     held_out = None
@@ -217,7 +185,7 @@ def _read_data(cfg: config.TrainerConfig, checked: _Checked, teacher: _Teacher |
 
 
 def _read_train(
-    cfg: config.TrainerConfig, checked: _Checked, teacher: _Teacher | None
+    cfg: config.TrainerConfig, checked: _Checked, teacher: Teacher | None
 ) -> Sequence[TokenSequence] | Task:
     match cfg.source:
         case config.OffPolicy():
@@ -249,7 +217,7 @@ def _load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrained
     return lm
 
 
-def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teacher: _Teacher | None) -> dict[str, str]:
+def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teacher: Teacher | None) -> dict[str, str]:
     """What a checkpoint can only be continued with. By content: a directory may have moved."""
     identity = {
         "student (fingerprint)": model_fingerprint(lm),
@@ -261,7 +229,7 @@ def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teach
     if cfg.student.lora is not None:
         identity["student.lora"] = json.dumps(cfg.student.lora.model_dump(mode="json"), sort_keys=True)
     if teacher is not None and isinstance(cfg.objective, config.Distill):
-        identity["teacher (fingerprint)"] = teacher.pool.describe().model_fingerprint
+        identity |= teacher.identity()
     return identity
 
 
@@ -284,7 +252,7 @@ def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
 
 
 def _objective(
-    cfg: config.TrainerConfig, divergence: Divergence | None, teacher: _Teacher | None, workspace: Workspace | None
+    cfg: config.TrainerConfig, divergence: Divergence | None, teacher: Teacher | None, workspace: Workspace | None
 ) -> Objective:
     match cfg.objective:
         case config.Distill():
@@ -308,7 +276,7 @@ def _source(
     cfg: config.TrainerConfig,
     checked: _Checked,
     data: _Data,
-    teacher: _Teacher | None,
+    teacher: Teacher | None,
     student: Student,
     mesh: Mesh,
     stack: ExitStack,
@@ -321,7 +289,7 @@ def _source(
             student=student,
             tokenizer_fingerprint=checked.tokenizer_fingerprint,
             teacher=teacher.pool,
-            prefetch=teacher.prefetch,
+            prefetch=teacher.cfg.prefetch,
             mesh=mesh,
             stack=stack,
         )
@@ -329,13 +297,28 @@ def _source(
     match cfg.objective:
         case config.Distill():
             assert teacher is not None
-            source = OffPolicySource(planner, teacher.pool, prefetch=teacher.prefetch, steps=cfg.steps)
+            source = OffPolicySource(
+                planner,
+                teacher.pool,
+                prefetch=teacher.cfg.prefetch,
+                steps=cfg.steps,
+                teacher_update_every=cfg.teacher_update_every,
+            )
             stack.callback(source.close)
             return source
         case config.Sft():
             return SftSource(planner)
         case _:
             assert_never(cfg.objective)
+
+
+def _publishers(
+    teacher: Teacher | None, copy: TeacherCopy | None, student: Student, source: Source, mesh: Mesh, stack: ExitStack
+) -> Iterator[Publisher]:
+    if teacher is not None and copy is not None:
+        yield build_publisher(teacher, copy, student, mesh, stack)
+    if isinstance(source, OnPolicySource):
+        yield source
 
 
 def _exporters(
@@ -351,7 +334,7 @@ def _evaluator(
     cfg: config.TrainerConfig,
     student: Student,
     data: _Data,
-    teacher: _Teacher | None,
+    teacher: Teacher | None,
     workspace: Workspace | None,
     mesh: Mesh,
 ) -> HeldOutEvaluator | None:
@@ -363,7 +346,7 @@ def _evaluator(
         teacher=None if teacher is None else teacher.pool,
         teacher_head=None if teacher is None else teacher.head,
         max_tokens=cfg.batch.max_tokens,
-        prefetch=0 if teacher is None else teacher.prefetch,
+        prefetch=0 if teacher is None else teacher.cfg.prefetch,
         workspace=workspace,
         mesh=mesh,
     )

@@ -156,6 +156,7 @@ def build_source(
         steps=cfg.steps,
         mesh=mesh,
         answers=_answers(cfg, task),
+        teacher_update_every=cfg.teacher_update_every,
     )
     stack.callback(built.close)
     return built

@@ -23,6 +23,7 @@ from kdmesh.errors import CheckpointError
 from kdmesh_trainer.files import sync, write_synced
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
+from kdmesh_trainer.teacher_copy import TeacherCopy
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class CheckpointDirectory:
         steps: int,
         keep: int,
         mesh: Mesh,
+        teacher_copy: TeacherCopy | None = None,
     ) -> None:
         """
         Args:
@@ -62,6 +64,7 @@ class CheckpointDirectory:
             identity: what must be the same for a checkpoint to be continued, by configuration key.
             steps: of the whole run.
             keep: how many of the newest to keep.
+            teacher_copy: what a teacher that follows the student is to have; None: it does not.
         """
         self._path = path
         self._student = student
@@ -70,6 +73,7 @@ class CheckpointDirectory:
         self._steps = steps
         self._keep = keep
         self._mesh = mesh
+        self._teacher_copy = teacher_copy
 
     def restore(self) -> int:
         """Load the newest checkpoint; the step to continue with, 0 when there is none. Collective.
@@ -180,7 +184,9 @@ class CheckpointDirectory:
         return self._path / f"{_COMPLETE}{next_step:08d}"
 
     def _trained_state(self) -> dict[str, Any]:
-        """This rank's shards of the weights that are trained and their moments, by name. Shared weights appear once."""
+        """This rank's shards of what changes: trained weights and their moments by name, shared weights once, and a
+        teacher's copy of them.
+        """
         trained = {name for name, parameter in self._student.named_parameters() if parameter.requires_grad}
         others = {name for name, _ in self._student.named_parameters(remove_duplicate=False)} - trained
         model = get_model_state_dict(self._student)
@@ -189,6 +195,7 @@ class CheckpointDirectory:
             "model": {name: value for name, value in model.items() if name not in others},
             # Rates and decays are the configuration's, which may have changed since.
             "optimizer": optimizer["state"],
+            "teacher": {} if self._teacher_copy is None else self._teacher_copy.state(),
         }
 
     def _random_state(self) -> dict[str, Tensor]:

@@ -37,6 +37,16 @@ class StudentConfig(StrictModel):
         return self
 
 
+class FollowConfig(StrictModel):
+    """Self-distillation: the teacher servers get the student's weights as it learns; they serve no other job."""
+
+    every: int = Field(1, ge=1)
+    """Optimizer steps between two updates of the teacher."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """The teacher is a moving average, a <- decay * a + (1 - decay) * student after every step; null: the student."""
+
+
 class TeacherConfig(StrictModel):
     """The teacher servers that answer this job."""
 
@@ -50,7 +60,10 @@ class TeacherConfig(StrictModel):
     """Micro-batches each rank asks for ahead of the one it trains on; 0 asks only when needed."""
 
     deadline_s: float = Field(300.0, gt=0)
-    """Longest wait for one answer, retries and a teacher's restart included."""
+    """Longest wait for one answer, or for an update with `follows_student`, a teacher's restart included."""
+
+    follows_student: FollowConfig | None = None
+    """Replace the teacher's weights by the student's as it learns; null: the teacher is frozen."""
 
 
 class ForwardKL(StrictModel):
@@ -303,10 +316,18 @@ class TrainerConfig(StrictModel):
     ranks: int | None = Field(None, ge=1)
     """Processes that `kdmesh train` starts here; null takes one per GPU, or one on the CPU."""
 
+    @property
+    def teacher_update_every(self) -> int | None:
+        """Steps between two updates of the teacher; None: it is frozen."""
+        follows = None if self.teacher is None else self.teacher.follows_student
+        return None if follows is None else follows.every
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainerConfig:
         if isinstance(self.objective, Distill) and self.teacher is None:
             raise ValueError("objective distill needs a `teacher` section")
+        if self.teacher_update_every is not None and not isinstance(self.objective, Distill):
+            raise ValueError("teacher.follows_student needs objective distill: nobody else learns from the teacher")
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be less than steps ({self.steps})"

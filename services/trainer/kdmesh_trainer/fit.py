@@ -37,7 +37,29 @@ def check_frozen(teacher: ModelDescription) -> None:
     if teacher.architecture_fingerprint:
         raise ModelMismatch(
             f"teacher {teacher.name} has engine.updatable, so that another job may replace its weights; this job wants "
-            "a frozen one"
+            "a frozen one, or teacher.follows_student"
+        )
+
+
+def check_follower(teacher: ModelDescription, *, architecture_fingerprint: str) -> None:
+    """Return when the teacher takes the student's weights.
+
+    Args:
+        architecture_fingerprint: the student's.
+
+    Raises:
+        ModelMismatch: it is frozen, or another model.
+    """
+    if not teacher.architecture_fingerprint:
+        raise ModelMismatch(
+            f"teacher {teacher.name} is frozen; teacher.follows_student needs one of kind transformers that is "
+            "configured with engine.updatable"
+        )
+    if teacher.architecture_fingerprint != architecture_fingerprint:
+        raise ModelMismatch(
+            f"teacher {teacher.name} has another architecture (fingerprint {teacher.architecture_fingerprint}) than "
+            f"the student (fingerprint {architecture_fingerprint}), so it cannot have its weights; start it with the "
+            "model directory that the student starts from"
         )
 
 

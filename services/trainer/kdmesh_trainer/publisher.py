@@ -1,9 +1,10 @@
-"""Brings the student, as it learns, to the servers that sample from it."""
+"""Brings the student, as it learns, to the servers that sample from it, or that teach it."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -16,7 +17,8 @@ from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
-from kdmesh_trainer.weights import without_aliases
+from kdmesh_trainer.teacher_copy import TeacherCopy
+from kdmesh_trainer.weights import StudentWeight, without_aliases
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +44,21 @@ class StudentPublisher:
     at a time, as the first of them sends it, and so never hold a second copy of the student.
     """
 
-    def __init__(self, student: Student, sender: Sender | None, *, policy: UpdatePolicy, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        student: Student,
+        sender: Sender | None,
+        *,
+        policy: UpdatePolicy,
+        mesh: Mesh,
+        weights: Mapping[str, StudentWeight] | None = None,
+    ) -> None:
         """
         Args:
             student: sharded.
             sender: on the first rank; None on the others.
             policy: what becomes of samples under way.
+            weights: what is sent in place of the student's own, under the same names; None: the student's own.
 
         Raises:
             ConfigError: a tensor of the student is not of floating point, so that it cannot be sent.
@@ -58,15 +69,13 @@ class StudentPublisher:
         self._policy = policy
         self._mesh = mesh
         self._fingerprint = student.architecture_fingerprint()
-        self._weights_by_name = without_aliases(student.weights())
+        self._weights_by_name = without_aliases(student.weights()) if weights is None else weights
         self._steps_done: int | None = None  # of the student that was published last
         self._weight_version = 0
         self._dtype: DType | None = None
         for name, weight in self._weights_by_name.items():
             if not weight.base.is_floating_point():
-                raise ConfigError(
-                    f"the student's {name} is {weight.base.dtype}; rollout servers take floating point only"
-                )
+                raise ConfigError(f"the student's {name} is {weight.base.dtype}; servers take floating point only")
 
     def publish(self, *, version: int) -> None:
         """Have every server serve the student as it is now, after `version` steps. Collective.
@@ -100,7 +109,7 @@ class StudentPublisher:
         served = self._sender.describe()
         if len({weights.dtype for weights in served}) > 1:
             differing = ", ".join(f"{weights.dtype} at {weights.address}" for weights in served)
-            raise ModelMismatch(f"the rollout servers' weights have several element types: {differing}")
+            raise ModelMismatch(f"the servers' weights have several element types: {differing}")
         self._weight_version = max(weights.version for weights in served)
         return served[0].dtype
 
@@ -146,3 +155,44 @@ class StudentPublisher:
         assert self._dtype is not None
         weight = tuple(self._weights_by_name.values())[index]
         return weight.whole(getattr(torch, self._dtype.value))
+
+
+class FollowedTeacher(Protocol):
+    """Where a teacher's rows come from, when its weights change."""
+
+    def follow(self, weight_version: int) -> None:
+        """Ask for rows of these weights from now on."""
+        ...
+
+
+class TeacherPublisher:
+    """A Publisher that gives the teacher new weights when its copy changes.
+
+    Between two updates the teacher stays as it is. Nothing may be asked of it across one: see RowQueue.
+    """
+
+    def __init__(self, copy: TeacherCopy, publisher: StudentPublisher, teacher: FollowedTeacher) -> None:
+        """
+        Args:
+            copy: what the teacher is to have.
+            publisher: sends the copy's weights.
+            teacher: to be told of their number.
+        """
+        self._copy = copy
+        self._publisher = publisher
+        self._teacher = teacher
+        self._steps_done: int | None = None
+
+    def publish(self, *, version: int) -> None:
+        """The student has done `version` steps; bring its teacher to where it must be. Collective.
+
+        The first call sends the copy as it is: the teacher may have been started anew, or have seen later steps.
+
+        Raises:
+            KdmeshError: as WeightSender.publish says; on every rank.
+        """
+        before, self._steps_done = self._steps_done, version
+        assert before is None or version == before + 1
+        if before is None or self._copy.advance(version):
+            self._publisher.publish(version=version)
+            self._teacher.follow(self._publisher.weight_version(version))

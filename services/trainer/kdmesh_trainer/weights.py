@@ -29,13 +29,17 @@ class StudentWeight:
         """Whether training changes it."""
         return self.added is not None or self.base.requires_grad
 
+    def shard(self) -> Tensor:
+        """This rank's part of the tensor as it is now, added up as the student keeps it. Collective with an adapter."""
+        return self.base.detach() if self.added is None else _sum(self.base.detach(), self.added)
+
     def whole(self, dtype: torch.dtype | None) -> Tensor:
         """The tensor as it is now, added up as the student keeps it and then rounded to `dtype` once. Collective.
 
         Args:
             dtype: None leaves it as it is.
         """
-        tensor = self.base.detach() if self.added is None else _sum(self.base.detach(), self.added)
+        tensor = self.shard()
         # Before it is gathered: fewer bytes travel.
         tensor = tensor if dtype is None else tensor.to(dtype)
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -17,13 +17,22 @@ class OffPolicySource:
     order, does not depend on `prefetch`. Rows must be waited for in order.
     """
 
-    def __init__(self, planner: StepPlanner, teacher: RowService, *, prefetch: int, steps: int) -> None:
+    def __init__(
+        self,
+        planner: StepPlanner,
+        teacher: RowService,
+        *,
+        prefetch: int,
+        steps: int,
+        teacher_update_every: int | None = None,
+    ) -> None:
         """
         Args:
             steps: of the whole run; nothing beyond them is asked for ahead.
+            teacher_update_every: see RowQueue.
         """
         self._planner = planner
-        self._rows = RowQueue(teacher, prefetch=prefetch, extend=self._plan_ahead)
+        self._rows = RowQueue(teacher, prefetch=prefetch, extend=self._plan_ahead, update_every=teacher_update_every)
         self._prefetch = prefetch
         self._steps = steps
         self._next_planned = 0
@@ -37,7 +46,9 @@ class OffPolicySource:
         """The next step's share of this rank."""
         if not self._planned:
             self._plan_one()
-        return self._planned.popleft()
+        batch = self._planned.popleft()
+        self._rows.begin(batch.step)
+        return batch
 
     def close(self) -> None:
         """Drop what was asked for and not waited for: that cancels it. Its rows must not be waited for any more."""
@@ -54,7 +65,7 @@ class OffPolicySource:
     def _plan_one(self) -> None:
         share = self._planner.share(self._next_planned)
         micro_batches = tuple(
-            MicroBatch(sequences=group, teacher=self._rows.add(group) if group else None)
+            MicroBatch(sequences=group, teacher=self._rows.add(group, step=self._next_planned) if group else None)
             for group in share.micro_batches
         )
         self._planned.append(

@@ -51,6 +51,7 @@ class OnPolicySource:
         steps: int,
         mesh: Mesh,
         answers: AnswerOrder | None = None,
+        teacher_update_every: int | None = None,
     ) -> None:
         """
         Args:
@@ -58,10 +59,11 @@ class OnPolicySource:
             prefetch: micro-batches to ask the teacher for ahead of the one that is trained on.
             steps: of the whole run; nothing beyond them is sampled.
             answers: those of the data that each step holds; None: it holds samples alone.
+            teacher_update_every: see RowQueue.
         """
         self._sampler = sampler
         self._weights = weights
-        self._rows = RowQueue(teacher, prefetch=prefetch, extend=lambda: False)
+        self._rows = RowQueue(teacher, prefetch=prefetch, extend=lambda: False, update_every=teacher_update_every)
         self._max_staleness = max_staleness
         self._max_tokens = max_tokens
         self._steps = steps
@@ -100,6 +102,7 @@ class OnPolicySource:
             self._plan_one()
         batch = self._planned.popleft()
         self._plan_what_is_here()
+        self._rows.begin(batch.step)
         self._rows.ask_ahead()
         return batch
 
@@ -130,6 +133,7 @@ class OnPolicySource:
                 step=step,
                 micro_batches=tuple(
                     self._micro_batch(
+                        step,
                         [rollouts[index] for index in members if index < len(rollouts)],
                         tuple(sequences[index] for index in members),
                     )
@@ -156,12 +160,12 @@ class OnPolicySource:
             f"step {step} could not be sampled although the weights were published again: {refusals[0]}"
         )
 
-    def _micro_batch(self, rollouts: Sequence[Rollout], sequences: tuple[TokenSequence, ...]) -> MicroBatch:
+    def _micro_batch(self, step: int, rollouts: Sequence[Rollout], sequences: tuple[TokenSequence, ...]) -> MicroBatch:
         """`sequences` are those of the rollouts and then those of the data."""
         logprobs = [rollout.logprobs for rollout in rollouts]
         return MicroBatch(
             sequences=sequences,
-            teacher=self._rows.add(sequences) if sequences else None,
+            teacher=self._rows.add(sequences, step=step) if sequences else None,
             rollout_logprobs_S=torch.from_numpy(np.concatenate(logprobs)) if logprobs else None,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -24,22 +25,35 @@ class RowQueue:
 
     While a group's rows are used, up to `prefetch` later groups are asked for; while they are
     waited for, one more.
+
+    Where the teacher's weights are replaced every few steps, no group is asked for before the weights are served that
+    it is to be trained with: rows and head of a step are always of the same.
     """
 
-    def __init__(self, teacher: RowService, *, prefetch: int, extend: Callable[[], bool]) -> None:
+    def __init__(
+        self, teacher: RowService, *, prefetch: int, extend: Callable[[], bool], update_every: int | None = None
+    ) -> None:
         """
         Args:
             extend: called when fewer groups are known than may be asked for; adds some, or returns False.
+            update_every: the teacher gets new weights before each step that this divides; None: never.
         """
         self._teacher = teacher
+        self._update_every = update_every
+        self._until: float = math.inf  # groups of this step and later ones wait
         self._prefetch = prefetch
         self._extend = extend
         self._asks: deque[_Ask] = deque()  # not waited for yet, in order; the first ones are asked
         self._num_asked = 0
 
-    def add(self, sequences: tuple[TokenSequence, ...]) -> PendingRows:
-        """The rows of one more group, at least one sequence; asked for when their turn comes near."""
-        ask = _Ask(self, sequences)
+    def begin(self, step: int) -> None:
+        """This step is trained on next, and the teacher has the weights for it."""
+        if self._update_every is not None:
+            self._until = (step // self._update_every + 1) * self._update_every
+
+    def add(self, sequences: tuple[TokenSequence, ...], *, step: int) -> PendingRows:
+        """The rows of one more group of a step, at least one sequence; asked for when their turn comes near."""
+        ask = _Ask(self, sequences, step)
         self._asks.append(ask)
         return ask
 
@@ -66,7 +80,10 @@ class RowQueue:
         """Have the next `number` groups asked for."""
         while self._num_asked < number:
             if self._num_asked < len(self._asks):
-                self._asks[self._num_asked].send(self._teacher)
+                ask = self._asks[self._num_asked]
+                if ask.step >= self._until:
+                    return
+                ask.send(self._teacher)
                 self._num_asked += 1
             elif not self._extend():
                 return
@@ -75,7 +92,8 @@ class RowQueue:
 class _Ask:
     """One group's rows: asked for ahead of time, or when they are waited for."""
 
-    def __init__(self, queue: RowQueue, sequences: tuple[TokenSequence, ...]) -> None:
+    def __init__(self, queue: RowQueue, sequences: tuple[TokenSequence, ...], step: int) -> None:
+        self.step = step
         self._queue = queue
         self._sequences = sequences
         self._pending: PendingRows | None = None

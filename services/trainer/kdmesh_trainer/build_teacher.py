@@ -1,0 +1,114 @@
+"""Builds what talks to the teacher, and what brings it the student's weights where it follows the student."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from kdmesh.errors import ConfigError
+from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.weights.manifest import UpdatePolicy
+from kdmesh_trainer import config
+from kdmesh_trainer.fit import check_follower, check_frozen, common_vocabulary
+from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student
+from kdmesh_trainer.publisher import StudentPublisher, TeacherPublisher
+from kdmesh_trainer.teacher_copy import TeacherCopy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """The services, and the head that belongs to their rows."""
+
+    cfg: config.TeacherConfig
+    pool: TeacherPool
+    head: TeacherHead
+    vocabulary_size: int  # real tokens that it shares with the student
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint can only be continued with, by configuration key."""
+        model = self.pool.describe()
+        identity = {"teacher (fingerprint)": model.model_fingerprint}
+        if self.cfg.follows_student is not None:
+            told = self.cfg.follows_student.model_dump(mode="json")
+            identity["teacher.follows_student"] = json.dumps(told, sort_keys=True)
+            identity["teacher (dtype)"] = model.dtype.value  # the fingerprint of one that changes says nothing of it
+        return identity
+
+
+def open_teacher(
+    cfg: config.TrainerConfig, *, tokenizer_fingerprint: str, vocabulary_size: int, mesh: Mesh, stack: ExitStack
+) -> Teacher | None:
+    """None when nobody would ask it anything: without a section, and for SFT without held-out data.
+
+    Args:
+        tokenizer_fingerprint: of the student's tokenizer.
+        vocabulary_size: real tokens of the student's tokenizer.
+
+    Raises:
+        ConfigError: no address is given.
+        ModelMismatch: the teacher does not fit the student, or this job.
+        DeadlineExpired: no teacher answers.
+    """
+    is_asked = isinstance(cfg.objective, config.Distill) or cfg.data.held_out is not None
+    if cfg.teacher is None or not is_asked:
+        return None
+    if not cfg.teacher.addresses:
+        raise ConfigError("teacher.addresses is empty; it must name at least one running teacher as host:port")
+    pool = stack.enter_context(
+        TeacherPool(
+            cfg.teacher.addresses,
+            job=cfg.output.resolve().name,
+            door=cfg.teacher.door,
+            deadline_s=cfg.teacher.deadline_s,
+        )
+    )
+    mesh.on_first(pool.wake)  # a job that was killed may have left a teacher asleep
+    model = pool.describe()
+    if cfg.teacher.follows_student is None:
+        check_frozen(model)
+    size = common_vocabulary(model, tokenizer_fingerprint=tokenizer_fingerprint, vocabulary_size=vocabulary_size)
+    facts = {"teacher": model.name, "fingerprint": model.model_fingerprint, "dtype": model.dtype.value}
+    log.info("teacher found", extra={**facts, "vocabulary_size": size})
+    return Teacher(
+        cfg=cfg.teacher,
+        pool=pool,
+        head=TeacherHead(pool, vocabulary_size=size, device=mesh.device),
+        vocabulary_size=size,
+    )
+
+
+def build_copy(teacher: Teacher, student: Student) -> TeacherCopy | None:
+    """The weights of a teacher that follows the student; None when it is frozen.
+
+    Args:
+        student: sharded, with the weights that it starts from.
+
+    Raises:
+        ModelMismatch: the teacher does not take the student's weights.
+    """
+    follows = teacher.cfg.follows_student
+    if follows is None:
+        return None
+    check_follower(teacher.pool.describe(), architecture_fingerprint=student.architecture_fingerprint())
+    return TeacherCopy(student, every=follows.every, decay=follows.decay)
+
+
+def build_publisher(
+    teacher: Teacher, copy: TeacherCopy, student: Student, mesh: Mesh, stack: ExitStack
+) -> TeacherPublisher:
+    """What brings `copy` to the teacher; its connections are closed with `stack`."""
+    sender = None
+    if mesh.is_first:
+        cfg = teacher.cfg
+        sender = WeightSender(cfg.addresses, service=TEACHERS, device=mesh.device, deadline_s=cfg.deadline_s)
+        stack.enter_context(sender)
+    sending = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh, weights=copy.weights)
+    return TeacherPublisher(copy, sending, teacher.pool)
