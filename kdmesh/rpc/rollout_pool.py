@@ -113,13 +113,14 @@ class RolloutPool:
         """
         self._loop.run(self._fleet.set_asleep, frozenset(tags), Deadline.after(self._deadline_s))
 
-    def wake(self) -> None:
+    def wake(self, *, within_s: float | None = None) -> None:
         """Have every rollout server take everything again; also those that connect later. Blocks.
 
         Raises:
-            DeadlineExpired: a rollout server did not get the memory in time.
+            DeadlineExpired: a rollout server did not get the memory in time: `within_s`, or this pool's deadline.
         """
-        self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), Deadline.after(self._deadline_s))
+        deadline = Deadline.after(self._deadline_s if within_s is None else within_s)
+        self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), deadline)
 
     def stats(self) -> RolloutStats:
         """What was done so far."""

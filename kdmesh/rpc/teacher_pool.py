@@ -134,13 +134,14 @@ class TeacherPool:
         """
         self._loop.run(self._fleet.set_asleep, frozenset(tags), Deadline.after(self._deadline_s))
 
-    def wake(self) -> None:
+    def wake(self, *, within_s: float | None = None) -> None:
         """Have every teacher take everything again; also those that connect later. Blocks.
 
         Raises:
-            DeadlineExpired: a teacher did not get the memory in time.
+            DeadlineExpired: a teacher did not get the memory in time: `within_s`, or this pool's deadline.
         """
-        self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), Deadline.after(self._deadline_s))
+        deadline = Deadline.after(self._deadline_s if within_s is None else within_s)
+        self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), deadline)
 
     def stats(self) -> ClientStats:
         """What was done so far."""

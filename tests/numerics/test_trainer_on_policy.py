@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from kdmesh_trainer.sources.rollouts import Rollout
 from kdmesh_trainer.stats import SampleScores
 from kdmesh_trainer.tally import Tally
 from tests.support.tiny_models import TinyModels
+from tests.support.trainer_devices import shared_losses
 from tests.support.trainer_on_policy import (
     MAX_TOKENS,
     PROMPTS_PER_STEP,
@@ -115,6 +117,21 @@ def test_staleness_changes_what_is_learnt_and_is_measured(
     assert max(fresh["drift"]) < 1e-9
     assert stale["drift"][0] < 1e-9
     assert min(stale["drift"][1:]) > 1e-5
+
+
+def test_on_a_shared_device_everybody_works_in_turn_and_learns_the_same(
+    mesh: Mesh, models: dict[str, Any], serial: dict[str, Any]
+) -> None:
+    run = shared_losses(mesh, **models)
+    assert run["losses"] == serial["losses"]
+    turns = [kind for kind, _ in itertools.groupby(run["history"])]
+    assert turns == ["teachers", "rollouts", *["teachers", "rollouts", "teachers", "rollouts"] * STEPS]
+    assert run["asleep"] == [[], []]
+
+
+def test_ranks_that_share_devices_wait_for_each_other(models: dict[str, Any], serial: dict[str, Any]) -> None:
+    first, second = run_ranks("tests.support.trainer_devices:shared_losses", ranks=2, **models)
+    assert first["losses"] == second["losses"] == pytest.approx(serial["losses"], rel=1e-4)
 
 
 def seen(cross_entropy: list[float]) -> FusedLoss:

@@ -15,6 +15,7 @@ from kdmesh.batching import plan_step
 from kdmesh.tokens import digest
 from kdmesh.types import Int32Array, Sampling
 from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.on_policy import OnPolicySource
@@ -85,7 +86,9 @@ class Run:
             model, self.teacher, mesh, config=optimizer, steps=steps, is_sampled=True, ce_weight=ce_weight
         )
 
-    def source(self, service: RolloutService, *, max_staleness: int, prefetch: int = 1) -> OnPolicySource:
+    def source(
+        self, service: RolloutService, *, max_staleness: int, prefetch: int = 1, devices: Devices | None = None
+    ) -> OnPolicySource:
         """A source of this run."""
         return OnPolicySource(
             Sampler(
@@ -104,6 +107,7 @@ class Run:
             steps=self.steps,
             mesh=self.mesh,
             answers=self.answers,
+            devices=devices,
         )
 
     def train(self, source: OnPolicySource, *, first: int = 0) -> Iterator[tuple[StepBatch, StepStats]]:

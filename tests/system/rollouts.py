@@ -45,12 +45,16 @@ class Rollouts:
         """Return when it takes requests."""
         self.process.until(lambda: self.process.events("ready"))
 
+    def get(self, path: str) -> Any:
+        """The JSON that REST answers."""
+        return httpx.get(f"{self._rest}{path}").json()
+
     def num_waiting(self) -> int:
         """Samples that it has not begun."""
-        samples: int = httpx.get(f"{self._rest}/v1/queue").json()["waiting"]["samples"]
+        samples: int = self.get("/v1/queue")["waiting"]["samples"]
         return samples
 
     def weight_version(self) -> int:
         """Of the weights that it serves."""
-        version: int = httpx.get(f"{self._rest}/v1/model").json()["weight_version"]
+        version: int = self.get("/v1/model")["weight_version"]
         return version

@@ -167,6 +167,7 @@ def test_the_data_s_own_answers_are_the_default(tmp_path: Path) -> None:
         ("batch.sequences=30", r"batch.sequences \(30\) must be a multiple of source.samples_per_prompt \(4\)"),
         ("data.max_tokens=64", r"max_new_tokens \(64\) must be less than data.max_tokens \(64\)"),
         ("source.sampling.top_p=0", "source.on_policy.sampling.top_p: Input should be greater than 0"),
+        ("source={kind: on_policy, colocated: true, max_staleness: 1}", "colocated needs max_staleness 0, not 1"),
         ("source.max_staleness=-1", "source.on_policy.max_staleness: Input should be greater than or equal to 0"),
         ("source.rollouts.address=a:1", "source.on_policy.rollouts.address: there is no such key"),
         ("source.kind=on-policy", "'off_policy', 'on_policy'"),

@@ -24,12 +24,13 @@ from kdmesh_trainer.build_on_policy import Task, build_source, read_task
 from kdmesh_trainer.build_teacher import Teacher, build_copy, build_publisher, open_teacher
 from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.data_config import TeacherMessages
+from kdmesh_trainer.devices import ScoringEvaluator, ScoringPublisher
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.files import claimed
 from kdmesh_trainer.fit import check_requests
-from kdmesh_trainer.loop import Exporter, Parts, Publisher
+from kdmesh_trainer.loop import Evaluator, Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
@@ -122,7 +123,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 mesh=mesh,
             ),
             publishers=tuple(_publishers(teacher, copy, student, source, mesh, stack)),
-            evaluator=_evaluator(cfg, student, data, teacher, workspace, mesh),
+            evaluator=_on_its_turn(_evaluator(cfg, student, data, teacher, workspace, mesh), source),
             checkpoints=CheckpointDirectory(
                 cfg.output / "checkpoints",
                 student,
@@ -316,7 +317,8 @@ def _publishers(
     teacher: Teacher | None, copy: TeacherCopy | None, student: Student, source: Source, mesh: Mesh, stack: ExitStack
 ) -> Iterator[Publisher]:
     if teacher is not None and copy is not None:
-        yield build_publisher(teacher, copy, student, mesh, stack)
+        publisher = build_publisher(teacher, copy, student, mesh, stack)
+        yield ScoringPublisher(publisher, source.devices) if isinstance(source, OnPolicySource) else publisher
     if isinstance(source, OnPolicySource):
         yield source
 
@@ -350,3 +352,10 @@ def _evaluator(
         workspace=workspace,
         mesh=mesh,
     )
+
+
+def _on_its_turn(evaluator: HeldOutEvaluator | None, source: Source) -> Evaluator | None:
+    """The evaluator, on devices that it may have to wait for."""
+    if evaluator is None or not isinstance(source, OnPolicySource):
+        return evaluator
+    return ScoringEvaluator(evaluator, source.devices)

@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from kdmesh.errors import ConfigError
 from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.tokens import digest
 from kdmesh.types import ModelDescription, Sampling, TokenSequence
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer import config
+from kdmesh_trainer.devices import Devices, OwnDevices, SharedDevices
 from kdmesh_trainer.fit import check_requests, check_sampler, check_samples
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
@@ -27,7 +29,6 @@ from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, digest_prompts, load_prompts
 from kdmesh_trainer.sources.readers import Reader
-from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sides import Prompt, teacher_side
@@ -48,7 +49,7 @@ class Task:
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
-        told = self.source.model_dump(mode="json", exclude={"rollouts", "too_long"})
+        told = self.source.model_dump(mode="json", exclude={"rollouts", "too_long", "colocated"})
         return {
             "data.train (digest)": digest_prompts(self.prompts).hex(),
             "data.train's answers (digest)": digest((*self.answers, *teacher_side(self.answers))).hex(),
@@ -106,7 +107,7 @@ def build_source(
     *,
     student: Student,
     tokenizer_fingerprint: str,
-    teacher: RowService,
+    teacher: TeacherPool,
     prefetch: int,
     mesh: Mesh,
     stack: ExitStack,
@@ -135,7 +136,6 @@ def build_source(
             architecture_fingerprint=student.architecture_fingerprint(),
         )
     )
-    mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep
     server = pool.describe()
     check_sampler(
         server,
@@ -146,6 +146,12 @@ def build_source(
     facts = {"model": server.name, "dtype": server.dtype.value, "stop_token_ids": list(task.sampling.stop_token_ids)}
     log.info("rollout server found", extra=facts)
     sender = stack.enter_context(_weight_sender(source.rollouts, mesh)) if mesh.is_first else None
+    devices: Devices = OwnDevices()
+    if source.colocated:
+        devices = SharedDevices(pool, teacher, mesh)
+        stack.callback(devices.close)
+    else:
+        mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep
     built = OnPolicySource(
         _sampler(cfg, task, pool, mesh),
         StudentPublisher(student, sender, policy=UpdatePolicy(source.update_policy), mesh=mesh),
@@ -157,6 +163,7 @@ def build_source(
         mesh=mesh,
         answers=_answers(cfg, task),
         teacher_update_every=cfg.teacher_update_every,
+        devices=devices,
     )
     stack.callback(built.close)
     return built

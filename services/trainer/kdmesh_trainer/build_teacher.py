@@ -70,7 +70,8 @@ def open_teacher(
             deadline_s=cfg.teacher.deadline_s,
         )
     )
-    mesh.on_first(pool.wake)  # a job that was killed may have left a teacher asleep
+    if not (isinstance(cfg.source, config.OnPolicy) and cfg.source.colocated):  # else they have their turn later
+        mesh.on_first(pool.wake)  # a job that was killed may have left a teacher asleep
     model = pool.describe()
     if cfg.teacher.follows_student is None:
         check_frozen(model)

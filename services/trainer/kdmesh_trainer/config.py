@@ -202,12 +202,22 @@ class OnPolicy(StrictModel):
     """What becomes of samples that are being drawn when new weights come: finished on the old ones first, drawn again,
     or continued with the new ones."""
 
+    colocated: bool = False
+    """Student, rollout servers and teachers share their devices, so who has no turn gives the memory back and sleeps;
+    needs max_staleness 0. The servers then serve this job alone."""
+
     too_long: Literal["drop", "fail"] = "drop"
     """What happens to a prompt that leaves no room for max_new_tokens in data.max_tokens; dropped ones are counted."""
 
     def prompts_of(self, sequences: int) -> int:
         """How many prompts of a step with that many sequences are sampled from."""
         return int(self.sampled_fraction * sequences / self.samples_per_prompt + 0.5)
+
+    @model_validator(mode="after")
+    def _takes_turns(self) -> OnPolicy:
+        if self.colocated and self.max_staleness > 0:
+            raise ValueError(f"colocated needs max_staleness 0, not {self.max_staleness}: they work in turn")
+        return self
 
 
 class BatchConfig(StrictModel):

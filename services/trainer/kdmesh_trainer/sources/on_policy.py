@@ -12,6 +12,7 @@ import torch
 from kdmesh.batching import plan_step
 from kdmesh.errors import ModelMismatch
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.devices import Devices, OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.order import AnswerOrder
@@ -37,6 +38,9 @@ class OnPolicySource:
 
     A step may hold answers of the data as well. They are planned together with the samples, which come first in every
     micro-batch.
+
+    On shared devices nothing is asked for before its turn: samples when a batch is wanted, rows when all of them are
+    here. That needs `max_staleness` 0.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class OnPolicySource:
         mesh: Mesh,
         answers: AnswerOrder | None = None,
         teacher_update_every: int | None = None,
+        devices: Devices | None = None,
     ) -> None:
         """
         Args:
@@ -60,7 +65,10 @@ class OnPolicySource:
             steps: of the whole run; nothing beyond them is sampled.
             answers: those of the data that each step holds; None: it holds samples alone.
             teacher_update_every: see RowQueue.
+            devices: where all of this is computed; None: everybody has devices of their own.
         """
+        self.devices = devices or OwnDevices()
+        assert max_staleness == 0 or not self.devices.are_shared
         self._sampler = sampler
         self._weights = weights
         self._rows = RowQueue(teacher, prefetch=prefetch, extend=lambda: False, update_every=teacher_update_every)
@@ -84,11 +92,11 @@ class OnPolicySource:
         Raises:
             RpcError: a server did not take the weights.
         """
+        self.devices.publish()
         self._weights.publish(version=version)
         self._published = {**self._allowed(version), self._weights.weight_version(version): version}
-        while self._next_asked < min(version + self._max_staleness + 1, self._steps):
-            self._sampler.ask(self._next_asked, min_weight_version=min(self._allowed(self._next_asked)))
-            self._next_asked += 1
+        if not self.devices.are_shared:
+            self._ask()
 
     def next_batch(self) -> StepBatch:
         """The next step's share of this rank. Collective.
@@ -99,7 +107,10 @@ class OnPolicySource:
             RpcError: samples did not come.
         """
         if not self._planned:
+            self.devices.sample()
+            self._ask()
             self._plan_one()
+            self.devices.score()
         batch = self._planned.popleft()
         self._plan_what_is_here()
         self._rows.begin(batch.step)
@@ -111,6 +122,13 @@ class OnPolicySource:
         self._planned.clear()
         self._sampler.close()
         self._rows.close()
+
+    def _ask(self) -> None:
+        """Ask for every step that the newest weights may be used for, once."""
+        newest = max(self._published.values())
+        while self._next_asked < min(newest + self._max_staleness + 1, self._steps):
+            self._sampler.ask(self._next_asked, min_weight_version=min(self._allowed(self._next_asked)))
+            self._next_asked += 1
 
     def _plan_what_is_here(self) -> None:
         """Plan later steps whose samples all ranks have, so that the teacher may work on them already."""
@@ -155,6 +173,7 @@ class OnPolicySource:
                 return shares
             log.warning("a rollout server has old weights, so it gets the student again", extra={"why": refusals[0]})
             self.publish(version=max(self._published.values()))
+            self.devices.sample()
             self._sampler.ask_again(step)
         raise ModelMismatch(
             f"step {step} could not be sampled although the weights were published again: {refusals[0]}"
