@@ -51,10 +51,10 @@ def server_arguments(config: SglangModel, dtype: DType) -> dict[str, Any]:
 
 def has_deterministic_inference(config: SglangModel) -> bool:
     """Whether SGLang itself makes rows independent of batching with this attention backend."""
-    from sglang.srt.arg_groups.choices import DETERMINISTIC_ATTENTION_BACKEND_CHOICES
-
     if config.device == "cpu":
         return False
+    from sglang.srt.arg_groups.choices import DETERMINISTIC_ATTENTION_BACKEND_CHOICES
+
     return config.attention_backend is None or config.attention_backend in DETERMINISTIC_ATTENTION_BACKEND_CHOICES
 
 

@@ -43,7 +43,7 @@ class SglangRuntime:
         Args:
             config: of the model.
             socket_variable: of the environment, by which the server's own plugin finds the server.
-            arguments: of `sglang.Engine`, besides those that follow from `config`.
+            arguments: of `sglang.Engine`; they go before those that follow from `config`.
         """
         self.checkpoint: Checkpoint
         self.dtype: DType
@@ -117,7 +117,7 @@ class SglangRuntime:
 
         arguments = server_arguments(self._config, self.dtype)
         try:
-            self.engine = Engine(**arguments, **self._arguments)
+            self.engine = Engine(**arguments | dict(self._arguments))
         except Exception as error:
             raise ConfigError(f"SGLang did not start: {type(error).__name__}: {error}") from error
 

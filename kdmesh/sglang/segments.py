@@ -26,6 +26,10 @@ class Segments:
         """A segment's memory; None when it is not mapped."""
         return self._mappings.get(number)
 
+    def mappings(self) -> tuple[mmap.mmap, ...]:
+        """All segments' memory."""
+        return tuple(self._mappings.values())
+
     def _follow(self, server: socket.socket) -> None:
         while True:
             data, descriptors, _, _ = socket.recv_fds(server, RECEIVE_BYTES, 1)

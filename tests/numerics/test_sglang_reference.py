@@ -11,7 +11,7 @@ import torch
 
 from kdmesh.errors import ConfigError, EngineFailure
 from kdmesh.models.checkpoint import open_checkpoint
-from kdmesh_teacher import sglang_reference
+from kdmesh.sglang import reference
 from kdmesh_teacher.config import TransformersEngine as EngineConfig
 from kdmesh_teacher.engine import EngineDescription, PrefillJob
 from kdmesh_teacher.sglang_reference import check_reference
@@ -63,12 +63,12 @@ def test_a_model_that_does_not_fit_twice_is_compared_with_its_first_start(
     def nothing_left(size_bytes: int) -> None:
         raise OSError("no memory")
 
-    monkeypatch.setattr(sglang_reference, "require_available", nothing_left)
+    monkeypatch.setattr(reference, "require_available", nothing_left)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tiny_models.path("qwen3")
     engine, model = loaded(TransformersEngine(config(path)))
     check_reference(engine, model, open_checkpoint(path))
-    assert "rows not compared with transformers" in caplog.messages
+    assert "not compared with transformers" in caplog.messages
     assert "rows compared with nothing, but kept for the next start" in caplog.messages
     check_reference(engine, model, open_checkpoint(path))
     with pytest.raises(EngineFailure, match="SGLang and an earlier start disagree"):
@@ -79,7 +79,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(sglang_reference, "load_causal_lm", _unknown)
+    monkeypatch.setattr(reference, "load_causal_lm", _unknown)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     path = tiny_models.path("qwen3")
     check_reference(*loaded(TransformersEngine(config(path))), open_checkpoint(path))

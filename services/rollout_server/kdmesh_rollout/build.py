@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from kdmesh_rollout import config
+from kdmesh_rollout import config, sglang_config
 from kdmesh_rollout.engine import Engine
 
 
-def build_engine(cfg: config.TransformersEngine | config.FakeEngine) -> Engine:
+def build_engine(cfg: config.EngineConfig) -> Engine:
     """The engine, not loaded yet. Imports only what this engine needs."""
     match cfg:
         case config.TransformersEngine():
             from kdmesh_rollout.transformers_engine import TransformersEngine
 
             return TransformersEngine(cfg)
+        case sglang_config.SglangEngine():
+            from kdmesh_rollout.sglang_engine import SglangEngine
+
+            return SglangEngine(cfg)
         case config.FakeEngine():
             from kdmesh_rollout.fake_engine import FakeEngine
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
+from kdmesh_rollout.sglang_config import SglangEngine
 
 
 class TransformersEngine(StrictModel):
@@ -62,6 +63,10 @@ class FakeEngine(StrictModel):
     """How long each decoding step pretends to take."""
 
 
+EngineConfig = Annotated[TransformersEngine | SglangEngine | FakeEngine, Field(discriminator="kind")]
+"""Every engine."""
+
+
 class RolloutServerConfig(ListenConfig):
     """Where the server listens."""
 
@@ -85,7 +90,7 @@ class QueueConfig(StrictModel):
 class RolloutConfig(StrictModel):
     """A rollout server."""
 
-    engine: Annotated[TransformersEngine | FakeEngine, Field(discriminator="kind")]
+    engine: EngineConfig
     """The model and how it is held."""
 
     server: RolloutServerConfig = RolloutServerConfig()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, Int32Array, Sample, Sampling
@@ -69,8 +70,13 @@ class Engine(WeightTarget, Sleeper, Protocol):
     def step(self) -> list[Finished]:
         """Draw the next token of what is under way, and of what was added; returns what has finished.
 
-        When it raises, everything under way is in doubt: abort it.
+        An engine that draws in other processes goes on by itself, and returns when something has finished, or
+        when it is interrupted. When it raises, everything under way is in doubt: abort it.
         """
+        ...
+
+    def interrupt(self) -> None:
+        """Let a step that waits return, so that samples can join or leave; called from any thread."""
         ...
 
     @property
@@ -86,4 +92,17 @@ class Engine(WeightTarget, Sleeper, Protocol):
     @property
     def num_prefilled_tokens(self) -> int:
         """Prompt tokens computed since the start; samples of one prompt that begin together share them."""
+        ...
+
+
+@runtime_checkable
+class ProcessEngine(Engine, Protocol):
+    """An engine whose samples other processes draw. What follows may be called from any thread."""
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        """From now on call `on_death` from some thread, with a reason, when one of them dies; called once."""
+        ...
+
+    def close(self) -> None:
+        """End them, also while they load."""
         ...

@@ -77,6 +77,9 @@ class FakeEngine:
                 finished.append(outcome)
         return finished
 
+    def interrupt(self) -> None:
+        """Nothing: a step does not wait."""
+
     @property
     def num_running(self) -> int:
         """Samples under way."""

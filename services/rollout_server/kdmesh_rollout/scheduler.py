@@ -58,6 +58,7 @@ class Scheduler:
         self._running: dict[int, Work] = {}
         self._unwanted: list[int] = []  # keys that the engine has still to forget
         self._update: _Update | None = None
+        self._death: str | None = None
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
 
@@ -118,6 +119,9 @@ class Scheduler:
         """
         while True:
             self._wake.clear()
+            if self._death is not None:
+                self._give_up(EngineFailure("the engine has died; the server restarts"))
+                raise EngineFailure(self._death)
             if self._update is not None:
                 await self._make_way(self._update)
             orders = self._take()
@@ -138,6 +142,11 @@ class Scheduler:
         self._settled.clear()
         self._wake.set()
         await self._settled.wait()
+
+    def engine_died(self, reason: str) -> None:
+        """Let `run` raise EngineFailure; a step under way must fail by itself."""
+        self._death = reason
+        self._wake.set()
 
     # Waiting
 
@@ -191,8 +200,7 @@ class Scheduler:
         before = engine.num_drawn_tokens + engine.num_prefilled_tokens
         began_s = time.monotonic()
         call = self._engine.thread.run(self._step, unwanted, orders)
-        # Not `await call`: whatever the engine raises ends what is under way, and nothing else.
-        await asyncio.wait((call,))
+        await self._done_or_woken(call)
         seconds = time.monotonic() - began_s
         failure = call.exception()
         if failure is not None:
@@ -209,6 +217,16 @@ class Scheduler:
             if work is not None:  # else it was aborted during the step
                 self._metrics.sample_done(work.job, finished.sample)
                 work.answers.give(work.index, finished.sample)
+
+    async def _done_or_woken(self, call: asyncio.Future[list[Finished]]) -> None:
+        """Wait until a step is over; one that could wait for long is told when something else is to be done."""
+        woken = asyncio.ensure_future(self._wake.wait())
+        await asyncio.wait((call, woken), return_when=asyncio.FIRST_COMPLETED)
+        woken.cancel()
+        if not call.done():
+            self._engine.engine.interrupt()
+            # Not `await call`: whatever the engine raises ends what is under way, and nothing else.
+            await asyncio.wait((call,))
 
     def _step(self, unwanted: Sequence[int], orders: Sequence[Order]) -> list[Finished]:
         """On the engine's thread."""

@@ -17,7 +17,7 @@ from kdmesh.serving.sleep import Sleep, WorkAndUpdates
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout import probe
 from kdmesh_rollout.config import RolloutConfig, TransformersEngine
-from kdmesh_rollout.engine import Engine
+from kdmesh_rollout.engine import Engine, ProcessEngine
 from kdmesh_rollout.metrics import Gauges, Metrics
 from kdmesh_rollout.parts import Parts
 from kdmesh_rollout.scheduler import LoadedEngine, Scheduler
@@ -41,12 +41,16 @@ async def start(
         EngineFailure: the engine does not sample as it must.
     """
     began_s = time.monotonic()
+    if isinstance(engine, ProcessEngine):
+        stack.push_async_callback(asyncio.to_thread, engine.close)
     model = await thread.run(engine.load)
     check = partial(probe.check_samples, engine, model)
     await thread.run(check)
     log.info("model loaded", extra={"model": model.name, "seconds": time.monotonic() - began_s})
     loaded = LoadedEngine(engine=engine, thread=thread, model=model, check=check)
     scheduler = Scheduler(loaded, max_waiting_tokens=config.queue.max_tokens, metrics=metrics)
+    if isinstance(engine, ProcessEngine):
+        _watch(engine, scheduler)
     updates = WeightUpdates(
         engine,
         architecture_fingerprint=model.architecture_fingerprint,
@@ -74,6 +78,15 @@ async def start(
     )
     metrics.watch(lambda: _gauges(parts, engine))
     return parts
+
+
+def _watch(engine: ProcessEngine, scheduler: Scheduler) -> None:
+    loop = asyncio.get_running_loop()
+
+    def on_death(reason: str) -> None:
+        loop.call_soon_threadsafe(scheduler.engine_died, reason)
+
+    engine.watch(on_death)
 
 
 def _gauges(parts: Parts, engine: Engine) -> Gauges:

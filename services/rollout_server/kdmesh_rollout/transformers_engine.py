@@ -133,6 +133,9 @@ class TransformersEngine:
                 finished += self._join(samples)
         return finished
 
+    def interrupt(self) -> None:
+        """Nothing: a step does not wait."""
+
     @property
     def num_running(self) -> int:
         """Samples under way."""

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdmesh.errors import ConfigError, EngineFailure
-from kdmesh.handles.memory import require_available
+from kdmesh.errors import EngineFailure
 from kdmesh.losses.head import OutputHead
-from kdmesh.models.body import hidden_states_TD, load_causal_lm
+from kdmesh.models.body import hidden_states_TD
 from kdmesh.models.checkpoint import Checkpoint
 from kdmesh.models.packing import pack
+from kdmesh.sglang.reference import transformers_model
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.engine import Engine, EngineDescription, PrefillJob
 
@@ -29,8 +29,6 @@ _SEED = 7
 # another layer, before the final norm or of other tokens are further than 0.5 away.
 _MAX_ROW_ERROR = 0.1
 _MAX_KL_NATS = 0.05
-# Weights are read a file at a time, beside the model being filled.
-_ROOM = 1.25
 
 
 def check_reference(engine: Engine, model: EngineDescription, checkpoint: Checkpoint) -> None:
@@ -62,13 +60,9 @@ def check_reference(engine: Engine, model: EngineDescription, checkpoint: Checkp
 def _transformers_rows_RD(
     model: EngineDescription, checkpoint: Checkpoint, sequences: list[TokenSequence]
 ) -> Tensor | None:
-    """What transformers gives; None, and a warning, where it cannot run."""
-    dtype = getattr(torch, model.dtype)
-    try:
-        require_available(int(checkpoint.size_bytes * dtype.itemsize / checkpoint.dtype.itemsize * _ROOM))
-        reference = load_causal_lm(checkpoint.path, dtype, torch.device("cpu"))
-    except (OSError, ConfigError) as error:
-        log.warning("rows not compared with transformers", extra={"reason": str(error)})
+    """What transformers gives; None where it cannot run."""
+    reference = transformers_model(checkpoint, getattr(torch, model.dtype))
+    if reference is None:
         return None
     with torch.inference_mode():
         packed = pack(sequences)
