@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdmesh.models.body import load_causal_lm
-from kdmesh.models.fingerprint import named_weights
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import pack
@@ -22,15 +20,6 @@ from tests.support.tiny_models import VOCABULARY_SIZE
 def student(path: Path) -> PreTrainedModel:
     """The model in a directory, in the element type of its files."""
     return load_causal_lm(path, "auto", torch.device("cpu"))
-
-
-def with_weights(path: Path, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The same model, with other weights."""
-    model = student(path)
-    with torch.no_grad():
-        for name, tensor in named_weights(model).items():
-            tensor.copy_(weights[name])
-    return model
 
 
 def forward_logprobs(model: PreTrainedModel, prompt_ids: Int32Array, sample: Sample) -> Tensor:
