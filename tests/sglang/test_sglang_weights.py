@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.weight_link import WeightDoor
 from kdmesh.types import DType, Sample, Sampling
+from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import UpdatePolicy
 from tests.support.reference_logprobs import forward_logprobs, student
 from tests.support.rollout_samples import prompt
@@ -69,9 +69,9 @@ def test_log_probabilities_in_bfloat16_are_those_of_the_trainers_forward(
     assert distance(student(path(tiny_models, 0)), draw(pool, samples=8)) < TOLERANCE
 
 
-@pytest.mark.parametrize("door", ["shm", "inline"])
-def test_new_weights_through_either_door_are_what_is_sampled_from(
-    server: TeacherProcess, pool: RolloutPool, tiny_models: TinyModels, door: WeightDoor
+@pytest.mark.parametrize("door", ["shm", "collective", "inline"])
+def test_new_weights_through_any_door_are_what_is_sampled_from(
+    server: TeacherProcess, pool: RolloutPool, tiny_models: TinyModels, door: DoorChoice
 ) -> None:
     version = next(versions)
     before, new = draw(pool), student(path(tiny_models, version))

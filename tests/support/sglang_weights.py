@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
 from kdmesh.models.placement import DTYPES
-from kdmesh.rpc.weight_link import WeightDoor
 from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights
 
@@ -21,7 +21,7 @@ def publish(
     model: PreTrainedModel,
     version: int,
     *,
-    door: WeightDoor = "auto",
+    door: DoorChoice = "auto",
     policy: UpdatePolicy = UpdatePolicy.FINISH,
     weights: Callable[[PreTrainedModel], Weights] | None = None,
 ) -> None:

@@ -317,7 +317,7 @@ def _arguments(config: SglangEngineConfig, *, is_alone: bool) -> dict[str, Any]:
         # Our hook must know every token before it draws the next.
         "disable_overlap_schedule": True,
         # Else logits come in 16 bits: log-probabilities were off by more than the model's own rounding.
-        "enable_fp32_lm_head": True,
+        "enable_fp32_lm_head": config.arguments.get("enable_fp32_lm_head", True),
         "max_running_requests": 1 if is_alone else config.max_running,
         "disable_radix_cache": is_alone or not config.prefix_cache,
         "custom_weight_loader": [LOADER],
