@@ -21,7 +21,7 @@ from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.rpc.weight_services import TEACHERS
-from kdmesh.types import TokenSequence
+from kdmesh.types import EVERY_TAG, TokenSequence
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh_teacher.build import build_engine
 from kdmesh_teacher.config import TeacherConfig
@@ -138,6 +138,8 @@ async def test_replaced_weights_give_the_bits_of_a_server_that_was_started_with_
     old = tiny_models.path(family, dtype=dtype)
     async with connected(old, tmp_path, "shm", deterministic=True, updatable=True) as client:
         assert not torch.equal((await answers(client))[0], expected[0])
+        await client.sleep(EVERY_TAG, drain_s=5)  # the parameters get other memory
+        await client.wake(EVERY_TAG)
         await asyncio.to_thread(send, client.address, new)
         for tensor, wanted in zip(await answers(client), expected, strict=True):
             assert torch.equal(tensor, wanted)

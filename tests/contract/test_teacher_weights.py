@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,16 +22,19 @@ from kdmesh.rpc import codec
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.rpc.weight_services import TEACHERS
-from kdmesh.types import DType
+from kdmesh.types import DType, SleepTag
 from kdmesh.v1 import teacher_pb2
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights
+from tests.support.teacher_process import teacher_process
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
+from tests.support.weight_server import ROOT
 
 BOTH_DOORS = pytest.mark.parametrize("door", ["shm", "stream"])
 FINGERPRINT = "fa4e000000080000003c"
@@ -202,6 +208,50 @@ async def test_an_update_that_breaks_off_changes_nothing(tmp_path: Path) -> None
         assert await shared_bytes(teacher) == HEAD_BYTES
         await publish(teacher, 3)
         assert (await rows_of(client))[1] == 3
+
+
+def test_a_sender_that_is_killed_changes_nothing(tmp_path: Path) -> None:
+    shapes = json.dumps({"trunk": [8], "head": [64, 8]})
+    with teacher_process(tmp_path, engine={"updatable": True}) as teacher:
+        arguments = [teacher.grpc, shapes, "2", "60", "auto", FINGERPRINT]
+        command = [sys.executable, "-m", "tests.support.weight_sender_process", *arguments]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as killed:
+            assert killed.stdout is not None
+            assert killed.stdout.readline() == "trunk\n"
+            assert teacher.get("/v1/weights") == {"version": 1, "state": "receiving"}
+            killed.kill()
+        while teacher.get("/v1/weights") != {"version": 1, "state": "serving"}:
+            pass  # each look is a round trip
+        with TeacherPool([teacher.grpc], job="test", deadline_s=10) as pool:
+            assert torch.equal(pool.submit([sequence(30)]).wait().rows_RD, expected_rows([sequence(30)]))
+            assert pool.head()[1] == 1
+
+
+async def test_a_teacher_whose_weights_sleep_takes_no_others_and_does_when_it_wakes(tmp_path: Path) -> None:
+    async with updatable(tmp_path) as teacher, teacher.client() as client:
+        await client.sleep({SleepTag.WEIGHTS}, drain_s=5)
+        async with grpc.aio.insecure_channel(teacher.addresses.grpc) as channel:
+            refused = TeacherStub(channel).UpdateWeights()
+            assert await refused.code() is grpc.StatusCode.UNAVAILABLE
+            assert "the server sleeps (weights given back)" in await refused.details()
+        await client.wake({SleepTag.WEIGHTS})
+        await publish(teacher, 2)
+        assert (await rows_of(client))[1] == 2
+
+
+async def test_an_update_that_is_received_is_finished_before_sleep(tmp_path: Path) -> None:
+    async with updatable(tmp_path) as teacher, teacher.client() as client:
+        teacher.engine.hold()
+        running = asyncio.create_task(rows_of(client))
+        await asyncio.to_thread(teacher.engine.wait_entered)
+        publishing = asyncio.create_task(publish(teacher, 2))
+        await until_verified(teacher)
+        sleeping = asyncio.create_task(client.sleep({SleepTag.WEIGHTS}, drain_s=20))
+        teacher.engine.let_go()
+        await asyncio.gather(running, publishing, sleeping)
+        await client.wake({SleepTag.WEIGHTS})
+        rows_RD, version = await rows_of(client)
+        assert version == 2 and torch.equal(rows_RD, expected_rows([sequence(30)]) * factors(2))
 
 
 async def test_a_frozen_teacher_refuses_new_weights(tmp_path: Path) -> None:

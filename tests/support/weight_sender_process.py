@@ -1,7 +1,8 @@
 """A sender in a process of its own, which tests can kill.
 
-`python -m tests.support.weight_sender_process ADDRESS SHAPES_JSON VERSION SECONDS_PER_TENSOR DOOR` sends random
-weights, of which the version is the seed, and writes a line for each tensor that it is about to send.
+`python -m tests.support.weight_sender_process ADDRESS SHAPES_JSON VERSION SECONDS_PER_TENSOR DOOR [FINGERPRINT]` sends
+random weights, of which the version is the seed, and writes a line for each tensor that it is about to send. With a
+fingerprint it is a teacher's, of float32, that they are sent to.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from typing import cast
 from torch import Tensor
 
 from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weight_services import ROLLOUTS, TEACHERS
+from kdmesh.types import DType
 from kdmesh.weights.doors import DoorChoice
 from tests.support.weight_targets import FINGERPRINT, random_weights
 
 
-def main(address: str, shapes: str, version: int, seconds_per_tensor: float, door: DoorChoice) -> None:
+def main(
+    address: str, shapes: str, version: int, seconds_per_tensor: float, door: DoorChoice, teacher: str = ""
+) -> None:
     """Send once."""
-    weights = random_weights({name: tuple(shape) for name, shape in json.loads(shapes).items()}, seed=version)
+    wanted = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
+    weights = random_weights(wanted, seed=version, dtype=DType.FLOAT32 if teacher else DType.BFLOAT16)
 
     def maker(name: str, tensor: Tensor) -> Callable[[], Tensor]:
         def make() -> Tensor:
@@ -32,9 +38,11 @@ def main(address: str, shapes: str, version: int, seconds_per_tensor: float, doo
 
         return make
 
-    with WeightSender([address], bucket_bytes=2**16, door=door) as sender:
-        sender.publish(version, FINGERPRINT, [(spec, maker(spec.name, tensor)) for spec, tensor in weights.items()])
+    makers = [(spec, maker(spec.name, tensor)) for spec, tensor in weights.items()]
+    service = TEACHERS if teacher else ROLLOUTS
+    with WeightSender([address], service=service, bucket_bytes=2**16, door=door) as sender:
+        sender.publish(version, teacher or FINGERPRINT, makers)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), cast(DoorChoice, sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), cast(DoorChoice, sys.argv[5]), *sys.argv[6:])

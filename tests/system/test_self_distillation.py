@@ -24,13 +24,13 @@ class Story:
     """Jobs that learn from the data's tokens and from a teacher that follows them, each with a teacher of its own."""
 
     mirrored: Job  # the teacher is the student after every step; two ranks
-    mirror: Teacher  # its teacher, still serving
+    sampled: Job  # learns from its own samples what it thought of them itself; after that, with the same teacher
+    mirror: Teacher  # of both, still serving
     undisturbed: Job  # the teacher is an average, and gets it every EVERY steps
     disturbed: Job  # of the same recipe; it and its teacher were killed
     first_trainer: Process
     second_trainer: Process
     average: Teacher  # of the disturbed job, the second process
-    sampled: Job  # learns from its own samples what it thinks of them itself
 
 
 def follows(**keys: Any) -> Mapping[str, Any]:
@@ -44,9 +44,9 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
     recipe = replace(materials.plain, objective=objective, is_judged=True)
     teachers = [
         Teacher(processes, root / f"teacher-{name}", recipe.student, engine={"updatable": True})
-        for name in ("mirror", "average", "other", "sampled")
+        for name in ("mirror", "average", "other")
     ]
-    mirror, average, other, sampled = teachers
+    mirror, average, other = teachers
     rollouts = Rollouts(processes, root / "rollouts", recipe.student)
     mirrored = Job(processes, root / "mirrored", recipe, mirror.address, teacher=follows(), steps=STEPS)
     averaged = follows(every=EVERY, decay=0.8)
@@ -64,14 +64,14 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
         processes,
         root / "on_policy",
         replace(materials.plain, objective={"divergence": {"name": "reverse_kl"}}),
-        sampled.address,
+        mirror.address,
         teacher=follows(every=2),
         steps=6,
         source=source,
     )
     for server in (*teachers, rollouts):
         server.start()
-    running = [undisturbed.start(), mirrored.start_ranks(2), on_policy.start()]
+    running, followed = undisturbed.start(), mirrored.start_ranks(2)
     first = disturbed.start()
     first.until(lambda: len(disturbed.steps()) >= 6)
     first.signal(signal.SIGKILL)
@@ -79,17 +79,19 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
     other.process.signal(signal.SIGKILL)
     other.start()
     second = disturbed.start()
-    for process in (*running, second):
+    followed.succeed()
+    last = on_policy.start()
+    for process in (running, second, last):
         process.succeed()
     return Story(
         mirrored=mirrored,
+        sampled=on_policy,
         mirror=mirror,
         undisturbed=undisturbed,
         disturbed=disturbed,
         first_trainer=first,
         second_trainer=second,
         average=other,
-        sampled=on_policy,
     )
 
 
@@ -125,7 +127,7 @@ def test_the_teacher_gets_the_copy_when_the_run_begins_and_whenever_that_changes
     published = [event["steps_done"] for event in story.second_trainer.events("weights published")]
     assert published == [4, 6, 9]
     assert story.average.get("/v1/weights") == {"version": 4, "state": "serving"}  # it was started anew
-    assert story.mirror.get("/v1/weights")["version"] == 2 + STEPS
+    assert story.mirror.get("/v1/weights")["version"] == 1 + (1 + STEPS) + 4  # the second job goes on from the first
 
 
 def test_one_head_is_left_of_all_that_the_teacher_had(story: Story) -> None:
