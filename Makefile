@@ -42,11 +42,12 @@ sglang-env: $(SGLANG_INSTALLED)  ## An environment with the real SGLang for CPU,
 test-sglang: $(SGLANG_INSTALLED)  ## The SGLang engine against the real SGLang, on the CPU
 	PYTHONPATH=tests/support/sglang_standin $(SGLANG)/bin/pytest -q -m sglang tests/sglang
 
-check: $(INSTALLED)  ## Lint, types, generated code
+check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/generate_proto.py --check
+	$(BIN)/python tools/check_docs.py
 
 format: $(INSTALLED)  ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
