@@ -10,7 +10,7 @@ from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.buckets import BucketEntry, Part
 from kdmesh.weights.digests import DIGEST_BYTES
 from kdmesh.weights.doors import Door
-from kdmesh.weights.manifest import Manifest, TensorSpec, UpdatePolicy
+from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSpec, UpdatePolicy
 from kdmesh.weights.pair_group import SECRET_BYTES, Invitation
 
 MAX_INLINE_BYTES = 2**20
@@ -54,6 +54,7 @@ def manifest_from_wire(m: pb.BeginUpdate) -> Manifest:
             TensorSpec(name=t.name, shape=tuple(t.shape), dtype=codec.dtype_from_wire(t.dtype)) for t in m.tensors
         ),
         policy=_POLICY[m.policy],
+        adapter=_adapter_from_wire(m.adapter) if m.HasField("adapter") else None,
     )
 
 
@@ -66,6 +67,7 @@ def manifest_to_wire(manifest: Manifest) -> pb.BeginUpdate:
             pb.TensorSpec(name=t.name, shape=t.shape, dtype=codec.dtype_to_wire(t.dtype)) for t in manifest.tensors
         ],
         policy=_WIRE[manifest.policy],
+        adapter=None if manifest.adapter is None else _adapter_to_wire(manifest.adapter),
     )
 
 
@@ -118,6 +120,16 @@ def entries_to_wire(entries: Iterable[BucketEntry]) -> list[pb.BucketEntry]:
         )
         for entry in entries
     ]
+
+
+def _adapter_from_wire(m: pb.Adapter) -> AdapterSpec:
+    changes = tuple(LowRankSpec(tensor=c.tensor, rank=c.rank, scaling=c.scaling) for c in m.changes)
+    return AdapterSpec(base=m.base, changes=changes)
+
+
+def _adapter_to_wire(adapter: AdapterSpec) -> pb.Adapter:
+    changes = [pb.LowRankChange(tensor=c.tensor, rank=c.rank, scaling=c.scaling) for c in adapter.changes]
+    return pb.Adapter(base=adapter.base, changes=changes)
 
 
 def _entry_from_wire(m: pb.BucketEntry) -> BucketEntry:

@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,7 +26,7 @@ from kdmesh.weights.bucket_memory import BucketMemory, bucket_memory
 from kdmesh.weights.buckets import plan_buckets
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
-from kdmesh.weights.packing import Packer, Weights
+from kdmesh.weights.packing import Changes, Packer, Weights
 from kdmesh.weights.pair_group import check_own_address
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class WeightSender:
         self._deadline_s = deadline_s
         self._policy = RetryPolicy()
         self._closing = AsyncExitStack()
+        self._base: bytes | None = None  # that all servers were left with
         self._loop = BackgroundLoop()
         try:
             self._memory = self._loop.run(self._open, socket_dir)
@@ -116,12 +118,25 @@ class WeightSender:
         return self._loop.run(self._describe, Deadline.after(self._deadline_s))
 
     def publish(
-        self, version: int, architecture_fingerprint: str, tensors: Weights, policy: UpdatePolicy = UpdatePolicy.FINISH
+        self,
+        version: int,
+        architecture_fingerprint: str,
+        tensors: Weights,
+        policy: UpdatePolicy = UpdatePolicy.FINISH,
+        changes: Changes | None = None,
     ) -> None:
         """Return when every server serves this version. Blocks.
 
         Tensors are made in this thread, one at a time and in order, and again from the first for servers that
         were not there the first time.
+
+        Args:
+            version: above all that the servers serve.
+            architecture_fingerprint: of the model.
+            tensors: all of the model's.
+            policy: what becomes of samples under way.
+            changes: to be added to `tensors`, which then are a base: it travels the first time, and to servers that
+                turn out not to hold it.
 
         Raises:
             DeadlineExpired: a server did not get it in time; the others serve it.
@@ -129,21 +144,34 @@ class WeightSender:
             InvalidRequest: a server has other tensors, or found bytes changed on their way; the others serve it.
             ConfigError: a server cannot use the `door` that was asked for.
         """
-        manifest = Manifest(
-            version=version,
-            architecture_fingerprint=architecture_fingerprint,
-            tensors=tuple(spec for spec, _ in tensors),
-            policy=policy,
-        )
-        progress = _Progress(manifest, self._addresses, Deadline.after(self._deadline_s))
+        adapter = None if changes is None else changes.adapter
+        factors = () if changes is None else changes.factors
+
+        def update(sent: Weights) -> _Update:
+            specs = tuple(spec for spec, _ in sent)
+            return _Update(
+                Manifest(
+                    version=version,
+                    architecture_fingerprint=architecture_fingerprint,
+                    tensors=specs,
+                    policy=policy,
+                    adapter=adapter,
+                ),
+                sent,
+            )
+
+        is_known = adapter is not None and adapter.base == self._base
+        short = update(factors) if is_known else None
+        progress = _Progress(update([*tensors, *factors]), short, self._addresses, Deadline.after(self._deadline_s))
         while progress.is_unfinished:
             delivery = self._loop.run(self._begin, progress)
             try:
-                self._send(delivery, manifest, tensors, progress.deadline)
+                self._send(delivery, progress.update, progress.deadline)
             finally:
                 self._loop.run(delivery.close)
             progress.note(delivery.links)
         progress.report()
+        self._base = None if adapter is None else adapter.base
 
     def close(self) -> None:
         """Give the memory back and end the thread."""
@@ -153,17 +181,17 @@ class WeightSender:
 
     # In the caller's thread
 
-    def _send(self, delivery: Delivery, manifest: Manifest, tensors: Weights, deadline: Deadline) -> None:
+    def _send(self, delivery: Delivery, update: _Update, deadline: Deadline) -> None:
         """Where it fails, the links say why."""
-        packer = Packer(tensors)
-        for parts in plan_buckets([spec.size_bytes for spec in manifest.tensors], self._bucket_bytes):
+        packer = Packer(update.tensors)
+        for parts in plan_buckets([spec.size_bytes for spec, _ in update.tensors], self._bucket_bytes):
             buffer = self._loop.run(delivery.next_buffer, deadline)
             if buffer is None:
                 return
             entries = packer.fill(self._memory.writable(buffer), parts)
             # Not waited for: the loop does it before whatever it is asked next.
             self._loop.start(delivery.hand_over, buffer, entries)
-        self._loop.run(delivery.commit, manifest.version, deadline)
+        self._loop.run(delivery.commit, update.manifest.version, deadline)
 
     # On the loop
 
@@ -182,7 +210,7 @@ class WeightSender:
             if progress.attempts:
                 wait_s = self._policy.wait_s(progress.attempts - 1)
                 await asyncio.sleep(min(wait_s, progress.deadline.left_s))
-            progress.attempts += 1
+            progress.begin_attempt()
             links = await asyncio.gather(*(self._try_link(progress, address) for address in tuple(progress.waiting)))
             if any(links):
                 return Delivery([link for link in links if link is not None], self._memory)
@@ -193,10 +221,10 @@ class WeightSender:
             async with asyncio.timeout(progress.deadline.left_s):
                 if address in progress.uncertain:
                     served = await describe_weights(address, self._service)
-                    if served.version == progress.manifest.version:
+                    if served.version == progress.version:
                         progress.waiting.pop(address)
                         return None
-                return await WeightLink.open(address, self._service, progress.manifest, self._offer)
+                return await WeightLink.open(address, self._service, progress.update.manifest, self._offer)
         except TimeoutError:
             progress.failed(address, DeadlineExpired("no answer"))
         except KdmeshError as error:
@@ -218,19 +246,31 @@ class WeightSender:
         raise AssertionError("count ends")
 
 
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """What is sent in one pass."""
+
+    manifest: Manifest
+    tensors: Weights
+
+
 class _Progress:
     """Who has a version, and who has not.
 
     Attributes:
-        manifest: of the version.
+        version: its number.
+        update: how it is sent now.
         deadline: when to give up.
         waiting: addresses of servers that are to get it.
         uncertain: those that may have it, because their answer to a commit was lost.
         attempts: rounds of connecting so far.
     """
 
-    def __init__(self, manifest: Manifest, addresses: Sequence[str], deadline: Deadline) -> None:
-        self.manifest = manifest
+    def __init__(self, whole: _Update, short: _Update | None, addresses: Sequence[str], deadline: Deadline) -> None:
+        """`short` is tried once, first."""
+        self.version = whole.manifest.version
+        self.update = short or whole
+        self._whole = whole
         self.deadline = deadline
         self.waiting = dict.fromkeys(addresses)
         self.uncertain: set[str] = set()
@@ -243,11 +283,17 @@ class _Progress:
         """Whether something can still be done."""
         return bool(self.waiting) and (self.deadline.left_s > 0 or not self.attempts)
 
+    def begin_attempt(self) -> None:
+        """What did not work the first time is sent whole from then on."""
+        if self.attempts:
+            self.update = self._whole
+        self.attempts += 1
+
     def failed(self, address: str, error: KdmeshError) -> None:
         """A server did not take it."""
         self._errors[address] = error
         log.warning("weights not taken", extra={"address": address, "reason": str(error)})
-        if isinstance(error, _FINAL):
+        if isinstance(error, _FINAL) and self.update is self._whole:
             self.waiting.pop(address)
             self._refusals.append((address, error))
 
@@ -267,6 +313,4 @@ class _Progress:
             raise type(error)(f"{address}: {error}")
         if self.waiting:
             late = "; ".join(f"{address}: {self._errors[address]}" for address in self.waiting)
-            raise DeadlineExpired(
-                f"version {self.manifest.version} was not taken within {self.deadline.total_s} s by {late}"
-            )
+            raise DeadlineExpired(f"version {self.version} was not taken within {self.deadline.total_s} s by {late}")

@@ -120,6 +120,60 @@ class TensorSpec(google.protobuf.message.Message):
 Global___TensorSpec: typing_extensions.TypeAlias = TensorSpec
 
 @typing.final
+class LowRankChange(google.protobuf.message.Message):
+    """What is added to one matrix: scaling * b a, where the tensor "NAME.b" is [rows, rank] and "NAME.a" is
+    [rank, columns], both float32.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    SCALING_FIELD_NUMBER: builtins.int
+    tensor: builtins.str
+    """NAME of the matrix."""
+    rank: builtins.int
+    """Above 0."""
+    scaling: builtins.float
+    """Finite."""
+    def __init__(
+        self,
+        *,
+        tensor: builtins.str = ...,
+        rank: builtins.int = ...,
+        scaling: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["rank", b"rank", "scaling", b"scaling", "tensor", b"tensor"]) -> None: ...
+
+Global___LowRankChange: typing_extensions.TypeAlias = LowRankChange
+
+@typing.final
+class Adapter(google.protobuf.message.Message):
+    """New weights as a base that stays and changes that are small. The server adds them up in float32, and rounds
+    once to the element type of the tensor.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
+    base: builtins.bytes
+    """16 bytes that name the base; drawn by the sender."""
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LowRankChange]:
+        """At least one; one for each matrix that differs from the base."""
+
+    def __init__(
+        self,
+        *,
+        base: builtins.bytes = ...,
+        changes: collections.abc.Iterable[Global___LowRankChange] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base", b"base", "changes", b"changes"]) -> None: ...
+
+Global___Adapter: typing_extensions.TypeAlias = Adapter
+
+@typing.final
 class BeginUpdate(google.protobuf.message.Message):
     """Announces an update and everything that will come."""
 
@@ -133,6 +187,7 @@ class BeginUpdate(google.protobuf.message.Message):
     SESSION_FIELD_NUMBER: builtins.int
     NODE_NONCE_FIELD_NUMBER: builtins.int
     DOORS_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Number of the new weights; above the one served."""
     architecture_fingerprint: builtins.str
@@ -149,11 +204,20 @@ class BeginUpdate(google.protobuf.message.Message):
     """
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
-        """Every tensor that will come, once each; tied ones under one of their names."""
+        """Every tensor that will come, once each; tied ones under one of their names. They are all of the
+        model's, or what `adapter` says.
+        """
 
     @property
     def doors(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___WeightDoor.ValueType]:
         """What the sender offers, the best first; inline goes without saying. May be empty."""
+
+    @property
+    def adapter(self) -> Global___Adapter:
+        """Set: the tensors are both of every change, and either all of the model's too, which become the base,
+        or no other. Without others a server that does not hold this base ends the update with
+        FAILED_PRECONDITION; it holds the one that it served last, until an update comes without an adapter.
+        """
 
     def __init__(
         self,
@@ -166,8 +230,10 @@ class BeginUpdate(google.protobuf.message.Message):
         session: builtins.bytes = ...,
         node_nonce: builtins.bytes = ...,
         doors: collections.abc.Iterable[Global___WeightDoor.ValueType] | None = ...,
+        adapter: Global___Adapter | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture_fingerprint", b"architecture_fingerprint", "broker_socket", b"broker_socket", "doors", b"doors", "node_nonce", b"node_nonce", "policy", b"policy", "session", b"session", "tensors", b"tensors", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "architecture_fingerprint", b"architecture_fingerprint", "broker_socket", b"broker_socket", "doors", b"doors", "node_nonce", b"node_nonce", "policy", b"policy", "session", b"session", "tensors", b"tensors", "version", b"version"]) -> None: ...
 
 Global___BeginUpdate: typing_extensions.TypeAlias = BeginUpdate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -12,10 +13,18 @@ from torch import Tensor
 
 from kdmesh.weights import digests
 from kdmesh.weights.buckets import BucketEntry, Part
-from kdmesh.weights.manifest import TensorSpec
+from kdmesh.weights.manifest import AdapterSpec, TensorSpec
 
 Weights: TypeAlias = Sequence[tuple[TensorSpec, Callable[[], Tensor]]]
 """Tensors in the order in which they are sent, each with what makes it: called once for each time it is sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What is to be added to some of the tensors that a server has or gets."""
+
+    adapter: AdapterSpec
+    factors: Weights  # a and b of every change
 
 
 class Packer:

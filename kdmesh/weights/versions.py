@@ -16,8 +16,9 @@ from enum import StrEnum
 
 from kdmesh.errors import InvalidRequest, ModelMismatch, Unavailable
 from kdmesh.weights import digests
+from kdmesh.weights.adding import AddingUp, Base
 from kdmesh.weights.buckets import ALIGNMENT_BYTES, BucketEntry
-from kdmesh.weights.manifest import Manifest, TensorSpec
+from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSpec
 from kdmesh.weights.target import WeightTarget
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class _Update:
     """What is announced, and how much of it has come."""
 
     manifest: Manifest
-    places: tuple[int, ...]  # of each announced tensor, in the target's order
+    places: tuple[int, ...]  # of each announced tensor, in the order of who takes it
+    adding: AddingUp | None  # who takes it; None: the target itself
     received_bytes: list[int]  # of each announced tensor
 
 
@@ -59,6 +61,7 @@ class WeightVersions:
         self._specs = target.tensor_specs()
         self._places = {spec.name: place for place, spec in enumerate(self._specs)}
         self._update: _Update | None = None
+        self._base: Base | None = None  # of the weights that are served
 
     def admit(self, manifest: Manifest) -> None:
         """Look at what is announced; `begin` is next.
@@ -77,16 +80,19 @@ class WeightVersions:
             )
         if manifest.version <= self.version:
             raise ModelMismatch(f"version {manifest.version} is not newer than the one served, {self.version}")
-        places = tuple(self._place(spec) for spec in manifest.tensors)
-        missing = self._places.keys() - {spec.name for spec in manifest.tensors}
-        if missing:
-            raise InvalidRequest(f"the update lacks {_some(missing)}; every tensor of the model must come")
-        self._update = _Update(manifest=manifest, places=places, received_bytes=[0] * len(places))
+        adding = None
+        if manifest.adapter is None:
+            places = self._all_places(manifest.tensors)
+        else:
+            adding = self._admit_adapter(manifest, manifest.adapter)
+            places = tuple(range(len(manifest.tensors)))
+        self._update = _Update(manifest=manifest, places=places, adding=adding, received_bytes=[0] * len(places))
         self.state = UpdateState.RECEIVING
 
     def begin(self) -> None:
         """Make room for what was admitted."""
-        self._target.begin()
+        update = self._receiving()
+        (update.adding or self._target).begin()
 
     def write(self, entries: Sequence[BucketEntry], data: memoryview) -> None:
         """Take the bytes of one bucket.
@@ -110,39 +116,44 @@ class WeightVersions:
             update.received_bytes[part.tensor] += part.size_bytes
 
     def _copy(self, place: int, offset_bytes: int, data: memoryview) -> bytes:
-        """Hand bytes to the target; their digest."""
+        """Hand bytes to who takes them; their digest."""
+        taker = self._receiving().adding or self._target
         running = digests.Running()
         for begin, end in digests.steps(len(data)):
             with data[begin:end] as step:
                 # Copied first: if the sender wrote here meanwhile, what it wrote is in the digest, and is noticed.
-                self._target.write(place, offset_bytes + begin, step)
+                taker.write(place, offset_bytes + begin, step)
                 running.update(step)
         return running.digest()
 
     def verify(self) -> Manifest:
-        """What has come, all of it. Raises InvalidRequest when something has not."""
+        """What has come, all of it, added up if need be. Raises InvalidRequest when something has not."""
         update = self._receiving()
         pairs = zip(update.manifest.tensors, update.received_bytes, strict=True)
         short = [spec.name for spec, received in pairs if received < spec.size_bytes]
         if short:
             raise InvalidRequest(f"the update is to be committed, but bytes of {_some(short)} have not come")
+        if update.adding is not None:
+            update.adding.hand_over()
         self.state = UpdateState.VERIFIED
         return update.manifest
 
     def commit(self) -> None:
         """Serve what was verified."""
         assert self.state is UpdateState.VERIFIED and self._update is not None
-        version = self._update.manifest.version
-        self._target.commit(version)
-        self.version = version
+        update = self._update
+        self._target.commit(update.manifest.version)
+        self.version = update.manifest.version
+        self._base = None if update.adding is None else update.adding.base
         self._end()
 
     def discard(self) -> None:
         """Forget the update under way, if any; what is served stays."""
         if self._update is not None:
             log.warning("update of the weights dropped", extra={"version": self._update.manifest.version})
+            taker = self._update.adding or self._target
             self._end()
-            self._target.discard()
+            taker.discard()
 
     def _end(self) -> None:
         self._update = None
@@ -151,6 +162,33 @@ class WeightVersions:
     def _receiving(self) -> _Update:
         assert self.state is UpdateState.RECEIVING and self._update is not None
         return self._update
+
+    def _all_places(self, announced: Sequence[TensorSpec]) -> tuple[int, ...]:
+        places = tuple(self._place(spec) for spec in announced)
+        missing = self._places.keys() - {spec.name for spec in announced}
+        if missing:
+            raise InvalidRequest(f"the update lacks {_some(missing)}; every tensor of the model must come")
+        return places
+
+    def _admit_adapter(self, manifest: Manifest, adapter: AdapterSpec) -> AddingUp:
+        factors = {factor for change in adapter.changes for factor in self._factors(change)}
+        missing = {spec.name for spec in factors - set(manifest.tensors)}
+        if missing:
+            raise InvalidRequest(f"the update lacks {_some(missing)}; float32 factors of every change must come")
+        others = [spec for spec in manifest.tensors if spec not in factors]
+        if others:
+            self._all_places(others)
+            return AddingUp(self._target, manifest.tensors, adapter, base=None)
+        if self._base is None or self._base.name != adapter.base:
+            held = "none" if self._base is None else self._base.name.hex()
+            raise ModelMismatch(f"the update changes base {adapter.base.hex()}, and the base held is {held}")
+        return AddingUp(self._target, manifest.tensors, adapter, base=self._base)
+
+    def _factors(self, change: LowRankSpec) -> tuple[TensorSpec, TensorSpec]:
+        place = self._places.get(change.tensor)
+        if place is None or len(self._specs[place].shape) != 2:
+            raise InvalidRequest(f"{change.tensor} is to be changed, and is no matrix of the model")
+        return change.factors(self._specs[place].shape)
 
     def _place(self, announced: TensorSpec) -> int:
         place = self._places.get(announced.name)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import pytest
+import torch
 from torch import Tensor
 
 from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, ModelMismatch, Unavailable
@@ -16,8 +17,8 @@ from kdmesh.rpc.weight_delivery import Delivery
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.weights.buckets import BucketEntry
 from kdmesh.weights.doors import DoorChoice
-from kdmesh.weights.manifest import Manifest, TensorSpec, UpdatePolicy
-from kdmesh.weights.packing import Weights
+from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSpec, UpdatePolicy
+from kdmesh.weights.packing import Changes, Weights
 from tests.support.handles_consumer import until
 from tests.support.weight_server import weight_server
 from tests.support.weight_targets import FINGERPRINT, MemoryTarget, is_same, random_weights
@@ -212,6 +213,48 @@ async def test_a_version_that_is_not_newer_is_refused() -> None:
             with pytest.raises(ModelMismatch, match=f"{address}: version 3 is not newer"):
                 await _publish(sender, 3)
             assert _serves(target, 3)
+
+
+async def test_a_server_without_the_base_gets_it_again_while_another_gets_changes_alone() -> None:
+    base, made = _weights(3), list[str]()
+    change = LowRankSpec(tensor="up", rank=2, scaling=0.5)
+    adapter = AdapterSpec(base=bytes(range(16)), changes=(change,))
+
+    def makers(seed: int) -> tuple[Weights, Changes]:
+        factors = {spec: torch.full(spec.shape, float(seed)) for spec in change.factors(SHAPES["up"])}
+
+        def noted(weights: Mapping[TensorSpec, Tensor]) -> Weights:
+            return [
+                (spec, lambda tensor=tensor, name=spec.name: made.append(name) or tensor)  # type: ignore[misc]
+                for spec, tensor in weights.items()
+            ]
+
+        return noted(base), Changes(adapter=adapter, factors=noted(factors))
+
+    def serves(target: MemoryTarget, seed: int) -> bool:
+        for spec, tensor in base.items():
+            expected = (tensor.float() + seed * seed).bfloat16() if spec.name == "up" else tensor
+            if not is_same(target.served[spec.name].nan_to_num(7), expected.nan_to_num(7)):
+                return False
+        return target.version == seed
+
+    first, second, restarted = (MemoryTarget(SPECS) for _ in range(3))
+    everything, factors = ["embedding", "norm", "scale", "up", "up.a", "up.b"], ["up.a", "up.b"]
+    async with AsyncExitStack() as stack:
+        one, _ = await stack.enter_async_context(weight_server(first))
+        async with weight_server(second) as (other, _):
+            sender = stack.enter_context(_sender([one, other]))
+            for seed, expected in ((1, everything), (2, factors)):
+                made.clear()
+                tensors, changes = makers(seed)
+                await asyncio.to_thread(sender.publish, seed, FINGERPRINT, tensors, UpdatePolicy.FINISH, changes)
+                assert made == expected and serves(first, seed) and serves(second, seed)
+        port = int(other.rpartition(":")[2])
+        async with weight_server(restarted, port=port):
+            made.clear()
+            tensors, changes = makers(3)
+            await asyncio.to_thread(sender.publish, 3, FINGERPRINT, tensors, UpdatePolicy.FINISH, changes)
+            assert made == factors + everything and serves(first, 3) and serves(restarted, 3)
 
 
 async def test_servers_tell_what_they_serve() -> None:

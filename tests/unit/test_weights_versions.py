@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ from kdmesh.errors import InvalidRequest, ModelMismatch, RpcError, Unavailable
 from kdmesh.types import DType
 from kdmesh.weights.buckets import BucketEntry, Part
 from kdmesh.weights.digests import digest
-from kdmesh.weights.manifest import Manifest, TensorSpec
+from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSpec
 from kdmesh.weights.versions import UpdateState, WeightVersions
 from tests.support.weight_targets import FINGERPRINT, MemoryTarget, is_same, manifest_of, random_weights
 
@@ -122,6 +122,101 @@ def test_an_update_that_does_not_fit_is_refused_before_anything_is_made(
 def test_a_manifest_names_tensors_once(tensors: tuple[TensorSpec, ...]) -> None:
     with pytest.raises(InvalidRequest, match=r"without a tensor|names embedding twice"):
         manifest_of(tensors)
+
+
+BASE = bytes(range(16))
+CHANGE = LowRankSpec(tensor="embedding", rank=2, scaling=0.25)
+FACTORS = CHANGE.factors((5, 3))
+VALUES = {spec: torch.arange(spec.size_bytes // 4, dtype=torch.float32).reshape(spec.shape) for spec in FACTORS}
+
+
+def _announce(
+    versions: WeightVersions, specs: Sequence[TensorSpec], *, version: int, base: bytes = BASE, **changes: object
+) -> None:
+    adapter = AdapterSpec(base=base, changes=(replace(CHANGE, **changes),))  # type: ignore[arg-type]
+    versions.admit(replace(manifest_of(specs, version=version), adapter=adapter))
+
+
+def _adapt(versions: WeightVersions, specs: Sequence[TensorSpec], *, version: int, times: float = 1) -> None:
+    """An update with an adapter, up to its commit; its factors are `times` VALUES."""
+    _announce(versions, specs, version=version)
+    versions.begin()
+    for index, spec in enumerate(specs):
+        tensor = times * VALUES[spec] if spec in FACTORS else WEIGHTS[spec]
+        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        part = Part(tensor=index, tensor_offset_bytes=0, bucket_offset_bytes=0, size_bytes=len(data))
+        versions.write([BucketEntry(part=part, digest=digest(data))], data)
+    versions.verify()
+
+
+def _sums(times: float = 1) -> dict[str, Tensor]:
+    a, b = VALUES.values()
+    embedding = WEIGHTS[SPECS[0]]
+    changed = (embedding.double() + 0.25 * times**2 * (b.double() @ a.double())).bfloat16()
+    return {**{spec.name: tensor for spec, tensor in WEIGHTS.items()}, "embedding": changed}
+
+
+def _is_served(target: MemoryTarget, expected: dict[str, Tensor]) -> bool:
+    return all(is_same(target.served[name].nan_to_num(7), tensor.nan_to_num(7)) for name, tensor in expected.items())
+
+
+def test_changes_are_added_to_the_base_that_came_with_the_first_of_them(
+    versions: WeightVersions, target: MemoryTarget
+) -> None:
+    _adapt(versions, [*SPECS, *FACTORS], version=1)
+    assert target.served == {}
+    versions.commit()
+    assert _is_served(target, _sums())
+    _adapt(versions, FACTORS, version=2, times=3)
+    assert _is_served(target, _sums())
+    versions.discard()
+    assert _is_served(target, _sums()) and target.staged is None
+    _adapt(versions, FACTORS[::-1], version=2, times=2)
+    versions.commit()
+    assert _is_served(target, _sums(times=2)) and versions.version == 2
+
+
+def test_changes_to_a_base_that_is_not_held_are_refused(versions: WeightVersions, target: MemoryTarget) -> None:
+    with pytest.raises(ModelMismatch, match=r"base 000102.* and the base held is none"):
+        _announce(versions, FACTORS, version=1)
+    _adapt(versions, [*SPECS, *FACTORS], version=1)
+    versions.discard()  # it did not come to be served
+    with pytest.raises(ModelMismatch, match="the base held is none"):
+        _announce(versions, FACTORS, version=1)
+    _adapt(versions, [*SPECS, *FACTORS], version=1)
+    versions.commit()
+    with pytest.raises(ModelMismatch, match=r"base ffff.* and the base held is 0001"):
+        _announce(versions, FACTORS, version=2, base=b"\xff" * 16)
+    _update(versions, 2)
+    with pytest.raises(ModelMismatch, match="the base held is none"):
+        _announce(versions, FACTORS, version=3)
+    assert target.staged is None and versions.state is UpdateState.SERVING
+
+
+@pytest.mark.parametrize(
+    ("specs", "changes", "message"),
+    [
+        (FACTORS[:1], {}, r"lacks embedding\.b"),
+        ([*FACTORS, SPECS[0]], {}, "lacks norm, scale"),
+        ((FACTORS[0], replace(FACTORS[1], dtype=DType.BFLOAT16)), {}, r"lacks embedding\.b .* float32 factors"),
+        (FACTORS, {"rank": 3}, r"lacks embedding\.a, embedding\.b"),
+        (FACTORS, {"tensor": "norm"}, "norm is to be changed, and is no matrix"),
+        (FACTORS, {"tensor": "bias"}, "bias is to be changed, and is no matrix"),
+        (FACTORS, {"rank": 0}, "rank must be above 0"),
+        (FACTORS, {"scaling": float("nan")}, "scaling finite"),
+        (FACTORS, {"base": b"x"}, "a name of 1 bytes"),
+    ],
+)
+def test_changes_that_do_not_fit_are_refused_before_anything_is_made(
+    versions: WeightVersions,
+    target: MemoryTarget,
+    specs: Sequence[TensorSpec],
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        _announce(versions, specs, version=1, **changes)  # type: ignore[arg-type]
+    assert target.staged is None and versions.state is UpdateState.SERVING
 
 
 def test_one_update_at_a_time(versions: WeightVersions) -> None:

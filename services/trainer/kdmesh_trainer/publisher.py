@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,12 +15,13 @@ from torch import Tensor
 from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch
 from kdmesh.rpc.weight_services import ServedWeights
 from kdmesh.types import DType
-from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
-from kdmesh.weights.packing import Weights
+from kdmesh.weights.manifest import BASE_BYTES, AdapterSpec, LowRankSpec, TensorSpec, UpdatePolicy
+from kdmesh.weights.packing import Changes, Weights
+from kdmesh_trainer.lora import LowRank
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
 from kdmesh_trainer.teacher_copy import TeacherCopy
-from kdmesh_trainer.weights import StudentWeight, without_aliases
+from kdmesh_trainer.weights import StudentWeight, whole, without_aliases
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +35,32 @@ class Sender(Protocol):
         """What each server serves now. Blocks."""
         ...
 
-    def publish(self, version: int, architecture_fingerprint: str, tensors: Weights, policy: UpdatePolicy) -> None:
+    def publish(
+        self,
+        version: int,
+        architecture_fingerprint: str,
+        tensors: Weights,
+        policy: UpdatePolicy,
+        changes: Changes | None = None,
+    ) -> None:
         """Return when every server serves this version. Blocks."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A tensor that is sent, and what makes it on every rank together."""
+
+    spec: TensorSpec
+    make: Callable[[], Tensor]
 
 
 class StudentPublisher:
     """Sends every weight under its Hugging Face name and in the servers' own element type; tied weights once.
 
-    An adapter is added to the matrices that it belongs to, so that servers need not know of it. Ranks gather one tensor
-    at a time, as the first of them sends it, and so never hold a second copy of the student.
+    Of a student with an adapter the base travels once, and then the adapter, which servers add up. Where their element
+    type cannot hold the base exactly, they get sums, as if there were no adapter. Ranks gather one tensor at a time, as
+    the first of them sends it, and so never hold a second copy of the student.
     """
 
     def __init__(
@@ -72,7 +91,9 @@ class StudentPublisher:
         self._weights_by_name = without_aliases(student.weights()) if weights is None else weights
         self._steps_done: int | None = None  # of the student that was published last
         self._weight_version = 0
-        self._dtype: DType | None = None
+        self._dtype: DType | None = None  # of the servers, once they have been looked at
+        self._sent: tuple[_Sent, ...] = ()
+        self._adapter: AdapterSpec | None = None  # whose factors are the last of what is sent
         for name, weight in self._weights_by_name.items():
             if not weight.base.is_floating_point():
                 raise ConfigError(f"the student's {name} is {weight.base.dtype}; servers take floating point only")
@@ -86,7 +107,9 @@ class StudentPublisher:
             KdmeshError: as WeightSender.publish says; on every rank.
         """
         release(self._student)
-        self._dtype = self._dtype or self._mesh.on_first(self._look_at_servers)
+        if self._dtype is None:
+            self._dtype = self._mesh.on_first(self._look_at_servers)
+            self._decide(self._dtype)
         failure = None
         if self._mesh.is_first:
             failure = self._send()
@@ -118,22 +141,21 @@ class StudentPublisher:
         assert self._sender is not None
         self._weight_version += 1
         try:
-            self._sender.publish(self._weight_version, self._fingerprint, self._weights(), self._policy)
+            tensors, changes = self._announced()
+            self._sender.publish(self._weight_version, self._fingerprint, tensors, self._policy, changes)
         except KdmeshError as error:
             return error
         finally:
             self._mesh.on_first(lambda: _DONE)
         return None
 
-    def _weights(self) -> Weights:
-        assert self._dtype is not None
-        return [
-            (
-                TensorSpec(name=name, shape=weight.shape, dtype=self._dtype),
-                functools.partial(self._gather_for_all, index),
-            )
-            for index, (name, weight) in enumerate(self._weights_by_name.items())
-        ]
+    def _announced(self) -> tuple[Weights, Changes | None]:
+        """What is sent, with what gathers it."""
+        made = [(sent.spec, functools.partial(self._gather_for_all, index)) for index, sent in enumerate(self._sent)]
+        if self._adapter is None:
+            return made, None
+        count = len(self._weights_by_name)
+        return made[:count], Changes(adapter=self._adapter, factors=made[count:])
 
     def _gather_for_all(self, index: int) -> Tensor:
         return self._gather(self._mesh.on_first(lambda: index))
@@ -145,6 +167,35 @@ class StudentPublisher:
 
     # On every rank
 
+    def _decide(self, dtype: DType) -> None:
+        """What is sent from now on. Collective."""
+        adapted = {name: weight for name, weight in self._weights_by_name.items() if weight.added is not None}
+        rounded = getattr(torch, dtype.value)
+        is_apart = bool(adapted) and not self._mesh.is_any(not all(w.is_exact_in(rounded) for w in adapted.values()))
+        self._sent = tuple(
+            _Sent(
+                TensorSpec(name=name, shape=weight.shape, dtype=dtype),
+                functools.partial(whole, weight.base, rounded)
+                if is_apart
+                else functools.partial(weight.whole, rounded),
+            )
+            for name, weight in self._weights_by_name.items()
+        )
+        if is_apart:
+            self._keep_apart({name: weight.added for name, weight in adapted.items() if weight.added is not None})
+
+    def _keep_apart(self, added: Mapping[str, LowRank]) -> None:
+        changes = {
+            name: LowRankSpec(tensor=name, rank=each.a.shape[0], scaling=each.scaling) for name, each in added.items()
+        }
+        self._adapter = AdapterSpec(base=secrets.token_bytes(BASE_BYTES), changes=tuple(changes.values()))
+        for name, each in added.items():
+            specs = changes[name].factors((each.b.shape[0], each.a.shape[1]))
+            self._sent += tuple(
+                _Sent(spec, functools.partial(whole, factor, torch.float32))
+                for spec, factor in zip(specs, (each.a, each.b), strict=True)
+            )
+
     def _follow(self) -> None:
         """Gather what the first rank sends, as often as it sends it. Collective, with its `_send`."""
         while (index := self._mesh.on_first(lambda: _DONE)) != _DONE:
@@ -152,9 +203,7 @@ class StudentPublisher:
 
     def _gather(self, index: int) -> Tensor:
         """A whole tensor as it is sent. Collective."""
-        assert self._dtype is not None
-        weight = tuple(self._weights_by_name.values())[index]
-        return weight.whole(getattr(torch, self._dtype.value))
+        return self._sent[index].make()
 
 
 class FollowedTeacher(Protocol):

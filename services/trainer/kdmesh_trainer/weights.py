@@ -31,7 +31,7 @@ class StudentWeight:
 
     def shard(self) -> Tensor:
         """This rank's part of the tensor as it is now, added up as the student keeps it. Collective with an adapter."""
-        return self.base.detach() if self.added is None else _sum(self.base.detach(), self.added)
+        return self.base.detach() if self.added is None else _sum(self.base, self.added)
 
     def whole(self, dtype: torch.dtype | None) -> Tensor:
         """The tensor as it is now, added up as the student keeps it and then rounded to `dtype` once. Collective.
@@ -39,10 +39,20 @@ class StudentWeight:
         Args:
             dtype: None leaves it as it is.
         """
-        tensor = self.shard()
-        # Before it is gathered: fewer bytes travel.
-        tensor = tensor if dtype is None else tensor.to(dtype)
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return whole(self.shard(), dtype)
+
+    def is_exact_in(self, dtype: torch.dtype) -> bool:
+        """Whether rounding to `dtype` changes nothing of the base that this rank holds."""
+        base = self.base.detach()
+        base = base.to_local() if isinstance(base, DTensor) else base
+        return torch.equal(base.to(dtype).to(base.dtype), base)
+
+
+def whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """All of a tensor that may be a shard, in `dtype`; None leaves it as it is. Collective."""
+    # Rounded before it is gathered: fewer bytes travel.
+    tensor = tensor.detach() if dtype is None else tensor.detach().to(dtype)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def weights_of(lm: PreTrainedModel, adapter: Adapter | None) -> dict[str, StudentWeight]:
@@ -72,7 +82,7 @@ def without_aliases(weights: dict[str, StudentWeight]) -> dict[str, StudentWeigh
 
 
 def _sum(base: Tensor, added: LowRank) -> Tensor:
-    a, b = added.a.detach(), added.b.detach()
+    base, a, b = base.detach(), added.a.detach(), added.b.detach()
     if isinstance(a, DTensor):
         # The others are split by rows, so each rank computes the rows that it has.
         a = a.redistribute(placements=[Replicate()])
