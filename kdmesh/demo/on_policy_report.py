@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdmesh.demo.charts import Chart, Curve, draw
 from kdmesh.demo.corpus import Corpus
-from kdmesh.demo.on_policy import OnPolicyOutcome
+from kdmesh.demo.outcome import OnPolicyOutcome
 from kdmesh.demo.plan import Plan
 from kdmesh.demo.record import SampledStep, teacher_wait_fraction
 from kdmesh.demo.report import Page, size_in_words, write_page

@@ -9,8 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kdmesh.demo.on_policy import OnPolicyOutcome
-from kdmesh.demo.outcome import Outcome
+from kdmesh.demo.outcome import OnPolicyOutcome, Outcome
 from kdmesh.demo.record import Evaluation
 
 

@@ -15,9 +15,8 @@ from kdmesh.demo import plan as plans
 from kdmesh.demo import workspace as places
 from kdmesh.demo.corpus import Corpus, Example
 from kdmesh.demo.live import figures
-from kdmesh.demo.on_policy import OnPolicyOutcome
 from kdmesh.demo.on_policy_report import write_report as write_on_policy_report
-from kdmesh.demo.outcome import Outcome, check_same_start
+from kdmesh.demo.outcome import OnPolicyOutcome, Outcome, check_same_start
 from kdmesh.demo.plan import BRIEF, STANDARD
 from kdmesh.demo.record import read_record, read_sampled
 from kdmesh.demo.report import write_report
