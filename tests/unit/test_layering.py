@@ -198,6 +198,12 @@ def test_configurations_load_nothing_heavy() -> None:
         assert done.stdout.split() == [], name
 
 
+def test_a_teacher_server_loads_torch_only_for_an_engine_that_needs_it() -> None:
+    script = "import sys, kdmesh_teacher.lifecycle, kdmesh_teacher.fake_engine; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
 def test_no_file_has_a_name_that_says_nothing() -> None:
     every = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py"), *(module.path for module in modules())]
     assert not [path for path in every if path.stem in FORBIDDEN_NAMES or path.parent.name in FORBIDDEN_NAMES]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from kdmesh.types import DType, HeadSpec, Int32Array, SleepTag, TokenSequence
 from kdmesh.weights.manifest import TensorSpec
-from kdmesh.weights.staging import StagedTensors
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
+
+if TYPE_CHECKING:
+    from kdmesh.weights.staging import StagedTensors
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: multiplying by it spreads bits upwards
 
@@ -90,7 +92,9 @@ class FakeEngine:
         )
 
     def begin(self) -> None:
-        """Make room for new ones."""
+        """Make room for new ones; only here is torch loaded."""
+        from kdmesh.weights.staging import StagedTensors
+
         self._staged = StagedTensors(self.tensor_specs())
 
     def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
@@ -102,8 +106,8 @@ class FakeEngine:
         """Compute with the new ones from now on."""
         assert self._staged is not None
         tensors = self._staged.tensors
-        self._trunk_D = tensors["trunk"].to(torch.float32).numpy()
-        self._head_VD = tensors["head"].to(torch.float32).numpy()
+        self._trunk_D = tensors["trunk"].float().numpy()
+        self._head_VD = tensors["head"].float().numpy()
         self._staged = None
 
     def discard(self) -> None:

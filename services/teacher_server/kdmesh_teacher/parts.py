@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from kdmesh.handles.store import SlabStore
-from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
 from kdmesh.types import ModelDescription
 from kdmesh_teacher.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from kdmesh.rpc.weight_updates import WeightUpdates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

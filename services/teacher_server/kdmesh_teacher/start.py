@@ -8,13 +8,12 @@ import time
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdmesh.errors import ConfigError
 from kdmesh.handles.ledger import SlabLimits
 from kdmesh.handles.memory import SegmentWriter
 from kdmesh.handles.store import SlabStore
-from kdmesh.models.placement import gpu
-from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.outstanding import Outstanding
@@ -28,6 +27,9 @@ from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
 from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
 from kdmesh_teacher.served import first_weights
+
+if TYPE_CHECKING:
+    from kdmesh.rpc.weight_updates import WeightUpdates
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +88,12 @@ async def start(
 def _updates(
     cfg: EngineConfig, engine: Engine, model: EngineDescription, scheduler: Scheduler, stack: AsyncExitStack
 ) -> WeightUpdates | None:
-    """What takes new weights, if any may come."""
+    """What takes new weights, if any may come. Only then is torch loaded for it: frozen teachers start without."""
     if not model.architecture_fingerprint:
         return None
+    from kdmesh.models.placement import gpu
+    from kdmesh.rpc.weight_updates import WeightUpdates
+
     assert isinstance(engine, UpdatableEngine)
     updates = WeightUpdates(
         engine,

@@ -1,0 +1,95 @@
+"""A pool whose teachers get new weights: it takes rows of no others, whoever has been restarted or updated."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdmesh import errors
+from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.types import DType
+from kdmesh.weights.manifest import TensorSpec
+from tests.support.teacher_process import teacher_process
+from tests.support.teacher_requests import expected_rows, sequence
+
+FINGERPRINT = "fa4e000000080000003c"
+ASKED = [sequence(30)]
+
+
+def publish(version: int, *addresses: str) -> None:
+    """Weights that double the rows so many times."""
+    trunk, head = torch.full((8,), 2.0**version), torch.full((64, 8), float(version))
+    with WeightSender(addresses, service=TEACHERS, bucket_bytes=2**12, deadline_s=20) as sender:
+        sender.publish(
+            version,
+            FINGERPRINT,
+            [
+                (TensorSpec(name="trunk", shape=(8,), dtype=DType.FLOAT32), lambda: trunk),
+                (TensorSpec(name="head", shape=(64, 8), dtype=DType.FLOAT32), lambda: head),
+            ],
+        )
+
+
+def rows_and_head(pool: TeacherPool, version: int) -> tuple[Tensor, Tensor]:
+    rows, (head, belongs_to) = pool.submit(ASKED).wait(), pool.head()
+    assert rows.weight_version == belongs_to == version
+    return rows.rows_RD.clone(), head.weight_VD.clone()
+
+
+def test_a_restarted_teacher_is_used_again_when_it_has_the_weights_and_not_before(tmp_path: Path) -> None:
+    updatable = {"updatable": True}
+    with teacher_process(tmp_path, engine=updatable) as first, teacher_process(tmp_path, engine=updatable) as second:
+        addresses = [first.grpc, second.grpc]
+        with TeacherPool(addresses, job="test", deadline_s=20) as pool:
+            publish(2, *addresses)
+            pool.follow(2)
+            first.signal(signal.SIGKILL)
+            first.process.wait()
+            port = {"port": int(first.grpc.split(":")[1])}
+            with teacher_process(tmp_path, engine=updatable, server=port) as again:
+                (replica, _) = pool._fleet._replicas._replicas
+                while "has weight version 1; this job's teacher has 2" not in str(replica.last_error):
+                    rows_RD, head_VD = rows_and_head(pool, 2)
+                    assert torch.equal(rows_RD, expected_rows(ASKED) * 4) and bool((head_VD == 2).all())
+                publish(3, *addresses)
+                pool.follow(3)
+                second.signal(signal.SIGKILL)
+                rows_RD, head_VD = rows_and_head(pool, 3)
+                assert torch.equal(rows_RD, expected_rows(ASKED) * 8) and bool((head_VD == 3).all())
+                assert again.get("/v1/weights")["version"] == 3
+
+
+def test_weights_of_another_job_are_noticed_before_a_row_is_used(tmp_path: Path) -> None:
+    with (
+        teacher_process(tmp_path, engine={"updatable": True}) as teacher,
+        TeacherPool([teacher.grpc], job="test", deadline_s=20) as pool,
+    ):
+        publish(2, teacher.grpc)
+        pool.follow(2)
+        rows_and_head(pool, 2)
+        publish(3, teacher.grpc)
+        with pytest.raises(errors.ModelMismatch, match="for weight version 2; this server has 3"):
+            pool.submit(ASKED).wait()
+
+
+def test_a_pool_says_which_weights_its_only_teacher_lacks(tmp_path: Path) -> None:
+    with (
+        teacher_process(tmp_path, engine={"updatable": True}) as first,
+        TeacherPool([first.grpc], job="test", deadline_s=3) as pool,
+    ):
+        publish(2, first.grpc)
+        pool.follow(2)
+        first.signal(signal.SIGKILL)
+        first.process.wait()
+        port = {"port": int(first.grpc.split(":")[1])}
+        with (
+            teacher_process(tmp_path, engine={"updatable": True}, server=port),
+            pytest.raises(errors.DeadlineExpired, match="has weight version 1; this job's teacher has 2"),
+        ):
+            pool.submit(ASKED).wait()
