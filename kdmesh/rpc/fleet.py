@@ -28,7 +28,9 @@ class Fleet:
         self.weight_version = 0
         self._is_following = False
         self._fingerprint = model_fingerprint
-        self._replicas = Replicas("teacher", addresses, self._connect)
+        self._outdated: set[str] = set()  # addresses of replicas that were found without the weights that are wanted
+        self._addresses = frozenset(addresses)
+        self._replicas = Replicas("teacher", addresses, self._connect, hopeless=self._hopeless)
 
     @property
     def model(self) -> ModelDescription:
@@ -66,13 +68,14 @@ class Fleet:
     def follow(self, weight_version: int) -> None:
         """Every replica has new weights, of this version; a replica that is found without them is not used."""
         self.weight_version, self._is_following = weight_version, True
+        self._outdated.clear()
 
     async def ask(self, sequences: Sequence[TokenSequence], deadline: Deadline, weight_version: int) -> TeacherRows:
         """The rows of a request that the model's limits allow; the same whichever replica answers.
 
         Raises:
             DeadlineExpired: no replica answered in time.
-            ModelMismatch: a replica has other weights than those of `weight_version`.
+            ModelMismatch: a replica has other weights than those of `weight_version`, or all have lost them.
             RpcError: the request is refused, or the engine failed on it.
         """
 
@@ -125,11 +128,22 @@ class Fleet:
     def _check_version(self, client: TeacherClient) -> None:
         """Before `follow`, replicas whose weights can be replaced may differ: they are about to get the same."""
         theirs = client.model
+        self._outdated.discard(client.address)
         if theirs.weight_version == self.weight_version or (theirs.architecture_fingerprint and not self._is_following):
             return
         message = (
             f"{client.address} has weight version {theirs.weight_version}; this job's teacher has {self.weight_version}"
         )
         if theirs.architecture_fingerprint:
+            self._outdated.add(client.address)
             raise Unavailable(f"{message}, and gets it with the next update")
         raise ModelMismatch(message)
+
+    def _hopeless(self) -> ModelMismatch | None:
+        """Whoever waits for rows would wait in vain: the next update comes after them."""
+        if self._outdated != self._addresses:
+            return None
+        return ModelMismatch(
+            f"no teacher has weight version {self.weight_version} any more: {', '.join(sorted(self._addresses))} "
+            "were started anew. The same command continues from the last checkpoint, and brings them its weights"
+        )

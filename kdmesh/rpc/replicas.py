@@ -9,7 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-from kdmesh.errors import DeadlineExpired, HandleGone, Unavailable
+from kdmesh.errors import DeadlineExpired, HandleGone, KdmeshError, Unavailable
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.replica import Client, Replica
 from kdmesh.rpc.retry import Deadline, RetryPolicy
@@ -30,13 +30,22 @@ class Replicas(Generic[C]):
         kind: what they are called in messages.
         addresses: host:port of each.
         connect: one attempt at an address.
+        hopeless: why nobody need wait for one to become usable; None as long as that may be.
 
     Attributes:
         retries: requests that were sent once more.
     """
 
-    def __init__(self, kind: str, addresses: Sequence[str], connect: Callable[[str], Awaitable[C]]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        addresses: Sequence[str],
+        connect: Callable[[str], Awaitable[C]],
+        *,
+        hopeless: Callable[[], KdmeshError | None] = lambda: None,
+    ) -> None:
         self.retries = 0
+        self._hopeless = hopeless
         self._kind = kind
         self._changed = asyncio.Event()
         self._tasks = BackgroundTasks()
@@ -149,6 +158,8 @@ class Replicas(Generic[C]):
         def is_chosen() -> bool:
             if all(r.failure is not None for r in self._replicas):
                 raise next(r.failure for r in self._replicas if r.failure is not None)
+            if (reason := self._hopeless()) is not None:
+                raise reason
             free = [r for r in self._replicas if r.free_in_s == 0]
             chosen[:] = sorted(free, key=lambda r: r.outstanding_tokens)[:1]
             return bool(chosen)

@@ -112,6 +112,8 @@ def test_a_teacher_that_is_an_average_lags_behind_the_student(story: Story) -> N
     assert abs(divergences[0]) < 1e-6  # they begin as the same
     assert min(divergences[1:]) > 1e-5
     assert divergences[EVERY - 1] > divergences[1]
+    ages = [step["teacher_age_steps"] for step in story.undisturbed.steps()]
+    assert ages == [step % EVERY for step in range(STEPS)]
 
 
 def test_a_job_that_was_killed_with_its_teacher_learns_exactly_the_same(story: Story) -> None:

@@ -46,12 +46,15 @@ class StepStats:
     num_loss_tokens: int
     num_tokens: int  # loss tokens and all others
     teacher_wait_s: float  # mean over ranks of the time spent waiting for rows
+    teacher_age_steps: int | None = None  # steps since the teacher got the student's weights; None: it is frozen
     rollouts: RolloutFigures | None = None  # None: nothing was sampled
     samples: SampleScores | None = None  # None: nothing was sampled
 
     def figures(self) -> dict[str, float | None]:
-        """Every figure by its name, in one level."""
+        """Every figure by its name, in one level; of a teacher's age only where it has one."""
         figures = asdict(self)
+        if self.teacher_age_steps is None:
+            del figures["teacher_age_steps"]
         rollouts, samples = figures.pop("rollouts"), figures.pop("samples")
         return {**figures, **(rollouts or {}), **(samples or {})}
 

@@ -75,6 +75,7 @@ class GradientStepper:
             num_loss_tokens=batch.num_loss_tokens,
             num_tokens=batch.num_tokens,
             teacher_wait_s=totals.teacher_wait_s / self._mesh.world_size,
+            teacher_age_steps=batch.teacher_age_steps,
             rollouts=batch.rollouts,
             samples=totals.samples,
         )

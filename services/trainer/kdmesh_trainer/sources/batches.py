@@ -63,6 +63,7 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]  # at least one
     num_loss_tokens: int  # over all ranks
     num_tokens: int  # over all ranks
+    teacher_age_steps: int | None = None  # steps since the teacher got the student's weights; None: it is frozen
     rollouts: RolloutFigures | None = None  # None: nothing was sampled
 
 

@@ -74,6 +74,7 @@ class OffPolicySource:
                 micro_batches=micro_batches,
                 num_loss_tokens=share.num_loss_tokens,
                 num_tokens=share.num_tokens,
+                teacher_age_steps=self._rows.teacher_age(self._next_planned),
             )
         )
         self._next_planned += 1

@@ -159,6 +159,7 @@ class OnPolicySource:
                 ),
                 num_loss_tokens=sum(s.num_rows for s in sequences),
                 num_tokens=sum(s.num_tokens for s in sequences),
+                teacher_age_steps=self._rows.teacher_age(step),
                 rollouts=figures_of(rollouts, staleness, waits_s=[share.wait_s for share in shares]),
             )
         )

@@ -46,6 +46,10 @@ class RowQueue:
         self._asks: deque[_Ask] = deque()  # not waited for yet, in order; the first ones are asked
         self._num_asked = 0
 
+    def teacher_age(self, step: int) -> int | None:
+        """Steps between the last update of the teacher and this one; None: there is none."""
+        return None if self._update_every is None else step % self._update_every
+
     def begin(self, step: int) -> None:
         """This step is trained on next, and the teacher has the weights for it."""
         if self._update_every is not None:
