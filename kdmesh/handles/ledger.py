@@ -14,6 +14,9 @@ The end of a session, by silence, by its own wish or by the death of its process
 What a holder that may be alive still has mapped is never written again: the slot is ABANDONED until
 it gets other memory (`renew`) or the holder goes. Memory replaced in this way is an *orphan* until its
 holder goes; there are at most `max_abandoned` of them.
+
+Memory is *worn* when whoever wrote it is gone (`wear_out`): it can be read, and instead of FREE its slot is
+ABANDONED, by nobody, until it gets other memory.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class SlotState(StrEnum):
     FILLING = "filling"  # an engine may write it
     READY = "ready"  # published, waiting to be claimed
     HELD = "held"  # somebody reads it, or has said that they will
-    ABANDONED = "abandoned"  # out of service: a holder without a session may still read it
+    ABANDONED = "abandoned"  # out of service: a holder without a session may still read it, or it is worn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,7 @@ class _Slot:
     ready_at: float = 0.0
     holder: int | None = None  # who has it mapped
     readers: int = 0  # streams that read it
+    is_worn: bool = False  # its memory must be replaced before it is lent again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,19 +310,25 @@ class Ledger:
 
     # New memory
 
+    def wear_out(self) -> None:
+        """All memory is worn."""
+        for slot in self._slots:
+            slot.is_worn = True
+        for index in self._free:
+            self._slots[index].state = SlotState.ABANDONED
+        self._free.clear()
+
     def to_renew(self) -> int | None:
         """An ABANDONED slot that may get new memory; None when there is none or too many orphans."""
-        if len(self._orphans) >= self._limits.max_abandoned:
-            return None
-        return next((i for i, slot in enumerate(self._slots) if slot.state is SlotState.ABANDONED), None)
+        return next((index for index in range(len(self._slots)) if self._may_renew(index)), None)
 
     def renew(self, index: int) -> bool:
-        """The slot has new memory, and its old an orphan; False when that is no longer wanted."""
-        slot = self._slots[index]
-        if slot.state is not SlotState.ABANDONED or len(self._orphans) >= self._limits.max_abandoned:
+        """The slot has new memory, and its old, if somebody may read it, is an orphan; False when no longer wanted."""
+        if not self._may_renew(index):
             return False
-        assert slot.handle is not None
-        self._orphans[index, slot.epoch] = _Orphan(holder=slot.holder, token=slot.handle.token)
+        slot = self._slots[index]
+        if slot.handle is not None:
+            self._orphans[index, slot.epoch] = _Orphan(holder=slot.holder, token=slot.handle.token)
         self._slots[index] = _Slot(epoch=slot.epoch + 1)
         self._put_back(index)
         self.counters.renewed += 1
@@ -372,9 +382,17 @@ class Ledger:
             return
         if owner := self._sessions.get(slot.session):
             owner.slots.discard(index)
-        self._slots[index] = _Slot(epoch=slot.epoch)
+        self._slots[index] = _Slot(epoch=slot.epoch, is_worn=slot.is_worn)
         self._put_back(index)
 
     def _put_back(self, index: int) -> None:
+        if self._slots[index].is_worn:
+            self._slots[index].state = SlotState.ABANDONED
+            return
         self._free.append(index)
         self._on_free()
+
+    def _may_renew(self, index: int) -> bool:
+        slot = self._slots[index]
+        is_read = slot.handle is not None
+        return slot.state is SlotState.ABANDONED and not (is_read and self.num_orphans >= self._limits.max_abandoned)

@@ -42,6 +42,7 @@ from kdmesh.handles.memory import (
     require_available,
     whole_pages,
 )
+from kdmesh.handles.renewal import Renewal
 from kdmesh.handles.reports import Counters, SessionEnd, SessionState
 from kdmesh.handles.shared import Matrix, Shape, SharedSegments
 from kdmesh.types import DType, Handle
@@ -131,7 +132,7 @@ class SlabStore:
         self._shared = SharedSegments(first_number=limits.slots)
         self._is_collected = asyncio.Event()  # set whenever an answer may have been claimed or ended
         self._is_free_told = True
-        self._may_renew = asyncio.Event()
+        self._renewal = Renewal(self._ledger, self._slots, writer)
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -154,7 +155,7 @@ class SlabStore:
             stack.callback(self._broker.close)
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(tasks.create_task(self._sweep_forever()).cancel)
-            stack.callback(tasks.create_task(self._renew_forever()).cancel)
+            stack.callback(tasks.create_task(self._renewal.run()).cancel)
             self._stack = stack.pop_all()
         return self
 
@@ -220,6 +221,7 @@ class SlabStore:
         if lease.is_open:
             lease.end()
             self._ledger.cancel(lease.slot)
+            self._renewal.slot_returned()
 
     # Reading
 
@@ -258,11 +260,14 @@ class SlabStore:
             yield
         finally:
             self._ledger.end_read(handle)
+            self._renewal.slot_returned()
 
     def release(self, session: bytes, key: Key) -> None:
         """End a handle for this session; nothing happens when it has ended, or was never this session's."""
         self._ledger.release(session, key)
         self._shared.release(session, key)
+        self._is_collected.set()
+        self._renewal.slot_returned()
 
     # Shared segments
 
@@ -317,6 +322,14 @@ class SlabStore:
             counters=replace(self._ledger.counters),
         )
 
+    async def replace_memory(self) -> None:
+        """Others write from now on, who cannot map what was made before them: the writer has changed.
+
+        Returns when every free slot has new memory, or there is none to be had. What is lent stays as it is, and its
+        slot gets new memory when it comes back.
+        """
+        await self._renewal.replace_all()
+
     # For the broker
 
     def claim(self, session: bytes, key: Key, holder: int) -> Segment:
@@ -330,13 +343,13 @@ class SlabStore:
     def holder_gone(self, holder: int) -> None:
         """Nothing that this connection claimed is read any more."""
         self._ledger.holder_gone(holder)
-        self._may_renew.set()
+        self._renewal.is_due.set()
 
     def process_died(self, holder: int, session: bytes) -> None:
         """The same, and its session has no client."""
         if end := self._ledger.process_died(holder, session):
             self._ended(end, "process died")
-        self._may_renew.set()
+        self._renewal.is_due.set()
 
     # Inside
 
@@ -349,7 +362,7 @@ class SlabStore:
         log.info("session ended", extra={"job": end.job, "reason": reason, "abandoned_slots": end.abandoned})
         self._shared.end_session(end.token)
         asyncio.get_running_loop().call_soon(self.on_session_end, end.token)
-        self._may_renew.set()
+        self._renewal.is_due.set()
 
     def _freed(self) -> None:
         self._is_collected.set()
@@ -371,23 +384,8 @@ class SlabStore:
                 self._ledger.excuse(late_s)
             for end in self._ledger.sweep():
                 self._ended(end, "silent")
-            self._may_renew.set()
-
-    async def _renew_forever(self) -> None:
-        while True:
-            await self._may_renew.wait()
-            self._may_renew.clear()
-            while (slot := self._ledger.to_renew()) is not None:
-                try:
-                    segment = await create_segment_in_thread(self.slot_bytes, self._writer)
-                except OSError as error:
-                    log.warning("slot stays abandoned", extra={"slot": slot, "error": str(error)})
-                    break  # until the next sweep
-                if self._ledger.renew(slot):
-                    segment, self._slots[slot] = self._slots[slot], segment
-                if self._writer is not None:
-                    self._writer.drop(segment)
-                segment.close()
+            self._is_collected.set()
+            self._renewal.is_due.set()
 
     def _close_memory(self) -> None:
         self._shared.close()

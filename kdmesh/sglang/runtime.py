@@ -55,6 +55,7 @@ class SglangRuntime:
         self._arguments = arguments
         self._stack = contextlib.ExitStack()
         self._death: asyncio.Future[str]
+        self._reason: str | None = None  # why it is dead
         self._on_death: Callable[[str], None] = lambda reason: None
         ignore_its_signal()
 
@@ -98,8 +99,8 @@ class SglangRuntime:
     def watch(self, on_death: Callable[[str], None]) -> None:
         """Call `on_death`, from any thread, when a scheduler dies, or at once when one has died."""
         self._on_death = on_death
-        if self._death.done():
-            on_death(self._death.result())
+        if self._reason is not None:
+            on_death(self._reason)
 
     def close(self) -> None:
         """Kill SGLang's processes, all of which are this process's children."""
@@ -130,5 +131,6 @@ class SglangRuntime:
         return running.result()
 
     def _died(self, reason: str) -> None:
+        self._reason = reason
         self._on_death(reason)  # first: whoever then sees a call fail knows why
         self.loop.call_soon_threadsafe(self._death.set_result, reason)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kdmesh.errors import ConfigError, HandleGone, InvalidRequest
-from kdmesh.handles import store as store_module
+from kdmesh.handles import renewal
 from kdmesh.handles.ledger import SlabLimits
 from kdmesh.handles.memory import Segment, create_segment_in_thread
 from kdmesh.handles.shared import Matrix
@@ -181,6 +181,33 @@ async def test_another_process_is_shown_every_memory_that_it_may_have_to_write(t
         door.close()
 
 
+async def test_after_a_change_of_writer_no_slot_is_lent_with_the_old_memory_and_what_is_read_stays(
+    tmp_path: Path,
+) -> None:
+    async with slab(tmp_path, slots=3) as store:
+        session = store.open_session("job").token
+        door = await ShmDoor.connect(store.socket_path, session, store.nonce)
+        held, expected = answer(store, session, seed=1)
+        tensor = await door.fetch(held)
+        unread, unread_expected = answer(store, session, seed=2)
+        filling = store.try_acquire(session)
+        assert filling is not None
+        old = {segment.number for segment in store._slots}
+        await store.replace_memory()
+        assert states(store) == {"held": 1, "ready": 1, "filling": 1}
+        late = await door.fetch(unread)
+        assert digest(late.view(torch.uint8).numpy().data) == unread_expected
+        assert digest(tensor.view(torch.uint8).numpy().data) == expected
+        store.cancel(filling)
+        del tensor, late
+        gc.collect()
+        await until(lambda: states(store) == {"free": 3})
+        leases = [store.try_acquire(session) for _ in range(3)]
+        assert not old & {lease.segment for lease in leases if lease is not None}
+        assert store.snapshot().orphans == 0
+        door.close()
+
+
 async def test_slot_without_new_memory_stays_out_of_service_until_there_is_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +224,7 @@ async def test_slot_without_new_memory_stays_out_of_service_until_there_is_some(
         door = await ShmDoor.connect(store.socket_path, session, store.nonce)
         handle, expected = answer(store, session, seed=1)
         tensor = await door.fetch(handle)
-        monkeypatch.setattr(store_module, "create_segment_in_thread", scarce)
+        monkeypatch.setattr(renewal, "create_segment_in_thread", scarce)
         store.close_session(session)
         await until(lambda: len(tries) == 1)
         assert states(store) == {"abandoned": 1}

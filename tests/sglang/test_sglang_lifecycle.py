@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+import torch
 
 from kdmesh.errors import RpcError
 from kdmesh.rpc.teacher_pool import TeacherPool
@@ -71,6 +73,44 @@ def test_requests_under_way_fail_when_the_scheduler_is_killed(tiny_models: TinyM
         assert teacher.process.wait(timeout=20) == 1
         with pytest.raises(RpcError):
             pending.wait()
+
+
+def test_killed_scheduler_is_replaced_and_its_requests_get_their_rows_but_not_more_often_than_allowed(
+    tiny_models: TinyModels, directory: Path
+) -> None:
+    asked = random_sequences([200] * 40, vocabulary_size=VOCABULARY_SIZE)
+    engine = {"on_death": "restart", "max_restarts": 1}
+    with (
+        sglang_teacher(directory, tiny_models.path("qwen3"), engine=engine) as teacher,
+        TeacherPool([teacher.grpc], job="test", deadline_s=100) as pool,
+    ):
+        held = pool.submit(asked).wait().rows_RD
+        kept = held.clone()
+        first = scheduler(teacher)
+        first.suspend()
+        pending = pool.submit(asked)
+        teacher.until_slots("filling", 1)
+        first.kill()
+        teacher.wait_event("engine is started again")
+        assert "the server's engine died" in teacher.get("/readyz")["reason"]
+        assert torch.allclose(pending.wait().rows_RD, kept, rtol=1e-4, atol=1e-4)
+        assert torch.equal(held, kept)
+        assert pool.stats().retries > 0
+        second = scheduler(teacher)
+        assert second.pid != first.pid
+        assert teacher.get("/readyz") == {"status": "ready"}
+        second.kill()
+        _, errors = teacher.process.communicate(timeout=20)
+        assert teacher.process.returncode == 1
+        assert "started again 1 times within 3600 s" in errors.splitlines()[-1]
+
+
+def test_an_engine_that_was_not_made_for_it_does_not_sleep(tiny_models: TinyModels, directory: Path) -> None:
+    with sglang_teacher(directory, tiny_models.path("qwen3")) as teacher:
+        answer = httpx.post(f"http://{teacher.rest}/v1/sleep", json={"tags": ["weights"]})
+        assert answer.status_code == 400
+        assert answer.json()["reason"] == "this engine cannot sleep; start the server with engine.sleep: true"
+        assert teacher.get("/readyz") == {"status": "ready"}
 
 
 def test_sigterm_leaves_no_process_and_no_file(tiny_models: TinyModels, directory: Path) -> None:

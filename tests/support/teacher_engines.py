@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 
+from kdmesh.errors import EngineFailure, KdmeshError
+from kdmesh.handles.memory import Segment
+from kdmesh.types import SleepTag
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
-from kdmesh_teacher.engine import PrefillJob
+from kdmesh_teacher.engine import PrefillJob, RestartLimits
 from kdmesh_teacher.fake_engine import FakeEngine
 
 
@@ -46,3 +49,72 @@ class ControlledEngine(FakeEngine):
     def let_go(self) -> None:
         """Let held prefills return."""
         self._open.set()
+
+
+class MortalEngine(ControlledEngine):
+    """A `ProcessEngine` whose process dies when a test says so; there is none in truth.
+
+    Attributes:
+        births: failures of the next starts of its process, None for one that succeeds; then all succeed.
+        num_starts: of its process.
+        asleep: tags that its process has given back.
+    """
+
+    def __init__(self, config: FakeEngineConfig, limits: RestartLimits) -> None:
+        super().__init__(config)
+        self.births: list[KdmeshError | None] = []
+        self.num_starts = 1
+        self.asleep: set[SleepTag] = set()
+        self._limits = limits
+        self._mapped: set[int] = set()
+        self._reason: str | None = None
+        self._on_death: Callable[[str], None] = lambda reason: None
+
+    @property
+    def restart_limits(self) -> RestartLimits:
+        return self._limits
+
+    def prefill(self, jobs: Sequence[PrefillJob]) -> None:
+        super().prefill(jobs)
+        if self._reason is not None:
+            raise EngineFailure(self._reason)
+        for job in jobs:
+            assert job.segment is None or job.segment in self._mapped, "memory of a process that is dead"
+
+    def kill(self) -> None:
+        """Its process dies; a prefill that is held fails when it is let go."""
+        self._reason = f"process {self.num_starts} died"
+        self._on_death(self._reason)
+
+    def restart(self) -> None:
+        self.num_starts += 1
+        failure = self.births.pop(0) if self.births else None
+        if failure is not None:
+            raise failure
+        self._reason = None
+        self._mapped.clear()
+        self.asleep.clear()
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        self._on_death = on_death
+
+    def adopt(self, segment: Segment) -> None:
+        if self._reason is not None:
+            raise ConnectionResetError(self._reason)
+        self._mapped.add(segment.number)
+
+    def drop(self, segment: Segment) -> None:
+        self._mapped.discard(segment.number)
+
+    def sleep(self, tags: Set[SleepTag]) -> None:
+        self.asleep |= tags
+
+    def wake(self, tags: Set[SleepTag]) -> None:
+        assert tags <= self.asleep
+        self.asleep -= tags
+
+    def num_cached_tokens(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass

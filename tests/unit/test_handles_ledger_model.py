@@ -40,6 +40,8 @@ class Slab(RuleBasedStateMachine):
         self.ledger = Ledger(LIMITS, lambda: self.now, self.freed)
         self.memories: dict[tuple[int, int], Memory] = {}
         self.epochs = [1] * LIMITS.slots
+        self.worn = [0] * LIMITS.slots  # newest epoch that nobody can write any more
+        self.num_worn_free = 0
         self.sessions = [self.ledger.open_session("a"), self.ledger.open_session("b")]
         self.fills: list[tuple[int, bytes]] = []
         self.answers: list[tuple[Handle, bytes]] = []  # dead ones too
@@ -62,6 +64,7 @@ class Slab(RuleBasedStateMachine):
         if slot is not None:
             memory = self.memories.setdefault((slot, self.epochs[slot]), Memory())
             assert not memory.is_touched
+            assert self.epochs[slot] > self.worn[slot]
             memory.writers = 1
             self.fills.append((slot, session))
 
@@ -182,11 +185,18 @@ class Slab(RuleBasedStateMachine):
             assert is_renewed or slot != wanted
             self.epochs[slot] += is_renewed
 
+    @precondition(lambda self: not self.fills)  # who wrote is gone
+    @rule()
+    def wear_out(self) -> None:
+        self.num_worn_free += self.ledger.slots_by_state()[SlotState.FREE]
+        self.worn = list(self.epochs)
+        self.ledger.wear_out()
+
     @invariant()
     def credits_add_up(self) -> None:
         states = self.ledger.slots_by_state()
         assert sum(states.values()) == LIMITS.slots
-        assert states[SlotState.FREE] == LIMITS.slots - self.ledger.counters.acquired + self.frees
+        assert states[SlotState.FREE] == LIMITS.slots - self.ledger.counters.acquired - self.num_worn_free + self.frees
         assert states[SlotState.FILLING] == len(self.fills)
         assert self.ledger.num_orphans <= LIMITS.max_abandoned
         assert all(session.slots <= LIMITS.slots_per_session for session in self.ledger.sessions())
@@ -202,6 +212,8 @@ class Slab(RuleBasedStateMachine):
         self.now += 100
         self.ledger.sweep()
         assert self.ledger.num_orphans == 0
+        while (worn := self.ledger.to_renew()) is not None:
+            assert self.ledger.renew(worn)
         assert self.ledger.slots_by_state()[SlotState.FREE] == LIMITS.slots
 
 

@@ -145,6 +145,12 @@ def engine(**members: object) -> SglangEngine:
         ({"node_rank": 1}, "with 1 nodes the last is one less"),
         ({"tensor_parallel": 4, "expert_parallel": 3}, "expert_parallel 3 does not divide tensor_parallel 4"),
         ({"num_nodes": 2, "tensor_parallel": 3, "dist_init_address": "a:1"}, "a multiple of num_nodes 2"),
+        ({"sleep": True, "device": "cpu"}, "SGLang can only give a GPU's memory back"),
+        ({"arguments": {"enable_memory_saver": True}}, "enable_memory_saver cannot be given; set engine.sleep instead"),
+        (
+            {"on_death": "restart", "num_nodes": 2, "tensor_parallel": 2, "dist_init_address": "a:1"},
+            "on_death restart needs num_nodes 1, not 2",
+        ),
         ({"tensor_paralel": 2}, "Extra inputs are not permitted"),
     ],
 )

@@ -57,6 +57,14 @@ class HeadParts:
     dtype: DType  # of both
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartLimits:
+    """How often an engine's processes may be started again."""
+
+    restarts: int  # within the window; 0: their death ends the server
+    window_s: float
+
+
 class Engine(Sleeper, Protocol):
     """A model. Blocking, and called from one thread only."""
 
@@ -104,7 +112,23 @@ class ProcessEngine(Engine, Protocol):
         ...
 
     def watch(self, on_death: Callable[[str], None]) -> None:
-        """From now on call `on_death` from some thread, with a reason, when one of them dies; called once."""
+        """From now on call `on_death` from some thread, with a reason, when one of them dies, or has died already.
+
+        Called once after each start of theirs.
+        """
+        ...
+
+    @property
+    def restart_limits(self) -> RestartLimits:
+        """How often others may take their place."""
+        ...
+
+    def restart(self) -> None:
+        """End them, and start others of the same model, which have mapped nothing yet. On the engine's thread.
+
+        Raises:
+            KdmeshError: they do not start, or do not compute what they must.
+        """
         ...
 
     def num_cached_tokens(self) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdmesh.handles.store import SlabStore
 from kdmesh.serving.outstanding import Outstanding
@@ -26,6 +26,7 @@ class Parts:
     updates: WeightUpdates | None  # None: the weights are frozen
     updating: Outstanding  # updates that are being received
     sleep: Sleep
+    run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service
     cached_tokens: Callable[[], int]  # so far, over all requests
 
     @property

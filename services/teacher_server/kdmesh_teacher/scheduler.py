@@ -26,6 +26,7 @@ from kdmesh_teacher.work import Answer, Work
 
 log = logging.getLogger(__name__)
 
+_DEATH_HINT_S = 1.0
 _SLOT_HINT_S = 1.0  # when slots come back depends on the clients, and cannot be measured
 
 
@@ -175,7 +176,7 @@ class Scheduler:
         while True:
             self._wake.clear()
             if self._death is not None:
-                self._refuse(self._queue.everything(), EngineFailure("the engine died; the server restarts"))
+                self._refuse(self._queue.everything(), _died())
                 raise EngineFailure(self._death)
             if self._update is not None:
                 await self._replace_weights(self._update)
@@ -200,6 +201,10 @@ class Scheduler:
         """Let `run` raise EngineFailure; a batch under way must fail by itself."""
         self._death = reason
         self._wake.set()
+
+    def engine_is_replaced(self) -> None:
+        """The dead engine's place is taken by another, so `run` may be called again."""
+        self._death = None
 
     # Waiting
 
@@ -318,7 +323,11 @@ class Scheduler:
         work.answer.set_result(answer)
 
     def _fail(self, work: Work) -> None:
-        if not work.answer.done():
+        if work.answer.done():
+            return
+        if self._death is not None:
+            work.answer.set_exception(_died())
+        else:
             work.answer.set_exception(
                 EngineFailure("the engine failed on the batch of this request; the server's log has the details")
             )
@@ -366,3 +375,8 @@ class Scheduler:
                 admission.check_version(work.weight_version, weights.version)
             except ModelMismatch as error:
                 self._refuse([work], error)
+
+
+def _died() -> Unavailable:
+    """For requests that are not at fault: others may answer them, or this server when its engine is back."""
+    return Unavailable("the engine died; ask again", retry_after_s=_DEATH_HINT_S)

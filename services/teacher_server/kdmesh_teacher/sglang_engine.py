@@ -19,7 +19,7 @@ from kdmesh.sglang.arguments import has_deterministic_inference
 from kdmesh.sglang.runtime import SglangRuntime
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import SleepTag
-from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
+from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob, RestartLimits
 from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
 from kdmesh_teacher.sglang_plugin import SOCKET_VARIABLE
@@ -42,7 +42,7 @@ class SglangEngine:
 
     def __init__(self, config: SglangEngineConfig) -> None:
         self._config = config
-        self._runtime = SglangRuntime(config, socket_variable=SOCKET_VARIABLE, arguments=_ARGUMENTS)
+        self._runtime = _runtime(config)
         self._num_cached_tokens = 0
         self._is_alone = False
 
@@ -97,6 +97,19 @@ class SglangEngine:
     def watch(self, on_death: Callable[[str], None]) -> None:
         """Call `on_death` when a scheduler dies, or at once when one has died."""
         self._runtime.watch(on_death)
+
+    @property
+    def restart_limits(self) -> RestartLimits:
+        """As configured."""
+        config = self._config
+        restarts = config.max_restarts if config.on_death == "restart" else 0
+        return RestartLimits(restarts=restarts, window_s=config.restart_window_s)
+
+    def restart(self) -> None:
+        """End SGLang's processes and start others, whose rows are compared as at the first start."""
+        self._runtime.close()
+        self._runtime = _runtime(self._config)
+        self.load()
 
     def num_cached_tokens(self) -> int:
         """As SGLang counts them."""
@@ -189,6 +202,10 @@ class SglangEngine:
             return_hidden_states=True,
         )
         return answers
+
+
+def _runtime(config: SglangEngineConfig) -> SglangRuntime:
+    return SglangRuntime(config, socket_variable=SOCKET_VARIABLE, arguments=_ARGUMENTS)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -25,6 +25,7 @@ from kdmesh_teacher.config import EngineConfig, SlabConfig, TeacherConfig, Trans
 from kdmesh_teacher.engine import Engine, EngineDescription, ProcessEngine, UpdatableEngine
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
+from kdmesh_teacher.revival import Revival
 from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
 from kdmesh_teacher.served import first_weights
 
@@ -71,16 +72,19 @@ async def start(
     loaded = LoadedEngine(engine=engine, thread=thread, model=described, check=check)
     limits = QueueLimits(max_tokens=config.queue.max_tokens, max_wait_s=config.queue.max_wait_s)
     scheduler = Scheduler(loaded, store, limits, metrics, weights)
-    if isinstance(engine, ProcessEngine):
-        _watch(engine, scheduler)
     updating = Outstanding()
+    sleep = Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate)
+    run = scheduler.run
+    if isinstance(engine, ProcessEngine):
+        run = Revival(engine, thread, scheduler, store, sleep, gate, check=check).run
     return Parts(
         model_at_start=model,
         store=store,
         scheduler=scheduler,
         updates=_updates(config.engine, engine, described, scheduler, stack),
         updating=updating,
-        sleep=Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate),
+        sleep=sleep,
+        run=run,
         cached_tokens=engine.num_cached_tokens if isinstance(engine, ProcessEngine) else lambda: 0,
     )
 
@@ -105,15 +109,6 @@ def _updates(
     )
     stack.push_async_callback(asyncio.to_thread, updates.close)
     return updates
-
-
-def _watch(engine: ProcessEngine, scheduler: Scheduler) -> None:
-    loop = asyncio.get_running_loop()
-
-    def on_death(reason: str) -> None:
-        loop.call_soon_threadsafe(scheduler.engine_died, reason)
-
-    engine.watch(on_death)
 
 
 def _store(slab: SlabConfig, socket_path: Path, writer: SegmentWriter | None = None) -> SlabStore:
