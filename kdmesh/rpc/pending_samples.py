@@ -58,6 +58,11 @@ class PendingSamples:
         """Whether `wait` would return, or raise, at once."""
         return self._future.done()
 
+    def is_done_before(self, other: concurrent.futures.Future[None]) -> bool:
+        """Block until this or `other` is done; whether this is."""
+        concurrent.futures.wait((self._future, other), return_when=concurrent.futures.FIRST_COMPLETED)
+        return self.is_done
+
     def poll(self) -> list[tuple[int, Sample]]:
         """Samples with their index that have come since the last call. Does not block, and raises nothing."""
         return self._arrived.take_new()
@@ -67,7 +72,7 @@ class PendingSamples:
 
         Raises:
             DeadlineExpired: the last one did not come in time.
-            ModelMismatch: every server has older weights than the request wants.
+            ModelMismatch: every server that answers has older weights than the request wants.
             RpcError: the request was refused or failed.
         """
         began_s = time.monotonic()

@@ -43,9 +43,11 @@ class RolloutClient:
     Attributes:
         address: host:port.
         model: what the server said of itself when it was connected.
+        weight_version: of the weights that it serves, as far as this side knows.
     """
 
     model: RolloutDescription
+    weight_version: int
 
     def __init__(self, address: str) -> None:
         """Use `connect`."""
@@ -85,6 +87,7 @@ class RolloutClient:
             self.model = rollout_codec.rollout_description_from_wire(described)
         except InvalidRequest as error:
             raise EngineFailure(f"{self.address} describes an impossible model: {error}") from None
+        self.weight_version = self.model.weight_version
         if architecture_fingerprint not in ("", self.model.architecture_fingerprint):
             raise ModelMismatch(
                 f"{self.address} serves architecture {self.model.architecture_fingerprint}; "

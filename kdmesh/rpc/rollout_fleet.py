@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from kdmesh.errors import ModelMismatch, Unavailable
@@ -16,11 +16,25 @@ _SAME = ("architecture_fingerprint", "tokenizer_fingerprint", "vocabulary_size",
 
 
 class RolloutFleet:
-    """Belongs to one event loop."""
+    """Belongs to one event loop.
 
-    def __init__(self, addresses: Sequence[str], *, job: str, architecture_fingerprint: str) -> None:
-        self._addresses = frozenset(addresses)
+    Args:
+        job: name for the servers' metrics.
+        architecture_fingerprint: the model that is wanted; empty takes the first server's.
+        on_outdated: called when a server turns out to have older weights than `note_weights` was told.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        job: str,
+        architecture_fingerprint: str,
+        on_outdated: Callable[[], None] = lambda: None,
+    ) -> None:
         self._job = job
+        self._on_outdated = on_outdated
+        self._newest = 0
         self._model: RolloutDescription | None = None
         self._fingerprint = architecture_fingerprint
         self._replicas = Replicas("rollout server", addresses, self._connect)
@@ -53,16 +67,30 @@ class RolloutFleet:
         """Close every connection."""
         await self._replicas.close()
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether a server that is connected is known to have older weights than `note_weights` was told."""
+        return any(client.weight_version < self._newest for client in self._replicas.clients)
+
+    async def note_weights(self, version: int, behind: Collection[str]) -> None:
+        """Every server but those at the addresses `behind` serves this version now."""
+        self._newest = version
+        for client in self._replicas.clients:
+            if client.address not in behind:
+                client.weight_version = version
+
     async def sample(self, ask: Ask, on_sample: Callable[[int, Sample], None], deadline: Deadline) -> None:
         """Give every sample to `on_sample` once, with its index, whichever server it comes from.
 
         Raises:
             DeadlineExpired: the last one did not come in time.
-            ModelMismatch: every server has older weights than the request wants.
+            ModelMismatch: every server that answers has older weights than the request wants.
             RpcError: the request is refused, or the engine failed on it.
         """
         missing = set(range(ask.num_samples))
-        refusals: dict[str, ModelMismatch] = {}
+
+        def is_new_enough(client: RolloutClient) -> bool:
+            return client.weight_version >= ask.min_weight_version
 
         def arrive(index: int, sample: Sample) -> None:
             missing.remove(index)
@@ -72,12 +100,14 @@ class RolloutFleet:
             try:
                 await _sample_missing(client, ask, sorted(missing), arrive, deadline)
             except ModelMismatch as error:
-                refusals[client.address] = error
-                if refusals.keys() == self._addresses:
+                client.weight_version = min(client.weight_version, ask.min_weight_version - 1)
+                self._look_at(client)
+                # One that does not answer is not waited for: it would have old weights when it is back.
+                if not any(is_new_enough(other) for other in self._replicas.clients):
                     raise
                 raise Unavailable(str(error), retry_after_s=0.0) from None
 
-        await self._replicas.somewhere(attempt, ask.num_tokens, deadline)
+        await self._replicas.somewhere(attempt, ask.num_tokens, deadline, is_good=is_new_enough)
 
     async def _connect(self, address: str) -> RolloutClient:
         client = await RolloutClient.connect(address, job=self._job, architecture_fingerprint=self._fingerprint)
@@ -86,7 +116,12 @@ class RolloutFleet:
         except ModelMismatch:
             await client.close()
             raise
+        self._look_at(client)
         return client
+
+    def _look_at(self, client: RolloutClient) -> None:
+        if client.weight_version < self._newest:
+            self._on_outdated()
 
     def _admit(self, client: RolloutClient) -> None:
         """All must serve the same model; the narrowest limits count."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import concurrent.futures
+import time
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -30,7 +32,7 @@ class RolloutPool:
 
     Requests go to the server with the fewest outstanding tokens. When a server dies, the samples that it still owed
     are sampled by another one, or by itself when it is back; those that have come are kept, so none is used twice.
-    Nothing is retried past the deadline.
+    Nothing is retried past the deadline. A server that came back has old weights: `wait` tells whoever brings the new.
 
     Raises, when opened:
         DeadlineExpired: no server answers within `deadline_s`.
@@ -52,6 +54,7 @@ class RolloutPool:
         self._deadline_s = deadline_s
         self._samples = self._tokens = 0
         self._wait_s = 0.0
+        self._outdated: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._loop = BackgroundLoop()
         try:
             self._fleet = self._loop.run(self._open, addresses, job, architecture_fingerprint)
@@ -122,6 +125,26 @@ class RolloutPool:
         deadline = Deadline.after(self._deadline_s if within_s is None else within_s)
         self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), deadline)
 
+    def note_weights(self, version: int, *, behind: Collection[str]) -> None:
+        """Every server but those at the addresses `behind` serves this version now. Blocks, shortly."""
+        self._loop.run(self._note, version, behind)
+
+    def wait(self, pending: Iterable[PendingSamples]) -> bool:
+        """Block until all of them are done, or until a server is found to have older weights than were noted.
+
+        Returns:
+            False for such a server; each is told of once.
+        """
+        began_s = time.monotonic()
+        try:
+            outdated = self._outdated
+            if all(one.is_done_before(outdated) for one in pending):
+                return True
+            self._outdated = concurrent.futures.Future()
+            return False
+        finally:
+            self._waited(time.monotonic() - began_s)
+
     def stats(self) -> RolloutStats:
         """What was done so far."""
         return RolloutStats(
@@ -137,13 +160,27 @@ class RolloutPool:
     # On the loop
 
     async def _open(self, addresses: Sequence[str], job: str, architecture_fingerprint: str) -> RolloutFleet:
-        fleet = RolloutFleet(addresses, job=job, architecture_fingerprint=architecture_fingerprint)
+        fleet = RolloutFleet(
+            addresses,
+            job=job,
+            architecture_fingerprint=architecture_fingerprint,
+            on_outdated=self._tell_outdated,
+        )
         try:
             await fleet.start(Deadline.after(self._deadline_s))
         except BaseException:
             await fleet.close()
             raise
         return fleet
+
+    async def _note(self, version: int, behind: Collection[str]) -> None:
+        await self._fleet.note_weights(version, behind)
+        if not self._fleet.is_outdated:
+            self._outdated = concurrent.futures.Future()
+
+    def _tell_outdated(self) -> None:
+        if not self._outdated.done():
+            self._outdated.set_result(None)
 
     async def _sample(self, ask: Ask, arrived: ArrivedSamples) -> None:
         def arrive(index: int, sample: Sample) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from kdmesh.weights.pair_group import check_own_address
 log = logging.getLogger(__name__)
 
 _BUFFERS = 3  # one is filled, one is copied by the servers, one waits for them
+_ANSWER_S = 3.0  # a server that is there answers sooner
 _SOCKET = "weights.sock"
 # Trying again would end the same way.
 _FINAL = (ConfigError, InvalidRequest, ModelMismatch)
@@ -117,6 +118,10 @@ class WeightSender:
         """
         return self._loop.run(self._describe, Deadline.after(self._deadline_s))
 
+    def outdated(self, version: int) -> frozenset[str]:
+        """Addresses of the servers that answer now, and serve an older version. Blocks, shortly."""
+        return self._loop.run(self._outdated, version)
+
     def publish(
         self,
         version: int,
@@ -124,22 +129,30 @@ class WeightSender:
         tensors: Weights,
         policy: UpdatePolicy = UpdatePolicy.FINISH,
         changes: Changes | None = None,
-    ) -> None:
-        """Return when every server serves this version. Blocks.
+        *,
+        to: Collection[str] | None = None,
+        needed: int | None = None,
+    ) -> frozenset[str]:
+        """Return when `needed` servers serve this version, and the others have been tried once. Blocks.
 
         Tensors are made in this thread, one at a time and in order, and again from the first for servers that
         were not there the first time.
 
         Args:
-            version: above all that the servers serve.
+            version: its number.
             architecture_fingerprint: of the model.
             tensors: all of the model's.
             policy: what becomes of samples under way.
             changes: to be added to `tensors`, which then are a base: it travels the first time, and to servers that
                 turn out not to hold it.
+            to: addresses of the servers that are to get it; None for all.
+            needed: how many of them must serve it; None for all.
+
+        Returns:
+            The addresses of those that were left behind.
 
         Raises:
-            DeadlineExpired: a server did not get it in time; the others serve it.
+            DeadlineExpired: a server that is needed did not get it in time; the others serve it.
             ModelMismatch: a server has another model, or serves weights as new already; the others serve it.
             InvalidRequest: a server has other tensors, or found bytes changed on their way; the others serve it.
             ConfigError: a server cannot use the `door` that was asked for.
@@ -162,7 +175,14 @@ class WeightSender:
 
         is_known = adapter is not None and adapter.base == self._base
         short = update(factors) if is_known else None
-        progress = _Progress(update([*tensors, *factors]), short, self._addresses, Deadline.after(self._deadline_s))
+        addresses = self._addresses if to is None else tuple(to)
+        progress = _Progress(
+            update([*tensors, *factors]),
+            short,
+            addresses,
+            Deadline.after(self._deadline_s),
+            needed=len(addresses) if needed is None else needed,
+        )
         while progress.is_unfinished:
             delivery = self._loop.run(self._begin, progress)
             try:
@@ -170,8 +190,9 @@ class WeightSender:
             finally:
                 self._loop.run(delivery.close)
             progress.note(delivery.links)
-        progress.report()
+        left_behind = progress.report()
         self._base = None if adapter is None else adapter.base
+        return left_behind
 
     def close(self) -> None:
         """Give the memory back and end the thread."""
@@ -218,7 +239,7 @@ class WeightSender:
 
     async def _try_link(self, progress: _Progress, address: str) -> WeightLink | None:
         try:
-            async with asyncio.timeout(progress.deadline.left_s):
+            async with asyncio.timeout(min(progress.deadline.left_s, self._offer.bucket_s)):
                 if address in progress.uncertain:
                     served = await describe_weights(address, self._service)
                     if served.version == progress.version:
@@ -230,6 +251,17 @@ class WeightSender:
         except KdmeshError as error:
             progress.failed(address, error)
         return None
+
+    async def _outdated(self, version: int) -> frozenset[str]:
+        async def is_outdated(address: str) -> bool:
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    return (await describe_weights(address, self._service)).version < version
+            except (RpcError, TimeoutError):
+                return False
+
+        found = await asyncio.gather(*(is_outdated(address) for address in self._addresses))
+        return frozenset(address for address, is_old in zip(self._addresses, found, strict=True) if is_old)
 
     async def _describe(self, deadline: Deadline) -> tuple[ServedWeights, ...]:
         return tuple(await asyncio.gather(*(self._describe_one(address, deadline) for address in self._addresses)))
@@ -266,8 +298,10 @@ class _Progress:
         attempts: rounds of connecting so far.
     """
 
-    def __init__(self, whole: _Update, short: _Update | None, addresses: Sequence[str], deadline: Deadline) -> None:
-        """`short` is tried once, first."""
+    def __init__(
+        self, whole: _Update, short: _Update | None, addresses: Sequence[str], deadline: Deadline, *, needed: int
+    ) -> None:
+        """`short` is tried once, first. `needed` servers must get it, the others are tried."""
         self.version = whole.manifest.version
         self.update = short or whole
         self._whole = whole
@@ -275,27 +309,36 @@ class _Progress:
         self.waiting = dict.fromkeys(addresses)
         self.uncertain: set[str] = set()
         self.attempts = 0
+        self._left_over = len(addresses) - needed  # that many need not get it
+        self._lacks_base = False  # a server that is there; it is to get the whole
         self._errors: dict[str, KdmeshError] = {}  # the last of each server
         self._refusals: list[tuple[str, KdmeshError]] = []
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether something can still be done."""
-        return bool(self.waiting) and (self.deadline.left_s > 0 or not self.attempts)
+        """Whether something can still be done, and must be."""
+        if not self.attempts:
+            return bool(self.waiting)
+        return (len(self.waiting) > self._left_over or self._lacks_base) and self.deadline.left_s > 0
 
     def begin_attempt(self) -> None:
         """What did not work the first time is sent whole from then on."""
         if self.attempts:
             self.update = self._whole
+            self._lacks_base = False
         self.attempts += 1
 
     def failed(self, address: str, error: KdmeshError) -> None:
         """A server did not take it."""
         self._errors[address] = error
         log.warning("weights not taken", extra={"address": address, "reason": str(error)})
-        if isinstance(error, _FINAL) and self.update is self._whole:
+        if not isinstance(error, _FINAL):
+            return
+        if self.update is self._whole:
             self.waiting.pop(address)
             self._refusals.append((address, error))
+        else:
+            self._lacks_base = True
 
     def note(self, links: Sequence[WeightLink]) -> None:
         """A pass is over; a link without a failure has committed."""
@@ -307,10 +350,11 @@ class _Progress:
                 self.uncertain.add(link.address)
             self.failed(link.address, link.failure)
 
-    def report(self) -> None:
-        """Raise what keeps a server from serving the version, if any."""
+    def report(self) -> frozenset[str]:
+        """Who was left behind; raise what keeps a server that is needed from serving the version, if any."""
         for address, error in self._refusals:
             raise type(error)(f"{address}: {error}")
-        if self.waiting:
+        if len(self.waiting) > self._left_over:
             late = "; ".join(f"{address}: {self._errors[address]}" for address in self.waiting)
             raise DeadlineExpired(f"version {self.version} was not taken within {self.deadline.total_s} s by {late}")
+        return frozenset(self.waiting)

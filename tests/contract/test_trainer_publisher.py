@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,6 +179,9 @@ class _FailingSender:
     def describe(self) -> tuple[ServedWeights, ...]:
         return (ServedWeights(address="a", version=7, dtype=DType.BFLOAT16, architecture_fingerprint=""),)
 
+    def outdated(self, version: int) -> frozenset[str]:
+        return frozenset()
+
     def publish(
         self,
         version: int,
@@ -185,7 +189,10 @@ class _FailingSender:
         tensors: Weights,
         policy: UpdatePolicy,
         changes: Changes | None = None,
-    ) -> None:
+        *,
+        to: Collection[str] | None = None,
+        needed: int | None = None,
+    ) -> frozenset[str]:
         for _ in range(2):
             for spec, make in tensors[:2]:
                 assert make().shape == spec.shape

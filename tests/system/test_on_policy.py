@@ -128,6 +128,28 @@ def test_held_out_distance_to_the_teacher_falls(story: Story) -> None:
         assert scores[-1] < 0.75 * scores[0]
 
 
+def test_a_rollout_server_that_comes_back_while_another_samples_gets_the_student_at_once(
+    story: Story, materials: Materials, processes: Processes, tmp_path: Path
+) -> None:
+    slow, back = (Rollouts(processes, tmp_path / name, materials.plain.student) for name in ("slow", "back"))
+    section = source(slow)
+    section["rollouts"]["addresses"].append(back.address)
+    job = Job(processes, tmp_path / "job", materials.plain, story.teacher.address, steps=3, source=section)
+    for server in (slow, back):
+        server.start()
+    trainer = job.start()
+    trainer.until(lambda: len(job.steps()) >= 1)
+    trainer.until(lambda: slow.num_waiting() >= 2)
+    slow.process.signal(signal.SIGSTOP)  # so the step's samples are not all there, and nothing is published
+    back.process.signal(signal.SIGKILL)
+    back.start()
+    back.wait_ready()
+    trainer.until(lambda: back.weight_version() > 0)
+    slow.process.signal(signal.SIGCONT)
+    trainer.succeed()
+    assert [event["to"] for event in trainer.events("weights published again")] == [[back.address]]
+
+
 def test_a_job_whose_rollout_server_stays_away_says_so(
     story: Story, materials: Materials, processes: Processes, tmp_path: Path
 ) -> None:

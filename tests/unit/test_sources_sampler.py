@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -27,12 +28,21 @@ LONGEST = 9
 class Answers:
     """Samples that follow from prompt and seed."""
 
-    def __init__(self, *, version: int = 3, refuses: int = 0) -> None:
+    def __init__(self, *, version: int = 3, refuses: int = 0, returns: int = 0) -> None:
         self.version = version
+        self.returns = returns  # servers
         self.refuses = refuses  # that many requests
         self.asked = 0
 
     is_done = True
+
+    def wait(self, pending: Iterable[Answer]) -> bool:
+        """False once for each server that came back."""
+        self.returns -= 1
+        return self.returns < 0
+
+    def note_weights(self, version: int, *, behind: Collection[str]) -> None:
+        """Nothing depends on it."""
 
     def submit(
         self, prompt_ids: Int32Array, sampling: Sampling, *, num_samples: int, seed: int, min_weight_version: int
@@ -121,6 +131,18 @@ def test_only_what_was_refused_is_asked_again() -> None:
     undisturbed = sampler(Answers())
     undisturbed.ask(0, min_weight_version=3)
     assert facts(alone.assemble(0, [alone.collect(0)])) == facts(undisturbed.assemble(0, [undisturbed.collect(0)]))
+
+
+def test_a_server_that_came_back_is_told_of_and_nothing_is_asked_twice() -> None:
+    service = Answers(returns=1)
+    alone = sampler(service)
+    alone.ask(0, min_weight_version=3)
+    share = alone.collect(0)
+    assert (share.is_whole, share.refusal, share.lengths) == (False, "", ())
+    alone.ask_again(0)
+    assert service.asked == 5
+    assert alone.collect(0).is_whole  # another rank may have had nothing
+    assert len(alone.assemble(0, [alone.collect(0)])) == 10
 
 
 def test_a_token_that_changed_on_its_way_is_noticed() -> None:

@@ -154,7 +154,7 @@ def build_source(
         mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep
     built = OnPolicySource(
         _sampler(cfg, task, pool, mesh),
-        StudentPublisher(student, sender, policy=UpdatePolicy(source.update_policy), mesh=mesh),
+        StudentPublisher(student, sender, policy=UpdatePolicy(source.update_policy), mesh=mesh, needed=1),
         teacher,
         max_staleness=source.max_staleness,
         max_tokens=cfg.batch.max_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +35,10 @@ class Sender(Protocol):
         """What each server serves now. Blocks."""
         ...
 
+    def outdated(self, version: int) -> frozenset[str]:
+        """Addresses of the servers that answer now, and serve an older version. Blocks, shortly."""
+        ...
+
     def publish(
         self,
         version: int,
@@ -42,8 +46,11 @@ class Sender(Protocol):
         tensors: Weights,
         policy: UpdatePolicy,
         changes: Changes | None = None,
-    ) -> None:
-        """Return when every server serves this version. Blocks."""
+        *,
+        to: Collection[str] | None = None,
+        needed: int | None = None,
+    ) -> frozenset[str]:
+        """Return when `needed` of the servers `to` serve this version; who was left behind. Blocks."""
         ...
 
 
@@ -71,6 +78,7 @@ class StudentPublisher:
         policy: UpdatePolicy,
         mesh: Mesh,
         weights: Mapping[str, StudentWeight] | None = None,
+        needed: int | None = None,
     ) -> None:
         """
         Args:
@@ -78,6 +86,8 @@ class StudentPublisher:
             sender: on the first rank; None on the others.
             policy: what becomes of samples under way.
             weights: what is sent in place of the student's own, under the same names; None: the student's own.
+            needed: how many servers must take each version, the others being left behind if they are not there; None:
+                all of them.
 
         Raises:
             ConfigError: a tensor of the student is not of floating point, so that it cannot be sent.
@@ -86,11 +96,13 @@ class StudentPublisher:
         self._student = student
         self._sender = sender
         self._policy = policy
+        self._needed = needed
         self._mesh = mesh
         self._fingerprint = student.architecture_fingerprint()
         self._weights_by_name = without_aliases(student.weights()) if weights is None else weights
         self._steps_done: int | None = None  # of the student that was published last
         self._weight_version = 0
+        self._behind: frozenset[str] = frozenset()
         self._dtype: DType | None = None  # of the servers, once they have been looked at
         self._sent: tuple[_Sent, ...] = ()
         self._adapter: AdapterSpec | None = None  # whose factors are the last of what is sent
@@ -99,9 +111,10 @@ class StudentPublisher:
                 raise ConfigError(f"the student's {name} is {weight.base.dtype}; servers take floating point only")
 
     def publish(self, *, version: int) -> None:
-        """Have every server serve the student as it is now, after `version` steps. Collective.
+        """Have every server that is there serve the student as it is now, after `version` steps. Collective.
 
-        Each time under a new and higher number, so the same may be published again.
+        Each time under a new and higher number, so the same may be published again. `behind` names the servers that
+        were not there, and not needed.
 
         Raises:
             KdmeshError: as WeightSender.publish says; on every rank.
@@ -110,14 +123,26 @@ class StudentPublisher:
         if self._dtype is None:
             self._dtype = self._mesh.on_first(self._look_at_servers)
             self._decide(self._dtype)
-        failure = None
-        if self._mesh.is_first:
-            failure = self._send()
-        else:
-            self._follow()
-        self._weight_version = self._mesh.on_first(lambda: self._agreed(failure))
+        self._weight_version = self._mesh.on_first(lambda: self._weight_version + 1)
+        self._bring(to=None, needed=self._needed)
         self._steps_done = version
         log.info("weights published", extra={"steps_done": version, "weight_version": self._weight_version})
+
+    def catch_up(self) -> None:
+        """Bring what was published last, which the student must still be, to servers that lack it. Collective.
+
+        Raises:
+            KdmeshError: as WeightSender.publish says, but for servers that are not there; on every rank.
+        """
+        release(self._student)
+        outdated = self._mesh.on_first(self._look_for_outdated)
+        self._bring(to=outdated, needed=0)
+        log.info("weights published again", extra={"to": sorted(outdated), "weight_version": self._weight_version})
+
+    @property
+    def behind(self) -> frozenset[str]:
+        """Addresses of servers that were not there when they were to get what was published last."""
+        return self._behind
 
     def weight_version(self, version: int) -> int:
         """The number that servers know the student by which was published last, after `version` steps."""
@@ -136,18 +161,22 @@ class StudentPublisher:
         self._weight_version = max(weights.version for weights in served)
         return served[0].dtype
 
-    def _send(self) -> KdmeshError | None:
-        """What kept a server from taking it, if anything."""
+    def _look_for_outdated(self) -> frozenset[str]:
         assert self._sender is not None
-        self._weight_version += 1
+        return self._sender.outdated(self._weight_version)
+
+    def _send(self, to: Collection[str] | None, needed: int | None) -> frozenset[str] | KdmeshError:
+        """Who was left behind, or what kept a server from taking it."""
+        assert self._sender is not None
         try:
             tensors, changes = self._announced()
-            self._sender.publish(self._weight_version, self._fingerprint, tensors, self._policy, changes)
+            return self._sender.publish(
+                self._weight_version, self._fingerprint, tensors, self._policy, changes, to=to, needed=needed
+            )
         except KdmeshError as error:
             return error
         finally:
             self._mesh.on_first(lambda: _DONE)
-        return None
 
     def _announced(self) -> tuple[Weights, Changes | None]:
         """What is sent, with what gathers it."""
@@ -159,11 +188,6 @@ class StudentPublisher:
 
     def _gather_for_all(self, index: int) -> Tensor:
         return self._gather(self._mesh.on_first(lambda: index))
-
-    def _agreed(self, failure: KdmeshError | None) -> int:
-        if failure is not None:
-            raise failure
-        return self._weight_version
 
     # On every rank
 
@@ -195,6 +219,17 @@ class StudentPublisher:
                 _Sent(spec, functools.partial(whole, factor, torch.float32))
                 for spec, factor in zip(specs, (each.a, each.b), strict=True)
             )
+
+    def _bring(self, *, to: frozenset[str] | None, needed: int | None) -> None:
+        """Send the student. Collective."""
+        outcome: frozenset[str] | KdmeshError = frozenset()
+        if self._mesh.is_first:
+            outcome = self._send(to, needed)
+        else:
+            self._follow()
+        left = self._mesh.on_first(lambda: _agreed(outcome))
+        tried = self._behind if to is None else to
+        self._behind = left | (self._behind - tried)
 
     def _follow(self) -> None:
         """Gather what the first rank sends, as often as it sends it. Collective, with its `_send`."""
@@ -245,3 +280,9 @@ class TeacherPublisher:
         if before is None or self._copy.advance(version):
             self._publisher.publish(version=version)
             self._teacher.follow(self._publisher.weight_version(version))
+
+
+def _agreed(outcome: frozenset[str] | KdmeshError) -> frozenset[str]:
+    if isinstance(outcome, KdmeshError):
+        raise outcome
+    return outcome

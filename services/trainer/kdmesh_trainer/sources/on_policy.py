@@ -94,6 +94,7 @@ class OnPolicySource:
         """
         self.devices.publish()
         self._weights.publish(version=version)
+        self._sampler.note_weights(self._weights.weight_version(version), behind=self._weights.behind)
         self._published = {**self._allowed(version), self._weights.weight_version(version): version}
         if not self.devices.are_shared:
             self._ask()
@@ -167,17 +168,25 @@ class OnPolicySource:
 
     def _exchange(self, step: int) -> list[Share]:
         """The share of every rank. Collective."""
-        for _ in range(_MOST_REFUSALS):
+        newest = max(self._published)
+        num_refused = 0
+        while True:
             shares = self._mesh.gather(self._sampler.collect(step))
-            refusals = [share.refusal for share in shares if share.refusal]
-            if not refusals:
+            if all(share.is_whole for share in shares):
                 return shares
-            log.warning("a rollout server has old weights, so it gets the student again", extra={"why": refusals[0]})
-            self.publish(version=max(self._published.values()))
+            refusals = [share.refusal for share in shares if share.refusal]
+            num_refused += bool(refusals)
+            if num_refused > _MOST_REFUSALS:
+                break
+            why = refusals[0] if refusals else "it came back"
+            log.warning("a rollout server has old weights, so it gets the student again", extra={"why": why})
+            self.devices.publish()
+            self._weights.catch_up()
+            self._sampler.note_weights(newest, behind=self._weights.behind)
             self.devices.sample()
             self._sampler.ask_again(step)
         raise ModelMismatch(
-            f"step {step} could not be sampled although the weights were published again: {refusals[0]}"
+            f"step {step} could not be sampled although the servers got the weights again: {refusals[0]}"
         )
 
     def _micro_batch(self, step: int, rollouts: Sequence[Rollout], sequences: tuple[TokenSequence, ...]) -> MicroBatch:

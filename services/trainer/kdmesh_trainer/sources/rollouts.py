@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class PendingSamples(Protocol):
         """Block until all samples are here, in the order of their seeds. Called once.
 
         Raises:
-            ModelMismatch: every server has weights that are older than the request wants.
+            ModelMismatch: every server that answers has weights that are older than the request wants.
             RpcError: they will not come; the step cannot be finished.
         """
         ...
@@ -40,18 +40,37 @@ class RolloutService(Protocol):
         """Ask for samples of one prompt, sample i drawn from seed + i. Does not block."""
         ...
 
+    def wait(self, pending: Iterable[Any]) -> bool:
+        """Block until all of what `submit` returned is done; False when a server has older weights than were noted."""
+        ...
+
+    def note_weights(self, version: int, *, behind: Collection[str]) -> None:
+        """Every server but those at the addresses `behind` serves this version now."""
+        ...
+
 
 class WeightPublisher(Protocol):
     """Brings the student's weights to those who sample from it."""
 
     def publish(self, *, version: int) -> None:
-        """Have every server serve the student as it is now, after `version` steps. Collective.
-
-        The same version may be published again, for servers that have lost it.
+        """Have every server that is there serve the student as it is now, after `version` steps. Collective.
 
         Raises:
-            RpcError: a server did not take it within the deadline.
+            RpcError: none took it within the deadline, or one refused it.
         """
+        ...
+
+    def catch_up(self) -> None:
+        """Bring what was published last, which the student must still be, to servers that lack it. Collective.
+
+        Raises:
+            RpcError: one refused it.
+        """
+        ...
+
+    @property
+    def behind(self) -> frozenset[str]:
+        """Addresses of servers that are known to lack what was published last; the same on every rank."""
         ...
 
     def weight_version(self, version: int) -> int:

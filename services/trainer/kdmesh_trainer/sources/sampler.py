@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,8 @@ class Share:
     weight_versions: tuple[int, ...]  # of each response
     digest: bytes  # of the sequences that prompts and responses make
     wait_s: float
-    refusal: str  # why a server's weights are too old; then this share is not whole. Empty: it is
+    refusal: str  # why a server's weights are too old; empty: none has said so
+    is_whole: bool  # else it has nothing: servers need newer weights
 
 
 class Sampler:
@@ -63,8 +64,8 @@ class Sampler:
     def collect(self, step: int) -> Share:
         """Block until every answer of this rank's share has come.
 
-        When servers refuse because their weights are too old, the share says so and is not whole. Then they need newer
-        ones, after which `ask_again` asks for what is missing, and this for the share once more.
+        When servers refuse because their weights are too old, or one came back with old ones, the share is not whole.
+        Then they need newer ones, after which `ask_again` asks for what was refused, and this for the share once more.
 
         Raises:
             EngineFailure: a server sent another number of samples, or longer ones, than it was asked for.
@@ -72,14 +73,19 @@ class Sampler:
         """
         began_s = time.perf_counter()
         asks = self._asked[step]
+        if not self._service.wait([ask.pending for ask in asks if ask.pending is not None]):
+            return _share([], wait_s=time.perf_counter() - began_s, is_whole=False)
         refusals = [refusal for ask in asks if (refusal := ask.collect())]
         wait_s = time.perf_counter() - began_s
         if refusals:
-            return _share([], wait_s=wait_s, refusal=refusals[0])
+            return _share([], wait_s=wait_s, refusal=refusals[0], is_whole=False)
         for ask in asks:
             self._check(ask.samples)
-        del self._asked[step]
-        return _share(asks, wait_s=wait_s, refusal="")
+        return _share(asks, wait_s=wait_s)
+
+    def note_weights(self, version: int, *, behind: Collection[str]) -> None:
+        """Every server but those at the addresses `behind` serves this version now."""
+        self._service.note_weights(version, behind=behind)
 
     def ask_again(self, step: int) -> None:
         """Ask once more for what was refused."""
@@ -91,6 +97,7 @@ class Sampler:
         Raises:
             EngineFailure: a rank sampled from other prompts than this one would have.
         """
+        self._asked.pop(step, None)  # not before: a rank that had all may be asked once more, for another's sake
         prompts = self._order.of_step(step)
         by_place: dict[int, list[Rollout]] = {}
         for rank, share in enumerate(shares):
@@ -137,18 +144,18 @@ class _Ask:
     def __init__(self, prompt: StepPrompt, min_weight_version: int) -> None:
         self.prompt = prompt
         self.samples: list[Sample] = []  # when they are here
+        self.pending: PendingSamples | None = None  # while they are not
         self._min_weight_version = min_weight_version
-        self._pending: PendingSamples | None = None
 
     @property
     def is_done(self) -> bool:
         """Whether `collect` would not block."""
-        return self._pending is None or self._pending.is_done
+        return self.pending is None or self.pending.is_done
 
     def send(self, service: RolloutService, sampling: Sampling, num_samples: int) -> None:
-        """Ask, unless there are samples already."""
-        if not self.samples:
-            self._pending = service.submit(
+        """Ask, unless there are samples already, or will be."""
+        if not self.samples and self.pending is None:
+            self.pending = service.submit(
                 self.prompt.token_ids,
                 sampling,
                 num_samples=num_samples,
@@ -158,9 +165,9 @@ class _Ask:
 
     def collect(self) -> str:
         """Block for the samples; why every server is too old, or nothing."""
-        if self._pending is None:
+        if self.pending is None:
             return ""
-        pending, self._pending = self._pending, None
+        pending, self.pending = self.pending, None
         try:
             self.samples = pending.wait()
         except ModelMismatch as error:
@@ -168,7 +175,7 @@ class _Ask:
         return ""
 
 
-def _share(asks: Sequence[_Ask], *, wait_s: float, refusal: str) -> Share:
+def _share(asks: Sequence[_Ask], *, wait_s: float, refusal: str = "", is_whole: bool = True) -> Share:
     samples = [sample for ask in asks for sample in ask.samples]
     sequences = [Rollout.of(ask.prompt.token_ids, sample).sequence for ask in asks for sample in ask.samples]
     return Share(
@@ -180,6 +187,7 @@ def _share(asks: Sequence[_Ask], *, wait_s: float, refusal: str) -> Share:
         digest=digest(sequences),
         wait_s=wait_s,
         refusal=refusal,
+        is_whole=is_whole,
     )
 
 

@@ -1,0 +1,102 @@
+"""A rollout server that was killed comes back with the weights that it was started with."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from kdmesh.errors import ModelMismatch
+from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.types import Sampling
+from tests.contract.test_rollout_weights import FINGERPRINT, weights
+from tests.support.rollout_samples import expected_tokens, prompt
+from tests.support.rollout_server import rollout_process
+from tests.support.teacher_process import TeacherProcess
+
+SAMPLING = Sampling(max_new_tokens=6)
+
+
+class Servers:
+    """Two that can be killed and started anew at their addresses, with version 1 of the weights; who asks and sends."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self._directory = directory
+        self._stack = stack
+        self._running = [self._start(), self._start()]
+        self.addresses = [server.grpc for server in self._running]
+        self.sender = stack.enter_context(WeightSender(self.addresses, bucket_bytes=2**20, deadline_s=20))
+        self.pool = stack.enter_context(RolloutPool(self.addresses, job="test", deadline_s=20))
+        self.new, self._salt = weights(1)
+        assert self.sender.publish(1, FINGERPRINT, self.new) == frozenset()
+        self.pool.note_weights(1, behind=())
+
+    def kill(self, index: int) -> None:
+        self._running[index].signal(signal.SIGKILL)
+        self._running[index].process.wait()
+
+    def restart(self, index: int) -> None:
+        self._running[index] = self._start(port=int(self.addresses[index].split(":")[1]))
+
+    def signal(self, index: int, number: signal.Signals) -> None:
+        self._running[index].signal(number)
+
+    def bring(self) -> None:
+        """The weights to whoever came back."""
+        outdated = self.sender.outdated(1)
+        assert outdated
+        assert self.sender.publish(1, FINGERPRINT, self.new, to=outdated, needed=0) == frozenset()
+        self.pool.note_weights(1, behind=())
+
+    def expected(self, seed: int) -> list[int]:
+        return expected_tokens(prompt(), seed, 6, salt=self._salt)
+
+    def _start(self, port: int = 0) -> TeacherProcess:
+        engine = {"seconds_per_step": 0.01}
+        return self._stack.enter_context(rollout_process(self._directory, engine=engine, server={"port": port}))
+
+
+@contextmanager
+def running(directory: Path) -> Iterator[Servers]:
+    with ExitStack() as stack:
+        yield Servers(directory, stack)
+
+
+def test_a_server_that_came_back_is_used_while_another_stays_dead(tmp_path: Path) -> None:
+    with running(tmp_path) as servers:
+        servers.kill(0)
+        servers.kill(1)
+        pending = servers.pool.submit(prompt(), SAMPLING, num_samples=2, seed=0, min_weight_version=1)
+        servers.restart(0)
+        assert not servers.pool.wait([pending])  # somebody must bring the weights
+        servers.bring()
+        with pytest.raises(ModelMismatch, match="version 1 or newer; this server has 0"):
+            pending.wait()
+        again = servers.pool.submit(prompt(), SAMPLING, num_samples=2, seed=0, min_weight_version=1)
+        assert [sample.token_ids.tolist() for sample in again.wait()] == [servers.expected(0), servers.expected(1)]
+        assert servers.sender.publish(2, FINGERPRINT, servers.new, needed=1) == {servers.addresses[1]}
+
+
+def test_a_server_that_came_back_is_told_of_while_others_sample_and_is_asked_when_it_has_the_weights(
+    tmp_path: Path,
+) -> None:
+    with running(tmp_path) as servers:
+        servers.kill(1)
+        servers.signal(0, signal.SIGSTOP)  # its samples take as long as this test wants
+        pending = [
+            servers.pool.submit(prompt(), SAMPLING, num_samples=1, seed=seed, min_weight_version=1) for seed in range(4)
+        ]
+        servers.restart(1)
+        assert not servers.pool.wait(pending)
+        assert not any(one.is_done for one in pending)
+        servers.signal(0, signal.SIGCONT)
+        servers.bring()
+        assert servers.pool.wait(pending)
+        for seed, one in enumerate(pending):
+            (sample,) = one.wait()
+            assert (sample.token_ids.tolist(), sample.min_weight_version) == (servers.expected(seed), 1)
+        assert servers.pool.stats().retries == 0  # no server refused
