@@ -15,6 +15,7 @@ import torch
 
 from kdmesh.rpc import codec
 from kdmesh.rpc.channel import open_channel
+from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.retry import Deadline
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
@@ -33,6 +34,22 @@ class RawClient:
 
     async def open(self) -> None:
         self.session = (await self.stub.OpenSession(pb.OpenSessionRequest(job="raw"))).session
+
+    @asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """The session does not end meanwhile."""
+        is_over = False
+
+        async def keep_alive() -> None:
+            while not is_over:
+                await self.stub.KeepAlive(pb.KeepAliveRequest(session=self.session))
+
+        async with asyncio.TaskGroup() as speaking:
+            speaking.create_task(keep_alive())
+            try:
+                yield
+            finally:
+                is_over = True
 
     async def request(self, *, session: bytes | None = None, num_tokens: int = 9) -> pb.PrefillRequest:
         return pb.PrefillRequest(
@@ -174,12 +191,20 @@ async def test_reader_that_stops_reading_keeps_no_slot_past_its_session(tmp_path
         running_teacher(tmp_path, engine=large, slab={"slots": 1, "slot_mib": 16, "lease_s": 0.6}) as teacher,
         raw_client(teacher) as stalled,
     ):
-        handle = (await stalled.prefill(num_tokens=1000)).result.rows
-        reading = stalled.stub.ReadHandle(pb.ReadHandleRequest(session=stalled.session, handle=handle))
-        chunks = aiter(reading)
-        assert len((await anext(chunks)).data) > 0
-        async with teacher.client() as other:
-            assert (await other.prefill([sequence(9)], Deadline.after(5))).rows_RD.shape == (8, 2048)
+        async with stalled.kept_alive():  # a slow machine may take longer than the lease for a prefill
+            handle = (await stalled.prefill(num_tokens=1000)).result.rows
+            reading = stalled.stub.ReadHandle(pb.ReadHandleRequest(session=stalled.session, handle=handle))
+            chunks = aiter(reading)
+            assert len((await anext(chunks)).data) > 0
+        # It goes on in a new session when it has lost its own, whose lease is as short.
+        other = Fleet([teacher.addresses.grpc], job="other", door="stream", model_fingerprint="")
+        try:
+            await other.start(Deadline.after(20))
+            assert (
+                await other.ask([sequence(9)], Deadline.after(20), weight_version=other.model.weight_version)
+            ).rows_RD.shape == (8, 2048)
+        finally:
+            await other.close()
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             async for _ in chunks:
                 pass
