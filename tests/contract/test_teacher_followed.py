@@ -97,3 +97,22 @@ def test_nobody_waits_for_rows_when_the_only_teacher_has_lost_its_weights(tmp_pa
             publish(3, first.grpc)
             pool.follow(3)
             rows_and_head(pool, 3)
+
+
+def test_heads_that_are_out_of_date_take_no_memory_of_the_client(tmp_path: Path) -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:kdmesh")
+
+    with (
+        teacher_process(tmp_path, engine={"updatable": True}) as teacher,
+        TeacherPool([teacher.grpc], job="test", door="shm", deadline_s=20) as pool,
+    ):
+        counts = []
+        for version in range(2, 6):
+            publish(version, teacher.grpc)
+            pool.follow(version)
+            head, belongs_to = pool.head()
+            assert belongs_to == version and bool((head.weight_VD == version).all())
+            del head
+            counts.append(mappings())
+        assert len(set(counts)) == 1

@@ -72,10 +72,12 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
     for server in (*teachers, rollouts):
         server.start()
     running, followed = undisturbed.start(), mirrored.start_ranks(2)
+    gate = disturbed.gate(30)  # between the checkpoints of steps 4 and 8
     first = disturbed.start()
-    first.until(lambda: len(disturbed.steps()) >= 6)
+    first.until(gate.is_reached)
     first.signal(signal.SIGKILL)
     first.exit_code()
+    gate.let_go()
     other.process.signal(signal.SIGKILL)
     other.start()
     second = disturbed.start()
@@ -125,7 +127,7 @@ def test_a_job_that_was_killed_with_its_teacher_learns_exactly_the_same(story: S
 
 def test_the_teacher_gets_the_copy_when_the_run_begins_and_whenever_that_changes(story: Story) -> None:
     published = [event["steps_done"] for event in story.first_trainer.events("weights published")]
-    assert published[:3] == [0, EVERY, 2 * EVERY][: len(published)]
+    assert published in ([0, EVERY], [0, EVERY, 2 * EVERY])
     published = [event["steps_done"] for event in story.second_trainer.events("weights published")]
     assert published == [4, 6, 9]
     assert story.average.get("/v1/weights") == {"version": 4, "state": "serving"}  # it was started anew
