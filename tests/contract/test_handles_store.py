@@ -61,6 +61,46 @@ async def test_handle_that_says_something_else_is_refused(tmp_path: Path) -> Non
                 pass
 
 
+def shared(value: float) -> list[Matrix]:
+    return [Matrix(data=memoryview(np.full((4, 4), value, np.float32)), rows=4, cols=4, dtype=DType.FLOAT32)] * 2
+
+
+async def test_a_retired_segment_stays_for_those_who_were_lent_it_and_goes_with_the_last(tmp_path: Path) -> None:
+    async with slab(tmp_path) as store:
+        one, other, stranger = (store.open_session("job").token for _ in range(3))
+        handles = await store.add_shared_segment(shared(1))
+        store.lend(one, handles)
+        store.lend(other, handles)
+        store.retire_shared_segment(handles)
+        store.release(one, handles[0])  # one of the two matrices
+        store.close_session(stranger)
+        store.close_session(other)
+        with store.reading(one, handles[1]) as view:
+            store.release(one, handles[1])
+            assert np.frombuffer(view, np.float32).tolist() == [1.0] * 16
+            assert store.snapshot().shared_bytes > 0
+        assert store.snapshot().shared_bytes == 0
+        with pytest.raises(HandleGone), store.reading(one, handles[1]):
+            pass
+
+
+async def test_a_session_holds_one_shared_segment_and_no_number_is_used_twice(tmp_path: Path) -> None:
+    async with slab(tmp_path) as store:
+        session = store.open_session("job").token
+        numbers, sizes = [], set()
+        for value in range(4):
+            handles = await store.add_shared_segment(shared(value))
+            store.lend(session, handles)
+            numbers.append(handles[0].segment)
+            store.retire_shared_segment(handles)
+            sizes.add(store.snapshot().shared_bytes)
+        assert numbers == list(range(numbers[0], numbers[0] + 4))
+        assert len(sizes) == 1
+        unwanted = await store.add_shared_segment(shared(9))
+        store.retire_shared_segment(unwanted)  # nobody was told of it
+        assert {store.snapshot().shared_bytes} == sizes
+
+
 async def test_slot_is_not_written_while_a_stream_reads_it(tmp_path: Path) -> None:
     async with slab(tmp_path, slots=1, lease_s=0.1) as store:
         session = store.open_session("job").token

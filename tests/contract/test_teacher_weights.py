@@ -29,6 +29,7 @@ from kdmesh.types import DType, SleepTag
 from kdmesh.v1 import teacher_pb2
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
+from kdmesh.weights.doors import DoorChoice as WeightDoor
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights
 from tests.support.teacher_process import teacher_process
@@ -65,11 +66,16 @@ async def updatable(directory: Path, **sections: dict[str, Any]) -> AsyncIterato
 
 
 async def publish(
-    teacher: RunningTeacher, version: int, policy: UpdatePolicy = UpdatePolicy.FINISH, *, deadline_s: float = 20
+    teacher: RunningTeacher,
+    version: int,
+    policy: UpdatePolicy = UpdatePolicy.FINISH,
+    *,
+    deadline_s: float = 20,
+    door: WeightDoor = "auto",
 ) -> None:
     def send() -> None:
         with WeightSender(
-            [teacher.addresses.grpc], service=TEACHERS, bucket_bytes=2**12, deadline_s=deadline_s
+            [teacher.addresses.grpc], service=TEACHERS, bucket_bytes=2**12, deadline_s=deadline_s, door=door
         ) as sender:
             sender.publish(version, FINGERPRINT, weights(version), policy)
 
@@ -107,6 +113,14 @@ async def test_rows_head_and_version_are_all_those_of_the_new_weights(tmp_path: 
                 assert made_by == belongs_to == other.model.weight_version == version
         del head
         assert await shared_bytes(teacher) == HEAD_BYTES  # old heads are gone
+
+
+@pytest.mark.parametrize("door", ["shm", "collective", "inline"])
+async def test_new_weights_come_through_every_door(tmp_path: Path, door: WeightDoor) -> None:
+    async with updatable(tmp_path) as teacher, teacher.client() as client:
+        await publish(teacher, 2, door=door)
+        rows_RD, version = await rows_of(client)
+        assert version == 2 and torch.equal(rows_RD, expected_rows([sequence(30)]) * factors(2))
 
 
 @BOTH_DOORS

@@ -37,7 +37,7 @@ class Teacher:
         model = self.pool.describe()
         identity = {"teacher (fingerprint)": model.model_fingerprint}
         if self.cfg.follows_student is not None:
-            told = self.cfg.follows_student.model_dump(mode="json")
+            told = self.cfg.follows_student.model_dump(mode="json", include={"every", "decay"})
             identity["teacher.follows_student"] = json.dumps(told, sort_keys=True)
             identity["teacher (dtype)"] = model.dtype.value  # the fingerprint of one that changes says nothing of it
         return identity
@@ -106,10 +106,18 @@ def build_publisher(
     teacher: Teacher, copy: TeacherCopy, student: Student, mesh: Mesh, stack: ExitStack
 ) -> TeacherPublisher:
     """What brings `copy` to the teacher; its connections are closed with `stack`."""
-    sender = None
-    if mesh.is_first:
-        cfg = teacher.cfg
-        sender = WeightSender(cfg.addresses, service=TEACHERS, device=mesh.device, deadline_s=cfg.deadline_s)
-        stack.enter_context(sender)
+    sender = stack.enter_context(_weight_sender(teacher.cfg, mesh)) if mesh.is_first else None
     sending = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh, weights=copy.weights)
     return TeacherPublisher(copy, sending, teacher.pool)
+
+
+def _weight_sender(cfg: config.TeacherConfig, mesh: Mesh) -> WeightSender:
+    assert cfg.follows_student is not None
+    return WeightSender(
+        cfg.addresses,
+        service=TEACHERS,
+        door=cfg.follows_student.door,
+        advertise=cfg.follows_student.advertise,
+        device=mesh.device,
+        deadline_s=cfg.deadline_s,
+    )

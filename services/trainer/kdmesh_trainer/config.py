@@ -37,8 +37,20 @@ class StudentConfig(StrictModel):
         return self
 
 
-class FollowConfig(StrictModel):
-    """Self-distillation: the teacher servers get the student's weights as it learns; they serve no other job."""
+class SendingConfig(StrictModel):
+    """How the student's weights get to servers."""
+
+    door: Literal["auto", "shm", "collective", "inline"] = "auto"
+    """How new weights travel; auto takes shared memory on this node, else a private group of two processes with each
+    server, else gRPC messages. Any other is the only one that is taken."""
+
+    advertise: str = ""
+    """Address of the first rank's machine that servers on other nodes reach; empty takes that of the interface which
+    leads to each."""
+
+
+class FollowConfig(SendingConfig):
+    """Self-distillation: the teacher servers get the student's weights as it learns, and serve no other job."""
 
     every: int = Field(1, ge=1)
     """Optimizer steps between two updates of the teacher."""
@@ -138,7 +150,7 @@ class OffPolicy(StrictModel):
     kind: Literal["off_policy"] = "off_policy"
 
 
-class RolloutsConfig(StrictModel):
+class RolloutsConfig(SendingConfig):
     """The rollout servers that sample for this job alone, since they serve its student."""
 
     addresses: tuple[str, ...] = ()
@@ -146,14 +158,6 @@ class RolloutsConfig(StrictModel):
 
     deadline_s: float = Field(600.0, gt=0)
     """Longest wait for one prompt's samples, or for a server to take new weights, restarts included."""
-
-    door: Literal["auto", "shm", "collective", "inline"] = "auto"
-    """How new weights travel; auto takes shared memory on this node, else a private group of two processes with each
-    server, else gRPC messages. Any other is the only one that is taken."""
-
-    advertise: str = ""
-    """Address of the first rank's machine that servers on other nodes reach; empty takes that of the interface which
-    leads to each."""
 
 
 class SamplingConfig(StrictModel):
