@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,21 @@ def test_a_run_cannot_go_on_as_another_one(refusals: Refusals, student: Path, tm
     assert outcome.exit_code == 0, outcome.errors
     sentence = refusals.sentence(config, "batch.sequences=5")
     assert "batch.sequences is 5 now and was 4" in sentence
+
+
+def test_adapters_go_on_with_the_same_section_and_base_alone(
+    refusals: Refusals, student: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"})
+    assert "target_modules: wq is unknown; linear modules" in refusals.sentence(
+        config, "student.lora.target_modules=[wq]"
+    )
+    (outcome,) = run_job(config, "student.lora.rank=2")
+    assert outcome.exit_code == 0, outcome.errors
+    sentence = refusals.sentence(config, "student.lora.rank=4")
+    assert re.search(r'student.lora is .*"rank": 4.* now and was .*"rank": 2', sentence)
+    other = tiny_models.path("qwen3", seed=6)
+    assert "student (fingerprint) is" in refusals.sentence(config, "student.lora.rank=2", f"student.model={other}")
 
 
 def test_of_many_ranks_one_speaks(student: Path, tmp_path: Path) -> None:

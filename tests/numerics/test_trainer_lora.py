@@ -27,6 +27,7 @@ from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.weights import weights_of
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
@@ -70,6 +71,7 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, whole_byte
     tally = stepper.accumulate(step_batch(SEQUENCES, PLANS[mesh.world_size][mesh.rank], local_teacher))
     totals, _ = tally.over_all_ranks()
     assert {name for name, p in model.lm.named_parameters() if p.grad is not None} == trained.keys()
+    assert {p.dtype for p in trained.values()} == {torch.float32}
     found = {name: p.grad.full_tensor() for name, p in trained.items()}
     if mesh.is_first:
         save_file(found | {"loss": torch.tensor([totals.loss])}, Path(output) / f"{mesh.world_size}.safetensors")
@@ -109,11 +111,18 @@ def textbook(student: Path, teacher: Path, found: dict[str, Tensor]) -> dict[str
 
 
 # Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
-@pytest.mark.parametrize(("is_tied", "whole_bytes"), [(False, 0), (True, 2**30)])
+@pytest.mark.parametrize(
+    ("is_tied", "whole_bytes", "dtype"), [(False, 0, torch.bfloat16), (True, 2**30, torch.float32)]
+)
 def test_only_adapters_have_a_gradient_and_it_is_the_textbook_one(
-    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_tied: bool, whole_bytes: int
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_tied: bool,
+    whole_bytes: int,
+    dtype: torch.dtype,
 ) -> None:
-    student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
+    student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied, dtype=dtype)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
     monkeypatch.setattr(model_module, "_WHOLE_BYTES", whole_bytes)  # restored after the test
     for ranks in PLANS:
@@ -132,6 +141,17 @@ def test_only_adapters_have_a_gradient_and_it_is_the_textbook_one(
             assert error < 1e-5, f"{ranks} ranks: {name} is off by {error}"
 
 
+def test_a_base_that_bfloat16_holds_is_kept_in_it(tiny_models: TinyModels) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        lm = load_causal_lm(tiny_models.path(seed=1, dtype=dtype), torch.float32, torch.device("cpu"))
+        before = {name: parameter.clone() for name, parameter in lm.state_dict().items()}
+        adapter = add_adapter(lm, LoraConfig(), seed=0)
+        after = weights_of(lm, adapter)
+        assert all(torch.equal(after[name].whole(torch.float32), value) for name, value in before.items())
+        assert {weight.base.dtype for name, weight in after.items() if "proj" in name} == {dtype}
+        assert {p.dtype for p in lm.parameters() if p.requires_grad} == {torch.float32}
+
+
 @pytest.fixture
 def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
     return {
@@ -143,11 +163,10 @@ def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
-    arguments: dict[str, Any], tmp_path: Path, compute_dtype: str
+    arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    arguments |= {"lora": {"rank": 4, "dropout": 0.1}, "compute_dtype": compute_dtype}
+    arguments |= {"lora": {"rank": 4, "dropout": 0.1}, "compute_dtype": "bfloat16"}
     killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, save_at=3, kill_at=5))
     assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
     both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments, other=str(tmp_path / "other"))[0]

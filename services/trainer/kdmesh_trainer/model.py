@@ -76,7 +76,7 @@ class Student(nn.Module):
 def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
     """Spread the parameters over `mesh`, in place: each decoder layer, then the rest.
 
-    Parameters stay float32 and are gathered as `compute_dtype`; gradients are reduced in
+    Parameters stay as they are and are gathered as `compute_dtype`; gradients are reduced in
     float32 and *averaged* over the ranks. Every rank must hold the same values before.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

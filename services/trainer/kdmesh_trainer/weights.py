@@ -86,4 +86,4 @@ def _sum(base: Tensor, added: LowRank) -> Tensor:
     if isinstance(a, DTensor):
         # The others are split by rows, so each rank computes the rows that it has.
         a = a.redistribute(placements=[Replicate()])
-    return torch.addmm(base, b, a, alpha=added.scaling)
+    return torch.addmm(base.to(a.dtype), b, a, alpha=added.scaling)
