@@ -155,3 +155,22 @@ def test_aborted_samples_leave_at_once(server: TeacherProcess, pool: RolloutPool
 def _until_running(server: TeacherProcess, samples: int) -> None:
     while server.get("/v1/queue")["running"] != samples:
         pass
+
+
+def test_deterministic_samples_are_the_same_bits_whatever_else_is_served(
+    tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model, plain = tiny_models.path(dtype=torch.bfloat16), Sampling(max_new_tokens=30)
+    with (
+        sglang_rollout(tmp_path_factory.mktemp("s"), model, deterministic=True) as server,
+        RolloutPool([server.grpc], job="test", deadline_s=60) as pool,
+    ):
+        assert pool.describe().is_deterministic
+        quiet = pool.submit(ids(40), plain, num_samples=2, seed=5).wait()
+        others = [pool.submit(ids(length), plain, num_samples=4, seed=9) for length in (40, 7)]
+        busy = pool.submit(ids(40), plain, num_samples=2, seed=5).wait()
+        for one, same in zip(quiet, busy, strict=True):
+            assert same.token_ids.tolist() == one.token_ids.tolist()
+            np.testing.assert_array_equal(same.logprobs, one.logprobs)
+        for other in others:
+            other.wait()

@@ -28,6 +28,21 @@ def sglang_environment(**variables: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "SGLANG_USE_CPU_ENGINE": "1"} | variables
 
 
+def teacher_tree(model: Path) -> dict[str, dict[str, Any]]:
+    """A configuration on free ports."""
+    return {
+        "engine": {
+            "kind": "sglang",
+            "model": str(model),
+            "device": "cpu",
+            "chunked_prefill_tokens": CHUNK_TOKENS,
+            "arguments": _ARGUMENTS,
+        },
+        "server": {"port": 0, "rest_port": 0, "drain_s": 5},
+        "slab": {"slots": 4, "slot_mib": 1, "slots_per_session": 4},
+    }
+
+
 @contextlib.contextmanager
 def starting(
     directory: Path, model: Path, *, variables: Mapping[str, str] | None = None, **sections: dict[str, Any]
@@ -40,17 +55,7 @@ def starting(
         variables: of its environment.
         sections: laid over those of its configuration.
     """
-    tree: dict[str, dict[str, Any]] = {
-        "engine": {
-            "kind": "sglang",
-            "model": str(model),
-            "device": "cpu",
-            "chunked_prefill_tokens": CHUNK_TOKENS,
-            "arguments": _ARGUMENTS,
-        },
-        "server": {"port": 0, "rest_port": 0, "drain_s": 5},
-        "slab": {"slots": 4, "slot_mib": 1, "slots_per_session": 4},
-    }
+    tree = teacher_tree(model)
     for name, keys in sections.items():
         tree[name] = tree.get(name, {}) | keys
     path = directory / "teacher.yaml"
