@@ -42,6 +42,14 @@ class Checkpoint:
         """Of the files with weights."""
         return sum(file.stat().st_size for file in _weight_files(self.path))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor in the files, by its name there."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in _weight_files(self.path):
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        return found
+
     def output_head(self, dtype: torch.dtype) -> OutputHead:
         """The head's own tensors, read from the files, in `dtype`."""
         head = output_head(self.skeleton)

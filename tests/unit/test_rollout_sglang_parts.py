@@ -7,21 +7,30 @@ import json
 import mmap
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from kdmesh.errors import ModelMismatch
 from kdmesh.handles.memory import create_segment
+from kdmesh.models.checkpoint import open_checkpoint
+from kdmesh.models.fingerprint import named_weights
 from kdmesh.types import DType, Sampling
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh_rollout.sglang_ask import Ask
 from kdmesh_rollout.sglang_config import SglangEngine
 from kdmesh_rollout.sglang_drawing import DrawnSample, draw_rows
+from kdmesh_rollout.sglang_names import check_names, file_tensors
 from kdmesh_rollout.sglang_weights import StagedWeights, read_staged, staged_bytes
+from tests.support.tiny_models import FAMILIES, save_model
 
 CPU = torch.device("cpu")
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 def ask(*, seed: int = 3, **sampling: Any) -> Ask:
@@ -121,3 +130,23 @@ def test_the_plugin_loads_nothing_heavy_into_processes_that_are_not_ours() -> No
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.split() == []
+
+
+def test_weights_of_a_mixture_get_the_names_and_values_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", MIXTURE)
+    save_model(tmp_path, "qwen3_moe", seed=0, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    check_names(named_weights(checkpoint.skeleton), checkpoint.shapes())
+    own = {name: part for fused, tensor in named_weights(model).items() for name, part in file_tensors(fused, tensor)}
+    in_file = load_file(tmp_path / "model.safetensors")
+    assert own.keys() == in_file.keys()
+    assert all(torch.equal(own[name], in_file[name]) for name in own)
+
+
+@pytest.mark.parametrize("in_files", [{"a": (2, 3)}, {"a": (2, 3), "b": (1, 3)}])
+def test_tensors_that_files_hold_otherwise_are_refused(in_files: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(ModelMismatch, match=r"its files hold b \(1 in all\)"):
+        check_names({"a": torch.empty(2, 3), "b": torch.empty(3, 1)}, in_files)

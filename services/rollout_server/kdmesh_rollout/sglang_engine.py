@@ -26,6 +26,7 @@ from kdmesh.weights.manifest import TensorSpec
 from kdmesh_rollout.engine import EngineDescription, Finished, Order
 from kdmesh_rollout.sglang_ask import Ask
 from kdmesh_rollout.sglang_config import SglangEngine as SglangEngineConfig
+from kdmesh_rollout.sglang_names import check_names
 from kdmesh_rollout.sglang_plugin import SOCKET_VARIABLE
 from kdmesh_rollout.sglang_reference import check_reference
 from kdmesh_rollout.sglang_weights import LOADER, StagedWeights, staged_bytes
@@ -240,8 +241,15 @@ class SglangEngine:
         return self._specs
 
     def begin(self) -> None:
-        """Make room for a second copy, in shared memory; the first time only, it is kept."""
+        """Make room for a second copy, in shared memory; the first time only, it is kept.
+
+        Raises:
+            ModelMismatch: SGLang loads such a model by other names.
+            EngineFailure: there is no room.
+        """
         if self._staged is None:
+            checkpoint = self._runtime.checkpoint
+            check_names(named_weights(checkpoint.skeleton), checkpoint.shapes())
             try:
                 segment = create_segment(staged_bytes(self._specs), self._runtime.schedulers)
             except OSError as error:

@@ -20,6 +20,7 @@ from kdmesh.sglang.segments import Segments
 from kdmesh.types import DType
 from kdmesh.weights.buckets import ALIGNMENT_BYTES
 from kdmesh.weights.manifest import TensorSpec
+from kdmesh_rollout.sglang_names import file_tensors
 
 SEGMENTS = Segments()
 """What this process, when it is a scheduler, has mapped of the server's memory."""
@@ -66,7 +67,8 @@ def load(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Called by SGLang in each scheduler process; `named_tensors`, which would come through its messages, is empty."""
     assert not named_tensors
     (mapping,) = SEGMENTS.mappings()
-    model.load_weights(read_staged(mapping))
+    staged = read_staged(mapping)
+    model.load_weights(own for name, tensor in staged for own in file_tensors(name, tensor))
 
 
 def _table(specs: Sequence[TensorSpec]) -> bytes:
