@@ -129,5 +129,5 @@ async def test_a_dead_engine_ends_the_scheduler_and_tells_who_waits(is_busy: boo
                 async with asyncio.timeout(5):
                     await asyncio.shield(at.working)
             if answers is not None:
-                with pytest.raises(EngineFailure):
+                with pytest.raises(Unavailable):
                     await anext(aiter(answers))

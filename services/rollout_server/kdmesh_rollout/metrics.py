@@ -38,7 +38,7 @@ class Metrics(JobMetrics):
         self._tokens = self.counter("tokens", "Tokens of finished samples.", "job")
         self._requests = self.counter("requests", "Requests by what came of them.", "job", "outcome")
         self._queue_seconds = self.histogram("queue_seconds", "From arrival to a sample's first step.", "job")
-        self._step_seconds = self.histogram("step_seconds", "Duration of a decoding step; in SGLang, until a sample finished or joined.")
+        self._step_seconds = self.histogram("step_seconds", "Duration of a step: a token, or, in SGLang, a sample.")
 
     def watch(self, look: Callable[[], Gauges]) -> None:
         """Show what `look` finds at every scrape; called once, when the server is ready."""

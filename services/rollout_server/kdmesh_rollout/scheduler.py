@@ -120,7 +120,8 @@ class Scheduler:
         while True:
             self._wake.clear()
             if self._death is not None:
-                self._give_up(EngineFailure("the engine has died; the server restarts"))
+                # Not EngineFailure, which says that it may be the request's fault, and is not asked again.
+                self._give_up(Unavailable("the engine has died, and the server ends"))
                 raise EngineFailure(self._death)
             if self._update is not None:
                 await self._make_way(self._update)
@@ -203,6 +204,8 @@ class Scheduler:
         await self._done_or_woken(call)
         seconds = time.monotonic() - began_s
         failure = call.exception()
+        if failure is not None and self._death is not None:
+            return  # `run` is next, and tells everybody
         if failure is not None:
             log.error("engine failed on a step", extra={"samples": len(self._running)}, exc_info=failure)
             self._end_running(
