@@ -33,6 +33,7 @@ class FusedLoss:
     top1_agreement_R: Tensor  # [R] float32, 1 where both prefer the same token, else 0; [0] without a teacher
     student_entropy_R: Tensor  # [R] float32, nats, at the divergence's temperature; [0] unless asked for
     teacher_entropy_R: Tensor  # [R] float32, likewise
+    topk_overlap_R: Tensor  # [R] float32, part of the teacher's k likeliest in the student's; [0] unless asked for
 
 
 def fused_linear_divergence(
@@ -48,6 +49,7 @@ def fused_linear_divergence(
     ce_weight: float = 0.0,
     token_weight_R: Tensor | None = None,
     with_entropies: bool = False,
+    top_k: int = 0,
     chunk_tokens: int | None = None,
     workspace: Workspace | None = None,
 ) -> FusedLoss:
@@ -66,6 +68,7 @@ def fused_linear_divergence(
         labels_R: int64 next tokens; cross-entropy is reported when they are given.
         token_weight_R: of each row; 1 when None.
         with_entropies: whether to report those of student and teacher, which takes a little more time.
+        top_k: how many of the likeliest tokens to compare, which takes some more; 0 compares none.
         chunk_tokens: rows whose logit gradient exists at once; None chooses by device and vocabulary.
         workspace: scratch to use again in the next call; None allocates and frees it in this one.
 
@@ -89,6 +92,7 @@ def fused_linear_divergence(
         kd_weight=kd_weight,
         ce_weight=ce_weight,
         with_entropies=with_entropies,
+        top_k=top_k,
     )
 
     def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
@@ -173,6 +177,7 @@ class _FusedLinear(torch.autograd.Function):
             values.top1_agreement_R,
             values.student_entropy_R,
             values.teacher_entropy_R,
+            values.topk_overlap_R,
         )
         ctx.mark_non_differentiable(*per_row)
         return loss_sum, *per_row
@@ -197,7 +202,7 @@ def _fused(call: _Call, hidden_RD: Tensor) -> FusedLoss:
     inputs = hidden_RD, head.weight_VD, head.bias_V
     wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs)
     loss_sum, *per_row = _FusedLinear.apply(*inputs, call, wanted)  # type: ignore[no-untyped-call]
-    divergence_R, cross_entropy_R, top1_agreement_R, student_entropy_R, teacher_entropy_R = per_row
+    divergence_R, cross_entropy_R, top1_agreement_R, student_entropy_R, teacher_entropy_R, topk_overlap_R = per_row
     return FusedLoss(
         loss_sum=loss_sum,
         divergence_R=divergence_R,
@@ -205,6 +210,7 @@ def _fused(call: _Call, hidden_RD: Tensor) -> FusedLoss:
         top1_agreement_R=top1_agreement_R,
         student_entropy_R=student_entropy_R,
         teacher_entropy_R=teacher_entropy_R,
+        topk_overlap_R=topk_overlap_R,
     )
 
 

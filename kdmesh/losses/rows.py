@@ -12,6 +12,7 @@ from torch import Tensor
 from kdmesh.losses.divergences import Divergence, forward_kl
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.top1 import Top1Agreement
+from kdmesh.losses.topk import TopKOverlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,6 +25,7 @@ class RowValues:
     top1_agreement_R: Tensor  # [0] without a teacher
     student_entropy_R: Tensor  # [0] unless asked for
     teacher_entropy_R: Tensor  # [0] unless asked for
+    topk_overlap_R: Tensor  # [0] unless asked for
 
     @classmethod
     def joined(cls, parts: Sequence[RowValues], *, like: Tensor) -> RowValues:
@@ -39,6 +41,7 @@ class RowValues:
             top1_agreement_R=join(lambda part: part.top1_agreement_R),
             student_entropy_R=join(lambda part: part.student_entropy_R),
             teacher_entropy_R=join(lambda part: part.teacher_entropy_R),
+            topk_overlap_R=join(lambda part: part.topk_overlap_R),
         )
 
 
@@ -69,6 +72,7 @@ class Mix:
     kd_weight: float
     ce_weight: float
     with_entropies: bool
+    top_k: int  # compared tokens of each row; 0 compares none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,6 +134,7 @@ class CrossEntropyRows:
             top1_agreement_R=absent_0,
             student_entropy_R=absent_0,
             teacher_entropy_R=absent_0,
+            topk_overlap_R=absent_0,
         )
 
 
@@ -146,6 +151,7 @@ class DivergenceRows:
         self._labels_R = labels_R
         self._scratch = tile_CV, torch.empty_like(tile_CV), torch.empty_like(tile_CV)
         self._top1 = Top1Agreement(tile_CV.shape[1], tile_CV.device)
+        self._topk = TopKOverlap(mix.top_k, tile_CV.shape[1], tile_CV.device) if mix.top_k else None
         self._divergence: list[Tensor] = []
         self._cross_entropy: list[Tensor] = []
         self._entropies: list[Tensor] = []
@@ -157,9 +163,13 @@ class DivergenceRows:
         # One side after the other: what is worked on is still in the cache.
         _become_logits(logits_CV, self._student.head)
         self._top1.note_student(logits_CV)
+        if self._topk is not None:
+            self._topk.note_student(logits_CV)
         self._log_softmax(logits_CV, spare_CV=q_CV, out=log_q_CV)
         _become_logits(teacher_logits_CV, self._teacher_head)
         self._top1.note_teacher(teacher_logits_CV)
+        if self._topk is not None:
+            self._topk.note_teacher(teacher_logits_CV)
         self._log_softmax(teacher_logits_CV, spare_CV=q_CV, out=log_p_CV)
         if self._labels_R is not None and self._mix.temperature == 1:
             self._cross_entropy.append(-log_q_CV.gather(-1, self._labels_R[rows, None]))
@@ -195,6 +205,7 @@ class DivergenceRows:
             top1_agreement_R=self._top1.end_block(*products),
             student_entropy_R=entropies_2R[0],
             teacher_entropy_R=entropies_2R[1],
+            topk_overlap_R=loss_R[:0] if self._topk is None else self._topk.end_block(*products),
         )
 
     def _log_softmax(self, logits_CV: Tensor, *, spare_CV: Tensor, out: Tensor) -> None:

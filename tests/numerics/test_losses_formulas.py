@@ -136,6 +136,26 @@ def test_top1_agreement_is_that_of_the_logits() -> None:
         assert torch.equal(call(case, inputs).top1_agreement_R, agreement_R.double())
 
 
+@pytest.mark.parametrize("top_k", [1, 8, 90])
+def test_topk_overlap_is_that_of_the_sorted_logits(top_k: int) -> None:
+    for vocabulary in (128 * 5, 128 * 5 + 60, 97):  # as above
+        case = Case(rows=100, vocabulary=vocabulary, student_size=3, teacher_size=3, seed=5)
+        inputs = tensors(case, torch.float64)
+        teacher_RE = inputs.student_hidden_RD.detach() + 0.3 * inputs.teacher_hidden_RE
+        inputs = replace(inputs, teacher_hidden_RE=teacher_RE, teacher_weight_VE=inputs.student_weight_VD.detach())
+        student, teacher = heads(case, inputs)
+        best = [
+            logits_RV.sort(-1, descending=True).indices[:, :top_k]
+            for logits_RV in (student.logits(inputs.student_hidden_RD), teacher.logits(teacher_RE))
+        ]
+        shared_R = (best[0].unsqueeze(1) == best[1].unsqueeze(2)).any(-1).double().mean(-1)
+        assert 0.1 < shared_R.mean() < 0.999
+        asked, plain = call(case, inputs, top_k=top_k), call(case, inputs)
+        torch.testing.assert_close(asked.topk_overlap_R, shared_R)
+        assert torch.equal(asked.loss_sum, plain.loss_sum)
+        assert len(plain.topk_overlap_R) == 0
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_entropies_are_the_textbooks_and_change_nothing_else(name: str) -> None:
     case = replace(FULL, name=name, rows=300, vocabulary=700)

@@ -71,29 +71,35 @@ def test_every_step_holds_both_and_its_answers_follow_from_seed_and_step(mesh: M
 
 
 @torch.no_grad()
-def textbook(models: dict[str, Any], samples: list[TokenSequence], answers: list[TokenSequence]) -> tuple[float, float]:
-    """The loss, and the samples' mean entropy, from whole logits of Hugging Face's own forward in float64."""
+def textbook(
+    models: dict[str, Any], samples: list[TokenSequence], answers: list[TokenSequence]
+) -> tuple[float, float, float]:
+    """The loss, the samples' mean entropy and the overlap of the 8 likeliest tokens, from whole logits in float64."""
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float64) for name in ("student", "teacher")
     )
-    loss = entropy = 0.0
+    loss = entropy = overlap = 0.0
     for sequence in (*samples, *answers):
         ids, positions = torch.from_numpy(sequence.token_ids).long()[None], torch.from_numpy(sequence.positions).long()
         q_RV, p_RV = (m(ids).logits[0, positions, :VOCABULARY_SIZE].log_softmax(-1) for m in (student, teacher))
         loss += float((p_RV.exp() * (p_RV - q_RV)).sum())
+        best = [log_p_RV.topk(8).indices for log_p_RV in (q_RV, p_RV)]
+        overlap += float((best[0].unsqueeze(1) == best[1].unsqueeze(2)).any(-1).double().mean(-1).sum())
         if any(sequence is answer for answer in answers):
             loss += CE_WEIGHT * float(cross_entropy(q_RV, torch.from_numpy(sequence.labels).long(), reduction="sum"))
         else:
             entropy -= float((q_RV.exp() * q_RV).sum())
     rows = sum(s.num_rows for s in (*samples, *answers))
-    return loss / rows, entropy / sum(s.num_rows for s in samples)
+    return loss / rows, entropy / sum(s.num_rows for s in samples), overlap / rows
 
 
 def test_only_the_answers_are_imitated_and_only_the_samples_are_looked_at(mesh: Mesh, models: dict[str, Any]) -> None:
     run = Run(mesh, **models)
     batch, stats = next(run.train(run.source(FastRollouts(run.copy), max_staleness=0)))
-    loss, entropy = textbook(models, *split(batch))
+    loss, entropy, overlap = textbook(models, *split(batch))
     assert stats.loss_nats_per_token == pytest.approx(loss, rel=1e-5)
+    assert stats.topk_overlap == pytest.approx(overlap, abs=1e-6)
+    assert 0 < overlap < 1
     assert stats.samples is not None
     assert stats.samples.student_entropy_nats == pytest.approx(entropy, rel=1e-5)
     assert stats.samples.sampler_kl_k3_nats == pytest.approx(0, abs=1e-9)

@@ -143,6 +143,7 @@ def seen(cross_entropy: list[float]) -> FusedLoss:
         top1_agreement_R=nothing_0,
         student_entropy_R=torch.tensor([1.0, 2.0, 3.0]),
         teacher_entropy_R=torch.tensor([0.5, 0.5, 2.0]),
+        topk_overlap_R=nothing_0,
     )
 
 

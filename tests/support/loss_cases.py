@@ -132,7 +132,7 @@ def heads(case: Case, inputs: Tensors) -> tuple[OutputHead, OutputHead]:
     return student.sliced(case.vocabulary), teacher.sliced(case.vocabulary)
 
 
-def call(case: Case, inputs: Tensors, *, with_entropies: bool = False) -> FusedLoss:
+def call(case: Case, inputs: Tensors, *, with_entropies: bool = False, top_k: int = 0) -> FusedLoss:
     """The loss under test."""
     student_head, teacher_head = heads(case, inputs)
     return fused_linear_divergence(
@@ -147,6 +147,7 @@ def call(case: Case, inputs: Tensors, *, with_entropies: bool = False) -> FusedL
         ce_weight=case.ce_weight,
         token_weight_R=inputs.token_weight_R,
         with_entropies=with_entropies,
+        top_k=top_k,
         chunk_tokens=case.chunk_tokens,
     )
 

@@ -134,6 +134,7 @@ def build_stepper(
             kd_weight=1.0,
             ce_weight=ce_weight,
             with_entropies=is_sampled,
+            top_k=8 if is_sampled else 0,
             teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
             workspace=None,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,11 +51,12 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
     recipe = replace(materials.plain, is_judged=True)
     servers = [Rollouts(processes, root / f"rollouts-{name}", recipe.student) for name in ("a", "b", "c")]
     teacher, other = (Teacher(processes, root / name, materials.teacher) for name in ("teacher", "other"))
+    mixed = {"sampled_fraction": 0.667, "show_every": 5}
     undisturbed, disturbed, stale = (
         Job(processes, root / name, recipe, address, steps=STEPS, source=source(rollouts, **more), batch=batch)
         for name, address, rollouts, batch, more in (
-            ("undisturbed", teacher.address, servers[0], MIXED, {"sampled_fraction": 0.667}),
-            ("disturbed", other.address, servers[1], MIXED, {"sampled_fraction": 0.667}),
+            ("undisturbed", teacher.address, servers[0], MIXED, mixed),
+            ("disturbed", other.address, servers[1], MIXED, mixed),
             ("stale", teacher.address, servers[2], SAMPLED, {"max_staleness": 2, "update_policy": "abort"}),
         )
     )
@@ -91,6 +93,31 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
 def test_a_job_whose_services_were_killed_learns_exactly_the_same(story: Story) -> None:
     assert len(story.undisturbed.steps()) == STEPS
     assert story.disturbed.record() == story.undisturbed.record()
+    assert len([line for line in story.disturbed.lines() if line["kind"] == "step"]) == STEPS
+
+
+def test_every_step_says_how_the_run_is(story: Story) -> None:
+    for step in story.undisturbed.steps():
+        assert 1 <= step["response_tokens_mean"] <= step["response_tokens_max"] <= 24
+        assert 0 <= step["cut_off_fraction"] <= 1
+        assert 0 < step["top1_agreement"] < step["topk_overlap"] + 0.5 < 1.5
+        assert 0 < step["student_entropy_nats"] < 6
+        assert 0 < step["teacher_entropy_nats"] < 6
+        assert set(step["phase_tokens_per_second"]) == {"sampling", "teacher", "update"}
+        assert step["phase_tokens_per_second"]["update"] > 0
+        assert step["bounded_by"] in ("sampling", "teacher", "update", "publish")
+        assert {"batch", "update", "publish"} <= set(step["phase_s"])
+
+
+def test_samples_are_shown_once_also_after_a_kill(story: Story) -> None:
+    shown = [
+        [json.loads(line) for line in (job.output / "samples.jsonl").read_text().splitlines()]
+        for job in (story.undisturbed, story.disturbed)
+    ]
+    assert [line["step"] for line in shown[0]] == [0, 5, 10, 15, 20]
+    assert shown[0] == shown[1]
+    assert all(len(line["responses"]) == 2 and line["prompt"] for line in shown[0])
+    assert len(story.second_trainer.events("sample")) in (2 * 1, 2 * 2)
 
 
 def test_a_rollout_server_that_comes_back_gets_the_student_before_it_samples(story: Story) -> None:

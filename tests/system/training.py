@@ -25,6 +25,7 @@ _MAY_DIFFER = {
     "teacher_wait_fraction",
     "sampling_wait_s",
     "bounded_by",
+    "phase_tokens_per_second",
     "phase_s",
     "evaluate_s",
 }

@@ -37,6 +37,7 @@ def stats(loss: float = 2.0, wait_s: float = 0.0) -> StepStats:
 
 def sampled_stats(*, teacher_wait_s: float = 0.0, sampling_wait_s: float = 0.0) -> StepStats:
     rollouts = RolloutFigures(
+        response_tokens=50,
         response_tokens_mean=12.5,
         response_tokens_max=20,
         cut_off_fraction=0.25,
@@ -175,7 +176,7 @@ def test_figures_of_samples_stand_beside_those_of_the_step(tmp_path: Path) -> No
     added |= {"sampler_kl_k1_nats": 0.01, "sampler_kl_k3_nats": 0.02}
     added |= {"student_entropy_nats": 1.5, "teacher_entropy_nats": 1.25}
     assert {name: sampled[name] for name in added} == added
-    assert not {*added, "bounded_by", "rollouts", "samples"} & set(plain)
+    assert not {*added, "rollouts", "samples"} & set(plain)
     tracked = [call[1] for kind, call in tracker.calls if kind == "log"]
     assert tracked[0]["train/response_tokens_mean"] == 12.5
     readings = [call for kind, call in display.calls if kind == "show"]
@@ -193,13 +194,31 @@ def test_figures_of_samples_stand_beside_those_of_the_step(tmp_path: Path) -> No
     ],
 )
 def test_the_record_says_what_took_most_of_a_step(tmp_path: Path, seconds: dict[str, float], bound: str) -> None:
-    record, _, _ = run(tmp_path)
+    record, display, _ = run(tmp_path)
     record.start(0)
     with record.phase("publish"):
         sum(range(1000))
     record.report(0, sampled_stats(**seconds))
     record.close()
-    assert lines(tmp_path)[0]["bounded_by"] == bound
+    [line] = lines(tmp_path)
+    assert line["bounded_by"] == bound
+    [reading] = [call for kind, call in display.calls if kind == "show"]
+    assert reading.bounded_by == bound
+
+
+def test_every_phase_has_its_tokens_per_second_where_it_took_time(tmp_path: Path) -> None:
+    record, _, _ = run(tmp_path)
+    record.start(0)
+    with record.phase("update"):
+        sum(range(1_000_000))
+    record.report(0, sampled_stats(sampling_wait_s=2.0))
+    record.report(1, stats(wait_s=4.0))
+    record.close()
+    sampled, plain = lines(tmp_path)
+    update_s = sampled["phase_s"]["update"]
+    assert sampled["phase_tokens_per_second"] == {"sampling": 25.0, "teacher": None, "update": 100 / update_s}
+    assert plain["phase_tokens_per_second"] == {"teacher": 25.0, "update": None}
+    assert plain["bounded_by"] == "teacher"
 
 
 def test_the_display_gets_rates_over_recent_steps(tmp_path: Path) -> None:

@@ -266,6 +266,7 @@ def _objective(
                 teacher_head=teacher.head,
                 workspace=workspace,
                 with_entropies=isinstance(cfg.source, config.OnPolicy),
+                top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
             )
         case config.Sft():
             return CrossEntropy(workspace=workspace)

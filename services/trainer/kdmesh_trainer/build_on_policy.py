@@ -31,6 +31,7 @@ from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, digest_pro
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.sources.sequences import load_sequences
+from kdmesh_trainer.sources.show import Showcase
 from kdmesh_trainer.sources.sides import Prompt, teacher_side
 from kdmesh_trainer.sources.teacher_context import ContextEncoder
 
@@ -46,10 +47,12 @@ class Task:
     sampling: Sampling
     max_tokens: int  # of the longest prompt with the longest response
     answers: Sequence[TokenSequence]  # the data's own; empty where all is sampled
+    tokenizer: PreTrainedTokenizerFast
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
-        told = self.source.model_dump(mode="json", exclude={"rollouts", "too_long", "colocated"})
+        shown = {"overlap_tokens", "show_every"}
+        told = self.source.model_dump(mode="json", exclude={"rollouts", "too_long", "colocated", *shown})
         return {
             "data.train (digest)": digest_prompts(self.prompts).hex(),
             "data.train's answers (digest)": digest((*self.answers, *teacher_side(self.answers))).hex(),
@@ -98,6 +101,7 @@ def read_task(
         sampling=sampling,
         max_tokens=longest + drawn.max_new_tokens,
         answers=answers,
+        tokenizer=tokenizer,
     )
 
 
@@ -164,6 +168,7 @@ def build_source(
         answers=_answers(cfg, task),
         teacher_update_every=cfg.teacher_update_every,
         devices=devices,
+        showcase=_showcase(cfg, task) if mesh.is_first else None,
     )
     stack.callback(built.close)
     return built
@@ -196,6 +201,17 @@ def _answers(cfg: config.TrainerConfig, task: Task) -> AnswerOrder | None:
         return None
     sampled = task.source.prompts_of(cfg.batch.sequences) * task.source.samples_per_prompt
     return AnswerOrder(task.answers, per_step=cfg.batch.sequences - sampled, seed=cfg.seed)
+
+
+def _showcase(cfg: config.TrainerConfig, task: Task) -> Showcase | None:
+    if task.source.show_every is None:
+        return None
+    return Showcase(
+        cfg.output / "samples.jsonl",
+        lambda ids: str(task.tokenizer.decode(ids)),
+        every=task.source.show_every,
+        samples_per_prompt=task.source.samples_per_prompt,
+    )
 
 
 def _stop_token_ids(

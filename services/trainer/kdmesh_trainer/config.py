@@ -213,6 +213,12 @@ class OnPolicy(StrictModel):
     too_long: Literal["drop", "fail"] = "drop"
     """What happens to a prompt that leaves no room for max_new_tokens in data.max_tokens; dropped ones are counted."""
 
+    overlap_tokens: int = Field(8, ge=0, le=128)
+    """How many of the likeliest tokens of student and teacher are compared in every row; 0 compares none."""
+
+    show_every: int | None = Field(None, ge=1)
+    """Steps between looks at a prompt with its responses, in the log and in samples.jsonl; null shows none."""
+
     def prompts_of(self, sequences: int) -> int:
         """How many prompts of a step with that many sequences are sampled from."""
         return int(self.sampled_fraction * sequences / self.samples_per_prompt + 0.5)

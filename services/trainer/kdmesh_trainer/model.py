@@ -31,9 +31,10 @@ class LossTotals(NamedTuple):
     """Sums over the rows of one micro-batch. A tuple, because FSDP looks for gradients in tuples only."""
 
     loss_sum: Tensor  # [] float32, carries the gradient
-    sums_4: Tensor  # float64, no gradient: loss, divergence, cross-entropy, rows with equal top-1
+    sums_5: Tensor  # float64, no gradient: loss, divergence, cross-entropy, rows with equal top-1, top-k overlap
     num_diverging: int  # rows that have a divergence
     num_labelled: int  # rows that have a cross-entropy
+    num_overlapping: int  # rows that have a top-k overlap
 
 
 class Student(nn.Module):
@@ -64,12 +65,13 @@ class Student(nn.Module):
         hidden_TD = hidden_states_TD(self.lm, packed)
         hidden_RD = hidden_TD.index_select(0, packed.rows_R)
         loss = row_loss(hidden_RD, output_head(self.lm).sliced(self.vocabulary_size), packed.labels_R)
-        rows = (loss.divergence_R, loss.cross_entropy_R, loss.top1_agreement_R)
+        rows = (loss.divergence_R, loss.cross_entropy_R, loss.top1_agreement_R, loss.topk_overlap_R)
         return LossTotals(
             loss_sum=loss.loss_sum,
-            sums_4=torch.stack([loss.loss_sum.detach().double(), *(values.double().sum() for values in rows)]),
+            sums_5=torch.stack([loss.loss_sum.detach().double(), *(values.double().sum() for values in rows)]),
             num_diverging=len(loss.divergence_R),
             num_labelled=len(loss.cross_entropy_R),
+            num_overlapping=len(loss.topk_overlap_R),
         )
 
 

@@ -53,6 +53,7 @@ class Distillation:
     teacher_head: TeacherHead
     workspace: Workspace | None
     with_entropies: bool = False
+    top_k: int = 0  # compared tokens; 0 compares none
 
     def __call__(
         self,
@@ -101,6 +102,7 @@ class Distillation:
             kd_weight=self.kd_weight,
             ce_weight=ce_weight,
             with_entropies=self.with_entropies,
+            top_k=self.top_k,
             workspace=self.workspace,
         )
 

@@ -22,6 +22,7 @@ class Reading:
     teacher_wait_fraction: float
     sampling_wait_fraction: float | None = None  # None: nothing is sampled
     response_tokens_mean: float | None = None
+    bounded_by: str | None = None  # the phase that took most of the last step
 
 
 class Progress(Protocol):
@@ -74,7 +75,7 @@ class LogProgress:
 
 
 class TerminalProgress:
-    """One live line: step, loss, tokens per second, waits, time left."""
+    """One live line: step, loss, tokens per second, waits, what takes most of a step, time left."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -105,7 +106,8 @@ class TerminalProgress:
         minutes, seconds = divmod(round(self._pace.eta_s(reading.done)), 60)
         figures = (
             f"loss [bold]{reading.loss_nats_per_token:.4f}[/]   {reading.tokens_per_second:,.0f} tokens/s   "
-            f"teacher wait {reading.teacher_wait_fraction:.0%}   {_sampling(reading)}{minutes}:{seconds:02d} left"
+            f"teacher wait {reading.teacher_wait_fraction:.0%}   {_sampling(reading)}"
+            f"bounded by {reading.bounded_by}   {minutes}:{seconds:02d} left"
         )
         self._line.update(self._task, completed=reading.done, figures=figures)
 

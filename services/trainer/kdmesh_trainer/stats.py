@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 class RolloutFigures:
     """The samples of one step, over all ranks; equal on every rank."""
 
+    response_tokens: int  # of all samples
     response_tokens_mean: float
     response_tokens_max: int
     cut_off_fraction: float  # of samples that ended at a limit of length
@@ -41,6 +42,9 @@ class StepStats:
     divergence_nats_per_token: float | None  # None: the objective has no teacher
     cross_entropy_nats_per_token: float | None  # None: the objective does not compute it
     top1_agreement: float | None  # fraction of loss tokens where student and teacher prefer the same token
+    topk_overlap: float | None = (
+        None  # part of the teacher's k likeliest tokens among the student's; None: not asked for
+    )
     gradient_norm: float  # before clipping
     learning_rate: float
     num_loss_tokens: int

@@ -70,6 +70,7 @@ class GradientStepper:
             divergence_nats_per_token=totals.divergence_nats_per_token,
             cross_entropy_nats_per_token=totals.cross_entropy_nats_per_token,
             top1_agreement=totals.top1_agreement_per_token,
+            topk_overlap=totals.topk_overlap_per_token,
             gradient_norm=gradient_norm,
             learning_rate=rate,
             num_loss_tokens=batch.num_loss_tokens,

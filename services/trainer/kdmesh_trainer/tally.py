@@ -24,8 +24,10 @@ class Totals:
     divergence: float
     cross_entropy: float
     top1_agreement: float
+    topk_overlap: float
     num_diverging: int  # rows that have a divergence
     num_labelled: int  # rows that have a cross-entropy
+    num_overlapping: int  # rows that have a top-k overlap
     teacher_wait_s: float  # over all ranks
     samples: SampleScores | None  # None: no row was sampled
 
@@ -44,18 +46,24 @@ class Totals:
         """None when no row has a teacher."""
         return self.top1_agreement / self.num_diverging if self.num_diverging else None
 
+    @property
+    def topk_overlap_per_token(self) -> float | None:
+        """None when no row has one."""
+        return self.topk_overlap / self.num_overlapping if self.num_overlapping else None
+
 
 class Tally:
     """This rank's part of a step or an evaluation."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._sums_4 = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+        self._sums_5 = torch.zeros(5, dtype=torch.float64, device=mesh.device)
         self._samples_4 = torch.zeros(4, dtype=torch.float64, device=mesh.device)
         self._num_sampled = 0
         self._num_compared = 0  # sampled rows that have a cross-entropy
         self._num_diverging = 0
         self._num_labelled = 0
+        self._num_overlapping = 0
         self._wait_s = 0.0
         self._version: int | None = None
 
@@ -77,9 +85,10 @@ class Tally:
 
     def add(self, totals: LossTotals) -> None:
         """Count one micro-batch in."""
-        self._sums_4 += totals.sums_4
+        self._sums_5 += totals.sums_5
         self._num_diverging += totals.num_diverging
         self._num_labelled += totals.num_labelled
+        self._num_overlapping += totals.num_overlapping
 
     def look_at_samples(self, loss: FusedLoss, rollout_logprobs_S: Tensor | None) -> None:
         """Count in how one micro-batch's sampled tokens are seen.
@@ -110,22 +119,24 @@ class Tally:
         """
         has_version = self._version is not None
         own = [self._num_diverging, self._num_labelled, self._wait_s, self._version or 0, has_version]
-        own += [self._num_sampled, self._num_compared]
-        sums = self._mesh.sum(torch.cat([self._sums_4, self._sums_4.new_tensor(own), self._samples_4]))
+        own += [self._num_sampled, self._num_compared, self._num_overlapping]
+        sums = self._mesh.sum(torch.cat([self._sums_5, self._sums_5.new_tensor(own), self._samples_4]))
         values = torch.cat([sums, *(value.double().reshape(1) for value in more)]).tolist()
         totals = Totals(
             loss=values[0],
             divergence=values[1],
             cross_entropy=values[2],
             top1_agreement=values[3],
-            num_diverging=round(values[4]),
-            num_labelled=round(values[5]),
-            teacher_wait_s=values[6],
-            samples=_scores(values[11:15], num_sampled=round(values[9]), num_compared=round(values[10])),
+            topk_overlap=values[4],
+            num_diverging=round(values[5]),
+            num_labelled=round(values[6]),
+            num_overlapping=round(values[12]),
+            teacher_wait_s=values[7],
+            samples=_scores(values[13:17], num_sampled=round(values[10]), num_compared=round(values[11])),
         )
-        if has_version and values[7] != values[8] * own[3]:
+        if has_version and values[8] != values[9] * own[3]:
             raise _mixed(self._version, "another on another rank")
-        return totals, tuple(values[15:])
+        return totals, tuple(values[17:])
 
 
 def _scores(sums: list[float], *, num_sampled: int, num_compared: int) -> SampleScores | None:

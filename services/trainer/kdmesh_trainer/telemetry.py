@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -17,14 +16,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from kdmesh_trainer import config
+from kdmesh_trainer.files import keep_before
 from kdmesh_trainer.progress import LogProgress, Progress, Reading, TerminalProgress
-from kdmesh_trainer.stats import RolloutFigures, Scores, StepStats
+from kdmesh_trainer.stats import Scores, StepStats
 from kdmesh_trainer.trackers import Tracker, build_trackers
 
 log = logging.getLogger(__name__)
 
 _RECENT_STEPS = 10
 _STEP_PHASES = ("batch", "update", "publish")
+_SHORTEST_WAIT_S = 1e-3  # a shorter one says nothing of how fast the other side is
 
 
 def open_telemetry(
@@ -98,7 +99,7 @@ class RunTelemetry:
     def start(self, first_step: int) -> None:
         """Open the files; what an earlier attempt wrote from `first_step` on is dropped."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_before(self._path, first_step)
+        keep_before(self._path, first_step)
         self._file = self._path.open("a", buffering=1, encoding="utf-8")
         for tracker in self._trackers:
             tracker.start(first_step)
@@ -126,12 +127,12 @@ class RunTelemetry:
             "tokens_per_second": stats.num_tokens / step_s if step_s else None,
             "teacher_wait_fraction": stats.teacher_wait_s / step_s if step_s else None,
         }
-        facts: dict[str, Any] = {"phase_s": phase_s, "door": self._door() or None}
-        if stats.rollouts is not None:
-            facts["bounded_by"] = _bound(stats, stats.rollouts, phase_s)
-        self._write("step", step, {**figures, **facts})
+        seconds = _seconds(stats, phase_s)
+        bounded_by = max(seconds, key=lambda name: seconds[name])
+        facts = {"phase_tokens_per_second": _rates(stats, seconds), "bounded_by": bounded_by}
+        self._write("step", step, {**figures, **facts, "phase_s": phase_s, "door": self._door() or None})
         self._track("train", step, figures)
-        self._progress.show(self._reading(step + 1, stats))
+        self._progress.show(self._reading(step + 1, stats, bounded_by))
 
     def report_scores(self, step: int, scores: Scores) -> None:
         """Write the evaluation's line and say it."""
@@ -152,7 +153,7 @@ class RunTelemetry:
         for tracker in self._trackers:
             tracker.close()
 
-    def _reading(self, done: int, stats: StepStats) -> Reading:
+    def _reading(self, done: int, stats: StepStats, bounded_by: str) -> Reading:
         seconds = sum(step_s for _, step_s in self._recent)
         rollouts = [recent.rollouts for recent, _ in self._recent if recent.rollouts is not None]
         sampling_wait_s = sum(recent.sampling_wait_s for recent in rollouts)
@@ -163,6 +164,7 @@ class RunTelemetry:
             teacher_wait_fraction=sum(recent.teacher_wait_s for recent, _ in self._recent) / seconds if seconds else 0,
             sampling_wait_fraction=sampling_wait_s / seconds if rollouts and seconds else None,
             response_tokens_mean=stats.rollouts.response_tokens_mean if stats.rollouts else None,
+            bounded_by=bounded_by,
         )
 
     def _write(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
@@ -206,30 +208,23 @@ class _Totals:
         }
 
 
-def _bound(stats: StepStats, rollouts: RolloutFigures, phase_s: Mapping[str, float]) -> str:
-    """What took most of a step: waiting for samples, waiting for the teacher, the update itself, or publishing it."""
-    seconds = {
-        "sampling": rollouts.sampling_wait_s,
-        "teacher": stats.teacher_wait_s,
-        "update": phase_s.get("update", 0.0) - stats.teacher_wait_s,
-        "publish": phase_s.get("publish", 0.0),
+def _seconds(stats: StepStats, phase_s: Mapping[str, float]) -> dict[str, float]:
+    """Where a step's time went: waiting for samples, waiting for the teacher, the update itself, publishing it."""
+    seconds = {"teacher": stats.teacher_wait_s, "update": phase_s.get("update", 0.0) - stats.teacher_wait_s}
+    if stats.rollouts is not None:
+        seconds = {"sampling": stats.rollouts.sampling_wait_s, **seconds, "publish": phase_s.get("publish", 0.0)}
+    return seconds
+
+
+def _rates(stats: StepStats, seconds: Mapping[str, float]) -> dict[str, float | None]:
+    """Tokens per second of each phase that works on tokens; None where the step did not wait for it."""
+    tokens = {"teacher": stats.num_tokens, "update": stats.num_tokens}
+    if stats.rollouts is not None:
+        tokens = {"sampling": stats.rollouts.response_tokens, **tokens}
+    return {
+        name: number / seconds[name] if seconds[name] > _SHORTEST_WAIT_S else None for name, number in tokens.items()
     }
-    return max(seconds, key=lambda name: seconds[name])
 
 
 def _or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _keep_before(path: Path, first_step: int) -> None:
-    """Drop the lines of steps from `first_step` on, and a last line that was never finished; all or nothing."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(text)["step"] < first_step:
-                kept.append(text + "\n")
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)

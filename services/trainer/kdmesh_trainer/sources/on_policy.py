@@ -19,6 +19,7 @@ from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.rollouts import Rollout, WeightPublisher, figures_of
 from kdmesh_trainer.sources.row_queue import RowQueue, RowService
 from kdmesh_trainer.sources.sampler import Sampler, Share
+from kdmesh_trainer.sources.show import Showcase
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class OnPolicySource:
         answers: AnswerOrder | None = None,
         teacher_update_every: int | None = None,
         devices: Devices | None = None,
+        showcase: Showcase | None = None,
     ) -> None:
         """
         Args:
@@ -66,6 +68,7 @@ class OnPolicySource:
             answers: those of the data that each step holds; None: it holds samples alone.
             teacher_update_every: see RowQueue.
             devices: where all of this is computed; None: everybody has devices of their own.
+            showcase: where samples are shown; None shows none.
         """
         self.devices = devices or OwnDevices()
         assert max_staleness == 0 or not self.devices.are_shared
@@ -77,6 +80,7 @@ class OnPolicySource:
         self._steps = steps
         self._mesh = mesh
         self._answers = answers
+        self._showcase = showcase
         self._published: dict[int, int] = {}  # weight version -> steps that its student had done, ascending
         self._next_asked = 0
         self._next_planned = 0
@@ -85,6 +89,8 @@ class OnPolicySource:
     def start_at(self, step: int) -> None:
         """Make `step` the first one that next_batch gives."""
         self._next_asked = self._next_planned = step
+        if self._showcase is not None:
+            self._showcase.start(step)
 
     def publish(self, *, version: int) -> None:
         """Bring the student to those who sample, and ask for what may now be sampled. Collective.
@@ -143,6 +149,8 @@ class OnPolicySource:
         step = self._next_planned
         shares = self._exchange(step)
         rollouts = self._sampler.assemble(step, shares)
+        if self._showcase is not None:
+            self._showcase.show(step, rollouts)
         staleness = [self._staleness(step, rollout) for rollout in rollouts]
         answers = [] if self._answers is None else self._answers.of_step(step)
         sequences = [*(rollout.sequence for rollout in rollouts), *answers]

@@ -125,6 +125,7 @@ def figures_of(rollouts: Sequence[Rollout], staleness: Sequence[int], *, waits_s
     """
     lengths = [rollout.sequence.num_rows for rollout in rollouts]
     return RolloutFigures(
+        response_tokens=sum(lengths),
         response_tokens_mean=sum(lengths) / len(lengths),
         response_tokens_max=max(lengths),
         cut_off_fraction=sum(rollout.is_cut_off for rollout in rollouts) / len(rollouts),

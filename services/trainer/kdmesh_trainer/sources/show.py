@@ -1,0 +1,57 @@
+"""Shows people what the student is asked and what it answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kdmesh.types import Int32Array, TokenSequence
+from kdmesh_trainer.files import keep_before
+from kdmesh_trainer.sources.rollouts import Rollout
+from kdmesh_trainer.sources.sides import teacher_side
+
+log = logging.getLogger(__name__)
+
+
+class Showcase:
+    """Now and then one prompt with all of its responses, as text, in the log and in a file of one object per line."""
+
+    def __init__(self, path: Path, decode: Callable[[Int32Array], str], *, every: int, samples_per_prompt: int) -> None:
+        """
+        Args:
+            decode: ids to text, special tokens included.
+            every: steps between looks.
+        """
+        self._path = path
+        self._decode = decode
+        self._every = every
+        self._samples_per_prompt = samples_per_prompt
+
+    def start(self, first_step: int) -> None:
+        """Drop what an earlier attempt showed from `first_step` on."""
+        keep_before(self._path, first_step)
+
+    def show(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """The step's first prompt, if it is this step's turn."""
+        if step % self._every:
+            return
+        shown = rollouts[: self._samples_per_prompt]
+        first = shown[0].sequence
+        [theirs] = teacher_side([first])
+        facts = {"step": step, "prompt": self._decode(_prompt(first))}
+        if theirs is not first:
+            facts["teacher_prompt"] = self._decode(_prompt(theirs))
+        responses = [
+            {"text": self._decode(rollout.sequence.labels), "is_cut_off": rollout.is_cut_off} for rollout in shown
+        ]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**facts, "responses": responses}, ensure_ascii=False) + "\n")
+        for response in responses:
+            log.info("sample", extra={**facts, "response": response["text"], "is_cut_off": response["is_cut_off"]})
+
+
+def _prompt(sequence: TokenSequence) -> Int32Array:
+    ids: Int32Array = sequence.token_ids[: sequence.positions[0] + 1]
+    return ids

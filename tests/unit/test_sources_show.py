@@ -1,0 +1,70 @@
+"""Samples that are shown are the step's own, once each."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdmesh.types import FinishReason, Float32Array, Int32Array, Sample
+from kdmesh_trainer.sources.rollouts import Rollout
+from kdmesh_trainer.sources.show import Showcase
+
+
+def ids(*numbers: int) -> Int32Array:
+    return np.array(numbers, np.int32)
+
+
+def rollout(prompt: Int32Array, *response: int, teacher: Int32Array | None = None) -> Rollout:
+    logprobs: Float32Array = np.full(len(response), -1, np.float32)
+    reason = FinishReason.STOP if response[-1] == 0 else FinishReason.LENGTH
+    sample = Sample(
+        token_ids=ids(*response),
+        logprobs=logprobs,
+        finish_reason=reason,
+        min_weight_version=1,
+        max_weight_version=1,
+    )
+    return Rollout.of(prompt, sample, teacher_prompt_ids=teacher)
+
+
+def showcase(path: Path) -> Showcase:
+    decode = lambda ids: " ".join(map(str, ids.tolist()))  # noqa: E731
+    return Showcase(path / "samples.jsonl", decode, every=2, samples_per_prompt=2)
+
+
+def test_the_first_prompt_is_shown_with_all_its_responses_every_few_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = showcase(tmp_path)
+    shown.start(0)
+    with caplog.at_level(logging.INFO):
+        for step in range(4):
+            first, other = ids(5, 6, step), ids(9)
+            shown.show(step, [rollout(first, 7, 0), rollout(first, 8, 8), rollout(other, 1), rollout(other, 2)])
+    shown.start(2)  # continued from step 2
+    told = ids(1, 2)
+    shown.show(2, [rollout(ids(3), 4, 0, teacher=told), rollout(ids(3), 5, teacher=told)])
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert lines == [
+        {
+            "step": 0,
+            "prompt": "5 6 0",
+            "responses": [{"text": "7 0", "is_cut_off": False}, {"text": "8 8", "is_cut_off": True}],
+        },
+        {
+            "step": 2,
+            "prompt": "3",
+            "teacher_prompt": "1 2",
+            "responses": [{"text": "4 0", "is_cut_off": False}, {"text": "5", "is_cut_off": True}],
+        },
+    ]
+    assert [(r.getMessage(), r.step, r.response) for r in caplog.records] == [  # type: ignore[attr-defined]
+        ("sample", 0, "7 0"),
+        ("sample", 0, "8 8"),
+        ("sample", 2, "7 0"),
+        ("sample", 2, "8 8"),
+    ]
