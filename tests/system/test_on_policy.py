@@ -100,7 +100,8 @@ def test_every_step_says_how_the_run_is(story: Story) -> None:
     for step in story.undisturbed.steps():
         assert 1 <= step["response_tokens_mean"] <= step["response_tokens_max"] <= 24
         assert 0 <= step["cut_off_fraction"] <= 1
-        assert 0 < step["top1_agreement"] < step["topk_overlap"] + 0.5 < 1.5
+        assert 0 <= step["top1_agreement"] <= 1
+        assert 0 < step["topk_overlap"] < 1
         assert 0 < step["student_entropy_nats"] < 6
         assert 0 < step["teacher_entropy_nats"] < 6
         assert set(step["phase_tokens_per_second"]) == {"sampling", "teacher", "update"}
