@@ -74,24 +74,28 @@ class Replicas(Generic[C]):
         """Close every connection."""
         await self._tasks.close()
 
+    def notify(self) -> None:
+        """Have everybody who waits look at the replicas again."""
+        self._changed.set()
+
     async def somewhere(
         self,
         call: Callable[[C], Awaitable[T]],
         num_tokens: int,
         deadline: Deadline,
         *,
-        is_good: Callable[[C], bool] = lambda client: True,
+        may: Callable[[C], bool] = lambda client: True,
     ) -> T:
         """What `call` returns for one replica, or the next when that one fails, until the deadline.
 
-        Others than those that are good are taken only while no good one is free.
+        Only those are asked that `may` be; `notify` says that it has changed its mind.
 
         Raises:
             DeadlineExpired: no replica answered in time.
             RpcError: whatever else `call` raises but Unavailable and HandleGone.
         """
         for attempt in itertools.count():
-            replica = await self._choose(deadline, is_good)
+            replica = await self._choose(deadline, may)
             assert replica.client is not None
             try:
                 with replica.busy(num_tokens):
@@ -160,21 +164,17 @@ class Replicas(Generic[C]):
             raise failures[0]
         return all(r.has_tried for r in self._replicas) and any(r.client is not None for r in self._replicas)
 
-    async def _choose(self, deadline: Deadline, is_good: Callable[[C], bool]) -> Replica[C]:
-        """The free replica with the fewest outstanding tokens, a good one if there is one; waits for one."""
+    async def _choose(self, deadline: Deadline, may: Callable[[C], bool]) -> Replica[C]:
+        """The free replica with the fewest outstanding tokens; waits for one."""
         chosen: list[Replica[C]] = []
-
-        def rank(replica: Replica[C]) -> tuple[bool, int]:
-            is_other = replica.client is None or not is_good(replica.client)
-            return is_other, replica.outstanding_tokens
 
         def is_chosen() -> bool:
             if all(r.failure is not None for r in self._replicas):
                 raise next(r.failure for r in self._replicas if r.failure is not None)
             if (reason := self._hopeless()) is not None:
                 raise reason
-            free = [r for r in self._replicas if r.free_in_s == 0]
-            chosen[:] = sorted(free, key=rank)[:1]
+            free = [r for r in self._replicas if r.client is not None and r.free_in_s == 0 and may(r.client)]
+            chosen[:] = sorted(free, key=lambda r: r.outstanding_tokens)[:1]
             return bool(chosen)
 
         await self._until(deadline, is_chosen)

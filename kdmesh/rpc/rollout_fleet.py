@@ -78,19 +78,24 @@ class RolloutFleet:
         for client in self._replicas.clients:
             if client.address not in behind:
                 client.weight_version = version
+        self._replicas.notify()
 
     async def sample(self, ask: Ask, on_sample: Callable[[int, Sample], None], deadline: Deadline) -> None:
         """Give every sample to `on_sample` once, with its index, whichever server it comes from.
 
         Raises:
             DeadlineExpired: the last one did not come in time.
-            ModelMismatch: every server that answers has older weights than the request wants.
+            ModelMismatch: every server that answers has older weights than the request wants, and nobody has noted
+                that they serve newer ones. Otherwise they are waited for: somebody brings them.
             RpcError: the request is refused, or the engine failed on it.
         """
         missing = set(range(ask.num_samples))
 
         def is_new_enough(client: RolloutClient) -> bool:
             return client.weight_version >= ask.min_weight_version
+
+        def may(client: RolloutClient) -> bool:
+            return is_new_enough(client) or ask.min_weight_version > self._newest
 
         def arrive(index: int, sample: Sample) -> None:
             missing.remove(index)
@@ -103,11 +108,11 @@ class RolloutFleet:
                 client.weight_version = min(client.weight_version, ask.min_weight_version - 1)
                 self._look_at(client)
                 # One that does not answer is not waited for: it would have old weights when it is back.
-                if not any(is_new_enough(other) for other in self._replicas.clients):
+                if not any(is_new_enough(other) for other in self._replicas.clients) and may(client):
                     raise
                 raise Unavailable(str(error), retry_after_s=0.0) from None
 
-        await self._replicas.somewhere(attempt, ask.num_tokens, deadline, is_good=is_new_enough)
+        await self._replicas.somewhere(attempt, ask.num_tokens, deadline, may=may)
 
     async def _connect(self, address: str) -> RolloutClient:
         client = await RolloutClient.connect(address, job=self._job, architecture_fingerprint=self._fingerprint)
