@@ -162,14 +162,15 @@ def test_a_rollout_server_that_comes_back_while_another_samples_gets_the_student
     slow, back = (Rollouts(processes, tmp_path / name, materials.plain.student) for name in ("slow", "back"))
     section = source(slow)
     section["rollouts"]["addresses"].append(back.address)
-    job = Job(processes, tmp_path / "job", materials.plain, story.teacher.address, steps=3, source=section)
+    job = Job(processes, tmp_path / "job", materials.plain, story.teacher.address, steps=STEPS, source=section)
     for server in (slow, back):
         server.start()
     trainer = job.start()
     trainer.until(lambda: len(job.steps()) >= 1)
-    trainer.until(lambda: slow.num_waiting() >= 2)
-    slow.process.signal(signal.SIGSTOP)  # so the step's samples are not all there, and nothing is published
     back.process.signal(signal.SIGKILL)
+    trainer.until(lambda: len(job.steps()) >= 3)  # it is not waited for
+    trainer.until(lambda: slow.num_waiting() >= 3)
+    slow.process.signal(signal.SIGSTOP)  # so the step's samples are not all there, and nothing is published
     back.start()
     back.wait_ready()
     trainer.until(lambda: back.weight_version() > 0)
