@@ -23,7 +23,8 @@ def open_channel(address: str) -> grpc.aio.Channel:
             # Retries have one owner: retry.py.
             ("grpc.enable_retries", 0),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            # No backoff, whatever its name: how long one attempt to connect may take, up to the server's first frame.
+            ("grpc.min_reconnect_backoff_ms", 5_000),
             ("grpc.max_reconnect_backoff_ms", 2_000),
             ("grpc.keepalive_time_ms", 15_000),
             ("grpc.keepalive_timeout_ms", 10_000),

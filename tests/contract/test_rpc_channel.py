@@ -1,0 +1,45 @@
+"""Client channels over networks that are not as fast as this machine's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from kdmesh.rpc.channel import open_channel
+from kdmesh.v1 import rollout_pb2 as pb
+from kdmesh.v1.rollout_pb2_grpc import RolloutStub
+from tests.support.weight_server import weight_server
+from tests.support.weight_targets import MemoryTarget, random_weights
+
+
+async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, takes_s: float) -> None:
+    while octets := await reader.read(2**16):
+        await asyncio.sleep(takes_s)
+        writer.write(octets)
+    writer.close()
+
+
+@asynccontextmanager
+async def _far_away(address: str, *, takes_s: float) -> AsyncIterator[str]:
+    """The same server behind a network on which everything takes so long, one way."""
+    host, _, port = address.rpartition(":")
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        its_reader, its_writer = await asyncio.open_connection(host, int(port))
+        async with asyncio.TaskGroup() as carrying:
+            carrying.create_task(_carry(reader, its_writer, takes_s=takes_s))
+            carrying.create_task(_carry(its_reader, writer, takes_s=takes_s))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as proxy:
+        yield f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+
+
+async def test_a_server_that_is_far_away_is_reached_at_the_first_attempt() -> None:
+    async with (
+        weight_server(MemoryTarget(list(random_weights({"norm": (3,)}, seed=0)))) as (address, _),
+        _far_away(address, takes_s=0.15) as proxy,
+        open_channel(proxy) as channel,
+    ):
+        described = await RolloutStub(channel).Describe(pb.DescribeRolloutRequest(), timeout=10)
+        assert described.weight_version == 0
