@@ -439,7 +439,7 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     UpdateWeights: _TeacherUpdateWeightsType
     """UpdateWeights replaces the model's weights, body and head, by those of a newer version.
 
-    Order: begin, then buckets, then commit; one reply to each. What is served changes between two
+    Order: as weights.proto says; one reply to each step. What is served changes between two
     batches, before the reply to commit and never without it: when the stream ends, breaks or fails
     before, the old weights stay and the new ones are dropped. A batch that is being computed then
     is finished on the old weights; requests that wait are computed with the new ones, and those
@@ -454,8 +454,8 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
       FAILED_PRECONDITION this server's weights are frozen, begin.architecture_fingerprint differs
                           from the loaded model's, or begin.version is not newer than the one served
       NOT_FOUND           a bucket's handle has ended
-      UNAVAILABLE         another update is under way, there is no memory for another head, or the server
-                          sleeps without its weights
+      UNAVAILABLE         another update is under way, there is no memory for another head, the server
+                          sleeps without its weights, or the group that bytes come through broke
     """
 
 TeacherAsyncStub: typing_extensions.TypeAlias = TeacherStub[
@@ -682,7 +682,7 @@ class TeacherServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[kdmesh.v1.weights_pb2.UpdateWeightsReply], collections.abc.AsyncIterator[kdmesh.v1.weights_pb2.UpdateWeightsReply]]:
         """UpdateWeights replaces the model's weights, body and head, by those of a newer version.
 
-        Order: begin, then buckets, then commit; one reply to each. What is served changes between two
+        Order: as weights.proto says; one reply to each step. What is served changes between two
         batches, before the reply to commit and never without it: when the stream ends, breaks or fails
         before, the old weights stay and the new ones are dropped. A batch that is being computed then
         is finished on the old weights; requests that wait are computed with the new ones, and those
@@ -697,8 +697,8 @@ class TeacherServicer(metaclass=abc.ABCMeta):
           FAILED_PRECONDITION this server's weights are frozen, begin.architecture_fingerprint differs
                               from the loaded model's, or begin.version is not newer than the one served
           NOT_FOUND           a bucket's handle has ended
-          UNAVAILABLE         another update is under way, there is no memory for another head, or the server
-                              sleeps without its weights
+          UNAVAILABLE         another update is under way, there is no memory for another head, the server
+                              sleeps without its weights, or the group that bytes come through broke
         """
 
 def add_TeacherServicer_to_server(servicer: TeacherServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
