@@ -62,7 +62,7 @@ def num_schedulers(config: SglangModel) -> int:
     """Scheduler processes on this machine."""
     # With attention data parallelism, the copies lie inside the processes of tensor parallelism.
     copies = 1 if config.arguments.get("enable_dp_attention") else config.data_parallel
-    return config.tensor_parallel * copies // config.num_nodes
+    return config.tensor_parallel * config.pipeline_parallel * copies // config.num_nodes
 
 
 _CPU: dict[str, Any] = {
@@ -76,6 +76,9 @@ _CPU: dict[str, Any] = {
 def _set_environment(config: SglangModel) -> None:
     if config.device == "cpu":
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    if config.pipeline_parallel > 1:
+        # It would send nothing back for a batch that holds but a part of one prompt.
+        os.environ["SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM"] = "0"
     if config.node_rank > 0:
         os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"  # it would serve a port of its own, for ever
 

@@ -60,9 +60,8 @@ class SglangModel(StrictModel):
     tensor_parallel: int = Field(1, ge=1)
     """Processes that share every layer."""
 
-    pipeline_parallel: Literal[1] = 1
-    """Stages the layers are cut into. SGLang keeps the hidden states of a pipeline in its last stage, where nothing
-    answers; so there is one."""
+    pipeline_parallel: int = Field(1, ge=1)
+    """Stages the layers are cut into, each of tensor_parallel processes; all on one machine."""
 
     expert_parallel: int = Field(1, ge=1)
     """Shares of a mixture's experts, among the processes of tensor_parallel."""
@@ -121,6 +120,11 @@ class SglangModel(StrictModel):
         if self.tensor_parallel % self.expert_parallel:
             raise ValueError(
                 f"expert_parallel {self.expert_parallel} does not divide tensor_parallel {self.tensor_parallel}"
+            )
+        if self.num_nodes > 1 and self.pipeline_parallel > 1:
+            raise ValueError(
+                f"pipeline_parallel {self.pipeline_parallel} needs num_nodes 1, not {self.num_nodes}: the last stage "
+                "writes into memory of the machine that answers"
             )
         if self.num_nodes > 1 and (self.data_parallel > 1 or self.tensor_parallel % self.num_nodes):
             raise ValueError(

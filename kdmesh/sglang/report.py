@@ -20,8 +20,9 @@ def report(socket_path: str, originals: Mapping[str, object], *, writes: bool) -
         writes: whether the server is to show this process its segments.
     """
     parallel = get_parallel()
+    stage = f", stage {parallel.pp_rank}" if parallel.pp_size > 1 else ""
     hello = Hello(
-        rank=f"tensor {parallel.tp_rank}, data {parallel.dp_rank or 0}",
+        rank=f"tensor {parallel.tp_rank}, data {parallel.dp_rank or 0}{stage}",
         writes=writes,
         unhooked=[target for target, original in originals.items() if pkgutil.resolve_name(target) is original],
     )

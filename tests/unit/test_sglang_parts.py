@@ -145,6 +145,7 @@ def engine(**members: object) -> SglangEngine:
         ({"node_rank": 1}, "with 1 nodes the last is one less"),
         ({"tensor_parallel": 4, "expert_parallel": 3}, "expert_parallel 3 does not divide tensor_parallel 4"),
         ({"num_nodes": 2, "tensor_parallel": 3, "dist_init_address": "a:1"}, "a multiple of num_nodes 2"),
+        ({"num_nodes": 2, "pipeline_parallel": 2, "dist_init_address": "a:1"}, "pipeline_parallel 2 needs num_nodes 1"),
         ({"sleep": True, "device": "cpu"}, "SGLang can only give a GPU's memory back"),
         ({"arguments": {"enable_memory_saver": True}}, "enable_memory_saver cannot be given; set engine.sleep instead"),
         (

@@ -1,12 +1,14 @@
 """What a teacher server changes in SGLang's scheduler processes: hidden states go to shared memory.
 
-Three functions of SGLang get a hook, by its own hook registry; none is replaced:
+Functions of SGLang get a hook, by its own hook registry; none is replaced:
 
   _append_prefill_hidden_states   called once per chunk of a prompt, with the chunk's rows still on the device. Ours
                                   selects the wanted ones, copies them to the segment, and leaves a count.
   _compute_max_prefix_len         how much of a prompt may come out of the prefix cache. Ours ends that at the first
                                   wanted row, which is not in the cache: it keeps keys and values, not hidden states.
   Scheduler.__init__              afterwards the process reports to the server.
+
+In a pipeline the rows are taken elsewhere, and two more have one: see sglang_pipeline.py.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from weakref import WeakKeyDictionary
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
+from torch import Tensor
 
 from kdmesh.sglang.report import report
 from kdmesh.sglang.segments import Segments
+from kdmesh_teacher import sglang_pipeline as pipeline
 from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_rows import RowProgress
 
@@ -36,8 +40,12 @@ _STARTED = "sglang.srt.managers.scheduler.Scheduler.__init__"
 def install(socket_path: str) -> None:
     """Register the hooks, which SGLang applies after this."""
     segments = Segments()
-    originals = {target: pkgutil.resolve_name(target) for target in (_APPEND, _MAX_PREFIX, _STARTED)}
-    HookRegistry.register(_APPEND, _Rows(segments).append, HookType.AROUND)
+    targets = (_APPEND, _MAX_PREFIX, _STARTED, pipeline.PREPARE, pipeline.RECEIVE)
+    originals = {target: pkgutil.resolve_name(target) for target in targets}
+    rows = _Rows(segments)
+    HookRegistry.register(_APPEND, rows.append, HookType.AROUND)
+    HookRegistry.register(pipeline.PREPARE, pipeline.counting(rows.take), HookType.AROUND)
+    HookRegistry.register(pipeline.RECEIVE, pipeline.receive, HookType.AROUND)
     HookRegistry.register(_MAX_PREFIX, _max_prefix, HookType.AROUND)
     HookRegistry.register(_STARTED, partial(_report, socket_path, originals, segments), HookType.AFTER)
 
@@ -77,11 +85,20 @@ class _Rows:
                 store=store,
             )
         end = hidden_state_offset + extend_input_len
-        progress.take(logits_output.hidden_states[hidden_state_offset:end])
+        chunk = logits_output.hidden_states[hidden_state_offset:end]
+        counts = chunk[0].tolist() if pipeline.is_pipeline() else list(map(float, self.take(req, chunk)))
         if store:
             # SGLang hands this list back with the answer, cut to the number of new tokens: one.
-            req.hidden_states.append([float(progress.num_written), float(progress.position)])
+            req.hidden_states.append(counts)
         return end
+
+    def take(self, req: Any, chunk_TD: Tensor) -> tuple[int, int]:
+        """Write what is wanted of a chunk's rows; rows written of the request, and tokens seen of it, so far."""
+        progress = self._progress(req)
+        if progress is None:
+            return 0, 0
+        progress.take(chunk_TD)
+        return progress.num_written, progress.position
 
     def _progress(self, req: Any) -> RowProgress | None:
         if req in self._under_way:
@@ -108,6 +125,7 @@ def _report(
 ) -> None:
     """Tell the server that this process is there, and follow it from now on."""
     parallel = get_parallel()
-    # Of the ranks that compute the same rows, one writes.
-    writes = parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
+    # Of the ranks that compute the same rows, one writes; a pipeline has them in its last stage.
+    is_last = parallel.pp_rank == parallel.pp_size - 1
+    writes = is_last and parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
     segments.follow(report(socket_path, originals, writes=writes))
