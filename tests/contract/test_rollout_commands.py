@@ -23,6 +23,7 @@ from kdmesh_rollout.engine import Order
 from kdmesh_rollout.transformers_engine import TransformersEngine
 from tests.support.teacher_process import TeacherProcess, await_ready, started
 from tests.support.tiny_models import TinyModels
+from tests.support.trainer_jobs import evaluations, run_job, write_chats, write_config
 
 KDMESH = ("-c", "from kdmesh.cli import main; main()")
 
@@ -103,6 +104,30 @@ def test_generate_writes_a_chat_dataset_of_the_models_answers(
 
     assert run("generate", *where, *options[:-1], "4").exit_code == 0
     assert [json.loads(line)["messages"] for line in output.read_text().splitlines()] != written
+
+
+def test_a_student_learns_from_the_text_of_a_teacher_that_a_rollout_server_serves(
+    server: TeacherProcess, model: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    prompts, output = write_chats(tmp_path / "prompts.jsonl", 24, seed=7), tmp_path / "answers.jsonl"
+    where = ("--rollout", server.grpc, "--model", str(model), "--prompts", str(prompts), "--output", str(output))
+    result = run("generate", *where, "--temperature", "0", "--max-new-tokens", "8", "--keep-cut-off")
+    assert result.exit_code == 0, result.output
+    answers = {"format": "chat", "path": str(output)}
+    job = write_config(
+        tmp_path,
+        student=tiny_models.path("qwen3", seed=6, hidden_size=24),
+        teacher=None,
+        steps=30,
+        objective={"name": "sft"},
+        data={"train": answers, "held_out": answers, "max_tokens": 128, "unusable": "drop"},
+        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        batch={"sequences": 8, "max_tokens": 512},
+    )
+    (outcome,) = run_job(job)
+    assert outcome.exit_code == 0, outcome.errors
+    before, after = (scores["cross_entropy_nats_per_token"] for scores in evaluations(tmp_path / "run").values())
+    assert after < 0.8 * before
 
 
 @pytest.mark.parametrize(
