@@ -93,10 +93,6 @@ def test_nobody_waits_for_rows_when_the_only_teacher_has_lost_its_weights(tmp_pa
             pytest.raises(errors.ModelMismatch, match="no teacher has weight version 2 any more"),
         ):
             pool.submit(ASKED).wait()
-        with teacher_process(tmp_path, engine={"updatable": True}, server=port):
-            publish(3, first.grpc)
-            pool.follow(3)
-            rows_and_head(pool, 3)
 
 
 def test_heads_that_are_out_of_date_take_no_memory_of_the_client(tmp_path: Path) -> None:
