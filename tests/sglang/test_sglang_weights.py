@@ -12,14 +12,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.types import DType, Sample, Sampling
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import UpdatePolicy
 from tests.support.reference_logprobs import forward_logprobs, student
 from tests.support.rollout_samples import prompt
 from tests.support.sglang_rollouts import sglang_rollout
-from tests.support.sglang_weights import failing_weights, publish
+from tests.support.sglang_weights import all_weights, changed, failing_weights, publish, random_changes
 from tests.support.teacher_process import TeacherProcess
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels, save_model, save_tokenizer
 
@@ -80,6 +82,23 @@ def test_new_weights_through_any_door_are_what_is_sampled_from(
     after = draw(pool, newest=version)
     assert distance(new, after) < TOLERANCE
     assert {(sample.min_weight_version, sample.max_weight_version) for sample in after} == {(version, version)}
+
+
+def test_changes_of_low_rank_come_to_sglang_as_whole_matrices(
+    server: TeacherProcess, pool: RolloutPool, tiny_models: TinyModels
+) -> None:
+    base = student(path(tiny_models, 40))
+    told = architecture_fingerprint(base)
+    with WeightSender([server.grpc], deadline_s=60) as sender:
+        sent = all_weights(base)
+        for part in ("o_proj", "down_proj"):
+            version = next(versions)
+            changes = random_changes(base, seed=version, part=part)
+            sender.publish(version, told, sent, UpdatePolicy.FINISH, changes)
+            samples = draw(pool, newest=version)
+            assert distance(changed(base, changes), samples) < TOLERANCE
+            assert distance(base, samples) > 2 * TOLERANCE
+            sent = failing_weights(base)  # the base does not travel again
 
 
 def test_interrupted_update_changes_nothing(server: TeacherProcess, pool: RolloutPool, tiny_models: TinyModels) -> None:

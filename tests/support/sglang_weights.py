@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,8 +14,8 @@ from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
 from kdmesh.models.placement import DTYPES
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.weights.doors import DoorChoice
-from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
-from kdmesh.weights.packing import Weights
+from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, TensorSpec, UpdatePolicy
+from kdmesh.weights.packing import Changes, Weights
 
 
 def publish(
@@ -43,6 +45,30 @@ def failing_weights(model: PreTrainedModel) -> Weights:
         raise ConnectionAbortedError("the sender is interrupted")
 
     return [*others, (spec, fail)]
+
+
+def random_changes(model: PreTrainedModel, *, seed: int, part: str) -> Changes:
+    """Of every matrix that has `part` in its name; of low rank, and not small."""
+    random = torch.Generator().manual_seed(seed)
+    specs, factors = [], list[tuple[TensorSpec, Callable[[], Tensor]]]()
+    for name, tensor in named_weights(model).items():
+        if part in name:
+            specs.append(LowRankSpec(tensor=name, rank=4, scaling=0.5))
+            for spec in specs[-1].factors(tuple(tensor.shape)):
+                factors.append((spec, _maker(0.3 * torch.randn(spec.shape, generator=random))))
+    return Changes(adapter=AdapterSpec(base=bytes(16), changes=tuple(specs)), factors=factors)
+
+
+@torch.no_grad()
+def changed(model: PreTrainedModel, changes: Changes) -> PreTrainedModel:
+    """A copy of the model with the changes added."""
+    copy = deepcopy(model)
+    made = {spec.name: make() for spec, make in changes.factors}
+    weights = named_weights(copy)
+    for change in changes.adapter.changes:
+        a, b = (made[f"{change.tensor}.{side}"] for side in "ab")
+        weights[change.tensor].copy_(weights[change.tensor].float() + change.scaling * b @ a)
+    return copy
 
 
 def _spec(name: str, tensor: Tensor) -> TensorSpec:
