@@ -61,12 +61,17 @@ def embedded(model: Path, prompt_ids: Any, sampling: Sampling, *, seeds: range) 
     return [samples[seed] for seed in seeds]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=24), ODD], ids=["plain", "odd"])
+@pytest.mark.parametrize(
+    ("sampling", "num_tokens"),
+    [(Sampling(max_new_tokens=24), 40), (Sampling(max_new_tokens=24), 200), (ODD, 40)],
+    ids=["plain", "prompt of two chunks", "odd"],
+)
 def test_a_seed_draws_the_tokens_that_the_embedded_engine_draws(
-    pool: RolloutPool, model: Path, sampling: Sampling
+    pool: RolloutPool, model: Path, sampling: Sampling, num_tokens: int
 ) -> None:
-    samples = pool.submit(ids(40), sampling, num_samples=4, seed=5).wait()
-    for sample, expected in zip(samples, embedded(model, ids(40), sampling, seeds=range(5, 9)), strict=True):
+    prompt_ids = ids(num_tokens)
+    samples = pool.submit(prompt_ids, sampling, num_samples=4, seed=5).wait()
+    for sample, expected in zip(samples, embedded(model, prompt_ids, sampling, seeds=range(5, 9)), strict=True):
         assert sample.token_ids.tolist() == expected.token_ids.tolist()
         np.testing.assert_allclose(sample.logprobs, expected.logprobs, atol=1e-4)
         assert sample.finish_reason is FinishReason.LENGTH

@@ -316,7 +316,7 @@ class SglangEngine:
         self._runtime.watch(on_death)
 
     def close(self) -> None:
-        """Kill SGLang's processes; a step under way returns."""
+        """Kill SGLang's processes, all of which are this process's children."""
         self._runtime.close()
 
 
@@ -324,7 +324,7 @@ def _arguments(config: SglangEngineConfig, *, is_alone: bool) -> dict[str, Any]:
     return {
         # Our hook must know every token before it draws the next.
         "disable_overlap_schedule": True,
-        # Else logits come in 16 bits: log-probabilities were off by more than the model's own rounding.
+        # Else logits of a 16-bit model are rounded to 16 bits, which the trainer's forward does not do.
         "enable_fp32_lm_head": config.arguments.get("enable_fp32_lm_head", True),
         "max_running_requests": 1 if is_alone else config.max_running,
         "disable_radix_cache": is_alone or not config.prefix_cache,
