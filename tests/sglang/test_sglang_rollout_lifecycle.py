@@ -47,7 +47,7 @@ def test_samples_of_a_killed_scheduler_are_drawn_by_another_server(
     with (
         sglang_rollout(directory, model) as server,
         embedded_rollout(tmp_path, model) as other,
-        RolloutPool([server.grpc, other.grpc], job="test", deadline_s=60) as pool,
+        RolloutPool([server.grpc, other.grpc], job="test", deadline_s=150) as pool,
     ):
         family = psutil.Process(server.process.pid).children(recursive=True)
         process = scheduler(server)

@@ -42,7 +42,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Te
 
 @pytest.fixture
 def pool(server: TeacherProcess) -> Iterator[RolloutPool]:
-    with RolloutPool([server.grpc], job="test", deadline_s=60) as opened:
+    with RolloutPool([server.grpc], job="test", deadline_s=150) as opened:
         yield opened
 
 
@@ -135,11 +135,9 @@ def test_longest_prompt_leaves_room_for_one_token(pool: RolloutPool) -> None:
 
 
 def test_a_short_request_does_not_wait_for_long_ones(pool: RolloutPool) -> None:
-    long = pool.submit(ids(5), Sampling(max_new_tokens=240), num_samples=15, seed=1)
-    short = pool.submit(ids(5), Sampling(max_new_tokens=1), num_samples=1, seed=1)
-    short.wait()
-    assert not long.is_done
-    assert len(long.wait()) == 15
+    long = pool.submit(ids(5), Sampling(max_new_tokens=240), num_samples=4, seed=1)
+    pool.submit(ids(5), Sampling(max_new_tokens=1), num_samples=1, seed=1).wait()
+    assert not long.is_done  # and when nobody wants them any more, they are aborted
 
 
 def test_aborted_samples_leave_at_once(server: TeacherProcess, pool: RolloutPool) -> None:
@@ -168,7 +166,7 @@ def test_deterministic_samples_are_the_same_bits_whatever_else_is_served(
     model, plain = tiny_models.path(dtype=torch.bfloat16), Sampling(max_new_tokens=30)
     with (
         sglang_rollout(tmp_path_factory.mktemp("s"), model, deterministic=True) as server,
-        RolloutPool([server.grpc], job="test", deadline_s=60) as pool,
+        RolloutPool([server.grpc], job="test", deadline_s=150) as pool,
     ):
         assert pool.describe().is_deterministic
         quiet = pool.submit(ids(40), plain, num_samples=2, seed=5).wait()

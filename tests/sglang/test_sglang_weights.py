@@ -48,7 +48,7 @@ def server(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def pool(server: TeacherProcess) -> Iterator[RolloutPool]:
-    with RolloutPool([server.grpc], job="test", deadline_s=60) as opened:
+    with RolloutPool([server.grpc], job="test", deadline_s=150) as opened:
         yield opened
 
 
@@ -161,7 +161,7 @@ def test_processes_that_share_a_model_all_take_new_weights(
     cores = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     with (
         sglang_rollout(tmp_path_factory.mktemp("s"), first, variables=cores, tensor_parallel=2) as server,
-        RolloutPool([server.grpc], job="test", deadline_s=60) as pool,
+        RolloutPool([server.grpc], job="test", deadline_s=150) as pool,
     ):
         assert distance(student(first), draw(pool)) < TOLERANCE
         publish(server.grpc, student(new), 7)
@@ -181,7 +181,7 @@ def test_a_mixture_takes_new_weights_for_its_experts(
         save_tokenizer(directory)
     with (
         sglang_rollout(tmp_path_factory.mktemp("s"), first) as server,
-        RolloutPool([server.grpc], job="test", deadline_s=60) as pool,
+        RolloutPool([server.grpc], job="test", deadline_s=150) as pool,
     ):
         assert distance(student(first), draw(pool)) < 1e-4
         publish(server.grpc, student(new), 1)

@@ -28,7 +28,7 @@ def publish(
     weights: Callable[[PreTrainedModel], Weights] | None = None,
 ) -> None:
     """Return when the server serves this version."""
-    with WeightSender([address], door=door, bucket_bytes=2**16, deadline_s=60) as sender:
+    with WeightSender([address], door=door, bucket_bytes=2**16, deadline_s=150) as sender:
         sender.publish(version, architecture_fingerprint(model), (weights or all_weights)(model), policy)
 
 
