@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdmesh.errors import ConfigError, DataError
 from kdmesh_trainer.data_config import ChatFile, DataConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.readers import open_dataset
+from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sequences import Dataset, load_sequences
+from kdmesh_trainer.sources.sides import teacher_side
+from kdmesh_trainer.sources.teacher_context import build_encoder
 from kdmesh_trainer.sources.tokenizer import load_student_tokenizer, vocabulary_size
-from tests.support.chat_tokenizers import chat_tokenizer
+from kdmesh_trainer.sources.turns import Unusable
+from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 
 TOKENIZER = chat_tokenizer("chatml")
 
@@ -93,6 +99,43 @@ def test_unusable_rows_are_refused_by_default_with_place_and_reason(tmp_path: Pa
 def test_a_dataset_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of 3 rows can be trained on: 2 x empty assistant turn, 1 x too long"):
         load(tmp_path, [row("a", ""), row("a", " "), LONG], max_tokens=40, unusable="drop", too_long="drop")
+
+
+_PIECES = ("a", "It was so. ", "<|im_end|>", "<|eot|>", "\n\n", "é🎉", "</think>", " ", "Assistant: no")
+_TEXTS = st.lists(st.sampled_from(_PIECES), min_size=1, max_size=6).map("".join)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    family=st.sampled_from(sorted(TEMPLATES)),
+    contents=st.lists(_TEXTS, min_size=2, max_size=7),
+    told=_TEXTS,
+    limit=st.integers(8, 80),
+)
+def test_cutting_any_chat_takes_tokens_off_its_end_and_changes_none(
+    family: str, contents: list[str], told: str, limit: int
+) -> None:
+    roles = ("user", "assistant")
+    messages = tuple(Message(role=roles[n % 2], content=text) for n, text in enumerate(contents))
+    chat = Chat(messages=messages, origin="here", teacher_messages=(Message(role="user", content=told),))
+    for context in (None, {"kind": "messages"}):
+        tree = {"train": {"format": "chat", "path": "a.jsonl"}, "max_tokens": limit, "teacher_context": context}
+        data = DataConfig.model_validate({**tree, "unusable": "drop"})
+        encoder = build_encoder(chat_tokenizer(family), None, data)
+        [whole] = encoder.encode([chat])
+        if isinstance(whole, Unusable):
+            continue
+        kept = [sequence for sequence in whole if sequence.positions[0] <= limit - 2]
+        if not kept:
+            continue
+        found = load_sequences("train", lambda: iter([chat]), encoder, data).sequences
+        for one, other in zip(found, kept, strict=True):
+            for cut, entire in ((one, other), (teacher_side([one])[0], teacher_side([other])[0])):
+                assert cut.token_ids.tolist() == entire.token_ids.tolist()[: cut.num_tokens]
+                assert cut.labels.tolist() == entire.labels.tolist()[: cut.num_rows]
+            assert one.num_tokens <= limit
+            assert one.labels.tolist() == teacher_side([one])[0].labels.tolist()
+            assert one.num_rows == int((other.positions <= limit - 2).sum())
 
 
 def test_only_the_first_sequences_are_taken_when_so_many_are_wanted(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kdmesh.errors import InvalidRequest
 from kdmesh.types import Int32Array, TokenSequence
 
@@ -23,7 +25,7 @@ class InContext(TokenSequence):
 
     def __post_init__(self) -> None:
         TokenSequence.__post_init__(self)
-        if self.labels.tolist() != self.teacher.labels.tolist():
+        if not np.array_equal(self.labels, self.teacher.labels):
             raise InvalidRequest(
                 f"the student's sequence has {self.num_rows} loss tokens and the teacher's {self.teacher.num_rows}; "
                 "they must be the same tokens"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
+import numpy as np
+
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import (
     DataConfig,
@@ -102,7 +104,7 @@ class ContextEncoder:
         refused = _other_answer(chat) or self._other_prompt(_leading(chat.messages), told.messages)
         if refused is not None:
             return refused
-        if own.labels.tolist() != theirs.labels.tolist():
+        if not np.array_equal(own.labels, theirs.labels):
             detail = f"{own.num_rows} tokens for the student, {theirs.num_rows} for the teacher"
             return Unusable(reason=Reason.OTHER_RESPONSE, detail=detail)
         return [InContext(token_ids=own.token_ids, positions=own.positions, teacher=theirs)]
