@@ -191,8 +191,8 @@ def test_a_rollout_server_that_comes_back_while_another_samples_gets_the_student
 ) -> None:
     slow, back = (Rollouts(processes, tmp_path / name, materials.plain.student) for name in ("slow", "back"))
     section = source(slow)
-    section["rollouts"]["addresses"].append(back.address)
-    job = Job(processes, tmp_path / "job", materials.plain, story.teacher.address, steps=STEPS, source=section)
+    section["rollouts"] |= {"addresses": [slow.address, back.address], "door": "collective"}
+    job = Job(processes, tmp_path / "job", materials.plain, story.teacher.address, steps=12, source=section)
     for server in (slow, back):
         server.start()
     trainer = job.start()
@@ -207,6 +207,7 @@ def test_a_rollout_server_that_comes_back_while_another_samples_gets_the_student
     slow.process.signal(signal.SIGCONT)
     trainer.succeed()
     assert [event["to"] for event in trainer.events("weights published again")] == [[back.address]]
+    assert {event["door"] for event in trainer.events("weights on their way")} == {"gloo"}
 
 
 def test_a_job_whose_rollout_server_stays_away_says_so(
