@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -10,6 +11,7 @@ from contextlib import AsyncExitStack
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, ModelMismatch, Unavailable
 from kdmesh.rpc import weight_source
@@ -19,6 +21,7 @@ from kdmesh.weights.buckets import BucketEntry
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
+from kdmesh.weights.pair_group import Invitation, split_address
 from tests.support.handles_consumer import until
 from tests.support.weight_server import weight_server
 from tests.support.weight_targets import FINGERPRINT, MemoryTarget, is_same, random_weights
@@ -100,6 +103,35 @@ async def test_a_server_out_of_reach_of_the_memory_gets_it_inline_while_another_
         with _sender([one, other]) as sender:
             await _publish(sender, 1)
             assert calls == 2 and _serves(near, 1) and _serves(far, 1)
+
+
+async def test_a_group_meets_at_the_advertised_address_and_at_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[tuple[str, int]] = []
+    visit = weight_source.visit
+
+    def look(invitation: Invitation, *, timeout_s: float) -> Store:
+        met.append(split_address(invitation.store_address))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", met[-1][1]))
+        return visit(invitation, timeout_s=timeout_s)
+
+    monkeypatch.setattr(weight_source, "visit", look)
+    target = MemoryTarget(SPECS)
+    async with weight_server(target) as (address, _):
+        with WeightSender([address], door="collective", advertise="127.0.0.2", deadline_s=30) as sender:
+            await _publish(sender, 1)
+    assert [host for host, _ in met] == ["127.0.0.2"] and _serves(target, 1)
+
+
+async def test_a_collective_door_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def visit(invitation: Invitation, *, timeout_s: float) -> Store:
+        raise Unavailable("no way")
+
+    monkeypatch.setattr(weight_source, "visit", visit)
+    async with weight_server(MemoryTarget(SPECS)) as (address, _):
+        refused = pytest.raises(ConfigError, match=r"door collective, but .* source\.rollouts\.advertise")
+        with _sender([address], door="collective") as sender, refused:
+            await _publish(sender, 1)
 
 
 async def test_shared_memory_that_is_asked_for_and_not_to_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
