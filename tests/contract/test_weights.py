@@ -285,8 +285,12 @@ async def test_a_server_without_the_base_gets_it_again_while_another_gets_change
         async with weight_server(restarted, port=port):
             made.clear()
             tensors, changes = makers(3)
-            await asyncio.to_thread(sender.publish, 3, FINGERPRINT, tensors, UpdatePolicy.FINISH, changes)
-            assert made == factors + everything and serves(first, 3) and serves(restarted, 3)
+            policy = UpdatePolicy.FINISH
+            left = await asyncio.to_thread(sender.publish, 3, FINGERPRINT, tensors, policy, changes, needed=1)
+            assert made == factors + everything and serves(first, 3) and serves(restarted, 3) and not left
+        tensors, changes = makers(4)
+        left = await asyncio.to_thread(sender.publish, 4, FINGERPRINT, tensors, policy, changes, needed=1)
+        assert serves(first, 4) and left == {other}
 
 
 async def test_servers_tell_what_they_serve() -> None:
