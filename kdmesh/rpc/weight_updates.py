@@ -72,6 +72,10 @@ class WeightUpdates:
         """What is being done about new weights."""
         return self._versions.state
 
+    def start_over(self) -> None:
+        """The target has the weights of the start again; no update is being received."""
+        self._versions.start_over()
+
     def close(self) -> None:
         """End the thread. Blocks for a copy under way; call it when no update is answered any more."""
         self._thread.shutdown()

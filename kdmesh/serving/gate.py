@@ -26,7 +26,11 @@ class Gate(Generic[P]):
     @property
     def refusal(self) -> str | None:
         """Why new work is refused, as a sentence; None while it is taken."""
-        return self._closed or next(iter(self._pauses.values()), None)
+        return self.refusal_of_others(None)
+
+    def refusal_of_others(self, owner: object) -> str | None:
+        """The same but for what `owner` has to say."""
+        return self._closed or next((reason for other, reason in self._pauses.items() if other is not owner), None)
 
     def open(self, parts: P) -> None:
         """Take requests from now on."""

@@ -118,9 +118,16 @@ class Sleep:
 
     def require_weights(self) -> None:
         """For work that needs the weights and no cache. Raises Unavailable when they are given back, or about to be."""
-        refusal = self._gate.refusal
-        if refusal is not None and (SleepTag.WEIGHTS in self._asleep or self._turn.locked()):
+        refusal = self._gate.refusal_of_others(self)
+        if SleepTag.WEIGHTS in self._asleep or self._turn.locked():
+            refusal = self._gate.refusal
+        if refusal is not None:
             raise Unavailable(refusal, retry_after_s=_RETRY_S)
+
+    async def sleep_again(self) -> None:
+        """Let an engine that was started anew give back what the old one had given back."""
+        if self._asleep:
+            await self._thread.run(self._engine.sleep, self._asleep)
 
     async def _own(self, work: Coroutine[Any, Any, frozenset[SleepTag]]) -> frozenset[SleepTag]:
         task = asyncio.create_task(work)

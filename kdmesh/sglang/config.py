@@ -103,6 +103,16 @@ class SglangModel(StrictModel):
     """Be able to give the GPUs' memory back, for others that share them; needs torch-memory-saver, and as much ordinary
     memory as the weights take."""
 
+    on_death: Literal["exit", "restart"] = "exit"
+    """What the server does when a process of SGLang dies: end, so that whoever started it starts it again; or start
+    SGLang again itself, while it is not ready and clients wait or go elsewhere."""
+
+    max_restarts: int = Field(3, ge=1)
+    """With on_death restart: so many within restart_window_s, and the next death ends the server."""
+
+    restart_window_s: float = Field(3600.0, gt=0)
+    """See max_restarts."""
+
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of SGLang's ServerArgs, by the names that the installed version gives them."""
 
@@ -111,6 +121,10 @@ class SglangModel(StrictModel):
         for name in sorted(_DECIDED.keys() & self.arguments):
             instead = f"set engine.{_DECIDED[name]} instead" if _DECIDED[name] else "the server decides it"
             raise ValueError(f"arguments: {name} cannot be given; {instead}")
+        if self.on_death == "restart" and self.num_nodes > 1:
+            raise ValueError(
+                f"on_death restart needs num_nodes 1, not {self.num_nodes}: the servers of several nodes start together"
+            )
         if self.sleep and self.device == "cpu":
             raise ValueError("sleep is true, but device is cpu: SGLang can only give a GPU's memory back")
         if self.num_nodes > 1 and self.dist_init_address is None:

@@ -14,6 +14,7 @@ from kdmesh.errors import ConfigError, EngineFailure
 from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
 from kdmesh.models.placement import DTYPES
+from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang.arguments import num_schedulers, server_arguments
 from kdmesh.sglang.config import SglangModel
 from kdmesh.sglang.schedulers import Schedulers
@@ -134,3 +135,9 @@ class SglangRuntime:
         self._reason = reason
         self._on_death(reason)  # first: whoever then sees a call fail knows why
         self.loop.call_soon_threadsafe(self._death.set_result, reason)
+
+
+def restart_limits(config: SglangModel) -> RestartLimits:
+    """How often it may be started again."""
+    restarts = config.max_restarts if config.on_death == "restart" else 0
+    return RestartLimits(restarts=restarts, window_s=config.restart_window_s)

@@ -54,7 +54,7 @@ class WeightVersions:
 
     def __init__(self, target: WeightTarget, *, architecture_fingerprint: str, version: int = 0) -> None:
         """`version` is that of the weights the server was started with."""
-        self.version = version
+        self.version = self._version_at_start = version
         self.state = UpdateState.SERVING
         self._target = target
         self._fingerprint = architecture_fingerprint
@@ -154,6 +154,12 @@ class WeightVersions:
             taker = self._update.adding or self._target
             self._end()
             taker.discard()
+
+    def start_over(self) -> None:
+        """What is served are the weights of the start again, which the target was loaded with anew."""
+        assert self._update is None
+        self.version = self._version_at_start
+        self._base = None
 
     def _end(self) -> None:
         self._update = None

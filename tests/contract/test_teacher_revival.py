@@ -18,9 +18,9 @@ from kdmesh import errors
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.serving.revival import RestartLimits
 from kdmesh.types import EVERY_TAG
 from kdmesh_teacher.config import FakeEngine
-from kdmesh_teacher.engine import RestartLimits
 from tests.support.teacher_engines import MortalEngine
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import served, teacher_config

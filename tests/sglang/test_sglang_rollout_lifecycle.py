@@ -67,6 +67,26 @@ def test_samples_of_a_killed_scheduler_are_drawn_by_another_server(
         assert not [child for child in family if child.is_running()]
 
 
+def test_killed_scheduler_is_replaced_and_its_samples_are_drawn_with_the_first_weights(
+    tiny_models: TinyModels, directory: Path
+) -> None:
+    with (
+        sglang_rollout(directory, tiny_models.path(), on_death="restart") as server,
+        RolloutPool([server.grpc], job="test", deadline_s=100) as pool,
+    ):
+        first = scheduler(server)
+        first.suspend()
+        prompts = [prompt(9, seed=seed, vocabulary_size=VOCABULARY_SIZE) for seed in range(4)]
+        pending = [pool.submit(ids, Sampling(max_new_tokens=20), num_samples=2, seed=1) for ids in prompts]
+        while not server.get("/v1/queue")["running"]:
+            pass
+        first.kill()
+        assert [sample.num_tokens for one in pending for sample in one.wait()] == [20] * 8
+        assert pool.stats().retries > 0
+        assert scheduler(server).pid != first.pid
+        assert server.get("/v1/model")["weight_version"] == 0
+
+
 def test_idle_server_ends_when_its_scheduler_is_killed(tiny_models: TinyModels, directory: Path) -> None:
     with sglang_rollout(directory, tiny_models.path()) as server:
         scheduler(server).kill()

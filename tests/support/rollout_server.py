@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,13 @@ class RunningRollout:
 
 
 @contextlib.asynccontextmanager
-async def running_rollout(**sections: dict[str, Any]) -> AsyncIterator[RunningRollout]:
+async def running_rollout(
+    make_engine: Callable[[FakeEngine], ControlledEngine] = ControlledEngine, **sections: dict[str, Any]
+) -> AsyncIterator[RunningRollout]:
     """A server that takes requests, ended on exit; see rollout_config."""
     config = rollout_config(**sections)
     assert isinstance(config.engine, FakeEngine)
-    controlled = ControlledEngine(config.engine)
+    controlled = make_engine(config.engine)
     thread, stop, loop = EngineThread(), asyncio.Event(), asyncio.get_running_loop()
     ready: asyncio.Future[Addresses] = loop.create_future()
     ended = asyncio.create_task(serve(config, controlled, thread, stop=stop, on_ready=ready.set_result))

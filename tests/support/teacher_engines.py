@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence, Set
 
 from kdmesh.errors import EngineFailure, KdmeshError
 from kdmesh.handles.memory import Segment
+from kdmesh.serving.revival import RestartLimits
 from kdmesh.types import SleepTag
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
-from kdmesh_teacher.engine import PrefillJob, RestartLimits
+from kdmesh_teacher.engine import PrefillJob
 from kdmesh_teacher.fake_engine import FakeEngine
 
 

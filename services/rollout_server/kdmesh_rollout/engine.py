@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from kdmesh.serving.revival import Mortal
 from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, Int32Array, Sample, Sampling
 from kdmesh.weights.target import WeightTarget
@@ -96,13 +96,9 @@ class Engine(WeightTarget, Sleeper, Protocol):
 
 
 @runtime_checkable
-class ProcessEngine(Engine, Protocol):
-    """An engine whose samples other processes draw. What follows may be called from any thread."""
-
-    def watch(self, on_death: Callable[[str], None]) -> None:
-        """From now on call `on_death` from some thread, with a reason, when one of them dies; called once."""
-        ...
+class ProcessEngine(Engine, Mortal, Protocol):
+    """An engine whose samples other processes draw. Those that are started anew have the weights of the start."""
 
     def close(self) -> None:
-        """End them, also while they load."""
+        """End them, also while they load. May be called from any thread."""
         ...

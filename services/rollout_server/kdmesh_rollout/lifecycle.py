@@ -60,7 +60,7 @@ async def serve(
         app=app,
         gate=gate,
         start=begin,
-        run=lambda parts: parts.scheduler.run(),
+        run=lambda parts: parts.run(),
         drain=drain,
         model_name=lambda parts: parts.model.name,
         num_waiting=lambda parts: parts.scheduler.queue.num_requests,

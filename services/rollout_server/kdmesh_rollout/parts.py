@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.outstanding import Outstanding
@@ -20,6 +22,7 @@ class Parts:
     updates: WeightUpdates
     updating: Outstanding  # updates that are being received
     sleep: Sleep
+    run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service
 
     @property
     def model(self) -> RolloutDescription:

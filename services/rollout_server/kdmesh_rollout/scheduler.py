@@ -100,7 +100,12 @@ class Scheduler:
         """Call `commit` in the engine's thread between two steps, after what manifest.policy asks for.
 
         May be cancelled before that.
+
+        Raises:
+            Unavailable: the engine has died.
         """
+        if self._death is not None:
+            raise _died()
         update = _Update(policy=manifest.policy, commit=commit, done=asyncio.get_running_loop().create_future())
         self._update = update
         self._wake.set()
@@ -120,8 +125,9 @@ class Scheduler:
         while True:
             self._wake.clear()
             if self._death is not None:
-                # Not EngineFailure, which says that it may be the request's fault, and is not asked again.
-                self._give_up(Unavailable("the engine has died, and the server ends"))
+                self._give_up(_died())
+                if self._update is not None and not self._update.done.done():
+                    self._update.done.set_exception(_died())
                 raise EngineFailure(self._death)
             if self._update is not None:
                 await self._make_way(self._update)
@@ -148,6 +154,11 @@ class Scheduler:
         """Let `run` raise EngineFailure; a step under way must fail by itself."""
         self._death = reason
         self._wake.set()
+
+    def engine_is_replaced(self) -> None:
+        """The dead engine's place is taken by another, which knows no sample; `run` may be called again."""
+        self._death = None
+        self._unwanted = []
 
     # Waiting
 
@@ -297,3 +308,8 @@ class Scheduler:
         """On the engine's thread."""
         for key in keys:
             self._engine.engine.abort(key)
+
+
+def _died() -> Unavailable:
+    """Not EngineFailure, which says that it may be the request's fault, and is not asked again."""
+    return Unavailable("the engine died; ask again", retry_after_s=1.0)

@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from kdmesh.errors import EngineFailure
-from kdmesh.handles.memory import create_segment
+from kdmesh.handles.memory import Segment, create_segment
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import sleep
 from kdmesh.sglang.arguments import has_deterministic_inference
-from kdmesh.sglang.runtime import SglangRuntime
+from kdmesh.sglang.runtime import SglangRuntime, restart_limits
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import FinishReason, Sample, Sampling, SleepTag
 from kdmesh.weights.manifest import TensorSpec
@@ -58,9 +59,7 @@ class SglangEngine:
     def __init__(self, config: SglangEngineConfig) -> None:
         self._config = config
         self._is_alone = config.deterministic and not has_deterministic_inference(config)
-        self._runtime = SglangRuntime(
-            config, socket_variable=SOCKET_VARIABLE, arguments=_arguments(config, is_alone=self._is_alone)
-        )
+        self._runtime = self._new_runtime()
         self._description: EngineDescription
         self._specs: tuple[TensorSpec, ...]
         self._changed: asyncio.Event
@@ -71,6 +70,7 @@ class SglangEngine:
         self._finished: list[Finished] = []
         self._failure: Exception | None = None
         self._staged: StagedWeights | None = None
+        self._segment: Segment | None = None  # that those lie in
         self._drawn_tokens = self._prefilled_tokens = 0
 
     # Loading
@@ -254,7 +254,7 @@ class SglangEngine:
                 segment = create_segment(staged_bytes(self._specs), self._runtime.schedulers)
             except OSError as error:
                 raise EngineFailure(f"there is no room for new weights: {error}") from error
-            self._staged = StagedWeights(self._specs, segment)
+            self._segment, self._staged = segment, StagedWeights(self._specs, segment)
 
     def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
         """Copy bytes to that room."""
@@ -310,6 +310,28 @@ class SglangEngine:
         self._runtime.run(sleep.resume(self._runtime.engine, tags))
 
     # Its processes
+
+    def _new_runtime(self) -> SglangRuntime:
+        arguments = _arguments(self._config, is_alone=self._is_alone)
+        return SglangRuntime(self._config, socket_variable=SOCKET_VARIABLE, arguments=arguments)
+
+    @property
+    def restart_limits(self) -> RestartLimits:
+        """As configured."""
+        return restart_limits(self._config)
+
+    def restart(self) -> None:
+        """End SGLang's processes and start others, with the weights of the checkpoint."""
+        self._runtime.close()
+        self._drawings.clear()
+        self._prompts.clear()
+        self._leaving, self._finished, self._failure = [], [], None
+        self._staged = None
+        if self._segment is not None:
+            self._segment.close()  # nobody can be shown it any more
+            self._segment = None
+        self._runtime = self._new_runtime()
+        self.load()
 
     def watch(self, on_death: Callable[[str], None]) -> None:
         """Call `on_death` when a scheduler dies, or at once when one has died."""

@@ -13,6 +13,7 @@ from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.outstanding import Outstanding
+from kdmesh.serving.revival import Revival
 from kdmesh.serving.sleep import Sleep, WorkAndUpdates
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout import probe
@@ -49,8 +50,6 @@ async def start(
     log.info("model loaded", extra={"model": model.name, "seconds": time.monotonic() - began_s})
     loaded = LoadedEngine(engine=engine, thread=thread, model=model, check=check)
     scheduler = Scheduler(loaded, max_waiting_tokens=config.queue.max_tokens, metrics=metrics)
-    if isinstance(engine, ProcessEngine):
-        _watch(engine, scheduler)
     updates = WeightUpdates(
         engine,
         architecture_fingerprint=model.architecture_fingerprint,
@@ -69,24 +68,26 @@ async def start(
         dtype=model.dtype,
     )
     updating = Outstanding()
+    sleep = Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate)
+    run = scheduler.run
+    if isinstance(engine, ProcessEngine):
+
+        async def bring_back() -> None:
+            updates.start_over()
+            await thread.run(check)
+            await sleep.sleep_again()
+
+        run = Revival(engine, thread, scheduler, gate, before=updating.wait_none, after=bring_back).run
     parts = Parts(
         model_at_start=described,
         scheduler=scheduler,
         updates=updates,
         updating=updating,
-        sleep=Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate),
+        sleep=sleep,
+        run=run,
     )
     metrics.watch(lambda: _gauges(parts, engine))
     return parts
-
-
-def _watch(engine: ProcessEngine, scheduler: Scheduler) -> None:
-    loop = asyncio.get_running_loop()
-
-    def on_death(reason: str) -> None:
-        loop.call_soon_threadsafe(scheduler.engine_died, reason)
-
-    engine.watch(on_death)
 
 
 def _gauges(parts: Parts, engine: Engine) -> Gauges:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from kdmesh.handles.memory import Segment
+from kdmesh.serving.revival import Mortal
 from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, HeadSpec, TokenSequence
 from kdmesh.weights.target import WeightTarget
@@ -57,14 +58,6 @@ class HeadParts:
     dtype: DType  # of both
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartLimits:
-    """How often an engine's processes may be started again."""
-
-    restarts: int  # within the window; 0: their death ends the server
-    window_s: float
-
-
 class Engine(Sleeper, Protocol):
     """A model. Blocking, and called from one thread only."""
 
@@ -96,7 +89,7 @@ class UpdatableEngine(Engine, WeightTarget, Protocol):
 
 
 @runtime_checkable
-class ProcessEngine(Engine, Protocol):
+class ProcessEngine(Engine, Mortal, Protocol):
     """An engine whose rows other processes compute, and write into segments they have mapped.
 
     It is loaded before there are slots, because they must map each one while it is made. What
@@ -109,26 +102,6 @@ class ProcessEngine(Engine, Protocol):
 
     def drop(self, segment: Segment) -> None:
         """No job names this segment any more."""
-        ...
-
-    def watch(self, on_death: Callable[[str], None]) -> None:
-        """From now on call `on_death` from some thread, with a reason, when one of them dies, or has died already.
-
-        Called once after each start of theirs.
-        """
-        ...
-
-    @property
-    def restart_limits(self) -> RestartLimits:
-        """How often others may take their place."""
-        ...
-
-    def restart(self) -> None:
-        """End them, and start others of the same model, which have mapped nothing yet. On the engine's thread.
-
-        Raises:
-            KdmeshError: they do not start, or do not compute what they must.
-        """
         ...
 
     def num_cached_tokens(self) -> int:

@@ -14,12 +14,13 @@ from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment, create_segment
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import sleep
 from kdmesh.sglang.arguments import has_deterministic_inference
-from kdmesh.sglang.runtime import SglangRuntime
+from kdmesh.sglang.runtime import SglangRuntime, restart_limits
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import SleepTag
-from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob, RestartLimits
+from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
 from kdmesh_teacher.sglang_plugin import SOCKET_VARIABLE
@@ -101,9 +102,7 @@ class SglangEngine:
     @property
     def restart_limits(self) -> RestartLimits:
         """As configured."""
-        config = self._config
-        restarts = config.max_restarts if config.on_death == "restart" else 0
-        return RestartLimits(restarts=restarts, window_s=config.restart_window_s)
+        return restart_limits(self._config)
 
     def restart(self) -> None:
         """End SGLang's processes and start others, whose rows are compared as at the first start."""

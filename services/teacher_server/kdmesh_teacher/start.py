@@ -17,6 +17,7 @@ from kdmesh.handles.store import SlabStore
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.outstanding import Outstanding
+from kdmesh.serving.revival import Revival
 from kdmesh.serving.sleep import Sleep, WorkAndUpdates
 from kdmesh.types import ModelDescription
 from kdmesh.weights.manifest import UpdatePolicy
@@ -25,7 +26,6 @@ from kdmesh_teacher.config import EngineConfig, SlabConfig, TeacherConfig, Trans
 from kdmesh_teacher.engine import Engine, EngineDescription, ProcessEngine, UpdatableEngine
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
-from kdmesh_teacher.revival import Revival
 from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
 from kdmesh_teacher.served import first_weights
 
@@ -76,7 +76,14 @@ async def start(
     sleep = Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate)
     run = scheduler.run
     if isinstance(engine, ProcessEngine):
-        run = Revival(engine, thread, scheduler, store, sleep, gate, check=check).run
+
+        async def bring_back() -> None:
+            # The new processes can write no memory that was sealed before they were there.
+            await store.replace_memory()
+            await thread.run(check)
+            await sleep.sleep_again()
+
+        run = Revival(engine, thread, scheduler, gate, before=updating.wait_none, after=bring_back).run
     return Parts(
         model_at_start=model,
         store=store,

@@ -6,20 +6,65 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from kdmesh.errors import EngineFailure, KdmeshError
-from kdmesh.handles.store import SlabStore
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
-from kdmesh.serving.sleep import Sleep
-from kdmesh_teacher.engine import ProcessEngine
-from kdmesh_teacher.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
 _REFUSAL = "the server's engine died; ask again in a while, or elsewhere"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartLimits:
+    """How often an engine's processes may be started again."""
+
+    restarts: int  # within the window; 0: their death ends the server
+    window_s: float
+
+
+class Mortal(Protocol):
+    """An engine that works in processes of its own."""
+
+    @property
+    def restart_limits(self) -> RestartLimits:
+        """How often others may take their place."""
+        ...
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        """From now on call `on_death` from some thread, with a reason, when one of them dies, or has died already.
+
+        Called once after each start of theirs.
+        """
+        ...
+
+    def restart(self) -> None:
+        """End them, and start others of the same model, which know nothing yet. On the engine's thread.
+
+        Raises:
+            KdmeshError: they do not start, or do not compute what they must.
+        """
+        ...
+
+
+class Work(Protocol):
+    """A server's scheduler."""
+
+    async def run(self) -> None:
+        """Work until cancelled. Raises EngineFailure when the engine is dead or broken; whoever waits has been told."""
+        ...
+
+    def engine_died(self, reason: str) -> None:
+        """Let `run` raise EngineFailure."""
+        ...
+
+    def engine_is_replaced(self) -> None:
+        """Another takes the dead engine's place, so `run` may be called again."""
+        ...
 
 
 class Revival:
@@ -27,26 +72,26 @@ class Revival:
 
     def __init__(
         self,
-        engine: ProcessEngine,
+        engine: Mortal,
         thread: EngineThread,
-        scheduler: Scheduler,
-        store: SlabStore,
-        sleep: Sleep,
+        work: Work,
         gate: Gate[Any],
         *,
-        check: Callable[[], None],
+        before: Callable[[], Awaitable[None]],
+        after: Callable[[], Awaitable[None]],
     ) -> None:
         """
         Args:
-            check: blocks on the engine's thread; raises when the engine does not compute as it must.
+            before: returns when nothing uses the dead engine any more.
+            after: returns when the server has brought the new processes to where the old ones were, and they compute
+                as they must.
         """
         self._engine = engine
         self._thread = thread
-        self._scheduler = scheduler
-        self._store = store
-        self._sleep = sleep
+        self._work = work
         self._gate = gate
-        self._check = check
+        self._before = before
+        self._after = after
         self._restarted_at_s: deque[float] = deque()
         loop = asyncio.get_running_loop()
         self._on_death = lambda reason: _tell(loop, self._died, reason)
@@ -60,7 +105,7 @@ class Revival:
         """
         while True:
             try:
-                await self._scheduler.run()
+                await self._work.run()
             except EngineFailure as failure:
                 self._gate.pause(self, _REFUSAL)
                 await self._revive(failure)
@@ -68,7 +113,7 @@ class Revival:
 
     def _died(self, reason: str) -> None:
         self._gate.pause(self, _REFUSAL)
-        self._scheduler.engine_died(reason)
+        self._work.engine_died(reason)
 
     async def _revive(self, failure: KdmeshError) -> None:
         """Return when the engine computes again."""
@@ -77,7 +122,12 @@ class Revival:
             log.warning("engine is started again", extra={"reason": str(failure)})
             began_s = time.monotonic()
             try:
-                await self._start()
+                await self._before()
+                # Whatever dies from now on is a new death.
+                self._work.engine_is_replaced()
+                await self._thread.run(self._engine.restart)
+                self._engine.watch(self._on_death)
+                await self._after()
             except KdmeshError as error:
                 failure = error
                 continue
@@ -97,17 +147,6 @@ class Revival:
                 "is the most allowed"
             ) from failure
         self._restarted_at_s.append(now_s)
-
-    async def _start(self) -> None:
-        # First: whatever dies from now on is a new death.
-        self._scheduler.engine_is_replaced()
-        await self._thread.run(self._engine.restart)
-        self._engine.watch(self._on_death)
-        # The new processes can write no memory that was sealed before they were there.
-        await self._store.replace_memory()
-        await self._thread.run(self._check)
-        if self._sleep.asleep:
-            await self._thread.run(self._engine.sleep, self._sleep.asleep)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[str], None], reason: str) -> None:
