@@ -74,14 +74,16 @@ def test_every_bad_key_is_reported_at_once_with_exit_code_2(good: Path) -> None:
 
 def test_everything_that_is_not_there_is_reported_at_once(good: Path) -> None:
     custom = "objective.divergence={name: custom, target: 'mine:divergnce'}"
-    overrides = ["student.model=gone", "data.train.path=gone.jsonl", "data.chat_template=gone.jinja", custom]
+    context = "data.teacher_context={kind: template, path: told.jinja}"
+    overrides = ["student.model=gone", "data.train.path=gone.jsonl", "data.chat_template=gone.jinja", custom, context]
     result = run("check", "train.yaml", *jobs.set_arguments(["objective.name=distill", *overrides]))
     assert result.exit_code == 2
     for words in (
-        "4 things are missing",
+        "5 things are missing",
         "student.model: there is no directory gone",
         "data.train.path: there is no file or directory gone.jsonl",
         "data.chat_template: there is no file gone.jinja",
+        "data.teacher_context.path: there is no file told.jinja",
         "mine.py defines no 'divergnce'",
     ):
         assert words in result.output
