@@ -111,6 +111,11 @@ class RolloutFleet:
                 if not any(is_new_enough(other) for other in self._replicas.clients) and may(client):
                     raise
                 raise Unavailable(str(error), retry_after_s=0.0) from None
+            except Unavailable:
+                others = [other for other in self._replicas.clients if other is not client]
+                if others and not any(is_new_enough(other) for other in others):
+                    self._look_at(others[0])  # it was not needed before
+                raise
 
         await self._replicas.somewhere(attempt, ask.num_tokens, deadline, may=may)
 

@@ -43,15 +43,15 @@ class Servers:
     def signal(self, index: int, number: signal.Signals) -> None:
         self._running[index].signal(number)
 
-    def bring(self) -> None:
-        """The weights to whoever came back."""
-        outdated = self.sender.outdated(1)
+    def bring(self, version: int = 1) -> None:
+        """The weights to whoever lacks them."""
+        outdated = self.sender.outdated(version)
         assert outdated
-        assert self.sender.publish(1, FINGERPRINT, self.new, to=outdated, needed=0) == frozenset()
-        self.pool.note_weights(1, behind=())
+        assert self.sender.publish(version, FINGERPRINT, self.new, to=outdated, needed=0) == frozenset()
+        self.pool.note_weights(version, behind=())
 
-    def ask(self, seed: int) -> PendingSamples:
-        return self.pool.submit(prompt(), SAMPLING, num_samples=1, seed=seed, min_weight_version=1)
+    def ask(self, seed: int, *, newest: int = 1) -> PendingSamples:
+        return self.pool.submit(prompt(), SAMPLING, num_samples=1, seed=seed, min_weight_version=newest)
 
     def expected(self, seed: int) -> list[int]:
         return expected_tokens(prompt(), seed, 6, salt=self._salt)
@@ -79,6 +79,20 @@ def test_a_server_that_came_back_is_used_while_another_stays_dead(tmp_path: Path
         assert servers.pool.wait([pending])
         assert [sample.token_ids.tolist() for sample in pending.wait()] == [servers.expected(0), servers.expected(1)]
         assert servers.sender.publish(2, FINGERPRINT, servers.new, needed=1) == {servers.addresses[1]}
+
+
+def test_a_server_that_was_left_behind_is_told_of_when_the_others_die(tmp_path: Path) -> None:
+    with running(tmp_path) as servers:
+        good, behind = servers.addresses
+        servers.sender.publish(2, FINGERPRINT, servers.new, to={good})
+        servers.pool.note_weights(2, behind={behind})
+        servers.signal(0, signal.SIGSTOP)
+        pending = servers.ask(0, newest=2)
+        servers.kill(0)
+        assert not servers.pool.wait([pending])
+        servers.bring(2)
+        assert servers.pool.wait([pending])
+        assert pending.wait()[0].min_weight_version == 2
 
 
 def test_a_server_that_came_back_is_told_of_while_others_sample_and_is_asked_when_it_has_the_weights(
