@@ -66,6 +66,12 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
     students = {"a": recipe.student, "b": recipe.student, "c": learnable.student}
     servers = [Rollouts(processes, root / f"rollouts-{name}", student) for name, student in students.items()]
     teacher, other = (Teacher(processes, root / name, materials.teacher) for name in ("teacher", "other"))
+    # The teacher of these two is told more than the student.
+    data = {
+        **{name: {"format": "chat", "path": str(recipe.data / f"{name}.jsonl")} for name in ("train", "held_out")},
+        "max_tokens": 96,
+        "teacher_context": {"kind": "system_prompt", "text": "It is asked when the brown fox returns a value."},
+    }
     undisturbed, disturbed = (
         Job(
             processes,
@@ -75,6 +81,7 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
             steps=STEPS,
             source=source(rollouts, sampled_fraction=0.8, show_every=5),
             batch=MIXED,
+            data=data,
         )
         for name, address, rollouts in (
             ("undisturbed", teacher.address, servers[0]),
@@ -147,6 +154,7 @@ def test_samples_are_shown_once_also_after_a_kill(story: Story) -> None:
     assert [line["step"] for line in shown[0]] == [0, 5, 10, 15, 20]
     assert shown[0] == shown[1]
     assert all(len(line["responses"]) == 2 and line["prompt"] for line in shown[0])
+    assert all("brown fox returns a value." in line["teacher_prompt"] for line in shown[0])
     assert len(story.second_trainer.events("sample")) in (2 * 1, 2 * 2)
 
 
