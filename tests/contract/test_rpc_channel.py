@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from kdmesh.rpc.channel import open_channel
 from kdmesh.v1 import rollout_pb2 as pb
@@ -14,24 +14,26 @@ from tests.support.weight_targets import MemoryTarget, random_weights
 
 
 async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, takes_s: float) -> None:
-    while octets := await reader.read(2**16):
-        await asyncio.sleep(takes_s)
-        writer.write(octets)
+    with contextlib.suppress(ConnectionError):  # one end has gone
+        while octets := await reader.read(2**16):
+            await asyncio.sleep(takes_s)
+            writer.write(octets)
     writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def _far_away(address: str, *, takes_s: float) -> AsyncIterator[str]:
     """The same server behind a network on which everything takes so long, one way."""
     host, _, port = address.rpartition(":")
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         its_reader, its_writer = await asyncio.open_connection(host, int(port))
-        async with asyncio.TaskGroup() as carrying:
-            carrying.create_task(_carry(reader, its_writer, takes_s=takes_s))
-            carrying.create_task(_carry(its_reader, writer, takes_s=takes_s))
+        carrying.create_task(_carry(reader, its_writer, takes_s=takes_s))
+        carrying.create_task(_carry(its_reader, writer, takes_s=takes_s))
 
-    async with await asyncio.start_server(connected, "127.0.0.1", 0) as proxy:
+    async with asyncio.TaskGroup() as carrying, await asyncio.start_server(connected, "127.0.0.1", 0) as proxy:
         yield f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
 
 
