@@ -186,9 +186,9 @@ async def test_silent_session_ends_with_its_requests_and_slots(tmp_path: Path) -
 
 
 async def test_reader_that_stops_reading_keeps_no_slot_past_its_session(tmp_path: Path) -> None:
-    large = {"hidden_size": 2048, "max_batch_tokens": 1024}  # far more than fits in socket buffers
+    large = {"hidden_size": 8192, "max_batch_tokens": 1024}  # more than gRPC ever reads ahead, which is 16 MiB
     async with (
-        running_teacher(tmp_path, engine=large, slab={"slots": 1, "slot_mib": 16, "lease_s": 0.6}) as teacher,
+        running_teacher(tmp_path, engine=large, slab={"slots": 1, "slot_mib": 32, "lease_s": 0.6}) as teacher,
         raw_client(teacher) as stalled,
     ):
         async with stalled.kept_alive():  # a slow machine may take longer than the lease for a prefill
@@ -202,7 +202,7 @@ async def test_reader_that_stops_reading_keeps_no_slot_past_its_session(tmp_path
             await other.start(Deadline.after(20))
             assert (
                 await other.ask([sequence(9)], Deadline.after(20), weight_version=other.model.weight_version)
-            ).rows_RD.shape == (8, 2048)
+            ).rows_RD.shape == (8, 8192)
         finally:
             await other.close()
         with pytest.raises(grpc.aio.AioRpcError) as failure:
