@@ -204,7 +204,7 @@ def test_a_rollout_server_that_comes_back_while_another_samples_gets_the_student
     slow, back = (Rollouts(processes, tmp_path / name, materials.plain.student) for name in ("slow", "back"))
     section = source(slow)
     section["rollouts"] |= {"addresses": [slow.address, back.address], "door": "collective"}
-    job = Job(processes, tmp_path / "job", materials.plain, story.teacher.address, steps=12, source=section)
+    job = Job(processes, tmp_path / "job", materials.plain, story.teacher.address, steps=1000, source=section)
     for server in (slow, back):
         server.start()
     trainer = job.start()
@@ -217,6 +217,7 @@ def test_a_rollout_server_that_comes_back_while_another_samples_gets_the_student
     back.wait_ready()
     trainer.until(lambda: back.weight_version() > 0)
     slow.process.signal(signal.SIGCONT)
+    trainer.signal(signal.SIGTERM)  # it has far more steps to do than the test needs
     trainer.succeed()
     assert [event["to"] for event in trainer.events("weights published again")] == [[back.address]]
     assert {event["door"] for event in trainer.events("weights on their way")} == {"gloo"}
