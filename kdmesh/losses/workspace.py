@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 from torch import Tensor
-
-_HUGE_PAGE_BYTES = 2 * 2**20
 
 
 class Workspace:
@@ -27,15 +23,5 @@ class Workspace:
         if held is None or len(held) < size_bytes or held.device != device:
             held = None
             self._bytes.pop(name, None)  # before its successor takes as much
-            held = self._bytes[name] = _allocate(size_bytes, device)
+            held = self._bytes[name] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         return held[:size_bytes].view(dtype).view(rows, columns)
-
-
-def _allocate(size_bytes: int, device: torch.device) -> Tensor:
-    """Bytes; on a CPU in huge pages where the kernel has some: a hundred MiB of others take longer to touch first
-    than a product takes to fill them."""
-    if device.type != "cpu" or size_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size_bytes, dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, -(-size_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
