@@ -34,8 +34,8 @@ demo: $(INSTALLED)  ## Distil a small model on this machine: teacher server, 2-r
 demo-onpolicy: $(INSTALLED)  ## Let a small model learn from its own samples: teacher, rollout server, trainer, report
 	$(BIN)/kdmesh demo --on-policy
 
-test: $(INSTALLED)  ## Everything CI runs
-	$(BIN)/pytest -q
+test: $(INSTALLED)  ## Everything CI runs, a file of tests on each core
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 sglang-env: $(SGLANG_INSTALLED)  ## An environment with the real SGLang for CPU, about 3 GB, kept between runs
 

@@ -61,22 +61,19 @@ def _with_products(student_RD: Tensor, student_VD: Tensor, teacher_RE: Tensor, t
     return formula(student_RD @ student_VD.T, teacher_RE @ teacher_VE.T)
 
 
-def _fused(workspace: Workspace | None) -> Method:
-    def method(x: Inputs) -> Tensor:
-        student, teacher = OutputHead(weight_VD=x.student_VD), OutputHead(weight_VD=x.teacher_VE)
-        return fused_linear_divergence(
-            x.student_RD, student, x.teacher_RE, teacher, divergence=forward_kl, workspace=workspace
-        ).loss_sum
-
-    return method
+def _fused(x: Inputs, *, workspace: Workspace | None = None) -> Tensor:
+    student, teacher = OutputHead(weight_VD=x.student_VD), OutputHead(weight_VD=x.teacher_VE)
+    return fused_linear_divergence(
+        x.student_RD, student, x.teacher_RE, teacher, divergence=forward_kl, workspace=workspace
+    ).loss_sum
 
 
 def methods() -> Mapping[str, Method]:
     """By name. The compiled ones compile when they are first called."""
     compiled, compiled_with_products = torch.compile(formula), torch.compile(_with_products)
     return {
-        "fused": _fused(None),
-        "fused, lasting workspace": _fused(Workspace()),
+        "fused": _fused,
+        "fused, new workspace": lambda x: _fused(x, workspace=Workspace()),
         "compiled formula": lambda x: compiled(x.student_RD @ x.student_VD.T, x.teacher_RE @ x.teacher_VE.T),
         "compiled with products": lambda x: compiled_with_products(
             x.student_RD, x.student_VD, x.teacher_RE, x.teacher_VE

@@ -16,7 +16,7 @@ from kdmesh.losses.engine import Gradients, Side, Sizes, sweep
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.matmul import scaled
 from kdmesh.losses.rows import CrossEntropyRows, DivergenceRows, Mix, RowMaths, RowValues, StudentSide
-from kdmesh.losses.workspace import Workspace
+from kdmesh.losses.workspace import Workspace, default_workspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,7 +70,8 @@ def fused_linear_divergence(
         with_entropies: whether to report those of student and teacher, which takes a little more time.
         top_k: how many of the likeliest tokens to compare, which takes some more; 0 compares none.
         chunk_tokens: rows whose logit gradient exists at once; None chooses by device and vocabulary.
-        workspace: scratch to use again in the next call; None allocates and frees it in this one.
+        workspace: scratch, which the next call may use again. None: on a CPU what this thread keeps from call to
+            call, as large as its largest call needed; on a GPU, whose allocator keeps memory by itself, a new one.
 
     Raises:
         InvalidRequest: shapes disagree, a number is out of range, or ce_weight lacks labels.
@@ -105,7 +106,7 @@ def fused_linear_divergence(
             build_maths=build_maths,
             token_weight_R=token_weight_R,
             chunk_tokens=chunk_tokens,
-            workspace=workspace or Workspace(),
+            workspace=workspace or default_workspace(student_hidden_RD.device),
         ),
         student_hidden_RD,
     )
@@ -137,7 +138,7 @@ def fused_linear_cross_entropy(
             build_maths=build_maths,
             token_weight_R=token_weight_R,
             chunk_tokens=chunk_tokens,
-            workspace=workspace or Workspace(),
+            workspace=workspace or default_workspace(student_hidden_RD.device),
         ),
         student_hidden_RD,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,16 @@ class Workspace:
             self._bytes.pop(name, None)  # before its successor takes as much
             held = self._bytes[name] = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         return held[:size_bytes].view(dtype).view(rows, columns)
+
+
+def default_workspace(device: torch.device) -> Workspace:
+    """For calls that bring none: on a CPU the calling thread's own, which lasts as long as the thread."""
+    if device.type != "cpu":
+        return Workspace()
+    if not hasattr(_of_thread, "workspace"):
+        _of_thread.workspace = Workspace()
+    workspace: Workspace = _of_thread.workspace
+    return workspace
+
+
+_of_thread = threading.local()

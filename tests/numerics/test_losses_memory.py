@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
 from kdmesh.losses import OutputHead, Workspace, fused_linear_cross_entropy
+from kdmesh.losses.workspace import default_workspace
 from tests.support.loss_cases import Case, Tensors, call, tensors
 from tests.support.tensor_watch import SavedTensors, TensorWatch
 from tests.support.textbook_losses import Transform
@@ -42,7 +44,7 @@ def test_no_tensor_is_larger_than_a_chunk_or_a_weight(name: str, dtype: torch.dt
     case = replace(CASE, name=name)
     inputs = tensors(case, dtype)
     with TensorWatch(everything(inputs)) as watch:
-        loss = call(case, inputs)
+        loss = call(case, inputs, workspace=Workspace())
         (loss.loss_sum * 3).backward()  # type: ignore[no-untyped-call]
     assert watch.largest_bytes <= 4 * max(CHUNK * case.vocabulary, case.vocabulary * 12, case.rows * 12)
     assert watch.largest_bytes < case.rows * case.vocabulary  # a byte per logit
@@ -53,7 +55,9 @@ def test_cross_entropy_alone_makes_no_larger_tensor_either() -> None:
     assert inputs.labels_R is not None
     with TensorWatch(everything(inputs)) as watch:
         head = OutputHead(weight_VD=inputs.student_weight_VD)
-        loss = fused_linear_cross_entropy(inputs.student_hidden_RD, head, inputs.labels_R, chunk_tokens=CHUNK)
+        loss = fused_linear_cross_entropy(
+            inputs.student_hidden_RD, head, inputs.labels_R, chunk_tokens=CHUNK, workspace=Workspace()
+        )
         loss.loss_sum.backward()  # type: ignore[no-untyped-call]
     assert watch.largest_bytes <= 4 * CHUNK * CASE.vocabulary
 
@@ -71,7 +75,7 @@ def test_the_peak_grows_with_rows_by_the_outputs_alone(dtype: torch.dtype) -> No
         case = replace(CASE, rows=rows)
         inputs = tensors(case, dtype)
         with TensorWatch(everything(inputs)) as watch:
-            (call(case, inputs).loss_sum * 3).backward()  # type: ignore[no-untyped-call]
+            (call(case, inputs, workspace=Workspace()).loss_sum * 3).backward()  # type: ignore[no-untyped-call]
         return watch.peak_bytes
 
     few, many = 200, 1600
@@ -101,9 +105,9 @@ def test_only_gradients_that_are_wanted_are_made() -> None:
 def test_without_grad_only_values_are_made() -> None:
     inputs = tensors(CASE, torch.float32)
     with torch.no_grad(), TensorWatch(everything(inputs)) as watch:
-        quiet = call(CASE, inputs)
+        quiet = call(CASE, inputs, workspace=Workspace())
     with TensorWatch(everything(inputs)) as watch_with_gradient:
-        loss = call(CASE, inputs)
+        loss = call(CASE, inputs, workspace=Workspace())
     assert not quiet.loss_sum.requires_grad
     assert torch.equal(quiet.loss_sum, loss.loss_sum)
     assert torch.equal(quiet.divergence_R, loss.divergence_R)
@@ -117,7 +121,7 @@ def test_a_workspace_is_used_again_and_changes_nothing() -> None:
     assert inputs.labels_R is not None
     labels_R, head = inputs.labels_R, OutputHead(weight_VD=inputs.student_weight_VD)
 
-    def gradients(workspace: Workspace | None) -> tuple[torch.Tensor, ...]:
+    def gradients(workspace: Workspace) -> tuple[torch.Tensor, ...]:
         loss = fused_linear_cross_entropy(
             inputs.student_hidden_RD, head, labels_R, chunk_tokens=CHUNK, workspace=workspace
         )
@@ -126,10 +130,26 @@ def test_a_workspace_is_used_again_and_changes_nothing() -> None:
     def product() -> torch.Tensor:
         return workspace.matrix("product 0", CHUNK, CASE.vocabulary, dtype=torch.float32, device=torch.device("cpu"))
 
-    fresh = gradients(None)
+    fresh = gradients(Workspace())
     first, held = gradients(workspace), product()
     second = gradients(workspace)
     assert product().data_ptr() == held.data_ptr()  # and held is alive, so nothing else can be there
     for a, b, c in zip(fresh, first, second, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(b, c)
+
+
+def test_a_thread_keeps_its_scratch_from_call_to_call_and_no_other_thread_gets_it() -> None:
+    cpu = torch.device("cpu")
+    mine = default_workspace(cpu)
+    assert default_workspace(cpu) is mine
+    with ThreadPoolExecutor(1) as other:
+        theirs = other.submit(default_workspace, cpu).result()
+    assert theirs is not mine
+    inputs = tensors(CASE, torch.float32)
+    first = call(CASE, inputs)  # leaves its last block in the scratch
+    other_inputs = tensors(replace(CASE, seed=1), torch.float32)
+    call(CASE, other_inputs)
+    again = call(CASE, inputs)
+    assert torch.equal(first.divergence_R, again.divergence_R)
+    assert torch.equal(first.loss_sum, again.loss_sum)

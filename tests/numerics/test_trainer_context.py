@@ -80,7 +80,6 @@ def test_held_out_data_is_judged_in_the_teachers_context(mesh: Mesh, models: dic
         teacher_head=TeacherHead(teacher, vocabulary_size=VOCABULARY_SIZE, device=mesh.device),
         max_tokens=64,
         prefetch=1,
-        workspace=None,
         mesh=mesh,
     )
     assert evaluator.evaluate().kl_nats_per_token == pytest.approx(textbook_kl(models, held_out), rel=1e-5)

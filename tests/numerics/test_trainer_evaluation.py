@@ -42,7 +42,6 @@ def build_evaluator(student: Student, teacher: LocalTeacher | None, mesh: Mesh, 
         teacher_head=head,
         max_tokens=max_tokens,
         prefetch=1,
-        workspace=None,
         mesh=mesh,
     )
 

@@ -271,7 +271,6 @@ def test_the_student_comes_nearer_to_its_teacher_on_prompts_it_was_not_trained_o
         teacher_head=TeacherHead(run.teacher, vocabulary_size=VOCABULARY_SIZE, device=mesh.device),
         max_tokens=MAX_TOKENS,
         prefetch=0,
-        workspace=None,
         mesh=mesh,
     )
     before = judge.evaluate().kl_nats_per_token

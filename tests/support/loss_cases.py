@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdmesh.losses import Divergence, FusedLoss, OutputHead, build_divergence, fused_linear_divergence
+from kdmesh.losses import Divergence, FusedLoss, OutputHead, Workspace, build_divergence, fused_linear_divergence
 from tests.support import textbook_losses as textbook
 from tests.support.textbook_losses import Transform
 
@@ -132,7 +132,14 @@ def heads(case: Case, inputs: Tensors) -> tuple[OutputHead, OutputHead]:
     return student.sliced(case.vocabulary), teacher.sliced(case.vocabulary)
 
 
-def call(case: Case, inputs: Tensors, *, with_entropies: bool = False, top_k: int = 0) -> FusedLoss:
+def call(
+    case: Case,
+    inputs: Tensors,
+    *,
+    with_entropies: bool = False,
+    top_k: int = 0,
+    workspace: Workspace | None = None,
+) -> FusedLoss:
     """The loss under test."""
     student_head, teacher_head = heads(case, inputs)
     return fused_linear_divergence(
@@ -149,6 +156,7 @@ def call(case: Case, inputs: Tensors, *, with_entropies: bool = False, top_k: in
         with_entropies=with_entropies,
         top_k=top_k,
         chunk_tokens=case.chunk_tokens,
+        workspace=workspace,
     )
 
 

@@ -136,7 +136,6 @@ def build_stepper(
             with_entropies=is_sampled,
             top_k=8 if is_sampled else 0,
             teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
-            workspace=None,
         ),
         build_adamw(student, config),
         config=config,

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdmesh.errors import ConfigError
-from kdmesh.losses import Divergence, Workspace, build_divergence, custom_divergence
+from kdmesh.losses import Divergence, build_divergence, custom_divergence
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.head import head_spec
@@ -108,22 +108,20 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.student.compute_dtype))
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_adamw(student, cfg.optimizer)
-        # A GPU's allocator keeps scratch by itself, and may lend it to the rest of the step.
-        workspace = Workspace() if mesh.device.type == "cpu" else None
         copy = None if teacher is None else build_copy(teacher, student)
         source = _source(cfg, checked, data, teacher, student, mesh, stack)
         yield Parts(
             source=source,
             stepper=GradientStepper(
                 student,
-                _objective(cfg, checked.divergence, teacher, workspace),
+                _objective(cfg, checked.divergence, teacher),
                 optimizer,
                 config=cfg.optimizer,
                 steps=cfg.steps,
                 mesh=mesh,
             ),
             publishers=tuple(_publishers(teacher, copy, student, source, mesh, stack)),
-            evaluator=_on_its_turn(_evaluator(cfg, student, data, teacher, workspace, mesh), source),
+            evaluator=_on_its_turn(_evaluator(cfg, student, data, teacher, mesh), source),
             checkpoints=CheckpointDirectory(
                 cfg.output / "checkpoints",
                 student,
@@ -252,9 +250,7 @@ def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
                 )
 
 
-def _objective(
-    cfg: config.TrainerConfig, divergence: Divergence | None, teacher: Teacher | None, workspace: Workspace | None
-) -> Objective:
+def _objective(cfg: config.TrainerConfig, divergence: Divergence | None, teacher: Teacher | None) -> Objective:
     match cfg.objective:
         case config.Distill():
             assert divergence is not None and teacher is not None
@@ -264,12 +260,11 @@ def _objective(
                 kd_weight=cfg.objective.kd_weight,
                 ce_weight=cfg.objective.ce_weight,
                 teacher_head=teacher.head,
-                workspace=workspace,
                 with_entropies=isinstance(cfg.source, config.OnPolicy),
                 top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
             )
         case config.Sft():
-            return CrossEntropy(workspace=workspace)
+            return CrossEntropy()
         case _:
             assert_never(cfg.objective)
 
@@ -338,7 +333,6 @@ def _evaluator(
     student: Student,
     data: _Data,
     teacher: Teacher | None,
-    workspace: Workspace | None,
     mesh: Mesh,
 ) -> HeldOutEvaluator | None:
     if data.held_out is None:
@@ -350,7 +344,6 @@ def _evaluator(
         teacher_head=None if teacher is None else teacher.head,
         max_tokens=cfg.batch.max_tokens,
         prefetch=0 if teacher is None else teacher.cfg.prefetch,
-        workspace=workspace,
         mesh=mesh,
     )
 

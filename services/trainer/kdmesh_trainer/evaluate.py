@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kdmesh.batching import plan_step
-from kdmesh.losses import Workspace, forward_kl
+from kdmesh.losses import forward_kl
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
@@ -36,7 +36,6 @@ class HeldOutEvaluator:
         teacher_head: TeacherHead | None,
         max_tokens: int,
         prefetch: int,
-        workspace: Workspace | None,
         mesh: Mesh,
     ) -> None:
         """
@@ -44,13 +43,12 @@ class HeldOutEvaluator:
             sequences: the same on every rank; at least one.
             max_tokens: of one micro-batch.
             prefetch: micro-batches to ask the teacher for ahead of the one that is judged.
-            workspace: scratch of the loss, shared with training, which pauses meanwhile.
         """
         self._shares = list(_shares(sequences, max_tokens, mesh))
         self._num_sequences = len(sequences)
         self._student = student
         self._teacher = teacher
-        self._objective = _judge(teacher_head, workspace)
+        self._objective = _judge(teacher_head)
         self._prefetch = prefetch
         self._mesh = mesh
 
@@ -97,14 +95,13 @@ def _shares(sequences: Sequence[TokenSequence], max_tokens: int, mesh: Mesh) -> 
             yield tuple(group[index] for index in members)
 
 
-def _judge(teacher_head: TeacherHead | None, workspace: Workspace | None) -> Objective:
+def _judge(teacher_head: TeacherHead | None) -> Objective:
     if teacher_head is None:
-        return CrossEntropy(workspace=workspace)
+        return CrossEntropy()
     return Distillation(
         divergence=forward_kl,
         temperature=1.0,
         kd_weight=1.0,
         ce_weight=0.0,
         teacher_head=teacher_head,
-        workspace=workspace,
     )

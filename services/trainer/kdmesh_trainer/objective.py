@@ -13,7 +13,6 @@ from kdmesh.losses import (
     Divergence,
     FusedLoss,
     OutputHead,
-    Workspace,
     fused_linear_cross_entropy,
     fused_linear_divergence,
 )
@@ -51,7 +50,6 @@ class Distillation:
     kd_weight: float
     ce_weight: float
     teacher_head: TeacherHead
-    workspace: Workspace | None
     with_entropies: bool = False
     top_k: int = 0  # compared tokens; 0 compares none
 
@@ -67,7 +65,7 @@ class Distillation:
         """The mix; without teacher rows there is nothing to learn from, so R must be 0."""
         if teacher is None:
             assert len(labels_R) == 0
-            return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R, workspace=self.workspace)
+            return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R)
         head = self.teacher_head.at(teacher.weight_version)
         teacher_RE = teacher.rows_RD.to(student_hidden_RD.device)
         if num_sampled == 0 or self.ce_weight == 0:
@@ -103,15 +101,12 @@ class Distillation:
             ce_weight=ce_weight,
             with_entropies=self.with_entropies,
             top_k=self.top_k,
-            workspace=self.workspace,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossEntropy:
     """Cross-entropy on the data's own tokens."""
-
-    workspace: Workspace | None
 
     def __call__(
         self,
@@ -123,7 +118,7 @@ class CrossEntropy:
         num_sampled: int = 0,
     ) -> FusedLoss:
         """The teacher's rows, if any, are not looked at."""
-        return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R, workspace=self.workspace)
+        return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R)
 
 
 def _joined(parts: Sequence[FusedLoss]) -> FusedLoss:
