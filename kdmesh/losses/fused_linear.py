@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from kdmesh.losses.divergences import Divergence
 from kdmesh.losses.engine import Gradients, Side, Sizes, sweep
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.matmul import scaled
+from kdmesh.losses.mixture import MixedTeacher, MixtureRows, first_weight
 from kdmesh.losses.rows import CrossEntropyRows, DivergenceRows, Mix, RowMaths, RowValues, StudentSide
 from kdmesh.losses.workspace import Workspace, default_workspace
 
@@ -43,6 +44,7 @@ def fused_linear_divergence(
     teacher_head: OutputHead,
     *,
     divergence: Divergence,
+    mixed_with: Sequence[MixedTeacher] = (),
     temperature: float = 1.0,
     labels_R: Tensor | None = None,
     kd_weight: float = 1.0,
@@ -64,6 +66,8 @@ def fused_linear_divergence(
         student_head: its tensors carry one too. A plain tensor, not a shard.
         teacher_hidden_RE: rows of the same positions; never carry one.
         teacher_head: over the same tokens as the student's: cut padding off first (OutputHead.sliced).
+        mixed_with: further teachers: D is from the weighted sum of all distributions, each at the temperature. The
+            first teacher's weight is what theirs leave of 1; one of weight 0 is not looked at.
         temperature: divides both logits before the divergence; the result is not multiplied by its square.
         labels_R: int64 next tokens; cross-entropy is reported when they are given.
         token_weight_R: of each row; 1 when None.
@@ -76,17 +80,17 @@ def fused_linear_divergence(
     Raises:
         InvalidRequest: shapes disagree, a number is out of range, or ce_weight lacks labels.
     """
-    if student_head.vocabulary_size != teacher_head.vocabulary_size:
-        raise InvalidRequest(
-            f"the student's head has {student_head.vocabulary_size} tokens, the teacher's "
-            f"{teacher_head.vocabulary_size}; cut both to the tokens they share (OutputHead.sliced)"
-        )
+    weight, others = first_weight(mixed_with), [teacher for teacher in mixed_with if teacher.weight > 0]
+    teachers = [(teacher_hidden_RE, teacher_head), *((teacher.hidden_RE, teacher.head) for teacher in others)]
     if ce_weight != 0 and labels_R is None:
         raise InvalidRequest(f"ce_weight is {ce_weight} without labels; cross-entropy needs them")
     if not temperature > 0:
         raise InvalidRequest(f"temperature is {temperature}; it must be positive")
-    _check_side("teacher", teacher_hidden_RE, teacher_head)
-    _check_rows(len(student_hidden_RD), teacher_hidden_RE=teacher_hidden_RE, labels_R=labels_R)
+    for hidden_RE, head in teachers:
+        _check_vocabulary(student_head, head)
+        _check_side("teacher", hidden_RE, head)
+        _check_rows(len(student_hidden_RD), teacher_hidden_RE=hidden_RE)
+    _check_rows(len(student_hidden_RD), labels_R=labels_R)
     mix = Mix(
         divergence=divergence,
         temperature=temperature,
@@ -97,12 +101,15 @@ def fused_linear_divergence(
     )
 
     def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
-        return DivergenceRows(student, teacher_head, mix, labels_R, tile_CV=tile_CV)
+        if not others:
+            return DivergenceRows(student, teacher_head, mix, labels_R, tile_CV=tile_CV)
+        weighted = [(teacher_head, weight), *((teacher.head, teacher.weight) for teacher in others)]
+        return MixtureRows(student, weighted, mix, labels_R, tile_CV=tile_CV)
 
     return _fused(
         _Call(
             student_head=student_head,
-            teacher=(teacher_hidden_RE.detach(), teacher_head.detached()),
+            teachers=[(hidden_RE.detach(), head.detached()) for hidden_RE, head in teachers],
             build_maths=build_maths,
             token_weight_R=token_weight_R,
             chunk_tokens=chunk_tokens,
@@ -134,7 +141,7 @@ def fused_linear_cross_entropy(
     return _fused(
         _Call(
             student_head=student_head,
-            teacher=None,
+            teachers=[],
             build_maths=build_maths,
             token_weight_R=token_weight_R,
             chunk_tokens=chunk_tokens,
@@ -149,7 +156,7 @@ class _Call:
     """One call, but for the tensors that autograd follows."""
 
     student_head: OutputHead
-    teacher: tuple[Tensor, OutputHead] | None
+    teachers: Sequence[tuple[Tensor, OutputHead]]
     build_maths: Callable[[StudentSide, Tensor], RowMaths]
     token_weight_R: Tensor | None
     chunk_tokens: int | None
@@ -216,8 +223,7 @@ def _fused(call: _Call, hidden_RD: Tensor) -> FusedLoss:
 
 
 def _run(call: _Call, hidden_RD: Tensor, head: OutputHead, wanted: tuple[bool, ...]) -> tuple[RowValues, Gradients]:
-    teachers = [] if call.teacher is None else [call.teacher]
-    everything = [(hidden_RD, head), *teachers]
+    everything = [(hidden_RD, head), *call.teachers]
     is_double = any(torch.float64 in (rows.dtype, head.weight_VD.dtype) for rows, head in everything)
     student, *others = [Side.build(rows, head, is_double=is_double) for rows, head in everything]
     sizes = Sizes.choose(len(hidden_RD), head.vocabulary_size, hidden_RD.device, call.chunk_tokens)
@@ -237,6 +243,14 @@ def _run(call: _Call, hidden_RD: Tensor, head: OutputHead, wanted: tuple[bool, .
     ]
     values = sweep([student, *others], maths, gradients, sizes, call.workspace)
     return RowValues.joined(values, like=tile_CV), gradients
+
+
+def _check_vocabulary(student_head: OutputHead, teacher_head: OutputHead) -> None:
+    if student_head.vocabulary_size != teacher_head.vocabulary_size:
+        raise InvalidRequest(
+            f"the student's head has {student_head.vocabulary_size} tokens, the teacher's "
+            f"{teacher_head.vocabulary_size}; cut both to the tokens they share (OutputHead.sliced)"
+        )
 
 
 def _check_side(name: str, hidden_RD: Tensor, head: OutputHead) -> None:

@@ -113,7 +113,7 @@ class CrossEntropyRows:
     def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
         """Products are the student's."""
         (logits_CV,) = products
-        _become_logits(logits_CV, self._student.head)
+        become_logits(logits_CV, self._student.head)
         log_q_CV, spare_CV = _cut(self._scratch, len(logits_CV))
         torch.log_softmax(logits_CV, -1, out=log_q_CV)
         label_C1 = self._labels_R[rows, None]
@@ -158,15 +158,15 @@ class DivergenceRows:
 
     def tile(self, rows: slice, products: Sequence[Tensor], gradient_CV: Tensor | None) -> None:
         """Products are the student's, then the teacher's."""
-        logits_CV, teacher_logits_CV = products
+        logits_CV, *teacher_products = products
         log_q_CV, log_p_CV, q_CV = _cut(self._scratch, len(logits_CV))
         # One side after the other: what is worked on is still in the cache.
-        _become_logits(logits_CV, self._student.head)
+        become_logits(logits_CV, self._student.head)
         self._top1.note_student(logits_CV)
         if self._topk is not None:
             self._topk.note_student(logits_CV)
         self._log_softmax(logits_CV, spare_CV=q_CV, out=log_q_CV)
-        _become_logits(teacher_logits_CV, self._teacher_head)
+        teacher_logits_CV = self._teacher_logits(teacher_products)
         self._top1.note_teacher(teacher_logits_CV)
         if self._topk is not None:
             self._topk.note_teacher(teacher_logits_CV)
@@ -198,15 +198,22 @@ class DivergenceRows:
             loss_R += cross_entropy_R * self._mix.ce_weight
         entropies_2R = torch.cat(self._entropies or [loss_R.new_empty(2, 0)], dim=1)
         self._entropies.clear()
+        logits_BV, teacher_logits_BV, *_ = products
         return RowValues(
             loss_R=loss_R,
             divergence_R=divergence_R,
             cross_entropy_R=cross_entropy_R,
-            top1_agreement_R=self._top1.end_block(*products),
+            top1_agreement_R=self._top1.end_block(logits_BV, teacher_logits_BV),
             student_entropy_R=entropies_2R[0],
             teacher_entropy_R=entropies_2R[1],
-            topk_overlap_R=loss_R[:0] if self._topk is None else self._topk.end_block(*products),
+            topk_overlap_R=loss_R[:0] if self._topk is None else self._topk.end_block(logits_BV, teacher_logits_BV),
         )
+
+    def _teacher_logits(self, products: Sequence[Tensor]) -> Tensor:
+        """What the teacher's products become, in the memory of the first."""
+        (logits_CV,) = products
+        become_logits(logits_CV, self._teacher_head)
+        return logits_CV
 
     def _log_softmax(self, logits_CV: Tensor, *, spare_CV: Tensor, out: Tensor) -> None:
         if self._mix.temperature != 1:
@@ -241,7 +248,7 @@ def _entropies(q_CV: Tensor, log_q_CV: Tensor, log_p_CV: Tensor) -> Tensor:
     return -torch.stack([student_C, torch.linalg.vecdot(log_p_CV.exp(), log_p_CV)])
 
 
-def _become_logits(product_CV: Tensor, head: OutputHead) -> None:
+def become_logits(product_CV: Tensor, head: OutputHead) -> None:
     """What the head does after its product with the hidden states, in place."""
     if head.bias_V is not None:
         product_CV.add_(head.bias_V)

@@ -171,8 +171,8 @@ def run(case: Case, inputs: Tensors) -> Outcome:
     )
 
 
-def expected(case: Case, inputs: Tensors) -> Outcome:
-    """The textbook's values and autograd's gradients, in float64."""
+def expected(case: Case, inputs: Tensors, *, target_RV: Tensor | None = None) -> Outcome:
+    """The textbook's values and autograd's gradients, in float64; `target_RV` replaces the teacher's distribution."""
     leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
     bias_V = leaves[2][: case.vocabulary] if case.has_bias else None
     teacher_bias_V = inputs.teacher_bias_V[: case.vocabulary] if inputs.teacher_bias_V is not None else None
@@ -180,7 +180,8 @@ def expected(case: Case, inputs: Tensors) -> Outcome:
     teacher_z_RV = textbook.logits(
         inputs.teacher_hidden_RE, inputs.teacher_weight_VE[: case.vocabulary], teacher_bias_V, case.teacher
     )
-    q_RV, p_RV = textbook.softmax(z_RV, case.temperature), textbook.softmax(teacher_z_RV, case.temperature)
+    q_RV = textbook.softmax(z_RV, case.temperature)
+    p_RV = textbook.softmax(teacher_z_RV, case.temperature) if target_RV is None else target_RV
     divergence_R = textbook.divergence(case.name, q_RV, p_RV, beta=case.beta)
     cross_entropy_R = z_RV.new_empty(0)
     loss_R = case.kd_weight * divergence_R
@@ -219,7 +220,7 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
     return 0.0 if norm == 0 and actual.norm() == 0 else ((actual.double() - reference.double()).norm() / norm).item()
 
 
-_transforms = st.builds(
+TRANSFORMS = st.builds(
     Transform, scale=st.sampled_from([1.0, 0.0625, 0.7, 2.5]), softcap=st.sampled_from([None, 3.0, 30.0])
 )
 
@@ -244,8 +245,8 @@ def cases(*, name: str) -> st.SearchStrategy[Case]:
             kd_weight=st.sampled_from([1.0, 0.0, 0.6]),
             ce_weight=st.sampled_from([0.0, 0.4, 1.0]),
             has_token_weights=st.booleans(),
-            student=_transforms,
-            teacher=_transforms,
+            student=TRANSFORMS,
+            teacher=TRANSFORMS,
             has_bias=st.booleans(),
             chunk_tokens=st.sampled_from([None, 1, 7, 16, 40]),
             upstream=st.sampled_from([1.0, -2.5, 1e-3]),
