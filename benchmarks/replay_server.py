@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kdmesh.allocator import keep_freed_memory
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.types import DType, HeadSpec
@@ -78,6 +79,7 @@ _PROBE_POSITIONS = range(64)
 
 def main(ready_file: Path) -> None:
     """Serve until SIGTERM."""
+    keep_freed_memory(256 * 2**20)  # as the server's command does
     config = TeacherConfig.model_validate(
         {
             "engine": {"kind": "fake"},

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.measure import finish, say, server, table
 from benchmarks.replay_server import HIDDEN_SIZE, NUM_ROWS
+from kdmesh.allocator import keep_freed_memory
 from kdmesh.handles.door import Door
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
@@ -106,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=60, help="answers measured at each door")
     repeats = parser.parse_args().repeats
+    keep_freed_memory()  # as a trainer does
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"
         with server([sys.executable, "-m", "benchmarks.replay_server", str(ready)], ready) as address:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, assert_never
+from typing import Literal, TypeAlias
 
 from kdmesh.errors import Unavailable
 from kdmesh.handles.door import Door
@@ -16,42 +17,71 @@ from kdmesh.v1 import teacher_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+DoorName: TypeAlias = Literal["shm", "stream"]
 DoorChoice: TypeAlias = Literal["auto", "shm", "stream"]
 
+_BEST_FIRST: Sequence[DoorName] = ("shm", "stream")
 
-async def open_door(
-    choice: DoorChoice,
-    opened: pb.OpenSessionResponse,
-    *,
-    read: Callable[[Handle], AsyncIterator[memoryview]],
-    release: Callable[[Handle], None],
-) -> Door:
-    """Shared memory where the server proves to be on this node, else the stream; or the one that is asked for.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenDoor:
+    """An open door, and why it is this one."""
+
+    door: Door
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doorway:
+    """What doors to one server are made of.
+
+    Attributes:
+        opened: the server's answer to OpenSession.
+        read: the chunks of a handle, in order.
+        release: ends a handle.
+    """
+
+    opened: pb.OpenSessionResponse
+    read: Callable[[Handle], AsyncIterator[memoryview]]
+    release: Callable[[Handle], None]
+
+
+async def open_door(choice: DoorChoice, way: Doorway, *, address: str) -> ChosenDoor:
+    """The best door that can be opened, or the one that is asked for.
 
     Args:
         choice: `auto`, or the only door that will do.
-        opened: the server's answer to OpenSession.
-        read: for the stream door.
-        release: for the stream door.
+        way: to the server.
+        address: the server's, for the log.
 
     Raises:
-        Unavailable: `choice` is shm, and the server's shared memory cannot be reached from here.
+        Unavailable: `choice` is a door that cannot be opened from here.
         HandleGone: the session has ended.
     """
-    match choice:
-        case "stream":
-            return StreamDoor(read, release)
+    if choice != "auto":
+        chosen = ChosenDoor(door=await _open(choice, way), reason="it was asked for")
+    else:
+        chosen = await _best(way)
+    log.info("rows have a door", extra={"address": address, "door": chosen.door.name, "reason": chosen.reason})
+    return chosen
+
+
+async def _best(way: Doorway) -> ChosenDoor:
+    obstacles: list[str] = []
+    for name in _BEST_FIRST:
+        try:
+            door = await _open(name, way)
+        except Unavailable as error:
+            obstacles.append(f"{name}: {error}")
+        else:
+            return ChosenDoor(door=door, reason="; ".join(obstacles) or "it is the best")
+    raise Unavailable("; ".join(obstacles))
+
+
+async def _open(name: DoorName, way: Doorway) -> Door:
+    match name:
         case "shm":
-            return await _shared_memory(opened)
-        case "auto":
-            try:
-                return await _shared_memory(opened)
-            except Unavailable as error:
-                log.info("rows come by stream", extra={"reason": str(error)})
-                return StreamDoor(read, release)
-        case _:
-            assert_never(choice)
-
-
-async def _shared_memory(opened: pb.OpenSessionResponse) -> ShmDoor:
-    return await ShmDoor.connect(Path(opened.broker_socket), opened.session, opened.node_nonce)
+            opened = way.opened
+            return await ShmDoor.connect(Path(opened.broker_socket), opened.session, opened.node_nonce)
+        case "stream":
+            return StreamDoor(way.read, way.release)

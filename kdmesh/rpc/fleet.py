@@ -39,9 +39,9 @@ class Fleet:
         return self._model
 
     @property
-    def doors(self) -> frozenset[str]:
-        """Names of the doors in use now."""
-        return frozenset(client.door.name for client in self._replicas.clients)
+    def doors(self) -> dict[str, str]:
+        """The doors in use now, and why; of several teachers behind one kind of door the last one's reason."""
+        return {client.door.name: client.door_reason for client in self._replicas.clients}
 
     @property
     def retries(self) -> int:

@@ -20,7 +20,7 @@ from kdmesh.rpc import codec, raw_chunk, sleep_calls
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
 from kdmesh.rpc.channel import open_channel
-from kdmesh.rpc.doors import DoorChoice, open_door
+from kdmesh.rpc.doors import DoorChoice, Doorway, open_door
 from kdmesh.rpc.prefill_stream import PrefillStream
 from kdmesh.rpc.retry import Deadline
 from kdmesh.tokens import digest
@@ -57,12 +57,14 @@ class TeacherClient:
         model: what the server said of itself.
         max_requests: most answers that the server lets this session hold at once.
         door: through which rows come.
+        door_reason: why through that one.
     """
 
     address: str
     model: ModelDescription
     max_requests: int
     door: Door
+    door_reason: str
 
     def __init__(self, address: str) -> None:
         """Use `connect`."""
@@ -91,7 +93,7 @@ class TeacherClient:
         Raises:
             Unavailable: not reachable, loading or draining.
             ModelMismatch: another model is served there.
-            ConfigError: `door` is shm, and the server is not on this node.
+            ConfigError: `door` names one that does not lead to the server from here.
             EngineFailure: something else answers there.
         """
         client = cls(address)
@@ -115,19 +117,21 @@ class TeacherClient:
         self._lease_s = opened.lease_ms / 1000
         self._closing.push_async_callback(self._close_session)
         self._closing.push_async_callback(self._tasks.close)
-        self.door = await self._open_door(door, opened)
+        await self._open_door(door, opened)
         self._closing.callback(self.door.close)
         self._stream = PrefillStream(self._stub, self.address, on_orphan=self._release_orphan, on_end=self._lose)
         self._closing.push_async_callback(self._stream.close)
         self._tasks.start(self._keep_alive())
 
-    async def _open_door(self, choice: DoorChoice, opened: pb.OpenSessionResponse) -> Door:
+    async def _open_door(self, choice: DoorChoice, opened: pb.OpenSessionResponse) -> None:
+        way = Doorway(opened=opened, read=self._read, release=self._release)
         try:
-            return await open_door(choice, opened, read=self._read, release=self._release)
+            chosen = await open_door(choice, way, address=self.address)
         except Unavailable as error:
             # Is it the door, or has the whole server gone in this moment?
             await self._call(self._stub.KeepAlive, pb.KeepAliveRequest(session=self._session))
-            raise ConfigError(f"door shm, but {self.address} is not to be had that way: {error}") from None
+            raise ConfigError(f"door {choice}, but {self.address} is not to be had that way: {error}") from None
+        self.door, self.door_reason = chosen.door, chosen.reason
 
     async def prefill(
         self, sequences: Sequence[TokenSequence], deadline: Deadline, *, weight_version: int = 0
@@ -246,15 +250,18 @@ class TeacherClient:
         request = pb.ReadHandleRequest(session=self._session, handle=codec.handle_to_wire(handle))
         with our_errors(self.address):
             call = self._read_handle(request)
+            offset_bytes = 0
             try:
                 async for message in call:
-                    yield self._chunk(message)
+                    data = self._chunk(message, offset_bytes)
+                    offset_bytes += len(data)
+                    yield data
             finally:
                 call.cancel()
 
-    def _chunk(self, message: bytes) -> memoryview:
+    def _chunk(self, message: bytes, offset_bytes: int) -> memoryview:
         try:
-            return raw_chunk.decode(message)
+            return raw_chunk.decode(message, offset_bytes=offset_bytes)
         except InvalidRequest as error:
             raise EngineFailure(f"{self.address} sent {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import weakref
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -27,12 +27,17 @@ from kdmesh.types import EVERY_TAG, ModelDescription, SleepTag, TokenSequence
 class ClientStats:
     """What a pool has done since it was opened."""
 
-    door: str  # through which rows come now: shm, stream, or shm+stream with several teachers
+    doors: Mapping[str, str]  # through which rows come now, and why; more than one only with several teachers
     requests: int  # answered
     bytes: int  # of rows
     wait_s: float  # spent in PendingRows.wait
     retries: int  # requests that were sent once more
     moved: int  # answers that waited so long that they were copied out of the teacher's slab
+
+    @property
+    def door(self) -> str:
+        """Their names: shm, stream, or shm+stream."""
+        return "+".join(sorted(self.doors))
 
 
 class TeacherPool:
@@ -146,7 +151,7 @@ class TeacherPool:
     def stats(self) -> ClientStats:
         """What was done so far."""
         return ClientStats(
-            door="+".join(sorted(self._fleet.doors)),
+            doors=self._fleet.doors,
             requests=self._requests,
             bytes=self._bytes,
             wait_s=self._wait_s,

@@ -509,19 +509,25 @@ Global___ReadHandleRequest: typing_extensions.TypeAlias = ReadHandleRequest
 @typing.final
 class ReadHandleChunk(google.protobuf.message.Message):
     """Some of the bytes. Servers and clients may write and read this message without a
-    protobuf library: a tag, a length, the bytes.
+    protobuf library: a tag, a length, the bytes; a tag, the checksum.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DATA_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     data: builtins.bytes
     """At most 2 MiB, at least one byte."""
+    checksum: builtins.int
+    """XXH3-64 of data, with the place of its first byte in the whole stream of bytes as the seed; never 0 by leaving
+    it out. A client that finds another one uses none of the bytes, and asks again.
+    """
     def __init__(
         self,
         *,
         data: builtins.bytes = ...,
+        checksum: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "data", b"data"]) -> None: ...
 
 Global___ReadHandleChunk: typing_extensions.TypeAlias = ReadHandleChunk

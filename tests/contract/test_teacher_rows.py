@@ -12,8 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from kdmesh import errors
+from kdmesh.rpc import raw_chunk
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh_teacher.engine import HeadParts
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import running_teacher
@@ -61,6 +63,28 @@ async def test_head_is_that_of_the_engine(tmp_path: Path, door: DoorChoice) -> N
         assert head.bias_V is not None
         assert torch.equal(head.bias_V, torch.frombuffer(bytearray(parts.bias), dtype=torch.float32))
         assert (head.logit_scale, head.logit_softcap, version) == (0.5, 30.0, 1)
+
+
+async def test_rows_that_change_on_the_way_are_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, sent = raw_chunk.encode, list[int]()
+
+    def spoil_first(data: memoryview, *, offset_bytes: int) -> bytes:
+        message = bytearray(encode(data, offset_bytes=offset_bytes))
+        message[len(message) // 2] ^= not sent
+        sent.append(len(data))
+        return bytes(message)
+
+    monkeypatch.setattr(raw_chunk, "encode", spoil_first)
+    asked = [sequence(30, seed=1)]
+
+    def ask(address: str) -> tuple[torch.Tensor, int]:
+        with TeacherPool([address], job="test", door="stream", deadline_s=10) as pool:
+            return pool.submit(asked).wait().rows_RD, pool.stats().retries
+
+    async with running_teacher(tmp_path) as teacher:
+        rows_RD, retries = await asyncio.to_thread(ask, teacher.addresses.grpc)
+    assert torch.equal(rows_RD, expected_rows(asked))
+    assert (retries, len(sent)) == (1, 2)
 
 
 async def test_auto_takes_shared_memory_on_the_same_node(tmp_path: Path) -> None:

@@ -83,10 +83,14 @@ class Recorder:
         self.calls.append(("close", None))
 
 
-def run(path: Path, *, door: str | None = "shm") -> tuple[telemetry.RunTelemetry, Recorder, Recorder]:
+def run(path: Path) -> tuple[telemetry.RunTelemetry, Recorder, Recorder]:
     display, tracker = Recorder(), Recorder()
     record = telemetry.RunTelemetry(
-        metrics=path / "metrics.jsonl", steps=10, progress=display, trackers=[tracker], door=lambda: door
+        metrics=path / "metrics.jsonl",
+        steps=10,
+        progress=display,
+        trackers=[tracker],
+        doors=lambda: {"shm": "it is the best"},
     )
     return record, display, tracker
 
@@ -245,7 +249,7 @@ def test_the_end_is_summarised_with_the_last_scores(tmp_path: Path, caplog: pyte
         record.close()
     (summary,) = [entry.__dict__ for entry in caplog.records if entry.getMessage() == "run ended"]
     assert (summary["steps"], summary["tokens"], summary["held_out_kl_nats_per_token"]) == (1, 100, 0.25)
-    assert summary["door"] == "shm"
+    assert (summary["door"], summary["door_reasons"]) == ("shm", {"shm": "it is the best"})
     assert display.calls[-1] == tracker.calls[-1] == ("close", None)
 
 
@@ -272,7 +276,7 @@ def config(tmp_path: Path, *names: str) -> TrainerConfig:
 
 
 def test_only_the_first_rank_records(tmp_path: Path) -> None:
-    with telemetry.open_telemetry(config(tmp_path), rank=1, door=lambda: None) as record:
+    with telemetry.open_telemetry(config(tmp_path), rank=1, doors=dict) as record:
         record.start(0)
         with record.phase("update"):
             record.report(0, stats())
@@ -281,7 +285,7 @@ def test_only_the_first_rank_records(tmp_path: Path) -> None:
 
 
 def test_tensorboard_is_written_by_default(tmp_path: Path) -> None:
-    with telemetry.open_telemetry(config(tmp_path), rank=0, door=lambda: None) as record:
+    with telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict) as record:
         record.start(0)
         record.report(0, stats())
     assert list((tmp_path / "my-run" / "tensorboard").iterdir())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from kdmesh.allocator import keep_freed_memory
 from kdmesh.serving import command
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh_teacher.config import TeacherConfig
+
+_KEPT_BYTES = 256 * 2**20  # for the messages of the stream door, and the engine's small tensors
 
 
 def main() -> None:
@@ -28,6 +31,7 @@ def run(config: TeacherConfig, thread: EngineThread, on_ready: Callable[[Address
     from kdmesh_teacher.build import build_engine
     from kdmesh_teacher.lifecycle import serve
 
+    keep_freed_memory(_KEPT_BYTES)
     engine = build_engine(config.engine)
 
     async def until_stopped(directory: RuntimeDir) -> None:

@@ -156,7 +156,7 @@ class Servicer(TeacherServicer):
                 # A reader that stops reading must not keep the slot.
                 try:
                     async with asyncio.timeout(store.limits.lease_s):
-                        await context.write(raw_chunk.encode(part))
+                        await context.write(raw_chunk.encode(part, offset_bytes=start))
                 except TimeoutError:
                     raise HandleGone(f"nothing was read for {store.limits.lease_s:g} s") from None
                 self._metrics.streamed(len(part))

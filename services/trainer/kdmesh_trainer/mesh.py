@@ -119,12 +119,12 @@ def _alone() -> tuple[Store, int, int]:
 
 
 def _device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    keep_freed_memory()
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise ConfigError("student.device is cuda, but torch sees no GPU on this machine")
     if wanted == "cpu" or not has_gpu:
         _use_cores()
-        keep_freed_memory()
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():

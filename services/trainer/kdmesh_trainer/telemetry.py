@@ -29,12 +29,12 @@ _SHORTEST_WAIT_S = 1e-3  # a shorter one says nothing of how fast the other side
 
 
 def open_telemetry(
-    cfg: config.TrainerConfig, *, rank: int, door: Callable[[], str | None]
+    cfg: config.TrainerConfig, *, rank: int, doors: Callable[[], Mapping[str, str]]
 ) -> AbstractContextManager[RunTelemetry | SilentTelemetry]:
     """What the loop reports to: on rank 0 metrics.jsonl, the progress line and the trackers; elsewhere nothing.
 
     Args:
-        door: the name of the door that rows have come through so far; None before the first or without a teacher.
+        doors: through which rows come now, and why through these; empty without a teacher.
 
     Raises:
         ConfigError: a tracker is not installed.
@@ -48,7 +48,7 @@ def open_telemetry(
             steps=cfg.steps,
             progress=progress,
             trackers=build_trackers(cfg),
-            door=door,
+            doors=doors,
         )
     )
 
@@ -84,13 +84,13 @@ class RunTelemetry:
         steps: int,
         progress: Progress,
         trackers: list[Tracker],
-        door: Callable[[], str | None],
+        doors: Callable[[], Mapping[str, str]],
     ) -> None:
         self._path = metrics
         self._steps = steps
         self._progress = progress
         self._trackers = trackers
-        self._door = door
+        self._doors = doors
         self._file: IO[str] | None = None
         self._phase_s: dict[str, float] = {}
         self._recent: deque[tuple[StepStats, float]] = deque(maxlen=_RECENT_STEPS)
@@ -130,7 +130,7 @@ class RunTelemetry:
         seconds = _seconds(stats, phase_s)
         bounded_by = max(seconds, key=lambda name: seconds[name])
         facts = {"phase_tokens_per_second": _rates(stats, seconds), "bounded_by": bounded_by}
-        self._write("step", step, {**figures, **facts, "phase_s": phase_s, "door": self._door() or None})
+        self._write("step", step, {**figures, **facts, "phase_s": phase_s, **self._door()})
         self._track("train", step, figures)
         self._progress.show(self._reading(step + 1, stats, bounded_by))
 
@@ -149,9 +149,13 @@ class RunTelemetry:
         if self._file is not None:
             self._file.close()
             if self._totals.num_steps:
-                log.info("run ended", extra={**self._totals.summary(), "door": self._door() or None})
+                reasons = dict(self._doors())
+                log.info("run ended", extra={**self._totals.summary(), **self._door(), "door_reasons": reasons})
         for tracker in self._trackers:
             tracker.close()
+
+    def _door(self) -> dict[str, str | None]:
+        return {"door": "+".join(sorted(self._doors())) or None}
 
     def _reading(self, done: int, stats: StepStats, bounded_by: str) -> Reading:
         seconds = sum(step_s for _, step_s in self._recent)
