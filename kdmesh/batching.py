@@ -15,6 +15,10 @@ _MAX_SEARCH_LOOKS = 50_000
 _EXCHANGES_PER_BIN = 8
 _PARTNERS = 8
 
+HOME_COST = 1.01
+"""How much longer a plan may keep the ranks busy so that sequences stay where they are."""
+_LEVEL_ENOUGH = 0.005  # of a rank's tokens; to even out more would move more sequences
+
 
 def plan_step(
     lengths: Sequence[int],
@@ -23,6 +27,7 @@ def plan_step(
     max_tokens: int,
     rows: Sequence[int] | None = None,
     max_rows: int | None = None,
+    homes: Sequence[int | None] | None = None,
 ) -> list[list[tuple[int, ...]]]:
     """Which sequences each rank trains on in each of its micro-batches.
 
@@ -35,6 +40,8 @@ def plan_step(
     Args:
         lengths: tokens of each sequence of the step.
         rows: loss positions of each sequence; goes with `max_rows`.
+        homes: the rank that each sequence should stay on; None: any. Most do, as long as that keeps the ranks busy no
+            more than HOME_COST times as long.
 
     Returns:
         result[rank][k]: indices into `lengths`, ascending. A micro-batch may be
@@ -46,7 +53,11 @@ def plan_step(
     if (rows is None) != (max_rows is None):
         raise InvalidRequest("`rows` and `max_rows` go together")
     items = _Items(lengths, rows or [0] * len(lengths), max_tokens, max_rows or 0)
-    return _share_out(_level(items, _fewest_bins(items, ranks), ranks), ranks)
+    plan = _share_out(_level(items, _fewest_bins(items, ranks), ranks), ranks)
+    if homes is None or ranks == 1:
+        return plan
+    near = _near_home(items, homes, ranks, len(plan[0]))
+    return near if near is not None and _busy(items, near) <= HOME_COST * _busy(items, plan) else plan
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +86,10 @@ class _Items:
             if num_rows > max_rows:
                 raise InvalidRequest(f"sequence {index} has {num_rows} rows; a micro-batch takes at most {max_rows}")
         self.longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -rows[i], i))
+
+    def uncapped(self) -> _Items:
+        """The same sequences without caps."""
+        return _Items(self.lengths, self.rows, sum(self.lengths), sum(self.rows))
 
     def fit(self, index: int, box: _Bin) -> bool:
         return box.tokens + self.lengths[index] <= self.max_tokens and box.rows + self.rows[index] <= self.max_rows
@@ -129,6 +144,44 @@ def _share_out(bins: list[_Bin], ranks: int) -> list[list[tuple[int, ...]]]:
     return plan
 
 
+def _near_home(
+    items: _Items, homes: Sequence[int | None], ranks: int, per_rank: int
+) -> list[list[tuple[int, ...]]] | None:
+    """`per_rank` micro-batches of each rank with few sequences away from home; None when they do not fit that way.
+
+    First the ranks are made even, by few large moves; then each packs what it has.
+    """
+    targets = _targets(items, per_rank * ranks, ranks)
+    plan = []
+    for rank, members in enumerate(_even_shares(items, homes, [sum(targets[rank::ranks]) for rank in range(ranks)])):
+        bins = _spread(items, [_Bin(target) for target in targets[rank::ranks]], members)
+        if bins is None:
+            return None
+        _exchange_until_level(items, bins)
+        plan.append([tuple(sorted(box.members)) for box in sorted(bins, key=lambda box: (-box.tokens, box.members))])
+    return plan
+
+
+def _even_shares(items: _Items, homes: Sequence[int | None], targets: Sequence[int]) -> list[Sequence[int]]:
+    """The sequences of each rank, longest first: those at home, but for what makes the shares even."""
+    free = items.uncapped()
+    shares = [_Bin(target) for target in targets]
+    for index in items.longest_first:
+        if (home := homes[index]) is not None:
+            free.put(index, shares[home])
+    for index in items.longest_first:
+        if homes[index] is None:
+            free.put(index, min(shares, key=lambda share: share.excess))
+    _exchange_until_level(free, shares, enough=round(_LEVEL_ENOUGH * max(targets)))
+    rank_of = {index: rank for rank, share in enumerate(shares) for index in share.members}
+    return [[index for index in items.longest_first if rank_of[index] == rank] for rank in range(len(shares))]
+
+
+def _busy(items: _Items, plan: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Token times of the step: at each k all ranks wait for the largest micro-batch."""
+    return sum(max(sum(items.lengths[i] for i in m) for m in at_k) for at_k in zip(*plan, strict=True))
+
+
 def _targets(items: _Items, num_bins: int, ranks: int) -> list[int]:
     """Tokens each bin should hold, largest first, so that the sum over k of the largest is least.
 
@@ -146,11 +199,15 @@ def _targets(items: _Items, num_bins: int, ranks: int) -> list[int]:
     return targets + [-(-left // bins_left)] * bins_left if bins_left else targets
 
 
-def _spread(items: _Items, bins: list[_Bin]) -> list[_Bin] | None:
-    """Longest first, each into the bin that lacks most; None when one fits nowhere."""
+def _spread(items: _Items, bins: list[_Bin], members: Sequence[int] | None = None) -> list[_Bin] | None:
+    """Longest first, each into the bin that lacks most; None when one fits nowhere.
+
+    Args:
+        members: which sequences, longest first; None: all.
+    """
     heap = [(box.excess, number) for number, box in enumerate(bins)]
     heapq.heapify(heap)
-    for index in items.longest_first:
+    for index in items.longest_first if members is None else members:
         refused = []
         while heap and not items.fit(index, bins[heap[0][1]]):
             refused.append(heapq.heappop(heap))
@@ -217,13 +274,19 @@ def _next_bin(items: _Items, bins: list[_Bin], index: int, first: int) -> int | 
     return None
 
 
-def _exchange_until_level(items: _Items, bins: list[_Bin]) -> None:
-    """Move or swap sequences from the bin most above its target to those most below, while that helps."""
+def _exchange_until_level(items: _Items, bins: list[_Bin], *, enough: int = 0) -> None:
+    """Move or swap sequences from the bin most above its target to those most below, while that helps.
+
+    Args:
+        enough: tokens above its target that a bin may keep.
+    """
     order = sorted(range(len(bins)), key=lambda n: (bins[n].excess, n))
     for _ in range(_EXCHANGES_PER_BIN * len(bins)):
         if len(order) < 2:
             return
         heavy = order.pop()
+        if bins[heavy].excess <= enough:
+            return
         for at, light in enumerate(order[:_PARTNERS]):
             if _exchange(items, bins[heavy], bins[light]):
                 order.pop(at)

@@ -51,6 +51,11 @@ class PendingRows:
         """Whether `wait` would return, or raise, at once."""
         return self._future.done()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is known that `wait` will raise."""
+        return self.is_done and (self._future.cancelled() or self._future.exception() is not None)
+
     def wait(self) -> TeacherRows:
         """The rows; to be called once. Blocks no longer than the pool's deadline for a request.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -85,6 +85,7 @@ class RolloutPool:
         num_samples: int,
         seed: int | None,
         min_weight_version: int = 0,
+        on_sample: Callable[[Sample], None] | None = None,
     ) -> PendingSamples:
         """Ask for samples of one prompt, sample i drawn from seed + i. Does not block.
 
@@ -94,6 +95,7 @@ class RolloutPool:
             num_samples: at least 1.
             seed: None draws differently each time.
             min_weight_version: oldest weights to sample from; 0 accepts any.
+            on_sample: called in the background thread with each sample as it comes; must not block, nor raise.
         """
         ask = Ask(
             prompt_ids=prompt_ids,
@@ -103,7 +105,7 @@ class RolloutPool:
             min_weight_version=min_weight_version,
         )
         arrived = ArrivedSamples()
-        return PendingSamples(self._loop.start(self._sample, ask, arrived), arrived, self._waited)
+        return PendingSamples(self._loop.start(self._sample, ask, arrived, on_sample), arrived, self._waited)
 
     def sleep(self, tags: Set[SleepTag] = EVERY_TAG) -> None:
         """Have every rollout server give these back, and nothing else; also those that connect later. Blocks.
@@ -182,11 +184,13 @@ class RolloutPool:
         if not self._outdated.done():
             self._outdated.set_result(None)
 
-    async def _sample(self, ask: Ask, arrived: ArrivedSamples) -> None:
+    async def _sample(self, ask: Ask, arrived: ArrivedSamples, on_sample: Callable[[Sample], None] | None) -> None:
         def arrive(index: int, sample: Sample) -> None:
             self._samples += 1
             self._tokens += sample.num_tokens
             arrived.add(index, sample)
+            if on_sample is not None:
+                on_sample(sample)
 
         await self._fleet.sample(ask, arrive, Deadline.after(self._deadline_s))
 

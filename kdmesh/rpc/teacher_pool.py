@@ -101,17 +101,20 @@ class TeacherPool:
         """The model that every teacher serves; limits are those of the narrowest."""
         return self._fleet.model
 
-    def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
-        """Ask for the rows of a group of sequences, in their order. Does not block.
+    def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> PendingRows:
+        """Ask for the rows of a group of sequences, in their order. Does not block. Any thread.
 
         A group beyond the teacher's limits is asked for in several requests.
+
+        Args:
+            keep: copy them to this process's memory as they come: they will not be waited for soon.
 
         Raises:
             InvalidRequest: there is no sequence, or one exceeds the limits by itself.
         """
         parts = split(sequences, self._fleet.model)
         version = self._fleet.weight_version
-        answering = self._loop.start(self._answer, parts, Deadline.after(self._deadline_s), version)
+        answering = self._loop.start(self._answer, parts, Deadline.after(self._deadline_s), version, keep)
         return PendingRows(answering, self._waited)
 
     def follow(self, weight_version: int) -> None:
@@ -177,13 +180,15 @@ class TeacherPool:
         return fleet
 
     async def _answer(
-        self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline, version: int
+        self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline, version: int, keep: bool
     ) -> ArrivedRows:
         if len(parts) > 1:
             return ArrivedRows(await self._joined(parts, deadline, version))
         rows = await self._ask(parts[0], deadline, version)
         arrived = ArrivedRows(rows)
-        if rows.is_borrowed:
+        if rows.is_borrowed and keep:
+            arrived.move()
+        elif rows.is_borrowed:
             asyncio.get_running_loop().call_later(self._move_after_s, self._move, weakref.ref(arrived))
         return arrived
 

@@ -87,13 +87,19 @@ def test_a_killed_server_loses_no_sample_and_none_comes_twice(tmp_path: Path) ->
         rollout_process(tmp_path, engine={"max_running": 4}) as other,
         RolloutPool([victim.grpc, other.grpc], job="test", deadline_s=20) as pool,
     ):
-        pending = [pool.submit(prompt(seed=n), SAMPLING, num_samples=24, seed=100 * n) for n in range(4)]
+        told: list[list[Sample]] = [[] for _ in range(4)]
+        pending = [
+            pool.submit(prompt(seed=n), SAMPLING, num_samples=24, seed=100 * n, on_sample=told[n].append)
+            for n in range(4)
+        ]
         arrived = []
         while len(arrived) < 4:  # of the victim's, some have come and some have not
             arrived += [index for one in pending[::2] for index, _ in one.poll()]
         victim.signal(signal.SIGKILL)
         for n, one in enumerate(pending):
-            assert tokens(one.wait()) == [expected_tokens(prompt(seed=n), 100 * n + i, 6) for i in range(24)]
+            expected = [expected_tokens(prompt(seed=n), 100 * n + i, 6) for i in range(24)]
+            assert tokens(one.wait()) == expected
+            assert sorted(tokens(told[n])) == sorted(expected)
         stats = pool.stats()
         assert stats.samples == 96
         assert stats.retries > 0

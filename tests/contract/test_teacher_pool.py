@@ -91,6 +91,22 @@ def test_rows_that_wait_give_their_slots_back(teacher: TeacherProcess) -> None:
         assert slow.stats().moved > 0
 
 
+def test_rows_that_are_kept_hold_no_slot(teacher: TeacherProcess) -> None:
+    with TeacherPool([teacher.grpc], job="early", door="shm", deadline_s=10, move_after_s=60) as pool:
+        groups = [[sequence(9, seed=seed)] for seed in range(12)]  # three times the slots there are
+        pending = [pool.submit(group, keep=True) for group in groups]
+        for group, one in zip(groups, pending, strict=True):
+            rows = one.wait()
+            assert torch.equal(rows.rows_RD, expected_rows(group))
+            assert not rows.is_borrowed
+        assert pool.stats().moved == 0
+        assert not any(one.has_failed for one in pending)
+        refused = pool.submit([replace(sequence(3), token_ids=np.array([1, 99, 2], np.int32))], keep=True)
+        with pytest.raises(errors.InvalidRequest, match="token id 99"):
+            refused.wait()
+        assert refused.has_failed
+
+
 def test_rows_that_nobody_wants_any_more_give_their_slots_back(teacher: TeacherProcess) -> None:
     with TeacherPool([teacher.grpc], job="test", door="shm", deadline_s=10, move_after_s=60) as pool:
         for seed in range(12):  # three times the slots there are

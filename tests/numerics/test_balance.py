@@ -7,7 +7,7 @@ import heapq
 import numpy as np
 import pytest
 
-from kdmesh.batching import plan_step
+from kdmesh.batching import HOME_COST, plan_step
 
 
 def busy_tokens(plan: list[list[tuple[int, ...]]], lengths: list[int]) -> int:
@@ -64,3 +64,21 @@ def test_companions_of_one_very_long_sequence_are_filled_up() -> None:
     plan = plan_step(lengths, ranks=2, max_tokens=1000)
     assert len(plan[0]) == 2
     assert busy_tokens(plan, lengths) == 1500
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks", "max_tokens", "away"), [(32, 2, 4096, 0.15), (128, 8, 4096, 0.2), (512, 16, 8192, 0.1)]
+)
+def test_most_sequences_stay_at_home_in_a_plan_that_is_as_even(
+    number: int, ranks: int, max_tokens: int, away: float
+) -> None:
+    parts = []
+    for seed in range(20):
+        lengths = realistic_lengths(seed, number)
+        homes = [index // 4 % ranks for index in range(number)]  # four samples of each prompt
+        plan = plan_step(lengths, ranks=ranks, max_tokens=max_tokens, homes=homes)
+        moved = [i for rank, micro_batches in enumerate(plan) for m in micro_batches for i in m if homes[i] != rank]
+        parts.append(sum(lengths[i] for i in moved) / sum(lengths))
+        free = plan_step(lengths, ranks=ranks, max_tokens=max_tokens)
+        assert busy_tokens(plan, lengths) <= HOME_COST * busy_tokens(free, lengths)
+    assert np.mean(parts) <= away

@@ -185,18 +185,38 @@ def test_the_teacher_works_on_a_later_step_whose_samples_are_here(mesh: Mesh, mo
     asked: list[bytes] = []
     submit = run.teacher.submit
 
-    def counted(sequences: Sequence[TokenSequence]) -> Rows:
+    def counted(sequences: Sequence[TokenSequence], *, keep: bool = False) -> Rows:
         asked.append(digest(sequences))
         return submit(sequences)
 
     run.teacher.submit = counted  # type: ignore[method-assign]
-    source = run.source(FastRollouts(run.copy), max_staleness=2, prefetch=100)
+    source = run.source(FastRollouts(run.copy), max_staleness=2, prefetch=100, early_rows=0)
     source.start_at(0)
     source.publish(version=0)
     batches = [source.next_batch()]
     assert len(asked) > len(batches[0].micro_batches)  # those of steps 1 and 2 too, while step 0 is trained on
     batches += [source.next_batch() for _ in range(2)]
     assert asked == [digest(m.sequences) for batch in batches for m in batch.micro_batches]
+
+
+def test_the_teacher_works_on_a_sample_as_soon_as_it_is_here(mesh: Mesh, models: dict[str, Any]) -> None:
+    run = Run(mesh, **models)
+    asked: list[tuple[TokenSequence, ...]] = []
+    submit = run.teacher.submit
+
+    def counted(sequences: Sequence[TokenSequence], *, keep: bool = False) -> Rows:
+        asked.append(tuple(sequences))
+        return submit(sequences)
+
+    run.teacher.submit = counted  # type: ignore[method-assign]
+    source = run.source(FastRollouts(run.copy), max_staleness=0, prefetch=100)
+    source.start_at(0)
+    source.publish(version=0)
+    early = [digest(group) for group in asked]  # nothing was planned yet
+    batch = source.next_batch()
+    assert len(early) == PROMPTS_PER_STEP * SAMPLES_PER_PROMPT
+    assert sorted(early) == sorted(digest([s]) for m in batch.micro_batches for s in m.sequences)
+    assert len(asked) == len(early)
 
 
 def test_nothing_beyond_the_last_step_is_sampled(mesh: Mesh, models: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def _watch(run: Run, service: FastRollouts, device: Device) -> None:
         device.use("rollouts")
         return sample(*arguments, **keywords)
 
-    def watched_rows(sequences: Sequence[TokenSequence]) -> Rows:
+    def watched_rows(sequences: Sequence[TokenSequence], *, keep: bool = False) -> Rows:
         device.use("teachers")
         return rows(sequences)
 

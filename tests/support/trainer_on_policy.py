@@ -87,7 +87,13 @@ class Run:
         )
 
     def source(
-        self, service: RolloutService, *, max_staleness: int, prefetch: int = 1, devices: Devices | None = None
+        self,
+        service: RolloutService,
+        *,
+        max_staleness: int,
+        prefetch: int = 1,
+        early_rows: int = 10**6,
+        devices: Devices | None = None,
     ) -> OnPolicySource:
         """A source of this run."""
         return OnPolicySource(
@@ -104,6 +110,7 @@ class Run:
             max_staleness=max_staleness,
             max_tokens=MAX_TOKENS,
             prefetch=prefetch,
+            early_rows=early_rows,
             steps=self.steps,
             mesh=self.mesh,
             answers=self.answers,

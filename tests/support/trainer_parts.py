@@ -34,6 +34,7 @@ class Rows:
 
     rows_RD: Tensor
     weight_version: int = 1
+    has_failed: bool = False
 
     def wait(self) -> Rows:
         """Themselves."""
@@ -48,7 +49,7 @@ class LocalTeacher:
         self.version = 1
 
     @torch.no_grad()
-    def submit(self, sequences: Sequence[TokenSequence]) -> Rows:
+    def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> Rows:
         """Their rows."""
         packs = [pack([sequence]) for sequence in sequences]
         rows = [hidden_states_TD(self._lm, packed).index_select(0, packed.rows_R) for packed in packs]

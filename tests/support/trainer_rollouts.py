@@ -133,16 +133,25 @@ class FastRollouts:
         self.noted.append(version)
 
     def submit(
-        self, prompt_ids: Int32Array, sampling: Sampling, *, num_samples: int, seed: int, min_weight_version: int
+        self,
+        prompt_ids: Int32Array,
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seed: int,
+        min_weight_version: int,
+        on_sample: Callable[[Sample], None],
     ) -> Ready:
         """Ready samples."""
         self.seeds.append(seed)
 
         def draw() -> list[Sample]:
-            return [
-                self.student.sample(prompt_ids, sampling, seed=seed + i, min_weight_version=min_weight_version)
-                for i in range(num_samples)
-            ]
+            samples = []
+            for i in range(num_samples):
+                sample = self.student.sample(prompt_ids, sampling, seed=seed + i, min_weight_version=min_weight_version)
+                samples.append(sample)
+                on_sample(sample)
+            return samples
 
         return Ready(draw, is_eager=self.is_eager)
 
@@ -174,15 +183,27 @@ class ThreadedRollouts(FastRollouts):
         super().__init__(student)
         self._threads = threads
 
-    def submit(
-        self, prompt_ids: Int32Array, sampling: Sampling, *, num_samples: int, seed: int, min_weight_version: int
-    ) -> Arriving:  # type: ignore[override]
+    def submit(  # type: ignore[override]
+        self,
+        prompt_ids: Int32Array,
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seed: int,
+        min_weight_version: int,
+        on_sample: Callable[[Sample], None],
+    ) -> Arriving:
         """Samples on their way."""
         ask = super().submit
         return Arriving(
             self._threads.submit(
                 lambda: ask(
-                    prompt_ids, sampling, num_samples=num_samples, seed=seed, min_weight_version=min_weight_version
+                    prompt_ids,
+                    sampling,
+                    num_samples=num_samples,
+                    seed=seed,
+                    min_weight_version=min_weight_version,
+                    on_sample=on_sample,
                 ).wait()
             )
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kdmesh.batching import plan_step
+from kdmesh.batching import HOME_COST, plan_step
 from kdmesh.errors import InvalidRequest
 
 Plan = list[list[tuple[int, ...]]]
@@ -108,3 +109,22 @@ def test_two_thousand_sequences_are_planned_in_well_under_100_ms(ranks: int, max
         plan_step(lengths, ranks=ranks, max_tokens=max_tokens)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.1
+
+
+@given(steps, st.integers(1, 5), st.randoms(use_true_random=False))
+def test_a_plan_with_homes_loses_nothing_and_keeps_ranks_hardly_longer(
+    step: list[tuple[int, int]], ranks: int, random: Random
+) -> None:
+    lengths = [t for t, _ in step]
+    homes = [random.choice([None, *range(ranks)]) for _ in lengths]
+    plan = plan_step(lengths, ranks=ranks, max_tokens=60, homes=homes)
+    free = plan_step(lengths, ranks=ranks, max_tokens=60)
+    assert sorted(flat(plan)) == list(range(len(lengths)))
+    assert {len(micro_batches) for micro_batches in plan} == {len(free[0])}
+    assert all(sum(lengths[i] for i in m) <= 60 for micro_batches in plan for m in micro_batches)
+    assert busy_tokens(plan, lengths) <= HOME_COST * busy_tokens(free, lengths)
+    assert ranks > 1 or plan == free
+
+
+def busy_tokens(plan: Plan, lengths: list[int]) -> int:
+    return sum(max(sum(lengths[i] for i in m) for m in at_k) for at_k in zip(*plan, strict=True))

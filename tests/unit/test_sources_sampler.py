@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -45,13 +45,23 @@ class Answers:
         """Nothing depends on it."""
 
     def submit(
-        self, prompt_ids: Int32Array, sampling: Sampling, *, num_samples: int, seed: int, min_weight_version: int
+        self,
+        prompt_ids: Int32Array,
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seed: int,
+        min_weight_version: int,
+        on_sample: Callable[[Sample], None],
     ) -> Answer:
         self.asked += 1
         self.refuses -= 1
         if self.refuses >= 0:
             return Answer([], refusal=f"{min_weight_version} is wanted")
-        return Answer([self._sample(prompt_ids, seed + i) for i in range(num_samples)])
+        samples = [self._sample(prompt_ids, seed + i) for i in range(num_samples)]
+        for sample in samples:
+            on_sample(sample)
+        return Answer(samples)
 
     def _sample(self, prompt_ids: Int32Array, seed: int) -> Sample:
         random = np.random.default_rng([seed, *prompt_ids.tolist()])

@@ -59,6 +59,9 @@ class FakeEngine(StrictModel):
     seconds_per_batch: float = Field(0.0, ge=0)
     """How long each batch pretends to take."""
 
+    seconds_per_token: float = Field(0.0, ge=0)
+    """How much longer for each of its tokens."""
+
     updatable: bool = False
     """Let one job replace the made-up weights."""
 

@@ -60,7 +60,8 @@ class FakeEngine:
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
         """Write every job's rows; takes the configured time per call."""
-        time.sleep(self._config.seconds_per_batch)
+        num_tokens = sum(sequence.num_tokens for job in jobs for sequence in job.sequences)
+        time.sleep(self._config.seconds_per_batch + num_tokens * self._config.seconds_per_token)
         for job in jobs:
             rows_RD = np.concatenate([hidden_states(s, self._config.hidden_size) for s in job.sequences])
             job.out[:] = as_bytes(rows_RD * self._trunk_D, self._dtype)

@@ -52,7 +52,9 @@ class Task:
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
         shown = {"overlap_tokens", "show_every"}
-        told = self.source.model_dump(mode="json", exclude={"rollouts", "too_long", "colocated", *shown})
+        told = self.source.model_dump(
+            mode="json", exclude={"rollouts", "too_long", "colocated", "early_rows_mib", *shown}
+        )
         return {
             "data.train (digest)": digest_prompts(self.prompts).hex(),
             "data.train's answers (digest)": digest((*self.answers, *teacher_side(self.answers))).hex(),
@@ -163,6 +165,7 @@ def build_source(
         max_staleness=source.max_staleness,
         max_tokens=cfg.batch.max_tokens,
         prefetch=prefetch,
+        early_rows=_early_rows(source, teacher.describe()),
         steps=cfg.steps,
         mesh=mesh,
         answers=_answers(cfg, task),
@@ -172,6 +175,10 @@ def build_source(
     )
     stack.callback(built.close)
     return built
+
+
+def _early_rows(source: config.OnPolicy, teacher: ModelDescription) -> int:
+    return source.early_rows_mib * 2**20 // (teacher.hidden_size * teacher.dtype.size_bytes)
 
 
 def _weight_sender(rollouts: config.RolloutsConfig, mesh: Mesh) -> WeightSender:

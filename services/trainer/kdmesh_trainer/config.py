@@ -210,6 +210,10 @@ class OnPolicy(StrictModel):
     """Student, rollout servers and teachers share their devices, so who has no turn gives the memory back and sleeps;
     needs max_staleness 0. The servers then serve this job alone."""
 
+    early_rows_mib: int = Field(1024, ge=0)
+    """Memory of each rank for rows that the teacher computes while other samples of the step are still drawn; 0 asks
+    for them when all are here."""
+
     too_long: Literal["drop", "fail"] = "drop"
     """What happens to a prompt that leaves no room for max_new_tokens in data.max_tokens; dropped ones are counted."""
 

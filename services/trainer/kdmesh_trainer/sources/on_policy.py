@@ -1,7 +1,8 @@
-"""The student's own samples with a teacher's rows, drawn and asked for while earlier ones are trained on."""
+"""The student's own samples with a teacher's rows, which are asked for as samples come."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.devices import Devices, OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.early_rows import EarlyRows, KeepingService
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.rollouts import Rollout, WeightPublisher, figures_of
-from kdmesh_trainer.sources.row_queue import RowQueue, RowService
+from kdmesh_trainer.sources.row_queue import RowQueue
 from kdmesh_trainer.sources.sampler import Sampler, Share
 from kdmesh_trainer.sources.show import Showcase
+from kdmesh_trainer.sources.sides import teacher_side
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,9 @@ class OnPolicySource:
     weights are served, everything that may be sampled from them is asked for, step by step. Which samples there are
     depends on weights and seeds alone, so with `max_staleness` 0 a run is what it would be without any overlap.
 
-    Each rank samples from every `world_size`-th prompt. Then the ranks tell each other the ids, every rank plans
-    the same balanced micro-batches, and asks the teacher for the rows of its own. Rows must be waited for in order.
+    Each rank samples from every `world_size`-th prompt, and asks the teacher for the rows of each sample as it comes.
+    Then the ranks tell each other the ids, and every rank plans the same balanced micro-batches, in which most samples
+    stay where they came; of others the rank asks for the rows anew. Rows must be waited for in order.
 
     A step may hold answers of the data as well. They are planned together with the samples, which come first in every
     micro-batch.
@@ -48,11 +52,12 @@ class OnPolicySource:
         self,
         sampler: Sampler,
         weights: WeightPublisher,
-        teacher: RowService,
+        teacher: KeepingService,
         *,
         max_staleness: int,
         max_tokens: int,
         prefetch: int,
+        early_rows: int,
         steps: int,
         mesh: Mesh,
         answers: AnswerOrder | None = None,
@@ -64,6 +69,7 @@ class OnPolicySource:
         Args:
             max_tokens: of one micro-batch.
             prefetch: micro-batches to ask the teacher for ahead of the one that is trained on.
+            early_rows: most rows that this rank has asked for before their micro-batch was planned; 0: none.
             steps: of the whole run; nothing beyond them is sampled.
             answers: those of the data that each step holds; None: it holds samples alone.
             teacher_update_every: see RowQueue.
@@ -74,7 +80,12 @@ class OnPolicySource:
         assert max_staleness == 0 or not self.devices.are_shared
         self._sampler = sampler
         self._weights = weights
-        self._rows = RowQueue(teacher, prefetch=prefetch, extend=lambda: False, update_every=teacher_update_every)
+        self._early = EarlyRows(
+            teacher,
+            most_rows=0 if self.devices.are_shared else early_rows,
+            is_frozen=teacher_update_every is None,
+        )
+        self._rows = RowQueue(self._early, prefetch=prefetch, extend=lambda: False, update_every=teacher_update_every)
         self._max_staleness = max_staleness
         self._max_tokens = max_tokens
         self._steps = steps
@@ -84,11 +95,12 @@ class OnPolicySource:
         self._published: dict[int, int] = {}  # weight version -> steps that its student had done, ascending
         self._next_asked = 0
         self._next_planned = 0
+        self._next_given = 0
         self._planned: deque[StepBatch] = deque()  # not handed out yet
 
     def start_at(self, step: int) -> None:
         """Make `step` the first one that next_batch gives."""
-        self._next_asked = self._next_planned = step
+        self._next_asked = self._next_planned = self._next_given = step
         if self._showcase is not None:
             self._showcase.start(step)
 
@@ -113,6 +125,8 @@ class OnPolicySource:
             EngineFailure: what a server sent is not what was asked for.
             RpcError: samples did not come.
         """
+        self._early.allow(self._rows.begin(self._next_given))
+        self._next_given += 1
         if not self._planned:
             self.devices.sample()
             self._ask()
@@ -120,7 +134,6 @@ class OnPolicySource:
             self.devices.score()
         batch = self._planned.popleft()
         self._plan_what_is_here()
-        self._rows.begin(batch.step)
         self._rows.ask_ahead()
         return batch
 
@@ -129,12 +142,17 @@ class OnPolicySource:
         self._planned.clear()
         self._sampler.close()
         self._rows.close()
+        self._early.close()
 
     def _ask(self) -> None:
         """Ask for every step that the newest weights may be used for, once."""
         newest = max(self._published.values())
         while self._next_asked < min(newest + self._max_staleness + 1, self._steps):
-            self._sampler.ask(self._next_asked, min_weight_version=min(self._allowed(self._next_asked)))
+            self._sampler.ask(
+                self._next_asked,
+                min_weight_version=min(self._allowed(self._next_asked)),
+                on_sample=functools.partial(self._early.add, self._next_asked),
+            )
             self._next_asked += 1
 
     def _plan_what_is_here(self) -> None:
@@ -154,7 +172,14 @@ class OnPolicySource:
         staleness = [self._staleness(step, rollout) for rollout in rollouts]
         answers = [] if self._answers is None else self._answers.of_step(step)
         sequences = [*(rollout.sequence for rollout in rollouts), *answers]
-        plan = plan_step([s.num_tokens for s in sequences], ranks=self._mesh.world_size, max_tokens=self._max_tokens)
+        plan = plan_step(
+            [s.num_tokens for s in sequences],
+            ranks=self._mesh.world_size,
+            max_tokens=self._max_tokens,
+            homes=[*self._sampler.homes(step), *(None for _ in answers)],
+        )
+        mine = plan[self._mesh.rank]
+        self._early.settle(step, teacher_side([sequences[index] for members in mine for index in members]))
         self._planned.append(
             StepBatch(
                 step=step,
@@ -164,7 +189,7 @@ class OnPolicySource:
                         [rollouts[index] for index in members if index < len(rollouts)],
                         tuple(sequences[index] for index in members),
                     )
-                    for members in plan[self._mesh.rank]
+                    for members in mine
                 ),
                 num_loss_tokens=sum(s.num_rows for s in sequences),
                 num_tokens=sum(s.num_tokens for s in sequences),

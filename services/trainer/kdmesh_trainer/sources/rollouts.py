@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,9 +35,20 @@ class RolloutService(Protocol):
     """Where samples come from. Dropping what `submit` returns aborts the request."""
 
     def submit(
-        self, prompt_ids: Int32Array, sampling: Sampling, *, num_samples: int, seed: int, min_weight_version: int
+        self,
+        prompt_ids: Int32Array,
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seed: int,
+        min_weight_version: int,
+        on_sample: Callable[[Sample], None],
     ) -> PendingSamples:
-        """Ask for samples of one prompt, sample i drawn from seed + i. Does not block."""
+        """Ask for samples of one prompt, sample i drawn from seed + i. Does not block.
+
+        Args:
+            on_sample: called in any thread with each sample as it comes; must not block, nor raise.
+        """
         ...
 
     def wait(self, pending: Iterable[Any]) -> bool:

@@ -50,10 +50,11 @@ class RowQueue:
         """Steps between the last update of the teacher and this one; None: there is none."""
         return None if self._update_every is None else step % self._update_every
 
-    def begin(self, step: int) -> None:
-        """This step is trained on next, and the teacher has the weights for it."""
+    def begin(self, step: int) -> float:
+        """This step is trained on next, and the teacher has the weights for it; the first step that it has not."""
         if self._update_every is not None:
             self._until = (step // self._update_every + 1) * self._update_every
+        return self._until
 
     def add(self, sequences: tuple[TokenSequence, ...], *, step: int) -> PendingRows:
         """The rows of one more group of a step, at least one sequence; asked for when their turn comes near."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kdmesh.errors import EngineFailure, ModelMismatch
 from kdmesh.tokens import digest
-from kdmesh.types import FinishReason, Sample, Sampling
+from kdmesh.types import FinishReason, Sample, Sampling, TokenSequence
 from kdmesh_trainer.sources.prompts import PromptOrder, StepPrompt
 from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService
+from kdmesh_trainer.sources.sides import teacher_side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,10 @@ class Share:
     wait_s: float
     refusal: str  # why a server's weights are too old; empty: none has said so
     is_whole: bool  # else it has nothing: servers need newer weights
+
+
+def _ignore(sequence: TokenSequence) -> None:
+    """Nobody wants to know."""
 
 
 class Sampler:
@@ -51,11 +56,21 @@ class Sampler:
         self._ranks = ranks
         self._asked: dict[int, list[_Ask]] = {}  # by step
 
-    def ask(self, step: int, *, min_weight_version: int) -> None:
-        """Ask for this rank's share of `step`. Does not block."""
+    def ask(self, step: int, *, min_weight_version: int, on_sample: Callable[[TokenSequence], None] = _ignore) -> None:
+        """Ask for this rank's share of `step`. Does not block.
+
+        Args:
+            on_sample: called in any thread with each sample as it comes, as the teacher reads it; must not block. What
+                it was called with need not be what `collect` gives: a sample may be drawn again, or be refused there.
+        """
         mine = self._order.of_step(step)[self._rank :: self._ranks]
-        self._asked[step] = [_Ask(prompt, min_weight_version) for prompt in mine]
+        self._asked[step] = [_Ask(prompt, min_weight_version, on_sample) for prompt in mine]
         self._send(step)
+
+    def homes(self, step: int) -> list[int]:
+        """The rank that asked for each rollout of a step, in the order of `assemble`."""
+        places = range(len(self._order.of_step(step)))
+        return [place % self._ranks for place in places for _ in range(self._samples_per_prompt)]
 
     def is_here(self, step: int) -> bool:
         """Whether `collect` would return, or raise, at once."""
@@ -141,11 +156,12 @@ class Sampler:
 class _Ask:
     """One prompt at the rollout servers."""
 
-    def __init__(self, prompt: StepPrompt, min_weight_version: int) -> None:
+    def __init__(self, prompt: StepPrompt, min_weight_version: int, on_sample: Callable[[TokenSequence], None]) -> None:
         self.prompt = prompt
         self.samples: list[Sample] = []  # when they are here
         self.pending: PendingSamples | None = None  # while they are not
         self._min_weight_version = min_weight_version
+        self._on_sample = on_sample
 
     @property
     def is_done(self) -> bool:
@@ -161,6 +177,7 @@ class _Ask:
                 num_samples=num_samples,
                 seed=self.prompt.seed,
                 min_weight_version=self._min_weight_version,
+                on_sample=self._tell,
             )
 
     def collect(self) -> str:
@@ -173,6 +190,11 @@ class _Ask:
         except ModelMismatch as error:
             return str(error)
         return ""
+
+    def _tell(self, sample: Sample) -> None:
+        rollout = Rollout.of(self.prompt.token_ids, sample, teacher_prompt_ids=self.prompt.teacher_ids)
+        [sequence] = teacher_side([rollout.sequence])
+        self._on_sample(sequence)
 
 
 def _share(asks: Sequence[_Ask], *, wait_s: float, refusal: str = "", is_whole: bool = True) -> Share:
