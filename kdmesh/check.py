@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kdmesh import config
+from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh.extension import search_path
+from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import FakeEngine as TeacherFake
@@ -71,9 +73,8 @@ def missing(cfg: ServiceConfig) -> list[str]:
     if isinstance(cfg, TrainerConfig):
         return list(_missing_for_trainer(cfg))
     engine = cfg.engine
-    if isinstance(engine, TeacherFake | RolloutFake):
-        return []
-    return list(_model("engine.model", engine.model))
+    models = [] if isinstance(engine, TeacherFake | RolloutFake) else _model("engine.model", engine.model)
+    return [*models, *_guards(cfg.server)]
 
 
 def refuse_missing(cfg: ServiceConfig, *, source: Path) -> None:
@@ -101,9 +102,13 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     if isinstance(cfg.objective, Distill) and isinstance(cfg.objective.divergence, CustomDivergence):
         custom = cfg.objective.divergence
         yield from _function("objective.divergence", custom.target, custom.params, positional=2)
-    yield from _addresses("teacher.addresses", cfg.teacher.addresses if cfg.teacher else ())
+    if cfg.teacher is not None:
+        yield from _addresses("teacher.addresses", cfg.teacher.addresses)
+        yield from _access("teacher", cfg.teacher.access, cfg.teacher.addresses)
     if isinstance(cfg.source, OnPolicy):
-        yield from _addresses("source.rollouts.addresses", cfg.source.rollouts.addresses)
+        rollouts = cfg.source.rollouts
+        yield from _addresses("source.rollouts.addresses", rollouts.addresses)
+        yield from _access("source.rollouts", rollouts.access, rollouts.addresses)
     if cfg.output.exists() and not cfg.output.is_dir():
         yield f"output: {cfg.output} is not a directory"
 
@@ -113,6 +118,35 @@ def _addresses(key: str, addresses: Sequence[str]) -> Iterator[str]:
         host, colon, port = address.rpartition(":")
         if not (host and colon and port.isdigit()):
             yield f"{key}: {address!r} is not of the form host:port"
+
+
+def _access(key: str, access: AccessConfig, addresses: Sequence[str]) -> Iterator[str]:
+    files = {"token_file": access.token_file}
+    if access.tls is not None:
+        files |= {"tls.ca": access.tls.ca, "tls.cert": access.tls.cert, "tls.key": access.tls.key}
+    yield from _files(f"{key}.access", files)
+    yield from (f"{key}.addresses: {refusal}" for refusal in map(access.refusal, addresses) if refusal is not None)
+
+
+def _guards(server: ListenConfig) -> Iterator[str]:
+    """What says who may use a server; its contents are looked at when it starts."""
+    files: dict[str, Path | None] = {}
+    if server.tls is not None:
+        tls = server.tls
+        files |= {"tls.cert": tls.cert, "tls.key": tls.key, "tls.client_ca": tls.client_ca}
+    if server.auth is not None:
+        files["auth.tokens"] = server.auth.tokens
+        if (jwt := server.auth.jwt) is not None:
+            files |= {"auth.jwt.key": jwt.key, "auth.jwt.jwks": jwt.jwks, "auth.jwt.jwks_ca": jwt.jwks_ca}
+            if find_spec("jwt") is None:
+                yield "server.auth.jwt: PyJWT is not installed (pip install 'kdmesh[jwt]')"
+    yield from _files("server", files)
+
+
+def _files(key: str, files: Mapping[str, Path | None]) -> Iterator[str]:
+    for name, path in files.items():
+        if path is not None and not path.is_file():
+            yield f"{key}.{name}: there is no file {path}"
 
 
 def _model(key: str, path: Path, *, needs_weights: bool = True) -> Iterator[str]:

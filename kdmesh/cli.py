@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from kdmesh import check, jobs, local
+from kdmesh import check, config, jobs, local
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, KdmeshError
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ _set_option = click.option(
     multiple=True,
     metavar="A.B=VALUE",
     help="Lay a value over the file's, as often as you like; VALUE is YAML.",
+)
+_access_option = click.option(
+    "--access",
+    "access_file",
+    type=_YAML,
+    help="YAML file with token_file and tls, like `teacher.access` of a trainer, for a server that asks who calls.",
 )
 
 
@@ -157,7 +164,10 @@ def check_command(config: Path, overrides: tuple[str, ...]) -> None:
     help="Largest difference of a log-probability that passes; by default what rounding in the served type explains.",
 )
 @click.option("--door", type=click.Choice(["auto", "shm", "stream"]), default="auto", show_default=True)
-def probe(address: str, model: Path, prompts: Path | None, bound: float | None, door: DoorChoice) -> None:
+@_access_option
+def probe(
+    address: str, model: Path, prompts: Path | None, bound: float | None, door: DoorChoice, access_file: Path | None
+) -> None:
     """Compare a teacher server's distribution with a local forward of the same model.
 
     Rebuilds the distribution as a trainer does, from rows and head, and sets it against the model's own logits.
@@ -170,7 +180,7 @@ def probe(address: str, model: Path, prompts: Path | None, bound: float | None, 
     from kdmesh import probe as probing
 
     texts = probing.read_prompts(prompts)
-    verdict = probing.compare(address, model, texts, bound=bound, door=door)
+    verdict = probing.compare(address, model, texts, bound=bound, door=door, access=_access(access_file))
     click.echo(verdict.sentence())
     click.echo(verdict.json())
     if not verdict.has_passed:
@@ -194,6 +204,7 @@ def probe(address: str, model: Path, prompts: Path | None, bound: float | None, 
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Text that ends an answer, besides its end token.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--keep-cut-off", is_flag=True, help="Write answers that reached the longest length, too.")
+@_access_option
 def generate(
     addresses: tuple[str, ...], model: Path, prompts: Path, output: Path, stops: tuple[str, ...], **options: Any
 ) -> None:
@@ -219,7 +230,8 @@ def generate(
         keeps_cut_off=options["keep_cut_off"],
         deadline_s=_GENERATE_S,
     )
-    click.echo(generating.generate(addresses, model, prompts, output, plan).sentence())
+    access = _access(options["access_file"])
+    click.echo(generating.generate(addresses, model, prompts, output, plan, access=access).sentence())
 
 
 @main.command()
@@ -267,6 +279,10 @@ def _serve(package: str, config: Path, overrides: tuple[str, ...]) -> NoReturn:
     """Become the server."""
     argv = [sys.executable, "-m", package, str(config), *jobs.set_arguments(overrides)]
     os.execv(argv[0], argv)
+
+
+def _access(path: Path | None) -> AccessConfig:
+    return OPEN_ACCESS if path is None else config.load(AccessConfig, path)
 
 
 def _fail(error: KdmeshError, code: int) -> NoReturn:

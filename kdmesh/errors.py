@@ -7,6 +7,8 @@ KdmeshError
   NotFinite              training went wrong: a loss or gradient is infinite or not a number
   RpcError               has exactly one gRPC status (kdmesh/rpc/status.py)
     InvalidRequest       INVALID_ARGUMENT     caller's fault; never retried
+    Unauthenticated      UNAUTHENTICATED      no token or certificate that counts; a client that was let in tries again
+    PermissionDenied     PERMISSION_DENIED    the caller's role is not enough; never retried
     ModelMismatch        FAILED_PRECONDITION  weights or tokenizer disagree
     HandleGone           NOT_FOUND            released, or its lease ran out
     MessageTooLarge      RESOURCE_EXHAUSTED   use a handle; never retried
@@ -46,6 +48,14 @@ class RpcError(KdmeshError):
 
 class InvalidRequest(RpcError):
     """The request itself is wrong."""
+
+
+class Unauthenticated(RpcError):
+    """The server wants to know who calls, and does not."""
+
+
+class PermissionDenied(RpcError):
+    """The server knows who calls, and does not let them."""
 
 
 class ModelMismatch(RpcError):

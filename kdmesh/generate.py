@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, DataError, ModelMismatch
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc.pending_samples import PendingSamples
@@ -51,7 +52,15 @@ class Report:
         return f"{self.written} answers to {self.prompts} prompts; {self.cut_off} reached the length limit"
 
 
-def generate(addresses: Sequence[str], model: Path, prompts: Path, output: Path, plan: Plan) -> Report:
+def generate(
+    addresses: Sequence[str],
+    model: Path,
+    prompts: Path,
+    output: Path,
+    plan: Plan,
+    *,
+    access: AccessConfig = OPEN_ACCESS,
+) -> Report:
     """Write one row of `messages` for each answer, in the order of the prompts; blocks until all are written.
 
     `output` appears when it is whole.
@@ -62,6 +71,7 @@ def generate(addresses: Sequence[str], model: Path, prompts: Path, output: Path,
         prompts: see read_prompts.
         output: JSONL file to write.
         plan: how answers are drawn.
+        access: how to get in.
 
     Raises:
         ConfigError: `model` has no tokenizer or no chat template, or `output` cannot be written.
@@ -82,7 +92,7 @@ def generate(addresses: Sequence[str], model: Path, prompts: Path, output: Path,
     with ExitStack() as stack:
         stack.callback(unfinished.unlink, missing_ok=True)
         stack.enter_context(file)
-        pool = stack.enter_context(RolloutPool(addresses, job="generate", deadline_s=plan.deadline_s))
+        pool = stack.enter_context(RolloutPool(addresses, job="generate", deadline_s=plan.deadline_s, access=access))
         chats.check(pool.describe().tokenizer_fingerprint)
         for messages, samples in _answers(pool, chats, prompts, plan):
             report.prompts += 1

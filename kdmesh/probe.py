@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, ModelMismatch
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.tokenizer import load_tokenizer
@@ -71,20 +72,28 @@ def read_prompts(path: Path | None) -> list[str]:
     return prompts
 
 
-def compare(address: str, model: Path, prompts: Sequence[str], *, bound: float | None, door: DoorChoice) -> Verdict:
+def compare(
+    address: str,
+    model: Path,
+    prompts: Sequence[str],
+    *,
+    bound: float | None,
+    door: DoorChoice,
+    access: AccessConfig = OPEN_ACCESS,
+) -> Verdict:
     """Ask the service for every position of every prompt, and set it against the model in directory `model`.
 
     Raises:
         ConfigError: `model` cannot be loaded.
         ModelMismatch: the service's tokenizer or vocabulary is another.
-        RpcError: the service does not answer.
+        RpcError: the service does not answer, or does not let us in.
     """
     transformers_logging.disable_progress_bar()
     check_model_directory(model, needs_weights=True)
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, which is needed to write the prompts as token ids")
-    with TeacherPool([address], job="probe", door=door, deadline_s=_DEADLINE_S) as pool:
+    with TeacherPool([address], job="probe", door=door, deadline_s=_DEADLINE_S, access=access) as pool:
         description = pool.describe()
         _check_tokenizer(model, tokenizer, description)
         sequences = [_sequence(tokenizer, prompt, description) for prompt in prompts]

@@ -1,9 +1,9 @@
-"""The one place where an exception in a handler becomes a gRPC status."""
+"""The one place where a caller is let in, and where an exception in a handler becomes a gRPC status."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from inspect import isasyncgen
 from typing import Any, Never, TypeAlias
@@ -11,8 +11,11 @@ from typing import Any, Never, TypeAlias
 import grpc
 from google.protobuf.message import DecodeError
 
-from kdmesh.errors import InvalidRequest, RpcError, Unavailable
-from kdmesh.rpc import status
+from kdmesh.auth.authority import Authority, Caller
+from kdmesh.auth.identity import Role
+from kdmesh.errors import InvalidRequest, RpcError, Unauthenticated, Unavailable
+from kdmesh.rpc import caller, status
+from kdmesh.rpc.roles import needed
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +27,13 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 class ErrorBoundary(grpc.aio.ServerInterceptor):
     """Ends every failed call with exactly one status, and never shows a caller our internals.
 
-    Requests are decoded inside the boundary, so that garbage is the caller's fault and
-    not ours. A handler may answer a message that is encoded already, as bytes.
+    Nothing of a call is looked at before `authority` has let its caller in. Requests are decoded inside the boundary,
+    so that garbage is the caller's fault and not ours. A handler may answer a message that is encoded already, as
+    bytes.
     """
+
+    def __init__(self, authority: Authority) -> None:
+        self._authority = authority
 
     async def intercept_service(
         self,
@@ -35,14 +42,15 @@ class ErrorBoundary(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """The handler of one call, guarded; None when there is no such method."""
         handler = await continuation(details)
-        return None if handler is None else _Guard(handler, details.method).handler()
+        return None if handler is None else _Guard(handler, details.method, self._authority).handler()
 
 
 class _Guard:
     """One method's handler, and the boundary around it."""
 
-    def __init__(self, handler: Handler, method: str) -> None:
+    def __init__(self, handler: Handler, method: str, authority: Authority) -> None:
         self._handler = handler
+        self._authority = authority
         self._inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         self._method = method
 
@@ -56,13 +64,15 @@ class _Guard:
 
     async def _answer(self, data: Any, context: Context) -> Any:
         try:
-            return await self._inner(self._request(data), context)
+            admitted = await self._admit(context)
+            return await self._inner(self._request(data, admitted), context)
         except Exception as error:  # noqa: BLE001 - the boundary itself
             await _abort(error, self._method, context)
 
     async def _answers(self, data: Any, context: Context) -> None:
         try:
-            call = self._inner(self._request(data), context)
+            admitted = await self._admit(context)
+            call = self._inner(self._request(data, admitted), context)
             if not isasyncgen(call):
                 await call
                 return
@@ -72,11 +82,26 @@ class _Guard:
         except Exception as error:  # noqa: BLE001 - the boundary itself
             await _abort(error, self._method, context)
 
-    def _request(self, data: Any) -> Any:
-        return self._each(data) if self._handler.request_streaming else self._decode(data)
+    async def _admit(self, context: Context) -> Caller | None:
+        """Who calls; None where nobody asks."""
+        role = needed(self._method)
+        if role is None:
+            return None
+        admitted = await self._authority.admit(
+            _authorization(context), lambda: _peer_names(context), role, self._method.rpartition("/")[2]
+        )
+        caller.enter(admitted.identity)
+        if role is Role.OPERATOR and admitted.identity.name:
+            log.info("operator calls", extra={"rpc": self._method, "caller": admitted.identity.name})
+        return admitted
 
-    async def _each(self, messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    def _request(self, data: Any, admitted: Caller | None) -> Any:
+        return self._each(data, admitted) if self._handler.request_streaming else self._decode(data)
+
+    async def _each(self, messages: AsyncIterator[bytes], admitted: Caller | None) -> AsyncIterator[Any]:
         async for data in messages:
+            if admitted is not None and not admitted.is_still_good():
+                raise Unauthenticated(f"the token of {admitted.identity.name} was revoked while the stream was open")
             yield self._decode(data)
 
     def _decode(self, data: bytes) -> Any:
@@ -97,6 +122,20 @@ _MAKE = {
     (True, False): grpc.stream_unary_rpc_method_handler,
     (True, True): grpc.stream_stream_rpc_method_handler,
 }
+
+
+def _authorization(context: Context) -> str | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization" and isinstance(value, str):
+            return value
+    return None
+
+
+def _peer_names(context: Context) -> Sequence[str]:
+    """Of a client's certificate that was checked: subject alternative names in order, then the common name."""
+    found = context.auth_context()
+    keys = ("x509_subject_alternative_name", "x509_common_name")
+    return [name.decode(errors="replace") for key in keys for name in found.get(key, ())]
 
 
 async def _abort(error: Exception, method: str, context: Context) -> Never:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ModelMismatch, Unavailable
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.doors import DoorChoice
@@ -21,8 +22,17 @@ class Fleet:
         weight_version: of the weights that rows are wanted of; the first teacher's, until `follow`.
     """
 
-    def __init__(self, addresses: Sequence[str], *, job: str, door: DoorChoice, model_fingerprint: str) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        job: str,
+        door: DoorChoice,
+        model_fingerprint: str,
+        access: AccessConfig = OPEN_ACCESS,
+    ) -> None:
         self._job = job
+        self._access = access
         self._door: DoorChoice = door
         self._model: ModelDescription | None = None
         self.weight_version = 0
@@ -52,7 +62,7 @@ class Fleet:
         """Connect. Returns when every replica has been tried and one answers.
 
         Raises:
-            ConfigError, ModelMismatch: a replica that answers is of no use.
+            ConfigError, ModelMismatch, Unauthenticated, PermissionDenied: a replica that answers is of no use.
             DeadlineExpired: none answers.
         """
         await self._replicas.start(deadline)
@@ -96,7 +106,7 @@ class Fleet:
 
     async def _connect(self, address: str) -> TeacherClient:
         client = await TeacherClient.connect(
-            address, job=self._job, door=self._door, model_fingerprint=self._fingerprint
+            address, job=self._job, door=self._door, model_fingerprint=self._fingerprint, access=self._access
         )
         try:
             self._admit(client)

@@ -9,7 +9,14 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-from kdmesh.errors import DeadlineExpired, HandleGone, KdmeshError, Unavailable
+from kdmesh.errors import (
+    DeadlineExpired,
+    HandleGone,
+    KdmeshError,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.replica import Client, Replica
 from kdmesh.rpc.retry import Deadline, RetryPolicy
@@ -63,7 +70,7 @@ class Replicas(Generic[C]):
         """Connect. Returns when every replica has been tried and one answers.
 
         Raises:
-            ConfigError, ModelMismatch: a replica that answers is of no use.
+            ConfigError, ModelMismatch, Unauthenticated, PermissionDenied: a replica that answers is of no use.
             DeadlineExpired: none answers.
         """
         for replica in self._replicas:
@@ -92,7 +99,8 @@ class Replicas(Generic[C]):
 
         Raises:
             DeadlineExpired: no replica answered in time.
-            RpcError: whatever else `call` raises but Unavailable and HandleGone.
+            RpcError: whatever else `call` raises but Unavailable, HandleGone and Unauthenticated: a token may be
+                exchanged at any time.
         """
         for attempt in itertools.count():
             replica = await self._choose(deadline, may)
@@ -103,7 +111,7 @@ class Replicas(Generic[C]):
                         return await call(replica.client)
             except TimeoutError:
                 raise self._late(deadline, f"{replica.address} has not answered") from None
-            except (Unavailable, HandleGone) as error:
+            except (Unavailable, HandleGone, Unauthenticated) as error:
                 replica.last_error = error
                 asked_s = error.retry_after_s if isinstance(error, Unavailable) else 0.0
                 replica.rest(self._policy.wait_s(attempt, at_least_s=asked_s))
@@ -203,6 +211,8 @@ class Replicas(Generic[C]):
 async def _settle(client: Client, tags: frozenset[SleepTag], *, drain_s: float) -> None:
     """Have one server give back exactly these."""
     if tags != EVERY_TAG:
-        await client.wake(EVERY_TAG - tags)
+        # Who may not wake a server has not put it to sleep either; if it sleeps, it says so to every request.
+        with contextlib.suppress(PermissionDenied):
+            await client.wake(EVERY_TAG - tags)
     if tags:
         await client.sleep(tags, drain_s=drain_s)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Self
 
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import EngineFailure, InvalidRequest, ModelMismatch, RpcError, Unavailable
 from kdmesh.rpc import rollout_codec, sleep_calls
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
@@ -49,29 +50,34 @@ class RolloutClient:
     model: RolloutDescription
     weight_version: int
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: AccessConfig = OPEN_ACCESS) -> None:
         """Use `connect`."""
         self.address = address
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, access)
         self._stub = RolloutStub(self._channel)
         self._lost: asyncio.Future[RpcError] = asyncio.get_running_loop().create_future()
         self._closing = contextlib.AsyncExitStack()
 
     @classmethod
-    async def connect(cls, address: str, *, job: str, architecture_fingerprint: str = "") -> Self:
+    async def connect(
+        cls, address: str, *, job: str, architecture_fingerprint: str = "", access: AccessConfig = OPEN_ACCESS
+    ) -> Self:
         """One attempt: a server that is not there or still loads is Unavailable.
 
         Args:
             address: host:port.
-            job: name of the job, for the server's metrics.
+            job: name of the job, for the metrics of a server that asks nobody who they are.
             architecture_fingerprint: refuse a server with another model; empty accepts any.
+            access: how to get in.
 
         Raises:
             Unavailable: not reachable, loading or draining.
+            Unauthenticated, PermissionDenied: the server does not let this job in.
+            ConfigError: `access` cannot be used.
             ModelMismatch: another model is served there.
             EngineFailure: something else answers there.
         """
-        client = cls(address)
+        client = cls(address, access)
         client._closing.push_async_callback(client._channel.close)
         try:
             await client._open(job, architecture_fingerprint)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ModelMismatch, Unavailable
 from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
@@ -31,8 +32,10 @@ class RolloutFleet:
         job: str,
         architecture_fingerprint: str,
         on_outdated: Callable[[], None] = lambda: None,
+        access: AccessConfig = OPEN_ACCESS,
     ) -> None:
         self._job = job
+        self._access = access
         self._on_outdated = on_outdated
         self._newest = 0
         self._model: RolloutDescription | None = None
@@ -54,7 +57,7 @@ class RolloutFleet:
         """Connect. Returns when every server has been tried and one answers.
 
         Raises:
-            ModelMismatch: a server that answers is of no use.
+            ConfigError, ModelMismatch, Unauthenticated, PermissionDenied: a server that answers is of no use.
             DeadlineExpired: none answers.
         """
         await self._replicas.start(deadline)
@@ -120,7 +123,9 @@ class RolloutFleet:
         await self._replicas.somewhere(attempt, ask.num_tokens, deadline, may=may)
 
     async def _connect(self, address: str) -> RolloutClient:
-        client = await RolloutClient.connect(address, job=self._job, architecture_fingerprint=self._fingerprint)
+        client = await RolloutClient.connect(
+            address, job=self._job, architecture_fingerprint=self._fingerprint, access=self._access
+        )
         try:
             self._admit(client)
         except ModelMismatch:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.pending_samples import ArrivedSamples, PendingSamples
 from kdmesh.rpc.retry import Deadline
@@ -36,22 +37,32 @@ class RolloutPool:
 
     Raises, when opened:
         DeadlineExpired: no server answers within `deadline_s`.
+        Unauthenticated, PermissionDenied: a server does not let this job in.
+        ConfigError: `access` cannot be used.
         ModelMismatch: the servers serve different models, or another than `architecture_fingerprint`.
     """
 
     def __init__(
-        self, addresses: Sequence[str], *, job: str, deadline_s: float = 600.0, architecture_fingerprint: str = ""
+        self,
+        addresses: Sequence[str],
+        *,
+        job: str,
+        deadline_s: float = 600.0,
+        architecture_fingerprint: str = "",
+        access: AccessConfig = OPEN_ACCESS,
     ) -> None:
         """Connect. Blocks until a server is ready.
 
         Args:
             addresses: host:port of each server of one model; at least one.
-            job: name for the servers' metrics.
+            job: name for the metrics of servers that ask nobody who they are.
             deadline_s: longest wait for the last sample of a request, retries and a server's restart included.
             architecture_fingerprint: the model that is wanted; empty takes the first server's.
+            access: how to get in.
         """
         assert addresses
         self._deadline_s = deadline_s
+        self._access = access
         self._samples = self._tokens = 0
         self._wait_s = 0.0
         self._outdated: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -167,6 +178,7 @@ class RolloutPool:
             job=job,
             architecture_fingerprint=architecture_fingerprint,
             on_outdated=self._tell_outdated,
+            access=self._access,
         )
         try:
             await fleet.start(Deadline.after(self._deadline_s))

@@ -10,6 +10,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kdmesh.auth.certificates import ServerCertificate
+from kdmesh.auth.security import OPEN, Security
+from kdmesh.auth.watched import Watched
 from kdmesh.errors import ConfigError
 from kdmesh.rpc.boundary import ErrorBoundary
 from kdmesh.rpc.channel import MAX_MESSAGE_BYTES
@@ -48,7 +51,12 @@ class RpcServer:
 
 @asynccontextmanager
 async def serving(
-    service: str, add_to: Callable[[grpc.aio.Server], None], *, host: str, port: int
+    service: str,
+    add_to: Callable[[grpc.aio.Server], None],
+    *,
+    host: str,
+    port: int,
+    security: Security = OPEN,
 ) -> AsyncIterator[RpcServer]:
     """Listen with one service, health and reflection; reported as not serving at first. On exit, stop at once.
 
@@ -57,11 +65,12 @@ async def serving(
         add_to: registers the service's handlers.
         host: address to listen on.
         port: 0 takes any free one.
+        security: who may call what, and the certificate that is shown.
 
     Raises:
         ConfigError: the port is in use, or the address is not this machine's.
     """
-    server = grpc.aio.server(interceptors=(ErrorBoundary(),), options=_OPTIONS)
+    server = grpc.aio.server(interceptors=(ErrorBoundary(security.authority),), options=_OPTIONS)
     add_to(server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -69,7 +78,10 @@ async def serving(
     reflection.enable_server_reflection(names, server)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(address)
+        if security.certificate is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, _credentials(security.certificate))
     except RuntimeError:
         raise ConfigError(f"cannot listen on {address} for gRPC: the port is in use, or not ours to take") from None
     listening = RpcServer(host, bound, service, server, health_servicer)
@@ -79,3 +91,18 @@ async def serving(
         yield listening
     finally:
         await listening.stop()
+
+
+def _credentials(certificate: Watched[ServerCertificate]) -> grpc.ServerCredentials:
+    """Show the certificate as it is at every handshake."""
+    shown = certificate.current()
+
+    def now() -> grpc.ServerCertificateConfiguration:
+        return _configuration(certificate.current())
+
+    is_client_asked = shown.client_ca is not None
+    return grpc.dynamic_ssl_server_credentials(_configuration(shown), now, is_client_asked)
+
+
+def _configuration(shown: ServerCertificate) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(shown.key, shown.chain)], shown.client_ca)

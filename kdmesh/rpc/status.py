@@ -8,6 +8,8 @@ from kdmesh import errors
 
 STATUS: dict[type[errors.RpcError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.HandleGone: grpc.StatusCode.NOT_FOUND,
     errors.MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 import grpc
 from torch import Tensor
 
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, EngineFailure, InvalidRequest, RpcError, Unavailable
 from kdmesh.handles.door import Door
 from kdmesh.losses.head import OutputHead
@@ -66,10 +67,10 @@ class TeacherClient:
     door: Door
     door_reason: str
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, access: AccessConfig = OPEN_ACCESS) -> None:
         """Use `connect`."""
         self.address = address
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, access)
         self._stub = TeacherStub(self._channel)
         # The generated stub would parse each chunk, which copies it once more.
         self._read_handle: grpc.aio.UnaryStreamMultiCallable[pb.ReadHandleRequest, bytes] = self._channel.unary_stream(
@@ -81,22 +82,32 @@ class TeacherClient:
         self._head: Handle | None = None  # to the weight of the head that was fetched last
 
     @classmethod
-    async def connect(cls, address: str, *, job: str, door: DoorChoice, model_fingerprint: str = "") -> Self:
+    async def connect(
+        cls,
+        address: str,
+        *,
+        job: str,
+        door: DoorChoice,
+        model_fingerprint: str = "",
+        access: AccessConfig = OPEN_ACCESS,
+    ) -> Self:
         """Open a session. One attempt: a server that is not there or still loads is Unavailable.
 
         Args:
             address: host:port.
-            job: name of the job, for the server's logs and metrics.
+            job: name of the job, for the logs and metrics of a server that asks nobody who they are.
             door: how rows shall come.
             model_fingerprint: refuse a server with another model; empty accepts any.
+            access: how to get in.
 
         Raises:
             Unavailable: not reachable, loading or draining.
             ModelMismatch: another model is served there.
-            ConfigError: `door` names one that does not lead to the server from here.
+            Unauthenticated, PermissionDenied: the server does not let this job in.
+            ConfigError: `door` names one that does not lead to the server from here; or `access` cannot be used.
             EngineFailure: something else answers there.
         """
-        client = cls(address)
+        client = cls(address, access)
         client._closing.push_async_callback(client._channel.close)
         try:
             await client._open(job, door, model_fingerprint)

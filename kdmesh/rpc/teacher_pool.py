@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.doors import DoorChoice
@@ -54,7 +55,8 @@ class TeacherPool:
     Raises, when opened:
         DeadlineExpired: no teacher answers within `deadline_s`.
         ModelMismatch: the teachers serve different models, or another than `model_fingerprint`.
-        ConfigError: `door` is shm, and a teacher is not on this node.
+        Unauthenticated, PermissionDenied: a teacher does not let this job in.
+        ConfigError: `door` is shm, and a teacher is not on this node; or `access` cannot be used.
     """
 
     def __init__(
@@ -66,20 +68,23 @@ class TeacherPool:
         deadline_s: float = 300.0,
         model_fingerprint: str = "",
         move_after_s: float = 2.0,
+        access: AccessConfig = OPEN_ACCESS,
     ) -> None:
         """Connect. Blocks until a teacher is ready.
 
         Args:
             addresses: host:port of each replica of one model; at least one.
-            job: name for the teachers' logs and metrics.
+            job: name for the logs and metrics of teachers that ask nobody who they are.
             door: how rows come; auto takes shared memory where a teacher is on this node.
             deadline_s: longest wait for one request, retries and a teacher's restart included.
             model_fingerprint: the model that is wanted; empty takes the first teacher's.
             move_after_s: see above.
+            access: how to get in.
         """
         assert addresses
         self._deadline_s = deadline_s
         self._move_after_s = move_after_s
+        self._access = access
         self._requests = self._bytes = self._moved = 0
         self._wait_s = 0.0
         self._loop = BackgroundLoop()
@@ -171,7 +176,7 @@ class TeacherPool:
     # On the loop
 
     async def _open(self, addresses: Sequence[str], job: str, door: DoorChoice, model_fingerprint: str) -> Fleet:
-        fleet = Fleet(addresses, job=job, door=door, model_fingerprint=model_fingerprint)
+        fleet = Fleet(addresses, job=job, door=door, model_fingerprint=model_fingerprint, access=self._access)
         try:
             await fleet.start(Deadline.after(self._deadline_s))
         except BaseException:

@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import (
     ConfigError,
     DeadlineExpired,
@@ -50,28 +51,36 @@ class WeightLink:
 
     door = Door.INLINE
 
-    def __init__(self, address: str, service: WeightService, offer: DoorOffer) -> None:
+    def __init__(self, address: str, service: WeightService, offer: DoorOffer, access: AccessConfig) -> None:
         """Use `open`."""
         self.address = address
         self.failure: KdmeshError | None = None
         self.has_sent_commit = self.has_committed = False
         self._offer = offer
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, access)
         self._service = service
         self._tasks = BackgroundTasks()
         self._closing = contextlib.AsyncExitStack()
         self._closing.push_async_callback(self._channel.close)
 
     @classmethod
-    async def open(cls, address: str, service: WeightService, manifest: Manifest, offer: DoorOffer) -> Self:
+    async def open(
+        cls,
+        address: str,
+        service: WeightService,
+        manifest: Manifest,
+        offer: DoorOffer,
+        *,
+        access: AccessConfig = OPEN_ACCESS,
+    ) -> Self:
         """Announce an update. One attempt.
 
         Raises:
             RpcError: as the service's proto file says of UpdateWeights.
             Unavailable: also when a door was asked for that is a group, and none can be made.
-            ConfigError: a door was asked for that the server cannot use.
+            ConfigError: a door was asked for that the server cannot use; or `access` cannot be used.
         """
-        link = cls(address, service, offer)
+        link = cls(address, service, offer, access)
         try:
             await link._begin(manifest)
         except BaseException:
@@ -170,14 +179,14 @@ class WeightLink:
         self.failure = self.failure or error
 
 
-async def describe_weights(address: str, service: WeightService) -> ServedWeights:
+async def describe_weights(address: str, service: WeightService, access: AccessConfig = OPEN_ACCESS) -> ServedWeights:
     """What the server serves now. One attempt.
 
     Raises:
         RpcError: as the service's proto file says of Describe.
         EngineFailure: something else answers there.
     """
-    channel = open_channel(address)
+    channel = open_channel(address, access)
     try:
         with our_errors(address):
             return await service.describe(channel, address)

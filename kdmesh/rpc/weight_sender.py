@@ -14,7 +14,16 @@ from typing import Self
 
 import torch
 
-from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, KdmeshError, ModelMismatch, RpcError
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
+from kdmesh.errors import (
+    ConfigError,
+    DeadlineExpired,
+    InvalidRequest,
+    KdmeshError,
+    ModelMismatch,
+    PermissionDenied,
+    RpcError,
+)
 from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.retry import Deadline, RetryPolicy
@@ -35,7 +44,7 @@ _BUFFERS = 3  # one is filled, one is copied by the servers, one waits for them
 _ANSWER_S = 3.0  # a server that is there answers sooner
 _SOCKET = "weights.sock"
 # Trying again would end the same way.
-_FINAL = (ConfigError, InvalidRequest, ModelMismatch)
+_FINAL = (ConfigError, InvalidRequest, ModelMismatch, PermissionDenied)
 
 
 class WeightSender:
@@ -63,6 +72,7 @@ class WeightSender:
         deadline_s: float = 600.0,
         bucket_s: float = 60.0,
         socket_dir: Path | None = None,
+        access: AccessConfig = OPEN_ACCESS,
     ) -> None:
         """
         Args:
@@ -77,12 +87,14 @@ class WeightSender:
             deadline_s: longest time for one version to reach all servers, their restarts included.
             bucket_s: how long a server may take for one bucket; past it, it costs the others no more time.
             socket_dir: where servers find the broker; None makes a private directory.
+            access: how to get in, as an operator.
         """
         assert addresses
         if advertise:
             check_own_address(advertise)
         self._addresses = tuple(addresses)
         self._service = service
+        self._access = access
         self._bucket_bytes = bucket_bytes
         self._deadline_s = deadline_s
         self._policy = RetryPolicy()
@@ -241,11 +253,12 @@ class WeightSender:
         try:
             async with asyncio.timeout(min(progress.deadline.left_s, self._offer.bucket_s)):
                 if address in progress.uncertain:
-                    served = await describe_weights(address, self._service)
+                    served = await describe_weights(address, self._service, self._access)
                     if served.version == progress.version:
                         progress.waiting.pop(address)
                         return None
-                return await WeightLink.open(address, self._service, progress.update.manifest, self._offer)
+                manifest = progress.update.manifest
+                return await WeightLink.open(address, self._service, manifest, self._offer, access=self._access)
         except TimeoutError:
             progress.failed(address, DeadlineExpired("no answer"))
         except KdmeshError as error:
@@ -256,7 +269,7 @@ class WeightSender:
         async def is_outdated(address: str) -> bool:
             try:
                 async with asyncio.timeout(_ANSWER_S):
-                    return (await describe_weights(address, self._service)).version < version
+                    return (await describe_weights(address, self._service, self._access)).version < version
             except (RpcError, TimeoutError):
                 return False
 
@@ -269,7 +282,7 @@ class WeightSender:
     async def _describe_one(self, address: str, deadline: Deadline) -> ServedWeights:
         for attempt in itertools.count():
             try:
-                return await describe_weights(address, self._service)
+                return await describe_weights(address, self._service, self._access)
             except RpcError as error:
                 wait_s = self._policy.wait_s(attempt)
                 if wait_s > deadline.left_s:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from fastapi import FastAPI
 
+from kdmesh.auth.security import Security
 from kdmesh.rpc import server as rpc_server
 from kdmesh.serving import rest
 from kdmesh.serving.addresses import Addresses
@@ -29,6 +30,7 @@ class Service(Generic[P]):
     """What one kind of server adds to the life that all share; P is what answers its requests."""
 
     config: ListenConfig
+    security: Security
     grpc_name: str  # full name of the gRPC service
     add_to: Callable[[Any], None]  # registers the handlers with a gRPC server
     app: FastAPI
@@ -96,8 +98,12 @@ async def _listening(service: Service[Any]) -> AsyncIterator[tuple[rpc_server.Rp
     config = service.config
     host = f"[{config.host}]" if ":" in config.host else config.host
     async with (
-        rpc_server.serving(service.grpc_name, service.add_to, host=config.host, port=config.port) as rpc,
-        rest.serving(service.app, host=config.host, port=config.rest_port) as rest_port,
+        rpc_server.serving(
+            service.grpc_name, service.add_to, host=config.host, port=config.port, security=service.security
+        ) as rpc,
+        rest.serving(
+            service.app, host=config.host, port=config.rest_port, certificate=service.security.certificate
+        ) as rest_port,
     ):
         yield rpc, Addresses(grpc=f"{host}:{rpc.port}", rest=f"{host}:{rest_port}")
 

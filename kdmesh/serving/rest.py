@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 
@@ -12,9 +13,14 @@ import uvicorn
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from kdmesh.auth.authority import Authority
+from kdmesh.auth.certificates import ServerCertificate, following, peer_names
+from kdmesh.auth.watched import Watched
 from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, RpcError, Unavailable
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.rest_access import guard
 from kdmesh.serving.sleep import DRAIN_S, Sleep
 from kdmesh.types import SleepTag
 
@@ -23,9 +29,10 @@ Json = dict[str, Any]
 _HTTP = {InvalidRequest: 400, Unavailable: 503, DeadlineExpired: 504}
 
 
-def build_app(title: str, gate: Gate[Any], registry: CollectorRegistry) -> FastAPI:
-    """Health and metrics. The caller adds its own routes; what changes something is a POST."""
+def build_app(title: str, gate: Gate[Any], registry: CollectorRegistry, authority: Authority) -> FastAPI:
+    """Health and metrics. The caller adds its own routes; what changes something is no GET, and needs an operator."""
     app = FastAPI(title=title, docs_url=None, redoc_url=None)
+    guard(app, authority)
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RpcError)
@@ -71,16 +78,26 @@ def add_sleep_routes(app: FastAPI, sleep: Callable[[], Sleep]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: FastAPI, *, host: str, port: int) -> AsyncIterator[int]:
-    """Serve `app` from this event loop; yields the port.
+async def serving(
+    app: FastAPI, *, host: str, port: int, certificate: Watched[ServerCertificate] | None = None
+) -> AsyncIterator[int]:
+    """Serve `app` from this event loop, encrypted where there is a certificate; yields the port.
 
     Raises:
         ConfigError: the port is in use, or the address is not this machine's.
     """
     listener = _listen(host, port)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=1
+        app,
+        http=_Connection,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=1,
     )
+    config.load()
+    config.ssl = None if certificate is None else following(certificate)
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="rest")
     try:
@@ -97,6 +114,17 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Do not."""
         yield
+
+
+class _Connection(H11Protocol):
+    """Tells the application the names in the client's certificate, which uvicorn does not."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        handshake: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        names = () if handshake is None else peer_names(handshake.getpeercert())
+        self.app_state = {**self.app_state, "peer_names": names}
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -10,13 +10,17 @@ Deadlines: unary rpcs answer within seconds; set 10 s. Sleep and Wake move as mu
 holds; set minutes. The streams have no rpc deadline;
 each GenerateRequest carries its own.
 A client may name its job in the metadata kdmesh-job of a Generate stream: for metrics, and
-nothing depends on it.
+nothing depends on it. A server that asks who calls takes the caller's name instead.
+Identity: such a server wants a bearer token in the metadata authorization of every call, or a
+client certificate. Describe then needs the role viewer, Generate job, and Sleep, Wake and
+UpdateWeights operator.
 Retry: only UNAVAILABLE is worth retrying, with backoff, at this or another replica. How
 long to wait is in the trailing metadata kdmesh-retry-after-ms. INTERNAL means that the
 server will restart.
-Every rpc may end with UNAVAILABLE while the server loads or drains, with
-INVALID_ARGUMENT when its bytes are malformed, and with INTERNAL on a server fault; the
-lists below leave these three out.
+Every rpc may end with UNAUTHENTICATED when the caller is not known, also a stream whose token
+was revoked, with PERMISSION_DENIED when its role is not enough, with UNAVAILABLE while the
+server loads or drains, with INVALID_ARGUMENT when its bytes are malformed, and with INTERNAL
+on a server fault; the lists below leave these five out.
 """
 
 import builtins

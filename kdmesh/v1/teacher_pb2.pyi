@@ -16,9 +16,13 @@ of Prefill carries its own.
 Retry: only UNAVAILABLE is worth retrying, with backoff, at this or another
 replica. How long to wait is in the trailing metadata kdmesh-retry-after-ms.
 INTERNAL means that the server will restart.
-Every rpc may end with UNAVAILABLE while the server loads or drains, with
-INVALID_ARGUMENT when its bytes or a handle in it are malformed, and with
-INTERNAL on a server fault; the lists below leave these three out.
+Identity: a server that asks who calls wants a bearer token in the metadata
+authorization of every call, or a client certificate. Describe then needs the role
+viewer, what concerns sessions job, and Sleep, Wake and UpdateWeights operator.
+Every rpc may end with UNAUTHENTICATED when the caller is not known, also a stream whose
+token was revoked, with PERMISSION_DENIED when its role is not enough, with UNAVAILABLE
+while the server loads or drains, with INVALID_ARGUMENT when its bytes or a handle in it
+are malformed, and with INTERNAL on a server fault; the lists below leave these five out.
 """
 
 import builtins
@@ -166,7 +170,9 @@ class OpenSessionRequest(google.protobuf.message.Message):
     JOB_FIELD_NUMBER: builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: builtins.int
     job: builtins.str
-    """Name of the job, for logs and metrics; may be empty."""
+    """Name of the job, for logs and metrics; may be empty. A server that asks who calls takes the
+    caller's name instead, and to everybody of another name the session is unknown.
+    """
     model_fingerprint: builtins.str
     """The model the client was set up for; empty accepts any."""
     def __init__(

@@ -16,9 +16,13 @@ of Prefill carries its own.
 Retry: only UNAVAILABLE is worth retrying, with backoff, at this or another
 replica. How long to wait is in the trailing metadata kdmesh-retry-after-ms.
 INTERNAL means that the server will restart.
-Every rpc may end with UNAVAILABLE while the server loads or drains, with
-INVALID_ARGUMENT when its bytes or a handle in it are malformed, and with
-INTERNAL on a server fault; the lists below leave these three out.
+Identity: a server that asks who calls wants a bearer token in the metadata
+authorization of every call, or a client certificate. Describe then needs the role
+viewer, what concerns sessions job, and Sleep, Wake and UpdateWeights operator.
+Every rpc may end with UNAUTHENTICATED when the caller is not known, also a stream whose
+token was revoked, with PERMISSION_DENIED when its role is not enough, with UNAVAILABLE
+while the server loads or drains, with INVALID_ARGUMENT when its bytes or a handle in it
+are malformed, and with INTERNAL on a server fault; the lists below leave these five out.
 """
 
 import abc

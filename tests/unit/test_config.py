@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from kdmesh import config
+from kdmesh.auth import config as auth_config
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
@@ -195,7 +196,7 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
             yield value
 
 
-@pytest.mark.parametrize("module", [teacher_config, trainer_config, data_config, lora_config])
+@pytest.mark.parametrize("module", [auth_config, teacher_config, trainer_config, data_config, lora_config])
 def test_every_key_is_described_and_every_section_closed_and_frozen(module: object) -> None:
     for section in sections(module):
         assert section.__doc__

@@ -27,6 +27,7 @@ LAYER = {
     "kdmesh.errors": 0,
     "kdmesh.types": 0,
     "kdmesh.allocator": 1,
+    "kdmesh.auth": 1,
     "kdmesh.batching": 1,
     "kdmesh.config": 1,
     "kdmesh.extension": 1,

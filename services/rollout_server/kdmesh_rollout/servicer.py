@@ -14,6 +14,7 @@ import grpc
 
 from kdmesh.errors import DeadlineExpired, InvalidRequest, RpcError, Unavailable
 from kdmesh.rpc import codec, failure, rollout_codec
+from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
 from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
@@ -176,7 +177,9 @@ def _deadline(answers: Answers, deadline_s: float) -> Iterator[None]:
 
 
 def _job(context: Context) -> str:
-    """What the client calls its job."""
+    """The caller's name; what the client calls its job where nobody asks who it is."""
+    if name := caller_name():
+        return name
     metadata = dict(context.invocation_metadata() or ())
     job = metadata.get(rollout_codec.JOB, "")
     return job if isinstance(job, str) else ""

@@ -11,6 +11,7 @@ from kdmesh.serving import lifecycle, rest
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.security import open_security
 from kdmesh.v1.teacher_pb2_grpc import add_TeacherServicer_to_server
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.engine import Engine
@@ -43,10 +44,14 @@ async def serve(
         stop: ends the server, also while it loads.
         on_listen: called once the ports are taken; every rpc answers Unavailable then.
         on_ready: called once requests are taken.
+
+    Raises:
+        ConfigError: a file of `server.auth` or `server.tls` cannot be used.
     """
     gate, metrics = Gate[Parts](), Metrics()
+    security = open_security(config.server, metrics)
     servicer = Servicer(gate, metrics)
-    app = rest.build_app("kdmesh teacher", gate, metrics.registry)
+    app = rest.build_app("kdmesh teacher", gate, metrics.registry, security.authority)
     rest.add_sleep_routes(app, lambda: gate.parts().sleep)
     add_routes(app, gate)
 
@@ -63,6 +68,7 @@ async def serve(
 
     service = lifecycle.Service(
         config=config.server,
+        security=security,
         grpc_name=SERVICE,
         add_to=lambda server: add_TeacherServicer_to_server(servicer, server),
         app=app,

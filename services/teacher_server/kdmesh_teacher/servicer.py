@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeAlias
 
 import grpc
 
 from kdmesh.errors import HandleGone, ModelMismatch, RpcError
+from kdmesh.handles.store import SlabStore
 from kdmesh.rpc import codec, failure, raw_chunk
+from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
 from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
@@ -26,6 +28,7 @@ from kdmesh_teacher.work import Answer
 
 # Open requests of one stream; more are not read until some are answered.
 _MAX_OPEN_REQUESTS = 1024
+_NO_SESSION = b""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -54,7 +57,7 @@ class Servicer(TeacherServicer):
             admission.check_model(request.model_fingerprint, parts.model.model_fingerprint)
         store = parts.store
         return pb.OpenSessionResponse(
-            session=store.open_session(request.job).token,
+            session=store.open_session(caller_name() or request.job).token,
             lease_ms=_ms(store.limits.lease_s),
             claim_ms=_ms(store.limits.claim_s),
             max_slots=min(store.limits.slots, store.limits.slots_per_session),
@@ -64,12 +67,17 @@ class Servicer(TeacherServicer):
 
     async def KeepAlive(self, request: pb.KeepAliveRequest, context: Context) -> pb.KeepAliveResponse:
         """See teacher.proto."""
-        self._gate.parts().store.keep_alive(request.session)
+        store = self._gate.parts().store
+        _job(store, request.session)
+        store.keep_alive(request.session)
         return pb.KeepAliveResponse()
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
         """See teacher.proto."""
-        self._gate.parts().store.close_session(request.session)
+        store = self._gate.parts().store
+        with suppress(HandleGone):
+            _job(store, request.session)
+            store.close_session(request.session)
         return pb.CloseSessionResponse()
 
     async def Prefill(  # type: ignore[override]
@@ -81,7 +89,7 @@ class Servicer(TeacherServicer):
         may_read = asyncio.Semaphore(_MAX_OPEN_REQUESTS)
         async with asyncio.TaskGroup() as requests:
             async for request in request_iterator:
-                job = parts.store.job(request.session)
+                job = _job(parts.store, request.session)
                 await may_read.acquire()
                 task = requests.create_task(self._reply(request, job, parts, stream))
                 task.add_done_callback(lambda _: may_read.release())
@@ -124,7 +132,7 @@ class Servicer(TeacherServicer):
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         """See teacher.proto."""
         store = self._gate.parts().store
-        store.job(request.session)
+        _job(store, request.session)
         for handle in [codec.handle_from_wire(m) for m in request.handles]:
             store.release(request.session, handle)
         return pb.ReleaseResponse()
@@ -133,6 +141,7 @@ class Servicer(TeacherServicer):
         """See teacher.proto."""
         parts = self._gate.parts()
         served = parts.scheduler.weights
+        _job(parts.store, request.session)
         parts.store.lend(request.session, served.head)
         weight, *bias = map(codec.handle_to_wire, served.head)
         return pb.GetHeadResponse(
@@ -147,6 +156,7 @@ class Servicer(TeacherServicer):
     ) -> None:
         """See teacher.proto."""
         store = self._gate.parts().store
+        _job(store, request.session)
         handle = codec.handle_from_wire(request.handle)
         with self.outstanding, store.reading(request.session, handle) as data:
             for start in range(0, len(data), raw_chunk.GOOD_BYTES):
@@ -184,6 +194,12 @@ class Servicer(TeacherServicer):
             async with aclosing(parts.updates.answer(request_iterator)) as replies:
                 async for reply in replies:
                     await context.write(reply)
+
+
+def _job(store: SlabStore, session: bytes) -> str:
+    """The job of the caller's session. Raises HandleGone when it has ended, or is another caller's."""
+    job = store.job(session)
+    return job if caller_name() in ("", job) else store.job(_NO_SESSION)  # as of one that never was
 
 
 def _result(answer: Answer) -> pb.PrefillResult:

@@ -140,6 +140,7 @@ def build_source(
             job=cfg.output.resolve().name,
             deadline_s=source.rollouts.deadline_s,
             architecture_fingerprint=student.architecture_fingerprint(),
+            access=source.rollouts.access,
         )
     )
     server = pool.describe()
@@ -188,6 +189,7 @@ def _weight_sender(rollouts: config.RolloutsConfig, mesh: Mesh) -> WeightSender:
         advertise=rollouts.advertise,
         device=mesh.device,
         deadline_s=rollouts.deadline_s,
+        access=rollouts.access,
     )
 
 

@@ -55,6 +55,7 @@ def open_teacher(
     Raises:
         ConfigError: no address is given.
         ModelMismatch: the teacher does not fit the student, or this job.
+        Unauthenticated, PermissionDenied: the teacher does not let this job in.
         DeadlineExpired: no teacher answers.
     """
     is_asked = isinstance(cfg.objective, config.Distill) or cfg.data.held_out is not None
@@ -68,6 +69,7 @@ def open_teacher(
             job=cfg.output.resolve().name,
             door=cfg.teacher.door,
             deadline_s=cfg.teacher.deadline_s,
+            access=cfg.teacher.access,
         )
     )
     if not (isinstance(cfg.source, config.OnPolicy) and cfg.source.colocated):  # else they have their turn later
@@ -120,4 +122,5 @@ def _weight_sender(cfg: config.TeacherConfig, mesh: Mesh) -> WeightSender:
         advertise=cfg.follows_student.advertise,
         device=mesh.device,
         deadline_s=cfg.deadline_s,
+        access=cfg.access,
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
@@ -64,6 +65,9 @@ class TeacherConfig(StrictModel):
 
     addresses: tuple[str, ...] = ()
     """host:port of each replica of one model. `kdmesh train --serve` fills it in."""
+
+    access: AccessConfig = AccessConfig()
+    """How this job gets in; with `follows_student` it must be an operator there."""
 
     door: Literal["auto", "shm", "stream"] = "auto"
     """How rows travel; auto takes shared memory where the server is on this node, else the stream."""
@@ -155,6 +159,9 @@ class RolloutsConfig(SendingConfig):
 
     addresses: tuple[str, ...] = ()
     """host:port of each. `kdmesh train --serve-rollout` fills it in."""
+
+    access: AccessConfig = AccessConfig()
+    """How this job gets in; it must be an operator there, since it brings new weights."""
 
     deadline_s: float = Field(600.0, gt=0)
     """Longest wait for one prompt's samples, or for a server to take new weights, restarts included."""

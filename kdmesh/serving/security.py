@@ -1,0 +1,44 @@
+"""What guards a server, from its configuration."""
+
+from __future__ import annotations
+
+import logging
+
+from kdmesh.auth.authority import Authority
+from kdmesh.auth.certificates import watch_certificate
+from kdmesh.auth.config import is_loopback
+from kdmesh.auth.security import Security
+from kdmesh.serving.config import ListenConfig
+from kdmesh.serving.job_metrics import JobMetrics
+
+log = logging.getLogger(__name__)
+
+
+def open_security(config: ListenConfig, metrics: JobMetrics) -> Security:
+    """Read what the configuration names, and say who can use the server. Raises ConfigError."""
+    failures = metrics.counter(
+        "unusable_files", "Changes of a file of tokens, keys or certificates that were of no use.", "key"
+    )
+    refusals = metrics.counter("refused_callers", "Calls of who is not known, or may not do this.", "reason")
+    authority = Authority(
+        config.auth,
+        on_failure=lambda key: failures.labels(key).inc(),
+        on_refusal=lambda reason: refusals.labels(reason).inc(),
+    )
+    certificate = None
+    if config.tls is not None:
+        certificate = watch_certificate(config.tls, lambda: failures.labels("tls").inc())
+    _tell(config)
+    return Security(authority, certificate)
+
+
+def _tell(config: ListenConfig) -> None:
+    is_far = not is_loopback(config.host)
+    if config.auth is None and is_far:
+        log.warning("whoever reaches this server may use it", extra={"host": config.host})
+    elif config.auth is None:
+        log.info(
+            "this machine alone reaches the server, since nothing says who may use it", extra={"host": config.host}
+        )
+    elif config.tls is None and is_far:
+        log.warning("tokens travel in the clear, unless something else encrypts them", extra={"host": config.host})

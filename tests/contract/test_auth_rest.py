@@ -1,0 +1,75 @@
+"""HTTP: viewers read, operators change, probes are asked nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.identities import JOB, OPERATOR, VIEWER, write_tokens
+from tests.support.rollout_server import running_rollout
+from tests.support.teacher_server import running_teacher
+
+WAKE = {"json": {"tags": ["weights"]}}
+
+
+@asynccontextmanager
+async def guarded(directory: Path, kind: str = "teacher") -> AsyncIterator[httpx.AsyncClient]:
+    """Speaks to a server that knows a viewer, a job and an operator."""
+    auth = {"tokens": str(write_tokens(directory / "tokens.yaml", VIEWER, JOB, OPERATOR))}
+    serving = (
+        running_teacher(directory, server={"auth": auth})
+        if kind == "teacher"
+        else running_rollout(server={"auth": auth})
+    )
+    async with serving as server, httpx.AsyncClient(base_url=f"http://{server.addresses.rest}") as http:
+        yield http
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.mark.parametrize("kind", ["teacher", "rollout"])
+async def test_only_probes_are_asked_nothing(tmp_path: Path, kind: str) -> None:
+    async with guarded(tmp_path, kind) as http:
+        for path in ("/healthz", "/readyz"):
+            assert (await http.get(path)).status_code == 200
+        for path in ("/", "/metrics", "/v1/model", "/openapi.json", "/no/such/page", "/healthz/"):
+            answer = await http.get(path)
+            assert answer.status_code == 401, path
+            assert "bearer token" in answer.json()["reason"]
+            assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+        assert (await http.post("/healthz")).status_code == 401
+
+
+@pytest.mark.parametrize("token", [VIEWER, JOB, OPERATOR])
+async def test_who_is_known_may_read_and_only_operators_may_change(tmp_path: Path, token: str) -> None:
+    async with guarded(tmp_path) as http:
+        for path in ("/metrics", "/v1/model", "/v1/sessions", "/v1/slab", "/v1/weights"):
+            assert (await http.get(path, headers=bearer(token))).status_code == 200
+        for method, path in (("POST", "/v1/wake"), ("PUT", "/v1/jobs/any"), ("DELETE", "/v1/model")):
+            answer = await http.request(method, path, headers=bearer(token), **WAKE)
+            if token == OPERATOR:
+                assert answer.status_code in (200, 404, 405)
+            else:
+                assert answer.status_code == 403
+                assert f"{method} {path} needs role operator" in answer.json()["reason"]
+
+
+async def test_a_wrong_token_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as http:
+        answer = await http.get("/metrics", headers=bearer("wrong-token-of-nobody"))
+    assert answer.status_code == 401
+    assert "wrong-token" not in answer.text
+
+
+async def test_a_browser_sends_the_token_as_a_password_and_changes_nothing_with_it(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as http:
+        assert (await http.get("/v1/model", auth=("anybody", VIEWER))).status_code == 200
+        assert (await http.get("/v1/model", auth=("anybody", "wrong"))).status_code == 401
+        assert (await http.get("/v1/model", headers={"Authorization": "Basic ???"})).status_code == 401
+        assert (await http.post("/v1/wake", auth=("anybody", OPERATOR), **WAKE)).status_code == 401
