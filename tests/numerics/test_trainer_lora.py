@@ -21,12 +21,12 @@ from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.packing import pack
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh_trainer import model as model_module
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.weights import weights_of
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch

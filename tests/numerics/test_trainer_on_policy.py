@@ -16,10 +16,10 @@ from kdmesh.errors import EngineFailure, ModelMismatch
 from kdmesh.losses import FusedLoss
 from kdmesh.tokens import digest
 from kdmesh.types import Sample, TokenSequence
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.rollouts import Rollout
 from kdmesh_trainer.stats import SampleScores
 from kdmesh_trainer.tally import Tally

@@ -14,9 +14,9 @@ import torch
 from kdmesh.batching import plan_step
 from kdmesh.tokens import digest
 from kdmesh.types import Int32Array, Sampling
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder

@@ -16,7 +16,6 @@ from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
@@ -24,6 +23,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.step import GradientStepper
 

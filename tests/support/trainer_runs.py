@@ -11,9 +11,9 @@ import torch
 
 from kdmesh.batching import plan_step
 from kdmesh_trainer.checkpoint import CheckpointDirectory
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import StepBatch
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 

@@ -15,7 +15,7 @@ from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
-from kdmesh_trainer import data_config, lora_config
+from kdmesh_trainer import data_config, lora_config, optimizer_config
 from kdmesh_trainer.config import TrainerConfig
 
 GOOD = """
@@ -196,7 +196,9 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
             yield value
 
 
-@pytest.mark.parametrize("module", [auth_config, teacher_config, trainer_config, data_config, lora_config])
+@pytest.mark.parametrize(
+    "module", [auth_config, teacher_config, trainer_config, data_config, lora_config, optimizer_config]
+)
 def test_every_key_is_described_and_every_section_closed_and_frozen(module: object) -> None:
     for section in sections(module):
         assert section.__doc__

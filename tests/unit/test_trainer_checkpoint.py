@@ -15,8 +15,8 @@ import torch
 
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.checkpoint import CheckpointDirectory
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 

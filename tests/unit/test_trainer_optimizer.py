@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.optimizer import build_adamw, learning_rate
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 
 def rates(steps: int, **values: object) -> list[float]:

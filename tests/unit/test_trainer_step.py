@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdmesh.errors import ModelMismatch, NotFinite, Unavailable
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.step import GradientStepper
 from tests.support.tiny_models import TinyModels

@@ -11,6 +11,7 @@ from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 
 class StudentConfig(StrictModel):
@@ -249,34 +250,6 @@ class BatchConfig(StrictModel):
 
     max_tokens: int = Field(8192, ge=8)
     """Tokens of one micro-batch on one rank; a longer single sequence is refused."""
-
-
-class OptimizerConfig(StrictModel):
-    """AdamW and its schedule."""
-
-    learning_rate: float = Field(1e-5, gt=0)
-    """Peak learning rate."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the two moments."""
-
-    epsilon: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
-
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled; norms and biases are exempt."""
-
-    max_gradient_norm: float | None = Field(1.0, gt=0)
-    """Clips the global norm; null leaves gradients as they are."""
-
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After warm-up, the way down to final_fraction of the peak."""
-
-    warmup_steps: int = Field(0, ge=0)
-    """Steps of linear rise from 0."""
-
-    final_fraction: float = Field(0.1, ge=0, le=1)
-    """Learning rate at the last step, as a fraction of the peak."""
 
 
 class EvaluationConfig(StrictModel):

@@ -8,7 +8,7 @@ from typing import assert_never
 from torch import nn
 from torch.optim import AdamW
 
-from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 
 def build_adamw(student: nn.Module, config: OptimizerConfig) -> AdamW:

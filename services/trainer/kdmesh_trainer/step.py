@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from kdmesh.errors import NotFinite
 from kdmesh.losses import FusedLoss, OutputHead
 from kdmesh.models.packing import blank, pack
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals, Student, begin_micro_batch
 from kdmesh_trainer.objective import Objective
 from kdmesh_trainer.optimizer import learning_rate
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.stats import StepStats
 from kdmesh_trainer.tally import Tally
