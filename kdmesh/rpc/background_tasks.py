@@ -19,6 +19,11 @@ class BackgroundTasks:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def join(self) -> None:
+        """Wait until everything that was started has ended."""
+        if self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+
     async def close(self) -> None:
         """Cancel what still runs, and wait for its end."""
         tasks = tuple(self._tasks)

@@ -28,9 +28,13 @@ class ControlledEngine(FakeEngine):
         self.batches: list[int] = []
         """Number of jobs of every prefill."""
 
+        self.offsets: list[int] = []
+        """Where in its segment each job's rows begin."""
+
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
         """As the fake engine, when the test lets it."""
         self.batches.append(len(jobs))
+        self.offsets += [job.offset_bytes for job in jobs]
         self._entered.release()
         assert self._open.wait(30)
         if self.failures:

@@ -45,6 +45,7 @@ def teacher_config(**sections: dict[str, Any]) -> TeacherConfig:
         "server": {"port": 0, "rest_port": 0, "drain_s": 5},
         "slab": {"slots": 4, "slot_mib": 0.0625, "slots_per_session": 4},
         "queue": {},
+        "cache": {},
     }
     for name, keys in sections.items():
         tree[name] |= keys

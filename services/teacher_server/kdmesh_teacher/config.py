@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
+from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.sglang_config import SglangEngine
 
 
@@ -129,3 +130,14 @@ class TeacherConfig(StrictModel):
 
     queue: QueueConfig = QueueConfig()
     """Requests that wait."""
+
+    cache: CacheConfig = CacheConfig()
+    """Rows that are kept."""
+
+    @model_validator(mode="after")
+    def _files_outlive_no_weights(self) -> TeacherConfig:
+        if self.cache.directory is not None and not isinstance(self.engine, SglangEngine) and self.engine.updatable:
+            raise ValueError(
+                "cache.directory outlives the weights of an engine that is updatable; use cache.memory_mib alone"
+            )
+        return self

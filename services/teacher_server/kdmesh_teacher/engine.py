@@ -36,7 +36,8 @@ class PrefillJob:
 
     sequences: tuple[TokenSequence, ...]
     out: memoryview  # writable bytes, contiguous, exactly num_rows * hidden_size * dtype.size_bytes long
-    segment: int | None = None  # number of the segment that begins with `out`; None: ordinary memory
+    segment: int | None = None  # number of the segment that `out` is a part of; None: ordinary memory
+    offset_bytes: int = 0  # where in the segment `out` begins
 
     @property
     def num_tokens(self) -> int:

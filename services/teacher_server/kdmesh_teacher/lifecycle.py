@@ -90,4 +90,5 @@ def _gauges(parts: Parts) -> Gauges:
         waiting_requests=queue.num_requests,
         cached_tokens=parts.cached_tokens(),
         weight_version=parts.scheduler.weights.version,
+        cache=None if parts.cache is None else parts.cache.state(),
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kdmesh.handles.store import Snapshot
 from kdmesh.serving.job_metrics import JobMetrics
+from kdmesh.types import TokenSequence
+from kdmesh_teacher.cache.report import CacheState, TierState
 from kdmesh_teacher.work import Work
 
 _NAMESPACE = "kdmesh_teacher"
@@ -24,6 +27,7 @@ class Gauges:
     waiting_requests: int
     cached_tokens: int
     weight_version: int
+    cache: CacheState | None  # None: nothing is kept
 
 
 class Metrics(JobMetrics):
@@ -37,6 +41,10 @@ class Metrics(JobMetrics):
         self._tokens = self.counter("tokens", "Tokens prefilled.", "job")
         self._rows = self.counter("rows", "Rows computed.", "job")
         self._requests = self.counter("requests", "Requests by what came of them.", "job", "outcome")
+        self._cache_hits = self.counter("cache_hits", "Sequences that the cache had.", "job")
+        self._cache_misses = self.counter("cache_misses", "Sequences that the cache did not have.", "job")
+        self._cache_hit_tokens = self.counter("cache_hit_tokens", "Tokens of the former: not prefilled.", "job")
+        self._cache_hit_bytes = self.counter("cache_hit_bytes", "Bytes of rows from the cache.", "job")
         self._stream_bytes = 0
         self._queue_seconds = self.histogram("queue_seconds", "From arrival to the start of the prefill.", "job")
         self._engine_seconds = self.histogram("engine_seconds", "Duration of a batch in the engine.")
@@ -51,8 +59,19 @@ class Metrics(JobMetrics):
         for work in works:
             job = self.job_label(work.job)
             self._tokens.labels(job).inc(work.num_tokens)
-            self._rows.labels(job).inc(work.num_rows)
+            self._rows.labels(job).inc(sum(sequence.num_rows for sequence in work.to_compute()))
             self._queue_seconds.labels(job).observe(started_s - work.arrived_s)
+
+    def cache_used(
+        self, name: str, sequences: Sequence[TokenSequence], is_kept: Sequence[bool], *, row_bytes: int
+    ) -> None:
+        """A job's request is answered, with rows from the cache for some of its sequences."""
+        job = self.job_label(name)
+        hits = tuple(compress(sequences, is_kept))
+        self._cache_hits.labels(job).inc(len(hits))
+        self._cache_misses.labels(job).inc(len(sequences) - len(hits))
+        self._cache_hit_tokens.labels(job).inc(sum(sequence.num_tokens for sequence in hits))
+        self._cache_hit_bytes.labels(job).inc(sum(sequence.num_rows for sequence in hits) * row_bytes)
 
     def request_done(self, job: str, outcome: str) -> None:
         """A request has been answered; `outcome` is "ok", "cancelled" or the name of an error."""
@@ -84,6 +103,8 @@ class _Collector(Collector):
             ("weight_version", "Number of the weights that are served.", now.weight_version),
         ):
             yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
+        if now.cache is not None:
+            yield from _cache(now.cache)
         counters = now.slab.counters
         door = CounterMetricFamily(f"{_NAMESPACE}_bytes", "Bytes that clients got, by door.", labels=["door"])
         door.add_metric(["shm"], counters.claimed_bytes)
@@ -104,3 +125,33 @@ class _Collector(Collector):
 
 def _slab_bytes(slab: Snapshot) -> int:
     return (sum(slab.slots.values()) + slab.orphans) * slab.slot_bytes + slab.shared_bytes
+
+
+def _cache(cache: CacheState) -> Iterator[Metric]:
+    tiers = {"memory": cache.memory, "directory": cache.directory}
+    present = {name: tier for name, tier in tiers.items() if tier is not None}
+    yield _by_tier(GaugeMetricFamily, "cache_bytes", "Bytes that rows take.", present, lambda tier: tier.used_bytes)
+    yield _by_tier(GaugeMetricFamily, "cache_entries", "Sequences kept.", present, lambda tier: tier.entries)
+    yield _by_tier(
+        CounterMetricFamily,
+        "cache_evictions",
+        "Sequences that made room for others.",
+        present,
+        lambda tier: tier.evicted,
+    )
+    yield CounterMetricFamily(f"{_NAMESPACE}_cache_corrupt", "Entries that were damaged.", value=cache.corrupt)
+    yield CounterMetricFamily(f"{_NAMESPACE}_cache_skipped", "Entries that were not written.", value=cache.skipped)
+    yield GaugeMetricFamily(f"{_NAMESPACE}_cache_writes", "Whether files are written.", value=not cache.refusal)
+
+
+def _by_tier(
+    family: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    text: str,
+    tiers: Mapping[str, TierState],
+    value: Callable[[TierState], int],
+) -> Metric:
+    metric = family(f"{_NAMESPACE}_{name}", text, labels=["tier"])
+    for tier, state in tiers.items():
+        metric.add_metric([tier], value(state))
+    return metric

@@ -10,6 +10,7 @@ from kdmesh.handles.store import SlabStore
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
 from kdmesh.types import ModelDescription
+from kdmesh_teacher.cache.row_cache import RowCache
 from kdmesh_teacher.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Parts:
     sleep: Sleep
     run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service
     cached_tokens: Callable[[], int]  # so far, over all requests
+    cache: RowCache | None  # None: no rows are kept
 
     @property
     def model(self) -> ModelDescription:

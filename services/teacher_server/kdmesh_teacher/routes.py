@@ -45,3 +45,9 @@ def add_routes(app: FastAPI, gate: Gate[Parts]) -> None:
             "waiting": {"requests": queue.num_requests, "tokens": queue.num_tokens},
             "tokens_per_s": parts.scheduler.tokens_per_s,
         }
+
+    @app.get("/v1/cache")
+    async def cache() -> Json:
+        """What is kept of rows, and whether it still grows."""
+        parts = gate.parts()
+        return {"is_on": False} if parts.cache is None else {"is_on": True} | asdict(parts.cache.state())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -15,11 +16,11 @@ from kdmesh.handles.store import SlabStore, SlotLease
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.throughput import Throughput
-from kdmesh.tokens import digest
 from kdmesh.types import Handle, TokenSequence
 from kdmesh.weights.manifest import Manifest
 from kdmesh_teacher import admission
-from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts, PrefillJob
+from kdmesh_teacher.answering import Answering, Making, RowsGone
+from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.served import ServedWeights, matrices_of, room_for_another_head
 from kdmesh_teacher.work import Answer, Work
@@ -70,13 +71,20 @@ class Scheduler:
     """
 
     def __init__(
-        self, engine: LoadedEngine, store: SlabStore, limits: QueueLimits, metrics: Metrics, weights: ServedWeights
+        self,
+        engine: LoadedEngine,
+        store: SlabStore,
+        limits: QueueLimits,
+        metrics: Metrics,
+        weights: ServedWeights,
+        answering: Answering,
     ) -> None:
         self.weights = weights
         self._engine = engine
         self._store = store
         self._limits = limits
         self._metrics = metrics
+        self._answering = answering
         self._queue = FairQueue[Work]()
         self._throughput = Throughput()
         self._without_slot: set[bytes] = set()  # sessions that asked for a slot last and got none
@@ -123,26 +131,20 @@ class Scheduler:
             EngineFailure: the engine failed on its batch.
         """
         loop = asyncio.get_running_loop()
-        work = Work(
-            session=session,
-            job=job,
-            sequences=sequences,
-            weight_version=weight_version,
-            num_tokens=sum(s.num_tokens for s in sequences),
-            num_rows=sum(s.num_rows for s in sequences),
-            arrived_s=time.monotonic(),
-            answer=loop.create_future(),
-        )
-        self._push(work)
-        wait_s = min(deadline_s, self._limits.max_wait_s)
-        timer = loop.call_later(wait_s, self._expire, work, wait_s, deadline_s <= wait_s)
-        try:
-            return await work.answer
-        except asyncio.CancelledError:
-            self._discard(work)
-            raise
-        finally:
-            timer.cancel()
+        began_s, left_s = loop.time(), deadline_s
+        while True:
+            work = Work(
+                session=session,
+                job=job,
+                sequences=sequences,
+                weight_version=weight_version,
+                found=self._answering.find(job, sequences, wanted=weight_version, served=self.weights.version),
+                arrived_s=time.monotonic(),
+                answer=loop.create_future(),
+            )
+            with contextlib.suppress(RowsGone):
+                return await self._answer(work, left_s)
+            left_s = deadline_s - (loop.time() - began_s)
 
     async def apply(self, manifest: Manifest, commit: Callable[[], None]) -> None:
         """Call `commit` in the engine's thread between two batches, and serve the new head from then on.
@@ -207,6 +209,18 @@ class Scheduler:
         self._death = None
 
     # Waiting
+
+    async def _answer(self, work: Work, deadline_s: float) -> Answer:
+        self._push(work)
+        wait_s = min(deadline_s, self._limits.max_wait_s)
+        timer = asyncio.get_running_loop().call_later(wait_s, self._expire, work, wait_s, deadline_s <= wait_s)
+        try:
+            return await work.answer
+        except asyncio.CancelledError:
+            self._discard(work)
+            raise
+        finally:
+            timer.cancel()
 
     def _push(self, work: Work) -> None:
         waiting = self._queue.num_tokens
@@ -276,51 +290,50 @@ class Scheduler:
     # Running
 
     async def _run(self, batch: list[tuple[Work, SlotLease]]) -> None:
-        model = self._engine.model
-        row_bytes = model.hidden_size * model.dtype.size_bytes
-        jobs = [
-            PrefillJob(sequences=work.sequences, out=lease.buffer[: work.num_rows * row_bytes], segment=lease.segment)
-            for work, lease in batch
-        ]
-        started_s = time.monotonic()
+        started_s, version = time.monotonic(), self.weights.version
+        self._answer_kept([pair for pair in batch if not pair[0].num_tokens])
+        batch = [pair for pair in batch if pair[0].num_tokens]
+        if not batch:
+            return
+        row_bytes = self._answering.row_bytes
+        jobs = [job for work, lease in batch for job in work.prefill_jobs(lease, row_bytes=row_bytes)]
         call = self._engine.thread.run(self._engine.engine.prefill, jobs)
-        # Not `await call`: whatever the engine raises ends this batch, and nothing else.
-        await asyncio.wait((call,))
-        engine_s = time.monotonic() - started_s
+        await self._meanwhile(call)
+        making = Making(weight_version=version, started_s=started_s, engine_s=time.monotonic() - started_s)
         failure = call.exception()
         for work, lease in batch:
             if failure is None:
-                self._publish(work, lease, queue_s=started_s - work.arrived_s, engine_s=engine_s)
+                self._answering.finish(work, lease, making)
             else:
                 self._store.cancel(lease)
                 self._fail(work)
         works = [work for work, _ in batch]
-        self._metrics.batch_done(works, started_s=started_s, engine_s=engine_s)
+        self._metrics.batch_done(works, started_s=started_s, engine_s=making.engine_s)
         if failure is None:
-            self._throughput.add(sum(work.num_tokens for work in works), engine_s)
+            self._throughput.add(sum(work.num_tokens for work in works), making.engine_s)
         else:
             log.error("engine failed on a batch", extra={"requests": len(batch)}, exc_info=failure)
             if self._death is None:
                 await self._check()
 
-    def _publish(self, work: Work, lease: SlotLease, *, queue_s: float, engine_s: float) -> None:
-        if work.answer.done():  # cancelled while the engine computed it
-            self._store.cancel(lease)
-            return
-        model = self._engine.model
-        try:
-            rows = self._store.publish(lease, rows=work.num_rows, cols=model.hidden_size, dtype=model.dtype)
-        except HandleGone as gone:
-            work.answer.set_exception(gone)
-            return
-        answer = Answer(
-            rows=rows,
-            digest=digest(work.sequences),
-            weight_version=self.weights.version,
-            queue_s=queue_s,
-            engine_s=engine_s,
-        )
-        work.answer.set_result(answer)
+    async def _meanwhile(self, call: asyncio.Future[None]) -> None:
+        """Return when the engine is done; whatever it raises ends its batch, and nothing else.
+
+        What needs only a slot does not wait for it.
+        """
+        while self._answering.has_cache and not call.done():
+            self._wake.clear()
+            self._answer_kept(self._queue.take(0, self._acquire))
+            woken = asyncio.ensure_future(self._wake.wait())
+            await asyncio.wait((call, woken), return_when=asyncio.FIRST_COMPLETED)
+            woken.cancel()
+        await asyncio.wait((call,))
+        self._wake.set()  # what came meanwhile is looked at again
+
+    def _answer_kept(self, batch: list[tuple[Work, SlotLease]]) -> None:
+        making = Making(weight_version=self.weights.version, started_s=time.monotonic(), engine_s=0.0)
+        for work, lease in batch:
+            self._answering.finish(work, lease, making)
 
     def _fail(self, work: Work) -> None:
         if work.answer.done():

@@ -61,8 +61,10 @@ class SglangEngine:
         with contextlib.ExitStack() as stack:
             requests = list[Request]()
             for job in jobs:
-                segment = stack.enter_context(self._scratch(job)) if job.segment is None else job.segment
-                requests += self._asks(job, segment)
+                if job.segment is None:
+                    requests += self._asks(job, stack.enter_context(self._scratch(job)))
+                else:
+                    requests += self._asks(job, job.segment, job.offset_bytes)
             for batch in [[request] for request in requests] if self._is_alone else [requests]:
                 self._compute(batch)
 
@@ -147,9 +149,8 @@ class SglangEngine:
             self.drop(segment)
             segment.close()
 
-    def _asks(self, job: PrefillJob, segment: int) -> Iterator[Request]:
+    def _asks(self, job: PrefillJob, segment: int, offset_bytes: int = 0) -> Iterator[Request]:
         row_bytes = len(job.out) // job.num_rows
-        offset_bytes = 0
         for sequence in job.sequences:
             yield (
                 sequence,

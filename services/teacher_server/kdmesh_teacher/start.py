@@ -22,6 +22,8 @@ from kdmesh.serving.sleep import Sleep, WorkAndUpdates
 from kdmesh.types import ModelDescription
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_teacher import probe
+from kdmesh_teacher.answering import Answering
+from kdmesh_teacher.cache.build import open_cache, open_directory
 from kdmesh_teacher.config import EngineConfig, SlabConfig, TeacherConfig, TransformersEngine
 from kdmesh_teacher.engine import Engine, EngineDescription, ProcessEngine, UpdatableEngine
 from kdmesh_teacher.metrics import Metrics
@@ -54,6 +56,7 @@ async def start(
         EngineFailure: the engine does not compute what it must.
     """
     began_s = time.monotonic()
+    directory = await asyncio.to_thread(open_directory, config.cache, stack)
     if isinstance(engine, ProcessEngine):
         stack.push_async_callback(asyncio.to_thread, engine.close)
         described = await thread.run(engine.load)
@@ -69,9 +72,12 @@ async def start(
     probe.check_head(parts, described)
     weights = await first_weights(store, parts, described)
     log.info("model loaded", extra={"model": model.name, "seconds": time.monotonic() - began_s})
+    cache = open_cache(config.cache, config.engine, described, directory, stack)
+    answering = Answering(store, described, metrics, cache)
+    stack.push_async_callback(answering.close)
     loaded = LoadedEngine(engine=engine, thread=thread, model=described, check=check)
     limits = QueueLimits(max_tokens=config.queue.max_tokens, max_wait_s=config.queue.max_wait_s)
-    scheduler = Scheduler(loaded, store, limits, metrics, weights)
+    scheduler = Scheduler(loaded, store, limits, metrics, weights, answering)
     updating = Outstanding()
     sleep = Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate)
     run = scheduler.run
@@ -93,6 +99,7 @@ async def start(
         sleep=sleep,
         run=run,
         cached_tokens=engine.num_cached_tokens if isinstance(engine, ProcessEngine) else lambda: 0,
+        cache=cache,
     )
 
 

@@ -1,0 +1,1 @@
+"""Rows that were computed before, kept in memory and on disk."""

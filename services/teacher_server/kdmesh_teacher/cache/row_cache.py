@@ -1,0 +1,153 @@
+"""Rows that were computed before: looked up when a request comes, copied to its slot instead of computed again."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from kdmesh.types import TokenSequence
+from kdmesh_teacher.cache import entry_file
+from kdmesh_teacher.cache.directory import RowDirectory
+from kdmesh_teacher.cache.keys import RowKeys
+from kdmesh_teacher.cache.memory import KeptRows, MemoryTier, copy_of
+from kdmesh_teacher.cache.report import CacheState
+
+log = logging.getLogger(__name__)
+
+_COPYING_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Found:
+    """What the cache had of a request when it came."""
+
+    keys: tuple[bytes, ...]  # of each sequence
+    is_kept: tuple[bool, ...]
+
+    @property
+    def num_kept(self) -> int:
+        """Sequences that need not be computed."""
+        return sum(self.is_kept)
+
+
+class _Recalled(Enum):
+    """What came of copying kept rows to a slot."""
+
+    GONE = auto()  # they had to go meanwhile
+    CORRUPT = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """One sequence's share of a slot."""
+
+    key: bytes
+    is_kept: bool  # to be copied there; else it was computed there
+    out: memoryview
+    kept: KeptRows | None  # where the rows are in memory; None: in the directory, if anywhere
+
+
+class RowCache:
+    """Two tiers, either of which may be missing. Belongs to one event loop; bytes are copied in threads."""
+
+    def __init__(self, keys: RowKeys, memory: MemoryTier | None, directory: RowDirectory | None) -> None:
+        self._keys = keys
+        self._memory = memory
+        self._directory = directory
+        self._corrupt = 0
+        self._copying = ThreadPoolExecutor(_COPYING_THREADS, thread_name_prefix="cache-copier")
+
+    def find(self, job: str, weight_version: int, sequences: Sequence[TokenSequence]) -> Found:
+        """What is kept of these sequences' rows that this job may have."""
+        keys = tuple(self._keys.key(job, weight_version, sequence) for sequence in sequences)
+        return Found(keys=keys, is_kept=tuple(self._has(key) for key in keys))
+
+    async def complete(self, found: Found, outs: Sequence[memoryview]) -> bool:
+        """Copy what is kept to the slot, and keep what was computed there.
+
+        Args:
+            outs: each sequence's share of the slot.
+
+        Returns:
+            Whether all rows are there. False: something was gone or corrupt, and is not kept any more.
+        """
+        parts = [
+            _Part(key=key, is_kept=is_kept, out=out, kept=None if self._memory is None else self._memory.get(key))
+            for key, is_kept, out in zip(found.keys, found.is_kept, outs, strict=True)
+        ]
+        results = await asyncio.get_running_loop().run_in_executor(self._copying, self._copy, parts)
+        settled = [self._settle(part, result) for part, result in zip(parts, results, strict=True)]
+        return all(settled)
+
+    def state(self) -> CacheState:
+        """As it is now."""
+        directory = self._directory
+        return CacheState(
+            memory=None if self._memory is None else self._memory.state(),
+            directory=None if directory is None else directory.state(),
+            corrupt=self._corrupt,
+            skipped=0 if directory is None else directory.skipped,
+            refusal="" if directory is None else directory.refusal,
+        )
+
+    async def close(self) -> None:
+        """Return when everything is written that waits."""
+        await asyncio.to_thread(self._copying.shutdown)
+        if self._directory is not None:
+            await self._directory.close()
+
+    def _has(self, key: bytes) -> bool:
+        return any(key in tier for tier in (self._memory, self._directory) if tier is not None)
+
+    # In a thread
+
+    def _copy(self, parts: Sequence[_Part]) -> list[KeptRows | _Recalled | None]:
+        """For each part a copy that may be kept, or why its rows are not in the slot."""
+        return [self._recall(part) if part.is_kept else copy_of(part.out) for part in parts]
+
+    def _recall(self, part: _Part) -> KeptRows | _Recalled | None:
+        if part.kept is not None:
+            return None if part.kept.write_to(part.out) else _Recalled.CORRUPT
+        if self._directory is None:
+            return _Recalled.GONE
+        try:
+            self._directory.read(part.key, part.out)
+        except FileNotFoundError:
+            return _Recalled.GONE
+        except entry_file.BadEntry as error:
+            log.warning("cache entry is corrupt", extra={"key": part.key.hex(), "reason": str(error)})
+            return _Recalled.CORRUPT
+        return None if self._memory is None else copy_of(part.out)
+
+    # Afterwards, on the loop
+
+    def _settle(self, part: _Part, result: KeptRows | _Recalled | None) -> bool:
+        if isinstance(result, _Recalled):
+            self._drop(part.key)
+            self._corrupt += result is _Recalled.CORRUPT
+            return False
+        if result is not None and self._memory is not None:
+            self._memory.put(part.key, result)
+        if self._directory is not None:
+            if part.is_kept:
+                self._directory.use(part.key)
+            elif result is not None:
+                self._directory.put(part.key, result)
+        return True
+
+    def _drop(self, key: bytes) -> None:
+        if self._memory is not None:
+            self._memory.drop(key)
+        if self._directory is not None:
+            self._directory.drop(key)
+
+
+def shares(out: memoryview, sequences: Sequence[TokenSequence], *, row_bytes: int) -> Iterator[memoryview]:
+    """Each sequence's part of a slot that holds all their rows."""
+    ends = itertools.accumulate((sequence.num_rows * row_bytes for sequence in sequences), initial=0)
+    return (out[begin:end] for begin, end in itertools.pairwise(ends))
