@@ -42,6 +42,14 @@ class SleepTag(StrEnum):
 EVERY_TAG = frozenset(SleepTag)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLoad:
+    """What a server says of how much it has to do."""
+
+    waiting_tokens: int  # of all clients, with those that are computed now
+    tokens_per_s: float | None  # measured; None before anything was
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenSequence:
     """One sequence under one tokenizer, and the positions that carry loss.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.types import DType, Handle, HeadSpec, ModelDescription, TokenSequence
+from kdmesh.types import DType, Handle, HeadSpec, ModelDescription, ServerLoad, TokenSequence
 from kdmesh.v1 import common_pb2, teacher_pb2
 
 _DTYPE: dict[int, DType] = {
@@ -159,3 +159,14 @@ def int32_from_wire(values: Iterable[int], what: str) -> np.ndarray[tuple[int], 
     if len(wide) and wide.max() > _MAX_ID:
         raise InvalidRequest(f"{what} {wide.max()} exceeds {_MAX_ID}")
     return wide.astype(np.int32)
+
+
+def load_from_wire(m: teacher_pb2.ServerLoad) -> ServerLoad:
+    """What the server has to do; a speed that is none counts as not measured."""
+    has_speed = m.HasField("tokens_per_s") and 0 < m.tokens_per_s < math.inf
+    return ServerLoad(waiting_tokens=m.waiting_tokens, tokens_per_s=m.tokens_per_s if has_speed else None)
+
+
+def load_to_wire(load: ServerLoad) -> teacher_pb2.ServerLoad:
+    """The same as a message."""
+    return teacher_pb2.ServerLoad(waiting_tokens=load.waiting_tokens, tokens_per_s=load.tokens_per_s)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ModelMismatch, Unavailable
 from kdmesh.losses.head import OutputHead
+from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.routing import DEFAULT_ROUTING, RoutingPolicy
 from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
 from kdmesh.types import ModelDescription, SleepTag, TokenSequence
 
@@ -24,12 +27,13 @@ class Fleet:
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        discovery: Discovery,
         *,
         job: str,
         door: DoorChoice,
         model_fingerprint: str,
         access: AccessConfig = OPEN_ACCESS,
+        routing: RoutingPolicy = DEFAULT_ROUTING,
     ) -> None:
         self._job = job
         self._access = access
@@ -39,8 +43,13 @@ class Fleet:
         self._is_following = False
         self._fingerprint = model_fingerprint
         self._outdated: set[str] = set()  # addresses of replicas that were found without the weights that are wanted
-        self._addresses = frozenset(addresses)
-        self._replicas = Replicas("teacher", addresses, self._connect, hopeless=self._hopeless)
+        self._replicas = Replicas(
+            "teacher",
+            discovery,
+            self._connect,
+            routing=routing,
+            hopeless=self._hopeless,
+        )
 
     @property
     def model(self) -> ModelDescription:
@@ -57,6 +66,11 @@ class Fleet:
     def retries(self) -> int:
         """Requests that were sent once more."""
         return self._replicas.retries
+
+    @property
+    def imbalance(self) -> float | None:
+        """See Replicas."""
+        return self._replicas.imbalance
 
     async def start(self, deadline: Deadline) -> None:
         """Connect. Returns when every replica has been tried and one answers.
@@ -98,7 +112,7 @@ class Fleet:
             return rows
 
         num_tokens = sum(sequence.num_tokens for sequence in sequences)
-        return await self._replicas.somewhere(prefill, num_tokens, deadline)
+        return await self._replicas.somewhere(prefill, num_tokens, deadline, may_hedge=True)
 
     async def head(self, deadline: Deadline) -> tuple[OutputHead, int]:
         """The output head and its weight version. Raises as `ask`."""
@@ -106,7 +120,12 @@ class Fleet:
 
     async def _connect(self, address: str) -> TeacherClient:
         client = await TeacherClient.connect(
-            address, job=self._job, door=self._door, model_fingerprint=self._fingerprint, access=self._access
+            address,
+            job=self._job,
+            door=self._door,
+            model_fingerprint=self._fingerprint,
+            access=self._access,
+            on_load=partial(self._replicas.note_load, address),
         )
         try:
             self._admit(client)
@@ -151,9 +170,10 @@ class Fleet:
 
     def _hopeless(self) -> ModelMismatch | None:
         """Whoever waits for rows would wait in vain: the next update comes after them."""
-        if self._outdated != self._addresses:
+        addresses = self._replicas.addresses
+        if not addresses or self._outdated != addresses:
             return None
         return ModelMismatch(
-            f"no teacher has weight version {self.weight_version} any more: {', '.join(sorted(self._addresses))} "
+            f"no teacher has weight version {self.weight_version} any more: {', '.join(sorted(addresses))} "
             "were started anew. The same command continues from the last checkpoint, and brings them its weights"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kdmesh.errors import EngineFailure, RpcError
 from kdmesh.rpc import codec, failure
 from kdmesh.rpc.request_stream import RequestStream
-from kdmesh.types import TokenSequence
+from kdmesh.types import ServerLoad, TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 
@@ -23,6 +23,7 @@ class PrefillStream:
 
     Args:
         on_orphan: called with an answered handle that nobody waits for any more.
+        on_load: called with what the server has to do, as every reply says it.
         on_end: called once with the reason when the stream ends by itself.
     """
 
@@ -32,10 +33,12 @@ class PrefillStream:
         address: str,
         *,
         on_orphan: Callable[[common_pb2.Handle], None],
+        on_load: Callable[[ServerLoad], None],
         on_end: Callable[[RpcError], None],
     ) -> None:
         self._address = address
         self._on_orphan = on_orphan
+        self._on_load = on_load
         self._on_end = on_end
         self._answers: dict[int, asyncio.Future[pb.PrefillResult]] = {}
         self._numbers = itertools.count(1)
@@ -82,6 +85,7 @@ class PrefillStream:
         await self._stream.close()
 
     def _take(self, reply: pb.PrefillReply) -> None:
+        self._on_load(codec.load_from_wire(reply.load))
         answer = self._answers.pop(reply.request_id, None)
         is_wanted = answer is not None and not answer.done()
         match reply.WhichOneof("outcome"):

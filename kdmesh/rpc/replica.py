@@ -9,9 +9,18 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Set
 from typing import Generic, Protocol, TypeVar
 
-from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch, PermissionDenied, RpcError, Unauthenticated
+from kdmesh.errors import (
+    ConfigError,
+    EngineFailure,
+    KdmeshError,
+    ModelMismatch,
+    PermissionDenied,
+    RpcError,
+    Unauthenticated,
+)
 from kdmesh.rpc.retry import RetryPolicy
-from kdmesh.types import SleepTag
+from kdmesh.rpc.routing import Router
+from kdmesh.types import ServerLoad, SleepTag
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +31,15 @@ class Client(Protocol):
     @property
     def max_requests(self) -> int:
         """Most requests that may be under way at once."""
+        ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what it answers comes through this node's memory."""
+        ...
+
+    async def ask_load(self) -> ServerLoad | None:
+        """What the server has to do now; None when such servers do not say. Raises Unavailable when it is not there."""
         ...
 
     async def sleep(self, tags: Set[SleepTag], *, drain_s: float) -> None:
@@ -51,6 +69,7 @@ class Replica(Generic[C]):
         kind: what such a server is called in logs.
         address: host:port.
         connect: one attempt at the address.
+        router: told of what it does, while it is connected.
         on_change: called whenever it may have become usable, or has become useless.
 
     Attributes:
@@ -58,20 +77,26 @@ class Replica(Generic[C]):
         failure: why this replica is never used again; None as long as it may be.
         last_error: what the last attempt failed with, for messages.
         has_tried: whether the first attempt is over.
-        outstanding_tokens: of requests that were sent and are not answered yet.
+        is_leaving: it is sent nothing more.
     """
 
     def __init__(
-        self, kind: str, address: str, connect: Callable[[str], Awaitable[C]], on_change: Callable[[], None]
+        self,
+        kind: str,
+        address: str,
+        connect: Callable[[str], Awaitable[C]],
+        router: Router,
+        on_change: Callable[[], None],
     ) -> None:
         self.address = address
         self.client: C | None = None
         self.failure: KdmeshError | None = None
         self.last_error: KdmeshError | None = None
         self.has_tried = False
-        self.outstanding_tokens = 0
+        self.is_leaving = False
         self._kind = kind
         self._connect = connect
+        self._router = router
         self._on_change = on_change
         self._outstanding_requests = 0
         self._rests_until_s = 0.0
@@ -80,9 +105,15 @@ class Replica(Generic[C]):
     @property
     def free_in_s(self) -> float:
         """How long until it takes a request; infinite when only an event can tell."""
-        if self.client is None or self._outstanding_requests >= self.client.max_requests:
+        if self.client is None or self.is_leaving or self._outstanding_requests >= self.client.max_requests:
             return float("inf")
-        return max(0.0, self._rests_until_s - time.monotonic())
+        now_s = time.monotonic()
+        return max(0.0, self._rests_until_s - now_s, self._router.barred_s(self.address, now_s))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        return self._outstanding_requests == 0
 
     def rest(self, seconds: float) -> None:
         """Send it nothing for so long: it said that it is busy."""
@@ -90,14 +121,22 @@ class Replica(Generic[C]):
 
     @contextlib.contextmanager
     def busy(self, num_tokens: int) -> Iterator[None]:
-        """Around a request."""
+        """Around a request; what ends it tells how the server does."""
+        request = self._router.sent(self.address, num_tokens, time.monotonic())
         self._outstanding_requests += 1
-        self.outstanding_tokens += num_tokens
+        is_answered = is_its_fault = False
         try:
             yield
+            is_answered = True
+        except EngineFailure:
+            is_its_fault = True
+            raise
         finally:
             self._outstanding_requests -= 1
-            self.outstanding_tokens -= num_tokens
+            if is_answered:
+                self._router.answered(request, time.monotonic())
+            else:
+                self._router.unanswered(request, time.monotonic(), is_its_fault=is_its_fault)
             self._on_change()
 
     async def run(self) -> None:
@@ -137,6 +176,7 @@ class Replica(Generic[C]):
         """Return when the connection is lost."""
         self.has_tried = True
         self._rests_until_s = 0.0
+        self._router.join(self.address, time.monotonic(), is_local=client.is_local)
         self._on_change()
         self.last_error = await client.wait_lost()
         log.warning("server lost", extra={"kind": self._kind, "address": self.address, "reason": str(self.last_error)})
@@ -145,4 +185,5 @@ class Replica(Generic[C]):
     async def _drop(self) -> None:
         client, self.client = self.client, None
         if client is not None:
+            self._router.leave(self.address)
             await client.close()

@@ -1,4 +1,4 @@
-"""Servers that do the same: finds the one with the least to do, and another when that one fails."""
+"""Servers that do the same: finds the one that answers first, and another when that one fails."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Generic, TypeVar
 
 from kdmesh.errors import (
     DeadlineExpired,
+    EngineFailure,
     HandleGone,
     KdmeshError,
     PermissionDenied,
+    RpcError,
     Unauthenticated,
     Unavailable,
 )
 from kdmesh.rpc.background_tasks import BackgroundTasks
+from kdmesh.rpc.discovery import Discovery
+from kdmesh.rpc.hedging import hedged
 from kdmesh.rpc.replica import Client, Replica
 from kdmesh.rpc.retry import Deadline, RetryPolicy
-from kdmesh.types import EVERY_TAG, SleepTag
+from kdmesh.rpc.routing import Router, RoutingPolicy
+from kdmesh.rpc.sent_tokens import SentTokens
+from kdmesh.types import EVERY_TAG, ServerLoad, SleepTag
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +36,8 @@ C = TypeVar("C", bound=Client)
 T = TypeVar("T")
 
 _SETTLE_S = 60.0
+_ASK_S = 0.25  # longest wait for a load; a server that takes longer is left aside for now
+_IMBALANCE_WINDOW_S = 60.0
 
 
 class Replicas(Generic[C]):
@@ -35,8 +45,9 @@ class Replicas(Generic[C]):
 
     Args:
         kind: what they are called in messages.
-        addresses: host:port of each.
+        discovery: where they are; one that comes later joins, one that is not named any more leaves after its requests.
         connect: one attempt at an address.
+        routing: which of them gets a request.
         hopeless: why nobody need wait for one to become usable; None as long as that may be.
 
     Attributes:
@@ -46,9 +57,10 @@ class Replicas(Generic[C]):
     def __init__(
         self,
         kind: str,
-        addresses: Sequence[str],
+        discovery: Discovery,
         connect: Callable[[str], Awaitable[C]],
         *,
+        routing: RoutingPolicy,
         hopeless: Callable[[], KdmeshError | None] = lambda: None,
     ) -> None:
         self.retries = 0
@@ -59,12 +71,31 @@ class Replicas(Generic[C]):
         self._policy = RetryPolicy()
         self._connect = connect
         self._asleep: frozenset[SleepTag] | None = None  # None: nobody has said, so they are left as they are
-        self._replicas = [Replica(kind, address, self._connected, self._changed.set) for address in addresses]
+        self._discovery = discovery
+        self._routing = routing
+        self._router = Router(routing, random.Random())
+        self._sent = SentTokens(_IMBALANCE_WINDOW_S)
+        self._replicas: list[Replica[C]] = []
 
     @property
     def clients(self) -> list[C]:
         """Those that are connected now."""
         return [replica.client for replica in self._replicas if replica.client is not None]
+
+    @property
+    def addresses(self) -> frozenset[str]:
+        """Of those that are wanted now, connected or not."""
+        return frozenset(replica.address for replica in self._replicas if not replica.is_leaving)
+
+    @property
+    def imbalance(self) -> float | None:
+        """Most over mean tokens that were sent to a connected one in the last minute; None for fewer than two."""
+        names = [replica.address for replica in self._replicas if replica.client is not None]
+        return self._sent.imbalance(names, time.monotonic())
+
+    def note_load(self, address: str, load: ServerLoad) -> None:
+        """A server has said what it has to do."""
+        self._router.reported(address, load, time.monotonic())
 
     async def start(self, deadline: Deadline) -> None:
         """Connect. Returns when every replica has been tried and one answers.
@@ -73,8 +104,7 @@ class Replicas(Generic[C]):
             ConfigError, ModelMismatch, Unauthenticated, PermissionDenied: a replica that answers is of no use.
             DeadlineExpired: none answers.
         """
-        for replica in self._replicas:
-            self._tasks.start(replica.run())
+        self._tasks.start(self._discover())
         await self._until(deadline, self._is_started)
 
     async def close(self) -> None:
@@ -92,21 +122,50 @@ class Replicas(Generic[C]):
         deadline: Deadline,
         *,
         may: Callable[[C], bool] = lambda client: True,
+        may_hedge: bool = False,
     ) -> T:
         """What `call` returns for one replica, or the next when that one fails, until the deadline.
 
         Only those are asked that `may` be; `notify` says that it has changed its mind.
 
+        Args:
+            may_hedge: whether two replicas may be asked at once, if the routing says so; what comes first is returned,
+                and the other call is cancelled.
+
         Raises:
             DeadlineExpired: no replica answered in time.
+            EngineFailure: every replica that is there has failed on it.
             RpcError: whatever else `call` raises but Unavailable, HandleGone and Unauthenticated: a token may be
                 exchanged at any time.
         """
+        asked: set[Replica[C]] = set()
+
+        def ask() -> Coroutine[Any, Any, T]:
+            return self._one_after_another(call, num_tokens, deadline, may, asked)
+
+        after_s = self._routing.hedge_after_s
+        return await (hedged(ask, after_s=after_s) if may_hedge and after_s is not None else ask())
+
+    async def _one_after_another(
+        self,
+        call: Callable[[C], Awaitable[T]],
+        num_tokens: int,
+        deadline: Deadline,
+        may: Callable[[C], bool],
+        asked: set[Replica[C]],  # by this and others like it, at the moment; none of them is asked twice at once
+    ) -> T:
+        failed: set[Replica[C]] = set()  # by the server's fault
+
+        def is_one(replica: Replica[C]) -> bool:
+            return replica not in failed | asked and replica.client is not None and may(replica.client)
+
         for attempt in itertools.count():
-            replica = await self._choose(deadline, may)
+            replica = await self._choose(num_tokens, deadline, is_one)
             assert replica.client is not None
+            asked.add(replica)
             try:
                 with replica.busy(num_tokens):
+                    self._sent.add(replica.address, num_tokens, time.monotonic())
                     async with asyncio.timeout(deadline.left_s):
                         return await call(replica.client)
             except TimeoutError:
@@ -115,7 +174,14 @@ class Replicas(Generic[C]):
                 replica.last_error = error
                 asked_s = error.retry_after_s if isinstance(error, Unavailable) else 0.0
                 replica.rest(self._policy.wait_s(attempt, at_least_s=asked_s))
-                self.retries += 1
+            except EngineFailure as error:
+                replica.last_error = error
+                failed.add(replica)
+                if not any(is_one(other) for other in self._replicas):
+                    raise
+            finally:
+                asked.discard(replica)
+            self.retries += 1
         raise AssertionError("unreachable")
 
     async def set_asleep(self, tags: frozenset[SleepTag], deadline: Deadline) -> None:
@@ -172,21 +238,91 @@ class Replicas(Generic[C]):
             raise failures[0]
         return all(r.has_tried for r in self._replicas) and any(r.client is not None for r in self._replicas)
 
-    async def _choose(self, deadline: Deadline, may: Callable[[C], bool]) -> Replica[C]:
-        """The free replica with the fewest outstanding tokens; waits for one."""
-        chosen: list[Replica[C]] = []
+    # Who is there
 
-        def is_chosen() -> bool:
-            if all(r.failure is not None for r in self._replicas):
+    async def _discover(self) -> None:
+        """Keep to the addresses that are wanted, until cancelled."""
+        while True:
+            wanted = await self._discovery.look()
+            for replica in self._replicas:
+                if replica.address not in wanted and not replica.is_leaving:
+                    replica.is_leaving = True
+                    log.info("server leaves", extra={"kind": self._kind, "address": replica.address})
+            for address in wanted:
+                if address not in self.addresses:
+                    self._add(address)
+            self._changed.set()
+            if not self._discovery.changes:
+                return
+            await asyncio.sleep(self._routing.look_every_s)
+
+    def _add(self, address: str) -> None:
+        for replica in self._replicas:
+            if replica.address == address:  # it was about to leave
+                replica.is_leaving = False
+                return
+        replica = Replica(self._kind, address, self._connected, self._router, self._changed.set)
+        self._replicas.append(replica)
+        self._tasks.start(self._keep(replica))
+
+    async def _keep(self, replica: Replica[C]) -> None:
+        """Stay connected to one until it has left, its last requests answered."""
+        running = self._tasks.start(replica.run())
+        while not (replica.is_leaving and replica.is_idle):
+            await self._change()
+        self._replicas.remove(replica)
+        running.cancel()
+        await asyncio.wait((running,))
+
+    # Waiting
+
+    async def _choose(self, num_tokens: int, deadline: Deadline, may: Callable[[Replica[C]], bool]) -> Replica[C]:
+        """The one that answers first, of those that take a request now; waits for one."""
+        while True:
+            free = await self._free(deadline, may)
+            drawn = self._router.draw(tuple(free), time.monotonic())
+            there = await self._look_at([free[address] for address in drawn], deadline)
+            still = [r.address for r in there if r in self._replicas and r.free_in_s == 0 and may(r)]
+            if still:
+                return free[self._router.best(still, num_tokens, time.monotonic())]
+
+    async def _free(self, deadline: Deadline, may: Callable[[Replica[C]], bool]) -> dict[str, Replica[C]]:
+        """Those that take a request now, by address; waits for one."""
+        free: dict[str, Replica[C]] = {}
+
+        def is_some() -> bool:
+            if self._replicas and all(r.failure is not None for r in self._replicas):
                 raise next(r.failure for r in self._replicas if r.failure is not None)
             if (reason := self._hopeless()) is not None:
                 raise reason
-            free = [r for r in self._replicas if r.client is not None and r.free_in_s == 0 and may(r.client)]
-            chosen[:] = sorted(free, key=lambda r: r.outstanding_tokens)[:1]
-            return bool(chosen)
+            free.update((r.address, r) for r in self._replicas if r.free_in_s == 0 and may(r))
+            return bool(free)
 
-        await self._until(deadline, is_chosen)
-        return chosen[0]
+        await self._until(deadline, is_some)
+        return free
+
+    async def _look_at(self, drawn: Sequence[Replica[C]], deadline: Deadline) -> list[Replica[C]]:
+        """Those that say what they have to do, where there is a choice or a doubt."""
+        if len(drawn) == 1 and not self._router.is_on_trial(drawn[0].address):
+            return list(drawn)
+        answers = await asyncio.gather(*(self._ask_load(r, min(_ASK_S, deadline.left_s)) for r in drawn))
+        return [replica for replica, is_there in zip(drawn, answers, strict=True) if is_there]
+
+    async def _ask_load(self, replica: Replica[C], timeout_s: float) -> bool:
+        """Whether it is there; its load is noted."""
+        client = replica.client
+        if client is None or self._router.is_known(replica.address, time.monotonic()):
+            return client is not None
+        try:
+            async with asyncio.timeout(timeout_s):
+                load = await client.ask_load()
+        except (RpcError, TimeoutError):
+            if replica.client is client:
+                self._router.failed(replica.address, time.monotonic())
+            return False
+        if load is not None and replica.client is client:
+            self.note_load(replica.address, load)
+        return True
 
     async def _until(self, deadline: Deadline, is_so: Callable[[], bool]) -> None:
         """Return when `is_so`, which is asked again after every change of a replica.
@@ -197,14 +333,19 @@ class Replicas(Generic[C]):
         while not is_so():
             if not deadline.left_s:
                 raise self._late(deadline, f"no {self._kind} is ready")
-            rest_s = min(r.free_in_s for r in self._replicas)
-            self._changed.clear()
+            rest_s = min((r.free_in_s for r in self._replicas), default=float("inf"))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(deadline.left_s, rest_s)):
-                    await self._changed.wait()
+                    await self._change()
+
+    async def _change(self) -> None:
+        """Return when anything of a replica is different; called at once after a look at them."""
+        self._changed.clear()
+        await self._changed.wait()
 
     def _late(self, deadline: Deadline, what: str) -> DeadlineExpired:
-        reasons = "; ".join(f"{r.address}: {r.last_error}" for r in self._replicas if r.last_error is not None)
+        errors = [f"{r.address}: {r.last_error}" for r in self._replicas if r.last_error is not None]
+        reasons = "; ".join(filter(None, (self._discovery.last_error, *errors)))
         return DeadlineExpired(f"{what} within {deadline.total_s:g} s{f' ({reasons})' if reasons else ''}")
 
 

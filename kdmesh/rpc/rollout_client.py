@@ -107,6 +107,14 @@ class RolloutClient:
         """Most requests that may be under way at once."""
         return _MAX_REQUESTS
 
+    @property
+    def is_local(self) -> bool:
+        """Samples are small: no server is nearer than another."""
+        return False
+
+    async def ask_load(self) -> None:
+        """A rollout server serves one job, which knows what it has asked for."""
+
     async def generate(self, ask: Ask, on_sample: Callable[[int, Sample], None], deadline: Deadline) -> None:
         """Return when every sample has been given to `on_sample`, with its index. Cancelling aborts the rest.
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ModelMismatch, Unavailable
+from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask, RolloutClient
+from kdmesh.rpc.routing import RoutingPolicy
 from kdmesh.types import RolloutDescription, Sample, SleepTag
 
+# One job has these servers for itself: what it has sent is all they have to do. How long an answer takes says little:
+# it goes by the lengths of the responses.
+_ROUTING = RoutingPolicy(choices=1000, slow_start_s=0, slow_factor=math.inf)
 _SAME = ("architecture_fingerprint", "tokenizer_fingerprint", "vocabulary_size", "dtype")
 
 
@@ -40,7 +46,7 @@ class RolloutFleet:
         self._newest = 0
         self._model: RolloutDescription | None = None
         self._fingerprint = architecture_fingerprint
-        self._replicas = Replicas("rollout server", addresses, self._connect)
+        self._replicas = Replicas("rollout server", Discovery(addresses), self._connect, routing=_ROUTING)
 
     @property
     def model(self) -> RolloutDescription:

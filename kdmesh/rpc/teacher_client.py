@@ -25,7 +25,7 @@ from kdmesh.rpc.doors import DoorChoice, Doorway, open_door
 from kdmesh.rpc.prefill_stream import PrefillStream
 from kdmesh.rpc.retry import Deadline
 from kdmesh.tokens import digest
-from kdmesh.types import Handle, ModelDescription, SleepTag, TokenSequence
+from kdmesh.types import Handle, ModelDescription, ServerLoad, SleepTag, TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
@@ -67,9 +67,10 @@ class TeacherClient:
     door: Door
     door_reason: str
 
-    def __init__(self, address: str, access: AccessConfig = OPEN_ACCESS) -> None:
+    def __init__(self, address: str, access: AccessConfig, on_load: Callable[[ServerLoad], None]) -> None:
         """Use `connect`."""
         self.address = address
+        self._on_load = on_load
         self._channel = open_channel(address, access)
         self._stub = TeacherStub(self._channel)
         # The generated stub would parse each chunk, which copies it once more.
@@ -90,6 +91,7 @@ class TeacherClient:
         door: DoorChoice,
         model_fingerprint: str = "",
         access: AccessConfig = OPEN_ACCESS,
+        on_load: Callable[[ServerLoad], None] = lambda load: None,
     ) -> Self:
         """Open a session. One attempt: a server that is not there or still loads is Unavailable.
 
@@ -99,6 +101,7 @@ class TeacherClient:
             door: how rows shall come.
             model_fingerprint: refuse a server with another model; empty accepts any.
             access: how to get in.
+            on_load: called with what the server has to do, whenever it says so.
 
         Raises:
             Unavailable: not reachable, loading or draining.
@@ -107,7 +110,7 @@ class TeacherClient:
             ConfigError: `door` names one that does not lead to the server from here; or `access` cannot be used.
             EngineFailure: something else answers there.
         """
-        client = cls(address, access)
+        client = cls(address, access, on_load)
         client._closing.push_async_callback(client._channel.close)
         try:
             await client._open(job, door, model_fingerprint)
@@ -130,7 +133,9 @@ class TeacherClient:
         self._closing.push_async_callback(self._tasks.close)
         await self._open_door(door, opened)
         self._closing.callback(self.door.close)
-        self._stream = PrefillStream(self._stub, self.address, on_orphan=self._release_orphan, on_end=self._lose)
+        self._stream = PrefillStream(
+            self._stub, self.address, on_orphan=self._release_orphan, on_load=self._on_load, on_end=self._lose
+        )
         self._closing.push_async_callback(self._stream.close)
         self._tasks.start(self._keep_alive())
 
@@ -189,6 +194,15 @@ class TeacherClient:
         )
         return head, answer.weight_version
 
+    @property
+    def is_local(self) -> bool:
+        """Whether rows come through this node's memory."""
+        return self.door.name == "shm"
+
+    async def ask_load(self) -> ServerLoad:
+        """What the server has to do now. Raises Unavailable when it is not there."""
+        return await self._extend_lease(UNARY_TIMEOUT_S)
+
     async def sleep(self, tags: Set[SleepTag], *, drain_s: float) -> None:
         """Have the server give these back, after what it computes now.
 
@@ -245,16 +259,24 @@ class TeacherClient:
         while True:
             await asyncio.sleep(self._lease_s / 6)
             try:
-                request = pb.KeepAliveRequest(session=self._session)
-                await self._call(self._stub.KeepAlive, request, min(UNARY_TIMEOUT_S, self._lease_s / 3))
+                self._on_load(await self._extend_lease(min(UNARY_TIMEOUT_S, self._lease_s / 3)))
                 heard_s = time.monotonic()
             except Unavailable as error:
                 if time.monotonic() - heard_s > self._lease_s / 2:
                     self._lose(error)
                     return
-            except RpcError as error:
-                self._lose(error)
+            except RpcError:
                 return
+
+    async def _extend_lease(self, timeout_s: float) -> ServerLoad:
+        """What the server has to do, as it says then. Lost is this client when the session is."""
+        try:
+            answer = await self._call(self._stub.KeepAlive, pb.KeepAliveRequest(session=self._session), timeout_s)
+        except RpcError as error:
+            if not isinstance(error, Unavailable):
+                self._lose(error)
+            raise
+        return codec.load_from_wire(answer.load)
 
     async def _read(self, handle: Handle) -> AsyncIterator[memoryview]:
         """The chunks of a handle, for the stream door."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -15,10 +15,12 @@ import torch
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.background_loop import BackgroundLoop
+from kdmesh.rpc.discovery import Discovery, Resolve, resolve
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.pending_rows import ArrivedRows, PendingRows
 from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.routing import DEFAULT_ROUTING, RoutingPolicy
 from kdmesh.rpc.splitting import split
 from kdmesh.rpc.teacher_client import TeacherRows
 from kdmesh.types import EVERY_TAG, ModelDescription, SleepTag, TokenSequence
@@ -34,6 +36,7 @@ class ClientStats:
     wait_s: float  # spent in PendingRows.wait
     retries: int  # requests that were sent once more
     moved: int  # answers that waited so long that they were copied out of the teacher's slab
+    imbalance: float | None  # most over mean tokens sent to a teacher in the last minute; None with fewer than two
 
     @property
     def door(self) -> str:
@@ -44,9 +47,9 @@ class ClientStats:
 class TeacherPool:
     """Asks for rows ahead of their use; one background thread does the rest. A context manager.
 
-    Requests go to the replica with the fewest outstanding tokens. When a replica dies, its requests are sent to
-    another one, or to itself when it is back; that is safe, because the rows are the same. Nothing is retried past the
-    deadline.
+    Requests go to the replica that answers first, by what the replicas say they have to do. When a replica dies, its
+    requests are sent to another one, or to itself when it is back; that is safe, because the rows are the same.
+    Nothing is retried past the deadline.
 
     Shared memory is lent by the teacher: rows that have arrived and are not waited for within
     `move_after_s` are copied to this process's memory, so that a slow job starves no other, and no rank of
@@ -69,27 +72,41 @@ class TeacherPool:
         model_fingerprint: str = "",
         move_after_s: float = 2.0,
         access: AccessConfig = OPEN_ACCESS,
+        routing: RoutingPolicy = DEFAULT_ROUTING,
+        resolve: Resolve = resolve,
     ) -> None:
         """Connect. Blocks until a teacher is ready.
 
         Args:
-            addresses: host:port of each replica of one model; at least one.
+            addresses: host:port of each replica of one model, or dns:///name:port for all that a name resolves to; at
+                least one.
             job: name for the logs and metrics of teachers that ask nobody who they are.
             door: how rows come; auto takes shared memory where a teacher is on this node.
             deadline_s: longest wait for one request, retries and a teacher's restart included.
             model_fingerprint: the model that is wanted; empty takes the first teacher's.
             move_after_s: see above.
             access: how to get in.
+            routing: which replica gets a request.
+            resolve: looks names up.
         """
         assert addresses
         self._deadline_s = deadline_s
         self._move_after_s = move_after_s
-        self._access = access
         self._requests = self._bytes = self._moved = 0
         self._wait_s = 0.0
         self._loop = BackgroundLoop()
         try:
-            self._fleet = self._loop.run(self._open, addresses, job, door, model_fingerprint)
+            self._fleet = self._loop.run(
+                self._open,
+                lambda: Fleet(
+                    Discovery(addresses, resolve),
+                    job=job,
+                    door=door,
+                    model_fingerprint=model_fingerprint,
+                    access=access,
+                    routing=routing,
+                ),
+            )
         except BaseException:
             self._loop.close()
             raise
@@ -165,6 +182,7 @@ class TeacherPool:
             wait_s=self._wait_s,
             retries=self._fleet.retries,
             moved=self._moved,
+            imbalance=self._fleet.imbalance,
         )
 
     def close(self) -> None:
@@ -175,8 +193,8 @@ class TeacherPool:
 
     # On the loop
 
-    async def _open(self, addresses: Sequence[str], job: str, door: DoorChoice, model_fingerprint: str) -> Fleet:
-        fleet = Fleet(addresses, job=job, door=door, model_fingerprint=model_fingerprint, access=self._access)
+    async def _open(self, make: Callable[[], Fleet]) -> Fleet:
+        fleet = make()
         try:
             await fleet.start(Deadline.after(self._deadline_s))
         except BaseException:

@@ -245,15 +245,48 @@ Global___KeepAliveRequest: typing_extensions.TypeAlias = KeepAliveRequest
 
 @typing.final
 class KeepAliveResponse(google.protobuf.message.Message):
-    """Empty."""
+    """What the server has to do."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    LOAD_FIELD_NUMBER: builtins.int
+    @property
+    def load(self) -> Global___ServerLoad:
+        """At this moment. Clients ask for it, too, before they choose among several servers."""
+
     def __init__(
         self,
+        *,
+        load: Global___ServerLoad | None = ...,
     ) -> None: ...
+    def HasField(self, field_name: typing.Literal["load", b"load"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["load", b"load"]) -> None: ...
 
 Global___KeepAliveResponse: typing_extensions.TypeAlias = KeepAliveResponse
+
+@typing.final
+class ServerLoad(google.protobuf.message.Message):
+    """How much a server has to do, for clients that choose among several."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WAITING_TOKENS_FIELD_NUMBER: builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    waiting_tokens: builtins.int
+    """Tokens of requests that wait or are computed now, over all sessions."""
+    tokens_per_s: builtins.float
+    """Measured speed of the engine; unset before its first batch."""
+    def __init__(
+        self,
+        *,
+        waiting_tokens: builtins.int = ...,
+        tokens_per_s: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_tokens_per_s", b"_tokens_per_s", "tokens_per_s", b"tokens_per_s"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_tokens_per_s", b"_tokens_per_s", "tokens_per_s", b"tokens_per_s", "waiting_tokens", b"waiting_tokens"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_tokens_per_s", b"_tokens_per_s"]) -> typing.Literal["tokens_per_s"] | None: ...
+
+Global___ServerLoad: typing_extensions.TypeAlias = ServerLoad
 
 @typing.final
 class CloseSessionRequest(google.protobuf.message.Message):
@@ -334,6 +367,7 @@ class PrefillReply(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    LOAD_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """Of the request."""
     @property
@@ -344,15 +378,20 @@ class PrefillReply(google.protobuf.message.Message):
     def failure(self) -> kdmesh.v1.common_pb2.Failure:
         """Why there are none."""
 
+    @property
+    def load(self) -> Global___ServerLoad:
+        """When the reply was made."""
+
     def __init__(
         self,
         *,
         request_id: builtins.int = ...,
         result: Global___PrefillResult | None = ...,
         failure: kdmesh.v1.common_pb2.Failure | None = ...,
+        load: Global___ServerLoad | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "request_id", b"request_id", "result", b"result"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "load", b"load", "outcome", b"outcome", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "load", b"load", "outcome", b"outcome", "request_id", b"request_id", "result", b"result"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["result", "failure"] | None: ...
 
 Global___PrefillReply: typing_extensions.TypeAlias = PrefillReply

@@ -11,6 +11,7 @@ import torch
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import DeadlineExpired, PermissionDenied, Unauthenticated
+from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import RolloutClient
@@ -28,7 +29,7 @@ FINGERPRINT = "fa4e0000003cfloat32"  # of the fake engine
 
 
 def fleet(address: str, access: AccessConfig) -> Fleet:
-    return Fleet([address], job="label", door="stream", model_fingerprint="", access=access)
+    return Fleet(Discovery([address]), job="label", door="stream", model_fingerprint="", access=access)
 
 
 async def test_a_job_that_was_never_let_in_is_told_at_once(tmp_path: Path) -> None:

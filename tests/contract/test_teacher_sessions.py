@@ -15,6 +15,7 @@ import torch
 
 from kdmesh.rpc import codec
 from kdmesh.rpc.channel import open_channel
+from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.retry import Deadline
 from kdmesh.v1 import teacher_pb2 as pb
@@ -197,7 +198,7 @@ async def test_reader_that_stops_reading_keeps_no_slot_past_its_session(tmp_path
             chunks = aiter(reading)
             assert len((await anext(chunks)).data) > 0
         # It goes on in a new session when it has lost its own, whose lease is as short.
-        other = Fleet([teacher.addresses.grpc], job="other", door="stream", model_fingerprint="")
+        other = Fleet(Discovery([teacher.addresses.grpc]), job="other", door="stream", model_fingerprint="")
         try:
             await other.start(Deadline.after(20))
             assert (

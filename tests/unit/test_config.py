@@ -15,7 +15,7 @@ from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
-from kdmesh_trainer import data_config, lora_config, optimizer_config
+from kdmesh_trainer import data_config, lora_config, optimizer_config, replicas_config
 from kdmesh_trainer.config import TrainerConfig
 
 GOOD = """
@@ -117,6 +117,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("student: {model: x, weights: random, lora: {}}", "lora needs weights pretrained"),
         ("student: {model: x, lora: {target_modules: []}}", "target_modules is empty: nothing would be learnt"),
         ("student: {model: x, lora: {target_modules: q_proj}}", "student.lora.target_modules"),
+        ("teacher: {addresses: ['dns:///teachers']}", "'dns:///teachers' is not of the form dns:///name:port"),
+        ("teacher: {addresses: ['dns:///a:1'], follows_student: {}}", "needs every address as host:port"),
         (
             "data: {train: {format: custom, target: 'a:b'}, teacher_context: {kind: messages}}",
             "teacher_context messages needs files",
@@ -197,7 +199,8 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
 
 
 @pytest.mark.parametrize(
-    "module", [auth_config, teacher_config, trainer_config, data_config, lora_config, optimizer_config]
+    "module",
+    [auth_config, teacher_config, trainer_config, data_config, lora_config, optimizer_config, replicas_config],
 )
 def test_every_key_is_described_and_every_section_closed_and_frozen(module: object) -> None:
     for section in sections(module):

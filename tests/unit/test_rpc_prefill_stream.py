@@ -54,6 +54,7 @@ async def started(stub: Stub, orphans: list[int]) -> tuple[PrefillStream, asynci
         stub,  # type: ignore[arg-type]
         "here:1",
         on_orphan=lambda handle: orphans.append(handle.segment),
+        on_load=lambda load: None,
         on_end=ended.append,
     )
     asked = asyncio.create_task(stream.ask(b"s", [SEQUENCE], model_fingerprint="", deadline_s=1))

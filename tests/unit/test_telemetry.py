@@ -83,7 +83,7 @@ class Recorder:
         self.calls.append(("close", None))
 
 
-def run(path: Path) -> tuple[telemetry.RunTelemetry, Recorder, Recorder]:
+def run(path: Path, *, imbalance: float | None = None) -> tuple[telemetry.RunTelemetry, Recorder, Recorder]:
     display, tracker = Recorder(), Recorder()
     record = telemetry.RunTelemetry(
         metrics=path / "metrics.jsonl",
@@ -91,6 +91,7 @@ def run(path: Path) -> tuple[telemetry.RunTelemetry, Recorder, Recorder]:
         progress=display,
         trackers=[tracker],
         doors=lambda: {"shm": "it is the best"},
+        imbalance=lambda: imbalance,
     )
     return record, display, tracker
 
@@ -115,6 +116,17 @@ def test_every_step_and_evaluation_is_one_line_that_is_there_at_once(tmp_path: P
     assert set(step["phase_s"]) == {"batch", "update"}
     assert step["tokens_per_second"] == pytest.approx(100 / step["step_s"])
     record.close()
+
+
+def test_imbalance_is_told_of_several_teachers_only(tmp_path: Path) -> None:
+    for name, imbalance in (("one", None), ("several", 1.25)):
+        record, _, tracker = run(tmp_path / name, imbalance=imbalance)
+        record.start(0)
+        record.report(0, stats())
+        record.close()
+        (step,) = lines(tmp_path / name)
+        assert step.get("teacher_imbalance") == imbalance
+        assert dict(tracker.calls)["log"][1].get("train/teacher_imbalance") == imbalance
 
 
 def test_a_phase_counts_for_the_step_that_is_reported_next(tmp_path: Path) -> None:
@@ -276,7 +288,7 @@ def config(tmp_path: Path, *names: str) -> TrainerConfig:
 
 
 def test_only_the_first_rank_records(tmp_path: Path) -> None:
-    with telemetry.open_telemetry(config(tmp_path), rank=1, doors=dict) as record:
+    with telemetry.open_telemetry(config(tmp_path), rank=1, doors=dict, imbalance=lambda: None) as record:
         record.start(0)
         with record.phase("update"):
             record.report(0, stats())
@@ -285,7 +297,7 @@ def test_only_the_first_rank_records(tmp_path: Path) -> None:
 
 
 def test_tensorboard_is_written_by_default(tmp_path: Path) -> None:
-    with telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict) as record:
+    with telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict, imbalance=lambda: None) as record:
         record.start(0)
         record.report(0, stats())
     assert list((tmp_path / "my-run" / "tensorboard").iterdir())

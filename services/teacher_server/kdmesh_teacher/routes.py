@@ -43,7 +43,7 @@ def add_routes(app: FastAPI, gate: Gate[Parts]) -> None:
         return snapshot | {
             "limits": asdict(parts.store.limits),
             "waiting": {"requests": queue.num_requests, "tokens": queue.num_tokens},
-            "tokens_per_s": parts.scheduler.tokens_per_s,
+            "tokens_per_s": parts.scheduler.load.tokens_per_s,
         }
 
     @app.get("/v1/cache")

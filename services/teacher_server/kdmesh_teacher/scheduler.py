@@ -16,7 +16,7 @@ from kdmesh.handles.store import SlabStore, SlotLease
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.throughput import Throughput
-from kdmesh.types import Handle, TokenSequence
+from kdmesh.types import Handle, ServerLoad, TokenSequence
 from kdmesh.weights.manifest import Manifest
 from kdmesh_teacher import admission
 from kdmesh_teacher.answering import Answering, Making, RowsGone
@@ -87,6 +87,7 @@ class Scheduler:
         self._answering = answering
         self._queue = FairQueue[Work]()
         self._throughput = Throughput()
+        self._computing_tokens = 0
         self._without_slot: set[bytes] = set()  # sessions that asked for a slot last and got none
         self._death: str | None = None
         self._update: _Update | None = None
@@ -101,9 +102,10 @@ class Scheduler:
         return self._queue
 
     @property
-    def tokens_per_s(self) -> float | None:
-        """Measured speed of the engine; None before its first batch."""
-        return self._throughput.tokens_per_s
+    def load(self) -> ServerLoad:
+        """What is to be done, and how fast."""
+        waiting_tokens = self._queue.num_tokens + self._computing_tokens
+        return ServerLoad(waiting_tokens=waiting_tokens, tokens_per_s=self._throughput.tokens_per_s)
 
     async def prefill(
         self,
@@ -297,8 +299,10 @@ class Scheduler:
             return
         row_bytes = self._answering.row_bytes
         jobs = [job for work, lease in batch for job in work.prefill_jobs(lease, row_bytes=row_bytes)]
+        self._computing_tokens = sum(work.num_tokens for work, _ in batch)
         call = self._engine.thread.run(self._engine.engine.prefill, jobs)
         await self._meanwhile(call)
+        self._computing_tokens = 0
         making = Making(weight_version=version, started_s=started_s, engine_s=time.monotonic() - started_s)
         failure = call.exception()
         for work, lease in batch:

@@ -67,10 +67,10 @@ class Servicer(TeacherServicer):
 
     async def KeepAlive(self, request: pb.KeepAliveRequest, context: Context) -> pb.KeepAliveResponse:
         """See teacher.proto."""
-        store = self._gate.parts().store
-        _job(store, request.session)
-        store.keep_alive(request.session)
-        return pb.KeepAliveResponse()
+        parts = self._gate.parts()
+        _job(parts.store, request.session)
+        parts.store.keep_alive(request.session)
+        return pb.KeepAliveResponse(load=codec.load_to_wire(parts.scheduler.load))
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
         """See teacher.proto."""
@@ -106,13 +106,15 @@ class Servicer(TeacherServicer):
                 raise
             except RpcError as error:
                 outcome = type(error).__name__
-                await stream.write(pb.PrefillReply(request_id=request.request_id, failure=failure.to_wire(error)))
+                refusal = failure.to_wire(error)
+                load = codec.load_to_wire(parts.scheduler.load)
+                await stream.write(pb.PrefillReply(request_id=request.request_id, failure=refusal, load=load))
                 return
             finally:
                 self._metrics.request_done(job, outcome)
-            result = _result(answer)
+            result, load = _result(answer), codec.load_to_wire(parts.scheduler.load)
             try:
-                await stream.write(pb.PrefillReply(request_id=request.request_id, result=result))
+                await stream.write(pb.PrefillReply(request_id=request.request_id, result=result, load=load))
             except BaseException:
                 parts.store.release(request.session, answer.rows)  # nobody will ever know of it
                 raise

@@ -97,7 +97,8 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             stack=stack,
         )
         doors = dict[str, str] if teacher is None else (lambda: teacher.pool.stats().doors)
-        telemetry = stack.enter_context(open_telemetry(cfg, rank=mesh.rank, doors=doors))
+        imbalance = (lambda: None) if teacher is None else (lambda: teacher.pool.stats().imbalance)
+        telemetry = stack.enter_context(open_telemetry(cfg, rank=mesh.rank, doors=doors, imbalance=imbalance))
         data = _read_data(cfg, checked, teacher)
         vocabulary_size = checked.vocabulary_size if teacher is None else teacher.vocabulary_size
         lm = _load_student(cfg, vocabulary_size)

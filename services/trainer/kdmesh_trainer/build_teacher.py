@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kdmesh.errors import ConfigError
+from kdmesh.rpc.routing import RoutingPolicy
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.rpc.weight_services import TEACHERS
@@ -70,6 +71,9 @@ def open_teacher(
             door=cfg.teacher.door,
             deadline_s=cfg.teacher.deadline_s,
             access=cfg.teacher.access,
+            routing=RoutingPolicy(
+                local_tokens=cfg.teacher.routing.local_tokens, hedge_after_s=cfg.teacher.routing.hedge_after_s
+            ),
         )
     )
     if not (isinstance(cfg.source, config.OnPolicy) and cfg.source.colocated):  # else they have their turn later

@@ -12,6 +12,7 @@ from kdmesh.config import StrictModel
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.replicas_config import ReplicatedConfig
 
 
 class StudentConfig(StrictModel):
@@ -61,11 +62,8 @@ class FollowConfig(SendingConfig):
     """The teacher is a moving average, a <- decay * a + (1 - decay) * student after every step; null: the student."""
 
 
-class TeacherConfig(StrictModel):
+class TeacherConfig(ReplicatedConfig):
     """The teacher servers that answer this job."""
-
-    addresses: tuple[str, ...] = ()
-    """host:port of each replica of one model. `kdmesh train --serve` fills it in."""
 
     access: AccessConfig = AccessConfig()
     """How this job gets in; with `follows_student` it must be an operator there."""
@@ -81,6 +79,12 @@ class TeacherConfig(StrictModel):
 
     follows_student: FollowConfig | None = None
     """Replace the teacher's weights by the student's as it learns; null: the teacher is frozen."""
+
+    @model_validator(mode="after")
+    def _all_can_be_told(self) -> TeacherConfig:
+        if self.follows_student is not None and self.has_names:
+            raise ValueError("follows_student needs every address as host:port: new weights go to each of them")
+        return self
 
 
 class ForwardKL(StrictModel):

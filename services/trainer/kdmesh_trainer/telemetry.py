@@ -29,12 +29,18 @@ _SHORTEST_WAIT_S = 1e-3  # a shorter one says nothing of how fast the other side
 
 
 def open_telemetry(
-    cfg: config.TrainerConfig, *, rank: int, doors: Callable[[], Mapping[str, str]]
+    cfg: config.TrainerConfig,
+    *,
+    rank: int,
+    doors: Callable[[], Mapping[str, str]],
+    imbalance: Callable[[], float | None],
 ) -> AbstractContextManager[RunTelemetry | SilentTelemetry]:
     """What the loop reports to: on rank 0 metrics.jsonl, the progress line and the trackers; elsewhere nothing.
 
     Args:
         doors: through which rows come now, and why through these; empty without a teacher.
+        imbalance: the most over the mean of the tokens that this rank sent to each teacher lately; None with fewer than
+            two.
 
     Raises:
         ConfigError: a tracker is not installed.
@@ -49,6 +55,7 @@ def open_telemetry(
             progress=progress,
             trackers=build_trackers(cfg),
             doors=doors,
+            imbalance=imbalance,
         )
     )
 
@@ -85,12 +92,14 @@ class RunTelemetry:
         progress: Progress,
         trackers: list[Tracker],
         doors: Callable[[], Mapping[str, str]],
+        imbalance: Callable[[], float | None],
     ) -> None:
         self._path = metrics
         self._steps = steps
         self._progress = progress
         self._trackers = trackers
         self._doors = doors
+        self._imbalance = imbalance
         self._file: IO[str] | None = None
         self._phase_s: dict[str, float] = {}
         self._recent: deque[tuple[StepStats, float]] = deque(maxlen=_RECENT_STEPS)
@@ -127,6 +136,8 @@ class RunTelemetry:
             "tokens_per_second": stats.num_tokens / step_s if step_s else None,
             "teacher_wait_fraction": stats.teacher_wait_s / step_s if step_s else None,
         }
+        if (imbalance := self._imbalance()) is not None:
+            figures["teacher_imbalance"] = imbalance
         seconds = _seconds(stats, phase_s)
         bounded_by = max(seconds, key=lambda name: seconds[name])
         facts = {"phase_tokens_per_second": _rates(stats, seconds), "bounded_by": bounded_by}
