@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from kdmesh.errors import Unavailable
+from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.rpc import codec, weight_codec
 from kdmesh.rpc.update_stream import UpdateStream
 from kdmesh.types import Handle
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.buckets import BucketEntry, cut
 from kdmesh.weights.digests import digest
-from kdmesh.weights.pair_channel import PairChannel
 
 _INLINE_AHEAD = 4  # messages sent and unanswered, so that neither side waits for the other
 # After a group broke; whatever broke it ends the stream too, and says more.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kdmesh.errors import InvalidRequest
+from kdmesh.groups.meeting import SECRET_BYTES, Invitation
 from kdmesh.rpc import codec
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.buckets import BucketEntry, Part
 from kdmesh.weights.digests import DIGEST_BYTES
 from kdmesh.weights.doors import Door
 from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSpec, UpdatePolicy
-from kdmesh.weights.pair_group import SECRET_BYTES, Invitation
 
 MAX_INLINE_BYTES = 2**20
 """Most bytes of a bucket that travels inside its message."""

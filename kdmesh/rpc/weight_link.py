@@ -21,6 +21,9 @@ from kdmesh.errors import (
     RpcError,
     Unavailable,
 )
+from kdmesh.groups.meeting import Meeting, address_towards, split_address
+from kdmesh.groups.pair_channel import PairChannel
+from kdmesh.groups.pair_group import Backend, PairGroup, Seat
 from kdmesh.rpc import weight_codec
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.calls import our_errors
@@ -32,8 +35,6 @@ from kdmesh.rpc.weight_services import ServedWeights, WeightService
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.doors import GROUPS, Door
 from kdmesh.weights.manifest import Manifest
-from kdmesh.weights.pair_channel import PairChannel
-from kdmesh.weights.pair_group import Meeting, PairGroup, Seat, address_towards, split_address
 
 log = logging.getLogger(__name__)
 
@@ -139,13 +140,14 @@ class WeightLink:
         server_host = split_address(self.address)[0]
         host = self._offer.advertise or await asyncio.to_thread(address_towards, server_host)
         meeting = await asyncio.to_thread(Meeting, host, timeout_s=JOIN_S)
-        invitation = weight_codec.invitation_to_wire(meeting.invitation)
-        reply = await self._stream.send(pb.UpdateWeightsRequest(join=invitation))
+        store, invitation = meeting.invite()
+        message = weight_codec.invitation_to_wire(invitation)
+        reply = await self._stream.send(pb.UpdateWeightsRequest(join=message))
         if self._taken(reply) is not door:
-            raise Unavailable(f"{self.address} cannot reach {meeting.invitation.store_address}")
+            raise Unavailable(f"{self.address} cannot reach {invitation.store_address}")
         device = self._offer.device if door is Door.NCCL else torch.device("cpu")
-        secret = meeting.invitation.secret
-        seat = Seat(store=meeting.store, secret=secret, rank=0, door=door, device=device, host=host)
+        secret, backend = invitation.secret, Backend(door)
+        seat = Seat(store=store, secret=secret, rank=0, backend=backend, device=device, host=host)
         channel = PairChannel(partial(PairGroup, seat, timeout_s=JOIN_S))
         self._closing.push_async_callback(channel.close)
         await channel.joined()

@@ -24,6 +24,7 @@ from kdmesh.errors import (
     PermissionDenied,
     RpcError,
 )
+from kdmesh.groups.meeting import check_own_address
 from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.retry import Deadline, RetryPolicy
@@ -36,7 +37,6 @@ from kdmesh.weights.buckets import plan_buckets
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
 from kdmesh.weights.packing import Changes, Packer, Weights
-from kdmesh.weights.pair_group import check_own_address
 
 log = logging.getLogger(__name__)
 

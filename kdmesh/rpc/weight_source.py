@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import EngineFailure, InvalidRequest, Unavailable
+from kdmesh.groups.meeting import Invitation, address_towards, split_address, visit
+from kdmesh.groups.pair_channel import PairChannel
+from kdmesh.groups.pair_group import Backend, PairGroup, Seat
 from kdmesh.handles.shm_door import ShmDoor
 from kdmesh.rpc import codec, weight_codec
 from kdmesh.rpc.weight_offer import JOIN_S
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.doors import GROUPS, Door
-from kdmesh.weights.pair_channel import PairChannel
-from kdmesh.weights.pair_group import Invitation, PairGroup, Seat, address_towards, split_address, visit
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class BucketSource:
             self.door = Door.INLINE
             return
         device = self._device if self.door is Door.NCCL and self._device is not None else torch.device("cpu")
-        seat = Seat(store=store, secret=invitation.secret, rank=1, door=self.door, device=device, host=host)
+        seat = Seat(store=store, secret=invitation.secret, rank=1, backend=Backend(self.door), device=device, host=host)
         self._channel = PairChannel(partial(PairGroup, seat, timeout_s=JOIN_S))
 
     async def read(self, bucket: pb.WeightBucket) -> memoryview:

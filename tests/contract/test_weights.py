@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, ModelMismatch, Unavailable
+from kdmesh.groups.meeting import Invitation, split_address
 from kdmesh.rpc import weight_source
 from kdmesh.rpc.weight_delivery import Delivery
 from kdmesh.rpc.weight_sender import WeightSender
@@ -21,7 +22,6 @@ from kdmesh.weights.buckets import BucketEntry
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
-from kdmesh.weights.pair_group import Invitation, split_address
 from tests.support.handles_consumer import until
 from tests.support.weight_server import weight_server
 from tests.support.weight_targets import FINGERPRINT, MemoryTarget, is_same, random_weights

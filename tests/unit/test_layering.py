@@ -34,6 +34,7 @@ LAYER = {
     "kdmesh.log": 1,
     "kdmesh.tokens": 1,
     "kdmesh.v1": 1,
+    "kdmesh.groups": 2,
     "kdmesh.handles": 2,
     "kdmesh.losses": 2,
     "kdmesh.models": 2,

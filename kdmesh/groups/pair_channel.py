@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from kdmesh.weights.pair_group import PairGroup
+from kdmesh.groups.pair_group import PairGroup
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ class PairChannel:
 
     def __init__(self, join: Callable[[], PairGroup]) -> None:
         """Begin to join. `join` blocks, for a few seconds at most, and raises Unavailable."""
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights group")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="group of two")
         self._joining = asyncio.get_running_loop().run_in_executor(self._thread, join)
         self._joining.add_done_callback(_look_at)
 

@@ -8,30 +8,32 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 
 import psutil
 import pytest
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import ConfigError, Unavailable
+from kdmesh.groups.meeting import SECRET_BYTES, Invitation, Meeting, address_towards, visit
+from kdmesh.groups.pair_group import Backend, PairGroup, Seat
 from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.weights.doors import Door
-from kdmesh.weights.pair_group import SECRET_BYTES, Invitation, Meeting, PairGroup, Seat, address_towards, visit
 
 HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 
 
-def _first(meeting: Meeting, *, timeout_s: float = 10) -> PairGroup:
-    seat = Seat(store=meeting.store, secret=meeting.invitation.secret, rank=0, door=Door.GLOO, device=CPU, host=HOST)
+def _join(store: Store, secret: bytes, *, rank: int, timeout_s: float = 10) -> PairGroup:
+    seat = Seat(store=store, secret=secret, rank=rank, backend=Backend.GLOO, device=CPU, host=HOST)
     return PairGroup(seat, timeout_s=timeout_s)
 
 
-def _second(invitation: Invitation, *, timeout_s: float = 10) -> PairGroup:
-    store = visit(invitation, timeout_s=timeout_s)
-    seat = Seat(store=store, secret=invitation.secret, rank=1, door=Door.GLOO, device=CPU, host=HOST)
-    return PairGroup(seat, timeout_s=timeout_s)
+def _first(place: Store, invitation: Invitation, *, timeout_s: float = 10) -> PairGroup:
+    return _join(place, invitation.secret, rank=0, timeout_s=timeout_s)
+
+
+def _second(invitation: Invitation, *, secret: bytes | None = None) -> PairGroup:
+    return _join(visit(invitation, timeout_s=10), secret or invitation.secret, rank=1)
 
 
 @contextmanager
@@ -42,9 +44,9 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _pair() -> Iterator[tuple[PairGroup, PairGroup]]:
-    meeting = Meeting(HOST, timeout_s=10)
+    place, invitation = Meeting(HOST, timeout_s=10).invite()
     with _threads() as pool:
-        one, other = pool.submit(_first, meeting), pool.submit(_second, meeting.invitation)
+        one, other = pool.submit(_first, place, invitation), pool.submit(_second, invitation)
         pair = one.result(20), other.result(20)
     yield pair
     for group in pair:
@@ -85,40 +87,39 @@ def test_a_group_leaves_nothing_open() -> None:
 
 def test_a_stranger_in_a_seat_of_the_group_gets_no_byte() -> None:
     """Whoever reaches the store reads where the first process listens, but not the secret."""
-    meeting = Meeting(HOST, timeout_s=10)
-    stranger = replace(meeting.invitation, secret=secrets.token_bytes(SECRET_BYTES))
+    place, invitation = Meeting(HOST, timeout_s=10).invite()
     with _threads() as pool:
-        one, other = pool.submit(_first, meeting), pool.submit(_second, stranger)
+        one = pool.submit(_first, place, invitation)
+        other = pool.submit(_second, invitation, secret=secrets.token_bytes(SECRET_BYTES))
         assert "does not know its secret" in _refused(other)
         _refused(one)
 
 
 def test_a_stranger_who_repeats_what_he_was_told_is_noticed() -> None:
-    meeting = Meeting(HOST, timeout_s=10)
-    half = meeting.invitation.secret[: SECRET_BYTES // 2]
-    stranger = replace(meeting.invitation, secret=half + half)
+    place, invitation = Meeting(HOST, timeout_s=10).invite()
+    half = invitation.secret[: SECRET_BYTES // 2]
     with _threads() as pool:
-        one, other = pool.submit(_first, meeting), pool.submit(_second, stranger)
+        one, other = pool.submit(_first, place, invitation), pool.submit(_second, invitation, secret=half + half)
         assert "does not know its secret" in _refused(one)
         other.result(20).close()
 
 
 def test_a_stranger_who_talks_to_the_store_disturbs_nobody() -> None:
-    meeting = Meeting(HOST, timeout_s=10)
-    host, _, port = meeting.invitation.store_address.rpartition(":")
+    place, invitation = Meeting(HOST, timeout_s=10).invite()
+    host, _, port = invitation.store_address.rpartition(":")
     with socket.create_connection((host, int(port))) as silent, socket.create_connection((host, int(port))) as loud:
         loud.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
         with _threads() as pool:
-            one, other = pool.submit(_first, meeting), pool.submit(_second, meeting.invitation)
+            one, other = pool.submit(_first, place, invitation), pool.submit(_second, invitation)
             one.result(20).close()
             other.result(20).close()
         assert silent.fileno() >= 0
 
 
 def test_who_never_comes_is_not_waited_for_longer_than_allowed() -> None:
-    meeting = Meeting(HOST, timeout_s=0.2)
+    place, invitation = Meeting(HOST, timeout_s=0.2).invite()
     with pytest.raises(Unavailable, match="no group of two"):
-        _first(meeting, timeout_s=0.2)
+        _first(place, invitation, timeout_s=0.2)
 
 
 @pytest.mark.parametrize("end", [PairGroup.abort, PairGroup.close])
@@ -135,6 +136,27 @@ def test_who_waits_learns_that_the_other_left(end: Callable[[PairGroup], None]) 
             receiving.result(20)
         with pytest.raises(Unavailable, match="ended"):
             other.send(memoryview(bytearray(8)), 1)
+
+
+def test_groups_of_one_meeting_are_strangers_and_leave_nothing_in_it() -> None:
+    meeting = Meeting(HOST, timeout_s=10)
+    places = [meeting.invite() for _ in range(3)]
+    with _threads() as pool:
+        firsts = [pool.submit(_first, place, invitation) for place, invitation in places[:2]]
+        seconds = [pool.submit(_second, invitation) for _, invitation in places[:2]]
+        one, another = (first.result(20) for first in firsts)
+        other, yet_another = (second.result(20) for second in seconds)
+        one.close()
+        with pytest.raises(Unavailable, match="the group of two broke"):
+            other.receive(torch.zeros(8, dtype=torch.uint8), 10)
+        sending = pool.submit(another.send, memoryview(bytearray(8)), 10)
+        yet_another.receive(torch.zeros(8, dtype=torch.uint8), 10)
+        sending.result(10)
+    store = meeting._store
+    assert store.num_keys() > 1
+    for _, invitation in places:
+        meeting.forget(invitation)
+    assert not [key for key in store.list_keys() if key.startswith("pair-")]
 
 
 def test_a_store_that_is_not_there_is_unavailable() -> None:

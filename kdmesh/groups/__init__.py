@@ -1,0 +1,1 @@
+"""Private groups of two processes that hand each other bytes."""
