@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RDMA_INSTALLED := $(VENV)/.rdma-installed
 SGLANG := .cache/sglang-env
 SGLANG_INSTALLED := $(SGLANG)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy test test-sglang sglang-env check format proto clean
+.PHONY: help demo demo-onpolicy test test-rdma test-sglang sglang-env check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -28,6 +29,10 @@ $(SGLANG_INSTALLED): pyproject.toml tools/sglang_env/bare.txt tools/sglang_env/p
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+$(RDMA_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[rdma]'
+	@touch $@
+
 demo: $(INSTALLED)  ## Distil a small model on this machine: teacher server, 2-rank trainer, report
 	$(BIN)/kdmesh demo
 
@@ -36,6 +41,9 @@ demo-onpolicy: $(INSTALLED)  ## Let a small model learn from its own samples: te
 
 test: $(INSTALLED)  ## Everything CI runs, a file of tests on each core
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-rdma: $(RDMA_INSTALLED)  ## The RDMA door, over the test transports of NIXL (70 MB to fetch)
+	$(BIN)/pytest -q -m rdma tests/rdma
 
 sglang-env: $(SGLANG_INSTALLED)  ## An environment with the real SGLang for CPU, about 3 GB, kept between runs
 

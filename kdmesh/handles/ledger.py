@@ -298,15 +298,18 @@ class Ledger:
         if slot.handle is None:
             self._end_handle(handle.segment)
 
-    def release(self, session: bytes, key: Key) -> None:
-        """End a handle; nothing happens when it has ended, or was never this session's."""
+    def release(self, session: bytes, key: Key) -> bool:
+        """End a handle; False, and nothing happens, when it has ended, or was never this session's."""
         index = key.segment
         orphan = self._orphans.get((index, key.epoch))
         if orphan is not None and hmac.compare_digest(orphan.token, key.token):
             del self._orphans[index, key.epoch]
-        elif self._is_answer(session, key):
-            self._end_handle(index)
-            self.counters.released += 1
+            return True
+        if not self._is_answer(session, key):
+            return False
+        self._end_handle(index)
+        self.counters.released += 1
+        return True
 
     # New memory
 

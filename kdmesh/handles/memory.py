@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -41,10 +42,16 @@ class Segment:
         self.number = next(_numbers)
         self.size_bytes = len(mapping)
         self.writable = memoryview(mapping)
+        self.is_closed = False
+        self.before_close: list[Callable[[Segment], None]] = []
+        """Whoever knows the mapping's address must let go of it when called."""
         self._mapping = mapping
 
     def close(self) -> None:
         """Give up descriptor and mapping; readers keep theirs, and a view that still lives keeps this one."""
+        self.is_closed = True
+        for let_go in self.before_close:
+            let_go(self)
         os.close(self.fd)
         with contextlib.suppress(BufferError):
             self.writable.release()

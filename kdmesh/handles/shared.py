@@ -122,10 +122,13 @@ class SharedSegments:
         self.end_session(session)
         self._hold(session, handles)
 
-    def release(self, session: bytes, key: Key) -> None:
-        """A session needs this handle no more; nothing happens when it was not told of it."""
-        if shared := self._all.get(key.segment):
-            self._let_go(session, shared, key.token)
+    def release(self, session: bytes, key: Key) -> bool:
+        """A session needs this handle no more; False, and nothing happens, when it was not told of it."""
+        shared = self._all.get(key.segment)
+        if shared is None or (session, key.token) not in shared.holds:
+            return False
+        self._let_go(session, shared, key.token)
+        return True
 
     def end_session(self, session: bytes) -> None:
         """A session needs none of its handles any more."""

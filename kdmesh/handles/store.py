@@ -32,7 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kdmesh.errors import ConfigError, HandleGone, InvalidRequest
+from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.handles.broker import Broker
 from kdmesh.handles.ledger import Key, Ledger, SlabLimits, SlotState
 from kdmesh.handles.memory import (
@@ -94,6 +94,7 @@ class SlabStore:
     Attributes:
         limits: as given.
         slot_bytes: size of a slot: limits.slot_bytes rounded up to whole pages.
+        slots: the memory of every slot, as it is now; for looking only.
         nonce: 16 random bytes that the broker tells; a client that was told the same by rpc is on this node.
         socket_path: where the broker listens.
         on_free: called after a slot came free; try_acquire may succeed now. Set it before sessions open.
@@ -128,11 +129,11 @@ class SlabStore:
         self._allowed_uids = frozenset({os.getuid()}) if allowed_uids is None else allowed_uids
         self._clock = clock
         self._ledger = Ledger(limits, clock, self._freed)
-        self._slots: list[Segment] = []
+        self.slots: list[Segment] = []
         self._shared = SharedSegments(first_number=limits.slots)
         self._is_collected = asyncio.Event()  # set whenever an answer may have been claimed or ended
         self._is_free_told = True
-        self._renewal = Renewal(self._ledger, self._slots, writer)
+        self._renewal = Renewal(self._ledger, self.slots, writer)
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -146,7 +147,7 @@ class SlabStore:
             try:
                 require_available(self.limits.slots * self.slot_bytes)
                 for _ in range(self.limits.slots):
-                    self._slots.append(await create_segment_in_thread(self.slot_bytes, self._writer))
+                    self.slots.append(await create_segment_in_thread(self.slot_bytes, self._writer))
             except OSError as error:
                 raise ConfigError(
                     f"cannot make {self.limits.slots} slots of {self.slot_bytes} bytes: {error.strerror or error}"
@@ -199,7 +200,7 @@ class SlabStore:
         slot = self._ledger.acquire(session)
         if slot is None:
             return None
-        memory = self._slots[slot]
+        memory = self.slots[slot]
         return SlotLease(session=session, slot=slot, buffer=memory.writable[:], segment=memory.number)
 
     def publish(self, lease: SlotLease, *, rows: int, cols: int, dtype: DType) -> Handle:
@@ -225,6 +226,13 @@ class SlabStore:
 
     # Reading
 
+    def find(self, session: bytes, key: Key) -> tuple[Segment, Handle]:
+        """Where a handle points, and how it was answered. Raises HandleGone as the ledger does."""
+        if key.segment < len(self.slots):
+            return self.slots[key.segment], self._ledger.find(session, key)
+        self._ledger.job(session)
+        return self._shared.find(key)
+
     async def wait_collected(self) -> None:
         """Return when no answer waits to be claimed."""
         while self._ledger.slots_by_state()[SlotState.READY]:
@@ -241,14 +249,10 @@ class SlabStore:
             HandleGone: also when the handle is forged, stale, released or another session's.
             InvalidRequest: its shape or dtype are not those that were answered.
         """
-        is_slot = handle.segment < len(self._slots)
-        if is_slot:
-            segment, answered = self._slots[handle.segment], self._ledger.find(session, handle)
-        else:
-            segment, answered = self._find_shared(session, handle)
+        segment, answered = self.find(session, handle)
         if handle != answered:
             raise InvalidRequest(f"the handle says {_shape(handle)}; answered was {_shape(answered)}")
-        staying = self._reading_slot(handle) if is_slot else self._shared.reading(handle)
+        staying = self._reading_slot(handle) if handle.segment < len(self.slots) else self._shared.reading(handle)
         with staying, segment.writable[handle.offset_bytes :][: handle.size_bytes].toreadonly() as view:
             yield view
 
@@ -262,12 +266,12 @@ class SlabStore:
             self._ledger.end_read(handle)
             self._renewal.slot_returned()
 
-    def release(self, session: bytes, key: Key) -> None:
-        """End a handle for this session; nothing happens when it has ended, or was never this session's."""
-        self._ledger.release(session, key)
-        self._shared.release(session, key)
+    def release(self, session: bytes, key: Key) -> bool:
+        """End a handle for this session; False, and nothing happens, when it has ended, or was never this session's."""
+        was_live = self._ledger.release(session, key) or self._shared.release(session, key)
         self._is_collected.set()
         self._renewal.slot_returned()
+        return was_live
 
     # Shared segments
 
@@ -335,10 +339,10 @@ class SlabStore:
     def claim(self, session: bytes, key: Key, holder: int) -> Segment:
         """The segment that `holder` is to map. Raises HandleGone as the ledger does."""
         self._is_collected.set()
-        if key.segment >= len(self._slots):
-            return self._find_shared(session, key)[0]
-        self._ledger.claim(session, key, holder)
-        return self._slots[key.segment]
+        segment, _ = self.find(session, key)
+        if key.segment < len(self.slots):
+            self._ledger.claim(session, key, holder)
+        return segment
 
     def holder_gone(self, holder: int) -> None:
         """Nothing that this connection claimed is read any more."""
@@ -352,11 +356,6 @@ class SlabStore:
         self._renewal.is_due.set()
 
     # Inside
-
-    def _find_shared(self, session: bytes, key: Key) -> tuple[Segment, Handle]:
-        if not self._ledger.is_open(session):
-            raise HandleGone("the session is unknown or its lease has ended; open a new one")
-        return self._shared.find(key)
 
     def _ended(self, end: SessionEnd, reason: str) -> None:
         log.info("session ended", extra={"job": end.job, "reason": reason, "abandoned_slots": end.abandoned})
@@ -389,7 +388,7 @@ class SlabStore:
 
     def _close_memory(self) -> None:
         self._shared.close()
-        for segment in self._slots:
+        for segment in self.slots:
             segment.close()
 
 

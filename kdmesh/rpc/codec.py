@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kdmesh.errors import InvalidRequest
+from kdmesh.handles.rdma_agent import RemoteMemory
 from kdmesh.types import DType, Handle, HeadSpec, ModelDescription, ServerLoad, TokenSequence
 from kdmesh.v1 import common_pb2, teacher_pb2
 
@@ -82,6 +83,18 @@ def handle_to_wire(handle: Handle) -> common_pb2.Handle:
         cols=handle.cols,
         dtype=_WIRE[handle.dtype],
         is_claimed=handle.is_claimed,
+    )
+
+
+def memory_from_wire(m: teacher_pb2.LocateMemoryResponse) -> RemoteMemory:
+    """The metadata stays unread: NIXL itself must judge it."""
+    return RemoteMemory(agent=m.agent, metadata=m.metadata, address=m.address, size_bytes=m.size_bytes)
+
+
+def memory_to_wire(memory: RemoteMemory) -> teacher_pb2.LocateMemoryResponse:
+    """The same memory as a message."""
+    return teacher_pb2.LocateMemoryResponse(
+        agent=memory.agent, metadata=memory.metadata, address=memory.address, size_bytes=memory.size_bytes
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from kdmesh.errors import Unavailable
 from kdmesh.handles.door import Door
+from kdmesh.handles.rdma_agent import RemoteMemory
+from kdmesh.handles.rdma_door import RdmaDoor, ServerCalls
 from kdmesh.handles.shm_door import ShmDoor
 from kdmesh.handles.stream_door import StreamDoor
 from kdmesh.types import Handle
@@ -17,10 +19,10 @@ from kdmesh.v1 import teacher_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-DoorName: TypeAlias = Literal["shm", "stream"]
-DoorChoice: TypeAlias = Literal["auto", "shm", "stream"]
+DoorName: TypeAlias = Literal["shm", "rdma", "stream"]
+DoorChoice: TypeAlias = Literal["auto", "shm", "rdma", "stream"]
 
-_BEST_FIRST: Sequence[DoorName] = ("shm", "stream")
+_BEST_FIRST: Sequence[DoorName] = ("shm", "rdma", "stream")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +41,15 @@ class Doorway:
         opened: the server's answer to OpenSession.
         read: the chunks of a handle, in order.
         release: ends a handle.
+        end: the same, and waits; raises HandleGone when it had ended before.
+        locate: where a handle's segment lies for RDMA; without a handle, memory that begins with the node's nonce.
     """
 
     opened: pb.OpenSessionResponse
     read: Callable[[Handle], AsyncIterator[memoryview]]
     release: Callable[[Handle], None]
+    end: Callable[[Handle], Awaitable[None]]
+    locate: Callable[[Handle | None], Awaitable[RemoteMemory]]
 
 
 async def open_door(choice: DoorChoice, way: Doorway, *, address: str) -> ChosenDoor:
@@ -83,5 +89,10 @@ async def _open(name: DoorName, way: Doorway) -> Door:
         case "shm":
             opened = way.opened
             return await ShmDoor.connect(Path(opened.broker_socket), opened.session, opened.node_nonce)
+        case "rdma":
+            if not way.opened.has_rdma:
+                raise Unavailable("the server has no RDMA")
+            server = ServerCalls(locate=way.locate, end=way.end, abandon=way.release)
+            return await RdmaDoor.connect(server, way.opened.node_nonce)
         case "stream":
             return StreamDoor(way.read, way.release)

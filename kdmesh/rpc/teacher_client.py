@@ -14,8 +14,9 @@ import grpc
 from torch import Tensor
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.errors import ConfigError, EngineFailure, InvalidRequest, RpcError, Unavailable
+from kdmesh.errors import ConfigError, EngineFailure, HandleGone, InvalidRequest, RpcError, Unavailable
 from kdmesh.handles.door import Door
+from kdmesh.handles.rdma_agent import RemoteMemory
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc import codec, raw_chunk, sleep_calls
 from kdmesh.rpc.background_tasks import BackgroundTasks
@@ -140,7 +141,7 @@ class TeacherClient:
         self._tasks.start(self._keep_alive())
 
     async def _open_door(self, choice: DoorChoice, opened: pb.OpenSessionResponse) -> None:
-        way = Doorway(opened=opened, read=self._read, release=self._release)
+        way = Doorway(opened=opened, read=self._read, release=self._release, end=self._end, locate=self._locate)
         try:
             chosen = await open_door(choice, way, address=self.address)
         except Unavailable as error:
@@ -171,7 +172,7 @@ class TeacherClient:
             self._release_orphan(result.rows)
             raise
         return TeacherRows(
-            rows_RD=await self.door.fetch(handle),
+            rows_RD=await self._fetch(handle),
             weight_version=result.weight_version,
             is_borrowed=self.door.name == "shm",
         )
@@ -184,8 +185,8 @@ class TeacherClient:
         if self._head is not None and self._head.segment != weight.segment:
             self.door.forget(self._head)
         self._head = weight
-        weight_VD = await self.door.fetch(weight)
-        bias_1V = await self.door.fetch(codec.handle_from_wire(answer.bias)) if spec.has_bias else None
+        weight_VD = await self._fetch(weight)
+        bias_1V = await self._fetch(codec.handle_from_wire(answer.bias)) if spec.has_bias else None
         head = OutputHead(
             weight_VD=weight_VD,
             bias_V=None if bias_1V is None else bias_1V[0],
@@ -231,6 +232,14 @@ class TeacherClient:
     ) -> T:
         with our_errors(self.address):
             return await method(request, timeout=timeout_s)
+
+    async def _fetch(self, handle: Handle) -> Tensor:
+        """See Door. A door that leads nowhere any more is not tried again: the next connection finds another."""
+        try:
+            return await self.door.fetch(handle)
+        except Unavailable as error:
+            self._lose(error)
+            raise
 
     def _lose(self, reason: RpcError) -> None:
         if not self._lost.done():
@@ -297,6 +306,18 @@ class TeacherClient:
             return raw_chunk.decode(message, offset_bytes=offset_bytes)
         except InvalidRequest as error:
             raise EngineFailure(f"{self.address} sent {error}") from None
+
+    async def _locate(self, handle: Handle | None) -> RemoteMemory:
+        """Where a handle's segment lies, for the RDMA door."""
+        named = None if handle is None else codec.handle_to_wire(handle)
+        request = pb.LocateMemoryRequest(session=self._session, handle=named)
+        return codec.memory_from_wire(await self._call(self._stub.LocateMemory, request))
+
+    async def _end(self, handle: Handle) -> None:
+        """Release a handle. Raises HandleGone when it had ended before."""
+        request = pb.ReleaseRequest(session=self._session, handles=[codec.handle_to_wire(handle)])
+        if (await self._call(self._stub.Release, request)).gone:
+            raise HandleGone(f"the handle to segment {handle.segment} ended while it was read")
 
     def _release(self, handle: Handle) -> None:
         self._tasks.start(self._send_release(codec.handle_to_wire(handle)))

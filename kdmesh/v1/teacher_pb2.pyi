@@ -6,7 +6,7 @@ The teacher service: hidden states of a model, as handles.
 The model is frozen, unless the server's operator lets one job replace its weights.
 
 A client opens a session, asks on one Prefill stream, reads rows through shared
-memory (same node) or ReadHandle (anywhere), releases them, and keeps the session
+memory (same node), RDMA or ReadHandle (anywhere), releases them, and keeps the session
 alive. Every rpc but Describe, OpenSession, Sleep, Wake and UpdateWeights carries the
 session's token.
 
@@ -197,6 +197,7 @@ class OpenSessionResponse(google.protobuf.message.Message):
     MAX_SLOTS_FIELD_NUMBER: builtins.int
     BROKER_SOCKET_FIELD_NUMBER: builtins.int
     NODE_NONCE_FIELD_NUMBER: builtins.int
+    HAS_RDMA_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """16 random bytes: the session's identity and its secret."""
     lease_ms: builtins.int
@@ -211,6 +212,8 @@ class OpenSessionResponse(google.protobuf.message.Message):
     """16 random bytes that the broker says too. A client that reads the same bytes from
     broker_socket is on the server's node; host names prove nothing.
     """
+    has_rdma: builtins.bool
+    """Whether LocateMemory answers."""
     def __init__(
         self,
         *,
@@ -220,8 +223,9 @@ class OpenSessionResponse(google.protobuf.message.Message):
         max_slots: builtins.int = ...,
         broker_socket: builtins.str = ...,
         node_nonce: builtins.bytes = ...,
+        has_rdma: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["broker_socket", b"broker_socket", "claim_ms", b"claim_ms", "lease_ms", b"lease_ms", "max_slots", b"max_slots", "node_nonce", b"node_nonce", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["broker_socket", b"broker_socket", "claim_ms", b"claim_ms", "has_rdma", b"has_rdma", "lease_ms", b"lease_ms", "max_slots", b"max_slots", "node_nonce", b"node_nonce", "session", b"session"]) -> None: ...
 
 Global___OpenSessionResponse: typing_extensions.TypeAlias = OpenSessionResponse
 
@@ -461,15 +465,82 @@ Global___ReleaseRequest: typing_extensions.TypeAlias = ReleaseRequest
 
 @typing.final
 class ReleaseResponse(google.protobuf.message.Message):
-    """Empty."""
+    """What became of them."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    GONE_FIELD_NUMBER: builtins.int
+    @property
+    def gone(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Indices in the request of the handles that had ended before, or were never this session's:
+        their memory may have been written again since.
+        """
+
     def __init__(
         self,
+        *,
+        gone: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["gone", b"gone"]) -> None: ...
 
 Global___ReleaseResponse: typing_extensions.TypeAlias = ReleaseResponse
+
+@typing.final
+class LocateMemoryRequest(google.protobuf.message.Message):
+    """What is to be read by RDMA."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    HANDLE_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
+    """From OpenSessionResponse."""
+    @property
+    def handle(self) -> kdmesh.v1.common_pb2.Handle:
+        """As it was answered. Unset: memory that begins with node_nonce, to see whether RDMA leads here."""
+
+    def __init__(
+        self,
+        *,
+        session: builtins.bytes = ...,
+        handle: kdmesh.v1.common_pb2.Handle | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["handle", b"handle"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["handle", b"handle", "session", b"session"]) -> None: ...
+
+Global___LocateMemoryRequest: typing_extensions.TypeAlias = LocateMemoryRequest
+
+@typing.final
+class LocateMemoryResponse(google.protobuf.message.Message):
+    """A segment, as a NIXL agent names it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: builtins.int
+    METADATA_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    agent: builtins.str
+    """Name of the server's agent; another one after every start of the server."""
+    metadata: builtins.bytes
+    """What that agent tells others of itself and of this segment: NIXL's partial metadata with its
+    connections. For the UCX backend.
+    """
+    address: builtins.int
+    """Where the segment begins in the server's memory; a handle's offset_bytes counts from here."""
+    size_bytes: builtins.int
+    """Length of the segment."""
+    def __init__(
+        self,
+        *,
+        agent: builtins.str = ...,
+        metadata: builtins.bytes = ...,
+        address: builtins.int = ...,
+        size_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "agent", b"agent", "metadata", b"metadata", "size_bytes", b"size_bytes"]) -> None: ...
+
+Global___LocateMemoryResponse: typing_extensions.TypeAlias = LocateMemoryResponse
 
 @typing.final
 class GetHeadRequest(google.protobuf.message.Message):

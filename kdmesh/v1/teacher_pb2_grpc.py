@@ -77,6 +77,11 @@ class TeacherStub(object):
                 request_serializer=kdmesh_dot_v1_dot_teacher__pb2.ReadHandleRequest.SerializeToString,
                 response_deserializer=kdmesh_dot_v1_dot_teacher__pb2.ReadHandleChunk.FromString,
                 _registered_method=True)
+        self.LocateMemory = channel.unary_unary(
+                '/kdmesh.v1.Teacher/LocateMemory',
+                request_serializer=kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryResponse.FromString,
+                _registered_method=True)
         self.Sleep = channel.unary_unary(
                 '/kdmesh.v1.Teacher/Sleep',
                 request_serializer=kdmesh_dot_v1_dot_common__pb2.SleepRequest.SerializeToString,
@@ -174,7 +179,8 @@ class TeacherServicer(object):
     def Release(self, request, context):
         """Release ends handles early. Through shared memory the broker does the same.
 
-        Idempotent: releasing what is already gone succeeds.
+        Who read by RDMA sends it when all bytes have come: only a handle that is not gone proves them.
+        Idempotent: releasing what is already gone succeeds, and the reply says so.
 
         Errors:
         NOT_FOUND the session is unknown or its lease has ended
@@ -208,6 +214,23 @@ class TeacherServicer(object):
         Errors:
         INVALID_ARGUMENT the handle's shape or dtype differs from what was answered
         NOT_FOUND        released, its lease ended, or never this session's
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LocateMemory(self, request, context):
+        """LocateMemory says where a handle's segment lies, for a client that reads it by RDMA (NIXL).
+
+        The reply is a capability: whoever knows it can read that segment, and over a transport that is
+        not RDMA the server's whole memory, until the segment gets new memory or the server ends. It is good for
+        all handles with the same segment and epoch; ask once for each.
+        Cost: none, but for new memory, which is registered first. Idempotent.
+
+        Errors:
+        FAILED_PRECONDITION this server is not configured for RDMA
+        NOT_FOUND           the session is unknown or its lease has ended, or the handle has ended
+        UNAVAILABLE         the segment's memory cannot be registered
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -311,6 +334,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.ReadHandle,
                     request_deserializer=kdmesh_dot_v1_dot_teacher__pb2.ReadHandleRequest.FromString,
                     response_serializer=kdmesh_dot_v1_dot_teacher__pb2.ReadHandleChunk.SerializeToString,
+            ),
+            'LocateMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.LocateMemory,
+                    request_deserializer=kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryResponse.SerializeToString,
             ),
             'Sleep': grpc.unary_unary_rpc_method_handler(
                     servicer.Sleep,
@@ -545,6 +573,33 @@ class Teacher(object):
             '/kdmesh.v1.Teacher/ReadHandle',
             kdmesh_dot_v1_dot_teacher__pb2.ReadHandleRequest.SerializeToString,
             kdmesh_dot_v1_dot_teacher__pb2.ReadHandleChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LocateMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kdmesh.v1.Teacher/LocateMemory',
+            kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryRequest.SerializeToString,
+            kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

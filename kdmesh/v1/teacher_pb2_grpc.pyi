@@ -6,7 +6,7 @@ The teacher service: hidden states of a model, as handles.
 The model is frozen, unless the server's operator lets one job replace its weights.
 
 A client opens a session, asks on one Prefill stream, reads rows through shared
-memory (same node) or ReadHandle (anywhere), releases them, and keeps the session
+memory (same node), RDMA or ReadHandle (anywhere), releases them, and keeps the session
 alive. Every rpc but Describe, OpenSession, Sleep, Wake and UpdateWeights carries the
 session's token.
 
@@ -177,6 +177,22 @@ _TeacherReadHandleType = typing_extensions.TypeVar(
     ],
 )
 
+_TeacherLocateMemoryType = typing_extensions.TypeVar(
+    '_TeacherLocateMemoryType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.LocateMemoryRequest,
+        kdmesh.v1.teacher_pb2.LocateMemoryResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.LocateMemoryRequest,
+        kdmesh.v1.teacher_pb2.LocateMemoryResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.LocateMemoryRequest,
+        kdmesh.v1.teacher_pb2.LocateMemoryResponse,
+    ],
+)
+
 _TeacherSleepType = typing_extensions.TypeVar(
     '_TeacherSleepType',
     grpc.UnaryUnaryMultiCallable[
@@ -225,7 +241,7 @@ _TeacherUpdateWeightsType = typing_extensions.TypeVar(
     ],
 )
 
-class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType, _TeacherSleepType, _TeacherWakeType, _TeacherUpdateWeightsType]):
+class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType, _TeacherLocateMemoryType, _TeacherSleepType, _TeacherWakeType, _TeacherUpdateWeightsType]):
     """Hidden states of one model for any number of clients."""
 
     @typing.overload
@@ -261,6 +277,10 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
         grpc.UnaryStreamMultiCallable[
             kdmesh.v1.teacher_pb2.ReadHandleRequest,
             kdmesh.v1.teacher_pb2.ReadHandleChunk,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.LocateMemoryRequest,
+            kdmesh.v1.teacher_pb2.LocateMemoryResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             kdmesh.v1.common_pb2.SleepRequest,
@@ -309,6 +329,10 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
         grpc.aio.UnaryStreamMultiCallable[
             kdmesh.v1.teacher_pb2.ReadHandleRequest,
             kdmesh.v1.teacher_pb2.ReadHandleChunk,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.LocateMemoryRequest,
+            kdmesh.v1.teacher_pb2.LocateMemoryResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             kdmesh.v1.common_pb2.SleepRequest,
@@ -385,7 +409,8 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     Release: _TeacherReleaseType
     """Release ends handles early. Through shared memory the broker does the same.
 
-    Idempotent: releasing what is already gone succeeds.
+    Who read by RDMA sends it when all bytes have come: only a handle that is not gone proves them.
+    Idempotent: releasing what is already gone succeeds, and the reply says so.
 
     Errors:
       NOT_FOUND the session is unknown or its lease has ended
@@ -413,6 +438,20 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     Errors:
       INVALID_ARGUMENT the handle's shape or dtype differs from what was answered
       NOT_FOUND        released, its lease ended, or never this session's
+    """
+
+    LocateMemory: _TeacherLocateMemoryType
+    """LocateMemory says where a handle's segment lies, for a client that reads it by RDMA (NIXL).
+
+    The reply is a capability: whoever knows it can read that segment, and over a transport that is
+    not RDMA the server's whole memory, until the segment gets new memory or the server ends. It is good for
+    all handles with the same segment and epoch; ask once for each.
+    Cost: none, but for new memory, which is registered first. Idempotent.
+
+    Errors:
+      FAILED_PRECONDITION this server is not configured for RDMA
+      NOT_FOUND           the session is unknown or its lease has ended, or the handle has ended
+      UNAVAILABLE         the segment's memory cannot be registered
     """
 
     Sleep: _TeacherSleepType
@@ -494,6 +533,10 @@ TeacherAsyncStub: typing_extensions.TypeAlias = TeacherStub[
     grpc.aio.UnaryStreamMultiCallable[
         kdmesh.v1.teacher_pb2.ReadHandleRequest,
         kdmesh.v1.teacher_pb2.ReadHandleChunk,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.LocateMemoryRequest,
+        kdmesh.v1.teacher_pb2.LocateMemoryResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         kdmesh.v1.common_pb2.SleepRequest,
@@ -603,7 +646,8 @@ class TeacherServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[kdmesh.v1.teacher_pb2.ReleaseResponse, collections.abc.Awaitable[kdmesh.v1.teacher_pb2.ReleaseResponse]]:
         """Release ends handles early. Through shared memory the broker does the same.
 
-        Idempotent: releasing what is already gone succeeds.
+        Who read by RDMA sends it when all bytes have come: only a handle that is not gone proves them.
+        Idempotent: releasing what is already gone succeeds, and the reply says so.
 
         Errors:
           NOT_FOUND the session is unknown or its lease has ended
@@ -641,6 +685,25 @@ class TeacherServicer(metaclass=abc.ABCMeta):
         Errors:
           INVALID_ARGUMENT the handle's shape or dtype differs from what was answered
           NOT_FOUND        released, its lease ended, or never this session's
+        """
+
+    @abc.abstractmethod
+    def LocateMemory(
+        self,
+        request: kdmesh.v1.teacher_pb2.LocateMemoryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kdmesh.v1.teacher_pb2.LocateMemoryResponse, collections.abc.Awaitable[kdmesh.v1.teacher_pb2.LocateMemoryResponse]]:
+        """LocateMemory says where a handle's segment lies, for a client that reads it by RDMA (NIXL).
+
+        The reply is a capability: whoever knows it can read that segment, and over a transport that is
+        not RDMA the server's whole memory, until the segment gets new memory or the server ends. It is good for
+        all handles with the same segment and epoch; ask once for each.
+        Cost: none, but for new memory, which is registered first. Idempotent.
+
+        Errors:
+          FAILED_PRECONDITION this server is not configured for RDMA
+          NOT_FOUND           the session is unknown or its lease has ended, or the handle has ended
+          UNAVAILABLE         the segment's memory cannot be registered
         """
 
     @abc.abstractmethod

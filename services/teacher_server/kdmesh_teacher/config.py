@@ -83,6 +83,9 @@ class ServerConfig(ListenConfig):
     runtime_dir: Path | None = None
     """Where the shared-memory broker's socket lies; unset takes a private directory of this user."""
 
+    rdma: bool = False
+    """Let clients read rows by RDMA, with NIXL; UCX_TLS must name RDMA transports only (docs/across_nodes.md)."""
+
 
 class SlabConfig(StrictModel):
     """The shared memory that answers lie in, and how long clients may keep it."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kdmesh.handles.rdma_memory import RdmaMemory
 from kdmesh.handles.store import SlabStore
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
@@ -23,6 +24,7 @@ class Parts:
 
     model_at_start: ModelDescription
     store: SlabStore
+    rdma: RdmaMemory | None  # None: the server is not configured for it
     scheduler: Scheduler
     updates: WeightUpdates | None  # None: the weights are frozen
     updating: Outstanding  # updates that are being received

@@ -63,6 +63,7 @@ class Servicer(TeacherServicer):
             max_slots=min(store.limits.slots, store.limits.slots_per_session),
             broker_socket=str(store.socket_path),
             node_nonce=store.nonce,
+            has_rdma=parts.rdma is not None,
         )
 
     async def KeepAlive(self, request: pb.KeepAliveRequest, context: Context) -> pb.KeepAliveResponse:
@@ -135,9 +136,20 @@ class Servicer(TeacherServicer):
         """See teacher.proto."""
         store = self._gate.parts().store
         _job(store, request.session)
-        for handle in [codec.handle_from_wire(m) for m in request.handles]:
-            store.release(request.session, handle)
-        return pb.ReleaseResponse()
+        handles = [codec.handle_from_wire(m) for m in request.handles]
+        gone = [index for index, handle in enumerate(handles) if not store.release(request.session, handle)]
+        return pb.ReleaseResponse(gone=gone)
+
+    async def LocateMemory(self, request: pb.LocateMemoryRequest, context: Context) -> pb.LocateMemoryResponse:
+        """See teacher.proto."""
+        parts = self._gate.parts()
+        _job(parts.store, request.session)
+        if parts.rdma is None:
+            raise ModelMismatch("this server has no RDMA; server.rdma is off")
+        if request.HasField("handle"):
+            segment, _ = parts.store.find(request.session, codec.handle_from_wire(request.handle))
+            return codec.memory_to_wire(await parts.rdma.locate(segment))
+        return codec.memory_to_wire(await parts.rdma.probe())
 
     async def GetHead(self, request: pb.GetHeadRequest, context: Context) -> pb.GetHeadResponse:
         """See teacher.proto."""

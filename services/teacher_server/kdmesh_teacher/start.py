@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kdmesh.errors import ConfigError
 from kdmesh.handles.ledger import SlabLimits
 from kdmesh.handles.memory import SegmentWriter
+from kdmesh.handles.rdma_memory import RdmaMemory
 from kdmesh.handles.store import SlabStore
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
@@ -65,6 +66,7 @@ async def start(
         # The memory first: it is known in a moment whether there is enough.
         store = await stack.enter_async_context(_store(config.slab, socket_path))
         described = await thread.run(engine.load)
+    rdma = await _rdma(store, stack) if config.server.rdma else None
     model = _limited(described, store.limits)
     check = partial(probe.check_rows, engine, described)
     await thread.run(check)
@@ -93,6 +95,7 @@ async def start(
     return Parts(
         model_at_start=model,
         store=store,
+        rdma=rdma,
         scheduler=scheduler,
         updates=_updates(config.engine, engine, described, scheduler, stack),
         updating=updating,
@@ -135,6 +138,14 @@ def _store(slab: SlabConfig, socket_path: Path, writer: SegmentWriter | None = N
         max_abandoned=slab.max_abandoned,
     )
     return SlabStore(limits, socket_path=socket_path, writer=writer)
+
+
+async def _rdma(store: SlabStore, stack: AsyncExitStack) -> RdmaMemory:
+    """Registers every slot. Raises ConfigError."""
+    rdma = await asyncio.to_thread(RdmaMemory, store.nonce)
+    stack.push_async_callback(asyncio.to_thread, rdma.close)
+    await asyncio.to_thread(rdma.register, store.slots)
+    return rdma
 
 
 def _limited(model: EngineDescription, slab: SlabLimits) -> ModelDescription:
