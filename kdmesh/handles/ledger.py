@@ -300,15 +300,14 @@ class Ledger:
 
     def release(self, session: bytes, key: Key) -> bool:
         """End a handle; False, and nothing happens, when it has ended, or was never this session's."""
-        index = key.segment
-        orphan = self._orphans.get((index, key.epoch))
-        if orphan is not None and hmac.compare_digest(orphan.token, key.token):
-            del self._orphans[index, key.epoch]
-            return True
-        if not self._is_answer(session, key):
+        place = key.segment, key.epoch
+        if (orphan := self._orphans.get(place)) is not None and hmac.compare_digest(orphan.token, key.token):
+            del self._orphans[place]
+        elif self._is_answer(session, key):
+            self._end_handle(key.segment)
+            self.counters.released += 1
+        else:
             return False
-        self._end_handle(index)
-        self.counters.released += 1
         return True
 
     # New memory

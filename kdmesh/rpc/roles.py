@@ -17,6 +17,7 @@ _ROLES: dict[str, dict[str, Role | None]] = {
         "Release": Role.JOB,
         "GetHead": Role.JOB,
         "ReadHandle": Role.JOB,
+        "LocateMemory": Role.JOB,
         "Sleep": Role.OPERATOR,
         "Wake": Role.OPERATOR,
         "UpdateWeights": Role.OPERATOR,

@@ -33,6 +33,14 @@ def test_nobody_listens_to_others_without_knowing_who_calls(
         assert model.model_validate({"host": host, **allowed}).host == host
 
 
+def test_rdma_is_offered_to_others_only_in_secret() -> None:
+    for open_to_all in ({"allow_anonymous": True}, {"auth": TOKENS}, {"allow_anonymous": True, "tls": TLS}):
+        with pytest.raises(ValidationError, match="rdma needs auth and tls"):
+            ServerConfig.model_validate({"host": "10.0.0.1", "rdma": True, **open_to_all})
+    assert ServerConfig.model_validate({"host": "10.0.0.1", "rdma": True, "auth": TOKENS, "tls": TLS}).rdma
+    assert ServerConfig.model_validate({"rdma": True}).rdma
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_no_identity(host: str) -> None:
     assert ServerConfig.model_validate({"host": host}).auth is None

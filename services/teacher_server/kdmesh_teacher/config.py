@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from kdmesh.auth.config import is_loopback
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
 from kdmesh_teacher.cache.config import CacheConfig
@@ -85,6 +86,12 @@ class ServerConfig(ListenConfig):
 
     rdma: bool = False
     """Let clients read rows by RDMA, with NIXL; UCX_TLS must name RDMA transports only (docs/across_nodes.md)."""
+
+    @model_validator(mode="after")
+    def _gives_no_capability_away(self) -> ServerConfig:
+        if self.rdma and not is_loopback(self.host) and (self.auth is None or self.tls is None):
+            raise ValueError("rdma needs auth and tls: what it tells a client is the right to read its memory")
+        return self
 
 
 class SlabConfig(StrictModel):
