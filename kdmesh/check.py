@@ -20,13 +20,9 @@ from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import FakeEngine as TeacherFake
 from kdmesh_teacher.config import TeacherConfig
-from kdmesh_trainer.config import (
-    CustomDivergence,
-    Distill,
-    OnPolicy,
-    TrainerConfig,
-)
+from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.data_config import CustomDataset, DatasetConfig
+from kdmesh_trainer.objective_config import CustomDivergence, Distill
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 _SERVICES: dict[str, type[StrictModel]] = {
@@ -102,9 +98,10 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     if isinstance(cfg.objective, Distill) and isinstance(cfg.objective.divergence, CustomDivergence):
         custom = cfg.objective.divergence
         yield from _function("objective.divergence", custom.target, custom.params, positional=2)
-    if cfg.teacher is not None:
-        yield from _addresses("teacher.addresses", cfg.teacher.addresses)
-        yield from _access("teacher", cfg.teacher.access, cfg.teacher.addresses)
+    for name, teacher in cfg.all_teachers.items():
+        key = f"teachers.{name}" if name else "teacher"
+        yield from _addresses(f"{key}.addresses", teacher.addresses)
+        yield from _access(key, teacher.access, teacher.addresses)
     if isinstance(cfg.source, OnPolicy):
         rollouts = cfg.source.rollouts
         yield from _addresses("source.rollouts.addresses", rollouts.addresses)

@@ -74,14 +74,22 @@ def main() -> None:
 @main.command()
 @click.argument("config", type=_YAML)
 @_set_option
-@click.option("--serve", "teacher_config", type=_YAML, help="Also start the teacher of this file, for this run only.")
+@click.option(
+    "--serve",
+    "teacher_configs",
+    multiple=True,
+    metavar="[NAME=]TEACHER.YAML",
+    help="Also start the teacher of this file, for this run only; several times with their NAMEs in `teachers`.",
+)
 @click.option(
     "--serve-rollout",
     "rollout_config",
     type=_YAML,
     help="Also start the rollout server of this file, for this run only.",
 )
-def train(config: Path, overrides: tuple[str, ...], teacher_config: Path | None, rollout_config: Path | None) -> None:
+def train(
+    config: Path, overrides: tuple[str, ...], teacher_configs: tuple[str, ...], rollout_config: Path | None
+) -> None:
     """Distil, or fine-tune, a student as CONFIG says.
 
     Starts the file's `ranks` on this machine: by default one per GPU, or one on a machine without. Under torchrun it
@@ -92,8 +100,9 @@ def train(config: Path, overrides: tuple[str, ...], teacher_config: Path | None,
     Example: kdmesh train examples/train.yaml --set steps=200 --set optimizer.learning_rate=2e-5
     """
     argv = [sys.executable, "-m", "kdmesh_trainer", str(config), *jobs.set_arguments(overrides)]
-    wanted = {jobs.TEACHER: teacher_config, jobs.ROLLOUT: rollout_config}
-    serve = {service: file for service, file in wanted.items() if file is not None}
+    serve = jobs.teachers_to_serve(teacher_configs)
+    if rollout_config is not None:
+        serve[jobs.ROLLOUT] = rollout_config
     if "RANK" in os.environ:
         if serve:
             raise ConfigError("--serve starts one server per command, so it does not go with torchrun's many ranks")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -16,7 +16,8 @@ from kdmesh.log import is_urgent
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.sglang_config import SglangEngine
-from kdmesh_trainer.config import Distill, OnPolicy, TrainerConfig
+from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.objective_config import Distill
 
 # Loading a large model takes minutes; a server that cannot says so at once by exiting.
 _SERVER_READY_S = 1800.0
@@ -36,6 +37,19 @@ class Service:
 
 TEACHER = Service(name="teacher", package="kdmesh_teacher", config=TeacherConfig, addresses="teacher.addresses")
 ROLLOUT = Service(name="rollout", package="kdmesh_rollout", config=RolloutConfig, addresses="source.rollouts.addresses")
+
+
+def teachers_to_serve(wanted: Sequence[str]) -> dict[Service, Path]:
+    """The teachers that `--serve FILE`, or several of `--serve NAME=FILE`, ask for. Raises ConfigError."""
+    serve: dict[Service, Path] = {}
+    for text in wanted:
+        name, equals, file = text.rpartition("=")
+        key = f"teachers.{name}.addresses"
+        service = replace(TEACHER, name=f"teacher-{name}", addresses=key) if equals else TEACHER
+        if service in serve:
+            raise ConfigError(f"--serve {text}: there is a server for {service.addresses} already")
+        serve[service] = Path(file)
+    return serve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +76,8 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     servers = {service: _checked_server(service, file) for service, file in serve.items()}
     later = [override for service in serve for override in served(service, "later:0")]
     cfg = _checked_trainer(path, [*overrides, *later])
-    _refuse_unfit_teacher(cfg, servers.get(TEACHER))
+    for server in servers.values():
+        _refuse_unfit_teacher(cfg, server)
     threads = split_threads(cfg, with_servers=bool(serve))
     ranks: list[local.Child] = []
     try:
@@ -165,10 +180,12 @@ def set_arguments(overrides: Sequence[str]) -> list[str]:
 def _checked_trainer(path: Path, overrides: Sequence[str]) -> TrainerConfig:
     cfg = config.load(TrainerConfig, path, overrides)
     check.refuse_missing(cfg, source=path)
-    if isinstance(cfg.objective, Distill) and not (cfg.teacher and cfg.teacher.addresses):
-        raise ConfigError(
-            f"{path}: teacher.addresses is empty: name a running teacher there, or start one with --serve TEACHER.YAML"
-        )
+    for name, teacher in cfg.all_teachers.items() if isinstance(cfg.objective, Distill) else ():
+        if not teacher.addresses:
+            key, serve = (f"teachers.{name}", f"{name}=TEACHER.YAML") if name else ("teacher", "TEACHER.YAML")
+            raise ConfigError(
+                f"{path}: {key}.addresses is empty: name a running teacher there, or start one with --serve {serve}"
+            )
     if isinstance(cfg.source, OnPolicy) and not cfg.source.rollouts.addresses:
         raise ConfigError(
             f"{path}: source.rollouts.addresses is empty: name a running rollout server there, or start one with "
@@ -183,7 +200,7 @@ def _checked_server(service: Service, path: Path) -> TeacherConfig | RolloutConf
     return cfg
 
 
-def _refuse_unfit_teacher(cfg: TrainerConfig, teacher: TeacherConfig | RolloutConfig | None) -> None:
+def _refuse_unfit_teacher(cfg: TrainerConfig, teacher: TeacherConfig | RolloutConfig) -> None:
     """A teacher of the run's own must be updatable where it follows the student, and only there."""
     if not isinstance(teacher, TeacherConfig):
         return

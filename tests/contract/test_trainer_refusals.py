@@ -90,6 +90,23 @@ def test_data_beyond_the_teachers_limits_is_refused(
     assert "takes at most 256" in sentence
 
 
+def test_a_row_that_names_no_teacher_is_refused_before_any_teacher_is_asked(
+    refusals: Refusals, student: Path, teacher: str, tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path, student=student, teacher=None, steps=1, teachers={"code": {"addresses": [teacher]}, "maths": {}}
+    )
+    two = f"teachers.maths.addresses=['{teacher}']"
+    column = "data.teacher_column=who"
+    assert "teachers.maths.addresses is empty" in refusals.sentence(config, column)
+    assert "train.jsonl:1: no column 'who'" in refusals.sentence(config, column, two)
+    rows = [json.loads(line) | {"who": "code"} for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows[4]["who"] = "law"
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sentence = refusals.sentence(config, column, two)
+    assert "train.jsonl:5: who: there is no teacher 'law'; known: code, maths" in sentence
+
+
 def test_missing_data_is_refused(refusals: Refusals, student: Path, teacher: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, student=student, teacher=teacher, steps=1)
     (tmp_path / "held_out.jsonl").unlink()

@@ -25,6 +25,7 @@ from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.step import GradientStepper
 
 
@@ -87,7 +88,7 @@ def random_sequences(count: int, *, seed: int, vocabulary_size: int, longest: in
 def step_batch(
     sequences: Sequence[TokenSequence],
     plan: Sequence[Sequence[int]],
-    teacher: LocalTeacher | None,
+    teacher: RowService | None,
     *,
     step: int = 0,
 ) -> StepBatch:

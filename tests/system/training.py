@@ -56,7 +56,7 @@ class Job:
         """Start nothing yet.
 
         Args:
-            teachers: addresses.
+            teachers: addresses of the only one; none where `sections` name others, or there is no teacher.
             teacher: more keys of the configuration's `teacher` section.
             sections: replace whole sections of it.
         """
@@ -72,7 +72,9 @@ class Job:
         self._tree = {
             "output": str(self.output),
             "student": {"model": str(recipe.student), "device": "cpu"},
-            "teacher": {"addresses": list(teachers), "prefetch": 4, "deadline_s": 100, **(teacher or {})},
+            "teacher": {"addresses": list(teachers), "prefetch": 4, "deadline_s": 100, **(teacher or {})}
+            if teachers
+            else None,
             "objective": {"name": "distill", **recipe.objective},
             "data": data,
             "batch": {"sequences": 6, "max_tokens": 128},
@@ -116,7 +118,8 @@ class Job:
     def record(self) -> list[dict[str, Any]]:
         """Every figure of every step and evaluation that must not depend on what happened around the job."""
         return [
-            {key: value for key, value in line.items() if key not in {*_MAY_DIFFER, "door"}} for line in self.lines()
+            {key: value for key, value in line.items() if key.partition(".")[0] not in {*_MAY_DIFFER, "door"}}
+            for line in self.lines()
         ]
 
     def steps(self) -> list[dict[str, Any]]:

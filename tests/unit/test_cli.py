@@ -166,6 +166,21 @@ def test_a_served_teacher_is_checked_too(good: Path) -> None:
     assert "engine.model: there is no directory nowhere" in result.output
 
 
+def test_of_several_teachers_each_is_served_by_its_name(good: Path) -> None:
+    served = jobs.teachers_to_serve(("code=teacher.yaml", "maths=other.yaml"))
+    assert {service.addresses: str(file) for service, file in served.items()} == {
+        "teachers.code.addresses": "teacher.yaml",
+        "teachers.maths.addresses": "other.yaml",
+    }
+    several = ["teacher=null", "teachers={code: {}, maths: {}}", "data.teacher_column=who"]
+    result = run("train", "train.yaml", "--serve", "code=teacher.yaml", *jobs.set_arguments(several))
+    assert result.exit_code == 2
+    assert "teachers.maths.addresses is empty" in result.output
+    assert "--serve maths=TEACHER.YAML" in result.output
+    result = run("train", "train.yaml", "--serve", "code=teacher.yaml", "--serve", "code=teacher.yaml")
+    assert "there is a server for teachers.code.addresses already" in result.output
+
+
 SAMPLED = ["source={kind: on_policy, rollouts: {addresses: []}}", "data.max_tokens=512", "batch.max_tokens=1024"]
 
 

@@ -17,7 +17,7 @@ from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
 from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.rows import Chat, Message
+from kdmesh_trainer.sources.rows import Chat, Message, TeacherColumns
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sides import InContext, Prompt, first_rows, teacher_side
 from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
@@ -196,7 +196,7 @@ def data_of(path: Path, rows: list[dict[str, Any]], **more: Any) -> DataConfig:
 
 
 def load(data: DataConfig) -> list[TokenSequence]:
-    reader = open_dataset(data.train, teacher_column="teacher_messages")
+    reader = open_dataset(data.train, teacher=TeacherColumns(messages="teacher_messages"))
     return load_sequences("train", reader, build_encoder(chat_tokenizer("chatml"), None, data), data).sequences
 
 
@@ -223,7 +223,7 @@ def test_a_long_response_is_cut_at_the_same_token_on_both_sides(tmp_path: Path) 
 
 def test_the_students_prompt_alone_decides_what_is_too_long(tmp_path: Path) -> None:
     data = data_of(tmp_path, [row("a", "Think. " * 50 + "why?")])
-    reader = open_dataset(data.train, teacher_column="teacher_messages")
+    reader = open_dataset(data.train, teacher=TeacherColumns(messages="teacher_messages"))
     policy = PromptPolicy(max_tokens=14, too_long="fail", unusable="fail")
     [prompt] = load_prompts("train", reader, build_encoder(chat_tokenizer("chatml"), None, data), policy).prompts
     assert prompt.teacher_ids is not None

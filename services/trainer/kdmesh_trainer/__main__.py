@@ -66,7 +66,7 @@ def _join(cfg: TrainerConfig) -> int:
 
 def _longest_wait_s(cfg: TrainerConfig) -> float:
     """How long services may keep one rank, one after the other, while the others wait for it."""
-    teacher_s = cfg.teacher.deadline_s if cfg.teacher else 0.0
+    teacher_s = sum(teacher.deadline_s for teacher in cfg.all_teachers.values())
     # For samples, and for a server to take the weights.
     rollouts_s = 2 * cfg.source.rollouts.deadline_s if isinstance(cfg.source, OnPolicy) else 0.0
     return teacher_s + rollouts_s

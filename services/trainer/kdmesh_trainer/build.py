@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,10 @@ from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.head import head_spec
 from kdmesh.tokens import digest, tokenizer_fingerprint
 from kdmesh.types import TokenSequence
-from kdmesh_trainer import config
+from kdmesh_trainer import config, objective_config
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
-from kdmesh_trainer.build_teacher import Teacher, build_copy, build_publisher, open_teacher
+from kdmesh_trainer.build_teacher import build_copy, build_publisher
+from kdmesh_trainer.build_teachers import Teachers, open_teachers
 from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.data_config import TeacherMessages
 from kdmesh_trainer.devices import ScoringEvaluator, ScoringPublisher
@@ -29,12 +31,12 @@ from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.files import claimed
-from kdmesh_trainer.fit import check_requests
 from kdmesh_trainer.loop import Evaluator, Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.objective_config import Distill
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
@@ -42,9 +44,10 @@ from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.readers import Reader, open_dataset
+from kdmesh_trainer.sources.rows import TeacherColumns
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sft import SftSource
-from kdmesh_trainer.sources.sides import teacher_side
+from kdmesh_trainer.sources.sides import Addressed, teacher_side
 from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
 from kdmesh_trainer.sources.tokenizer import load_student_tokenizer, vocabulary_size
 from kdmesh_trainer.step import GradientStepper
@@ -89,40 +92,41 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
     with ExitStack() as stack:
         mesh.on_first(lambda: stack.enter_context(claimed(cfg.output)))
         checked = _check(cfg)
-        teacher = open_teacher(
+        teachers = open_teachers(
             cfg,
             tokenizer_fingerprint=checked.tokenizer_fingerprint,
             vocabulary_size=checked.vocabulary_size,
             mesh=mesh,
             stack=stack,
         )
-        doors = dict[str, str] if teacher is None else (lambda: teacher.pool.stats().doors)
-        imbalance = (lambda: None) if teacher is None else (lambda: teacher.pool.stats().imbalance)
+        doors = dict[str, str] if teachers is None else teachers.doors
+        imbalance = (lambda: None) if teachers is None else teachers.imbalance
         telemetry = stack.enter_context(open_telemetry(cfg, rank=mesh.rank, doors=doors, imbalance=imbalance))
-        data = _read_data(cfg, checked, teacher)
-        vocabulary_size = checked.vocabulary_size if teacher is None else teacher.vocabulary_size
+        data = _read_data(cfg, checked, teachers)
+        vocabulary_size = checked.vocabulary_size if teachers is None else teachers.vocabulary_size
         lm = _load_student(cfg, vocabulary_size)
-        identity = _identity(cfg, lm, data, teacher)
+        identity = _identity(cfg, lm, data, teachers)
         _refuse_unequal_ranks(identity, mesh)
         adapter = None if cfg.student.lora is None else add_adapter(lm, cfg.student.lora, seed=cfg.seed)
         student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter)
         shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.student.compute_dtype))
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_adamw(student, cfg.optimizer)
-        copy = None if teacher is None else build_copy(teacher, student)
-        source = _source(cfg, checked, data, teacher, student, mesh, stack)
+        copy = None if teachers is None or cfg.teacher is None else build_copy(teachers.only, student)
+        source = _source(cfg, checked, data, teachers, student, mesh, stack)
         yield Parts(
             source=source,
             stepper=GradientStepper(
                 student,
-                _objective(cfg, checked.divergence, teacher),
+                _objective(cfg, checked.divergence, teachers),
                 optimizer,
                 config=cfg.optimizer,
                 steps=cfg.steps,
                 mesh=mesh,
+                teachers=("",) if teachers is None else teachers.heads.names,
             ),
-            publishers=tuple(_publishers(teacher, copy, student, source, mesh, stack)),
-            evaluator=_on_its_turn(_evaluator(cfg, student, data, teacher, mesh), source),
+            publishers=tuple(_publishers(teachers, copy, student, source, mesh, stack)),
+            evaluator=_on_its_turn(_evaluator(cfg, student, data, teachers, mesh), source),
             checkpoints=CheckpointDirectory(
                 cfg.output / "checkpoints",
                 student,
@@ -145,63 +149,67 @@ def _check(cfg: config.TrainerConfig) -> _Checked:
     if template is not None:
         tokenizer.chat_template = template  # so that the trained model is written with it
     context = cfg.data.teacher_context
-    column = context.column if isinstance(context, TeacherMessages) else None
+    columns = TeacherColumns(
+        messages=context.column if isinstance(context, TeacherMessages) else None,
+        name=cfg.data.teacher_column,
+        known_names=tuple(cfg.teachers),
+    )
     return _Checked(
         tokenizer=tokenizer,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.get_vocab()),
         vocabulary_size=vocabulary_size(tokenizer),
         encoder=build_encoder(tokenizer, template, cfg.data),
-        train=open_dataset(cfg.data.train, teacher_column=column),
-        held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher_column=column),
-        divergence=_divergence(cfg.objective.divergence) if isinstance(cfg.objective, config.Distill) else None,
+        train=open_dataset(cfg.data.train, teacher=columns),
+        held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher=columns),
+        divergence=_divergence(cfg.objective.divergence) if isinstance(cfg.objective, Distill) else None,
     )
 
 
-def _divergence(cfg: config.DivergenceConfig) -> Divergence:
+def _divergence(cfg: objective_config.DivergenceConfig) -> Divergence:
     """The divergence `cfg` names, with its own parameters bound and no others."""
     match cfg:
-        case config.ForwardKL() | config.ReverseKL():
+        case objective_config.ForwardKL() | objective_config.ReverseKL():
             return build_divergence(cfg.name)
-        case config.JensenShannon():
+        case objective_config.JensenShannon():
             return build_divergence(cfg.name, {"beta": cfg.beta})
-        case config.CustomDivergence():
+        case objective_config.CustomDivergence():
             return custom_divergence(cfg.target, cfg.params)
         case _:
             assert_never(cfg)
 
 
-def _read_data(cfg: config.TrainerConfig, checked: _Checked, teacher: Teacher | None) -> _Data:
+def _read_data(cfg: config.TrainerConfig, checked: _Checked, teachers: Teachers | None) -> _Data:
     """Both datasets, fit for whoever is asked about them."""
-    train = _read_train(cfg, checked, teacher)
+    train = _read_train(cfg, checked, teachers)
     held_out = None
     if checked.held_out is not None:
         limit = cfg.evaluation.max_sequences
         held_out = load_sequences(
             "held_out", checked.held_out, checked.encoder, cfg.data, max_sequences=limit
         ).sequences
-        if teacher is not None:
-            check_requests("held_out", teacher_side(held_out), teacher.pool.describe())
+        if teachers is not None:
+            teachers.check_requests("held_out", held_out)
     return _Data(train=train, held_out=held_out)
 
 
 def _read_train(
-    cfg: config.TrainerConfig, checked: _Checked, teacher: Teacher | None
+    cfg: config.TrainerConfig, checked: _Checked, teachers: Teachers | None
 ) -> Sequence[TokenSequence] | Task:
     match cfg.source:
         case config.OffPolicy():
             train = load_sequences("train", checked.train, checked.encoder, cfg.data).sequences
-            if teacher is not None and isinstance(cfg.objective, config.Distill):
-                check_requests("train", teacher_side(train), teacher.pool.describe())
+            if teachers is not None and isinstance(cfg.objective, Distill):
+                teachers.check_requests("train", train)
             return train
         case config.OnPolicy():
-            assert teacher is not None  # the configuration sees to it
+            assert teachers is not None  # the configuration sees to it
             return read_task(
                 cfg,
                 cfg.source,
                 reader=checked.train,
                 encoder=checked.encoder,
                 tokenizer=checked.tokenizer,
-                teacher=teacher.pool.describe(),
+                teacher=teachers.only.pool.describe(),
             )
         case _:
             assert_never(cfg.source)
@@ -217,7 +225,7 @@ def _load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrained
     return lm
 
 
-def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teacher: Teacher | None) -> dict[str, str]:
+def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teachers: Teachers | None) -> dict[str, str]:
     """What a checkpoint can only be continued with. By content: a directory may have moved."""
     identity = {
         "student (fingerprint)": model_fingerprint(lm),
@@ -228,8 +236,8 @@ def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teach
     }
     if cfg.student.lora is not None:
         identity["student.lora"] = json.dumps(cfg.student.lora.model_dump(mode="json"), sort_keys=True)
-    if teacher is not None and isinstance(cfg.objective, config.Distill):
-        identity |= teacher.identity()
+    if teachers is not None and isinstance(cfg.objective, Distill):
+        identity |= teachers.identity()
     return identity
 
 
@@ -237,7 +245,12 @@ def _identity_of(train: Sequence[TokenSequence] | Task) -> dict[str, str]:
     if isinstance(train, Task):
         return train.identity()
     own, theirs = digest(train).hex(), digest(teacher_side(train)).hex()
-    return {"data.train (digest)": own, **({} if own == theirs else {"data.teacher_context (digest)": theirs})}
+    names = [sequence.teacher_name for sequence in teacher_side(train) if isinstance(sequence, Addressed)]
+    return {
+        "data.train (digest)": own,
+        **({} if own == theirs else {"data.teacher_context (digest)": theirs}),
+        **({"data.teacher_column (digest)": hashlib.blake2b(" ".join(names).encode()).hexdigest()} if names else {}),
+    }
 
 
 def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
@@ -251,20 +264,20 @@ def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
                 )
 
 
-def _objective(cfg: config.TrainerConfig, divergence: Divergence | None, teacher: Teacher | None) -> Objective:
+def _objective(cfg: config.TrainerConfig, divergence: Divergence | None, teachers: Teachers | None) -> Objective:
     match cfg.objective:
-        case config.Distill():
-            assert divergence is not None and teacher is not None
+        case Distill():
+            assert divergence is not None and teachers is not None
             return Distillation(
                 divergence=divergence,
                 temperature=cfg.objective.temperature,
                 kd_weight=cfg.objective.kd_weight,
                 ce_weight=cfg.objective.ce_weight,
-                teacher_head=teacher.head,
+                teacher_head=teachers.heads,
                 with_entropies=isinstance(cfg.source, config.OnPolicy),
                 top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
             )
-        case config.Sft():
+        case objective_config.Sft():
             return CrossEntropy()
         case _:
             assert_never(cfg.objective)
@@ -274,47 +287,47 @@ def _source(
     cfg: config.TrainerConfig,
     checked: _Checked,
     data: _Data,
-    teacher: Teacher | None,
+    teachers: Teachers | None,
     student: Student,
     mesh: Mesh,
     stack: ExitStack,
 ) -> SftSource | OffPolicySource | OnPolicySource:
     if isinstance(data.train, Task):
-        assert teacher is not None
+        assert teachers is not None
         return build_source(
             cfg,
             data.train,
             student=student,
             tokenizer_fingerprint=checked.tokenizer_fingerprint,
-            teacher=teacher.pool,
-            prefetch=teacher.cfg.prefetch,
+            teacher=teachers.only.pool,
+            prefetch=teachers.prefetch,
             mesh=mesh,
             stack=stack,
         )
     planner = StepPlanner(data.train, cfg.batch, seed=cfg.seed, rank=mesh.rank, ranks=mesh.world_size)
     match cfg.objective:
-        case config.Distill():
-            assert teacher is not None
+        case Distill():
+            assert teachers is not None
             source = OffPolicySource(
                 planner,
-                teacher.pool,
-                prefetch=teacher.cfg.prefetch,
+                teachers.rows,
+                prefetch=teachers.prefetch,
                 steps=cfg.steps,
                 teacher_update_every=cfg.teacher_update_every,
             )
             stack.callback(source.close)
             return source
-        case config.Sft():
+        case objective_config.Sft():
             return SftSource(planner)
         case _:
             assert_never(cfg.objective)
 
 
 def _publishers(
-    teacher: Teacher | None, copy: TeacherCopy | None, student: Student, source: Source, mesh: Mesh, stack: ExitStack
+    teachers: Teachers | None, copy: TeacherCopy | None, student: Student, source: Source, mesh: Mesh, stack: ExitStack
 ) -> Iterator[Publisher]:
-    if teacher is not None and copy is not None:
-        publisher = build_publisher(teacher, copy, student, mesh, stack)
+    if teachers is not None and copy is not None:
+        publisher = build_publisher(teachers.only, copy, student, mesh, stack)
         yield ScoringPublisher(publisher, source.devices) if isinstance(source, OnPolicySource) else publisher
     if isinstance(source, OnPolicySource):
         yield source
@@ -333,7 +346,7 @@ def _evaluator(
     cfg: config.TrainerConfig,
     student: Student,
     data: _Data,
-    teacher: Teacher | None,
+    teachers: Teachers | None,
     mesh: Mesh,
 ) -> HeldOutEvaluator | None:
     if data.held_out is None:
@@ -341,10 +354,10 @@ def _evaluator(
     return HeldOutEvaluator(
         student,
         data.held_out,
-        teacher=None if teacher is None else teacher.pool,
-        teacher_head=None if teacher is None else teacher.head,
+        teacher=None if teachers is None else teachers.rows,
+        teacher_head=None if teachers is None else teachers.heads,
         max_tokens=cfg.batch.max_tokens,
-        prefetch=0 if teacher is None else teacher.cfg.prefetch,
+        prefetch=0 if teachers is None else teachers.prefetch,
         mesh=mesh,
     )
 

@@ -15,7 +15,6 @@ from kdmesh.rpc.weight_services import TEACHERS
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer import config
 from kdmesh_trainer.fit import check_follower, check_frozen, common_vocabulary
-from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.publisher import StudentPublisher, TeacherPublisher
@@ -26,30 +25,39 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
-    """The services, and the head that belongs to their rows."""
+    """The servers of one model."""
 
+    key: str  # of its section in the configuration
     cfg: config.TeacherConfig
     pool: TeacherPool
-    head: TeacherHead
     vocabulary_size: int  # real tokens that it shares with the student
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
         model = self.pool.describe()
-        identity = {"teacher (fingerprint)": model.model_fingerprint}
+        identity = {f"{self.key} (fingerprint)": model.model_fingerprint}
         if self.cfg.follows_student is not None:
             told = self.cfg.follows_student.model_dump(mode="json", include={"every", "decay"})
-            identity["teacher.follows_student"] = json.dumps(told, sort_keys=True)
-            identity["teacher (dtype)"] = model.dtype.value  # the fingerprint of one that changes says nothing of it
+            identity[f"{self.key}.follows_student"] = json.dumps(told, sort_keys=True)
+            identity[f"{self.key} (dtype)"] = (
+                model.dtype.value
+            )  # the fingerprint of one that changes says nothing of it
         return identity
 
 
 def open_teacher(
-    cfg: config.TrainerConfig, *, tokenizer_fingerprint: str, vocabulary_size: int, mesh: Mesh, stack: ExitStack
-) -> Teacher | None:
-    """None when nobody would ask it anything: without a section, and for SFT without held-out data.
+    cfg: config.TrainerConfig,
+    name: str,
+    *,
+    tokenizer_fingerprint: str,
+    vocabulary_size: int,
+    mesh: Mesh,
+    stack: ExitStack,
+) -> Teacher:
+    """A connection to each of its servers, closed with `stack`. Collective.
 
     Args:
+        name: among `teachers`; that of `teacher` is empty.
         tokenizer_fingerprint: of the student's tokenizer.
         vocabulary_size: real tokens of the student's tokenizer.
 
@@ -59,37 +67,30 @@ def open_teacher(
         Unauthenticated, PermissionDenied: the teacher does not let this job in.
         DeadlineExpired: no teacher answers.
     """
-    is_asked = isinstance(cfg.objective, config.Distill) or cfg.data.held_out is not None
-    if cfg.teacher is None or not is_asked:
-        return None
-    if not cfg.teacher.addresses:
-        raise ConfigError("teacher.addresses is empty; it must name at least one running teacher as host:port")
+    key, teacher = f"teachers.{name}" if name else "teacher", cfg.all_teachers[name]
+    if not teacher.addresses:
+        raise ConfigError(f"{key}.addresses is empty; it must name at least one running teacher as host:port")
     pool = stack.enter_context(
         TeacherPool(
-            cfg.teacher.addresses,
+            teacher.addresses,
             job=cfg.output.resolve().name,
-            door=cfg.teacher.door,
-            deadline_s=cfg.teacher.deadline_s,
-            access=cfg.teacher.access,
+            door=teacher.door,
+            deadline_s=teacher.deadline_s,
+            access=teacher.access,
             routing=RoutingPolicy(
-                local_tokens=cfg.teacher.routing.local_tokens, hedge_after_s=cfg.teacher.routing.hedge_after_s
+                local_tokens=teacher.routing.local_tokens, hedge_after_s=teacher.routing.hedge_after_s
             ),
         )
     )
     if not (isinstance(cfg.source, config.OnPolicy) and cfg.source.colocated):  # else they have their turn later
         mesh.on_first(pool.wake)  # a job that was killed may have left a teacher asleep
     model = pool.describe()
-    if cfg.teacher.follows_student is None:
+    if teacher.follows_student is None:
         check_frozen(model)
     size = common_vocabulary(model, tokenizer_fingerprint=tokenizer_fingerprint, vocabulary_size=vocabulary_size)
-    facts = {"teacher": model.name, "fingerprint": model.model_fingerprint, "dtype": model.dtype.value}
+    facts = {"key": key, "teacher": model.name, "fingerprint": model.model_fingerprint, "dtype": model.dtype.value}
     log.info("teacher found", extra={**facts, "vocabulary_size": size})
-    return Teacher(
-        cfg=cfg.teacher,
-        pool=pool,
-        head=TeacherHead(pool, vocabulary_size=size, device=mesh.device),
-        vocabulary_size=size,
-    )
+    return Teacher(key=key, cfg=teacher, pool=pool, vocabulary_size=size)
 
 
 def build_copy(teacher: Teacher, student: Student) -> TeacherCopy | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,9 @@ from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
+from kdmesh_trainer.objective_config import Distill, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
 from kdmesh_trainer.replicas_config import ReplicatedConfig
 
 
@@ -85,72 +87,6 @@ class TeacherConfig(ReplicatedConfig):
         if self.follows_student is not None and self.has_names:
             raise ValueError("follows_student needs every address as host:port: new weights go to each of them")
         return self
-
-
-class ForwardKL(StrictModel):
-    """KL(teacher || student)."""
-
-    name: Literal["forward_kl"] = "forward_kl"
-
-
-class ReverseKL(StrictModel):
-    """KL(student || teacher)."""
-
-    name: Literal["reverse_kl"]
-
-
-class JensenShannon(StrictModel):
-    """Generalised Jensen-Shannon divergence of the GKD paper."""
-
-    name: Literal["jensen_shannon"]
-
-    beta: float = Field(0.5, gt=0, lt=1)
-    """Weight of the teacher in the mixture: m = beta p + (1 - beta) q."""
-
-
-class CustomDivergence(StrictModel):
-    """A divergence of your own: see docs/extending.md."""
-
-    name: Literal["custom"]
-
-    target: str = Field(pattern=r"^[\w.]+:\w+$")
-    """module:function."""
-
-    params: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments bound to the function; checked against its signature before anything loads."""
-
-
-DivergenceConfig = Annotated[ForwardKL | ReverseKL | JensenShannon | CustomDivergence, Field(discriminator="name")]
-
-
-class Distill(StrictModel):
-    """Match the teacher's distribution at every loss position."""
-
-    name: Literal["distill"] = "distill"
-
-    divergence: DivergenceConfig = ForwardKL()
-    """What is minimised between the two distributions."""
-
-    temperature: float = Field(1.0, gt=0)
-    """Divides both logits; the gradient is not rescaled by its square."""
-
-    kd_weight: float = Field(1.0, ge=0)
-    """Weight of the divergence."""
-
-    ce_weight: float = Field(0.0, ge=0)
-    """Weight of cross-entropy on the data's own tokens, at temperature 1."""
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> Distill:
-        if self.kd_weight == 0 and self.ce_weight == 0:
-            raise ValueError("kd_weight and ce_weight are both 0: nothing would be learnt")
-        return self
-
-
-class Sft(StrictModel):
-    """Cross-entropy on the data's own tokens; a teacher, if any, only serves evaluation."""
-
-    name: Literal["sft"]
 
 
 class OffPolicy(StrictModel):
@@ -289,7 +225,10 @@ class TrainerConfig(StrictModel):
     """The model that learns."""
 
     teacher: TeacherConfig | None = None
-    """Where the teacher's rows come from; required by `distill`, optional for `sft`."""
+    """Where the teacher's rows come from; `distill` needs it, or `teachers`; optional for `sft`."""
+
+    teachers: dict[TeacherName, TeacherConfig] = Field(default_factory=dict)
+    """Several teachers by name, instead of `teacher`: every row has one, or learns their mixture."""
 
     objective: Annotated[Distill | Sft, Field(discriminator="name")] = Distill()
     """What is minimised."""
@@ -330,10 +269,15 @@ class TrainerConfig(StrictModel):
         follows = None if self.teacher is None else self.teacher.follows_student
         return None if follows is None else follows.every
 
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """By name; that of the only one of `teacher` is empty."""
+        return self.teachers if self.teacher is None else {"": self.teacher}
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainerConfig:
-        if isinstance(self.objective, Distill) and self.teacher is None:
-            raise ValueError("objective distill needs a `teacher` section")
+        if isinstance(self.objective, Distill) and not self.all_teachers:
+            raise ValueError("objective distill needs a `teacher` section, or `teachers`")
         if self.teacher_update_every is not None and not isinstance(self.objective, Distill):
             raise ValueError("teacher.follows_student needs objective distill: nobody else learns from the teacher")
         if self.optimizer.warmup_steps >= self.steps:
@@ -350,6 +294,11 @@ class TrainerConfig(StrictModel):
     def _context_is_used(self) -> TrainerConfig:
         if self.data.teacher_context is not None and not isinstance(self.objective, Distill):
             raise ValueError("data.teacher_context needs objective distill: nobody else learns from the teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_fit(self) -> TrainerConfig:
+        refuse_unfit_teachers(self)
         return self
 
     @model_validator(mode="after")

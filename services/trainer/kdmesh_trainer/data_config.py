@@ -88,12 +88,17 @@ class DataConfig(StrictModel):
     chat_template: Path | None = None
     """Jinja file that replaces the tokenizer's own chat template."""
 
+    teacher_column: str | None = None
+    """Column that holds the name of each row's teacher, one of `teachers`; null: all rows have the same."""
+
     teacher_context: TeacherContextConfig | None = None
     """What the teacher is told beyond what the student reads; then only the last assistant turn carries loss."""
 
     @model_validator(mode="after")
-    def _context_can_be_read(self) -> DataConfig:
+    def _columns_can_be_read(self) -> DataConfig:
         custom = any(isinstance(dataset, CustomDataset) for dataset in (self.train, self.held_out))
         if isinstance(self.teacher_context, TeacherMessages) and custom:
             raise ValueError("teacher_context messages needs files: a reader of your own gives no second chat")
+        if self.teacher_column is not None and custom:
+            raise ValueError("teacher_column needs files: a reader of your own gives chats alone")
         return self

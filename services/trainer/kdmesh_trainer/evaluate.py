@@ -10,7 +10,7 @@ import torch
 from kdmesh.batching import plan_step
 from kdmesh.losses import forward_kl
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.head import Heads
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
@@ -33,7 +33,7 @@ class HeldOutEvaluator:
         sequences: Sequence[TokenSequence],
         *,
         teacher: RowService | None,
-        teacher_head: TeacherHead | None,
+        teacher_head: Heads | None,
         max_tokens: int,
         prefetch: int,
         mesh: Mesh,
@@ -48,6 +48,7 @@ class HeldOutEvaluator:
         self._num_sequences = len(sequences)
         self._student = student
         self._teacher = teacher
+        self._names = ("",) if teacher_head is None else teacher_head.names
         self._objective = _judge(teacher_head)
         self._prefetch = prefetch
         self._mesh = mesh
@@ -61,7 +62,7 @@ class HeldOutEvaluator:
             RpcError: rows of the teacher did not come.
         """
         self._student.eval()
-        tally = Tally(self._mesh)
+        tally = Tally(self._mesh, teachers=self._names)
         for micro_batch in self._micro_batches():
             tally.add(forward(self._student, self._objective, micro_batch, tally, self._mesh.device))
         release(self._student)
@@ -95,7 +96,7 @@ def _shares(sequences: Sequence[TokenSequence], max_tokens: int, mesh: Mesh) -> 
             yield tuple(group[index] for index in members)
 
 
-def _judge(teacher_head: TeacherHead | None) -> Objective:
+def _judge(teacher_head: Heads | None) -> Objective:
     if teacher_head is None:
         return CrossEntropy()
     return Distillation(

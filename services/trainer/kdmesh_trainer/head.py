@@ -1,13 +1,16 @@
-"""The teacher's output head, of the version that a step's rows have."""
+"""The teacher's output head, of the version that a step's rows have, and what those rows make of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from kdmesh.errors import ModelMismatch
-from kdmesh.losses import OutputHead
+from kdmesh.losses import MixedTeacher, OutputHead
+from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 
 class HeadService(Protocol):
@@ -15,6 +18,31 @@ class HeadService(Protocol):
 
     def head(self) -> tuple[OutputHead, int]:
         """The current head on the CPU, padding rows included, and its weight version. Blocks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Target:
+    """Some rows of a micro-batch, and the teachers whose mixture they learn."""
+
+    index_R: Tensor | None  # [R'] int64 on the CPU, ascending; None: all rows
+    teachers: tuple[MixedTeacher, ...]  # at least one; their weights sum to 1; rows on the device of the heads
+
+
+class Heads(Protocol):
+    """The head of the only teacher, or those of several."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the teachers; that of the only one is empty."""
+        ...
+
+    def targets(self, rows: TeacherRows | PanelRows) -> tuple[Target, ...]:
+        """What the rows of one micro-batch are to learn; every row is in one target.
+
+        Raises:
+            ModelMismatch: a service has another version by now, so these rows cannot be used.
+        """
         ...
 
 
@@ -27,6 +55,20 @@ class TeacherHead:
         self._device = device
         self._version: int | None = None
         self._head: OutputHead | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See Heads."""
+        return ("",)
+
+    def targets(self, rows: TeacherRows | PanelRows) -> tuple[Target, ...]:
+        """See Heads."""
+        assert not isinstance(rows, PanelRows)
+        return (Target(index_R=None, teachers=(self.teacher(rows, 1.0),)),)
+
+    def teacher(self, rows: TeacherRows, weight: float) -> MixedTeacher:
+        """The rows with their head, on this rank's device, as a part of a mixture."""
+        return MixedTeacher(hidden_RE=rows.rows_RD.to(self._device), head=self.at(rows.weight_version), weight=weight)
 
     def at(self, weight_version: int) -> OutputHead:
         """The head that turns rows of `weight_version` into logits over the real vocabulary. Borrowed.

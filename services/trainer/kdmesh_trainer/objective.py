@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 from kdmesh.losses import (
     Divergence,
     FusedLoss,
+    MixedTeacher,
     OutputHead,
     fused_linear_cross_entropy,
     fused_linear_divergence,
 )
-from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.sources.batches import TeacherRows
+from kdmesh_trainer.head import Heads, Target
+from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 
 class Objective(Protocol):
@@ -28,7 +29,7 @@ class Objective(Protocol):
         student_hidden_RD: Tensor,
         student_head: OutputHead,
         labels_R: Tensor,
-        teacher: TeacherRows | None,
+        teacher: TeacherRows | PanelRows | None,
         *,
         num_sampled: int = 0,
     ) -> FusedLoss:
@@ -43,13 +44,13 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """kd_weight * divergence(student, teacher) + ce_weight * cross-entropy."""
+    """kd_weight * divergence(student, teacher) + ce_weight * cross-entropy, where a row's teacher may be a mixture."""
 
     divergence: Divergence
     temperature: float
     kd_weight: float
     ce_weight: float
-    teacher_head: TeacherHead
+    teacher_head: Heads
     with_entropies: bool = False
     top_k: int = 0  # compared tokens; 0 compares none
 
@@ -58,7 +59,7 @@ class Distillation:
         student_hidden_RD: Tensor,
         student_head: OutputHead,
         labels_R: Tensor,
-        teacher: TeacherRows | None,
+        teacher: TeacherRows | PanelRows | None,
         *,
         num_sampled: int = 0,
     ) -> FusedLoss:
@@ -66,13 +67,40 @@ class Distillation:
         if teacher is None:
             assert len(labels_R) == 0
             return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R)
-        head = self.teacher_head.at(teacher.weight_version)
-        teacher_RE = teacher.rows_RD.to(student_hidden_RD.device)
+        targets = self.teacher_head.targets(teacher)
+        if targets[0].index_R is None:
+            (target,) = targets
+            return self._against(target, student_hidden_RD, student_head, labels_R, num_sampled)
+        # The rows of one teacher after those of another, and then each in its place again.
+        device = student_hidden_RD.device
+        indices = [_index(target) for target in targets]
+        parts = [
+            self._against(
+                target,
+                student_hidden_RD.index_select(0, index_R.to(device)),
+                student_head,
+                labels_R[index_R.to(device)],
+                int((index_R < num_sampled).sum()),
+            )
+            for target, index_R in zip(targets, indices, strict=True)
+        ]
+        return _joined(parts, order_R=torch.cat(indices).argsort().to(device))
+
+    def _against(
+        self, target: Target, student_hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor, num_sampled: int
+    ) -> FusedLoss:
+        """The loss of the rows of one target."""
         if num_sampled == 0 or self.ce_weight == 0:
-            return self._mixed(student_hidden_RD, student_head, teacher_RE, head, labels_R, ce_weight=self.ce_weight)
+            return self._mixed(student_hidden_RD, student_head, target.teachers, labels_R, ce_weight=self.ce_weight)
         weights = ((slice(0, num_sampled), 0.0), (slice(num_sampled, None), self.ce_weight))
         parts = [
-            self._mixed(student_hidden_RD[rows], student_head, teacher_RE[rows], head, labels_R[rows], ce_weight=weight)
+            self._mixed(
+                student_hidden_RD[rows],
+                student_head,
+                [replace(teacher, hidden_RE=teacher.hidden_RE[rows]) for teacher in target.teachers],
+                labels_R[rows],
+                ce_weight=weight,
+            )
             for rows, weight in weights
             if len(labels_R[rows]) > 0
         ]
@@ -82,18 +110,19 @@ class Distillation:
         self,
         student_hidden_RD: Tensor,
         student_head: OutputHead,
-        teacher_hidden_RE: Tensor,
-        teacher_head: OutputHead,
+        teachers: Sequence[MixedTeacher],
         labels_R: Tensor,
         *,
         ce_weight: float,
     ) -> FusedLoss:
+        first, *others = teachers
         return fused_linear_divergence(
             student_hidden_RD,
             student_head,
-            teacher_hidden_RE,
-            teacher_head,
+            first.hidden_RE,
+            first.head,
             divergence=self.divergence,
+            mixed_with=others,
             temperature=self.temperature,
             # At another temperature cross-entropy costs a second softmax: only where it is learnt from.
             labels_R=labels_R if self.ce_weight > 0 or self.temperature == 1 else None,
@@ -113,7 +142,7 @@ class CrossEntropy:
         student_hidden_RD: Tensor,
         student_head: OutputHead,
         labels_R: Tensor,
-        teacher: TeacherRows | None,
+        teacher: TeacherRows | PanelRows | None,
         *,
         num_sampled: int = 0,
     ) -> FusedLoss:
@@ -121,8 +150,18 @@ class CrossEntropy:
         return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R)
 
 
-def _joined(parts: Sequence[FusedLoss]) -> FusedLoss:
-    """Of the rows of all parts in order, at least one."""
+def _index(target: Target) -> Tensor:
+    assert target.index_R is not None
+    return target.index_R
+
+
+def _joined(parts: Sequence[FusedLoss], *, order_R: Tensor | None = None) -> FusedLoss:
+    """Of the rows of all parts, at least one, one after the other; `order_R` says where each row is found then."""
+
+    def join(name: str) -> Tensor:
+        values_R = torch.cat([getattr(part, name) for part in parts])
+        return values_R if order_R is None or len(values_R) == 0 else values_R[order_R]
+
     sums = torch.stack([part.loss_sum for part in parts]).sum()
     per_row = [field.name for field in fields(FusedLoss) if field.name != "loss_sum"]
-    return FusedLoss(loss_sum=sums, **{name: torch.cat([getattr(part, name) for part in parts]) for name in per_row})
+    return FusedLoss(loss_sum=sums, **{name: join(name) for name in per_row})

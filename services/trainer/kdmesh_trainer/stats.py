@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,15 @@ class SampleScores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherFigures:
+    """One of several teachers in one step; equal on every rank."""
+
+    tokens: int  # of the sequences that it was asked for, over all ranks
+    loss_tokens: int  # of them
+    wait_s: float  # mean over ranks of the time spent waiting for its rows, once those of teachers before it were here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     """What one optimizer step measured, before its update; equal on every rank."""
 
@@ -53,14 +63,16 @@ class StepStats:
     teacher_age_steps: int | None = None  # steps since the teacher got the student's weights; None: it is frozen
     rollouts: RolloutFigures | None = None  # None: nothing was sampled
     samples: SampleScores | None = None  # None: nothing was sampled
+    teachers: Mapping[str, TeacherFigures] = field(default_factory=dict)  # by name; empty unless there are several
 
     def figures(self) -> dict[str, float | None]:
         """Every figure by its name, in one level; of a teacher's age only where it has one."""
         figures = asdict(self)
         if self.teacher_age_steps is None:
             del figures["teacher_age_steps"]
-        rollouts, samples = figures.pop("rollouts"), figures.pop("samples")
-        return {**figures, **(rollouts or {}), **(samples or {})}
+        rollouts, samples, teachers = (figures.pop(name) for name in ("rollouts", "samples", "teachers"))
+        each = {f"teacher_{key}.{name}": value for name, own in teachers.items() for key, value in own.items()}
+        return {**figures, **(rollouts or {}), **(samples or {}), **each}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

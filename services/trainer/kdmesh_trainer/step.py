@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,13 +36,16 @@ class GradientStepper:
         config: OptimizerConfig,
         steps: int,
         mesh: Mesh,
+        teachers: Sequence[str] = ("",),
     ) -> None:
+        """`teachers` are the names of those that rows may come from; that of the only one is empty."""
         self._student = student
         self._objective = objective
         self.optimizer = optimizer
         self._config = config
         self._steps = steps
         self._mesh = mesh
+        self._teachers = teachers
 
     def update(self, batch: StepBatch) -> StepStats:
         """One optimizer step. Collective.
@@ -75,10 +79,11 @@ class GradientStepper:
             learning_rate=rate,
             num_loss_tokens=batch.num_loss_tokens,
             num_tokens=batch.num_tokens,
-            teacher_wait_s=totals.teacher_wait_s / self._mesh.world_size,
+            teacher_wait_s=totals.teacher_wait_s,
             teacher_age_steps=batch.teacher_age_steps,
             rollouts=batch.rollouts,
             samples=totals.samples,
+            teachers={name: figures for name, figures in totals.teachers.items() if name},
         )
 
     def accumulate(self, batch: StepBatch) -> Tally:
@@ -90,7 +95,7 @@ class GradientStepper:
         """
         self._student.train()
         self.optimizer.zero_grad(set_to_none=True)
-        tally = Tally(self._mesh)
+        tally = Tally(self._mesh, teachers=self._teachers)
         scale = self._mesh.world_size / batch.num_loss_tokens
         for micro_batch in batch.micro_batches:
             begin_micro_batch(self._student, is_last=micro_batch is batch.micro_batches[-1])
@@ -119,7 +124,7 @@ def forward(
             hidden_RD,
             head,
             labels_R,
-            tally.wait(micro_batch.teacher),
+            tally.wait(micro_batch),
             num_sampled=micro_batch.num_sampled_rows,
         )
         tally.look_at_samples(loss, micro_batch.rollout_logprobs_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,9 @@ from kdmesh.errors import ModelMismatch
 from kdmesh.losses import FusedLoss
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals
-from kdmesh_trainer.sources.batches import PendingRows, TeacherRows
-from kdmesh_trainer.stats import SampleScores
+from kdmesh_trainer.sources.batches import MicroBatch, PanelRows, TeacherRows
+from kdmesh_trainer.sources.sides import teacher_side
+from kdmesh_trainer.stats import SampleScores, TeacherFigures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +30,13 @@ class Totals:
     num_diverging: int  # rows that have a divergence
     num_labelled: int  # rows that have a cross-entropy
     num_overlapping: int  # rows that have a top-k overlap
-    teacher_wait_s: float  # over all ranks
+    teachers: Mapping[str, TeacherFigures]  # by name; that of the only one is empty
     samples: SampleScores | None  # None: no row was sampled
+
+    @property
+    def teacher_wait_s(self) -> float:
+        """Mean over ranks of the time spent waiting for rows."""
+        return sum(teacher.wait_s for teacher in self.teachers.values())
 
     @property
     def divergence_nats_per_token(self) -> float | None:
@@ -52,11 +59,53 @@ class Totals:
         return self.topk_overlap / self.num_overlapping if self.num_overlapping else None
 
 
+class _Teacher:
+    """What this rank has seen of one teacher since its tally began."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._version: int | None = None
+        self._num_tokens = 0
+        self._num_rows = 0
+        self._wait_s = 0.0
+
+    def add(self, rows: TeacherRows, *, num_tokens: int, wait_s: float) -> None:
+        """Count in what it answered."""
+        if self._version not in (None, rows.weight_version):
+            raise self._mixed(rows.weight_version)
+        self._version = rows.weight_version
+        self._num_tokens += num_tokens
+        self._num_rows += len(rows.rows_RD)
+        self._wait_s += wait_s
+
+    def own(self) -> list[float]:
+        """This rank's part of what `figures` gets the sums of."""
+        return [self._num_tokens, self._num_rows, self._wait_s, self._version or 0, self._version is not None]
+
+    def figures(self, sums: Sequence[float], *, ranks: int) -> TeacherFigures:
+        """Over all ranks. Raises ModelMismatch when another rank's rows have another weight version."""
+        tokens, rows, wait_s, versions, num_versions = sums
+        if self._version is not None and versions != num_versions * self._version:
+            raise self._mixed("another on another rank")
+        return TeacherFigures(tokens=round(tokens), loss_tokens=round(rows), wait_s=wait_s / ranks)
+
+    def _mixed(self, other: int | str) -> ModelMismatch:
+        whose = f"the rows of teacher {self._name}" if self._name else "the teacher's rows"
+        return ModelMismatch(
+            f"{whose} of one step have weight version {self._version} and {other}; a step never mixes versions"
+        )
+
+
+_NUM_OWN = len(_Teacher("").own())
+
+
 class Tally:
     """This rank's part of a step or an evaluation."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, *, teachers: Sequence[str] = ("",)) -> None:
+        """`teachers` are the names of those that rows may come from; that of the only one is empty."""
         self._mesh = mesh
+        self._teachers = {name: _Teacher(name) for name in teachers}
         self._sums_5 = torch.zeros(5, dtype=torch.float64, device=mesh.device)
         self._samples_4 = torch.zeros(4, dtype=torch.float64, device=mesh.device)
         self._num_sampled = 0
@@ -64,23 +113,24 @@ class Tally:
         self._num_diverging = 0
         self._num_labelled = 0
         self._num_overlapping = 0
-        self._wait_s = 0.0
-        self._version: int | None = None
 
-    def wait(self, pending: PendingRows | None) -> TeacherRows | None:
-        """The rows, with the time they took on record.
+    def wait(self, micro_batch: MicroBatch) -> TeacherRows | PanelRows | None:
+        """Its rows, with the time they took on record.
 
         Raises:
             ModelMismatch: this rank has seen rows of another weight version since this tally began.
         """
-        if pending is None:
+        if micro_batch.teacher is None:
             return None
         began_s = time.perf_counter()
-        rows = pending.wait()
-        self._wait_s += time.perf_counter() - began_s
-        if self._version not in (None, rows.weight_version):
-            raise _mixed(self._version, rows.weight_version)
-        self._version = rows.weight_version
+        rows = micro_batch.teacher.wait()
+        wait_s = time.perf_counter() - began_s
+        if isinstance(rows, PanelRows):
+            for part in rows.parts:
+                self._teachers[part.name].add(part.rows, num_tokens=part.num_tokens, wait_s=part.wait_s)
+        else:
+            num_tokens = sum(sequence.num_tokens for sequence in teacher_side(micro_batch.sequences))
+            self._teachers[""].add(rows, num_tokens=num_tokens, wait_s=wait_s)
         return rows
 
     def add(self, totals: LossTotals) -> None:
@@ -117,26 +167,28 @@ class Tally:
         Raises:
             ModelMismatch: another rank's rows have another weight version. Not every rank notices.
         """
-        has_version = self._version is not None
-        own = [self._num_diverging, self._num_labelled, self._wait_s, self._version or 0, has_version]
-        own += [self._num_sampled, self._num_compared, self._num_overlapping]
-        sums = self._mesh.sum(torch.cat([self._sums_5, self._sums_5.new_tensor(own), self._samples_4]))
+        own = [self._num_diverging, self._num_labelled, self._num_overlapping, self._num_sampled, self._num_compared]
+        seen = [number for teacher in self._teachers.values() for number in teacher.own()]
+        counted = self._sums_5.new_tensor([*own, *seen])
+        sums = self._mesh.sum(torch.cat([self._sums_5, self._samples_4, counted]))
         values = torch.cat([sums, *(value.double().reshape(1) for value in more)]).tolist()
+        teachers = {
+            name: teacher.figures(values[first : first + _NUM_OWN], ranks=self._mesh.world_size)
+            for (name, teacher), first in zip(self._teachers.items(), range(14, len(sums), _NUM_OWN), strict=True)
+        }
         totals = Totals(
             loss=values[0],
             divergence=values[1],
             cross_entropy=values[2],
             top1_agreement=values[3],
             topk_overlap=values[4],
-            num_diverging=round(values[5]),
-            num_labelled=round(values[6]),
-            num_overlapping=round(values[12]),
-            teacher_wait_s=values[7],
-            samples=_scores(values[13:17], num_sampled=round(values[10]), num_compared=round(values[11])),
+            num_diverging=round(values[9]),
+            num_labelled=round(values[10]),
+            num_overlapping=round(values[11]),
+            teachers=teachers,
+            samples=_scores(values[5:9], num_sampled=round(values[12]), num_compared=round(values[13])),
         )
-        if has_version and values[8] != values[9] * own[3]:
-            raise _mixed(self._version, "another on another rank")
-        return totals, tuple(values[17:])
+        return totals, tuple(values[len(sums) :])
 
 
 def _scores(sums: list[float], *, num_sampled: int, num_compared: int) -> SampleScores | None:
@@ -147,10 +199,4 @@ def _scores(sums: list[float], *, num_sampled: int, num_compared: int) -> Sample
         sampler_kl_k3_nats=sums[1] / num_compared if num_compared else None,
         student_entropy_nats=sums[2] / num_sampled,
         teacher_entropy_nats=sums[3] / num_sampled,
-    )
-
-
-def _mixed(version: int | None, other: int | str) -> ModelMismatch:
-    return ModelMismatch(
-        f"the teacher's rows of one step have weight version {version} and {other}; a step never mixes versions"
     )

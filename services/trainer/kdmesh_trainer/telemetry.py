@@ -135,6 +135,10 @@ class RunTelemetry:
             "step_s": step_s,
             "tokens_per_second": stats.num_tokens / step_s if step_s else None,
             "teacher_wait_fraction": stats.teacher_wait_s / step_s if step_s else None,
+            **{
+                f"teacher_wait_fraction.{name}": teacher.wait_s / step_s if step_s else None
+                for name, teacher in stats.teachers.items()
+            },
         }
         if (imbalance := self._imbalance()) is not None:
             figures["teacher_imbalance"] = imbalance

@@ -25,10 +25,28 @@ class TeacherRows(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PanelPart:
+    """What one of several teachers answered."""
+
+    name: str
+    rows: TeacherRows
+    index_R: Tensor | None  # [R'] int64 on the CPU, ascending: which of the micro-batch's rows these are; None: all
+    num_tokens: int  # of the sequences that it was asked for
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PanelRows:
+    """What several teachers answered for one micro-batch."""
+
+    parts: tuple[PanelPart, ...]  # at least one, of each teacher at most one
+
+
 class PendingRows(Protocol):
     """Rows that were asked for, or will be when they are waited on."""
 
-    def wait(self) -> TeacherRows:
+    def wait(self) -> TeacherRows | PanelRows:
         """Block until the rows are here. Called once.
 
         The caller becomes their only owner: the teacher's memory is free again as soon as

@@ -25,6 +25,10 @@ class KeptRows(PendingRows, Protocol):
         """Whether it is known that they will not come."""
         ...
 
+    def wait(self) -> TeacherRows:
+        """See PendingRows; always of one teacher."""
+        ...
+
 
 class KeepingService(Protocol):
     """Where a teacher's rows come from, also such that nobody will wait for soon."""
@@ -106,7 +110,7 @@ class EarlyRows:
             self._waiting.clear()
             self._asked.clear()
 
-    def _take(self, sequence: TokenSequence) -> PendingRows | None:
+    def _take(self, sequence: TokenSequence) -> KeptRows | None:
         """The rows of a sequence, if they are here or on their way."""
         key = digest([sequence])
         with self._lock:
@@ -155,9 +159,7 @@ class _Joined:
 class _JoinedRows:
     """Rows of a group that come in several answers."""
 
-    def __init__(
-        self, early: Sequence[PendingRows | None], asked: PendingRows | None, asked_rows: Sequence[int]
-    ) -> None:
+    def __init__(self, early: Sequence[KeptRows | None], asked: KeptRows | None, asked_rows: Sequence[int]) -> None:
         """
         Args:
             early: for each sequence its own answer; None: it is in `asked`.

@@ -10,7 +10,14 @@ from typing import IO, Any, assert_never
 from kdmesh.errors import DataError
 from kdmesh.extension import resolve
 from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig
-from kdmesh_trainer.sources.rows import CHAT_COLUMNS, Chat, chat_from_messages, chat_from_row
+from kdmesh_trainer.sources.rows import (
+    CHAT_COLUMNS,
+    NO_COLUMNS,
+    Chat,
+    TeacherColumns,
+    chat_from_messages,
+    chat_from_row,
+)
 
 Reader = Callable[[], Iterator[Chat]]
 """Starts one pass over a dataset."""
@@ -18,14 +25,14 @@ Reader = Callable[[], Iterator[Chat]]
 _SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
-def open_dataset(config: DatasetConfig, *, teacher_column: str | None = None) -> Reader:
+def open_dataset(config: DatasetConfig, *, teacher: TeacherColumns = NO_COLUMNS) -> Reader:
     """The reader of a dataset; nothing of the data is read until it is called.
 
     The reader raises DataError at the first row it cannot use, naming file and line,
     and when there is no row at all.
 
     Args:
-        teacher_column: of a file, holds messages for the teacher; None: no column does.
+        teacher: columns of a file.
 
     Raises:
         ConfigError: a custom reader cannot be found or does not take its params.
@@ -34,7 +41,7 @@ def open_dataset(config: DatasetConfig, *, teacher_column: str | None = None) ->
     match config:
         case ChatFile():
             files = _files(config.path)
-            return lambda: _not_empty(_read_files(files, config.column, teacher_column), str(config.path))
+            return lambda: _not_empty(_read_files(files, config.column, teacher), str(config.path))
         case CustomDataset():
             function = resolve(config.target, config.params)
             return lambda: _not_empty(_read_custom(function, config.target), config.target)
@@ -73,17 +80,17 @@ def _read_custom(function: Callable[[], Iterable[object]], target: str) -> Itera
         yield chat_from_messages(messages, origin=f"{target}: chat {number}")
 
 
-def _read_files(files: list[Path], column: str, teacher_column: str | None) -> Iterator[Chat]:
+def _read_files(files: list[Path], column: str, teacher: TeacherColumns) -> Iterator[Chat]:
     for path in files:
-        for origin, row in _rows_of(path, column, teacher_column):
-            yield chat_from_row(row, column=column, origin=origin, teacher_column=teacher_column)
+        for origin, row in _rows_of(path, column, teacher):
+            yield chat_from_row(row, column=column, origin=origin, teacher=teacher)
 
 
-def _rows_of(path: Path, column: str, teacher_column: str | None) -> Iterator[tuple[str, object]]:
+def _rows_of(path: Path, column: str, teacher: TeacherColumns) -> Iterator[tuple[str, object]]:
     """Each row of one file after its origin."""
     try:
         if path.suffix == ".parquet":
-            yield from _parquet_rows(path, column, teacher_column)
+            yield from _parquet_rows(path, column, teacher)
             return
         # utf-8-sig: a byte order mark is not part of the first line.
         with path.open(encoding="utf-8-sig") as file:
@@ -124,14 +131,14 @@ def _parse(text: str, path: Path, *, first_line: int) -> object:
         raise DataError(f"{path}:{first_line}: not usable JSON: nested too deeply") from None
 
 
-def _parquet_rows(path: Path, column: str, teacher_column: str | None) -> Iterator[tuple[str, object]]:
+def _parquet_rows(path: Path, column: str, teacher: TeacherColumns) -> Iterator[tuple[str, object]]:
     import pyarrow as pa  # a tenth of a second, and most datasets are JSON
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = [name for name in names if name in (column, teacher_column, *CHAT_COLUMNS)]
+            wanted = [name for name in names if name in (column, teacher.messages, teacher.name, *CHAT_COLUMNS)]
             number = 0
             if column not in names and "conversations" not in names and "instruction" not in names:
                 wanted = names  # whole rows, so that the refusal can name their columns

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.sources.batches import PendingRows, TeacherRows
+from kdmesh_trainer.sources.batches import PanelRows, PendingRows, TeacherRows
 from kdmesh_trainer.sources.sides import teacher_side
 
 
@@ -73,7 +73,7 @@ class RowQueue:
         self._asks.clear()
         self._num_asked = 0
 
-    def collect(self, ask: _Ask) -> TeacherRows:
+    def collect(self, ask: _Ask) -> TeacherRows | PanelRows:
         """Block until the rows of `ask`, the next one in order, are here; PendingRows.wait."""
         assert self._asks and self._asks[0] is ask, "rows must be waited for once, in order, before close"
         self._ask_for(self._prefetch + 1)
@@ -117,6 +117,6 @@ class _Ask:
         """Want the rows no more."""
         self._pending = None
 
-    def wait(self) -> TeacherRows:
+    def wait(self) -> TeacherRows | PanelRows:
         """See PendingRows."""
         return self._queue.collect(self)

@@ -32,16 +32,27 @@ class Chat:
     messages: tuple[Message, ...]  # at least one
     origin: str  # "file:line", for people
     teacher_messages: tuple[Message, ...] = ()  # what leads up to the same response for the teacher; empty: no column
+    teacher_name: str = ""  # of the one that is asked; empty: no column
 
 
-def chat_from_row(row: object, *, column: str, origin: str, teacher_column: str | None = None) -> Chat:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherColumns:
+    """What a row says of its teacher, beside its chat."""
+
+    messages: str | None = None  # column of messages for the teacher; None: there is none
+    name: str | None = None  # column of the teacher's name; None: there is none
+    known_names: tuple[str, ...] = ()
+
+
+NO_COLUMNS = TeacherColumns()
+
+
+def chat_from_row(row: object, *, column: str, origin: str, teacher: TeacherColumns = NO_COLUMNS) -> Chat:
     """The chat in a row: OpenAI messages (or ShareGPT ones) in `column`, else ShareGPT, else Alpaca.
 
-    Args:
-        teacher_column: holds messages for the teacher; None: no column does.
-
     Raises:
-        DataError: it is none of these; the message names the origin, what was found and the rule.
+        DataError: it is none of these, or lacks what `teacher` names; the message names the origin, what was found and
+            the rule.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
@@ -57,8 +68,12 @@ def chat_from_row(row: object, *, column: str, origin: str, teacher_column: str 
             f"{origin}: no column {column!r}, and neither `conversations` (ShareGPT) nor `instruction` with "
             f"`output` (Alpaca); columns found: {found}"
         )
-    teacher_messages = [] if teacher_column is None else _teacher_messages(row, teacher_column, origin)
-    return Chat(messages=tuple(messages), origin=origin, teacher_messages=tuple(teacher_messages))
+    return Chat(
+        messages=tuple(messages),
+        origin=origin,
+        teacher_messages=() if teacher.messages is None else tuple(_teacher_messages(row, teacher.messages, origin)),
+        teacher_name="" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin),
+    )
 
 
 def chat_from_messages(value: object, *, origin: str) -> Chat:
@@ -74,6 +89,15 @@ def _teacher_messages(row: Mapping[Any, Any], column: str, origin: str) -> list[
     if row.get(column) is None:
         raise DataError(f"{origin}: no column {column!r}, which data.teacher_context names")
     return _messages(row[column], f"{origin}: {column}")
+
+
+def _teacher_name(row: Mapping[Any, Any], column: str, known: tuple[str, ...], origin: str) -> str:
+    name = row.get(column)
+    if name is None:
+        raise DataError(f"{origin}: no column {column!r}, which data.teacher_column names; known: {', '.join(known)}")
+    if name not in known:
+        raise DataError(f"{origin}: {column}: there is no teacher {name!r}; known: {', '.join(known)}")
+    return str(name)
 
 
 def _messages(value: object, origin: str) -> list[Message]:

@@ -14,7 +14,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.rows import Chat
-from kdmesh_trainer.sources.sides import first_rows
+from kdmesh_trainer.sources.sides import addressed, first_rows
 from kdmesh_trainer.sources.turns import Unusable
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class _Intake:
     def _add_sequence(self, chat: Chat, sequence: TokenSequence) -> None:
         limit = self._policy.max_tokens
         if sequence.num_tokens <= limit:
-            self.sequences.append(sequence)
+            self._take(chat, sequence)
             return
         if self._policy.too_long == "fail":
             raise DataError(
@@ -141,7 +141,10 @@ class _Intake:
             self._dropped_too_long += 1
             return
         self._truncated += 1
-        self.sequences.append(first_rows(sequence, num_kept))
+        self._take(chat, first_rows(sequence, num_kept))
+
+    def _take(self, chat: Chat, sequence: TokenSequence) -> None:
+        self.sequences.append(addressed(sequence, chat.teacher_name) if chat.teacher_name else sequence)
 
 
 def _losses(report: DataReport) -> str:

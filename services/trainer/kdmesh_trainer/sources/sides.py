@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.types import Int32Array, TokenSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Addressed(TokenSequence):
+    """A sequence as one of several teachers reads it."""
+
+    teacher_name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,5 +58,12 @@ def first_rows(sequence: TokenSequence, count: int) -> TokenSequence:
     token_ids = sequence.token_ids[: positions[-1] + 2].copy()
     if isinstance(sequence, InContext):
         teacher = first_rows(sequence.teacher, count)
-        return InContext(token_ids=token_ids, positions=positions, teacher=teacher)
-    return TokenSequence(token_ids=token_ids, positions=positions)
+        return replace(sequence, token_ids=token_ids, positions=positions, teacher=teacher)
+    return replace(sequence, token_ids=token_ids, positions=positions)
+
+
+def addressed(sequence: TokenSequence, teacher_name: str) -> TokenSequence:
+    """The sequence, of which that teacher is asked."""
+    if isinstance(sequence, InContext):
+        return replace(sequence, teacher=addressed(sequence.teacher, teacher_name))
+    return Addressed(token_ids=sequence.token_ids, positions=sequence.positions, teacher_name=teacher_name)

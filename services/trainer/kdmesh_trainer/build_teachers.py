@@ -1,0 +1,110 @@
+"""Builds all that a job learns from: its teacher, or a panel of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.build_teacher import Teacher, open_teacher
+from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.fit import check_requests
+from kdmesh_trainer.head import Heads, TeacherHead
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objective_config import Distill
+from kdmesh_trainer.panel_heads import PanelHeads
+from kdmesh_trainer.sources.panel import Panel
+from kdmesh_trainer.sources.row_queue import RowService
+from kdmesh_trainer.sources.sides import Addressed, teacher_side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teachers:
+    """The only teacher, or all of several."""
+
+    by_name: Mapping[str, Teacher]  # that of the only one is empty
+    rows: RowService
+    heads: Heads
+    prefetch: int  # micro-batches
+    vocabulary_size: int  # real tokens that all of them share with the student
+
+    @property
+    def only(self) -> Teacher:
+        """Where the configuration takes no other number of them."""
+        (teacher,) = self.by_name.values()
+        return teacher
+
+    def doors(self) -> dict[str, str]:
+        """Through which rows come now, and why through these."""
+        return {name: why for teacher in self.by_name.values() for name, why in teacher.pool.stats().doors.items()}
+
+    def imbalance(self) -> float | None:
+        """Of the teacher whose replicas have the least equal work; None: none has several."""
+        known = [teacher.pool.stats().imbalance for teacher in self.by_name.values()]
+        return max((each for each in known if each is not None), default=None)
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint can only be continued with, by configuration key."""
+        return {key: value for teacher in self.by_name.values() for key, value in teacher.identity().items()}
+
+    def check_requests(self, dataset: str, sequences: Sequence[TokenSequence]) -> None:
+        """Return when every teacher takes what it will be asked for. Raises DataError."""
+        theirs = teacher_side(sequences)
+        for name, teacher in self.by_name.items():
+            own = [s for s in theirs if not isinstance(s, Addressed) or s.teacher_name == name]
+            if own:
+                check_requests(dataset, own, teacher.pool.describe())
+
+
+def open_teachers(
+    cfg: TrainerConfig, *, tokenizer_fingerprint: str, vocabulary_size: int, mesh: Mesh, stack: ExitStack
+) -> Teachers | None:
+    """None when nobody would ask one anything: without a section, and for SFT without held-out data.
+
+    Args:
+        tokenizer_fingerprint: of the student's tokenizer.
+        vocabulary_size: real tokens of the student's tokenizer.
+
+    Raises:
+        ConfigError: no address is given.
+        ModelMismatch: a teacher does not fit the student, or this job.
+        DeadlineExpired: one does not answer.
+    """
+    is_asked = isinstance(cfg.objective, Distill) or cfg.data.held_out is not None
+    if not cfg.all_teachers or not is_asked:
+        return None
+    teachers = {
+        name: open_teacher(
+            cfg,
+            name,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            vocabulary_size=vocabulary_size,
+            mesh=mesh,
+            stack=stack,
+        )
+        for name in cfg.all_teachers
+    }
+    size = min(teacher.vocabulary_size for teacher in teachers.values())
+    heads = {
+        name: TeacherHead(teacher.pool, vocabulary_size=size, device=mesh.device) for name, teacher in teachers.items()
+    }
+    weights = _weights(cfg)
+    is_panel = bool(cfg.teachers)
+    return Teachers(
+        by_name=teachers,
+        rows=Panel({name: teacher.pool for name, teacher in teachers.items()}, asks_all=weights is not None)
+        if is_panel
+        else teachers[""].pool,
+        heads=PanelHeads(heads, weights=weights) if is_panel else heads[""],
+        prefetch=max(teacher.prefetch for teacher in cfg.all_teachers.values()),
+        vocabulary_size=size,
+    )
+
+
+def _weights(cfg: TrainerConfig) -> dict[str, float] | None:
+    """Of the teachers in the mixture that every row learns; None where each row names its own."""
+    if cfg.data.teacher_column is not None:
+        return None
+    weights = cfg.objective.teacher_weights if isinstance(cfg.objective, Distill) else None
+    return weights or dict.fromkeys(cfg.all_teachers, 1.0)

@@ -1,0 +1,94 @@
+"""Several teachers that are asked as one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.sources.batches import PanelPart, PanelRows, PendingRows
+from kdmesh_trainer.sources.row_queue import RowService
+from kdmesh_trainer.sources.sides import Addressed
+
+
+class Panel:
+    """A RowService that asks each teacher for its own sequences of a group, or every one for all of them."""
+
+    def __init__(self, teachers: Mapping[str, RowService], *, asks_all: bool) -> None:
+        """
+        Args:
+            teachers: by name.
+            asks_all: each teacher is asked for every sequence; else a sequence is Addressed to one of them.
+        """
+        self._teachers = teachers
+        self._asks_all = asks_all
+
+    def submit(self, sequences: Sequence[TokenSequence]) -> PendingPanel:
+        """See RowService."""
+        asks = []
+        for name, teacher in self._teachers.items():
+            members = [n for n, sequence in enumerate(sequences) if self._asks_all or _name(sequence) == name]
+            if members:
+                own = [sequences[n] for n in members]
+                asks.append(
+                    _Ask(
+                        name=name,
+                        pending=teacher.submit(own),
+                        index_R=None if len(own) == len(sequences) else _rows_of(members, sequences),
+                        num_tokens=sum(sequence.num_tokens for sequence in own),
+                    )
+                )
+        return PendingPanel(asks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Ask:
+    """What one teacher was asked for."""
+
+    name: str
+    pending: PendingRows
+    index_R: Tensor | None
+    num_tokens: int
+
+
+class PendingPanel:
+    """Rows that several teachers were asked for; see PendingRows."""
+
+    def __init__(self, asks: list[_Ask]) -> None:
+        self._asks = asks
+
+    def wait(self) -> PanelRows:
+        """Block for one after the other; what passes while the first is waited for is not counted for the second."""
+        asks, self._asks = self._asks, []
+        parts = []
+        while asks:
+            ask = asks.pop(0)  # so that the rows' only owner is the caller
+            began_s = time.perf_counter()
+            rows = ask.pending.wait()
+            assert not isinstance(rows, PanelRows), "a panel in a panel"
+            parts.append(
+                PanelPart(
+                    name=ask.name,
+                    rows=rows,
+                    index_R=ask.index_R,
+                    num_tokens=ask.num_tokens,
+                    wait_s=time.perf_counter() - began_s,
+                )
+            )
+        return PanelRows(parts=tuple(parts))
+
+
+def _name(sequence: TokenSequence) -> str:
+    assert isinstance(sequence, Addressed)
+    return sequence.teacher_name
+
+
+def _rows_of(members: Sequence[int], sequences: Sequence[TokenSequence]) -> Tensor:
+    """[R'] where the rows of the sequences `members` are among those of all."""
+    begins = np.cumsum([0, *(sequence.num_rows for sequence in sequences)])
+    return torch.from_numpy(np.concatenate([np.arange(begins[n], begins[n + 1]) for n in members]))

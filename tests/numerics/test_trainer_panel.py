@@ -1,0 +1,142 @@
+"""A step with several teachers has the textbook's loss and gradient, on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kdmesh.losses import forward_kl
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.evaluate import HeldOutEvaluator
+from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.panel_heads import PanelHeads
+from kdmesh_trainer.sources.panel import Panel
+from kdmesh_trainer.sources.sides import addressed
+from kdmesh_trainer.step import GradientStepper
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_parts import LocalTeacher, build_student, random_sequences, step_batch
+from tests.support.trainer_ranks import run_ranks
+
+# Real tokens; the models' heads are padded to different sizes above it.
+VOCABULARY_SIZE = 310
+WEIGHTS = {"code": 3.0, "maths": 1.0}
+TEMPERATURE = 1.5
+# Of each sequence. One rank's micro-batches hold samples of both teachers, of one, or of none.
+NAMES = ("code", "maths", "code", "code", "maths", "maths", "code", "maths")
+LAYOUTS: dict[int, list[list[list[list[int]]]]] = {
+    1: [[[[0, 1, 2, 3, 4, 5, 6, 7]]], [[[7, 1], [0, 5, 3], [4, 6], [2]]]],
+    2: [[[[0, 1, 2]], [[3, 4, 5, 6, 7]]], [[[0], [1, 2], []], [[3, 6], [], [4, 5, 7]]]],
+}
+
+
+def batch_sequences() -> list[TokenSequence]:
+    sequences = random_sequences(len(NAMES), seed=5, vocabulary_size=VOCABULARY_SIZE)
+    return [addressed(sequence, name) for sequence, name in zip(sequences, NAMES, strict=True)]
+
+
+def gradients_of_layouts(mesh: Mesh, *, student: str, teachers: dict[str, str], is_mixed: bool, output: str) -> None:
+    """Writes every layout's figures and whole gradient to `output`; runs on every rank."""
+    model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+    local = {name: LocalTeacher(Path(path)) for name, path in teachers.items()}
+    panel = Panel(local, asks_all=is_mixed)
+    heads = PanelHeads(
+        {name: TeacherHead(one, vocabulary_size=VOCABULARY_SIZE, device=mesh.device) for name, one in local.items()},
+        weights=WEIGHTS if is_mixed else None,
+    )
+    objective = Distillation(
+        divergence=forward_kl, temperature=TEMPERATURE, kd_weight=1.0, ce_weight=0.3, teacher_head=heads
+    )
+    config = OptimizerConfig()
+    stepper = GradientStepper(
+        model, objective, build_adamw(model, config), config=config, steps=1, mesh=mesh, teachers=heads.names
+    )
+    for number, plan in enumerate(LAYOUTS[mesh.world_size]):
+        tally = stepper.accumulate(step_batch(batch_sequences(), plan[mesh.rank], panel))
+        totals, _ = tally.over_all_ranks()
+        results = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
+        results["loss"] = torch.tensor([totals.loss, totals.divergence, totals.cross_entropy], dtype=torch.float64)
+        counts = [[one.tokens, one.loss_tokens] for one in totals.teachers.values()]
+        results["counts"] = torch.tensor(counts, dtype=torch.float64)
+        evaluator = HeldOutEvaluator(
+            model, batch_sequences(), teacher=panel, teacher_head=heads, max_tokens=64, prefetch=2, mesh=mesh
+        )
+        results["kl"] = torch.tensor(evaluator.evaluate().kl_nats_per_token)
+        if mesh.is_first:
+            save_file(results, Path(output) / f"{mesh.world_size}-{number}.safetensors")
+
+
+def target(t: dict[str, Tensor], temperature: float, own: str | None) -> Tensor:
+    """[R, V] the distribution of one teacher, or the mixture of both."""
+    p = {name: (t_RV / temperature).softmax(-1) for name, t_RV in t.items()}
+    return 0.75 * p["code"] + 0.25 * p["maths"] if own is None else p[own]
+
+
+def textbook(student: str, teachers: dict[str, str], *, is_mixed: bool) -> dict[str, Tensor]:
+    """The same in float64: whole logits of Hugging Face's own forward, one sequence after the other."""
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
+    others = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for name, path in teachers.items()}
+    divergence = cross_entropy = kl = torch.zeros((), dtype=torch.float64)
+    for sequence, own in zip(batch_sequences(), NAMES, strict=True):
+        token_ids = torch.from_numpy(sequence.token_ids).long()[None]
+        positions = torch.from_numpy(sequence.positions).long()
+
+        t = {name: other(token_ids).logits[0, positions, :VOCABULARY_SIZE].detach() for name, other in others.items()}
+        z_RV = model(token_ids).logits[0, positions, :VOCABULARY_SIZE]
+        p_RV, p1_RV = (target(t, tau, None if is_mixed else own) for tau in (TEMPERATURE, 1.0))
+        divergence = divergence + (p_RV * (p_RV.log() - (z_RV / TEMPERATURE).log_softmax(-1))).sum()
+        kl = kl + (p1_RV * (p1_RV.log() - z_RV.log_softmax(-1))).sum()
+        labels = torch.from_numpy(sequence.labels).long()
+        cross_entropy = cross_entropy - z_RV.log_softmax(-1).gather(1, labels[:, None]).sum()
+    loss = divergence + 0.3 * cross_entropy
+    num_rows = sum(sequence.num_rows for sequence in batch_sequences())
+    (loss / num_rows).backward()
+    counts = [
+        [
+            sum(count for count, name in zip(counted, NAMES, strict=True) if is_mixed or name == teacher)
+            for counted in zip(*((s.num_tokens, s.num_rows) for s in batch_sequences()), strict=True)
+        ]
+        for teacher in teachers
+    ]
+    return {
+        "loss": torch.stack([loss, divergence, cross_entropy]).detach(),
+        "kl": (kl / num_rows).detach(),
+        "counts": torch.tensor(counts, dtype=torch.float64),
+        **{name: p.grad for name, p in model.named_parameters()},
+    }
+
+
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["each row its own teacher", "a mixture"])
+def test_layouts_of_one_batch_have_the_textbooks_figures_and_gradient(
+    tiny_models: TinyModels, tmp_path: Path, is_mixed: bool
+) -> None:
+    student = str(tiny_models.path("qwen3", seed=1))
+    teachers = {
+        "code": str(tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)),
+        "maths": str(tiny_models.path("gemma2", seed=3, vocab_size=352)),
+    }
+    for ranks in (1, 2):
+        run_ranks(
+            "tests.numerics.test_trainer_panel:gradients_of_layouts",
+            ranks=ranks,
+            student=student,
+            teachers=teachers,
+            is_mixed=is_mixed,
+            output=str(tmp_path),
+        )
+    expected = textbook(student, teachers, is_mixed=is_mixed)
+    for ranks, layouts in LAYOUTS.items():
+        for number in range(len(layouts)):
+            actual = load_file(tmp_path / f"{ranks}-{number}.safetensors")
+            assert actual.keys() == expected.keys()
+            for name, value in expected.items():
+                error = (actual[name] - value).norm() / value.norm()
+                assert error < 1e-5, f"{ranks} ranks, layout {number}: {name} is off by {error}"

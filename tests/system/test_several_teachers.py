@@ -1,0 +1,89 @@
+"""A job with two teachers of different widths is killed in the middle of a step, and continues exactly."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tiny_models import TinyModels
+from tests.system.conftest import Materials
+from tests.system.processes import Processes
+from tests.system.teachers import Teacher
+from tests.system.training import Job, Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """Two teachers that serve."""
+
+    code: Teacher
+    maths: Teacher
+    data: Path  # train.jsonl, with the teacher of each row
+
+    def job(self, processes: Processes, directory: Path, student: Path, *, is_mixed: bool) -> Job:
+        """A job that learns from both."""
+        weights = {"teacher_weights": {"code": 2, "maths": 1}} if is_mixed else {}
+        recipe = Recipe(student=student, data=self.data, objective={"divergence": {"name": "forward_kl"}, **weights})
+        data: dict[str, Any] = {"max_tokens": 96, "train": {"format": "chat", "path": str(self.data / "train.jsonl")}}
+        data["held_out"] = data["train"]
+        addresses = {"code": [self.code.address], "maths": [self.maths.address]}
+        return Job(
+            processes,
+            directory,
+            recipe,
+            data=data if is_mixed else {**data, "teacher_column": "who"},
+            teachers={name: {"addresses": where, "deadline_s": 100} for name, where in addresses.items()},
+            evaluation={"every": 8, "max_sequences": 6},
+            steps=10,
+        )
+
+
+@pytest.fixture(scope="module")
+def panel(
+    materials: Materials, tiny_models: TinyModels, processes: Processes, tmp_path_factory: pytest.TempPathFactory
+) -> Panel:
+    root = tmp_path_factory.mktemp("panel")
+    rows = [json.loads(line) for line in (materials.data / "train.jsonl").read_text().splitlines()]
+    named = [{**row, "who": ("code", "maths", "code")[number % 3]} for number, row in enumerate(rows)]
+    (root / "train.jsonl").write_text("\n".join(map(json.dumps, named)), encoding="utf-8")
+    narrow = tiny_models.path("llama", seed=3, hidden_size=24, vocab_size=352)
+    teachers = [
+        Teacher(processes, root / name, model) for name, model in (("code", materials.teacher), ("maths", narrow))
+    ]
+    for teacher in teachers:
+        teacher.start()
+    return Panel(code=teachers[0], maths=teachers[1], data=root)
+
+
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["each row its own teacher", "a mixture"])
+def test_a_job_that_was_killed_continues_with_equal_losses(
+    panel: Panel, materials: Materials, processes: Processes, tmp_path: Path, is_mixed: bool
+) -> None:
+    whole, killed = (
+        panel.job(processes, tmp_path / name, materials.plain.student, is_mixed=is_mixed)
+        for name in ("whole", "killed")
+    )
+    gate = killed.gate(20 if is_mixed else 32)  # after the first checkpoint
+    trainers = [whole.start(), killed.start()]
+    trainers[1].until(gate.is_reached)
+    trainers[1].signal(signal.SIGKILL)
+    trainers[1].exit_code()
+    gate.remove()
+    again = killed.start()
+    trainers[0].succeed()
+    again.succeed()
+    (event,) = again.events("continuing from a checkpoint")
+    assert event["step"] > 0
+    assert killed.record() == whole.record()
+    steps = whole.steps()
+    assert min(panel.code.num_answered("whole"), panel.maths.num_answered("whole")) > 0
+    for step in steps:
+        tokens = [step["teacher_tokens.code"], step["teacher_tokens.maths"]]
+        assert tokens == [step["num_tokens"]] * 2 if is_mixed else sum(tokens) == step["num_tokens"]
+        assert step["teacher_wait_fraction.code"] >= 0
+    assert steps[-1]["divergence_nats_per_token"] < steps[0]["divergence_nats_per_token"]
