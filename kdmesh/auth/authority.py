@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from kdmesh.errors import ConfigError, PermissionDenied, Unauthenticated
 
 if TYPE_CHECKING:
     from kdmesh.auth.web_tokens import WebTokens
+
+log = logging.getLogger(__name__)
 
 _BEARER = "bearer"
 
@@ -84,6 +87,8 @@ class Authority:
         except (Unauthenticated, PermissionDenied) as error:
             self._on_refusal(type(error).__name__)
             raise
+        if role is Role.OPERATOR and not self._is_open:
+            log.info("operator calls", extra={"call": what, "caller": caller.identity.name})
         return caller
 
     async def _identify(self, authorization: str | None, peer_names: Callable[[], Sequence[str]]) -> Caller:
@@ -95,9 +100,8 @@ class Authority:
         raise Unauthenticated(f"this server wants to know who calls: {self._wanted()}")
 
     async def _by_token(self, token: str) -> Caller:
-        tokens = self._tokens
-        if tokens is not None and (known := tokens.current().find(token)) is not None:
-            return Caller(known, lambda: tokens.current().find(token) == known)
+        if self._tokens is not None and (known := _by_file(self._tokens, token)) is not None:
+            return known
         if self._web_tokens is None:
             raise Unauthenticated("the bearer token is not one that this server knows")
         return Caller(await self._web_tokens.identify(token))
@@ -105,6 +109,19 @@ class Authority:
     def _wanted(self) -> str:
         sources = {"a bearer token": self._tokens or self._web_tokens, "a client certificate": self._certificates}
         return f"send {' or '.join(name for name, source in sources.items() if source is not None)}"
+
+
+def _by_file(tokens: Watched[TokenSet], token: str) -> Caller | None:
+    seen = tokens.current()
+    identity = seen.find(token)
+    if identity is None:
+        return None
+
+    def is_still_good() -> bool:
+        now = tokens.current()
+        return now is seen or now.find(token) == identity
+
+    return Caller(identity, is_still_good)
 
 
 def _by_certificate(names: Sequence[str], cfg: RolesConfig) -> Identity:

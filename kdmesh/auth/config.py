@@ -157,7 +157,7 @@ class AccessConfig(StrictModel):
     def refusal(self, address: str) -> str | None:
         """Why host:port must not be connected to in this way, as a sentence; None when it may."""
         is_safe = self.token_file is None or self.tls is not None or self.plaintext_token
-        if is_safe or is_loopback(address.rpartition(":")[0]):
+        if is_safe or is_loopback(address.removeprefix("dns:///").rpartition(":")[0]):
             return None
         return (
             f"{address} is not on this machine, and without tls the token would travel in the clear: set access.tls, "

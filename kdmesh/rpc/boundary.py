@@ -12,7 +12,6 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from kdmesh.auth.authority import Authority, Caller
-from kdmesh.auth.identity import Role
 from kdmesh.errors import InvalidRequest, RpcError, Unauthenticated, Unavailable
 from kdmesh.rpc import caller, status
 from kdmesh.rpc.roles import needed
@@ -91,8 +90,6 @@ class _Guard:
             _authorization(context), lambda: _peer_names(context), role, self._method.rpartition("/")[2]
         )
         caller.enter(admitted.identity)
-        if role is Role.OPERATOR and admitted.identity.name:
-            log.info("operator calls", extra={"rpc": self._method, "caller": admitted.identity.name})
         return admitted
 
     def _request(self, data: Any, admitted: Caller | None) -> Any:

@@ -28,6 +28,7 @@ from tests.support.teacher_server import running_teacher
 ISSUER, AUDIENCE = "https://issuer.example", "kdmesh"
 KEY = ec.generate_private_key(ec.SECP256R1())
 STRANGE = ec.generate_private_key(ec.SECP256R1())
+SHARED = b"a secret that the key set tells everybody"
 PUBLIC = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -94,16 +95,27 @@ async def test_a_token_that_does_not_count_is_refused_with_the_reason(tmp_path: 
     assert token not in str(refusal.value)
 
 
-async def test_the_public_key_as_a_secret_signs_nothing(tmp_path: Path) -> None:
+def forged(secret: bytes, algorithm: str, key_id: str = "") -> str:
+    """Authenticated by a secret that the forger knows, whatever it says of itself."""
+
     def encoded(data: bytes) -> str:
         return urlsafe_b64encode(data).rstrip(b"=").decode()
 
+    header = {"alg": algorithm} | ({"kid": key_id} if key_id else {})
+    body = f"{encoded(json.dumps(header).encode())}.{encoded(json.dumps(claims()).encode())}"
+    return f"{body}.{encoded(hmac.digest(secret, body.encode(), hashlib.sha256))}"
+
+
+@pytest.mark.parametrize("algorithm", ["HS256", "ES256", "RS256"])
+async def test_what_everybody_knows_signs_nothing(tmp_path: Path, algorithm: str) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(key_set(one=KEY))
     async with guarded(tmp_path) as address:
-        for algorithm in ("HS256", "ES256", "RS256"):  # whatever it says of itself
-            body = f"{encoded(json.dumps({'alg': algorithm}).encode())}.{encoded(json.dumps(claims()).encode())}"
-            forged = f"{body}.{encoded(hmac.digest(PUBLIC, body.encode(), hashlib.sha256))}"
-            with pytest.raises(Unauthenticated):
-                await show(address, forged, tmp_path)
+        with pytest.raises(Unauthenticated):
+            await show(address, forged(PUBLIC, algorithm), tmp_path)
+    async with guarded(tmp_path, jwks=str(path)) as address:
+        with pytest.raises(Unauthenticated):
+            await show(address, forged(SHARED, algorithm, key_id="shared"), tmp_path)
 
 
 async def test_the_role_is_the_claimed_one_or_that_of_the_name(tmp_path: Path) -> None:
@@ -160,7 +172,8 @@ async def test_rsa_keys_work_too(tmp_path: Path) -> None:
 def key_set(**keys: ec.EllipticCurvePrivateKey) -> str:
     """With a key that everybody could sign with, which must not be taken."""
     public = [json.loads(ECAlgorithm.to_jwk(key.public_key())) | {"kid": name} for name, key in keys.items()]
-    return json.dumps({"keys": [*public, {"kty": "oct", "kid": "shared", "k": "AAAA"}]})
+    shared = {"kty": "oct", "kid": "shared", "alg": "HS256", "k": urlsafe_b64encode(SHARED).rstrip(b"=").decode()}
+    return json.dumps({"keys": [*public, shared]})
 
 
 @contextmanager

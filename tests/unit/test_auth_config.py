@@ -16,6 +16,7 @@ from kdmesh.auth.watched import Watched
 from kdmesh.errors import ConfigError
 from kdmesh_rollout.config import RolloutServerConfig
 from kdmesh_teacher.config import ServerConfig, TeacherConfig
+from kdmesh_trainer.config import TeacherConfig as TrainersTeacher
 
 TOKENS = {"tokens": "tokens.yaml"}
 TLS = {"cert": "a.crt", "key": "a.key"}
@@ -146,3 +147,26 @@ def test_a_file_is_read_when_it_has_changed_and_only_then(tmp_path: Path) -> Non
     assert (len(reads), len(failures)) == (3, 1)
     path.write_text("4444")
     assert watched.current() == "4444"
+
+
+def test_servers_that_are_found_by_name_are_known_by_one() -> None:
+    section = {"addresses": ["dns:///teachers.example:50051"], "access": {"tls": {}}}
+    with pytest.raises(ValidationError, match="tls needs server_name"):
+        TrainersTeacher.model_validate(section)
+    TrainersTeacher.model_validate({**section, "access": {"tls": {"server_name": "teachers.example"}}})
+
+
+@pytest.mark.parametrize(
+    ("address", "is_local"),
+    [
+        ("127.0.0.1:1", True),
+        ("[::1]:1", True),
+        ("dns:///localhost:1", True),
+        ("dns:///far.example:1", False),
+        ("1.2.3.4:1", False),
+    ],
+)
+def test_a_token_in_the_clear_stays_on_this_machine(address: str, is_local: bool) -> None:
+    assert (AccessConfig(token_file=Path("x")).refusal(address) is None) is is_local
+    assert AccessConfig(token_file=Path("x"), plaintext_token=True).refusal(address) is None
+    assert AccessConfig().refusal(address) is None

@@ -86,6 +86,11 @@ class TeacherConfig(ReplicatedConfig):
     def _all_can_be_told(self) -> TeacherConfig:
         if self.follows_student is not None and self.has_names:
             raise ValueError("follows_student needs every address as host:port: new weights go to each of them")
+        if self.has_names and self.access.tls is not None and self.access.tls.server_name is None:
+            raise ValueError(
+                "access.tls needs server_name with dns:/// addresses: servers are reached by the numbers that a name "
+                "resolves to, which their certificates do not have"
+            )
         return self
 
 
