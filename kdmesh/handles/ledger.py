@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from kdmesh.errors import ConfigError, HandleGone
+from kdmesh.errors import HandleGone
+from kdmesh.handles.limits import SlabLimits
 from kdmesh.handles.reports import Counters, SessionEnd, SessionState
 from kdmesh.types import DType, Handle
 
@@ -42,29 +43,6 @@ class SlotState(StrEnum):
     READY = "ready"  # published, waiting to be claimed
     HELD = "held"  # somebody reads it, or has said that they will
     ABANDONED = "abandoned"  # out of service: a holder without a session may still read it, or it is worn
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlabLimits:
-    """How much is lent, and for how long.
-
-    Raises:
-        ConfigError: when a value is impossible.
-    """
-
-    slots: int
-    slot_bytes: int
-    slots_per_session: int
-    lease_s: float  # silence after which a session ends
-    claim_s: float  # how long a published answer waits to be claimed
-    max_abandoned: int  # most orphans
-
-    def __post_init__(self) -> None:
-        for name in ("slots", "slot_bytes", "slots_per_session", "lease_s", "claim_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"slab: {name} is {getattr(self, name)}; it must be above 0")
-        if self.max_abandoned < 0:
-            raise ConfigError(f"slab: max_abandoned is {self.max_abandoned}; it must not be negative")
 
 
 class Key(Protocol):
@@ -95,6 +73,7 @@ class _Slot:
     state: SlotState = SlotState.FREE
     epoch: int = 1
     session: bytes = b""  # whose it is; it may have ended
+    job: str | None = None  # of that session; None while it is FREE
     handle: Handle | None = None  # what was answered; None before that, and once it is released
     ready_at: float = 0.0
     holder: int | None = None  # who has it mapped
@@ -125,6 +104,7 @@ class Ledger:
         self._slots = [_Slot() for _ in range(limits.slots)]
         self._free = list(reversed(range(limits.slots)))  # a stack: the slot used last is the warmest
         self._orphans: dict[tuple[int, int], _Orphan] = {}  # by (segment, epoch)
+        self._slots_of: Counter[str] = Counter()  # by job
         self.counters = Counters()
 
     # Sessions
@@ -200,6 +180,11 @@ class Ledger:
 
     # Filling
 
+    def may_acquire(self, session: bytes) -> bool:
+        """Whether `acquire` would give a slot now."""
+        owner = self._sessions.get(session)
+        return owner is not None and bool(self._free) and len(owner.slots) < self._limits.slots_per_session
+
     def acquire(self, session: bytes) -> int | None:
         """A free slot, now FILLING; None when there is none or the session has its share.
 
@@ -207,12 +192,13 @@ class Ledger:
             HandleGone: the session has ended.
         """
         owner = self._session(session)
-        if not self._free or len(owner.slots) >= self._limits.slots_per_session:
+        if not self.may_acquire(session):
             return None
         index = self._free.pop()
         slot = self._slots[index]
-        slot.state, slot.session = SlotState.FILLING, session
+        slot.state, slot.session, slot.job = SlotState.FILLING, session, owner.job
         owner.slots.add(index)
+        self._slots_of[owner.job] += 1
         self.counters.acquired += 1
         return index
 
@@ -332,6 +318,7 @@ class Ledger:
         if slot.handle is not None:
             self._orphans[index, slot.epoch] = _Orphan(holder=slot.holder, token=slot.handle.token)
         self._slots[index] = _Slot(epoch=slot.epoch + 1)
+        self._forget(slot.job)
         self._put_back(index)
         self.counters.renewed += 1
         return True
@@ -347,6 +334,10 @@ class Ledger:
         """How many slots are in each state; together all of them."""
         count = Counter(slot.state for slot in self._slots)
         return {state: count[state] for state in SlotState}
+
+    def slots_of(self, job: str) -> int:
+        """Slots with what a job asked for, also those that a client of it maps whose session has ended."""
+        return self._slots_of[job]
 
     def sessions(self) -> tuple[SessionState, ...]:
         """Every open session, in order of opening."""
@@ -385,7 +376,14 @@ class Ledger:
         if owner := self._sessions.get(slot.session):
             owner.slots.discard(index)
         self._slots[index] = _Slot(epoch=slot.epoch, is_worn=slot.is_worn)
+        self._forget(slot.job)
         self._put_back(index)
+
+    def _forget(self, job: str | None) -> None:
+        if job is not None:
+            self._slots_of[job] -= 1
+            if not self._slots_of[job]:
+                del self._slots_of[job]
 
     def _put_back(self, index: int) -> None:
         if self._slots[index].is_worn:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kdmesh.handles.ledger import SlotState
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,3 +45,16 @@ class SessionEnd:
     token: bytes
     job: str
     abandoned: int  # slots that went out of service with it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The slab at one moment, for people and for metrics."""
+
+    slots: Mapping[SlotState, int]  # how many in each state; together all
+    slot_bytes: int
+    sessions: tuple[SessionState, ...]
+    orphans: int  # replaced memories, each slot_bytes, that a silent client may still map
+    shared_bytes: int  # in shared segments (output heads)
+    connections: int  # of the broker
+    counters: Counters

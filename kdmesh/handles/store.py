@@ -26,7 +26,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,8 @@ from typing import Self
 
 from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.handles.broker import Broker
-from kdmesh.handles.ledger import Key, Ledger, SlabLimits, SlotState
+from kdmesh.handles.ledger import Key, Ledger, SlotState
+from kdmesh.handles.limits import SlabLimits
 from kdmesh.handles.memory import (
     Segment,
     SegmentWriter,
@@ -43,7 +44,7 @@ from kdmesh.handles.memory import (
     whole_pages,
 )
 from kdmesh.handles.renewal import Renewal
-from kdmesh.handles.reports import Counters, SessionEnd, SessionState
+from kdmesh.handles.reports import SessionEnd, Snapshot
 from kdmesh.handles.shared import Matrix, Shape, SharedSegments
 from kdmesh.types import DType, Handle
 
@@ -75,19 +76,6 @@ class SlotLease:
             self.buffer.release()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """The slab at one moment, for people and for metrics."""
-
-    slots: Mapping[SlotState, int]  # how many in each state; together all
-    slot_bytes: int
-    sessions: tuple[SessionState, ...]
-    orphans: int  # replaced memories, each slot_bytes, that a silent client may still map
-    shared_bytes: int  # in shared segments (output heads)
-    connections: int  # of the broker
-    counters: Counters
-
-
 class SlabStore:
     """Owns the memory, the ledger and the broker; an async context manager, entered once.
 
@@ -98,7 +86,7 @@ class SlabStore:
         nonce: 16 random bytes that the broker tells; a client that was told the same by rpc is on this node.
         socket_path: where the broker listens.
         on_free: called after a slot came free; try_acquire may succeed now. Set it before sessions open.
-        on_session_end: called with the token after a session ended, for whatever reason.
+        on_session_end: called after a session ended, for whatever reason.
     """
 
     def __init__(
@@ -124,7 +112,7 @@ class SlabStore:
         self.nonce = secrets.token_bytes(16)
         self.socket_path = socket_path
         self.on_free: Callable[[], None] = lambda: None
-        self.on_session_end: Callable[[bytes], None] = lambda session: None
+        self.on_session_end: Callable[[SessionEnd], None] = lambda end: None
         self._writer = writer
         self._allowed_uids = frozenset({os.getuid()}) if allowed_uids is None else allowed_uids
         self._clock = clock
@@ -190,6 +178,10 @@ class SlabStore:
             self._ended(end, "closed")
 
     # Filling
+
+    def may_acquire(self, session: bytes) -> bool:
+        """Whether `try_acquire` would give a slot now."""
+        return self._ledger.may_acquire(session)
 
     def try_acquire(self, session: bytes) -> SlotLease | None:
         """A slot to write an answer in; None when none is free or the session has its share.
@@ -314,6 +306,10 @@ class SlabStore:
         self._ledger.job(session)
         self._shared.lend(session, handles)
 
+    def slots_of(self, job: str) -> int:
+        """Slots with what a job asked for, also those that a client of it maps whose session has ended."""
+        return self._ledger.slots_of(job)
+
     def snapshot(self) -> Snapshot:
         """The slab as it is now."""
         return Snapshot(
@@ -360,7 +356,7 @@ class SlabStore:
     def _ended(self, end: SessionEnd, reason: str) -> None:
         log.info("session ended", extra={"job": end.job, "reason": reason, "abandoned_slots": end.abandoned})
         self._shared.end_session(end.token)
-        asyncio.get_running_loop().call_soon(self.on_session_end, end.token)
+        asyncio.get_running_loop().call_soon(self.on_session_end, end)
         self._renewal.is_due.set()
 
     def _freed(self) -> None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Generic, Protocol, TypeVar
 
 S = TypeVar("S")
+
+# Credit of a job of weight 1 in one turn. Small, so that a job's small request waits for little of the others' large.
+QUANTUM_TOKENS = 256
 
 
 class Waiting(Protocol):
     """Work that waits; told apart by identity."""
 
     @property
+    def job(self) -> str:
+        """Whose share it is taken from."""
+        ...
+
+    @property
     def session(self) -> bytes:
-        """Whose it is."""
+        """Which of the job's clients asked for it."""
         ...
 
     @property
@@ -25,64 +37,258 @@ class Waiting(Protocol):
 W = TypeVar("W", bound=Waiting)
 
 
-class FairQueue(Generic[W]):
-    """First in, first out within a session; sessions take turns, one request each.
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a job stands to the others."""
 
-    What is fair is decided here alone.
+    weight: float = 1.0  # its share is weight / (weights of the jobs that wait in its class)
+    rank: int = 0  # of its priority class: while a lower one can start anything, a higher one gets what it leaves
+
+
+@dataclass(slots=True, eq=False)
+class _Job(Generic[W]):
+    sessions: dict[bytes, dict[W, None]] = field(default_factory=dict)  # in order of turns; requests by arrival
+    num_tokens: int = 0
+    deficit: float = 0.0  # tokens that it may still be given in this turn
+    has_turn: bool = False  # it was given its credit, and has not used it up
+
+
+class _End(Enum):
+    """Why a job is not looked at any longer for now."""
+
+    NOTHING_LEFT = auto()
+    CREDIT_USED = auto()  # it goes to the end of the turns
+    NO_ROOM = auto()  # what is next is larger than the rest of the batch
+    NOT_STARTABLE = auto()  # for reasons that the caller knows: no slot, over a quota
+
+
+class FairQueue(Generic[W]):
+    """Deficit round robin over tokens between jobs; the sessions of a job take turns, one request each.
+
+    What is fair is decided here alone. A job in turn is given a credit of quantum x weight and is served while what
+    is next costs no more; then the next job has its turn. So while jobs of a class wait, the tokens that each was
+    given, divided by its weight, differ by no more than one quantum and the largest request. The end of a batch that
+    is too small for what the jobs in turn ask next is given to whoever can use it, beyond its share.
+
+    Args:
+        standing: of a job, by its name; asked anew each time, so that it may change.
+        quantum_tokens: credit of one turn for a weight of 1.
     """
 
-    def __init__(self) -> None:
-        # Sessions in the order of their turns; each one's requests in order of arrival.
-        self._waiting: dict[bytes, dict[W, None]] = {}
+    def __init__(
+        self, standing: Callable[[str], Standing] = lambda job: Standing(), *, quantum_tokens: float = QUANTUM_TOKENS
+    ) -> None:
+        self._standing = standing
+        self._quantum_tokens = quantum_tokens
+        self._jobs: dict[str, _Job[W]] = {}  # those that wait, in the order of their turns
         self.num_tokens = 0
         self.num_requests = 0
 
     def __contains__(self, work: W) -> bool:
-        return work in self._waiting.get(work.session, {})
+        job = self._jobs.get(work.job)
+        return job is not None and work in job.sessions.get(work.session, {})
 
     def push(self, work: W) -> None:
         """Add a request behind its session's others."""
-        self._waiting.setdefault(work.session, {})[work] = None
+        job = self._jobs.setdefault(work.job, _Job())
+        job.sessions.setdefault(work.session, {})[work] = None
+        job.num_tokens += work.num_tokens
         self.num_tokens += work.num_tokens
         self.num_requests += 1
 
     def remove(self, work: W) -> None:
         """Take out a request that waits."""
-        session = self._waiting[work.session]
+        job = self._jobs[work.job]
+        session = job.sessions[work.session]
         del session[work]
         if not session:
-            del self._waiting[work.session]
+            del job.sessions[work.session]
+        if not job.sessions:
+            del self._jobs[work.job]
+        job.num_tokens -= work.num_tokens
         self.num_tokens -= work.num_tokens
         self.num_requests -= 1
 
-    def of_session(self, session: bytes) -> Sequence[W]:
+    # Looking
+
+    def jobs(self) -> Sequence[str]:
+        """The jobs that wait, in the order of their turns."""
+        return tuple(self._jobs)
+
+    def of_job(self, job: str) -> Sequence[W]:
+        """Its requests in the order in which they will start."""
+        waiting = self._jobs.get(job)
+        if waiting is None:
+            return ()
+        queues = deque(deque(session) for session in waiting.sessions.values())
+        ordered: list[W] = []
+        while queues:
+            session = queues.popleft()
+            ordered.append(session.popleft())
+            if session:
+                queues.append(session)
+        return ordered
+
+    def of_session(self, job: str, session: bytes) -> Sequence[W]:
         """Its requests in order."""
-        return tuple(self._waiting.get(session, ()))
+        waiting = self._jobs.get(job)
+        return () if waiting is None else tuple(waiting.sessions.get(session, ()))
 
     def everything(self) -> Sequence[W]:
         """Every request that waits."""
-        return tuple(work for session in self._waiting.values() for work in session)
+        return tuple(work for job in self._jobs.values() for session in job.sessions.values() for work in session)
 
-    def take(self, max_tokens: float, acquire: Callable[[bytes], S | None]) -> list[tuple[W, S]]:
-        """The next batch, with what `acquire` gave for each request; empty when nothing can start now.
+    def tokens_of(self, job: str) -> int:
+        """Tokens of its requests that wait."""
+        waiting = self._jobs.get(job)
+        return 0 if waiting is None else waiting.num_tokens
 
-        A session whose next request does not fit, or for which `acquire` gives None, is passed over and
-        keeps its place: it is first when there is room again, so nothing waits for ever.
+    def share(self, job: str) -> float:
+        """Its weight among those of the jobs that wait, of all classes, and its own."""
+        own = self._standing(job).weight
+        return own / (own + sum(self._standing(name).weight for name in self._jobs if name != job))
+
+    def tokens_until(self, job: str, own_tokens: float) -> float:
+        """Tokens that are computed until so many of the job's own are, when nothing else joins the queue."""
+        own = self._standing(job)
+        total = own_tokens
+        for name, waiting in self._jobs.items():
+            other = self._standing(name)
+            if other.rank < own.rank:
+                total += waiting.num_tokens
+            elif other.rank == own.rank and name != job:
+                total += min(waiting.num_tokens, own_tokens * other.weight / own.weight)
+        return total
+
+    # Taking
+
+    def take(
+        self, max_tokens: float, can_start: Callable[[W], bool], start: Callable[[W], S | None]
+    ) -> list[tuple[W, S]]:
+        """The next batch, with what `start` gave for each request; empty when nothing can start now.
+
+        What cannot start, or is larger than the rest of the batch, is passed over and keeps its place: others use the
+        room, and it is first when it can start. Lower classes get the room that higher ones cannot use.
+
+        Args:
+            max_tokens: of the batch.
+            can_start: whether there is all that a request needs but credit; must change nothing.
+            start: takes what it needs; None when that failed all the same.
         """
+        ranks = {name: self._standing(name).rank for name in self._jobs}
         batch: list[tuple[W, S]] = []
-        passed_over: set[bytes] = set()
-        while (work := self._next(passed_over)) is not None:
-            slot = acquire(work.session) if work.num_tokens <= max_tokens else None
-            if slot is None:
-                passed_over.add(work.session)
-                continue
-            self.remove(work)
-            max_tokens -= work.num_tokens
-            batch.append((work, slot))
-            if work.session in self._waiting:  # to the end of the turns
-                self._waiting[work.session] = self._waiting.pop(work.session)
+        for rank in sorted(set(ranks.values())):
+            names = [name for name, other in ranks.items() if other == rank]
+            taking = _Taking(self, names, max_tokens, can_start, start)
+            batch += taking.run()
+            max_tokens = taking.room
         return batch
 
-    def _next(self, passed_over: set[bytes]) -> W | None:
-        session = next((s for s in self._waiting if s not in passed_over), None)
-        return None if session is None else next(iter(self._waiting[session]))
+
+class _Taking(Generic[W, S]):
+    """One class's part of a batch."""
+
+    def __init__(
+        self,
+        queue: FairQueue[W],
+        names: Sequence[str],
+        room: float,
+        can_start: Callable[[W], bool],
+        start: Callable[[W], S | None],
+    ) -> None:
+        self.room = room
+        self._max_tokens = room
+        self._queue = queue
+        self._can_start = can_start
+        self._start = start
+        self._batch: list[tuple[W, S]] = []
+        self._names = names
+        self._quanta = {name: queue._quantum_tokens * queue._standing(name).weight for name in names}
+        self._rounds = dict.fromkeys(names, 0)  # credits given to each in this batch
+        # Sessions that may still start something in this batch: room and slots only become fewer.
+        self._sessions = {name: deque(queue._jobs[name].sessions) for name in names}
+        self._has_no_room: set[str] = set()  # jobs with a session whose next request is larger than the room
+
+    def run(self) -> list[tuple[W, S]]:
+        """Give turns until nothing can start."""
+        jobs = self._queue._jobs
+        turns = list(self._names)
+        while turns:
+            num_before = len(self._batch)
+            again = []
+            for name in turns:
+                end = self._give_turn(name)
+                if end is _End.CREDIT_USED:
+                    jobs[name].has_turn = False
+                    jobs[name] = jobs.pop(name)
+                    again.append(name)
+            turns = again
+            if turns and len(self._batch) == num_before:
+                self._skip_rounds(turns)
+        self._make_up()
+        return self._batch
+
+    def _give_turn(self, name: str) -> _End:
+        job = self._queue._jobs[name]
+        while (work := self._next(name, job)) is not None:
+            if not job.has_turn:
+                job.has_turn = True
+                self._credit(name, job, 1)
+            if work.num_tokens > job.deficit:
+                return _End.CREDIT_USED
+            started = self._start(work)
+            if started is None:
+                self._sessions[name].popleft()
+                continue
+            self._batch.append((work, started))
+            self._served(name, job, work)
+            if not job.sessions:
+                return _End.NOTHING_LEFT
+        return _End.NO_ROOM if name in self._has_no_room else _End.NOT_STARTABLE
+
+    def _next(self, name: str, job: _Job[W]) -> W | None:
+        """What the job would start now; None when it can start nothing in this batch."""
+        sessions = self._sessions[name]
+        while sessions:
+            work = next(iter(job.sessions[sessions[0]]))
+            if work.num_tokens > self.room:
+                self._has_no_room.add(name)
+            elif self._can_start(work):
+                return work
+            sessions.popleft()
+        return None
+
+    def _served(self, name: str, job: _Job[W], work: W) -> None:
+        self._queue.remove(work)
+        job.deficit -= work.num_tokens
+        self.room -= work.num_tokens
+        sessions = self._sessions[name]
+        sessions.popleft()
+        if work.session in job.sessions:  # to the end of the job's turns
+            job.sessions[work.session] = job.sessions.pop(work.session)
+            sessions.append(work.session)
+
+    def _credit(self, name: str, job: _Job[W], rounds: int) -> None:
+        job.deficit += rounds * self._quanta[name]
+        self._rounds[name] += rounds
+
+    def _skip_rounds(self, turns: Sequence[str]) -> None:
+        """Nobody's credit sufficed: give at once as many rounds as the first to start something will need."""
+        jobs = self._queue._jobs
+        needed = {}
+        for name in turns:
+            work = self._next(name, jobs[name])
+            if work is not None:
+                needed[name] = math.ceil((work.num_tokens - jobs[name].deficit) / self._quanta[name])
+        rounds = min(needed.values(), default=1) - 1  # the last one is given in the turn
+        for name in needed:
+            self._credit(name, jobs[name], rounds)
+
+    def _make_up(self) -> None:
+        """Whoever only lacked room in the batch must not lose the rounds that others had meanwhile, up to a batch."""
+        full_rounds = max(self._rounds.values(), default=0) - 1
+        for name in self._has_no_room:
+            job = self._queue._jobs.get(name)
+            if job is not None and self._rounds[name] < full_rounds:
+                missed = (full_rounds - self._rounds[name]) * self._quanta[name]
+                job.deficit = max(job.deficit, min(job.deficit + missed, self._max_tokens + self._quanta[name]))

@@ -11,18 +11,20 @@ class Throughput:
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
+        self._weights = 0.0  # of the batches so far; 1 after many
 
     def add(self, tokens: int, seconds: float) -> None:
         """Count a finished batch."""
         self._tokens += _WEIGHT * (tokens - self._tokens)
         self._seconds += _WEIGHT * (max(seconds, 1e-6) - self._seconds)
+        self._weights += _WEIGHT * (1 - self._weights)
 
     @property
     def tokens_per_s(self) -> float | None:
         """None before the first batch."""
         return self._tokens / self._seconds if self._seconds else None
 
-    def seconds_for(self, tokens: int) -> float:
-        """How long `tokens` take, between 10 ms and 5 minutes; a second when nothing was measured."""
-        rate = self.tokens_per_s
-        return 1.0 if rate is None else min(max(tokens / max(rate, 1e-6), 0.01), 300.0)
+    @property
+    def seconds_per_batch(self) -> float | None:
+        """None before the first batch."""
+        return self._seconds / self._weights if self._weights else None

@@ -152,7 +152,7 @@ async def test_killed_consumer_gives_everything_back_at_once(
         assert states(store) == {"held": 2, "ready": 1}
         child = await dying.ask("fork_with_socket") if has_child else None
         ended = list[bytes]()
-        store.on_session_end = ended.append
+        store.on_session_end = lambda end: ended.append(end.token)
         dying.signal(signal.SIGKILL)
         took_s = await until(lambda: states(store) == {"free": 2, "held": 1})
         assert took_s < 1

@@ -15,7 +15,7 @@ import torch
 
 from kdmesh.errors import ConfigError, HandleGone, InvalidRequest
 from kdmesh.handles import renewal
-from kdmesh.handles.ledger import SlabLimits
+from kdmesh.handles.limits import SlabLimits
 from kdmesh.handles.memory import Segment, create_segment_in_thread
 from kdmesh.handles.shared import Matrix
 from kdmesh.handles.shm_door import ShmDoor
@@ -117,7 +117,7 @@ async def test_waiting_scheduler_is_told_once_of_slots_that_come_free_together(t
     async with slab(tmp_path, slots=2) as store:
         calls = list[str]()
         store.on_free = lambda: calls.append("free")
-        store.on_session_end = lambda session: calls.append("end" if session == first else "other")
+        store.on_session_end = lambda end: calls.append("end" if end.token == first else "other")
         first = store.open_session("job").token
         answer(store, first, seed=1)
         answer(store, first, seed=2)

@@ -11,6 +11,8 @@ import pytest
 
 from kdmesh.errors import EngineFailure, Unavailable
 from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.job_config import JobTerms
+from kdmesh.serving.job_table import JobTable
 from kdmesh.types import DType, Sampling
 from kdmesh.weights.manifest import Manifest, TensorSpec, UpdatePolicy
 from kdmesh_rollout.config import FakeEngine as FakeEngineConfig
@@ -66,7 +68,7 @@ async def running() -> AsyncIterator[Running]:
     engine, thread = PatientEngine(), EngineThread()
     model = await thread.run(engine.load)
     loaded = LoadedEngine(engine=engine, thread=thread, model=model, check=lambda: None)
-    scheduler = Scheduler(loaded, max_waiting_tokens=10_000, metrics=Metrics())
+    scheduler = Scheduler(loaded, max_waiting_tokens=10_000, jobs=JobTable(JobTerms()), metrics=Metrics())
     working = asyncio.create_task(scheduler.run())
     try:
         yield Running(engine, scheduler, working)

@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from kdmesh.handles.ledger import SlabLimits
+from kdmesh.handles.limits import SlabLimits
 from kdmesh.handles.memory import SegmentWriter
 from kdmesh.handles.store import SlabStore
 from kdmesh.types import DType, Handle

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from kdmesh.errors import ConfigError, HandleGone
-from kdmesh.handles.ledger import Ledger, SlabLimits, SlotState
+from kdmesh.handles.ledger import Ledger, SlotState
+from kdmesh.handles.limits import SlabLimits
 from kdmesh.types import DType, Handle
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kdmesh.errors import HandleGone
-from kdmesh.handles.ledger import Ledger, SlabLimits, SlotState
+from kdmesh.handles.ledger import Ledger, SlotState
+from kdmesh.handles.limits import SlabLimits
 from kdmesh.types import DType, Handle
 
 LIMITS = SlabLimits(slots=3, slot_bytes=1, slots_per_session=2, lease_s=10, claim_s=4, max_abandoned=1)
@@ -199,7 +200,12 @@ class Slab(RuleBasedStateMachine):
         assert states[SlotState.FREE] == LIMITS.slots - self.ledger.counters.acquired - self.num_worn_free + self.frees
         assert states[SlotState.FILLING] == len(self.fills)
         assert self.ledger.num_orphans <= LIMITS.max_abandoned
+        lent = LIMITS.slots - states[SlotState.FREE] - states[SlotState.ABANDONED]
+        assert lent <= self.slots_of_jobs() <= LIMITS.slots - states[SlotState.FREE]
         assert all(session.slots <= LIMITS.slots_per_session for session in self.ledger.sessions())
+
+    def slots_of_jobs(self) -> int:
+        return sum(self.ledger.slots_of(job) for job in ("a", "b", "again"))
 
     def teardown(self) -> None:
         """When everybody has gone, every slot is back."""
@@ -215,6 +221,7 @@ class Slab(RuleBasedStateMachine):
         while (worn := self.ledger.to_renew()) is not None:
             assert self.ledger.renew(worn)
         assert self.ledger.slots_by_state()[SlotState.FREE] == LIMITS.slots
+        assert self.slots_of_jobs() == 0
 
 
 Slab.TestCase.settings = settings(

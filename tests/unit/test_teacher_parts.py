@@ -10,106 +10,28 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kdmesh.errors import EngineFailure
 from kdmesh.serving.engine_thread import EngineThread
-from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.throughput import Throughput
 from kdmesh.types import DType
 from kdmesh_teacher import probe
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
 from kdmesh_teacher.engine import HeadParts, PrefillJob
 from kdmesh_teacher.fake_engine import FakeEngine, as_bytes, hidden_states
-from kdmesh_teacher.work import Work
 from tests.support.teacher_requests import sequence
 
 FAKE = FakeEngineConfig(kind="fake", hidden_size=8, vocabulary_size=60, max_batch_tokens=256)
 
 
-def work(session: str, num_tokens: int) -> Work:
-    loop = asyncio.new_event_loop()
-    loop.close()
-    return Work(
-        session=session.encode(),
-        job=session,
-        sequences=(),
-        weight_version=0,
-        num_tokens=num_tokens,
-        num_rows=1,
-        arrived_s=0.0,
-        answer=asyncio.Future(loop=loop),
-    )
-
-
-def queue_of(*shapes: tuple[str, int]) -> FairQueue[Work]:
-    queue = FairQueue[Work]()
-    for session, num_tokens in shapes:
-        queue.push(work(session, num_tokens))
-    return queue
-
-
-def taken(queue: FairQueue[Work], max_tokens: int, without: Sequence[str] = ()) -> list[tuple[str, int]]:
-    batch = queue.take(max_tokens, lambda session: None if session.decode() in without else True)
-    return [(one.job, one.num_tokens) for one, _ in batch]
-
-
-def test_sessions_take_turns_and_each_is_first_in_first_out() -> None:
-    queue = queue_of(("a", 1), ("a", 2), ("a", 3), ("b", 4), ("b", 5), ("c", 6))
-    assert taken(queue, 100) == [("a", 1), ("b", 4), ("c", 6), ("a", 2), ("b", 5), ("a", 3)]
-    assert (queue.num_tokens, queue.num_requests) == (0, 0)
-
-
-def test_turns_go_on_where_the_last_batch_ended() -> None:
-    queue = queue_of(("a", 5), ("a", 5), ("b", 5), ("b", 5), ("c", 5))
-    assert [taken(queue, 5) for _ in range(5)] == [[("a", 5)], [("b", 5)], [("c", 5)], [("a", 5)], [("b", 5)]]
-
-
-def test_large_request_is_first_when_there_is_room_again() -> None:
-    queue = queue_of(("small", 1), ("large", 10), *[("small", 1)] * 20)
-    assert ("large", 10) not in taken(queue, 10)
-    assert taken(queue, 10) == [("large", 10)]
-
-
-def test_session_without_a_slot_keeps_its_place_and_stops_nobody() -> None:
-    queue = queue_of(("a", 1), ("b", 2), ("b", 3))
-    assert taken(queue, 100, without=["a"]) == [("b", 2), ("b", 3)]
-    assert taken(queue, 100) == [("a", 1)]
-
-
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 10)), max_size=40), st.integers(10, 30))
-def test_nothing_waits_for_ever_and_no_batch_is_too_large(shapes: list[tuple[str, int]], max_tokens: int) -> None:
-    queue = queue_of(*shapes)
-    seen: list[tuple[str, int]] = []
-    while queue.num_requests:
-        batch = taken(queue, max_tokens)
-        assert batch
-        assert sum(tokens for _, tokens in batch) <= max_tokens
-        seen += batch
-    for session in "abc":
-        assert [shape for shape in seen if shape[0] == session] == [s for s in shapes if s[0] == session]
-
-
-def test_removed_work_is_not_taken() -> None:
-    queue = queue_of(("a", 1))
-    gone = work("a", 7)
-    queue.push(gone)
-    assert gone in queue
-    queue.remove(gone)
-    assert gone not in queue
-    assert taken(queue, 100) == [("a", 1)]
-
-
-def test_wait_follows_the_measured_speed() -> None:
+def test_speed_is_that_of_the_last_batches() -> None:
     speed = Throughput()
-    assert speed.seconds_for(10**9) == 1.0
+    assert (speed.tokens_per_s, speed.seconds_per_batch) == (None, None)
+    speed.add(1000, 0.5)
+    assert speed.seconds_per_batch == pytest.approx(0.5)
     for _ in range(50):
         speed.add(1000, 0.5)
     assert speed.tokens_per_s == pytest.approx(2000)
-    assert speed.seconds_for(5000) == pytest.approx(2.5)
-    assert speed.seconds_for(0) == 0.01
-    assert speed.seconds_for(10**9) == 300.0
 
 
 async def test_engine_calls_run_one_at_a_time_in_one_thread() -> None:

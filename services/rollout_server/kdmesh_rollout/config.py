@@ -9,6 +9,7 @@ from pydantic import Field
 
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
+from kdmesh.serving.job_config import JobsConfig, JobTerms
 from kdmesh_rollout.sglang_config import SglangEngine
 
 
@@ -81,10 +82,18 @@ class QueueConfig(StrictModel):
     """Samples that wait for the engine."""
 
     max_tokens: int = Field(10_000_000, ge=1)
-    """Tokens waiting, of prompts and of the longest responses allowed; more are refused with Unavailable."""
+    """Tokens waiting, of prompts and of the longest responses allowed, over all jobs; when there are so many, a job
+    gets Unavailable that has its share of them."""
 
     max_request_s: float = Field(3600.0, gt=0)
     """Longest time until a request's last sample; its own deadline may be shorter."""
+
+
+class RolloutJobs(JobsConfig[JobTerms]):
+    """The jobs that share a rollout server. A job is known by the name that its streams carry."""
+
+    defaults: JobTerms = JobTerms()
+    """For every job, where no override says otherwise."""
 
 
 class RolloutConfig(StrictModel):
@@ -98,3 +107,6 @@ class RolloutConfig(StrictModel):
 
     queue: QueueConfig = QueueConfig()
     """Samples that wait."""
+
+    jobs: RolloutJobs = RolloutJobs()
+    """What each job may take."""

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from kdmesh.errors import EngineFailure, RpcError, Unavailable
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.fair_queue import FairQueue
-from kdmesh.serving.throughput import Throughput
+from kdmesh.serving.job_config import JobTerms
+from kdmesh.serving.job_table import JobTable
+from kdmesh.serving.waiting_line import WaitingLine
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
 from kdmesh_rollout.engine import Engine, EngineDescription, Finished, Order
 from kdmesh_rollout.metrics import Metrics
@@ -46,14 +48,19 @@ class Scheduler:
     """Decides what the engine decodes next. Not thread-safe: it belongs to one event loop.
 
     Between two steps new samples join, unwanted ones leave, and new weights are committed.
+
+    Attributes:
+        jobs: what each job may take, and has taken.
     """
 
-    def __init__(self, engine: LoadedEngine, *, max_waiting_tokens: int, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: LoadedEngine, *, max_waiting_tokens: int, jobs: JobTable[JobTerms], metrics: Metrics
+    ) -> None:
+        self.jobs = jobs
         self._engine = engine
-        self._max_waiting_tokens = max_waiting_tokens
         self._metrics = metrics
-        self._queue = FairQueue[Work]()
-        self._throughput = Throughput()
+        self._line = WaitingLine[Work](jobs, max_tokens=max_waiting_tokens)
+        self._queue = self._line.queue
         self._keys = itertools.count()
         self._running: dict[int, Work] = {}
         self._unwanted: list[int] = []  # keys that the engine has still to forget
@@ -61,6 +68,7 @@ class Scheduler:
         self._death: str | None = None
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
+        jobs.on_change = self._wake.set
 
     @property
     def queue(self) -> FairQueue[Work]:
@@ -75,7 +83,7 @@ class Scheduler:
     @property
     def tokens_per_s(self) -> float | None:
         """Measured speed of the engine; None before its first step."""
-        return self._throughput.tokens_per_s
+        return self._line.throughput.tokens_per_s
 
     @contextlib.contextmanager
     def answering(self, request: SampleRequest) -> Iterator[Answers]:
@@ -86,9 +94,7 @@ class Scheduler:
         """
         answers = Answers(request.num_samples)
         works = [self._work(request, index, answers) for index in range(request.num_samples)]
-        self._check_room(works)
-        for work in works:
-            self._queue.push(work)
+        self._line.join(works)
         self._wake.set()
         try:
             yield answers
@@ -136,7 +142,7 @@ class Scheduler:
                 await self._advance(orders)
             else:
                 self._settled.set()
-                await self._wake.wait()
+                await self._line.until_woken(self._wake)
 
     def refuse_waiting(self, error: RpcError) -> None:
         """Fail samples that have not begun."""
@@ -175,32 +181,31 @@ class Scheduler:
             answers=answers,
         )
 
-    def _check_room(self, works: Sequence[Work]) -> None:
-        waiting, wanted = self._queue.num_tokens, sum(work.num_tokens for work in works)
-        excess = waiting + wanted - self._max_waiting_tokens
-        if waiting and excess > 0:  # a request larger than the limit can still enter an empty queue
-            raise Unavailable(
-                f"the queue is full: {waiting} tokens wait, this request may come to {wanted}, "
-                f"and at most {self._max_waiting_tokens} may wait",
-                retry_after_s=self._throughput.seconds_for(min(excess, waiting)),
-            )
-
     def _take(self) -> list[Order]:
         """What joins now: nothing while an update waits for the samples under way."""
         if self._update is not None:
             return []
-        room = iter(range(self._engine.model.max_running - len(self._running)))
-        now_s = time.monotonic()
-        taken = [work for work, _ in self._queue.take(math.inf, lambda session: next(room, None))]
-        for work in taken:
-            self._running[work.order.key] = work
-            self._metrics.sample_started(work.job, waited_s=now_s - work.arrived_s)
-        return [work.order for work in taken]
+        return [order for _, order in self._line.take(math.inf, self._has_room, self._start)]
+
+    def _has_room(self, work: Work) -> bool:
+        return len(self._running) < self._engine.model.max_running
+
+    def _start(self, work: Work) -> Order:
+        self._running[work.order.key] = work
+        self._metrics.sample_started(work.job, waited_s=time.monotonic() - work.arrived_s)
+        return work.order
+
+    def _end(self, key: int) -> Work | None:
+        """The engine is to work on a sample no longer; None when it did not."""
+        work = self._running.pop(key, None)
+        if work is not None:
+            self.jobs.ended(work.job, work.num_tokens)
+        return work
 
     def _forget(self, work: Work) -> None:
         if work in self._queue:
             self._queue.remove(work)
-        elif self._running.pop(work.order.key, None) is not None:
+        elif self._end(work.order.key) is not None:
             self._unwanted.append(work.order.key)
         self._wake.set()
 
@@ -224,11 +229,12 @@ class Scheduler:
             )
             await self._check()
             return
-        self._throughput.add(engine.num_drawn_tokens + engine.num_prefilled_tokens - before, seconds)
+        self._line.computed(engine.num_drawn_tokens + engine.num_prefilled_tokens - before, seconds)
         self._metrics.step_done(seconds)
         for finished in call.result():
-            work = self._running.pop(finished.key, None)
+            work = self._end(finished.key)
             if work is not None:  # else it was aborted during the step
+                self.jobs.computed(work.job, finished.sample.num_tokens)
                 self._metrics.sample_done(work.job, finished.sample)
                 work.answers.give(work.index, finished.sample)
 
@@ -252,10 +258,10 @@ class Scheduler:
         return engine.step() if engine.num_running else []
 
     def _end_running(self, error: RpcError) -> None:
-        for work in self._running.values():
+        for key, work in tuple(self._running.items()):
             work.answers.fail(error)
-        self._unwanted += self._running
-        self._running.clear()
+            self._unwanted.append(key)
+            self._end(key)
 
     async def _check(self) -> None:
         """Go on if the engine still samples."""

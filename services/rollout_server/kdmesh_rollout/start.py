@@ -12,6 +12,7 @@ from kdmesh.models.placement import gpu
 from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.revival import Revival
 from kdmesh.serving.sleep import Sleep, WorkAndUpdates
@@ -49,7 +50,8 @@ async def start(
     await thread.run(check)
     log.info("model loaded", extra={"model": model.name, "seconds": time.monotonic() - began_s})
     loaded = LoadedEngine(engine=engine, thread=thread, model=model, check=check)
-    scheduler = Scheduler(loaded, max_waiting_tokens=config.queue.max_tokens, metrics=metrics)
+    jobs = JobTable(config.jobs.defaults, config.jobs.overrides)
+    scheduler = Scheduler(loaded, max_waiting_tokens=config.queue.max_tokens, jobs=jobs, metrics=metrics)
     updates = WeightUpdates(
         engine,
         architecture_fingerprint=model.architecture_fingerprint,

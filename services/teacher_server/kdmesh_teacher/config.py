@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from kdmesh.auth.config import is_loopback
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
+from kdmesh.serving.job_config import JobsConfig, JobTerms
 from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.sglang_config import SglangEngine
 
@@ -120,10 +121,24 @@ class QueueConfig(StrictModel):
     """Requests that wait for the engine."""
 
     max_tokens: int = Field(1_000_000, ge=1)
-    """Tokens waiting, over all sessions; more are refused with Unavailable."""
+    """Tokens waiting, over all jobs; when there are so many, a job gets Unavailable that has its share of them."""
 
     max_wait_s: float = Field(120.0, gt=0)
     """Longest wait for the engine or a slot; a request's own deadline may be shorter."""
+
+
+class TeacherJobTerms(JobTerms):
+    """What one job may take of a teacher."""
+
+    max_bytes_in_flight: int | None = Field(None, ge=1)
+    """Bytes of the slab that it may hold, in whole slots and at least one, until it releases them; null: no limit."""
+
+
+class TeacherJobs(JobsConfig[TeacherJobTerms]):
+    """The jobs that share a teacher. A job is known by the name that its sessions carry."""
+
+    defaults: TeacherJobTerms = TeacherJobTerms()
+    """For every job, where no override says otherwise."""
 
 
 class TeacherConfig(StrictModel):
@@ -140,6 +155,9 @@ class TeacherConfig(StrictModel):
 
     queue: QueueConfig = QueueConfig()
     """Requests that wait."""
+
+    jobs: TeacherJobs = TeacherJobs()
+    """What each job may take."""
 
     cache: CacheConfig = CacheConfig()
     """Rows that are kept."""

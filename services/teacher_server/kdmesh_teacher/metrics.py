@@ -9,7 +9,7 @@ from itertools import compress
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kdmesh.handles.store import Snapshot
+from kdmesh.handles.reports import Snapshot
 from kdmesh.serving.job_metrics import JobMetrics
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.cache.report import CacheState, TierState

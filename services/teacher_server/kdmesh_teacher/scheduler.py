@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, ModelMismatch, RpcError, Unavailable
-from kdmesh.handles.ledger import SlotState
+from kdmesh.handles.reports import SessionEnd
 from kdmesh.handles.store import SlabStore, SlotLease
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.fair_queue import FairQueue
-from kdmesh.serving.throughput import Throughput
+from kdmesh.serving.job_table import JobTable, Shortage
+from kdmesh.serving.waiting_line import WaitingLine
 from kdmesh.types import Handle, ServerLoad, TokenSequence
 from kdmesh.weights.manifest import Manifest
-from kdmesh_teacher import admission
+from kdmesh_teacher import admission, shortages
 from kdmesh_teacher.answering import Answering, Making, RowsGone
+from kdmesh_teacher.config import TeacherJobTerms
 from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.served import ServedWeights, matrices_of, room_for_another_head
@@ -28,14 +30,13 @@ from kdmesh_teacher.work import Answer, Work
 log = logging.getLogger(__name__)
 
 _DEATH_HINT_S = 1.0
-_SLOT_HINT_S = 1.0  # when slots come back depends on the clients, and cannot be measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueLimits:
     """Bounds on waiting."""
 
-    max_tokens: int  # over all sessions
+    max_tokens: int  # over all jobs
     max_wait_s: float
 
 
@@ -68,6 +69,7 @@ class Scheduler:
 
     Attributes:
         weights: what is served now.
+        jobs: what each job may take, and has taken.
     """
 
     def __init__(
@@ -75,26 +77,27 @@ class Scheduler:
         engine: LoadedEngine,
         store: SlabStore,
         limits: QueueLimits,
+        jobs: JobTable[TeacherJobTerms],
         metrics: Metrics,
         weights: ServedWeights,
         answering: Answering,
     ) -> None:
         self.weights = weights
+        self.jobs = jobs
         self._engine = engine
         self._store = store
         self._limits = limits
         self._metrics = metrics
         self._answering = answering
-        self._queue = FairQueue[Work]()
-        self._throughput = Throughput()
-        self._computing_tokens = 0
-        self._without_slot: set[bytes] = set()  # sessions that asked for a slot last and got none
+        self._line = WaitingLine[Work](jobs, max_tokens=limits.max_tokens, batch_tokens=engine.model.max_batch_tokens)
+        self._queue = self._line.queue
         self._death: str | None = None
         self._update: _Update | None = None
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         store.on_free = self._wake.set
         store.on_session_end = self._end_session
+        jobs.on_change = self._wake.set
 
     @property
     def queue(self) -> FairQueue[Work]:
@@ -104,8 +107,8 @@ class Scheduler:
     @property
     def load(self) -> ServerLoad:
         """What is to be done, and how fast."""
-        waiting_tokens = self._queue.num_tokens + self._computing_tokens
-        return ServerLoad(waiting_tokens=waiting_tokens, tokens_per_s=self._throughput.tokens_per_s)
+        waiting_tokens = self._queue.num_tokens + self._line.computing_tokens
+        return ServerLoad(waiting_tokens=waiting_tokens, tokens_per_s=self._line.throughput.tokens_per_s)
 
     async def prefill(
         self,
@@ -120,7 +123,7 @@ class Scheduler:
 
         Args:
             session: whose slot it takes.
-            job: for metrics.
+            job: whose share of the engine it takes.
             sequences: valid for the model.
             weight_version: of the weights that must make the rows, which are served now; 0: any.
             deadline_s: longest wait for the start that the caller accepts.
@@ -184,12 +187,12 @@ class Scheduler:
                 raise EngineFailure(self._death)
             if self._update is not None:
                 await self._replace_weights(self._update)
-            batch = self._queue.take(self._engine.model.max_batch_tokens, self._acquire)
+            batch = self._line.take(self._engine.model.max_batch_tokens, self._can_start, self._acquire)
             if batch:
                 await self._run(batch)
             else:
                 self._settled.set()
-                await self._wake.wait()
+                await self._line.until_woken(self._wake)
 
     def refuse_waiting(self, error: Unavailable) -> None:
         """Fail everything that has not begun."""
@@ -225,60 +228,51 @@ class Scheduler:
             timer.cancel()
 
     def _push(self, work: Work) -> None:
-        waiting = self._queue.num_tokens
-        excess = waiting + work.num_tokens - self._limits.max_tokens
-        if waiting and excess > 0:  # a request larger than the limit can still enter an empty queue
-            raise Unavailable(
-                f"the queue is full: {waiting} tokens wait, this request has {work.num_tokens}, "
-                f"and at most {self._limits.max_tokens} may wait",
-                retry_after_s=self._throughput.seconds_for(min(excess, waiting)),
-            )
         if not self._store.is_open(work.session):
             raise HandleGone("the session is unknown or its lease has ended; open a new one")
-        self._queue.push(work)
+        self._line.join([work])
         self._wake.set()
 
-    def _acquire(self, session: bytes) -> SlotLease | None:
+    def _can_start(self, work: Work) -> bool:
+        return self._store.may_acquire(work.session) and not shortages.is_over_bytes(self._store, self.jobs, work.job)
+
+    def _acquire(self, work: Work) -> SlotLease | None:
         try:
-            lease = self._store.try_acquire(session)
+            return self._store.try_acquire(work.session)
         except HandleGone:  # on_session_end is about to tell its requests
             return None
-        if lease is None:
-            self._without_slot.add(session)
-        else:
-            self._without_slot.discard(session)
-        return lease
 
     def _expire(self, work: Work, waited_s: float, is_own_deadline: bool) -> None:
         if work not in self._queue:
             return
-        if work.session in self._without_slot:
-            reason, retry_after_s = self._slab_state(), _SLOT_HINT_S
-        else:
-            reason = f"{self._queue.num_tokens} tokens waited for the engine"
-            retry_after_s = self._throughput.seconds_for(self._queue.num_tokens)
+        shortage, reason = shortages.why_waiting(self._store, self.jobs, self._queue, work)
+        self.jobs.refused(work.job, shortage)
         message = f"the prefill did not start within {waited_s:g} s: {reason}"
         if is_own_deadline:
             self._refuse([work], DeadlineExpired(message))
-        else:
-            self._refuse([work], Unavailable(message, retry_after_s=retry_after_s))
+            return
+        self._queue.remove(work)
+        self._tell(work, Unavailable(message, retry_after_s=self._retry_after_s(work, shortage)))
 
-    def _slab_state(self) -> str:
-        slots = self._store.snapshot().slots
-        if slots[SlotState.FREE]:
-            return f"the session has its share of {self._store.limits.slots_per_session} slots; release some"
-        states = ", ".join(f"{count} {state}" for state, count in slots.items() if count)
-        return f"no slot came free; of {self._store.limits.slots} slots are {states}"
+    def _retry_after_s(self, work: Work, shortage: Shortage) -> float:
+        if shortage in (Shortage.SLOTS, Shortage.BYTES_IN_FLIGHT):
+            return shortages.SLOT_HINT_S
+        return self._line.seconds_until_start(work.job, work.num_tokens)
 
-    def _end_session(self, session: bytes) -> None:
-        self._without_slot.discard(session)
-        self._refuse(self._queue.of_session(session), HandleGone("the session has ended; open a new one"))
+    def _end_session(self, end: SessionEnd) -> None:
+        self.jobs.abandoned(end.job, end.abandoned)
+        works = self._queue.of_session(end.job, end.token)
+        self._refuse(works, HandleGone("the session has ended; open a new one"))
 
     def _refuse(self, works: Iterable[Work], error: RpcError) -> None:
         for work in works:
             self._queue.remove(work)
-            if not work.answer.done():
-                work.answer.set_exception(error)
+            self._tell(work, error)
+
+    def _tell(self, work: Work, error: RpcError) -> None:
+        """What does not wait any longer fails."""
+        if not work.answer.done():
+            work.answer.set_exception(error)
         self._wake.set()  # the next in line may fit where this one did not
 
     def _discard(self, work: Work) -> None:
@@ -299,10 +293,9 @@ class Scheduler:
             return
         row_bytes = self._answering.row_bytes
         jobs = [job for work, lease in batch for job in work.prefill_jobs(lease, row_bytes=row_bytes)]
-        self._computing_tokens = sum(work.num_tokens for work, _ in batch)
+        self._line.batch_began(sum(work.num_tokens for work, _ in batch))
         call = self._engine.thread.run(self._engine.engine.prefill, jobs)
         await self._meanwhile(call)
-        self._computing_tokens = 0
         making = Making(weight_version=version, started_s=started_s, engine_s=time.monotonic() - started_s)
         failure = call.exception()
         for work, lease in batch:
@@ -311,11 +304,8 @@ class Scheduler:
             else:
                 self._store.cancel(lease)
                 self._fail(work)
-        works = [work for work, _ in batch]
-        self._metrics.batch_done(works, started_s=started_s, engine_s=making.engine_s)
-        if failure is None:
-            self._throughput.add(sum(work.num_tokens for work in works), making.engine_s)
-        else:
+        self._account([work for work, _ in batch], making)
+        if failure is not None:
             log.error("engine failed on a batch", extra={"requests": len(batch)}, exc_info=failure)
             if self._death is None:
                 await self._check()
@@ -327,7 +317,7 @@ class Scheduler:
         """
         while self._answering.has_cache and not call.done():
             self._wake.clear()
-            self._answer_kept(self._queue.take(0, self._acquire))
+            self._answer_kept(self._line.take(0, self._can_start, self._acquire))
             woken = asyncio.ensure_future(self._wake.wait())
             await asyncio.wait((call, woken), return_when=asyncio.FIRST_COMPLETED)
             woken.cancel()
@@ -338,6 +328,14 @@ class Scheduler:
         making = Making(weight_version=self.weights.version, started_s=time.monotonic(), engine_s=0.0)
         for work, lease in batch:
             self._answering.finish(work, lease, making)
+
+    def _account(self, works: list[Work], making: Making) -> None:
+        """Write down what a batch cost, well or not: the jobs had the engine."""
+        for work in works:
+            self.jobs.ended(work.job, work.num_tokens)
+            self.jobs.computed(work.job, work.num_tokens)
+        self._line.computed(sum(work.num_tokens for work in works), making.engine_s)
+        self._metrics.batch_done(works, started_s=making.started_s, engine_s=making.engine_s)
 
     def _fail(self, work: Work) -> None:
         if work.answer.done():

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdmesh.errors import ConfigError
-from kdmesh.handles.ledger import SlabLimits
+from kdmesh.handles.limits import SlabLimits
 from kdmesh.handles.memory import SegmentWriter
 from kdmesh.handles.rdma_memory import RdmaMemory
 from kdmesh.handles.store import SlabStore
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.revival import Revival
 from kdmesh.serving.sleep import Sleep, WorkAndUpdates
@@ -79,7 +80,8 @@ async def start(
     stack.push_async_callback(answering.close)
     loaded = LoadedEngine(engine=engine, thread=thread, model=described, check=check)
     limits = QueueLimits(max_tokens=config.queue.max_tokens, max_wait_s=config.queue.max_wait_s)
-    scheduler = Scheduler(loaded, store, limits, metrics, weights, answering)
+    jobs = JobTable(config.jobs.defaults, config.jobs.overrides)
+    scheduler = Scheduler(loaded, store, limits, jobs, metrics, weights, answering)
     updating = Outstanding()
     sleep = Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate)
     run = scheduler.run

@@ -1,0 +1,49 @@
+"""How often something may happen, and how often it did."""
+
+from __future__ import annotations
+
+import math
+
+
+class TokenBucket:
+    """Lets `rate` things happen in a second, after a burst of one second's; the rate may change at any time."""
+
+    def __init__(self, now_s: float) -> None:
+        self._level: float | None = None  # None: full, whatever the rate
+        self._at_s = now_s
+
+    def seconds_until(self, count: int, *, rate: float, now_s: float) -> float:
+        """How long until so many may happen, one after the other; 0: now."""
+        return max(0.0, (count - self._refilled(rate, now_s)) / rate)
+
+    def take(self, *, rate: float, now_s: float) -> None:
+        """One happens."""
+        self._level = self._refilled(rate, now_s) - 1
+        self._at_s = now_s
+
+    def _refilled(self, rate: float, now_s: float) -> float:
+        burst = max(1.0, rate)
+        return burst if self._level is None else min(burst, self._level + (now_s - self._at_s) * rate)
+
+
+class DecayingRate:
+    """How much of something there was per second lately: what is older counts less."""
+
+    def __init__(self, now_s: float, *, memory_s: float = 10.0) -> None:
+        self._began_s = now_s
+        self._memory_s = memory_s
+        self._amount = 0.0
+        self._at_s = now_s
+
+    def add(self, amount: float, now_s: float) -> None:
+        """So much, now."""
+        self._amount = self._decayed(now_s) + amount
+        self._at_s = now_s
+
+    def per_s(self, now_s: float) -> float:
+        """Over the last seconds, or since the beginning where that is less."""
+        seen = 1 - math.exp(-max(now_s - self._began_s, 1.0) / self._memory_s)
+        return self._decayed(now_s) / (self._memory_s * seen)
+
+    def _decayed(self, now_s: float) -> float:
+        return self._amount * math.exp(-(now_s - self._at_s) / self._memory_s)
