@@ -24,7 +24,7 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -335,9 +335,10 @@ class Ledger:
         count = Counter(slot.state for slot in self._slots)
         return {state: count[state] for state in SlotState}
 
-    def slots_of(self, job: str) -> int:
-        """Slots with what a job asked for, also those that a client of it maps whose session has ended."""
-        return self._slots_of[job]
+    @property
+    def slots_of(self) -> Mapping[str, int]:
+        """Slots with what each job asked for, also those that a client of it maps whose session has ended."""
+        return self._slots_of
 
     def sessions(self) -> tuple[SessionState, ...]:
         """Every open session, in order of opening."""

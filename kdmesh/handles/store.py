@@ -26,7 +26,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -306,9 +306,9 @@ class SlabStore:
         self._ledger.job(session)
         self._shared.lend(session, handles)
 
-    def slots_of(self, job: str) -> int:
-        """Slots with what a job asked for, also those that a client of it maps whose session has ended."""
-        return self._ledger.slots_of(job)
+    def slots_by_job(self) -> Mapping[str, int]:
+        """Slots with what each job asked for, also those that a client of it maps whose session has ended."""
+        return self._ledger.slots_of
 
     def snapshot(self) -> Snapshot:
         """The slab as it is now."""

@@ -143,6 +143,11 @@ class FairQueue(Generic[W]):
         waiting = self._jobs.get(job)
         return 0 if waiting is None else waiting.num_tokens
 
+    def requests_of(self, job: str) -> int:
+        """How many of its requests wait."""
+        waiting = self._jobs.get(job)
+        return 0 if waiting is None else sum(map(len, waiting.sessions.values()))
+
     def share(self, job: str) -> float:
         """Its weight among those of the jobs that wait, of all classes, and its own."""
         own = self._standing(job).weight

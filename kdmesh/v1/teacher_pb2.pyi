@@ -170,7 +170,8 @@ class OpenSessionRequest(google.protobuf.message.Message):
     JOB_FIELD_NUMBER: builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: builtins.int
     job: builtins.str
-    """Name of the job, for logs and metrics; may be empty. A server that asks who calls takes the
+    """Name of the job whose share of the engine its requests take, at most 128 characters, also for
+    logs and metrics; may be empty, which is a job of its own. A server that asks who calls takes the
     caller's name instead, and to everybody of another name the session is unknown.
     """
     model_fingerprint: builtins.str

@@ -121,6 +121,7 @@ class TeacherServicer(object):
         answer leaves a session that ends with its lease.
 
         Errors:
+        INVALID_ARGUMENT    the job's name has more than 128 characters, or one that cannot be printed
         FAILED_PRECONDITION request.model_fingerprint is set and differs from the loaded model
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -165,8 +166,8 @@ class TeacherServicer(object):
         INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
         FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
         served are not those of weight_version
-        UNAVAILABLE         the queue is full, no slot came free within the bounded
-        wait, or the server sleeps; ask again after retry_after_ms
+        UNAVAILABLE         the queue is full, the job was over a quota or no slot came free for
+        the whole bounded wait, or the server sleeps; ask again after retry_after_ms
         DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
         INTERNAL            the engine failed on this batch
         The stream itself ends with:

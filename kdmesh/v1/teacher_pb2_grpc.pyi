@@ -363,6 +363,7 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     answer leaves a session that ends with its lease.
 
     Errors:
+      INVALID_ARGUMENT    the job's name has more than 128 characters, or one that cannot be printed
       FAILED_PRECONDITION request.model_fingerprint is set and differs from the loaded model
     """
 
@@ -398,8 +399,8 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
       INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
       FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
                           served are not those of weight_version
-      UNAVAILABLE         the queue is full, no slot came free within the bounded
-                          wait, or the server sleeps; ask again after retry_after_ms
+      UNAVAILABLE         the queue is full, the job was over a quota or no slot came free for
+                          the whole bounded wait, or the server sleeps; ask again after retry_after_ms
       DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
       INTERNAL            the engine failed on this batch
     The stream itself ends with:
@@ -580,6 +581,7 @@ class TeacherServicer(metaclass=abc.ABCMeta):
         answer leaves a session that ends with its lease.
 
         Errors:
+          INVALID_ARGUMENT    the job's name has more than 128 characters, or one that cannot be printed
           FAILED_PRECONDITION request.model_fingerprint is set and differs from the loaded model
         """
 
@@ -630,8 +632,8 @@ class TeacherServicer(metaclass=abc.ABCMeta):
           INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
           FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
                               served are not those of weight_version
-          UNAVAILABLE         the queue is full, no slot came free within the bounded
-                              wait, or the server sleeps; ask again after retry_after_ms
+          UNAVAILABLE         the queue is full, the job was over a quota or no slot came free for
+                              the whole bounded wait, or the server sleeps; ask again after retry_after_ms
           DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
           INTERNAL            the engine failed on this batch
         The stream itself ends with:

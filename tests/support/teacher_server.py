@@ -46,6 +46,7 @@ def teacher_config(**sections: dict[str, Any]) -> TeacherConfig:
         "slab": {"slots": 4, "slot_mib": 0.0625, "slots_per_session": 4},
         "queue": {},
         "cache": {},
+        "jobs": {},
     }
     for name, keys in sections.items():
         tree[name] |= keys

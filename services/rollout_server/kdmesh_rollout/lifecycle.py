@@ -10,6 +10,7 @@ from kdmesh.serving import lifecycle, rest
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.security import open_security
 from kdmesh.v1.rollout_pb2_grpc import add_RolloutServicer_to_server
 from kdmesh_rollout.config import RolloutConfig
@@ -50,6 +51,7 @@ async def serve(
     servicer = Servicer(gate, metrics, max_request_s=config.queue.max_request_s)
     app = rest.build_app("kdmesh rollout", gate, metrics.registry, security.authority)
     rest.add_sleep_routes(app, lambda: gate.parts().sleep)
+    add_job_routes(app, gate.parts)
     add_routes(app, gate)
 
     async def begin(stack: AsyncExitStack, port: int) -> Parts:

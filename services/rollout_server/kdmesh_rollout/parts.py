@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kdmesh.rpc.weight_updates import WeightUpdates
+from kdmesh.serving.job_config import JobTerms
+from kdmesh.serving.job_state import JobState, job_states
+from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
 from kdmesh.types import RolloutDescription
@@ -28,3 +31,12 @@ class Parts:
     def model(self) -> RolloutDescription:
         """What is served now."""
         return replace(self.model_at_start, weight_version=self.updates.version)
+
+    @property
+    def jobs(self) -> JobTable[JobTerms]:
+        """What each job may take, and has taken."""
+        return self.scheduler.jobs
+
+    def job_states(self, only: str | None = None) -> Sequence[JobState]:
+        """Of every job that is known, or of one."""
+        return job_states(self.jobs, self.scheduler.queue, {}, only)

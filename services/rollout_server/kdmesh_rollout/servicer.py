@@ -18,6 +18,7 @@ from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
 from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_table import check_name
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.v1 import common_pb2, weights_pb2
 from kdmesh.v1 import rollout_pb2 as pb
@@ -177,9 +178,11 @@ def _deadline(answers: Answers, deadline_s: float) -> Iterator[None]:
 
 
 def _job(context: Context) -> str:
-    """The caller's name; what the client calls its job where nobody asks who it is."""
+    """The caller's name; what the client calls its job where nobody asks who it is. Raises InvalidRequest."""
     if name := caller_name():
         return name
     metadata = dict(context.invocation_metadata() or ())
     job = metadata.get(rollout_codec.JOB, "")
-    return job if isinstance(job, str) else ""
+    name = job if isinstance(job, str) else ""
+    check_name(name)
+    return name

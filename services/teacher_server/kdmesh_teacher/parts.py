@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kdmesh.handles.rdma_memory import RdmaMemory
 from kdmesh.handles.store import SlabStore
+from kdmesh.serving.job_state import Holdings, JobState, job_states
+from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
 from kdmesh.types import ModelDescription
 from kdmesh_teacher.cache.row_cache import RowCache
+from kdmesh_teacher.config import TeacherJobTerms
 from kdmesh_teacher.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -37,3 +40,22 @@ class Parts:
     def model(self) -> ModelDescription:
         """What is served now."""
         return replace(self.model_at_start, weight_version=self.scheduler.weights.version)
+
+    @property
+    def jobs(self) -> JobTable[TeacherJobTerms]:
+        """What each job may take, and has taken."""
+        return self.scheduler.jobs
+
+    def holdings(self) -> Mapping[str, Holdings]:
+        """What jobs hold of the slab, with those that are gone while a client of theirs still maps a slot."""
+        found: dict[str, Holdings] = {}
+        for session in self.store.snapshot().sessions:
+            found.setdefault(session.job, Holdings()).sessions += 1
+        for job, slots in self.store.slots_by_job().items():
+            held = found.setdefault(job, Holdings())
+            held.slots, held.slab_bytes = slots, slots * self.store.slot_bytes
+        return found
+
+    def job_states(self, only: str | None = None) -> Sequence[JobState]:
+        """Of every job that is known, or of one."""
+        return job_states(self.jobs, self.scheduler.queue, self.holdings(), only)

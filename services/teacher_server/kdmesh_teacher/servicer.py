@@ -17,6 +17,7 @@ from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
 from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_table import check_name
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.v1 import common_pb2, weights_pb2
 from kdmesh.v1 import teacher_pb2 as pb
@@ -55,9 +56,10 @@ class Servicer(TeacherServicer):
         parts = self._gate.parts_for_new_clients()
         if request.model_fingerprint:
             admission.check_model(request.model_fingerprint, parts.model.model_fingerprint)
-        store = parts.store
+        store, job = parts.store, caller_name() or request.job
+        check_name(job)
         return pb.OpenSessionResponse(
-            session=store.open_session(caller_name() or request.job).token,
+            session=store.open_session(job).token,
             lease_ms=_ms(store.limits.lease_s),
             claim_ms=_ms(store.limits.claim_s),
             max_slots=min(store.limits.slots, store.limits.slots_per_session),

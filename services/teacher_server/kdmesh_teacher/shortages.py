@@ -19,7 +19,7 @@ def is_over_bytes(store: SlabStore, jobs: Jobs, job: str) -> bool:
     limit = jobs.terms(job).max_bytes_in_flight
     if limit is None:
         return False
-    slots = store.slots_of(job)
+    slots = store.slots_by_job().get(job, 0)
     return slots > 0 and (slots + 1) * store.slot_bytes > limit
 
 
@@ -34,7 +34,7 @@ def why_waiting(store: SlabStore, jobs: Jobs, queue: FairQueue[Work], work: Work
             return shortage, f"job {job!r} has {in_flight} tokens in flight, and may have {terms.max_tokens_in_flight}"
     if is_over_bytes(store, jobs, job):
         return Shortage.BYTES_IN_FLIGHT, (
-            f"job {job!r} holds {store.slots_of(job)} slots of {store.slot_bytes} bytes, and may hold "
+            f"job {job!r} holds {store.slots_by_job()[job]} slots of {store.slot_bytes} bytes, and may hold "
             f"{terms.max_bytes_in_flight} bytes; release some"
         )
     if not store.may_acquire(work.session):

@@ -1,0 +1,153 @@
+"""What a caller is told to wait, against what it would have waited on a clock of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdmesh.errors import Unavailable
+from kdmesh.serving.job_config import JobTerms
+from kdmesh.serving.job_table import JobTable, Shortage
+from kdmesh.serving.waiting_line import WaitingLine
+
+BATCH, TOKENS_PER_S, REQUEST = 400, 1000.0, 40
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """A request that waits."""
+
+    job: str
+    num_tokens: int
+    arrived_s: float = 0.0
+    session: bytes = b"only"
+
+
+class Server:
+    """A line and an engine of a constant speed, on a clock of their own."""
+
+    def __init__(self, terms: Mapping[str, JobTerms], *, max_tokens: int = 10**6) -> None:
+        self.now_s = 0.0
+        self.jobs = JobTable(JobTerms(), terms, clock=lambda: self.now_s)
+        self.line = WaitingLine[Ask](self.jobs, max_tokens=max_tokens, batch_tokens=BATCH, clock=lambda: self.now_s)
+        self.line.computed(BATCH, BATCH / TOKENS_PER_S)  # its speed is known
+
+    def join(self, job: str, num_tokens: int = REQUEST) -> Ask:
+        ask = Ask(job, num_tokens, self.now_s)
+        self.line.join([ask])
+        return ask
+
+    def fill(self, job: str, tokens: int) -> None:
+        while self.line.queue.tokens_of(job) < tokens:
+            self.join(job)
+
+    def step(self) -> list[Ask]:
+        """The next batch; when none can start, time passes until one can."""
+        batch = [ask for ask, _ in self.line.take(BATCH, lambda ask: True, lambda ask: True)]
+        tokens = sum(ask.num_tokens for ask in batch)
+        self.now_s += tokens / TOKENS_PER_S if batch else 0.05
+        for ask in batch:
+            self.jobs.ended(ask.job, ask.num_tokens)
+        return batch
+
+    def seconds_until_started(self, ask: Ask, *, others: Mapping[str, int]) -> float:
+        """While the others refill their queues."""
+        began_s = self.now_s
+        while True:
+            for job, tokens in others.items():
+                self.fill(job, tokens)
+            started_s = self.now_s
+            if ask in self.step():
+                return started_s - began_s
+
+
+def close(told_s: float, true_s: float) -> bool:
+    """Within a factor of two, but for the batch that is under way."""
+    batch_s = BATCH / TOKENS_PER_S
+    return true_s / 2 - batch_s <= told_s <= true_s * 2 + batch_s
+
+
+WEIGHTS = st.sampled_from([0.5, 1.0, 2.0, 4.0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(WEIGHTS, st.integers(0, 8000)), max_size=4), WEIGHTS, st.integers(0, 3000))
+def test_told_wait_is_that_of_the_jobs_share_of_the_engine(
+    others: list[tuple[float, int]], weight: float, own_tokens: int
+) -> None:
+    terms = {str(index): JobTerms(weight=other) for index, (other, _) in enumerate(others)}
+    server = Server(terms | {"mine": JobTerms(weight=weight)})
+    waiting = {str(index): tokens for index, (_, tokens) in enumerate(others)}
+    for job, tokens in (waiting | {"mine": own_tokens}).items():
+        server.fill(job, tokens)
+    told_s = server.line.seconds_until_start("mine", REQUEST)
+    true_s = server.seconds_until_started(server.join("mine"), others={})
+    assert close(told_s, true_s)
+
+
+def test_a_flood_of_another_job_does_not_lengthen_what_a_job_is_told() -> None:
+    server = Server({})
+    server.fill("flood", 100_000)
+    told_s = server.line.seconds_until_start("mine", REQUEST)
+    assert told_s == pytest.approx(REQUEST / TOKENS_PER_S)
+    assert close(told_s, server.seconds_until_started(server.join("mine"), others={"flood": 100_000}))
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 9])
+def test_refused_job_is_told_when_it_would_be_let_in(num_others: int) -> None:
+    server = Server({}, max_tokens=8000)
+    others = {str(index): 8000 // (num_others + 1) for index in range(num_others)}
+    for job, tokens in others.items():
+        server.fill(job, tokens)
+    with pytest.raises(Unavailable) as refused:
+        while True:
+            server.join("mine")
+    assert server.jobs.book("mine").refusals == {Shortage.QUEUE_FULL: 1}
+    began_s = server.now_s
+    with pytest.raises(StopIteration):
+        while True:
+            server.step()
+            for job, tokens in others.items():
+                server.fill(job, tokens)
+            try:
+                server.join("mine")
+            except Unavailable:
+                continue
+            raise StopIteration
+    assert close(refused.value.retry_after_s, server.now_s - began_s)
+
+
+def test_higher_classes_are_ahead_of_a_job_in_full() -> None:
+    server = Server({"urgent": JobTerms(priority="high")})
+    server.fill("urgent", 4000)
+    told_s = server.line.seconds_until_start("mine", REQUEST)
+    assert told_s == pytest.approx(4.0)
+    assert close(told_s, server.seconds_until_started(server.join("mine"), others={}))
+
+
+def test_batch_under_way_is_waited_for() -> None:
+    server = Server({})
+    server.line.batch_began(4000)
+    server.now_s += 1.0
+    assert server.line.seconds_until_start("mine", REQUEST) == pytest.approx(3.0)
+    assert server.line.computing_tokens == 4000
+
+
+@pytest.mark.parametrize("terms", [JobTerms(max_requests_per_s=2), JobTerms(max_tokens_in_flight=REQUEST)])
+def test_a_quota_lengthens_what_a_job_is_told(terms: JobTerms) -> None:
+    server = Server({"mine": terms})
+    server.fill("mine", 40 * REQUEST)
+    server.fill("other", 100_000)
+    told_s = server.line.seconds_until_start("mine", REQUEST)
+    true_s = server.seconds_until_started(server.join("mine"), others={"other": 100_000})
+    assert true_s > 10
+    assert close(told_s, true_s)
+
+
+def test_before_the_first_batch_a_caller_is_told_a_second() -> None:
+    line = WaitingLine[Ask](JobTable(JobTerms()), max_tokens=100)
+    assert line.seconds_until_start("mine", REQUEST) == 1.0
