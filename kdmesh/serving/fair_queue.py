@@ -50,6 +50,7 @@ class _Job(Generic[W]):
     sessions: dict[bytes, dict[W, None]] = field(default_factory=dict)  # in order of turns; requests by arrival
     num_tokens: int = 0
     deficit: float = 0.0  # tokens that it may still be given in this turn
+    round: int = -1  # in which it was given its newest credit
     has_turn: bool = False  # it was given its credit, and has not used it up
 
 
@@ -81,6 +82,7 @@ class FairQueue(Generic[W]):
         self._standing = standing
         self._quantum_tokens = quantum_tokens
         self._jobs: dict[str, _Job[W]] = {}  # those that wait, in the order of their turns
+        self._round: dict[int, int] = {}  # by rank: the newest that any job was given credit in
         self.num_tokens = 0
         self.num_requests = 0
 
@@ -184,9 +186,9 @@ class FairQueue(Generic[W]):
         batch: list[tuple[W, S]] = []
         for rank in sorted(set(ranks.values())):
             names = [name for name, other in ranks.items() if other == rank]
-            taking = _Taking(self, names, max_tokens, can_start, start)
+            taking = _Taking(self, names, self._round.get(rank, 0), max_tokens, can_start, start)
             batch += taking.run()
-            max_tokens = taking.room
+            max_tokens, self._round[rank] = taking.room, taking.round
         return batch
 
 
@@ -197,11 +199,13 @@ class _Taking(Generic[W, S]):
         self,
         queue: FairQueue[W],
         names: Sequence[str],
+        began_round: int,
         room: float,
         can_start: Callable[[W], bool],
         start: Callable[[W], S | None],
     ) -> None:
         self.room = room
+        self.round = began_round
         self._max_tokens = room
         self._queue = queue
         self._can_start = can_start
@@ -209,7 +213,9 @@ class _Taking(Generic[W, S]):
         self._batch: list[tuple[W, S]] = []
         self._names = names
         self._quanta = {name: queue._quantum_tokens * queue._standing(name).weight for name in names}
-        self._rounds = dict.fromkeys(names, 0)  # credits given to each in this batch
+        for name in names:  # whoever could not start anything, for reasons of its own, saves no credit
+            job = queue._jobs[name]
+            job.round = min(max(job.round, began_round - 1), began_round)
         # Sessions that may still start something in this batch: room and slots only become fewer.
         self._sessions = {name: deque(queue._jobs[name].sessions) for name in names}
         self._has_no_room: set[str] = set()  # jobs with a session whose next request is larger than the room
@@ -275,7 +281,8 @@ class _Taking(Generic[W, S]):
 
     def _credit(self, name: str, job: _Job[W], rounds: int) -> None:
         job.deficit += rounds * self._quanta[name]
-        self._rounds[name] += rounds
+        job.round += rounds
+        self.round = max(self.round, job.round)
 
     def _skip_rounds(self, turns: Sequence[str]) -> None:
         """Nobody's credit sufficed: give at once as many rounds as the first to start something will need."""
@@ -291,9 +298,9 @@ class _Taking(Generic[W, S]):
 
     def _make_up(self) -> None:
         """Whoever only lacked room in the batch must not lose the rounds that others had meanwhile, up to a batch."""
-        full_rounds = max(self._rounds.values(), default=0) - 1
         for name in self._has_no_room:
             job = self._queue._jobs.get(name)
-            if job is not None and self._rounds[name] < full_rounds:
-                missed = (full_rounds - self._rounds[name]) * self._quanta[name]
+            if job is not None and job.round < self.round - 1:
+                missed = (self.round - 1 - job.round) * self._quanta[name]
+                job.round = self.round - 1
                 job.deficit = max(job.deficit, min(job.deficit + missed, self._max_tokens + self._quanta[name]))

@@ -1,8 +1,8 @@
-"""What a server's configuration says of the jobs that share it."""
+"""What a server's configuration says of one of the jobs that share it."""
 
 from __future__ import annotations
 
-from typing import Generic, Literal, Self, TypeVar
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -27,16 +27,3 @@ class JobTerms(StrictModel):
     def over(self, defaults: Self) -> Self:
         """These terms where they say something, and `defaults` where they do not."""
         return defaults.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
-
-
-T = TypeVar("T", bound=JobTerms)
-
-
-class JobsConfig(StrictModel, Generic[T]):
-    """The jobs that share a server. A job is known by the name that its sessions carry."""
-
-    defaults: T
-    """For every job, where no override says otherwise."""
-
-    overrides: dict[str, T] = Field({}, max_length=1000)
-    """By the job's name; a key that is left out is that of `defaults`."""

@@ -241,6 +241,15 @@ def test_no_job_gets_less_than_its_share_of_what_its_requests_can_fill(
         assert after[-1][job] >= usable / total - QUANTUM - 2 * BATCH / standing.weight
 
 
+@pytest.mark.parametrize(("large", "small", "weight"), [(40, 1, 1), (60, 4, 1), (30, 1, 2)])
+def test_large_requests_get_their_share_beside_small_ones_that_fill_every_gap(
+    large: int, small: int, weight: float
+) -> None:
+    sizes = {"large": large, "small": small}
+    after = served_by_weight(weights(large=weight, small=1), lambda job, number: sizes[job], num_batches=60)
+    assert after[-1]["large"] == pytest.approx(after[-1]["small"], rel=0.05)
+
+
 class Leaving(RuleBasedStateMachine):
     """Requests come, start and leave in any order; the queue's books always agree with a plain list."""
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
-from kdmesh.serving.job_config import JobsConfig, JobTerms
+from kdmesh.serving.job_config import JobTerms
 from kdmesh_rollout.sglang_config import SglangEngine
 
 
@@ -89,11 +89,14 @@ class QueueConfig(StrictModel):
     """Longest time until a request's last sample; its own deadline may be shorter."""
 
 
-class RolloutJobs(JobsConfig[JobTerms]):
+class RolloutJobs(StrictModel):
     """The jobs that share a rollout server. A job is known by the name that its streams carry."""
 
     defaults: JobTerms = JobTerms()
     """For every job, where no override says otherwise."""
+
+    overrides: dict[str, JobTerms] = Field({}, max_length=1000)
+    """By the job's name; a key that is left out is that of `defaults`."""
 
 
 class RolloutConfig(StrictModel):

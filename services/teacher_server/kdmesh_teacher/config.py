@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from kdmesh.auth.config import is_loopback
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
-from kdmesh.serving.job_config import JobsConfig, JobTerms
+from kdmesh.serving.job_config import JobTerms
 from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.sglang_config import SglangEngine
 
@@ -134,11 +134,14 @@ class TeacherJobTerms(JobTerms):
     """Bytes of the slab that it may hold, in whole slots and at least one, until it releases them; null: no limit."""
 
 
-class TeacherJobs(JobsConfig[TeacherJobTerms]):
+class TeacherJobs(StrictModel):
     """The jobs that share a teacher. A job is known by the name that its sessions carry."""
 
     defaults: TeacherJobTerms = TeacherJobTerms()
     """For every job, where no override says otherwise."""
+
+    overrides: dict[str, TeacherJobTerms] = Field({}, max_length=1000)
+    """By the job's name; a key that is left out is that of `defaults`."""
 
 
 class TeacherConfig(StrictModel):
