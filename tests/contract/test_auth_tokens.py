@@ -88,10 +88,11 @@ async def test_a_token_may_be_known_by_its_digest_alone(tmp_path: Path) -> None:
                 pass
 
 
+EVERY_TEACHER_RPC = {method.name for method in pb.DESCRIPTOR.services_by_name["Teacher"].methods}
 ALLOWED = {
     # Role of the caller: rpcs that are answered, or fail for another reason than the role.
     VIEWER: {"Describe"},
-    JOB: {"Describe", "OpenSession", "KeepAlive", "CloseSession", "Prefill", "Release", "GetHead", "ReadHandle"},
+    JOB: EVERY_TEACHER_RPC - {"Sleep", "Wake", "UpdateWeights"},
 }
 
 
@@ -110,12 +111,14 @@ async def test_a_teacher_lets_each_role_do_what_is_its_own(tmp_path: Path, token
             "CloseSession": lambda: stub.CloseSession(pb.CloseSessionRequest(session=session)),
             "Prefill": lambda: _first(stub.Prefill(iter([pb.PrefillRequest(session=session)]))),
             "Release": lambda: stub.Release(pb.ReleaseRequest(session=session)),
+            "LocateMemory": lambda: stub.LocateMemory(pb.LocateMemoryRequest(session=session)),
             "GetHead": lambda: stub.GetHead(pb.GetHeadRequest(session=session)),
             "ReadHandle": lambda: _first(stub.ReadHandle(pb.ReadHandleRequest(session=session))),
             "Sleep": lambda: stub.Sleep(common_pb2.SleepRequest()),
             "Wake": lambda: stub.Wake(common_pb2.WakeRequest()),
             "UpdateWeights": lambda: _first(stub.UpdateWeights(iter([weights_pb2.UpdateWeightsRequest()]))),
         }
+        assert set(calls) == EVERY_TEACHER_RPC
         assert await _permitted(teacher.addresses.grpc, calls) == ALLOWED.get(token, set(calls))
 
 
@@ -184,14 +187,18 @@ async def test_a_session_of_one_job_is_unknown_to_every_other(tmp_path: Path) ->
         ):
             stub = TeacherStub(channel)
             stolen = owner._session
-            rpcs: list[Any] = [
-                lambda session: stub.KeepAlive(pb.KeepAliveRequest(session=session)),
-                lambda session: _first(stub.Prefill(iter([pb.PrefillRequest(session=session)]))),
-                lambda session: stub.Release(pb.ReleaseRequest(session=session)),
-                lambda session: stub.GetHead(pb.GetHeadRequest(session=session)),
-                lambda session: _first(stub.ReadHandle(pb.ReadHandleRequest(session=session))),
-            ]
-            for rpc in rpcs:
+            rpcs: dict[str, Any] = {
+                "KeepAlive": lambda session: stub.KeepAlive(pb.KeepAliveRequest(session=session)),
+                "Prefill": lambda session: _first(stub.Prefill(iter([pb.PrefillRequest(session=session)]))),
+                "Release": lambda session: stub.Release(pb.ReleaseRequest(session=session)),
+                "LocateMemory": lambda session: stub.LocateMemory(pb.LocateMemoryRequest(session=session)),
+                "GetHead": lambda session: stub.GetHead(pb.GetHeadRequest(session=session)),
+                "ReadHandle": lambda session: _first(stub.ReadHandle(pb.ReadHandleRequest(session=session))),
+            }
+            service = pb.DESCRIPTOR.services_by_name["Teacher"]
+            naming = {method.name for method in service.methods if "session" in method.input_type.fields_by_name}
+            assert set(rpcs) == naming - {"CloseSession"}
+            for rpc in rpcs.values():
                 said = []
                 for session in (stolen, b"\x01" * 16):
                     with pytest.raises(HandleGone) as refusal, our_errors(address):

@@ -156,7 +156,7 @@ def opened(path: Path, budget_bytes: int) -> Iterator[RowDirectory]:
         ConfigError: it cannot be written, another server has it, or the disk has no room for the budget.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (path / ".lock").open("a")
     except OSError as error:
         raise ConfigError(f"cache.directory: {path} cannot be written: {error}") from None
