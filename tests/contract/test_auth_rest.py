@@ -54,7 +54,7 @@ async def test_who_is_known_may_read_and_only_operators_may_change(tmp_path: Pat
         for method, path in (("POST", "/v1/wake"), ("PUT", "/v1/jobs/any"), ("DELETE", "/v1/model")):
             answer = await http.request(method, path, headers=bearer(token), **WAKE)
             if token == OPERATOR:
-                assert answer.status_code in (200, 404, 405)
+                assert answer.status_code not in (401, 403)
             else:
                 assert answer.status_code == 403
                 assert f"{method} {path} needs role operator" in answer.json()["reason"]

@@ -137,6 +137,7 @@ async def test_a_rollout_server_lets_each_role_do_what_is_its_own(tmp_path: Path
             "Wake": lambda: stub.Wake(common_pb2.WakeRequest()),
             "UpdateWeights": lambda: _first(stub.UpdateWeights(iter([weights_pb2.UpdateWeightsRequest()]))),
         }
+        assert set(calls) == {method.name for method in rollout_pb2.DESCRIPTOR.services_by_name["Rollout"].methods}
         allowed = {VIEWER: {"Describe"}, JOB: {"Describe", "Generate"}}.get(token, set(calls))
         assert await _permitted(server.addresses.grpc, calls) == allowed
 
