@@ -46,8 +46,8 @@ class Lender(Protocol):
     def claim(self, session: bytes, key: Key, holder: int) -> Segment:
         """The segment to map. Raises HandleGone."""
 
-    def release(self, session: bytes, key: Key) -> bool:
-        """The handle is not read any more. False when it had ended before."""
+    def release(self, session: bytes, key: Key) -> object:
+        """The handle is not read any more. What this returns is not looked at."""
 
     def holder_gone(self, holder: int) -> None:
         """Nothing that this connection claimed is read any more."""

@@ -72,17 +72,25 @@ class RdmaDoor:
         self._is_idle.set()
         self._fetching: set[asyncio.Task[Tensor]] = set()
         self._failure: Unavailable | None = None
+        self._on_lost: Callable[[Unavailable], None] = lambda reason: None
         _doors.add(self)
 
     @classmethod
     async def connect(
-        cls, server: ServerCalls, nonce: bytes, *, read_s: float = _READ_S, buried: Graveyard = graveyard
+        cls,
+        server: ServerCalls,
+        nonce: bytes,
+        *,
+        on_lost: Callable[[Unavailable], None] = lambda reason: None,
+        read_s: float = _READ_S,
+        buried: Graveyard = graveyard,
     ) -> Self:
         """The door to the server that told `nonce`, which was read through it.
 
         Args:
             server: how to ask it.
             nonce: what lies in its memory.
+            on_lost: called once, when a read fails and the door is lost.
             read_s: longest time for a read, beside a second for every 100 MB.
             buried: where buffers go that cannot be used again.
 
@@ -103,6 +111,7 @@ class RdmaDoor:
         except BaseException:
             door.close()
             raise
+        door._on_lost = on_lost
         return door
 
     async def fetch(self, handle: Handle) -> Tensor:
@@ -121,6 +130,7 @@ class RdmaDoor:
 
     def close(self) -> None:
         """See Door. The server's agent is told."""
+        self._on_lost = lambda reason: None
         self._fail(Unavailable("the RDMA door was closed"))
         _doors.discard(self)
         self._thread.submit(self.say_farewell)
@@ -240,6 +250,7 @@ class RdmaDoor:
     def _fail(self, error: RpcError) -> None:
         if self._failure is None:
             self._failure = Unavailable(str(error))
+            self._on_lost(self._failure)
 
 
 _doors: weakref.WeakSet[RdmaDoor] = weakref.WeakSet()

@@ -43,6 +43,7 @@ class Doorway:
         release: ends a handle.
         end: the same, and waits; raises HandleGone when it had ended before.
         locate: where a handle's segment lies for RDMA; without a handle, memory that begins with the node's nonce.
+        lose: gives the session up: its door leads nowhere any more, and the next session finds another.
     """
 
     opened: pb.OpenSessionResponse
@@ -50,6 +51,7 @@ class Doorway:
     release: Callable[[Handle], None]
     end: Callable[[Handle], Awaitable[None]]
     locate: Callable[[Handle | None], Awaitable[RemoteMemory]]
+    lose: Callable[[Unavailable], None]
 
 
 async def open_door(choice: DoorChoice, way: Doorway, *, address: str) -> ChosenDoor:
@@ -93,6 +95,6 @@ async def _open(name: DoorName, way: Doorway) -> Door:
             if not way.opened.has_rdma:
                 raise Unavailable("the server has no RDMA")
             server = ServerCalls(locate=way.locate, end=way.end, abandon=way.release)
-            return await RdmaDoor.connect(server, way.opened.node_nonce)
+            return await RdmaDoor.connect(server, way.opened.node_nonce, on_lost=way.lose)
         case "stream":
             return StreamDoor(way.read, way.release)

@@ -141,7 +141,14 @@ class TeacherClient:
         self._tasks.start(self._keep_alive())
 
     async def _open_door(self, choice: DoorChoice, opened: pb.OpenSessionResponse) -> None:
-        way = Doorway(opened=opened, read=self._read, release=self._release, end=self._end, locate=self._locate)
+        way = Doorway(
+            opened=opened,
+            read=self._read,
+            release=self._release,
+            end=self._end,
+            locate=self._locate,
+            lose=self._lose,
+        )
         try:
             chosen = await open_door(choice, way, address=self.address)
         except Unavailable as error:
@@ -172,7 +179,7 @@ class TeacherClient:
             self._release_orphan(result.rows)
             raise
         return TeacherRows(
-            rows_RD=await self._fetch(handle),
+            rows_RD=await self.door.fetch(handle),
             weight_version=result.weight_version,
             is_borrowed=self.door.name == "shm",
         )
@@ -185,8 +192,8 @@ class TeacherClient:
         if self._head is not None and self._head.segment != weight.segment:
             self.door.forget(self._head)
         self._head = weight
-        weight_VD = await self._fetch(weight)
-        bias_1V = await self._fetch(codec.handle_from_wire(answer.bias)) if spec.has_bias else None
+        weight_VD = await self.door.fetch(weight)
+        bias_1V = await self.door.fetch(codec.handle_from_wire(answer.bias)) if spec.has_bias else None
         head = OutputHead(
             weight_VD=weight_VD,
             bias_V=None if bias_1V is None else bias_1V[0],
@@ -232,14 +239,6 @@ class TeacherClient:
     ) -> T:
         with our_errors(self.address):
             return await method(request, timeout=timeout_s)
-
-    async def _fetch(self, handle: Handle) -> Tensor:
-        """See Door. A door that leads nowhere any more is not tried again: the next connection finds another."""
-        try:
-            return await self.door.fetch(handle)
-        except Unavailable as error:
-            self._lose(error)
-            raise
 
     def _lose(self, reason: RpcError) -> None:
         if not self._lost.done():

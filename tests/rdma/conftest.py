@@ -10,7 +10,7 @@ from kdmesh.handles.rdma_agent import UNSAFE_VALUE, UNSAFE_VARIABLE
 
 
 @pytest.fixture(autouse=True)
-def transports(monkeypatch: pytest.MonkeyPatch) -> None:
+def trusted_transports(monkeypatch: pytest.MonkeyPatch) -> None:
     """UCX over TCP, here and in every process that is started."""
     if importlib.util.find_spec("nixl_cu12") is None:
         pytest.skip("NIXL is not installed; make test-rdma installs it")
