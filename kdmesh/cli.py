@@ -64,6 +64,7 @@ def main() -> None:
     Sample a student  kdmesh rollout examples/rollout.yaml
     Train against it  kdmesh train examples/train.yaml
     Both at once      kdmesh train examples/train.yaml --serve examples/teacher.yaml
+    Prefill it first  kdmesh precompute examples/train.yaml
     Write a dataset   kdmesh generate --rollout 127.0.0.1:50061 --model path/to/model
     Trust a teacher   kdmesh probe --teacher 127.0.0.1:50051 --model path/to/teacher
 
@@ -109,6 +110,27 @@ def train(
         os.execv(argv[0], argv)
 
     jobs.train(config, overrides, serve)
+
+
+@main.command()
+@click.argument("config", type=_YAML)
+@_set_option
+@click.option("--partial", is_flag=True, help="Keep what the run asks for first, where the cache cannot hold all.")
+def precompute(config: Path, overrides: tuple[str, ...], partial: bool) -> None:
+    """Have the teachers of the trainer in CONFIG keep its rows, so that the training needs no prefill.
+
+    Says first how much that is and how long it takes. Each teacher needs a `cache` in its own configuration that
+    can hold it. Ctrl-C stops; the same command goes on, and asks only for what is missing. Exit code 0 when all is
+    kept, 1 when the teacher could not keep all of it.
+
+    \b
+    Example: kdmesh precompute examples/train.yaml
+    """
+    loaded = check.load_any(config, overrides)
+    check.refuse_missing(loaded, source=config)
+    flags = ["--partial"] if partial else []
+    argv = [sys.executable, "-m", "kdmesh_trainer.precompute_command", str(config)]
+    os.execv(argv[0], [*argv, *jobs.set_arguments(overrides), *flags])
 
 
 @main.command()

@@ -146,6 +146,16 @@ class ModelDescription:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheAnswer:
+    """What a teacher server has kept of some sequences, and could keep; see teacher.proto."""
+
+    is_kept: tuple[bool, ...]
+    budget_bytes: int  # 0: it keeps nothing
+    entry_bytes: int  # of the budget, that a sequence takes beyond its rows
+    tokens_per_s: float | None  # None: it has measured nothing yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens of a response are drawn, and what ends it; see rollout.proto.
 

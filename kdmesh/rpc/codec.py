@@ -9,7 +9,7 @@ import numpy as np
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.handles.rdma_agent import RemoteMemory
-from kdmesh.types import DType, Handle, HeadSpec, ModelDescription, ServerLoad, TokenSequence
+from kdmesh.types import CacheAnswer, DType, Handle, HeadSpec, ModelDescription, ServerLoad, TokenSequence
 from kdmesh.v1 import common_pb2, teacher_pb2
 
 _DTYPE: dict[int, DType] = {
@@ -183,3 +183,25 @@ def load_from_wire(m: teacher_pb2.ServerLoad) -> ServerLoad:
 def load_to_wire(load: ServerLoad) -> teacher_pb2.ServerLoad:
     """The same as a message."""
     return teacher_pb2.ServerLoad(waiting_tokens=load.waiting_tokens, tokens_per_s=load.tokens_per_s)
+
+
+def cache_answer_to_wire(answer: CacheAnswer) -> teacher_pb2.FindCachedResponse:
+    """The same answer as a message."""
+    return teacher_pb2.FindCachedResponse(
+        is_kept=answer.is_kept,
+        budget_bytes=answer.budget_bytes,
+        entry_bytes=answer.entry_bytes,
+        tokens_per_s=answer.tokens_per_s or 0.0,
+    )
+
+
+def cache_answer_from_wire(m: teacher_pb2.FindCachedResponse, *, num_sequences: int) -> CacheAnswer:
+    """Raises InvalidRequest when it is not an answer to so many sequences."""
+    if len(m.is_kept) != num_sequences:
+        raise InvalidRequest(f"an answer for {len(m.is_kept)} sequences; asked for were {num_sequences}")
+    return CacheAnswer(
+        is_kept=tuple(m.is_kept),
+        budget_bytes=m.budget_bytes,
+        entry_bytes=m.entry_bytes,
+        tokens_per_s=m.tokens_per_s or None,
+    )

@@ -15,7 +15,7 @@ from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import DEFAULT_ROUTING, RoutingPolicy
 from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
-from kdmesh.types import ModelDescription, SleepTag, TokenSequence
+from kdmesh.types import CacheAnswer, ModelDescription, SleepTag, TokenSequence
 
 
 class Fleet:
@@ -113,6 +113,16 @@ class Fleet:
 
         num_tokens = sum(sequence.num_tokens for sequence in sequences)
         return await self._replicas.somewhere(prefill, num_tokens, deadline, may_hedge=True)
+
+    async def find_cached(
+        self, sequences: Sequence[TokenSequence], deadline: Deadline, weight_version: int
+    ) -> CacheAnswer:
+        """What one replica has kept of a request's sequences. Raises as `ask`."""
+
+        async def find(client: TeacherClient) -> CacheAnswer:
+            return await client.find_cached(sequences, weight_version=weight_version)
+
+        return await self._replicas.somewhere(find, 0, deadline)
 
     async def head(self, deadline: Deadline) -> tuple[OutputHead, int]:
         """The output head and its weight version. Raises as `ask`."""

@@ -26,7 +26,7 @@ from kdmesh.rpc.doors import DoorChoice, Doorway, open_door
 from kdmesh.rpc.prefill_stream import PrefillStream
 from kdmesh.rpc.retry import Deadline
 from kdmesh.tokens import digest
-from kdmesh.types import Handle, ModelDescription, ServerLoad, SleepTag, TokenSequence
+from kdmesh.types import CacheAnswer, Handle, ModelDescription, ServerLoad, SleepTag, TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
@@ -183,6 +183,24 @@ class TeacherClient:
             weight_version=result.weight_version,
             is_borrowed=self.door.name == "shm",
         )
+
+    async def find_cached(self, sequences: Sequence[TokenSequence], *, weight_version: int) -> CacheAnswer:
+        """Which of these sequences' rows the server has kept; no more than one request may hold.
+
+        Raises:
+            RpcError: as teacher.proto says.
+        """
+        request = pb.FindCachedRequest(
+            session=self._session,
+            sequences=codec.sequences_to_wire(sequences),
+            model_fingerprint=self.model.model_fingerprint,
+            weight_version=weight_version,
+        )
+        answer = await self._call(self._stub.FindCached, request)
+        try:
+            return codec.cache_answer_from_wire(answer, num_sequences=len(sequences))
+        except InvalidRequest as error:
+            raise EngineFailure(f"{self.address} sent {error}") from None
 
     async def head(self) -> tuple[OutputHead, int]:
         """The output head over the padded vocabulary, and its weight version. Over shared memory it is not copied."""

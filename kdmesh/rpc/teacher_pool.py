@@ -23,7 +23,7 @@ from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import DEFAULT_ROUTING, RoutingPolicy
 from kdmesh.rpc.splitting import split
 from kdmesh.rpc.teacher_client import TeacherRows
-from kdmesh.types import EVERY_TAG, ModelDescription, SleepTag, TokenSequence
+from kdmesh.types import EVERY_TAG, CacheAnswer, ModelDescription, SleepTag, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +138,16 @@ class TeacherPool:
         version = self._fleet.weight_version
         answering = self._loop.start(self._answer, parts, Deadline.after(self._deadline_s), version, keep)
         return PendingRows(answering, self._waited)
+
+    def find_cached(self, sequences: Sequence[TokenSequence]) -> CacheAnswer:
+        """What the teacher has kept of a group that one request may hold; of several replicas, one is asked. Blocks.
+
+        Raises:
+            DeadlineExpired: no teacher answered in time.
+            RpcError: the request is refused.
+        """
+        deadline = Deadline.after(self._deadline_s)
+        return self._loop.run(self._fleet.find_cached, sequences, deadline, self._fleet.weight_version)
 
     def follow(self, weight_version: int) -> None:
         """From now on ask for rows of these weights, which every teacher has been given."""

@@ -441,6 +441,70 @@ class PrefillResult(google.protobuf.message.Message):
 Global___PrefillResult: typing_extensions.TypeAlias = PrefillResult
 
 @typing.final
+class FindCachedRequest(google.protobuf.message.Message):
+    """Sequences that might be kept."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    SEQUENCES_FIELD_NUMBER: builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
+    """From OpenSessionResponse."""
+    model_fingerprint: builtins.str
+    """The model whose rows are wanted; required."""
+    weight_version: builtins.int
+    """The weights that must have made the rows; 0 takes those that are served now."""
+    @property
+    def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.TokenSequence]:
+        """At least one; as many as a message holds."""
+
+    def __init__(
+        self,
+        *,
+        session: builtins.bytes = ...,
+        sequences: collections.abc.Iterable[kdmesh.v1.common_pb2.TokenSequence] | None = ...,
+        model_fingerprint: builtins.str = ...,
+        weight_version: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_fingerprint", b"model_fingerprint", "sequences", b"sequences", "session", b"session", "weight_version", b"weight_version"]) -> None: ...
+
+Global___FindCachedRequest: typing_extensions.TypeAlias = FindCachedRequest
+
+@typing.final
+class FindCachedResponse(google.protobuf.message.Message):
+    """What is kept, and what could be."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IS_KEPT_FIELD_NUMBER: builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: builtins.int
+    ENTRY_BYTES_FIELD_NUMBER: builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    budget_bytes: builtins.int
+    """Most bytes that the server keeps, for all jobs; 0: it keeps nothing."""
+    entry_bytes: builtins.int
+    """Most bytes of that budget that a sequence takes beyond its rows."""
+    tokens_per_s: builtins.float
+    """Measured speed of prefills over all jobs; 0: none was measured yet."""
+    @property
+    def is_kept(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
+        """Whether the rows of request.sequences[i] are kept; of the same length."""
+
+    def __init__(
+        self,
+        *,
+        is_kept: collections.abc.Iterable[builtins.bool] | None = ...,
+        budget_bytes: builtins.int = ...,
+        entry_bytes: builtins.int = ...,
+        tokens_per_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["budget_bytes", b"budget_bytes", "entry_bytes", b"entry_bytes", "is_kept", b"is_kept", "tokens_per_s", b"tokens_per_s"]) -> None: ...
+
+Global___FindCachedResponse: typing_extensions.TypeAlias = FindCachedResponse
+
+@typing.final
 class ReleaseRequest(google.protobuf.message.Message):
     """Handles to end."""
 

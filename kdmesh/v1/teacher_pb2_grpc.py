@@ -62,6 +62,11 @@ class TeacherStub(object):
                 request_serializer=kdmesh_dot_v1_dot_teacher__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=kdmesh_dot_v1_dot_teacher__pb2.PrefillReply.FromString,
                 _registered_method=True)
+        self.FindCached = channel.unary_unary(
+                '/kdmesh.v1.Teacher/FindCached',
+                request_serializer=kdmesh_dot_v1_dot_teacher__pb2.FindCachedRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_teacher__pb2.FindCachedResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/kdmesh.v1.Teacher/Release',
                 request_serializer=kdmesh_dot_v1_dot_teacher__pb2.ReleaseRequest.SerializeToString,
@@ -172,6 +177,23 @@ class TeacherServicer(object):
         INTERNAL            the engine failed on this batch
         The stream itself ends with:
         NOT_FOUND the session is unknown or its lease has ended
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindCached(self, request, context):
+        """FindCached says of which sequences the server has kept the rows, so that Prefill will not compute them.
+
+        An answer is no promise: what is kept may make room for something else at any moment. Only rows that
+        the session's job may have are found.
+        Cost: a digest of the ids; no row is read, no slot taken. Idempotent.
+
+        Errors:
+        INVALID_ARGUMENT    no sequence, or a bad id or position
+        FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
+        served are not those of weight_version
+        NOT_FOUND           the session is unknown or its lease has ended
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -320,6 +342,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=kdmesh_dot_v1_dot_teacher__pb2.PrefillRequest.FromString,
                     response_serializer=kdmesh_dot_v1_dot_teacher__pb2.PrefillReply.SerializeToString,
+            ),
+            'FindCached': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindCached,
+                    request_deserializer=kdmesh_dot_v1_dot_teacher__pb2.FindCachedRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_teacher__pb2.FindCachedResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -493,6 +520,33 @@ class Teacher(object):
             '/kdmesh.v1.Teacher/Prefill',
             kdmesh_dot_v1_dot_teacher__pb2.PrefillRequest.SerializeToString,
             kdmesh_dot_v1_dot_teacher__pb2.PrefillReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindCached(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kdmesh.v1.Teacher/FindCached',
+            kdmesh_dot_v1_dot_teacher__pb2.FindCachedRequest.SerializeToString,
+            kdmesh_dot_v1_dot_teacher__pb2.FindCachedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -129,6 +129,22 @@ _TeacherPrefillType = typing_extensions.TypeVar(
     ],
 )
 
+_TeacherFindCachedType = typing_extensions.TypeVar(
+    '_TeacherFindCachedType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.FindCachedRequest,
+        kdmesh.v1.teacher_pb2.FindCachedResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.FindCachedRequest,
+        kdmesh.v1.teacher_pb2.FindCachedResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.FindCachedRequest,
+        kdmesh.v1.teacher_pb2.FindCachedResponse,
+    ],
+)
+
 _TeacherReleaseType = typing_extensions.TypeVar(
     '_TeacherReleaseType',
     grpc.UnaryUnaryMultiCallable[
@@ -241,7 +257,7 @@ _TeacherUpdateWeightsType = typing_extensions.TypeVar(
     ],
 )
 
-class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType, _TeacherLocateMemoryType, _TeacherSleepType, _TeacherWakeType, _TeacherUpdateWeightsType]):
+class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherFindCachedType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType, _TeacherLocateMemoryType, _TeacherSleepType, _TeacherWakeType, _TeacherUpdateWeightsType]):
     """Hidden states of one model for any number of clients."""
 
     @typing.overload
@@ -265,6 +281,10 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
         grpc.StreamStreamMultiCallable[
             kdmesh.v1.teacher_pb2.PrefillRequest,
             kdmesh.v1.teacher_pb2.PrefillReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.FindCachedRequest,
+            kdmesh.v1.teacher_pb2.FindCachedResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             kdmesh.v1.teacher_pb2.ReleaseRequest,
@@ -317,6 +337,10 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
         grpc.aio.StreamStreamMultiCallable[
             kdmesh.v1.teacher_pb2.PrefillRequest,
             kdmesh.v1.teacher_pb2.PrefillReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.teacher_pb2.FindCachedRequest,
+            kdmesh.v1.teacher_pb2.FindCachedResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             kdmesh.v1.teacher_pb2.ReleaseRequest,
@@ -405,6 +429,20 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
       INTERNAL            the engine failed on this batch
     The stream itself ends with:
       NOT_FOUND the session is unknown or its lease has ended
+    """
+
+    FindCached: _TeacherFindCachedType
+    """FindCached says of which sequences the server has kept the rows, so that Prefill will not compute them.
+
+    An answer is no promise: what is kept may make room for something else at any moment. Only rows that
+    the session's job may have are found.
+    Cost: a digest of the ids; no row is read, no slot taken. Idempotent.
+
+    Errors:
+      INVALID_ARGUMENT    no sequence, or a bad id or position
+      FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
+                          served are not those of weight_version
+      NOT_FOUND           the session is unknown or its lease has ended
     """
 
     Release: _TeacherReleaseType
@@ -524,6 +562,10 @@ TeacherAsyncStub: typing_extensions.TypeAlias = TeacherStub[
         kdmesh.v1.teacher_pb2.PrefillReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.teacher_pb2.FindCachedRequest,
+        kdmesh.v1.teacher_pb2.FindCachedResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         kdmesh.v1.teacher_pb2.ReleaseRequest,
         kdmesh.v1.teacher_pb2.ReleaseResponse,
     ],
@@ -638,6 +680,25 @@ class TeacherServicer(metaclass=abc.ABCMeta):
           INTERNAL            the engine failed on this batch
         The stream itself ends with:
           NOT_FOUND the session is unknown or its lease has ended
+        """
+
+    @abc.abstractmethod
+    def FindCached(
+        self,
+        request: kdmesh.v1.teacher_pb2.FindCachedRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kdmesh.v1.teacher_pb2.FindCachedResponse, collections.abc.Awaitable[kdmesh.v1.teacher_pb2.FindCachedResponse]]:
+        """FindCached says of which sequences the server has kept the rows, so that Prefill will not compute them.
+
+        An answer is no promise: what is kept may make room for something else at any moment. Only rows that
+        the session's job may have are found.
+        Cost: a digest of the ids; no row is read, no slot taken. Idempotent.
+
+        Errors:
+          INVALID_ARGUMENT    no sequence, or a bad id or position
+          FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
+                              served are not those of weight_version
+          NOT_FOUND           the session is unknown or its lease has ended
         """
 
     @abc.abstractmethod

@@ -29,6 +29,7 @@ from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher, served, teacher_config
 
 MEMORY: dict[str, Any] = {"memory_mib": 1}
+SLOW: dict[str, Any] = {"max_batch_tokens": 40, "seconds_per_batch": 0.1}  # rows are kept while it computes others
 
 
 def directory(path: Path, mib: float = 1) -> dict[str, Any]:
@@ -87,6 +88,15 @@ async def until_kept(teacher: RunningTeacher, entries: int) -> None:
                 return
 
 
+async def until_waiting(teacher: RunningTeacher, *, tokens: int) -> None:
+    """Return when some requests wait, which cost so much."""
+    async with asyncio.timeout(10):
+        while True:
+            waiting = (await get(teacher.addresses.rest, "/v1/slab"))["waiting"]
+            if waiting["requests"] and waiting["tokens"] == tokens:
+                return
+
+
 async def test_only_what_is_missing_of_a_request_is_computed(tmp_path: Path) -> None:
     asked = [sequence(20 + seed, seed=seed) for seed in range(5)]
     async with running_teacher(tmp_path, cache=MEMORY) as teacher, teacher.client() as client:
@@ -130,6 +140,26 @@ async def test_kept_rows_do_not_wait_for_the_engine(tmp_path: Path) -> None:
         await held
 
 
+async def test_what_another_request_brought_meanwhile_is_not_computed_again(tmp_path: Path) -> None:
+    async with (
+        running_teacher(tmp_path, cache=MEMORY | {"shared": True}, engine=SLOW) as teacher,
+        teacher.client(job="a") as a,
+        teacher.client(job="b") as b,
+    ):
+        teacher.engine.hold()
+        teacher.engine.batches.clear()
+        first = asyncio.create_task(ask(a, sequence(30)))
+        await asyncio.to_thread(teacher.engine.wait_entered)
+        between = asyncio.create_task(ask(b, sequence(31)))
+        await until_waiting(teacher, tokens=31)
+        second = asyncio.create_task(ask(b, sequence(30)))
+        await until_waiting(teacher, tokens=61)
+        teacher.engine.let_go()
+        await asyncio.gather(first, between, second)
+        assert teacher.engine.batches == [1, 1]
+        assert (await metrics(teacher.addresses.rest))["tokens_total"] == 61
+
+
 async def test_kept_rows_need_a_slot_and_wait_for_it(tmp_path: Path) -> None:
     async with (
         running_teacher(tmp_path, cache=MEMORY, slab={"slots": 1}) as teacher,
@@ -137,8 +167,7 @@ async def test_kept_rows_need_a_slot_and_wait_for_it(tmp_path: Path) -> None:
     ):
         rows = await client.prefill([sequence(30)], Deadline.after(10))
         waiting = asyncio.create_task(ask(client, sequence(30)))
-        while (await get(teacher.addresses.rest, "/v1/slab"))["waiting"] != {"requests": 1, "tokens": 0}:
-            pass
+        await until_waiting(teacher, tokens=0)
         del rows
         await waiting
 

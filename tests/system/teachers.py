@@ -34,6 +34,7 @@ class Teacher:
             },
             "slab": {"slots": 16, "slot_mib": 0.25, "slots_per_session": 8},
             "queue": {},
+            "cache": {},
         }
         for name, keys in sections.items():
             tree[name] |= keys
@@ -61,7 +62,18 @@ class Teacher:
 
     def num_answered(self, job: str) -> int:
         """Requests of a job that were answered with rows."""
+        return self._count("requests", job=job, outcome="ok")
+
+    def num_prefilled(self, job: str) -> int:
+        """Tokens that were computed for a job."""
+        return self._count("tokens", job=job)
+
+    def num_kept(self, job: str) -> int:
+        """Tokens of sequences whose rows a job got from the cache."""
+        return self._count("cache_hit_tokens", job=job)
+
+    def _count(self, counter: str, **labels: str) -> int:
         families = text_string_to_metric_families(httpx.get(f"{self._rest}/metrics").text)
         samples = [sample for family in families for sample in family.samples]
-        wanted = {"job": job, "outcome": "ok"}
-        return sum(int(s.value) for s in samples if s.name == "kdmesh_teacher_requests_total" and s.labels == wanted)
+        name = f"kdmesh_teacher_{counter}_total"
+        return sum(int(sample.value) for sample in samples if sample.name == name and sample.labels == labels)

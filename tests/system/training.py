@@ -105,6 +105,10 @@ class Job:
         """Start it by the command line, on so many ranks."""
         return self._start(KDMESH, "train", overrides=(f"ranks={ranks}", *overrides))
 
+    def precompute(self, *overrides: str) -> Process:
+        """Have its teachers keep its rows."""
+        return self._start(KDMESH, "precompute", overrides=overrides)
+
     def start_torchrun(self, ranks: int) -> Process:
         """Start it under torchrun, on so many ranks."""
         torchrun = str(Path(sys.executable).with_name("torchrun"))

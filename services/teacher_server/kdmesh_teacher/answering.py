@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,22 @@ class Answering:
         # Where weights are replaced, "any" are those of the request's turn, which nobody knows yet.
         is_certain = wanted or not self._model.architecture_fingerprint
         return self._cache.find(job, served, sequences) if self._cache is not None and is_certain else None
+
+    def answer_kept(
+        self, batch: Sequence[tuple[Work, SlotLease]], weight_version: int
+    ) -> tuple[list[Work], list[tuple[Work, SlotLease]]]:
+        """Look again, and answer those whose rows are all kept; these, and the others, which are to be computed."""
+        making = Making(weight_version=weight_version, started_s=time.monotonic(), engine_s=0.0)
+        kept, others = list[Work](), []
+        for work, lease in batch:
+            if self._cache is not None and work.found is not None:
+                work.found = self._cache.find_again(work.found)
+            if work.found is not None and work.found.has_all:
+                self.finish(work, lease, making)
+                kept.append(work)
+            else:
+                others.append((work, lease))
+        return kept, others
 
     def finish(self, work: Work, lease: SlotLease, making: Making) -> None:
         """Answer a request whose computed rows are in its slot, now or when the others are there too."""

@@ -58,7 +58,7 @@ class Metrics(JobMetrics):
         self._engine_seconds.observe(engine_s)
         for work in works:
             job = self.job_label(work.job)
-            self._tokens.labels(job).inc(work.num_tokens)
+            self._tokens.labels(job).inc(work.num_tokens_to_compute())
             self._rows.labels(job).inc(sum(sequence.num_rows for sequence in work.to_compute()))
             self._queue_seconds.labels(job).observe(started_s - work.arrived_s)
 

@@ -12,7 +12,8 @@ from kdmesh.serving.job_state import Holdings, JobState, job_states
 from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
-from kdmesh.types import ModelDescription
+from kdmesh.types import CacheAnswer, ModelDescription, TokenSequence
+from kdmesh_teacher.cache import entry_file
 from kdmesh_teacher.cache.row_cache import RowCache
 from kdmesh_teacher.config import TeacherJobTerms
 from kdmesh_teacher.scheduler import Scheduler
@@ -59,3 +60,13 @@ class Parts:
     def job_states(self, only: str | None = None) -> Sequence[JobState]:
         """Of every job that is known, or of one."""
         return job_states(self.jobs, self.scheduler.queue, self.holdings(), only)
+
+    def find_cached(self, job: str, weight_version: int, sequences: Sequence[TokenSequence]) -> CacheAnswer:
+        """What is kept of these sequences for a job."""
+        cache = self.cache
+        return CacheAnswer(
+            is_kept=(False,) * len(sequences) if cache is None else cache.find(job, weight_version, sequences).is_kept,
+            budget_bytes=0 if cache is None else cache.state().budget_bytes,
+            entry_bytes=entry_file.MAX_OVERHEAD_BYTES,
+            tokens_per_s=self.scheduler.load.tokens_per_s,
+        )

@@ -138,6 +138,7 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         began_s, left_s = loop.time(), deadline_s
         while True:
+            admission.check_version(weight_version, self.weights.version)  # replaced while the cache was read?
             work = Work(
                 session=session,
                 job=job,
@@ -286,14 +287,15 @@ class Scheduler:
     # Running
 
     async def _run(self, batch: list[tuple[Work, SlotLease]]) -> None:
-        started_s, version = time.monotonic(), self.weights.version
-        self._answer_kept([pair for pair in batch if not pair[0].num_tokens])
-        batch = [pair for pair in batch if pair[0].num_tokens]
+        kept, batch = self._answering.answer_kept(batch, self.weights.version)
+        for work in kept:
+            self.jobs.ended(work.job, work.num_tokens)
         if not batch:
             return
+        started_s, version = time.monotonic(), self.weights.version
         row_bytes = self._answering.row_bytes
         jobs = [job for work, lease in batch for job in work.prefill_jobs(lease, row_bytes=row_bytes)]
-        self._line.batch_began(sum(work.num_tokens for work, _ in batch))
+        self._line.batch_began(sum(work.num_tokens_to_compute() for work, _ in batch))
         call = self._engine.thread.run(self._engine.engine.prefill, jobs)
         await self._meanwhile(call)
         making = Making(weight_version=version, started_s=started_s, engine_s=time.monotonic() - started_s)
@@ -317,24 +319,20 @@ class Scheduler:
         """
         while self._answering.has_cache and not call.done():
             self._wake.clear()
-            self._answer_kept(self._line.take(0, self._can_start, self._acquire))
+            zero_cost = self._line.take(0, self._can_start, self._acquire)
+            self._answering.answer_kept(zero_cost, self.weights.version)
             woken = asyncio.ensure_future(self._wake.wait())
             await asyncio.wait((call, woken), return_when=asyncio.FIRST_COMPLETED)
             woken.cancel()
         await asyncio.wait((call,))
         self._wake.set()  # what came meanwhile is looked at again
 
-    def _answer_kept(self, batch: list[tuple[Work, SlotLease]]) -> None:
-        making = Making(weight_version=self.weights.version, started_s=time.monotonic(), engine_s=0.0)
-        for work, lease in batch:
-            self._answering.finish(work, lease, making)
-
     def _account(self, works: list[Work], making: Making) -> None:
         """Write down what a batch cost, well or not: the jobs had the engine."""
         for work in works:
             self.jobs.ended(work.job, work.num_tokens)
-            self.jobs.computed(work.job, work.num_tokens)
-        self._line.computed(sum(work.num_tokens for work in works), making.engine_s)
+            self.jobs.computed(work.job, work.num_tokens_to_compute())
+        self._line.computed(sum(work.num_tokens_to_compute() for work in works), making.engine_s)
         self._metrics.batch_done(works, started_s=making.started_s, engine_s=making.engine_s)
 
     def _fail(self, work: Work) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from kdmesh.errors import HandleGone, ModelMismatch, RpcError
+from kdmesh.errors import HandleGone, InvalidRequest, ModelMismatch, RpcError
 from kdmesh.handles.store import SlabStore
 from kdmesh.rpc import codec, failure, raw_chunk
 from kdmesh.rpc.caller import caller_name
@@ -133,6 +133,17 @@ class Servicer(TeacherServicer):
         return await parts.scheduler.prefill(
             request.session, job, sequences, weight_version=request.weight_version, deadline_s=deadline_s
         )
+
+    async def FindCached(self, request: pb.FindCachedRequest, context: Context) -> pb.FindCachedResponse:
+        """See teacher.proto."""
+        parts = self._gate.parts()
+        job, model = _job(parts.store, request.session), parts.model
+        admission.check_model(request.model_fingerprint, model.model_fingerprint)
+        admission.check_version(request.weight_version, model.weight_version)
+        sequences = codec.sequences_from_wire(request.sequences)
+        if not sequences:
+            raise InvalidRequest("the request holds no sequence; it needs at least one")
+        return codec.cache_answer_to_wire(parts.find_cached(job, model.weight_version, sequences))
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         """See teacher.proto."""

@@ -32,20 +32,24 @@ class Work:
     job: str
     sequences: tuple[TokenSequence, ...]
     weight_version: int  # of the weights that must make the rows; 0: any
-    found: Found | None  # in the cache; None: it is not asked, and told nothing
+    found: Found | None  # in the cache, so far; None: it is not asked, and told nothing
     arrived_s: float
     answer: asyncio.Future[Answer]
-    num_tokens: int = field(init=False)  # to be computed, which is what it costs
+    num_tokens: int = field(init=False)  # that had to be computed when it came, which is what it costs
     num_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.num_tokens = sum(sequence.num_tokens for sequence in self.to_compute())
+        self.num_tokens = self.num_tokens_to_compute()
         self.num_rows = sum(sequence.num_rows for sequence in self.sequences)
 
     def to_compute(self) -> Iterator[TokenSequence]:
         """The sequences whose rows the cache did not have."""
         missing = (True,) * len(self.sequences) if self.found is None else (not kept for kept in self.found.is_kept)
         return compress(self.sequences, missing)
+
+    def num_tokens_to_compute(self) -> int:
+        """Of those."""
+        return sum(sequence.num_tokens for sequence in self.to_compute())
 
     def prefill_jobs(self, lease: SlotLease, *, row_bytes: int) -> Iterator[PrefillJob]:
         """What the engine must write to the slot: a job for each run of sequences without a kept one in between."""

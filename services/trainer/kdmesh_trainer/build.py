@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Checked:
+class Checked:
     """What is found without a teacher, and without reading a dataset or a weight."""
 
     tokenizer: PreTrainedTokenizerFast  # with the chat template that is trained with
@@ -91,7 +91,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
     """
     with ExitStack() as stack:
         mesh.on_first(lambda: stack.enter_context(claimed(cfg.output)))
-        checked = _check(cfg)
+        checked = check(cfg)
         teachers = open_teachers(
             cfg,
             tokenizer_fingerprint=checked.tokenizer_fingerprint,
@@ -143,7 +143,8 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         )
 
 
-def _check(cfg: config.TrainerConfig) -> _Checked:
+def check(cfg: config.TrainerConfig) -> Checked:
+    """Everything but weights and services. Raises ConfigError when a part of it cannot be used."""
     tokenizer = load_student_tokenizer(cfg.student.model)
     template = None if cfg.data.chat_template is None else read_template(cfg.data.chat_template)
     if template is not None:
@@ -154,7 +155,7 @@ def _check(cfg: config.TrainerConfig) -> _Checked:
         name=cfg.data.teacher_column,
         known_names=tuple(cfg.teachers),
     )
-    return _Checked(
+    return Checked(
         tokenizer=tokenizer,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.get_vocab()),
         vocabulary_size=vocabulary_size(tokenizer),
@@ -178,7 +179,7 @@ def _divergence(cfg: objective_config.DivergenceConfig) -> Divergence:
             assert_never(cfg)
 
 
-def _read_data(cfg: config.TrainerConfig, checked: _Checked, teachers: Teachers | None) -> _Data:
+def _read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None) -> _Data:
     """Both datasets, fit for whoever is asked about them."""
     train = _read_train(cfg, checked, teachers)
     held_out = None
@@ -193,7 +194,7 @@ def _read_data(cfg: config.TrainerConfig, checked: _Checked, teachers: Teachers 
 
 
 def _read_train(
-    cfg: config.TrainerConfig, checked: _Checked, teachers: Teachers | None
+    cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None
 ) -> Sequence[TokenSequence] | Task:
     match cfg.source:
         case config.OffPolicy():
@@ -285,7 +286,7 @@ def _objective(cfg: config.TrainerConfig, divergence: Divergence | None, teacher
 
 def _source(
     cfg: config.TrainerConfig,
-    checked: _Checked,
+    checked: Checked,
     data: _Data,
     teachers: Teachers | None,
     student: Student,

@@ -47,7 +47,7 @@ class RowDirectory:
     ) -> None:
         self._path = path
         self._files = LeastRecentlyUsed[None](budget_bytes)
-        self._unwritten: dict[bytes, int] = {}  # bytes of rows that wait to be written
+        self._unwritten: dict[bytes, KeptRows] = {}  # they wait to be written
         self._clock = clock
         self._rest_s = rest_s
         self._rests_until = 0.0
@@ -56,7 +56,7 @@ class RowDirectory:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-writer")
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._files and key not in self._unwritten
+        return key in self._files
 
     @property
     def refusal(self) -> str:
@@ -75,14 +75,18 @@ class RowDirectory:
         if key in self._files or key in self._unwritten:
             return
         size_bytes = len(rows.data)
-        is_behind = sum(self._unwritten.values()) + size_bytes > _MAX_BACKLOG_BYTES
+        is_behind = sum(len(rows.data) for rows in self._unwritten.values()) + size_bytes > _MAX_BACKLOG_BYTES
         gone = None if self.refusal or is_behind else self._files.add(key, None, entry_file.size_on_disk(size_bytes))
         if gone is None:
             self.skipped += 1
             return
-        self._unwritten[key] = size_bytes
+        self._unwritten[key] = rows
         writing = asyncio.get_running_loop().run_in_executor(self._writer, self._write, gone, key, rows)
         writing.add_done_callback(partial(self._written, key))
+
+    def waiting(self, key: bytes) -> KeptRows | None:
+        """Rows that are here, but not in their file yet."""
+        return self._unwritten.get(key)
 
     def use(self, key: bytes) -> None:
         """These rows are now the last to go."""

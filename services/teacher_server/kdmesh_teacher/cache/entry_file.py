@@ -15,6 +15,9 @@ _BLOCK_BYTES = 4096  # of most file systems
 HEADER_BYTES = _HEADER.size
 """Of a file that are not rows."""
 
+MAX_OVERHEAD_BYTES = HEADER_BYTES + _BLOCK_BYTES
+"""Most bytes that a file takes beyond its rows."""
+
 UNFINISHED = ".part"
 """How the name of a file ends that is being written."""
 

@@ -34,6 +34,11 @@ class Found:
         """Sequences that need not be computed."""
         return sum(self.is_kept)
 
+    @property
+    def has_all(self) -> bool:
+        """Whether nothing need be computed."""
+        return all(self.is_kept)
+
 
 class _Recalled(Enum):
     """What came of copying kept rows to a slot."""
@@ -67,6 +72,11 @@ class RowCache:
         keys = tuple(self._keys.key(job, weight_version, sequence) for sequence in sequences)
         return Found(keys=keys, is_kept=tuple(self._has(key) for key in keys))
 
+    def find_again(self, found: Found) -> Found:
+        """The same request a while later: others may have asked for its sequences meanwhile."""
+        is_kept = (kept or self._has(key) for key, kept in zip(found.keys, found.is_kept, strict=True))
+        return Found(keys=found.keys, is_kept=tuple(is_kept))
+
     async def complete(self, found: Found, outs: Sequence[memoryview]) -> bool:
         """Copy what is kept to the slot, and keep what was computed there.
 
@@ -77,7 +87,7 @@ class RowCache:
             Whether all rows are there. False: something was gone or corrupt, and is not kept any more.
         """
         parts = [
-            _Part(key=key, is_kept=is_kept, out=out, kept=None if self._memory is None else self._memory.get(key))
+            _Part(key=key, is_kept=is_kept, out=out, kept=self._in_memory(key))
             for key, is_kept, out in zip(found.keys, found.is_kept, outs, strict=True)
         ]
         results = await asyncio.get_running_loop().run_in_executor(self._copying, self._copy, parts)
@@ -103,6 +113,10 @@ class RowCache:
 
     def _has(self, key: bytes) -> bool:
         return any(key in tier for tier in (self._memory, self._directory) if tier is not None)
+
+    def _in_memory(self, key: bytes) -> KeptRows | None:
+        kept = None if self._memory is None else self._memory.get(key)
+        return self._directory.waiting(key) if kept is None and self._directory is not None else kept
 
     # In a thread
 

@@ -1,0 +1,244 @@
+"""Has the teachers of a run keep its rows before it trains."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kdmesh.errors import ConfigError
+from kdmesh.rpc.pending_rows import PendingRows
+from kdmesh.rpc.splitting import split
+from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.tokens import digest
+from kdmesh.types import TokenSequence
+from kdmesh_trainer import config
+from kdmesh_trainer.build import Checked, check
+from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
+from kdmesh_trainer.objective_config import Distill
+from kdmesh_trainer.sources.order import step_indices
+from kdmesh_trainer.sources.sequences import load_sequences
+from kdmesh_trainer.sources.sides import Addressed, teacher_side
+
+log = logging.getLogger(__name__)
+
+_MIB = 2**20
+_PASSES = 3  # a disk that is slower than the engine leaves holes; each pass fills some
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What one teacher has to do and to keep."""
+
+    address: str
+    sequences: int
+    rows: int
+    size_bytes: int  # at most
+    budget_bytes: int
+    kept: int  # sequences that it has
+    missing_tokens: int
+    tokens_per_s: float | None
+
+    def sentence(self) -> str:
+        """For a person."""
+        size = f"{self.size_bytes / _MIB:,.1f} MiB of the {self.budget_bytes / _MIB:,.1f} MiB"
+        if not self.missing_tokens:
+            left = "all of them are kept already"
+        else:
+            pace = "" if self.tokens_per_s is None else f", {_duration(self.missing_tokens / self.tokens_per_s)}"
+            left = f"{self.kept:,} of them are kept already; the others have {self.missing_tokens:,} tokens{pace}"
+        return f"{self.sequences:,} sequences with {self.rows:,} rows: {size} that {self.address} keeps; {left}"
+
+
+Show = Callable[[int, int, float], None]
+"""Is told of tokens done, tokens to do, and seconds left."""
+
+
+def precompute(
+    cfg: config.TrainerConfig, *, is_partial: bool, tell: Callable[[str], None], show: Show
+) -> tuple[int, int]:
+    """Ask each teacher for what it has not kept of the sequences that this run will ask for; blocks.
+
+    May be interrupted at any time: what was computed is kept.
+
+    Args:
+        is_partial: go on when not all fits, with what is trained on first.
+        tell: is given sentences.
+        show: is given figures, often.
+
+    Returns:
+        Over all teachers, how many sequences they have kept, and how many they were to keep.
+
+    Raises:
+        ConfigError: this run asks for nothing that is known before it, or the cache is too small.
+        DataError: the data cannot be used.
+        RpcError: a teacher does not answer, or does not fit.
+    """
+    _refuse_unknown(cfg)
+    checked = check(cfg)
+    sequences = list(_sequences(cfg, checked))
+    kept = wanted = 0
+    for name, teacher in cfg.all_teachers.items():
+        for address in teacher.addresses:
+            with TeacherPool(
+                [address],
+                job=cfg.output.resolve().name,
+                door=teacher.door,
+                deadline_s=teacher.deadline_s,
+                access=teacher.access,
+            ) as pool:
+                filling = _Filling(pool, address, ahead=teacher.prefetch + 1, show=show)
+                own = filling.choose(_of_teacher(name, sequences), checked, is_partial=is_partial, tell=tell)
+                kept += filling.fill(own)
+                wanted += len(own)
+    return kept, wanted
+
+
+class _Filling:
+    """One teacher."""
+
+    def __init__(self, pool: TeacherPool, address: str, *, ahead: int, show: Show) -> None:
+        self._pool = pool
+        self._address = address
+        self._ahead = ahead
+        self._show = show
+
+    def choose(
+        self, sequences: Sequence[TokenSequence], checked: Checked, *, is_partial: bool, tell: Callable[[str], None]
+    ) -> Sequence[TokenSequence]:
+        """Those of the sequences that it is to keep. Raises ConfigError when not all fit, unless `is_partial`."""
+        if not sequences:
+            return sequences
+        model = self._pool.describe()
+        check_frozen(model)
+        common_vocabulary(
+            model, tokenizer_fingerprint=checked.tokenizer_fingerprint, vocabulary_size=checked.vocabulary_size
+        )
+        check_requests("train", sequences, model)
+        estimate = self._estimate(sequences)
+        if not estimate.budget_bytes:
+            raise ConfigError(f"{self._address} keeps no rows: give its configuration a `cache` with a budget")
+        tell(estimate.sentence())
+        if estimate.size_bytes <= estimate.budget_bytes:
+            return sequences
+        if not is_partial:
+            raise ConfigError(
+                f"{self._address} keeps {estimate.budget_bytes / _MIB:,.1f} MiB, and this run's rows take up to "
+                f"{estimate.size_bytes / _MIB:,.1f} MiB: raise the budget, or take what fits with --partial"
+            )
+        chosen, size_bytes = [], 0
+        for sequence in sequences:
+            size_bytes += self._size_bytes(sequence)
+            if size_bytes > estimate.budget_bytes:
+                break
+            chosen.append(sequence)
+        tell(f"{len(chosen):,} of the sequences fit: those that the run asks for first")
+        return chosen
+
+    def fill(self, sequences: Sequence[TokenSequence]) -> int:
+        """Have it keep these; the number that it has in the end."""
+        for _ in range(_PASSES):
+            missing = self._missing(sequences)
+            if not missing:
+                break
+            self._ask(missing)
+        return len(sequences) - len(self._missing(sequences))
+
+    def _estimate(self, sequences: Sequence[TokenSequence]) -> Estimate:
+        answers = [self._pool.find_cached(group) for group in self._groups(sequences)]
+        self._entry_bytes = answers[0].entry_bytes
+        is_kept = [kept for answer in answers for kept in answer.is_kept]
+        return Estimate(
+            address=self._address,
+            sequences=len(sequences),
+            rows=sum(s.num_rows for s in sequences),
+            size_bytes=sum(map(self._size_bytes, sequences)),
+            budget_bytes=answers[0].budget_bytes,
+            kept=sum(is_kept),
+            missing_tokens=sum(s.num_tokens for s, kept in zip(sequences, is_kept, strict=True) if not kept),
+            tokens_per_s=answers[0].tokens_per_s,
+        )
+
+    def _size_bytes(self, sequence: TokenSequence) -> int:
+        model = self._pool.describe()
+        return sequence.num_rows * model.hidden_size * model.dtype.size_bytes + self._entry_bytes
+
+    def _missing(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+        found = [kept for group in self._groups(sequences) for kept in self._pool.find_cached(group).is_kept]
+        return [sequence for sequence, kept in zip(sequences, found, strict=True) if not kept]
+
+    def _groups(self, sequences: Sequence[TokenSequence]) -> list[tuple[TokenSequence, ...]]:
+        return split(sequences, self._pool.describe())
+
+    def _ask(self, sequences: Sequence[TokenSequence]) -> None:
+        """Get their rows, and drop them."""
+        total, done, began_s = sum(s.num_tokens for s in sequences), 0, time.monotonic()
+        for group in _answered(self._pool, self._groups(sequences), ahead=self._ahead):
+            done += sum(s.num_tokens for s in group)
+            self._show(done, total, (time.monotonic() - began_s) / done * (total - done))
+
+
+def _answered(
+    pool: TeacherPool, groups: Sequence[tuple[TokenSequence, ...]], *, ahead: int
+) -> Iterator[tuple[TokenSequence, ...]]:
+    """The groups in order, as they are answered, while the next ones are computed."""
+    waiting = deque[tuple[tuple[TokenSequence, ...], PendingRows]]()
+    for group in groups:
+        waiting.append((group, pool.submit(group)))
+        if len(waiting) > ahead:
+            first, rows = waiting.popleft()
+            rows.wait()
+            yield first
+    while waiting:
+        first, rows = waiting.popleft()
+        rows.wait()
+        yield first
+
+
+def _refuse_unknown(cfg: config.TrainerConfig) -> None:
+    """Raises ConfigError when the run asks nobody, or not for what the data alone decides."""
+    if isinstance(cfg.source, config.OnPolicy):
+        raise ConfigError("source.kind is on_policy: what it asks the teacher is sampled while it trains")
+    if not (isinstance(cfg.objective, Distill) or cfg.data.held_out is not None):
+        raise ConfigError("this run asks the teacher for nothing: it does not distil, and has no held-out data")
+    if not cfg.all_teachers:
+        raise ConfigError("there is no `teacher` section, so nobody is asked")
+    for name, teacher in cfg.all_teachers.items():
+        key = f"teachers.{name}" if name else "teacher"
+        if not teacher.addresses:
+            raise ConfigError(f"{key}.addresses is empty; it must name at least one running teacher as host:port")
+        if teacher.follows_student is not None:
+            raise ConfigError(f"{key}.follows_student is set: the rows change while it trains")
+        if teacher.has_names:
+            raise ConfigError(
+                f"{key}.addresses names servers by dns: each keeps rows of its own, so name each one as host:port, "
+                f"with --set {key}.addresses=[...]"
+            )
+
+
+def _sequences(cfg: config.TrainerConfig, checked: Checked) -> Iterator[TokenSequence]:
+    """All that the run asks for, as the teacher reads it: held-out data, then what is trained on, in its order."""
+    if checked.held_out is not None:
+        held_out = load_sequences(
+            "held_out", checked.held_out, checked.encoder, cfg.data, max_sequences=cfg.evaluation.max_sequences
+        )
+        yield from teacher_side(held_out.sequences)
+    if isinstance(cfg.objective, Distill):
+        train = teacher_side(load_sequences("train", checked.train, checked.encoder, cfg.data).sequences)
+        per_step = cfg.batch.sequences
+        for step in range(min(cfg.steps, -(-len(train) // per_step))):  # the first epoch has them all
+            for index in step_indices(step, number=len(train), per_step=per_step, seed=cfg.seed):
+                yield train[index]
+
+
+def _of_teacher(name: str, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """Those that one teacher is asked for, each once."""
+    own = [s for s in sequences if not isinstance(s, Addressed) or s.teacher_name == name]
+    return list({digest([sequence]): sequence for sequence in own}.values())
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"about {minutes:,} min" if minutes else f"about {max(1, round(seconds))} s"
