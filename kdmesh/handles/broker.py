@@ -28,6 +28,7 @@ from kdmesh.handles.ledger import Key
 from kdmesh.handles.memory import Segment
 from kdmesh.handles.messages import Op, Reply, Request, Status
 from kdmesh.handles.peers import peer_pidfd
+from kdmesh.unix_path import unix_address
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +253,8 @@ def _listen(path: Path, *, is_private: bool) -> socket.socket:
             _remove_stale(path)
             # Before bind, so that the socket never exists with other rights. Others' uids are checked on connection.
             os.fchmod(sock.fileno(), 0o600 if is_private else 0o666)
-            sock.bind(str(path))
+            with unix_address(path) as address:
+                sock.bind(address)
             sock.listen(_BACKLOG)
         finally:
             os.close(directory)
@@ -271,7 +273,8 @@ def _remove_stale(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         probe.settimeout(1.0)
         try:
-            probe.connect(str(path))
+            with unix_address(path) as address:
+                probe.connect(address)
         except ConnectionRefusedError:  # its server is dead
             path.unlink()
             return

@@ -23,6 +23,7 @@ from kdmesh.handles.door import matrix_over
 from kdmesh.handles.memory import map_readonly
 from kdmesh.handles.messages import Op, Reply, Request, Status
 from kdmesh.types import Handle
+from kdmesh.unix_path import unix_address
 
 
 class ShmDoor:
@@ -52,7 +53,8 @@ class ShmDoor:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setblocking(False)
         try:
-            sock.connect(str(socket_path))
+            with unix_address(socket_path) as address:
+                sock.connect(address)
             sock.send(Request(Op.HELLO, messages.VERSION, 0, session).pack())
             async with asyncio.timeout(timeout_s):
                 reply = Reply.unpack(await asyncio.get_running_loop().sock_recv(sock, messages.RECEIVE_BYTES))

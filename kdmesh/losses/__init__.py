@@ -7,6 +7,8 @@ from kdmesh.losses.divergences import Divergence, forward_kl, jensen_shannon, re
 from kdmesh.losses.fused_linear import FusedLoss, fused_linear_cross_entropy, fused_linear_divergence
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.mixture import MixedTeacher
+from kdmesh.losses.sampled import SampledDivergence
+from kdmesh.losses.truncated import truncated
 from kdmesh.losses.workspace import Workspace
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "FusedLoss",
     "MixedTeacher",
     "OutputHead",
+    "SampledDivergence",
     "Workspace",
     "build_divergence",
     "custom_divergence",
@@ -22,4 +25,5 @@ __all__ = [
     "fused_linear_divergence",
     "jensen_shannon",
     "reverse_kl",
+    "truncated",
 ]

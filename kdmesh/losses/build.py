@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,26 +10,50 @@ from torch import Tensor
 
 from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.extension import resolve
-from kdmesh.losses import divergences
+from kdmesh.losses import divergences, selective
 from kdmesh.losses.divergences import Divergence
+from kdmesh.losses.sampled import SampledDivergence, sampled_reverse_kl
 
-_BUILT_IN = ("forward_kl", "reverse_kl", "jensen_shannon")
+# What lies between its parameters' limits, which are themselves left out.
+_FRACTION = (0.0, 1.0)
+_POSITIVE = (0.0, math.inf)
+_BUILT_IN: Mapping[str, tuple[Any, Mapping[str, tuple[float, float]]]] = {
+    "forward_kl": (divergences.forward_kl, {}),
+    "reverse_kl": (divergences.reverse_kl, {}),
+    "jensen_shannon": (divergences.jensen_shannon, {"beta": _FRACTION}),
+    "skewed_kl": (divergences.skewed_kl, {"skew": _FRACTION}),
+    "skewed_reverse_kl": (divergences.skewed_reverse_kl, {"skew": _FRACTION}),
+    "total_variation": (divergences.total_variation, {}),
+    "renyi": (divergences.renyi, {"order": _POSITIVE}),
+    "alpha_beta": (divergences.alpha_beta, {"alpha": _POSITIVE, "beta": _POSITIVE}),
+    "adaptive_kl": (selective.adaptive_kl, {"tail_mass": _FRACTION}),
+    "masked_reverse_kl": (selective.masked_reverse_kl, {}),
+    "entropy_gated_kl": (selective.entropy_gated_kl, {"threshold": _POSITIVE, "forward_weight": _POSITIVE}),
+    "top1_cross_entropy": (selective.top1_cross_entropy, {}),
+    "hierarchical_ranking": (selective.hierarchical_ranking, {"top_k": (1, math.inf)}),
+}
+_SAMPLED = {"sampled_reverse_kl": sampled_reverse_kl}
 
 
-def build_divergence(name: str, params: Mapping[str, Any] | None = None) -> Divergence:
+def build_divergence(name: str, params: Mapping[str, Any] | None = None) -> Divergence | SampledDivergence:
     """The built-in divergence `name`, with its own parameters bound and no others.
 
     Raises:
         ConfigError: the name is unknown, or the parameters are unknown, missing or out of range.
     """
-    if name not in _BUILT_IN:
-        raise ConfigError(f"unknown divergence {name!r}; known: {', '.join(_BUILT_IN)}")
     params = params or {}
-    divergence: Divergence = resolve(f"{divergences.__name__}:{name}", params, num_arguments=2)
-    if name == "jensen_shannon" and not 0 < params["beta"] < 1:
-        raise ConfigError(
-            f"beta is {params['beta']}; it must be between 0 and 1, whose limits are the two KL divergences"
-        )
+    if name in _SAMPLED and not params:
+        return SampledDivergence(_SAMPLED[name])
+    if name not in _BUILT_IN:
+        raise ConfigError(f"unknown divergence {name!r}; known: {', '.join([*_BUILT_IN, *_SAMPLED])}")
+    function, limits = _BUILT_IN[name]
+    divergence: Divergence = resolve(f"{function.__module__}:{name}", params, num_arguments=2)
+    for param, (low, high) in limits.items():
+        if not low < params[param] < high:
+            below = "" if high == math.inf else f" and below {high:g}"
+            raise ConfigError(f"{param} is {params[param]}; {name} takes one above {low:g}{below}")
+    if params.get("order") == 1:
+        raise ConfigError("order is 1, which is forward_kl")
     return divergence
 
 

@@ -17,6 +17,7 @@ from kdmesh.losses.head import OutputHead
 from kdmesh.losses.matmul import scaled
 from kdmesh.losses.mixture import MixedTeacher, MixtureRows, first_weight
 from kdmesh.losses.rows import CrossEntropyRows, DivergenceRows, Mix, RowMaths, RowValues, StudentSide
+from kdmesh.losses.sampled import SampledDivergence
 from kdmesh.losses.workspace import Workspace, default_workspace
 
 
@@ -43,7 +44,7 @@ def fused_linear_divergence(
     teacher_hidden_RE: Tensor,
     teacher_head: OutputHead,
     *,
-    divergence: Divergence,
+    divergence: Divergence | SampledDivergence,
     mixed_with: Sequence[MixedTeacher] = (),
     temperature: float = 1.0,
     labels_R: Tensor | None = None,
@@ -69,7 +70,8 @@ def fused_linear_divergence(
         mixed_with: further teachers: D is from the weighted sum of all distributions, each at the temperature. The
             first teacher's weight is what theirs leave of 1; one of weight 0 is not looked at.
         temperature: divides both logits before the divergence; the result is not multiplied by its square.
-        labels_R: int64 next tokens; cross-entropy is reported when they are given.
+        labels_R: int64 next tokens; cross-entropy is reported when they are given. A SampledDivergence needs them, and
+            takes them for tokens that the student drew at this temperature.
         token_weight_R: of each row; 1 when None.
         with_entropies: whether to report those of student and teacher, which takes a little more time.
         top_k: how many of the likeliest tokens to compare, which takes some more; 0 compares none.
@@ -78,12 +80,15 @@ def fused_linear_divergence(
             call, as large as its largest call needed; on a GPU, whose allocator keeps memory by itself, a new one.
 
     Raises:
-        InvalidRequest: shapes disagree, a number is out of range, or ce_weight lacks labels.
+        InvalidRequest: shapes disagree, a number is out of range, or ce_weight or a sampled
+            divergence lacks labels.
     """
     weight, others = first_weight(mixed_with), [teacher for teacher in mixed_with if teacher.weight > 0]
     teachers = [(teacher_hidden_RE, teacher_head), *((teacher.hidden_RE, teacher.head) for teacher in others)]
     if ce_weight != 0 and labels_R is None:
         raise InvalidRequest(f"ce_weight is {ce_weight} without labels; cross-entropy needs them")
+    if isinstance(divergence, SampledDivergence) and labels_R is None:
+        raise InvalidRequest("a sampled divergence needs the drawn tokens as labels")
     if not temperature > 0:
         raise InvalidRequest(f"temperature is {temperature}; it must be positive")
     for hidden_RE, head in teachers:

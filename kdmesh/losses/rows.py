@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdmesh.losses.divergences import Divergence, forward_kl
 from kdmesh.losses.head import OutputHead
+from kdmesh.losses.sampled import SampledDivergence
 from kdmesh.losses.top1 import Top1Agreement
 from kdmesh.losses.topk import TopKOverlap
 
@@ -67,7 +68,7 @@ class RowMaths(Protocol):
 class Mix:
     """What each row adds to the loss: kd_weight * divergence + ce_weight * cross-entropy."""
 
-    divergence: Divergence
+    divergence: Divergence | SampledDivergence
     temperature: float
     kd_weight: float
     ce_weight: float
@@ -176,7 +177,7 @@ class DivergenceRows:
         torch.exp(log_q_CV, out=q_CV)  # before the divergence, which may overwrite log q
         if self._mix.with_entropies:
             self._entropies.append(_entropies(q_CV, log_q_CV, log_p_CV))
-        divergence_C, h_CV = self._mix.divergence(log_q_CV, log_p_CV)
+        divergence_C, h_CV = self._compare(rows, log_q_CV, log_p_CV)
         self._divergence.append(divergence_C)
         # Straight to where it belongs, unless it is rounded on the way.
         target_CV = q_CV if gradient_CV is None or gradient_CV.dtype is not q_CV.dtype else gradient_CV
@@ -214,6 +215,13 @@ class DivergenceRows:
         (logits_CV,) = products
         become_logits(logits_CV, self._teacher_head)
         return logits_CV
+
+    def _compare(self, rows: slice, log_q_CV: Tensor, log_p_CV: Tensor) -> tuple[Tensor, Tensor]:
+        divergence = self._mix.divergence
+        if not isinstance(divergence, SampledDivergence):
+            return divergence(log_q_CV, log_p_CV)
+        assert self._labels_R is not None
+        return divergence.function(log_q_CV, log_p_CV, self._labels_R[rows, None])
 
     def _log_softmax(self, logits_CV: Tensor, *, spare_CV: Tensor, out: Tensor) -> None:
         if self._mix.temperature != 1:

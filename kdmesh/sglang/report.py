@@ -5,10 +5,12 @@ from __future__ import annotations
 import pkgutil
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 from sglang.srt.runtime_context import get_parallel
 
 from kdmesh.sglang.messages import Hello, pack
+from kdmesh.unix_path import unix_address
 
 
 def report(socket_path: str, originals: Mapping[str, object], *, writes: bool) -> socket.socket:
@@ -27,6 +29,7 @@ def report(socket_path: str, originals: Mapping[str, object], *, writes: bool) -
         unhooked=[target for target, original in originals.items() if pkgutil.resolve_name(target) is original],
     )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.connect(socket_path)
+    with unix_address(Path(socket_path)) as address:
+        sock.connect(address)
     sock.send(pack(hello))
     return sock

@@ -17,6 +17,7 @@ from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment
 from kdmesh.handles.peers import peer_pidfd
 from kdmesh.sglang.messages import RECEIVE_BYTES, Adopt, Adopted, Drop, Hello, pack, unpack
+from kdmesh.unix_path import unix_address
 
 _BACKLOG = 128
 # Mapping and touching 64 GiB takes a few seconds.
@@ -43,7 +44,8 @@ class Schedulers:
         """Listen there; the socket is removed by `close`."""
         self.socket_path = socket_path
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(socket_path))
+        with unix_address(socket_path) as address:
+            self._listener.bind(address)
         self._listener.listen(_BACKLOG)
         self._schedulers: list[_Scheduler] = []
         self._changed = threading.Condition()

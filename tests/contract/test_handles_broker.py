@@ -88,8 +88,20 @@ async def test_file_of_somebody_is_left_alone(tmp_path: Path) -> None:
 
 async def test_socket_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="too long"):
-        async with slab(tmp_path / ("x" * 120)):
+        async with slab(tmp_path / ("x" * 300)):
             pass
+
+
+async def test_socket_may_lie_deeper_than_its_address_may_be_long(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 120)
+    async with slab(deep) as store:
+        session = store.open_session("job").token
+        door = await ShmDoor.connect(store.socket_path, session, store.nonce)
+        door.close()
+        with pytest.raises(ConfigError, match="a live server"):
+            async with slab(deep):
+                pass
+    assert not (deep / "broker.sock").exists()
 
 
 # The same node

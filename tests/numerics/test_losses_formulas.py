@@ -13,15 +13,25 @@ from torch import Tensor
 
 from kdmesh.losses import OutputHead, fused_linear_cross_entropy
 from tests.support import textbook_losses as textbook
-from tests.support.loss_cases import FULL, Case, assert_same, call, cases, expected, heads, run, tensors
+from tests.support.loss_cases import (
+    DIVERGENCES,
+    FULL,
+    SMOOTH,
+    Case,
+    assert_same,
+    call,
+    cases,
+    expected,
+    heads,
+    run,
+    tensors,
+)
 from tests.support.textbook_losses import Transform
-
-DIVERGENCES = ["forward_kl", "reverse_kl", "jensen_shannon"]
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_values_and_gradients_are_the_textbooks(name: str) -> None:
-    @settings(max_examples=120)
+    @settings(max_examples=40)
     @given(case=cases(name=name))
     def check(case: Case) -> None:
         inputs = tensors(case, torch.float64)
@@ -30,9 +40,23 @@ def test_values_and_gradients_are_the_textbooks(name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+KEPT = st.one_of(st.tuples(st.just("top_k"), st.integers(1, 320)), st.tuples(st.just("top_p"), st.floats(0.05, 0.99)))
+
+
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "sampled_reverse_kl"])
+def test_a_truncated_divergence_is_the_textbooks_over_the_tokens_kept_and_one_for_the_others(name: str) -> None:
+    @settings(max_examples=15)
+    @given(case=cases(name=name, kept=KEPT))
+    def check(case: Case) -> None:
+        inputs = tensors(case, torch.float64)
+        assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-11)
+
+    check()
+
+
+@pytest.mark.parametrize("name", SMOOTH)
 def test_float32_is_as_near_as_its_rounding(name: str) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=20)
     @given(case=cases(name=name))
     def check(case: Case) -> None:
         inputs = tensors(case, torch.float32)
@@ -43,7 +67,7 @@ def test_float32_is_as_near_as_its_rounding(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_every_option_at_once_is_the_textbooks(name: str) -> None:
-    case = replace(FULL, name=name, beta=0.3)
+    case = replace(FULL, name=name, knob=0.3)
     inputs = tensors(case, torch.float64)
     assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-12)
 
@@ -98,7 +122,7 @@ def test_cross_entropy_alone_is_the_textbooks(
     torch.testing.assert_close(actual, torch.autograd.grad(reference_sum * 3, leaves, materialize_grads=True))
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name not in ("adaptive_kl", "sampled_reverse_kl")])
 def test_gradcheck_passes(name: str) -> None:
     case = replace(FULL, rows=5, vocabulary=9, padding=0, name=name)
     inputs = tensors(case, torch.float64)
@@ -110,7 +134,7 @@ def test_gradcheck_passes(name: str) -> None:
 
 
 def test_a_models_divergence_from_itself_is_zero_in_float32() -> None:
-    for name in DIVERGENCES:
+    for name in (name for name in DIVERGENCES if name != "top1_cross_entropy"):
         case = Case(name=name, rows=200, vocabulary=1000, student_size=32, spread=4.0, ce_weight=0.0)
         inputs = tensors(case, torch.float32)
         head, _ = heads(case, inputs)
@@ -118,7 +142,8 @@ def test_a_models_divergence_from_itself_is_zero_in_float32() -> None:
             inputs, teacher_hidden_RE=inputs.student_hidden_RD.detach(), teacher_weight_VE=head.weight_VD.detach()
         )
         outcome = run(case, same)
-        assert outcome.divergence_R.abs().max() < 1e-6
+        amplified = 1 / abs(case.params["order"] - 1) if name == "renyi" else 1
+        assert outcome.divergence_R.abs().max() < 1e-6 * amplified
         assert call(case, same).top1_agreement_R.min() == 1
         assert all(gradient.abs().max() < 1e-5 for gradient in outcome.gradients)
 

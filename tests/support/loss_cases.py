@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,11 +10,41 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdmesh.losses import Divergence, FusedLoss, OutputHead, Workspace, build_divergence, fused_linear_divergence
+from kdmesh.losses import (
+    Divergence,
+    FusedLoss,
+    OutputHead,
+    SampledDivergence,
+    Workspace,
+    build_divergence,
+    fused_linear_divergence,
+    truncated,
+)
 from tests.support import textbook_losses as textbook
 from tests.support.textbook_losses import Transform
 
 PLAIN = Transform()
+
+# The parameters of every divergence, from one number between 0.05 and 0.95.
+PARAMS: Mapping[str, Callable[[float], dict[str, float]]] = {
+    "forward_kl": lambda knob: {},
+    "reverse_kl": lambda knob: {},
+    "jensen_shannon": lambda knob: {"beta": knob},
+    "skewed_kl": lambda knob: {"skew": knob},
+    "skewed_reverse_kl": lambda knob: {"skew": knob},
+    "total_variation": lambda knob: {},
+    "renyi": lambda knob: {"order": 1.1 * knob if knob < 0.6 else 1.5 * knob + 0.2},
+    "alpha_beta": lambda knob: {"alpha": knob, "beta": 1.3 - knob},
+    "adaptive_kl": lambda knob: {"tail_mass": knob},
+    "masked_reverse_kl": lambda knob: {},
+    "entropy_gated_kl": lambda knob: {"threshold": 4 * knob, "forward_weight": 0.2 + knob},
+    "top1_cross_entropy": lambda knob: {},
+    "hierarchical_ranking": lambda knob: {"top_k": 2 + round(5 * knob)},
+    "sampled_reverse_kl": lambda knob: {},
+}
+DIVERGENCES = list(PARAMS)
+# Those that a rounding of the probabilities cannot move far: without a threshold, an order or a favourite.
+SMOOTH = [*DIVERGENCES[:5], "renyi", "alpha_beta", "sampled_reverse_kl"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +59,8 @@ class Case:
     teacher_size: int = 9
     spread: float = 1.0  # standard deviation of the logits, about
     name: str = "forward_kl"
-    beta: float = 0.5
+    knob: float = 0.5  # see PARAMS
+    kept: tuple[str, float] | None = None  # what `truncated` keeps of each row
     temperature: float = 1.0
     has_labels: bool = True
     kd_weight: float = 1.0
@@ -41,9 +73,19 @@ class Case:
     upstream: float = 1.0
 
     @property
-    def divergence(self) -> Divergence:
+    def divergence(self) -> Divergence | SampledDivergence:
         """The one under test."""
-        return build_divergence(self.name, {"beta": self.beta} if self.name == "jensen_shannon" else {})
+        divergence = build_divergence(self.name, self.params)
+        if self.kept is None:
+            return divergence
+        assert not isinstance(divergence, SampledDivergence)
+        how, number = self.kept
+        return truncated(divergence, top_k=int(number)) if how == "top_k" else truncated(divergence, top_p=number)
+
+    @property
+    def params(self) -> dict[str, float]:
+        """Of the divergence."""
+        return PARAMS[self.name](self.knob)
 
 
 # Every option at once, none at its neutral value.
@@ -182,7 +224,7 @@ def expected(case: Case, inputs: Tensors, *, target_RV: Tensor | None = None) ->
     )
     q_RV = textbook.softmax(z_RV, case.temperature)
     p_RV = textbook.softmax(teacher_z_RV, case.temperature) if target_RV is None else target_RV
-    divergence_R = textbook.divergence(case.name, q_RV, p_RV, beta=case.beta)
+    divergence_R = _divergence(case, q_RV, p_RV, inputs.labels_R)
     cross_entropy_R = z_RV.new_empty(0)
     loss_R = case.kd_weight * divergence_R
     if inputs.labels_R is not None:
@@ -197,6 +239,18 @@ def expected(case: Case, inputs: Tensors, *, target_RV: Tensor | None = None) ->
         cross_entropy_R=cross_entropy_R.detach(),
         gradients=list(torch.autograd.grad(loss_sum * case.upstream, leaves)),
     )
+
+
+def _divergence(case: Case, q_RV: Tensor, p_RV: Tensor, labels_R: Tensor | None) -> Tensor:
+    if case.kept is None:
+        return textbook.divergence(case.name, q_RV, p_RV, case.params, labels_R)
+    how, number = case.kept
+    if how == "top_p":
+        is_merged_RV = textbook.in_tail(p_RV, 1 - number)
+    else:
+        is_merged_RV = p_RV.argsort(-1, descending=True).argsort(-1) >= int(number)
+    rows = textbook.truncated(q_RV, p_RV, is_merged_RV)
+    return torch.cat([textbook.divergence(case.name, q_1K, p_1K, case.params, None) for q_1K, p_1K in rows])
 
 
 def assert_same(actual: Outcome, reference: Outcome, *, tolerance: float) -> None:
@@ -223,10 +277,13 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
 TRANSFORMS = st.builds(
     Transform, scale=st.sampled_from([1.0, 0.0625, 0.7, 2.5]), softcap=st.sampled_from([None, 3.0, 30.0])
 )
+# So that no two logits reach a cap: which of them comes first would be nobody's to say.
+_gentle = st.builds(Transform, scale=st.sampled_from([1.0, 0.0625, 0.7]), softcap=st.sampled_from([None, 60.0]))
 
 
-def cases(*, name: str) -> st.SearchStrategy[Case]:
+def cases(*, name: str, kept: st.SearchStrategy[tuple[str, float] | None] | None = None) -> st.SearchStrategy[Case]:
     """Calls of the divergence `name`."""
+    transforms = TRANSFORMS if name in SMOOTH and kept is None else _gentle
     return st.builds(
         _with_ce_only_for_labels,
         st.builds(
@@ -239,14 +296,15 @@ def cases(*, name: str) -> st.SearchStrategy[Case]:
             teacher_size=st.integers(1, 20),
             spread=st.sampled_from([0.1, 1.0, 4.0]),
             name=st.just(name),
-            beta=st.floats(0.05, 0.95),
+            knob=st.floats(0.05, 0.95),
+            kept=st.none() if kept is None else kept,
             temperature=st.sampled_from([1.0, 0.5, 2.0, 3.7]),
-            has_labels=st.booleans(),
+            has_labels=st.just(True) if name == "sampled_reverse_kl" else st.booleans(),
             kd_weight=st.sampled_from([1.0, 0.0, 0.6]),
             ce_weight=st.sampled_from([0.0, 0.4, 1.0]),
             has_token_weights=st.booleans(),
-            student=TRANSFORMS,
-            teacher=TRANSFORMS,
+            student=transforms,
+            teacher=transforms,
             has_bias=st.booleans(),
             chunk_tokens=st.sampled_from([None, 1, 7, 16, 40]),
             upstream=st.sampled_from([1.0, -2.5, 1e-3]),

@@ -33,6 +33,7 @@ LAYER = {
     "kdmesh.extension": 1,
     "kdmesh.log": 1,
     "kdmesh.tokens": 1,
+    "kdmesh.unix_path": 1,
     "kdmesh.v1": 1,
     "kdmesh.groups": 2,
     "kdmesh.handles": 2,

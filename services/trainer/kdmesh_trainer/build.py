@@ -14,13 +14,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdmesh.errors import ConfigError
-from kdmesh.losses import Divergence, build_divergence, custom_divergence
+from kdmesh.losses import Divergence, SampledDivergence, build_divergence, custom_divergence, truncated
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.head import head_spec
 from kdmesh.tokens import digest, tokenizer_fingerprint
 from kdmesh.types import TokenSequence
-from kdmesh_trainer import config, objective_config
+from kdmesh_trainer import config
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
 from kdmesh_trainer.build_teacher import build_copy, build_publisher
 from kdmesh_trainer.build_teachers import Teachers, open_teachers
@@ -36,7 +36,7 @@ from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
-from kdmesh_trainer.objective_config import Distill
+from kdmesh_trainer.objective_config import CustomDivergence, Distill, Sft
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
@@ -68,7 +68,7 @@ class Checked:
     encoder: ChatEncoder | ContextEncoder
     train: Reader
     held_out: Reader | None
-    divergence: Divergence | None  # None: the objective has none
+    divergence: Divergence | SampledDivergence | None  # None: the objective has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,21 +162,19 @@ def check(cfg: config.TrainerConfig) -> Checked:
         encoder=build_encoder(tokenizer, template, cfg.data),
         train=open_dataset(cfg.data.train, teacher=columns),
         held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher=columns),
-        divergence=_divergence(cfg.objective.divergence) if isinstance(cfg.objective, Distill) else None,
+        divergence=_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
     )
 
 
-def _divergence(cfg: objective_config.DivergenceConfig) -> Divergence:
+def _divergence(cfg: Distill) -> Divergence | SampledDivergence:
     """The divergence `cfg` names, with its own parameters bound and no others."""
-    match cfg:
-        case objective_config.ForwardKL() | objective_config.ReverseKL():
-            return build_divergence(cfg.name)
-        case objective_config.JensenShannon():
-            return build_divergence(cfg.name, {"beta": cfg.beta})
-        case objective_config.CustomDivergence():
-            return custom_divergence(cfg.target, cfg.params)
-        case _:
-            assert_never(cfg)
+    if isinstance(cfg.divergence, CustomDivergence):
+        divergence: Divergence | SampledDivergence = custom_divergence(cfg.divergence.target, cfg.divergence.params)
+    else:
+        divergence = build_divergence(cfg.divergence.name, cfg.divergence.model_dump(exclude={"name"}))
+    if cfg.keep is None or isinstance(divergence, SampledDivergence):
+        return divergence
+    return truncated(divergence, top_k=cfg.keep.top_k, top_p=cfg.keep.top_p)
 
 
 def _read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None) -> _Data:
@@ -265,20 +263,21 @@ def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
                 )
 
 
-def _objective(cfg: config.TrainerConfig, divergence: Divergence | None, teachers: Teachers | None) -> Objective:
+def _objective(
+    cfg: config.TrainerConfig, divergence: Divergence | SampledDivergence | None, teachers: Teachers | None
+) -> Objective:
     match cfg.objective:
         case Distill():
             assert divergence is not None and teachers is not None
             return Distillation(
                 divergence=divergence,
-                temperature=cfg.objective.temperature,
-                kd_weight=cfg.objective.kd_weight,
-                ce_weight=cfg.objective.ce_weight,
+                **cfg.objective.numbers_at(0),
+                numbers_at=cfg.objective.numbers_at,
                 teacher_head=teachers.heads,
                 with_entropies=isinstance(cfg.source, config.OnPolicy),
                 top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
             )
-        case objective_config.Sft():
+        case Sft():
             return CrossEntropy()
         case _:
             assert_never(cfg.objective)
@@ -318,7 +317,7 @@ def _source(
             )
             stack.callback(source.close)
             return source
-        case objective_config.Sft():
+        case Sft():
             return SftSource(planner)
         case _:
             assert_never(cfg.objective)

@@ -11,7 +11,7 @@ from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
-from kdmesh_trainer.objective_config import Distill, Sft
+from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
 from kdmesh_trainer.replicas_config import ReplicatedConfig
@@ -307,12 +307,28 @@ class TrainerConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _drawn_from_the_student(self) -> TrainerConfig:
+        if not (isinstance(self.objective, Distill) and isinstance(self.objective.divergence, SampledReverseKL)):
+            return self
+        if not (isinstance(self.source, OnPolicy) and self.source.sampled_fraction == 1):
+            raise ValueError("divergence sampled_reverse_kl needs source on_policy and every token of it sampled")
+        plain = SamplingConfig(temperature=self.source.sampling.temperature)
+        if self.source.sampling.model_copy(update={"max_new_tokens": plain.max_new_tokens}) != plain:
+            raise ValueError("divergence sampled_reverse_kl needs sampling by temperature alone: tokens drawn from all")
+        if self.objective.temperature != self.source.sampling.temperature:
+            raise ValueError(
+                f"divergence sampled_reverse_kl needs objective.temperature ({self.objective.temperature}) to be "
+                f"source.sampling.temperature ({self.source.sampling.temperature})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _source_fits(self) -> TrainerConfig:
         if not isinstance(self.source, OnPolicy):
             return self
         if not isinstance(self.objective, Distill):
             raise ValueError("source on_policy needs objective distill: its samples are nothing to imitate")
-        if self.objective.ce_weight > 0 and self.source.sampled_fraction == 1:
+        if self.objective.imitates_data and self.source.sampled_fraction == 1:
             raise ValueError(
                 f"objective.ce_weight ({self.objective.ce_weight}) must be 0 with source on_policy, whose tokens are "
                 "the student's own"

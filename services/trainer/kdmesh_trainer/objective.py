@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from kdmesh.losses import (
     FusedLoss,
     MixedTeacher,
     OutputHead,
+    SampledDivergence,
     fused_linear_cross_entropy,
     fused_linear_divergence,
 )
@@ -23,6 +24,10 @@ from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 class Objective(Protocol):
     """The loss of one micro-batch's rows."""
+
+    def at(self, step: int) -> Objective:
+        """What is minimised in optimizer step `step`, counted from 0."""
+        ...
 
     def __call__(
         self,
@@ -46,13 +51,21 @@ class Objective(Protocol):
 class Distillation:
     """kd_weight * divergence(student, teacher) + ce_weight * cross-entropy, where a row's teacher may be a mixture."""
 
-    divergence: Divergence
+    divergence: Divergence | SampledDivergence
     temperature: float
     kd_weight: float
     ce_weight: float
     teacher_head: Heads
+    numbers_at: Callable[[int], Mapping[str, float]] | None = None  # temperature and weights by step; None: constant
     with_entropies: bool = False
     top_k: int = 0  # compared tokens; 0 compares none
+
+    def at(self, step: int) -> Distillation:
+        """See Objective."""
+        if self.numbers_at is None:
+            return self
+        now = self.numbers_at(step)
+        return replace(self, temperature=now["temperature"], kd_weight=now["kd_weight"], ce_weight=now["ce_weight"])
 
     def __call__(
         self,
@@ -116,6 +129,7 @@ class Distillation:
         ce_weight: float,
     ) -> FusedLoss:
         first, *others = teachers
+        is_sampled = isinstance(self.divergence, SampledDivergence)
         return fused_linear_divergence(
             student_hidden_RD,
             student_head,
@@ -125,7 +139,7 @@ class Distillation:
             mixed_with=others,
             temperature=self.temperature,
             # At another temperature cross-entropy costs a second softmax: only where it is learnt from.
-            labels_R=labels_R if self.ce_weight > 0 or self.temperature == 1 else None,
+            labels_R=labels_R if self.ce_weight > 0 or self.temperature == 1 or is_sampled else None,
             kd_weight=self.kd_weight,
             ce_weight=ce_weight,
             with_entropies=self.with_entropies,
@@ -136,6 +150,10 @@ class Distillation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossEntropy:
     """Cross-entropy on the data's own tokens."""
+
+    def at(self, step: int) -> CrossEntropy:
+        """See Objective."""
+        return self
 
     def __call__(
         self,

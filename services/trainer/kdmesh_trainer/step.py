@@ -96,10 +96,11 @@ class GradientStepper:
         self._student.train()
         self.optimizer.zero_grad(set_to_none=True)
         tally = Tally(self._mesh, teachers=self._teachers)
+        objective = self._objective.at(batch.step)
         scale = self._mesh.world_size / batch.num_loss_tokens
         for micro_batch in batch.micro_batches:
             begin_micro_batch(self._student, is_last=micro_batch is batch.micro_batches[-1])
-            totals = forward(self._student, self._objective, micro_batch, tally, self._mesh.device)
+            totals = forward(self._student, objective, micro_batch, tally, self._mesh.device)
             (totals.loss_sum * scale).backward()  # type: ignore[no-untyped-call]
             tally.add(totals)
         return tally
