@@ -33,6 +33,7 @@ from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh_trainer.loop import Parts, Schedule, run
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.sources.batches import StepBatch
+from kdmesh_trainer.sources.early_rows import EarlyRows
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.prompts import PromptOrder
 from kdmesh_trainer.sources.sampler import Sampler
@@ -246,11 +247,10 @@ def _train(
             ranks=1,
         ),
         services.student,
-        services.teacher,
+        EarlyRows(services.teacher, most_rows=early_rows, is_frozen=True),
         max_staleness=max_staleness,
         max_tokens=_MICRO_TOKENS,
         prefetch=8,
-        early_rows=early_rows,
         steps=steps,
         mesh=mesh,
     )

@@ -18,6 +18,7 @@ from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.early_rows import EarlyRows
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.prompts import PromptOrder
@@ -106,11 +107,12 @@ class Run:
                 ranks=self.mesh.world_size,
             ),
             self.copy,
-            self.teacher,
+            EarlyRows(
+                self.teacher, most_rows=0 if devices is not None and devices.are_shared else early_rows, is_frozen=True
+            ),
             max_staleness=max_staleness,
             max_tokens=MAX_TOKENS,
             prefetch=prefetch,
-            early_rows=early_rows,
             steps=self.steps,
             mesh=self.mesh,
             answers=self.answers,

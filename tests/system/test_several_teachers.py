@@ -13,6 +13,7 @@ import pytest
 from tests.support.tiny_models import TinyModels
 from tests.system.conftest import Materials
 from tests.system.processes import Processes
+from tests.system.rollouts import Rollouts
 from tests.system.teachers import Teacher
 from tests.system.training import Job, Recipe
 
@@ -25,7 +26,7 @@ class Panel:
     maths: Teacher
     data: Path  # train.jsonl, with the teacher of each row
 
-    def job(self, processes: Processes, directory: Path, student: Path, *, is_mixed: bool) -> Job:
+    def job(self, processes: Processes, directory: Path, student: Path, *, is_mixed: bool, **sections: Any) -> Job:
         """A job that learns from both."""
         weights = {"teacher_weights": {"code": 2, "maths": 1}} if is_mixed else {}
         recipe = Recipe(student=student, data=self.data, objective={"divergence": {"name": "forward_kl"}, **weights})
@@ -38,8 +39,7 @@ class Panel:
             recipe,
             data=data if is_mixed else {**data, "teacher_column": "who"},
             teachers={name: {"addresses": where, "deadline_s": 100} for name, where in addresses.items()},
-            evaluation={"every": 8, "max_sequences": 6},
-            steps=10,
+            **{"evaluation": {"every": 8, "max_sequences": 6}, "steps": 10, **sections},
         )
 
 
@@ -87,3 +87,30 @@ def test_a_job_that_was_killed_continues_with_equal_losses(
         assert tokens == [step["num_tokens"]] * 2 if is_mixed else sum(tokens) == step["num_tokens"]
         assert step["teacher_wait_fraction.code"] >= 0
     assert steps[-1]["divergence_nats_per_token"] < steps[0]["divergence_nats_per_token"]
+
+
+def test_a_students_own_samples_are_scored_by_the_teacher_of_their_prompt(
+    panel: Panel, materials: Materials, processes: Processes, tmp_path: Path
+) -> None:
+    student, jobs = materials.plain.student, []
+    for name, early_rows_mib in (("early", 64), ("late", 0)):
+        rollouts = Rollouts(processes, tmp_path / f"rollouts-{name}", student)
+        rollouts.start()
+        source = {
+            "kind": "on_policy",
+            "rollouts": {"addresses": [rollouts.address], "deadline_s": 100},
+            "sampled_fraction": 0.7,
+            "sampling": {"max_new_tokens": 16},
+            "early_rows_mib": early_rows_mib,
+        }
+        jobs.append(
+            panel.job(processes, tmp_path / name, student, is_mixed=False, source=source, steps=3, evaluation={})
+        )
+    for trainer in [job.start() for job in jobs]:
+        trainer.succeed()
+    early, late = jobs
+    assert early.record() == late.record()
+    for step in early.steps():
+        assert step["teacher_tokens.code"] > 0
+        assert step["teacher_tokens.code"] + step["teacher_tokens.maths"] == step["num_tokens"]
+        assert step["teacher_entropy_nats"] > 0

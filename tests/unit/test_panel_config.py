@@ -49,7 +49,10 @@ def test_a_column_or_weights_say_whom_a_row_learns_from(tmp_path: Path) -> None:
         (["objective={name: distill, teacher_weights: {code: 1, maths: 0}}"], "greater than 0"),
         ([COLUMN, "teachers={a b: {}}"], "teachers.a b"),
         ([COLUMN, "objective={name: sft}"], "`teachers` needs objective distill"),
-        ([COLUMN, "source={kind: on_policy}"], "source on_policy takes a single `teacher`"),
+        (
+            [COLUMN, "source={kind: on_policy, colocated: true}", "data.max_tokens=512"],
+            "source.colocated takes a single `teacher`",
+        ),
         ([COLUMN, "teachers.maths.prefetch=1"], "different prefetch"),
         ([COLUMN, "teachers.code.follows_student={every: 1}"], "teachers.code.follows_student: only a single"),
         ([COLUMN, "data.train={format: custom, target: 'a:b'}"], "teacher_column needs files"),

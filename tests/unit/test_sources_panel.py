@@ -20,7 +20,8 @@ from kdmesh.errors import DataError, Unavailable
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import ChatFile
 from kdmesh_trainer.sources.batches import PanelRows
-from kdmesh_trainer.sources.panel import Panel
+from kdmesh_trainer.sources.early_rows import EarlyRows
+from kdmesh_trainer.sources.panel import EarlyPanel, Panel
 from kdmesh_trainer.sources.readers import open_dataset
 from kdmesh_trainer.sources.rows import TeacherColumns
 from kdmesh_trainer.sources.sides import Addressed, InContext, addressed, first_rows, teacher_side
@@ -35,6 +36,7 @@ class Rows:
 @dataclass(eq=False)
 class Pending:
     rows: Rows | None
+    has_failed: bool = False
 
     def wait(self) -> Rows:
         rows, self.rows = self.rows, None
@@ -51,7 +53,7 @@ class Teacher:
     answered: list[weakref.ref[Rows]] = field(default_factory=list)
     asked: int = 0
 
-    def submit(self, sequences: Sequence[TokenSequence]) -> Pending:
+    def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> Pending:
         self.asked += len(sequences)
         labels = np.concatenate([sequence.labels for sequence in sequences])
         rows = Rows(torch.from_numpy(labels).unsqueeze(1))
@@ -103,6 +105,39 @@ def test_rows_that_were_waited_for_belong_to_the_caller_alone() -> None:
     assert all(ref() is not None for ref in answered)
     rows = None
     assert all(ref() is None for ref in answered)
+
+
+def test_early_samples_are_asked_of_their_own_teacher_and_not_again() -> None:
+    teachers = {"code": Teacher(), "maths": Teacher()}
+    early = {name: EarlyRows(one, most_rows=100, is_frozen=False) for name, one in teachers.items()}
+    panel = EarlyPanel(early, asks_all=False)
+    first, second, elsewhere = (addressed(sequence(n), name) for n, name in ((1, "code"), (2, "maths"), (3, "maths")))
+    for sample in (first, second, elsewhere):
+        panel.add(0, sample)
+    assert [one.asked for one in teachers.values()] == [0, 0]
+    panel.allow(1)
+    assert [one.asked for one in teachers.values()] == [1, 2]
+    panel.settle(0, [second, first])
+    rows = panel.submit([second, first]).wait()
+    assert {part.name: part.rows.rows_RD[:, 0].tolist() for part in rows.parts} == {
+        "code": first.labels.tolist(),
+        "maths": second.labels.tolist(),
+    }
+    assert [one.asked for one in teachers.values()] == [1, 2]
+    panel.close()
+    panel.add(0, first)
+    assert teachers["code"].asked == 1
+
+
+def test_early_samples_that_are_mixed_are_asked_of_all() -> None:
+    teachers = {"code": Teacher(), "maths": Teacher()}
+    panel = EarlyPanel(
+        {name: EarlyRows(one, most_rows=100, is_frozen=True) for name, one in teachers.items()}, asks_all=True
+    )
+    panel.add(0, sequence(1))
+    assert [one.asked for one in teachers.values()] == [1, 1]
+    assert len(panel.submit([sequence(1)]).wait().parts) == 2
+    assert [one.asked for one in teachers.values()] == [1, 1]
 
 
 def test_a_teacher_that_fails_fails_the_group_and_the_others_rows_go() -> None:

@@ -208,7 +208,7 @@ def _read_train(
                 reader=checked.train,
                 encoder=checked.encoder,
                 tokenizer=checked.tokenizer,
-                teacher=teachers.only.pool.describe(),
+                teachers=teachers,
             )
         case _:
             assert_never(cfg.source)
@@ -299,8 +299,7 @@ def _source(
             data.train,
             student=student,
             tokenizer_fingerprint=checked.tokenizer_fingerprint,
-            teacher=teachers.only.pool,
-            prefetch=teachers.prefetch,
+            teachers=teachers,
             mesh=mesh,
             stack=stack,
         )

@@ -13,20 +13,23 @@ from transformers import PreTrainedTokenizerFast
 
 from kdmesh.errors import ConfigError
 from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.tokens import digest
-from kdmesh.types import ModelDescription, Sampling, TokenSequence
+from kdmesh.types import Sampling, TokenSequence
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer import config
+from kdmesh_trainer.build_teacher import Teacher
+from kdmesh_trainer.build_teachers import Teachers
 from kdmesh_trainer.devices import Devices, OwnDevices, SharedDevices
-from kdmesh_trainer.fit import check_requests, check_sampler, check_samples
+from kdmesh_trainer.fit import check_sampler, check_samples
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.publisher import StudentPublisher
 from kdmesh_trainer.sources.chat import ChatEncoder
+from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
+from kdmesh_trainer.sources.panel import EarlyPanel
 from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, digest_prompts, load_prompts
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.sampler import Sampler
@@ -69,9 +72,9 @@ def read_task(
     reader: Reader,
     encoder: ChatEncoder | ContextEncoder,
     tokenizer: PreTrainedTokenizerFast,
-    teacher: ModelDescription,
+    teachers: Teachers,
 ) -> Task:
-    """Read the prompts, and check that the teacher takes every response to them.
+    """Read the prompts, and check that their teachers take every response to them.
 
     Raises:
         DataError: the data cannot be used, or does not fit the teacher.
@@ -82,8 +85,11 @@ def read_task(
     )
     prompts = load_prompts("train", reader, encoder, policy).prompts
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    read = [prompt.token_ids if prompt.teacher_ids is None else prompt.teacher_ids for prompt in prompts]
-    check_samples(prompt_tokens=max(map(len, read)), max_new_tokens=drawn.max_new_tokens, teacher=teacher)
+    for name, teacher in teachers.by_name.items():
+        own = [prompt for prompt in prompts if prompt.teacher_name in ("", name)]
+        read = [prompt.token_ids if prompt.teacher_ids is None else prompt.teacher_ids for prompt in own]
+        longest_read = max(map(len, read), default=0)
+        check_samples(prompt_tokens=longest_read, max_new_tokens=drawn.max_new_tokens, teacher=teacher.pool.describe())
     sampling = Sampling(
         temperature=drawn.temperature,
         top_p=drawn.top_p,
@@ -96,7 +102,7 @@ def read_task(
     answers: Sequence[TokenSequence] = ()
     if source.sampled_fraction < 1:
         answers = load_sequences("train", reader, encoder, cfg.data).sequences
-        check_requests("train", teacher_side(answers), teacher)
+        teachers.check_requests("train", answers)
     return Task(
         source=source,
         prompts=prompts,
@@ -113,8 +119,7 @@ def build_source(
     *,
     student: Student,
     tokenizer_fingerprint: str,
-    teacher: TeacherPool,
-    prefetch: int,
+    teachers: Teachers,
     mesh: Mesh,
     stack: ExitStack,
 ) -> OnPolicySource:
@@ -123,7 +128,6 @@ def build_source(
     Args:
         student: sharded; its vocabulary is what it shares with the teacher.
         tokenizer_fingerprint: of the student's tokenizer.
-        prefetch: micro-batches to ask the teacher for ahead.
 
     Raises:
         ConfigError: no address is given.
@@ -155,18 +159,17 @@ def build_source(
     sender = stack.enter_context(_weight_sender(source.rollouts, mesh)) if mesh.is_first else None
     devices: Devices = OwnDevices()
     if source.colocated:
-        devices = SharedDevices(pool, teacher, mesh)
+        devices = SharedDevices(pool, teachers.only.pool, mesh)
         stack.callback(devices.close)
     else:
         mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep
     built = OnPolicySource(
         _sampler(cfg, task, pool, mesh),
         StudentPublisher(student, sender, policy=UpdatePolicy(source.update_policy), mesh=mesh, needed=1),
-        teacher,
+        _early(cfg, source, teachers),
         max_staleness=source.max_staleness,
         max_tokens=cfg.batch.max_tokens,
-        prefetch=prefetch,
-        early_rows=_early_rows(source, teacher.describe()),
+        prefetch=teachers.prefetch,
         steps=cfg.steps,
         mesh=mesh,
         answers=_answers(cfg, task),
@@ -178,8 +181,20 @@ def build_source(
     return built
 
 
-def _early_rows(source: config.OnPolicy, teacher: ModelDescription) -> int:
-    return source.early_rows_mib * 2**20 // (teacher.hidden_size * teacher.dtype.size_bytes)
+def _early(cfg: config.TrainerConfig, source: config.OnPolicy, teachers: Teachers) -> EarlyService:
+    """Who is asked for rows as samples come; several teachers have equal parts of the memory for them."""
+
+    def of_one(teacher: Teacher) -> EarlyRows:
+        model = teacher.pool.describe()
+        size_bytes = source.early_rows_mib * 2**20 // len(teachers.by_name)
+        return EarlyRows(
+            teacher.pool,
+            most_rows=0 if source.colocated else size_bytes // (model.hidden_size * model.dtype.size_bytes),
+            is_frozen=cfg.teacher_update_every is None,
+        )
+
+    early = {name: of_one(teacher) for name, teacher in teachers.by_name.items()}
+    return EarlyPanel(early, asks_all=cfg.data.teacher_column is None) if cfg.teachers else early[""]
 
 
 def _weight_sender(rollouts: config.RolloutsConfig, mesh: Mesh) -> WeightSender:

@@ -29,8 +29,8 @@ def refuse_unfit_teachers(cfg: TrainerConfig) -> None:
         raise ValueError("there are `teacher` and `teachers`; give one of them")
     if not isinstance(cfg.objective, Distill):
         raise ValueError("`teachers` needs objective distill; for sft a single `teacher` serves evaluation")
-    if cfg.source.kind == "on_policy":
-        raise ValueError("source on_policy takes a single `teacher`, not `teachers`")
+    if cfg.source.kind == "on_policy" and cfg.source.colocated:
+        raise ValueError("source.colocated takes a single `teacher`, not `teachers`")
     if column is not None and weights is not None:
         raise ValueError("there are data.teacher_column and objective.teacher_weights; a row has one teacher or all")
     if column is None and weights is None and len(cfg.teachers) > 1:

@@ -15,6 +15,7 @@ from kdmesh.errors import KdmeshError, ModelMismatch
 from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.sources.batches import PendingRows, TeacherRows
+from kdmesh_trainer.sources.row_queue import RowService
 
 
 class KeptRows(PendingRows, Protocol):
@@ -45,6 +46,26 @@ class KeepingService(Protocol):
         ...
 
 
+class EarlyService(RowService, Protocol):
+    """A RowService that may be asked for the rows of a sample before its micro-batch is known."""
+
+    def add(self, step: int, sequence: TokenSequence) -> None:
+        """A sample of that step, as the teacher reads it, has come. Any thread; does not block for long."""
+        ...
+
+    def allow(self, until: float) -> None:
+        """The teacher has the weights for the steps before `until`."""
+        ...
+
+    def settle(self, step: int, sequences: Sequence[TokenSequence]) -> None:
+        """Of the samples of that step only these will be submitted; others are wanted no more."""
+        ...
+
+    def close(self) -> None:
+        """Drop what nobody has taken: that cancels it. Nothing is asked for early any more."""
+        ...
+
+
 class EarlyRows:
     """A RowService in which rows may be under way, or here, before anybody asks for them.
 
@@ -66,19 +87,19 @@ class EarlyRows:
         self._asked: dict[bytes, deque[_Early]] = {}  # by the digest of the one sequence; as they were asked for
 
     def add(self, step: int, sequence: TokenSequence) -> None:
-        """A sample of that step, as the teacher reads it, has come. Any thread; does not block for long."""
+        """See EarlyService."""
         with self._lock:
             self._waiting.append(_Early(step, sequence))
             self._ask()
 
     def allow(self, until: float) -> None:
-        """The teacher has the weights for the steps before `until`."""
+        """See EarlyService."""
         with self._lock:
             self._until = until
             self._ask()
 
     def settle(self, step: int, sequences: Sequence[TokenSequence]) -> None:
-        """Of the samples of that step only these will be submitted; others are wanted no more."""
+        """See EarlyService."""
         with self._lock:
             self._waiting = deque(early for early in self._waiting if early.step != step)
             wanted = Counter(digest([sequence]) for sequence in sequences)
@@ -104,7 +125,7 @@ class EarlyRows:
         return _JoinedRows(early, asked, [sequence.num_rows for sequence in missing])
 
     def close(self) -> None:
-        """Drop what nobody has taken: that cancels it. Nothing is asked for early any more."""
+        """See EarlyService."""
         with self._lock:
             self._until = 0
             self._waiting.clear()

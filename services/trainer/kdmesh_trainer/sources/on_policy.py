@@ -16,7 +16,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.devices import Devices, OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
-from kdmesh_trainer.sources.early_rows import EarlyRows, KeepingService
+from kdmesh_trainer.sources.early_rows import EarlyService
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.rollouts import Rollout, WeightPublisher, figures_of
 from kdmesh_trainer.sources.row_queue import RowQueue
@@ -52,12 +52,11 @@ class OnPolicySource:
         self,
         sampler: Sampler,
         weights: WeightPublisher,
-        teacher: KeepingService,
+        teacher: EarlyService,
         *,
         max_staleness: int,
         max_tokens: int,
         prefetch: int,
-        early_rows: int,
         steps: int,
         mesh: Mesh,
         answers: AnswerOrder | None = None,
@@ -69,7 +68,6 @@ class OnPolicySource:
         Args:
             max_tokens: of one micro-batch.
             prefetch: micro-batches to ask the teacher for ahead of the one that is trained on.
-            early_rows: most rows that this rank has asked for before their micro-batch was planned; 0: none.
             steps: of the whole run; nothing beyond them is sampled.
             answers: those of the data that each step holds; None: it holds samples alone.
             teacher_update_every: see RowQueue.
@@ -80,12 +78,8 @@ class OnPolicySource:
         assert max_staleness == 0 or not self.devices.are_shared
         self._sampler = sampler
         self._weights = weights
-        self._early = EarlyRows(
-            teacher,
-            most_rows=0 if self.devices.are_shared else early_rows,
-            is_frozen=teacher_update_every is None,
-        )
-        self._rows = RowQueue(self._early, prefetch=prefetch, extend=lambda: False, update_every=teacher_update_every)
+        self._early = teacher
+        self._rows = RowQueue(teacher, prefetch=prefetch, extend=lambda: False, update_every=teacher_update_every)
         self._max_staleness = max_staleness
         self._max_tokens = max_tokens
         self._steps = steps

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.sources.batches import PanelPart, PanelRows, PendingRows
+from kdmesh_trainer.sources.early_rows import EarlyService
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sides import Addressed
 
@@ -32,7 +33,7 @@ class Panel:
         """See RowService."""
         asks = []
         for name, teacher in self._teachers.items():
-            members = [n for n, sequence in enumerate(sequences) if self._asks_all or _name(sequence) == name]
+            members = [n for n, sequence in enumerate(sequences) if self._asks(name, sequence)]
             if members:
                 own = [sequences[n] for n in members]
                 asks.append(
@@ -44,6 +45,43 @@ class Panel:
                     )
                 )
         return PendingPanel(asks)
+
+    def _asks(self, name: str, sequence: TokenSequence) -> bool:
+        """Whether that teacher is asked for a sequence."""
+        if self._asks_all:
+            return True
+        assert isinstance(sequence, Addressed)
+        return sequence.teacher_name == name
+
+
+class EarlyPanel(Panel):
+    """An EarlyService of several teachers."""
+
+    def __init__(self, teachers: Mapping[str, EarlyService], *, asks_all: bool) -> None:
+        """As Panel's."""
+        super().__init__(teachers, asks_all=asks_all)
+        self._early = teachers
+
+    def add(self, step: int, sequence: TokenSequence) -> None:
+        """See EarlyService."""
+        for name, teacher in self._early.items():
+            if self._asks(name, sequence):
+                teacher.add(step, sequence)
+
+    def allow(self, until: float) -> None:
+        """See EarlyService."""
+        for teacher in self._early.values():
+            teacher.allow(until)
+
+    def settle(self, step: int, sequences: Sequence[TokenSequence]) -> None:
+        """See EarlyService."""
+        for name, teacher in self._early.items():
+            teacher.settle(step, [sequence for sequence in sequences if self._asks(name, sequence)])
+
+    def close(self) -> None:
+        """See EarlyService."""
+        for teacher in self._early.values():
+            teacher.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,11 +119,6 @@ class PendingPanel:
                 )
             )
         return PanelRows(parts=tuple(parts))
-
-
-def _name(sequence: TokenSequence) -> str:
-    assert isinstance(sequence, Addressed)
-    return sequence.teacher_name
 
 
 def _rows_of(members: Sequence[int], sequences: Sequence[TokenSequence]) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Literal, Protocol
 
@@ -25,6 +25,7 @@ _CHATS_PER_CALL = 256
 _SEED_BYTES = 6
 # Stands where the next prompt's length would: no length is this.
 _TEACHERS = (2**64 - 1).to_bytes(8, "little")
+_NAMES = (2**64 - 2).to_bytes(8, "little")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,10 @@ def load_prompts(name: str, reader: Reader, encoder: PromptEncoder, policy: Prom
 
 
 def digest_prompts(prompts: Sequence[Prompt]) -> bytes:
-    """16-byte BLAKE2b over the ids; each prompt, and then the teacher's where that differs, after its length."""
+    """16-byte BLAKE2b over the ids; each prompt, and then the teacher's where that differs, after its length.
+
+    The name of a prompt's teacher follows, where there are several.
+    """
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for prompt in prompts:
         state.update(len(prompt.token_ids).to_bytes(8, "little"))
@@ -96,6 +100,8 @@ def digest_prompts(prompts: Sequence[Prompt]) -> bytes:
         if prompt.teacher_ids is not None:
             state.update(_TEACHERS + len(prompt.teacher_ids).to_bytes(8, "little"))
             state.update(prompt.teacher_ids.astype("<i4").tobytes())
+        if prompt.teacher_name:
+            state.update(_NAMES + len(prompt.teacher_name).to_bytes(8, "little") + prompt.teacher_name.encode())
     return state.digest()
 
 
@@ -126,6 +132,7 @@ class PromptOrder:
             StepPrompt(
                 token_ids=self._prompts[index].token_ids,
                 teacher_ids=self._prompts[index].teacher_ids,
+                teacher_name=self._prompts[index].teacher_name,
                 seed=_draw_seed(self._seed, step, place),
             )
             for place, index in enumerate(indices)
@@ -157,7 +164,7 @@ class _Intake:
                 )
             self._unusable[encoded.reason.value] += 1
         elif len(encoded.token_ids) <= self._policy.max_tokens:
-            self._prompts.append(encoded)
+            self._prompts.append(replace(encoded, teacher_name=chat.teacher_name))
         elif self._policy.too_long == "fail":
             raise DataError(
                 f"{chat.origin}: a prompt of {len(encoded.token_ids)} tokens, and {self._policy.max_tokens} leave room "

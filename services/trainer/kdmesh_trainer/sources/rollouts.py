@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdmesh.types import FinishReason, Float32Array, Int32Array, Sample, Sampling, TokenSequence
-from kdmesh_trainer.sources.sides import InContext
+from kdmesh_trainer.sources.sides import InContext, addressed
 from kdmesh_trainer.stats import RolloutFigures
 
 
@@ -102,8 +102,19 @@ class Rollout:
     weight_version: int  # of its first token
 
     @classmethod
-    def of(cls, prompt_ids: Int32Array, sample: Sample, *, teacher_prompt_ids: Int32Array | None = None) -> Rollout:
-        """The sample after its prompt, and for the teacher after another one if there is one."""
+    def of(
+        cls,
+        prompt_ids: Int32Array,
+        sample: Sample,
+        *,
+        teacher_prompt_ids: Int32Array | None = None,
+        teacher_name: str = "",
+    ) -> Rollout:
+        """The sample after its prompt, and for the teacher after another one if there is one.
+
+        Args:
+            teacher_name: of the one of several that is asked.
+        """
         sequence = _after(prompt_ids, sample)
         if teacher_prompt_ids is not None:
             sequence = InContext(
@@ -112,7 +123,7 @@ class Rollout:
                 teacher=_after(teacher_prompt_ids, sample),
             )
         return cls(
-            sequence=sequence,
+            sequence=addressed(sequence, teacher_name) if teacher_name else sequence,
             logprobs=sample.logprobs,
             is_cut_off=sample.finish_reason is FinishReason.LENGTH,
             weight_version=sample.min_weight_version,

@@ -141,10 +141,7 @@ class Sampler:
 
     def _rollouts(self, prompts: Sequence[StepPrompt], share: Share, rank: int) -> list[Rollout]:
         each = [prompt for prompt in prompts for _ in range(self._samples_per_prompt)]
-        rollouts = [
-            Rollout.of(prompt.token_ids, sample, teacher_prompt_ids=prompt.teacher_ids)
-            for prompt, sample in zip(each, _samples(share), strict=True)
-        ]
+        rollouts = [_rollout(prompt, sample) for prompt, sample in zip(each, _samples(share), strict=True)]
         if digest([rollout.sequence for rollout in rollouts]) != share.digest:
             raise EngineFailure(
                 f"the tokens that rank {rank} sampled are not those that rank {self._rank} has from it; "
@@ -192,9 +189,12 @@ class _Ask:
         return ""
 
     def _tell(self, sample: Sample) -> None:
-        rollout = Rollout.of(self.prompt.token_ids, sample, teacher_prompt_ids=self.prompt.teacher_ids)
-        [sequence] = teacher_side([rollout.sequence])
+        [sequence] = teacher_side([_rollout(self.prompt, sample).sequence])
         self._on_sample(sequence)
+
+
+def _rollout(prompt: StepPrompt, sample: Sample) -> Rollout:
+    return Rollout.of(prompt.token_ids, sample, teacher_prompt_ids=prompt.teacher_ids, teacher_name=prompt.teacher_name)
 
 
 def _share(asks: Sequence[_Ask], *, wait_s: float, refusal: str = "", is_whole: bool = True) -> Share:

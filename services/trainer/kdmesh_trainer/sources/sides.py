@@ -45,6 +45,7 @@ class Prompt:
 
     token_ids: Int32Array  # [P], P >= 1
     teacher_ids: Int32Array | None = None  # what it follows for the teacher; None: the same
+    teacher_name: str = ""  # of the one of several that is asked; empty: all are, or there is one
 
 
 def teacher_side(sequences: Sequence[TokenSequence]) -> tuple[TokenSequence, ...]:
