@@ -219,7 +219,10 @@ def probe(
 
 
 @main.command()
-@click.option("--rollout", "addresses", required=True, multiple=True, metavar="HOST:PORT", help="A rollout server.")
+@click.option("--rollout", "rollouts", multiple=True, metavar="HOST:PORT", help="A rollout server.")
+@click.option(
+    "--teacher", "teachers", multiple=True, metavar="HOST:PORT", help="A teacher, instead of rollout servers."
+)
 @click.option(
     "--model",
     required=True,
@@ -237,9 +240,12 @@ def probe(
 @click.option("--keep-cut-off", is_flag=True, help="Write answers that reached the longest length, too.")
 @_access_option
 def generate(
-    addresses: tuple[str, ...], model: Path, prompts: Path, output: Path, stops: tuple[str, ...], **options: Any
+    rollouts: tuple[str, ...], teachers: tuple[str, ...], model: Path, prompts: Path, output: Path, **options: Any
 ) -> None:
     """Write a chat dataset of a served model's own answers, to fine-tune a student on.
+
+    Rollout servers decode; a teacher computes the whole answer anew for each of its tokens, but for what its prefix
+    cache holds.
 
     \b
     Example: kdmesh generate --rollout 127.0.0.1:50061 --model models/teacher \\
@@ -248,11 +254,18 @@ def generate(
     from kdmesh import generate as generating
     from kdmesh.types import Sampling
 
+    if bool(rollouts) == bool(teachers):
+        raise ConfigError("generate needs servers of one kind: --rollout HOST:PORT, or --teacher HOST:PORT")
+    servers = generating.Servers(
+        kind="rollout" if rollouts else "teacher",
+        addresses=rollouts or teachers,
+        access=_access(options["access_file"]),
+    )
     sampling = Sampling(
         temperature=options["temperature"],
         top_p=options["top_p"],
         max_new_tokens=options["max_new_tokens"],
-        stop_strings=stops,
+        stop_strings=options["stops"],
     )
     plan = generating.Plan(
         samples=options["samples"],
@@ -261,8 +274,7 @@ def generate(
         keeps_cut_off=options["keep_cut_off"],
         deadline_s=_GENERATE_S,
     )
-    access = _access(options["access_file"])
-    click.echo(generating.generate(addresses, model, prompts, output, plan, access=access).sentence())
+    click.echo(generating.generate(servers, model, prompts, output, plan).sentence())
 
 
 @main.command()

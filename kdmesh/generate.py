@@ -1,4 +1,4 @@
-"""Writes a chat dataset of a model's own answers, sampled by rollout servers."""
+"""Writes a chat dataset of a model's own answers, sampled by rollout servers or from teachers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 import numpy as np
 from jinja2 import TemplateError
@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, DataError, ModelMismatch
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.rpc.pending_samples import PendingSamples
 from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import FinishReason, Int32Array, Sample, Sampling
 
+_JOB = "generate"
 _AHEAD = 64  # prompts under way, so that the servers always have something to do
 _SEEDS = 2**32  # of one prompt
 
@@ -52,21 +54,38 @@ class Report:
         return f"{self.written} answers to {self.prompts} prompts; {self.cut_off} reached the length limit"
 
 
-def generate(
-    addresses: Sequence[str],
-    model: Path,
-    prompts: Path,
-    output: Path,
-    plan: Plan,
-    *,
-    access: AccessConfig = OPEN_ACCESS,
-) -> Report:
+class PendingAnswers(Protocol):
+    """Samples of one prompt."""
+
+    def wait(self) -> list[Sample]:
+        """Block until all are here."""
+        ...
+
+
+class Speaker(Protocol):
+    """A served model that can be sampled from."""
+
+    def submit(self, prompt_ids: Int32Array, sampling: Sampling, *, num_samples: int, seed: int) -> PendingAnswers:
+        """Ask for samples of one prompt, sample i drawn from seed + i. Does not block."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Servers:
+    """Who is asked: rollout servers, or teachers, which compute an answer anew for each of its tokens."""
+
+    kind: Literal["rollout", "teacher"]
+    addresses: Sequence[str]  # host:port of each; at least one
+    access: AccessConfig = OPEN_ACCESS
+
+
+def generate(servers: Servers, model: Path, prompts: Path, output: Path, plan: Plan) -> Report:
     """Write one row of `messages` for each answer, in the order of the prompts; blocks until all are written.
 
     `output` appears when it is whole.
 
     Args:
-        addresses: rollout servers.
+        servers: all of one model.
         model: directory of the tokenizer, with its chat template; it must be the servers' own.
         prompts: see read_prompts.
         output: JSONL file to write.
@@ -92,9 +111,8 @@ def generate(
     with ExitStack() as stack:
         stack.callback(unfinished.unlink, missing_ok=True)
         stack.enter_context(file)
-        pool = stack.enter_context(RolloutPool(addresses, job="generate", deadline_s=plan.deadline_s, access=access))
-        chats.check(pool.describe().tokenizer_fingerprint)
-        for messages, samples in _answers(pool, chats, prompts, plan):
+        speaker = _speaker(servers, chats, plan, stack)
+        for messages, samples in _answers(speaker, chats, prompts, plan):
             report.prompts += 1
             for sample in samples:
                 is_cut_off = sample.finish_reason is FinishReason.LENGTH
@@ -144,6 +162,10 @@ class ChatTokens:
         """The token that ends an answer, if the tokenizer has one."""
         return () if self._tokenizer.eos_token_id is None else (self._tokenizer.eos_token_id,)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text with its special tokens."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def check(self, fingerprint: str) -> None:
         """Raises ModelMismatch when a server with that fingerprint has another tokenizer."""
         ours = tokenizer_fingerprint(self._tokenizer.get_vocab())
@@ -168,15 +190,30 @@ class ChatTokens:
         return text
 
 
+def _speaker(servers: Servers, chats: ChatTokens, plan: Plan, stack: ExitStack) -> Speaker:
+    """Connected until `stack` ends."""
+    if servers.kind == "rollout":
+        rollouts = stack.enter_context(
+            RolloutPool(servers.addresses, job=_JOB, deadline_s=plan.deadline_s, access=servers.access)
+        )
+        chats.check(rollouts.describe().tokenizer_fingerprint)
+        return rollouts
+    teachers = stack.enter_context(
+        TeacherPool(servers.addresses, job=_JOB, deadline_s=plan.deadline_s, access=servers.access)
+    )
+    chats.check(teachers.describe().tokenizer_fingerprint)
+    return TeacherSampler(teachers, chats.decode)
+
+
 def _answers(
-    pool: RolloutPool, chats: ChatTokens, prompts: Path, plan: Plan
+    speaker: Speaker, chats: ChatTokens, prompts: Path, plan: Plan
 ) -> Iterator[tuple[list[Message], list[Sample]]]:
     """Each prompt's messages and samples, in order; later prompts are being answered meanwhile."""
-    waiting: deque[tuple[list[Message], PendingSamples]] = deque()
+    waiting: deque[tuple[list[Message], PendingAnswers]] = deque()
     for number, messages in enumerate(read_prompts(prompts)):
         seed = (plan.seed + number * _SEEDS) % 2**64
         ids = chats.prompt_ids(messages)
-        waiting.append((messages, pool.submit(ids, plan.sampling, num_samples=plan.samples, seed=seed)))
+        waiting.append((messages, speaker.submit(ids, plan.sampling, num_samples=plan.samples, seed=seed)))
         if len(waiting) > _AHEAD:
             first, pending = waiting.popleft()
             yield first, pending.wait()

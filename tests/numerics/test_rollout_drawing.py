@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kdmesh.sampling import drawing
+from kdmesh.sampling.drawing import Chance, Draw, draw
 from kdmesh.types import Sampling
-from kdmesh_rollout import drawing
-from kdmesh_rollout.drawing import Chance, Draw, draw
 
 DRAWS = 4000
 

@@ -40,6 +40,7 @@ LAYER = {
     "kdmesh.losses": 2,
     "kdmesh.models": 2,
     "kdmesh.rpc": 2,
+    "kdmesh.sampling": 2,
     "kdmesh.serving": 2,
     "kdmesh.sglang": 2,
     "kdmesh.weights": 2,

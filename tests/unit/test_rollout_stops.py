@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdmesh_rollout.stops import StopStrings
+from kdmesh.sampling.stops import StopStrings
 
 
 def spelt(token_ids: Sequence[int]) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Sequence, Set
 
 import torch
 
+from kdmesh.sampling.growing import GrowingSample
+from kdmesh.sampling.stops import StopStrings
 from kdmesh.types import DType, Int32Array, SleepTag
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh.weights.staging import StagedTensors
 from kdmesh_rollout.config import FakeEngine as FakeEngineConfig
 from kdmesh_rollout.engine import EngineDescription, Finished, Order
-from kdmesh_rollout.growing import GrowingSample
-from kdmesh_rollout.stops import StopStrings
 
 _COLUMNS = 8
 
@@ -52,8 +52,15 @@ class FakeEngine:
     def add(self, order: Order) -> None:
         """Begin a sample with the next step."""
         stops = StopStrings(order.sampling.stop_strings, text_of)
-        sample = GrowingSample(order, max_sequence_tokens=self._config.max_sequence_tokens, stops=stops)
         seed = secrets.randbits(64) if order.seed is None else order.seed
+        sample = GrowingSample(
+            order.key,
+            order.prompt_ids,
+            sampling=order.sampling,
+            seed=seed,
+            max_sequence_tokens=self._config.max_sequence_tokens,
+            stops=stops,
+        )
         self._running[order.key] = (order, seed, sample)
         self._prefilled_tokens += len(order.prompt_ids)
 
@@ -74,7 +81,7 @@ class FakeEngine:
             outcome = sample.take(token, logprob, version=self._version)
             if outcome is not None:
                 del self._running[order.key]
-                finished.append(outcome)
+                finished.append(Finished(key=order.key, sample=outcome))
         return finished
 
     def interrupt(self) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdmesh_rollout.drawing import Chance, Draw, draw
+from kdmesh.sampling.drawing import Chance, Draw, draw
+from kdmesh.sampling.stops import StopStrings
 from kdmesh_rollout.sglang_ask import Ask
-from kdmesh_rollout.stops import StopStrings
 
 
 class DrawnSample:

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdmesh.errors import ConfigError, Unavailable
 from kdmesh.losses.head import OutputHead
-from kdmesh.losses.matmul import logits_into
 from kdmesh.losses.workspace import Workspace
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.decoding import Decoder, prepare_decoding
@@ -20,14 +19,15 @@ from kdmesh.models.placement import DTYPES, device, torch_dtype
 from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.sampling.drawing import draw
+from kdmesh.sampling.growing import GrowingSample
+from kdmesh.sampling.logits import sampling_logits
+from kdmesh.sampling.stops import StopStrings
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import SleepTag
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh_rollout.config import TransformersEngine as TransformersEngineConfig
-from kdmesh_rollout.drawing import draw
 from kdmesh_rollout.engine import EngineDescription, Finished, Order
-from kdmesh_rollout.growing import GrowingSample
-from kdmesh_rollout.stops import StopStrings
 
 
 class _Group:
@@ -110,7 +110,16 @@ class TransformersEngine:
     def add(self, order: Order) -> None:
         """Begin a sample with the next step."""
         stops = StopStrings(order.sampling.stop_strings, self._decode)
-        self._waiting.append(GrowingSample(order, max_sequence_tokens=self._max_sequence_tokens, stops=stops))
+        self._waiting.append(
+            GrowingSample(
+                order.key,
+                order.prompt_ids,
+                sampling=order.sampling,
+                seed=order.seed,
+                max_sequence_tokens=self._max_sequence_tokens,
+                stops=stops,
+            )
+        )
 
     def abort(self, key: int) -> None:
         """Forget a sample."""
@@ -197,7 +206,9 @@ class TransformersEngine:
     def _draw(self, group: _Group, first: int, hidden_BD: Tensor) -> list[Finished]:
         """Draw for the rows from `first` on; those that have finished leave."""
         drawing = group.samples[first:]
-        tokens, logprobs = draw(self._logits(hidden_BD), [sample.draw(hidden_BD.device) for sample in drawing])
+        assert self._head is not None
+        logits_BV = sampling_logits(self._head, hidden_BD, self._workspace)
+        tokens, logprobs = draw(logits_BV, [sample.draw(hidden_BD.device) for sample in drawing])
         self._drawn_tokens += len(drawing)
         outcomes = [
             sample.take(token, logprob, version=self._version)
@@ -206,22 +217,11 @@ class TransformersEngine:
         for row in reversed(range(len(outcomes))):  # the last row takes the place of one that leaves
             if outcomes[row] is not None:
                 group.remove(first + row)
-        return [outcome for outcome in outcomes if outcome is not None]
-
-    def _logits(self, hidden_BD: Tensor) -> Tensor:
-        """[B, V] float32, of real tokens."""
-        head = self._head
-        assert head is not None
-        if hidden_BD.dtype not in (torch.float32, torch.bfloat16):
-            return head.logits(hidden_BD)
-        logits_BV = hidden_BD.new_empty(len(hidden_BD), head.vocabulary_size, dtype=torch.float32)
-        logits_into(logits_BV, hidden_BD, head.weight_VD, self._workspace)
-        if head.bias_V is not None:
-            logits_BV += head.bias_V
-        logits_BV *= head.logit_scale
-        if head.logit_softcap is None:
-            return logits_BV
-        return logits_BV.div_(head.logit_softcap).tanh_().mul_(head.logit_softcap)
+        return [
+            Finished(key=sample.key, sample=outcome)
+            for sample, outcome in zip(drawing, outcomes, strict=True)
+            if outcome is not None
+        ]
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         assert self._tokenizer is not None

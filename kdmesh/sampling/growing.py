@@ -5,27 +5,38 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kdmesh.types import FinishReason, Int32Array, Sample
-from kdmesh_rollout.drawing import Chance, Draw
-from kdmesh_rollout.engine import Finished, Order
-from kdmesh_rollout.stops import StopStrings
+from kdmesh.sampling.drawing import Chance, Draw
+from kdmesh.sampling.stops import StopStrings
+from kdmesh.types import FinishReason, Int32Array, Sample, Sampling
 
 
 class GrowingSample:
     """The tokens so far, and whether they are all.
 
     Args:
-        order: what was asked for.
+        key: a number of the caller's.
+        prompt_ids: at least one.
+        seed: None draws differently each time.
         max_sequence_tokens: of prompt and response together.
         stops: of its stop strings.
     """
 
-    def __init__(self, order: Order, *, max_sequence_tokens: int, stops: StopStrings) -> None:
-        self.key = order.key
-        self._order = order
-        self._most = min(order.sampling.max_new_tokens, max_sequence_tokens - len(order.prompt_ids))
+    def __init__(
+        self,
+        key: int,
+        prompt_ids: Int32Array,
+        *,
+        sampling: Sampling,
+        seed: int | None,
+        max_sequence_tokens: int,
+        stops: StopStrings,
+    ) -> None:
+        self.key = key
+        self._prompt_ids = prompt_ids
+        self._sampling = sampling
+        self._most = min(sampling.max_new_tokens, max_sequence_tokens - len(prompt_ids))
         self._stops = stops
-        self._chance = Chance(order.seed)
+        self._chance = Chance(seed)
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []  # of the first token, and of the newest
@@ -33,12 +44,12 @@ class GrowingSample:
     @property
     def longest(self) -> int:
         """Most tokens that prompt and response can come to."""
-        return len(self._order.prompt_ids) + self._most
+        return len(self._prompt_ids) + self._most
 
     @property
     def sequence_ids(self) -> Int32Array:
         """The prompt, and what was drawn."""
-        return np.concatenate([self._order.prompt_ids, np.array(self._token_ids, np.int32)])
+        return np.concatenate([self._prompt_ids, np.array(self._token_ids, np.int32)])
 
     @property
     def num_drawn(self) -> int:
@@ -53,25 +64,24 @@ class GrowingSample:
     def draw(self, device: torch.device) -> Draw:
         """How its next token is drawn; to be asked once for each."""
         seen_S = None
-        if self._order.sampling.repetition_penalty != 1:
+        if self._sampling.repetition_penalty != 1:
             seen_S = torch.from_numpy(np.unique(self.sequence_ids).astype(np.int64)).to(device)
-        return Draw(sampling=self._order.sampling, chance=self._chance.next(), seen_S=seen_S)
+        return Draw(sampling=self._sampling, chance=self._chance.next(), seen_S=seen_S)
 
-    def take(self, token: int, logprob: float, *, version: int) -> Finished | None:
+    def take(self, token: int, logprob: float, *, version: int) -> Sample | None:
         """Append what was drawn with the weights of `version`; the sample, when that was its last token."""
         self._token_ids.append(token)
         self._logprobs.append(logprob)
         self._versions = [*self._versions[:1], version]
-        if token in self._order.sampling.stop_token_ids or self._stops.is_complete(self._token_ids):
+        if token in self._sampling.stop_token_ids or self._stops.is_complete(self._token_ids):
             return self._finished(FinishReason.STOP)
         return self._finished(FinishReason.LENGTH) if len(self._token_ids) == self._most else None
 
-    def _finished(self, reason: FinishReason) -> Finished:
-        sample = Sample(
+    def _finished(self, reason: FinishReason) -> Sample:
+        return Sample(
             token_ids=np.array(self._token_ids, np.int32),
             logprobs=np.array(self._logprobs, np.float32),
             finish_reason=reason,
             min_weight_version=self._versions[0],
             max_weight_version=self._versions[-1],
         )
-        return Finished(key=self.key, sample=sample)
