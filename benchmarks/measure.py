@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 _START_S = 120.0
@@ -35,9 +36,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         say("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """One that is ready."""
+
+    pid: int
+    grpc: str  # host:port
+    rest: str
+
+
 @contextlib.contextmanager
 def server(command: Sequence[str], ready_file: Path, *, env: Mapping[str, str] | None = None) -> Iterator[str]:
     """The gRPC address of a server that `command` starts; it writes `ready_file` when it is ready."""
+    with started(command, ready_file, env=env) as running:
+        yield running.grpc
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], ready_file: Path, *, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server that `command` starts; it writes `ready_file` when it is ready."""
     process = subprocess.Popen(command, env={**os.environ, **(env or {})})
     try:
         ends_s = time.monotonic() + _START_S
@@ -45,7 +62,8 @@ def server(command: Sequence[str], ready_file: Path, *, env: Mapping[str, str] |
             if process.poll() is not None or time.monotonic() > ends_s:
                 raise SystemExit(f"{' '.join(command)} did not start")
             time.sleep(0.05)
-        yield str(json.loads(ready_file.read_text(encoding="utf-8"))["grpc"])
+        addresses = json.loads(ready_file.read_text(encoding="utf-8"))
+        yield Server(pid=process.pid, grpc=addresses["grpc"], rest=addresses["rest"])
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from kdmesh.serving.recent_tokens import RecentTokens
 from kdmesh.serving.throughput import Throughput
 from kdmesh.types import ServerLoad
 
@@ -63,12 +64,17 @@ class Teacher:
         self._queue: deque[Request] = deque()
         self._waiting_tokens = 0
         self._measured = Throughput()
+        self._recent = RecentTokens()
         self._lives = 0
 
     @property
     def load(self) -> ServerLoad:
         """As a server says it."""
-        return ServerLoad(waiting_tokens=self._waiting_tokens, tokens_per_s=self._measured.tokens_per_s)
+        return ServerLoad(
+            waiting_tokens=self._waiting_tokens,
+            tokens_per_s=self._measured.tokens_per_s,
+            recent_tokens=self._recent.at(self._clock.now_s),
+        )
 
     def take(self, request: Request) -> None:
         """Queue it, or fail it."""
@@ -98,6 +104,7 @@ class Teacher:
         return sum(tokens for at_s, tokens in self.answers if begin_s < at_s <= end_s)
 
     def _begin(self) -> None:
+        self._recent.add(self._queue[0].tokens, self._clock.now_s)
         seconds = self._queue[0].tokens / self.tokens_per_s
         self._clock.after(seconds, partial(self._finish, self._lives, seconds))
 

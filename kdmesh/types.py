@@ -48,6 +48,7 @@ class ServerLoad:
 
     waiting_tokens: int  # of all clients, with those that are computed now
     tokens_per_s: float | None  # measured; None before anything was
+    recent_tokens: float = 0.0  # that came lately, older ones counting less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

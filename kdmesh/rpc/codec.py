@@ -177,12 +177,18 @@ def int32_from_wire(values: Iterable[int], what: str) -> np.ndarray[tuple[int], 
 def load_from_wire(m: teacher_pb2.ServerLoad) -> ServerLoad:
     """What the server has to do; a speed that is none counts as not measured."""
     has_speed = m.HasField("tokens_per_s") and 0 < m.tokens_per_s < math.inf
-    return ServerLoad(waiting_tokens=m.waiting_tokens, tokens_per_s=m.tokens_per_s if has_speed else None)
+    return ServerLoad(
+        waiting_tokens=m.waiting_tokens,
+        tokens_per_s=m.tokens_per_s if has_speed else None,
+        recent_tokens=m.recent_tokens,
+    )
 
 
 def load_to_wire(load: ServerLoad) -> teacher_pb2.ServerLoad:
     """The same as a message."""
-    return teacher_pb2.ServerLoad(waiting_tokens=load.waiting_tokens, tokens_per_s=load.tokens_per_s)
+    return teacher_pb2.ServerLoad(
+        waiting_tokens=load.waiting_tokens, tokens_per_s=load.tokens_per_s, recent_tokens=round(load.recent_tokens)
+    )
 
 
 def cache_answer_to_wire(answer: CacheAnswer) -> teacher_pb2.FindCachedResponse:

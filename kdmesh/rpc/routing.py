@@ -121,15 +121,17 @@ class Router:
         return now_s - self._servers[name].reported_s <= self._policy.fresh_s
 
     def best(self, names: Iterable[str], num_tokens: int, now_s: float) -> str:
-        """The one of those drawn that should answer a request of so many tokens first."""
+        """The one of those drawn that should answer a request of so many tokens first; of equals, the one that did
+        least lately."""
         servers = {name: self._servers[name] for name in names}
         speeds = [s.load.tokens_per_s for s in servers.values() if s.load is not None and s.load.tokens_per_s]
         typical = sum(speeds) / len(speeds) if speeds else 1.0
 
-        def cost(name: str) -> tuple[float, float]:
+        def cost(name: str) -> tuple[float, float, float]:
             server = servers[name]
             tokens = (server.backlog(now_s) + num_tokens) / server.relative_speed(typical)
-            return tokens - self._policy.local_tokens * server.is_local, self._rng.random()
+            recent = server.load.recent_tokens if server.load is not None else 0.0
+            return tokens - self._policy.local_tokens * server.is_local, recent, self._rng.random()
 
         return min(servers, key=cost)
 

@@ -11,7 +11,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from kdmesh.errors import Unavailable
 from kdmesh.serving.fair_queue import QUANTUM_TOKENS, FairQueue, Waiting
 from kdmesh.serving.job_table import JobTable, Shortage
+from kdmesh.serving.recent_tokens import RecentTokens
 from kdmesh.serving.throughput import Throughput
+from kdmesh.types import ServerLoad
 
 S = TypeVar("S")
 
@@ -53,6 +55,7 @@ class WaitingLine(Generic[W]):
         self.jobs = jobs
         self.queue = FairQueue[W](jobs.standing, quantum_tokens=min(QUANTUM_TOKENS, batch_tokens / 8))
         self.throughput = Throughput()
+        self._recent = RecentTokens()
         self._max_tokens = max_tokens
         self._clock = clock
         self._under_way: tuple[float, int] | None = None  # when the batch began, its tokens
@@ -92,11 +95,16 @@ class WaitingLine(Generic[W]):
     def batch_began(self, num_tokens: int) -> None:
         """The engine works on a batch, and on nothing else until `computed`."""
         self._under_way = self._clock(), num_tokens
+        self._recent.add(num_tokens, self._clock())
 
     @property
-    def computing_tokens(self) -> int:
-        """Of the batch that the engine works on."""
-        return 0 if self._under_way is None else self._under_way[1]
+    def load(self) -> ServerLoad:
+        """What is to be done, how fast that goes, and what was done lately."""
+        return ServerLoad(
+            waiting_tokens=self.queue.num_tokens + (0 if self._under_way is None else self._under_way[1]),
+            tokens_per_s=self.throughput.tokens_per_s,
+            recent_tokens=self._recent.at(self._clock()),
+        )
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """The engine was so fast."""

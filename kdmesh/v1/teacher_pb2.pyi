@@ -277,18 +277,24 @@ class ServerLoad(google.protobuf.message.Message):
 
     WAITING_TOKENS_FIELD_NUMBER: builtins.int
     TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    RECENT_TOKENS_FIELD_NUMBER: builtins.int
     waiting_tokens: builtins.int
     """Tokens of requests that wait or are computed now, over all sessions."""
     tokens_per_s: builtins.float
     """Measured speed of the engine; unset before its first batch."""
+    recent_tokens: builtins.int
+    """Tokens that were begun lately, each counting exp(-age / 60 s): of servers that have
+    nothing to do, the one that did least is asked next.
+    """
     def __init__(
         self,
         *,
         waiting_tokens: builtins.int = ...,
         tokens_per_s: builtins.float | None = ...,
+        recent_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_tokens_per_s", b"_tokens_per_s", "tokens_per_s", b"tokens_per_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_tokens_per_s", b"_tokens_per_s", "tokens_per_s", b"tokens_per_s", "waiting_tokens", b"waiting_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_tokens_per_s", b"_tokens_per_s", "recent_tokens", b"recent_tokens", "tokens_per_s", b"tokens_per_s", "waiting_tokens", b"waiting_tokens"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_tokens_per_s", b"_tokens_per_s"]) -> typing.Literal["tokens_per_s"] | None: ...
 
 Global___ServerLoad: typing_extensions.TypeAlias = ServerLoad

@@ -68,6 +68,15 @@ def test_without_reports_own_requests_decide() -> None:
     assert made.best("ab", 10, 1.0) == "a"
 
 
+def test_of_those_with_nothing_to_do_the_one_that_did_least_is_taken() -> None:
+    made = router("ab")
+    for name, recent in (("a", 5000.0), ("b", 4000.0)):
+        made.reported(name, ServerLoad(waiting_tokens=0, tokens_per_s=1000, recent_tokens=recent), 0.0)
+    assert {made.best("ab", 10, 0.0) for _ in range(20)} == {"b"}
+    say(made, "b", 1)
+    assert made.best("ab", 10, 0.0) == "a"
+
+
 def test_equals_are_drawn_by_lot() -> None:
     made = router("ab")
     assert len({made.best("ab", 10, 0.0) for _ in range(50)}) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -134,7 +135,18 @@ def test_batch_under_way_is_waited_for() -> None:
     server.line.batch_began(4000)
     server.now_s += 1.0
     assert server.line.seconds_until_start("mine", REQUEST) == pytest.approx(3.0)
-    assert server.line.computing_tokens == 4000
+
+
+def test_load_is_what_waits_and_is_computed_and_what_was_begun_lately() -> None:
+    server = Server({})
+    assert server.line.load.recent_tokens == 0
+    server.line.batch_began(4000)
+    server.fill("mine", 2000)
+    assert (server.line.load.waiting_tokens, server.line.load.recent_tokens) == (6000, pytest.approx(4000))
+    server.line.computed(4000, 2.0)
+    server.now_s += 60
+    assert server.line.load.waiting_tokens == 2000
+    assert server.line.load.recent_tokens == pytest.approx(4000 / math.e)
 
 
 @pytest.mark.parametrize("terms", [JobTerms(max_requests_per_s=2), JobTerms(max_tokens_in_flight=REQUEST)])

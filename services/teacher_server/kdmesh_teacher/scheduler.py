@@ -107,8 +107,7 @@ class Scheduler:
     @property
     def load(self) -> ServerLoad:
         """What is to be done, and how fast."""
-        waiting_tokens = self._queue.num_tokens + self._line.computing_tokens
-        return ServerLoad(waiting_tokens=waiting_tokens, tokens_per_s=self._line.throughput.tokens_per_s)
+        return self._line.load
 
     async def prefill(
         self,

@@ -1,0 +1,205 @@
+"""Whether two teachers and their jobs are after an hour what they were at its start: as fast, and no larger.
+
+Three trainers ask both teachers without end; beside them one job after the other comes, works and goes, every second
+one killed. The fake engine takes a fixed time for each token, so that the speed says what the service costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import yaml
+
+from benchmarks.measure import Server, finish, say, started, table
+from benchmarks.soak_clients import MAX_TOKENS, VOCABULARY_SIZE, Trainer, run_job, trainers
+from kdmesh.rpc.doors import DoorChoice
+
+_DOORS: tuple[DoorChoice, ...] = ("shm", "shm", "stream")
+_SLOTS = 10  # few, so that every client has soon mapped each
+_EVERY_S = 1.0
+_SETTLE_S = 20.0  # what is loaded and mapped once is there by then
+_MAX_LOSS = 0.03
+_MAX_GROWTH_MIB = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One look at everything."""
+
+    at_s: float
+    tokens: int  # answered so far
+    private_mib: dict[str, float]  # by process: memory of its own, without what it shares
+    fds: dict[str, int]
+    threads: dict[str, int]
+    held_slots: int  # of all servers, not free
+
+
+@contextmanager
+def _teachers(folder: Path) -> Iterator[list[Server]]:
+    engine = {
+        "kind": "fake",
+        "hidden_size": 64,
+        "vocabulary_size": VOCABULARY_SIZE,
+        "max_batch_tokens": MAX_TOKENS,
+        "seconds_per_token": 2e-5,
+    }
+    tree = {
+        "engine": engine,
+        "server": {"port": 0, "rest_port": 0},
+        "slab": {"slots": _SLOTS, "slot_mib": 1, "lease_s": 5},
+    }
+    with ExitStack() as stack:
+        servers = []
+        for number in range(2):
+            config, ready = folder / f"{number}.yaml", folder / f"{number}.json"
+            config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+            command = [sys.executable, "-m", "kdmesh_teacher", str(config), "--ready-file", str(ready)]
+            servers.append(stack.enter_context(started(command, ready)))
+        yield servers
+
+
+class _Watch:
+    """Looks at processes."""
+
+    def __init__(self, servers: Sequence[Server], clients: Sequence[Trainer]) -> None:
+        self._servers = servers
+        self._clients = clients
+        pids = {f"teacher {k}": server.pid for k, server in enumerate(servers)}
+        pids |= {f"trainer {k} ({_DOORS[k]})": client.process.pid or 0 for k, client in enumerate(clients)}
+        self._processes = {name: psutil.Process(pid) for name, pid in pids.items()}
+
+    def look(self) -> Sample:
+        """As it is now."""
+        memory = {name: process.memory_info() for name, process in self._processes.items()}
+        return Sample(
+            at_s=time.monotonic(),
+            tokens=sum(client.tokens.value for client in self._clients),
+            private_mib={name: (info.rss - info.shared) / 2**20 for name, info in memory.items()},
+            fds={name: process.num_fds() for name, process in self._processes.items()},
+            threads={name: process.num_threads() for name, process in self._processes.items()},
+            held_slots=sum(_held(server) for server in self._servers),
+        )
+
+
+def _slab(server: Server) -> dict[str, int]:
+    slots: dict[str, int] = httpx.get(f"http://{server.rest}/v1/slab").json()["slots"]
+    return slots
+
+
+def _held(server: Server) -> int:
+    return _SLOTS - _slab(server)["free"]
+
+
+@contextmanager
+def _jobs(addresses: Sequence[str]) -> Iterator[Callable[[], int]]:
+    """Jobs, one after the other; what is yielded says how many have ended."""
+    stop, ended = threading.Event(), [0]
+
+    def run() -> None:
+        while not stop.is_set():
+            run_job(addresses, ended[0])
+            ended[0] += 1
+            stop.wait(1.0)
+
+    thread = threading.Thread(target=run, name="jobs")
+    thread.start()
+    try:
+        yield lambda: ended[0]
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _observe(watch: _Watch, seconds: float, clients: Sequence[Trainer]) -> list[Sample]:
+    time.sleep(_SETTLE_S)
+    samples = [watch.look()]
+    while samples[-1].at_s < samples[0].at_s + seconds:
+        time.sleep(_EVERY_S)
+        samples.append(watch.look())
+        if not all(client.is_there for client in clients):
+            raise SystemExit("a trainer has ended by itself")
+    return samples
+
+
+def _rate(samples: Sequence[Sample]) -> float:
+    return (samples[-1].tokens - samples[0].tokens) / (samples[-1].at_s - samples[0].at_s)
+
+
+def _slope_mib_per_h(samples: Sequence[Sample], name: str) -> float:
+    times = [sample.at_s for sample in samples]
+    line = statistics.linear_regression(times, [sample.private_mib[name] for sample in samples])
+    return float(line.slope * 3600)
+
+
+def _left_over(servers: Sequence[Server]) -> list[str]:
+    """What is not given back when every client has ended, and its lease."""
+    ends_s = time.monotonic() + 30
+    while any(_held(server) for server in servers) and time.monotonic() < ends_s:
+        time.sleep(0.5)
+    left = []
+    for number, server in enumerate(servers):
+        sessions = httpx.get(f"http://{server.rest}/v1/sessions").json()["sessions"]
+        if held := _held(server):
+            left.append(f"teacher {number} holds {held} slots")
+        if sessions:
+            left.append(f"teacher {number} has {len(sessions)} sessions")
+    return left
+
+
+def _judge(samples: Sequence[Sample]) -> tuple[list[str], float]:
+    """What is wrong, and the change of the speed, after the table."""
+    quarter = len(samples) // 4
+    first, last = samples[:quarter], samples[-quarter:]
+    change = _rate(last) / _rate(first) - 1
+    wrong = [f"the speed changed by {change:+.1%}"] if abs(change) > _MAX_LOSS else []
+    rows: list[list[object]] = [["tokens/s", f"{_rate(first):,.0f}", f"{_rate(last):,.0f}", f"{change:+.1%}"]]
+    for name in samples[0].fds:
+        before, after = (statistics.median(s.private_mib[name] for s in part) for part in (first, last))
+        slope = _slope_mib_per_h(samples, name)
+        rows.append([f"{name}, own MiB", f"{before:.1f}", f"{after:.1f}", f"{slope:+.1f} MiB/h"])
+        if after - before > max(_MAX_GROWTH_MIB, 0.01 * before):
+            wrong.append(f"{name} grew by {after - before:.1f} MiB")
+        for what, counts in (("descriptors", "fds"), ("threads", "threads")):
+            few, many = (statistics.median(getattr(s, counts)[name] for s in part) for part in (first, last))
+            rows.append([f"{name}, {what}", f"{few:g}", f"{many:g}", f"{many - few:+g}"])
+            if many > few + 2:
+                wrong.append(f"{name} has {many - few:g} {what} more")
+    slots = [f"{statistics.mean(s.held_slots for s in part):.1f}" for part in (first, last)]
+    rows.append([f"slots in use, of {2 * _SLOTS}", *slots, ""])
+    table(["", "first quarter", "last quarter", "change"], rows)
+    return wrong, change
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run for a while, print the table, and fail when something has grown or slowed down."""
+    parser = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder, _teachers(Path(folder)) as servers:
+        addresses = [server.grpc for server in servers]
+        with trainers(addresses, _DOORS) as clients, _jobs(addresses) as num_jobs:
+            samples = _observe(_Watch(servers, clients), options.minutes * 60, clients)
+            jobs = num_jobs()
+        wrong, change = _judge(samples)
+        wrong += _left_over(servers)
+    tokens = samples[-1].tokens - samples[0].tokens
+    say(f"\n{tokens:,} tokens and {jobs} short jobs in {options.minutes:g} minutes")
+    say("flat" if not wrong else "NOT FLAT: " + "; ".join(wrong))
+    finish("soak", {"minutes": options.minutes, "speed_change": change, "jobs": jobs, "wrong": wrong})
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
