@@ -9,8 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.identities import JOB, OPERATOR, VIEWER, write_tokens
+from kdmesh.errors import DeadlineExpired, Unavailable
+from kdmesh.rpc.retry import Deadline
+from tests.support.identities import JOB, OPERATOR, VIEWER, access_with, teacher_client, write_tokens
 from tests.support.rollout_server import running_rollout
+from tests.support.teacher_requests import sequence
 from tests.support.teacher_server import running_teacher
 
 WAKE = {"json": {"tags": ["weights"]}}
@@ -73,3 +76,23 @@ async def test_a_browser_sends_the_token_as_a_password_and_changes_nothing_with_
         assert (await http.get("/v1/model", auth=("anybody", "wrong"))).status_code == 401
         assert (await http.get("/v1/model", headers={"Authorization": "Basic ???"})).status_code == 401
         assert (await http.post("/v1/wake", auth=("anybody", OPERATOR), **WAKE)).status_code == 401
+
+
+async def test_a_job_sheds_its_limits_under_no_other_name_and_an_operator_lifts_them(tmp_path: Path) -> None:
+    section = {"auth": {"tokens": str(write_tokens(tmp_path / "tokens.yaml", JOB, OPERATOR))}}
+    limits = {"defaults": {"max_requests_per_s": 0.001}}
+    wanted = [sequence(9)]
+    async with (
+        running_teacher(tmp_path, server=section, jobs=limits) as teacher,
+        httpx.AsyncClient(base_url=f"http://{teacher.addresses.rest}") as http,
+        teacher_client(teacher.addresses.grpc, access_with(JOB, tmp_path), job="one") as first,
+        teacher_client(teacher.addresses.grpc, access_with(JOB, tmp_path), job="two") as second,
+    ):
+        await first.prefill(wanted, Deadline.after(10))
+        with pytest.raises((Unavailable, DeadlineExpired)):
+            await second.prefill(wanted, Deadline.after(0.2))
+        for token, status in ((JOB, 403), (OPERATOR, 200)):
+            terms = {"max_requests_per_s": None}
+            answer = await http.put("/v1/jobs/job-one", headers=bearer(token), json=terms)
+            assert answer.status_code == status
+        await second.prefill(wanted, Deadline.after(10))
