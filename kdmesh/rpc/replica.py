@@ -149,15 +149,11 @@ class Replica(Generic[C]):
                     self.client = await self._connect(self.address)
                     attempt = 0
                     await self._use(self.client)
-                except (ConfigError, ModelMismatch, PermissionDenied) as error:
-                    self._give_up(error)
-                except Unauthenticated as error:
-                    # Later, tokens may be being exchanged on both sides, and ours is read again.
-                    self.last_error = error
-                    if not self.has_tried:
-                        self._give_up(error)
-                    wait_s = self._policy.wait_s(attempt)
-                    attempt += 1
+                except (ConfigError, ModelMismatch, Unauthenticated, PermissionDenied) as error:
+                    log.error(
+                        "server refused", extra={"kind": self._kind, "address": self.address, "reason": str(error)}
+                    )
+                    self.failure = self.last_error = error
                 except RpcError as error:
                     self.last_error = error
                     wait_s = self._policy.wait_s(attempt)
@@ -167,10 +163,6 @@ class Replica(Generic[C]):
                 await asyncio.sleep(wait_s)
         finally:
             await self._drop()
-
-    def _give_up(self, error: KdmeshError) -> None:
-        log.error("server refused", extra={"kind": self._kind, "address": self.address, "reason": str(error)})
-        self.failure = self.last_error = error
 
     async def _use(self, client: C) -> None:
         """Return when the connection is lost."""

@@ -70,6 +70,7 @@ class Replicas(Generic[C]):
         self._tasks = BackgroundTasks()
         self._policy = RetryPolicy()
         self._connect = connect
+        self._was_let_in = False  # by any of them
         self._asleep: frozenset[SleepTag] | None = None  # None: nobody has said, so they are left as they are
         self._discovery = discovery
         self._routing = routing
@@ -220,7 +221,14 @@ class Replicas(Generic[C]):
 
     async def _connected(self, address: str) -> C:
         """A new connection to a server that is as awake as all should be."""
-        client = await self._connect(address)
+        try:
+            client = await self._connect(address)
+        except Unauthenticated as error:
+            if not self._was_let_in:
+                raise
+            # Tokens are being exchanged on both sides, and ours is read again.
+            raise Unavailable(str(error), retry_after_s=0.0) from None
+        self._was_let_in = True
         try:
             settled = None
             while settled != self._asleep:
