@@ -77,13 +77,14 @@ class ReplayEngine:
 _PROBE_POSITIONS = range(64)
 
 
-def main(ready_file: Path) -> None:
-    """Serve until SIGTERM."""
+def main(ready_file: Path, *tls_files: str) -> None:
+    """Serve until SIGTERM, encrypted with a certificate and its key where they are given."""
     keep_freed_memory(256 * 2**20)  # as the server's command does
+    tls = dict(zip(("cert", "key"), tls_files, strict=True)) if tls_files else None
     config = TeacherConfig.model_validate(
         {
             "engine": {"kind": "fake"},
-            "server": {"port": 0, "rest_port": 0},
+            "server": {"port": 0, "rest_port": 0, "tls": tls},
             "slab": {"slots": 4, "slots_per_session": 2, "slot_mib": SLOT_MIB},
         }
     )
@@ -103,4 +104,4 @@ def main(ready_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.certificate import make_certificate
 from benchmarks.measure import finish, say, server, table
 from benchmarks.replay_server import HIDDEN_SIZE, NUM_ROWS
 from kdmesh.allocator import keep_freed_memory
+from kdmesh.auth.config import OPEN_ACCESS, AccessConfig, ClientTlsConfig
 from kdmesh.handles.door import Door
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
@@ -70,8 +72,10 @@ def _is_in_slab(tensor: Tensor) -> bool:
     return False
 
 
-async def _time_door(address: str, door: Literal["shm", "stream"], repeats: int) -> _Timings:
-    client = await TeacherClient.connect(address, job="benchmark", door=door)
+async def _time_door(
+    address: str, door: Literal["shm", "stream"], repeats: int, access: AccessConfig = OPEN_ACCESS
+) -> _Timings:
+    client = await TeacherClient.connect(address, job="benchmark", door=door, access=access)
     client.door = timed = _TimedDoor(client.door)
     positions = np.arange(NUM_ROWS, dtype=np.int32)
     sequence = TokenSequence(token_ids=np.zeros(NUM_ROWS + 1, dtype=np.int32), positions=positions)
@@ -102,6 +106,15 @@ async def _time_door(address: str, door: Literal["shm", "stream"], repeats: int)
     )
 
 
+def _time_encrypted(folder: Path, repeats: int) -> _Timings:
+    """The stream through TLS."""
+    tls, ready = make_certificate(folder), folder / "encrypted.json"
+    command = [sys.executable, "-m", "benchmarks.replay_server", str(ready), str(tls.cert), str(tls.key)]
+    access = AccessConfig(tls=ClientTlsConfig(ca=tls.cert))
+    with server(command, ready) as address:
+        return asyncio.run(_time_door(address, "stream", repeats, access))
+
+
 def main() -> None:
     """Print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -113,6 +126,7 @@ def main() -> None:
         with server([sys.executable, "-m", "benchmarks.replay_server", str(ready)], ready) as address:
             shm = asyncio.run(_time_door(address, "shm", repeats))
             stream = asyncio.run(_time_door(address, "stream", max(10, repeats // 4)))
+        encrypted = _time_encrypted(Path(folder), max(10, repeats // 4))
     median = statistics.median
     say(f"{_BYTES // 2**20} MiB answers ({NUM_ROWS} x {HIDDEN_SIZE} bfloat16), medians:")
     table(
@@ -126,7 +140,7 @@ def main() -> None:
                 f"{median(t.fetched) * 1e6:.0f} us",
                 f"{median(t.asked) * 1e3:.2f} ms",
             ]
-            for name, t in (("shared memory", shm), ("stream", stream))
+            for name, t in (("shared memory", shm), ("stream", stream), ("stream, TLS", encrypted))
         ],
     )
     copies = 1 + (shm.num_in_slab < _WARM_UP + repeats)
@@ -140,6 +154,7 @@ def main() -> None:
             "shm_handle_to_tensor_us": round(median(shm.fetched) * 1e6, 1),
             "stream_gb_per_s": round(_BYTES / median(stream.delivered) / 1e9, 2),
             "stream_door_gb_per_s": round(_BYTES / median(stream.fetched) / 1e9, 2),  # without the engine's copy
+            "encrypted_door_gb_per_s": round(_BYTES / median(encrypted.fetched) / 1e9, 2),
             "copy_gb_per_s": round(_BYTES / median(shm.copied) / 1e9, 2),
         },
     )
