@@ -194,7 +194,12 @@ def check_command(config: Path, overrides: tuple[str, ...]) -> None:
     type=click.FloatRange(min=0, min_open=True),
     help="Largest difference of a log-probability that passes; by default what rounding in the served type explains.",
 )
-@click.option("--door", type=click.Choice(["auto", "shm", "rdma", "stream"]), default="auto", show_default=True)
+@click.option(
+    "--door",
+    type=click.Choice(["auto", "shm", "rdma", "collective", "stream"]),
+    default="auto",
+    show_default=True,
+)
 @_access_option
 def probe(
     address: str, model: Path, prompts: Path | None, bound: float | None, door: DoorChoice, access_file: Path | None

@@ -38,6 +38,7 @@ class Meeting:
         """Listen on one address of this machine, on any free port. Raises ConfigError when it is none."""
         listener = _listen(host)
         port = listener.getsockname()[1]
+        self._timeout_s = timeout_s
         self._store = TCPStore(
             host,
             port,
@@ -49,9 +50,12 @@ class Meeting:
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def invite(self) -> tuple[Store, Invitation]:
-        """A place in the store for one group, and what leads the second process there."""
+        """A place in the store for one group, and what leads the second process there. Blocks for a moment.
+
+        The place has a connection of its own: whoever waits for another process lets nobody else use its connection.
+        """
         invitation = Invitation(store_address=self._address, secret=secrets.token_bytes(SECRET_BYTES))
-        return PrefixStore(invitation.prefix, self._store), invitation
+        return visit(invitation, timeout_s=self._timeout_s), invitation
 
     def forget(self, invitation: Invitation) -> None:
         """A group is over: drop what it left in the store. Blocks for a moment."""

@@ -34,7 +34,7 @@ class Backend(StrEnum):
 class Seat:
     """One process's place in a group."""
 
-    store: Store  # the meeting's, or what an invitation leads to
+    store: Store  # the place that the invitation leads to
     secret: bytes  # the invitation's
     rank: int  # 0 for who made the meeting, else 1
     backend: Backend

@@ -5,24 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from kdmesh.errors import Unavailable
+from kdmesh.groups.pair_group import Backend
+from kdmesh.handles.collective_door import CollectiveDoor, Group
 from kdmesh.handles.door import Door
 from kdmesh.handles.rdma_agent import RemoteMemory
 from kdmesh.handles.rdma_door import RdmaDoor, ServerCalls
 from kdmesh.handles.shm_door import ShmDoor
 from kdmesh.handles.stream_door import StreamDoor
+from kdmesh.rpc import group_codec
 from kdmesh.types import Handle
 from kdmesh.v1 import teacher_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-DoorName: TypeAlias = Literal["shm", "rdma", "stream"]
-DoorChoice: TypeAlias = Literal["auto", "shm", "rdma", "stream"]
+DoorName: TypeAlias = Literal["shm", "rdma", "collective", "stream"]
+DoorChoice: TypeAlias = Literal["auto", "shm", "rdma", "collective", "stream"]
 
-_BEST_FIRST: Sequence[DoorName] = ("shm", "rdma", "stream")
+_BEST_FIRST: Sequence[DoorName] = ("shm", "rdma", "collective", "stream")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,8 @@ class Doorway:
         end: the same, and waits; raises HandleGone when it had ended before.
         locate: where a handle's segment lies for RDMA; without a handle, memory that begins with the node's nonce.
         lose: gives the session up: its door leads nowhere any more, and the next session finds another.
+        join: makes a group with the server, of one of these backends.
+        has_gpu: whether this process may use one for NCCL.
     """
 
     opened: pb.OpenSessionResponse
@@ -52,6 +58,8 @@ class Doorway:
     end: Callable[[Handle], Awaitable[None]]
     locate: Callable[[Handle | None], Awaitable[RemoteMemory]]
     lose: Callable[[Unavailable], None]
+    join: Callable[[tuple[Backend, ...]], Awaitable[Group]]
+    has_gpu: bool
 
 
 async def open_door(choice: DoorChoice, way: Doorway, *, address: str) -> ChosenDoor:
@@ -67,7 +75,7 @@ async def open_door(choice: DoorChoice, way: Doorway, *, address: str) -> Chosen
         HandleGone: the session has ended.
     """
     if choice != "auto":
-        chosen = ChosenDoor(door=await _open(choice, way), reason="it was asked for")
+        chosen = ChosenDoor(door=await _open(choice, way, is_asked_for=True), reason="it was asked for")
     else:
         chosen = await _best(way)
     log.info("rows have a door", extra={"address": address, "door": chosen.door.name, "reason": chosen.reason})
@@ -78,7 +86,7 @@ async def _best(way: Doorway) -> ChosenDoor:
     obstacles: list[str] = []
     for name in _BEST_FIRST:
         try:
-            door = await _open(name, way)
+            door = await _open(name, way, is_asked_for=False)
         except Unavailable as error:
             obstacles.append(f"{name}: {error}")
         else:
@@ -86,7 +94,7 @@ async def _best(way: Doorway) -> ChosenDoor:
     raise Unavailable("; ".join(obstacles))
 
 
-async def _open(name: DoorName, way: Doorway) -> Door:
+async def _open(name: DoorName, way: Doorway, *, is_asked_for: bool) -> Door:
     match name:
         case "shm":
             opened = way.opened
@@ -96,5 +104,21 @@ async def _open(name: DoorName, way: Doorway) -> Door:
                 raise Unavailable("the server has no RDMA")
             server = ServerCalls(locate=way.locate, end=way.end, abandon=way.release)
             return await RdmaDoor.connect(server, way.opened.node_nonce, on_lost=way.lose)
+        case "collective":
+            door = CollectiveDoor(partial(way.join, _backends(way, is_asked_for=is_asked_for)), way.release)
+            await door.open()
+            return door
         case "stream":
             return StreamDoor(way.read, way.release)
+
+
+def _backends(way: Doorway, *, is_asked_for: bool) -> tuple[Backend, ...]:
+    """What a group with the server can be made of. Raises Unavailable when it cannot, or had better not."""
+    theirs = group_codec.backends_from_wire(way.opened.groups)
+    if not theirs:
+        raise Unavailable("the server makes no groups (its server.groups is false)")
+    ours = (Backend.NCCL, Backend.GLOO) if way.has_gpu else (Backend.GLOO,)
+    both = tuple(backend for backend in ours if backend in theirs)
+    if not is_asked_for and Backend.NCCL not in both:
+        raise Unavailable("without a GPU on both sides a group is no faster than a stream")
+    return both

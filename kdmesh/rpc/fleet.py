@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ModelMismatch, Unavailable
 from kdmesh.losses.head import OutputHead
@@ -34,9 +36,11 @@ class Fleet:
         model_fingerprint: str,
         access: AccessConfig = OPEN_ACCESS,
         routing: RoutingPolicy = DEFAULT_ROUTING,
+        gpu: torch.device | None = None,
     ) -> None:
         self._job = job
         self._access = access
+        self._gpu = gpu
         self._door: DoorChoice = door
         self._model: ModelDescription | None = None
         self.weight_version = 0
@@ -135,6 +139,7 @@ class Fleet:
             door=self._door,
             model_fingerprint=self._fingerprint,
             access=self._access,
+            gpu=self._gpu,
             on_load=partial(self._replicas.note_load, address),
         )
         try:

@@ -19,6 +19,7 @@ _ROLES: dict[str, dict[str, Role | None]] = {
         "GetHead": Role.JOB,
         "ReadHandle": Role.JOB,
         "LocateMemory": Role.JOB,
+        "CarryRows": Role.JOB,
         "Sleep": Role.OPERATOR,
         "Wake": Role.OPERATOR,
         "UpdateWeights": Role.OPERATOR,

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Self, TypeVar
 
 import grpc
+import torch
 from torch import Tensor
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, EngineFailure, HandleGone, InvalidRequest, RpcError, Unavailable
+from kdmesh.groups.pair_group import Backend
 from kdmesh.handles.door import Door
 from kdmesh.handles.rdma_agent import RemoteMemory
 from kdmesh.losses.head import OutputHead
@@ -25,6 +27,7 @@ from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.doors import DoorChoice, Doorway, open_door
 from kdmesh.rpc.prefill_stream import PrefillStream
 from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.row_group import Membership, RowGroup
 from kdmesh.tokens import digest
 from kdmesh.types import CacheAnswer, Handle, ModelDescription, ServerLoad, SleepTag, TokenSequence
 from kdmesh.v1 import common_pb2
@@ -68,10 +71,13 @@ class TeacherClient:
     door: Door
     door_reason: str
 
-    def __init__(self, address: str, access: AccessConfig, on_load: Callable[[ServerLoad], None]) -> None:
+    def __init__(
+        self, address: str, access: AccessConfig, *, gpu: torch.device | None, on_load: Callable[[ServerLoad], None]
+    ) -> None:
         """Use `connect`."""
         self.address = address
         self._on_load = on_load
+        self._gpu = gpu
         self._channel = open_channel(address, access)
         self._stub = TeacherStub(self._channel)
         # The generated stub would parse each chunk, which copies it once more.
@@ -92,6 +98,7 @@ class TeacherClient:
         door: DoorChoice,
         model_fingerprint: str = "",
         access: AccessConfig = OPEN_ACCESS,
+        gpu: torch.device | None = None,
         on_load: Callable[[ServerLoad], None] = lambda load: None,
     ) -> Self:
         """Open a session. One attempt: a server that is not there or still loads is Unavailable.
@@ -102,6 +109,7 @@ class TeacherClient:
             door: how rows shall come.
             model_fingerprint: refuse a server with another model; empty accepts any.
             access: how to get in.
+            gpu: a device of this process, which rows may pass through; None where it has none.
             on_load: called with what the server has to do, whenever it says so.
 
         Raises:
@@ -111,7 +119,7 @@ class TeacherClient:
             ConfigError: `door` names one that does not lead to the server from here; or `access` cannot be used.
             EngineFailure: something else answers there.
         """
-        client = cls(address, access, on_load)
+        client = cls(address, access, gpu=gpu, on_load=on_load)
         client._closing.push_async_callback(client._channel.close)
         try:
             await client._open(job, door, model_fingerprint)
@@ -148,10 +156,14 @@ class TeacherClient:
             end=self._end,
             locate=self._locate,
             lose=self._lose,
+            join=self._join_group,
+            has_gpu=self._gpu is not None,
         )
         try:
             chosen = await open_door(choice, way, address=self.address)
         except Unavailable as error:
+            if choice == "collective" and opened.groups:
+                raise  # a group may be made the next time
             # Is it the door, or has the whole server gone in this moment?
             await self._call(self._stub.KeepAlive, pb.KeepAliveRequest(session=self._session))
             raise ConfigError(f"door {choice}, but {self.address} is not to be had that way: {error}") from None
@@ -317,6 +329,20 @@ class TeacherClient:
                     yield data
             finally:
                 call.cancel()
+
+    async def _join_group(self, backends: tuple[Backend, ...]) -> RowGroup:
+        """For the collective door."""
+        return await RowGroup.join(
+            Membership(
+                carry=lambda: self._stub.CarryRows(),
+                address=self.address,
+                session=self._session,
+                backends=backends,
+                gpu=self._gpu,
+                piece_s=self._lease_s,
+                run=self._tasks.start,
+            )
+        )
 
     def _chunk(self, message: bytes, offset_bytes: int) -> memoryview:
         try:

@@ -74,6 +74,7 @@ class TeacherPool:
         access: AccessConfig = OPEN_ACCESS,
         routing: RoutingPolicy = DEFAULT_ROUTING,
         resolve: Resolve = resolve,
+        gpu: torch.device | None = None,
     ) -> None:
         """Connect. Blocks until a teacher is ready.
 
@@ -88,6 +89,7 @@ class TeacherPool:
             access: how to get in.
             routing: which replica gets a request.
             resolve: looks names up.
+            gpu: a device of this process, which rows may pass through on their way to the CPU; None where it has none.
         """
         assert addresses
         self._deadline_s = deadline_s
@@ -105,6 +107,7 @@ class TeacherPool:
                     model_fingerprint=model_fingerprint,
                     access=access,
                     routing=routing,
+                    gpu=gpu,
                 ),
             )
         except BaseException:

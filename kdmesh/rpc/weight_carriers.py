@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 from kdmesh.errors import Unavailable
 from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.rpc import codec, weight_codec
-from kdmesh.rpc.update_stream import UpdateStream
+from kdmesh.rpc.weight_services import UpdateStream
 from kdmesh.types import Handle
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.buckets import BucketEntry, cut

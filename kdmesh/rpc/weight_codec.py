@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.groups.meeting import SECRET_BYTES, Invitation
-from kdmesh.rpc import codec
+from kdmesh.groups.meeting import Invitation
+from kdmesh.rpc import codec, group_codec
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.buckets import BucketEntry, Part
 from kdmesh.weights.digests import DIGEST_BYTES
@@ -90,12 +90,7 @@ def door_to_wire(door: Door) -> pb.WeightDoor.ValueType:
 
 def invitation_from_wire(m: pb.JoinGroup) -> Invitation:
     """Raises InvalidRequest when nobody could be invited by it."""
-    host, _, port = m.store_address.rpartition(":")
-    if not (host and port.isdigit() and int(port) < 2**16):
-        raise InvalidRequest(f"a store at {m.store_address!r}; it must be of the form host:port")
-    if len(m.secret) != SECRET_BYTES:
-        raise InvalidRequest(f"a secret of {len(m.secret)} bytes; it must have {SECRET_BYTES}")
-    return Invitation(store_address=m.store_address, secret=m.secret)
+    return group_codec.invitation(m.store_address, m.secret)
 
 
 def invitation_to_wire(invitation: Invitation) -> pb.JoinGroup:

@@ -28,10 +28,9 @@ from kdmesh.rpc import weight_codec
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.calls import our_errors
 from kdmesh.rpc.channel import open_channel
-from kdmesh.rpc.update_stream import UpdateStream
 from kdmesh.rpc.weight_carriers import ByHandle, Carrier, FilledBucket, Inline, ThroughGroup
 from kdmesh.rpc.weight_offer import JOIN_S, DoorOffer
-from kdmesh.rpc.weight_services import ServedWeights, WeightService
+from kdmesh.rpc.weight_services import ServedWeights, UpdateStream, WeightService
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.doors import GROUPS, Door
 from kdmesh.weights.manifest import Manifest
@@ -139,8 +138,8 @@ class WeightLink:
         """Make a group with the server. Raises Unavailable when that is not possible."""
         server_host = split_address(self.address)[0]
         host = self._offer.advertise or await asyncio.to_thread(address_towards, server_host)
-        meeting = await asyncio.to_thread(Meeting, host, timeout_s=JOIN_S)
-        store, invitation = meeting.invite()
+        self._meeting = await asyncio.to_thread(Meeting, host, timeout_s=JOIN_S)  # lasts as long as the group
+        store, invitation = await asyncio.to_thread(self._meeting.invite)
         message = weight_codec.invitation_to_wire(invitation)
         reply = await self._stream.send(pb.UpdateWeightsRequest(join=message))
         if self._taken(reply) is not door:

@@ -9,6 +9,7 @@ import grpc
 
 from kdmesh.rpc import codec
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S
+from kdmesh.rpc.ordered_stream import OrderedStream
 from kdmesh.types import DType
 from kdmesh.v1 import rollout_pb2, teacher_pb2
 from kdmesh.v1 import weights_pb2 as pb
@@ -16,6 +17,7 @@ from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
 
 UpdateCall: TypeAlias = "grpc.aio.StreamStreamCall[pb.UpdateWeightsRequest, pb.UpdateWeightsReply]"
+UpdateStream: TypeAlias = OrderedStream[pb.UpdateWeightsRequest, pb.UpdateWeightsReply]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ The teacher service: hidden states of a model, as handles.
 The model is frozen, unless the server's operator lets one job replace its weights.
 
 A client opens a session, asks on one Prefill stream, reads rows through shared
-memory (same node), RDMA or ReadHandle (anywhere), releases them, and keeps the session
+memory (same node), RDMA, CarryRows or ReadHandle (anywhere), releases them, and keeps the session
 alive. Every rpc but Describe, OpenSession, Sleep, Wake and UpdateWeights carries the
 session's token.
 
@@ -29,6 +29,7 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import kdmesh.v1.common_pb2
 import sys
@@ -40,6 +41,30 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _GroupBackend:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _GroupBackendEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_GroupBackend.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    GROUP_BACKEND_UNSPECIFIED: _GroupBackend.ValueType  # 0
+    """Not set. Receivers reject it."""
+    GROUP_BACKEND_GLOO: _GroupBackend.ValueType  # 1
+    """Sockets, from memory to memory."""
+    GROUP_BACKEND_NCCL: _GroupBackend.ValueType  # 2
+    """From one GPU's memory to another's."""
+
+class GroupBackend(_GroupBackend, metaclass=_GroupBackendEnumTypeWrapper):
+    """What carries bytes between the two processes of a group."""
+
+GROUP_BACKEND_UNSPECIFIED: GroupBackend.ValueType  # 0
+"""Not set. Receivers reject it."""
+GROUP_BACKEND_GLOO: GroupBackend.ValueType  # 1
+"""Sockets, from memory to memory."""
+GROUP_BACKEND_NCCL: GroupBackend.ValueType  # 2
+"""From one GPU's memory to another's."""
+Global___GroupBackend: typing_extensions.TypeAlias = GroupBackend
 
 @typing.final
 class DescribeRequest(google.protobuf.message.Message):
@@ -199,6 +224,7 @@ class OpenSessionResponse(google.protobuf.message.Message):
     BROKER_SOCKET_FIELD_NUMBER: builtins.int
     NODE_NONCE_FIELD_NUMBER: builtins.int
     HAS_RDMA_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """16 random bytes: the session's identity and its secret."""
     lease_ms: builtins.int
@@ -215,6 +241,10 @@ class OpenSessionResponse(google.protobuf.message.Message):
     """
     has_rdma: builtins.bool
     """Whether LocateMemory answers."""
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___GroupBackend.ValueType]:
+        """What CarryRows can make groups of, the best first; empty: it makes none."""
+
     def __init__(
         self,
         *,
@@ -225,8 +255,9 @@ class OpenSessionResponse(google.protobuf.message.Message):
         broker_socket: builtins.str = ...,
         node_nonce: builtins.bytes = ...,
         has_rdma: builtins.bool = ...,
+        groups: collections.abc.Iterable[Global___GroupBackend.ValueType] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["broker_socket", b"broker_socket", "claim_ms", b"claim_ms", "has_rdma", b"has_rdma", "lease_ms", b"lease_ms", "max_slots", b"max_slots", "node_nonce", b"node_nonce", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["broker_socket", b"broker_socket", "claim_ms", b"claim_ms", "groups", b"groups", "has_rdma", b"has_rdma", "lease_ms", b"lease_ms", "max_slots", b"max_slots", "node_nonce", b"node_nonce", "session", b"session"]) -> None: ...
 
 Global___OpenSessionResponse: typing_extensions.TypeAlias = OpenSessionResponse
 
@@ -667,6 +698,132 @@ class GetHeadResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["bias", b"bias", "head", b"head", "weight", b"weight", "weight_version", b"weight_version"]) -> None: ...
 
 Global___GetHeadResponse: typing_extensions.TypeAlias = GetHeadResponse
+
+@typing.final
+class BeginCarrying(google.protobuf.message.Message):
+    """Who wants a group."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    BACKENDS_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
+    """From OpenSessionResponse."""
+    @property
+    def backends(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___GroupBackend.ValueType]:
+        """What the client can use; the server takes the best that it has too."""
+
+    def __init__(
+        self,
+        *,
+        session: builtins.bytes = ...,
+        backends: collections.abc.Iterable[Global___GroupBackend.ValueType] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backends", b"backends", "session", b"session"]) -> None: ...
+
+Global___BeginCarrying: typing_extensions.TypeAlias = BeginCarrying
+
+@typing.final
+class CarryRowsRequest(google.protobuf.message.Message):
+    """One step of CarryRows."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: builtins.int
+    HANDLE_FIELD_NUMBER: builtins.int
+    @property
+    def begin(self) -> Global___BeginCarrying:
+        """First."""
+
+    @property
+    def handle(self) -> kdmesh.v1.common_pb2.Handle:
+        """What to send next, as it was answered."""
+
+    def __init__(
+        self,
+        *,
+        begin: Global___BeginCarrying | None = ...,
+        handle: kdmesh.v1.common_pb2.Handle | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["begin", b"begin", "handle", b"handle", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "handle", b"handle", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["step", b"step"]) -> typing.Literal["begin", "handle"] | None: ...
+
+Global___CarryRowsRequest: typing_extensions.TypeAlias = CarryRowsRequest
+
+@typing.final
+class GroupInvitation(google.protobuf.message.Message):
+    """Asks the client into a group."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BACKEND_FIELD_NUMBER: builtins.int
+    STORE_ADDRESS_FIELD_NUMBER: builtins.int
+    SECRET_FIELD_NUMBER: builtins.int
+    backend: Global___GroupBackend.ValueType
+    """What it is made of."""
+    store_address: builtins.str
+    """host:port of a torch.distributed TCPStore of the server, on which the group meets under the
+    prefix "pair-" + the 8-byte BLAKE2b of the secret in hexadecimal.
+    """
+    secret: builtins.bytes
+    """32 random bytes, which say that both processes of the group are those of this stream."""
+    def __init__(
+        self,
+        *,
+        backend: Global___GroupBackend.ValueType = ...,
+        store_address: builtins.str = ...,
+        secret: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "secret", b"secret", "store_address", b"store_address"]) -> None: ...
+
+Global___GroupInvitation: typing_extensions.TypeAlias = GroupInvitation
+
+@typing.final
+class CarriedRows(google.protobuf.message.Message):
+    """A handle's bytes have been sent."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    checksum: builtins.int
+    """XXH3-64 of all of them. A client that finds another one uses none of the bytes, and asks again."""
+    def __init__(
+        self,
+        *,
+        checksum: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksum", b"checksum"]) -> None: ...
+
+Global___CarriedRows: typing_extensions.TypeAlias = CarriedRows
+
+@typing.final
+class CarryRowsReply(google.protobuf.message.Message):
+    """The answer to one step."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOIN_FIELD_NUMBER: builtins.int
+    CARRIED_FIELD_NUMBER: builtins.int
+    @property
+    def join(self) -> Global___GroupInvitation:
+        """To begin."""
+
+    @property
+    def carried(self) -> Global___CarriedRows:
+        """To a handle."""
+
+    def __init__(
+        self,
+        *,
+        join: Global___GroupInvitation | None = ...,
+        carried: Global___CarriedRows | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["carried", b"carried", "join", b"join", "outcome", b"outcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["carried", b"carried", "join", b"join", "outcome", b"outcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["join", "carried"] | None: ...
+
+Global___CarryRowsReply: typing_extensions.TypeAlias = CarryRowsReply
 
 @typing.final
 class ReadHandleRequest(google.protobuf.message.Message):

@@ -87,6 +87,11 @@ class TeacherStub(object):
                 request_serializer=kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryRequest.SerializeToString,
                 response_deserializer=kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryResponse.FromString,
                 _registered_method=True)
+        self.CarryRows = channel.stream_stream(
+                '/kdmesh.v1.Teacher/CarryRows',
+                request_serializer=kdmesh_dot_v1_dot_teacher__pb2.CarryRowsRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_teacher__pb2.CarryRowsReply.FromString,
+                _registered_method=True)
         self.Sleep = channel.unary_unary(
                 '/kdmesh.v1.Teacher/Sleep',
                 request_serializer=kdmesh_dot_v1_dot_common__pb2.SleepRequest.SerializeToString,
@@ -259,6 +264,28 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CarryRows(self, request_iterator, context):
+        """CarryRows sends handles' bytes through a private group of two processes (torch.distributed; the server is rank 0).
+
+        Order: begin, whose reply asks into the group; then handles, each with one reply. The client joins the group when
+        it has that reply. Rank 0 sends the first half of the secret through the group, and rank 1 the other half once it
+        has that; whoever gets another one leaves. The bytes of each handle follow in the order of the messages, cut into
+        tensors of uint8 of 8 MiB and a last one of what is left. The reply to a handle says that they have been sent.
+        Cost: one copy of the bytes through a socket, or from GPU to GPU. A thread of the server for as long as
+        the stream lasts, and the handle's slot until its bytes are sent. One stream for each session.
+        Whatever fails ends the stream, the group and nothing else; another stream makes another group.
+
+        Errors:
+        INVALID_ARGUMENT a message out of order, a backend that OpenSessionResponse.groups lacks, or a handle whose
+        shape or dtype differs from what was answered
+        NOT_FOUND        the session has ended, or a handle was released, its lease ended, or it was never this session's
+        UNAVAILABLE      the group cannot be made or broke, a piece was not received for lease_ms, or the session has a
+        stream already
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Sleep(self, request, context):
         """Sleep gives memory of the device back, for somebody else to use. It is for whoever decides who has the device:
         no session has a say.
@@ -367,6 +394,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.LocateMemory,
                     request_deserializer=kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryRequest.FromString,
                     response_serializer=kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryResponse.SerializeToString,
+            ),
+            'CarryRows': grpc.stream_stream_rpc_method_handler(
+                    servicer.CarryRows,
+                    request_deserializer=kdmesh_dot_v1_dot_teacher__pb2.CarryRowsRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_teacher__pb2.CarryRowsReply.SerializeToString,
             ),
             'Sleep': grpc.unary_unary_rpc_method_handler(
                     servicer.Sleep,
@@ -655,6 +687,33 @@ class Teacher(object):
             '/kdmesh.v1.Teacher/LocateMemory',
             kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryRequest.SerializeToString,
             kdmesh_dot_v1_dot_teacher__pb2.LocateMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CarryRows(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kdmesh.v1.Teacher/CarryRows',
+            kdmesh_dot_v1_dot_teacher__pb2.CarryRowsRequest.SerializeToString,
+            kdmesh_dot_v1_dot_teacher__pb2.CarryRowsReply.FromString,
             options,
             channel_credentials,
             insecure,

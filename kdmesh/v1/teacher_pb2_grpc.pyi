@@ -6,7 +6,7 @@ The teacher service: hidden states of a model, as handles.
 The model is frozen, unless the server's operator lets one job replace its weights.
 
 A client opens a session, asks on one Prefill stream, reads rows through shared
-memory (same node), RDMA or ReadHandle (anywhere), releases them, and keeps the session
+memory (same node), RDMA, CarryRows or ReadHandle (anywhere), releases them, and keeps the session
 alive. Every rpc but Describe, OpenSession, Sleep, Wake and UpdateWeights carries the
 session's token.
 
@@ -209,6 +209,22 @@ _TeacherLocateMemoryType = typing_extensions.TypeVar(
     ],
 )
 
+_TeacherCarryRowsType = typing_extensions.TypeVar(
+    '_TeacherCarryRowsType',
+    grpc.StreamStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.CarryRowsRequest,
+        kdmesh.v1.teacher_pb2.CarryRowsReply,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.CarryRowsRequest,
+        kdmesh.v1.teacher_pb2.CarryRowsReply,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.CarryRowsRequest,
+        kdmesh.v1.teacher_pb2.CarryRowsReply,
+    ],
+)
+
 _TeacherSleepType = typing_extensions.TypeVar(
     '_TeacherSleepType',
     grpc.UnaryUnaryMultiCallable[
@@ -257,7 +273,7 @@ _TeacherUpdateWeightsType = typing_extensions.TypeVar(
     ],
 )
 
-class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherFindCachedType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType, _TeacherLocateMemoryType, _TeacherSleepType, _TeacherWakeType, _TeacherUpdateWeightsType]):
+class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherFindCachedType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType, _TeacherLocateMemoryType, _TeacherCarryRowsType, _TeacherSleepType, _TeacherWakeType, _TeacherUpdateWeightsType]):
     """Hidden states of one model for any number of clients."""
 
     @typing.overload
@@ -301,6 +317,10 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
         grpc.UnaryUnaryMultiCallable[
             kdmesh.v1.teacher_pb2.LocateMemoryRequest,
             kdmesh.v1.teacher_pb2.LocateMemoryResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
+            kdmesh.v1.teacher_pb2.CarryRowsRequest,
+            kdmesh.v1.teacher_pb2.CarryRowsReply,
         ],
         grpc.UnaryUnaryMultiCallable[
             kdmesh.v1.common_pb2.SleepRequest,
@@ -357,6 +377,10 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
         grpc.aio.UnaryUnaryMultiCallable[
             kdmesh.v1.teacher_pb2.LocateMemoryRequest,
             kdmesh.v1.teacher_pb2.LocateMemoryResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
+            kdmesh.v1.teacher_pb2.CarryRowsRequest,
+            kdmesh.v1.teacher_pb2.CarryRowsReply,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             kdmesh.v1.common_pb2.SleepRequest,
@@ -493,6 +517,25 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
       UNAVAILABLE         the segment's memory cannot be registered
     """
 
+    CarryRows: _TeacherCarryRowsType
+    """CarryRows sends handles' bytes through a private group of two processes (torch.distributed; the server is rank 0).
+
+    Order: begin, whose reply asks into the group; then handles, each with one reply. The client joins the group when
+    it has that reply. Rank 0 sends the first half of the secret through the group, and rank 1 the other half once it
+    has that; whoever gets another one leaves. The bytes of each handle follow in the order of the messages, cut into
+    tensors of uint8 of 8 MiB and a last one of what is left. The reply to a handle says that they have been sent.
+    Cost: one copy of the bytes through a socket, or from GPU to GPU. A thread of the server for as long as
+    the stream lasts, and the handle's slot until its bytes are sent. One stream for each session.
+    Whatever fails ends the stream, the group and nothing else; another stream makes another group.
+
+    Errors:
+      INVALID_ARGUMENT a message out of order, a backend that OpenSessionResponse.groups lacks, or a handle whose
+                       shape or dtype differs from what was answered
+      NOT_FOUND        the session has ended, or a handle was released, its lease ended, or it was never this session's
+      UNAVAILABLE      the group cannot be made or broke, a piece was not received for lease_ms, or the session has a
+                       stream already
+    """
+
     Sleep: _TeacherSleepType
     """Sleep gives memory of the device back, for somebody else to use. It is for whoever decides who has the device:
     no session has a say.
@@ -580,6 +623,10 @@ TeacherAsyncStub: typing_extensions.TypeAlias = TeacherStub[
     grpc.aio.UnaryUnaryMultiCallable[
         kdmesh.v1.teacher_pb2.LocateMemoryRequest,
         kdmesh.v1.teacher_pb2.LocateMemoryResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        kdmesh.v1.teacher_pb2.CarryRowsRequest,
+        kdmesh.v1.teacher_pb2.CarryRowsReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         kdmesh.v1.common_pb2.SleepRequest,
@@ -767,6 +814,30 @@ class TeacherServicer(metaclass=abc.ABCMeta):
           FAILED_PRECONDITION this server is not configured for RDMA
           NOT_FOUND           the session is unknown or its lease has ended, or the handle has ended
           UNAVAILABLE         the segment's memory cannot be registered
+        """
+
+    @abc.abstractmethod
+    def CarryRows(
+        self,
+        request_iterator: _MaybeAsyncIterator[kdmesh.v1.teacher_pb2.CarryRowsRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[kdmesh.v1.teacher_pb2.CarryRowsReply], collections.abc.AsyncIterator[kdmesh.v1.teacher_pb2.CarryRowsReply]]:
+        """CarryRows sends handles' bytes through a private group of two processes (torch.distributed; the server is rank 0).
+
+        Order: begin, whose reply asks into the group; then handles, each with one reply. The client joins the group when
+        it has that reply. Rank 0 sends the first half of the secret through the group, and rank 1 the other half once it
+        has that; whoever gets another one leaves. The bytes of each handle follow in the order of the messages, cut into
+        tensors of uint8 of 8 MiB and a last one of what is left. The reply to a handle says that they have been sent.
+        Cost: one copy of the bytes through a socket, or from GPU to GPU. A thread of the server for as long as
+        the stream lasts, and the handle's slot until its bytes are sent. One stream for each session.
+        Whatever fails ends the stream, the group and nothing else; another stream makes another group.
+
+        Errors:
+          INVALID_ARGUMENT a message out of order, a backend that OpenSessionResponse.groups lacks, or a handle whose
+                           shape or dtype differs from what was answered
+          NOT_FOUND        the session has ended, or a handle was released, its lease ended, or it was never this session's
+          UNAVAILABLE      the group cannot be made or broke, a piece was not received for lease_ms, or the session has a
+                           stream already
         """
 
     @abc.abstractmethod

@@ -44,7 +44,8 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _pair() -> Iterator[tuple[PairGroup, PairGroup]]:
-    place, invitation = Meeting(HOST, timeout_s=10).invite()
+    meeting = Meeting(HOST, timeout_s=10)
+    place, invitation = meeting.invite()
     with _threads() as pool:
         one, other = pool.submit(_first, place, invitation), pool.submit(_second, invitation)
         pair = one.result(20), other.result(20)
@@ -87,7 +88,8 @@ def test_a_group_leaves_nothing_open() -> None:
 
 def test_a_stranger_in_a_seat_of_the_group_gets_no_byte() -> None:
     """Whoever reaches the store reads where the first process listens, but not the secret."""
-    place, invitation = Meeting(HOST, timeout_s=10).invite()
+    meeting = Meeting(HOST, timeout_s=10)
+    place, invitation = meeting.invite()
     with _threads() as pool:
         one = pool.submit(_first, place, invitation)
         other = pool.submit(_second, invitation, secret=secrets.token_bytes(SECRET_BYTES))
@@ -96,7 +98,8 @@ def test_a_stranger_in_a_seat_of_the_group_gets_no_byte() -> None:
 
 
 def test_a_stranger_who_repeats_what_he_was_told_is_noticed() -> None:
-    place, invitation = Meeting(HOST, timeout_s=10).invite()
+    meeting = Meeting(HOST, timeout_s=10)
+    place, invitation = meeting.invite()
     half = invitation.secret[: SECRET_BYTES // 2]
     with _threads() as pool:
         one, other = pool.submit(_first, place, invitation), pool.submit(_second, invitation, secret=half + half)
@@ -105,7 +108,8 @@ def test_a_stranger_who_repeats_what_he_was_told_is_noticed() -> None:
 
 
 def test_a_stranger_who_talks_to_the_store_disturbs_nobody() -> None:
-    place, invitation = Meeting(HOST, timeout_s=10).invite()
+    meeting = Meeting(HOST, timeout_s=10)
+    place, invitation = meeting.invite()
     host, _, port = invitation.store_address.rpartition(":")
     with socket.create_connection((host, int(port))) as silent, socket.create_connection((host, int(port))) as loud:
         loud.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
@@ -117,7 +121,8 @@ def test_a_stranger_who_talks_to_the_store_disturbs_nobody() -> None:
 
 
 def test_who_never_comes_is_not_waited_for_longer_than_allowed() -> None:
-    place, invitation = Meeting(HOST, timeout_s=0.2).invite()
+    meeting = Meeting(HOST, timeout_s=0.2)
+    place, invitation = meeting.invite()
     with pytest.raises(Unavailable, match="no group of two"):
         _first(place, invitation, timeout_s=0.2)
 
@@ -157,6 +162,18 @@ def test_groups_of_one_meeting_are_strangers_and_leave_nothing_in_it() -> None:
     for _, invitation in places:
         meeting.forget(invitation)
     assert not [key for key in store.list_keys() if key.startswith("pair-")]
+
+
+def test_who_waits_in_vain_delays_no_other_group_of_the_meeting() -> None:
+    meeting = Meeting(HOST, timeout_s=4)
+    with _threads() as pool:
+        alone = pool.submit(_first, *meeting.invite(), timeout_s=4)
+        place, invitation = meeting.invite()
+        one, other = pool.submit(_first, place, invitation), pool.submit(_second, invitation)
+        one.result(20).close()
+        other.result(20).close()
+        assert not alone.done()
+        _refused(alone)
 
 
 def test_a_store_that_is_not_there_is_unavailable() -> None:

@@ -88,6 +88,10 @@ class ServerConfig(ListenConfig):
     rdma: bool = False
     """Let clients read rows by RDMA, with NIXL; UCX_TLS must name RDMA transports only (docs/across_nodes.md)."""
 
+    groups: bool = False
+    """Send rows through a private group of two processes to clients that want that, for networks where NCCL is fast.
+    gloo or NCCL choose ports, which clients must reach, and encrypt nothing, whatever `tls` says."""
+
     @model_validator(mode="after")
     def _gives_no_capability_away(self) -> ServerConfig:
         if self.rdma and not is_loopback(self.host) and (self.auth is None or self.tls is None):

@@ -16,6 +16,7 @@ from kdmesh_teacher.cache.report import CacheState, TierState
 from kdmesh_teacher.work import Work
 
 _NAMESPACE = "kdmesh_teacher"
+_SENDING_DOORS = ("stream", "collective")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +46,13 @@ class Metrics(JobMetrics):
         self._cache_misses = self.counter("cache_misses", "Sequences that the cache did not have.", "job")
         self._cache_hit_tokens = self.counter("cache_hit_tokens", "Tokens of the former: not prefilled.", "job")
         self._cache_hit_bytes = self.counter("cache_hit_bytes", "Bytes of rows from the cache.", "job")
-        self._stream_bytes = 0
+        self._sent_bytes = dict.fromkeys(_SENDING_DOORS, 0)
         self._queue_seconds = self.histogram("queue_seconds", "From arrival to the start of the prefill.", "job")
         self._engine_seconds = self.histogram("engine_seconds", "Duration of a batch in the engine.")
 
     def watch(self, look: Callable[[], Gauges]) -> None:
         """Show what `look` finds at every scrape; called once, when the server is ready."""
-        self.registry.register(_Collector(look, lambda: self._stream_bytes))
+        self.registry.register(_Collector(look, lambda: self._sent_bytes))
 
     def batch_done(self, works: Sequence[Work], *, started_s: float, engine_s: float) -> None:
         """A batch has come from the engine, well or not."""
@@ -77,15 +78,15 @@ class Metrics(JobMetrics):
         """A request has been answered; `outcome` is "ok", "cancelled" or the name of an error."""
         self._requests.labels(self.job_label(job), outcome).inc()
 
-    def streamed(self, num_bytes: int) -> None:
-        """So many bytes were read through the stream door."""
-        self._stream_bytes += num_bytes
+    def sent(self, door: str, num_bytes: int) -> None:
+        """So many bytes went through one of the doors that send."""
+        self._sent_bytes[door] += num_bytes
 
 
 class _Collector(Collector):
-    def __init__(self, look: Callable[[], Gauges], stream_bytes: Callable[[], int]) -> None:
+    def __init__(self, look: Callable[[], Gauges], sent_bytes: Callable[[], Mapping[str, int]]) -> None:
         self._look = look
-        self._stream_bytes = stream_bytes
+        self._sent_bytes = sent_bytes
 
     def collect(self) -> Iterator[Metric]:
         """The slab and the queue as they are now."""
@@ -108,7 +109,8 @@ class _Collector(Collector):
         counters = now.slab.counters
         door = CounterMetricFamily(f"{_NAMESPACE}_bytes", "Bytes that clients got, by door.", labels=["door"])
         door.add_metric(["shm"], counters.claimed_bytes)
-        door.add_metric(["stream"], self._stream_bytes())
+        for name, num_bytes in self._sent_bytes().items():
+            door.add_metric([name], num_bytes)
         yield door
         for name, text, value in (
             ("cached_tokens", "Tokens that the engine had computed before, and did not again.", now.cached_tokens),

@@ -19,6 +19,7 @@ from kdmesh_teacher.config import TeacherJobTerms
 from kdmesh_teacher.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from kdmesh.rpc.row_carrier import RowCarrier
     from kdmesh.rpc.weight_updates import WeightUpdates
 
 
@@ -31,6 +32,7 @@ class Parts:
     rdma: RdmaMemory | None  # None: the server is not configured for it
     scheduler: Scheduler
     updates: WeightUpdates | None  # None: the weights are frozen
+    carrier: RowCarrier | None  # None: no groups are made
     updating: Outstanding  # updates that are being received
     sleep: Sleep
     run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service

@@ -6,7 +6,9 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import grpc
 
@@ -15,6 +17,7 @@ from kdmesh.handles.store import SlabStore
 from kdmesh.rpc import codec, failure, raw_chunk
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
+from kdmesh.rpc.row_client import Client
 from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_table import check_name
@@ -66,6 +69,7 @@ class Servicer(TeacherServicer):
             broker_socket=str(store.socket_path),
             node_nonce=store.nonce,
             has_rdma=parts.rdma is not None,
+            groups=() if parts.carrier is None else parts.carrier.offered,
         )
 
     async def KeepAlive(self, request: pb.KeepAliveRequest, context: Context) -> pb.KeepAliveResponse:
@@ -196,7 +200,24 @@ class Servicer(TeacherServicer):
                         await context.write(raw_chunk.encode(part, offset_bytes=start))
                 except TimeoutError:
                     raise HandleGone(f"nothing was read for {store.limits.lease_s:g} s") from None
-                self._metrics.streamed(len(part))
+                self._metrics.sent("stream", len(part))
+
+    async def CarryRows(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.CarryRowsRequest], context: Context
+    ) -> None:
+        """See teacher.proto."""
+        parts = self._gate.parts()
+        if parts.carrier is None:
+            raise InvalidRequest("this server makes no groups; its server.groups is false")
+        client = Client(
+            host=_host(context.peer()),
+            check=partial(_job, parts.store),
+            busy=self.outstanding,
+            sent=partial(self._metrics.sent, "collective"),
+        )
+        async with aclosing(parts.carrier.answer(request_iterator, client)) as replies:
+            async for reply in replies:
+                await context.write(reply)
 
     async def Sleep(self, request: common_pb2.SleepRequest, context: Context) -> common_pb2.SleepResponse:
         """See teacher.proto."""
@@ -227,6 +248,11 @@ def _job(store: SlabStore, session: bytes) -> str:
     """The job of the caller's session. Raises HandleGone when it has ended, or is another caller's."""
     job = store.job(session)
     return job if caller_name() in ("", job) else store.job(_NO_SESSION)  # as of one that never was
+
+
+def _host(peer: str) -> str:
+    """The address in gRPC's name of a caller, as `ipv4:10.0.0.1:50` or `ipv6:%5B::1%5D:50`."""
+    return unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]")
 
 
 def _result(answer: Answer) -> pb.PrefillResult:

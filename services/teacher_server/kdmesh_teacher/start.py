@@ -34,6 +34,7 @@ from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
 from kdmesh_teacher.served import first_weights
 
 if TYPE_CHECKING:
+    from kdmesh.rpc.row_carrier import RowCarrier
     from kdmesh.rpc.weight_updates import WeightUpdates
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ async def start(
         rdma=rdma,
         scheduler=scheduler,
         updates=_updates(config.engine, engine, described, scheduler, stack),
+        carrier=_carrier(config, store),
         updating=updating,
         sleep=sleep,
         run=run,
@@ -128,6 +130,16 @@ def _updates(
     )
     stack.push_async_callback(asyncio.to_thread, updates.close)
     return updates
+
+
+def _carrier(config: TeacherConfig, store: SlabStore) -> RowCarrier | None:
+    """What sends rows through groups, where that is wanted. Only then is torch loaded for it."""
+    if not config.server.groups:
+        return None
+    from kdmesh.models.placement import gpu
+    from kdmesh.rpc.row_carrier import RowCarrier
+
+    return RowCarrier(store, gpu(config.engine.device) if isinstance(config.engine, TransformersEngine) else None)
 
 
 def _store(slab: SlabConfig, socket_path: Path, writer: SegmentWriter | None = None) -> SlabStore:

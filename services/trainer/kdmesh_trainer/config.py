@@ -70,8 +70,9 @@ class TeacherConfig(ReplicatedConfig):
     access: AccessConfig = AccessConfig()
     """How this job gets in; with `follows_student` it must be an operator there."""
 
-    door: Literal["auto", "shm", "rdma", "stream"] = "auto"
-    """How rows travel; auto takes the first that works of shared memory (on one node), RDMA and the stream."""
+    door: Literal["auto", "shm", "rdma", "collective", "stream"] = "auto"
+    """How rows travel; auto takes the first that works of shared memory (on one node), RDMA, NCCL (a group with a
+    server that makes them, where both hold a GPU) and the stream."""
 
     prefetch: int = Field(4, ge=0)
     """Micro-batches each rank asks for ahead of the one it trains on; 0 asks only when needed."""

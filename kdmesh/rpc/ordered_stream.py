@@ -1,34 +1,36 @@
-"""One UpdateWeights stream, from the sender's side."""
+"""A bidirectional rpc whose replies come in the order of the requests, from the client's side."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kdmesh.errors import EngineFailure, RpcError
 from kdmesh.rpc.request_stream import RequestStream
-from kdmesh.v1 import weights_pb2 as pb
 
 if TYPE_CHECKING:
-    from kdmesh.rpc.weight_services import UpdateCall
+    import grpc
+
+RequestT = TypeVar("RequestT")
+ReplyT = TypeVar("ReplyT")
 
 
-class UpdateStream:
+class OrderedStream(Generic[RequestT, ReplyT]):
     """Belongs to the event loop that made it."""
 
-    def __init__(self, call: UpdateCall, address: str) -> None:
+    def __init__(self, call: grpc.aio.StreamStreamCall[RequestT, ReplyT], address: str) -> None:
         """`call` was just started."""
         self._address = address
-        self._answers: deque[asyncio.Future[pb.UpdateWeightsReply]] = deque()  # sent and unanswered, oldest first
+        self._answers: deque[asyncio.Future[ReplyT]] = deque()  # sent and unanswered, oldest first
         self._stream = RequestStream(call, address, on_reply=self._take, on_end=self._ended)
 
-    def send(self, request: pb.UpdateWeightsRequest) -> asyncio.Future[pb.UpdateWeightsReply]:
-        """The answer to a step, which is sent after all those before it.
+    def send(self, request: RequestT) -> asyncio.Future[ReplyT]:
+        """The answer to a request, which is sent after all those before it.
 
-        It fails with an RpcError as the service's proto file says, or with Unavailable when the stream breaks.
+        It fails with an RpcError as the rpc's proto file says, or with Unavailable when the stream breaks.
         """
-        answer: asyncio.Future[pb.UpdateWeightsReply] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[ReplyT] = asyncio.get_running_loop().create_future()
         try:
             self._stream.check_open()
         except RpcError as error:
@@ -39,10 +41,10 @@ class UpdateStream:
         return answer
 
     async def close(self) -> None:
-        """End the stream; what is unanswered fails as Unavailable. Without a commit, the server drops the update."""
+        """End the stream; what is unanswered fails as Unavailable."""
         await self._stream.close()
 
-    def _take(self, reply: pb.UpdateWeightsReply) -> None:
+    def _take(self, reply: ReplyT) -> None:
         if not self._answers:
             raise EngineFailure(f"{self._address} answered what it was not asked")
         answer = self._answers.popleft()
