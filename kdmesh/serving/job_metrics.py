@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Set
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-_MAX_JOBS = 64  # distinct values of a label; names come from clients
+from kdmesh.serving.job_table import FORGET_S
+
+MAX_JOBS = 256  # distinct values of a label; names come from clients
+OTHERS, UNNAMED = "(others)", "(unnamed)"
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class JobMetrics:
     """The numbers of one server, in a registry of its own. Written and read on the event loop only."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
         self._namespace = namespace
-        self._jobs: set[str] = set()
+        self._clock = clock
+        self._heard_s: dict[str, float] = {}  # when a label was last used
+        self._by_job: list[Counter | Histogram] = []
 
     def job_label(self, job: str) -> str:
-        """The job's name, or one common name once there are too many."""
-        if job not in self._jobs:
-            if len(self._jobs) >= _MAX_JOBS:
-                return "(others)"
-            self._jobs.add(job)
-        return job or "(unnamed)"
+        """The job's name, or one common name while there are too many."""
+        label = job or UNNAMED
+        if label not in self._heard_s and len(self._heard_s) >= MAX_JOBS:
+            return OTHERS
+        self._heard_s[label] = self._clock()
+        return label
+
+    def forget_silent(self, present: Set[str]) -> None:
+        """Drop the numbers of jobs that have left: nothing was counted for long, and they are not among those present.
+
+        Args:
+            present: names of jobs that hold something, or wait.
+        """
+        limit_s = self._clock() - FORGET_S
+        labels = {job or UNNAMED for job in present}
+        for label in [label for label, heard_s in self._heard_s.items() if heard_s <= limit_s and label not in labels]:
+            del self._heard_s[label]
+            for metric in self._by_job:
+                metric.remove_by_labels({"job": label})
 
     def counter(self, name: str, text: str, *labels: str) -> Counter:
         """A new counter."""
-        return Counter(name, text, labels, namespace=self._namespace, registry=self.registry)
+        counter = Counter(name, text, labels, namespace=self._namespace, registry=self.registry)
+        if "job" in labels:
+            self._by_job.append(counter)
+        return counter
 
     def histogram(self, name: str, text: str, *labels: str) -> Histogram:
         """A new histogram of seconds."""
-        return Histogram(name, text, labels, namespace=self._namespace, registry=self.registry, buckets=_SECONDS)
+        histogram = Histogram(name, text, labels, namespace=self._namespace, registry=self.registry, buckets=_SECONDS)
+        if "job" in labels:
+            self._by_job.append(histogram)
+        return histogram

@@ -40,6 +40,11 @@ class JobState:
     wait_p99_s: float | None
     refusals: Mapping[str, int]  # by what was short
 
+    @property
+    def is_present(self) -> bool:
+        """Whether it holds anything, or waits."""
+        return bool(self.sessions or self.slots or self.waiting_requests or self.tokens_in_flight)
+
 
 def job_states(
     table: JobTable[Any], queue: FairQueue[Any], holdings: Mapping[str, Holdings], only: str | None = None

@@ -219,3 +219,21 @@ async def test_name_that_cannot_be_shown_is_refused(tmp_path: Path) -> None:
         with pytest.raises(errors.InvalidRequest, match="job's name 'up\\\\ndown' has 7 characters"):
             async with teacher.client(job="up\ndown"):
                 pass
+
+
+async def test_metrics_tell_what_each_job_waits_for_and_holds(tmp_path: Path) -> None:
+    async with (
+        running_teacher(tmp_path, queue={"max_wait_s": 0.2}, jobs={"defaults": {"max_requests_per_s": 1}}) as teacher,
+        teacher.client(job="keeper", door="shm") as client,
+    ):
+        kept = await ask(client)
+        with pytest.raises(errors.Unavailable):
+            await ask(client)
+        text = (await rest(teacher, "/metrics")).text
+        assert 'kdmesh_teacher_job_slab_bytes{job="keeper"} 65536.0' in text
+        assert 'kdmesh_teacher_job_leases{job="keeper"} 1.0' in text
+        assert 'kdmesh_teacher_job_waiting_tokens{job="keeper"} 0.0' in text
+        assert 'kdmesh_teacher_job_refusals_total{job="keeper",reason="max_requests_per_s"} 1.0' in text
+        assert 'kdmesh_teacher_tokens_total{job="keeper"} 9.0' in text
+        assert 'kdmesh_teacher_queue_seconds_count{job="keeper"} 1.0' in text
+        del kept

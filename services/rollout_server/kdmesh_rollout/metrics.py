@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kdmesh.serving.job_families import job_families
 from kdmesh.serving.job_metrics import JobMetrics
+from kdmesh.serving.job_state import JobState
 from kdmesh.types import Sample
 
 _NAMESPACE = "kdmesh_rollout"
@@ -18,6 +20,7 @@ _NAMESPACE = "kdmesh_rollout"
 class Gauges:
     """What is true at the moment of a scrape."""
 
+    jobs: Sequence[JobState]
     running_samples: int
     waiting_samples: int
     waiting_tokens: int
@@ -42,7 +45,7 @@ class Metrics(JobMetrics):
 
     def watch(self, look: Callable[[], Gauges]) -> None:
         """Show what `look` finds at every scrape; called once, when the server is ready."""
-        self.registry.register(_Collector(look))
+        self.registry.register(_Collector(look, self))
 
     def sample_started(self, job: str, *, waited_s: float) -> None:
         """A sample has begun."""
@@ -64,12 +67,15 @@ class Metrics(JobMetrics):
 
 
 class _Collector(Collector):
-    def __init__(self, look: Callable[[], Gauges]) -> None:
+    def __init__(self, look: Callable[[], Gauges], metrics: Metrics) -> None:
         self._look = look
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
         """The engine and the queue as they are now."""
         now = self._look()
+        self._metrics.forget_silent({state.job for state in now.jobs if state.is_present})
+        yield from job_families(_NAMESPACE, now.jobs, has_slab=False)
         for name, text, value in (
             ("running_samples", "Samples being decoded.", now.running_samples),
             ("waiting_samples", "Samples that have not started.", now.waiting_samples),

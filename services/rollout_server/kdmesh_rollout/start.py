@@ -94,7 +94,10 @@ async def start(
 
 def _gauges(parts: Parts, engine: Engine) -> Gauges:
     queue = parts.scheduler.queue
+    states = parts.job_states()
+    parts.jobs.forget_silent({state.job for state in states if state.is_present})
     return Gauges(
+        jobs=states,
         running_samples=parts.scheduler.num_running,
         waiting_samples=queue.num_requests,
         waiting_tokens=queue.num_tokens,

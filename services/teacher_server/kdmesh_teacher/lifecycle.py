@@ -86,7 +86,10 @@ async def serve(
 
 def _gauges(parts: Parts) -> Gauges:
     queue = parts.scheduler.queue
+    states = parts.job_states()
+    parts.jobs.forget_silent({state.job for state in states if state.is_present})
     return Gauges(
+        jobs=states,
         slab=parts.store.snapshot(),
         waiting_tokens=queue.num_tokens,
         waiting_requests=queue.num_requests,

@@ -10,7 +10,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kdmesh.handles.reports import Snapshot
+from kdmesh.serving.job_families import job_families
 from kdmesh.serving.job_metrics import JobMetrics
+from kdmesh.serving.job_state import JobState
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.cache.report import CacheState, TierState
 from kdmesh_teacher.work import Work
@@ -24,6 +26,7 @@ class Gauges:
     """What is true at the moment of a scrape."""
 
     slab: Snapshot
+    jobs: Sequence[JobState]
     waiting_tokens: int
     waiting_requests: int
     cached_tokens: int
@@ -52,7 +55,12 @@ class Metrics(JobMetrics):
 
     def watch(self, look: Callable[[], Gauges]) -> None:
         """Show what `look` finds at every scrape; called once, when the server is ready."""
-        self.registry.register(_Collector(look, lambda: self._sent_bytes))
+        self.registry.register(_Collector(look, self))
+
+    @property
+    def sent_bytes(self) -> Mapping[str, int]:
+        """Bytes that clients were sent, by door."""
+        return self._sent_bytes
 
     def batch_done(self, works: Sequence[Work], *, started_s: float, engine_s: float) -> None:
         """A batch has come from the engine, well or not."""
@@ -84,13 +92,15 @@ class Metrics(JobMetrics):
 
 
 class _Collector(Collector):
-    def __init__(self, look: Callable[[], Gauges], sent_bytes: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, look: Callable[[], Gauges], metrics: Metrics) -> None:
         self._look = look
-        self._sent_bytes = sent_bytes
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
         """The slab and the queue as they are now."""
         now = self._look()
+        self._metrics.forget_silent({state.job for state in now.jobs if state.is_present})
+        yield from job_families(_NAMESPACE, now.jobs, has_slab=True)
         slots = GaugeMetricFamily(f"{_NAMESPACE}_slots", "Slots of the slab by state.", labels=["state"])
         for state, count in now.slab.slots.items():
             slots.add_metric([state], count)
@@ -109,7 +119,7 @@ class _Collector(Collector):
         counters = now.slab.counters
         door = CounterMetricFamily(f"{_NAMESPACE}_bytes", "Bytes that clients got, by door.", labels=["door"])
         door.add_metric(["shm"], counters.claimed_bytes)
-        for name, num_bytes in self._sent_bytes().items():
+        for name, num_bytes in self._metrics.sent_bytes.items():
             door.add_metric([name], num_bytes)
         yield door
         for name, text, value in (
