@@ -50,6 +50,9 @@ sglang-env: $(SGLANG_INSTALLED)  ## An environment with the real SGLang for CPU,
 test-sglang: $(SGLANG_INSTALLED)  ## The SGLang engine against the real SGLang, on the CPU
 	PYTHONPATH=tests/support/sglang_standin $(SGLANG)/bin/pytest -q -m sglang tests/sglang
 
+test-browser: $(INSTALLED)  ## The servers' status page in a real Chromium; skipped where there is none
+	$(BIN)/pytest -q -rs -m browser tests/system
+
 check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

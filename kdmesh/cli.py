@@ -67,6 +67,7 @@ def main() -> None:
     Prefill it first  kdmesh precompute examples/train.yaml
     Write a dataset   kdmesh generate --rollout 127.0.0.1:50061 --model path/to/model
     Trust a teacher   kdmesh probe --teacher 127.0.0.1:50051 --model path/to/teacher
+    Watch a server    kdmesh top
 
     Every setting lives in the YAML file; the commented files in examples/ name the usual ones.
     """
@@ -280,6 +281,31 @@ def generate(
         deadline_s=_GENERATE_S,
     )
     click.echo(generating.generate(servers, model, prompts, output, plan).sentence())
+
+
+@main.command()
+@click.option("--server", default="127.0.0.1:8051", show_default=True, metavar="HOST:PORT", help="Its REST port.")
+@click.option("--once", "is_once", is_flag=True, help="Print one table and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and end.")
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds between looks."
+)
+@_access_option
+def top(server: str, is_once: bool, as_json: bool, interval: float, access_file: Path | None) -> None:
+    """Watch which jobs share a teacher or a rollout server, live: what each gets, waits for, holds and is refused.
+
+    q or Ctrl-C ends it. Where the output is no terminal it prints one table.
+
+    \b
+    Example: kdmesh top --server 127.0.0.1:8051
+    """
+    from kdmesh import top as watching
+
+    watched = watching.Server(server, _access(access_file))
+    if is_once or as_json or not sys.stdout.isatty():
+        watching.once(watched, as_json=as_json)
+    else:
+        watching.live(watched, interval_s=interval)
 
 
 @main.command()

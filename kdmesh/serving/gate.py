@@ -24,6 +24,11 @@ class Gate(Generic[P]):
         """Set whenever `refusal` may have changed; whoever waits for it clears it."""
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether there are parts."""
+        return self._parts is not None
+
+    @property
     def refusal(self) -> str | None:
         """Why new work is refused, as a sentence; None while it is taken."""
         return self.refusal_of_others(None)

@@ -53,6 +53,7 @@ LAYER = {
     "kdmesh.local": 4,
     "kdmesh.probe": 4,
     "kdmesh.tether": 4,
+    "kdmesh.top": 4,
 }
 STRANGERS = [("kdmesh.rpc", "kdmesh.losses"), ("kdmesh.losses", "kdmesh.rpc")]
 # A value, not a loss: what a client makes of the head that a teacher sends.

@@ -12,6 +12,7 @@ from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.security import open_security
+from kdmesh.serving.status_routes import add_status_routes
 from kdmesh.v1.rollout_pb2_grpc import add_RolloutServicer_to_server
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_rollout.engine import Engine
@@ -52,6 +53,7 @@ async def serve(
     app = rest.build_app("kdmesh rollout", gate, metrics.registry, security.authority)
     rest.add_sleep_routes(app, lambda: gate.parts().sleep)
     add_job_routes(app, gate.parts)
+    add_status_routes(app, gate, "rollout server", lambda: gate.parts().working())
     add_routes(app, gate)
 
     async def begin(stack: AsyncExitStack, port: int) -> Parts:

@@ -12,6 +12,7 @@ from kdmesh.serving.job_state import JobState, job_states
 from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
+from kdmesh.serving.status import Working
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout.scheduler import Scheduler
 
@@ -40,3 +41,17 @@ class Parts:
     def job_states(self, only: str | None = None) -> Sequence[JobState]:
         """Of every job that is known, or of one."""
         return job_states(self.jobs, self.scheduler.queue, {}, only)
+
+    def working(self) -> Working:
+        """What the server does, on one screen."""
+        states = self.job_states()
+        return Working(
+            model=self.model.name,
+            weight_version=self.updates.version,
+            waiting_requests=self.scheduler.queue.num_requests,
+            waiting_tokens=self.scheduler.queue.num_tokens,
+            tokens_per_s=sum(state.tokens_per_s for state in states),
+            engine_tokens_per_s=self.scheduler.tokens_per_s,
+            slab=None,
+            jobs=states,
+        )

@@ -13,6 +13,7 @@ from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.security import open_security
+from kdmesh.serving.status_routes import add_status_routes
 from kdmesh.v1.teacher_pb2_grpc import add_TeacherServicer_to_server
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.engine import Engine
@@ -55,6 +56,7 @@ async def serve(
     app = rest.build_app("kdmesh teacher", gate, metrics.registry, security.authority)
     rest.add_sleep_routes(app, lambda: gate.parts().sleep)
     add_job_routes(app, gate.parts)
+    add_status_routes(app, gate, "teacher", lambda: gate.parts().working())
     add_routes(app, gate)
 
     async def begin(stack: AsyncExitStack, port: int) -> Parts:

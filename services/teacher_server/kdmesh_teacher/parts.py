@@ -12,6 +12,7 @@ from kdmesh.serving.job_state import Holdings, JobState, job_states
 from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
+from kdmesh.serving.status import SlabStatus, Working
 from kdmesh.types import CacheAnswer, ModelDescription, TokenSequence
 from kdmesh_teacher.cache import entry_file
 from kdmesh_teacher.cache.row_cache import RowCache
@@ -71,4 +72,22 @@ class Parts:
             budget_bytes=0 if cache is None else cache.state().budget_bytes,
             entry_bytes=entry_file.MAX_OVERHEAD_BYTES,
             tokens_per_s=self.scheduler.load.tokens_per_s,
+        )
+
+    def working(self) -> Working:
+        """What the server does, on one screen."""
+        states, load, slab = self.job_states(), self.scheduler.load, self.store.snapshot()
+        return Working(
+            model=self.model.name,
+            weight_version=self.scheduler.weights.version,
+            waiting_requests=self.scheduler.queue.num_requests,
+            waiting_tokens=self.scheduler.queue.num_tokens,
+            tokens_per_s=sum(state.tokens_per_s for state in states),
+            engine_tokens_per_s=load.tokens_per_s,
+            slab=SlabStatus(
+                slots={state.value: count for state, count in slab.slots.items()},
+                slot_bytes=slab.slot_bytes,
+                orphans=slab.orphans,
+            ),
+            jobs=states,
         )

@@ -1,0 +1,117 @@
+"""`kdmesh top`: one table, one JSON object, or live in a terminal that is clean afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import struct
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from kdmesh import cli
+from kdmesh.rpc.retry import Deadline
+from tests.support.teacher_requests import sequence
+from tests.support.teacher_server import RunningTeacher, running_teacher
+
+
+async def top(address: str, *options: str) -> Result:
+    return await asyncio.to_thread(CliRunner().invoke, cli.main, ["top", "--server", address, *options])
+
+
+async def some_work(teacher: RunningTeacher, job: str) -> None:
+    async with teacher.client(job=job) as client:
+        await client.prefill([sequence(9)], Deadline.after(10))
+
+
+async def test_once_prints_a_table_of_the_jobs(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path, jobs={"overrides": {"[red]job": {"weight": 2.5}}}) as teacher:
+        await some_work(teacher, "[red]job")
+        shown = await top(teacher.addresses.rest, "--once")
+    assert shown.exit_code == 0
+    assert "kdmesh teacher  ready" in shown.output
+    row = next(line for line in shown.output.splitlines() if line.startswith("[red]job"))
+    assert "normal" in row
+    assert "2.5" in row
+    assert "100%" in row
+
+
+async def test_json_is_one_object_with_what_the_server_said(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher:
+        await some_work(teacher, "job")
+        shown = await top(teacher.addresses.rest, "--json")
+    status = json.loads(shown.output)
+    assert (status["service"], status["state"]) == ("teacher", "ready")
+    assert status["working"]["jobs"][0]["tokens"] == 9
+    assert sum(status["working"]["slab"]["slots"].values()) == 4
+
+
+async def test_server_that_loads_is_shown_without_jobs(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path, wait_ready=False, held=True) as teacher:
+        shown = await top(teacher.addresses.rest)  # no terminal: one table
+    assert "the server is loading the model" in shown.output
+
+
+async def test_nobody_at_the_address_is_an_error(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher:
+        address = teacher.addresses.rest
+    shown = await top(address, "--once")
+    assert shown.exit_code == 2
+    assert f"{address} does not answer: [Errno 111] Connection refused" in shown.output
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self) -> None:
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+        self.seen = b""
+        self._changed = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self.master, self._read)
+
+    def _read(self) -> None:
+        self.seen += os.read(self.master, 65536)
+        self._changed.set()
+
+    async def until(self, shown: Callable[[bytes], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not shown(self.seen):
+                self._changed.clear()
+                await self._changed.wait()
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.master)
+        os.close(self.master)
+        os.close(self.slave)
+
+
+async def test_live_view_survives_its_server_and_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
+    terminal = Terminal()
+    before = termios.tcgetattr(terminal.slave)
+    async with running_teacher(tmp_path) as teacher:
+        await some_work(teacher, "some-job")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", "from kdmesh.cli import main; main()", "top"),
+            *("--server", teacher.addresses.rest, "--interval", "0.1"),
+            stdin=terminal.slave,
+            stdout=terminal.slave,
+            stderr=terminal.slave,
+            env=os.environ | {"TERM": "xterm"},
+        )
+        await terminal.until(lambda seen: b"some-job" in seen)
+        assert termios.tcgetattr(terminal.slave) != before
+    await terminal.until(lambda seen: b"does not answer" in seen)
+    assert b"\x1b[?1049l" not in terminal.seen
+    os.write(terminal.master, b"q")
+    assert await process.wait() == 0
+    await terminal.until(lambda seen: seen.endswith(b"\x1b[?25h\x1b[?1049l"))
+    assert termios.tcgetattr(terminal.slave) == before
+    terminal.close()
