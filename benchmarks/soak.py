@@ -26,7 +26,7 @@ from benchmarks.soak_clients import MAX_TOKENS, VOCABULARY_SIZE, Trainer, run_jo
 from kdmesh.rpc.doors import DoorChoice
 
 _DOORS: tuple[DoorChoice, ...] = ("shm", "shm", "stream")
-_SLOTS = 10  # few, so that every client has soon mapped each
+_SLOTS = 6  # of each teacher; fewer than are wanted, so that every client has soon mapped each
 _EVERY_S = 1.0
 _SETTLE_S = 20.0  # what is loaded and mapped once is there by then
 _MAX_LOSS = 0.03
@@ -39,6 +39,7 @@ class Sample:
 
     at_s: float
     tokens: int  # answered so far
+    cpu_s: float  # of all these processes so far
     private_mib: dict[str, float]  # by process: memory of its own, without what it shares
     fds: dict[str, int]
     threads: dict[str, int]
@@ -85,6 +86,7 @@ class _Watch:
         return Sample(
             at_s=time.monotonic(),
             tokens=sum(client.tokens.value for client in self._clients),
+            cpu_s=sum(sum(process.cpu_times()[:2]) for process in self._processes.values()),
             private_mib={name: (info.rss - info.shared) / 2**20 for name, info in memory.items()},
             fds={name: process.num_fds() for name, process in self._processes.items()},
             threads={name: process.num_threads() for name, process in self._processes.items()},
@@ -136,6 +138,10 @@ def _rate(samples: Sequence[Sample]) -> float:
     return (samples[-1].tokens - samples[0].tokens) / (samples[-1].at_s - samples[0].at_s)
 
 
+def _cpu_s_per_million(samples: Sequence[Sample]) -> float:
+    return (samples[-1].cpu_s - samples[0].cpu_s) / (samples[-1].tokens - samples[0].tokens) * 1e6
+
+
 def _slope_mib_per_h(samples: Sequence[Sample], name: str) -> float:
     times = [sample.at_s for sample in samples]
     line = statistics.linear_regression(times, [sample.private_mib[name] for sample in samples])
@@ -164,6 +170,8 @@ def _judge(samples: Sequence[Sample]) -> tuple[list[str], float]:
     change = _rate(last) / _rate(first) - 1
     wrong = [f"the speed changed by {change:+.1%}"] if abs(change) > _MAX_LOSS else []
     rows: list[list[object]] = [["tokens/s", f"{_rate(first):,.0f}", f"{_rate(last):,.0f}", f"{change:+.1%}"]]
+    costs = [_cpu_s_per_million(part) for part in (first, last)]
+    rows.append(["CPU s per million tokens", *(f"{cost:.2f}" for cost in costs), f"{costs[1] / costs[0] - 1:+.1%}"])
     for name in samples[0].fds:
         before, after = (statistics.median(s.private_mib[name] for s in part) for part in (first, last))
         slope = _slope_mib_per_h(samples, name)

@@ -50,7 +50,7 @@ class Discovery:
             name, _, port = entry.removeprefix(_DNS).rpartition(":")
             try:
                 self._found[entry] = await self._resolve(name, int(port))
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # the second for what cannot be a name
                 self.last_error = f"{entry}: {error}"
                 log.warning("name not found", extra={"name_looked_up": entry, "reason": str(error)})
         found = (address for entry in self._names for address in self._found.get(entry, ()))
