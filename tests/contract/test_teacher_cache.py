@@ -237,6 +237,20 @@ async def test_a_damaged_file_is_computed_again_without_anybody_noticing(tmp_pat
         assert teacher.engine.batches == [1]
 
 
+async def test_a_disk_that_fails_fails_no_request_and_is_seen(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path, cache=directory(tmp_path)) as teacher, teacher.client() as client:
+        for prefix in range(256):
+            (tmp_path / "cache" / f"{prefix:02x}").write_bytes(b"")  # where a directory should be
+        await ask(client, sequence(30))
+        while not (state := await get(teacher.addresses.rest, "/v1/cache"))["refusal"]:
+            pass
+        assert str(tmp_path / "cache") in state["refusal"]
+        assert state["directory"]["entries"] == 0
+        await ask(client, sequence(30), sequence(31))
+        now = await metrics(teacher.addresses.rest)
+        assert (now["cache_skipped_total"], now["cache_writes"], now["cache_hits_total"]) == (3, 0, 0)
+
+
 async def test_a_cache_that_breaks_fails_its_request_and_gives_the_slot_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,3 +89,9 @@ def metric(teacher: TeacherProcess, name: str) -> float:
         if line.startswith(f"{name} "):
             return float(line.split()[1])
     raise AssertionError(f"no metric {name}")
+
+
+def token_count(teacher: TeacherProcess) -> float:
+    """Tokens prefilled, over all jobs."""
+    lines = httpx.get(f"http://{teacher.rest}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("kdmesh_teacher_tokens_total{"))

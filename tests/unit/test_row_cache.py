@@ -208,6 +208,14 @@ async def test_a_file_that_somebody_deleted_is_a_miss_and_no_damage(tmp_path: Pa
             assert (state.corrupt, state.directory and state.directory.entries) == (0, 0)
 
 
+async def test_files_are_for_their_user_alone(tmp_path: Path) -> None:
+    with opened(tmp_path / "cache", MIB) as files:
+        async with cache_of(directory=files) as cache:
+            await keep(cache, 3, rows(3))
+    (file,) = stored(tmp_path)
+    assert [path.stat().st_mode & 0o077 for path in (file, file.parent, tmp_path / "cache")] == [0, 0, 0]
+
+
 # Crashes, full disks
 
 

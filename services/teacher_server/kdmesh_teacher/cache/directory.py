@@ -131,7 +131,7 @@ class RowDirectory:
     def _write(self, gone: Sequence[bytes], key: bytes, rows: KeptRows) -> None:
         self._delete(gone)
         path = self._file(key)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         entry_file.write(path, key, rows.data.data, rows.digest)
 
     def _delete(self, keys: Sequence[bytes]) -> None:

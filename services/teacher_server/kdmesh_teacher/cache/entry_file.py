@@ -38,7 +38,7 @@ def write(path: Path, key: bytes, rows: memoryview, digest: bytes) -> None:
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
-        with unfinished.open("wb", buffering=0) as file:
+        with open(unfinished, "wb", buffering=0, opener=_private) as file:
             _write_all(file.fileno(), _HEADER.pack(_MAGIC, key, len(rows), digest))
             _write_all(file.fileno(), rows)
         unfinished.replace(path)
@@ -71,6 +71,11 @@ def read(path: Path, key: bytes, out: memoryview) -> None:
         raise BadEntry(str(error)) from None
     if digests.digest(out) != digest:
         raise BadEntry("rows with another digest")
+
+
+def _private(path: str, flags: int) -> int:
+    """For this user alone: rows tell much of what was asked."""
+    return os.open(path, flags, 0o600)
 
 
 def _write_all(descriptor: int, data: bytes | memoryview) -> None:
