@@ -1,0 +1,45 @@
+"""A trainer's side as a process of its own: for each line "N SEED" on stdin it asks for N rows, and says what came.
+
+`python -m tests.support.far_client DOOR DEADLINE_S HIDDEN_SIZE ADDRESS...`; a line of JSON answers each line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+
+from kdmesh.allocator import keep_freed_memory
+from kdmesh.errors import KdmeshError
+from kdmesh.rpc.teacher_pool import TeacherPool
+from tests.support.teacher_requests import expected_rows, sequence
+
+
+def main() -> None:
+    """Until stdin ends."""
+    keep_freed_memory()
+    door, deadline_s, hidden_size, *addresses = sys.argv[1:]
+    with TeacherPool(addresses, job="far", door=door, deadline_s=float(deadline_s)) as pool:  # type: ignore[arg-type]
+        _say({"doors": dict(pool.stats().doors)})
+        for line in sys.stdin:
+            num_rows, seed = map(int, line.split())
+            asked = [sequence(num_rows + 1, seed=seed)]
+            began_s = time.monotonic()
+            try:
+                rows_RD = pool.submit(asked).wait().rows_RD
+            except KdmeshError as error:
+                came = {"error": f"{type(error).__name__}: {error}"}
+            else:
+                came = {"is_right": torch.equal(rows_RD, expected_rows(asked, int(hidden_size)))}
+            _say({**came, "seconds": time.monotonic() - began_s, "retries": pool.stats().retries})
+
+
+def _say(fields: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
