@@ -73,6 +73,9 @@ proto: $(INSTALLED)  ## Regenerate kdmesh/v1 from proto/
 bench-sglang_hidden_states bench-prefix_reuse: bench-%: $(SGLANG_INSTALLED)
 	PYTHONPATH=tests/support/sglang_standin $(SGLANG)/bin/python -m benchmarks.$*
 
+bench-transport_rdma: $(RDMA_INSTALLED)
+	$(BIN)/python -m benchmarks.transport_rdma
+
 bench-%: $(INSTALLED)  ## Run benchmarks/NAME.py (bench-transport, bench-loss, ...)
 	$(BIN)/python -m benchmarks.$*
 

@@ -77,14 +77,14 @@ class ReplayEngine:
 _PROBE_POSITIONS = range(64)
 
 
-def main(ready_file: Path, *tls_files: str) -> None:
-    """Serve until SIGTERM, encrypted with a certificate and its key where they are given."""
+def main(ready_file: Path, *tls_files: str, has_rdma: bool) -> None:
+    """Serve until SIGTERM, also by RDMA if wanted; encrypted with a certificate and its key where they are given."""
     keep_freed_memory(256 * 2**20)  # as the server's command does
     tls = dict(zip(("cert", "key"), tls_files, strict=True)) if tls_files else None
     config = TeacherConfig.model_validate(
         {
             "engine": {"kind": "fake"},
-            "server": {"port": 0, "rest_port": 0, "tls": tls},
+            "server": {"port": 0, "rest_port": 0, "tls": tls, "rdma": has_rdma},
             "slab": {"slots": 4, "slots_per_session": 2, "slot_mib": SLOT_MIB},
         }
     )
@@ -104,4 +104,4 @@ def main(ready_file: Path, *tls_files: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]), *(file for file in sys.argv[2:] if file != "rdma"), has_rdma="rdma" in sys.argv)

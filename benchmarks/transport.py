@@ -10,7 +10,6 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,11 +21,12 @@ from benchmarks.replay_server import HIDDEN_SIZE, NUM_ROWS
 from kdmesh.allocator import keep_freed_memory
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig, ClientTlsConfig
 from kdmesh.handles.door import Door
+from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.types import Handle, TokenSequence
 
-_BYTES = NUM_ROWS * HIDDEN_SIZE * 2
+BYTES = NUM_ROWS * HIDDEN_SIZE * 2
 _WARM_UP = 6  # every slot is mapped once
 
 
@@ -47,12 +47,15 @@ class _TimedDoor:
         self.seconds.append(time.perf_counter() - began_s)
         return tensor
 
+    def forget(self, handle: Handle) -> None:
+        self.door.forget(handle)
+
     def close(self) -> None:
         self.door.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Timings:
+class Timings:
     """Seconds, of every answer."""
 
     delivered: list[float]  # from the engine's first byte to a tensor in this process
@@ -72,14 +75,13 @@ def _is_in_slab(tensor: Tensor) -> bool:
     return False
 
 
-async def _time_door(
-    address: str, door: Literal["shm", "stream"], repeats: int, access: AccessConfig = OPEN_ACCESS
-) -> _Timings:
+async def time_door(address: str, door: DoorChoice, repeats: int, access: AccessConfig = OPEN_ACCESS) -> Timings:
+    """Ask for `repeats` answers through one door, after some that do not count."""
     client = await TeacherClient.connect(address, job="benchmark", door=door, access=access)
     client.door = timed = _TimedDoor(client.door)
     positions = np.arange(NUM_ROWS, dtype=np.int32)
     sequence = TokenSequence(token_ids=np.zeros(NUM_ROWS + 1, dtype=np.int32), positions=positions)
-    source, target = torch.ones(_BYTES // 2, dtype=torch.bfloat16), torch.zeros(_BYTES // 2, dtype=torch.bfloat16)
+    source, target = torch.ones(BYTES // 2, dtype=torch.bfloat16), torch.zeros(BYTES // 2, dtype=torch.bfloat16)
     delivered: list[float] = []
     asked: list[float] = []
     copied: list[float] = []
@@ -97,7 +99,7 @@ async def _time_door(
         num_in_slab += _is_in_slab(rows)
         del rows
     await client.close()
-    return _Timings(
+    return Timings(
         delivered=delivered[_WARM_UP:],
         asked=asked[_WARM_UP:],
         fetched=timed.seconds[_WARM_UP:],
@@ -106,13 +108,13 @@ async def _time_door(
     )
 
 
-def _time_encrypted(folder: Path, repeats: int) -> _Timings:
+def _time_encrypted(folder: Path, repeats: int) -> Timings:
     """The stream through TLS."""
     tls, ready = make_certificate(folder), folder / "encrypted.json"
     command = [sys.executable, "-m", "benchmarks.replay_server", str(ready), str(tls.cert), str(tls.key)]
     access = AccessConfig(tls=ClientTlsConfig(ca=tls.cert))
     with server(command, ready) as address:
-        return asyncio.run(_time_door(address, "stream", repeats, access))
+        return asyncio.run(time_door(address, "stream", repeats, access))
 
 
 def main() -> None:
@@ -124,18 +126,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"
         with server([sys.executable, "-m", "benchmarks.replay_server", str(ready)], ready) as address:
-            shm = asyncio.run(_time_door(address, "shm", repeats))
-            stream = asyncio.run(_time_door(address, "stream", max(10, repeats // 4)))
+            shm = asyncio.run(time_door(address, "shm", repeats))
+            stream = asyncio.run(time_door(address, "stream", max(10, repeats // 4)))
         encrypted = _time_encrypted(Path(folder), max(10, repeats // 4))
     median = statistics.median
-    say(f"{_BYTES // 2**20} MiB answers ({NUM_ROWS} x {HIDDEN_SIZE} bfloat16), medians:")
+    say(f"{BYTES // 2**20} MiB answers ({NUM_ROWS} x {HIDDEN_SIZE} bfloat16), medians:")
     table(
         ["door", "engine to tensor", "GB/s", "of one copy_", "handle to tensor", "request to tensor"],
         [
             [
                 name,
                 f"{median(t.delivered) * 1e3:.2f} ms",
-                f"{_BYTES / median(t.delivered) / 1e9:.2f}",
+                f"{BYTES / median(t.delivered) / 1e9:.2f}",
                 f"{median(t.copied) / median(t.delivered):.2f}",
                 f"{median(t.fetched) * 1e6:.0f} us",
                 f"{median(t.asked) * 1e3:.2f} ms",
@@ -149,13 +151,13 @@ def main() -> None:
         "transport",
         {
             "shm_fraction_of_copy": round(median(shm.copied) / median(shm.delivered), 3),
-            "shm_gb_per_s": round(_BYTES / median(shm.delivered) / 1e9, 2),
+            "shm_gb_per_s": round(BYTES / median(shm.delivered) / 1e9, 2),
             "shm_copies": copies,
             "shm_handle_to_tensor_us": round(median(shm.fetched) * 1e6, 1),
-            "stream_gb_per_s": round(_BYTES / median(stream.delivered) / 1e9, 2),
-            "stream_door_gb_per_s": round(_BYTES / median(stream.fetched) / 1e9, 2),  # without the engine's copy
-            "encrypted_door_gb_per_s": round(_BYTES / median(encrypted.fetched) / 1e9, 2),
-            "copy_gb_per_s": round(_BYTES / median(shm.copied) / 1e9, 2),
+            "stream_gb_per_s": round(BYTES / median(stream.delivered) / 1e9, 2),
+            "stream_door_gb_per_s": round(BYTES / median(stream.fetched) / 1e9, 2),  # without the engine's copy
+            "encrypted_door_gb_per_s": round(BYTES / median(encrypted.fetched) / 1e9, 2),
+            "copy_gb_per_s": round(BYTES / median(shm.copied) / 1e9, 2),
         },
     )
 

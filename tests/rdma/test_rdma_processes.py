@@ -215,3 +215,52 @@ async def test_client_of_a_server_without_rdma_is_told(tmp_path: Path) -> None:
     async with running_teacher(tmp_path) as teacher:
         with pytest.raises(ConfigError, match="the server has no RDMA"):
             await TeacherClient.connect(teacher.addresses.grpc, job="test", door="rdma")
+
+
+def test_auto_goes_on_by_stream_when_rdma_breaks_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RdmaDoor, "connect", functools.partial(RdmaDoor.connect, buried=Graveyard()))
+    run = tmp_path / "run"
+    with teacher_process(tmp_path, server=RDMA | {"runtime_dir": str(run)}) as teacher:
+        for path in run.iterdir():
+            path.rename(tmp_path / "elsewhere")  # as on another node
+        with TeacherPool([teacher.grpc], job="test", door="auto", deadline_s=60) as pool:
+            asked = [sequence(30)]
+            assert torch.equal(pool.submit(asked).wait().rows_RD, expected_rows(asked))
+            assert list(pool.stats().doors) == ["rdma"]
+
+            def broken(*args: Any, **rest: Any) -> None:
+                raise Unavailable("RDMA: the adapter is gone")
+
+            monkeypatch.setattr(Agent, "begin_read", broken)
+            assert torch.equal(pool.submit(asked).wait().rows_RD, expected_rows(asked))
+            (reason,) = [why for door, why in pool.stats().doors.items() if door == "stream"]
+            assert "rdma: RDMA: the adapter is gone" in reason
+
+
+LEAVING = """
+import asyncio, sys
+from kdmesh.handles.rdma_agent import Agent
+from kdmesh.rpc.teacher_client import TeacherClient
+
+async def connect():
+    return await TeacherClient.connect(sys.argv[1], job="reader", door="rdma")
+
+leave = Agent.remove_peer
+
+def told(agent, name):
+    leave(agent, name)
+    print("farewell", flush=True)
+
+Agent.remove_peer = told
+loop = asyncio.new_event_loop()
+client = loop.run_until_complete(connect())
+print("connected", flush=True)
+"""
+
+
+def test_process_that_ends_without_closing_says_farewell(tmp_path: Path) -> None:
+    with teacher_process(tmp_path, server=RDMA) as teacher:
+        done = subprocess.run(
+            [sys.executable, "-c", LEAVING, teacher.grpc], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout == "connected\nfarewell\n", done.stderr
