@@ -7,6 +7,7 @@ import mmap
 import threading
 import weakref
 
+from kdmesh.errors import Unavailable
 from kdmesh.handles.memory import prefault, whole_pages
 from kdmesh.handles.rdma_agent import Agent, OwnMemory
 
@@ -19,9 +20,12 @@ class Buffer:
     """Registered memory of this process. Nobody may write to it but the read that it was taken for."""
 
     def __init__(self, agent: Agent, size_bytes: int) -> None:
-        # Shared memory, which a forked child does not copy: pages that the adapter writes to must not move.
-        self.memory = mmap.mmap(-1, size_bytes)
-        prefault(self.memory)
+        try:
+            # Shared memory, which a forked child does not copy: pages that the adapter writes to must not move.
+            self.memory = mmap.mmap(-1, size_bytes)
+            prefault(self.memory)
+        except OSError as error:
+            raise Unavailable(f"no memory for {size_bytes} bytes that are to be read: {error.strerror}") from None
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.own: OwnMemory = agent.register(address, size_bytes)
 
@@ -39,7 +43,7 @@ class Buffers:
         self._spares: list[Buffer] = []  # finalizers append in any thread; only the owner takes out
 
     def take(self, size_bytes: int) -> Buffer:
-        """A buffer of at least that size. Raises Unavailable when the memory cannot be registered."""
+        """A buffer of at least that size. Raises Unavailable when there is no memory, or it cannot be registered."""
         self._trim()
         fitting = [(spare.size_bytes, i) for i, spare in enumerate(self._spares) if spare.size_bytes >= size_bytes]
         if fitting:

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import logging
 import os
 import weakref
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ParamSpec, Self, TypeVar
+from typing import Self, TypeVar
 
 from torch import Tensor
 
 from kdmesh.errors import ConfigError, EngineFailure, RpcError, Unavailable
 from kdmesh.handles.door import matrix_over
-from kdmesh.handles.rdma_agent import Agent, RemoteMemory, Transfer, check_transports
+from kdmesh.handles.rdma_agent import Agent, RemoteMemory, check_transports
 from kdmesh.handles.rdma_buffers import Buffer, Buffers, Graveyard, graveyard
+from kdmesh.handles.rdma_thread import AgentThread
 from kdmesh.types import Handle
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
+P = TypeVar("P")
 T = TypeVar("T")
 
 # NIXL tells of no event. Between two looks a fast network carries a few MiB.
 _LOOK_AGAIN_S = 0.0005
 _READ_S = 10.0
 _SLOWEST_BYTES_PER_S = 100e6
+_CONNECT_S = 10.0
+_FAREWELL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,7 @@ class RdmaDoor:
         self._read_s = read_s
         self._graveyard = buried
         self._buffers = Buffers(agent)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rdma")
+        self._thread = AgentThread()
         self._peer = ""  # name of the server's agent
         self._known: dict[int, tuple[int, RemoteMemory]] = {}  # by segment, with its epoch
         self._loaded: list[RemoteMemory] = []  # all that the agent knows
@@ -133,17 +136,17 @@ class RdmaDoor:
         self._on_lost = lambda reason: None
         self._fail(Unavailable("the RDMA door was closed"))
         _doors.discard(self)
-        self._thread.submit(self.say_farewell)
-        self._thread.shutdown(wait=False)
+        self.say_farewell()
+        self._thread.stop()
 
-    def say_farewell(self) -> None:
-        """Disconnect: a reader that leaves without may keep the server from serving others."""
-        with contextlib.suppress(Unavailable):
-            self._agent.remove_peer(self._peer)
+    def say_farewell(self) -> concurrent.futures.Future[None]:
+        """Disconnect soon: a reader that leaves without may keep the server from serving others."""
+        return self._thread.submit(_remove_peer, self._agent, self._peer)
 
     # Inside
 
     async def _prove(self, nonce: bytes) -> None:
+        """Read the nonce."""
         probe = await self._server.locate(None)
         self._peer = probe.agent
         await self._learn(probe)
@@ -204,10 +207,10 @@ class RdmaDoor:
             if any(memory.overlaps(loaded) and memory != loaded for loaded in self._loaded):
                 # Memory that was there before is gone. NIXL would go on to use its keys.
                 await self._is_idle.wait()
-                await self._call(self._agent.remove_peer, self._peer)
+                await self._call(self._agent.remove_peer, self._peer, within_s=_CONNECT_S)
                 self._known.clear()
                 self._loaded.clear()
-            await self._call(self._agent.add_peer, memory)
+            await self._call(self._agent.add_peer, memory, within_s=_CONNECT_S)
         except Unavailable as error:
             self._fail(error)
             raise
@@ -215,37 +218,40 @@ class RdmaDoor:
 
     async def _read(self, source: RemoteMemory, *, offset_bytes: int, size_bytes: int) -> Buffer:
         """A buffer that begins with those bytes of the server."""
-        buffer = self._buffers.take(size_bytes)
+        buffer = await self._call(self._buffers.take, size_bytes, within_s=_CONNECT_S)
+        within_s = self._read_s + size_bytes / _SLOWEST_BYTES_PER_S
         try:
-            transfer = await self._call(
-                self._agent.begin_read, source, buffer.own, offset_bytes=offset_bytes, size_bytes=size_bytes
-            )
-            await self._finish(transfer, within_s=self._read_s + size_bytes / _SLOWEST_BYTES_PER_S)
+            async with asyncio.timeout(within_s):
+                await self._fill(buffer, source, offset_bytes=offset_bytes, size_bytes=size_bytes)
         except BaseException as error:
             self._graveyard.bury(self._agent, buffer)
+            if isinstance(error, TimeoutError):
+                error = Unavailable(f"RDMA: a read did not end within {within_s:.1f} s")
             self._fail(error if isinstance(error, Unavailable) else Unavailable("an RDMA read was broken off"))
-            raise
+            raise error from None
         return buffer
 
-    async def _finish(self, transfer: Transfer, *, within_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + within_s
+    async def _fill(self, buffer: Buffer, source: RemoteMemory, *, offset_bytes: int, size_bytes: int) -> None:
+        run = self._thread.submit
+        begin = self._agent.begin_read
+        # In the thread: over some transports the first call copies all the bytes.
+        transfer = await asyncio.wrap_future(
+            run(begin, source, buffer.own, offset_bytes=offset_bytes, size_bytes=size_bytes)
+        )
         while not transfer.is_done:
             if self._failure is not None:
                 raise Unavailable(str(self._failure))
-            if loop.time() > deadline_s:
-                raise Unavailable(f"RDMA: a read did not end within {within_s:.1f} s")
             await asyncio.sleep(_LOOK_AGAIN_S)
-            transfer = await self._call(self._agent.poll, transfer)
-        await self._call(self._agent.end, transfer)
+            transfer = await asyncio.wrap_future(run(self._agent.poll, transfer))
+        await asyncio.wrap_future(run(self._agent.end, transfer))
 
-    async def _call(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """In the door's thread: over some transports a call copies all the bytes."""
+    async def _call(self, call: Callable[[P], T], argument: P, *, within_s: float) -> T:
+        """In the door's thread."""
         try:
-            running = self._thread.submit(call, *args, **kwargs)
-        except RuntimeError:  # shut down
-            raise Unavailable("the RDMA door was closed") from None
-        return await asyncio.wrap_future(running)
+            async with asyncio.timeout(within_s):
+                return await asyncio.wrap_future(self._thread.submit(call, argument))
+        except TimeoutError:
+            raise Unavailable(f"RDMA: NIXL did not answer within {within_s} s") from None
 
     def _fail(self, error: RpcError) -> None:
         if self._failure is None:
@@ -258,5 +264,9 @@ _doors: weakref.WeakSet[RdmaDoor] = weakref.WeakSet()
 
 @atexit.register
 def _say_farewell() -> None:
-    for door in tuple(_doors):
-        door.say_farewell()
+    concurrent.futures.wait([door.say_farewell() for door in tuple(_doors)], timeout=_FAREWELL_S)
+
+
+def _remove_peer(agent: Agent, name: str) -> None:
+    with contextlib.suppress(Unavailable):
+        agent.remove_peer(name)

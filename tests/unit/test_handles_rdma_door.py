@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import importlib
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -40,6 +41,8 @@ class CopyingAgent:
         self.farewells = 0
         self.hangs = False
         self.failure: Exception | None = None
+        self.answers = threading.Event()
+        self.answers.set()
 
     def register(self, address: int, size_bytes: int) -> OwnMemory:
         own = OwnMemory(address=address, size_bytes=size_bytes, registration=None)
@@ -57,6 +60,7 @@ class CopyingAgent:
         self.peers.clear()
 
     def begin_read(self, source: RemoteMemory, target: OwnMemory, *, offset_bytes: int, size_bytes: int) -> Transfer:
+        self.answers.wait()
         if self.failure is not None:
             raise self.failure
         assert source in self.peers
@@ -188,6 +192,19 @@ async def test_reads_under_way_end_with_the_door_and_are_kept() -> None:
     for done in await asyncio.gather(*fetching, return_exceptions=True):
         assert isinstance(done, Unavailable)
     assert len(buried._buried) == 3
+
+
+async def test_call_that_hangs_ends_with_the_deadline_of_its_read() -> None:
+    server, buried = Server(), Graveyard()
+    door, agent = await server.door(buried)
+    agent.answers.clear()
+    with pytest.raises(Unavailable, match="did not end within"):
+        await door.fetch(handle())
+    door.close()
+    with pytest.raises(Unavailable, match="did not end within"):
+        await door.fetch(handle())
+    assert len(buried._buried) == 1
+    agent.answers.set()
 
 
 async def test_failed_read_is_told_and_its_buffer_is_kept() -> None:
