@@ -1,4 +1,6 @@
-"""Serves rows that exist already, so that only the service is timed: `python -m benchmarks.replay_server READY_FILE`.
+"""Serves rows that exist already, so that only the service is timed.
+
+`python -m benchmarks.replay_server READY_FILE [CERTIFICATE KEY] [rdma]`.
 
 The engine's copy into the slot is the real one (`index_select` with `out=`); no model runs. The first 8 bytes of
 an answer are the monotonic clock, in nanoseconds, when the engine began to write it.

@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 
 from torch import Tensor
 
-from kdmesh.errors import ConfigError, EngineFailure, RpcError, Unavailable
+from kdmesh.errors import EngineFailure, RpcError, Unavailable
 from kdmesh.handles.door import matrix_over
 from kdmesh.handles.rdma_agent import Agent, RemoteMemory, check_transports
 from kdmesh.handles.rdma_buffers import Buffer, Buffers, Graveyard, graveyard
@@ -98,16 +98,14 @@ class RdmaDoor:
             buried: where buffers go that cannot be used again.
 
         Raises:
-            Unavailable: NIXL or RDMA is not to be had here, or not to that server; use another door.
+            ConfigError: this process has no NIXL, or could use transports that are not safe.
+            Unavailable: RDMA does not lead to that server, or this process had too many reads that did not end.
             HandleGone: the session has ended.
         """
         if buried.is_full:
             raise Unavailable(f"{buried.size_bytes} bytes of reads that did not end are kept; restart this process")
-        try:
-            check_transports(os.environ)
-            agent = await asyncio.to_thread(Agent, is_read=False)
-        except ConfigError as error:
-            raise Unavailable(str(error)) from None
+        check_transports(os.environ)
+        agent = await asyncio.to_thread(Agent, is_read=False)
         door = cls(agent, server, read_s=read_s, buried=buried)
         try:
             await door._prove(nonce)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from kdmesh.errors import Unavailable
+from kdmesh.errors import ConfigError, Unavailable
 from kdmesh.groups.pair_group import Backend
 from kdmesh.handles.collective_door import CollectiveDoor, Group
 from kdmesh.handles.door import Door
@@ -72,6 +72,7 @@ async def open_door(choice: DoorChoice, way: Doorway, *, address: str) -> Chosen
 
     Raises:
         Unavailable: `choice` is a door that cannot be opened from here.
+        ConfigError: it is one that this process is not set up for.
         HandleGone: the session has ended.
     """
     if choice != "auto":
@@ -87,7 +88,7 @@ async def _best(way: Doorway) -> ChosenDoor:
     for name in _BEST_FIRST:
         try:
             door = await _open(name, way, is_asked_for=False)
-        except Unavailable as error:
+        except (Unavailable, ConfigError) as error:
             obstacles.append(f"{name}: {error}")
         else:
             return ChosenDoor(door=door, reason="; ".join(obstacles) or "it is the best")

@@ -162,8 +162,8 @@ class TeacherClient:
         try:
             chosen = await open_door(choice, way, address=self.address)
         except Unavailable as error:
-            if choice == "collective" and opened.groups:
-                raise  # a group may be made the next time
+            if (choice == "collective" and opened.groups) or (choice == "rdma" and opened.has_rdma):
+                raise  # it may work the next time
             # Is it the door, or has the whole server gone in this moment?
             await self._call(self._stub.KeepAlive, pb.KeepAliveRequest(session=self._session))
             raise ConfigError(f"door {choice}, but {self.address} is not to be had that way: {error}") from None
@@ -357,8 +357,8 @@ class TeacherClient:
         return codec.memory_from_wire(await self._call(self._stub.LocateMemory, request))
 
     async def _end(self, handle: Handle) -> None:
-        """Release a handle. Raises HandleGone when it had ended before."""
-        request = pb.ReleaseRequest(session=self._session, handles=[codec.handle_to_wire(handle)])
+        """Release a handle that was read by RDMA. Raises HandleGone when it had ended before."""
+        request = pb.ReleaseRequest(session=self._session, handles=[codec.handle_to_wire(handle)], by_rdma=True)
         if (await self._call(self._stub.Release, request)).gone:
             raise HandleGone(f"the handle to segment {handle.segment} ended while it was read")
 

@@ -549,8 +549,11 @@ class ReleaseRequest(google.protobuf.message.Message):
 
     SESSION_FIELD_NUMBER: builtins.int
     HANDLES_FIELD_NUMBER: builtins.int
+    BY_RDMA_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """From OpenSessionResponse."""
+    by_rdma: builtins.bool
+    """Whether their bytes were read by RDMA; only for the server's metrics."""
     @property
     def handles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.Handle]:
         """Any number."""
@@ -560,8 +563,9 @@ class ReleaseRequest(google.protobuf.message.Message):
         *,
         session: builtins.bytes = ...,
         handles: collections.abc.Iterable[kdmesh.v1.common_pb2.Handle] | None = ...,
+        by_rdma: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["handles", b"handles", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["by_rdma", b"by_rdma", "handles", b"handles", "session", b"session"]) -> None: ...
 
 Global___ReleaseRequest: typing_extensions.TypeAlias = ReleaseRequest
 

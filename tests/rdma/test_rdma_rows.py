@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -65,3 +66,11 @@ async def test_auto_prefers_shared_memory_and_then_rdma(tmp_path: Path) -> None:
         (tmp_path / f"teacher-{teacher.addresses.grpc.rpartition(':')[2]}.sock").rename(tmp_path / "elsewhere")
         async with teacher.client(door="auto") as client:
             assert client.door.name == "rdma"
+
+
+async def test_bytes_that_were_read_are_counted(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path, server=RDMA) as teacher, teacher.client(door="rdma") as client:
+        await client.prefill([sequence(30)], Deadline.after(10))
+        async with httpx.AsyncClient() as rest:
+            shown = (await rest.get(f"http://{teacher.addresses.rest}/metrics")).text
+        assert f'kdmesh_teacher_bytes_total{{door="rdma"}} {float(29 * 8 * 4)}' in shown

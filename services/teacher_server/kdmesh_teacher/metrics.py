@@ -18,7 +18,7 @@ from kdmesh_teacher.cache.report import CacheState, TierState
 from kdmesh_teacher.work import Work
 
 _NAMESPACE = "kdmesh_teacher"
-_SENDING_DOORS = ("stream", "collective")
+_SENDING_DOORS = ("rdma", "stream", "collective")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -155,6 +155,10 @@ class Servicer(TeacherServicer):
         _job(store, request.session)
         handles = [codec.handle_from_wire(m) for m in request.handles]
         gone = [index for index, handle in enumerate(handles) if not store.release(request.session, handle)]
+        if request.by_rdma:
+            self._metrics.sent(
+                "rdma", sum(handle.size_bytes for index, handle in enumerate(handles) if index not in gone)
+            )
         return pb.ReleaseResponse(gone=gone)
 
     async def LocateMemory(self, request: pb.LocateMemoryRequest, context: Context) -> pb.LocateMemoryResponse:
