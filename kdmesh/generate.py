@@ -90,7 +90,6 @@ def generate(servers: Servers, model: Path, prompts: Path, output: Path, plan: P
         prompts: see read_prompts.
         output: JSONL file to write.
         plan: how answers are drawn.
-        access: how to get in.
 
     Raises:
         ConfigError: `model` has no tokenizer or no chat template, or `output` cannot be written.

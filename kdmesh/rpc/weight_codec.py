@@ -55,6 +55,7 @@ def manifest_from_wire(m: pb.BeginUpdate) -> Manifest:
         ),
         policy=_POLICY[m.policy],
         adapter=_adapter_from_wire(m.adapter) if m.HasField("adapter") else None,
+        job=m.job,
     )
 
 
@@ -68,6 +69,7 @@ def manifest_to_wire(manifest: Manifest) -> pb.BeginUpdate:
         ],
         policy=_WIRE[manifest.policy],
         adapter=None if manifest.adapter is None else _adapter_to_wire(manifest.adapter),
+        job=manifest.job,
     )
 
 

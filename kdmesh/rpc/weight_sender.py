@@ -65,6 +65,7 @@ class WeightSender:
         addresses: Sequence[str],
         *,
         service: WeightService = ROLLOUTS,
+        job: str = "",
         bucket_bytes: int = 32 * 2**20,
         door: DoorChoice = "auto",
         advertise: str = "",
@@ -78,6 +79,7 @@ class WeightSender:
         Args:
             addresses: host:port of each server; at least one.
             service: what kind of server they are.
+            job: whose weights are sent; empty: unnamed.
             bucket_bytes: size of a bucket; three are held.
             door: how bytes travel; auto takes shared memory where a server can reach it, else a private group with
                 each server, else messages.
@@ -94,6 +96,7 @@ class WeightSender:
             check_own_address(advertise)
         self._addresses = tuple(addresses)
         self._service = service
+        self._job = job
         self._access = access
         self._bucket_bytes = bucket_bytes
         self._deadline_s = deadline_s
@@ -181,6 +184,7 @@ class WeightSender:
                     tensors=specs,
                     policy=policy,
                     adapter=adapter,
+                    job=self._job,
                 ),
                 sent,
             )

@@ -13,6 +13,7 @@ import torch
 
 from kdmesh.errors import InvalidRequest, Unavailable
 from kdmesh.rpc import weight_codec
+from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.weight_source import BucketSource
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
@@ -44,6 +45,7 @@ class WeightUpdates:
         policies: Collection[UpdatePolicy] = tuple(UpdatePolicy),
         silence_s: float = 300.0,
         device: torch.device | None = None,
+        admit: Callable[[str], None] = lambda job: None,
     ) -> None:
         """
         Args:
@@ -53,6 +55,7 @@ class WeightUpdates:
             version: of the weights the server was started with.
             policies: those that `apply` knows.
             silence_s: how long a sender may say nothing before its update is dropped.
+            admit: raises an RpcError when the job of this name may not update the weights.
             device: a GPU that this process computes on, to which bytes may come over NCCL; None where it has none.
         """
         self._versions = WeightVersions(target, architecture_fingerprint=architecture_fingerprint, version=version)
@@ -60,6 +63,7 @@ class WeightUpdates:
         self._policies = policies
         self._silence_s = silence_s
         self._device = device
+        self._admit = admit
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
 
     @property
@@ -92,6 +96,7 @@ class WeightUpdates:
         manifest = weight_codec.manifest_from_wire(begin.begin)
         if manifest.policy not in self._policies:
             raise InvalidRequest(f"update policy {manifest.policy}; this server knows {', '.join(self._policies)}")
+        self._admit(caller_name() or manifest.job)
         self._versions.admit(manifest)
         source: BucketSource | None = None
         try:

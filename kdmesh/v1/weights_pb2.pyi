@@ -188,6 +188,7 @@ class BeginUpdate(google.protobuf.message.Message):
     NODE_NONCE_FIELD_NUMBER: builtins.int
     DOORS_FIELD_NUMBER: builtins.int
     ADAPTER_FIELD_NUMBER: builtins.int
+    JOB_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Number of the new weights; above the one served."""
     architecture_fingerprint: builtins.str
@@ -202,6 +203,8 @@ class BeginUpdate(google.protobuf.message.Message):
     """16 random bytes that the sender's broker says too; a server that cannot read them there
     takes another door. Empty without a broker.
     """
+    job: builtins.str
+    """Name of the job whose weights they are; may be empty. A server that knows who calls takes that name instead."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Every tensor that will come, once each; tied ones under one of their names. They are all of the
@@ -231,9 +234,10 @@ class BeginUpdate(google.protobuf.message.Message):
         node_nonce: builtins.bytes = ...,
         doors: collections.abc.Iterable[Global___WeightDoor.ValueType] | None = ...,
         adapter: Global___Adapter | None = ...,
+        job: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "architecture_fingerprint", b"architecture_fingerprint", "broker_socket", b"broker_socket", "doors", b"doors", "node_nonce", b"node_nonce", "policy", b"policy", "session", b"session", "tensors", b"tensors", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "architecture_fingerprint", b"architecture_fingerprint", "broker_socket", b"broker_socket", "doors", b"doors", "job", b"job", "node_nonce", b"node_nonce", "policy", b"policy", "session", b"session", "tensors", b"tensors", "version", b"version"]) -> None: ...
 
 Global___BeginUpdate: typing_extensions.TypeAlias = BeginUpdate
 

@@ -95,6 +95,7 @@ class Manifest:
     tensors: tuple[TensorSpec, ...]  # tied ones once, under one of their names
     policy: UpdatePolicy
     adapter: AdapterSpec | None = None
+    job: str = ""  # whose weights they are; empty: unnamed
 
     def __post_init__(self) -> None:
         names = [tensor.name for tensor in self.tensors]

@@ -29,6 +29,8 @@ async def test_a_sleeping_rollout_server_refuses_at_once_with_the_reason_and_sam
         assert (str(refusal.value), refusal.value.retry_after_s) == (ASLEEP, 1.0)
         ready = await http.get(f"http://{server.addresses.rest}/readyz")
         assert (ready.status_code, ready.json()) == (503, {"reason": ASLEEP})
+        told = (await http.get(f"http://{server.addresses.rest}/metrics")).text
+        assert 'kdmesh_rollout_asleep{tag="weights"} 1.0' in told
         async with server.client() as other:
             await other.wake(EVERY_TAG)
         (sample,) = await generate(client, ask(prompt()))

@@ -22,10 +22,10 @@ FINGERPRINT = "fa4e000000080000003c"
 ASKED = [sequence(30)]
 
 
-def publish(version: int, *addresses: str) -> None:
+def publish(version: int, *addresses: str, job: str = "") -> None:
     """Weights that double the rows so many times."""
     trunk, head = torch.full((8,), 2.0**version), torch.full((64, 8), float(version))
-    with WeightSender(addresses, service=TEACHERS, bucket_bytes=2**12, deadline_s=20) as sender:
+    with WeightSender(addresses, service=TEACHERS, job=job, bucket_bytes=2**12, deadline_s=20) as sender:
         sender.publish(
             version,
             FINGERPRINT,
@@ -76,6 +76,19 @@ def test_weights_of_another_job_are_noticed_before_a_row_is_used(tmp_path: Path)
         publish(3, teacher.grpc)
         with pytest.raises(errors.ModelMismatch, match="for weight version 2; this server has 3"):
             pool.submit(ASKED).wait()
+
+
+def test_a_teacher_follows_one_job_as_long_as_that_is_connected(tmp_path: Path) -> None:
+    with teacher_process(tmp_path, engine={"updatable": True}) as teacher:
+        with TeacherPool([teacher.grpc], job="first", deadline_s=20) as pool:
+            publish(2, teacher.grpc, job="first")
+            for other in ("second", ""):
+                with pytest.raises(errors.ModelMismatch, match=r"follow job first, which is connected; job .* own"):
+                    publish(3, teacher.grpc, job=other)
+            publish(3, teacher.grpc, job="first")
+            pool.follow(3)
+            rows_and_head(pool, 3)
+        publish(4, teacher.grpc, job="second")
 
 
 def test_nobody_waits_for_rows_when_the_only_teacher_has_lost_its_weights(tmp_path: Path) -> None:

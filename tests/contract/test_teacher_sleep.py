@@ -155,6 +155,9 @@ async def test_operators_sleep_and_wake_over_http(tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()) == (200, {"asleep": ["kv_cache", "weights"]})
         answer = await http.post(f"{base}/wake", json={"tags": ["weights"]})
         assert answer.json() == {"asleep": ["kv_cache"]}
+        told = (await http.get(f"http://{teacher.addresses.rest}/metrics")).text
+        assert 'kdmesh_teacher_asleep{tag="weights"} 0.0' in told
+        assert 'kdmesh_teacher_asleep{tag="kv_cache"} 1.0' in told
         answer = await http.post(f"{base}/wake", json={"tags": ["kv_cache"]})
         assert answer.json() == {"asleep": []}
         answer = await http.post(f"{base}/sleep", json={"tags": []})

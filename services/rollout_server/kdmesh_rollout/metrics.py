@@ -11,7 +11,8 @@ from prometheus_client.registry import Collector
 from kdmesh.serving.job_families import job_families
 from kdmesh.serving.job_metrics import JobMetrics
 from kdmesh.serving.job_state import JobState
-from kdmesh.types import Sample
+from kdmesh.serving.sleep_metric import asleep_gauge
+from kdmesh.types import Sample, SleepTag
 
 _NAMESPACE = "kdmesh_rollout"
 
@@ -27,6 +28,7 @@ class Gauges:
     weight_version: int
     drawn_tokens: int
     prefilled_tokens: int
+    asleep: frozenset[SleepTag]
 
 
 class Metrics(JobMetrics):
@@ -83,6 +85,7 @@ class _Collector(Collector):
             ("weight_version", "Weights that are served; 0 for those of the start.", now.weight_version),
         ):
             yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
+        yield asleep_gauge(_NAMESPACE, now.asleep)
         for name, text, value in (
             ("drawn_tokens", "Tokens drawn, those of aborted samples too.", now.drawn_tokens),
             ("prefilled_tokens", "Prompt tokens computed.", now.prefilled_tokens),

@@ -104,4 +104,5 @@ def _gauges(parts: Parts, engine: Engine) -> Gauges:
         weight_version=parts.updates.version,
         drawn_tokens=engine.num_drawn_tokens,
         prefilled_tokens=engine.num_prefilled_tokens,
+        asleep=parts.sleep.asleep,
     )

@@ -98,4 +98,5 @@ def _gauges(parts: Parts) -> Gauges:
         cached_tokens=parts.cached_tokens(),
         weight_version=parts.scheduler.weights.version,
         cache=None if parts.cache is None else parts.cache.state(),
+        asleep=parts.sleep.asleep,
     )

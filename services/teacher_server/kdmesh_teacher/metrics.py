@@ -13,7 +13,8 @@ from kdmesh.handles.reports import Snapshot
 from kdmesh.serving.job_families import job_families
 from kdmesh.serving.job_metrics import JobMetrics
 from kdmesh.serving.job_state import JobState
-from kdmesh.types import TokenSequence
+from kdmesh.serving.sleep_metric import asleep_gauge
+from kdmesh.types import SleepTag, TokenSequence
 from kdmesh_teacher.cache.report import CacheState, TierState
 from kdmesh_teacher.work import Work
 
@@ -32,6 +33,7 @@ class Gauges:
     cached_tokens: int
     weight_version: int
     cache: CacheState | None  # None: nothing is kept
+    asleep: frozenset[SleepTag]
 
 
 class Metrics(JobMetrics):
@@ -114,6 +116,7 @@ class _Collector(Collector):
             ("weight_version", "Number of the weights that are served.", now.weight_version),
         ):
             yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
+        yield asleep_gauge(_NAMESPACE, now.asleep)
         if now.cache is not None:
             yield from _cache(now.cache)
         counters = now.slab.counters

@@ -28,6 +28,7 @@ from kdmesh_teacher.answering import Answering
 from kdmesh_teacher.cache.build import open_cache, open_directory
 from kdmesh_teacher.config import EngineConfig, SlabConfig, TeacherConfig, TransformersEngine
 from kdmesh_teacher.engine import Engine, EngineDescription, ProcessEngine, UpdatableEngine
+from kdmesh_teacher.followed import FollowedJob
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
 from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
@@ -100,7 +101,7 @@ async def start(
         store=store,
         rdma=rdma,
         scheduler=scheduler,
-        updates=_updates(config.engine, engine, described, scheduler, stack),
+        updates=_updates(config.engine, engine, described, scheduler, store, stack),
         carrier=_carrier(config, store),
         updating=updating,
         sleep=sleep,
@@ -111,7 +112,12 @@ async def start(
 
 
 def _updates(
-    cfg: EngineConfig, engine: Engine, model: EngineDescription, scheduler: Scheduler, stack: AsyncExitStack
+    cfg: EngineConfig,
+    engine: Engine,
+    model: EngineDescription,
+    scheduler: Scheduler,
+    store: SlabStore,
+    stack: AsyncExitStack,
 ) -> WeightUpdates | None:
     """What takes new weights, if any may come. Only then is torch loaded for it: frozen teachers start without."""
     if not model.architecture_fingerprint:
@@ -127,6 +133,7 @@ def _updates(
         version=model.weight_version,
         policies=(UpdatePolicy.FINISH,),
         device=gpu(cfg.device) if isinstance(cfg, TransformersEngine) else None,
+        admit=FollowedJob(lambda: {session.job for session in store.snapshot().sessions}).admit,
     )
     stack.push_async_callback(asyncio.to_thread, updates.close)
     return updates

@@ -29,6 +29,7 @@ class Teacher:
 
     key: str  # of its section in the configuration
     cfg: config.TeacherConfig
+    job: str  # whose connection it is
     pool: TeacherPool
     vocabulary_size: int  # real tokens that it shares with the student
 
@@ -70,10 +71,11 @@ def open_teacher(
     key, teacher = f"teachers.{name}" if name else "teacher", cfg.all_teachers[name]
     if not teacher.addresses:
         raise ConfigError(f"{key}.addresses is empty; it must name at least one running teacher as host:port")
+    job = cfg.output.resolve().name
     pool = stack.enter_context(
         TeacherPool(
             teacher.addresses,
-            job=cfg.output.resolve().name,
+            job=job,
             door=teacher.door,
             deadline_s=teacher.deadline_s,
             access=teacher.access,
@@ -91,7 +93,7 @@ def open_teacher(
     size = common_vocabulary(model, tokenizer_fingerprint=tokenizer_fingerprint, vocabulary_size=vocabulary_size)
     facts = {"key": key, "teacher": model.name, "fingerprint": model.model_fingerprint, "dtype": model.dtype.value}
     log.info("teacher found", extra={**facts, "vocabulary_size": size})
-    return Teacher(key=key, cfg=teacher, pool=pool, vocabulary_size=size)
+    return Teacher(key=key, cfg=teacher, job=job, pool=pool, vocabulary_size=size)
 
 
 def build_copy(teacher: Teacher, student: Student) -> TeacherCopy | None:
@@ -114,16 +116,18 @@ def build_publisher(
     teacher: Teacher, copy: TeacherCopy, student: Student, mesh: Mesh, stack: ExitStack
 ) -> TeacherPublisher:
     """What brings `copy` to the teacher; its connections are closed with `stack`."""
-    sender = stack.enter_context(_weight_sender(teacher.cfg, mesh)) if mesh.is_first else None
+    sender = stack.enter_context(_weight_sender(teacher, mesh)) if mesh.is_first else None
     sending = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh, weights=copy.weights)
     return TeacherPublisher(copy, sending, teacher.pool)
 
 
-def _weight_sender(cfg: config.TeacherConfig, mesh: Mesh) -> WeightSender:
+def _weight_sender(teacher: Teacher, mesh: Mesh) -> WeightSender:
+    cfg = teacher.cfg
     assert cfg.follows_student is not None
     return WeightSender(
         cfg.addresses,
         service=TEACHERS,
+        job=teacher.job,
         door=cfg.follows_student.door,
         advertise=cfg.follows_student.advertise,
         device=mesh.device,
