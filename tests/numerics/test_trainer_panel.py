@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdmesh.losses import forward_kl
+from kdmesh.losses import OutputHead, forward_kl
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.evaluate import HeldOutEvaluator
@@ -112,6 +113,48 @@ def textbook(student: str, teachers: dict[str, str], *, is_mixed: bool) -> dict[
         "counts": torch.tensor(counts, dtype=torch.float64),
         **{name: p.grad for name, p in model.named_parameters()},
     }
+
+
+def test_rows_are_in_the_micro_batchs_order_and_sampled_ones_are_not_imitated(tiny_models: TinyModels) -> None:
+    paths = {
+        name: tiny_models.path("qwen3", seed=seed, hidden_size=8 * seed) for seed, name in ((2, "code"), (4, "maths"))
+    }
+    local = {name: LocalTeacher(path) for name, path in paths.items()}
+    heads = {
+        name: TeacherHead(one, vocabulary_size=VOCABULARY_SIZE, device=torch.device("cpu"))
+        for name, one in local.items()
+    }
+    objective = Distillation(
+        divergence=forward_kl,
+        temperature=1.0,
+        kd_weight=1.0,
+        ce_weight=0.5,
+        teacher_head=PanelHeads(heads, weights=None),
+        with_entropies=True,
+    )
+    sequences = batch_sequences()
+    labels_R = torch.from_numpy(np.concatenate([sequence.labels for sequence in sequences])).long()
+    generator = torch.Generator().manual_seed(0)
+    hidden_RD = torch.randn(len(labels_R), 12, generator=generator)
+    head = OutputHead(weight_VD=torch.randn(VOCABULARY_SIZE, 12, generator=generator))
+    num_sampled = sum(sequence.num_rows for sequence in sequences[:3])
+    loss = objective(
+        hidden_RD, head, labels_R, Panel(local, asks_all=False).submit(sequences).wait(), num_sampled=num_sampled
+    )
+    begin, loss_sum = 0, 0.0
+    for sequence, name in zip(sequences, NAMES, strict=True):
+        rows = slice(begin, begin + sequence.num_rows)
+        begin = rows.stop
+        p_RV = heads[name].at(1).logits(local[name].submit([sequence]).rows_RD).double().softmax(-1)
+        log_q_RV = head.logits(hidden_RD[rows]).double().log_softmax(-1)
+        divergence_R = (p_RV * (p_RV.log() - log_q_RV)).sum(-1)
+        cross_entropy_R = -log_q_RV.gather(1, labels_R[rows, None])[:, 0]
+        torch.testing.assert_close(loss.divergence_R[rows].double(), divergence_R, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss.cross_entropy_R[rows].double(), cross_entropy_R, rtol=1e-4, atol=1e-5)
+        entropy_R = -(p_RV * p_RV.log()).sum(-1)
+        torch.testing.assert_close(loss.teacher_entropy_R[rows].double(), entropy_R, rtol=1e-4, atol=1e-5)
+        loss_sum += divergence_R.sum().item() + 0.5 * cross_entropy_R.sum().item() * (rows.start >= num_sampled)
+    assert loss.loss_sum.item() == pytest.approx(loss_sum, rel=1e-5)
 
 
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["each row its own teacher", "a mixture"])

@@ -1,4 +1,4 @@
-"""A job with two teachers of different widths is killed in the middle of a step, and continues exactly."""
+"""Jobs with two teachers of different widths; one of each kind is killed in the middle of a step, with a teacher."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ def test_a_job_that_was_killed_continues_with_equal_losses(
     trainers[1].signal(signal.SIGKILL)
     trainers[1].exit_code()
     gate.remove()
+    panel.maths.process.signal(signal.SIGKILL)  # the other job may wait for it, and keeps the rows of its code teacher
+    panel.maths.start()
     again = killed.start()
     trainers[0].succeed()
     again.succeed()
@@ -81,7 +83,6 @@ def test_a_job_that_was_killed_continues_with_equal_losses(
     assert event["step"] > 0
     assert killed.record() == whole.record()
     steps = whole.steps()
-    assert min(panel.code.num_answered("whole"), panel.maths.num_answered("whole")) > 0
     for step in steps:
         tokens = [step["teacher_tokens.code"], step["teacher_tokens.maths"]]
         assert tokens == [step["num_tokens"]] * 2 if is_mixed else sum(tokens) == step["num_tokens"]
