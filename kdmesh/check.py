@@ -21,7 +21,7 @@ from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import FakeEngine as TeacherFake
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
-from kdmesh_trainer.data_config import CustomDataset, DatasetConfig
+from kdmesh_trainer.data_config import CustomDataset, DatasetConfig, OtherTokenizer
 from kdmesh_trainer.objective_config import CustomDivergence, Distill
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -92,6 +92,8 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     template = cfg.data.chat_template
     if template is not None and not template.is_file():
         yield f"data.chat_template: there is no file {template}"
+    if cfg.data.teacher_tokenizer is not None:
+        yield from _other_tokenizer("data.teacher_tokenizer", cfg.data.teacher_tokenizer)
     context = cfg.data.teacher_context
     if context is not None and context.kind == "template" and not context.path.is_file():
         yield f"data.teacher_context.path: there is no file {context.path}"
@@ -180,6 +182,14 @@ def _tokenizer(key: str, path: Path) -> Iterator[str]:
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if path.is_dir() and not any((path / name).is_file() for name in files):
         yield f"{key}: {path} has no tokenizer ({' or '.join(files)})"
+
+
+def _other_tokenizer(key: str, other: OtherTokenizer) -> Iterator[str]:
+    if not other.path.is_dir():
+        yield f"{key}.path: there is no directory {other.path}"
+    yield from _tokenizer(f"{key}.path", other.path)
+    if other.chat_template is not None and not other.chat_template.is_file():
+        yield f"{key}.chat_template: there is no file {other.chat_template}"
 
 
 def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:

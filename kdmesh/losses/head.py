@@ -58,6 +58,11 @@ class OutputHead:
         bias_V = None if self.bias_V is None else self.bias_V[:vocabulary_size]
         return replace(self, weight_VD=self.weight_VD[:vocabulary_size], bias_V=bias_V)
 
+    def selected(self, tokens_S: Tensor) -> OutputHead:
+        """The head of these tokens [S] int64, in this order; its tensors are copies, gradients flow through them."""
+        bias_S = None if self.bias_V is None else self.bias_V.index_select(0, tokens_S)
+        return replace(self, weight_VD=self.weight_VD.index_select(0, tokens_S), bias_V=bias_S)
+
     def detached(self) -> OutputHead:
         """The same head, carrying no gradient."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()

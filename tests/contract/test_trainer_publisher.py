@@ -29,7 +29,7 @@ from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.publisher import StudentPublisher
-from kdmesh_trainer.sources.tokenizer import load_student_tokenizer
+from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_parts import build_student
 from tests.support.trainer_ranks import run_ranks
@@ -150,7 +150,7 @@ def publish_adapted(mesh: Mesh, path: str, address: str, output: str) -> list[li
                     parameter.add_(1 / 16).mul_(64).round_().div_(64)
     if sender is not None:
         sender.close()
-    tokenizer = load_student_tokenizer(Path(path))
+    tokenizer = load_fast_tokenizer(Path(path))
     HuggingFaceExporter(Path(output), student, origin=Path(path), tokenizer=tokenizer, mesh=mesh).export()
     return gathered
 

@@ -36,6 +36,7 @@ LAYER = {
     "kdmesh.unix_path": 1,
     "kdmesh.v1": 1,
     "kdmesh.groups": 2,
+    "kdmesh.alignment": 2,
     "kdmesh.handles": 2,
     "kdmesh.losses": 2,
     "kdmesh.models": 2,

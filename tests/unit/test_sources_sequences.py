@@ -21,7 +21,7 @@ from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sequences import Dataset, load_sequences
 from kdmesh_trainer.sources.sides import teacher_side
 from kdmesh_trainer.sources.teacher_context import build_encoder
-from kdmesh_trainer.sources.tokenizer import load_student_tokenizer, vocabulary_size
+from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer, vocabulary_size
 from kdmesh_trainer.sources.turns import Unusable
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 
@@ -154,19 +154,19 @@ def test_progress_ends_with_all_rows(tmp_path: Path) -> None:
 
 def test_the_students_tokenizer_is_read_from_its_directory(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
-    loaded = load_student_tokenizer(tmp_path)
+    loaded = load_fast_tokenizer(tmp_path)
     assert loaded.get_vocab() == TOKENIZER.get_vocab()
     assert vocabulary_size(loaded) == len(TOKENIZER)
 
 
 def test_a_directory_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer in"):
-        load_student_tokenizer(tmp_path / "absent")
+        load_fast_tokenizer(tmp_path / "absent")
     # transformers makes up a tokenizer of one token for such a directory.
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"is not a fast one; it needs a tokenizer\.json"):
-        load_student_tokenizer(tmp_path)
+        load_fast_tokenizer(tmp_path)
 
 
 def test_readers_load_neither_torch_nor_transformers() -> None:

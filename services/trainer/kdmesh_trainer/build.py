@@ -31,6 +31,7 @@ from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.files import claimed
+from kdmesh_trainer.fit import check_aligned
 from kdmesh_trainer.loop import Evaluator, Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
@@ -42,14 +43,15 @@ from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.on_policy import OnPolicySource
+from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.readers import Reader, open_dataset
 from kdmesh_trainer.sources.rows import TeacherColumns
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sft import SftSource
-from kdmesh_trainer.sources.sides import Addressed, teacher_side
+from kdmesh_trainer.sources.sides import Addressed, Aligned, teacher_side
 from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
-from kdmesh_trainer.sources.tokenizer import load_student_tokenizer, vocabulary_size
+from kdmesh_trainer.sources.tokenizer import TeacherTokens, load_fast_tokenizer, vocabulary_size
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
 from kdmesh_trainer.teacher_copy import TeacherCopy
@@ -65,7 +67,8 @@ class Checked:
     tokenizer: PreTrainedTokenizerFast  # with the chat template that is trained with
     tokenizer_fingerprint: str
     vocabulary_size: int  # real tokens of the student's tokenizer
-    encoder: ChatEncoder | ContextEncoder
+    teacher_tokens: TeacherTokens
+    encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder
     train: Reader
     held_out: Reader | None
     divergence: Divergence | SampledDivergence | None  # None: the objective has none
@@ -94,8 +97,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         checked = check(cfg)
         teachers = open_teachers(
             cfg,
-            tokenizer_fingerprint=checked.tokenizer_fingerprint,
-            vocabulary_size=checked.vocabulary_size,
+            tokens=checked.teacher_tokens,
             mesh=mesh,
             stack=stack,
         )
@@ -103,7 +105,8 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         imbalance = (lambda: None) if teachers is None else teachers.imbalance
         telemetry = stack.enter_context(open_telemetry(cfg, rank=mesh.rank, doors=doors, imbalance=imbalance))
         data = _read_data(cfg, checked, teachers)
-        vocabulary_size = checked.vocabulary_size if teachers is None else teachers.vocabulary_size
+        is_shared = teachers is not None and checked.teacher_tokens.shared is None
+        vocabulary_size = teachers.vocabulary_size if teachers is not None and is_shared else checked.vocabulary_size
         lm = _load_student(cfg, vocabulary_size)
         identity = _identity(cfg, lm, data, teachers)
         _refuse_unequal_ranks(identity, mesh)
@@ -145,7 +148,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
 
 def check(cfg: config.TrainerConfig) -> Checked:
     """Everything but weights and services. Raises ConfigError when a part of it cannot be used."""
-    tokenizer = load_student_tokenizer(cfg.student.model)
+    tokenizer = load_fast_tokenizer(cfg.student.model)
     template = None if cfg.data.chat_template is None else read_template(cfg.data.chat_template)
     if template is not None:
         tokenizer.chat_template = template  # so that the trained model is written with it
@@ -155,11 +158,16 @@ def check(cfg: config.TrainerConfig) -> Checked:
         name=cfg.data.teacher_column,
         known_names=tuple(cfg.teachers),
     )
+    encoder = build_encoder(tokenizer, template, cfg.data)
+    fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
     return Checked(
         tokenizer=tokenizer,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.get_vocab()),
-        vocabulary_size=vocabulary_size(tokenizer),
-        encoder=build_encoder(tokenizer, template, cfg.data),
+        tokenizer_fingerprint=fingerprint,
+        vocabulary_size=size,
+        teacher_tokens=encoder.teacher_tokens()
+        if isinstance(encoder, OtherTokenizerEncoder)
+        else TeacherTokens(fingerprint=fingerprint, size=size, shared=None),
+        encoder=encoder,
         train=open_dataset(cfg.data.train, teacher=columns),
         held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher=columns),
         divergence=_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
@@ -197,11 +205,15 @@ def _read_train(
     match cfg.source:
         case config.OffPolicy():
             train = load_sequences("train", checked.train, checked.encoder, cfg.data).sequences
+            if cfg.data.teacher_tokenizer is not None:
+                check_aligned(train, checked.teacher_tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
             if teachers is not None and isinstance(cfg.objective, Distill):
                 teachers.check_requests("train", train)
             return train
         case config.OnPolicy():
-            assert teachers is not None  # the configuration sees to it
+            assert teachers is not None and not isinstance(
+                checked.encoder, OtherTokenizerEncoder
+            )  # the configuration's
             return read_task(
                 cfg,
                 cfg.source,
@@ -247,9 +259,14 @@ def _identity_of(train: Sequence[TokenSequence] | Task) -> dict[str, str]:
     names = [sequence.teacher_name for sequence in teacher_side(train) if isinstance(sequence, Addressed)]
     return {
         "data.train (digest)": own,
-        **({} if own == theirs else {"data.teacher_context (digest)": theirs}),
+        **({} if own == theirs else {f"data.{_why_other(train)} (digest)": theirs}),
         **({"data.teacher_column (digest)": hashlib.blake2b(" ".join(names).encode()).hexdigest()} if names else {}),
     }
+
+
+def _why_other(train: Sequence[TokenSequence]) -> str:
+    """What makes the teacher read other tokens than the student."""
+    return "teacher_tokenizer" if any(isinstance(sequence, Aligned) for sequence in train) else "teacher_context"
 
 
 def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:

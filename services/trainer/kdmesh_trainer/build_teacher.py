@@ -59,8 +59,8 @@ def open_teacher(
 
     Args:
         name: among `teachers`; that of `teacher` is empty.
-        tokenizer_fingerprint: of the student's tokenizer.
-        vocabulary_size: real tokens of the student's tokenizer.
+        tokenizer_fingerprint: that the teacher must have.
+        vocabulary_size: real tokens of the tokenizer that it must have.
 
     Raises:
         ConfigError: no address is given.

@@ -17,6 +17,7 @@ from kdmesh_trainer.panel_heads import PanelHeads
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sides import Addressed, teacher_side
+from kdmesh_trainer.sources.tokenizer import TeacherTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +58,11 @@ class Teachers:
                 check_requests(dataset, own, teacher.pool.describe())
 
 
-def open_teachers(
-    cfg: TrainerConfig, *, tokenizer_fingerprint: str, vocabulary_size: int, mesh: Mesh, stack: ExitStack
-) -> Teachers | None:
+def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stack: ExitStack) -> Teachers | None:
     """None when nobody would ask one anything: without a section, and for SFT without held-out data.
 
     Args:
-        tokenizer_fingerprint: of the student's tokenizer.
-        vocabulary_size: real tokens of the student's tokenizer.
+        tokens: of every teacher.
 
     Raises:
         ConfigError: no address is given.
@@ -78,8 +76,8 @@ def open_teachers(
         name: open_teacher(
             cfg,
             name,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            vocabulary_size=vocabulary_size,
+            tokenizer_fingerprint=tokens.fingerprint,
+            vocabulary_size=tokens.size,
             mesh=mesh,
             stack=stack,
         )
@@ -87,7 +85,8 @@ def open_teachers(
     }
     size = min(teacher.vocabulary_size for teacher in teachers.values())
     heads = {
-        name: TeacherHead(teacher.pool, vocabulary_size=size, device=mesh.device) for name, teacher in teachers.items()
+        name: TeacherHead(teacher.pool, vocabulary_size=size, device=mesh.device, shared=tokens.shared)
+        for name, teacher in teachers.items()
     }
     weights = _weights(cfg)
     is_panel = bool(cfg.teachers)

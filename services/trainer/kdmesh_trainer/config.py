@@ -303,6 +303,16 @@ class TrainerConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _tokenizers_fit(self) -> TrainerConfig:
+        if self.data.teacher_tokenizer is None:
+            return self
+        if self.teacher is None or not isinstance(self.source, OffPolicy):
+            raise ValueError("data.teacher_tokenizer needs one `teacher`, and source off_policy")
+        if self.teacher.follows_student is not None:
+            raise ValueError("data.teacher_tokenizer does not go with teacher.follows_student, which has the student's")
+        return self
+
+    @model_validator(mode="after")
     def _teachers_fit(self) -> TrainerConfig:
         refuse_unfit_teachers(self)
         return self

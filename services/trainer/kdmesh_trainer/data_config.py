@@ -67,6 +67,19 @@ class CustomDataset(StrictModel):
 DatasetConfig = Annotated[ChatFile | CustomDataset, Field(discriminator="format")]
 
 
+class OtherTokenizer(StrictModel):
+    """The teacher's tokenizer, where it is not the student's: rows are compared where tokens are the same."""
+
+    path: Path
+    """Directory of the teacher's tokenizer. Required."""
+
+    chat_template: Path | None = None
+    """Jinja file that replaces its own chat template."""
+
+    min_aligned: float = Field(0.3, ge=0, le=1)
+    """Least part of the loss tokens that must be one token on both sides; fewer refuse to start."""
+
+
 class DataConfig(StrictModel):
     """What the student is trained on and judged by."""
 
@@ -91,6 +104,9 @@ class DataConfig(StrictModel):
     teacher_column: str | None = None
     """Column that holds the name of each row's teacher, one of `teachers`; null: all rows have the same."""
 
+    teacher_tokenizer: OtherTokenizer | None = None
+    """The teacher has this tokenizer instead of the student's; null: it has the same."""
+
     teacher_context: TeacherContextConfig | None = None
     """What the teacher is told beyond what the student reads; then only the last assistant turn carries loss."""
 
@@ -99,6 +115,8 @@ class DataConfig(StrictModel):
         custom = any(isinstance(dataset, CustomDataset) for dataset in (self.train, self.held_out))
         if isinstance(self.teacher_context, TeacherMessages) and custom:
             raise ValueError("teacher_context messages needs files: a reader of your own gives no second chat")
+        if self.teacher_tokenizer is not None and (self.teacher_context is not None or self.teacher_column is not None):
+            raise ValueError("teacher_tokenizer does not go with teacher_context or teacher_column")
         if self.teacher_column is not None and custom:
             raise ValueError("teacher_column needs files: a reader of your own gives chats alone")
         return self

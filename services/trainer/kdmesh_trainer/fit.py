@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from kdmesh.errors import DataError, ModelMismatch
 from kdmesh.types import ModelDescription, RolloutDescription, TokenSequence
+from kdmesh_trainer.sources.sides import Aligned
+from kdmesh_trainer.sources.tokenizer import TeacherTokens
+
+log = logging.getLogger(__name__)
 
 
 def common_vocabulary(teacher: ModelDescription, *, tokenizer_fingerprint: str, vocabulary_size: int) -> int:
@@ -30,6 +35,20 @@ def common_vocabulary(teacher: ModelDescription, *, tokenizer_fingerprint: str, 
             "compared token by token"
         )
     return min(teacher.head.vocabulary_size, vocabulary_size)
+
+
+def check_aligned(sequences: Sequence[TokenSequence], tokens: TeacherTokens, *, at_least: float) -> None:
+    """Log how many loss tokens are one token for the teacher too. Raises DataError when they are too few."""
+    assert tokens.shared is not None
+    answered = sum(len(s.rows_A) if isinstance(s, Aligned) else s.num_rows for s in sequences)
+    aligned = answered / sum(s.num_rows for s in sequences)
+    facts = {"aligned_fraction": round(aligned, 4), "shared_tokens": len(tokens.shared.student_ids)}
+    log.info("tokenizers aligned", extra=facts)
+    if aligned < at_least:
+        raise DataError(
+            f"{aligned:.1%} of the loss tokens are one token for the teacher too, and "
+            f"data.teacher_tokenizer.min_aligned is {at_least:g}: these tokenizers have too little in common"
+        )
 
 
 def check_frozen(teacher: ModelDescription) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.errors import ModelMismatch
 from kdmesh.losses import MixedTeacher, OutputHead
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
@@ -27,6 +29,7 @@ class Target:
 
     index_R: Tensor | None  # [R'] int64 on the CPU, ascending; None: all rows
     teachers: tuple[MixedTeacher, ...]  # at least one; their weights sum to 1; rows on the device of the heads
+    tokens_S: Tensor | None = None  # [S] int64 the student's tokens that the heads are over; None: all
 
 
 class Heads(Protocol):
@@ -38,7 +41,7 @@ class Heads(Protocol):
         ...
 
     def targets(self, rows: TeacherRows | PanelRows) -> tuple[Target, ...]:
-        """What the rows of one micro-batch are to learn; every row is in one target.
+        """What the rows of one micro-batch are to learn; a row is in one target, or has none and is in no other's.
 
         Raises:
             ModelMismatch: a service has another version by now, so these rows cannot be used.
@@ -49,7 +52,21 @@ class Heads(Protocol):
 class TeacherHead:
     """Holds one version of the head on this rank's device, and fetches another only when rows need it."""
 
-    def __init__(self, service: HeadService, *, vocabulary_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        service: HeadService,
+        *,
+        vocabulary_size: int,
+        device: torch.device,
+        shared: SharedTokens | None = None,
+    ) -> None:
+        """
+        Args:
+            vocabulary_size: real tokens of the head to use.
+            shared: those among them that the student's other tokenizer has too; None: it has the same tokenizer.
+        """
+        self._student_S = None if shared is None else torch.from_numpy(shared.student_ids.astype(np.int64))
+        self._teacher_S = None if shared is None else torch.from_numpy(shared.teacher_ids.astype(np.int64))
         self._service = service
         self._vocabulary_size = vocabulary_size
         self._device = device
@@ -63,6 +80,11 @@ class TeacherHead:
 
     def targets(self, rows: TeacherRows | PanelRows) -> tuple[Target, ...]:
         """See Heads."""
+        if self._student_S is not None:
+            assert isinstance(rows, PanelRows)
+            (part,) = rows.parts
+            teachers = (self.teacher(part.rows, 1.0),)
+            return (Target(index_R=part.index_R, teachers=teachers, tokens_S=self._student_S.to(self._device)),)
         assert not isinstance(rows, PanelRows)
         return (Target(index_R=None, teachers=(self.teacher(rows, 1.0),)),)
 
@@ -79,7 +101,8 @@ class TeacherHead:
         if self._head is None or self._version != weight_version:
             self._head = None  # let go of the old one before the new one takes as much memory
             head, self._version = self._service.head()
-            self._head = _on_device(head.sliced(self._vocabulary_size), self._device)
+            head = head.sliced(self._vocabulary_size)
+            self._head = _on_device(head if self._teacher_S is None else head.selected(self._teacher_S), self._device)
         if self._version != weight_version:
             raise ModelMismatch(
                 f"rows have weight version {weight_version}, but the teacher's head has {self._version}; "

@@ -81,6 +81,9 @@ class Distillation:
             assert len(labels_R) == 0
             return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R)
         targets = self.teacher_head.targets(teacher)
+        if (tokens_S := targets[0].tokens_S) is not None:
+            (target,) = targets
+            return self._over_shared_tokens(target, tokens_S, student_hidden_RD, student_head, labels_R)
         if targets[0].index_R is None:
             (target,) = targets
             return self._against(target, student_hidden_RD, student_head, labels_R, num_sampled)
@@ -98,6 +101,26 @@ class Distillation:
             for target, index_R in zip(targets, indices, strict=True)
         ]
         return _joined(parts, order_R=torch.cat(indices).argsort().to(device))
+
+    def _over_shared_tokens(
+        self, target: Target, tokens_S: Tensor, student_hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor
+    ) -> FusedLoss:
+        """The divergence of the rows that have an answer, over the tokens that both know, and cross-entropy of all."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.ce_weight > 0):
+            whole = fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R)
+        index_R = _index(target).to(student_hidden_RD.device)
+        answered = replace(self, ce_weight=0.0)._mixed(
+            student_hidden_RD.index_select(0, index_R),
+            student_head.selected(tokens_S),
+            target.teachers,
+            None,
+            ce_weight=0.0,
+        )
+        return replace(
+            answered,
+            loss_sum=answered.loss_sum + self.ce_weight * whole.loss_sum,
+            cross_entropy_R=whole.cross_entropy_R,
+        )
 
     def _against(
         self, target: Target, student_hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor, num_sampled: int
@@ -124,7 +147,7 @@ class Distillation:
         student_hidden_RD: Tensor,
         student_head: OutputHead,
         teachers: Sequence[MixedTeacher],
-        labels_R: Tensor,
+        labels_R: Tensor | None,
         *,
         ce_weight: float,
     ) -> FusedLoss:

@@ -114,7 +114,9 @@ class _Filling:
         model = self._pool.describe()
         check_frozen(model)
         common_vocabulary(
-            model, tokenizer_fingerprint=checked.tokenizer_fingerprint, vocabulary_size=checked.vocabulary_size
+            model,
+            tokenizer_fingerprint=checked.teacher_tokens.fingerprint,
+            vocabulary_size=checked.teacher_tokens.size,
         )
         check_requests("train", sequences, model)
         estimate = self._estimate(sequences)

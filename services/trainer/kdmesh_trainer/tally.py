@@ -13,8 +13,8 @@ from kdmesh.errors import ModelMismatch
 from kdmesh.losses import FusedLoss
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals
-from kdmesh_trainer.sources.batches import MicroBatch, PanelRows, TeacherRows
-from kdmesh_trainer.sources.sides import teacher_side
+from kdmesh_trainer.sources.batches import MicroBatch, PanelPart, PanelRows, TeacherRows
+from kdmesh_trainer.sources.sides import answered_rows, teacher_side
 from kdmesh_trainer.stats import SampleScores, TeacherFigures
 
 
@@ -128,10 +128,14 @@ class Tally:
         if isinstance(rows, PanelRows):
             for part in rows.parts:
                 self._teachers[part.name].add(part.rows, num_tokens=part.num_tokens, wait_s=part.wait_s)
-        else:
-            num_tokens = sum(sequence.num_tokens for sequence in teacher_side(micro_batch.sequences))
-            self._teachers[""].add(rows, num_tokens=num_tokens, wait_s=wait_s)
-        return rows
+            return rows
+        num_tokens = sum(sequence.num_tokens for sequence in teacher_side(micro_batch.sequences))
+        self._teachers[""].add(rows, num_tokens=num_tokens, wait_s=wait_s)
+        answered = answered_rows(micro_batch.sequences)
+        if answered is None:
+            return rows
+        index_R = torch.from_numpy(answered)
+        return PanelRows(parts=(PanelPart(name="", rows=rows, index_R=index_R, num_tokens=num_tokens, wait_s=wait_s),))
 
     def add(self, totals: LossTotals) -> None:
         """Count one micro-batch in."""

@@ -140,8 +140,12 @@ class _Intake:
         if self._policy.too_long == "drop" or num_kept == 0:
             self._dropped_too_long += 1
             return
+        shorter = first_rows(sequence, num_kept)
+        if shorter is None:
+            self._dropped_too_long += 1
+            return
         self._truncated += 1
-        self._take(chat, first_rows(sequence, num_kept))
+        self._take(chat, shorter)
 
     def _take(self, chat: Chat, sequence: TokenSequence) -> None:
         self.sequences.append(addressed(sequence, chat.teacher_name) if chat.teacher_name else sequence)

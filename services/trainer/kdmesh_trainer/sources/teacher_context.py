@@ -17,8 +17,10 @@ from kdmesh_trainer.data_config import (
     TeacherTemplate,
 )
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template, without_answers
+from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import InContext, Prompt
+from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sources.turns import Reason, Unusable
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 def build_encoder(
     tokenizer: PreTrainedTokenizerFast, template: str | None, data: DataConfig
-) -> ChatEncoder | ContextEncoder:
+) -> ChatEncoder | ContextEncoder | OtherTokenizerEncoder:
     """What reads the data as `data` says.
 
     Args:
@@ -36,6 +38,11 @@ def build_encoder(
     Raises:
         ConfigError: a template is missing, or is not Jinja.
     """
+    other = data.teacher_tokenizer
+    if other is not None:
+        theirs = load_fast_tokenizer(other.path, whose="teacher")
+        their_template = None if other.chat_template is None else read_template(other.chat_template)
+        return OtherTokenizerEncoder(tokenizer, template, theirs, their_template)
     student, context = ChatEncoder(tokenizer, template), data.teacher_context
     match context:
         case None:

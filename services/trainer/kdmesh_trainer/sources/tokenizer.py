@@ -1,16 +1,27 @@
-"""The student's tokenizer."""
+"""The tokenizers of student and teacher."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.errors import ConfigError
 from kdmesh.models.tokenizer import load_tokenizer
 
 
-def load_student_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TeacherTokens:
+    """What a teacher's tokenizer must be."""
+
+    fingerprint: str
+    size: int  # real tokens
+    shared: SharedTokens | None  # with the student's tokenizer; None: it is the same
+
+
+def load_fast_tokenizer(path: Path, *, whose: str = "student") -> PreTrainedTokenizerFast:
     """The tokenizer in directory `path`; nothing is downloaded and no code of the directory is run.
 
     Raises:
@@ -19,7 +30,7 @@ def load_student_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
-        raise ConfigError(f"no tokenizer in {path}; the student needs one to read the data")
+        raise ConfigError(f"no tokenizer in {path}; the {whose} needs one to read the data")
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or not (path / "tokenizer.json").is_file():
         raise ConfigError(f"the tokenizer in {path} is not a fast one; it needs a tokenizer.json")
     return tokenizer

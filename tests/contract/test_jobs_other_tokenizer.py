@@ -1,0 +1,73 @@
+"""A real job whose teacher has another tokenizer than the student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.other_tokenizers import save_sentence_piece
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_jobs import evaluations, losses, run_job, serving_teacher, write_config
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Its address and its tokenizer."""
+    directory = tmp_path_factory.mktemp("other")
+    size = save_sentence_piece(directory / "tokenizer")
+    path = tiny_models.path("qwen3", seed=2, hidden_size=48, vocab_size=size + 7, tokenizer=False)
+    save_sentence_piece(path)
+    with serving_teacher(directory, path) as address:
+        yield address, directory / "tokenizer"
+
+
+def job(directory: Path, tiny_models: TinyModels, teacher: tuple[str, Path], *, min_aligned: float = 0.3) -> Path:
+    address, tokenizer = teacher
+    config = write_config(
+        directory,
+        student=tiny_models.path("qwen3", seed=1, tie_word_embeddings=True),
+        teacher=address,
+        steps=24,
+        optimizer={"learning_rate": 0.01, "warmup_steps": 2},
+        evaluation={"every": 12},
+        checkpoint={"every": 10, "keep": 1},
+    )
+    tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+    tree["data"]["teacher_tokenizer"] = {"path": str(tokenizer), "min_aligned": min_aligned}
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return config
+
+
+def test_a_student_comes_nearer_to_a_teacher_of_another_tokenizer_on_any_number_of_ranks(
+    tiny_models: TinyModels, teacher: tuple[str, Path], tmp_path: Path
+) -> None:
+    runs = {}
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        first, *others = run_job(job(tmp_path / str(ranks), tiny_models, teacher), ranks=ranks)
+        assert [outcome.exit_code for outcome in (first, *others)] == [0] * ranks, first.errors
+        runs[ranks] = tmp_path / str(ranks) / "run"
+    scores = evaluations(runs[1])
+    assert scores[24]["kl_nats_per_token"] < 0.7 * scores[0]["kl_nats_per_token"]
+    for step, loss in losses(runs[1]).items():
+        assert losses(runs[2])[step] == pytest.approx(loss, rel=1e-4)
+    [aligned] = [line for line in map(json.loads, first.errors.splitlines()) if line["event"] == "tokenizers aligned"]
+    assert 0.3 < aligned["aligned_fraction"] < 1
+
+
+def test_another_tokenizer_than_the_teachers_own_and_too_little_in_common_are_refused(
+    tiny_models: TinyModels, teacher: tuple[str, Path], tmp_path: Path
+) -> None:
+    config = job(tmp_path, tiny_models, teacher, min_aligned=1.0)
+    (outcome,) = run_job(config)
+    assert outcome.exit_code != 0
+    assert "these tokenizers have too little in common" in outcome.errors
+    (tmp_path / "third").mkdir()
+    save_sentence_piece(tmp_path / "third", size=300)
+    (outcome,) = run_job(config, f"data.teacher_tokenizer.path={tmp_path / 'third'}")
+    assert outcome.exit_code != 0
+    assert "has another tokenizer" in outcome.errors

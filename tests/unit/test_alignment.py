@@ -1,0 +1,183 @@
+"""Tokens of two tokenizers are matched by the bytes that they stand for."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from kdmesh.alignment.chunks import Alignment, align
+from kdmesh.alignment.spans import Spans, spans_of_ids, spans_of_text
+from kdmesh.alignment.token_bytes import token_bytes
+from kdmesh.alignment.vocabularies import shared_tokens
+from kdmesh.errors import ConfigError
+from tests.support.other_tokenizers import with_byte_tokens
+
+CORPUS = [
+    "The student learns what the teacher would have said there.\nEvery token counts.\n\n",
+    "def add(left: int, right: int) -> int:\n    return left + right\n",
+    "Ein süßer Käse für 3,50 €; à bientôt, señor! Ærø, naïve façade.",
+    "日本語の文章です。東京と大阪。中文也要对齐。한국어 문장입니다.",
+    "Emoji: 👩‍👩‍👧‍👦 🎉🎉 👍🏽 and flags 🇩🇪🇯🇵.",
+    "\tTabs, \r\n carriage returns,  double  spaces   and three.",
+]
+TEXTS = [*CORPUS, "".join(CORPUS), "unseen Wörter, 未知の漢字 ☃ mixed: x²≥y", " leading and trailing "]
+KINDS = ["byte_level", "byte_level_small", "sentence_piece", "sentence_piece_bytes", "word_piece"]
+
+
+@cache
+def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    special = ["<unk>", "<s>", "</s>"]
+    if kind.startswith("byte_level"):
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        size = 600 if kind == "byte_level" else 300
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=special,
+            max_token_length=8,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+    elif kind.startswith("sentence_piece"):
+        backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback(), decoders.Fuse()])
+        trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=special, max_token_length=8)
+    else:
+        backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=special)
+    backend.train_from_iterator(CORPUS, trainer)
+    if kind == "sentence_piece_bytes":
+        backend = with_byte_tokens(backend)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    made.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    return made
+
+
+def spans(kind: str, text: str) -> Spans:
+    return spans_of_text(tokenizer(kind), text, token_bytes(tokenizer(kind)))
+
+
+def aligned(student: str, teacher: str, text: str, teacher_text: str | None = None) -> Alignment:
+    theirs = text if teacher_text is None else teacher_text
+    return align(spans(student, text), text.encode(), spans(teacher, theirs), theirs.encode(), most_tokens=16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ends_of_a_texts_tokens_rise_to_its_length(kind: str) -> None:
+    for text in TEXTS:
+        found = spans(kind, text)
+        assert len(found.ends) == len(found.token_ids)
+        assert (np.diff(found.ends) >= 0).all()
+        # What the last tokens leave out are spaces.
+        assert text.encode()[found.ends[-1] :].strip() == b""
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_small"])
+def test_tokens_of_a_byte_level_vocabulary_are_the_text(kind: str) -> None:
+    table = token_bytes(tokenizer(kind))
+    for text in TEXTS:
+        by_text = spans(kind, text)
+        by_ids, joined = spans_of_ids(by_text.token_ids, table)
+        assert joined == text.encode()
+        assert np.array_equal(by_ids.ends, by_text.ends)
+
+
+def test_tokens_of_a_sentence_piece_vocabulary_are_the_text_after_a_space() -> None:
+    table = token_bytes(tokenizer("sentence_piece_bytes"))
+    for text in TEXTS:
+        _, joined = spans_of_ids(spans("sentence_piece_bytes", text).token_ids, table)
+        assert joined.lstrip(b" ") == text.encode().lstrip(b" ")
+
+
+def test_special_tokens_and_ids_beyond_the_vocabulary_stand_for_nothing() -> None:
+    made = tokenizer("byte_level")
+    table = token_bytes(made)
+    end = made.convert_tokens_to_ids("<|end|>")
+    word = made("student", add_special_tokens=False)["input_ids"]
+    found, text = spans_of_ids(np.array([end, *word, end, 10**6], dtype=np.int32), table)
+    assert text == b"student"
+    assert found.ends.tolist() == [0, *found.ends[1:-2].tolist(), 7, 7]
+
+
+@pytest.mark.parametrize("student", KINDS)
+@pytest.mark.parametrize("teacher", KINDS)
+def test_at_least_95_percent_of_the_bytes_of_any_pair_are_aligned(student: str, teacher: str) -> None:
+    found = [aligned(student, teacher, text) for text in TEXTS]
+    assert sum(each.aligned_bytes for each in found) >= 0.95 * sum(each.num_bytes for each in found)
+    if student == teacher:
+        assert all(each.is_single.all() for each in found if student.startswith("byte_level"))
+
+
+@given(
+    text=st.text(max_size=60),
+    student=st.sampled_from(KINDS),
+    teacher=st.sampled_from(KINDS),
+)
+def test_chunks_stand_for_the_same_bytes_and_cannot_be_split(text: str, student: str, teacher: str) -> None:
+    mine, theirs = spans(student, text), spans(teacher, text)
+    found = align(mine, text.encode(), theirs, text.encode(), most_tokens=10**6)
+
+    def begins(of: Spans, token: int) -> int:
+        return int(of.ends[token - 1]) if token else 0
+
+    for s0, s1, t0, t1 in zip(
+        found.student_begins, found.student_ends, found.teacher_begins, found.teacher_ends, strict=True
+    ):
+        assert begins(mine, s0) == begins(theirs, t0)
+        assert mine.ends[s1 - 1] == theirs.ends[t1 - 1]
+        inner = set(mine.ends[s0 : s1 - 1].tolist()) & set(theirs.ends[t0 : t1 - 1].tolist())
+        assert not inner - {begins(mine, s0), int(mine.ends[s1 - 1])}
+    for begun, ended in ((found.student_begins, found.student_ends), (found.teacher_begins, found.teacher_ends)):
+        assert (begun < ended).all()
+        assert (ended[:-1] <= begun[1:]).all()
+
+
+def test_it_goes_on_after_what_differs() -> None:
+    text = "A sentence that both have. Only here: alpha. Another sentence that both of them have."
+    changed = text.replace("Only here: alpha.", "Something else entirely!")
+    found = aligned("byte_level", "sentence_piece_bytes", text, changed)
+    # All but what differs, and a token on either side of it.
+    assert found.aligned_bytes > len(text) - len("Only here: alpha.") - 12
+    ends = spans("byte_level", text).ends
+    assert ends[found.student_ends[-1] - 1] == len(text)
+
+
+def test_texts_without_anything_in_common_have_no_chunks() -> None:
+    found = aligned("byte_level", "byte_level", "aaaa", "zzzz")
+    assert len(found.student_begins) == 0
+    assert found.ratio == 0
+    assert aligned("byte_level", "byte_level", "").ratio == 1
+
+
+def test_a_chunk_of_too_many_tokens_is_left_out() -> None:
+    text = "日本語の文章です。" * 3
+    mine, theirs = spans("byte_level_small", text), spans("sentence_piece", text)
+    counts = [align(mine, text.encode(), theirs, text.encode(), most_tokens=most).aligned_bytes for most in (1, 3, 100)]
+    assert counts[0] < counts[1] <= counts[2] == len(text.encode())
+
+
+def test_shared_tokens_stand_for_the_same_bytes_and_are_found_once() -> None:
+    student, teacher = token_bytes(tokenizer("byte_level")), token_bytes(tokenizer("sentence_piece_bytes"))
+    shared = shared_tokens(student, teacher, also=[(2, 2)])
+    assert len(shared.student_ids) > 150
+    assert len(set(shared.teacher_ids.tolist())) == len(shared.teacher_ids)
+    for one, other in zip(shared.student_ids.tolist(), shared.teacher_ids.tolist(), strict=True):
+        assert student[one] == teacher[other]
+    assert (2, 2) in list(zip(shared.student_ids.tolist(), shared.teacher_ids.tolist(), strict=True))
+
+
+def test_a_tokenizer_of_another_kind_is_refused() -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "word": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ConfigError, match="WordLevel and the parts Whitespace cannot be aligned"):
+        token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))

@@ -1,0 +1,152 @@
+"""Chats under two tokenizers: which loss tokens of the student's have a row of the teacher's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from kdmesh.alignment.token_bytes import token_bytes
+from kdmesh.errors import ConfigError, DataError, InvalidRequest
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.fit import check_aligned
+from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.sources.rows import Chat, Message
+from kdmesh_trainer.sources.sides import Aligned, answered_rows, first_rows, teacher_side
+from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.sources.turns import Unusable
+from tests.support.other_tokenizers import save_sentence_piece
+from tests.support.tiny_models import save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    directory = tmp_path_factory.mktemp("tokenizers")
+    save_tokenizer(directory / "student")
+    save_sentence_piece(directory / "teacher")
+    return load_fast_tokenizer(directory / "student"), load_fast_tokenizer(directory / "teacher", whose="teacher")
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]) -> OtherTokenizerEncoder:
+    student, teacher = tokenizers
+    return OtherTokenizerEncoder(student, None, teacher, None)
+
+
+def chat(*turns: str) -> Chat:
+    roles = ("user", "assistant")
+    messages = tuple(Message(role=roles[n % 2], content=text) for n, text in enumerate(turns))
+    return Chat(messages=messages, origin="a test")
+
+
+TURNS = (
+    "wrap the text", "The text is wrapped at width 70.\n\nNaïve façade: 日本語 🎉!",
+    "and this?", "    def wrap(self, text):\n        return self._wrap_chunks(text)",
+)  # fmt: skip
+
+
+def only(found: list[list[TokenSequence] | Unusable]) -> Aligned:
+    (sequences,) = found
+    assert not isinstance(sequences, Unusable), sequences
+    (sequence,) = sequences
+    assert isinstance(sequence, Aligned)
+    return sequence
+
+
+def test_a_row_has_an_answer_where_both_predict_the_same_bytes_or_the_end_of_the_turn(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], encoder: OtherTokenizerEncoder
+) -> None:
+    sequence = only(encoder.encode([chat(*TURNS)]))
+    student, teacher = (token_bytes(tokenizer) for tokenizer in tokenizers)
+    own, theirs = sequence.labels[sequence.rows_A], sequence.teacher.labels
+    pieces = [(student[one], teacher[other]) for one, other in zip(own.tolist(), theirs.tolist(), strict=True)]
+    assert all(one == other for one, other in pieces)
+    assert pieces.count((None, None)) == 2  # both turns end alike
+    assert len(pieces) > 0.5 * sequence.num_rows
+    known = dict(zip(encoder.shared.student_ids.tolist(), encoder.shared.teacher_ids.tolist(), strict=True))
+    assert all(one in known for one in own.tolist())
+
+
+def test_every_turn_is_matched_with_its_own_turn(encoder: OtherTokenizerEncoder) -> None:
+    sequence = only(encoder.encode([chat("ask", "text", "ask", "text text text", "ask", "width")]))
+    gaps = np.flatnonzero(np.diff(sequence.positions) > 1) + 1
+    turns = np.searchsorted(gaps, sequence.rows_A, side="right")
+    their_gaps = np.flatnonzero(np.diff(sequence.teacher.positions) > 8)
+    assert set(turns.tolist()) == {0, 1, 2}
+    assert len(their_gaps) <= 2
+
+
+def test_a_template_that_changes_the_text_costs_the_tokens_that_it_changes(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], encoder: OtherTokenizerEncoder
+) -> None:
+    student, teacher = tokenizers
+    assert isinstance(teacher.chat_template, str)
+    shouting = teacher.chat_template.replace("{{ m.content }}</s>", "{{ m.content | replace('then', 'when') }}</s>")
+    changed = OtherTokenizerEncoder(student, None, teacher, shouting)
+    text = "the text is wrapped at width 70 and then the text is wrapped again"
+    plain, other = (len(only(each.encode([chat("ask", text)])).rows_A) for each in (encoder, changed))
+    assert 0.4 * plain < other < plain
+
+
+def test_a_chat_without_a_token_in_common_is_unusable(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+) -> None:
+    student, teacher = tokenizers
+    assert isinstance(teacher.chat_template, str)
+    silent = teacher.chat_template.replace("{{ m.content }}</s>", "{{ m.content | length }}.</s>")
+    (found,) = OtherTokenizerEncoder(student, None, teacher, silent).encode([chat("ask", "text")])
+    assert isinstance(found, Unusable)
+
+
+def test_a_sequence_that_is_cut_keeps_the_answers_of_what_is_left(encoder: OtherTokenizerEncoder) -> None:
+    sequence = only(encoder.encode([chat(*TURNS)]))
+    for count in range(1, sequence.num_rows + 1):
+        shorter = first_rows(sequence, count)
+        kept = sequence.rows_A[sequence.rows_A < count]
+        if len(kept) == 0:
+            assert shorter is None
+            continue
+        assert isinstance(shorter, Aligned)
+        assert shorter.num_rows == count
+        assert np.array_equal(shorter.rows_A, kept)
+        assert np.array_equal(shorter.teacher.labels, sequence.teacher.labels[: len(kept)])
+
+
+def test_rows_of_several_sequences_are_counted_through(encoder: OtherTokenizerEncoder) -> None:
+    one, two = only(encoder.encode([chat("ask", "text")])), only(encoder.encode([chat(*TURNS)]))
+    rows = answered_rows([one, two])
+    assert rows is not None
+    assert rows.tolist() == [*one.rows_A.tolist(), *(two.rows_A + one.num_rows).tolist()]
+    assert [s.num_rows for s in teacher_side([one, two])] == [len(one.rows_A), len(two.rows_A)]
+    plain = TokenSequence(token_ids=one.token_ids, positions=one.positions)
+    assert answered_rows([plain]) is None
+
+
+def test_answers_that_do_not_go_with_rows_are_refused(encoder: OtherTokenizerEncoder) -> None:
+    sequence = only(encoder.encode([chat(*TURNS)]))
+    for rows in (sequence.rows_A[:-1], sequence.rows_A[::-1], sequence.rows_A + sequence.num_rows, sequence.rows_A[:0]):
+        with pytest.raises(InvalidRequest, match="do not answer"):
+            Aligned(token_ids=sequence.token_ids, positions=sequence.positions, teacher=sequence.teacher, rows_A=rows)
+
+
+def test_tokenizers_with_too_little_in_common_are_refused(encoder: OtherTokenizerEncoder) -> None:
+    sequence = only(encoder.encode([chat(*TURNS)]))
+    check_aligned([sequence], encoder.teacher_tokens(), at_least=len(sequence.rows_A) / sequence.num_rows)
+    with pytest.raises(DataError, match=r"min_aligned is 0.99: these tokenizers have too little in common"):
+        check_aligned([sequence], encoder.teacher_tokens(), at_least=0.99)
+
+
+def test_a_word_piece_tokenizer_is_refused(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    student, _ = tokenizers
+    backend = Tokenizer(models.WordPiece({"<unk>": 0, "x": 1, "y": 2, "##y": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    teacher = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(ConfigError, match="the teacher's tokenizer is a WordPiece one"):
+        OtherTokenizerEncoder(student, None, teacher, None)
