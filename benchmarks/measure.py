@@ -42,7 +42,7 @@ class Server:
 
     pid: int
     grpc: str  # host:port
-    rest: str
+    rest: str  # empty: it has none
 
 
 @contextlib.contextmanager
@@ -62,8 +62,8 @@ def started(command: Sequence[str], ready_file: Path, *, env: Mapping[str, str] 
             if process.poll() is not None or time.monotonic() > ends_s:
                 raise SystemExit(f"{' '.join(command)} did not start")
             time.sleep(0.05)
-        addresses = json.loads(ready_file.read_text(encoding="utf-8"))
-        yield Server(pid=process.pid, grpc=addresses["grpc"], rest=addresses["rest"])
+        told = json.loads(ready_file.read_text(encoding="utf-8"))
+        yield Server(pid=process.pid, grpc=told["grpc"], rest=told.get("rest", ""))
     finally:
         process.send_signal(signal.SIGTERM)
         try:
