@@ -37,10 +37,12 @@ class Fleet:
         access: AccessConfig = OPEN_ACCESS,
         routing: RoutingPolicy = DEFAULT_ROUTING,
         gpu: torch.device | None = None,
+        uses_cache: bool = True,
     ) -> None:
         self._job = job
         self._access = access
         self._gpu = gpu
+        self._uses_cache = uses_cache
         self._door: DoorChoice = door
         self._model: ModelDescription | None = None
         self.weight_version = 0
@@ -108,7 +110,7 @@ class Fleet:
         """
 
         async def prefill(client: TeacherClient) -> TeacherRows:
-            rows = await client.prefill(sequences, deadline, weight_version=weight_version)
+            rows = await client.prefill(sequences, deadline, weight_version=weight_version, uses_cache=self._uses_cache)
             if rows.weight_version != weight_version:
                 raise ModelMismatch(
                     f"the teacher answered with weight version {rows.weight_version}; asked for was {weight_version}"

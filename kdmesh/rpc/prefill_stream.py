@@ -51,12 +51,14 @@ class PrefillStream:
         *,
         model_fingerprint: str,
         weight_version: int = 0,
+        uses_cache: bool = True,
         deadline_s: float,
     ) -> pb.PrefillResult:
         """The server's answer to one request.
 
         Args:
             weight_version: of the weights that must make the rows; 0: any.
+            uses_cache: whether they may be kept for the next time.
 
         Raises:
             RpcError: as teacher.proto says, or Unavailable when the stream breaks.
@@ -68,6 +70,7 @@ class PrefillStream:
             sequences=codec.sequences_to_wire(sequences),
             model_fingerprint=model_fingerprint,
             weight_version=weight_version,
+            bypasses_cache=not uses_cache,
             deadline_ms=max(1, min(round(deadline_s * 1000), 2**32 - 1)),
         )
         answer: asyncio.Future[pb.PrefillResult] = asyncio.get_running_loop().create_future()

@@ -170,9 +170,17 @@ class TeacherClient:
         self.door, self.door_reason = chosen.door, chosen.reason
 
     async def prefill(
-        self, sequences: Sequence[TokenSequence], deadline: Deadline, *, weight_version: int = 0
+        self,
+        sequences: Sequence[TokenSequence],
+        deadline: Deadline,
+        *,
+        weight_version: int = 0,
+        uses_cache: bool = True,
     ) -> TeacherRows:
         """The rows of a request that the server's limits allow, by the weights of that version; 0 takes any.
+
+        Args:
+            uses_cache: whether the server may keep them for the next time.
 
         Raises:
             RpcError: as teacher.proto says of Prefill and ReadHandle.
@@ -183,6 +191,7 @@ class TeacherClient:
             sequences,
             model_fingerprint=self.model.model_fingerprint,
             weight_version=weight_version,
+            uses_cache=uses_cache,
             deadline_s=deadline.left_s,
         )
         try:

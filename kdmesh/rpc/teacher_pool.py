@@ -75,6 +75,7 @@ class TeacherPool:
         routing: RoutingPolicy = DEFAULT_ROUTING,
         resolve: Resolve = resolve,
         gpu: torch.device | None = None,
+        uses_cache: bool = True,
     ) -> None:
         """Connect. Blocks until a teacher is ready.
 
@@ -90,6 +91,7 @@ class TeacherPool:
             routing: which replica gets a request.
             resolve: looks names up.
             gpu: a device of this process, which rows may pass through on their way to the CPU; None where it has none.
+            uses_cache: whether teachers that keep rows may keep these.
         """
         assert addresses
         self._deadline_s = deadline_s
@@ -108,6 +110,7 @@ class TeacherPool:
                     access=access,
                     routing=routing,
                     gpu=gpu,
+                    uses_cache=uses_cache,
                 ),
             )
         except BaseException:

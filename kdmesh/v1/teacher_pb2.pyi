@@ -372,6 +372,7 @@ class PrefillRequest(google.protobuf.message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: builtins.int
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    BYPASSES_CACHE_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """From OpenSessionResponse."""
     request_id: builtins.int
@@ -382,6 +383,10 @@ class PrefillRequest(google.protobuf.message.Message):
     """How long the client will wait for the reply; 0 means the server's own limit."""
     weight_version: builtins.int
     """The weights that must make the rows; 0 takes those that are served when its turn comes."""
+    bypasses_cache: builtins.bool
+    """Whether the rows will hardly be asked for again, so that a server that keeps rows shall neither look for them
+    nor let others go for them.
+    """
     @property
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.TokenSequence]:
         """At least one. Rows come in this order, each sequence's positions in theirs."""
@@ -395,8 +400,9 @@ class PrefillRequest(google.protobuf.message.Message):
         model_fingerprint: builtins.str = ...,
         deadline_ms: builtins.int = ...,
         weight_version: builtins.int = ...,
+        bypasses_cache: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "sequences", b"sequences", "session", b"session", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bypasses_cache", b"bypasses_cache", "deadline_ms", b"deadline_ms", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "sequences", b"sequences", "session", b"session", "weight_version", b"weight_version"]) -> None: ...
 
 Global___PrefillRequest: typing_extensions.TypeAlias = PrefillRequest
 

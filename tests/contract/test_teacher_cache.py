@@ -157,7 +157,9 @@ async def test_what_another_request_brought_meanwhile_is_not_computed_again(tmp_
         teacher.engine.let_go()
         await asyncio.gather(first, between, second)
         assert teacher.engine.batches == [1, 1]
-        assert (await metrics(teacher.addresses.rest))["tokens_total"] == 61
+        now = await metrics(teacher.addresses.rest)
+        assert now["tokens_total"] == 61
+        assert now["job_tokens_in_flight"] == 0
 
 
 async def test_kept_rows_need_a_slot_and_wait_for_it(tmp_path: Path) -> None:
@@ -263,6 +265,20 @@ async def test_a_cache_that_breaks_fails_its_request_and_gives_the_slot_back(
             with pytest.raises(errors.EngineFailure, match="the cache failed"):
                 await ask(client, sequence(30))
         await ask(client, sequence(30))
+
+
+async def test_rows_that_nobody_will_ask_for_again_are_not_kept(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path, cache=MEMORY) as teacher:
+
+        def ask_once() -> None:
+            with TeacherPool([teacher.addresses.grpc], job="test", uses_cache=False) as pool:
+                for _ in range(2):
+                    assert torch.equal(pool.submit([sequence(30)]).wait().rows_RD, expected_rows([sequence(30)]))
+
+        teacher.engine.batches.clear()
+        await asyncio.to_thread(ask_once)
+        assert teacher.engine.batches == [1, 1]
+        assert (await get(teacher.addresses.rest, "/v1/cache"))["memory"]["entries"] == 0
 
 
 async def test_without_a_budget_nothing_is_kept(tmp_path: Path) -> None:

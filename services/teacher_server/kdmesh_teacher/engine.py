@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from kdmesh.handles.memory import Segment
+from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.revival import Mortal
 from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, HeadSpec, TokenSequence
@@ -82,6 +83,16 @@ class Engine(Sleeper, Protocol):
     def head_parts(self) -> HeadParts:
         """The output head that belongs to the rows; called after load, and after every commit."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedEngine:
+    """An engine that computes, and the thread it lives on."""
+
+    engine: Engine
+    thread: EngineThread
+    model: EngineDescription
+    check: Callable[[], None]  # blocks on the engine's thread; raises when the engine is broken for good
 
 
 @runtime_checkable

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, ModelMismatch, RpcError, Unavailable
 from kdmesh.handles.reports import SessionEnd
 from kdmesh.handles.store import SlabStore, SlotLease
-from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.job_table import JobTable, Shortage
 from kdmesh.serving.waiting_line import WaitingLine
@@ -21,8 +20,9 @@ from kdmesh.types import Handle, ServerLoad, TokenSequence
 from kdmesh.weights.manifest import Manifest
 from kdmesh_teacher import admission, shortages
 from kdmesh_teacher.answering import Answering, Making, RowsGone
+from kdmesh_teacher.cache.row_cache import Found
 from kdmesh_teacher.config import TeacherJobTerms
-from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts
+from kdmesh_teacher.engine import HeadParts, LoadedEngine
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.served import ServedWeights, matrices_of, room_for_another_head
 from kdmesh_teacher.work import Answer, Work
@@ -38,16 +38,6 @@ class QueueLimits:
 
     max_tokens: int  # over all jobs
     max_wait_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedEngine:
-    """An engine that computes, and the thread it lives on."""
-
-    engine: Engine
-    thread: EngineThread
-    model: EngineDescription
-    check: Callable[[], None]  # blocks on the engine's thread; raises when the engine is broken for good
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -116,6 +106,7 @@ class Scheduler:
         sequences: tuple[TokenSequence, ...],
         *,
         weight_version: int = 0,
+        uses_cache: bool = True,
         deadline_s: float = math.inf,
     ) -> Answer:
         """The rows of a request that was checked. Cancelling this gives its place, or its slot, back.
@@ -125,6 +116,7 @@ class Scheduler:
             job: whose share of the engine it takes.
             sequences: valid for the model.
             weight_version: of the weights that must make the rows, which are served now; 0: any.
+            uses_cache: whether rows that were kept will do, and these may be kept.
             deadline_s: longest wait for the start that the caller accepts.
 
         Raises:
@@ -143,7 +135,7 @@ class Scheduler:
                 job=job,
                 sequences=sequences,
                 weight_version=weight_version,
-                found=self._answering.find(job, sequences, wanted=weight_version, served=self.weights.version),
+                found=self._find(job, sequences, weight_version) if uses_cache else None,
                 arrived_s=time.monotonic(),
                 answer=loop.create_future(),
             )
@@ -214,6 +206,9 @@ class Scheduler:
         self._death = None
 
     # Waiting
+
+    def _find(self, job: str, sequences: tuple[TokenSequence, ...], weight_version: int) -> Found | None:
+        return self._answering.find(job, sequences, wanted=weight_version, served=self.weights.version)
 
     async def _answer(self, work: Work, deadline_s: float) -> Answer:
         self._push(work)

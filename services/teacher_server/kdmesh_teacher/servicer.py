@@ -135,7 +135,12 @@ class Servicer(TeacherServicer):
         admission.check_sequences(sequences, model)
         deadline_s = request.deadline_ms / 1000 or math.inf
         return await parts.scheduler.prefill(
-            request.session, job, sequences, weight_version=request.weight_version, deadline_s=deadline_s
+            request.session,
+            job,
+            sequences,
+            weight_version=request.weight_version,
+            uses_cache=not request.bypasses_cache,
+            deadline_s=deadline_s,
         )
 
     async def FindCached(self, request: pb.FindCachedRequest, context: Context) -> pb.FindCachedResponse:

@@ -27,11 +27,11 @@ from kdmesh_teacher import probe
 from kdmesh_teacher.answering import Answering
 from kdmesh_teacher.cache.build import open_cache, open_directory
 from kdmesh_teacher.config import EngineConfig, SlabConfig, TeacherConfig, TransformersEngine
-from kdmesh_teacher.engine import Engine, EngineDescription, ProcessEngine, UpdatableEngine
+from kdmesh_teacher.engine import Engine, EngineDescription, LoadedEngine, ProcessEngine, UpdatableEngine
 from kdmesh_teacher.followed import FollowedJob
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
-from kdmesh_teacher.scheduler import LoadedEngine, QueueLimits, Scheduler
+from kdmesh_teacher.scheduler import QueueLimits, Scheduler
 from kdmesh_teacher.served import first_weights
 
 if TYPE_CHECKING:

@@ -83,6 +83,7 @@ def open_teacher(
                 local_tokens=teacher.routing.local_tokens, hedge_after_s=teacher.routing.hedge_after_s
             ),
             gpu=mesh.device if mesh.device.type == "cuda" else None,
+            uses_cache=not isinstance(cfg.source, config.OnPolicy),  # no sample comes twice
         )
     )
     if not (isinstance(cfg.source, config.OnPolicy) and cfg.source.colocated):  # else they have their turn later
