@@ -24,7 +24,7 @@ from typing import Protocol
 
 from kdmesh.errors import ConfigError, HandleGone
 from kdmesh.handles import messages
-from kdmesh.handles.ledger import Key
+from kdmesh.handles.key import Key
 from kdmesh.handles.memory import Segment
 from kdmesh.handles.messages import Op, Reply, Request, Status
 from kdmesh.handles.peers import peer_pidfd

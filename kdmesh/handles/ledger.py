@@ -15,6 +15,7 @@ What a holder that may be alive still has mapped is never written again: the slo
 it gets other memory (`renew`) or the holder goes. Memory replaced in this way is an *orphan* until its
 holder goes; there are at most `max_abandoned` of them.
 
+Memory that a client of one job may still map is lent to that job alone, until the slot gets other memory (`make_way`).
 Memory is *worn* when whoever wrote it is gone (`wear_out`): it can be read, and instead of FREE its slot is
 ABANDONED, by nobody, until it gets other memory.
 """
@@ -27,9 +28,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 from kdmesh.errors import HandleGone
+from kdmesh.handles.free_slots import FreeSlots
+from kdmesh.handles.key import Key
 from kdmesh.handles.limits import SlabLimits
 from kdmesh.handles.reports import Counters, SessionEnd, SessionState
 from kdmesh.types import DType, Handle
@@ -43,22 +45,6 @@ class SlotState(StrEnum):
     READY = "ready"  # published, waiting to be claimed
     HELD = "held"  # somebody reads it, or has said that they will
     ABANDONED = "abandoned"  # out of service: a holder without a session may still read it, or it is worn
-
-
-class Key(Protocol):
-    """The part of a handle that gives access; a Handle is one."""
-
-    @property
-    def segment(self) -> int:
-        """Number of the segment."""
-
-    @property
-    def epoch(self) -> int:
-        """Generation of its memory."""
-
-    @property
-    def token(self) -> bytes:
-        """The secret."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +64,7 @@ class _Slot:
     ready_at: float = 0.0
     holder: int | None = None  # who has it mapped
     readers: int = 0  # streams that read it
+    mapped_by: str | None = None  # job whose clients may still map its memory, also when it is FREE
     is_worn: bool = False  # its memory must be replaced before it is lent again
 
 
@@ -102,7 +89,7 @@ class Ledger:
         self._on_free = on_free
         self._sessions: dict[bytes, _Session] = {}
         self._slots = [_Slot() for _ in range(limits.slots)]
-        self._free = list(reversed(range(limits.slots)))  # a stack: the slot used last is the warmest
+        self._free = FreeSlots(limits.slots)
         self._orphans: dict[tuple[int, int], _Orphan] = {}  # by (segment, epoch)
         self._slots_of: Counter[str] = Counter()  # by job
         self.counters = Counters()
@@ -183,7 +170,7 @@ class Ledger:
     def may_acquire(self, session: bytes) -> bool:
         """Whether `acquire` would give a slot now."""
         owner = self._sessions.get(session)
-        return owner is not None and bool(self._free) and len(owner.slots) < self._limits.slots_per_session
+        return owner is not None and self._free.has(owner.job) and len(owner.slots) < self._limits.slots_per_session
 
     def acquire(self, session: bytes) -> int | None:
         """A free slot, now FILLING; None when there is none or the session has its share.
@@ -194,7 +181,7 @@ class Ledger:
         owner = self._session(session)
         if not self.may_acquire(session):
             return None
-        index = self._free.pop()
+        index = self._free.take(owner.job)
         slot = self._slots[index]
         slot.state, slot.session, slot.job = SlotState.FILLING, session, owner.job
         owner.slots.add(index)
@@ -267,6 +254,11 @@ class Ledger:
             raise HandleGone("the handle was claimed before; it can be mapped once")
         self._hold(slot, answered, holder)
 
+    def told(self, handle: Handle) -> None:
+        """A client knows how to read the slot of a handle that was just found, without asking again."""
+        if handle.segment < len(self._slots):
+            self._slots[handle.segment].mapped_by = self._slots[handle.segment].job
+
     def begin_read(self, handle: Handle) -> None:
         """Keep the slot of a handle that was just found as it is until `end_read`, whatever becomes of the session."""
         slot = self._slots[handle.segment]
@@ -302,9 +294,17 @@ class Ledger:
         """All memory is worn."""
         for slot in self._slots:
             slot.is_worn = True
-        for index in self._free:
+        for index in self._free.clear():
             self._slots[index].state = SlotState.ABANDONED
-        self._free.clear()
+
+    def make_way(self, session: bytes) -> bool:
+        """Have a free slot's memory replaced when other jobs may map all that is free; False when that is no help."""
+        owner = self._session(session)
+        has_share = len(owner.slots) >= self._limits.slots_per_session
+        if has_share or self._free.has(owner.job) or not self._free or self.to_renew() is not None:
+            return False
+        self._slots[self._free.take_any()].state = SlotState.ABANDONED
+        return True
 
     def to_renew(self) -> int | None:
         """An ABANDONED slot that may get new memory; None when there is none or too many orphans."""
@@ -354,7 +354,7 @@ class Ledger:
         return found
 
     def _hold(self, slot: _Slot, handle: Handle, holder: int) -> None:
-        slot.state, slot.holder = SlotState.HELD, holder
+        slot.state, slot.holder, slot.mapped_by = SlotState.HELD, holder, slot.job
         self.counters.claimed += 1
         self.counters.claimed_bytes += handle.size_bytes
 
@@ -376,7 +376,7 @@ class Ledger:
             return
         if owner := self._sessions.get(slot.session):
             owner.slots.discard(index)
-        self._slots[index] = _Slot(epoch=slot.epoch, is_worn=slot.is_worn)
+        self._slots[index] = _Slot(epoch=slot.epoch, is_worn=slot.is_worn, mapped_by=slot.mapped_by)
         self._forget(slot.job)
         self._put_back(index)
 
@@ -390,7 +390,7 @@ class Ledger:
         if self._slots[index].is_worn:
             self._slots[index].state = SlotState.ABANDONED
             return
-        self._free.append(index)
+        self._free.put(index, self._slots[index].mapped_by)
         self._on_free()
 
     def _may_renew(self, index: int) -> bool:

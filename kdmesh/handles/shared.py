@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kdmesh.errors import HandleGone
-from kdmesh.handles.ledger import Key
+from kdmesh.handles.key import Key
 from kdmesh.handles.memory import Segment, create_segment_in_thread
 from kdmesh.types import DType, Handle
 

@@ -34,7 +34,8 @@ from typing import Self
 
 from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.handles.broker import Broker
-from kdmesh.handles.ledger import Key, Ledger, SlotState
+from kdmesh.handles.key import Key
+from kdmesh.handles.ledger import Ledger, SlotState
 from kdmesh.handles.limits import SlabLimits
 from kdmesh.handles.memory import (
     Segment,
@@ -180,7 +181,9 @@ class SlabStore:
     # Filling
 
     def may_acquire(self, session: bytes) -> bool:
-        """Whether `try_acquire` would give a slot now."""
+        """Whether `try_acquire` would give a slot now. When other jobs map all that is free, one gets new memory."""
+        if self._ledger.is_open(session) and self._ledger.make_way(session):
+            self._renewal.is_due.set()
         return self._ledger.may_acquire(session)
 
     def try_acquire(self, session: bytes) -> SlotLease | None:
@@ -191,6 +194,7 @@ class SlabStore:
         """
         slot = self._ledger.acquire(session)
         if slot is None:
+            self.may_acquire(session)
             return None
         memory = self.slots[slot]
         return SlotLease(session=session, slot=slot, buffer=memory.writable[:], segment=memory.number)
@@ -224,6 +228,10 @@ class SlabStore:
             return self.slots[key.segment], self._ledger.find(session, key)
         self._ledger.job(session)
         return self._shared.find(key)
+
+    def told(self, handle: Handle) -> None:
+        """A client was told how to read a handle's memory whenever it likes."""
+        self._ledger.told(handle)
 
     async def wait_collected(self) -> None:
         """Return when no answer waits to be claimed."""

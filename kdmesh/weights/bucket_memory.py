@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kdmesh.errors import ConfigError, HandleGone
 from kdmesh.handles.broker import Broker
-from kdmesh.handles.ledger import Key
+from kdmesh.handles.key import Key
 from kdmesh.handles.memory import Segment, create_segment_in_thread
 from kdmesh.types import DType, Handle
 

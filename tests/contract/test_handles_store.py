@@ -232,7 +232,7 @@ async def test_after_a_change_of_writer_no_slot_is_lent_with_the_old_memory_and_
         unread, unread_expected = answer(store, session, seed=2)
         filling = store.try_acquire(session)
         assert filling is not None
-        old = {segment.number for segment in store._slots}
+        old = {segment.number for segment in store.slots}
         await store.replace_memory()
         assert states(store) == {"held": 1, "ready": 1, "filling": 1}
         late = await door.fetch(unread)

@@ -25,6 +25,7 @@ class Memory:
     writers: int = 0
     streams: int = 0
     mappers: set[tuple[int, bytes]] = field(default_factory=set)  # (holder, token) that reads
+    seen_by: set[str] = field(default_factory=set)  # jobs that mapped it once, and may do so for ever
 
     @property
     def is_touched(self) -> bool:
@@ -66,6 +67,7 @@ class Slab(RuleBasedStateMachine):
             memory = self.memories.setdefault((slot, self.epochs[slot]), Memory())
             assert not memory.is_touched
             assert self.epochs[slot] > self.worn[slot]
+            assert memory.seen_by <= {self.ledger.job(session)}
             memory.writers = 1
             self.fills.append((slot, session))
 
@@ -89,6 +91,7 @@ class Slab(RuleBasedStateMachine):
         self.answers.append((handle, session))
         if holder is not None:
             self.memory(handle).mappers.add((holder, handle.token))
+            self.memory(handle).seen_by.add(self.ledger.job(session))
 
     @precondition(lambda self: self.answers)
     @rule(pick=PICK, holder=st.sampled_from(HOLDERS))
@@ -101,6 +104,7 @@ class Slab(RuleBasedStateMachine):
         assert handle.epoch == self.epochs[handle.segment]
         assert not self.memory(handle).mappers and not self.memory(handle).writers
         self.memory(handle).mappers.add((holder, handle.token))
+        self.memory(handle).seen_by.add(self.ledger.job(session))
 
     @rule(pick=PICK, holder=st.sampled_from(HOLDERS))
     def hold(self, pick: int, holder: int) -> None:
@@ -185,6 +189,13 @@ class Slab(RuleBasedStateMachine):
             is_renewed = self.ledger.renew(slot)
             assert is_renewed or slot != wanted
             self.epochs[slot] += is_renewed
+
+    @rule(pick=PICK)
+    def make_way(self, pick: int) -> None:
+        session = self.sessions[pick % 2]
+        if self.ledger.is_open(session) and self.ledger.make_way(session):
+            self.num_worn_free += 1
+            assert self.ledger.to_renew() is not None
 
     @precondition(lambda self: not self.fills)  # who wrote is gone
     @rule()

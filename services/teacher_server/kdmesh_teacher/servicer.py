@@ -173,7 +173,8 @@ class Servicer(TeacherServicer):
         if parts.rdma is None:
             raise ModelMismatch("this server has no RDMA; server.rdma is off")
         if request.HasField("handle"):
-            segment, _ = parts.store.find(request.session, codec.handle_from_wire(request.handle))
+            segment, handle = parts.store.find(request.session, codec.handle_from_wire(request.handle))
+            parts.store.told(handle)
             return codec.memory_to_wire(await parts.rdma.locate(segment))
         return codec.memory_to_wire(await parts.rdma.probe())
 
