@@ -74,7 +74,7 @@ async def test_answer_in_memory_that_is_mapped_needs_no_claim(tmp_path: Path, co
         assert await consumer.ask("fetch", handle=second) == expected
         await consumer.ask("drop")
         assert await until(lambda: states(store) == {"free": 1}) < 1
-        other = store.open_session("other").token  # which has no door, and so nothing mapped
+        other = store.open_session("job").token  # which has no door, and so nothing mapped
         foreign, _ = answer(store, other, seed=3)
         assert not foreign.is_claimed
 
@@ -215,7 +215,7 @@ async def test_consumer_uses_the_new_memory_of_a_renewed_slot(tmp_path: Path, co
     async with (
         slab(tmp_path, slots=1) as store,
         client(consumers, store, "a") as (first, session),
-        client(consumers, store, "b") as (second, other),
+        client(consumers, store, "a") as (second, other),
     ):
         old, _ = answer(store, other, seed=1)
         await second.ask("fetch", handle=old)  # has the first epoch mapped
