@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hmac
 import os
 import threading
@@ -13,7 +12,6 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Protocol, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +19,7 @@ from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import Unavailable
 from kdmesh.groups.meeting import PROOF_BYTES, first_line
+from kdmesh.groups.octets import octets
 
 
 class Backend(StrEnum):
@@ -72,15 +71,15 @@ class PairGroup:
 
     def send(self, data: memoryview, timeout_s: float) -> None:
         """Return when `data` has been handed over. Blocks. Raises Unavailable when that fails, and breaks the group."""
-        octets = _octets(data).to(self._device)
-        self._transfer(lambda group: group.send([octets], self._peer, 0), timeout_s)
+        sent = octets(data).to(self._device)
+        self._transfer(lambda group: group.send([sent], self._peer, 0), timeout_s)
 
     def receive(self, place: Tensor, timeout_s: float) -> None:
         """Fill `place`, octets on the CPU, with what is sent. Blocks. Raises as `send`."""
-        octets = place if self._device.type == "cpu" else torch.empty_like(place, device=self._device)
-        self._transfer(lambda group: group.recv([octets], self._peer, 0), timeout_s)
-        if octets is not place:
-            place.copy_(octets)
+        landing = place if self._device.type == "cpu" else torch.empty_like(place, device=self._device)
+        self._transfer(lambda group: group.recv([landing], self._peer, 0), timeout_s)
+        if landing is not place:
+            place.copy_(landing)
 
     def abort(self) -> None:
         """Break the group; a thread that sends or receives gets Unavailable at once."""
@@ -141,13 +140,6 @@ class _Group(Protocol):
     def recv(self, tensors: list[Tensor], srcRank: int, tag: int) -> dist.Work: ...
 
     def abort(self) -> None: ...
-
-
-def _octets(data: memoryview) -> Tensor:
-    """Over the same memory. It may be read-only, which nobody notices who only reads, but torch would warn of."""
-    address = np.frombuffer(data, np.uint8).ctypes.data
-    exporter = (ctypes.c_char * data.nbytes).from_address(address)
-    return torch.frombuffer(exporter, dtype=torch.uint8)
 
 
 def _gloo(seat: Seat, timeout: timedelta) -> _Group:

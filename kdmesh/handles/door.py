@@ -46,6 +46,11 @@ class Door(Protocol):
         """Fetch no more; fetches under way fail. Tensors stay good."""
 
 
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The same type as torch knows it."""
+    return _TORCH[dtype]
+
+
 def matrix_over(exporter: Any, handle: Handle, *, offset_bytes: int) -> Tensor:
     """[rows, cols] over a writable buffer, which lives as long as the tensor and its views."""
     count = handle.rows * handle.cols

@@ -13,6 +13,7 @@ from kdmesh.errors import ConfigError, Unavailable
 from kdmesh.groups.pair_group import Backend
 from kdmesh.handles.collective_door import CollectiveDoor, Group
 from kdmesh.handles.door import Door
+from kdmesh.handles.fp8_door import Fp8Door
 from kdmesh.handles.rdma_agent import RemoteMemory
 from kdmesh.handles.rdma_door import RdmaDoor, ServerCalls
 from kdmesh.handles.shm_door import ShmDoor
@@ -25,15 +26,24 @@ log = logging.getLogger(__name__)
 
 DoorName: TypeAlias = Literal["shm", "rdma", "collective", "stream"]
 DoorChoice: TypeAlias = Literal["auto", "shm", "rdma", "collective", "stream"]
+Wire: TypeAlias = Literal["exact", "fp8"]
+"""How a stream carries rows: as they are, or rounded (kdmesh.handles.fp8)."""
 
 _BEST_FIRST: Sequence[DoorName] = ("shm", "rdma", "collective", "stream")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenDoor:
-    """An open door, and why it is this one."""
+    """An open door, and why it is this one.
+
+    Attributes:
+        door: for rows.
+        exact: for what must come as it is; mostly the same.
+        reason: for people.
+    """
 
     door: Door
+    exact: Door
     reason: str
 
 
@@ -44,6 +54,7 @@ class Doorway:
     Attributes:
         opened: the server's answer to OpenSession.
         read: the chunks of a handle, in order.
+        read_fp8: the same as float8; None where rows must come as they are.
         release: ends a handle.
         end: the same, and waits; raises HandleGone when it had ended before.
         locate: where a handle's segment lies for RDMA; without a handle, memory that begins with the node's nonce.
@@ -54,6 +65,7 @@ class Doorway:
 
     opened: pb.OpenSessionResponse
     read: Callable[[Handle], AsyncIterator[memoryview]]
+    read_fp8: Callable[[Handle], AsyncIterator[memoryview]] | None
     release: Callable[[Handle], None]
     end: Callable[[Handle], Awaitable[None]]
     locate: Callable[[Handle | None], Awaitable[RemoteMemory]]
@@ -76,7 +88,7 @@ async def open_door(choice: DoorChoice, way: Doorway, *, address: str) -> Chosen
         HandleGone: the session has ended.
     """
     if choice != "auto":
-        chosen = ChosenDoor(door=await _open(choice, way, is_asked_for=True), reason="it was asked for")
+        chosen = _chosen(await _open(choice, way, is_asked_for=True), way, "it was asked for")
     else:
         chosen = await _best(way)
     log.info("rows have a door", extra={"address": address, "door": chosen.door.name, "reason": chosen.reason})
@@ -91,8 +103,13 @@ async def _best(way: Doorway) -> ChosenDoor:
         except (Unavailable, ConfigError) as error:
             obstacles.append(f"{name}: {error}")
         else:
-            return ChosenDoor(door=door, reason="; ".join(obstacles) or "it is the best")
+            return _chosen(door, way, "; ".join(obstacles) or "it is the best")
     raise Unavailable("; ".join(obstacles))
+
+
+def _chosen(door: Door, way: Doorway, reason: str) -> ChosenDoor:
+    exact = StreamDoor(way.read, way.release) if isinstance(door, Fp8Door) else door
+    return ChosenDoor(door=door, exact=exact, reason=reason)
 
 
 async def _open(name: DoorName, way: Doorway, *, is_asked_for: bool) -> Door:
@@ -110,7 +127,7 @@ async def _open(name: DoorName, way: Doorway, *, is_asked_for: bool) -> Door:
             await door.open()
             return door
         case "stream":
-            return StreamDoor(way.read, way.release)
+            return StreamDoor(way.read, way.release) if way.read_fp8 is None else Fp8Door(way.read_fp8, way.release)
 
 
 def _backends(way: Doorway, *, is_asked_for: bool) -> tuple[Backend, ...]:

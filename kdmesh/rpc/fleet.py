@@ -12,7 +12,7 @@ from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ModelMismatch, Unavailable
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.discovery import Discovery
-from kdmesh.rpc.doors import DoorChoice
+from kdmesh.rpc.doors import DoorChoice, Wire
 from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import DEFAULT_ROUTING, RoutingPolicy
@@ -36,11 +36,13 @@ class Fleet:
         model_fingerprint: str,
         access: AccessConfig = OPEN_ACCESS,
         routing: RoutingPolicy = DEFAULT_ROUTING,
+        wire: Wire = "exact",
         gpu: torch.device | None = None,
         uses_cache: bool = True,
     ) -> None:
         self._job = job
         self._access = access
+        self._wire: Wire = wire
         self._gpu = gpu
         self._uses_cache = uses_cache
         self._door: DoorChoice = door
@@ -141,6 +143,7 @@ class Fleet:
             door=self._door,
             model_fingerprint=self._fingerprint,
             access=self._access,
+            wire=self._wire,
             gpu=self._gpu,
             on_load=partial(self._replicas.note_load, address),
         )

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Self, TypeVar
 
 import grpc
@@ -24,7 +25,7 @@ from kdmesh.rpc import codec, raw_chunk, sleep_calls
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
 from kdmesh.rpc.channel import open_channel
-from kdmesh.rpc.doors import DoorChoice, Doorway, open_door
+from kdmesh.rpc.doors import DoorChoice, Doorway, Wire, open_door
 from kdmesh.rpc.prefill_stream import PrefillStream
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.row_group import Membership, RowGroup
@@ -72,11 +73,18 @@ class TeacherClient:
     door_reason: str
 
     def __init__(
-        self, address: str, access: AccessConfig, *, gpu: torch.device | None, on_load: Callable[[ServerLoad], None]
+        self,
+        address: str,
+        access: AccessConfig,
+        *,
+        wire: Wire,
+        gpu: torch.device | None,
+        on_load: Callable[[ServerLoad], None],
     ) -> None:
         """Use `connect`."""
         self.address = address
         self._on_load = on_load
+        self._wire = wire
         self._gpu = gpu
         self._channel = open_channel(address, access)
         self._stub = TeacherStub(self._channel)
@@ -98,6 +106,7 @@ class TeacherClient:
         door: DoorChoice,
         model_fingerprint: str = "",
         access: AccessConfig = OPEN_ACCESS,
+        wire: Wire = "exact",
         gpu: torch.device | None = None,
         on_load: Callable[[ServerLoad], None] = lambda load: None,
     ) -> Self:
@@ -109,6 +118,7 @@ class TeacherClient:
             door: how rows shall come.
             model_fingerprint: refuse a server with another model; empty accepts any.
             access: how to get in.
+            wire: how a stream carries rows.
             gpu: a device of this process, which rows may pass through; None where it has none.
             on_load: called with what the server has to do, whenever it says so.
 
@@ -119,7 +129,7 @@ class TeacherClient:
             ConfigError: `door` names one that does not lead to the server from here; or `access` cannot be used.
             EngineFailure: something else answers there.
         """
-        client = cls(address, access, gpu=gpu, on_load=on_load)
+        client = cls(address, access, wire=wire, gpu=gpu, on_load=on_load)
         client._closing.push_async_callback(client._channel.close)
         try:
             await client._open(job, door, model_fingerprint)
@@ -142,6 +152,7 @@ class TeacherClient:
         self._closing.push_async_callback(self._tasks.close)
         await self._open_door(door, opened)
         self._closing.callback(self.door.close)
+        self._closing.callback(self._exact.close)
         self._stream = PrefillStream(
             self._stub, self.address, on_orphan=self._release_orphan, on_load=self._on_load, on_end=self._lose
         )
@@ -152,6 +163,7 @@ class TeacherClient:
         way = Doorway(
             opened=opened,
             read=self._read,
+            read_fp8=partial(self._read, as_fp8=True) if self._wire == "fp8" else None,
             release=self._release,
             end=self._end,
             locate=self._locate,
@@ -167,7 +179,7 @@ class TeacherClient:
             # Is it the door, or has the whole server gone in this moment?
             await self._call(self._stub.KeepAlive, pb.KeepAliveRequest(session=self._session))
             raise ConfigError(f"door {choice}, but {self.address} is not to be had that way: {error}") from None
-        self.door, self.door_reason = chosen.door, chosen.reason
+        self.door, self._exact, self.door_reason = chosen.door, chosen.exact, chosen.reason
 
     async def prefill(
         self,
@@ -229,10 +241,10 @@ class TeacherClient:
         spec = codec.head_from_wire(answer.head)
         weight = codec.handle_from_wire(answer.weight)
         if self._head is not None and self._head.segment != weight.segment:
-            self.door.forget(self._head)
+            self._exact.forget(self._head)
         self._head = weight
-        weight_VD = await self.door.fetch(weight)
-        bias_1V = await self.door.fetch(codec.handle_from_wire(answer.bias)) if spec.has_bias else None
+        weight_VD = await self._exact.fetch(weight)
+        bias_1V = await self._exact.fetch(codec.handle_from_wire(answer.bias)) if spec.has_bias else None
         head = OutputHead(
             weight_VD=weight_VD,
             bias_V=None if bias_1V is None else bias_1V[0],
@@ -325,9 +337,9 @@ class TeacherClient:
             raise
         return codec.load_from_wire(answer.load)
 
-    async def _read(self, handle: Handle) -> AsyncIterator[memoryview]:
-        """The chunks of a handle, for the stream door."""
-        request = pb.ReadHandleRequest(session=self._session, handle=codec.handle_to_wire(handle))
+    async def _read(self, handle: Handle, *, as_fp8: bool = False) -> AsyncIterator[memoryview]:
+        """The chunks of a handle, for the stream doors."""
+        request = pb.ReadHandleRequest(session=self._session, handle=codec.handle_to_wire(handle), as_fp8=as_fp8)
         with our_errors(self.address):
             call = self._read_handle(request)
             offset_bytes = 0

@@ -16,7 +16,7 @@ from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.discovery import Discovery, Resolve, resolve
-from kdmesh.rpc.doors import DoorChoice
+from kdmesh.rpc.doors import DoorChoice, Wire
 from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.pending_rows import ArrivedRows, PendingRows
 from kdmesh.rpc.retry import Deadline
@@ -74,6 +74,7 @@ class TeacherPool:
         access: AccessConfig = OPEN_ACCESS,
         routing: RoutingPolicy = DEFAULT_ROUTING,
         resolve: Resolve = resolve,
+        wire: Wire = "exact",
         gpu: torch.device | None = None,
         uses_cache: bool = True,
     ) -> None:
@@ -90,6 +91,7 @@ class TeacherPool:
             access: how to get in.
             routing: which replica gets a request.
             resolve: looks names up.
+            wire: how a stream carries rows; fp8 halves the bytes and rounds.
             gpu: a device of this process, which rows may pass through on their way to the CPU; None where it has none.
             uses_cache: whether teachers that keep rows may keep these.
         """
@@ -109,6 +111,7 @@ class TeacherPool:
                     model_fingerprint=model_fingerprint,
                     access=access,
                     routing=routing,
+                    wire=wire,
                     gpu=gpu,
                     uses_cache=uses_cache,
                 ),

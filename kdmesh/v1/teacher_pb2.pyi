@@ -843,8 +843,14 @@ class ReadHandleRequest(google.protobuf.message.Message):
 
     SESSION_FIELD_NUMBER: builtins.int
     HANDLE_FIELD_NUMBER: builtins.int
+    AS_FP8_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """From OpenSessionResponse."""
+    as_fp8: builtins.bool
+    """Send rounded rows, as float8 e4m3 with a scale for each row: every chunk holds the scales of whole rows, float32
+    little-endian, and then their elements, one byte each. An element times its row's scale is off by at most 1/16 of
+    itself and 1/450000 of the largest magnitude of the row; a row that is not finite has a scale that is not a number.
+    """
     @property
     def handle(self) -> kdmesh.v1.common_pb2.Handle:
         """As it was answered."""
@@ -854,9 +860,10 @@ class ReadHandleRequest(google.protobuf.message.Message):
         *,
         session: builtins.bytes = ...,
         handle: kdmesh.v1.common_pb2.Handle | None = ...,
+        as_fp8: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["handle", b"handle"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["handle", b"handle", "session", b"session"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["as_fp8", b"as_fp8", "handle", b"handle", "session", b"session"]) -> None: ...
 
 Global___ReadHandleRequest: typing_extensions.TypeAlias = ReadHandleRequest
 

@@ -235,7 +235,7 @@ class TeacherServicer(object):
     def ReadHandle(self, request, context):
         """ReadHandle streams a handle's bytes, for clients that cannot map them.
 
-        Order: chunks in order, together exactly rows * cols * size(dtype) bytes.
+        Order: chunks in order, together exactly rows * cols * size(dtype) bytes, or rows * (4 + cols) with as_fp8.
         Cost: one copy of the bytes through the socket. Idempotent while the handle lives.
         Reading claims the handle; the server keeps its bytes until the stream ends.
 

@@ -494,7 +494,7 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     ReadHandle: _TeacherReadHandleType
     """ReadHandle streams a handle's bytes, for clients that cannot map them.
 
-    Order: chunks in order, together exactly rows * cols * size(dtype) bytes.
+    Order: chunks in order, together exactly rows * cols * size(dtype) bytes, or rows * (4 + cols) with as_fp8.
     Cost: one copy of the bytes through the socket. Idempotent while the handle lives.
     Reading claims the handle; the server keeps its bytes until the stream ends.
 
@@ -788,7 +788,7 @@ class TeacherServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[kdmesh.v1.teacher_pb2.ReadHandleChunk], collections.abc.AsyncIterator[kdmesh.v1.teacher_pb2.ReadHandleChunk]]:
         """ReadHandle streams a handle's bytes, for clients that cannot map them.
 
-        Order: chunks in order, together exactly rows * cols * size(dtype) bytes.
+        Order: chunks in order, together exactly rows * cols * size(dtype) bytes, or rows * (4 + cols) with as_fp8.
         Cost: one copy of the bytes through the socket. Idempotent while the handle lives.
         Reading claims the handle; the server keeps its bytes until the stream ends.
 

@@ -12,9 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from kdmesh import errors
-from kdmesh.rpc import raw_chunk
+from kdmesh.rpc import raw_chunk, row_chunks
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh_teacher.engine import HeadParts
 from tests.support.teacher_requests import expected_rows, sequence
@@ -85,6 +86,31 @@ async def test_rows_that_change_on_the_way_are_asked_for_again(tmp_path: Path, m
         rows_RD, retries = await asyncio.to_thread(ask, teacher.addresses.grpc)
     assert torch.equal(rows_RD, expected_rows(asked))
     assert (retries, len(sent)) == (1, 2)
+
+
+async def test_fp8_rounds_the_rows_of_a_stream_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_chunks, "GOOD_BYTES", 1000)  # many chunks
+    asked = [sequence(250, seed=1)]
+
+    async def ask(address: str, door: DoorChoice) -> tuple[str, torch.Tensor, torch.Tensor]:
+        client = await TeacherClient.connect(address, job="test", door=door, wire="fp8")
+        try:
+            rows = await client.prefill(asked, Deadline.after(10))
+            return client.door.name, rows.rows_RD, (await client.head())[0].weight_VD
+        finally:
+            await client.close()
+
+    async with running_teacher(tmp_path, engine={"hidden_size": 50, "dtype": "bfloat16"}) as teacher:
+        name, rows_RD, streamed_VD = await ask(teacher.addresses.grpc, "stream")
+        near_name, near_RD, weight_VD = await ask(teacher.addresses.grpc, "auto")
+    assert (name, near_name) == ("stream_fp8", "shm")
+    assert torch.equal(streamed_VD, weight_VD)
+    exact_RD = expected_rows(asked, 50)
+    assert rows_RD.dtype is torch.bfloat16 and torch.equal(near_RD, exact_RD.to(torch.bfloat16))
+    error_RD = (rows_RD.float() - exact_RD).abs()
+    assert float(error_RD.max()) > 0 and (error_RD <= exact_RD.abs() / 15 + exact_RD.abs().max() / 450_000).all()
 
 
 async def test_auto_takes_shared_memory_on_the_same_node(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import grpc
 
 from kdmesh.errors import HandleGone, InvalidRequest, ModelMismatch, RpcError
 from kdmesh.handles.store import SlabStore
-from kdmesh.rpc import codec, failure, raw_chunk
+from kdmesh.rpc import codec, failure, raw_chunk, row_chunks
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
 from kdmesh.rpc.row_client import Client
@@ -200,16 +200,17 @@ class Servicer(TeacherServicer):
         _job(store, request.session)
         handle = codec.handle_from_wire(request.handle)
         with self.outstanding, store.reading(request.session, handle) as data:
-            for start in range(0, len(data), raw_chunk.GOOD_BYTES):
+            start = 0
+            async for part in row_chunks.chunks(data, handle, as_fp8=request.as_fp8):
                 if not store.is_open(request.session):
                     raise HandleGone("the session ended while the handle was read")
-                part = data[start : start + raw_chunk.GOOD_BYTES]
                 # A reader that stops reading must not keep the slot.
                 try:
                     async with asyncio.timeout(store.limits.lease_s):
                         await context.write(raw_chunk.encode(part, offset_bytes=start))
                 except TimeoutError:
                     raise HandleGone(f"nothing was read for {store.limits.lease_s:g} s") from None
+                start += len(part)
                 self._metrics.sent("stream", len(part))
 
     async def CarryRows(  # type: ignore[override]

@@ -74,6 +74,10 @@ class TeacherConfig(ReplicatedConfig):
     """How rows travel; auto takes the first that works of shared memory (on one node), RDMA, NCCL (a group with a
     server that makes them, where both hold a GPU) and the stream."""
 
+    wire: Literal["exact", "fp8"] = "exact"
+    """How a stream carries rows: fp8 halves the bytes of 16-bit rows, for thin networks, and rounds every element by up
+    to a sixteenth (docs/across_nodes.md). Other doors, and the head, are always exact."""
+
     prefetch: int = Field(4, ge=0)
     """Micro-batches each rank asks for ahead of the one it trains on; 0 asks only when needed."""
 
