@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdmesh.auth.config import AuthConfig, RolesConfig
-from kdmesh.auth.identity import ANYBODY, Identity, Role
+from kdmesh.auth.identity import ANYBODY, Identity, Role, is_name
 from kdmesh.auth.tokens import TokenSet, watch_tokens
 from kdmesh.auth.watched import Watched
 from kdmesh.errors import ConfigError, PermissionDenied, Unauthenticated
@@ -125,9 +125,10 @@ def _by_file(tokens: Watched[TokenSet], token: str) -> Caller | None:
 
 
 def _by_certificate(names: Sequence[str], cfg: RolesConfig) -> Identity:
-    if not names:
-        raise Unauthenticated("this server wants to know who calls: show a client certificate with a name in it")
-    named = [name for name in names if name in cfg.roles] or list(names)
+    usable = [name for name in names if is_name(name)]
+    if not usable:
+        raise Unauthenticated("this server wants to know who calls: show a client certificate with a usable name in it")
+    named = [name for name in usable if name in cfg.roles] or usable
     role = cfg.role_of(named[0])
     if role is None:
         raise PermissionDenied(f"the certificate of {named[0]} is good, but it has no role on this server")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
@@ -10,9 +11,14 @@ from pydantic import StringConstraints
 
 from kdmesh.errors import PermissionDenied
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,127}$"
-Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,127}$"
+Name = Annotated[str, StringConstraints(pattern=_NAME)]
 """Of a job or a person; it is shown in logs and metrics."""
+
+
+def is_name(text: str) -> bool:
+    """Whether it can be a name."""
+    return re.fullmatch(_NAME, text) is not None
 
 
 class Role(StrEnum):

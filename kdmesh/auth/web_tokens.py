@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Callable
 
 import jwt
 
 from kdmesh.auth.config import JwtConfig
-from kdmesh.auth.identity import NAME_PATTERN, Identity, Role
+from kdmesh.auth.identity import Identity, Role, is_name
 from kdmesh.auth.web_keys import WebKeys
 from kdmesh.errors import PermissionDenied, Unauthenticated
 
 _MAX_KNOWN = 4096  # tokens whose signature need not be checked again
-_NAME = re.compile(NAME_PATTERN)
 
 
 class WebTokens:
@@ -62,7 +60,7 @@ class WebTokens:
 
     def _identity(self, claims: dict[str, object]) -> Identity:
         name = claims.get(self._cfg.name_claim)
-        if not isinstance(name, str) or not _NAME.match(name):
+        if not isinstance(name, str) or not is_name(name):
             raise Unauthenticated(f"the bearer token's claim {self._cfg.name_claim} holds no usable name")
         claimed = claims.get(self._cfg.role_claim) if self._cfg.role_claim is not None else None
         if claimed is not None and claimed not in list(Role):

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from kdmesh.auth.config import AccessConfig, ClientTlsConfig
-from kdmesh.errors import ConfigError, PermissionDenied, Unavailable
+from kdmesh.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask, RolloutClient
 from kdmesh.types import Sample, Sampling, SleepTag
@@ -163,6 +163,9 @@ async def test_two_jobs_with_certificates_cannot_use_each_others_sessions(tmp_pa
             teacher_client(address, access(authority, authority.issue("job-a"))) as owner,
             teacher_client(address, access(authority, authority.issue("job-b"))) as thief,
         ):
+            with pytest.raises(Unauthenticated, match="a usable name"):
+                async with teacher_client(address, access(authority, authority.issue("two words"))):
+                    pass
             thief._session = owner._session
             with pytest.raises(Exception, match="the session is unknown or its lease has ended"):
                 await thief.prefill([sequence(9)], Deadline.after(10))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from kdmesh import check
 from kdmesh.auth.config import AccessConfig
-from kdmesh.auth.identity import Role
+from kdmesh.auth.identity import Role, is_name
 from kdmesh.auth.tokens import read_token, read_tokens
 from kdmesh.auth.watched import Watched
 from kdmesh.errors import ConfigError
@@ -170,3 +170,15 @@ def test_a_token_in_the_clear_stays_on_this_machine(address: str, is_local: bool
     assert (AccessConfig(token_file=Path("x")).refusal(address) is None) is is_local
     assert AccessConfig(token_file=Path("x"), plaintext_token=True).refusal(address) is None
     assert AccessConfig().refusal(address) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["distil-7b", "system:serviceaccount:research:distil", "a", "spiffe://x/job", "x" * 128]
+)
+def test_a_name_is_what_logs_and_metrics_can_show(text: str) -> None:
+    assert is_name(text)
+
+
+@pytest.mark.parametrize("text", ["", "two words", "-x", "x\n", "ä", "*.example", "x" * 129])
+def test_anything_else_is_no_name(text: str) -> None:
+    assert not is_name(text)
