@@ -82,7 +82,7 @@ def open_teacher(
             routing=RoutingPolicy(
                 local_tokens=teacher.routing.local_tokens, hedge_after_s=teacher.routing.hedge_after_s
             ),
-            wire=cfg.teacher.wire,
+            wire=teacher.wire,
             gpu=mesh.device if mesh.device.type == "cuda" else None,
             uses_cache=not isinstance(cfg.source, config.OnPolicy),  # no sample comes twice
         )
