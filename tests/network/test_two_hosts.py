@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,7 +14,12 @@ from typing import Any
 
 import pytest
 
+from kdmesh.auth.config import ClientTlsConfig
+from kdmesh.handles.rdma_agent import UNSAFE_VALUE, UNSAFE_VARIABLE
 from tests.support import two_hosts
+from tests.support.certificates import CertificateAuthority
+from tests.support.far_client import ACCESS_VARIABLE
+from tests.support.identities import JOB, access_with, write_tokens
 from tests.support.teacher_process import TeacherProcess, await_ready, write_config
 from tests.support.two_hosts import Host, Wire
 
@@ -175,3 +181,37 @@ def test_work_moves_to_a_teacher_that_can_be_reached(world: World) -> None:
         client.gets_rows()
     world.wire.is_cut = False
     client.gets_rows()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nixl_cu12") is None, reason="make test-rdma installs NIXL")
+def test_rdma_door_leads_to_another_host_and_outlasts_a_partition(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over NIXL's TCP transport, with identities and TLS on the gRPC side, as the door demands."""
+    monkeypatch.setenv(UNSAFE_VARIABLE, UNSAFE_VALUE)
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    authority = CertificateAuthority(tmp_path)
+    pair = authority.issue("teacher", ["teacher"])
+    tokens = write_tokens(tmp_path / "tokens.yaml", JOB)
+    access = access_with(JOB, tmp_path).model_copy(
+        update={"tls": ClientTlsConfig(ca=authority.cert, server_name="teacher")}
+    )
+    monkeypatch.setenv(ACCESS_VARIABLE, access.model_dump_json())
+    teacher = world.teacher(
+        world.near,
+        allow_anonymous=False,
+        rdma=True,
+        tls={"cert": str(pair.cert), "key": str(pair.key)},
+        auth={"tokens": str(tokens)},
+    )
+    client = world.client(teacher.grpc, door="rdma", deadline_s=8)
+    assert list(client.doors) == ["rdma"]
+    for num_rows in (1, 50, 2000):
+        client.gets_rows(num_rows)
+    world.wire.is_cut = True
+    client.ask()
+    assert client.hear()["error"].startswith("DeadlineExpired: ")
+    client.ask()
+    world.wire.is_cut = False
+    assert client.hear().get("is_right") is True
+    client.gets_rows(2000)

@@ -1,27 +1,39 @@
 """A trainer's side as a process of its own: for each line "N SEED" on stdin it asks for N rows, and says what came.
 
 `python -m tests.support.far_client DOOR DEADLINE_S HIDDEN_SIZE ADDRESS...`; a line of JSON answers each line.
+ACCESS_VARIABLE says how it gets in, as the JSON of an AccessConfig.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
 import torch
 
 from kdmesh.allocator import keep_freed_memory
+from kdmesh.auth.config import AccessConfig
 from kdmesh.errors import KdmeshError
 from kdmesh.rpc.teacher_pool import TeacherPool
 from tests.support.teacher_requests import expected_rows, sequence
+
+ACCESS_VARIABLE = "FAR_CLIENT_ACCESS"
 
 
 def main() -> None:
     """Until stdin ends."""
     keep_freed_memory()
     door, deadline_s, hidden_size, *addresses = sys.argv[1:]
-    with TeacherPool(addresses, job="far", door=door, deadline_s=float(deadline_s)) as pool:  # type: ignore[arg-type]
+    access = AccessConfig.model_validate_json(os.environ.get(ACCESS_VARIABLE, "{}"))
+    with TeacherPool(
+        addresses,
+        job="far",
+        door=door,  # type: ignore[arg-type]
+        deadline_s=float(deadline_s),
+        access=access,
+    ) as pool:
         _say({"doors": dict(pool.stats().doors)})
         for line in sys.stdin:
             num_rows, seed = map(int, line.split())
