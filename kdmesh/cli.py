@@ -128,6 +128,8 @@ def precompute(config: Path, overrides: tuple[str, ...], partial: bool) -> None:
     Example: kdmesh precompute examples/train.yaml
     """
     loaded = check.load_any(config, overrides)
+    if check.kind(loaded) != "trainer":
+        raise ConfigError(f"{config} is a {check.kind(loaded)} configuration; what is precomputed is a trainer's rows")
     check.refuse_missing(loaded, source=config)
     flags = ["--partial"] if partial else []
     argv = [sys.executable, "-m", "kdmesh_trainer.precompute_command", str(config)]

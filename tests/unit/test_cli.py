@@ -255,3 +255,13 @@ def test_ranks_are_one_per_gpu_unless_the_file_says(good: Path, monkeypatch: pyt
     assert jobs.num_ranks(jobs.config.load(TrainerConfig, good)) == 3
     assert jobs.num_ranks(jobs.config.load(TrainerConfig, good, ["student.device=cpu"])) == 1
     assert jobs.num_ranks(jobs.config.load(TrainerConfig, good, ["ranks=2"])) == 2
+
+
+def test_precompute_takes_a_trainers_configuration_that_lacks_nothing(good: Path) -> None:
+    result = run("precompute", "teacher.yaml")
+    assert result.exit_code == 2
+    assert "teacher.yaml is a teacher configuration; what is precomputed is a trainer's rows" in result.output
+    (good.parent / "train.jsonl").unlink()
+    result = run("precompute", str(good))
+    assert result.exit_code == 2
+    assert "data.train.path" in result.output

@@ -19,7 +19,9 @@ from kdmesh_teacher.cache.report import CacheState
 
 log = logging.getLogger(__name__)
 
+# Apart, so that a slow disk does not hold up who needs nothing from it.
 _COPYING_THREADS = 2
+_READING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,6 +68,7 @@ class RowCache:
         self._directory = directory
         self._corrupt = 0
         self._copying = ThreadPoolExecutor(_COPYING_THREADS, thread_name_prefix="cache-copier")
+        self._reading = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="cache-reader")
 
     def find(self, job: str, weight_version: int, sequences: Sequence[TokenSequence]) -> Found:
         """What is kept of these sequences' rows that this job may have."""
@@ -90,7 +93,9 @@ class RowCache:
             _Part(key=key, is_kept=is_kept, out=out, kept=self._in_memory(key))
             for key, is_kept, out in zip(found.keys, found.is_kept, outs, strict=True)
         ]
-        results = await asyncio.get_running_loop().run_in_executor(self._copying, self._copy, parts)
+        is_read = any(part.is_kept and part.kept is None for part in parts)
+        threads = self._reading if is_read else self._copying
+        results = await asyncio.get_running_loop().run_in_executor(threads, self._copy, parts)
         settled = [self._settle(part, result) for part, result in zip(parts, results, strict=True)]
         return all(settled)
 
@@ -107,7 +112,8 @@ class RowCache:
 
     async def close(self) -> None:
         """Return when everything is written that waits."""
-        await asyncio.to_thread(self._copying.shutdown)
+        for threads in (self._copying, self._reading):
+            await asyncio.to_thread(threads.shutdown)
         if self._directory is not None:
             await self._directory.close()
 
