@@ -43,7 +43,7 @@ test: $(INSTALLED)  ## Everything CI runs, a file of tests on each core
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-rdma: $(RDMA_INSTALLED)  ## The RDMA door, over the test transports of NIXL (70 MB to fetch)
-	$(BIN)/pytest -q -m rdma tests/rdma
+	$(BIN)/pytest -q -m rdma tests/rdma tests/system/test_rdma_job.py
 
 test-network: $(INSTALLED)  ## Two hosts as network namespaces, with a slow, lossy and cut wire between them (as root)
 	$(BIN)/pytest -q -m network tests/network
