@@ -123,12 +123,12 @@ def test_numbers_rise_when_a_run_goes_back_to_an_earlier_step(tiny_models: TinyM
             assert _served(address) == (versions[-1], _expected(path, DType.BFLOAT16, steps))
 
 
-def publish_adapted(mesh: Mesh, path: str, address: str, output: str) -> list[list[str]]:
+def publish_adapted(mesh: Mesh, path: str, address: str, output: str, use_dora: bool) -> list[list[str]]:
     """Publishes a student three times, its adapters changed each time, and writes it as a whole model at the end.
 
     Returns the names of what was gathered each time.
     """
-    lora = LoraConfig(rank=3, alpha=12, target_modules=("k_proj", "down_proj"))
+    lora = LoraConfig(rank=3, alpha=12, target_modules=("k_proj", "down_proj"), use_dora=use_dora)
     student = build_student(Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=lora)
     sender = WeightSender([address], bucket_bytes=BUCKET_BYTES, deadline_s=30) if mesh.is_first else None
     publisher = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh)
@@ -155,16 +155,19 @@ def publish_adapted(mesh: Mesh, path: str, address: str, output: str) -> list[li
     return gathered
 
 
-# What a server in bfloat16 cannot hold exactly comes to it as sums, each time.
-@pytest.mark.parametrize(("dtype", "is_apart"), [(torch.bfloat16, True), (torch.float32, False)])
+# What a server in bfloat16 cannot hold exactly comes to it whole, each time; so does what is more than a sum.
+@pytest.mark.parametrize(
+    ("dtype", "use_dora", "is_apart"),
+    [(torch.bfloat16, False, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
+)
 def test_servers_serve_matrices_with_their_adapters_and_get_the_base_once(
-    dtype: torch.dtype, is_apart: bool, tiny_models: TinyModels, tmp_path: Path
+    dtype: torch.dtype, use_dora: bool, is_apart: bool, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     path = tiny_models.path("qwen3", dtype=dtype)
     specs = _specs(path, DType.BFLOAT16)
     fingerprint = architecture_fingerprint(load_causal_lm(path, "auto", torch.device("cpu")))
     with weight_server_process(tmp_path / "ready", specs, fingerprint=fingerprint) as (_, address):
-        arguments = {"path": str(path), "address": address, "output": str(tmp_path / "whole")}
+        arguments = {"path": str(path), "address": address, "output": str(tmp_path / "whole"), "use_dora": use_dora}
         results = run_ranks("tests.contract.test_trainer_publisher:publish_adapted", ranks=2, **arguments)
         assert _served(address) == (3, _expected(tmp_path / "whole", DType.BFLOAT16, []))
         assert _served(address) != (3, _expected(path, DType.BFLOAT16, []))

@@ -38,7 +38,7 @@ VOCABULARY_SIZE = 310
 SEQUENCES = random_sequences(6, seed=5, vocabulary_size=VOCABULARY_SIZE)
 # rank -> micro-batches -> sequences; of uneven sizes.
 PLANS = {1: [[[0, 5], [1, 2, 3, 4]]], 2: [[[0], [1, 2]], [[3, 4, 5], []]]}
-LORA = LoraConfig(rank=3, alpha=12, target_modules=("q_proj", "layers.1.mlp.down_proj"))
+LORA = {"rank": 3, "alpha": 12, "target_modules": ("q_proj", "layers.1.mlp.down_proj")}
 RATE = OptimizerConfig(learning_rate=1e-2)
 
 
@@ -57,10 +57,11 @@ def test_a_student_with_a_new_adapter_says_exactly_what_its_base_says(
         assert not torch.equal(hidden_states_TD(lm.to(dtype), packed), before_TD)
 
 
-def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, whole_bytes: int) -> None:
+def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, whole_bytes: int, use_dora: bool) -> None:
     """Writes an adapter that is not zero, and its whole gradient, to `output`; runs on every rank."""
     model_module._WHOLE_BYTES = whole_bytes
-    model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=LORA)
+    lora = LoraConfig.model_validate({**LORA, "use_dora": use_dora})
+    model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=lora)
     trained = {name: p for name, p in model.lm.named_parameters() if p.requires_grad}
     values = _values(trained)
     with torch.no_grad():
@@ -87,7 +88,11 @@ def _like(value: Tensor, shard: Tensor) -> Tensor:
 
 
 def textbook(student: Path, teacher: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Loss and gradient in float64, of a plain model whose matrices are W + alpha / rank * B A."""
+    """Loss and gradient in float64, of a plain model whose matrices are W + alpha / rank * B A.
+
+    With magnitudes in `found` every row of these is divided by its length, which is taken as a constant (DoRA, section
+    4.3), and multiplied by its magnitude.
+    """
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
     other = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
     leaves = {name: value.double().requires_grad_() for name, value in _values(found).items()}
@@ -97,6 +102,10 @@ def textbook(student: Path, teacher: Path, found: dict[str, Tensor]) -> dict[str
         + 4.0 * leaves[f"{layer}.lora_B.default.weight"] @ leaves[f"{layer}.lora_A.default.weight"]
         for layer in {name.partition(".lora_")[0] for name in found}
     }
+    for name in [name for name in leaves if "magnitude" in name]:
+        changed_name = f"{name.partition('.lora_')[0]}.weight"
+        lengths = changed[changed_name].detach().norm(dim=1, keepdim=True)
+        changed[changed_name] = leaves[name][:, None] * changed[changed_name] / lengths
     loss = torch.zeros((), dtype=torch.float64)
     for sequence in SEQUENCES:
         token_ids = torch.from_numpy(sequence.token_ids).long()[None]
@@ -112,7 +121,8 @@ def textbook(student: Path, teacher: Path, found: dict[str, Tensor]) -> dict[str
 
 # Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
 @pytest.mark.parametrize(
-    ("is_tied", "whole_bytes", "dtype"), [(False, 0, torch.bfloat16), (True, 2**30, torch.float32)]
+    ("is_tied", "whole_bytes", "dtype", "use_dora"),
+    [(False, 0, torch.bfloat16, False), (True, 2**30, torch.float32, False), (False, 0, torch.bfloat16, True)],
 )
 def test_only_adapters_have_a_gradient_and_it_is_the_textbook_one(
     tiny_models: TinyModels,
@@ -121,13 +131,14 @@ def test_only_adapters_have_a_gradient_and_it_is_the_textbook_one(
     is_tied: bool,
     whole_bytes: int,
     dtype: torch.dtype,
+    use_dora: bool,
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied, dtype=dtype)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
     monkeypatch.setattr(model_module, "_WHOLE_BYTES", whole_bytes)  # restored after the test
     for ranks in PLANS:
         paths = {"student": str(student), "teacher": str(teacher), "output": str(tmp_path)}
-        run_ranks(f"{HERE}:gradients", ranks=ranks, **paths, whole_bytes=whole_bytes)
+        run_ranks(f"{HERE}:gradients", ranks=ranks, **paths, whole_bytes=whole_bytes, use_dora=use_dora)
         found = load_file(tmp_path / f"{ranks}.safetensors")
         layers = {name.partition(".lora_")[0] for name in found} - {"loss"}
         assert layers == {
@@ -135,10 +146,27 @@ def test_only_adapters_have_a_gradient_and_it_is_the_textbook_one(
             "model.layers.1.mlp.down_proj",
         }
         names = found.keys() - {"loss"}
+        assert len(names) == 3 * (3 if use_dora else 2)
         expected = textbook(student, teacher, {name: found[name] for name in names})
         for name, value in expected.items():
             error = (found[name] - value).norm() / value.norm()
             assert error < 1e-5, f"{ranks} ranks: {name} is off by {error}"
+
+
+def test_a_student_with_new_magnitudes_says_what_its_base_says(tiny_models: TinyModels) -> None:
+    packed = pack(SEQUENCES[:3])
+    lm = load_causal_lm(tiny_models.path(seed=1), torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        before_TD = hidden_states_TD(lm, packed)
+        adapter = add_adapter(lm, LoraConfig(use_dora=True), seed=0)
+        assert torch.allclose(hidden_states_TD(lm, packed), before_TD, rtol=1e-4, atol=1e-5)
+        for name, parameter in lm.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)
+        weights = weights_of(lm, adapter)
+        grown = [w for name, w in weights.items() if name.endswith("_proj.weight")]
+        assert len(grown) == 14
+        assert all(torch.allclose(w.whole(None), 1.5 * w.base.float(), rtol=1e-5, atol=1e-7) for w in grown)
 
 
 def test_a_base_that_bfloat16_holds_is_kept_in_it(tiny_models: TinyModels) -> None:
@@ -189,10 +217,10 @@ def test_a_run_continues_on_another_number_of_ranks_from_adapters_alone(
     assert len(of_model) == len(names) * (1 + 3)  # with two moments and a count of steps
 
 
-def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str) -> None:
+def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str, use_dora: bool) -> None:
     """Trains three steps, and writes both the model and the adapter after each."""
     path = Path(student)
-    lora = LoraConfig(rank=4, alpha=16)
+    lora = LoraConfig(rank=4, alpha=16, use_dora=use_dora)
     model = build_student(path, mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=lora)
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=RATE, steps=3)
@@ -214,13 +242,16 @@ def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str) -> 
 
 # peft asks transformers for a name that it will drop.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize(("is_tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("is_tied", "dtype", "use_dora"),
+    [(True, torch.float32, False), (False, torch.bfloat16, False), (True, torch.float32, True)],
+)
 def test_the_written_model_and_the_written_adapter_are_the_trained_student(
-    tiny_models: TinyModels, tmp_path: Path, is_tied: bool, dtype: torch.dtype
+    tiny_models: TinyModels, tmp_path: Path, is_tied: bool, dtype: torch.dtype, use_dora: bool
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied, dtype=dtype)
     paths = {"student": str(student), "teacher": str(tiny_models.path("qwen3", seed=2)), "output": str(tmp_path)}
-    run_ranks(f"{HERE}:train_and_export", ranks=2, **paths)
+    run_ranks(f"{HERE}:train_and_export", ranks=2, **paths, use_dora=use_dora)
     trained = torch.load(tmp_path / "trained.pt")
     base = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     for name, parameter in base.named_parameters():

@@ -21,15 +21,28 @@ log = logging.getLogger(__name__)
 
 _NAME = "default"  # of the one adapter, as peft calls it
 _BASE = ".base_layer"
+_FACTORS = (f"lora_A.{_NAME}.weight", f"lora_B.{_NAME}.weight")
+_MAGNITUDE = f"lora_magnitude_vector.{_NAME}"
+# The names of an adapter's tensors in a model, and in a file.
+_SAVED = {
+    _FACTORS[0]: "lora_A.weight",
+    _FACTORS[1]: "lora_B.weight",
+    f"{_MAGNITUDE}.weight": "lora_magnitude_vector",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LowRank:
-    """What is added to a matrix: scaling * b @ a. Either may be a shard."""
+    """What is added to a matrix: scaling * b @ a. Either may be a shard.
+
+    With magnitudes every row of the sum is then brought to its length.
+    Source: Liu et al. 2024, arXiv:2402.09353, equation 5.
+    """
 
     a: Tensor  # [rank, in]
     b: Tensor  # [out, rank]
     scaling: float
+    magnitude: Tensor | None  # [out] or a shard of it; None: the sum is what it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,21 +67,24 @@ class Adapter:
         """
         rest, added = dict(tensors), {}
         for layer in self.layers:
-            a, b = (rest.pop(f"{layer}.{name}") for name in _own_names())
-            added[f"{layer}{_BASE}.weight"] = LowRank(a=a, b=b, scaling=self.scaling)
+            a, b = (rest.pop(f"{layer}.{name}") for name in _FACTORS)
+            magnitude = rest.pop(f"{layer}.{_MAGNITUDE}.weight", None)
+            added[f"{layer}{_BASE}.weight"] = LowRank(a=a, b=b, scaling=self.scaling, magnitude=magnitude)
         return rest, added
 
     def saved_name(self, name: str) -> str | None:
         """The name that a tensor of the adapter has in a file that peft reads; None when it is not the adapter's."""
-        for own in _own_names():
+        for own, saved in _SAVED.items():
             layer = name.removesuffix(f".{own}")
             if layer != name and layer in self.layers:
-                return f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"
+                return f"base_model.model.{layer}.{saved}"
         return None
 
 
 def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
     """Put an adapter into `lm`, in place, and freeze everything else. It begins as zero, so `lm` says what it said.
+
+    With DoRA that is so to rounding.
 
     Frozen weights that bfloat16 holds exactly, as those of most checkpoints, are kept in it.
 
@@ -88,6 +104,7 @@ def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapte
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        use_dora=config.use_dora,
         target_modules=sorted(layers),
         task_type=peft.TaskType.CAUSAL_LM,
     )
@@ -127,7 +144,3 @@ def _is_meant(target: str, name: str) -> bool:
 
 def _own_tensors(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
-
-
-def _own_names() -> tuple[str, str]:
-    return f"lora_A.{_NAME}.weight", f"lora_B.{_NAME}.weight"

@@ -23,6 +23,10 @@ class LoraConfig(StrictModel):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Fraction of an adapter's inputs that are zeroed in training."""
 
+    use_dora: bool = False
+    """DoRA: the length of each row of an adapted matrix is learnt apart from its direction. Servers then get whole
+    matrices with every version."""
+
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names, or last parts of names, of linear modules of the body; all-linear takes all of them."""
 

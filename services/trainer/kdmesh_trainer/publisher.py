@@ -66,7 +66,8 @@ class StudentPublisher:
     """Sends every weight under its Hugging Face name and in the servers' own element type; tied weights once.
 
     Of a student with an adapter the base travels once, and then the adapter, which servers add up. Where their element
-    type cannot hold the base exactly, they get sums, as if there were no adapter. Ranks gather one tensor at a time, as
+    type cannot hold the base exactly, or the adapter is more than a sum, they get whole matrices, as if there were no
+    adapter. Ranks gather one tensor at a time, as
     the first of them sends it, and so never hold a second copy of the student.
     """
 
@@ -195,7 +196,7 @@ class StudentPublisher:
         """What is sent from now on. Collective."""
         adapted = {name: weight for name, weight in self._weights_by_name.items() if weight.added is not None}
         rounded = getattr(torch, dtype.value)
-        is_apart = bool(adapted) and not self._mesh.is_any(not all(w.is_exact_in(rounded) for w in adapted.values()))
+        is_apart = bool(adapted) and not self._mesh.is_any(not all(_is_sum(w, rounded) for w in adapted.values()))
         self._sent = tuple(
             _Sent(
                 TensorSpec(name=name, shape=weight.shape, dtype=dtype),
@@ -239,6 +240,11 @@ class StudentPublisher:
     def _gather(self, index: int) -> Tensor:
         """A whole tensor as it is sent. Collective."""
         return self._sent[index].make()
+
+
+def _is_sum(weight: StudentWeight, dtype: torch.dtype) -> bool:
+    """Whether a matrix is what servers make of its base, which they hold in `dtype`, and two factors."""
+    return weight.added is not None and weight.added.magnitude is None and weight.is_exact_in(dtype)
 
 
 class FollowedTeacher(Protocol):

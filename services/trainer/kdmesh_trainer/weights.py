@@ -86,4 +86,9 @@ def _sum(base: Tensor, added: LowRank) -> Tensor:
     if isinstance(a, DTensor):
         # The others are split by rows, so each rank computes the rows that it has.
         a = a.redistribute(placements=[Replicate()])
-    return torch.addmm(base.to(a.dtype), b, a, alpha=added.scaling)
+    total = torch.addmm(base.to(a.dtype), b, a, alpha=added.scaling)
+    if added.magnitude is None:
+        return total
+    lengths = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+    scales: Tensor = added.magnitude.detach().unsqueeze(1) / lengths
+    return total * scales
