@@ -60,6 +60,16 @@ def plan_step(
     return near if near is not None and _busy(items, near) <= HOME_COST * _busy(items, plan) else plan
 
 
+def shortest_first(plan: Sequence[Sequence[tuple[int, ...]]], lengths: Sequence[int]) -> list[list[tuple[int, ...]]]:
+    """The same micro-batches, those first whose longest sequence is the shortest over all ranks.
+
+    Of equally long ones the earlier comes first. Micro-batches that meet at the same k still do.
+    """
+    longest = [max(((lengths[i], i) for m in at_k for i in m), default=(0, 0)) for at_k in zip(*plan, strict=True)]
+    order = sorted(range(len(longest)), key=lambda k: longest[k])
+    return [[micro_batches[k] for k in order] for micro_batches in plan]
+
+
 @dataclass(slots=True, eq=False)
 class _Bin:
     """One micro-batch being filled."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdmesh.batching import plan_step
+from kdmesh.batching import plan_step, shortest_first
 from kdmesh.tokens import digest
 from kdmesh.types import Int32Array, Sampling
 from kdmesh_trainer.devices import Devices
@@ -169,7 +169,8 @@ def serial_losses(mesh: Mesh, *, student: str, teacher: str, steps: int) -> dict
             for prompt in order().of_step(step)
             for i in range(SAMPLES_PER_PROMPT)
         ]
-        [plan] = plan_step([r.sequence.num_tokens for r in rollouts], ranks=1, max_tokens=MAX_TOKENS)
+        plans = plan_step([r.sequence.num_tokens for r in rollouts], ranks=1, max_tokens=MAX_TOKENS)
+        [plan] = shortest_first(plans, [r.sequence.num_rows for r in rollouts])
         micro_batches = [_scored([rollouts[index] for index in members], run.teacher) for members in plan]
         batch = StepBatch(
             step=step,

@@ -24,6 +24,7 @@ _MAY_DIFFER = {
     "teacher_wait_s",
     "teacher_wait_fraction",
     "sampling_wait_s",
+    "sampling_s",
     "bounded_by",
     "phase_tokens_per_second",
     "phase_s",

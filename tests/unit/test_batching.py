@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kdmesh.batching import HOME_COST, plan_step
+from kdmesh.batching import HOME_COST, plan_step, shortest_first
 from kdmesh.errors import InvalidRequest
 
 Plan = list[list[tuple[int, ...]]]
@@ -86,6 +86,13 @@ def test_large_micro_batches_come_first_and_like_ones_meet() -> None:
         [9, 9],
         [6, 6],
     ]
+
+
+def test_micro_batches_of_short_sequences_come_first_and_those_that_meet_still_do() -> None:
+    plan = [[(0, 1), (2,), ()], [(3,), (4, 5), (6,)]]
+    lengths = [1, 9, 2, 3, 4, 1, 7]
+    assert shortest_first(plan, lengths) == [[(2,), (), (0, 1)], [(4, 5), (6,), (3,)]]
+    assert shortest_first([[(1, 3), (0, 2)]], [5, 5, 5, 5]) == [[(0, 2), (1, 3)]]
 
 
 def test_a_single_sequence_over_the_cap_is_refused_with_both_figures() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
@@ -164,12 +166,26 @@ def test_a_token_that_changed_on_its_way_is_noticed() -> None:
         alone.assemble(0, [replace(share, token_ids=changed)])
 
 
+def test_drawing_takes_until_the_last_sample_whenever_it_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    alone = sampler(Answers())
+    alone.ask(0, min_weight_version=3)  # five prompts at 0 to 4, their ten samples at 5 to 14
+    for _ in range(100):
+        time.perf_counter()
+    assert alone.collect(0).drawing_s == 14
+    alone.ask(1, min_weight_version=3)  # at 117 to 121, samples at 122 to 131
+    alone._complete_s = 124  # as if the last sample of the first step had come meanwhile
+    assert alone.collect(1).drawing_s == 7
+
+
 def test_figures_are_over_all_samples() -> None:
     alone = sampler(Answers(), per_step=7, each=4)
     alone.ask(0, min_weight_version=3)
     rollouts = alone.assemble(0, [alone.collect(0)])
     lengths = [rollout.sequence.num_rows for rollout in rollouts]
-    figures = figures_of(rollouts, [0, 1] * 14, waits_s=[1.0, 3.0])
+    figures = figures_of(rollouts, [0, 1] * 14, waits_s=[1.0, 3.0], drawing_s=4.0)
+    assert figures.sampling_s == 4.0
     assert figures.response_tokens_mean == sum(lengths) / 28
     assert figures.response_tokens_max == max(lengths)
     assert figures.cut_off_fraction == lengths.count(LONGEST) / 28 > 0

@@ -44,6 +44,7 @@ def sampled_stats(*, teacher_wait_s: float = 0.0, sampling_wait_s: float = 0.0) 
         staleness_steps_mean=0.5,
         staleness_steps_max=1,
         sampling_wait_s=sampling_wait_s,
+        sampling_s=2 * sampling_wait_s,
     )
     samples = SampleScores(
         sampler_kl_k1_nats=0.01, sampler_kl_k3_nats=0.02, student_entropy_nats=1.5, teacher_entropy_nats=1.25
@@ -188,7 +189,7 @@ def test_figures_of_samples_stand_beside_those_of_the_step(tmp_path: Path) -> No
     record.close()
     sampled, plain = lines(tmp_path)
     added = {"response_tokens_mean": 12.5, "response_tokens_max": 20, "cut_off_fraction": 0.25}
-    added |= {"staleness_steps_mean": 0.5, "staleness_steps_max": 1, "sampling_wait_s": 0.0}
+    added |= {"staleness_steps_mean": 0.5, "staleness_steps_max": 1, "sampling_wait_s": 0.0, "sampling_s": 0.0}
     added |= {"sampler_kl_k1_nats": 0.01, "sampler_kl_k3_nats": 0.02}
     added |= {"student_entropy_nats": 1.5, "teacher_entropy_nats": 1.25}
     assert {name: sampled[name] for name in added} == added
@@ -232,7 +233,7 @@ def test_every_phase_has_its_tokens_per_second_where_it_took_time(tmp_path: Path
     record.close()
     sampled, plain = lines(tmp_path)
     update_s = sampled["phase_s"]["update"]
-    assert sampled["phase_tokens_per_second"] == {"sampling": 25.0, "teacher": None, "update": 100 / update_s}
+    assert sampled["phase_tokens_per_second"] == {"sampling": 12.5, "teacher": None, "update": 100 / update_s}
     assert plain["phase_tokens_per_second"] == {"teacher": 25.0, "update": None}
     assert plain["bounded_by"] == "teacher"
 

@@ -18,6 +18,7 @@ class RolloutFigures:
     staleness_steps_mean: float  # updates of the student between a sample's first token and its use
     staleness_steps_max: int
     sampling_wait_s: float  # mean over ranks of the time spent waiting for samples
+    sampling_s: float  # that drawing them took, on the rank that had to wait for longest; waited for or not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

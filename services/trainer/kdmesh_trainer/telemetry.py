@@ -236,10 +236,14 @@ def _seconds(stats: StepStats, phase_s: Mapping[str, float]) -> dict[str, float]
 
 
 def _rates(stats: StepStats, seconds: Mapping[str, float]) -> dict[str, float | None]:
-    """Tokens per second of each phase that works on tokens; None where the step did not wait for it."""
+    """Tokens per second of each phase that works on tokens; None where that took no time.
+
+    Samples by the time that it took to draw them, rows by the time that they were waited for.
+    """
     tokens = {"teacher": stats.num_tokens, "update": stats.num_tokens}
     if stats.rollouts is not None:
         tokens = {"sampling": stats.rollouts.response_tokens, **tokens}
+        seconds = {**seconds, "sampling": stats.rollouts.sampling_s}
     return {
         name: number / seconds[name] if seconds[name] > _SHORTEST_WAIT_S else None for name, number in tokens.items()
     }

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kdmesh.batching import plan_step
+from kdmesh.batching import plan_step, shortest_first
 from kdmesh.errors import ModelMismatch
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.devices import Devices, OwnDevices
@@ -172,7 +172,9 @@ class OnPolicySource:
             max_tokens=self._max_tokens,
             homes=[*self._sampler.homes(step), *(None for _ in answers)],
         )
-        mine = plan[self._mesh.rank]
+        # A sample of few tokens is drawn, and scored, before a long one, and one of the first prompts before others.
+        drawn = [*(rollout.sequence.num_rows for rollout in rollouts), *(0 for _ in answers)]
+        mine = shortest_first(plan, drawn)[self._mesh.rank]
         self._early.settle(step, teacher_side([sequences[index] for members in mine for index in members]))
         self._planned.append(
             StepBatch(
@@ -188,7 +190,12 @@ class OnPolicySource:
                 num_loss_tokens=sum(s.num_rows for s in sequences),
                 num_tokens=sum(s.num_tokens for s in sequences),
                 teacher_age_steps=self._rows.teacher_age(step),
-                rollouts=figures_of(rollouts, staleness, waits_s=[share.wait_s for share in shares]),
+                rollouts=figures_of(
+                    rollouts,
+                    staleness,
+                    waits_s=[share.wait_s for share in shares],
+                    drawing_s=max(share.drawing_s for share in shares),
+                ),
             )
         )
         self._next_planned += 1

@@ -138,12 +138,15 @@ def _after(prompt_ids: Int32Array, sample: Sample) -> TokenSequence:
     )
 
 
-def figures_of(rollouts: Sequence[Rollout], staleness: Sequence[int], *, waits_s: Sequence[float]) -> RolloutFigures:
+def figures_of(
+    rollouts: Sequence[Rollout], staleness: Sequence[int], *, waits_s: Sequence[float], drawing_s: float
+) -> RolloutFigures:
     """The figures of one step.
 
     Args:
         staleness: of each rollout, in steps.
         waits_s: of each rank.
+        drawing_s: of the rank that took longest.
     """
     lengths = [rollout.sequence.num_rows for rollout in rollouts]
     return RolloutFigures(
@@ -154,4 +157,5 @@ def figures_of(rollouts: Sequence[Rollout], staleness: Sequence[int], *, waits_s
         staleness_steps_mean=sum(staleness) / len(staleness),
         staleness_steps_max=max(staleness),
         sampling_wait_s=sum(waits_s) / len(waits_s),
+        sampling_s=drawing_s,
     )

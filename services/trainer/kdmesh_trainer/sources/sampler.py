@@ -27,6 +27,7 @@ class Share:
     weight_versions: tuple[int, ...]  # of each response
     digest: bytes  # of the sequences that prompts and responses make
     wait_s: float
+    drawing_s: float  # from the first of them asked for, or the step before complete, to the last one here
     refusal: str  # why a server's weights are too old; empty: none has said so
     is_whole: bool  # else it has nothing: servers need newer weights
 
@@ -55,6 +56,7 @@ class Sampler:
         self._rank = rank
         self._ranks = ranks
         self._asked: dict[int, list[_Ask]] = {}  # by step
+        self._complete_s = 0.0  # when the last sample came of those that were collected last
 
     def ask(self, step: int, *, min_weight_version: int, on_sample: Callable[[TokenSequence], None] = _ignore) -> None:
         """Ask for this rank's share of `step`. Does not block.
@@ -96,7 +98,7 @@ class Sampler:
             return _share([], wait_s=wait_s, refusal=refusals[0], is_whole=False)
         for ask in asks:
             self._check(ask.samples)
-        return _share(asks, wait_s=wait_s)
+        return _share(asks, wait_s=wait_s, drawing_s=self._drawing_s(asks))
 
     def note_weights(self, version: int, *, behind: Collection[str]) -> None:
         """Every server but those at the addresses `behind` serves this version now."""
@@ -131,6 +133,13 @@ class Sampler:
         for ask in self._asked[step]:
             ask.send(self._service, self._sampling, self._samples_per_prompt)
 
+    def _drawing_s(self, asks: Sequence[_Ask]) -> float:
+        if not asks:
+            return 0.0
+        began_s = max(self._complete_s, min(ask.asked_s for ask in asks))
+        self._complete_s = max(ask.arrived_s for ask in asks)
+        return max(0.0, self._complete_s - began_s)
+
     def _check(self, samples: Sequence[Sample]) -> None:
         most = max(sample.num_tokens for sample in samples) if samples else 0
         if len(samples) != self._samples_per_prompt or most > self._sampling.max_new_tokens:
@@ -157,6 +166,7 @@ class _Ask:
         self.prompt = prompt
         self.samples: list[Sample] = []  # when they are here
         self.pending: PendingSamples | None = None  # while they are not
+        self.asked_s = self.arrived_s = time.perf_counter()  # the first time; the last sample
         self._min_weight_version = min_weight_version
         self._on_sample = on_sample
 
@@ -189,6 +199,7 @@ class _Ask:
         return ""
 
     def _tell(self, sample: Sample) -> None:
+        self.arrived_s = time.perf_counter()
         [sequence] = teacher_side([_rollout(self.prompt, sample).sequence])
         self._on_sample(sequence)
 
@@ -197,7 +208,9 @@ def _rollout(prompt: StepPrompt, sample: Sample) -> Rollout:
     return Rollout.of(prompt.token_ids, sample, teacher_prompt_ids=prompt.teacher_ids, teacher_name=prompt.teacher_name)
 
 
-def _share(asks: Sequence[_Ask], *, wait_s: float, refusal: str = "", is_whole: bool = True) -> Share:
+def _share(
+    asks: Sequence[_Ask], *, wait_s: float, drawing_s: float = 0.0, refusal: str = "", is_whole: bool = True
+) -> Share:
     samples = [sample for ask in asks for sample in ask.samples]
     sequences = [Rollout.of(ask.prompt.token_ids, sample).sequence for ask in asks for sample in ask.samples]
     return Share(
@@ -208,6 +221,7 @@ def _share(asks: Sequence[_Ask], *, wait_s: float, refusal: str = "", is_whole: 
         weight_versions=tuple(sample.min_weight_version for sample in samples),
         digest=digest(sequences),
         wait_s=wait_s,
+        drawing_s=drawing_s,
         refusal=refusal,
         is_whole=is_whole,
     )
