@@ -9,6 +9,7 @@ import httpx
 import pytest
 import torch
 
+from kdmesh.handles.rdma_door import RdmaDoor
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
 from tests.support.teacher_requests import expected_rows, sequence
@@ -74,3 +75,22 @@ async def test_bytes_that_were_read_are_counted(tmp_path: Path) -> None:
         async with httpx.AsyncClient() as rest:
             shown = (await rest.get(f"http://{teacher.addresses.rest}/metrics")).text
         assert f'kdmesh_teacher_bytes_total{{door="rdma"}} {float(29 * 8 * 4)}' in shown
+
+
+async def test_no_job_is_told_of_memory_that_another_was_told_of(tmp_path: Path) -> None:
+    slab = {"slots": 2, "slots_per_session": 2}
+    async with (
+        running_teacher(tmp_path, server=RDMA, slab=slab) as teacher,
+        teacher.client(job="one", door="rdma") as one,
+        teacher.client(job="other", door="rdma") as other,
+    ):
+        for seed in range(6):  # in turn, so that each needs the slots that the other had
+            for client in (one, other):
+                asked = [[sequence(9, seed=seed)], [sequence(30, seed=seed)]]
+                rows = await asyncio.gather(*(client.prefill(group, Deadline.after(20)) for group in asked))
+                for group, came in zip(asked, rows, strict=True):
+                    assert torch.equal(came.rows_RD, expected_rows(group))
+        assert isinstance(one.door, RdmaDoor) and isinstance(other.door, RdmaDoor)
+        places = [{(segment, epoch) for segment, (epoch, _) in door._known.items()} for door in (one.door, other.door)]
+        assert not places[0] & places[1]
+        assert max(epoch for _, epoch in places[1]) > 1
