@@ -35,11 +35,11 @@ class RoutingPolicy:
     """As many failures in a row make a server sick."""
 
     slow_factor: float = 5.0
-    """So much longer than the others a server's answers may take, queue and all; a load that is balanced makes them
-    about equal. Infinity: time says nothing."""
+    """So many times as long as its load and its speed explain, `slow_by_s` added, and as the others do by the same
+    measure, a server's answers may take. Infinity: time says nothing."""
 
     slow_by_s: float = 1.0
-    """Shorter differences are no sickness."""
+    """What is always explained."""
 
     min_answers: int = 5
     """Of fewer nothing is concluded."""
@@ -140,10 +140,11 @@ class Router:
     def sent(self, name: str, num_tokens: int, now_s: float) -> SentRequest:
         """A request goes to it; what comes of it is told with what this returns."""
         server = self._servers[name]
+        explained_s = server.seconds_for(num_tokens, now_s)
         server.outstanding_requests += 1
         server.outstanding_tokens += num_tokens
         server.unreported_tokens += num_tokens
-        return SentRequest(name=name, server=server, num_tokens=num_tokens, at_s=now_s)
+        return SentRequest(name=name, server=server, num_tokens=num_tokens, at_s=now_s, explained_s=explained_s)
 
     def answered(self, request: SentRequest, now_s: float) -> None:
         """A request was answered."""
@@ -156,7 +157,8 @@ class Router:
         if self._ramp(server, now_s) == 1.0:
             server.ejections = 0
         server.answers += 1
-        server.answer_s += max(_NEWEST, 1 / server.answers) * (now_s - request.at_s - server.answer_s)
+        lateness = (now_s - request.at_s) / (request.explained_s + self._policy.slow_by_s)
+        server.lateness += max(_NEWEST, 1 / server.answers) * (lateness - server.lateness)
         if self._is_slow(server):
             self._eject(server, now_s)
 
@@ -190,12 +192,11 @@ class Router:
     def _is_slow(self, server: _Server) -> bool:
         enough = self._policy.min_answers
         others = sorted(
-            s.answer_s for s in self._servers.values() if s is not server and not s.is_ejected and s.answers >= enough
+            s.lateness for s in self._servers.values() if s is not server and not s.is_ejected and s.answers >= enough
         )
         if server.answers < enough or not others:
             return False
-        usual_s = others[len(others) // 2]
-        return server.answer_s > max(usual_s * self._policy.slow_factor, usual_s + self._policy.slow_by_s)
+        return server.lateness > self._policy.slow_factor * max(others[len(others) // 2], 1.0)
 
     def _eject(self, server: _Server, now_s: float) -> None:
         num_ejected = sum(s.is_ejected for s in self._servers.values() if s is not server)
@@ -220,7 +221,7 @@ class _Server:
     unreported_tokens: int = 0  # that this client sent since the report
     failures: int = 0  # in a row
     answers: int = 0
-    answer_s: float = 0.0  # mean of the last answers
+    lateness: float = 0.0  # mean of the last answers: how long they took, over how long they should
     is_ejected: bool = False
     ejections: int = 0  # since it was last well for a while
     ejected_until_s: float = 0.0
@@ -231,6 +232,12 @@ class _Server:
             return self.outstanding_tokens
         done = (self.load.tokens_per_s or 0.0) * (now_s - self.reported_s)
         return max(self.outstanding_tokens, self.load.waiting_tokens - done + self.unreported_tokens)
+
+    def seconds_for(self, num_tokens: int, now_s: float) -> float:
+        """How long a request should take that comes now; 0 where no speed is known."""
+        if self.load is None or not self.load.tokens_per_s:
+            return 0.0
+        return (self.backlog(now_s) + num_tokens) / self.load.tokens_per_s
 
     def relative_speed(self, typical: float) -> float:
         """1 for a usual one, and for one that has not said."""
@@ -244,7 +251,7 @@ class _Server:
         self.is_ejected = False
         self.since_s = now_s
         self.answers = 0
-        self.answer_s = 0.0
+        self.lateness = 0.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -255,6 +262,7 @@ class SentRequest:
     server: _Server
     num_tokens: int
     at_s: float
+    explained_s: float  # how long it should take
 
     def end(self) -> _Server:
         """Count it out, of a server that may have left meanwhile."""

@@ -163,6 +163,16 @@ def test_answers_that_take_far_longer_than_the_others_eject() -> None:
     assert free(made, "abc", 0.0) == ["a", "b"]
 
 
+def test_a_long_queue_and_a_low_speed_explain_a_late_answer() -> None:
+    made = router("abc", slow_factor=5, slow_by_s=1)
+    for _ in range(10):
+        answer(made, "a", 0.0, took_s=1.0)
+        answer(made, "b", 0.0, took_s=1.0)
+        say(made, "c", 4000, tokens_per_s=200)
+        answer(made, "c", 0.0, took_s=25.0)
+    assert free(made, "abc", 0.0) == ["a", "b", "c"]
+
+
 def test_never_more_than_half_are_ejected() -> None:
     made = router("abcd", max_failures=1)
     for name in "abcd":
