@@ -15,12 +15,13 @@ from kdmesh.losses import OutputHead, forward_kl
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.evaluate import HeldOutEvaluator
-from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.head import Heads, TeacherHead
+from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.panel_heads import PanelHeads
 from kdmesh_trainer.sources.panel import Panel
+from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sides import addressed
 from kdmesh_trainer.step import GradientStepper
 from tests.support.tiny_models import TinyModels
@@ -113,6 +114,64 @@ def textbook(student: str, teachers: dict[str, str], *, is_mixed: bool) -> dict[
         "counts": torch.tensor(counts, dtype=torch.float64),
         **{name: p.grad for name, p in model.named_parameters()},
     }
+
+
+class Counted(LocalTeacher):
+    """Counts how often its head is fetched."""
+
+    num_fetched = 0
+
+    def head(self) -> tuple[OutputHead, int]:
+        self.num_fetched += 1
+        return super().head()
+
+
+def losses_and_weights(mesh: Mesh, student: Path, panel: RowService, heads: Heads) -> list[Tensor]:
+    """Of two steps and an evaluation of a fresh student."""
+    model = build_student(student, mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+    objective = Distillation(
+        divergence=forward_kl, temperature=TEMPERATURE, kd_weight=1.0, ce_weight=0.3, teacher_head=heads
+    )
+    config = OptimizerConfig(learning_rate=1e-2)
+    stepper = GradientStepper(
+        model, objective, build_adamw(model, config), config=config, steps=2, mesh=mesh, teachers=heads.names
+    )
+    figures = [
+        stepper.update(step_batch(batch_sequences(), [[0, 5], [1, 2, 3, 4, 6, 7]], panel, step=step))
+        for step in range(2)
+    ]
+    evaluator = HeldOutEvaluator(
+        model, batch_sequences(), teacher=panel, teacher_head=heads, max_tokens=64, prefetch=2, mesh=mesh
+    )
+    kl = evaluator.evaluate().kl_nats_per_token
+    assert kl is not None
+    numbers = [value for one in figures for value in (one.loss_nats_per_token, one.gradient_norm)]
+    return [torch.tensor([*numbers, kl], dtype=torch.float64), *(p.full_tensor() for p in model.parameters())]
+
+
+def test_one_named_teacher_is_the_only_teacher_to_the_last_bit(tiny_models: TinyModels) -> None:
+    student, teacher = (
+        tiny_models.path("qwen3", seed=1),
+        LocalTeacher(tiny_models.path("llama", seed=2, hidden_size=48)),
+    )
+    with joined("cpu", longest_wait_s=60) as mesh:
+        head = TeacherHead(teacher, vocabulary_size=VOCABULARY_SIZE, device=mesh.device)
+        named = PanelHeads({"code": head}, weights={"code": 7.0})
+        expected = losses_and_weights(mesh, student, teacher, head)
+        found = losses_and_weights(mesh, student, Panel({"code": teacher}, asks_all=True), named)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_each_head_is_fetched_once_and_only_if_its_teacher_is_named(tiny_models: TinyModels) -> None:
+    teachers = {name: Counted(tiny_models.path("qwen3", seed=2)) for name in ("code", "maths", "idle")}
+    with joined("cpu", longest_wait_s=60) as mesh:
+        heads = {
+            name: TeacherHead(one, vocabulary_size=VOCABULARY_SIZE, device=mesh.device)
+            for name, one in teachers.items()
+        }
+        panel = Panel(teachers, asks_all=False)
+        losses_and_weights(mesh, tiny_models.path("qwen3", seed=1), panel, PanelHeads(heads, weights=None))
+    assert [teacher.num_fetched for teacher in teachers.values()] == [1, 1, 0]
 
 
 def test_rows_are_in_the_micro_batchs_order_and_sampled_ones_are_not_imitated(tiny_models: TinyModels) -> None:

@@ -82,12 +82,24 @@ def test_a_job_that_was_killed_continues_with_equal_losses(
     (event,) = again.events("continuing from a checkpoint")
     assert event["step"] > 0
     assert killed.record() == whole.record()
+    _assert_refused_as_another_run(killed, panel, is_mixed=is_mixed)
     steps = whole.steps()
     for step in steps:
         tokens = [step["teacher_tokens.code"], step["teacher_tokens.maths"]]
         assert tokens == [step["num_tokens"]] * 2 if is_mixed else sum(tokens) == step["num_tokens"]
         assert step["teacher_wait_fraction.code"] >= 0
     assert steps[-1]["divergence_nats_per_token"] < steps[0]["divergence_nats_per_token"]
+
+
+def _assert_refused_as_another_run(job: Job, panel: Panel, *, is_mixed: bool) -> None:
+    """With other weights, or with the two teachers' names exchanged, it is not what the checkpoint is of."""
+    exchanged = {"code": panel.maths.address, "maths": panel.code.address}
+    other = [f"teachers.{name}.addresses=['{address}']" for name, address in exchanged.items()]
+    refused = job.start("steps=12", *(["objective.teacher_weights.code=5"] if is_mixed else other))
+    assert refused.exit_code() == 2
+    assert any(
+        ("objective is" if is_mixed else "teachers.code (fingerprint) is") in sentence for sentence in refused.words()
+    )
 
 
 def test_a_students_own_samples_are_scored_by_the_teacher_of_their_prompt(
