@@ -23,8 +23,8 @@ from benchmarks.measure import finish, say, server, table
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.types import TokenSequence
 
-_NUM_SEQUENCES, _NUM_TOKENS, _PER_REQUEST = 32, 512, 4
-_AHEAD = 4  # requests under way
+_NUM_SEQUENCES, _NUM_TOKENS, _PER_REQUEST = 16, 512, 4
+_AHEAD = 2  # requests under way
 _ROW_BYTES = 512 * 4  # of the teacher
 _MIB = 2**20
 
