@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdmesh.errors import ConfigError
 from kdmesh.rpc.pending_rows import PendingRows
@@ -25,6 +26,7 @@ from kdmesh_trainer.sources.sides import Addressed, teacher_side
 log = logging.getLogger(__name__)
 
 _MIB = 2**20
+_SAMPLE_TOKENS = 4096
 _PASSES = 3  # a disk that is slower than the engine leaves holes; each pass fills some
 
 
@@ -122,21 +124,20 @@ class _Filling:
         estimate = self._estimate(sequences)
         if not estimate.budget_bytes:
             raise ConfigError(f"{self._address} keeps no rows: give its configuration a `cache` with a budget")
-        tell(estimate.sentence())
         if estimate.size_bytes <= estimate.budget_bytes:
-            return sequences
-        if not is_partial:
+            chosen = sequences
+        elif is_partial:
+            chosen = self._fitting(sequences, estimate.budget_bytes)
+            estimate = self._estimate(chosen)
+            tell(f"{len(chosen):,} of {len(sequences):,} sequences fit: those that the run asks for first")
+        else:
             raise ConfigError(
                 f"{self._address} keeps {estimate.budget_bytes / _MIB:,.1f} MiB, and this run's rows take up to "
                 f"{estimate.size_bytes / _MIB:,.1f} MiB: raise the budget, or take what fits with --partial"
             )
-        chosen, size_bytes = [], 0
-        for sequence in sequences:
-            size_bytes += self._size_bytes(sequence)
-            if size_bytes > estimate.budget_bytes:
-                break
-            chosen.append(sequence)
-        tell(f"{len(chosen):,} of the sequences fit: those that the run asks for first")
+        if estimate.tokens_per_s is None and estimate.missing_tokens:
+            estimate = replace(estimate, tokens_per_s=self._measured(chosen, estimate.missing_tokens))
+        tell(estimate.sentence())
         return chosen
 
     def fill(self, sequences: Sequence[TokenSequence]) -> int:
@@ -162,6 +163,22 @@ class _Filling:
             missing_tokens=sum(s.num_tokens for s, kept in zip(sequences, is_kept, strict=True) if not kept),
             tokens_per_s=answers[0].tokens_per_s,
         )
+
+    def _fitting(self, sequences: Sequence[TokenSequence], budget_bytes: int) -> Sequence[TokenSequence]:
+        """As many of the first ones as there is room for; at least one."""
+        sizes = itertools.accumulate(map(self._size_bytes, sequences))
+        return sequences[: max(1, sum(size <= budget_bytes for size in sizes))]
+
+    def _measured(self, sequences: Sequence[TokenSequence], missing_tokens: int) -> float | None:
+        """Tokens per second of a server that has computed nothing yet, over a small part of what is missing."""
+        sample = list[TokenSequence]()
+        for sequence in self._missing(sequences):
+            sample.append(sequence)
+            if sum(s.num_tokens for s in sample) > min(_SAMPLE_TOKENS, missing_tokens / 16):
+                break
+        for group in self._groups(sample):
+            self._pool.submit(group).wait()
+        return self._pool.find_cached(sample[:1]).tokens_per_s
 
     def _size_bytes(self, sequence: TokenSequence) -> int:
         model = self._pool.describe()
