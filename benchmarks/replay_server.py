@@ -86,7 +86,7 @@ def main(ready_file: Path, *tls_files: str, has_rdma: bool) -> None:
     config = TeacherConfig.model_validate(
         {
             "engine": {"kind": "fake"},
-            "server": {"port": 0, "rest_port": 0, "tls": tls, "rdma": has_rdma},
+            "server": {"port": 0, "rest_port": 0, "tls": tls, "rdma": has_rdma, "groups": True},
             "slab": {"slots": 4, "slots_per_session": 2, "slot_mib": SLOT_MIB},
         }
     )

@@ -21,7 +21,7 @@ from benchmarks.replay_server import HIDDEN_SIZE, NUM_ROWS
 from kdmesh.allocator import keep_freed_memory
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig, ClientTlsConfig
 from kdmesh.handles.door import Door
-from kdmesh.rpc.doors import DoorChoice
+from kdmesh.rpc.doors import DoorChoice, Wire
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.types import Handle, TokenSequence
@@ -58,7 +58,7 @@ class _TimedDoor:
 class Timings:
     """Seconds, of every answer."""
 
-    delivered: list[float]  # from the engine's first byte to a tensor in this process
+    delivered: list[float]  # from the engine's first byte to a tensor in this process; nothing where rows are rounded
     asked: list[float]  # from the request to a tensor in this process
     fetched: list[float]  # from the handle to a tensor
     copied: list[float]  # one copy_ of as many bytes, measured in turn with the answers
@@ -75,9 +75,11 @@ def _is_in_slab(tensor: Tensor) -> bool:
     return False
 
 
-async def time_door(address: str, door: DoorChoice, repeats: int, access: AccessConfig = OPEN_ACCESS) -> Timings:
+async def time_door(
+    address: str, door: DoorChoice, repeats: int, access: AccessConfig = OPEN_ACCESS, wire: Wire = "exact"
+) -> Timings:
     """Ask for `repeats` answers through one door, after some that do not count."""
-    client = await TeacherClient.connect(address, job="benchmark", door=door, access=access)
+    client = await TeacherClient.connect(address, job="benchmark", door=door, access=access, wire=wire)
     client.door = timed = _TimedDoor(client.door)
     positions = np.arange(NUM_ROWS, dtype=np.int32)
     sequence = TokenSequence(token_ids=np.zeros(NUM_ROWS + 1, dtype=np.int32), positions=positions)
@@ -127,22 +129,32 @@ def main() -> None:
         ready = Path(folder) / "ready.json"
         with server([sys.executable, "-m", "benchmarks.replay_server", str(ready)], ready) as address:
             shm = asyncio.run(time_door(address, "shm", repeats))
-            stream = asyncio.run(time_door(address, "stream", max(10, repeats // 4)))
-        encrypted = _time_encrypted(Path(folder), max(10, repeats // 4))
+            few = max(10, repeats // 4)
+            stream = asyncio.run(time_door(address, "stream", few))
+            gloo = asyncio.run(time_door(address, "collective", few))
+            fp8 = asyncio.run(time_door(address, "stream", few, wire="fp8"))
+        encrypted = _time_encrypted(Path(folder), few)
     median = statistics.median
     say(f"{BYTES // 2**20} MiB answers ({NUM_ROWS} x {HIDDEN_SIZE} bfloat16), medians:")
     table(
-        ["door", "engine to tensor", "GB/s", "of one copy_", "handle to tensor", "request to tensor"],
+        ["door", "engine to tensor", "GB/s", "of one copy_", "handle to tensor", "GB/s", "request to tensor"],
         [
             [
                 name,
-                f"{median(t.delivered) * 1e3:.2f} ms",
-                f"{BYTES / median(t.delivered) / 1e9:.2f}",
-                f"{median(t.copied) / median(t.delivered):.2f}",
+                "-" if t is fp8 else f"{median(t.delivered) * 1e3:.2f} ms",
+                "-" if t is fp8 else f"{BYTES / median(t.delivered) / 1e9:.2f}",
+                "-" if t is fp8 else f"{median(t.copied) / median(t.delivered):.2f}",
                 f"{median(t.fetched) * 1e6:.0f} us",
+                f"{BYTES / median(t.fetched) / 1e9:.2f}",
                 f"{median(t.asked) * 1e3:.2f} ms",
             ]
-            for name, t in (("shared memory", shm), ("stream", stream), ("stream, TLS", encrypted))
+            for name, t in (
+                ("shared memory", shm),
+                ("stream", stream),
+                ("group of two, gloo", gloo),
+                ("stream, TLS", encrypted),
+                ("stream, fp8", fp8),
+            )
         ],
     )
     copies = 1 + (shm.num_in_slab < _WARM_UP + repeats)
@@ -156,6 +168,8 @@ def main() -> None:
             "shm_handle_to_tensor_us": round(median(shm.fetched) * 1e6, 1),
             "stream_gb_per_s": round(BYTES / median(stream.delivered) / 1e9, 2),
             "stream_door_gb_per_s": round(BYTES / median(stream.fetched) / 1e9, 2),  # without the engine's copy
+            "gloo_door_gb_per_s": round(BYTES / median(gloo.fetched) / 1e9, 2),
+            "fp8_door_gb_per_s": round(BYTES / median(fp8.fetched) / 1e9, 2),  # of rows; half as much on the wire
             "encrypted_door_gb_per_s": round(BYTES / median(encrypted.fetched) / 1e9, 2),
             "copy_gb_per_s": round(BYTES / median(shm.copied) / 1e9, 2),
         },
