@@ -6,6 +6,7 @@ tells of an agent (its *metadata*) is a capability: whoever has it can connect, 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import os
@@ -41,6 +42,11 @@ class RemoteMemory:
     metadata: bytes  # for Agent.add_peer
     address: int  # in the other process
     size_bytes: int
+
+    def digest(self) -> bytes:
+        """16 bytes; see LocateMemoryResponse.digest."""
+        place = self.address.to_bytes(8, "little") + self.size_bytes.to_bytes(8, "little")
+        return hashlib.blake2b(place + self.agent.encode() + self.metadata, digest_size=16).digest()
 
     def overlaps(self, other: RemoteMemory) -> bool:
         """Whether some bytes belong to both."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kdmesh.errors import InvalidRequest
+from kdmesh.errors import InvalidRequest, Unavailable
 from kdmesh.handles.rdma_agent import RemoteMemory
 from kdmesh.types import CacheAnswer, DType, Handle, HeadSpec, ModelDescription, ServerLoad, TokenSequence
 from kdmesh.v1 import common_pb2, teacher_pb2
@@ -87,14 +87,21 @@ def handle_to_wire(handle: Handle) -> common_pb2.Handle:
 
 
 def memory_from_wire(m: teacher_pb2.LocateMemoryResponse) -> RemoteMemory:
-    """The metadata stays unread: NIXL itself must judge it."""
-    return RemoteMemory(agent=m.agent, metadata=m.metadata, address=m.address, size_bytes=m.size_bytes)
+    """The metadata stays unread: only NIXL can. Raises Unavailable when it came damaged."""
+    memory = RemoteMemory(agent=m.agent, metadata=m.metadata, address=m.address, size_bytes=m.size_bytes)
+    if m.digest != memory.digest():
+        raise Unavailable(f"{len(m.metadata)} bytes of RDMA metadata came with a wrong digest", retry_after_s=0.0)
+    return memory
 
 
 def memory_to_wire(memory: RemoteMemory) -> teacher_pb2.LocateMemoryResponse:
     """The same memory as a message."""
     return teacher_pb2.LocateMemoryResponse(
-        agent=memory.agent, metadata=memory.metadata, address=memory.address, size_bytes=memory.size_bytes
+        agent=memory.agent,
+        metadata=memory.metadata,
+        address=memory.address,
+        size_bytes=memory.size_bytes,
+        digest=memory.digest(),
     )
 
 

@@ -632,6 +632,7 @@ class LocateMemoryResponse(google.protobuf.message.Message):
     METADATA_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
     agent: builtins.str
     """Name of the server's agent; another one after every start of the server."""
     metadata: builtins.bytes
@@ -642,6 +643,10 @@ class LocateMemoryResponse(google.protobuf.message.Message):
     """Where the segment begins in the server's memory; a handle's offset_bytes counts from here."""
     size_bytes: builtins.int
     """Length of the segment."""
+    digest: builtins.bytes
+    """16-byte BLAKE2b over address and size_bytes (8 bytes each, little-endian), agent and metadata.
+    Receivers check it: metadata that came damaged can end the process whose NIXL reads it.
+    """
     def __init__(
         self,
         *,
@@ -649,8 +654,9 @@ class LocateMemoryResponse(google.protobuf.message.Message):
         metadata: builtins.bytes = ...,
         address: builtins.int = ...,
         size_bytes: builtins.int = ...,
+        digest: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "agent", b"agent", "metadata", b"metadata", "size_bytes", b"size_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "agent", b"agent", "digest", b"digest", "metadata", b"metadata", "size_bytes", b"size_bytes"]) -> None: ...
 
 Global___LocateMemoryResponse: typing_extensions.TypeAlias = LocateMemoryResponse
 

@@ -10,7 +10,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdmesh.errors import InvalidRequest
+from kdmesh.errors import InvalidRequest, Unavailable
+from kdmesh.handles.rdma_agent import RemoteMemory
 from kdmesh.rpc import codec
 from kdmesh.types import DType, Handle, HeadSpec, ModelDescription, TokenSequence
 from kdmesh.v1 import common_pb2
@@ -136,3 +137,25 @@ def test_impossible_heads_are_refused(field: str, value: float) -> None:
     setattr(message, field, value)
     with pytest.raises(InvalidRequest):
         codec.head_from_wire(message)
+
+
+@given(st.data())
+def test_rdma_metadata_comes_whole_or_not_at_all(data: st.DataObject) -> None:
+    memory = RemoteMemory(agent="kdmesh-1", metadata=data.draw(st.binary(min_size=1)), address=4096, size_bytes=64)
+    wire = codec.memory_to_wire(memory)
+    assert codec.memory_from_wire(wire) == memory
+    place = data.draw(st.integers(0, len(memory.metadata) - 1))
+    bit = data.draw(st.integers(0, 7))
+    damaged = bytearray(memory.metadata)
+    damaged[place] ^= 1 << bit
+    for wrong in (
+        replace(memory, metadata=bytes(damaged)),
+        replace(memory, metadata=memory.metadata[:-1]),
+        replace(memory, address=4160),
+        replace(memory, size_bytes=63),
+        replace(memory, agent="kdmesh-2"),
+    ):
+        sent = codec.memory_to_wire(wrong)
+        sent.digest = wire.digest
+        with pytest.raises(Unavailable, match="wrong digest"):
+            codec.memory_from_wire(sent)
