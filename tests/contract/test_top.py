@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from kdmesh import cli
 from kdmesh.rpc.retry import Deadline
+from tests.support.identities import VIEWER, write_tokens
 from tests.support.teacher_requests import sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
 
@@ -115,3 +116,16 @@ async def test_live_view_survives_its_server_and_leaves_the_terminal_as_it_was(t
     await terminal.until(lambda seen: seen.endswith(b"\x1b[?25h\x1b[?1049l"))
     assert termios.tcgetattr(terminal.slave) == before
     terminal.close()
+
+
+async def test_server_that_asks_who_calls_is_shown_a_token(tmp_path: Path) -> None:
+    auth = {"tokens": str(write_tokens(tmp_path / "tokens.yaml", VIEWER))}
+    (tmp_path / "token").write_text(VIEWER, encoding="utf-8")
+    (tmp_path / "access.yaml").write_text(f"token_file: {tmp_path / 'token'}\n", encoding="utf-8")
+    async with running_teacher(tmp_path, server={"auth": auth}) as teacher:
+        shown = await top(teacher.addresses.rest, "--once", "--access", str(tmp_path / "access.yaml"))
+        refused = await top(teacher.addresses.rest, "--once")
+    assert "kdmesh teacher  ready" in shown.output
+    assert refused.exit_code == 2
+    assert "answers 401" in refused.output
+    assert VIEWER not in refused.output

@@ -27,6 +27,7 @@ def rollout_config(**sections: dict[str, Any]) -> RolloutConfig:
         "engine": {"kind": "fake", "vocabulary_size": 60, "max_sequence_tokens": 64, "max_running": 8},
         "server": {"port": 0, "rest_port": 0, "drain_s": 5},
         "queue": {},
+        "jobs": {},
     }
     for name, keys in sections.items():
         tree[name] |= keys
