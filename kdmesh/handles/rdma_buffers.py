@@ -14,6 +14,7 @@ from kdmesh.handles.rdma_agent import Agent, OwnMemory
 _MAX_SPARES = 8
 _MAX_SPARE_BYTES = 256 * 2**20
 _MAX_BURIED_BYTES = 2**30
+_MAX_BURIED_AGENTS = 16  # each has about twenty descriptors open
 
 
 class Buffer:
@@ -76,9 +77,10 @@ class Graveyard:
     The agent that read stays with them.
     """
 
-    def __init__(self, max_bytes: int = _MAX_BURIED_BYTES) -> None:
+    def __init__(self, max_bytes: int = _MAX_BURIED_BYTES, max_agents: int = _MAX_BURIED_AGENTS) -> None:
         self._lock = threading.Lock()
         self._max_bytes = max_bytes
+        self._max_agents = max_agents
         self._buried: list[tuple[Agent, Buffer]] = []
 
     @property
@@ -89,10 +91,17 @@ class Graveyard:
     @property
     def is_full(self) -> bool:
         """Whether so much lies here that nothing more should be risked."""
-        return self.size_bytes >= self._max_bytes
+        return self.size_bytes >= self._max_bytes or self.num_agents >= self._max_agents
+
+    @property
+    def num_agents(self) -> int:
+        """How many agents are in it."""
+        return len({agent for agent, _ in self._buried})
 
     def bury(self, agent: Agent, buffer: Buffer) -> None:
         """For ever."""
+        # One reference too many: the memory must outlast the agent, in whatever order the interpreter ends.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(buffer.memory))
         with self._lock:
             self._buried.append((agent, buffer))
 

@@ -103,7 +103,10 @@ class RdmaDoor:
             HandleGone: the session has ended.
         """
         if buried.is_full:
-            raise Unavailable(f"{buried.size_bytes} bytes of reads that did not end are kept; restart this process")
+            raise Unavailable(
+                f"{buried.size_bytes} bytes and {buried.num_agents} agents of reads that did not end are kept; "
+                "for RDMA, restart this process"
+            )
         check_transports(os.environ)
         agent = await asyncio.to_thread(Agent, is_read=False)
         door = cls(agent, server, read_s=read_s, buried=buried)

@@ -242,12 +242,14 @@ async def test_other_server_behind_the_nonce_is_not_used() -> None:
         await server.door()
 
 
-async def test_full_graveyard_opens_no_door() -> None:
-    server, buried = Server(), Graveyard(max_bytes=100)
-    door, agent = await server.door(buried)
-    agent.hangs = True
-    with pytest.raises(Unavailable):
-        await door.fetch(handle())
+@pytest.mark.parametrize(("limits", "num_failures"), [({"max_bytes": 100}, 1), ({"max_agents": 3}, 3)])
+async def test_full_graveyard_opens_no_door(limits: dict[str, int], num_failures: int) -> None:
+    server, buried = Server(), Graveyard(**limits)
+    for _ in range(num_failures):
+        door, agent = await server.door(buried)
+        agent.hangs = True
+        with pytest.raises(Unavailable):
+            await door.fetch(handle())
     with pytest.raises(Unavailable, match="restart this process"):
         await server.door(buried)
 
