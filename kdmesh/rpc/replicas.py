@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 _SETTLE_S = 60.0
 _ASK_S = 0.25  # longest wait for a load; a server that takes longer is left aside for now
-_IMBALANCE_WINDOW_S = 60.0
+_IMBALANCE_WINDOW_S = 60
 
 
 class Replicas(Generic[C]):
