@@ -87,7 +87,7 @@ def _forget(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _run(model: Path, cache: dict[str, Any], *, repeats: int, from_disk: bool = False) -> Epochs:
+def _run(model: Path, cache: dict[str, Any], *, repeats: int) -> Epochs:
     sequences = _sequences()
     with tempfile.TemporaryDirectory() as folder:
         config, ready = Path(folder) / "teacher.yaml", Path(folder) / "ready.json"
@@ -110,7 +110,6 @@ def _run(model: Path, cache: dict[str, Any], *, repeats: int, from_disk: bool = 
             for seed in range(1, 1 + repeats):
                 if "directory" in cache:
                     _until_written(rest)
-                if from_disk:
                     _forget(Path(cache["directory"]))
                 later_s.append(_epoch(pool, sequences, seed=seed))
             return Epochs(
@@ -131,8 +130,7 @@ def main() -> None:
     found = {
         "none": _run(model, {}, repeats=1),
         "memory": _run(model, {"memory_mib": 256}, repeats=repeats),
-        "files, in the page cache": _run(model, {"directory_mib": 256}, repeats=repeats),
-        "files, from the disk": _run(model, {"directory_mib": 256}, repeats=repeats, from_disk=True),
+        "files, from the disk": _run(model, {"directory_mib": 256}, repeats=repeats),
     }
     tokens = _NUM_SEQUENCES * _NUM_TOKENS
     size_bytes = _NUM_SEQUENCES * (_NUM_TOKENS - 1) * _ROW_BYTES
