@@ -80,9 +80,9 @@ class World:
         config = write_config(self.directory, **sections)
         return await_ready(self._start(host.command(sys.executable, "-m", "kdmesh_teacher", str(config))))
 
-    def client(self, *addresses: str, door: str = "auto", deadline_s: float = 60) -> FarClient:
+    def client(self, *addresses: str, door: str = "auto", wire: str = "exact", deadline_s: float = 60) -> FarClient:
         """On the far host, which does not share the directory of the teachers' sockets."""
-        arguments = [door, str(deadline_s), str(HIDDEN_SIZE), *addresses]
+        arguments = [door, wire, str(deadline_s), str(HIDDEN_SIZE), *addresses]
         command = self.far.command(
             sys.executable, "-m", "tests.support.far_client", *arguments, hidden=self.runtime_dir
         )
@@ -122,7 +122,7 @@ def test_auto_takes_the_stream_to_another_host_and_says_why(world: World) -> Non
 
 def test_the_same_host_is_known_by_its_memory_and_not_by_its_address(world: World) -> None:
     teacher = world.teacher(world.near)
-    arguments = ["auto", "60", str(HIDDEN_SIZE), teacher.grpc]
+    arguments = ["auto", "exact", "60", str(HIDDEN_SIZE), teacher.grpc]
     command = world.near.command(sys.executable, "-m", "tests.support.far_client", *arguments)
     client = FarClient(world._start(command))
     assert list(client.doors) == ["shm"]
@@ -169,6 +169,18 @@ def test_a_short_partition_in_the_middle_of_a_matrix_costs_time_only(world: Worl
         pass
     world.wire.is_cut = False
     assert client.hear().get("is_right") is True
+
+
+def test_fp8_puts_a_quarter_of_the_bytes_of_float32_rows_on_the_wire(world: World) -> None:
+    teacher = world.teacher(world.near)
+    sent = {}
+    for wire in ("exact", "fp8"):
+        client = world.client(teacher.grpc, wire=wire)
+        before = world.wire.num_bytes
+        client.gets_rows(2000)
+        sent[wire] = world.wire.num_bytes - before
+    assert list(client.doors) == ["stream_fp8"]
+    assert 0.25 <= sent["fp8"] / sent["exact"] < 0.3
 
 
 def test_work_moves_to_a_teacher_that_can_be_reached(world: World) -> None:

@@ -70,7 +70,7 @@ class Wire:
         self.delay_s = 0.0
         self.loss = 0.0
         self.is_cut = False
-        self.num_packets = self.num_lost = 0
+        self.num_packets = self.num_lost = self.num_bytes = 0
         self._ends = ends
         self._chance = random.Random(0)
         self._stop_r, self._stop_w = os.pipe()
@@ -95,6 +95,7 @@ class Wire:
             for end in ready:
                 packet = os.read(end, 2**16)
                 self.num_packets += 1
+                self.num_bytes += len(packet)
                 if self.is_cut or self._chance.random() < self.loss:
                     self.num_lost += 1
                     continue
