@@ -103,14 +103,15 @@ class Router:
         None of them is barred; at least one is returned for one that is given.
         """
         oldest = max(self._ramp(self._servers[name], now_s) for name in names)
-        drawn = [name for name in names if self._servers[name].is_local]
-        others = [name for name in self._rng.sample(names, len(names)) if not self._servers[name].is_local]
-        for name in others:
-            if len(drawn) >= self._policy.choices:
+        in_any_order = self._rng.sample(names, len(names))
+        drawn: list[str] = []
+        for name in sorted(in_any_order, key=lambda name: not self._servers[name].is_local):
+            server = self._servers[name]
+            if len(drawn) >= self._policy.choices and not server.is_local:
                 break
-            if self._rng.random() * oldest < self._ramp(self._servers[name], now_s):
+            if self._rng.random() * oldest < self._ramp(server, now_s):  # always, for the oldest
                 drawn.append(name)
-        return drawn or others[:1]
+        return drawn
 
     def is_on_trial(self, name: str) -> bool:
         """Whether it was sick, and nothing says yet that it is well."""

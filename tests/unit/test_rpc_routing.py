@@ -118,6 +118,14 @@ def test_a_new_server_gets_little_at_first_and_its_share_later() -> None:
     assert shares[2] > 0.6
 
 
+def test_a_new_server_of_this_node_starts_slowly_too() -> None:
+    made = router("ab", choices=2, slow_start_s=30)
+    made.join("near", 0.0, is_local=True)
+    times = sum("near" in made.draw(("a", "b", "near"), 0.0) for _ in range(600))
+    assert times < 120
+    assert all(made.draw(("near",), 0.0) == ["near"] for _ in range(20))  # whom else
+
+
 def test_failures_in_a_row_eject_and_one_good_answer_lets_it_return_slowly() -> None:
     made = router("abc", max_failures=3, ejected_s=5, slow_start_s=30)
     for _ in range(2):
