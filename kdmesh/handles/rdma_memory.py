@@ -22,8 +22,8 @@ class RdmaMemory:
     Nothing here knows of a read: readers must ask afterwards whether the handle was still theirs.
     """
 
-    def __init__(self, nonce: bytes) -> None:
-        """`nonce` is what a client reads to see that it has come to the right server. Blocks.
+    def __init__(self) -> None:
+        """Nothing can be read yet. Blocks.
 
         Raises:
             ConfigError: NIXL is not to be had, or it could use transports that are not safe.
@@ -33,21 +33,32 @@ class RdmaMemory:
         self._agent: Agent | None = Agent(is_read=True)
         self._own: dict[int, OwnMemory] = {}  # by the segment's number
         self._told: dict[int, RemoteMemory] = {}
+        self._probe: Segment | None = None
+
+    def serve(self, nonce: bytes, segments: Iterable[Segment]) -> None:
+        """Register these now; called once. Blocks.
+
+        Args:
+            nonce: what a client reads to see that it has come to the right server.
+            segments: that answers will lie in.
+
+        Raises:
+            ConfigError: they cannot be registered.
+        """
+        assert self._agent is not None
         self._probe = create_segment(len(nonce))
         self._probe.writable[: len(nonce)] = nonce
-        log.info("rows can be read by RDMA", extra={"agent": self._agent.name})
-
-    def register(self, segments: Iterable[Segment]) -> None:
-        """Register these now. Blocks. Raises ConfigError when they cannot be."""
         try:
             for segment in (self._probe, *segments):
                 segment.before_close.append(self._drop)
                 self._register(segment)
         except Unavailable as error:
             raise ConfigError(f"{error}; is the limit of locked memory (ulimit -l) high enough?") from None
+        log.info("rows can be read by RDMA", extra={"agent": self._agent.name})
 
     async def probe(self) -> RemoteMemory:
         """Memory that begins with the nonce."""
+        assert self._probe is not None
         return await self.locate(self._probe)
 
     async def locate(self, segment: Segment) -> RemoteMemory:
@@ -68,7 +79,8 @@ class RdmaMemory:
             for number in tuple(self._own):
                 self._deregister(number)
             self._agent = None
-        self._probe.close()
+        if self._probe is not None:
+            self._probe.close()
 
     def _register(self, segment: Segment) -> RemoteMemory:
         with self._lock:

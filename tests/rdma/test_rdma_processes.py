@@ -191,7 +191,8 @@ def test_process_whose_read_hangs_can_end(tmp_path: Path) -> None:
 
 def test_server_refuses_to_start_over_other_transports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(UNSAFE_VARIABLE)
-    with starting(tmp_path, **WIDE) as process:
+    missing = WIDE | {"engine": {"kind": "transformers", "model": str(tmp_path / "missing")}}
+    with starting(tmp_path, **missing) as process:  # before it looks for the model
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0
         assert "UCX_TLS is tcp; for RDMA it must name nothing but RDMA transports" in errors

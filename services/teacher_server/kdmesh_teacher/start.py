@@ -56,10 +56,11 @@ async def start(
     """Everything that answers requests; `stack` ends it. The scheduler does not run yet.
 
     Raises:
-        ConfigError: the model or the memory is not to be had.
+        ConfigError: the model or the memory is not to be had, or RDMA is not to be had in a safe way.
         EngineFailure: the engine does not compute what it must.
     """
     began_s = time.monotonic()
+    rdma = await asyncio.to_thread(RdmaMemory) if config.server.rdma else None  # first: it may be refused
     directory = await asyncio.to_thread(open_directory, config.cache, stack)
     if isinstance(engine, ProcessEngine):
         stack.push_async_callback(asyncio.to_thread, engine.close)
@@ -69,7 +70,9 @@ async def start(
         # The memory first: it is known in a moment whether there is enough.
         store = await stack.enter_async_context(_store(config.slab, socket_path))
         described = await thread.run(engine.load)
-    rdma = await _rdma(store, stack) if config.server.rdma else None
+    if rdma is not None:
+        stack.push_async_callback(asyncio.to_thread, rdma.close)
+        await asyncio.to_thread(rdma.serve, store.nonce, store.slots)
     model = _limited(described, store.limits)
     check = partial(probe.check_rows, engine, described)
     await thread.run(check)
@@ -159,14 +162,6 @@ def _store(slab: SlabConfig, socket_path: Path, writer: SegmentWriter | None = N
         max_abandoned=slab.max_abandoned,
     )
     return SlabStore(limits, socket_path=socket_path, writer=writer)
-
-
-async def _rdma(store: SlabStore, stack: AsyncExitStack) -> RdmaMemory:
-    """Registers every slot. Raises ConfigError."""
-    rdma = await asyncio.to_thread(RdmaMemory, store.nonce)
-    stack.push_async_callback(asyncio.to_thread, rdma.close)
-    await asyncio.to_thread(rdma.register, store.slots)
-    return rdma
 
 
 def _limited(model: EngineDescription, slab: SlabLimits) -> ModelDescription:
