@@ -34,6 +34,14 @@ def test_values_and_gradients_are_the_textbooks(name: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("name", loss_cases.DIVERGENCES)
+@pytest.mark.parametrize("kept", [None, ("top_k", 7)])
+def test_every_divergence_whole_or_truncated_is_the_textbooks(name: str, kept: tuple[str, float] | None) -> None:
+    case = replace(FULL, name=name, kept=None if name.startswith("sampled") else kept, knob=0.3)
+    inputs = tensors(case, TWO, torch.float64)
+    assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-11)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_float32_is_as_near_as_its_rounding(name: str) -> None:
     @settings(max_examples=12)
