@@ -299,9 +299,10 @@ class Ledger:
 
     def make_way(self, session: bytes) -> bool:
         """Have a free slot's memory replaced when other jobs may map all that is free; False when that is no help."""
-        owner = self._session(session)
-        has_share = len(owner.slots) >= self._limits.slots_per_session
-        if has_share or self._free.has(owner.job) or not self._free or self.to_renew() is not None:
+        owner = self._sessions.get(session)
+        if owner is None or len(owner.slots) >= self._limits.slots_per_session or self._free.has(owner.job):
+            return False
+        if not self._free or self.to_renew() is not None:
             return False
         self._slots[self._free.take_any()].state = SlotState.ABANDONED
         return True

@@ -14,8 +14,7 @@ Everything here belongs to the event loop that entered the store: call it from t
 from a thread. The exception is `SlotLease.buffer`, which any thread may write between `try_acquire` and
 `publish` or `cancel`. Callbacks (`on_free`, `on_session_end`) run on that loop, never inside a call.
 
-A session is named by its token, everywhere. "Raises HandleGone" of a method that takes a session means:
-the session is unknown or has ended.
+A session is named by its token. "Raises HandleGone" of a method that takes one: it is unknown or has ended.
 """
 
 from __future__ import annotations
@@ -182,9 +181,10 @@ class SlabStore:
 
     def may_acquire(self, session: bytes) -> bool:
         """Whether `try_acquire` would give a slot now. When other jobs map all that is free, one gets new memory."""
-        if self._ledger.is_open(session) and self._ledger.make_way(session):
+        may = self._ledger.may_acquire(session)
+        if not may and self._ledger.make_way(session):
             self._renewal.is_due.set()
-        return self._ledger.may_acquire(session)
+        return may
 
     def try_acquire(self, session: bytes) -> SlotLease | None:
         """A slot to write an answer in; None when none is free or the session has its share.
