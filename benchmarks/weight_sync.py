@@ -107,7 +107,7 @@ def main() -> None:
     """Print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=4, help="updates measured inline; faster doors get more")
-    parser.add_argument("--bucket-mib", type=int, default=32, help="size of a bucket")
+    parser.add_argument("--bucket-mib", type=int, default=16, help="size of a bucket")
     options = parser.parse_args()
     weights = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in _shapes().items()}
     size_bytes = sum(tensor.nbytes for tensor in weights.values())

@@ -66,7 +66,7 @@ class WeightSender:
         *,
         service: WeightService = ROLLOUTS,
         job: str = "",
-        bucket_bytes: int = 32 * 2**20,
+        bucket_bytes: int = 16 * 2**20,
         door: DoorChoice = "auto",
         advertise: str = "",
         device: torch.device | None = None,
