@@ -18,6 +18,7 @@ from kdmesh.types import DType
 _LARGEST = 448.0  # of e4m3
 _SMALLEST_SCALE = 2.0**-126
 _VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # of every code
+_ELEMENTS_AT_ONCE = 2**14
 SCALE_BYTES = 4
 """A float32, little-endian."""
 
@@ -29,11 +30,9 @@ def rows_of(chunk_bytes: int, cols: int) -> int:
 
 def encode(rows: memoryview, *, cols: int, dtype: DType) -> bytes:
     """Whole rows as their scales, and then their elements."""
-    rows_RD = octets(rows).view(torch_dtype(dtype)).view(-1, cols).float()
-    largest_R = rows_RD.abs().amax(dim=1)
-    scale_R = (largest_R / _LARGEST).clamp(min=_SMALLEST_SCALE).masked_fill(~largest_R.isfinite(), torch.nan)
-    codes_RD = (rows_RD / scale_R.unsqueeze(1)).to(torch.float8_e4m3fn)
-    return b"".join((scale_R.numpy().data, codes_RD.view(torch.uint8).numpy().data))
+    rows_RD = octets(rows).view(torch_dtype(dtype)).view(-1, cols)
+    parts = [_encoded(part_RD.float()) for part_RD in torch.split(rows_RD, _rows_at_once(cols))]
+    return b"".join([scale_R.numpy().data for scale_R, _ in parts] + [codes_RD.numpy().data for _, codes_RD in parts])
 
 
 def decode(chunk: memoryview, out_RD: Tensor) -> int:
@@ -48,7 +47,22 @@ def decode(chunk: memoryview, out_RD: Tensor) -> int:
         raise EngineFailure(f"a chunk of {len(chunk)} bytes holds no whole rows of {cols}, or more than {room} of them")
     scales, codes = chunk[: num_rows * SCALE_BYTES], chunk[num_rows * SCALE_BYTES :]
     scale_R = octets(scales).clone().view(torch.float32)
-    # A look-up, because torch's own conversion takes five times as long.
-    rows_RD = torch.index_select(_VALUES, 0, octets(codes).int()).view(num_rows, cols)
-    out_RD[:num_rows] = rows_RD.mul_(scale_R.unsqueeze(1))
+    codes_RD, at_once = octets(codes).view(num_rows, cols), _rows_at_once(cols)
+    for begin in range(0, num_rows, at_once):
+        part = slice(begin, min(begin + at_once, num_rows))
+        # A look-up, because torch's own conversion takes five times as long.
+        rows_RD = torch.index_select(_VALUES, 0, codes_RD[part].reshape(-1).int()).view(-1, cols)
+        out_RD[part] = rows_RD.mul_(scale_R[part].unsqueeze(1))
     return num_rows
+
+
+def _encoded(rows_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """[R] float32 scales, and [R, D] octets."""
+    largest_R = rows_RD.abs().amax(dim=1)
+    scale_R = (largest_R / _LARGEST).clamp(min=_SMALLEST_SCALE).masked_fill(~largest_R.isfinite(), torch.nan)
+    return scale_R, (rows_RD / scale_R.unsqueeze(1)).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _rows_at_once(cols: int) -> int:
+    """So few that torch takes no second thread, for which it would wait where cores are busy."""
+    return max(1, _ELEMENTS_AT_ONCE // cols)
