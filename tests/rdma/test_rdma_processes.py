@@ -22,7 +22,7 @@ from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.rpc.teacher_pool import TeacherPool
 from tests.support.handles_consumer import ROOT
-from tests.support.teacher_process import TeacherProcess, starting, teacher_process, teacher_processes
+from tests.support.teacher_process import TeacherProcess, started, teacher_process, teacher_processes
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import running_teacher
 
@@ -191,8 +191,9 @@ def test_process_whose_read_hangs_can_end(tmp_path: Path) -> None:
 
 def test_server_refuses_to_start_over_other_transports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(UNSAFE_VARIABLE)
-    missing = WIDE | {"engine": {"kind": "transformers", "model": str(tmp_path / "missing")}}
-    with starting(tmp_path, **missing) as process:  # before it looks for the model
+    config = tmp_path / "teacher.yaml"
+    config.write_text("engine: {kind: transformers, model: nowhere}\nserver: {port: 0, rest_port: 0, rdma: true}\n", encoding="utf-8")
+    with started(tmp_path, "-m", "kdmesh_teacher", str(config)) as process:  # refuses before it looks for the model
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0
         assert "UCX_TLS is tcp; for RDMA it must name nothing but RDMA transports" in errors
