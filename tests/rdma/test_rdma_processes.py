@@ -192,7 +192,8 @@ def test_process_whose_read_hangs_can_end(tmp_path: Path) -> None:
 def test_server_refuses_to_start_over_other_transports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(UNSAFE_VARIABLE)
     config = tmp_path / "teacher.yaml"
-    config.write_text("engine: {kind: transformers, model: nowhere}\nserver: {port: 0, rest_port: 0, rdma: true}\n", encoding="utf-8")
+    engine, server = "{kind: transformers, model: nowhere}", "{port: 0, rest_port: 0, rdma: true}"
+    config.write_text(f"engine: {engine}\nserver: {server}\n", encoding="utf-8")
     with started(tmp_path, "-m", "kdmesh_teacher", str(config)) as process:  # refuses before it looks for the model
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0
