@@ -110,6 +110,10 @@ async def test_a_teacher_lets_each_role_do_what_is_its_own(tmp_path: Path, token
             "KeepAlive": lambda: stub.KeepAlive(pb.KeepAliveRequest(session=session)),
             "CloseSession": lambda: stub.CloseSession(pb.CloseSessionRequest(session=session)),
             "Prefill": lambda: _first(stub.Prefill(iter([pb.PrefillRequest(session=session)]))),
+            "FindCached": lambda: stub.FindCached(pb.FindCachedRequest(session=session)),
+            "CarryRows": lambda: _first(
+                stub.CarryRows(iter([pb.CarryRowsRequest(begin=pb.BeginCarrying(session=session))]))
+            ),
             "Release": lambda: stub.Release(pb.ReleaseRequest(session=session)),
             "LocateMemory": lambda: stub.LocateMemory(pb.LocateMemoryRequest(session=session)),
             "GetHead": lambda: stub.GetHead(pb.GetHeadRequest(session=session)),
@@ -191,6 +195,7 @@ async def test_a_session_of_one_job_is_unknown_to_every_other(tmp_path: Path) ->
             rpcs: dict[str, Any] = {
                 "KeepAlive": lambda session: stub.KeepAlive(pb.KeepAliveRequest(session=session)),
                 "Prefill": lambda session: _first(stub.Prefill(iter([pb.PrefillRequest(session=session)]))),
+                "FindCached": lambda session: stub.FindCached(pb.FindCachedRequest(session=session)),
                 "Release": lambda session: stub.Release(pb.ReleaseRequest(session=session)),
                 "LocateMemory": lambda session: stub.LocateMemory(pb.LocateMemoryRequest(session=session)),
                 "GetHead": lambda session: stub.GetHead(pb.GetHeadRequest(session=session)),
