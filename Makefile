@@ -8,7 +8,7 @@ SGLANG := .cache/sglang-env
 SGLANG_INSTALLED := $(SGLANG)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy test test-rdma test-network test-sglang sglang-env check format proto clean
+.PHONY: help demo demo-onpolicy test test-chaos test-rdma test-network test-sglang sglang-env check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ test: $(INSTALLED)  ## Everything CI runs, a file of tests on each core
 
 test-rdma: $(RDMA_INSTALLED)  ## The RDMA door, over the test transports of NIXL (70 MB to fetch)
 	$(BIN)/pytest -q -m rdma tests/rdma tests/system/test_rdma_job.py
+
+test-chaos: $(INSTALLED)  ## Two teachers and three jobs, killed, stopped, flooded and restarted at random moments
+	$(BIN)/pytest -v -m chaos tests/chaos
 
 test-network: $(INSTALLED)  ## Two hosts as network namespaces, with a slow, lossy and cut wire between them (as root)
 	$(BIN)/pytest -q -m network tests/network

@@ -21,20 +21,21 @@ class Teacher:
         """Start nothing yet. `sections` are laid over a small deterministic configuration."""
         self.runtime_dir = directory / "runtime"
         self.address = f"127.0.0.1:{free_port()}"
-        self._rest = f"http://127.0.0.1:{free_port()}"
+        self.rest = f"http://127.0.0.1:{free_port()}"
         self._processes = processes
         self._directory = directory
         tree: dict[str, dict[str, Any]] = {
             "engine": {"kind": "transformers", "model": str(model), "device": "cpu", "deterministic": True},
             "server": {
                 "port": int(self.address.split(":")[1]),
-                "rest_port": int(self._rest.split(":")[2]),
+                "rest_port": int(self.rest.split(":")[2]),
                 "runtime_dir": str(self.runtime_dir),
                 "drain_s": 5,
             },
             "slab": {"slots": 16, "slot_mib": 0.25, "slots_per_session": 8},
             "queue": {},
             "cache": {},
+            "jobs": {},
         }
         for name, keys in sections.items():
             tree[name] |= keys
@@ -53,7 +54,7 @@ class Teacher:
 
     def get(self, path: str) -> Any:
         """The JSON that REST answers."""
-        return httpx.get(f"{self._rest}{path}").json()
+        return httpx.get(f"{self.rest}{path}").json()
 
     def slots(self, job: str) -> list[int]:
         """Slots of each of a job's sessions, the most first."""
@@ -73,7 +74,7 @@ class Teacher:
         return self._count("cache_hit_tokens", job=job)
 
     def _count(self, counter: str, **labels: str) -> int:
-        families = text_string_to_metric_families(httpx.get(f"{self._rest}/metrics").text)
+        families = text_string_to_metric_families(httpx.get(f"{self.rest}/metrics").text)
         samples = [sample for family in families for sample in family.samples]
         name = f"kdmesh_teacher_{counter}_total"
         return sum(int(sample.value) for sample in samples if sample.name == name and sample.labels == labels)

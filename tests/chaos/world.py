@@ -1,0 +1,168 @@
+"""What a drill disturbs, what must come of it all the same, and what must not be left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.support.tiny_models import TinyModels
+from tests.system.processes import Process, Processes
+from tests.system.teachers import Teacher
+from tests.system.training import Job, Recipe
+
+RANKS = 2
+LEASE_S = 3.0
+_DRILL_S = 600.0
+_SETTLE_S = 60.0
+
+
+@dataclass(slots=True)
+class Running:
+    """A job that is started again whenever it has ended badly."""
+
+    job: Job
+    process: Process
+    starts: int = 1
+
+    def tend(self) -> bool:
+        """Whether it has ended well; starts it again where it has ended otherwise."""
+        if not self.process.has_ended():
+            return False
+        if self.process.exit_code() == 0:
+            return True
+        self.process = self.job.start_ranks(RANKS)
+        self.starts += 1
+        return False
+
+    def ranks(self) -> list[psutil.Process]:
+        """Its trainer processes; none while they start."""
+        try:
+            return psutil.Process(self.process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+
+
+def tend_all(running: Iterable[Running]) -> bool:
+    """Whether all have ended well; each that has ended otherwise is started again."""
+    return not [each for each in running if not each.tend()]
+
+
+class World:
+    """Teachers that serve until the end of the session, restarted by whoever kills them."""
+
+    def __init__(self, processes: Processes, directory: Path, models: TinyModels, data: Path) -> None:
+        model = models.path("qwen3", seed=2, hidden_size=48, vocab_size=336)
+        sections: dict[str, Any] = {
+            "slab": {"lease_s": LEASE_S, "claim_s": LEASE_S},
+            "jobs": {"overrides": {"hog": {"max_bytes_in_flight": 2**20}}},
+        }
+        self.teachers = [Teacher(processes, directory / f"teacher-{n}", model, **sections) for n in range(2)]
+        self.processes = processes
+        self._directory = directory
+        self._drills = 0
+        plain = Recipe(
+            student=models.path("qwen3", seed=1), data=data, objective={"divergence": {"name": "forward_kl"}}
+        )
+        other = Recipe(
+            student=models.path("llama", seed=3, hidden_size=24, vocab_size=352),
+            data=data,
+            objective={"divergence": {"name": "jensen_shannon", "beta": 0.3}, "ce_weight": 0.2, "temperature": 2.0},
+            is_judged=True,
+        )
+        self._recipes = {"plain": (plain, {}), "other": (other, {}), "third": (plain, {"seed": 5})}
+        self._undisturbed: dict[str, list[dict[str, Any]]] = {}
+        for teacher in self.teachers:
+            teacher.start()
+        for teacher in self.teachers:
+            teacher.wait_ready()
+
+    def learn_undisturbed(self) -> None:
+        """Fill in what `must_be_undisturbed` compares with."""
+        jobs = self._jobs(self._directory / "undisturbed")
+        for process in [job.start_ranks(RANKS) for job in jobs.values()]:
+            process.succeed()
+        self._undisturbed = {name: job.record() for name, job in jobs.items()}
+        assert all(len(record) >= 16 for record in self._undisturbed.values())
+
+    @contextmanager
+    def drill(self) -> Iterator[list[Running]]:
+        """Three jobs that run. Behind it all have ended as if nothing had been, and nothing is left of them."""
+        self._drills += 1
+        before = [_holdings(teacher) for teacher in self.teachers]
+        jobs = self._jobs(self._directory / f"drill-{self._drills}")
+        running = [Running(job, job.start_ranks(RANKS)) for job in jobs.values()]
+        yield running
+        ends_s = time.monotonic() + _DRILL_S
+        while not tend_all(running):
+            self.tend_teachers()
+            assert time.monotonic() < ends_s, "the jobs do not end"
+            time.sleep(0.1)
+        self.tend_teachers()
+        for teacher in self.teachers:
+            teacher.wait_ready()
+        for name, job in jobs.items():
+            assert job.record() == self._undisturbed[name], f"job {name} learnt something else"
+        for teacher, old in zip(self.teachers, before, strict=True):
+            until(
+                lambda teacher=teacher, old=old: _holdings(teacher).are_only(old), f"{teacher.address} keeps something"
+            )
+
+    def tend_teachers(self) -> None:
+        """Start those again that have ended."""
+        for teacher in self.teachers:
+            if teacher.process.has_ended():
+                teacher.start()
+
+    def _jobs(self, root: Path) -> dict[str, Job]:
+        addresses = [teacher.address for teacher in self.teachers]
+        return {
+            name: Job(self.processes, root / name, recipe, *addresses, checkpoint={"every": 2}, **sections)
+            for name, (recipe, sections) in self._recipes.items()
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """What a teacher has open for others; of a restarted one, what a fresh one has."""
+
+    sessions: int
+    slots: int  # that are not free
+    descriptors: int
+    threads: int
+
+    def are_only(self, before: Holdings) -> bool:
+        """Nobody's, and the server's as before: connections come and go, and threads are begun when first needed."""
+        return (
+            self.sessions == 0
+            and self.slots == 0
+            and self.descriptors <= before.descriptors + 10
+            and self.threads <= before.threads + 10
+        )
+
+
+def _holds_nothing(teacher: Teacher, before: Holdings) -> bool:
+    return _holdings(teacher).are_only(before)
+
+
+def _holdings(teacher: Teacher) -> Holdings:
+    slab, process = teacher.get("/v1/slab"), psutil.Process(teacher.process.pid)
+    return Holdings(
+        sessions=len(teacher.get("/v1/sessions")["sessions"]),
+        slots=sum(count for state, count in slab["slots"].items() if state != "free"),
+        descriptors=process.num_fds(),
+        threads=process.num_threads(),
+    )
+
+
+def until(is_so: Callable[[], object], what: str, *, within_s: float = _SETTLE_S) -> None:
+    """Return when `is_so`; fails with `what` when that takes too long."""
+    ends_s = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < ends_s, what
+        time.sleep(0.05)
