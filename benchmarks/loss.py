@@ -10,14 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks import loss_methods
-from benchmarks.loss_methods import STUDENT_SIZE, Inputs
+from benchmarks.loss_methods import STUDENT_SIZE, Inputs, Method
 from benchmarks.measure import finish, say, table
 
 _MIB = 2**20
@@ -55,7 +54,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         method, rows, vocabulary = given.child
-        say(str(_peak_bytes(method, int(rows), int(vocabulary))))
+        say(str(peak_bytes(loss_methods.methods()[method], int(rows), int(vocabulary))))
         return
     plan = _Plan(
         rows=(256, 1024) if given.quick else (2048, 8192),
@@ -103,15 +102,15 @@ def _peak_in_child(method: str, rows: int, vocabulary: int) -> int:
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def _peak_bytes(name: str, rows: int, vocabulary: int) -> int:
-    """Of the second of two equal passes: the first loads code and compiles."""
-    inputs, method = loss_methods.inputs(rows, vocabulary), loss_methods.methods()[name]
-    _pass(method, inputs)
+def peak_bytes(method: Method, rows: int, vocabulary: int) -> int:
+    """Above the inputs, of the second of two equal passes: the first loads code and compiles."""
+    inputs = loss_methods.inputs(rows, vocabulary)
+    run_pass(method, inputs)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _status_bytes("VmRSS")
-    _pass(method, inputs)
+    run_pass(method, inputs)
     return _status_bytes("VmHWM") - before
 
 
@@ -122,7 +121,8 @@ def _status_bytes(key: str) -> int:
     raise SystemExit(f"/proc/self/status has no {key}; this benchmark needs Linux")
 
 
-def _pass(method: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> None:
+def run_pass(method: Method, inputs: Inputs) -> None:
+    """Forward and backward."""
     (method(inputs) * 0.5).backward()  # type: ignore[no-untyped-call]
     for leaf in inputs.leaves:
         leaf.grad = None
@@ -141,7 +141,7 @@ def _time(plan: _Plan) -> dict[str, object]:
         for turn in range(plan.rounds + 1):
             for name in names:
                 began = time.perf_counter(), time.process_time()
-                _pass(methods[name], inputs)
+                run_pass(methods[name], inputs)
                 if turn > 0:  # the first compiles
                     wall_s[name].append(time.perf_counter() - began[0])
                     cpu_s[name].append(time.process_time() - began[1])

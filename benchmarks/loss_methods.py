@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kdmesh.losses import OutputHead, Workspace, forward_kl, fused_linear_divergence
+from kdmesh.losses import (
+    Divergence,
+    OutputHead,
+    SampledDivergence,
+    Workspace,
+    forward_kl,
+    fused_linear_divergence,
+)
 
 STUDENT_SIZE, TEACHER_SIZE = 512, 1024
 
@@ -61,10 +69,23 @@ def _with_products(student_RD: Tensor, student_VD: Tensor, teacher_RE: Tensor, t
     return formula(student_RD @ student_VD.T, teacher_RE @ teacher_VE.T)
 
 
-def _fused(x: Inputs, *, workspace: Workspace | None = None) -> Tensor:
+def fused(
+    x: Inputs,
+    *,
+    divergence: Divergence | SampledDivergence = forward_kl,
+    workspace_of: Callable[[], Workspace] | None = None,
+) -> Tensor:
+    """[] ours. Without a workspace the scratch is what the thread keeps."""
     student, teacher = OutputHead(weight_VD=x.student_VD), OutputHead(weight_VD=x.teacher_VE)
+    labels_R = torch.zeros(len(x.student_RD), dtype=torch.int64) if isinstance(divergence, SampledDivergence) else None
     return fused_linear_divergence(
-        x.student_RD, student, x.teacher_RE, teacher, divergence=forward_kl, workspace=workspace
+        x.student_RD,
+        student,
+        x.teacher_RE,
+        teacher,
+        divergence=divergence,
+        labels_R=labels_R,
+        workspace=None if workspace_of is None else workspace_of(),
     ).loss_sum
 
 
@@ -72,8 +93,8 @@ def methods() -> Mapping[str, Method]:
     """By name. The compiled ones compile when they are first called."""
     compiled, compiled_with_products = torch.compile(formula), torch.compile(_with_products)
     return {
-        "fused": _fused,
-        "fused, new workspace": lambda x: _fused(x, workspace=Workspace()),
+        "fused": fused,
+        "fused, new workspace": partial(fused, workspace_of=Workspace),
         "compiled formula": lambda x: compiled(x.student_RD @ x.student_VD.T, x.teacher_RE @ x.teacher_VE.T),
         "compiled with products": lambda x: compiled_with_products(
             x.student_RD, x.student_VD, x.teacher_RE, x.teacher_VE
