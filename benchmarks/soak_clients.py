@@ -33,7 +33,7 @@ class Trainer:
     """A running client."""
 
     process: BaseProcess
-    tokens: Any  # a shared value: that it has been answered
+    answers: Any  # a shared value: how many it has got
 
     @property
     def is_there(self) -> bool:
@@ -47,13 +47,13 @@ def trainers(addresses: Sequence[str], doors: Sequence[DoorChoice]) -> Iterator[
     stop = _processes.Event()
     running: list[Trainer] = []
     for number, door in enumerate(doors):
-        tokens = _processes.Value("q", 0)
-        process = _processes.Process(target=_train, args=(addresses, door, number, tokens, stop), daemon=True)
+        answers = _processes.Value("q", 0)
+        process = _processes.Process(target=_train, args=(addresses, door, number, answers, stop), daemon=True)
         process.start()
-        running.append(Trainer(process=process, tokens=tokens))
+        running.append(Trainer(process=process, answers=answers))
     try:
         ends_s = time.monotonic() + _START_S
-        while not all(trainer.tokens.value for trainer in running):
+        while not all(trainer.answers.value for trainer in running):
             if time.monotonic() > ends_s or not all(trainer.is_there for trainer in running):
                 raise SystemExit("a client did not start")
             time.sleep(0.05)
@@ -74,7 +74,7 @@ def run_job(addresses: Sequence[str], number: int) -> None:
     process.join()
 
 
-def _train(addresses: Sequence[str], door: DoorChoice, seed: int, tokens: Any, stop: Any) -> None:
+def _train(addresses: Sequence[str], door: DoorChoice, seed: int, answers: Any, stop: Any) -> None:
     """As a trainer: asks ahead, waits for the oldest, works on it, lets go of it."""
     rng = np.random.default_rng(seed)
     with TeacherPool(addresses, job=f"trainer {seed}", door=door) as pool:
@@ -89,17 +89,18 @@ def _train(addresses: Sequence[str], door: DoorChoice, seed: int, tokens: Any, s
             rows.rows_RD.float().sum()
             del rows, pending
             time.sleep(_UPDATE_S)
-            tokens.value += sum(sequence.num_tokens for sequence in sequences)
+            answers.value += 1
 
 
 def _short_job(addresses: Sequence[str], number: int) -> None:
     rng = np.random.default_rng(number)
     with TeacherPool(addresses, job=f"job {number % 8}") as pool:
-        held = [pool.submit(_micro_batch(rng)) for _ in range(_JOB_MICRO_BATCHES)]
-        rows = [pending.wait() for pending in held[:_PREFETCH]]
-        if number % 2:
+        asked = deque(pool.submit(_micro_batch(rng)) for _ in range(_PREFETCH))
+        for _ in range(_JOB_MICRO_BATCHES):
+            rows = asked.popleft().wait()
+            asked.append(pool.submit(_micro_batch(rng)))
+        if number % 2 and len(rows.rows_RD):
             os._exit(1)
-        del rows
 
 
 def _micro_batch(rng: np.random.Generator) -> list[TokenSequence]:
