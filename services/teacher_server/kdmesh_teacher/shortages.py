@@ -38,12 +38,14 @@ def why_waiting(store: SlabStore, jobs: Jobs, queue: FairQueue[Work], work: Work
             f"{terms.max_bytes_in_flight} bytes; release some"
         )
     if not store.may_acquire(work.session):
-        return Shortage.SLOTS, _slab_state(store)
+        return Shortage.SLOTS, _slab_state(store, job)
     return Shortage.ENGINE, f"{queue.num_tokens} tokens waited for the engine, {queue.tokens_of(job)} of job {job!r}"
 
 
-def _slab_state(store: SlabStore) -> str:
+def _slab_state(store: SlabStore, job: str) -> str:
     slots = store.snapshot().slots
+    if slots[SlotState.FREE] and store.slots_by_job().get(job, 0) < store.limits.slots_per_session:
+        return "what is free was mapped by other jobs, and gets no new memory"
     if slots[SlotState.FREE]:
         return f"the session has its share of {store.limits.slots_per_session} slots; release some"
     states = ", ".join(f"{count} {state}" for state, count in slots.items() if count)
