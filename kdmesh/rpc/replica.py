@@ -170,7 +170,9 @@ class Replica(Generic[C]):
         self._rests_until_s = 0.0
         self._router.join(self.address, time.monotonic(), is_local=client.is_local)
         self._on_change()
-        self.last_error = await client.wait_lost()
+        # Its frames hold the calls of the client, and those its connection, until the garbage collector comes.
+        self.last_error = (await client.wait_lost()).with_traceback(None)
+        self.last_error.__context__ = None
         log.warning("server lost", extra={"kind": self._kind, "address": self.address, "reason": str(self.last_error)})
         await self._drop()
 

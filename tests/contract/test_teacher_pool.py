@@ -226,6 +226,30 @@ def test_teacher_that_hangs_is_left_for_another(tmp_path: Path) -> None:
             assert torch.equal(rows.wait().rows_RD, expected_rows(group))
 
 
+def test_a_lost_session_leaves_no_connection_to_the_garbage_collector(tmp_path: Path) -> None:
+    with (
+        teacher_process(tmp_path, slab={"lease_s": 1.0}) as running,
+        TeacherPool([running.grpc], job="test", door="stream", deadline_s=20) as pool,
+    ):
+        port = int(running.grpc.split(":")[1])
+
+        def num_connections() -> int:
+            return sum(one.raddr[1:] == (port,) for one in psutil.Process().net_connections("tcp"))
+
+        gc.disable()
+        try:
+            running.signal(signal.SIGSTOP)
+            while pool._fleet._replicas.clients:
+                pass
+            running.signal(signal.SIGCONT)
+            pool.submit([sequence(9)]).wait()
+            until = time.monotonic() + 10
+            while num_connections() > 1:  # gRPC closes its sockets a moment after the channel
+                assert time.monotonic() < until
+        finally:
+            gc.enable()
+
+
 def test_forced_shared_memory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with teacher_process(tmp_path, server={"runtime_dir": str(tmp_path / "run")}) as running:
         for path in (tmp_path / "run").iterdir():
