@@ -82,7 +82,7 @@ class Terminal:
         self._changed.set()
 
     async def until(self, shown: Callable[[bytes], bool]) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not shown(self.seen):
                 self._changed.clear()
                 await self._changed.wait()

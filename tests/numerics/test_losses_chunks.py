@@ -43,11 +43,11 @@ def test_what_a_call_holds_is_bounded_for_any_vocabulary() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_are_those_of_any_other_chunk_size(dtype: torch.dtype) -> None:
-    case = replace(FULL, rows=150, vocabulary=200)
+    case = replace(FULL, rows=50, vocabulary=200)
     inputs = tensors(case, dtype)
-    whole = run(replace(case, chunk_tokens=150), inputs)
+    whole = run(replace(case, chunk_tokens=50), inputs)
     tolerance = 2e-6 if dtype is torch.float32 else 2**-7  # a bfloat16 gradient is rounded
-    for chunk_tokens in (None, 1, 2, 15, 16, 17, 64, 149, 10_000):
+    for chunk_tokens in (None, 1, 15, 16, 17, 49, 10_000):
         assert_same(run(replace(case, chunk_tokens=chunk_tokens), inputs), whole, tolerance=tolerance)
 
 

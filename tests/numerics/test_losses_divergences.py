@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -57,6 +57,7 @@ def value(divergence: Divergence, log_q_CV: Tensor, log_p_CV: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("divergence", ALL)
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_it_is_never_negative(divergence: Divergence, pair: tuple[int, int, float]) -> None:
     assert value(divergence, *draw(*pair)).min() >= -1e-12
@@ -64,6 +65,7 @@ def test_it_is_never_negative(divergence: Divergence, pair: tuple[int, int, floa
 
 
 @pytest.mark.parametrize("divergence", ALL)
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_it_is_zero_for_equals_and_only_for_them(divergence: Divergence, pair: tuple[int, int, float]) -> None:
     log_q_CV, log_p_CV = draw(*pair)
@@ -72,6 +74,7 @@ def test_it_is_zero_for_equals_and_only_for_them(divergence: Divergence, pair: t
     assert (value(divergence, log_q_CV, log_p_CV)[differs_C] > 1e-12).all()
 
 
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_jensen_shannon_is_symmetric_and_bounded(pair: tuple[int, int, float]) -> None:
     log_q_CV, log_p_CV = draw(*pair)
@@ -87,6 +90,7 @@ def test_jensen_shannon_of_disjoint_distributions_reaches_its_bound() -> None:
     torch.testing.assert_close(value(half, log_q_CV, log_q_CV.flip(-1)), torch.full((2,), math.log(2)))
 
 
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_the_limits_of_jensen_shannon_are_the_two_kl_divergences(pair: tuple[int, int, float]) -> None:
     seed, vocabulary, spread = pair
@@ -98,6 +102,7 @@ def test_the_limits_of_jensen_shannon_are_the_two_kl_divergences(pair: tuple[int
     torch.testing.assert_close(near_reverse_C, value(reverse_kl, log_q_CV, log_p_CV), rtol=1e-3, atol=1e-7)
 
 
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_reverse_kl_is_forward_kl_the_other_way_round(pair: tuple[int, int, float]) -> None:
     log_q_CV, log_p_CV = draw(*pair)
@@ -124,6 +129,7 @@ def test_extreme_logits_give_finite_results(divergence: Divergence) -> None:
     assert h_CV.isfinite().all()
 
 
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_total_variation_is_symmetric_and_at_most_one(pair: tuple[int, int, float]) -> None:
     log_q_CV, log_p_CV = draw(*pair)
@@ -134,6 +140,7 @@ def test_total_variation_is_symmetric_and_at_most_one(pair: tuple[int, int, floa
     assert value(total_variation, apart_CV, apart_CV.flip(-1)).item() == 1
 
 
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_skewed_divergences_have_their_bounds_and_the_kl_divergences_as_limits(pair: tuple[int, int, float]) -> None:
     log_q_CV, log_p_CV = draw(*pair)
@@ -146,6 +153,7 @@ def test_skewed_divergences_have_their_bounds_and_the_kl_divergences_as_limits(p
         torch.testing.assert_close(near_C, value(limit, log_q_CV, log_p_CV), rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_renyi_grows_with_its_order_and_is_forward_kl_near_one(pair: tuple[int, int, float]) -> None:
     seed, vocabulary, spread = pair
@@ -157,6 +165,7 @@ def test_renyi_grows_with_its_order_and_is_forward_kl_near_one(pair: tuple[int, 
     torch.testing.assert_close(near_C, value(forward_kl, log_q_CV, log_p_CV), rtol=1e-3, atol=1e-7)
 
 
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_alpha_beta_has_both_kl_divergences_as_limits_and_swaps_with_its_arguments(
     pair: tuple[int, int, float],
@@ -170,6 +179,7 @@ def test_alpha_beta_has_both_kl_divergences_as_limits_and_swaps_with_its_argumen
     torch.testing.assert_close(forth_C, value(partial(alpha_beta, alpha=0.8, beta=0.3), log_p_CV, log_q_CV))
 
 
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_adaptive_kl_lies_between_the_two_kl_divergences(pair: tuple[int, int, float]) -> None:
     log_q_CV, log_p_CV = draw(*pair)
@@ -185,6 +195,7 @@ def test_the_gradient_of_adaptive_kl_is_finite_and_that_of_a_half_of_each_where_
     torch.testing.assert_close(h_CV, (forward_kl(log_p_CV.clone(), log_p_CV.clone())[1] + log_p_CV.exp()) / 2)
 
 
+@settings(max_examples=40)
 @given(pair=pairs, mass=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_least_likely_tokens_are_the_most_that_fit(
     pair: tuple[int, int, float], mass: float, dtype: torch.dtype
@@ -206,6 +217,7 @@ def test_tokens_of_one_probability_are_all_or_none_of_the_least_likely() -> None
     assert least_likely(p_CV, 0.05).tolist() == [[False] * 5]
 
 
+@settings(max_examples=25)
 @given(pair=pairs)
 def test_masked_reverse_kl_and_ranking_have_nothing_to_say_to_a_student_in_the_teachers_order(
     pair: tuple[int, int, float],

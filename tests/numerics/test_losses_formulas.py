@@ -31,7 +31,7 @@ from tests.support.textbook_losses import Transform
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_values_and_gradients_are_the_textbooks(name: str) -> None:
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(case=cases(name=name))
     def check(case: Case) -> None:
         inputs = tensors(case, torch.float64)
@@ -45,7 +45,7 @@ KEPT = st.one_of(st.tuples(st.just("top_k"), st.integers(1, 320)), st.tuples(st.
 
 @pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "sampled_reverse_kl"])
 def test_a_truncated_divergence_is_the_textbooks_over_the_tokens_kept_and_one_for_the_others(name: str) -> None:
-    @settings(max_examples=15)
+    @settings(max_examples=10)
     @given(case=cases(name=name, kept=KEPT))
     def check(case: Case) -> None:
         inputs = tensors(case, torch.float64)
@@ -56,7 +56,7 @@ def test_a_truncated_divergence_is_the_textbooks_over_the_tokens_kept_and_one_fo
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_float32_is_as_near_as_its_rounding(name: str) -> None:
-    @settings(max_examples=20)
+    @settings(max_examples=15)
     @given(case=cases(name=name))
     def check(case: Case) -> None:
         inputs = tensors(case, torch.float32)
