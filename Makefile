@@ -8,7 +8,7 @@ SGLANG := .cache/sglang-env
 SGLANG_INSTALLED := $(SGLANG)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy test test-chaos test-rdma test-network test-sglang sglang-env check format proto clean
+.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ test: $(INSTALLED)  ## Everything CI runs, a file of tests on each core
 
 test-rdma: $(RDMA_INSTALLED)  ## The RDMA door, over the test transports of NIXL (70 MB to fetch)
 	$(BIN)/pytest -q -m rdma tests/rdma tests/system/test_rdma_job.py
+
+test-slow: $(INSTALLED)  ## Whole suites that `make test` leaves out, to stay below its 12 minutes
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m slow
 
 test-chaos: $(INSTALLED)  ## Two teachers and three jobs, killed, stopped, flooded and restarted at random moments
 	$(BIN)/pytest -v -m chaos tests/chaos

@@ -34,7 +34,7 @@ PUBLIC = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicK
 
 def claims(**changed: Any) -> dict[str, Any]:
     """Of a good token, with some replaced; None leaves one out."""
-    good = {"iss": ISSUER, "aud": AUDIENCE, "sub": "job-one", "exp": time.time() + 60, "role": "job"} | changed
+    good = {"iss": ISSUER, "aud": AUDIENCE, "sub": "job-one", "exp": time.time() + 3600, "role": "job"} | changed
     return {name: value for name, value in good.items() if value is not None}
 
 
@@ -78,7 +78,7 @@ CONFUSED = jwt.PyJWS().encode(json.dumps(claims()).encode(), b"x" * 32, "HS256")
         (signed(iss="https://elsewhere.example"), f"its issuer is not {ISSUER}"),
         (signed(exp=None), "it lacks the claim exp"),
         (signed(aud=None), "it lacks the claim aud"),
-        (signed(nbf=time.time() + 60), "its time has not come yet"),
+        (signed(nbf=time.time() + 3600), "its time has not come yet"),
         (signed(STRANGE), "no JSON web token that a key of the issuer has signed"),
         (signed()[:-4] + "AAAA", "no JSON web token that a key of the issuer has signed"),
         ("no.token.at.all", "no JSON web token that a key of the issuer has signed"),

@@ -13,6 +13,8 @@ from tests.support.other_tokenizers import save_sentence_piece
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import evaluations, losses, run_job, serving_teacher, write_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def teacher(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:

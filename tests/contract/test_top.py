@@ -10,7 +10,7 @@ import pty
 import struct
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from click.testing import CliRunner, Result
@@ -82,15 +82,23 @@ class Terminal:
         self._changed.set()
 
     async def until(self, shown: Callable[[bytes], bool]) -> None:
-        async with asyncio.timeout(120):
-            while not shown(self.seen):
-                self._changed.clear()
-                await self._changed.wait()
+        try:
+            async with asyncio.timeout(60):
+                while not shown(self.seen):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise AssertionError(f"not within a minute; seen: {self.seen[-2000:]!r}") from None
 
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self.master)
         os.close(self.master)
         os.close(self.slave)
+
+
+def _without_size(env: Mapping[str, str]) -> dict[str, str]:
+    """Those of the test's own terminal would count more than the size of the command's."""
+    return {name: value for name, value in env.items() if name not in ("COLUMNS", "LINES")}
 
 
 async def test_live_view_survives_its_server_and_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
@@ -105,7 +113,7 @@ async def test_live_view_survives_its_server_and_leaves_the_terminal_as_it_was(t
             stdin=terminal.slave,
             stdout=terminal.slave,
             stderr=terminal.slave,
-            env=os.environ | {"TERM": "xterm"},
+            env=_without_size(os.environ) | {"TERM": "xterm"},
         )
         await terminal.until(lambda seen: b"some-job" in seen)
         assert termios.tcgetattr(terminal.slave) != before

@@ -23,6 +23,8 @@ from kdmesh_teacher.transformers_engine import TransformersEngine as TeacherEngi
 from tests.support.sequences import random_sequences
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 
+pytestmark = pytest.mark.slow
+
 # About 60 MB of weights, which sleep and wake in a process that does nothing else.
 _MEASURE = """
 import psutil, sys, torch

@@ -25,6 +25,8 @@ from tests.support.trainer_parts import LocalTeacher, build_stepper, build_stude
 from tests.support.trainer_ranks import run_ranks
 from tests.support.trainer_rollouts import FastRollouts
 
+pytestmark = pytest.mark.slow
+
 HERE = "tests.numerics.test_trainer_context"
 STEPS = 3
 

@@ -20,6 +20,8 @@ from tests.support.trainer_on_policy import PROMPTS_PER_STEP, SAMPLES_PER_PROMPT
 from tests.support.trainer_ranks import run_ranks
 from tests.support.trainer_rollouts import FastRollouts
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = 4
 SAMPLES = PROMPTS_PER_STEP * SAMPLES_PER_PROMPT
 CE_WEIGHT = 0.7

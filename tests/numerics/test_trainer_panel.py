@@ -28,6 +28,8 @@ from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 # Real tokens; the models' heads are padded to different sizes above it.
 VOCABULARY_SIZE = 310
 WEIGHTS = {"code": 3.0, "maths": 1.0}

@@ -11,6 +11,8 @@ from tests.system.processes import Processes
 from tests.system.teachers import Teacher
 from tests.system.training import Job
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:

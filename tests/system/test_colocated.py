@@ -13,6 +13,8 @@ from tests.system.rollouts import Rollouts
 from tests.system.teachers import Teacher
 from tests.system.training import Job
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 
 

@@ -17,6 +17,8 @@ from tests.system.processes import Processes
 from tests.system.teachers import Teacher
 from tests.system.training import Job
 
+pytestmark = pytest.mark.slow
+
 ROWS = 1900
 """More than an answer to the job below has, so that nothing in a slot is spared."""
 

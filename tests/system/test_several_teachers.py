@@ -17,6 +17,8 @@ from tests.system.rollouts import Rollouts
 from tests.system.teachers import Teacher
 from tests.system.training import Job, Recipe
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
