@@ -16,7 +16,7 @@ from kdmesh_trainer.data_config import ChatFile, DataConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.readers import open_dataset
 from kdmesh_trainer.sources.sequences import load_sequences
-from kdmesh_trainer.sources.tokenizer import load_student_tokenizer
+from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 
 _GEMM = (1024, 512, 2048)  # rows, inner, columns: about the size of the models' own
 
@@ -32,7 +32,7 @@ class Arithmetic:
 
 def measure(inputs: Inputs, *, steps: int = 3) -> Arithmetic:
     """Train a few steps sequence by sequence, without padding, the fused loss on response rows only."""
-    encoder = ChatEncoder(load_student_tokenizer(inputs.student), None)
+    encoder = ChatEncoder(load_fast_tokenizer(inputs.student), None)
     policy = DataConfig(train=ChatFile(path=inputs.chats), max_tokens=MAX_TOKENS)
     sequences = load_sequences("train", open_dataset(policy.train), encoder, policy).sequences
     teacher = load_causal_lm(inputs.teacher, torch.float32, torch.device("cpu"))
