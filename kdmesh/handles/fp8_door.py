@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-
 from torch import Tensor
 
 from kdmesh.errors import EngineFailure, Unavailable
 from kdmesh.handles import fp8
-from kdmesh.handles.buffers import SpareBuffers
 from kdmesh.handles.door import matrix_over
+from kdmesh.handles.stream_door import StreamDoor
 from kdmesh.types import Handle
 
 
-class Fp8Door:
+class Fp8Door(StreamDoor):
     """Half the bytes of 16-bit rows; see kdmesh.handles.fp8 for what it costs.
 
     The tensor has the handle's own type and shape. What must come as it is, like a head, needs another door.
@@ -24,12 +22,6 @@ class Fp8Door:
     """
 
     name = "stream_fp8"
-
-    def __init__(self, read: Callable[[Handle], AsyncIterator[memoryview]], release: Callable[[Handle], None]) -> None:
-        self._read = read
-        self._release = release
-        self._is_closed = False
-        self._spares = SpareBuffers()
 
     async def fetch(self, handle: Handle) -> Tensor:
         """See Door."""
@@ -48,11 +40,3 @@ class Fp8Door:
         if begin != handle.rows:
             raise EngineFailure(f"the stream of a handle to {handle.rows} rows brought {begin}")
         return rows_RD
-
-    def forget(self, handle: Handle) -> None:
-        """See Door. Nothing is kept of it."""
-
-    def close(self) -> None:
-        """See Door."""
-        self._is_closed = True
-        self._spares.clear()
