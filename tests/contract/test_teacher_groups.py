@@ -86,13 +86,14 @@ async def test_auto_says_why_it_took_no_other_door(tmp_path: Path, monkeypatch: 
 
 
 async def test_a_group_leaves_nothing_behind(tmp_path: Path) -> None:
+    """gRPC's and asyncio's pools may still grow by a thread or two; a group that stayed would add one each time."""
     async with running_teacher(tmp_path, server=GROUPS) as teacher:
         counts = []
-        for _ in range(4):
+        for _ in range(12):
             async with teacher.client(door="collective") as client:
                 await _ask(client, 1)
             counts.append(_threads())
-        assert max(counts[1:]) <= counts[0] + 1
+        assert counts[-1] - counts[0] < len(counts) / 2, counts
 
 
 @pytest.mark.usefixtures("small_pieces")
