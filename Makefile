@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RDMA_INSTALLED := $(VENV)/.rdma-installed
+CHAOS_INSTALLED := $(VENV)/.chaos-installed
 SGLANG := .cache/sglang-env
 SGLANG_INSTALLED := $(SGLANG)/.installed
 
@@ -33,6 +34,10 @@ $(RDMA_INSTALLED): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[rdma]'
 	@touch $@
 
+$(CHAOS_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[chaos]'
+	@touch $@
+
 demo: $(INSTALLED)  ## Distil a small model on this machine: teacher server, 2-rank trainer, report
 	$(BIN)/kdmesh demo
 
@@ -48,7 +53,7 @@ test-rdma: $(RDMA_INSTALLED)  ## The RDMA door, over the test transports of NIXL
 test-slow: $(INSTALLED)  ## Whole suites that `make test` leaves out, to stay below its 12 minutes
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m slow
 
-test-chaos: $(INSTALLED)  ## Two teachers and three jobs, killed, stopped, flooded and restarted at random moments
+test-chaos: $(CHAOS_INSTALLED)  ## Two teachers and three jobs through every fault, at random moments (needs a C compiler)
 	$(BIN)/pytest -v -m chaos tests/chaos
 
 test-network: $(INSTALLED)  ## Two hosts as network namespaces, with a slow, lossy and cut wire between them (as root)

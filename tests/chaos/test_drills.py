@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import socket
@@ -9,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from tests.chaos.world import LEASE_S, Running, World, tend_all, until
+from tests.chaos.clock import Clock
+from tests.chaos.world import JOBS, LEASE_S, Running, World, tend_all, until
+from tests.system.guard import Guard
 
 pytestmark = pytest.mark.chaos
 
@@ -139,6 +143,60 @@ def test_strangers_that_send_garbage_or_dribble_disturb_nobody(world: World) -> 
             answer = httpx.post(f"{teacher.rest}/v1/model", content=b"x" * 2**24)
             assert answer.status_code == 405
         wait_some_steps(world, running, chance)
+    assert [each.starts for each in running] == [1, 1, 1]
+
+
+def test_jobs_learn_the_same_while_every_secret_is_exchanged(world: World, tmp_path: Path) -> None:
+    chance = random.Random(0)
+    guard = Guard(tmp_path / "secrets", *JOBS)
+    with world.beside("guarded", guard=guard) as guarded, guarded.drill() as running:
+        for teacher in guarded.teachers:
+            for _ in range(2):
+                wait_some_steps(guarded, running, chance)
+                guard.exchange()
+            teacher.process.signal(signal.SIGKILL)  # it reads the new ones when it starts
+    assert [each.starts for each in running] == [1, 1, 1]
+
+
+def test_jobs_learn_the_same_while_a_disk_is_full(world: World, tmp_path: Path) -> None:
+    """Each teacher keeps rows on a disk of its own, which somebody else fills, and makes free again."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f'mount -t tmpfs -o size=4m tmpfs "{disk}" && exec "$@"'
+    cache = {"directory": str(disk / "rows"), "directory_mib": 2}
+    through = ("unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c", mount, "sh")
+    with world.beside("full", through=through, cache=cache) as full, full.drill() as running:
+        wait_some_steps(full, running, random.Random(0))
+        for teacher in full.teachers:
+            _fill(Path(f"/proc/{teacher.process.pid}/root{disk}/others"))
+        for each in running:
+            until(each.tend, "a job waits for the disk", within_s=300)
+        for teacher in full.teachers:
+            assert "No space left" in str(teacher.get("/v1/cache"))
+    assert [each.starts for each in running] == [1, 1, 1]
+
+
+def _fill(path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**16))
+
+
+def test_jobs_learn_the_same_while_clocks_jump(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calendar's, by hours, on one side or the other; leases and deadlines go by the clock that only ticks."""
+    clocks = [Clock(tmp_path / name) for name in ("teachers", "jobs")]
+    chance = random.Random(0)
+    for name, value in clocks[0].environment().items():
+        monkeypatch.setenv(name, value)
+    with world.beside("clocks") as shaken:
+        for name, value in clocks[1].environment().items():
+            monkeypatch.setenv(name, value)
+        with shaken.drill() as running:
+            for hours in (2, -3, 26, 0):
+                wait_some_steps(shaken, running, chance)
+                chance.choice(clocks).jump(hours)
+            written = [line["time"] - time.time() for each in running for line in each.job.lines()]
+    assert max(map(abs, written)) > 3600  # they did jump
     assert [each.starts for each in running] == [1, 1, 1]
 
 

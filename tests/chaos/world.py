@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any
 import psutil
 
 from tests.support.tiny_models import TinyModels
+from tests.system.guard import Guard
 from tests.system.processes import Process, Processes
 from tests.system.teachers import Teacher
 from tests.system.training import Job, Recipe
 
 RANKS = 2
+JOBS = ("plain", "other", "third")
 LEASE_S = 3.0
 _DRILL_S = 600.0
 _SETTLE_S = 60.0
@@ -57,15 +61,12 @@ class World:
     """Teachers that serve until the end of the session, restarted by whoever kills them."""
 
     def __init__(self, processes: Processes, directory: Path, models: TinyModels, data: Path) -> None:
-        model = models.path("qwen3", seed=2, hidden_size=48, vocab_size=336)
-        sections: dict[str, Any] = {
-            "slab": {"lease_s": LEASE_S, "claim_s": LEASE_S},
-            "jobs": {"overrides": {"hog": {"max_bytes_in_flight": 2**20}}},
-        }
-        self.teachers = [Teacher(processes, directory / f"teacher-{n}", model, **sections) for n in range(2)]
         self.processes = processes
         self._directory = directory
         self._drills = 0
+        self._guard: Guard | None = None
+        self._model = models.path("qwen3", seed=2, hidden_size=48, vocab_size=336)
+        self.teachers = self._new_teachers()
         plain = Recipe(
             student=models.path("qwen3", seed=1), data=data, objective={"divergence": {"name": "forward_kl"}}
         )
@@ -75,12 +76,9 @@ class World:
             objective={"divergence": {"name": "jensen_shannon", "beta": 0.3}, "ce_weight": 0.2, "temperature": 2.0},
             is_judged=True,
         )
-        self._recipes = {"plain": (plain, {}), "other": (other, {}), "third": (plain, {"seed": 5})}
+        self._recipes = dict(zip(JOBS, ((plain, {}), (other, {}), (plain, {"seed": 5})), strict=True))
         self._undisturbed: dict[str, list[dict[str, Any]]] = {}
-        for teacher in self.teachers:
-            teacher.start()
-        for teacher in self.teachers:
-            teacher.wait_ready()
+        self._start_teachers()
 
     def learn_undisturbed(self) -> None:
         """Fill in what `must_be_undisturbed` compares with."""
@@ -89,6 +87,21 @@ class World:
             process.succeed()
         self._undisturbed = {name: job.record() for name, job in jobs.items()}
         assert all(len(record) >= 16 for record in self._undisturbed.values())
+
+    @contextmanager
+    def beside(
+        self, name: str, *, guard: Guard | None = None, through: Sequence[str] = (), **sections: Mapping[str, Any]
+    ) -> Iterator[World]:
+        """The same jobs with two teachers of their own, which end with the `with`. See Teacher."""
+        other = copy.copy(self)
+        other._directory, other._guard = self._directory / name, guard
+        other.teachers = other._new_teachers(through, **sections)
+        other._start_teachers()
+        yield other
+        for teacher in other.teachers:
+            teacher.process.signal(signal.SIGTERM)
+        for teacher in other.teachers:
+            teacher.process.succeed()
 
     @contextmanager
     def drill(self) -> Iterator[list[Running]]:
@@ -119,12 +132,34 @@ class World:
             if teacher.process.has_ended():
                 teacher.start()
 
-    def _jobs(self, root: Path) -> dict[str, Job]:
-        addresses = [teacher.address for teacher in self.teachers]
-        return {
-            name: Job(self.processes, root / name, recipe, *addresses, checkpoint={"every": 2}, **sections)
-            for name, (recipe, sections) in self._recipes.items()
+    def _new_teachers(self, through: Sequence[str] = (), **sections: Mapping[str, Any]) -> list[Teacher]:
+        tree: dict[str, Mapping[str, Any]] = {
+            "slab": {"lease_s": LEASE_S, "claim_s": LEASE_S},
+            "jobs": {"overrides": {"hog": {"max_bytes_in_flight": 2**20}}},
+            **sections,
         }
+        reading = None if self._guard is None else self._guard.reading()
+        if self._guard is not None:
+            tree["server"] = self._guard.server()
+        directories = [self._directory / f"teacher-{number}" for number in range(2)]
+        return [
+            Teacher(self.processes, each, self._model, reading=reading, through=through, **tree) for each in directories
+        ]
+
+    def _start_teachers(self) -> None:
+        for teacher in self.teachers:
+            teacher.start()
+        for teacher in self.teachers:
+            teacher.wait_ready()
+
+    def _jobs(self, root: Path) -> dict[str, Job]:
+        return {name: self._job(root, name) for name in JOBS}
+
+    def _job(self, root: Path, name: str) -> Job:
+        recipe, sections = self._recipes[name]
+        addresses = [teacher.address for teacher in self.teachers]
+        access = {} if self._guard is None else {"access": self._guard.access(name)}
+        return Job(self.processes, root / name, recipe, *addresses, teacher=access, checkpoint={"every": 2}, **sections)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,29 @@ from tests.system.processes import Process, Processes, free_port
 class Teacher:
     """A server at an address of its own, started or not; every start is at the same address."""
 
-    def __init__(self, processes: Processes, directory: Path, model: Path, **sections: Mapping[str, Any]) -> None:
-        """Start nothing yet. `sections` are laid over a small deterministic configuration."""
+    def __init__(
+        self,
+        processes: Processes,
+        directory: Path,
+        model: Path,
+        *,
+        reading: Mapping[str, Any] | None = None,
+        through: Sequence[str] = (),
+        **sections: Mapping[str, Any],
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            reading: what httpx needs to read its REST, where not everybody may.
+            through: words before its command, which must become that command's process.
+            sections: laid over a small deterministic configuration.
+        """
         self.runtime_dir = directory / "runtime"
         self.address = f"127.0.0.1:{free_port()}"
-        self.rest = f"http://127.0.0.1:{free_port()}"
+        scheme = "https" if "tls" in sections.get("server", {}) else "http"
+        self.rest = f"{scheme}://127.0.0.1:{free_port()}"
+        self._reading = reading or {}
+        self._through = through
         self._processes = processes
         self._directory = directory
         tree: dict[str, dict[str, Any]] = {
@@ -45,7 +63,7 @@ class Teacher:
 
     def start(self) -> None:
         """Start the server; it takes requests later."""
-        command = (sys.executable, "-m", "kdmesh_teacher", str(self._directory / "teacher.yaml"))
+        command = (*self._through, sys.executable, "-m", "kdmesh_teacher", str(self._directory / "teacher.yaml"))
         self.process = self._processes.start("teacher", self._directory, *command)
 
     def wait_ready(self) -> None:
@@ -54,7 +72,7 @@ class Teacher:
 
     def get(self, path: str) -> Any:
         """The JSON that REST answers."""
-        return httpx.get(f"{self.rest}{path}").json()
+        return httpx.get(f"{self.rest}{path}", **self._reading).json()
 
     def slots(self, job: str) -> list[int]:
         """Slots of each of a job's sessions, the most first."""
@@ -74,7 +92,7 @@ class Teacher:
         return self._count("cache_hit_tokens", job=job)
 
     def _count(self, counter: str, **labels: str) -> int:
-        families = text_string_to_metric_families(httpx.get(f"{self.rest}/metrics").text)
+        families = text_string_to_metric_families(httpx.get(f"{self.rest}/metrics", **self._reading).text)
         samples = [sample for family in families for sample in family.samples]
         name = f"kdmesh_teacher_{counter}_total"
         return sum(int(sample.value) for sample in samples if sample.name == name and sample.labels == labels)
