@@ -9,7 +9,7 @@ SGLANG := .cache/sglang-env
 SGLANG_INSTALLED := $(SGLANG)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env check format proto clean
+.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env check format proto metrics clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -72,11 +72,15 @@ check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/generate_proto.py --check
+	$(BIN)/python tools/generate_metrics.py --check
 	$(BIN)/python tools/check_docs.py
 
 format: $(INSTALLED)  ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+metrics: $(INSTALLED)  ## Regenerate the tables of docs/metrics.md
+	$(BIN)/python tools/generate_metrics.py
 
 proto: $(INSTALLED)  ## Regenerate kdmesh/v1 from proto/
 	$(BIN)/python tools/generate_proto.py

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdmesh.auth.certificate_expiry import expires_at_s
 from kdmesh.auth.config import ServerTlsConfig
 from kdmesh.auth.watched import Watched, read_bytes
 from kdmesh.errors import ConfigError
@@ -20,6 +21,7 @@ class ServerCertificate:
     chain: bytes
     key: bytes
     client_ca: bytes | None
+    expires_at_s: float  # Unix time; of the chain's certificate that ends first
     context: ssl.SSLContext  # the same, for HTTP; a client need not show a certificate there
 
 
@@ -31,11 +33,13 @@ def watch_certificate(tls: ServerTlsConfig, on_failure: Callable[[], None]) -> W
 
 def read_certificate(tls: ServerTlsConfig) -> ServerCertificate:
     """Raises ConfigError when the files cannot be read, or the key is not the certificate's."""
+    context, chain = _context(tls), read_bytes(tls.cert)
     return ServerCertificate(
-        chain=read_bytes(tls.cert),
+        chain=chain,
         key=read_bytes(tls.key),
         client_ca=None if tls.client_ca is None else read_bytes(tls.client_ca),
-        context=_context(tls),
+        expires_at_s=expires_at_s(chain),
+        context=context,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
@@ -64,6 +65,9 @@ class WeightUpdates:
         self._silence_s = silence_s
         self._device = device
         self._admit = admit
+        self.updated_at_s: float | None = None
+        """When the weights that are served came, in Unix time; None: they are those of the start."""
+
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
 
     @property
@@ -79,6 +83,7 @@ class WeightUpdates:
     def start_over(self) -> None:
         """The target has the weights of the start again; no update is being received."""
         self._versions.start_over()
+        self.updated_at_s = None
 
     def close(self) -> None:
         """End the thread. Blocks for a copy under way; call it when no update is answered any more."""
@@ -145,6 +150,7 @@ class WeightUpdates:
         applying = asyncio.ensure_future(self._apply(manifest, turn.take))
         try:
             await asyncio.shield(applying)
+            self.updated_at_s = time.time()
         except asyncio.CancelledError:
             if turn.withdraw():
                 applying.cancel()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from kdmesh.serving.job_metrics import MAX_JOBS, OTHERS, UNNAMED
+from kdmesh.serving.job_metrics import JOB, MAX_JOBS, OTHERS, UNNAMED
 from kdmesh.serving.job_state import JobState
 
 
@@ -21,12 +21,12 @@ def job_families(namespace: str, states: Sequence[JobState], *, has_slab: bool) 
     slab = _gauge(namespace, "slab_bytes", "Bytes of the slots that the job holds.")
     leases = _gauge(namespace, "leases", "Sessions of the job that are open.")
     abandoned = CounterMetricFamily(
-        f"{namespace}_job_slots_abandoned", "Times a slot went out of service under the job.", labels=["job"]
+        f"{namespace}_job_slots_abandoned", "Times a slot went out of service under the job.", labels=[JOB]
     )
     refusals = CounterMetricFamily(
         f"{namespace}_job_refusals",
         "Requests of the job that waited in vain or were not let in, by what was short.",
-        labels=["job", "reason"],
+        labels=[JOB, "reason"],
     )
     for name, those in by_label.items():
         waiting.add_metric([name], sum(state.waiting_tokens for state in those))
@@ -45,4 +45,4 @@ def job_families(namespace: str, states: Sequence[JobState], *, has_slab: bool) 
 
 
 def _gauge(namespace: str, name: str, text: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"{namespace}_job_{name}", text, labels=["job"])
+    return GaugeMetricFamily(f"{namespace}_job_{name}", text, labels=[JOB])

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from kdmesh.serving.job_table import FORGET_S
 
+JOB = "kdmesh_job"  # the label; not "job", which Prometheus has for what it scrapes
 MAX_JOBS = 256  # distinct values of a label; names come from clients
 OTHERS, UNNAMED = "(others)", "(unnamed)"
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -23,6 +24,8 @@ class JobMetrics:
         self._clock = clock
         self._heard_s: dict[str, float] = {}  # when a label was last used
         self._by_job: list[Counter | Histogram] = []
+        self.label_names: dict[str, tuple[str, ...]] = {}
+        """Of each counter and histogram, by its whole name."""
 
     def job_label(self, job: str) -> str:
         """The job's name, or one common name while there are too many."""
@@ -43,18 +46,20 @@ class JobMetrics:
         for label in [label for label, heard_s in self._heard_s.items() if heard_s <= limit_s and label not in labels]:
             del self._heard_s[label]
             for metric in self._by_job:
-                metric.remove_by_labels({"job": label})
+                metric.remove_by_labels({JOB: label})
 
     def counter(self, name: str, text: str, *labels: str) -> Counter:
         """A new counter."""
+        self.label_names[f"{self._namespace}_{name}"] = labels
         counter = Counter(name, text, labels, namespace=self._namespace, registry=self.registry)
-        if "job" in labels:
+        if JOB in labels:
             self._by_job.append(counter)
         return counter
 
     def histogram(self, name: str, text: str, *labels: str) -> Histogram:
         """A new histogram of seconds."""
+        self.label_names[f"{self._namespace}_{name}"] = labels
         histogram = Histogram(name, text, labels, namespace=self._namespace, registry=self.registry, buckets=_SECONDS)
-        if "job" in labels:
+        if JOB in labels:
             self._by_job.append(histogram)
         return histogram

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
+from prometheus_client.parser import text_string_to_metric_families as families
 
 from kdmesh.auth.config import AccessConfig, ClientTlsConfig
 from kdmesh.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
@@ -74,7 +76,11 @@ async def test_rows_and_metrics_come_encrypted_from_the_server_that_is_meant(tmp
             url = f"https://{teacher.addresses.rest}"
             assert (await http.get(f"{url}/readyz")).status_code == 200
             assert (await http.get(f"{url}/metrics")).status_code == 401
-            assert (await http.get(f"{url}/metrics", headers={"Authorization": f"Bearer {JOB}"})).status_code == 200
+            metrics = await http.get(f"{url}/metrics", headers={"Authorization": f"Bearer {JOB}"})
+        assert metrics.status_code == 200
+        until = x509.load_pem_x509_certificate(server.cert.read_bytes()).not_valid_after_utc
+        samples = {sample.name: sample.value for family in families(metrics.text) for sample in family.samples}
+        assert samples["kdmesh_teacher_certificate_expires_timestamp_seconds"] == until.timestamp()
 
 
 async def test_a_certificate_is_exchanged_while_a_client_streams(

@@ -59,7 +59,7 @@ async def test_a_job_with_a_token_is_served_under_the_name_that_the_server_knows
         async with teacher_client(teacher.addresses.grpc, access_with(JOB, tmp_path), job="whatever") as client:
             await asks_for_rows(client)
         said = await metrics(teacher)
-    assert 'kdmesh_teacher_tokens_total{job="job-one"} 9.0' in said
+    assert 'kdmesh_teacher_tokens_total{kdmesh_job="job-one"} 9.0' in said
     assert "whatever" not in said
 
 

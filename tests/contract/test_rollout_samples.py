@@ -266,7 +266,7 @@ async def test_metrics_parse_and_count() -> None:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-    job = ("job", "counted")
+    job = ("kdmesh_job", "counted")
     assert found["samples_total", (job, ("reason", "length"))] == 3
     assert found["tokens_total", (job,)] == 18
     assert found["requests_total", (job, ("outcome", "ok"))] == 1

@@ -326,4 +326,4 @@ def test_a_server_killed_while_it_writes_leaves_only_whole_rows(tmp_path: Path) 
         rows_in_time(teacher, asked)
         text = httpx.get(f"http://{teacher.rest}/metrics").text
         assert "kdmesh_teacher_tokens_total{" not in text  # nothing was prefilled
-        assert 'kdmesh_teacher_cache_hits_total{job="test"} 40.0' in text
+        assert 'kdmesh_teacher_cache_hits_total{kdmesh_job="test"} 40.0' in text

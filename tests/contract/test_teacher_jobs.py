@@ -231,10 +231,10 @@ async def test_metrics_tell_what_each_job_waits_for_and_holds(tmp_path: Path) ->
         with pytest.raises(errors.Unavailable):
             await ask(client)
         text = (await rest(teacher, "/metrics")).text
-        assert 'kdmesh_teacher_job_slab_bytes{job="keeper"} 65536.0' in text
-        assert 'kdmesh_teacher_job_leases{job="keeper"} 1.0' in text
-        assert 'kdmesh_teacher_job_waiting_tokens{job="keeper"} 0.0' in text
-        assert 'kdmesh_teacher_job_refusals_total{job="keeper",reason="max_requests_per_s"} 1.0' in text
-        assert 'kdmesh_teacher_tokens_total{job="keeper"} 9.0' in text
-        assert 'kdmesh_teacher_queue_seconds_count{job="keeper"} 1.0' in text
+        assert 'kdmesh_teacher_job_slab_bytes{kdmesh_job="keeper"} 65536.0' in text
+        assert 'kdmesh_teacher_job_leases{kdmesh_job="keeper"} 1.0' in text
+        assert 'kdmesh_teacher_job_waiting_tokens{kdmesh_job="keeper"} 0.0' in text
+        assert 'kdmesh_teacher_job_refusals_total{kdmesh_job="keeper",reason="max_requests_per_s"} 1.0' in text
+        assert 'kdmesh_teacher_tokens_total{kdmesh_job="keeper"} 9.0' in text
+        assert 'kdmesh_teacher_queue_seconds_count{kdmesh_job="keeper"} 1.0' in text
         del kept

@@ -136,6 +136,7 @@ async def test_rest_says_why_it_is_not_ready(tmp_path: Path) -> None:
         for path in ("/readyz", "/v1/model", "/v1/slab", "/v1/sessions"):
             answer = await http.get(base + path)
             assert (answer.status_code, answer.json()) == (503, {"reason": "the server is loading the model"})
+        assert "kdmesh_teacher_ready 0.0" in (await http.get(f"{base}/metrics")).text
 
 
 def test_rest_shows_model_sessions_and_slab_and_no_secret(teacher: TeacherProcess) -> None:
@@ -175,7 +176,7 @@ def test_metrics_parse_and_count(teacher: TeacherProcess) -> None:
         with pytest.raises(errors.InvalidRequest):
             counted.submit([sequence(9, vocabulary_size=1000)]).wait()
         assert scraped(teacher)["sessions", ()] == 2
-    after, job = scraped(teacher), ("job", "counted")
+    after, job = scraped(teacher), ("kdmesh_job", "counted")
     assert after["tokens_total", (job,)] == 9
     assert after["rows_total", (job,)] == 8
     assert after["requests_total", (job, ("outcome", "ok"))] == 1
@@ -183,6 +184,7 @@ def test_metrics_parse_and_count(teacher: TeacherProcess) -> None:
     assert after["queue_seconds_count", (job,)] == 1
     assert after["slots", (("state", "free"),)] == 4
     assert after["sessions", ()] == 0
+    assert after["ready", ()] == 1
     for door, rows in (("stream", 8), ("shm", 4)):
         key = "bytes_total", (("door", door),)
         assert after[key] - before[key] == rows * 32

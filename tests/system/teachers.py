@@ -81,15 +81,15 @@ class Teacher:
 
     def num_answered(self, job: str) -> int:
         """Requests of a job that were answered with rows."""
-        return self._count("requests", job=job, outcome="ok")
+        return self._count("requests", kdmesh_job=job, outcome="ok")
 
     def num_prefilled(self, job: str) -> int:
         """Tokens that were computed for a job."""
-        return self._count("tokens", job=job)
+        return self._count("tokens", kdmesh_job=job)
 
     def num_kept(self, job: str) -> int:
         """Tokens of sequences whose rows a job got from the cache."""
-        return self._count("cache_hit_tokens", job=job)
+        return self._count("cache_hit_tokens", kdmesh_job=job)
 
     def _count(self, counter: str, **labels: str) -> int:
         families = text_string_to_metric_families(httpx.get(f"{self.rest}/metrics", **self._reading).text)

@@ -24,8 +24,8 @@ class Clock:
 def test_numbers_of_jobs_that_left_long_ago_are_gone_and_the_others_stay() -> None:
     clock = Clock()
     metrics = JobMetrics("kdmesh_test", clock=clock)
-    requests = metrics.counter("requests", "Requests.", "job", "outcome")
-    waits = metrics.histogram("wait_seconds", "Waits.", "job")
+    requests = metrics.counter("requests", "Requests.", "kdmesh_job", "outcome")
+    waits = metrics.histogram("wait_seconds", "Waits.", "kdmesh_job")
     for job in ("left", "present", ""):
         requests.labels(metrics.job_label(job), "ok").inc()
         waits.labels(metrics.job_label(job)).observe(1)
@@ -33,9 +33,9 @@ def test_numbers_of_jobs_that_left_long_ago_are_gone_and_the_others_stay() -> No
     requests.labels(metrics.job_label(""), "ok").inc()
     metrics.forget_silent({"present"})
     text = generate_latest(metrics.registry).decode()
-    assert 'job="left"' not in text
-    assert 'kdmesh_test_requests_total{job="present",outcome="ok"} 1.0' in text
-    assert 'kdmesh_test_wait_seconds_count{job="(unnamed)"} 1.0' in text
+    assert 'kdmesh_job="left"' not in text
+    assert 'kdmesh_test_requests_total{kdmesh_job="present",outcome="ok"} 1.0' in text
+    assert 'kdmesh_test_wait_seconds_count{kdmesh_job="(unnamed)"} 1.0' in text
 
 
 def test_any_number_of_jobs_makes_a_bounded_number_of_labels_and_room_comes_back() -> None:
@@ -57,7 +57,7 @@ def test_jobs_that_are_too_many_are_added_up() -> None:
     held = {name: Holdings(sessions=1, slots=1, slab_bytes=7) for name in names}
     families = job_families("kdmesh_test", job_states(table, FairQueue(), held), has_slab=True)
     by_name = {family.name: family.samples for family in families}
-    slab = {sample.labels["job"]: sample.value for sample in by_name["kdmesh_test_job_slab_bytes"]}
+    slab = {sample.labels["kdmesh_job"]: sample.value for sample in by_name["kdmesh_test_job_slab_bytes"]}
     assert len(slab) == MAX_JOBS + 1
     assert (slab["job-0000"], slab["(others)"]) == (7, 70)
     assert {sample.value for sample in by_name["kdmesh_test_job_refusals"]} == {1, 10}

@@ -18,6 +18,7 @@ from kdmesh import config as kdmesh_config
 from kdmesh.errors import ConfigError
 from kdmesh_trainer import progress, telemetry, trackers
 from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.metrics import Metrics
 from kdmesh_trainer.stats import RolloutFigures, SampleScores, Scores, StepStats
 
 
@@ -87,10 +88,12 @@ class Recorder:
 def run(path: Path, *, imbalance: float | None = None) -> tuple[telemetry.RunTelemetry, Recorder, Recorder]:
     display, tracker = Recorder(), Recorder()
     record = telemetry.RunTelemetry(
-        metrics=path / "metrics.jsonl",
+        record=path / "metrics.jsonl",
         steps=10,
         progress=display,
         trackers=[tracker],
+        metrics=Metrics("job", steps=10),
+        metrics_server=None,
         doors=lambda: {"shm": "it is the best"},
         imbalance=lambda: imbalance,
     )

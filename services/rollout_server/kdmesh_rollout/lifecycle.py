@@ -12,6 +12,7 @@ from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.security import open_security
+from kdmesh.serving.server_families import ServerCollector
 from kdmesh.serving.status_routes import add_status_routes
 from kdmesh.v1.rollout_pb2_grpc import add_RolloutServicer_to_server
 from kdmesh_rollout.config import RolloutConfig
@@ -49,6 +50,7 @@ async def serve(
     """
     gate, metrics = Gate[Parts](), Metrics()
     security = open_security(config.server, metrics)
+    metrics.registry.register(ServerCollector("kdmesh_rollout", gate, security.certificate))
     servicer = Servicer(gate, metrics, max_request_s=config.queue.max_request_s)
     app = rest.build_app("kdmesh rollout", gate, metrics.registry, security.authority)
     rest.add_sleep_routes(app, lambda: gate.parts().sleep)

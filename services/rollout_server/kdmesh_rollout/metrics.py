@@ -9,8 +9,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kdmesh.serving.job_families import job_families
-from kdmesh.serving.job_metrics import JobMetrics
+from kdmesh.serving.job_metrics import JOB, JobMetrics
 from kdmesh.serving.job_state import JobState
+from kdmesh.serving.server_families import served_families
 from kdmesh.serving.sleep_metric import asleep_gauge
 from kdmesh.types import Sample, SleepTag
 
@@ -25,7 +26,10 @@ class Gauges:
     running_samples: int
     waiting_samples: int
     waiting_tokens: int
+    engine_tokens_per_s: float  # 0 before the first step
+    model: str
     weight_version: int
+    weights_updated_at_s: float | None  # Unix time; None: they are those of the start
     drawn_tokens: int
     prefilled_tokens: int
     asleep: frozenset[SleepTag]
@@ -39,10 +43,10 @@ class Metrics(JobMetrics):
 
     def __init__(self) -> None:
         super().__init__(_NAMESPACE)
-        self._samples = self.counter("samples", "Finished samples by why they ended.", "job", "reason")
-        self._tokens = self.counter("tokens", "Tokens of finished samples.", "job")
-        self._requests = self.counter("requests", "Requests by what came of them.", "job", "outcome")
-        self._queue_seconds = self.histogram("queue_seconds", "From arrival to a sample's first step.", "job")
+        self._samples = self.counter("samples", "Finished samples by why they ended.", JOB, "reason")
+        self._tokens = self.counter("tokens", "Tokens of finished samples.", JOB)
+        self._requests = self.counter("requests", "Requests by what came of them.", JOB, "outcome")
+        self._queue_seconds = self.histogram("queue_seconds", "From arrival to a sample's first step.", JOB)
         self._step_seconds = self.histogram("step_seconds", "Duration of a step: a token, or, in SGLang, a sample.")
 
     def watch(self, look: Callable[[], Gauges]) -> None:
@@ -82,9 +86,11 @@ class _Collector(Collector):
             ("running_samples", "Samples being decoded.", now.running_samples),
             ("waiting_samples", "Samples that have not started.", now.waiting_samples),
             ("waiting_tokens", "Tokens of prompts, and of the longest responses, that wait.", now.waiting_tokens),
+            ("engine_tokens_per_second", "What the engine draws lately while it works.", now.engine_tokens_per_s),
             ("weight_version", "Weights that are served; 0 for those of the start.", now.weight_version),
         ):
             yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
+        yield from served_families(_NAMESPACE, now.model, now.weights_updated_at_s)
         yield asleep_gauge(_NAMESPACE, now.asleep)
         for name, text, value in (
             ("drawn_tokens", "Tokens drawn, those of aborted samples too.", now.drawn_tokens),

@@ -13,6 +13,7 @@ from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.security import open_security
+from kdmesh.serving.server_families import ServerCollector
 from kdmesh.serving.status_routes import add_status_routes
 from kdmesh.v1.teacher_pb2_grpc import add_TeacherServicer_to_server
 from kdmesh_teacher.config import TeacherConfig
@@ -52,6 +53,7 @@ async def serve(
     """
     gate, metrics = Gate[Parts](), Metrics()
     security = open_security(config.server, metrics)
+    metrics.registry.register(ServerCollector("kdmesh_teacher", gate, security.certificate))
     servicer = Servicer(gate, metrics)
     app = rest.build_app("kdmesh teacher", gate, metrics.registry, security.authority)
     rest.add_sleep_routes(app, lambda: gate.parts().sleep)
@@ -96,7 +98,10 @@ def _gauges(parts: Parts) -> Gauges:
         waiting_tokens=queue.num_tokens,
         waiting_requests=queue.num_requests,
         cached_tokens=parts.cached_tokens(),
+        engine_tokens_per_s=parts.scheduler.load.tokens_per_s or 0.0,
+        model=parts.model_at_start.name,
         weight_version=parts.scheduler.weights.version,
+        weights_updated_at_s=None if parts.updates is None else parts.updates.updated_at_s,
         cache=None if parts.cache is None else parts.cache.state(),
         asleep=parts.sleep.asleep,
     )

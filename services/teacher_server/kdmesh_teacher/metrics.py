@@ -11,8 +11,9 @@ from prometheus_client.registry import Collector
 
 from kdmesh.handles.reports import Snapshot
 from kdmesh.serving.job_families import job_families
-from kdmesh.serving.job_metrics import JobMetrics
+from kdmesh.serving.job_metrics import JOB, JobMetrics
 from kdmesh.serving.job_state import JobState
+from kdmesh.serving.server_families import served_families
 from kdmesh.serving.sleep_metric import asleep_gauge
 from kdmesh.types import SleepTag, TokenSequence
 from kdmesh_teacher.cache.report import CacheState, TierState
@@ -31,7 +32,10 @@ class Gauges:
     waiting_tokens: int
     waiting_requests: int
     cached_tokens: int
+    engine_tokens_per_s: float  # 0 before the first batch
+    model: str
     weight_version: int
+    weights_updated_at_s: float | None  # Unix time; None: they are those of the start
     cache: CacheState | None  # None: nothing is kept
     asleep: frozenset[SleepTag]
 
@@ -44,15 +48,15 @@ class Metrics(JobMetrics):
 
     def __init__(self) -> None:
         super().__init__(_NAMESPACE)
-        self._tokens = self.counter("tokens", "Tokens prefilled.", "job")
-        self._rows = self.counter("rows", "Rows computed.", "job")
-        self._requests = self.counter("requests", "Requests by what came of them.", "job", "outcome")
-        self._cache_hits = self.counter("cache_hits", "Sequences that the cache had.", "job")
-        self._cache_misses = self.counter("cache_misses", "Sequences that the cache did not have.", "job")
-        self._cache_hit_tokens = self.counter("cache_hit_tokens", "Tokens of the former: not prefilled.", "job")
-        self._cache_hit_bytes = self.counter("cache_hit_bytes", "Bytes of rows from the cache.", "job")
+        self._tokens = self.counter("tokens", "Tokens prefilled.", JOB)
+        self._rows = self.counter("rows", "Rows computed.", JOB)
+        self._requests = self.counter("requests", "Requests by what came of them.", JOB, "outcome")
+        self._cache_hits = self.counter("cache_hits", "Sequences that the cache had.", JOB)
+        self._cache_misses = self.counter("cache_misses", "Sequences that the cache did not have.", JOB)
+        self._cache_hit_tokens = self.counter("cache_hit_tokens", "Tokens of what the cache had: not prefilled.", JOB)
+        self._cache_hit_bytes = self.counter("cache_hit_bytes", "Bytes of rows from the cache.", JOB)
         self._sent_bytes = dict.fromkeys(_SENDING_DOORS, 0)
-        self._queue_seconds = self.histogram("queue_seconds", "From arrival to the start of the prefill.", "job")
+        self._queue_seconds = self.histogram("queue_seconds", "From arrival to the start of the prefill.", JOB)
         self._engine_seconds = self.histogram("engine_seconds", "Duration of a batch in the engine.")
 
     def watch(self, look: Callable[[], Gauges]) -> None:
@@ -113,9 +117,11 @@ class _Collector(Collector):
             ("slab_bytes", "Shared memory of slots, orphans and heads.", _slab_bytes(now.slab)),
             ("waiting_tokens", "Tokens of requests that have not started.", now.waiting_tokens),
             ("waiting_requests", "Requests that have not started.", now.waiting_requests),
+            ("engine_tokens_per_second", "What the engine computes lately while it works.", now.engine_tokens_per_s),
             ("weight_version", "Number of the weights that are served.", now.weight_version),
         ):
             yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
+        yield from served_families(_NAMESPACE, now.model, now.weights_updated_at_s)
         yield asleep_gauge(_NAMESPACE, now.asleep)
         if now.cache is not None:
             yield from _cache(now.cache)

@@ -13,7 +13,7 @@ from typing import assert_never
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from kdmesh.errors import ConfigError
+from kdmesh.errors import ConfigError, NotFinite
 from kdmesh.losses import Divergence, SampledDivergence, build_divergence, custom_divergence, truncated
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import model_fingerprint
@@ -117,7 +117,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         optimizer = build_adamw(student, cfg.optimizer)
         copy = None if teachers is None or cfg.teacher is None else build_copy(teachers.only, student)
         source = _source(cfg, checked, data, teachers, student, mesh, stack)
-        yield Parts(
+        parts = Parts(
             source=source,
             stepper=GradientStepper(
                 student,
@@ -144,6 +144,11 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             stop=AgreedStop(signals, mesh),
             telemetry=telemetry,
         )
+        try:
+            yield parts
+        except NotFinite:  # on every rank
+            mesh.on_first(telemetry.report_not_finite)
+            raise
 
 
 def check(cfg: config.TrainerConfig) -> Checked:

@@ -11,6 +11,7 @@ from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
+from kdmesh_trainer.metrics_config import MetricsConfig
 from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
@@ -266,6 +267,9 @@ class TrainerConfig(StrictModel):
 
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Beside the console and metrics.jsonl, which are always written."""
+
+    metrics: MetricsConfig | None = None
+    """Where Prometheus reads how the run goes; null: nowhere."""
 
     seed: int = Field(0, ge=0)
     """Order of the data and initial weights."""

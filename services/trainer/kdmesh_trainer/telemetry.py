@@ -10,13 +10,15 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from kdmesh_trainer import config
 from kdmesh_trainer.files import keep_before
+from kdmesh_trainer.metrics import Metrics
+from kdmesh_trainer.metrics_server import MetricsServer, serving
 from kdmesh_trainer.progress import LogProgress, Progress, Reading, TerminalProgress
 from kdmesh_trainer.stats import Scores, StepStats
 from kdmesh_trainer.trackers import Tracker, build_trackers
@@ -28,14 +30,15 @@ _STEP_PHASES = ("batch", "update", "publish")
 _SHORTEST_WAIT_S = 1e-3  # a shorter one says nothing of how fast the other side is
 
 
+@contextmanager
 def open_telemetry(
     cfg: config.TrainerConfig,
     *,
     rank: int,
     doors: Callable[[], Mapping[str, str]],
     imbalance: Callable[[], float | None],
-) -> AbstractContextManager[RunTelemetry | SilentTelemetry]:
-    """What the loop reports to: on rank 0 metrics.jsonl, the progress line and the trackers; elsewhere nothing.
+) -> Iterator[RunTelemetry | SilentTelemetry]:
+    """What the loop reports to: on rank 0 files, people, trackers and Prometheus; elsewhere nothing.
 
     Args:
         doors: through which rows come now, and why through these; empty without a teacher.
@@ -43,21 +46,26 @@ def open_telemetry(
             two.
 
     Raises:
-        ConfigError: a tracker is not installed.
+        ConfigError: a tracker is not installed, or the port of the metrics is not to be had.
     """
     if rank != 0:
-        return contextlib.nullcontext(SilentTelemetry())
+        yield SilentTelemetry()
+        return
     progress: Progress = TerminalProgress() if sys.stderr.isatty() else LogProgress(every_s=10.0)
-    return contextlib.closing(
-        RunTelemetry(
-            metrics=cfg.output / "metrics.jsonl",
+    metrics = Metrics(cfg.output.resolve().name, steps=cfg.steps)
+    with ExitStack() as stack:
+        server = None if cfg.metrics is None else stack.enter_context(serving(cfg.metrics, metrics.registry))
+        telemetry = RunTelemetry(
+            record=cfg.output / "metrics.jsonl",
             steps=cfg.steps,
             progress=progress,
             trackers=build_trackers(cfg),
+            metrics=metrics,
+            metrics_server=server,
             doors=doors,
             imbalance=imbalance,
         )
-    )
+        yield stack.enter_context(contextlib.closing(telemetry))
 
 
 class SilentTelemetry:
@@ -76,6 +84,9 @@ class SilentTelemetry:
     def report_scores(self, step: int, scores: Scores) -> None:
         """Nothing."""
 
+    def report_not_finite(self) -> None:
+        """Nothing."""
+
 
 class RunTelemetry:
     """The record of a run: one line per step and evaluation in metrics.jsonl, the same to trackers, a digest to people.
@@ -87,14 +98,18 @@ class RunTelemetry:
     def __init__(
         self,
         *,
-        metrics: Path,
+        record: Path,
         steps: int,
         progress: Progress,
         trackers: list[Tracker],
+        metrics: Metrics,
+        metrics_server: MetricsServer | None,
         doors: Callable[[], Mapping[str, str]],
         imbalance: Callable[[], float | None],
     ) -> None:
-        self._path = metrics
+        self._path = record
+        self._metrics = metrics
+        self._metrics_server = metrics_server
         self._steps = steps
         self._progress = progress
         self._trackers = trackers
@@ -143,6 +158,8 @@ class RunTelemetry:
         if (imbalance := self._imbalance()) is not None:
             figures["teacher_imbalance"] = imbalance
         seconds = _seconds(stats, phase_s)
+        self._metrics.step_done(step + 1, stats, phase_s=phase_s, bound_s=seconds, step_s=step_s)
+        self._metrics.rows_came(self._doors().keys(), imbalance)
         bounded_by = max(seconds, key=lambda name: seconds[name])
         facts = {"phase_tokens_per_second": _rates(stats, seconds), "bounded_by": bounded_by}
         self._write("step", step, {**figures, **facts, "phase_s": phase_s, **self._door()})
@@ -156,7 +173,14 @@ class RunTelemetry:
         self._totals.scores = {name: value for name, value in figures.items() if value is not None}
         self._write("evaluation", step, {**figures, "evaluate_s": seconds})
         self._track("held_out", step, figures)
+        self._metrics.evaluated(scores, seconds)
         log.info("held-out data evaluated", extra={"step": step, **self._totals.scores})
+
+    def report_not_finite(self) -> None:
+        """The run ends because a loss is not finite; wait until Prometheus knows."""
+        self._metrics.not_finite()
+        if self._metrics_server is not None:
+            self._metrics_server.await_reading()
 
     def close(self) -> None:
         """End the display, say the summary, and give up files and trackers."""
