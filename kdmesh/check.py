@@ -20,6 +20,7 @@ from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import FakeEngine as TeacherFake
 from kdmesh_teacher.config import TeacherConfig
+from kdmesh_trainer.algorithm_config import CustomAlgorithm
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.data_config import CustomDataset, DatasetConfig, OtherTokenizer
 from kdmesh_trainer.objective_config import CustomDivergence, Distill
@@ -97,9 +98,8 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     context = cfg.data.teacher_context
     if context is not None and context.kind == "template" and not context.path.is_file():
         yield f"data.teacher_context.path: there is no file {context.path}"
-    if isinstance(cfg.objective, Distill) and isinstance(cfg.objective.divergence, CustomDivergence):
-        custom = cfg.objective.divergence
-        yield from _function("objective.divergence", custom.target, custom.params, positional=2)
+    if isinstance(cfg.objective, Distill):
+        yield from _own_code(cfg.objective)
     for name, teacher in cfg.all_teachers.items():
         key = f"teachers.{name}" if name else "teacher"
         yield from _addresses(f"{key}.addresses", teacher.addresses)
@@ -110,6 +110,14 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
         yield from _access("source.rollouts", rollouts.access, rollouts.addresses)
     if cfg.output.exists() and not cfg.output.is_dir():
         yield f"output: {cfg.output} is not a directory"
+
+
+def _own_code(objective: Distill) -> Iterator[str]:
+    if isinstance(divergence := objective.divergence, CustomDivergence):
+        yield from _function("objective.divergence", divergence.target, divergence.params, positional=2)
+    if isinstance(algorithm := objective.algorithm, CustomAlgorithm):
+        key = "objective.algorithm"
+        yield from _function(key, algorithm.target, algorithm.params, positional=1, is_class=True)
 
 
 def _addresses(key: str, addresses: Sequence[str]) -> Iterator[str]:
@@ -205,7 +213,9 @@ def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
         yield f"{key}.path: {path} is not a {', '.join(_DATA_SUFFIXES)} file"
 
 
-def _function(key: str, target: str, params: Mapping[str, object], *, positional: int) -> Iterator[str]:
+def _function(
+    key: str, target: str, params: Mapping[str, object], *, positional: int, is_class: bool = False
+) -> Iterator[str]:
     """What is wrong with `module:function`, read from its source: importing it could load anything."""
     module, _, name = target.partition(":")
     spec = _find(module)
@@ -222,9 +232,16 @@ def _function(key: str, target: str, params: Mapping[str, object], *, positional
     if name not in defined:
         yield f"{key}.target: {spec.origin} defines no {name!r}"
         return
-    function = defined[name]
-    if isinstance(function, ast.FunctionDef):
-        yield from (f"{key}.params: {problem}" for problem in _misfits(function, params, positional))
+    match defined[name]:
+        case ast.FunctionDef() if is_class:
+            yield f"{key}.target: {name} is a function, and must be a class"
+        case ast.FunctionDef() as function:
+            yield from (f"{key}.params: {problem}" for problem in _misfits(name, function, params, positional))
+        case ast.ClassDef() as defined_class:
+            for method in defined_class.body:  # an inherited one can only be known by importing
+                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                    problems = _misfits(name, method, params, positional + 1)
+                    yield from (f"{key}.params: {problem}" for problem in problems)
 
 
 def _find(module: str) -> ModuleSpec | None:
@@ -256,7 +273,7 @@ def _definitions(source: Path) -> dict[str, ast.AST]:
     return names
 
 
-def _misfits(function: ast.FunctionDef, params: Mapping[str, object], positional: int) -> Iterator[str]:
+def _misfits(name: str, function: ast.FunctionDef, params: Mapping[str, object], positional: int) -> Iterator[str]:
     """Parameters that the function lacks, and those it requires; its first `positional` ones are filled by us."""
     arguments = function.args
     in_order = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
@@ -266,5 +283,5 @@ def _misfits(function: ast.FunctionDef, params: Mapping[str, object], positional
     without_default = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     required |= {argument.arg for argument, default in without_default if default is None}
     if arguments.kwarg is None:
-        yield from (f"{function.name} has no parameter {name!r}" for name in params.keys() - by_name)
-    yield from (f"{function.name} requires {name!r}" for name in sorted(required - params.keys()))
+        yield from (f"{name} has no parameter {param!r}" for param in params.keys() - by_name)
+    yield from (f"{name} requires {param!r}" for param in sorted(required - params.keys()))

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from tests.system.conftest import Materials, Undisturbed
 from tests.system.processes import ROOT, Process, Processes
@@ -43,7 +44,7 @@ def run(processes: Processes, directory: Path, *arguments: str) -> Process:
 
 
 def test_page_names_every_file_that_it_shows(directory: Path) -> None:
-    names = {"my.yaml", "my_losses.py", "test_my_losses.py", "my_data.py", "questions.csv"}
+    names = {"my.yaml", "my_losses.py", "test_my_losses.py", "my_algorithm.py", "my_data.py", "questions.csv"}
     assert {file.name for file in directory.iterdir()} == names
     assert PAGE.read_text(encoding="utf-8").count("\n```") == 2 * len(names) + 2  # and the two commands
 
@@ -75,3 +76,9 @@ def test_files_of_the_page_train_a_student(
     assert (directory / "runs" / "mine" / "final" / "config.json").is_file()
     text = (directory / "runs" / "mine" / "metrics.jsonl").read_text()
     assert text.count('"kind": "step"') == 3
+    (checkpoint,) = (directory / "runs" / "mine" / "checkpoints").glob("step-*")
+    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    assert {name for name in saved if "algorithm" in name} == {
+        "model.algorithm.projector.weight",
+        *(f"optimizer.algorithm.projector.weight.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")),
+    }

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from typing import assert_never
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdmesh.errors import ConfigError, NotFinite
-from kdmesh.losses import Divergence, SampledDivergence, build_divergence, custom_divergence, truncated
+from kdmesh.losses import Divergence, SampledDivergence
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.head import head_spec
 from kdmesh.tokens import digest, tokenizer_fingerprint
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
+from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
+from kdmesh_trainer.build_objective import build_algorithm, build_objective, build_optimizer, resolve_divergence
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
 from kdmesh_trainer.build_teacher import build_copy, build_publisher
 from kdmesh_trainer.build_teachers import Teachers, open_teachers
@@ -36,9 +39,7 @@ from kdmesh_trainer.loop import Evaluator, Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
-from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
-from kdmesh_trainer.objective_config import CustomDivergence, Distill, Sft
-from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.objective_config import Distill, Sft
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
 from kdmesh_trainer.sources.off_policy import OffPolicySource
@@ -72,6 +73,7 @@ class Checked:
     train: Reader
     held_out: Reader | None
     divergence: Divergence | SampledDivergence | None  # None: the objective has none
+    build_algorithm: BuildAlgorithm | None  # None: the objective has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,17 +113,27 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         identity = _identity(cfg, lm, data, teachers)
         _refuse_unequal_ranks(identity, mesh)
         adapter = None if cfg.student.lora is None else add_adapter(lm, cfg.student.lora, seed=cfg.seed)
-        student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter)
+        algorithm = build_algorithm(
+            checked.build_algorithm,
+            lm,
+            teachers,
+            vocabulary_size=vocabulary_size,
+            tokens=checked.teacher_tokens,
+            device=mesh.device,
+            seed=cfg.seed,
+        )
+        beside = algorithm if isinstance(algorithm, nn.Module) else None
+        student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=beside)
         shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.student.compute_dtype))
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
-        optimizer = build_adamw(student, cfg.optimizer)
+        optimizer = build_optimizer(cfg, student)
         copy = None if teachers is None or cfg.teacher is None else build_copy(teachers.only, student)
         source = _source(cfg, checked, data, teachers, student, mesh, stack)
         parts = Parts(
             source=source,
             stepper=GradientStepper(
                 student,
-                _objective(cfg, checked.divergence, teachers),
+                build_objective(cfg, checked.divergence, algorithm, teachers),
                 optimizer,
                 config=cfg.optimizer,
                 steps=cfg.steps,
@@ -175,19 +187,9 @@ def check(cfg: config.TrainerConfig) -> Checked:
         encoder=encoder,
         train=open_dataset(cfg.data.train, teacher=columns),
         held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher=columns),
-        divergence=_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
+        divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
+        build_algorithm=resolve_algorithm(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else None,
     )
-
-
-def _divergence(cfg: Distill) -> Divergence | SampledDivergence:
-    """The divergence `cfg` names, with its own parameters bound and no others."""
-    if isinstance(cfg.divergence, CustomDivergence):
-        divergence: Divergence | SampledDivergence = custom_divergence(cfg.divergence.target, cfg.divergence.params)
-    else:
-        divergence = build_divergence(cfg.divergence.name, cfg.divergence.model_dump(exclude={"name"}))
-    if cfg.keep is None or isinstance(divergence, SampledDivergence):
-        return divergence
-    return truncated(divergence, top_k=cfg.keep.top_k, top_p=cfg.keep.top_p)
 
 
 def _read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None) -> _Data:
@@ -283,26 +285,6 @@ def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
                     f"{key} is {value} on rank {mesh.rank} and {other[key]} on rank {rank}; "
                     "every rank must read the same"
                 )
-
-
-def _objective(
-    cfg: config.TrainerConfig, divergence: Divergence | SampledDivergence | None, teachers: Teachers | None
-) -> Objective:
-    match cfg.objective:
-        case Distill():
-            assert divergence is not None and teachers is not None
-            return Distillation(
-                divergence=divergence,
-                **cfg.objective.numbers_at(0),
-                numbers_at=cfg.objective.numbers_at,
-                teacher_head=teachers.heads,
-                with_entropies=isinstance(cfg.source, config.OnPolicy),
-                top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
-            )
-        case Sft():
-            return CrossEntropy()
-        case _:
-            assert_never(cfg.objective)
 
 
 def _source(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from kdmesh.losses import OutputHead
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.build_teacher import Teacher, open_teacher
 from kdmesh_trainer.config import TrainerConfig
@@ -48,6 +49,10 @@ class Teachers:
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
         return {key: value for teacher in self.by_name.values() for key, value in teacher.identity().items()}
+
+    def whole_heads(self) -> dict[str, OutputHead]:
+        """Of each, over its real tokens, on the CPU; that of the only one is empty. Blocks."""
+        return {name: each.pool.head()[0].sliced(self.vocabulary_size) for name, each in self.by_name.items()}
 
     def check_requests(self, dataset: str, sequences: Sequence[TokenSequence]) -> None:
         """Return when every teacher takes what it will be asked for. Raises DataError."""

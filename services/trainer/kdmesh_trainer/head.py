@@ -48,6 +48,10 @@ class Heads(Protocol):
         """
         ...
 
+    def whole_targets(self, rows: TeacherRows | PanelRows) -> tuple[Target, ...]:
+        """The same over all tokens of a teacher, also of one that has another tokenizer."""
+        ...
+
 
 class TeacherHead:
     """Holds one version of the head on this rank's device, and fetches another only when rows need it."""
@@ -71,7 +75,7 @@ class TeacherHead:
         self._vocabulary_size = vocabulary_size
         self._device = device
         self._version: int | None = None
-        self._head: OutputHead | None = None
+        self._held: dict[bool, OutputHead] = {}  # over all tokens, and over the shared ones
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,27 +92,44 @@ class TeacherHead:
         assert not isinstance(rows, PanelRows)
         return (Target(index_R=None, teachers=(self.teacher(rows, 1.0),)),)
 
-    def teacher(self, rows: TeacherRows, weight: float) -> MixedTeacher:
-        """The rows with their head, on this rank's device, as a part of a mixture."""
-        return MixedTeacher(hidden_RE=rows.rows_RD.to(self._device), head=self.at(rows.weight_version), weight=weight)
+    def whole_targets(self, rows: TeacherRows | PanelRows) -> tuple[Target, ...]:
+        """See Heads."""
+        if self._student_S is None:
+            return self.targets(rows)
+        assert isinstance(rows, PanelRows)
+        (part,) = rows.parts
+        return (Target(index_R=part.index_R, teachers=(self.teacher(part.rows, 1.0, is_whole=True),)),)
 
-    def at(self, weight_version: int) -> OutputHead:
-        """The head that turns rows of `weight_version` into logits over the real vocabulary. Borrowed.
+    def teacher(self, rows: TeacherRows, weight: float, *, is_whole: bool = False) -> MixedTeacher:
+        """The rows with their head, on this rank's device, as a part of a mixture."""
+        head = self.at(rows.weight_version, is_whole=is_whole)
+        return MixedTeacher(hidden_RE=rows.rows_RD.to(self._device), head=head, weight=weight)
+
+    def at(self, weight_version: int, *, is_whole: bool = False) -> OutputHead:
+        """The head that turns rows of `weight_version` into logits over the shared tokens. Borrowed.
+
+        Args:
+            is_whole: over all real tokens of the teacher instead.
 
         Raises:
             ModelMismatch: the service has another version by now, so these rows cannot be used.
         """
-        if self._head is None or self._version != weight_version:
-            self._head = None  # let go of the old one before the new one takes as much memory
+        is_whole = is_whole or self._teacher_S is None
+        if self._version != weight_version or is_whole not in self._held:
+            # Let go of the old one before the new one takes as much memory.
+            self._held = {} if self._version != weight_version else self._held
             head, self._version = self._service.head()
             head = head.sliced(self._vocabulary_size)
-            self._head = _on_device(head if self._teacher_S is None else head.selected(self._teacher_S), self._device)
+            if not is_whole:
+                assert self._teacher_S is not None
+                head = head.selected(self._teacher_S)
+            self._held[is_whole] = _on_device(head, self._device)
         if self._version != weight_version:
             raise ModelMismatch(
                 f"rows have weight version {weight_version}, but the teacher's head has {self._version}; "
                 "rows and head of one step must have the same"
             )
-        return self._head
+        return self._held[is_whole]
 
 
 def _on_device(head: OutputHead, device: torch.device) -> OutputHead:

@@ -40,12 +40,29 @@ class LossTotals(NamedTuple):
 class Student(nn.Module):
     """A causal LM and the number of its tokens that are real."""
 
-    def __init__(self, lm: PreTrainedModel, *, vocabulary_size: int, adapter: Adapter | None = None) -> None:
-        """`adapter` is what was put into `lm`, if anything."""
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        vocabulary_size: int,
+        adapter: Adapter | None = None,
+        algorithm: nn.Module | None = None,
+    ) -> None:
+        """
+        Args:
+            adapter: what was put into `lm`, if anything.
+            algorithm: whose parameters are trained beside the model's, and are no part of it; called in `row_loss`.
+        """
         super().__init__()
         self.lm = lm
         self.vocabulary_size = vocabulary_size
         self.adapter = adapter
+        self.algorithm = algorithm
+
+    def parameters_apart(self) -> tuple[list[nn.Parameter], ...]:
+        """The model's, and the algorithm's where it has some: gradients of each are clipped by themselves."""
+        own = [] if self.algorithm is None else list(self.algorithm.parameters())
+        return (list(self.lm.parameters()), own) if own else (list(self.lm.parameters()),)
 
     def weights(self) -> dict[str, StudentWeight]:
         """Its tensors by the names that they have in a model without adapters; tied ones are the same object."""

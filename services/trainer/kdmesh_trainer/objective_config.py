@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from kdmesh.config import StrictModel
+from kdmesh_trainer.algorithm_config import AlgorithmConfig, VanillaKD
 
 
 class ForwardKL(StrictModel):
@@ -210,6 +211,9 @@ class Distill(StrictModel):
     """Match the teacher's distribution at every loss position."""
 
     name: Literal["distill"] = "distill"
+
+    algorithm: AlgorithmConfig = VanillaKD()
+    """What is made of the rows of student and teacher."""
 
     divergence: DivergenceConfig = ForwardKL()
     """What is minimised between the two distributions."""

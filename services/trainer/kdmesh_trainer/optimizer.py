@@ -11,15 +11,24 @@ from torch.optim import AdamW
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 
-def build_adamw(student: nn.Module, config: OptimizerConfig) -> AdamW:
+def build_adamw(
+    student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None = None, rate_factor: float = 1.0
+) -> AdamW:
     """AdamW over every parameter that is trained; vectors (norms, biases) do not decay.
 
     Call it after the student is sharded: sharding replaces the parameters.
+
+    Args:
+        algorithm: a part of `student` that does not decay either.
+        rate_factor: its learning rate is this times that of the rest.
     """
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    beside = [] if algorithm is None else list(algorithm.parameters())
+    apart = {id(p) for p in beside}
+    trained = [p for p in student.parameters() if p.requires_grad and id(p) not in apart]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay, "rate_factor": 1.0},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "rate_factor": 1.0},
+        {"params": [p for p in beside if p.requires_grad], "weight_decay": 0.0, "rate_factor": rate_factor},
     ]
     return AdamW(
         [group for group in groups if group["params"]],

@@ -34,5 +34,9 @@ class PanelHeads:
         mixed = tuple(self._teacher(part, self._shares[part.name]) for part in rows.parts)
         return (Target(index_R=None, teachers=mixed),)
 
+    def whole_targets(self, rows: TeacherRows | PanelRows) -> tuple[Target, ...]:
+        """See Heads: all of several teachers have the student's tokenizer."""
+        return self.targets(rows)
+
     def _teacher(self, part: PanelPart, share: float) -> MixedTeacher:
         return self._heads[part.name].teacher(part.rows, share)

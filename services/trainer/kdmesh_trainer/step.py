@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -58,17 +58,18 @@ class GradientStepper:
             After any of these the weights are as they were before, and the run is over.
         """
         tally = self.accumulate(batch)
-        norm = _gradient_norm(self._student)
-        totals, (gradient_norm,) = tally.over_all_ranks(norm)
+        trained = self._student.parameters_apart()
+        norms = [_gradient_norm(parameters) for parameters in trained]
+        totals, (gradient_norm, *others) = tally.over_all_ranks(*norms)
         loss = totals.loss / batch.num_loss_tokens
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+        if not all(math.isfinite(number) for number in (loss, gradient_norm, *others)):
             raise NotFinite(
                 f"step {batch.step} has loss {loss} and gradient norm {gradient_norm}, which must be finite; "
                 "nothing was updated. A lower optimizer.learning_rate or compute_dtype float32 may help"
             )
         assert max(totals.num_diverging, totals.num_labelled) == batch.num_loss_tokens, "not the whole step"
         rate = learning_rate(self._config, step=batch.step, steps=self._steps)
-        self._descend(norm, rate)
+        self._descend(trained, norms, rate)
         return StepStats(
             loss_nats_per_token=loss,
             divergence_nats_per_token=totals.divergence_nats_per_token,
@@ -105,11 +106,12 @@ class GradientStepper:
             tally.add(totals)
         return tally
 
-    def _descend(self, norm: Tensor, rate: float) -> None:
+    def _descend(self, trained: Sequence[Sequence[nn.Parameter]], norms: Sequence[Tensor], rate: float) -> None:
         if self._config.max_gradient_norm is not None:
-            clip_grads_with_norm_(self._student.parameters(), self._config.max_gradient_norm, norm)
+            for parameters, norm in zip(trained, norms, strict=True):
+                clip_grads_with_norm_(parameters, self._config.max_gradient_norm, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_factor"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -127,6 +129,7 @@ def forward(
             labels_R,
             tally.wait(micro_batch),
             num_sampled=micro_batch.num_sampled_rows,
+            sequences=micro_batch.sequences,
         )
         tally.look_at_samples(loss, micro_batch.rollout_logprobs_S)
         return loss
@@ -136,7 +139,7 @@ def forward(
     return totals
 
 
-def _gradient_norm(student: Student) -> Tensor:
-    """[] the norm of the whole gradient, over all shards. Collective."""
-    norm = get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+def _gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """[] the norm of their whole gradient, over all shards. Collective."""
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

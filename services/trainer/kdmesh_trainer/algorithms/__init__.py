@@ -1,0 +1,1 @@
+"""How the rows of student and teacher become a loss."""

@@ -1,0 +1,55 @@
+"""Finds an algorithm by its configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import assert_never
+
+from torch import nn
+
+from kdmesh.errors import ConfigError
+from kdmesh.extension import resolve
+from kdmesh_trainer.algorithm_config import AlgorithmConfig, CustomAlgorithm, VanillaKD
+from kdmesh_trainer.algorithms.seam import Algorithm, Setup
+from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
+
+BuildAlgorithm = Callable[[Setup], Algorithm]
+
+
+def resolve_algorithm(cfg: AlgorithmConfig) -> BuildAlgorithm:
+    """What builds the algorithm `cfg` names, with its own parameters bound and no others.
+
+    Raises:
+        ConfigError: one of the user's own cannot be imported, or does not have the form of `seam.Algorithm`.
+    """
+    match cfg:
+        case VanillaKD():
+            return lambda setup: vanilla_kd
+        case CustomAlgorithm():
+            return _custom(cfg)
+        case _:
+            assert_never(cfg)
+
+
+def rate_factor(cfg: AlgorithmConfig) -> float:
+    """Of the learning rate of its own parameters; 1 where it has none."""
+    return 1.0 if isinstance(cfg, VanillaKD) else cfg.learning_rate_factor
+
+
+def _custom(cfg: CustomAlgorithm) -> BuildAlgorithm:
+    build = resolve(cfg.target, cfg.params, num_arguments=1)
+    assert isinstance(build, partial)
+    if not isinstance(build.func, type):
+        raise ConfigError(f"{cfg.target} is a function; an algorithm is a class, whose objects take (rows, terms)")
+    name = "forward" if issubclass(build.func, nn.Module) else "__call__"
+    method = next((vars(base)[name] for base in build.func.__mro__ if name in vars(base)), None)
+    if method is None or method is nn.Module.forward:
+        raise ConfigError(f"{cfg.target} has no {name}(self, rows, terms); an algorithm has one")
+    signature = inspect.signature(method)
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise ConfigError(f"{cfg.target}.{name}{signature} must take (self, rows, terms): {error}") from error
+    return build

@@ -1,0 +1,124 @@
+"""What an algorithm is, and what it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kdmesh.alignment.vocabularies import SharedTokens
+from kdmesh.losses import (
+    Divergence,
+    FusedLoss,
+    MixedTeacher,
+    OutputHead,
+    SampledDivergence,
+    fused_linear_divergence,
+)
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.head import Heads, Target
+from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossRows:
+    """The loss tokens of one micro-batch on this rank, as student and teacher see them; at least one.
+
+    Valid within one call only: the teacher's memory is its own again when nobody holds what `targets` gave.
+    """
+
+    hidden_RD: Tensor  # the student's, after its final norm; carries a gradient
+    head: OutputHead  # the student's as it is in this step, over its real tokens; carries a gradient
+    labels_R: Tensor  # int64 next tokens
+    num_sampled: int  # the first rows, whose labels the student drew, so that they are not imitated
+    sequences: tuple[TokenSequence, ...]  # that the rows are of, in order; what the teacher reads of them included
+    teacher: TeacherRows | PanelRows
+    heads: Heads
+
+    def targets(self) -> tuple[Target, ...]:
+        """What the rows are to learn, over tokens that student and teacher share.
+
+        Raises:
+            ModelMismatch: the teacher has another version by now.
+        """
+        return self.heads.targets(self.teacher)
+
+    def whole_targets(self) -> tuple[Target, ...]:
+        """The same over all tokens of the teacher, where it has another tokenizer."""
+        return self.heads.whole_targets(self.teacher)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What `objective` says about the loss of a row in this step."""
+
+    divergence: Divergence | SampledDivergence
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    with_entropies: bool
+    top_k: int  # compared tokens; 0 compares none
+
+    def compare(
+        self,
+        hidden_RD: Tensor,
+        head: OutputHead,
+        teachers: Sequence[MixedTeacher],
+        labels_R: Tensor | None,
+        *,
+        ce_weight: float = 0.0,
+        token_weight_R: Tensor | None = None,
+    ) -> FusedLoss:
+        """Sum over rows of weight * (kd_weight * divergence + ce_weight * cross-entropy), in bounded memory.
+
+        Args:
+            teachers: whose mixture is learnt, over the tokens of `head`.
+            labels_R: for cross-entropy, which is reported where it takes no time; None: none.
+            token_weight_R: of each row; 1 when None.
+        """
+        first, *others = teachers
+        is_sampled = isinstance(self.divergence, SampledDivergence)
+        return fused_linear_divergence(
+            hidden_RD,
+            head,
+            first.hidden_RE,
+            first.head,
+            divergence=self.divergence,
+            mixed_with=others,
+            temperature=self.temperature,
+            # At another temperature cross-entropy costs a second softmax: only where it is learnt from.
+            labels_R=labels_R if self.ce_weight > 0 or self.temperature == 1 or is_sampled else None,
+            kd_weight=self.kd_weight,
+            ce_weight=ce_weight,
+            token_weight_R=token_weight_R,
+            with_entropies=self.with_entropies,
+            top_k=self.top_k,
+        )
+
+
+class Algorithm(Protocol):
+    """The loss of one micro-batch's rows.
+
+    One that is a torch.nn.Module has its parameters trained with the student: sharded, reduced over ranks, updated
+    and written to checkpoints. It is the same on every rank when it is built.
+    """
+
+    def __call__(self, rows: LossRows, terms: Terms) -> FusedLoss:
+        """Summed over rows, never averaged: the trainer divides by the loss tokens of all ranks.
+
+        Ranks have different numbers of rows, and some have none and do not call it: so no collectives.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Setup:
+    """What an algorithm is built for."""
+
+    student_head: OutputHead  # whole, float32, on the CPU, over its real tokens, as it is before the first step
+    teacher_heads: Callable[[], Mapping[str, OutputHead]]  # whole, on the CPU, by name; that of the only one is empty
+    shared: SharedTokens | None  # of the two tokenizers; None: they have the same
+    device: torch.device  # where rows will be

@@ -1,0 +1,92 @@
+"""Builds what the student is trained to minimise, and what trains it."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import torch
+from torch.optim import AdamW
+from transformers import PreTrainedModel
+
+from kdmesh.losses import Divergence, SampledDivergence, build_divergence, custom_divergence, truncated
+from kdmesh.models.head import output_head
+from kdmesh_trainer import config
+from kdmesh_trainer.algorithms.build import BuildAlgorithm, rate_factor
+from kdmesh_trainer.algorithms.seam import Algorithm, Setup
+from kdmesh_trainer.build_teachers import Teachers
+from kdmesh_trainer.model import Student
+from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.objective_config import CustomDivergence, Distill, Sft
+from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.sources.tokenizer import TeacherTokens
+
+
+def resolve_divergence(cfg: Distill) -> Divergence | SampledDivergence:
+    """The divergence `cfg` names, with its own parameters bound and no others. Raises ConfigError."""
+    if isinstance(cfg.divergence, CustomDivergence):
+        divergence: Divergence | SampledDivergence = custom_divergence(cfg.divergence.target, cfg.divergence.params)
+    else:
+        divergence = build_divergence(cfg.divergence.name, cfg.divergence.model_dump(exclude={"name"}))
+    if cfg.keep is None or isinstance(divergence, SampledDivergence):
+        return divergence
+    return truncated(divergence, top_k=cfg.keep.top_k, top_p=cfg.keep.top_p)
+
+
+def build_algorithm(
+    build: BuildAlgorithm | None,
+    lm: PreTrainedModel,
+    teachers: Teachers | None,
+    *,
+    vocabulary_size: int,
+    tokens: TeacherTokens,
+    device: torch.device,
+    seed: int,
+) -> Algorithm | None:
+    """Before the student, which one with parameters becomes a part of, is sharded. None: the objective has none.
+
+    Args:
+        vocabulary_size: real tokens of the student's head to use.
+    """
+    if build is None:
+        return None
+    assert teachers is not None
+    torch.manual_seed(seed)  # its first values must be the same on every rank
+    return build(
+        Setup(
+            student_head=output_head(lm).sliced(vocabulary_size).detached(),
+            teacher_heads=teachers.whole_heads,
+            shared=tokens.shared,
+            device=device,
+        )
+    )
+
+
+def build_optimizer(cfg: config.TrainerConfig, student: Student) -> AdamW:
+    """AdamW over the sharded student, with an algorithm's own parameters."""
+    factor = rate_factor(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else 1.0
+    return build_adamw(student, cfg.optimizer, algorithm=student.algorithm, rate_factor=factor)
+
+
+def build_objective(
+    cfg: config.TrainerConfig,
+    divergence: Divergence | SampledDivergence | None,
+    algorithm: Algorithm | None,
+    teachers: Teachers | None,
+) -> Objective:
+    """What is minimised; `divergence`, `algorithm` and `teachers` are None where `cfg.objective` has none."""
+    match cfg.objective:
+        case Distill():
+            assert divergence is not None and algorithm is not None and teachers is not None
+            return Distillation(
+                algorithm=algorithm,
+                divergence=divergence,
+                **cfg.objective.numbers_at(0),
+                numbers_at=cfg.objective.numbers_at,
+                teacher_head=teachers.heads,
+                with_entropies=isinstance(cfg.source, config.OnPolicy),
+                top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
+            )
+        case Sft():
+            return CrossEntropy()
+        case _:
+            assert_never(cfg.objective)
