@@ -9,9 +9,11 @@ from kdmesh.types import TokenSequence
 
 DIGEST_BYTES = 16
 
+_IMAGES_FOLLOW = b"\xff" * 8  # where a length would stand that no array has
+
 
 def digest(sequences: Sequence[TokenSequence]) -> bytes:
-    """16-byte BLAKE2b over ids and positions, so that rows can be tied to the request that asked for them.
+    """16-byte BLAKE2b over ids, positions and images, so that rows can be tied to the request that asked for them.
 
     Every array is preceded by its length, so no two different requests hash the same bytes.
     """
@@ -21,7 +23,19 @@ def digest(sequences: Sequence[TokenSequence]) -> bytes:
         for array in (sequence.token_ids, sequence.positions):
             state.update(len(array).to_bytes(8, "little"))
             state.update(array.astype("<i4").tobytes())
+        if sequence.images:
+            state.update(_IMAGES_FOLLOW)
+            state.update(len(sequence.images).to_bytes(8, "little"))
+            state.update(image_names(sequence))
     return state.digest()
+
+
+def image_names(sequence: TokenSequence) -> bytes:
+    """Its images as bytes that no other images in other places have; empty without images."""
+    return b"".join(
+        image.digest + image.first_token.to_bytes(8, "little") + image.num_tokens.to_bytes(8, "little")
+        for image in sequence.images
+    )
 
 
 def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,47 @@ class ServerLoad:
     recent_tokens: float = 0.0  # that came lately, older ones counting less
 
 
+IMAGE_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Image:
+    """An encoded image (PNG, JPEG or WebP), named by its content."""
+
+    digest: bytes  # BLAKE2b of the encoded bytes, IMAGE_DIGEST_BYTES long
+    data: bytes | Path  # the encoded bytes, or the file that holds them
+    size_bytes: int  # of the encoded bytes
+    width: int  # pixels
+    height: int  # pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlacedImage:
+    """An image of a sequence, and the tokens that stand for it there.
+
+    Raises:
+        InvalidRequest: when a field does not have the form stated here.
+    """
+
+    digest: bytes  # of the image
+    first_token: int  # index in the sequence
+    num_tokens: int  # all of them the model's image token; >= 1
+    image: Image | None  # None: whoever has it must be asked by its digest
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != IMAGE_DIGEST_BYTES:
+            raise InvalidRequest(f"an image's digest has {len(self.digest)} bytes; it must have {IMAGE_DIGEST_BYTES}")
+        if self.first_token < 0 or self.num_tokens < 1:
+            raise InvalidRequest(
+                f"an image stands at token {self.first_token} for {self.num_tokens} tokens; it needs at least one"
+            )
+
+    @property
+    def end(self) -> int:
+        """One past its last token."""
+        return self.first_token + self.num_tokens
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenSequence:
     """One sequence under one tokenizer, and the positions that carry loss.
@@ -64,8 +106,10 @@ class TokenSequence:
 
     token_ids: Int32Array  # [T], each >= 0, T >= 2
     positions: Int32Array  # [R], strictly increasing, 0 <= each <= T - 2, R >= 1
+    images: tuple[PlacedImage, ...] = ()  # in the order of their tokens, which no two share
 
     def __post_init__(self) -> None:
+        self._check_images()
         tokens, positions = self.token_ids, self.positions
         if tokens.ndim != 1 or len(tokens) < 2:
             raise InvalidRequest(f"a sequence has shape {tokens.shape}; it needs one axis and at least 2 tokens")
@@ -80,6 +124,17 @@ class TokenSequence:
                 f"position {positions[0] if positions[0] < 0 else positions[-1]} is out of range: a sequence of "
                 f"{len(tokens)} tokens has the positions 0 to {len(tokens) - 2}"
             )
+
+    def _check_images(self) -> None:
+        end = 0
+        for image in self.images:
+            # Without a token between them, two images would be numbered as one.
+            if (end and image.first_token <= end) or image.end > len(self.token_ids):
+                raise InvalidRequest(
+                    f"an image stands for tokens {image.first_token} to {image.end - 1} of a sequence of "
+                    f"{len(self.token_ids)}; images must be in order, apart, and inside it"
+                )
+            end = image.end
 
     @property
     def num_tokens(self) -> int:
@@ -129,6 +184,16 @@ class HeadSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VisionSpec:
+    """How a model reads images; see common.proto."""
+
+    image_token_id: int
+    expansion: str  # names how an image's size becomes a number of tokens
+    max_image_bytes: int  # encoded
+    max_image_pixels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDescription:
     """The model behind a teacher server, and what one request may ask of it; see teacher.proto."""
 
@@ -144,6 +209,7 @@ class ModelDescription:
     max_request_rows: int
     is_deterministic: bool
     architecture_fingerprint: str = ""  # empty: its weights are frozen
+    vision: VisionSpec | None = None  # None: it reads no images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,4 +8,4 @@ from hypothesis import settings
 settings.register_profile("kdmesh", deadline=None)
 settings.load_profile("kdmesh")
 
-pytest_plugins = ["tests.support.tiny_models"]
+pytest_plugins = ["tests.support.tiny_models", "tests.support.tiny_vision"]

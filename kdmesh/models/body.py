@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.attention import PACKED_ATTENTION
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.forward import hidden_states_TD
+from kdmesh.models.quiet import quiet
 from kdmesh.models.verify import check_head, check_packing
+from kdmesh.models.vision import attention_of, auto_class
 
 __all__ = ["hidden_states_TD", "load_causal_lm"]
 
@@ -55,7 +53,7 @@ def load_causal_lm(
             packed sequences; the message names the path and the rule.
     """
     check_model_directory(path, needs_weights=weights == "pretrained")
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             model = _read(path, config, dtype) if weights == "pretrained" else _initialise(config, dtype)
@@ -68,11 +66,11 @@ def load_causal_lm(
 
 
 def _read(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = auto_class(config).from_pretrained(
         path,
         config=config,
         dtype=dtype,
-        attn_implementation=PACKED_ATTENTION,
+        attn_implementation=attention_of(config),
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
@@ -97,22 +95,7 @@ def _refuse_partial(path: Path, report: dict[str, Any]) -> None:
 
 def _initialise(config: PretrainedConfig, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     # In float32 whatever the dtype, so that one seed gives one model.
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=PACKED_ATTENTION, trust_remote_code=False
+    model: PreTrainedModel = auto_class(config).from_config(
+        config, dtype=torch.float32, attn_implementation=attention_of(config), trust_remote_code=False
     )
     return model.to((config.dtype or torch.float32) if dtype == "auto" else dtype)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and tables: what matters is raised."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -12,12 +12,13 @@ from typing import BinaryIO
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses.head import OutputHead
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.head import output_head
+from kdmesh.models.vision import auto_class
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -94,7 +95,7 @@ def open_checkpoint(path: Path, *, trust_remote_code: bool = False) -> Checkpoin
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     return Checkpoint(path=path, skeleton=skeleton, dtype=config.dtype or torch.float32)

@@ -10,6 +10,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kdmesh.errors import ConfigError
+from kdmesh.models.vision import VISION_CLASSES
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -34,14 +35,15 @@ def check_model_directory(path: Path, *, needs_weights: bool) -> None:
 
 def _check_architecture(path: Path, config: dict[str, Any]) -> None:
     model_type = config.get("model_type")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | VISION_CLASSES
+    if model_type not in classes:
         if "auto_map" in config:
             raise ConfigError(f"{path} needs code of its own (auto_map in config.json); kdmesh runs no remote code")
         raise ConfigError(
             f"{path} is of model type {model_type!r}, which transformers {transformers.__version__} "
-            "does not know as a causal LM"
+            f"does not know as a causal LM, nor kdmesh as one that reads images ({', '.join(VISION_CLASSES)})"
         )
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    known = classes[model_type]
     known = {known} if isinstance(known, str) else set(known)
     stated = config.get("architectures") or sorted(known)
     if known.isdisjoint(stated):

@@ -20,12 +20,15 @@ _INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "dtype", "torc
 _NOT_ARCHITECTURE = _INCIDENTAL | {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel, *read_by: str) -> str:
     """32 hexadecimal digits over the config, every tensor's name, shape and dtype, and a sample of its values.
 
     Neither the directory nor the device matters; the dtype of the loaded weights does. Reads at
     most 1024 values per tensor, evenly spread with both ends: it tells models and versions of one apart, and
     is no proof against a tensor changed on purpose.
+
+    Args:
+        read_by: fingerprints of what else decides what the model computes, as its image processor.
     """
     state = hashlib.blake2b(digest_size=16)
     config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL}
@@ -33,6 +36,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         state.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         state.update(_sample(tensor).numpy().tobytes())
+    for other in read_by:
+        state.update(other.encode())
     return state.hexdigest()
 
 

@@ -14,11 +14,22 @@ def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
     Carries gradients when autograd records. When `model` is sharded by FSDP, call this from inside
     its root module's forward. `model` comes from load_causal_lm; `packed` lies on its device.
     """
-    output = model.get_decoder()(
-        input_ids=packed.token_ids_T[None],
-        position_ids=packed.position_ids_T[None],
-        use_cache=False,
-        packed_lengths=packed.lengths,
-    )
+    images = packed.images
+    if images is None:
+        output = model.get_decoder()(
+            input_ids=packed.token_ids_T[None],
+            position_ids=packed.position_ids_T[None],
+            use_cache=False,
+            packed_lengths=packed.lengths,
+        )
+    else:
+        output = model.base_model(
+            input_ids=packed.token_ids_T[None],
+            position_ids=images.position_ids_3T[:, None],
+            pixel_values=images.patches_PC,
+            image_grid_thw=images.extents_N3,
+            use_cache=False,
+            packed_lengths=packed.lengths,
+        )
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD

@@ -13,6 +13,23 @@ from kdmesh.types import TokenSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedImages:
+    """What a row's image tokens stand for."""
+
+    patches_PC: Tensor  # [P, C] float32, of all images in order
+    extents_N3: Tensor  # [N, 3] int64, of each image in time, height and width, in patches
+    position_ids_3T: Tensor  # [3, T] int64 in time, height and width; restarts at 0 with every sequence
+
+    def to(self, device: torch.device) -> PackedImages:
+        """The same images on `device`."""
+        return PackedImages(
+            patches_PC=self.patches_PC.to(device),
+            extents_N3=self.extents_N3.to(device),
+            position_ids_3T=self.position_ids_3T.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedTokens:
     """Sequences end to end, and the rows of them that carry loss."""
 
@@ -21,6 +38,7 @@ class PackedTokens:
     lengths: tuple[int, ...]  # of the sequences, in order; their sum is T
     rows_R: Tensor  # [R] int64, strictly increasing indices into T
     labels_R: Tensor  # [R] int64, the token that each row predicts
+    images: PackedImages | None = None  # None: it is all text
 
     @property
     def num_tokens(self) -> int:
@@ -40,11 +58,15 @@ class PackedTokens:
             position_ids_T=self.position_ids_T.to(device),
             rows_R=self.rows_R.to(device),
             labels_R=self.labels_R.to(device),
+            images=None if self.images is None else self.images.to(device),
         )
 
 
 def pack(sequences: Sequence[TokenSequence]) -> PackedTokens:
-    """One packed row of at least one sequence; rows come in the order of the sequences and their positions."""
+    """One packed row of at least one sequence; rows come in the order of the sequences and their positions.
+
+    Of images only the tokens: see image_packing.py.
+    """
     lengths = tuple(sequence.num_tokens for sequence in sequences)
     starts = np.cumsum((0, *lengths[:-1]))
     return PackedTokens(

@@ -11,11 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.attention import PACKED_ATTENTION
+from kdmesh.images import noise_image
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
+from kdmesh.models.image_packing import Packer
+from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.packing import PackedTokens, pack
-from kdmesh.types import TokenSequence
+from kdmesh.models.vision import attention_of
+from kdmesh.types import PlacedImage, TokenSequence
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -63,6 +66,54 @@ def check_head(model: PreTrainedModel) -> None:
     _check_close(model, rebuilt_TV, own_TV, "its own logits and those rebuilt from its output head are")
 
 
+def check_images(model: PreTrainedModel, reader: ImageReader) -> None:
+    """Compares two short sequences with images in one packed row with each alone, as transformers runs it.
+
+    Raises:
+        ConfigError: naming the model type and the error found.
+    """
+    sequences = [_with_image(reader, size, sequence) for size, sequence in enumerate(_probe_sequences(model), 2)]
+    packer = Packer(model, reader)
+    try:
+        with torch.no_grad():
+            together_TD = hidden_states_TD(model, packer.pack(sequences).to(model.device))
+            with _own_attention(model):
+                alone_TD = torch.cat([_own_image_hidden_TD(model, packer.pack([s])) for s in sequences])
+    except _FAILURES as error:
+        raise _refusal(model, f"{type(error).__name__}: {error}") from error
+    _check_close(model, together_TD, alone_TD, "two sequences with images in one row and each alone give hidden states")
+
+
+def _with_image(reader: ImageReader, size: int, sequence: TokenSequence) -> TokenSequence:
+    """An image of fixed noise after the first token of the sequence; larger for larger `size`."""
+    image = noise_image(32 * size, 48, seed=size)
+    num_tokens = reader.num_tokens(image.width, image.height)
+    # Its own token may be among the fixed ids, where it would stand for an image that is not there.
+    text = np.where(sequence.token_ids == reader.token_id, 0, sequence.token_ids).astype(np.int32)
+    return TokenSequence(
+        token_ids=np.insert(text, 1, np.full(num_tokens, reader.token_id, np.int32)),
+        positions=sequence.positions,
+        images=(PlacedImage(digest=image.digest, first_token=1, num_tokens=num_tokens, image=image),),
+    )
+
+
+def _own_image_hidden_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
+    """Of one sequence with an image, at positions that the model finds by itself."""
+    packed = packed.to(model.device)
+    images = packed.images
+    assert images is not None
+    ids_1T = packed.token_ids_T[None]
+    output = model.base_model(
+        input_ids=ids_1T,
+        mm_token_type_ids=(ids_1T == model.config.image_token_id).int(),
+        pixel_values=images.patches_PC,
+        image_grid_thw=images.extents_N3,
+        use_cache=False,
+    )
+    hidden_TD: Tensor = output.last_hidden_state[0]
+    return hidden_TD
+
+
 def _layer_types(model: PreTrainedModel) -> list[str]:
     return getattr(model.config.get_text_config(), "layer_types", None) or []
 
@@ -81,11 +132,11 @@ def _own_hidden_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
 
 @contextmanager
 def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(attention_of(model.config, "eager"))
     try:
         yield
     finally:
-        model.set_attn_implementation(PACKED_ATTENTION)
+        model.set_attn_implementation(attention_of(model.config))
 
 
 def _check_close(model: PreTrainedModel, actual: Tensor, expected: Tensor, what: str) -> None:

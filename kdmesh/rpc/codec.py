@@ -9,7 +9,17 @@ import numpy as np
 
 from kdmesh.errors import InvalidRequest, Unavailable
 from kdmesh.handles.rdma_agent import RemoteMemory
-from kdmesh.types import CacheAnswer, DType, Handle, HeadSpec, ModelDescription, ServerLoad, TokenSequence
+from kdmesh.types import (
+    CacheAnswer,
+    DType,
+    Handle,
+    HeadSpec,
+    ModelDescription,
+    PlacedImage,
+    ServerLoad,
+    TokenSequence,
+    VisionSpec,
+)
 from kdmesh.v1 import common_pb2, teacher_pb2
 
 _DTYPE: dict[int, DType] = {
@@ -41,7 +51,9 @@ def sequences_from_wire(messages: Iterable[common_pb2.TokenSequence]) -> tuple[T
     """Raises InvalidRequest when a sequence is not one."""
     return tuple(
         TokenSequence(
-            token_ids=int32_from_wire(m.token_ids, "token id"), positions=int32_from_wire(m.positions, "position")
+            token_ids=int32_from_wire(m.token_ids, "token id"),
+            positions=int32_from_wire(m.positions, "position"),
+            images=images_from_wire(m.images),
         )
         for m in messages
     )
@@ -49,7 +61,24 @@ def sequences_from_wire(messages: Iterable[common_pb2.TokenSequence]) -> tuple[T
 
 def sequences_to_wire(sequences: Iterable[TokenSequence]) -> list[common_pb2.TokenSequence]:
     """The same sequences as messages."""
-    return [common_pb2.TokenSequence(token_ids=s.token_ids.tolist(), positions=s.positions.tolist()) for s in sequences]
+    return [
+        common_pb2.TokenSequence(
+            token_ids=s.token_ids.tolist(), positions=s.positions.tolist(), images=images_to_wire(s.images)
+        )
+        for s in sequences
+    ]
+
+
+def images_from_wire(messages: Iterable[common_pb2.PlacedImage]) -> tuple[PlacedImage, ...]:
+    """Raises InvalidRequest when one is not where an image can be."""
+    return tuple(
+        PlacedImage(digest=m.digest, first_token=m.first_token, num_tokens=m.num_tokens, image=None) for m in messages
+    )
+
+
+def images_to_wire(images: Iterable[PlacedImage]) -> list[common_pb2.PlacedImage]:
+    """The same places as messages; the images themselves stay here."""
+    return [common_pb2.PlacedImage(digest=i.digest, first_token=i.first_token, num_tokens=i.num_tokens) for i in images]
 
 
 def handle_from_wire(m: common_pb2.Handle) -> Handle:
@@ -152,6 +181,7 @@ def description_from_wire(m: teacher_pb2.DescribeResponse) -> ModelDescription:
         max_request_rows=m.max_request_rows,
         is_deterministic=m.is_deterministic,
         architecture_fingerprint=m.architecture_fingerprint,
+        vision=vision_from_wire(m.vision) if m.HasField("vision") else None,
     )
 
 
@@ -170,6 +200,29 @@ def description_to_wire(model: ModelDescription) -> teacher_pb2.DescribeResponse
         max_request_rows=model.max_request_rows,
         is_deterministic=model.is_deterministic,
         architecture_fingerprint=model.architecture_fingerprint,
+        vision=None if model.vision is None else vision_to_wire(model.vision),
+    )
+
+
+def vision_from_wire(m: common_pb2.VisionSpec) -> VisionSpec:
+    """Raises InvalidRequest when no image would be allowed."""
+    if not (m.max_image_bytes and m.max_image_pixels):
+        raise InvalidRequest(f"a model that reads images of {m.max_image_bytes} bytes, {m.max_image_pixels} pixels")
+    return VisionSpec(
+        image_token_id=m.image_token_id,
+        expansion=m.expansion,
+        max_image_bytes=m.max_image_bytes,
+        max_image_pixels=m.max_image_pixels,
+    )
+
+
+def vision_to_wire(vision: VisionSpec) -> common_pb2.VisionSpec:
+    """The same as a message."""
+    return common_pb2.VisionSpec(
+        image_token_id=vision.image_token_id,
+        expansion=vision.expansion,
+        max_image_bytes=vision.max_image_bytes,
+        max_image_pixels=vision.max_image_pixels,
     )
 
 

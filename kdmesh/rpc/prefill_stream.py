@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kdmesh.errors import EngineFailure, RpcError
+from kdmesh.images import ImagesMissing
 from kdmesh.rpc import codec, failure
 from kdmesh.rpc.request_stream import RequestStream
 from kdmesh.types import ServerLoad, TokenSequence
@@ -61,6 +62,7 @@ class PrefillStream:
             uses_cache: whether they may be kept for the next time.
 
         Raises:
+            ImagesMissing: the server lacks images.
             RpcError: as teacher.proto says, or Unavailable when the stream breaks.
         """
         self._stream.check_open()
@@ -98,6 +100,8 @@ class PrefillStream:
                 answer.set_result(reply.result)
             case "failure" if answer is not None and is_wanted:
                 answer.set_exception(failure.from_wire(reply.failure))
+            case "missing_images" if answer is not None and is_wanted:
+                answer.set_exception(ImagesMissing(tuple(reply.missing_images.digests)))
             case None if answer is not None and is_wanted:
                 answer.set_exception(EngineFailure(f"{self._address} sent a reply without an outcome"))
 

@@ -14,6 +14,7 @@ _ROLES: dict[str, dict[str, Role | None]] = {
         "KeepAlive": Role.JOB,
         "CloseSession": Role.JOB,
         "Prefill": Role.JOB,
+        "PutImages": Role.JOB,
         "FindCached": Role.JOB,
         "Release": Role.JOB,
         "GetHead": Role.JOB,

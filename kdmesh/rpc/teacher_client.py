@@ -25,11 +25,12 @@ from kdmesh.rpc import codec, raw_chunk, sleep_calls
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
 from kdmesh.rpc.channel import open_channel
+from kdmesh.rpc.checked_answer import checked_handle
 from kdmesh.rpc.doors import DoorChoice, Doorway, Wire, open_door
+from kdmesh.rpc.missing_images import with_images
 from kdmesh.rpc.prefill_stream import PrefillStream
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.row_group import Membership, RowGroup
-from kdmesh.tokens import digest
 from kdmesh.types import CacheAnswer, Handle, ModelDescription, ServerLoad, SleepTag, TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
@@ -195,19 +196,23 @@ class TeacherClient:
             uses_cache: whether the server may keep them for the next time.
 
         Raises:
-            RpcError: as teacher.proto says of Prefill and ReadHandle.
+            RpcError: as teacher.proto says of Prefill, PutImages and ReadHandle.
             EngineFailure: the answer is not one to this request.
         """
-        result = await self._stream.ask(
-            self._session,
-            sequences,
-            model_fingerprint=self.model.model_fingerprint,
-            weight_version=weight_version,
-            uses_cache=uses_cache,
-            deadline_s=deadline.left_s,
-        )
+
+        async def ask() -> pb.PrefillResult:
+            return await self._stream.ask(
+                self._session,
+                sequences,
+                model_fingerprint=self.model.model_fingerprint,
+                weight_version=weight_version,
+                uses_cache=uses_cache,
+                deadline_s=deadline.left_s,
+            )
+
+        result = await with_images(ask, lambda images: self._put_images(images, deadline), sequences)
         try:
-            handle = self._check(result, sequences)
+            handle = checked_handle(result, sequences, self.model, self.address)
         except EngineFailure:
             self._release_orphan(result.rows)
             raise
@@ -295,22 +300,9 @@ class TeacherClient:
         if not self._lost.done():
             self._lost.set_result(reason)
 
-    def _check(self, result: pb.PrefillResult, sequences: Sequence[TokenSequence]) -> Handle:
-        """The handle, when it is the answer to these sequences."""
-        if result.digest != digest(sequences):
-            raise EngineFailure(f"{self.address} answered other sequences than it was asked for")
-        try:
-            handle = codec.handle_from_wire(result.rows)
-        except InvalidRequest as error:
-            raise EngineFailure(f"{self.address} answered with no valid handle: {error}") from None
-        rows = sum(sequence.num_rows for sequence in sequences)
-        wanted = (rows, self.model.hidden_size, self.model.dtype)
-        if (handle.rows, handle.cols, handle.dtype) != wanted:
-            raise EngineFailure(
-                f"{self.address} answered {handle.rows} x {handle.cols} {handle.dtype}; asked for were {rows} rows of "
-                f"{self.model.hidden_size} {self.model.dtype}"
-            )
-        return handle
+    async def _put_images(self, images: Sequence[bytes], deadline: Deadline) -> None:
+        request = common_pb2.PutImagesRequest(session=self._session, images=images)
+        await self._call(self._stub.PutImages, request, deadline.left_s)
 
     async def _keep_alive(self) -> None:
         """Does not depend on anybody's loop over steps: a slow step must not cost the session."""

@@ -24,29 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kdmesh/v1/common.proto\x12\tkdmesh.v1\"5\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\"\x9e\x01\n\x06Handle\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\r\x12\x0c\n\x04\x63ols\x18\x06 \x01(\r\x12\x1f\n\x05\x64type\x18\x07 \x01(\x0e\x32\x10.kdmesh.v1.DType\x12\x12\n\nis_claimed\x18\x08 \x01(\x08\"@\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"C\n\x0cSleepRequest\x12!\n\x04tags\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag\x12\x10\n\x08\x64rain_ms\x18\x02 \x01(\r\"4\n\rSleepResponse\x12#\n\x06\x61sleep\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag\"0\n\x0bWakeRequest\x12!\n\x04tags\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag\"3\n\x0cWakeResponse\x12#\n\x06\x61sleep\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03*T\n\x08SleepTag\x12\x19\n\x15SLEEP_TAG_UNSPECIFIED\x10\x00\x12\x15\n\x11SLEEP_TAG_WEIGHTS\x10\x01\x12\x16\n\x12SLEEP_TAG_KV_CACHE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kdmesh/v1/common.proto\x12\tkdmesh.v1\"]\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12&\n\x06images\x18\x03 \x03(\x0b\x32\x16.kdmesh.v1.PlacedImage\"F\n\x0bPlacedImage\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\"j\n\nVisionSpec\x12\x16\n\x0eimage_token_id\x18\x01 \x01(\r\x12\x11\n\texpansion\x18\x02 \x01(\t\x12\x17\n\x0fmax_image_bytes\x18\x03 \x01(\r\x12\x18\n\x10max_image_pixels\x18\x04 \x01(\r\"3\n\x10PutImagesRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06images\x18\x02 \x03(\x0c\"\x13\n\x11PutImagesResponse\" \n\rMissingImages\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\"\x9e\x01\n\x06Handle\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04rows\x18\x05 \x01(\r\x12\x0c\n\x04\x63ols\x18\x06 \x01(\r\x12\x1f\n\x05\x64type\x18\x07 \x01(\x0e\x32\x10.kdmesh.v1.DType\x12\x12\n\nis_claimed\x18\x08 \x01(\x08\"@\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"C\n\x0cSleepRequest\x12!\n\x04tags\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag\x12\x10\n\x08\x64rain_ms\x18\x02 \x01(\r\"4\n\rSleepResponse\x12#\n\x06\x61sleep\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag\"0\n\x0bWakeRequest\x12!\n\x04tags\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag\"3\n\x0cWakeResponse\x12#\n\x06\x61sleep\x18\x01 \x03(\x0e\x32\x13.kdmesh.v1.SleepTag*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03*T\n\x08SleepTag\x12\x19\n\x15SLEEP_TAG_UNSPECIFIED\x10\x00\x12\x15\n\x11SLEEP_TAG_WEIGHTS\x10\x01\x12\x16\n\x12SLEEP_TAG_KV_CACHE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kdmesh.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=545
-  _globals['_DTYPE']._serialized_end=633
-  _globals['_SLEEPTAG']._serialized_start=635
-  _globals['_SLEEPTAG']._serialized_end=719
+  _globals['_DTYPE']._serialized_start=873
+  _globals['_DTYPE']._serialized_end=961
+  _globals['_SLEEPTAG']._serialized_start=963
+  _globals['_SLEEPTAG']._serialized_end=1047
   _globals['_TOKENSEQUENCE']._serialized_start=37
-  _globals['_TOKENSEQUENCE']._serialized_end=90
-  _globals['_HANDLE']._serialized_start=93
-  _globals['_HANDLE']._serialized_end=251
-  _globals['_FAILURE']._serialized_start=253
-  _globals['_FAILURE']._serialized_end=317
-  _globals['_SLEEPREQUEST']._serialized_start=319
-  _globals['_SLEEPREQUEST']._serialized_end=386
-  _globals['_SLEEPRESPONSE']._serialized_start=388
-  _globals['_SLEEPRESPONSE']._serialized_end=440
-  _globals['_WAKEREQUEST']._serialized_start=442
-  _globals['_WAKEREQUEST']._serialized_end=490
-  _globals['_WAKERESPONSE']._serialized_start=492
-  _globals['_WAKERESPONSE']._serialized_end=543
+  _globals['_TOKENSEQUENCE']._serialized_end=130
+  _globals['_PLACEDIMAGE']._serialized_start=132
+  _globals['_PLACEDIMAGE']._serialized_end=202
+  _globals['_VISIONSPEC']._serialized_start=204
+  _globals['_VISIONSPEC']._serialized_end=310
+  _globals['_PUTIMAGESREQUEST']._serialized_start=312
+  _globals['_PUTIMAGESREQUEST']._serialized_end=363
+  _globals['_PUTIMAGESRESPONSE']._serialized_start=365
+  _globals['_PUTIMAGESRESPONSE']._serialized_end=384
+  _globals['_MISSINGIMAGES']._serialized_start=386
+  _globals['_MISSINGIMAGES']._serialized_end=418
+  _globals['_HANDLE']._serialized_start=421
+  _globals['_HANDLE']._serialized_end=579
+  _globals['_FAILURE']._serialized_start=581
+  _globals['_FAILURE']._serialized_end=645
+  _globals['_SLEEPREQUEST']._serialized_start=647
+  _globals['_SLEEPREQUEST']._serialized_end=714
+  _globals['_SLEEPRESPONSE']._serialized_start=716
+  _globals['_SLEEPRESPONSE']._serialized_end=768
+  _globals['_WAKEREQUEST']._serialized_start=770
+  _globals['_WAKEREQUEST']._serialized_end=818
+  _globals['_WAKERESPONSE']._serialized_start=820
+  _globals['_WAKERESPONSE']._serialized_end=871
 # @@protoc_insertion_point(module_scope)

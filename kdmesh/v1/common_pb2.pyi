@@ -85,6 +85,7 @@ class TokenSequence(google.protobuf.message.Message):
 
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     POSITIONS_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Ids, in order; at least two. Each is below the model's padded vocabulary size."""
@@ -95,15 +96,140 @@ class TokenSequence(google.protobuf.message.Message):
         len(token_ids) - 2: position p is the hidden state that predicts token p + 1.
         """
 
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PlacedImage]:
+        """Its images, in the order of their tokens; at least one other token lies between two of them. Empty
+        for text. Every image token of token_ids belongs to one of them.
+        """
+
     def __init__(
         self,
         *,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         positions: collections.abc.Iterable[builtins.int] | None = ...,
+        images: collections.abc.Iterable[Global___PlacedImage] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["positions", b"positions", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["images", b"images", "positions", b"positions", "token_ids", b"token_ids"]) -> None: ...
 
 Global___TokenSequence: typing_extensions.TypeAlias = TokenSequence
+
+@typing.final
+class PlacedImage(google.protobuf.message.Message):
+    """An image of a sequence. Its bytes travel once, by themselves: see PutImagesRequest."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: builtins.int
+    NUM_TOKENS_FIELD_NUMBER: builtins.int
+    digest: builtins.bytes
+    """32-byte BLAKE2b of the encoded image."""
+    first_token: builtins.int
+    """Index of the first token that stands for it."""
+    num_tokens: builtins.int
+    """How many tokens stand for it, all of them VisionSpec.image_token_id; at least one, and exactly as many
+    as the model's own image processor makes of an image of its size.
+    """
+    def __init__(
+        self,
+        *,
+        digest: builtins.bytes = ...,
+        first_token: builtins.int = ...,
+        num_tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "first_token", b"first_token", "num_tokens", b"num_tokens"]) -> None: ...
+
+Global___PlacedImage: typing_extensions.TypeAlias = PlacedImage
+
+@typing.final
+class VisionSpec(google.protobuf.message.Message):
+    """How a model reads images."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IMAGE_TOKEN_ID_FIELD_NUMBER: builtins.int
+    EXPANSION_FIELD_NUMBER: builtins.int
+    MAX_IMAGE_BYTES_FIELD_NUMBER: builtins.int
+    MAX_IMAGE_PIXELS_FIELD_NUMBER: builtins.int
+    image_token_id: builtins.int
+    """The token that stands for each part of an image."""
+    expansion: builtins.str
+    """Names how an image's size becomes a number of tokens; hexadecimal. Where client and server
+    have the same, no request is refused for num_tokens.
+    """
+    max_image_bytes: builtins.int
+    """Largest encoded image."""
+    max_image_pixels: builtins.int
+    """Most pixels of an image, width times height."""
+    def __init__(
+        self,
+        *,
+        image_token_id: builtins.int = ...,
+        expansion: builtins.str = ...,
+        max_image_bytes: builtins.int = ...,
+        max_image_pixels: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expansion", b"expansion", "image_token_id", b"image_token_id", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels"]) -> None: ...
+
+Global___VisionSpec: typing_extensions.TypeAlias = VisionSpec
+
+@typing.final
+class PutImagesRequest(google.protobuf.message.Message):
+    """Images that a server lacks."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
+    session: builtins.bytes
+    """As the service's own session; empty where the service has none."""
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """Encoded images (PNG, JPEG or WebP), at least one; as many as a message holds. They are kept under the
+        digest of their bytes, for any request that names it, until others need the place.
+        """
+
+    def __init__(
+        self,
+        *,
+        session: builtins.bytes = ...,
+        images: collections.abc.Iterable[builtins.bytes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["images", b"images", "session", b"session"]) -> None: ...
+
+Global___PutImagesRequest: typing_extensions.TypeAlias = PutImagesRequest
+
+@typing.final
+class PutImagesResponse(google.protobuf.message.Message):
+    """Empty: the images are there."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___PutImagesResponse: typing_extensions.TypeAlias = PutImagesResponse
+
+@typing.final
+class MissingImages(google.protobuf.message.Message):
+    """Why a request was not looked at further: put these images, and ask again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: builtins.int
+    @property
+    def digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """At least one digest that the request names."""
+
+    def __init__(
+        self,
+        *,
+        digests: collections.abc.Iterable[builtins.bytes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digests", b"digests"]) -> None: ...
+
+Global___MissingImages: typing_extensions.TypeAlias = MissingImages
 
 @typing.final
 class Handle(google.protobuf.message.Message):

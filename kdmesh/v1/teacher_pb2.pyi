@@ -134,6 +134,7 @@ class DescribeResponse(google.protobuf.message.Message):
     MAX_REQUEST_ROWS_FIELD_NUMBER: builtins.int
     IS_DETERMINISTIC_FIELD_NUMBER: builtins.int
     ARCHITECTURE_FINGERPRINT_FIELD_NUMBER: builtins.int
+    VISION_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     """What the operator calls the model; for people, never compared."""
     model_fingerprint: builtins.str
@@ -165,6 +166,10 @@ class DescribeResponse(google.protobuf.message.Message):
     def head(self) -> Global___HeadSpec:
         """Output head."""
 
+    @property
+    def vision(self) -> kdmesh.v1.common_pb2.VisionSpec:
+        """How it reads images; unset when it reads none."""
+
     def __init__(
         self,
         *,
@@ -180,9 +185,10 @@ class DescribeResponse(google.protobuf.message.Message):
         max_request_rows: builtins.int = ...,
         is_deterministic: builtins.bool = ...,
         architecture_fingerprint: builtins.str = ...,
+        vision: kdmesh.v1.common_pb2.VisionSpec | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["head", b"head"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["architecture_fingerprint", b"architecture_fingerprint", "dtype", b"dtype", "head", b"head", "hidden_size", b"hidden_size", "is_deterministic", b"is_deterministic", "max_request_rows", b"max_request_rows", "max_request_tokens", b"max_request_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "weight_version", b"weight_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["head", b"head", "vision", b"vision"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["architecture_fingerprint", b"architecture_fingerprint", "dtype", b"dtype", "head", b"head", "hidden_size", b"hidden_size", "is_deterministic", b"is_deterministic", "max_request_rows", b"max_request_rows", "max_request_tokens", b"max_request_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vision", b"vision", "weight_version", b"weight_version"]) -> None: ...
 
 Global___DescribeResponse: typing_extensions.TypeAlias = DescribeResponse
 
@@ -415,6 +421,7 @@ class PrefillReply(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    MISSING_IMAGES_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """Of the request."""
@@ -427,6 +434,10 @@ class PrefillReply(google.protobuf.message.Message):
         """Why there are none."""
 
     @property
+    def missing_images(self) -> kdmesh.v1.common_pb2.MissingImages:
+        """Images to put before asking again."""
+
+    @property
     def load(self) -> Global___ServerLoad:
         """When the reply was made."""
 
@@ -436,11 +447,12 @@ class PrefillReply(google.protobuf.message.Message):
         request_id: builtins.int = ...,
         result: Global___PrefillResult | None = ...,
         failure: kdmesh.v1.common_pb2.Failure | None = ...,
+        missing_images: kdmesh.v1.common_pb2.MissingImages | None = ...,
         load: Global___ServerLoad | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "load", b"load", "outcome", b"outcome", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "load", b"load", "outcome", b"outcome", "request_id", b"request_id", "result", b"result"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["result", "failure"] | None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "load", b"load", "missing_images", b"missing_images", "outcome", b"outcome", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "load", b"load", "missing_images", b"missing_images", "outcome", b"outcome", "request_id", b"request_id", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["result", "failure", "missing_images"] | None: ...
 
 Global___PrefillReply: typing_extensions.TypeAlias = PrefillReply
 
@@ -456,7 +468,7 @@ class PrefillResult(google.protobuf.message.Message):
     QUEUE_MS_FIELD_NUMBER: builtins.int
     ENGINE_MS_FIELD_NUMBER: builtins.int
     digest: builtins.bytes
-    """16-byte BLAKE2b over the ids and positions the engine computed; the client
+    """16-byte BLAKE2b over the ids, positions and images the engine computed; the client
     compares it with its own before it uses a row.
     """
     weight_version: builtins.int

@@ -62,6 +62,11 @@ class TeacherStub(object):
                 request_serializer=kdmesh_dot_v1_dot_teacher__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=kdmesh_dot_v1_dot_teacher__pb2.PrefillReply.FromString,
                 _registered_method=True)
+        self.PutImages = channel.unary_unary(
+                '/kdmesh.v1.Teacher/PutImages',
+                request_serializer=kdmesh_dot_v1_dot_common__pb2.PutImagesRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_common__pb2.PutImagesResponse.FromString,
+                _registered_method=True)
         self.FindCached = channel.unary_unary(
                 '/kdmesh.v1.Teacher/FindCached',
                 request_serializer=kdmesh_dot_v1_dot_teacher__pb2.FindCachedRequest.SerializeToString,
@@ -173,15 +178,31 @@ class TeacherServicer(object):
         Ending or breaking the stream cancels its unanswered requests.
 
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
-        INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
+        INVALID_ARGUMENT    no sequence, a bad id, position or image, too many tokens or rows
         FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
         served are not those of weight_version
         UNAVAILABLE         the queue is full, the job was over a quota or no slot came free for
         the whole bounded wait, or the server sleeps; ask again after retry_after_ms
         DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
         INTERNAL            the engine failed on this batch
+        A request that names an image which the server does not have is answered with MissingImages, at once and at no
+        cost; a server that was started anew has none.
         The stream itself ends with:
         NOT_FOUND the session is unknown or its lease has ended
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutImages(self, request, context):
+        """PutImages brings images that a reply to Prefill said are missing.
+
+        Cost: the bytes once, and one decoding of each, so that a damaged one fails here. Idempotent.
+
+        Errors:
+        INVALID_ARGUMENT   no image; one that is none, is damaged or exceeds VisionSpec's limits; or a model that reads
+        none
+        NOT_FOUND          the session is unknown or its lease has ended
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -370,6 +391,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     request_deserializer=kdmesh_dot_v1_dot_teacher__pb2.PrefillRequest.FromString,
                     response_serializer=kdmesh_dot_v1_dot_teacher__pb2.PrefillReply.SerializeToString,
             ),
+            'PutImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutImages,
+                    request_deserializer=kdmesh_dot_v1_dot_common__pb2.PutImagesRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_common__pb2.PutImagesResponse.SerializeToString,
+            ),
             'FindCached': grpc.unary_unary_rpc_method_handler(
                     servicer.FindCached,
                     request_deserializer=kdmesh_dot_v1_dot_teacher__pb2.FindCachedRequest.FromString,
@@ -552,6 +578,33 @@ class Teacher(object):
             '/kdmesh.v1.Teacher/Prefill',
             kdmesh_dot_v1_dot_teacher__pb2.PrefillRequest.SerializeToString,
             kdmesh_dot_v1_dot_teacher__pb2.PrefillReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kdmesh.v1.Teacher/PutImages',
+            kdmesh_dot_v1_dot_common__pb2.PutImagesRequest.SerializeToString,
+            kdmesh_dot_v1_dot_common__pb2.PutImagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -129,6 +129,22 @@ _TeacherPrefillType = typing_extensions.TypeVar(
     ],
 )
 
+_TeacherPutImagesType = typing_extensions.TypeVar(
+    '_TeacherPutImagesType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.PutImagesRequest,
+        kdmesh.v1.common_pb2.PutImagesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.PutImagesRequest,
+        kdmesh.v1.common_pb2.PutImagesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.PutImagesRequest,
+        kdmesh.v1.common_pb2.PutImagesResponse,
+    ],
+)
+
 _TeacherFindCachedType = typing_extensions.TypeVar(
     '_TeacherFindCachedType',
     grpc.UnaryUnaryMultiCallable[
@@ -273,7 +289,7 @@ _TeacherUpdateWeightsType = typing_extensions.TypeVar(
     ],
 )
 
-class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherFindCachedType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType, _TeacherLocateMemoryType, _TeacherCarryRowsType, _TeacherSleepType, _TeacherWakeType, _TeacherUpdateWeightsType]):
+class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, _TeacherKeepAliveType, _TeacherCloseSessionType, _TeacherPrefillType, _TeacherPutImagesType, _TeacherFindCachedType, _TeacherReleaseType, _TeacherGetHeadType, _TeacherReadHandleType, _TeacherLocateMemoryType, _TeacherCarryRowsType, _TeacherSleepType, _TeacherWakeType, _TeacherUpdateWeightsType]):
     """Hidden states of one model for any number of clients."""
 
     @typing.overload
@@ -297,6 +313,10 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
         grpc.StreamStreamMultiCallable[
             kdmesh.v1.teacher_pb2.PrefillRequest,
             kdmesh.v1.teacher_pb2.PrefillReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.PutImagesRequest,
+            kdmesh.v1.common_pb2.PutImagesResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             kdmesh.v1.teacher_pb2.FindCachedRequest,
@@ -357,6 +377,10 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
         grpc.aio.StreamStreamMultiCallable[
             kdmesh.v1.teacher_pb2.PrefillRequest,
             kdmesh.v1.teacher_pb2.PrefillReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.PutImagesRequest,
+            kdmesh.v1.common_pb2.PutImagesResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             kdmesh.v1.teacher_pb2.FindCachedRequest,
@@ -444,15 +468,28 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     Ending or breaking the stream cancels its unanswered requests.
 
     A failed request is a Failure in its reply, and the stream goes on. Its codes:
-      INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
+      INVALID_ARGUMENT    no sequence, a bad id, position or image, too many tokens or rows
       FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
                           served are not those of weight_version
       UNAVAILABLE         the queue is full, the job was over a quota or no slot came free for
                           the whole bounded wait, or the server sleeps; ask again after retry_after_ms
       DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
       INTERNAL            the engine failed on this batch
+    A request that names an image which the server does not have is answered with MissingImages, at once and at no
+    cost; a server that was started anew has none.
     The stream itself ends with:
       NOT_FOUND the session is unknown or its lease has ended
+    """
+
+    PutImages: _TeacherPutImagesType
+    """PutImages brings images that a reply to Prefill said are missing.
+
+    Cost: the bytes once, and one decoding of each, so that a damaged one fails here. Idempotent.
+
+    Errors:
+      INVALID_ARGUMENT   no image; one that is none, is damaged or exceeds VisionSpec's limits; or a model that reads
+                         none
+      NOT_FOUND          the session is unknown or its lease has ended
     """
 
     FindCached: _TeacherFindCachedType
@@ -605,6 +642,10 @@ TeacherAsyncStub: typing_extensions.TypeAlias = TeacherStub[
         kdmesh.v1.teacher_pb2.PrefillReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.PutImagesRequest,
+        kdmesh.v1.common_pb2.PutImagesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         kdmesh.v1.teacher_pb2.FindCachedRequest,
         kdmesh.v1.teacher_pb2.FindCachedResponse,
     ],
@@ -718,15 +759,33 @@ class TeacherServicer(metaclass=abc.ABCMeta):
         Ending or breaking the stream cancels its unanswered requests.
 
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
-          INVALID_ARGUMENT    no sequence, a bad id or position, too many tokens or rows
+          INVALID_ARGUMENT    no sequence, a bad id, position or image, too many tokens or rows
           FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
                               served are not those of weight_version
           UNAVAILABLE         the queue is full, the job was over a quota or no slot came free for
                               the whole bounded wait, or the server sleeps; ask again after retry_after_ms
           DEADLINE_EXCEEDED   deadline_ms passed before the prefill began
           INTERNAL            the engine failed on this batch
+        A request that names an image which the server does not have is answered with MissingImages, at once and at no
+        cost; a server that was started anew has none.
         The stream itself ends with:
           NOT_FOUND the session is unknown or its lease has ended
+        """
+
+    @abc.abstractmethod
+    def PutImages(
+        self,
+        request: kdmesh.v1.common_pb2.PutImagesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kdmesh.v1.common_pb2.PutImagesResponse, collections.abc.Awaitable[kdmesh.v1.common_pb2.PutImagesResponse]]:
+        """PutImages brings images that a reply to Prefill said are missing.
+
+        Cost: the bytes once, and one decoding of each, so that a damaged one fails here. Idempotent.
+
+        Errors:
+          INVALID_ARGUMENT   no image; one that is none, is damaged or exceeds VisionSpec's limits; or a model that reads
+                             none
+          NOT_FOUND          the session is unknown or its lease has ended
         """
 
     @abc.abstractmethod

@@ -21,6 +21,8 @@ def check_sequences(sequences: Sequence[TokenSequence], model: ModelDescription)
         largest = int(sequence.token_ids.max())
         if largest >= limit:
             raise InvalidRequest(f"sequence {index} has token id {largest}; ids must be below {limit}")
+        if sequence.images and model.vision is None:
+            raise InvalidRequest(f"sequence {index} has {len(sequence.images)} images; this model reads none")
     _check_total("tokens", sum(s.num_tokens for s in sequences), model.max_request_tokens)
     _check_total("rows", sum(s.num_rows for s in sequences), model.max_request_rows)
 

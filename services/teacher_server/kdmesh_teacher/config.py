@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from kdmesh.auth.config import is_loopback
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
+from kdmesh.serving.images_config import ImagesConfig
 from kdmesh.serving.job_config import JobTerms
 from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.sglang_config import SglangEngine
@@ -168,6 +169,9 @@ class TeacherConfig(StrictModel):
 
     cache: CacheConfig = CacheConfig()
     """Rows that are kept."""
+
+    images: ImagesConfig = ImagesConfig()
+    """Images that are asked about, where the model reads them."""
 
     @model_validator(mode="after")
     def _files_outlive_no_weights(self) -> TeacherConfig:

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from kdmesh.handles.memory import Segment
 from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.images import Vision
 from kdmesh.serving.revival import Mortal
 from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, HeadSpec, TokenSequence
@@ -29,6 +30,7 @@ class EngineDescription:
     max_batch_tokens: int  # tokens of one prefill call, over all its jobs
     is_deterministic: bool
     architecture_fingerprint: str = ""  # empty: the weights are frozen. Set: the engine is an UpdatableEngine
+    vision: Vision | None = None  # None: it reads no images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,7 +78,7 @@ class Engine(Sleeper, Protocol):
 
         Rows come in the order of the job's sequences, each sequence's positions in
         theirs. The jobs have at most max_batch_tokens tokens together; they are valid
-        for the model. No reference to `out` is kept after the return.
+        for the model, and their images are at hand. No reference to `out` is kept after the return.
         """
         ...
 

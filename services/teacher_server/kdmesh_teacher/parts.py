@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdmesh.handles.rdma_memory import RdmaMemory
 from kdmesh.handles.store import SlabStore
+from kdmesh.serving.images import ImageStore
 from kdmesh.serving.job_state import Holdings, JobState, job_states
 from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
@@ -39,6 +40,7 @@ class Parts:
     run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service
     cached_tokens: Callable[[], int]  # so far, over all requests
     cache: RowCache | None  # None: no rows are kept
+    images: ImageStore | None  # None: the model reads none
 
     @property
     def model(self) -> ModelDescription:

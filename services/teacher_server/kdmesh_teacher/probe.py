@@ -8,12 +8,42 @@ import numpy as np
 import numpy.typing as npt
 
 from kdmesh.errors import EngineFailure
-from kdmesh.types import DType, TokenSequence
+from kdmesh.images import noise_image
+from kdmesh.serving.images import Vision
+from kdmesh.types import DType, Image, PlacedImage, TokenSequence
 from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts, PrefillJob
 
+_IMAGE_SIDE = 112
+_LEAST_CHANGE = 1e-3  # a blind model changes nothing, to the last bit where it is deterministic
 _LENGTHS = (2, 7, 33)
 # Batching changes the order of sums. Relative to the largest value of a row.
 _TOLERANCE = {DType.FLOAT32: 1e-4, DType.FLOAT16: 2e-2, DType.BFLOAT16: 1e-1}
+
+
+def check(engine: Engine, model: EngineDescription) -> None:
+    """What follows, as far as it is the model's. Blocks for that long. Raises EngineFailure."""
+    check_rows(engine, model)
+    if model.vision is not None:
+        check_images(engine, model, model.vision)
+
+
+def check_images(engine: Engine, model: EngineDescription, vision: Vision) -> None:
+    """Compute one text after an image, after the same image again, and after another one of the same size.
+
+    Raises:
+        EngineFailure: a row is not finite, the image changes nothing, or changes as much when it is the same.
+    """
+    images = [noise_image(_IMAGE_SIDE, _IMAGE_SIDE, seed=seed) for seed in (1, 1, 2)]
+    first_RD, again_RD, other_RD = (_rows(engine, model, [_after(image, model, vision)])[0] for image in images)
+    if not (np.isfinite(first_RD).all() and np.isfinite(other_RD).all()):
+        raise EngineFailure("the model gives values that are not finite after an image")
+    largest = max(float(np.abs(first_RD).max()), 1e-30)
+    same, change = (float(np.abs(rows_RD - first_RD).max()) / largest for rows_RD in (again_RD, other_RD))
+    if not (change > _LEAST_CHANGE and same < change / 2):
+        raise EngineFailure(
+            f"another image changes the rows after it by {change:.1e} of the largest value, and the same one by "
+            f"{same:.1e}: the model does not see its images"
+        )
 
 
 def check_rows(engine: Engine, model: EngineDescription) -> None:
@@ -46,6 +76,19 @@ def check_head(parts: HeadParts, model: EngineDescription) -> None:
         raise EngineFailure("the head's bias and its description disagree")
     if parts.bias is not None and parts.bias.nbytes != rows * itemsize:
         raise EngineFailure(f"the head's bias has {parts.bias.nbytes} bytes for {rows} tokens")
+
+
+def _after(image: Image, model: EngineDescription, vision: Vision) -> TokenSequence:
+    """A token, the image, and a few tokens, whose rows are wanted."""
+    num_tokens = vision.num_tokens(image.width, image.height)
+    text = np.arange(1, 7, dtype=np.int64) * 7919 % model.head.vocabulary_size
+    text[text == vision.token_id] = 0
+    ids = np.insert(text, 1, np.full(num_tokens, vision.token_id))
+    return TokenSequence(
+        token_ids=ids.astype(np.int32),
+        positions=np.arange(num_tokens + 1, len(ids) - 1, dtype=np.int32),
+        images=(PlacedImage(digest=image.digest, first_token=1, num_tokens=num_tokens, image=image),),
+    )
 
 
 def _sequences(model: EngineDescription) -> list[TokenSequence]:

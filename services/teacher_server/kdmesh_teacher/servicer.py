@@ -14,6 +14,7 @@ import grpc
 
 from kdmesh.errors import HandleGone, InvalidRequest, ModelMismatch, RpcError
 from kdmesh.handles.store import SlabStore
+from kdmesh.images import ImagesMissing
 from kdmesh.rpc import codec, failure, raw_chunk, row_chunks
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
@@ -111,6 +112,12 @@ class Servicer(TeacherServicer):
             except HandleGone:
                 outcome = HandleGone.__name__
                 raise
+            except ImagesMissing as error:
+                outcome = ImagesMissing.__name__
+                missing = common_pb2.MissingImages(digests=error.digests)
+                load = codec.load_to_wire(parts.scheduler.load)
+                await stream.write(pb.PrefillReply(request_id=request.request_id, missing_images=missing, load=load))
+                return
             except RpcError as error:
                 outcome = type(error).__name__
                 refusal = failure.to_wire(error)
@@ -133,6 +140,8 @@ class Servicer(TeacherServicer):
         admission.check_version(request.weight_version, model.weight_version)
         sequences = codec.sequences_from_wire(request.sequences)
         admission.check_sequences(sequences, model)
+        if parts.images is not None:
+            sequences = parts.images.resolved(sequences)
         deadline_s = request.deadline_ms / 1000 or math.inf
         return await parts.scheduler.prefill(
             request.session,
@@ -142,6 +151,15 @@ class Servicer(TeacherServicer):
             uses_cache=not request.bypasses_cache,
             deadline_s=deadline_s,
         )
+
+    async def PutImages(self, request: common_pb2.PutImagesRequest, context: Context) -> common_pb2.PutImagesResponse:
+        """See teacher.proto."""
+        parts = self._gate.parts()
+        _job(parts.store, request.session)
+        if parts.images is None:
+            raise InvalidRequest(f"teacher {parts.model.name} reads no images")
+        await parts.images.put(request.images)
+        return common_pb2.PutImagesResponse()
 
     async def FindCached(self, request: pb.FindCachedRequest, context: Context) -> pb.FindCachedResponse:
         """See teacher.proto."""

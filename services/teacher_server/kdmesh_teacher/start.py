@@ -17,6 +17,7 @@ from kdmesh.handles.rdma_memory import RdmaMemory
 from kdmesh.handles.store import SlabStore
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.images import ImageStore
 from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.revival import Revival
@@ -73,8 +74,9 @@ async def start(
     if rdma is not None:
         stack.push_async_callback(asyncio.to_thread, rdma.close)
         await asyncio.to_thread(rdma.serve, store.nonce, store.slots)
-    model = _limited(described, store.limits)
-    check = partial(probe.check_rows, engine, described)
+    images = None if described.vision is None else ImageStore(described.vision, config.images)
+    model = _limited(described, store.limits, images)
+    check = partial(probe.check, engine, described)
     await thread.run(check)
     parts = await thread.run(engine.head_parts)
     probe.check_head(parts, described)
@@ -111,6 +113,7 @@ async def start(
         run=run,
         cached_tokens=engine.num_cached_tokens if isinstance(engine, ProcessEngine) else lambda: 0,
         cache=cache,
+        images=images,
     )
 
 
@@ -164,7 +167,7 @@ def _store(slab: SlabConfig, socket_path: Path, writer: SegmentWriter | None = N
     return SlabStore(limits, socket_path=socket_path, writer=writer)
 
 
-def _limited(model: EngineDescription, slab: SlabLimits) -> ModelDescription:
+def _limited(model: EngineDescription, slab: SlabLimits, images: ImageStore | None) -> ModelDescription:
     """What a client is told: the engine's limits, and what fits in a slot."""
     row_bytes = model.hidden_size * model.dtype.size_bytes
     max_rows = slab.slot_bytes // row_bytes
@@ -183,4 +186,5 @@ def _limited(model: EngineDescription, slab: SlabLimits) -> ModelDescription:
         max_request_rows=max_rows,
         is_deterministic=model.is_deterministic,
         architecture_fingerprint=model.architecture_fingerprint,
+        vision=None if images is None else images.spec,
     )

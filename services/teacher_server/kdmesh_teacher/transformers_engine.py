@@ -12,11 +12,13 @@ from kdmesh.errors import ConfigError
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.fingerprint import architecture_fingerprint, model_fingerprint
 from kdmesh.models.head import head_spec, output_head
-from kdmesh.models.packing import pack
+from kdmesh.models.image_packing import Packer
+from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.placement import DTYPES, device, torch_dtype
 from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.models.verify import check_images
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import HeadSpec, SleepTag, TokenSequence
 from kdmesh.weights.manifest import TensorSpec
@@ -42,6 +44,8 @@ class TransformersEngine:
         self._config = config
         self._model: PreTrainedModel
         self._resting: RestingWeights | None = None
+        self._reader: ImageReader | None
+        self._packer: Packer
         self._weights: ReplaceableWeights  # where the configuration lets them be replaced
 
     def load(self) -> EngineDescription:
@@ -54,6 +58,10 @@ class TransformersEngine:
             raise ConfigError(
                 f"{config.model} has weights of {self._model.dtype}; set engine.dtype to float32 or bfloat16"
             )
+        self._reader = load_image_reader(config.model, self._model.config)
+        if self._reader is not None:
+            check_images(self._model, self._reader)
+        self._packer = Packer(self._model, self._reader)
         if config.updatable:
             self._weights = ReplaceableWeights(self._model)
         return self._describe()
@@ -125,7 +133,7 @@ class TransformersEngine:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_batch_tokens
         return EngineDescription(
             name=config.model.resolve().name,
-            model_fingerprint=architecture or model_fingerprint(model),
+            model_fingerprint=architecture or model_fingerprint(model, *self._read_as()),
             tokenizer_fingerprint=fingerprint,
             hidden_size=output_head(model).hidden_size,
             dtype=DTYPES[model.dtype],
@@ -135,7 +143,11 @@ class TransformersEngine:
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=config.deterministic,
             architecture_fingerprint=architecture,
+            vision=self._reader,
         )
+
+    def _read_as(self) -> tuple[str, ...]:
+        return () if self._reader is None else (self._reader.fingerprint,)
 
     def _vocabulary(self) -> tuple[HeadSpec, str]:
         """The head for the tokenizer's tokens, and the tokenizer's fingerprint; without one, every row is a token."""
@@ -170,7 +182,7 @@ class TransformersEngine:
             yield row
 
     def _compute(self, row: list[_Target]) -> None:
-        packed = pack([sequence for sequence, _ in row]).to(self._model.device)
+        packed = self._packer.pack([sequence for sequence, _ in row]).to(self._model.device)
         hidden_TD = hidden_states_TD(self._model, packed)
         wanted = torch.split(packed.rows_R, [sequence.num_rows for sequence, _ in row])
         for rows_R, (_, out_RD) in zip(wanted, row, strict=True):

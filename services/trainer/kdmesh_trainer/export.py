@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdmesh.errors import CheckpointError
+from kdmesh.models.vision import auto_class
 from kdmesh_trainer.files import replacing
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
@@ -78,7 +79,7 @@ class HuggingFaceExporter:
 def _whole_model(config: PretrainedConfig, tensors: dict[str, Tensor]) -> PreTrainedModel:
     """A model that holds `tensors` and nothing else."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return model

@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Collection, Mapping
 
+from kdmesh.tokens import image_names
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.engine import EngineDescription
 
@@ -50,6 +51,7 @@ class RowKeys:
             weight_version.to_bytes(8, "little"),
             sequence.token_ids.astype("<i4").tobytes(),
             sequence.positions.astype("<i4").tobytes(),
+            *((image_names(sequence),) if sequence.images else ()),
         ):
             state.update(len(part).to_bytes(8, "little"))
             state.update(part)

@@ -1,0 +1,102 @@
+"""Encoded images: what they are, and what they show."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from PIL import ImageOps
+
+from kdmesh.errors import InvalidRequest
+from kdmesh.types import IMAGE_DIGEST_BYTES, Image
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+_TURNED = ("JPEG", "WEBP")  # cameras' formats; of a PNG, EXIF data may be found after all of its pixels only
+_ORIENTATION = 0x0112  # of EXIF
+_LYING = (5, 6, 7, 8)  # orientations that swap width and height
+
+# What Pillow raises for bytes that are not an image, or not a whole one.
+_FAILURES = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
+
+
+class ImagesMissing(Exception):
+    """A server was asked about images that it does not have. No failure: they are put, and it is asked again."""
+
+    def __init__(self, digests: tuple[bytes, ...]) -> None:
+        super().__init__(f"{len(digests)} images are missing")
+        self.digests = digests
+
+
+def describe_image(data: bytes, *, file: Path | None = None) -> Image:
+    """The image that `data` encodes; its pixels are not decoded.
+
+    Args:
+        file: where `data` comes from, to be read again when the image is used; None keeps `data`.
+
+    Raises:
+        InvalidRequest: it is not an image of one of FORMATS.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if image.format in _TURNED and image.getexif().get(_ORIENTATION) in _LYING:
+                width, height = height, width
+    except _FAILURES as error:
+        raise InvalidRequest(f"{len(data)} bytes are not an image of {', '.join(FORMATS)}: {error}") from None
+    return Image(
+        digest=image_digest(data), data=data if file is None else file, size_bytes=len(data), width=width, height=height
+    )
+
+
+def image_digest(data: bytes) -> bytes:
+    """What names the image that `data` encodes."""
+    return hashlib.blake2b(data, digest_size=IMAGE_DIGEST_BYTES).digest()
+
+
+def check_image_size(image: Image, *, max_bytes: int, max_pixels: int) -> None:
+    """Raises InvalidRequest, with the value and the limit, when an image is larger."""
+    if image.size_bytes > max_bytes:
+        raise InvalidRequest(f"an image has {image.size_bytes} bytes; the most allowed is {max_bytes}")
+    if image.width * image.height > max_pixels:
+        raise InvalidRequest(
+            f"an image has {image.width} x {image.height} pixels; the most allowed is {max_pixels} in all"
+        )
+
+
+def encoded(image: Image) -> bytes:
+    """Its encoded bytes, read from its file where it lies in one. Raises InvalidRequest when the file has changed."""
+    if isinstance(image.data, bytes):
+        return image.data
+    try:
+        data = image.data.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"the image {image.data} cannot be read: {error.strerror}") from None
+    if image_digest(data) != image.digest:
+        raise InvalidRequest(f"the image {image.data} has changed since the dataset was read")
+    return data
+
+
+def noise_image(width: int, height: int, *, seed: int) -> Image:
+    """A picture of noise, the same for equal arguments."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG")
+    return describe_image(file.getvalue())
+
+
+def decoded(image: Image) -> PIL.Image.Image:
+    """Its pixels in RGB, turned as its EXIF data say.
+
+    Raises:
+        InvalidRequest: its file has changed, or the bytes are damaged.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(encoded(image)), formats=FORMATS) as opened:
+            return (ImageOps.exif_transpose(opened) if opened.format in _TURNED else opened).convert("RGB")
+    except _FAILURES as error:
+        name = image.data if isinstance(image.data, Path) else f"of digest {image.digest.hex()[:16]}"
+        raise InvalidRequest(f"the image {name} is damaged: {error}") from None

@@ -1,0 +1,121 @@
+"""Images that clients have brought, for whatever request names them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from kdmesh.errors import InvalidRequest
+from kdmesh.images import ImagesMissing, check_image_size, decoded, describe_image
+from kdmesh.serving.images_config import ImagesConfig
+from kdmesh.types import Image, PlacedImage, TokenSequence, VisionSpec
+
+
+class Vision(Protocol):
+    """How a model reads images, as models.ImageReader."""
+
+    @property
+    def token_id(self) -> int:
+        """Of the token that stands for each part of an image."""
+        ...
+
+    @property
+    def expansion(self) -> str:
+        """See VisionSpec."""
+        ...
+
+    def num_tokens(self, width: int, height: int) -> int:
+        """Tokens that stand for an image of so many pixels. Raises InvalidRequest when the model takes none such."""
+        ...
+
+
+class ImageStore:
+    """Keeps images by their digest; the one that was not used for longest makes place. Belongs to one event loop.
+
+    Attributes:
+        spec: what clients are told.
+    """
+
+    def __init__(self, vision: Vision, cfg: ImagesConfig) -> None:
+        self._vision = vision
+        self._budget_bytes = cfg.memory_bytes
+        self._images = OrderedDict[bytes, Image]()
+        self._size_bytes = 0
+        self.spec = VisionSpec(
+            image_token_id=vision.token_id,
+            expansion=vision.expansion,
+            max_image_bytes=cfg.max_image_bytes,
+            max_image_pixels=cfg.max_image_pixels,
+        )
+
+    async def put(self, encoded: Sequence[bytes]) -> None:
+        """Take these images. Each is decoded once, in a thread, so that a damaged one is refused here.
+
+        Raises:
+            InvalidRequest: there is none, or one is no image, damaged or too large; the others before it are kept.
+        """
+        if not encoded:
+            raise InvalidRequest("the request holds no image; it needs at least one")
+        for data in encoded:
+            self._keep(await asyncio.to_thread(self._checked, data))
+
+    def resolved(self, sequences: Sequence[TokenSequence]) -> tuple[TokenSequence, ...]:
+        """The sequences, which now hold their images.
+
+        Raises:
+            ImagesMissing: some are not here.
+            InvalidRequest: an image does not stand where the model's image tokens are, or for another number of them.
+        """
+        for index, sequence in enumerate(sequences):
+            self._check_tokens(index, sequence)
+        placed = {image.digest for sequence in sequences for image in sequence.images}
+        missing = tuple(digest for digest in placed if digest not in self._images)
+        if missing:
+            raise ImagesMissing(missing)
+        return tuple(
+            replace(sequence, images=tuple(self._resolve(index, image) for image in sequence.images))
+            if sequence.images
+            else sequence
+            for index, sequence in enumerate(sequences)
+        )
+
+    def _check_tokens(self, index: int, sequence: TokenSequence) -> None:
+        token_id = self.spec.image_token_id
+        is_image_T = sequence.token_ids == token_id
+        expected = sum(image.num_tokens for image in sequence.images)
+        if int(is_image_T.sum()) != expected or not all(
+            is_image_T[image.first_token : image.end].all() for image in sequence.images
+        ):
+            raise InvalidRequest(
+                f"sequence {index} has {int(is_image_T.sum())} image tokens (id {token_id}), and its images stand for "
+                f"{expected}; every image token must belong to an image, and no other token may"
+            )
+
+    def _resolve(self, index: int, placed: PlacedImage) -> PlacedImage:
+        image = self._images[placed.digest]
+        self._images.move_to_end(placed.digest)
+        num_tokens = self._vision.num_tokens(image.width, image.height)
+        if placed.num_tokens != num_tokens:
+            raise InvalidRequest(
+                f"sequence {index} has {placed.num_tokens} tokens for an image of {image.width} x {image.height} "
+                f"pixels; this model's image processor makes {num_tokens} of it"
+            )
+        return replace(placed, image=image)
+
+    def _checked(self, data: bytes) -> Image:
+        image = describe_image(data)
+        check_image_size(image, max_bytes=self.spec.max_image_bytes, max_pixels=self.spec.max_image_pixels)
+        decoded(image)
+        return image
+
+    def _keep(self, image: Image) -> None:
+        if image.digest not in self._images:
+            self._images[image.digest] = image
+            self._size_bytes += image.size_bytes
+        self._images.move_to_end(image.digest)
+        while self._size_bytes > self._budget_bytes:
+            _, gone = self._images.popitem(last=False)
+            self._size_bytes -= gone.size_bytes

@@ -1,0 +1,51 @@
+"""What Hugging Face transformers gives for sequences with images, each computed alone by the model's own forward."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import PIL.Image
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from kdmesh.types import TokenSequence
+
+
+def hugging_face_model(path: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
+    """The model as transformers loads it."""
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+
+
+def hugging_face_inputs(path: Path, sequence: TokenSequence) -> dict[str, Tensor]:
+    """Arguments of the model's forward: ids, and the image processor's own tensors."""
+    ids_1T = torch.from_numpy(sequence.token_ids).long()[None]
+    if not sequence.images:
+        return {"input_ids": ids_1T}
+    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    pictures = []
+    for placed in sequence.images:
+        assert placed.image is not None
+        data = placed.image.data if isinstance(placed.image.data, bytes) else placed.image.data.read_bytes()
+        pictures.append(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
+    types = torch.zeros_like(ids_1T, dtype=torch.int32)
+    for placed in sequence.images:
+        types[0, placed.first_token : placed.end] = 1
+    return {"input_ids": ids_1T, "mm_token_type_ids": types, **processor(images=pictures, return_tensors="pt")}
+
+
+def hugging_face_vision_rows(
+    path: Path, sequences: Sequence[TokenSequence], *, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> Tensor:
+    """[R, D] last hidden states after the final norm."""
+    model = hugging_face_model(path, dtype)
+    rows = []
+    with torch.no_grad():
+        for sequence in sequences:
+            hidden_TD = model.model(**hugging_face_inputs(path, sequence), use_cache=False).last_hidden_state[0]
+            rows.append(hidden_TD[torch.from_numpy(sequence.positions).long()])
+    return torch.cat(rows)

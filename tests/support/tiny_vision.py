@@ -1,0 +1,190 @@
+"""Tiny random models that read images, with tokenizer and image processor, and images for them."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from kdmesh.images import describe_image
+from kdmesh.models.image_reader import ImageReader, load_image_reader
+from kdmesh.types import PlacedImage, TokenSequence
+
+VOCABULARY_SIZE = 320
+PATCH = 4
+MERGE = 2
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+IMAGE_TOKEN = SPECIAL.index("<|image_pad|>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_TEXT = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+}
+_VISION = {
+    "depth": 2,
+    "num_heads": 2,
+    "patch_size": PATCH,
+    "spatial_merge_size": MERGE,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+    "initializer_range": 0.15,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
+    "qwen2_5_vl": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": 32,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    },
+    "qwen3_vl": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    },
+}
+"""Model type -> what its vision tower is told beside the rest."""
+
+
+class TinyVisionModels:
+    """Makes each directory once and keeps it; callers must not change what they are given."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def path(
+        self, family: str = "qwen2_5_vl", *, seed: int = 0, dtype: torch.dtype = torch.float32, max_pixels: int = 4096
+    ) -> Path:
+        """Directory of a random model of `family`, whose image processor scales larger images down to `max_pixels`."""
+        path = self._root / f"{family}-{seed}-{dtype}-{max_pixels}"
+        if not path.exists():
+            save_model(path, family, seed=seed, dtype=dtype)
+            save_tokenizer(path)
+            save_image_processor(path, max_pixels=max_pixels)
+        return path
+
+
+def save_model(path: Path, family: str, *, seed: int, dtype: torch.dtype) -> None:
+    """Writes a random model of `family` to `path`; every parameter is random."""
+    config = AutoConfig.for_model(
+        family,
+        text_config=_TEXT,
+        vision_config=_VISION | FAMILIES[family],
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VOCABULARY_SIZE - 1,
+        vision_start_token_id=SPECIAL.index("<|vision_start|>"),
+        vision_end_token_id=SPECIAL.index("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(path)
+
+
+def save_tokenizer(path: Path) -> None:
+    """Writes a byte-level BPE tokenizer with image tokens, trained on the standard library, to `path`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([textwrap.__file__], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL[3:]),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)
+
+
+def save_image_processor(path: Path, *, max_pixels: int) -> None:
+    """Writes the image processor that fits the models to `path`."""
+    Qwen2VLImageProcessorPil(
+        patch_size=PATCH,
+        merge_size=MERGE,
+        temporal_patch_size=2,
+        size={"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": max_pixels},
+    ).save_pretrained(path)
+
+
+def png(width: int, height: int, *, seed: int) -> bytes:
+    """A picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def reader_of(path: Path) -> ImageReader:
+    """The image reader of a model."""
+    reader = load_image_reader(path)
+    assert reader is not None
+    return reader
+
+
+def vision_sequence(reader: ImageReader, *parts: int | bytes, seed: int, rows: int = 4) -> TokenSequence:
+    """Random text tokens, as many as each number says, with an image for each `bytes`; the last rows are wanted."""
+    draw = np.random.default_rng(seed)
+    ids, images = list[int](), []
+    for part in parts:
+        if isinstance(part, int):
+            ids.extend(draw.integers(len(SPECIAL), VOCABULARY_SIZE - 1, part).tolist())
+            continue
+        image = describe_image(part)
+        num_tokens = reader.num_tokens(image.width, image.height)
+        images.append(PlacedImage(digest=image.digest, first_token=len(ids), num_tokens=num_tokens, image=image))
+        ids.extend([IMAGE_TOKEN] * num_tokens)
+    return TokenSequence(
+        token_ids=np.array(ids, np.int32),
+        positions=np.arange(len(ids) - 1 - rows, len(ids) - 1, dtype=np.int32),
+        images=tuple(images),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_vision(tmp_path_factory: pytest.TempPathFactory) -> TinyVisionModels:
+    """Directories of tiny random models that read images."""
+    return TinyVisionModels(tmp_path_factory.mktemp("tiny_vision"))
