@@ -7,9 +7,11 @@ RDMA_INSTALLED := $(VENV)/.rdma-installed
 CHAOS_INSTALLED := $(VENV)/.chaos-installed
 SGLANG := .cache/sglang-env
 SGLANG_INSTALLED := $(SGLANG)/.installed
+PROMETHEUS := .cache/prometheus
+PROMETHEUS_INSTALLED := $(PROMETHEUS)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env check format proto metrics clean
+.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env check format proto metrics dashboards clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -36,6 +38,10 @@ $(RDMA_INSTALLED): $(INSTALLED)
 
 $(CHAOS_INSTALLED): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[chaos]'
+	@touch $@
+
+$(PROMETHEUS_INSTALLED): $(INSTALLED) tools/prometheus_env.py
+	$(BIN)/python tools/prometheus_env.py $(PROMETHEUS)
 	@touch $@
 
 demo: $(INSTALLED)  ## Distil a small model on this machine: teacher server, 2-rank trainer, report
@@ -67,12 +73,15 @@ test-sglang: $(SGLANG_INSTALLED)  ## The SGLang engine against the real SGLang, 
 test-browser: $(INSTALLED)  ## The servers' status page in a real Chromium; skipped where there is none
 	$(BIN)/pytest -q -rs -m browser tests/system
 
+prometheus-env: $(PROMETHEUS_INSTALLED)  ## Prometheus, promtool and Alertmanager from Debian's packages, 30 MB; `make test` uses promtool if it is there
+
 check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/generate_proto.py --check
 	$(BIN)/python tools/generate_metrics.py --check
+	$(BIN)/python -m tools.generate_dashboards --check
 	$(BIN)/python tools/check_docs.py
 
 format: $(INSTALLED)  ## Rewrite the code in the project's format
@@ -81,6 +90,9 @@ format: $(INSTALLED)  ## Rewrite the code in the project's format
 
 metrics: $(INSTALLED)  ## Regenerate the tables of docs/metrics.md
 	$(BIN)/python tools/generate_metrics.py
+
+dashboards: $(INSTALLED)  ## Regenerate the Grafana dashboards of the chart
+	$(BIN)/python -m tools.generate_dashboards
 
 proto: $(INSTALLED)  ## Regenerate kdmesh/v1 from proto/
 	$(BIN)/python tools/generate_proto.py
