@@ -10,8 +10,10 @@ SGLANG_INSTALLED := $(SGLANG)/.installed
 PROMETHEUS := .cache/prometheus
 PROMETHEUS_INSTALLED := $(PROMETHEUS)/.installed
 
+KUBERNETES_TOOLS := .cache/kubernetes-tools/.installed
+
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env check format proto metrics dashboards clean
+.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env kubernetes-tools helm check format proto metrics dashboards clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -44,13 +46,17 @@ $(PROMETHEUS_INSTALLED): $(INSTALLED) tools/prometheus_env.py
 	$(BIN)/python tools/prometheus_env.py $(PROMETHEUS)
 	@touch $@
 
+$(KUBERNETES_TOOLS): tools/install_kubernetes_tools.py $(INSTALLED)
+	$(BIN)/python tools/install_kubernetes_tools.py
+	@touch $@
+
 demo: $(INSTALLED)  ## Distil a small model on this machine: teacher server, 2-rank trainer, report
 	$(BIN)/kdmesh demo
 
 demo-onpolicy: $(INSTALLED)  ## Let a small model learn from its own samples: teacher, rollout server, trainer, report
 	$(BIN)/kdmesh demo --on-policy
 
-test: $(INSTALLED)  ## Everything CI runs, a file of tests on each core
+test: $(INSTALLED) $(KUBERNETES_TOOLS)  ## Everything CI runs, a file of tests on each core
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-rdma: $(RDMA_INSTALLED)  ## The RDMA door, over the test transports of NIXL (70 MB to fetch)
@@ -75,11 +81,14 @@ test-browser: $(INSTALLED)  ## The servers' status page in a real Chromium; skip
 
 prometheus-env: $(PROMETHEUS_INSTALLED)  ## Prometheus, promtool and Alertmanager from Debian's packages, 30 MB; `make test` uses promtool if it is there
 
+kubernetes-tools: $(KUBERNETES_TOOLS)  ## helm 3 and 4, which the chart is tested with
+
 check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/generate_proto.py --check
+	$(BIN)/python tools/generate_helm.py --check
 	$(BIN)/python tools/generate_metrics.py --check
 	$(BIN)/python -m tools.generate_dashboards --check
 	$(BIN)/python tools/check_docs.py
@@ -93,6 +102,10 @@ metrics: $(INSTALLED)  ## Regenerate the tables of docs/metrics.md
 
 dashboards: $(INSTALLED)  ## Regenerate the Grafana dashboards of the chart
 	$(BIN)/python -m tools.generate_dashboards
+
+helm: $(INSTALLED) $(KUBERNETES_TOOLS)  ## Regenerate the chart's values, schema and golden files
+	$(BIN)/python tools/generate_helm.py
+	$(BIN)/python tools/render_helm.py
 
 proto: $(INSTALLED)  ## Regenerate kdmesh/v1 from proto/
 	$(BIN)/python tools/generate_proto.py

@@ -1,0 +1,95 @@
+"""The configurations that the chart renders, read by the services themselves, with the arguments of their pods."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kdmesh import check, config
+from kdmesh_rollout.config import RolloutConfig
+from kdmesh_teacher.config import TeacherConfig
+from kdmesh_teacher.sglang_config import SglangEngine
+from tests.support.rendered_chart import Manifest, of_kind, pods, rendered
+from tools.helm_chart import render
+
+# What Kubernetes, or LeaderWorkerSet, puts into the pod.
+_VARIABLES = {
+    "POD_NAME": "demo-teacher-0",
+    "LWS_GROUP_SIZE": "2",
+    "LWS_WORKER_INDEX": "1",
+    "LWS_LEADER_ADDRESS": "demo-teacher-0.demo-teacher.research",
+}
+_KINDS: dict[str, type[TeacherConfig] | type[RolloutConfig]] = {"teacher": TeacherConfig, "rollout": RolloutConfig}
+every_value = pytest.mark.parametrize(
+    "values", render.values_files(), ids=lambda path: path.name.removesuffix("-values.yaml")
+)
+
+
+@every_value
+def test_services_take_the_configurations_that_are_rendered(values: Path, tmp_path: Path) -> None:
+    manifests = rendered(values)
+    servers = [pod for _, pod in pods(manifests) if pod["spec"]["containers"][0]["name"] in _KINDS]
+    assert servers == [pod for _, pod in _loaded(manifests, tmp_path)]
+
+
+@every_value
+def test_the_files_that_a_configuration_names_are_mounted(values: Path, tmp_path: Path) -> None:
+    for loaded, pod in _loaded(rendered(values), tmp_path):
+        (server, *_) = pod["spec"]["containers"]
+        mounts = [Path(mount["mountPath"]) for mount in server["volumeMounts"]]
+        for line in check.missing(loaded):  # nothing of it is on this machine
+            (path,) = re.findall(r"there is no (?:file|directory) (\S+)", line)
+            assert any(Path(path).is_relative_to(mount) for mount in mounts), line
+
+
+def test_nodes_of_a_group_know_their_place(tmp_path: Path) -> None:
+    values = render.CHART / "ci" / "several-nodes-values.yaml"
+    for loaded, _ in _loaded(rendered(values), tmp_path):
+        assert isinstance(loaded, TeacherConfig) and isinstance(loaded.engine, SglangEngine)
+        assert (loaded.engine.num_nodes, loaded.engine.node_rank) == (2, 1)
+        assert loaded.engine.dist_init_address == "demo-teacher-0.demo-teacher.research:20000"
+        assert loaded.server.runtime_dir == Path("/run/kdmesh/demo-teacher-0")
+
+
+def test_large_numbers_stay_whole_numbers(tmp_path: Path) -> None:
+    values = render.CHART / "ci" / "several-nodes-values.yaml"
+    (loaded, _), *_ = _loaded(rendered(values), tmp_path)
+    assert isinstance(loaded, TeacherConfig)
+    assert loaded.queue.max_tokens == 8_000_000
+    assert loaded.jobs.defaults.max_bytes_in_flight == 2**30
+
+
+def test_a_port_of_the_configuration_is_that_of_the_service_and_the_probes() -> None:
+    for values in render.values_files():
+        for service in of_kind(rendered(values), "Service"):
+            for where, pod in pods(rendered(values)):
+                (server, *_) = pod["spec"]["containers"]
+                if (
+                    server.get("ports")
+                    and server["name"] == service["metadata"]["labels"]["app.kubernetes.io/component"]
+                ):
+                    assert [port["containerPort"] for port in server["ports"]] == [
+                        port["port"] for port in service["spec"]["ports"]
+                    ], where
+
+
+def _loaded(manifests: tuple[Manifest, ...], folder: Path) -> Iterator[tuple[TeacherConfig | RolloutConfig, Manifest]]:
+    """Each server's configuration as its container's command reads it, with its pod."""
+    files = {one["metadata"]["name"]: one["data"] for one in of_kind(manifests, "ConfigMap")}
+    for _, pod in pods(manifests):
+        (server, *_) = pod["spec"]["containers"]
+        if server["command"] != ["kdmesh"]:
+            continue
+        name, path, *options = [_expanded(argument) for argument in server["args"]]
+        assert options[::2] == ["--set"] * (len(options) // 2)
+        (config_map,) = [one["configMap"]["name"] for one in pod["spec"]["volumes"] if one["name"] == "config"]
+        local = folder / Path(path).name
+        local.write_text(files[config_map][local.name], encoding="utf-8")
+        yield config.load(_KINDS[name], local, options[1::2]), pod
+
+
+def _expanded(argument: str) -> str:
+    return re.sub(r"\$\((\w+)\)", lambda match: _VARIABLES[match[1]], argument)

@@ -1,0 +1,205 @@
+"""What holds of every pod that the chart makes, and of what guards them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.rendered_chart import Manifest, containers, of_kind, pods, rendered, rendered_with
+from tools.helm_chart import render
+
+VALUES = render.values_files()
+every_value = pytest.mark.parametrize("values", VALUES, ids=lambda path: path.name.removesuffix("-values.yaml"))
+_ROOT = "prepare-sharing"  # changes the owner of a directory of the node, where that is asked for
+
+
+@every_value
+def test_pods_are_ordinary_users_without_privileges(values: Path) -> None:
+    for where, pod in pods(rendered(values)):
+        user = pod["spec"]["securityContext"]
+        assert user["runAsNonRoot"] is True and user["runAsUser"] > 0, where
+        assert user["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert pod["spec"]["automountServiceAccountToken"] is False, where
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod["spec"].keys(), where
+        for container in containers(pod):
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False, where
+            assert security["readOnlyRootFilesystem"] is True, where
+            assert security["capabilities"]["drop"] == ["ALL"], where
+            assert security.get("runAsUser", 1) > 0 or container["name"] == _ROOT, where
+
+
+@every_value
+def test_capabilities_come_only_with_what_needs_them(values: Path) -> None:
+    for _, pod in pods(rendered(values)):
+        for container in containers(pod):
+            devices = [name for name in container["resources"]["limits"] if name.startswith("rdma/")]
+            wanted = ["CHOWN"] if container["name"] == _ROOT else ["IPC_LOCK"] if devices else []
+            assert container["securityContext"]["capabilities"].get("add", []) == wanted
+
+
+@every_value
+def test_every_container_says_what_it_takes(values: Path) -> None:
+    for where, pod in pods(rendered(values)):
+        for container in containers(pod):
+            resources = container["resources"]
+            assert {"cpu", "memory"} <= resources["requests"].keys() and "memory" in resources["limits"], where
+
+
+@every_value
+def test_only_servers_that_answer_are_probed(values: Path) -> None:
+    for where, pod in pods(rendered(values)):
+        (server, *_) = pod["spec"]["containers"]
+        answers = pod["metadata"]["labels"]["app.kubernetes.io/component"] in ("teacher", "rollout")
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert (probe in server) is answers, where
+        assert ("ports" in server) is answers, where
+
+
+@every_value
+def test_a_pod_is_given_the_time_that_draining_takes(values: Path) -> None:
+    for where, pod in pods(rendered(values)):
+        (server, *_) = pod["spec"]["containers"]
+        if "readinessProbe" in server:
+            drain_s = _config(rendered(values), server["name"])["server"]["drain_s"]
+            hook = server.get("lifecycle", {}).get("preStop", {}).get("sleep", {"seconds": 0})
+            assert pod["spec"]["terminationGracePeriodSeconds"] >= hook["seconds"] + drain_s + 5, where
+
+
+@every_value
+def test_no_value_holds_a_secret(values: Path) -> None:
+    for manifest in rendered(values):
+        assert manifest["kind"] != "Secret"
+    for where, pod in pods(rendered(values)):
+        for container in containers(pod):
+            for variable in container.get("env", ()):
+                is_secret = re.search("TOKEN|PASSWORD|SECRET", variable["name"]) is not None
+                assert ("value" in variable) is not is_secret or "fieldRef" in variable["valueFrom"], where
+
+
+@every_value
+def test_what_is_mounted_is_a_volume_of_the_pod(values: Path) -> None:
+    for where, pod in pods(rendered(values)):
+        volumes = {volume["name"] for volume in pod["spec"].get("volumes", ())} | {"rows"}  # by a claim template
+        for container in containers(pod):
+            assert {mount["name"] for mount in container.get("volumeMounts", ())} <= volumes, where
+
+
+@every_value
+def test_selectors_find_exactly_the_pods_that_they_are_for(values: Path) -> None:
+    manifests = rendered(values)
+    labels = [pod["metadata"]["labels"] for _, pod in pods(manifests)]
+    for manifest in (*of_kind(manifests, "NetworkPolicy"), *of_kind(manifests, "PodDisruptionBudget")):
+        component = manifest["metadata"]["labels"]["app.kubernetes.io/component"]
+        selector = manifest["spec"].get("podSelector") or manifest["spec"]["selector"]
+        found = [one["app.kubernetes.io/component"] for one in labels if _selects(selector, one)]
+        assert found and set(found) <= {component, f"{component}-worker"}
+    for service in of_kind(manifests, "Service"):
+        found = [one for one in labels if _selects({"matchLabels": service["spec"]["selector"]}, one)]
+        assert [one["app.kubernetes.io/component"] for one in found] == [
+            service["metadata"]["labels"]["app.kubernetes.io/component"]
+        ]
+
+
+def test_pods_that_only_compute_are_in_the_budget_and_the_policy_of_their_group() -> None:
+    manifests = rendered(_values("several-nodes"))
+    (worker,) = [pod for where, pod in pods(manifests) if where.endswith("workerTemplate")]
+    (policy,), (budget,) = of_kind(manifests, "NetworkPolicy"), of_kind(manifests, "PodDisruptionBudget")
+    assert _selects(policy["spec"]["podSelector"], worker["metadata"]["labels"])
+    assert _selects(budget["spec"]["selector"], worker["metadata"]["labels"])
+    everything = [rule for rule in policy["spec"]["ingress"] if "ports" not in rule]
+    assert [_selects(rule["from"][0]["podSelector"], worker["metadata"]["labels"]) for rule in everything] == [True]
+
+
+def test_a_budget_of_none_is_none() -> None:
+    (budget,) = of_kind(rendered_with("teacher.disruptionBudget.maxUnavailable=0"), "PodDisruptionBudget")
+    assert budget["spec"]["maxUnavailable"] == 0 and "minAvailable" not in budget["spec"]
+
+
+def test_policies_deny_what_they_do_not_list() -> None:
+    (policy,) = of_kind(
+        rendered_with("networkPolicy.clients=[]", "networkPolicy.metrics=[]", "test.enabled=false"), "NetworkPolicy"
+    )
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert policy["spec"]["ingress"] is None  # nobody
+    assert [rule["ports"][0]["port"] for rule in policy["spec"]["egress"]] == [53]
+
+
+def test_private_groups_open_every_port_to_clients_and_nobody_else() -> None:
+    (policy,) = of_kind(rendered_with("teacher.config.server.groups=true"), "NetworkPolicy")
+    clients, *others = policy["spec"]["ingress"]
+    assert "ports" not in clients and all("ports" in rule for rule in others)
+    assert clients["from"] in [rule.get("to") for rule in policy["spec"]["egress"]]
+
+
+def test_by_default_a_teacher_needs_nothing_that_restricted_pod_security_forbids() -> None:
+    for values in ("anonymous-cpu", "shared-node"):
+        for _, pod in pods(rendered(_values(values))):
+            allowed = {"configMap", "secret", "emptyDir", "persistentVolumeClaim"}
+            for volume in pod["spec"].get("volumes", ()):
+                assert volume.keys() - {"name"} <= allowed
+
+
+def test_replicas_are_left_to_what_scales_them() -> None:
+    (group,) = of_kind(rendered(_values("several-nodes")), "LeaderWorkerSet")
+    (scaled,) = of_kind(rendered(_values("several-nodes")), "ScaledObject")
+    assert "replicas" not in group["spec"]
+    assert scaled["spec"]["scaleTargetRef"] == {
+        "apiVersion": group["apiVersion"],
+        "kind": group["kind"],
+        "name": group["metadata"]["name"],
+    }
+    (trigger,) = scaled["spec"]["triggers"]
+    assert trigger["metadata"]["threshold"] == "2000000" and trigger["metadata"]["ignoreNullValues"] == "false"
+
+
+def test_what_scales_asks_for_a_metric_that_the_servers_have() -> None:
+    from kdmesh_rollout import metrics as rollout_metrics
+    from kdmesh_teacher import metrics as teacher_metrics
+
+    (scaled,) = of_kind(rendered(_values("several-nodes")), "ScaledObject")
+    (scaler,) = of_kind(rendered(_values("drills")), "HorizontalPodAutoscaler")
+    (teacher,) = re.findall(r"kdmesh_teacher_(\w+)", scaled["spec"]["triggers"][0]["metadata"]["query"])
+    (rollout,) = re.findall(r"kdmesh_rollout_(\w+)", scaler["spec"]["metrics"][0]["pods"]["metric"]["name"])
+    assert f'"{teacher}"' in Path(teacher_metrics.__file__).read_text("utf-8")
+    assert f'"{rollout}"' in Path(rollout_metrics.__file__).read_text("utf-8")
+
+
+def test_fetched_models_stay_when_the_release_goes() -> None:
+    (claim,) = of_kind(rendered(_values("several-nodes")), "PersistentVolumeClaim")
+    assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+
+
+def test_a_change_of_the_configuration_restarts_the_pods() -> None:
+    def digest(*settings: str) -> str:
+        ((_, pod), *_) = pods(rendered_with(*settings))
+        return str(pod["metadata"]["annotations"]["checksum/config"])
+
+    assert digest() == digest("networkPolicy.enabled=false") != digest("teacher.config.server.drain_s=45")
+
+
+def _config(manifests: tuple[Manifest, ...], name: str) -> Manifest:
+    import yaml
+
+    texts = [one["data"][f"{name}.yaml"] for one in of_kind(manifests, "ConfigMap") if f"{name}.yaml" in one["data"]]
+    config: Manifest = yaml.safe_load(texts[0])
+    return config
+
+
+def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    return all(_facts(selector, labels))
+
+
+def _facts(selector: dict[str, Any], labels: dict[str, str]) -> Iterator[bool]:
+    yield from (labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    for expression in selector.get("matchExpressions", ()):
+        assert expression["operator"] == "In"
+        yield labels.get(expression["key"]) in expression["values"]
+
+
+def _values(name: str) -> Path:
+    return render.CHART / "ci" / f"{name}-values.yaml"
