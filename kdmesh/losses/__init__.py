@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from kdmesh.losses.across_vocabularies import fused_linear_by_rank, fused_linear_hybrid
 from kdmesh.losses.build import build_divergence, custom_divergence
+from kdmesh.losses.chunk_likelihood import fused_linear_chunk_likelihood
 from kdmesh.losses.divergences import Divergence, forward_kl, jensen_shannon, reverse_kl
 from kdmesh.losses.fused_linear import FusedLoss, fused_linear_cross_entropy, fused_linear_divergence
 from kdmesh.losses.head import OutputHead
+from kdmesh.losses.labelled import ChunkLoss, ChunkRows, LabelledRows
 from kdmesh.losses.mixture import MixedTeacher
 from kdmesh.losses.sampled import SampledDivergence
+from kdmesh.losses.sorted_rows import HybridWeights, Matched
 from kdmesh.losses.truncated import truncated
 from kdmesh.losses.workspace import Workspace
 
 __all__ = [
+    "ChunkLoss",
+    "ChunkRows",
     "Divergence",
     "FusedLoss",
+    "HybridWeights",
+    "LabelledRows",
+    "Matched",
     "MixedTeacher",
     "OutputHead",
     "SampledDivergence",
@@ -21,8 +30,11 @@ __all__ = [
     "build_divergence",
     "custom_divergence",
     "forward_kl",
+    "fused_linear_by_rank",
+    "fused_linear_chunk_likelihood",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
+    "fused_linear_hybrid",
     "jensen_shannon",
     "reverse_kl",
     "truncated",

@@ -108,7 +108,7 @@ def sweep(
     """Work through every row, and fill the gradients that are wanted.
 
     Args:
-        sides: the student first.
+        sides: the student first; a teacher may have another vocabulary, if the maths takes it.
         maths: one for each thread, with scratch of its own.
 
     Returns:
@@ -117,7 +117,9 @@ def sweep(
     student = sides[0]
     num_rows, vocabulary_size, device = len(student.hidden_RD), student.head.vocabulary_size, student.hidden_RD.device
     products = [
-        workspace.matrix(f"product {n}", sizes.block_rows, vocabulary_size, dtype=side.product_dtype, device=device)
+        workspace.matrix(
+            f"product {n}", sizes.block_rows, side.head.vocabulary_size, dtype=side.product_dtype, device=device
+        )
         for n, side in enumerate(sides)
     ]
     gradient_CV = None

@@ -111,8 +111,8 @@ def fused_linear_divergence(
         weighted = [(teacher_head, weight), *((teacher.head, teacher.weight) for teacher in others)]
         return MixtureRows(student, weighted, mix, labels_R, tile_CV=tile_CV)
 
-    return _fused(
-        _Call(
+    return run_fused(
+        FusedCall(
             student_head=student_head,
             teachers=[(hidden_RE.detach(), head.detached()) for hidden_RE, head in teachers],
             build_maths=build_maths,
@@ -143,8 +143,8 @@ def fused_linear_cross_entropy(
     def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
         return CrossEntropyRows(student, labels_R, tile_CV=tile_CV)
 
-    return _fused(
-        _Call(
+    return run_fused(
+        FusedCall(
             student_head=student_head,
             teachers=[],
             build_maths=build_maths,
@@ -157,7 +157,7 @@ def fused_linear_cross_entropy(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Call:
+class FusedCall:
     """One call, but for the tensors that autograd follows."""
 
     student_head: OutputHead
@@ -173,7 +173,7 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: _Call, wanted: tuple[bool, ...]
+        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: FusedCall, wanted: tuple[bool, ...]
     ) -> tuple[Tensor, ...]:
         """The loss sum and the per-row tensors."""
         head = replace(call.student_head, weight_VD=weight_VD, bias_V=bias_V)
@@ -206,7 +206,12 @@ class _FusedLinear(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _fused(call: _Call, hidden_RD: Tensor) -> FusedLoss:
+def run_fused(call: FusedCall, hidden_RD: Tensor) -> FusedLoss:
+    """Values and gradients of one call.
+
+    Raises:
+        InvalidRequest: shapes disagree.
+    """
     head = call.student_head
     _check_side("student", hidden_RD, head)
     _check_rows(len(hidden_RD), token_weight_R=call.token_weight_R)
@@ -227,11 +232,12 @@ def _fused(call: _Call, hidden_RD: Tensor) -> FusedLoss:
     )
 
 
-def _run(call: _Call, hidden_RD: Tensor, head: OutputHead, wanted: tuple[bool, ...]) -> tuple[RowValues, Gradients]:
+def _run(call: FusedCall, hidden_RD: Tensor, head: OutputHead, wanted: tuple[bool, ...]) -> tuple[RowValues, Gradients]:
     everything = [(hidden_RD, head), *call.teachers]
     is_double = any(torch.float64 in (rows.dtype, head.weight_VD.dtype) for rows, head in everything)
     student, *others = [Side.build(rows, head, is_double=is_double) for rows, head in everything]
-    sizes = Sizes.choose(len(hidden_RD), head.vocabulary_size, hidden_RD.device, call.chunk_tokens)
+    widest = max(side.head.vocabulary_size for side in (student, *others))
+    sizes = Sizes.choose(len(hidden_RD), widest, hidden_RD.device, call.chunk_tokens)
     gradients = Gradients.allocate(student, wanted, num_threads=sizes.num_threads)
     tile_CV = hidden_RD.new_empty(sizes.tile_rows, head.vocabulary_size, dtype=student.product_dtype)
     token_weight_R = None if call.token_weight_R is None else call.token_weight_R.to(tile_CV.dtype)

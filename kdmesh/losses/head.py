@@ -63,6 +63,11 @@ class OutputHead:
         bias_S = None if self.bias_V is None else self.bias_V.index_select(0, tokens_S)
         return replace(self, weight_VD=self.weight_VD.index_select(0, tokens_S), bias_V=bias_S)
 
+    def at_temperature(self, temperature: float) -> OutputHead:
+        """The head whose logits are these divided by `temperature`."""
+        softcap = None if self.logit_softcap is None else self.logit_softcap / temperature
+        return replace(self, logit_scale=self.logit_scale / temperature, logit_softcap=softcap)
+
     def detached(self) -> OutputHead:
         """The same head, carrying no gradient."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()

@@ -27,7 +27,14 @@ def teacher(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -
         yield address, directory / "tokenizer"
 
 
-def job(directory: Path, tiny_models: TinyModels, teacher: tuple[str, Path], *, min_aligned: float = 0.3) -> Path:
+def job(
+    directory: Path,
+    tiny_models: TinyModels,
+    teacher: tuple[str, Path],
+    *,
+    min_aligned: float = 0.3,
+    algorithm: dict[str, object] | None = None,
+) -> Path:
     address, tokenizer = teacher
     config = write_config(
         directory,
@@ -40,6 +47,8 @@ def job(directory: Path, tiny_models: TinyModels, teacher: tuple[str, Path], *, 
     )
     tree = yaml.safe_load(config.read_text(encoding="utf-8"))
     tree["data"]["teacher_tokenizer"] = {"path": str(tokenizer), "min_aligned": min_aligned}
+    if algorithm is not None:
+        tree["objective"] = {"name": "distill", "algorithm": algorithm}
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return config
 
@@ -73,3 +82,23 @@ def test_another_tokenizer_than_the_teachers_own_and_too_little_in_common_are_re
     (outcome,) = run_job(config, f"data.teacher_tokenizer.path={tmp_path / 'third'}")
     assert outcome.exit_code != 0
     assert "has another tokenizer" in outcome.errors
+
+
+@pytest.mark.parametrize("algorithm", [{"name": "alm"}, {"name": "uld"}, {"name": "gold", "matched_weight": 1.0}])
+def test_what_compares_runs_of_tokens_learns_the_same_on_any_number_of_ranks(
+    algorithm: dict[str, object], tiny_models: TinyModels, teacher: tuple[str, Path], tmp_path: Path
+) -> None:
+    runs = {}
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        config = job(tmp_path / str(ranks), tiny_models, teacher, min_aligned=0.9, algorithm=algorithm)
+        first, *others = run_job(config, ranks=ranks)
+        assert [outcome.exit_code for outcome in (first, *others)] == [0] * ranks, first.errors
+        runs[ranks] = tmp_path / str(ranks) / "run"
+    for step, loss in losses(runs[1]).items():
+        assert losses(runs[2])[step] == pytest.approx(loss, rel=2e-4)
+    assert losses(runs[1])[23] < 0.9 * losses(runs[1])[0]
+    scores = evaluations(
+        runs[1]
+    )  # over shared tokens, whatever was learnt; a likelihood says nothing of what is not there
+    assert algorithm["name"] == "alm" or scores[24]["kl_nats_per_token"] < scores[0]["kl_nats_per_token"]

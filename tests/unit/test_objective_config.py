@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses import MixedTeacher, OutputHead, SampledDivergence, build_divergence
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.head import Target
 from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.objective_config import CustomDivergence, Distill, DivergenceConfig, Ramp
@@ -139,3 +140,27 @@ def test_every_objective_of_the_page_on_losses_is_one_and_every_divergence_is_on
     written = [{"divergence": yaml.safe_load(text)} for text in in_table] + blocks
     names = {TypeAdapter(Distill).validate_python(fields).divergence.name for fields in written}
     assert names == {member.model_fields["name"].annotation.__args__[0] for member in MEMBERS}
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"algorithm": {"name": "uld"}, "divergence": {"name": "reverse_kl"}}, "uld has its own divergence"),
+        ({"algorithm": {"name": "gold"}, "keep": {"top_k": 5}}, "gold has its own divergence"),
+        ({"algorithm": {"name": "alm"}, "temperature": 2.0}, "its own tau flattens"),
+        ({"algorithm": {"name": "alm", "tau": 0}}, "greater than 0"),
+        ({"algorithm": {"name": "gold", "beta": 1}}, "less than 1"),
+        ({"algorithm": {"name": "gold", "matched_weight": 0, "unmatched_weight": 0}}, "nothing would be learnt"),
+    ],
+)
+def test_what_has_no_effect_across_tokenizers_is_refused(fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        distill(**fields)
+
+
+def test_what_compares_two_tokenizers_needs_the_teachers() -> None:
+    example = yaml.safe_load((Path(__file__).parents[2] / "examples/train-chunk-likelihood.yaml").read_text())
+    assert TypeAdapter(TrainerConfig).validate_python(example).objective.name == "distill"
+    del example["data"]["teacher_tokenizer"]
+    with pytest.raises(ValidationError, match=r"algorithm alm compares two tokenizers.* needs data\.teacher_tokenizer"):
+        TypeAdapter(TrainerConfig).validate_python(example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.fit import check_aligned
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.rows import Chat, Message
-from kdmesh_trainer.sources.sides import Aligned, answered_rows, first_rows, teacher_side
+from kdmesh_trainer.sources.sides import Aligned, InChunks, aligned_rows, answered_rows, first_rows, teacher_side
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sources.turns import Unusable
 from tests.support.other_tokenizers import save_sentence_piece
@@ -34,6 +35,14 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedToke
 def encoder(tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]) -> OtherTokenizerEncoder:
     student, teacher = tokenizers
     return OtherTokenizerEncoder(student, None, teacher, None)
+
+
+@pytest.fixture(scope="module")
+def chunk_encoder(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+) -> OtherTokenizerEncoder:
+    student, teacher = tokenizers
+    return OtherTokenizerEncoder(student, None, teacher, None, takes_chunks=True)
 
 
 def chat(*turns: str) -> Chat:
@@ -150,3 +159,71 @@ def test_a_word_piece_tokenizer_is_refused(
     )
     with pytest.raises(ConfigError, match="the teacher's tokenizer is a WordPiece one"):
         OtherTokenizerEncoder(student, None, teacher, None)
+
+
+def in_chunks(found: list[list[TokenSequence] | Unusable]) -> InChunks:
+    (sequences,) = found
+    assert not isinstance(sequences, Unusable), sequences
+    (sequence,) = sequences
+    assert isinstance(sequence, InChunks)
+    return sequence
+
+
+def pieces(
+    sequence: InChunks, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]
+) -> list[list[bytes]]:
+    """Of each chunk, on both sides; b"" for what ends a turn."""
+    tables = [token_bytes(tokenizer) for tokenizer in tokenizers]
+    chunks = sequence.chunks
+    sides = (
+        (sequence.labels, chunks.student_begins, chunks.student_ends),
+        (sequence.teacher.labels, chunks.teacher_begins, chunks.teacher_ends),
+    )
+    return [
+        [
+            b"".join(table[token] or b"" for token in labels[begin:end].tolist())
+            for begin, end in zip(begins, ends, strict=True)
+        ]
+        for table, (labels, begins, ends) in zip(tables, sides, strict=True)
+    ]
+
+
+def test_chunks_are_the_same_bytes_on_both_sides_and_nearly_everything_is_in_one(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], chunk_encoder: OtherTokenizerEncoder
+) -> None:
+    sequence = in_chunks(chunk_encoder.encode([chat(*TURNS)]))
+    own, theirs = pieces(sequence, tokenizers)
+    assert own == theirs
+    assert own.count(b"") == 2  # both turns end alike
+    assert b"".join(own).decode() == TURNS[1] + TURNS[3]
+    assert aligned_rows(sequence) == sequence.num_rows
+    several = (sequence.chunks.student_ends - sequence.chunks.student_begins > 1).sum()
+    assert several > 0
+    plain = only(chunk_encoder.of_single_tokens().encode([chat(*TURNS)]))
+    assert aligned_rows(plain) < sequence.num_rows
+
+
+def test_a_sequence_that_is_cut_keeps_the_chunks_that_are_whole(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], chunk_encoder: OtherTokenizerEncoder
+) -> None:
+    sequence = in_chunks(chunk_encoder.encode([chat(*TURNS)]))
+    whole, _ = pieces(sequence, tokenizers)
+    for count in range(1, sequence.num_rows + 1):
+        shorter = first_rows(sequence, count)
+        kept = int((sequence.chunks.student_ends <= count).sum())
+        if kept == 0:
+            assert shorter is None
+            continue
+        assert isinstance(shorter, InChunks)
+        own, theirs = pieces(shorter, tokenizers)
+        assert own == theirs == whole[:kept]
+        assert shorter.num_rows == count
+        assert shorter.teacher.num_rows == shorter.chunks.teacher_ends[-1]
+
+
+def test_chunks_that_are_not_runs_of_rows_are_refused(chunk_encoder: OtherTokenizerEncoder) -> None:
+    sequence = in_chunks(chunk_encoder.encode([chat(*TURNS)]))
+    with pytest.raises(InvalidRequest, match="not runs of the teacher's"):
+        replace(sequence, chunks=sequence.chunks.shifted(0, 1))
+    with pytest.raises(InvalidRequest, match="not runs of the student's"):
+        replace(sequence, chunks=sequence.chunks.shifted(-1, 0))

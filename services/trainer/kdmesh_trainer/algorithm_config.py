@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
 
@@ -13,6 +13,46 @@ class VanillaKD(StrictModel):
     """The student's distribution against the teacher's, row by row."""
 
     name: Literal["vanilla_kd"] = "vanilla_kd"
+
+
+class ChunkLikelihood(StrictModel):
+    """How likely both find the same bytes, run by run: needs data.teacher_tokenizer; docs/other_tokenizer.md."""
+
+    name: Literal["alm"]
+
+    tau: float = Field(100.0, gt=0)
+    """Likelihoods are taken to the power of 1 / tau, and the loss times tau; large ones compare their logarithms."""
+
+
+class ByRank(StrictModel):
+    """Sorted probabilities of the first token of each run, rank by rank: needs data.teacher_tokenizer."""
+
+    name: Literal["uld"]
+
+
+class Hybrid(StrictModel):
+    """Tokens of both vocabularies one by one, and the rest rank by rank: needs data.teacher_tokenizer."""
+
+    name: Literal["gold"]
+
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of the Jensen-Shannon divergence over tokens that both have."""
+
+    matched_weight: float | None = Field(None, ge=0)
+    """Weight of those tokens; null: their part of the teacher's vocabulary."""
+
+    unmatched_weight: float | None = Field(None, ge=0)
+    """Weight of the rest; null: the rest's part of the teacher's vocabulary."""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Hybrid:
+        if self.matched_weight == 0 and self.unmatched_weight == 0:
+            raise ValueError("matched_weight and unmatched_weight are both 0: nothing would be learnt")
+        return self
+
+
+ChunkAlgorithm = ChunkLikelihood | ByRank | Hybrid
+"""What compares runs of tokens that are the same bytes under two tokenizers."""
 
 
 class CustomAlgorithm(StrictModel):
@@ -30,4 +70,6 @@ class CustomAlgorithm(StrictModel):
     """Learning rate of its own parameters, if it has any, as a multiple of optimizer.learning_rate."""
 
 
-AlgorithmConfig = Annotated[VanillaKD | CustomAlgorithm, Field(discriminator="name")]
+AlgorithmConfig = Annotated[
+    VanillaKD | ChunkLikelihood | ByRank | Hybrid | CustomAlgorithm, Field(discriminator="name")
+]

@@ -50,7 +50,7 @@ from kdmesh_trainer.sources.readers import Reader, open_dataset
 from kdmesh_trainer.sources.rows import TeacherColumns
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sft import SftSource
-from kdmesh_trainer.sources.sides import Addressed, Aligned, teacher_side
+from kdmesh_trainer.sources.sides import Addressed, Aligned, InChunks, teacher_side
 from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
 from kdmesh_trainer.sources.tokenizer import TeacherTokens, load_fast_tokenizer, vocabulary_size
 from kdmesh_trainer.step import GradientStepper
@@ -70,6 +70,7 @@ class Checked:
     vocabulary_size: int  # real tokens of the student's tokenizer
     teacher_tokens: TeacherTokens
     encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder
+    judge_encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder  # of held-out data
     train: Reader
     held_out: Reader | None
     divergence: Divergence | SampledDivergence | None  # None: the objective has none
@@ -175,7 +176,8 @@ def check(cfg: config.TrainerConfig) -> Checked:
         name=cfg.data.teacher_column,
         known_names=tuple(cfg.teachers),
     )
-    encoder = build_encoder(tokenizer, template, cfg.data)
+    compares_chunks = isinstance(cfg.objective, Distill) and cfg.objective.compares_chunks
+    encoder = build_encoder(tokenizer, template, cfg.data, takes_chunks=compares_chunks)
     fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
     return Checked(
         tokenizer=tokenizer,
@@ -185,6 +187,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
         if isinstance(encoder, OtherTokenizerEncoder)
         else TeacherTokens(fingerprint=fingerprint, size=size, shared=None),
         encoder=encoder,
+        judge_encoder=encoder.of_single_tokens() if isinstance(encoder, OtherTokenizerEncoder) else encoder,
         train=open_dataset(cfg.data.train, teacher=columns),
         held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher=columns),
         divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
@@ -199,7 +202,7 @@ def _read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers |
     if checked.held_out is not None:
         limit = cfg.evaluation.max_sequences
         held_out = load_sequences(
-            "held_out", checked.held_out, checked.encoder, cfg.data, max_sequences=limit
+            "held_out", checked.held_out, checked.judge_encoder, cfg.data, max_sequences=limit
         ).sequences
         if teachers is not None:
             teachers.check_requests("held_out", held_out)
@@ -273,7 +276,11 @@ def _identity_of(train: Sequence[TokenSequence] | Task) -> dict[str, str]:
 
 def _why_other(train: Sequence[TokenSequence]) -> str:
     """What makes the teacher read other tokens than the student."""
-    return "teacher_tokenizer" if any(isinstance(sequence, Aligned) for sequence in train) else "teacher_context"
+    return (
+        "teacher_tokenizer"
+        if any(isinstance(sequence, Aligned | InChunks) for sequence in train)
+        else "teacher_context"
+    )
 
 
 def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:

@@ -313,6 +313,11 @@ class TrainerConfig(StrictModel):
     @model_validator(mode="after")
     def _tokenizers_fit(self) -> TrainerConfig:
         if self.data.teacher_tokenizer is None:
+            if isinstance(self.objective, Distill) and self.objective.compares_chunks:
+                raise ValueError(
+                    f"objective.algorithm {self.objective.algorithm.name} compares two tokenizers, so it needs "
+                    "data.teacher_tokenizer"
+                )
             return self
         if self.teacher is None or not isinstance(self.source, OffPolicy):
             raise ValueError("data.teacher_tokenizer needs one `teacher`, and source off_policy")

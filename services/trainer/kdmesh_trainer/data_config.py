@@ -68,7 +68,7 @@ DatasetConfig = Annotated[ChatFile | CustomDataset, Field(discriminator="format"
 
 
 class OtherTokenizer(StrictModel):
-    """The teacher's tokenizer, where it is not the student's: rows are compared where tokens are the same."""
+    """The teacher's tokenizer, where it is not the student's: what is compared is the same bytes in both."""
 
     path: Path
     """Directory of the teacher's tokenizer. Required."""
@@ -77,7 +77,7 @@ class OtherTokenizer(StrictModel):
     """Jinja file that replaces its own chat template."""
 
     min_aligned: float = Field(0.3, ge=0, le=1)
-    """Least part of the loss tokens that must be one token on both sides; fewer refuse to start."""
+    """Least part of the loss tokens that must be compared with the teacher's; fewer refuse to start."""
 
 
 class DataConfig(StrictModel):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kdmesh.errors import DataError, ModelMismatch
 from kdmesh.types import ModelDescription, RolloutDescription, TokenSequence
-from kdmesh_trainer.sources.sides import Aligned
+from kdmesh_trainer.sources.sides import aligned_rows
 from kdmesh_trainer.sources.tokenizer import TeacherTokens
 
 log = logging.getLogger(__name__)
@@ -38,15 +38,14 @@ def common_vocabulary(teacher: ModelDescription, *, tokenizer_fingerprint: str, 
 
 
 def check_aligned(sequences: Sequence[TokenSequence], tokens: TeacherTokens, *, at_least: float) -> None:
-    """Log how many loss tokens are one token for the teacher too. Raises DataError when they are too few."""
+    """Log how many loss tokens are compared with the teacher's. Raises DataError when they are too few."""
     assert tokens.shared is not None
-    answered = sum(len(s.rows_A) if isinstance(s, Aligned) else s.num_rows for s in sequences)
-    aligned = answered / sum(s.num_rows for s in sequences)
+    aligned = sum(map(aligned_rows, sequences)) / sum(s.num_rows for s in sequences)
     facts = {"aligned_fraction": round(aligned, 4), "shared_tokens": len(tokens.shared.student_ids)}
     log.info("tokenizers aligned", extra=facts)
     if aligned < at_least:
         raise DataError(
-            f"{aligned:.1%} of the loss tokens are one token for the teacher too, and "
+            f"{aligned:.1%} of the loss tokens have a counterpart among the teacher's, and "
             f"data.teacher_tokenizer.min_aligned is {at_least:g}: these tokenizers have too little in common"
         )
 

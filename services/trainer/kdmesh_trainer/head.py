@@ -96,7 +96,8 @@ class TeacherHead:
         """See Heads."""
         if self._student_S is None:
             return self.targets(rows)
-        assert isinstance(rows, PanelRows)
+        if not isinstance(rows, PanelRows):
+            return (Target(index_R=None, teachers=(self.teacher(rows, 1.0, is_whole=True),)),)
         (part,) = rows.parts
         return (Target(index_R=part.index_R, teachers=(self.teacher(part.rows, 1.0, is_whole=True),)),)
 

@@ -35,6 +35,7 @@ class LossTotals(NamedTuple):
     num_diverging: int  # rows that have a divergence
     num_labelled: int  # rows that have a cross-entropy
     num_overlapping: int  # rows that have a top-k overlap
+    num_preferring: int  # rows of which it is known whether both prefer the same token
 
 
 class Student(nn.Module):
@@ -89,6 +90,7 @@ class Student(nn.Module):
             num_diverging=len(loss.divergence_R),
             num_labelled=len(loss.cross_entropy_R),
             num_overlapping=len(loss.topk_overlap_R),
+            num_preferring=len(loss.top1_agreement_R),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from kdmesh.config import StrictModel
-from kdmesh_trainer.algorithm_config import AlgorithmConfig, VanillaKD
+from kdmesh_trainer.algorithm_config import AlgorithmConfig, ChunkAlgorithm, ChunkLikelihood, VanillaKD
 
 
 class ForwardKL(StrictModel):
@@ -237,6 +237,11 @@ class Distill(StrictModel):
     """Every row learns the mixture of all `teachers`, each by its share of these numbers; null: it learns from one."""
 
     @property
+    def compares_chunks(self) -> bool:
+        """Whether it looks at runs of tokens that are the same bytes under two tokenizers."""
+        return isinstance(self.algorithm, ChunkAlgorithm)
+
+    @property
     def imitates_data(self) -> bool:
         """Whether cross-entropy has a weight in any step."""
         weight = self.ce_weight
@@ -264,6 +269,17 @@ class Distill(StrictModel):
             raise ValueError("temperature must be above 0 from its start to its end")
         if self.keep is not None and isinstance(self.divergence, SampledReverseKL):
             raise ValueError("keep does not go with sampled_reverse_kl, which looks at one token anyway")
+        return self
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Distill:
+        if not self.compares_chunks:
+            return self
+        name = self.algorithm.name
+        if self.divergence != ForwardKL() or self.keep is not None:
+            raise ValueError(f"algorithm {name} has its own divergence: leave out divergence and keep")
+        if isinstance(self.algorithm, ChunkLikelihood) and self.temperature != 1:
+            raise ValueError("algorithm alm takes likelihoods at temperature 1; its own tau flattens them")
         return self
 
 

@@ -241,7 +241,7 @@ def _sequences(cfg: config.TrainerConfig, checked: Checked) -> Iterator[TokenSeq
     """All that the run asks for, as the teacher reads it: held-out data, then what is trained on, in its order."""
     if checked.held_out is not None:
         held_out = load_sequences(
-            "held_out", checked.held_out, checked.encoder, cfg.data, max_sequences=cfg.evaluation.max_sequences
+            "held_out", checked.held_out, checked.judge_encoder, cfg.data, max_sequences=cfg.evaluation.max_sequences
         )
         yield from teacher_side(held_out.sequences)
     if isinstance(cfg.objective, Distill):

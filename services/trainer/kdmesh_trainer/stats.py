@@ -19,6 +19,7 @@ class RolloutFigures:
     staleness_steps_max: int
     sampling_wait_s: float  # mean over ranks of the time spent waiting for samples
     sampling_s: float  # that drawing them took, on the rank that had to wait for longest; waited for or not
+    aligned_fraction: float | None = None  # of response tokens that the teacher's are compared with; None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +33,8 @@ class SampleScores:
 
     sampler_kl_k1_nats: float | None  # None: the objective knows no token's probability
     sampler_kl_k3_nats: float | None  # >= 0
-    student_entropy_nats: float  # at the objective's temperature
-    teacher_entropy_nats: float
+    student_entropy_nats: float | None  # at the objective's temperature; None: the objective does not compute it
+    teacher_entropy_nats: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +68,13 @@ class StepStats:
     teachers: Mapping[str, TeacherFigures] = field(default_factory=dict)  # by name; empty unless there are several
 
     def figures(self) -> dict[str, float | None]:
-        """Every figure by its name, in one level; of a teacher's age only where it has one."""
+        """Every figure by its name, in one level; a teacher's age and what is aligned only where there is such."""
         figures = asdict(self)
         if self.teacher_age_steps is None:
             del figures["teacher_age_steps"]
         rollouts, samples, teachers = (figures.pop(name) for name in ("rollouts", "samples", "teachers"))
+        if rollouts is not None and rollouts["aligned_fraction"] is None:
+            del rollouts["aligned_fraction"]
         each = {f"teacher_{key}.{name}": value for name, own in teachers.items() for key, value in own.items()}
         return {**figures, **(rollouts or {}), **(samples or {}), **each}
 

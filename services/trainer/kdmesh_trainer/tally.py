@@ -30,6 +30,7 @@ class Totals:
     num_diverging: int  # rows that have a divergence
     num_labelled: int  # rows that have a cross-entropy
     num_overlapping: int  # rows that have a top-k overlap
+    num_preferring: int  # rows of which it is known whether both prefer the same token
     teachers: Mapping[str, TeacherFigures]  # by name; that of the only one is empty
     samples: SampleScores | None  # None: no row was sampled
 
@@ -50,8 +51,8 @@ class Totals:
 
     @property
     def top1_agreement_per_token(self) -> float | None:
-        """None when no row has a teacher."""
-        return self.top1_agreement / self.num_diverging if self.num_diverging else None
+        """None when no row has one."""
+        return self.top1_agreement / self.num_preferring if self.num_preferring else None
 
     @property
     def topk_overlap_per_token(self) -> float | None:
@@ -113,6 +114,8 @@ class Tally:
         self._num_diverging = 0
         self._num_labelled = 0
         self._num_overlapping = 0
+        self._num_preferring = 0
+        self._num_weighed = 0  # sampled rows that have entropies
 
     def wait(self, micro_batch: MicroBatch) -> TeacherRows | PanelRows | None:
         """Its rows, with the time they took on record.
@@ -143,12 +146,13 @@ class Tally:
         self._num_diverging += totals.num_diverging
         self._num_labelled += totals.num_labelled
         self._num_overlapping += totals.num_overlapping
+        self._num_preferring += totals.num_preferring
 
     def look_at_samples(self, loss: FusedLoss, rollout_logprobs_S: Tensor | None) -> None:
         """Count in how one micro-batch's sampled tokens are seen.
 
         Args:
-            loss: with entropies.
+            loss: with entropies, if the objective has them; fewer than rows where some have no teacher.
             rollout_logprobs_S: of the first labels, on the CPU; None where nothing was sampled.
         """
         if rollout_logprobs_S is None:
@@ -162,6 +166,7 @@ class Tally:
         self._samples_4 += torch.stack([values_S.double().sum() for values_S in (difference_S, k3_S, *entropies)])
         self._num_sampled += num_sampled
         self._num_compared += len(cross_entropy_S)
+        self._num_weighed += len(entropies[0])
 
     def over_all_ranks(self, *more: Tensor) -> tuple[Totals, tuple[float, ...]]:
         """The sums, and the plain values of `more`, which are scalars and equal on every rank. Collective.
@@ -172,13 +177,14 @@ class Tally:
             ModelMismatch: another rank's rows have another weight version. Not every rank notices.
         """
         own = [self._num_diverging, self._num_labelled, self._num_overlapping, self._num_sampled, self._num_compared]
+        own += [self._num_preferring, self._num_weighed]
         seen = [number for teacher in self._teachers.values() for number in teacher.own()]
         counted = self._sums_5.new_tensor([*own, *seen])
         sums = self._mesh.sum(torch.cat([self._sums_5, self._samples_4, counted]))
         values = torch.cat([sums, *(value.double().reshape(1) for value in more)]).tolist()
         teachers = {
             name: teacher.figures(values[first : first + _NUM_OWN], ranks=self._mesh.world_size)
-            for (name, teacher), first in zip(self._teachers.items(), range(14, len(sums), _NUM_OWN), strict=True)
+            for (name, teacher), first in zip(self._teachers.items(), range(16, len(sums), _NUM_OWN), strict=True)
         }
         totals = Totals(
             loss=values[0],
@@ -189,18 +195,19 @@ class Tally:
             num_diverging=round(values[9]),
             num_labelled=round(values[10]),
             num_overlapping=round(values[11]),
+            num_preferring=round(values[14]),
             teachers=teachers,
-            samples=_scores(values[5:9], num_sampled=round(values[12]), num_compared=round(values[13])),
+            samples=_scores(values[5:9], *map(round, values[12:14]), num_weighed=round(values[15])),
         )
         return totals, tuple(values[len(sums) :])
 
 
-def _scores(sums: list[float], *, num_sampled: int, num_compared: int) -> SampleScores | None:
+def _scores(sums: list[float], num_sampled: int, num_compared: int, *, num_weighed: int) -> SampleScores | None:
     if num_sampled == 0:
         return None
     return SampleScores(
         sampler_kl_k1_nats=sums[0] / num_compared if num_compared else None,
         sampler_kl_k3_nats=sums[1] / num_compared if num_compared else None,
-        student_entropy_nats=sums[2] / num_sampled,
-        teacher_entropy_nats=sums[3] / num_sampled,
+        student_entropy_nats=sums[2] / num_weighed if num_weighed else None,
+        teacher_entropy_nats=sums[3] / num_weighed if num_weighed else None,
     )

@@ -7,11 +7,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import assert_never
 
+import numpy as np
+import torch
 from torch import nn
 
 from kdmesh.errors import ConfigError
 from kdmesh.extension import resolve
-from kdmesh_trainer.algorithm_config import AlgorithmConfig, CustomAlgorithm, VanillaKD
+from kdmesh.losses import Matched
+from kdmesh_trainer.algorithm_config import (
+    AlgorithmConfig,
+    ByRank,
+    ChunkLikelihood,
+    CustomAlgorithm,
+    Hybrid,
+    VanillaKD,
+)
+from kdmesh_trainer.algorithms.across_tokenizers import AcrossTokenizers, by_rank, chunk_likelihood, hybrid
 from kdmesh_trainer.algorithms.seam import Algorithm, Setup
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 
@@ -27,6 +38,12 @@ def resolve_algorithm(cfg: AlgorithmConfig) -> BuildAlgorithm:
     match cfg:
         case VanillaKD():
             return lambda setup: vanilla_kd
+        case ChunkLikelihood():
+            return lambda setup: AcrossTokenizers(partial(chunk_likelihood, tau=cfg.tau))
+        case ByRank():
+            return lambda setup: AcrossTokenizers(by_rank)
+        case Hybrid():
+            return partial(_hybrid, cfg)
         case CustomAlgorithm():
             return _custom(cfg)
         case _:
@@ -35,7 +52,24 @@ def resolve_algorithm(cfg: AlgorithmConfig) -> BuildAlgorithm:
 
 def rate_factor(cfg: AlgorithmConfig) -> float:
     """Of the learning rate of its own parameters; 1 where it has none."""
-    return 1.0 if isinstance(cfg, VanillaKD) else cfg.learning_rate_factor
+    return cfg.learning_rate_factor if isinstance(cfg, CustomAlgorithm) else 1.0
+
+
+def _hybrid(cfg: Hybrid, setup: Setup) -> Algorithm:
+    assert setup.shared is not None  # the configuration's
+    matched = Matched(
+        student_M=torch.from_numpy(setup.shared.student_ids.astype(np.int64)).to(setup.device),
+        teacher_M=torch.from_numpy(setup.shared.teacher_ids.astype(np.int64)).to(setup.device),
+    )
+    return AcrossTokenizers(
+        partial(
+            hybrid,
+            matched=matched,
+            beta=cfg.beta,
+            matched_weight=cfg.matched_weight,
+            unmatched_weight=cfg.unmatched_weight,
+        )
+    )
 
 
 def _custom(cfg: CustomAlgorithm) -> BuildAlgorithm:

@@ -47,7 +47,10 @@ class LossRows:
         return self.heads.targets(self.teacher)
 
     def whole_targets(self) -> tuple[Target, ...]:
-        """The same over all tokens of the teacher, where it has another tokenizer."""
+        """The same over all tokens of the teacher, where it has another tokenizer.
+
+        Of InChunks it is all rows that the teacher answered, and which those are for the student is in the sequences.
+        """
         return self.heads.whole_targets(self.teacher)
 
 

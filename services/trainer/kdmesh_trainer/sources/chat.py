@@ -104,6 +104,11 @@ class ChatEncoder:
         encodings = iter(self._backend.encode_batch(rendered, add_special_tokens=False))
         return [text if isinstance(text, Unusable) else _prompt(next(encodings)) for text in texts]
 
+    def encode_text(self, text: str) -> list[int]:
+        """The tokens of a text by itself; nothing is added to it."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
     def generation_prompt(self, messages: Sequence[Message]) -> str:
         """What the template adds after `messages` to prompt a model; empty where it adds nothing."""
         prompt = self._render(messages, is_prompt=True)

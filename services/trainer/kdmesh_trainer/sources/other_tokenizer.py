@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,9 +16,9 @@ from kdmesh.alignment.vocabularies import shared_tokens
 from kdmesh.errors import ConfigError
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import Int32Array, TokenSequence
-from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.rows import Chat
-from kdmesh_trainer.sources.sides import Aligned
+from kdmesh_trainer.sources.chat import ChatEncoder, without_answers
+from kdmesh_trainer.sources.rows import Chat, Message
+from kdmesh_trainer.sources.sides import Aligned, Chunks, InChunks, Prompt, first_rows
 from kdmesh_trainer.sources.tokenizer import TeacherTokens, vocabulary_size
 from kdmesh_trainer.sources.turns import Reason, Unusable
 
@@ -40,7 +41,8 @@ class OtherTokenizerEncoder:
     """Encodes every chat under both tokenizers, each with its own template, and matches the assistant turns.
 
     A loss token has a row of the teacher where it is one token on both sides, for the same bytes of the same turn, or
-    ends the turn on both sides.
+    ends the turn on both sides. With `takes_chunks` so has one that is in the shortest run of tokens which are the same
+    bytes on both sides.
 
     Attributes:
         shared: the tokens that distributions are compared over.
@@ -52,12 +54,18 @@ class OtherTokenizerEncoder:
         student_template: str | None,
         teacher: PreTrainedTokenizerFast,
         teacher_template: str | None,
+        *,
+        takes_chunks: bool = False,
     ) -> None:
         """
+        Args:
+            takes_chunks: match also what is several tokens on a side, so that sequences become InChunks.
+
         Raises:
             ConfigError: a template is missing, or a tokenizer is of a kind whose tokens are not the text.
         """
         self._teacher_tokenizer = teacher
+        self._takes_chunks = takes_chunks
         self._student = ChatEncoder(student, student_template)
         self._teacher = ChatEncoder(teacher, teacher_template)
         self._student_bytes, self._teacher_bytes = _bytes_of("student", student), _bytes_of("teacher", teacher)
@@ -65,6 +73,13 @@ class OtherTokenizerEncoder:
         also = [] if ends[0] is None or ends[1] is None else [(ends[0], ends[1])]
         self.shared = shared_tokens(self._student_bytes, self._teacher_bytes, also=also)
         self._end_of_turn = also
+        self._their_end = ends[1]
+
+    def of_single_tokens(self) -> OtherTokenizerEncoder:
+        """The same one, but for what is one token on both sides alone: rows to compare distributions over."""
+        other = copy.copy(self)
+        other._takes_chunks = False
+        return other
 
     def teacher_tokens(self) -> TeacherTokens:
         """What the teacher must have."""
@@ -88,6 +103,72 @@ class OtherTokenizerEncoder:
         nothing = Unusable(reason=Reason.OTHER_RESPONSE, detail="no token is one token on both sides")
         return [nothing if found is None else found for found in whole]
 
+    def encode_prompts(self, chats: Sequence[Chat]) -> list[Prompt | Unusable]:
+        """For each chat what precedes the turn that comes next, for student and teacher, or why there is nothing."""
+        both = zip(chats, self._student.encode_prompts(chats), self._teacher.encode_prompts(chats), strict=True)
+        return [self._prompt(*each) for each in both]
+
+    def end_of_turn(self) -> int | None:
+        """The student's, as ChatEncoder."""
+        return self._student.end_of_turn()
+
+    def read_response(
+        self, prompt: Prompt, own: TokenSequence, *, max_tokens: int, max_rows: int
+    ) -> Aligned | InChunks:
+        """The student's response to a prompt, and the same text as the teacher has it; its ids stay as they are.
+
+        The teacher reads its own template's rendering of the chat with the response in it; where that refuses, its
+        prompt, and then the response. Where nothing of the two is alike the teacher is asked for its first token.
+
+        Args:
+            prompt: of `encode_prompts`.
+            own: the prompt and the response, which alone carries loss.
+            max_tokens: that the teacher takes; what is beyond them is not matched.
+            max_rows: likewise.
+        """
+        labels = own.labels
+        _, text = spans_of_ids(labels, self._student_bytes)
+        theirs = self._rendered(prompt, text) or self._appended(prompt, text)
+        num_rows = min(int((theirs.positions <= max_tokens - 2).sum()), max_rows)
+        cut = first_rows(theirs, num_rows)
+        assert cut is not None
+        found = self._with_answers(own, cut, self._alike(labels, cut.labels))
+        if found is not None:
+            return found
+        first = first_rows(theirs, 1)
+        assert first is not None
+        if self._takes_chunks:
+            return InChunks(token_ids=own.token_ids, positions=own.positions, teacher=first, chunks=Chunks.joined([]))
+        # Whatever was drawn, both predict it from the prompt alone.
+        rows_A = np.zeros(1, np.int32)
+        return Aligned(token_ids=own.token_ids, positions=own.positions, teacher=first, rows_A=rows_A)
+
+    def _prompt(self, chat: Chat, own: Prompt | Unusable, theirs: Prompt | Unusable) -> Prompt | Unusable:
+        if isinstance(own, Unusable):
+            return own
+        if isinstance(theirs, Unusable):
+            return replace(theirs, detail=f"for the teacher: {theirs.detail}")
+        leading = replace(chat, messages=without_answers(chat.messages))
+        return Prompt(token_ids=own.token_ids, teacher_ids=theirs.token_ids, chat=leading)
+
+    def _rendered(self, prompt: Prompt, text: bytes) -> TokenSequence | None:
+        """The chat with the response as the teacher's template has it."""
+        assert prompt.chat is not None
+        response = Message(role="assistant", content=text.decode(errors="replace"))
+        chat = replace(prompt.chat, messages=(*prompt.chat.messages, response))
+        [found] = self._teacher.encode_last_turns([chat])
+        return None if isinstance(found, Unusable) else found
+
+    def _appended(self, prompt: Prompt, text: bytes) -> TokenSequence:
+        """The response behind the teacher's prompt, and the end of the turn."""
+        assert prompt.teacher_ids is not None
+        ids = self._teacher.encode_text(text.decode(errors="replace"))
+        if self._their_end is not None or not ids:
+            ids = [*ids, self._their_end or 0]  # what it is does not matter where nothing else is there
+        token_ids = np.concatenate([prompt.teacher_ids, np.asarray(ids, np.int32)])
+        positions = np.arange(len(prompt.teacher_ids) - 1, len(token_ids) - 1, dtype=np.int32)
+        return TokenSequence(token_ids=token_ids, positions=positions)
+
     def _pair(
         self, own: list[TokenSequence] | Unusable, theirs: list[TokenSequence] | Unusable
     ) -> list[TokenSequence] | Unusable | None:
@@ -102,35 +183,62 @@ class OtherTokenizerEncoder:
         found = [sequence for sequence in aligned if sequence is not None]
         return list(found) if len(found) == len(own) else None
 
-    def _aligned(self, own: TokenSequence, theirs: TokenSequence) -> Aligned | None:
+    def _aligned(self, own: TokenSequence, theirs: TokenSequence) -> Aligned | InChunks | None:
         own_turns, their_turns = _turns(own), _turns(theirs)
         if len(own_turns) != len(their_turns):
             return None
-        pairs = [
-            np.array([[one.first_row], [other.first_row]]) + self._same_tokens(one.labels, other.labels)
-            for one, other in zip(own_turns, their_turns, strict=True)
-        ]
-        own_A, their_A = np.concatenate(pairs, axis=1).astype(np.int32)
-        if len(own_A) == 0:
+        chunks = Chunks.joined(
+            [
+                self._alike(one.labels, other.labels).shifted(one.first_row, other.first_row)
+                for one, other in zip(own_turns, their_turns, strict=True)
+            ]
+        )
+        return self._with_answers(own, theirs, chunks)
+
+    def _with_answers(self, own: TokenSequence, theirs: TokenSequence, chunks: Chunks) -> Aligned | InChunks | None:
+        """The student's sequence with the rows of the teacher's that chunks have; None: there are none."""
+        if len(chunks.student_begins) == 0:
             return None
         answered = TokenSequence(
-            token_ids=theirs.token_ids[: theirs.positions[their_A[-1]] + 2].copy(),
-            positions=theirs.positions[their_A],
+            token_ids=theirs.token_ids[: theirs.positions[chunks.teacher_ends[-1] - 1] + 2].copy(),
+            positions=theirs.positions[_members(chunks.teacher_begins, chunks.teacher_ends)],
         )
-        return Aligned(token_ids=own.token_ids, positions=own.positions, teacher=answered, rows_A=own_A)
+        if not self._takes_chunks:
+            rows_A = chunks.student_begins
+            return Aligned(token_ids=own.token_ids, positions=own.positions, teacher=answered, rows_A=rows_A)
+        ends = np.cumsum(chunks.teacher_ends - chunks.teacher_begins, dtype=np.int32)
+        begins = np.concatenate([np.zeros(1, np.int32), ends[:-1]])
+        asked = replace(chunks, teacher_begins=begins, teacher_ends=ends)
+        return InChunks(token_ids=own.token_ids, positions=own.positions, teacher=answered, chunks=asked)
 
-    def _same_tokens(self, own: Int32Array, theirs: Int32Array) -> Int32Array:
-        """[2, A] the loss tokens of a turn that are one token on both sides: the student's, and the teacher's."""
+    def _alike(self, own: Int32Array, theirs: Int32Array) -> Chunks:
+        """What is the same bytes in a turn's loss tokens; without `takes_chunks` only what is one token in both."""
         (own_spans, own_text), (their_spans, their_text) = (
             spans_of_ids(own, self._student_bytes),
             spans_of_ids(theirs, self._teacher_bytes),
         )
         found = align(own_spans, own_text, their_spans, their_text, most_tokens=_MOST_TOKENS)
-        pairs = np.stack([found.student_begins, found.teacher_begins])[:, found.is_single]
+        edges = np.stack([found.student_begins, found.student_ends, found.teacher_begins, found.teacher_ends])
+        if not self._takes_chunks:
+            edges = edges[:, found.is_single]
         ends_alike = [(int(own[-1]), int(theirs[-1]))] == self._end_of_turn
         if ends_alike and own_text[-1:] == their_text[-1:]:
-            pairs = np.concatenate([pairs, [[len(own) - 1], [len(theirs) - 1]]], axis=1)
-        return pairs.astype(np.int32)
+            last = [[len(own) - 1], [len(own)], [len(theirs) - 1], [len(theirs)]]
+            edges = np.concatenate([edges, last], axis=1)
+        return Chunks(
+            **dict(
+                zip(
+                    ("student_begins", "student_ends", "teacher_begins", "teacher_ends"),
+                    edges.astype(np.int32),
+                    strict=True,
+                )
+            )
+        )
+
+
+def _members(begins: Int32Array, ends: Int32Array) -> Int32Array:
+    """Every number in any of these ranges, in order."""
+    return np.concatenate([np.arange(begin, end, dtype=np.int32) for begin, end in zip(begins, ends, strict=True)])
 
 
 def _bytes_of(whose: str, tokenizer: PreTrainedTokenizerFast) -> list[bytes | None]:

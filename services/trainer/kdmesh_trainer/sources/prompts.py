@@ -133,6 +133,7 @@ class PromptOrder:
                 token_ids=self._prompts[index].token_ids,
                 teacher_ids=self._prompts[index].teacher_ids,
                 teacher_name=self._prompts[index].teacher_name,
+                chat=self._prompts[index].chat,
                 seed=_draw_seed(self._seed, step, place),
             )
             for place, index in enumerate(indices)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdmesh.types import FinishReason, Float32Array, Int32Array, Sample, Sampling, TokenSequence
-from kdmesh_trainer.sources.sides import InContext, addressed
+from kdmesh_trainer.sources.sides import Aligned, InChunks, InContext, addressed, aligned_rows
 from kdmesh_trainer.stats import RolloutFigures
 
 
@@ -158,4 +158,12 @@ def figures_of(
         staleness_steps_max=max(staleness),
         sampling_wait_s=sum(waits_s) / len(waits_s),
         sampling_s=drawing_s,
+        aligned_fraction=_aligned_fraction([rollout.sequence for rollout in rollouts]),
     )
+
+
+def _aligned_fraction(sequences: Sequence[TokenSequence]) -> float | None:
+    """None where all tokens are the teacher's too."""
+    if not any(isinstance(sequence, Aligned | InChunks) for sequence in sequences):
+        return None
+    return sum(map(aligned_rows, sequences)) / sum(sequence.num_rows for sequence in sequences)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from kdmesh.tokens import digest
 from kdmesh.types import FinishReason, Sample, Sampling, TokenSequence
 from kdmesh_trainer.sources.prompts import PromptOrder, StepPrompt
 from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService
-from kdmesh_trainer.sources.sides import teacher_side
+from kdmesh_trainer.sources.sides import Prompt, teacher_side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,14 @@ class Sampler:
         samples_per_prompt: int,
         rank: int,
         ranks: int,
+        read: Callable[[Prompt, TokenSequence], TokenSequence] | None = None,
     ) -> None:
+        """
+        Args:
+            read: makes of a prompt with its response what the teacher's tokenizer has for them as well, always the
+                same, in any thread; None: the teacher has the student's tokenizer.
+        """
+        self._read = read
         self._order = order
         self._service = service
         self._sampling = sampling
@@ -66,7 +73,7 @@ class Sampler:
                 it was called with need not be what `collect` gives: a sample may be drawn again, or be refused there.
         """
         mine = self._order.of_step(step)[self._rank :: self._ranks]
-        self._asked[step] = [_Ask(prompt, min_weight_version, on_sample) for prompt in mine]
+        self._asked[step] = [_Ask(prompt, min_weight_version, on_sample, self._rollout) for prompt in mine]
         self._send(step)
 
     def homes(self, step: int) -> list[int]:
@@ -148,9 +155,17 @@ class Sampler:
                 f"{self._samples_per_prompt} of at most {self._sampling.max_new_tokens}"
             )
 
+    def _rollout(self, prompt: StepPrompt, sample: Sample) -> Rollout:
+        if self._read is None:
+            return Rollout.of(
+                prompt.token_ids, sample, teacher_prompt_ids=prompt.teacher_ids, teacher_name=prompt.teacher_name
+            )
+        rollout = Rollout.of(prompt.token_ids, sample)
+        return replace(rollout, sequence=self._read(prompt, rollout.sequence))
+
     def _rollouts(self, prompts: Sequence[StepPrompt], share: Share, rank: int) -> list[Rollout]:
         each = [prompt for prompt in prompts for _ in range(self._samples_per_prompt)]
-        rollouts = [_rollout(prompt, sample) for prompt, sample in zip(each, _samples(share), strict=True)]
+        rollouts = [self._rollout(prompt, sample) for prompt, sample in zip(each, _samples(share), strict=True)]
         if digest([rollout.sequence for rollout in rollouts]) != share.digest:
             raise EngineFailure(
                 f"the tokens that rank {rank} sampled are not those that rank {self._rank} has from it; "
@@ -162,7 +177,14 @@ class Sampler:
 class _Ask:
     """One prompt at the rollout servers."""
 
-    def __init__(self, prompt: StepPrompt, min_weight_version: int, on_sample: Callable[[TokenSequence], None]) -> None:
+    def __init__(
+        self,
+        prompt: StepPrompt,
+        min_weight_version: int,
+        on_sample: Callable[[TokenSequence], None],
+        rollout: Callable[[StepPrompt, Sample], Rollout],
+    ) -> None:
+        self._rollout = rollout
         self.prompt = prompt
         self.samples: list[Sample] = []  # when they are here
         self.pending: PendingSamples | None = None  # while they are not
@@ -200,12 +222,8 @@ class _Ask:
 
     def _tell(self, sample: Sample) -> None:
         self.arrived_s = time.perf_counter()
-        [sequence] = teacher_side([_rollout(self.prompt, sample).sequence])
+        [sequence] = teacher_side([self._rollout(self.prompt, sample).sequence])
         self._on_sample(sequence)
-
-
-def _rollout(prompt: StepPrompt, sample: Sample) -> Rollout:
-    return Rollout.of(prompt.token_ids, sample, teacher_prompt_ids=prompt.teacher_ids, teacher_name=prompt.teacher_name)
 
 
 def _share(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.types import Int32Array, TokenSequence
+from kdmesh_trainer.sources.rows import Chat
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -69,17 +70,89 @@ class Aligned(TokenSequence):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chunks:
+    """Runs of rows of two sequences whose labels stand for the same bytes, in order; none is empty, none overlap."""
+
+    student_begins: Int32Array  # [C]
+    student_ends: Int32Array  # [C]
+    teacher_begins: Int32Array  # [C]
+    teacher_ends: Int32Array  # [C]
+
+    @property
+    def num_student_rows(self) -> int:
+        """Rows of the student's in chunks."""
+        return int((self.student_ends - self.student_begins).sum())
+
+    def first(self, count: int) -> Chunks:
+        """Only so many."""
+        return Chunks(
+            student_begins=self.student_begins[:count],
+            student_ends=self.student_ends[:count],
+            teacher_begins=self.teacher_begins[:count],
+            teacher_ends=self.teacher_ends[:count],
+        )
+
+    def shifted(self, student: int, teacher: int) -> Chunks:
+        """The same, so many rows later."""
+        return Chunks(
+            student_begins=self.student_begins + student,
+            student_ends=self.student_ends + student,
+            teacher_begins=self.teacher_begins + teacher,
+            teacher_ends=self.teacher_ends + teacher,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Chunks]) -> Chunks:
+        """One after the other."""
+
+        def join(pick: Callable[[Chunks], Int32Array]) -> Int32Array:
+            return np.concatenate([np.empty(0, np.int32), *map(pick, parts)]).astype(np.int32)
+
+        return cls(
+            student_begins=join(lambda part: part.student_begins),
+            student_ends=join(lambda part: part.student_ends),
+            teacher_begins=join(lambda part: part.teacher_begins),
+            teacher_ends=join(lambda part: part.teacher_ends),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class InChunks(TokenSequence):
+    """A sequence as the student's tokenizer has it, the same text as the teacher's has it, and what is alike in both.
+
+    Raises:
+        InvalidRequest: a chunk has a row that is not there.
+    """
+
+    teacher: TokenSequence
+    chunks: Chunks
+
+    def __post_init__(self) -> None:
+        TokenSequence.__post_init__(self)
+        for whose, rows, begins, ends in (
+            ("student", self.num_rows, self.chunks.student_begins, self.chunks.student_ends),
+            ("teacher", self.teacher.num_rows, self.chunks.teacher_begins, self.chunks.teacher_ends),
+        ):
+            edges = np.stack([begins, ends], axis=1).ravel()
+            if len(edges) and not (
+                edges[0] >= 0 and edges[-1] <= rows and (np.diff(edges) >= 0).all() and (ends > begins).all()
+            ):
+                raise InvalidRequest(f"chunks are not runs of the {whose}'s {rows} rows, in order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
     """What a response follows."""
 
     token_ids: Int32Array  # [P], P >= 1
     teacher_ids: Int32Array | None = None  # what it follows for the teacher; None: the same
     teacher_name: str = ""  # of the one of several that is asked; empty: all are, or there is one
+    chat: Chat | None = None  # that the prompt is of, where the teacher's template renders it with the response
 
 
 def teacher_side(sequences: Sequence[TokenSequence]) -> tuple[TokenSequence, ...]:
     """The sequences as the teacher reads them."""
-    return tuple(s.teacher if isinstance(s, InContext | Aligned) else s for s in sequences)
+    return tuple(s.teacher if isinstance(s, InContext | Aligned | InChunks) else s for s in sequences)
 
 
 def answered_rows(sequences: Sequence[TokenSequence]) -> Int64Array | None:
@@ -94,6 +167,13 @@ def answered_rows(sequences: Sequence[TokenSequence]) -> Int64Array | None:
     return np.concatenate(rows).astype(np.int64)
 
 
+def aligned_rows(sequence: TokenSequence) -> int:
+    """How many of its rows are compared with the teacher's."""
+    if isinstance(sequence, InChunks):
+        return sequence.chunks.num_student_rows
+    return len(sequence.rows_A) if isinstance(sequence, Aligned) else sequence.num_rows
+
+
 def first_rows(sequence: TokenSequence, count: int) -> TokenSequence | None:
     """The sequence cut after its first `count` loss tokens; None where the teacher would answer none of them."""
     positions = sequence.positions[:count].copy()  # copies, because a slice would keep the whole array alive
@@ -104,6 +184,13 @@ def first_rows(sequence: TokenSequence, count: int) -> TokenSequence | None:
         if answers is None:
             return None
         return replace(sequence, token_ids=token_ids, positions=positions, teacher=answers, rows_A=rows_A)
+    if isinstance(sequence, InChunks):
+        chunks = sequence.chunks.first(int((sequence.chunks.student_ends <= count).sum()))
+        if len(chunks.teacher_ends) == 0:
+            return None
+        answers = first_rows(sequence.teacher, int(chunks.teacher_ends[-1]))
+        assert answers is not None
+        return replace(sequence, token_ids=token_ids, positions=positions, teacher=answers, chunks=chunks)
     if isinstance(sequence, InContext):
         teacher = first_rows(sequence.teacher, count)
         assert teacher is not None

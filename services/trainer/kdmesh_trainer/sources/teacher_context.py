@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 
 def build_encoder(
-    tokenizer: PreTrainedTokenizerFast, template: str | None, data: DataConfig
+    tokenizer: PreTrainedTokenizerFast, template: str | None, data: DataConfig, *, takes_chunks: bool = False
 ) -> ChatEncoder | ContextEncoder | OtherTokenizerEncoder:
     """What reads the data as `data` says.
 
     Args:
         template: as ChatEncoder's.
+        takes_chunks: as OtherTokenizerEncoder's.
 
     Raises:
         ConfigError: a template is missing, or is not Jinja.
@@ -42,7 +43,7 @@ def build_encoder(
     if other is not None:
         theirs = load_fast_tokenizer(other.path, whose="teacher")
         their_template = None if other.chat_template is None else read_template(other.chat_template)
-        return OtherTokenizerEncoder(tokenizer, template, theirs, their_template)
+        return OtherTokenizerEncoder(tokenizer, template, theirs, their_template, takes_chunks=takes_chunks)
     student, context = ChatEncoder(tokenizer, template), data.teacher_context
     match context:
         case None:

@@ -1,0 +1,145 @@
+"""Compares runs of tokens that are the same bytes for a student and a teacher with different tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdmesh.losses import (
+    ChunkLoss,
+    ChunkRows,
+    FusedLoss,
+    HybridWeights,
+    LabelledRows,
+    Matched,
+    fused_linear_by_rank,
+    fused_linear_chunk_likelihood,
+    fused_linear_cross_entropy,
+    fused_linear_hybrid,
+)
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.algorithms.seam import LossRows, Terms
+from kdmesh_trainer.sources.sides import Chunks, InChunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Runs:
+    """Both sides of one micro-batch, with the runs that are the same bytes."""
+
+    student: LabelledRows
+    teacher: LabelledRows
+    chunks: ChunkRows
+    student_log_likelihood_R: Tensor  # float32 nats, at temperature 1; carries no gradient
+
+
+class Compare(Protocol):
+    """What is summed over the runs."""
+
+    def __call__(self, runs: Runs, *, temperature: float) -> ChunkLoss:
+        """Its value and gradient, without a weight."""
+        ...
+
+
+class AcrossTokenizers:
+    """kd_weight * what `compare` makes of the runs + ce_weight * cross-entropy of every row that was not sampled."""
+
+    def __init__(self, compare: Compare) -> None:
+        self._compare = compare
+
+    def __call__(self, rows: LossRows, terms: Terms) -> FusedLoss:
+        """See Algorithm; the divergences are those of the runs, so fewer than rows."""
+        learns_labels = terms.ce_weight > 0 and rows.num_sampled < len(rows.labels_R)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns_labels):
+            is_data_R = torch.arange(len(rows.labels_R), device=rows.labels_R.device) >= rows.num_sampled
+            labelled = fused_linear_cross_entropy(
+                rows.hidden_RD, rows.head, rows.labels_R, token_weight_R=is_data_R.float()
+            )
+        (target,) = rows.whole_targets()
+        (teacher,) = target.teachers
+        device = rows.hidden_RD.device
+        chunks, teacher_labels_A = _joined(rows.sequences)
+        loss = self._compare(
+            Runs(
+                student=LabelledRows(hidden_RD=rows.hidden_RD, head=rows.head, labels_R=rows.labels_R),
+                teacher=LabelledRows(
+                    hidden_RD=teacher.hidden_RE, head=teacher.head, labels_R=teacher_labels_A.to(device)
+                ),
+                chunks=ChunkRows(
+                    student_begins_C=_on(device, chunks.student_begins),
+                    student_ends_C=_on(device, chunks.student_ends),
+                    teacher_begins_C=_on(device, chunks.teacher_begins),
+                    teacher_ends_C=_on(device, chunks.teacher_ends),
+                ),
+                student_log_likelihood_R=-labelled.cross_entropy_R,
+            ),
+            temperature=terms.temperature,
+        )
+        absent_0 = labelled.divergence_R
+        return FusedLoss(
+            loss_sum=terms.kd_weight * loss.loss_sum + terms.ce_weight * labelled.loss_sum,
+            divergence_R=loss.divergence_C,
+            cross_entropy_R=labelled.cross_entropy_R,
+            top1_agreement_R=absent_0,
+            student_entropy_R=absent_0,
+            teacher_entropy_R=absent_0,
+            topk_overlap_R=absent_0,
+        )
+
+
+def chunk_likelihood(runs: Runs, *, temperature: float, tau: float) -> ChunkLoss:
+    """ALM's binarised divergence of likelihoods; temperature is 1."""
+    return fused_linear_chunk_likelihood(
+        runs.student,
+        runs.teacher,
+        runs.chunks,
+        tau=tau,
+        student_log_likelihood_R=runs.student_log_likelihood_R,
+    )
+
+
+def by_rank(runs: Runs, *, temperature: float) -> ChunkLoss:
+    """ULD's sorted probabilities of the first token."""
+    return fused_linear_by_rank(runs.student, runs.teacher, runs.chunks, temperature=temperature)
+
+
+def hybrid(
+    runs: Runs,
+    *,
+    temperature: float,
+    matched: Matched,
+    beta: float,
+    matched_weight: float | None,
+    unmatched_weight: float | None,
+) -> ChunkLoss:
+    """GOLD's comparison of what both vocabularies have, and of the rest; weights that are None are their parts."""
+    part = len(matched.teacher_M) / runs.teacher.head.vocabulary_size
+    weights = HybridWeights(
+        beta=beta,
+        matched=part if matched_weight is None else matched_weight,
+        unmatched=1 - part if unmatched_weight is None else unmatched_weight,
+    )
+    return fused_linear_hybrid(
+        runs.student, runs.teacher, runs.chunks, matched=matched, weights=weights, temperature=temperature
+    )
+
+
+def _joined(sequences: Sequence[TokenSequence]) -> tuple[Chunks, Tensor]:
+    """Over the rows of all of them, and the teacher's labels."""
+    parts, labels = [], []
+    own_rows = their_rows = 0
+    for sequence in sequences:
+        assert isinstance(sequence, InChunks)
+        parts.append(sequence.chunks.shifted(own_rows, their_rows))
+        labels.append(sequence.teacher.labels)
+        own_rows += sequence.num_rows
+        their_rows += sequence.teacher.num_rows
+    return Chunks.joined(parts), torch.from_numpy(np.concatenate(labels).astype(np.int64))
+
+
+def _on(device: torch.device, numbers: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.int64)).to(device)

@@ -1,0 +1,201 @@
+"""Objectives over two tokenizers' tokens of real texts, against textbook formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kdmesh.losses import ChunkRows, FusedLoss, LabelledRows, MixedTeacher, OutputHead, forward_kl
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.algorithm_config import AlgorithmConfig, ByRank, ChunkLikelihood, Hybrid
+from kdmesh_trainer.algorithms.build import resolve_algorithm
+from kdmesh_trainer.algorithms.seam import Setup
+from kdmesh_trainer.head import Target
+from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
+from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.sources.rows import Chat, Message
+from kdmesh_trainer.sources.sides import InChunks
+from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from tests.support.chunk_cases import ChunkInputs, expected, likelihood
+from tests.support.other_tokenizers import save_sentence_piece
+from tests.support.tiny_models import save_tokenizer
+
+CHATS = (
+    "The text is wrapped at width 70.\n\nNaïve façade: 日本語 🎉!",
+    "    def wrap(self, text):\n        return self._wrap_chunks(text)",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The teacher's, of one version."""
+
+    rows_RD: Tensor
+    weight_version: int = 1
+
+
+class WholeHeads:
+    """Of the only teacher, which has another tokenizer."""
+
+    names = ("",)
+
+    def __init__(self, head: OutputHead) -> None:
+        self._head = head
+
+    def targets(self, rows: TeacherRows | PanelRows) -> tuple[Target, ...]:
+        raise AssertionError("nobody asks for shared tokens here")
+
+    def whole_targets(self, rows: TeacherRows | PanelRows) -> tuple[Target, ...]:
+        assert not isinstance(rows, PanelRows)
+        return (Target(index_R=None, teachers=(MixedTeacher(hidden_RE=rows.rows_RD, head=self._head, weight=1.0),)),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class World:
+    """Two chats under both tokenizers, with random rows and heads."""
+
+    encoder: OtherTokenizerEncoder
+    sequences: tuple[InChunks, ...]
+    made: ChunkInputs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    directory: Path = tmp_path_factory.mktemp("tokenizers")
+    save_tokenizer(directory / "student")
+    save_sentence_piece(directory / "teacher")
+    student = load_fast_tokenizer(directory / "student")
+    teacher = load_fast_tokenizer(directory / "teacher", whose="teacher")
+    encoder = OtherTokenizerEncoder(student, None, teacher, None, takes_chunks=True)
+    chats = [
+        Chat(messages=(Message(role="user", content="ask"), Message(role="assistant", content=text)), origin="a test")
+        for text in CHATS
+    ]
+    sequences: list[InChunks] = []
+    for found in encoder.encode(chats):
+        assert isinstance(found, list)
+        sequences += [sequence for sequence in found if isinstance(sequence, InChunks)]
+    return World(encoder=encoder, sequences=tuple(sequences), made=_made(sequences, len(student), len(teacher)))
+
+
+def _made(sequences: list[InChunks], own_size: int, their_size: int) -> ChunkInputs:
+    generator = torch.Generator().manual_seed(5)
+
+    def side(rows: list[TokenSequence], size: int, hidden: int) -> LabelledRows:
+        labels_R = torch.from_numpy(np.concatenate([each.labels for each in rows]).astype(np.int64))
+        return LabelledRows(
+            hidden_RD=torch.randn(len(labels_R), hidden, generator=generator, dtype=torch.float64),
+            head=OutputHead(weight_VD=torch.randn(size, hidden, generator=generator, dtype=torch.float64)),
+            labels_R=labels_R,
+        )
+
+    student = side(list(sequences), own_size, 6)
+    student.hidden_RD.requires_grad_()
+    student.head.weight_VD.requires_grad_()
+    first, second = sequences
+    edges = [
+        np.concatenate([getattr(first.chunks, name), getattr(second.chunks, name) + shift]).astype(np.int64)
+        for name, shift in (
+            ("student_begins", first.num_rows),
+            ("student_ends", first.num_rows),
+            ("teacher_begins", first.teacher.num_rows),
+            ("teacher_ends", first.teacher.num_rows),
+        )
+    ]
+    return ChunkInputs(
+        student=student,
+        teacher=side([sequence.teacher for sequence in sequences], their_size, 9),
+        chunks=ChunkRows(**dict(zip(ChunkRows.__dataclass_fields__, map(torch.from_numpy, edges), strict=True))),
+    )
+
+
+def run(world: World, algorithm: AlgorithmConfig, *, num_sampled: int = 0, temperature: float = 1.0) -> FusedLoss:
+    made = world.made
+    built = resolve_algorithm(algorithm)(
+        Setup(
+            student_head=made.student.head.detached(),
+            teacher_heads=lambda: {"": made.teacher.head},
+            shared=world.encoder.shared,
+            device=torch.device("cpu"),
+        )
+    )
+    objective = Distillation(
+        algorithm=built,
+        divergence=forward_kl,
+        temperature=temperature,
+        kd_weight=0.7,
+        ce_weight=0.2,
+        teacher_head=WholeHeads(made.teacher.head),
+    )
+    rows = Rows(rows_RD=made.teacher.hidden_RD)
+    student = made.student
+    return objective(
+        student.hidden_RD, student.head, student.labels_R, rows, num_sampled=num_sampled, sequences=world.sequences
+    )
+
+
+OfChunk = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def of_likelihood(log_q: Tensor, own: Tensor, log_p: Tensor, their: Tensor) -> Tensor:
+    a, b = ((likelihood(*side) / 30 - 1e-6).exp() for side in ((log_p, their), (log_q, own)))
+    return 30 * (a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log())
+
+
+def of_rank(log_q: Tensor, own: Tensor, log_p: Tensor, their: Tensor) -> Tensor:
+    q, p = (log[0].exp().sort(descending=True).values for log in (log_q, log_p))
+    width = max(len(q), len(p))
+    return (torch.cat([q, q.new_zeros(width - len(q))]) - torch.cat([p, p.new_zeros(width - len(p))])).abs().sum()
+
+
+def of_hybrid(world: World) -> OfChunk:
+    shared = world.encoder.shared
+    own_ids, their_ids = (torch.from_numpy(ids.astype(np.int64)) for ids in (shared.student_ids, shared.teacher_ids))
+
+    def of_chunk(log_q: Tensor, own: Tensor, log_p: Tensor, their: Tensor) -> Tensor:
+        q, p = (log[0].exp() * likelihood(log[1:], labels[1:]).exp() for log, labels in ((log_q, own), (log_p, their)))
+        part = len(their_ids) / len(p)
+        m = 0.25 * p[their_ids] + 0.75 * q[own_ids]
+        same = 0.25 * (p[their_ids] * (p[their_ids] / m).log()) + 0.75 * (q[own_ids] * (q[own_ids] / m).log())
+        rest = [
+            values[[token for token in range(len(values)) if token not in set(ids.tolist())]]
+            for values, ids in ((q, own_ids), (p, their_ids))
+        ]
+        width = max(map(len, rest))
+        q_rest, p_rest = (
+            torch.cat([values.sort(descending=True).values, values.new_zeros(width - len(values))]) for values in rest
+        )
+        return part * same.sum() + (1 - part) * (q_rest - p_rest).abs().sum()
+
+    return of_chunk
+
+
+@pytest.mark.parametrize("name", ["alm", "uld", "gold"])
+@pytest.mark.parametrize("num_sampled", [0, 7])
+def test_an_objective_over_two_tokenizers_is_the_textbooks(world: World, name: str, num_sampled: int) -> None:
+    configs: dict[str, tuple[AlgorithmConfig, OfChunk, float]] = {
+        "alm": (ChunkLikelihood(name="alm", tau=30.0), of_likelihood, 1.0),
+        "uld": (ByRank(name="uld"), of_rank, 1.6),
+        "gold": (Hybrid(name="gold", beta=0.25), of_hybrid(world), 1.6),
+    }
+    algorithm, of_chunk, temperature = configs[name]
+    loss = run(world, algorithm, num_sampled=num_sampled, temperature=temperature)
+    made = world.made
+    log_q_RV = made.student.head.logits(made.student.hidden_RD).log_softmax(-1)
+    cross_entropy_R = -log_q_RV.gather(-1, made.student.labels_R[:, None])[:, 0]
+    value_C, loss_sum, *gradients = expected(made, of_chunk, temperature)
+    imitated = torch.autograd.grad(cross_entropy_R[num_sampled:].sum(), made.leaves)
+    torch.testing.assert_close(loss.divergence_R, value_C, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss.cross_entropy_R, cross_entropy_R.detach(), rtol=1e-9, atol=1e-9)
+    whole = 0.7 * loss_sum + 0.2 * cross_entropy_R[num_sampled:].detach().sum()
+    torch.testing.assert_close(loss.loss_sum.detach(), whole, rtol=1e-6, atol=1e-6)
+    # `expected` has the gradient of -1.5 times the loss.
+    for mine, theirs, labels in zip(torch.autograd.grad(loss.loss_sum, made.leaves), gradients, imitated, strict=True):
+        torch.testing.assert_close(mine, 0.7 * theirs / -1.5 + 0.2 * labels, rtol=1e-6, atol=1e-6)

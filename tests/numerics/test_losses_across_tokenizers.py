@@ -1,0 +1,216 @@
+"""Losses between distributions over two vocabularies, against textbook formulas in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from kdmesh.errors import InvalidRequest
+from kdmesh.losses import engine
+from kdmesh.losses.across_vocabularies import fused_linear_by_rank, fused_linear_hybrid
+from kdmesh.losses.chunk_likelihood import binary_kl, fused_linear_chunk_likelihood
+from kdmesh.losses.labelled import ChunkLoss
+from kdmesh.losses.sorted_rows import HybridWeights, Matched
+from tests.support.chunk_cases import ChunkCase, ChunkInputs, cases, expected, inputs, likelihood, outcome
+from tests.support.tensor_watch import TensorWatch
+
+TAUS = (1.0, 7.0, 100.0)
+WEIGHTS = HybridWeights(beta=0.3, matched=0.6, unmatched=0.4)
+
+
+def matched_of(case: ChunkCase) -> Matched:
+    """Every second token of the smaller vocabulary, in another order on the other side."""
+    student_M = torch.arange(0, min(case.own_vocabulary, case.their_vocabulary) - 1, 2)
+    return Matched(student_M=student_M, teacher_M=student_M.flip(0) + 1)
+
+
+def assert_alike(one: list[Tensor], other: list[Tensor], *, tolerance: float) -> None:
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=tolerance, atol=tolerance)
+
+
+def textbook_binary(log_q: Tensor, log_p: Tensor, tau: float) -> Tensor:
+    b, a = (log_q / tau - 1e-6).exp(), (log_p / tau - 1e-6).exp()
+    return tau * (a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log())
+
+
+def textbook_likelihood(case: ChunkCase, made: ChunkInputs, tau: float) -> list[Tensor]:
+    def of_chunk(log_q: Tensor, own: Tensor, log_p: Tensor, their: Tensor) -> Tensor:
+        return textbook_binary(likelihood(log_q, own), likelihood(log_p, their), tau)
+
+    return expected(made, of_chunk, 1.0)
+
+
+def by_rank(q: Tensor, p: Tensor) -> Tensor:
+    width = max(len(q), len(p))
+    padded = [
+        torch.cat([values.sort(descending=True).values, values.new_zeros(width - len(values))]) for values in (q, p)
+    ]
+    return (padded[0] - padded[1]).abs().sum()
+
+
+def textbook_hybrid(case: ChunkCase, made: ChunkInputs, matched: Matched, weights: HybridWeights) -> list[Tensor]:
+    own_rest, their_rest = (
+        [token for token in range(size) if token not in known.tolist()]
+        for size, known in ((case.own_vocabulary, matched.student_M), (case.their_vocabulary, matched.teacher_M))
+    )
+
+    def of_chunk(log_q: Tensor, own: Tensor, log_p: Tensor, their: Tensor) -> Tensor:
+        q = log_q[0].exp() * likelihood(log_q[1:], own[1:]).exp()
+        p = log_p[0].exp() * likelihood(log_p[1:], their[1:]).exp()
+        same_q, same_p = q[matched.student_M], p[matched.teacher_M]
+        m = weights.beta * same_p + (1 - weights.beta) * same_q
+        same = weights.beta * (same_p * (same_p / m).log()) + (1 - weights.beta) * (same_q * (same_q / m).log())
+        return weights.matched * same.sum() + weights.unmatched * by_rank(q[own_rest], p[their_rest])
+
+    return expected(made, of_chunk, case.temperature)
+
+
+def run_hybrid(case: ChunkCase, made: ChunkInputs, chunk_tokens: int | None = None) -> ChunkLoss:
+    return fused_linear_hybrid(
+        made.student,
+        made.teacher,
+        made.chunks,
+        matched=matched_of(case),
+        weights=WEIGHTS,
+        temperature=case.temperature,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_chunk_likelihoods_are_the_textbooks(tau: float) -> None:
+    @settings(max_examples=6)
+    @given(case=cases())
+    def check(case: ChunkCase) -> None:
+        made = inputs(case)
+        loss = fused_linear_chunk_likelihood(made.student, made.teacher, made.chunks, tau=tau)
+        assert_alike(outcome(loss, made), textbook_likelihood(case, made, tau), tolerance=1e-9)
+
+    check()
+
+
+def test_a_known_likelihood_of_the_student_changes_nothing() -> None:
+    made = inputs(ChunkCase())
+    loss = fused_linear_chunk_likelihood(made.student, made.teacher, made.chunks, tau=5.0)
+    known = fused_linear_chunk_likelihood(
+        made.student,
+        made.teacher,
+        made.chunks,
+        tau=5.0,
+        student_log_likelihood_R=made.student.log_likelihoods(),
+    )
+    assert_alike(outcome(known, made), outcome(loss, made), tolerance=1e-12)
+
+
+def test_probabilities_by_rank_are_the_textbooks() -> None:
+    @settings(max_examples=10)
+    @given(case=cases())
+    def check(case: ChunkCase) -> None:
+        made = inputs(case)
+        loss = fused_linear_by_rank(made.student, made.teacher, made.chunks, temperature=case.temperature)
+        of_first = expected(made, lambda q, _, p, __: by_rank(q[0].exp(), p[0].exp()), case.temperature)
+        assert_alike(outcome(loss, made), of_first, tolerance=1e-11)
+
+    check()
+
+
+def test_the_hybrid_is_the_textbooks() -> None:
+    @settings(max_examples=10)
+    @given(case=cases())
+    def check(case: ChunkCase) -> None:
+        made = inputs(case)
+        assert_alike(
+            outcome(run_hybrid(case, made), made),
+            textbook_hybrid(case, made, matched_of(case), WEIGHTS),
+            tolerance=1e-10,
+        )
+
+    check()
+
+
+@pytest.mark.parametrize("sizes", [(5, 5, 2, 1), (4, 3, 1, 2), (64, 16, 16, 4)])
+def test_chunks_blocks_tiles_and_threads_of_any_number_give_the_textbooks_gradient(
+    sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk, block, tile, num_threads = sizes
+    fixed = engine.Sizes(chunk_rows=chunk, block_rows=block, tile_rows=tile, num_threads=num_threads)
+    monkeypatch.setattr(engine.Sizes, "choose", staticmethod(lambda *_: fixed))
+    case = ChunkCase(lengths=[(1, 1), (2, 1), (1, 3)] * 9, temperature=1.4)
+    made = inputs(case)
+    assert_alike(
+        outcome(run_hybrid(case, made), made), textbook_hybrid(case, made, matched_of(case), WEIGHTS), tolerance=1e-10
+    )
+
+
+def test_float32_is_as_near_as_its_rounding() -> None:
+    case = ChunkCase(lengths=[(1, 1), (2, 1), (1, 3)] * 5)
+    made = inputs(case, torch.float32)
+    assert_alike(
+        outcome(run_hybrid(case, made), made), textbook_hybrid(case, made, matched_of(case), WEIGHTS), tolerance=2e-5
+    )
+    loss = fused_linear_chunk_likelihood(made.student, made.teacher, made.chunks, tau=20.0)
+    assert_alike(outcome(loss, made), textbook_likelihood(case, made, 20.0), tolerance=2e-4)
+
+
+def test_all_are_zero_for_equals_and_never_below() -> None:
+    case = ChunkCase(lengths=[(1, 1), (2, 2), (3, 3)], own_vocabulary=19, their_vocabulary=19)
+    made = inputs(case)
+    same = replace(made, teacher=made.student)
+    matched = Matched(student_M=torch.arange(10), teacher_M=torch.arange(10))
+    losses: dict[str, Callable[[ChunkInputs], ChunkLoss]] = {
+        "likelihood": lambda of: fused_linear_chunk_likelihood(of.student, of.teacher, of.chunks, tau=10.0),
+        "rank": lambda of: fused_linear_by_rank(of.student, of.teacher, of.chunks),
+        "hybrid": lambda of: fused_linear_hybrid(of.student, of.teacher, of.chunks, matched=matched, weights=WEIGHTS),
+    }
+    for name, loss in losses.items():
+        assert loss(same).divergence_C.abs().max() < 1e-12, name
+        assert loss(made).divergence_C.min() > 1e-5, name
+
+
+def test_a_likelihood_far_below_or_near_one_keeps_a_finite_gradient() -> None:
+    log_q_C = torch.tensor([0.0, -1e-9, -800.0, -1e5], dtype=torch.float64)
+    for log_p_C in (log_q_C, log_q_C.flip(0)):
+        value_C, slope_C = binary_kl(log_q_C, log_p_C, tau=1.0)
+        assert value_C.isfinite().all()
+        assert slope_C.isfinite().all()
+
+
+def test_with_a_large_tau_the_binary_divergence_compares_the_logarithms() -> None:
+    log_q_C, log_p_C = -torch.rand(2, 50, dtype=torch.float64) * 20 - 0.1
+    value_C, slope_C = binary_kl(log_q_C, log_p_C, tau=1e4)
+    limit_C = -log_p_C * (log_p_C / log_q_C).log() + log_p_C - log_q_C
+    torch.testing.assert_close(value_C, limit_C, rtol=0.1, atol=0.02)
+    assert (slope_C.sign() == (log_q_C - log_p_C).sign()).all()
+
+
+def test_no_matrix_of_all_rows_and_the_vocabulary_is_built() -> None:
+    rows, vocabulary = 600, 3000
+    case = ChunkCase(lengths=[(1, 1), (2, 1)] * (rows // 3), own_vocabulary=vocabulary, their_vocabulary=vocabulary + 9)
+    made = inputs(case, torch.float32)
+    with TensorWatch() as watch:
+        outcome(run_hybrid(case, made, chunk_tokens=16), made)
+    assert watch.largest_bytes < rows * vocabulary * 4 / 2
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    made = inputs(ChunkCase())
+    for tau in (0.0, -1.0, math.nan):
+        with pytest.raises(InvalidRequest, match="it must be positive"):
+            fused_linear_chunk_likelihood(made.student, made.teacher, made.chunks, tau=tau)
+    with pytest.raises(InvalidRequest, match="temperature is 0"):
+        fused_linear_by_rank(made.student, made.teacher, made.chunks, temperature=0)
+    with pytest.raises(InvalidRequest, match="between 0 and 1"):
+        fused_linear_hybrid(
+            made.student,
+            made.teacher,
+            made.chunks,
+            matched=matched_of(ChunkCase()),
+            weights=replace(WEIGHTS, beta=1.0),
+        )
