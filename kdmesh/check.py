@@ -100,14 +100,9 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
         yield f"data.teacher_context.path: there is no file {context.path}"
     if isinstance(cfg.objective, Distill):
         yield from _own_code(cfg.objective)
-    for name, teacher in cfg.all_teachers.items():
-        key = f"teachers.{name}" if name else "teacher"
-        yield from _addresses(f"{key}.addresses", teacher.addresses)
-        yield from _access(key, teacher.access, teacher.addresses)
-    if isinstance(cfg.source, OnPolicy):
-        rollouts = cfg.source.rollouts
-        yield from _addresses("source.rollouts.addresses", rollouts.addresses)
-        yield from _access("source.rollouts", rollouts.access, rollouts.addresses)
+    for key, access, _ in _servers(cfg):
+        yield from _access(key, access)
+    yield from wrong_addresses(cfg)
     if cfg.output.exists() and not cfg.output.is_dir():
         yield f"output: {cfg.output} is not a directory"
 
@@ -120,19 +115,30 @@ def _own_code(objective: Distill) -> Iterator[str]:
         yield from _function(key, algorithm.target, algorithm.params, positional=1, is_class=True)
 
 
-def _addresses(key: str, addresses: Sequence[str]) -> Iterator[str]:
-    for address in addresses:
-        host, colon, port = address.rpartition(":")
-        if not (host and colon and port.isdigit()):
-            yield f"{key}: {address!r} is not of the form host:port"
+def wrong_addresses(cfg: TrainerConfig) -> Iterator[str]:
+    """One line for each address of a server that is none, or that must not be connected to in the way that is set."""
+    for key, access, addresses in _servers(cfg):
+        for address in addresses:
+            host, colon, port = address.rpartition(":")
+            if not (host and colon and (port.isdigit() or address.startswith("k8s:"))):
+                yield f"{key}.addresses: {address!r} is not of the form host:port"
+        refusals = (access.refusal(address) for address in addresses)
+        yield from (f"{key}.addresses: {refusal}" for refusal in refusals if refusal is not None)
 
 
-def _access(key: str, access: AccessConfig, addresses: Sequence[str]) -> Iterator[str]:
+def _servers(cfg: TrainerConfig) -> Iterator[tuple[str, AccessConfig, Sequence[str]]]:
+    """Section, access and addresses of each kind of server that a job has."""
+    for name, teacher in cfg.all_teachers.items():
+        yield f"teachers.{name}" if name else "teacher", teacher.access, teacher.addresses
+    if isinstance(cfg.source, OnPolicy):
+        yield "source.rollouts", cfg.source.rollouts.access, cfg.source.rollouts.addresses
+
+
+def _access(key: str, access: AccessConfig) -> Iterator[str]:
     files = {"token_file": access.token_file}
     if access.tls is not None:
         files |= {"tls.ca": access.tls.ca, "tls.cert": access.tls.cert, "tls.key": access.tls.key}
     yield from _files(f"{key}.access", files)
-    yield from (f"{key}.addresses: {refusal}" for refusal in map(access.refusal, addresses) if refusal is not None)
 
 
 def _guards(server: ListenConfig) -> Iterator[str]:

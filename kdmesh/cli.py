@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from kdmesh import check, config, jobs, local
+from kdmesh import check, cluster_commands, config, jobs, local
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.place import exit_when_stopped
 
 if TYPE_CHECKING:
     from kdmesh.rpc.doors import DoorChoice
@@ -42,7 +43,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except local.ChildFailed as error:
-            code = local.USER_ERROR if error.exit_code == local.USER_ERROR else _ERROR
+            code = error.exit_code if error.exit_code in (local.USER_ERROR, exit_when_stopped()) else _ERROR
             if error.is_told:
                 sys.exit(code)
             _fail(error, code)
@@ -68,6 +69,8 @@ def main() -> None:
     Write a dataset   kdmesh generate --rollout 127.0.0.1:50061 --model path/to/model
     Trust a teacher   kdmesh probe --teacher 127.0.0.1:50051 --model path/to/teacher
     Watch a server    kdmesh top
+    Train in Kubernetes  kdmesh submit my.yaml --nodes 2 --gpus 8 --image IMAGE
+    See those jobs    kdmesh jobs | kdmesh logs NAME | kdmesh describe NAME | kdmesh cancel NAME
 
     Every setting lives in the YAML file; the commented files in examples/ name the usual ones.
     """
@@ -349,6 +352,10 @@ def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_polic
     outcome = story.tell(chosen, output=output or Path("runs/demo"), cache=cache, fresh=fresh)
     table.print_students(outcome)
     click.echo(outcome.json())
+
+
+for command in cluster_commands.COMMANDS:
+    main.add_command(command)
 
 
 def _serve(package: str, config: Path, overrides: tuple[str, ...]) -> NoReturn:

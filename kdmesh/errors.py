@@ -4,6 +4,7 @@ KdmeshError
   ConfigError            bad configuration; only before a service starts
   DataError              a dataset that cannot be used; only before the first step
   CheckpointError        a checkpoint that cannot be written or read
+  ClusterError           a Kubernetes cluster that does not do what it is asked
   NotFinite              training went wrong: a loss or gradient is infinite or not a number
   RpcError               has exactly one gRPC status (kdmesh/rpc/status.py)
     InvalidRequest       INVALID_ARGUMENT     caller's fault; never retried
@@ -36,6 +37,10 @@ class DataError(KdmeshError):
 
 class CheckpointError(KdmeshError):
     """A checkpoint could not be written or read; earlier ones are untouched."""
+
+
+class ClusterError(KdmeshError):
+    """A Kubernetes cluster cannot be reached, or refuses what it is asked."""
 
 
 class NotFinite(KdmeshError):

@@ -13,6 +13,7 @@ import click
 from kdmesh import check, config, local
 from kdmesh.errors import ConfigError
 from kdmesh.log import is_urgent
+from kdmesh.place import Place, exit_when_stopped, place, ranks_per_node
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.sglang_config import SglangEngine
@@ -63,7 +64,8 @@ class Threads:
 def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -> None:
     """Check everything, start the servers, then the ranks, and wait for them.
 
-    A signal ends the run after the current step; that is a success when every rank saved and left.
+    A signal ends the run after the current step; that is a success when every rank saved and left. On one of several
+    machines (kdmesh/place.py) only its own ranks are started.
 
     Args:
         serve: configuration files of servers for this run only.
@@ -73,6 +75,9 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
         ChildFailed: a process ended that should not have.
         Stopped: a signal came, and a rank could not end cleanly.
     """
+    here = place()
+    if here is not None and serve:
+        raise ConfigError(f"--serve starts a server on each machine, so it does not go with a job of {here.nodes}")
     servers = {service: _checked_server(service, file) for service, file in serve.items()}
     later = [override for service in serve for override in served(service, "later:0")]
     cfg = _checked_trainer(path, [*overrides, *later])
@@ -87,11 +92,15 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
             for service, file in serve.items():
                 command = server_command(service, file, servers[service], threads=threads.server, on_line=logs[service])
                 overrides = [*overrides, *served(service, start_server(processes, command))]
-            ranks = processes.start(*rank_commands(path, overrides, ranks=num_ranks(cfg), threads=threads.rank))
+            commands = rank_commands(path, overrides, ranks=num_ranks(cfg), threads=threads.rank, place=here)
+            ranks = processes.start(*commands)
             _wait(processes, ranks)
     except local.Stopped:
-        if not ranks or any(rank.exit_code != 0 for rank in ranks):
+        stopped = exit_when_stopped()
+        if not ranks or any(rank.exit_code not in (0, stopped) for rank in ranks):
             raise
+        if stopped is not None and any(rank.exit_code == stopped for rank in ranks):
+            raise local.ChildFailed(f"stopped, with a checkpoint in {cfg.output}", exit_code=stopped) from None
         click.echo(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.", err=True)
 
 
@@ -112,7 +121,7 @@ def _wait(processes: local.Processes, ranks: Sequence[local.Child]) -> None:
 
 def num_ranks(cfg: TrainerConfig) -> int:
     """Ranks that the job has on this machine."""
-    return cfg.ranks or (local.num_gpus() if _is_on_gpu(cfg) else 1)
+    return ranks_per_node() or cfg.ranks or (local.num_gpus() if _is_on_gpu(cfg) else 1)
 
 
 def split_threads(cfg: TrainerConfig, *, with_servers: bool) -> Threads:
@@ -161,10 +170,11 @@ def rank_commands(
     ranks: int,
     threads: int,
     on_line: Callable[[str], None] | None = None,
+    place: Place | None = None,
 ) -> list[local.Command]:
-    """The commands of the ranks of the trainer in `path`."""
+    """The commands of the ranks of the trainer in `path`, or of those that this machine has."""
     argv = (sys.executable, "-m", "kdmesh_trainer", str(path), *set_arguments(overrides))
-    return local.rank_commands(argv, ranks=ranks, threads=threads, on_line=on_line)
+    return local.rank_commands(argv, ranks=ranks, threads=threads, on_line=on_line, place=place)
 
 
 def served(service: Service, address: str) -> list[str]:

@@ -23,10 +23,13 @@ from typing import Any
 
 from kdmesh.errors import KdmeshError
 from kdmesh.log import is_urgent
+from kdmesh.place import Place, exit_when_stopped
 
 _TETHER = Path(__file__).with_name("tether.py")
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAIL_LINES = 20
+_GRACE_S = 120.0
+_LONG_GRACE_S = 86400.0  # where somebody else kills what does not stop
 _FAILING_TOGETHER_S = 5.0
 _READY_LOOK_S = 0.05
 
@@ -65,7 +68,7 @@ class Command:
     env: Mapping[str, str] = field(default_factory=dict)  # laid over this process's environment
     on_line: Callable[[str], None] | None = None  # gets each line of its output; None shares our stdout and stderr
     is_shown: bool = False  # on_line shows a person what matters, so that a failure need not repeat it
-    grace_s: float = 120.0  # from SIGTERM to SIGKILL
+    grace_s: float = _GRACE_S  # from SIGTERM to SIGKILL
     orphan_signal: signal.Signals = signal.SIGTERM  # what it gets when this process dies without stopping it
 
 
@@ -258,36 +261,51 @@ class Processes:
 
 
 def rank_commands(
-    argv: Sequence[str], *, ranks: int, threads: int, on_line: Callable[[str], None] | None = None
+    argv: Sequence[str],
+    *,
+    ranks: int,
+    threads: int,
+    on_line: Callable[[str], None] | None = None,
+    place: Place | None = None,
 ) -> list[Command]:
     """The commands of one torch.distributed job on this machine, one per rank.
+
+    With `place` the machine is one of several, each of which starts its own ranks.
 
     The environment is the one torchrun gives. torchrun itself is left out because it turns every exit code
     into 1 under a page of its own traceback, also after a clean stop. Ranks whose parent dies are killed at once:
     one that waited for the others, or for a teacher that is gone too, would stay for minutes.
     """
-    port = _free_port()
+    meeting = _alone() if place is None else {"MASTER_ADDR": place.first_node, "MASTER_PORT": str(place.port)}
+    first, nodes = (0, 1) if place is None else (place.node * ranks, place.nodes)
     return [
         Command(
-            name=f"trainer rank {rank}",
+            name=f"trainer rank {first + local_rank}",
             argv=tuple(argv),
             env={
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
+                "RANK": str(first + local_rank),
+                "LOCAL_RANK": str(local_rank),
+                "WORLD_SIZE": str(nodes * ranks),
                 "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                # All ranks are here; a host name that does not resolve must not matter.
-                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+                **meeting,
                 **thread_limits(threads),
             },
             on_line=on_line,
             is_shown=True,
+            grace_s=_GRACE_S if exit_when_stopped() is None else _LONG_GRACE_S,
             orphan_signal=signal.SIGKILL,
         )
-        for rank in range(ranks)
+        for local_rank in range(ranks)
     ]
+
+
+def _alone() -> dict[str, str]:
+    """Where the ranks meet when all of them are here; a host name that does not resolve must not matter then."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
 
 
 def thread_limits(threads: int) -> dict[str, str]:

@@ -38,6 +38,7 @@ LAYER = {
     "kdmesh.v1": 1,
     "kdmesh.groups": 2,
     "kdmesh.alignment": 2,
+    "kdmesh.cluster": 2,
     "kdmesh.handles": 2,
     "kdmesh.losses": 2,
     "kdmesh.models": 2,
@@ -49,11 +50,14 @@ LAYER = {
     # The composition root: starts services as processes, so it knows their configurations and nothing else of them.
     "kdmesh.check": 4,
     "kdmesh.cli": 4,
+    "kdmesh.cluster_commands": 4,
     "kdmesh.demo": 4,
     "kdmesh.generate": 4,
     "kdmesh.jobs": 4,
     "kdmesh.local": 4,
+    "kdmesh.place": 4,
     "kdmesh.probe": 4,
+    "kdmesh.submission": 4,
     "kdmesh.tether": 4,
     "kdmesh.top": 4,
 }
@@ -168,6 +172,13 @@ def test_grpc_is_known_only_to_rpc_and_servicers() -> None:
     for module in modules():
         if module.unit != "kdmesh.rpc" and module.name not in allowed:
             reached = [dotted for dotted in imports(module) if dotted.split(".")[0].startswith("grpc")]
+            assert not reached, f"{module.name} imports {reached}"
+
+
+def test_kubernetes_is_known_only_to_the_cluster_package() -> None:
+    for module in modules():
+        if module.unit != "kdmesh.cluster":
+            reached = [dotted for dotted in imports(module) if dotted.split(".")[0] in ("kubernetes", "urllib3")]
             assert not reached, f"{module.name} imports {reached}"
 
 

@@ -29,8 +29,9 @@ def main() -> int:
 
     Returns:
         The exit status: 0 when all steps are done, or when SIGTERM or SIGINT ended the run with
-        a checkpoint; 2 when something was refused or a service failed, in one sentence; 1 when
-        another rank ended; 130 when Ctrl-C came before the first step.
+        a checkpoint, unless KDMESH_EXIT_WHEN_STOPPED names another for that; 2 when something
+        was refused or a service failed, in one sentence; 1 when another rank ended; 130 when
+        Ctrl-C came before the first step.
     """
     arguments = _parser().parse_args()
     rank = int(os.environ.get("RANK", "0"))
@@ -96,6 +97,7 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
         return _BROKEN
     if done < cfg.steps:
         logger.info("stopped", extra={"steps_done": done, "next": "run the same command to continue"})
+        return int(os.environ.get("KDMESH_EXIT_WHEN_STOPPED", "0"))
     return 0
 
 

@@ -1,0 +1,128 @@
+"""What a training job in a cluster is to be, before it is written as manifests."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+from kdmesh.errors import ConfigError
+
+WORK = PurePosixPath("/work")
+"""Where the claim of the job's output is mounted; relative paths of its configuration start here."""
+
+CONFIG = PurePosixPath("/etc/kdmesh")
+"""Where the ConfigMap is mounted."""
+
+CONFIG_FILE = "train.yaml"
+STOPPED = 75
+"""Exit code of a node whose run was stopped before its last step, and continues when it is started again."""
+
+REFUSED = 2
+"""Exit code of a node that was refused its input: to start it again changes nothing."""
+
+JobKind = Literal["Job", "JobSet", "TrainJob"]
+
+# A pod is called NAME-node-0-INDEX-xxxxx, and that must fit into 63 characters.
+_LONGEST_NAME = 45
+_NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
+_RESERVED = (WORK, CONFIG, PurePosixPath("/tmp"), PurePosixPath("/dev/shm"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """A claim, or a secret, at a path of every node."""
+
+    source: str  # name of the PersistentVolumeClaim or Secret
+    path: PurePosixPath
+    kind: Literal["claim", "secret"]
+    is_read_only: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecretVariable:
+    """An environment variable with a value that only the cluster knows."""
+
+    name: str
+    secret: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """The claim that checkpoints, metrics and the final model are written to; it outlives the job."""
+
+    claim: str
+    size: str | None  # to make it with; None: it is there
+    storage_class: str | None = None  # of a claim that is made; None takes the cluster's default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one node of a job gets."""
+
+    gpus: int
+    cpus: str
+    memory: str
+    gpu_resource: str = "nvidia.com/gpu"
+    others: tuple[tuple[str, str], ...] = ()  # name and amount, as of RDMA devices
+
+    @property
+    def ranks(self) -> int:
+        """Processes on one node: one per GPU, or one without."""
+        return max(1, self.gpus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlan:
+    """One job. Raises ConfigError when it cannot be."""
+
+    name: str
+    kind: JobKind
+    image: str
+    config: str  # the trainer's configuration, YAML
+    output_path: str  # where that configuration writes to, as seen by the nodes
+    nodes: int
+    resources: Resources
+    output: Output
+    retries: int  # restarts after failures; those after a preemption are not counted
+    grace_s: int  # from SIGTERM to SIGKILL: the step under way and a checkpoint must fit
+    user: int  # number of the user that everything runs as
+    mounts: tuple[Mount, ...] = ()
+    secrets: tuple[SecretVariable, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+    queue: str | None = None  # of Kueue
+    service_account: str | None = None
+    asks_cluster: bool = False  # whether its nodes look for servers by the API
+    node_labels: tuple[tuple[str, str], ...] = ()  # that a machine must have
+    pull_secret: str | None = None  # to fetch the image with
+
+    def __post_init__(self) -> None:
+        """Refuse what the cluster would refuse later, or would not."""
+        if not _NAME.fullmatch(self.name) or len(self.name) > _LONGEST_NAME:
+            raise ConfigError(
+                f"the job's name {self.name!r} must be at most {_LONGEST_NAME} lower-case letters, digits and dashes, "
+                "begin with a letter and not end with a dash: choose one with --name"
+            )
+        if self.kind == "Job" and self.nodes > 1:
+            raise ConfigError(f"a Job has one node, not {self.nodes}: take a JobSet or a TrainJob")
+        others = (amount for _, amount in self.resources.others)
+        for quantity in (self.resources.cpus, self.resources.memory, self.output.size or "1", *others):
+            if not _QUANTITY.fullmatch(quantity):
+                raise ConfigError(f"{quantity!r} is no quantity of Kubernetes, as 8, 500m or 64Gi are")
+        if self.user < 1:
+            raise ConfigError(f"--user {self.user}: a job runs as an ordinary user, of a number above 0")
+        self._refuse_unfit_mounts()
+
+    def _refuse_unfit_mounts(self) -> None:
+        paths = [mount.path for mount in self.mounts]
+        for path in paths:
+            if not path.is_absolute() or ".." in path.parts or path == PurePosixPath("/"):
+                raise ConfigError(f"a volume cannot be mounted at {path}: give an absolute path below /")
+            taken = [other for other in _RESERVED if path == other or path in other.parents]
+            if taken or paths.count(path) > 1:
+                raise ConfigError(
+                    f"a volume cannot be mounted at {path}: {taken[0] if taken else 'another one'} is there"
+                )

@@ -1,0 +1,108 @@
+"""What is checked of a configuration before it becomes a job of a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kdmesh import submission
+from kdmesh.errors import ConfigError
+from kdmesh.submission import Wishes
+
+WISHES: dict[str, Any] = {
+    "nodes": 1,
+    "gpus": 0,
+    "image": "trainer:1",
+    "volumes": ("models:/models", "data:/data"),
+    "secrets": ("teacher-token:/secrets/teacher",),
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    tree = {
+        "output": "runs/My.Student",
+        "steps": 10,
+        "student": {"model": "/models/student"},
+        "teacher": {"addresses": ["teacher.ml:50051"]},
+        "data": {"train": {"format": "chat", "path": "/data/train.jsonl"}},
+    }
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def refused(path: Path, *overrides: str, **wishes: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        submission.plan(path, overrides, Wishes(**{**WISHES, **wishes}), "Job")
+    return str(error.value)
+
+
+def test_a_job_is_named_after_its_output_and_gets_resources_for_its_ranks(config: Path) -> None:
+    made = submission.plan(config, (), Wishes(**{**WISHES, "gpus": 4}), "Job")
+    assert made.name == "my-student"
+    assert (made.resources.cpus, made.resources.memory) == ("16", "128Gi")
+    assert made.output_path == "/work/runs/My.Student"
+    assert made.output.claim == "my-student-output"
+
+
+def test_everything_that_is_wrong_is_told_at_once(config: Path) -> None:
+    said = refused(
+        config,
+        "output=/elsewhere/run",
+        "student.model=models/student",
+        "student.device=cuda",
+        "data.chat_template=/templates/chat.jinja",
+        "teacher.addresses=['127.0.0.1:50051', 'teacher']",
+        "teacher.access.token_file=/secrets/teacher/token",
+        "ranks=2",
+    )
+    assert said.startswith(f"{config}: 8 things are wrong for a job in a cluster\n")
+    for words in (
+        "output: /elsewhere/run is on no volume that can be written to",
+        "student.model: models/student would lie on the claim run-output, which is empty at first",
+        "student.device is cuda, and --gpus is 0",
+        "data.chat_template: /templates/chat.jinja is on no --volume and no --secret",
+        "127.0.0.1:50051 is the job's own node",
+        "teacher.addresses: 'teacher' is not of the form host:port",
+        "without tls the token would travel in the clear",
+        "ranks is 2, and with --gpus 0 each node has 1",
+    ):
+        assert words in said
+
+
+def test_what_lies_in_a_given_claim_or_in_the_image_is_taken(config: Path) -> None:
+    overrides = ("student.model=models/student", "data.chat_template=/opt/templates/chat.jinja")
+    made = submission.plan(config, overrides, Wishes(**WISHES, claim="mine", in_image=("/opt/templates",)), "Job")
+    assert made.output.size is None
+    assert "models/../../opt" in refused(config, "student.model=models/../../opt", claim="mine")
+
+
+def test_servers_that_are_needed_are_named(config: Path) -> None:
+    assert "teacher.addresses is empty" in refused(config, "teacher.addresses=[]")
+    sampled = ("source={kind: on_policy}", "data.max_tokens=512", "batch.max_tokens=1024")
+    assert "source.rollouts.addresses is empty" in refused(config, *sampled)
+
+
+def test_what_configures_a_server_is_not_submitted(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.yaml"
+    path.write_text("engine: {kind: transformers, model: teacher}\n", encoding="utf-8")
+    assert "is a teacher configuration; what is submitted is a trainer's" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("wish", "value", "words"),
+    [
+        ("volumes", "models", "--volume 'models' is not of the form CLAIM:/path"),
+        ("volumes", "models:/models:x", "--volume 'models:/models:x' is not of the form"),
+        ("secrets", "token", "--secret 'token' is not of the form SECRET:/path"),
+        ("secret_variables", "KEY=secret", "--secret-env 'KEY=secret' is not of the form NAME=SECRET/KEY"),
+        ("variables", "KEY", "--env 'KEY' is not of the form NAME=VALUE"),
+        ("resources", "rdma/ib", "--resource 'rdma/ib' is not of the form NAME=AMOUNT"),
+    ],
+)
+def test_words_of_the_wrong_form_are_told_the_right_one(config: Path, wish: str, value: str, words: str) -> None:
+    assert words in refused(config, **{wish: (value,)})
