@@ -24,10 +24,11 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adopt:
-    """Map the segment whose descriptor comes with this, for writing."""
+    """Map the segment whose descriptor comes with this."""
 
     number: int
     size_bytes: int
+    holds_weights: bool  # new ones, for every scheduler to read; else rows, for some to write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drop:
-    """It is written no more."""
+    """It is used no more."""
 
     number: int
 

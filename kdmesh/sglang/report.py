@@ -19,7 +19,7 @@ def report(socket_path: str, originals: Mapping[str, object], *, writes: bool) -
     Args:
         socket_path: where the server listens.
         originals: by dotted name, the functions of SGLang that hooks were registered for, as they were before.
-        writes: whether the server is to show this process its segments.
+        writes: whether the server is to show this process the segments that rows go to.
     """
     parallel = get_parallel()
     stage = f", stage {parallel.pp_rank}" if parallel.pp_size > 1 else ""

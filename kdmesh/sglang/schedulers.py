@@ -9,12 +9,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdmesh.errors import EngineFailure
-from kdmesh.handles.memory import Segment
+from kdmesh.handles.memory import Segment, SegmentWriter
 from kdmesh.handles.peers import peer_pidfd
 from kdmesh.sglang.messages import RECEIVE_BYTES, Adopt, Adopted, Drop, Hello, pack, unpack
 from kdmesh.unix_path import unix_address
@@ -82,25 +82,35 @@ class Schedulers:
         self._watcher.start()
 
     def adopt(self, segment: Segment) -> None:
-        """Show a segment to all that write; `watch` must have begun."""
-        writers = [scheduler for scheduler in self._schedulers if scheduler.hello.writes]
-        message = pack(Adopt(number=segment.number, size_bytes=segment.size_bytes))
-        for writer in writers:
-            socket.send_fds(writer.sock, [message], [segment.fd])
-        wanted = {(writer.pid, segment.number) for writer in writers}
+        """Show a segment to all that write rows; `watch` must have begun."""
+        self._show(segment, [scheduler for scheduler in self._schedulers if scheduler.hello.writes])
+
+    def drop(self, segment: Segment) -> None:
+        """Tell all that know it that it is over."""
+        for scheduler in self._schedulers:
+            with contextlib.suppress(OSError):  # a dead one uses it no more either
+                scheduler.sock.send(pack(Drop(number=segment.number)))
+
+    @property
+    def readers_of_weights(self) -> SegmentWriter:
+        """All of them, to be shown the segment that new weights lie in."""
+        return _ReadersOfWeights(self)
+
+    def show_weights(self, segment: Segment) -> None:
+        """Show all of them the segment that new weights lie in."""
+        self._show(segment, self._schedulers, holds_weights=True)
+
+    def _show(self, segment: Segment, schedulers: Sequence[_Scheduler], *, holds_weights: bool = False) -> None:
+        message = pack(Adopt(number=segment.number, size_bytes=segment.size_bytes, holds_weights=holds_weights))
+        for scheduler in schedulers:
+            socket.send_fds(scheduler.sock, [message], [segment.fd])
+        wanted = {(scheduler.pid, segment.number) for scheduler in schedulers}
         with self._changed:
             self._changed.wait_for(lambda: self._death is not None or wanted <= self._adopted, _ADOPT_S)
             is_adopted = wanted <= self._adopted
             self._adopted -= wanted
         if not is_adopted:
             raise ConnectionResetError(self._death or f"SGLang did not map {segment.size_bytes} bytes in {_ADOPT_S} s")
-
-    def drop(self, segment: Segment) -> None:
-        """Tell all that write that it is over."""
-        for scheduler in self._schedulers:
-            if scheduler.hello.writes:
-                with contextlib.suppress(OSError):  # a dead one writes no more either
-                    scheduler.sock.send(pack(Drop(number=segment.number)))
 
     def close(self) -> None:
         """Hang up; no death is told any more."""
@@ -154,6 +164,19 @@ class Schedulers:
             self._death = reason
             self._changed.notify_all()
         on_death(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadersOfWeights:
+    """A `SegmentWriter`, though they only read."""
+
+    schedulers: Schedulers
+
+    def adopt(self, segment: Segment) -> None:
+        self.schedulers.show_weights(segment)
+
+    def drop(self, segment: Segment) -> None:
+        self.schedulers.drop(segment)
 
 
 def _received(sock: socket.socket) -> _Scheduler:

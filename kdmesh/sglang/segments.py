@@ -17,6 +17,7 @@ class Segments:
 
     def __init__(self) -> None:
         self._mappings: dict[int, mmap.mmap] = {}
+        self._weights: int | None = None  # number of the segment that holds new ones
 
     def follow(self, server: socket.socket) -> None:
         """Do what the server says, in a thread, until it hangs up."""
@@ -26,9 +27,10 @@ class Segments:
         """A segment's memory; None when it is not mapped."""
         return self._mappings.get(number)
 
-    def mappings(self) -> tuple[mmap.mmap, ...]:
-        """All segments' memory."""
-        return tuple(self._mappings.values())
+    def weights(self) -> mmap.mmap:
+        """The segment that new weights lie in."""
+        assert self._weights is not None
+        return self._mappings[self._weights]
 
     def _follow(self, server: socket.socket) -> None:
         while True:
@@ -36,9 +38,11 @@ class Segments:
             if not data:
                 return
             match unpack(data):
-                case Adopt(number=number, size_bytes=size_bytes):
+                case Adopt(number=number, size_bytes=size_bytes, holds_weights=holds_weights):
                     (descriptor,) = descriptors
                     self._map(number, descriptor, size_bytes)
+                    if holds_weights:
+                        self._weights = number
                     server.send(pack(Adopted(number=number)))
                 case Drop(number=number):
                     # The mapping goes with the last tensor that was made of it.

@@ -96,6 +96,16 @@ def test_all_that_write_map_a_segment_while_it_is_made(tmp_path: Path) -> None:
                 assert one.write(later.number, 1.0) == 1
 
 
+def test_all_map_the_segment_of_new_weights(tmp_path: Path) -> None:
+    with reported(tmp_path, hello(), hello(writes=False)) as (schedulers, processes):
+        schedulers.watch(lambda reason: None)
+        with contextlib.closing(create_segment(SIZE, schedulers.readers_of_weights)) as segment:
+            assert [process.write(segment.number, 7.0) for process in processes] == [1, 1]
+            schedulers.readers_of_weights.drop(segment)
+            with contextlib.closing(create_segment(SIZE, schedulers)):
+                assert [process.write(segment.number, 7.0) for process in processes] == [0, 0]
+
+
 def test_a_death_is_told_at_once_and_ends_what_waits(tmp_path: Path) -> None:
     with reported(tmp_path, hello(), hello(writes=False)) as (schedulers, (one, two)):
         deaths: queue.SimpleQueue[str] = queue.SimpleQueue()

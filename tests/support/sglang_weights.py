@@ -1,4 +1,4 @@
-"""Sends a student's weights to a rollout server, as a trainer does."""
+"""Sends a student's weights to a server, as a trainer does."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
 from kdmesh.models.placement import DTYPES
 from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weight_services import ROLLOUTS, WeightService
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
@@ -26,9 +27,10 @@ def publish(
     door: DoorChoice = "auto",
     policy: UpdatePolicy = UpdatePolicy.FINISH,
     weights: Callable[[PreTrainedModel], Weights] | None = None,
+    service: WeightService = ROLLOUTS,
 ) -> None:
     """Return when the server serves this version."""
-    with WeightSender([address], door=door, bucket_bytes=2**16, deadline_s=150) as sender:
+    with WeightSender([address], service=service, door=door, bucket_bytes=2**16, deadline_s=150) as sender:
         sender.publish(version, architecture_fingerprint(model), (weights or all_weights)(model), policy)
 
 

@@ -20,13 +20,13 @@ from kdmesh.errors import ModelMismatch
 from kdmesh.handles.memory import create_segment
 from kdmesh.models.checkpoint import open_checkpoint
 from kdmesh.models.fingerprint import named_weights
+from kdmesh.sglang.file_names import check_names, file_tensors
+from kdmesh.sglang.staged_weights import StagedWeights, read_staged, staged_bytes
 from kdmesh.types import DType, Sampling
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh_rollout.sglang_ask import Ask
 from kdmesh_rollout.sglang_config import SglangEngine
 from kdmesh_rollout.sglang_drawing import DrawnSample, draw_rows
-from kdmesh_rollout.sglang_names import check_names, file_tensors
-from kdmesh_rollout.sglang_weights import StagedWeights, read_staged, staged_bytes
 from tests.support.tiny_models import FAMILIES, save_model
 
 CPU = torch.device("cpu")

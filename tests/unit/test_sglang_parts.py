@@ -54,7 +54,7 @@ class OneMatrix(Segments):
     "message",
     [
         Hello(rank="tensor 0", writes=True, unhooked=["a.b"]),
-        Adopt(number=3, size_bytes=2**40),
+        Adopt(number=3, size_bytes=2**40, holds_weights=False),
         Adopted(number=3),
         Drop(number=3),
     ],
@@ -139,6 +139,9 @@ def engine(**members: object) -> SglangEngine:
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
+        ({"updatable": True, "data_parallel": 2}, "updatable needs data_parallel 1, not 2"),
+        ({"updatable": True, "quantization": "fp8"}, "quantization is fp8"),
+        ({"updatable": True, "on_death": "restart"}, "updatable needs on_death exit"),
         ({"arguments": {"tp_size": 2}}, "tp_size cannot be given; set engine.tensor_parallel instead"),
         ({"arguments": {"skip_tokenizer_init": False}}, "skip_tokenizer_init cannot be given; the server decides it"),
         ({"num_nodes": 2, "tensor_parallel": 2}, "dist_init_address must say where they meet"),

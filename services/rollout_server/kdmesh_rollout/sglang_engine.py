@@ -13,24 +13,23 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from kdmesh.errors import EngineFailure
-from kdmesh.handles.memory import Segment, create_segment
-from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
+from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import sleep
 from kdmesh.sglang.arguments import has_deterministic_inference
 from kdmesh.sglang.runtime import SglangRuntime, restart_limits
+from kdmesh.sglang.staged_weights import LOADER
+from kdmesh.sglang.weights import SglangWeights
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import FinishReason, Sample, Sampling, SleepTag
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh_rollout.engine import EngineDescription, Finished, Order
 from kdmesh_rollout.sglang_ask import Ask
 from kdmesh_rollout.sglang_config import SglangEngine as SglangEngineConfig
-from kdmesh_rollout.sglang_names import check_names
 from kdmesh_rollout.sglang_plugin import SOCKET_VARIABLE
 from kdmesh_rollout.sglang_reference import check_reference
-from kdmesh_rollout.sglang_weights import LOADER, StagedWeights, staged_bytes
 
 Answer: TypeAlias = dict[str, Any]
 """What SGLang says to a request."""
@@ -61,7 +60,7 @@ class SglangEngine:
         self._is_alone = config.deterministic and not has_deterministic_inference(config)
         self._runtime = self._new_runtime()
         self._description: EngineDescription
-        self._specs: tuple[TensorSpec, ...]
+        self._weights: SglangWeights
         self._changed: asyncio.Event
         self._drawings: dict[int, _Drawing] = {}
         self._prompts: set[asyncio.Task[None]] = set()  # being computed before the samples that share them
@@ -69,8 +68,6 @@ class SglangEngine:
         self._requests = itertools.count()
         self._finished: list[Finished] = []
         self._failure: Exception | None = None
-        self._staged: StagedWeights | None = None
-        self._segment: Segment | None = None  # that those lie in
         self._drawn_tokens = self._prefilled_tokens = 0
 
     # Loading
@@ -90,10 +87,7 @@ class SglangEngine:
         vocabulary = None if tokenizer is None else tokenizer.get_vocab()
         rows = output_head(skeleton).vocabulary_size  # all of them are tokens where no tokenizer says so
         tokens = rows if vocabulary is None else max(vocabulary.values()) + 1
-        self._specs = tuple(
-            TensorSpec(name=name, shape=tuple(tensor.shape), dtype=self._runtime.dtype)
-            for name, tensor in named_weights(skeleton).items()
-        )
+        self._weights = SglangWeights(self._runtime)
         return EngineDescription(
             name=config.model.resolve().name,
             architecture_fingerprint=architecture_fingerprint(skeleton),
@@ -238,59 +232,32 @@ class SglangEngine:
 
     def tensor_specs(self) -> tuple[TensorSpec, ...]:
         """Every tensor of the model, tied ones once."""
-        return self._specs
+        return self._weights.tensor_specs()
 
     def begin(self) -> None:
-        """Make room for a second copy, in shared memory; the first time only, it is kept.
-
-        Raises:
-            ModelMismatch: SGLang loads such a model by other names.
-            EngineFailure: there is no room.
-        """
-        if self._staged is None:
-            checkpoint = self._runtime.checkpoint
-            check_names(named_weights(checkpoint.skeleton), checkpoint.shapes())
-            try:
-                segment = create_segment(staged_bytes(self._specs), self._runtime.schedulers)
-            except OSError as error:
-                raise EngineFailure(f"there is no room for new weights: {error}") from error
-            self._segment, self._staged = segment, StagedWeights(self._specs, segment)
+        """See SglangWeights."""
+        self._weights.begin()
 
     def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
-        """Copy bytes to that room."""
-        assert self._staged is not None
-        self._staged.write(tensor, offset_bytes, data)
+        """See SglangWeights."""
+        self._weights.write(tensor, offset_bytes, data)
 
     def commit(self, version: int) -> None:
         """Let SGLang load the second copy; what is under way is computed anew from its tokens."""
         self._runtime.run(self._commit(version))
 
     def discard(self) -> None:
-        """Nothing: the room is kept, and what lies there is written over."""
+        """See SglangWeights."""
+        self._weights.discard()
 
     async def _commit(self, version: int) -> None:
-        from sglang.srt.managers.io_struct import (
-            BeginWeightUpdateReqInput,
-            ContinueGenerationReqInput,
-            EndWeightUpdateReqInput,
-            PauseGenerationReqInput,
-            UpdateWeightsFromTensorReqInput,
-        )
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
-        engine = self._runtime.engine
-        manager = engine.tokenizer_manager
+        manager = self._runtime.engine.tokenizer_manager
         await self._settle()  # else what is aborted would be computed once more
         # Gives up the keys and values of what is under way, which then waits.
         await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
-        _require(await manager.begin_weight_update(BeginWeightUpdateReqInput()))
-        update = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=engine._serialize_tensors_per_rank([], LOADER),
-            load_format=LOADER,
-            flush_cache=True,
-            weight_version=str(version),
-        )
-        _require(await manager.update_weights_from_tensor(update))
-        _require(await manager.end_weight_update(EndWeightUpdateReqInput()))
+        await self._weights.load(version)
         await manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
 
     # Sleep
@@ -326,10 +293,7 @@ class SglangEngine:
         self._drawings.clear()
         self._prompts.clear()
         self._leaving, self._finished, self._failure = [], [], None
-        self._staged = None
-        if self._segment is not None:
-            self._segment.close()  # nobody can be shown it any more
-            self._segment = None
+        self._weights.close()
         self._runtime = self._new_runtime()
         self.load()
 
@@ -375,9 +339,3 @@ def _sample(answer: Answer, sampling: Sampling, most: int) -> Sample:
         min_weight_version=versions[0],
         max_weight_version=versions[-1],
     )
-
-
-def _require(answer: tuple[bool, str]) -> None:
-    is_done, message = answer
-    if not is_done:
-        raise EngineFailure(f"SGLang did not take new weights over: {message}")

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.sglang.report import report
-from kdmesh_rollout import sglang_weights
+from kdmesh.sglang.staged_weights import SEGMENTS
 from kdmesh_rollout.sglang_ask import Ask
 from kdmesh_rollout.sglang_drawing import DrawnSample, draw_rows
 
@@ -119,4 +119,4 @@ def _started(
 ) -> None:
     samples.tokenizer = load_tokenizer(Path(scheduler.model_config.model_path))
     scheduler.model_config.hf_eos_token_id = set()
-    sglang_weights.SEGMENTS.follow(report(socket_path, originals, writes=True))
+    SEGMENTS.follow(report(socket_path, originals, writes=False))

@@ -175,7 +175,7 @@ class TeacherConfig(StrictModel):
 
     @model_validator(mode="after")
     def _files_outlive_no_weights(self) -> TeacherConfig:
-        if self.cache.directory is not None and not isinstance(self.engine, SglangEngine) and self.engine.updatable:
+        if self.cache.directory is not None and self.engine.updatable:
             raise ValueError(
                 "cache.directory outlives the weights of an engine that is updatable; use cache.memory_mib alone"
             )

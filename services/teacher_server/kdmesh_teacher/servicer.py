@@ -263,8 +263,8 @@ class Servicer(TeacherServicer):
         parts = self._gate.parts_for_new_clients()
         if parts.updates is None:
             raise ModelMismatch(
-                f"the weights of teacher {parts.model.name} are frozen: only an engine of kind transformers that is "
-                "configured with engine.updatable takes new ones"
+                f"the weights of teacher {parts.model.name} are frozen: only an engine that is configured with "
+                "engine.updatable takes new ones"
             )
         parts.sleep.require_weights()
         with parts.updating:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from kdmesh.sglang.config import SglangModel
 
@@ -13,7 +15,27 @@ class SglangEngine(SglangModel):
     max_batch_tokens: int = Field(65536, ge=16)
     """Tokens handed to SGLang together, over all requests of a batch."""
 
+    updatable: bool = False
+    """Let an operator replace the weights while it serves, as a trainer does whose student is also its teacher."""
+
     self_probe: bool = True
     """At start, compare rows and distributions of fixed sequences with those of Hugging Face transformers, if the
     model fits in this machine's free memory a second time; else with its first start, whose rows are kept in the
     user's cache directory. A coarse quantization is further off than is allowed."""
+
+    @model_validator(mode="after")
+    def _check_updatable(self) -> Self:
+        if not self.updatable:
+            return self
+        for name in ("pipeline_parallel", "data_parallel", "num_nodes"):
+            if (size := getattr(self, name)) > 1:
+                raise ValueError(f"updatable needs {name} 1, not {size}: new weights reach one model on one machine")
+        if self.quantization is not None:
+            raise ValueError(f"updatable needs weights that are not quantized; quantization is {self.quantization}")
+        if self.on_death == "restart":
+            raise ValueError(
+                "updatable needs on_death exit: SGLang starts again with the weights of its files, not with the newest"
+            )
+        if "custom_weight_loader" in self.arguments:
+            raise ValueError("arguments: custom_weight_loader cannot be given with updatable; the server decides it")
+        return self

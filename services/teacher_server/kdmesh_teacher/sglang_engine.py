@@ -12,14 +12,18 @@ from torch import Tensor
 
 from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment, create_segment
+from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import sleep
 from kdmesh.sglang.arguments import has_deterministic_inference
 from kdmesh.sglang.runtime import SglangRuntime, restart_limits
+from kdmesh.sglang.staged_weights import LOADER
+from kdmesh.sglang.weights import SglangWeights
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import SleepTag
+from kdmesh.weights.manifest import TensorSpec
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
@@ -46,10 +50,13 @@ class SglangEngine:
         self._runtime = _runtime(config)
         self._num_cached_tokens = 0
         self._is_alone = False
+        self._weights: SglangWeights
+        self._has_new_weights = False
 
     def load(self) -> EngineDescription:
         """Start SGLang's processes; with node_rank above 0, stay until they end."""
         self._runtime.start()
+        self._weights = SglangWeights(self._runtime)
         self._is_alone = self._config.deterministic and not has_deterministic_inference(self._config)
         description = self._describe()
         if self._config.self_probe:
@@ -69,12 +76,39 @@ class SglangEngine:
                 self._compute(batch)
 
     def head_parts(self) -> HeadParts:
-        """The output head, read from the checkpoint in the dtype of the rows."""
-        dtype = self._runtime.dtype
-        head = self._runtime.checkpoint.output_head(getattr(torch, dtype))
-        return HeadParts(
-            weight=_bytes_of(head.weight_VD), bias=None if head.bias_V is None else _bytes_of(head.bias_V), dtype=dtype
-        )
+        """The output head in the dtype of the rows: of the checkpoint, or of the weights that came since."""
+        checkpoint, dtype = self._runtime.checkpoint, self._runtime.dtype
+        if self._has_new_weights:
+            head, bytes_of = output_head(checkpoint.skeleton), self._weights.loaded_bytes
+        else:
+            head, bytes_of = checkpoint.output_head(getattr(torch, dtype)), _bytes_of
+        bias = None if head.bias_V is None else bytes_of(head.bias_V)
+        return HeadParts(weight=bytes_of(head.weight_VD), bias=bias, dtype=dtype)
+
+    # Weights
+
+    def tensor_specs(self) -> tuple[TensorSpec, ...]:
+        """See SglangWeights."""
+        return self._weights.tensor_specs()
+
+    def begin(self) -> None:
+        """See SglangWeights."""
+        self._weights.begin()
+
+    def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
+        """See SglangWeights."""
+        self._weights.write(tensor, offset_bytes, data)
+
+    def commit(self, version: int) -> None:
+        """Let SGLang load the second copy; nothing is under way between two prefills."""
+        self._runtime.run(self._weights.load(version))
+        self._has_new_weights = True
+
+    def discard(self) -> None:
+        """See SglangWeights."""
+        self._weights.discard()
+
+    # Sleep
 
     @property
     def sleep_refusal(self) -> str:
@@ -88,6 +122,8 @@ class SglangEngine:
     def wake(self, tags: Set[SleepTag]) -> None:
         """Let SGLang take it again."""
         self._runtime.run(sleep.resume(self._runtime.engine, tags))
+
+    # Its processes
 
     def adopt(self, segment: Segment) -> None:
         """Let the schedulers that write map a segment."""
@@ -109,6 +145,7 @@ class SglangEngine:
     def restart(self) -> None:
         """End SGLang's processes and start others, whose rows are compared as at the first start."""
         self._runtime.close()
+        self._weights.close()
         self._runtime = _runtime(self._config)
         self.load()
 
@@ -122,13 +159,14 @@ class SglangEngine:
 
     def _describe(self) -> EngineDescription:
         config, checkpoint, dtype = self._config, self._runtime.checkpoint, self._runtime.dtype
+        architecture = architecture_fingerprint(checkpoint.skeleton) if config.updatable else ""
         tokenizer = load_tokenizer(config.model)
         vocabulary = None if tokenizer is None else tokenizer.get_vocab()
         rows = output_head(checkpoint.skeleton).vocabulary_size  # all of them are tokens where no tokenizer says so
         tokens = rows if vocabulary is None else max(vocabulary.values()) + 1
         return EngineDescription(
             name=config.model.resolve().name,
-            model_fingerprint=checkpoint.fingerprint(dtype.value, config.quantization or ""),
+            model_fingerprint=architecture or checkpoint.fingerprint(dtype.value, config.quantization or ""),
             tokenizer_fingerprint="" if vocabulary is None else tokenizer_fingerprint(vocabulary),
             hidden_size=checkpoint.skeleton.config.get_text_config().hidden_size,
             dtype=dtype,
@@ -137,6 +175,7 @@ class SglangEngine:
             max_sequence_tokens=min(self._runtime.max_input_tokens - 1, config.max_batch_tokens),
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=config.deterministic,
+            architecture_fingerprint=architecture,
         )
 
     @contextlib.contextmanager
@@ -205,7 +244,8 @@ class SglangEngine:
 
 
 def _runtime(config: SglangEngineConfig) -> SglangRuntime:
-    return SglangRuntime(config, socket_variable=SOCKET_VARIABLE, arguments=_ARGUMENTS)
+    loader = {"custom_weight_loader": [LOADER]} if config.updatable else {}
+    return SglangRuntime(config, socket_variable=SOCKET_VARIABLE, arguments=_ARGUMENTS | loader)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

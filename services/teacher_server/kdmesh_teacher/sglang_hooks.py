@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kdmesh.sglang.report import report
 from kdmesh.sglang.segments import Segments
+from kdmesh.sglang.staged_weights import SEGMENTS
 from kdmesh_teacher import sglang_pipeline as pipeline
 from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_rows import RowProgress
@@ -39,15 +40,14 @@ _STARTED = "sglang.srt.managers.scheduler.Scheduler.__init__"
 
 def install(socket_path: str) -> None:
     """Register the hooks, which SGLang applies after this."""
-    segments = Segments()
     targets = (_APPEND, _MAX_PREFIX, _STARTED, pipeline.PREPARE, pipeline.RECEIVE)
     originals = {target: pkgutil.resolve_name(target) for target in targets}
-    rows = _Rows(segments)
+    rows = _Rows(SEGMENTS)
     HookRegistry.register(_APPEND, rows.append, HookType.AROUND)
     HookRegistry.register(pipeline.PREPARE, pipeline.counting(rows.take), HookType.AROUND)
     HookRegistry.register(pipeline.RECEIVE, pipeline.receive, HookType.AROUND)
     HookRegistry.register(_MAX_PREFIX, _max_prefix, HookType.AROUND)
-    HookRegistry.register(_STARTED, partial(_report, socket_path, originals, segments), HookType.AFTER)
+    HookRegistry.register(_STARTED, partial(_report, socket_path, originals), HookType.AFTER)
 
 
 class _Rows:
@@ -120,12 +120,10 @@ def _max_prefix(original: Callable[[Any, int], int], req: Any, input_len: int) -
     return min(most, int(params["kdmesh_first_computed"]))
 
 
-def _report(
-    socket_path: str, originals: dict[str, object], segments: Segments, result: None, scheduler: Any, *_: Any, **__: Any
-) -> None:
+def _report(socket_path: str, originals: dict[str, object], result: None, scheduler: Any, *_: Any, **__: Any) -> None:
     """Tell the server that this process is there, and follow it from now on."""
     parallel = get_parallel()
     # Of the ranks that compute the same rows, one writes; a pipeline has them in its last stage.
     is_last = parallel.pp_rank == parallel.pp_size - 1
     writes = is_last and parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0
-    segments.follow(report(socket_path, originals, writes=writes))
+    SEGMENTS.follow(report(socket_path, originals, writes=writes))

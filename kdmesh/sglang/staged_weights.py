@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from kdmesh.handles.memory import Segment
+from kdmesh.sglang.file_names import file_tensors
 from kdmesh.sglang.segments import Segments
 from kdmesh.types import DType
 from kdmesh.weights.buckets import ALIGNMENT_BYTES
 from kdmesh.weights.manifest import TensorSpec
-from kdmesh_rollout.sglang_names import file_tensors
 
 SEGMENTS = Segments()
 """What this process, when it is a scheduler, has mapped of the server's memory."""
 
-LOADER = "kdmesh_rollout.sglang_weights.load"
+LOADER = "kdmesh.sglang.staged_weights.load"
 """For SGLang's custom_weight_loader."""
 
 _SIZE_BYTES = 8  # of the number that says how long the table is
@@ -36,6 +36,7 @@ class StagedWeights:
 
     def __init__(self, specs: Sequence[TensorSpec], segment: Segment) -> None:
         self._bytes = np.frombuffer(segment.writable, np.uint8)
+        self._specs = specs
         table = _table(specs)
         segment.writable[: len(table)] = table
         self._offsets = _offsets(specs, len(table))
@@ -44,6 +45,11 @@ class StagedWeights:
         """Copy bytes to tensor number `tensor`, without the interpreter lock."""
         begin = self._offsets[tensor] + offset_bytes
         np.copyto(self._bytes[begin : begin + len(data)], np.frombuffer(data, np.uint8))
+
+    def tensor_bytes(self, tensor: int) -> memoryview:
+        """Of tensor number `tensor`, read-only."""
+        begin = self._offsets[tensor]
+        return self._bytes[begin : begin + self._specs[tensor].size_bytes].data.toreadonly()
 
 
 def staged_bytes(specs: Sequence[TensorSpec]) -> int:
@@ -66,8 +72,7 @@ def read_staged(mapping: mmap) -> Iterator[tuple[str, Tensor]]:
 def load(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Called by SGLang in each scheduler process; `named_tensors`, which would come through its messages, is empty."""
     assert not named_tensors
-    (mapping,) = SEGMENTS.mappings()
-    staged = read_staged(mapping)
+    staged = read_staged(SEGMENTS.weights())
     model.load_weights(own for name, tensor in staged for own in file_tensors(name, tensor))
 
 
