@@ -1,4 +1,4 @@
-"""What each divergence makes of one student in the same number of steps, by its distance to the teacher on held-out text.
+"""What each divergence makes of one student in the same number of steps: its distance to the teacher on held-out text.
 
 The teacher, the student and the text are the demo's. All students see the same batches; a seed is another start and
 another order. Divergences that learn from samples alone are not here: `make demo-onpolicy` shows one.

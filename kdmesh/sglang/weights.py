@@ -73,7 +73,7 @@ class SglangWeights:
         _require(await manager.end_weight_update(EndWeightUpdateReqInput()))
 
     def loaded_bytes(self, parameter: Tensor) -> memoryview:
-        """Of a parameter of the checkpoint's skeleton, what was loaded last: row-major, until the next update begins."""
+        """Of a parameter of the checkpoint's skeleton, what was loaded last; until the next update begins."""
         assert self._staged is not None
         (number,) = [number for number, tensor in enumerate(self._own.values()) if tensor is parameter]
         return self._staged.tensor_bytes(number)
