@@ -78,6 +78,7 @@ class SglangEngine:
     def head_parts(self) -> HeadParts:
         """The output head in the dtype of the rows: of the checkpoint, or of the weights that came since."""
         checkpoint, dtype = self._runtime.checkpoint, self._runtime.dtype
+        bytes_of: Callable[[Tensor], memoryview]
         if self._has_new_weights:
             head, bytes_of = output_head(checkpoint.skeleton), self._weights.loaded_bytes
         else:
