@@ -87,6 +87,7 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     yield from _tokenizer("student.model", cfg.student.model)
     if cfg.student.lora is not None:
         yield from _adapter("student.lora", cfg.student.lora.target_modules, cfg.student.model)
+    yield from _images(cfg)
     yield from _dataset("data.train", cfg.data.train)
     if cfg.data.held_out is not None:
         yield from _dataset("data.held_out", cfg.data.held_out)
@@ -190,6 +191,15 @@ def _matrices(file: Path) -> Iterator[str]:
         size_bytes = int.from_bytes(stream.read(8), "little")
         table = json.loads(stream.read(size_bytes) or b"{}")
     yield from (name for name, entry in table.items() if name != "__metadata__" and len(entry["shape"]) == 2)
+
+
+def _images(cfg: TrainerConfig) -> Iterator[str]:
+    model, root = cfg.student.model, cfg.data.images.root
+    told = model / "config.json"
+    if cfg.student.freeze_vision and told.is_file() and "vision_config" not in json.loads(told.read_bytes() or b"{}"):
+        yield f"student.freeze_vision: {model} reads text alone: its config.json has no vision_config"
+    if root is not None and not root.is_dir():
+        yield f"data.images.root: there is no directory {root}"
 
 
 def _tokenizer(key: str, path: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@ from kdmesh.models.quiet import quiet
 from kdmesh.models.vision import reads_images
 from kdmesh.types import Image
 
-_FILE = "preprocessor_config.json"
+_FILES = ("preprocessor_config.json", "processor_config.json")  # either will do
 
 
 class ImageReader:
@@ -79,7 +79,7 @@ def load_image_reader(path: Path, config: PretrainedConfig | None = None) -> Ima
     with quiet():
         try:
             config = config or AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            if not reads_images(config) or not (path / _FILE).is_file():
+            if not reads_images(config) or not any((path / file).is_file() for file in _FILES):
                 return None
             # Pillow's, whatever is installed: torchvision resizes otherwise, and all must see the same.
             processor = AutoImageProcessor.from_pretrained(
@@ -94,7 +94,7 @@ def load_image_reader(path: Path, config: PretrainedConfig | None = None) -> Ima
         ("temporal_patch_size", processor.temporal_patch_size, vision.temporal_patch_size),
     ):
         if own != wanted:
-            raise ConfigError(f"{path / _FILE} has {name} {own}; the model's config.json says {wanted}")
+            raise ConfigError(f"the image processor in {path} has {name} {own}; the model's config.json says {wanted}")
     return ImageReader(processor, config.image_token_id)
 
 

@@ -14,7 +14,8 @@ from kdmesh.losses import OutputHead, forward_kl
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
-from kdmesh.models.packing import pack
+from kdmesh.models.image_packing import Packer
+from kdmesh.models.image_reader import load_image_reader
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.lora import add_adapter
@@ -47,12 +48,13 @@ class LocalTeacher:
 
     def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
         self._lm = load_causal_lm(path, dtype, torch.device("cpu"))
+        self._packer = Packer(self._lm, load_image_reader(path))
         self.version = 1
 
     @torch.no_grad()
     def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> Rows:
         """Their rows."""
-        packs = [pack([sequence]) for sequence in sequences]
+        packs = [self._packer.pack([sequence]) for sequence in sequences]
         rows = [hidden_states_TD(self._lm, packed).index_select(0, packed.rows_R) for packed in packs]
         return Rows(rows_RD=torch.cat(rows), weight_version=self.version)
 

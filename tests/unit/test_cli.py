@@ -126,6 +126,15 @@ def test_modules_for_adapters_are_looked_for_in_the_table_of_the_weights(good: P
     assert words in run("check", "train.yaml", "--set", f"student.lora.target_modules={targets}").output
 
 
+def test_what_is_said_of_images_is_checked(good: Path) -> None:
+    Path("student/config.json").write_text('{"model_type": "qwen3"}')
+    overrides = ("--set", "student.freeze_vision=true", "--set", "data.images.root=gone")
+    output = run("check", "train.yaml", *overrides).output
+    assert "student.freeze_vision: student reads text alone: its config.json has no vision_config" in output
+    assert "data.images.root: there is no directory gone" in output
+    assert "data.images.max_mib" in run("check", "train.yaml", "--set", "data.images.max_mib=16").output
+
+
 def test_a_file_that_configures_nothing_is_told_so(good: Path) -> None:
     Path("other.yaml").write_text("colour: red\n")
     result = run("check", "other.yaml")

@@ -123,8 +123,12 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
         (lines({"messages": [{"role": "user"}]}), r"`content` is missing or null; keys found: role"),
         (lines({"messages": [{"role": "user", "content": 3}]}), r"messages\[0\]\.content must be a string, not int"),
         (
-            lines({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
-            r"messages\[0\]\.content\[0\]: only parts of type 'text' are supported, not 'image_url'",
+            lines({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}),
+            r"messages\[0\]\.content\[0\]: only parts of type 'text' and 'image' are supported, not 'audio'",
+        ),
+        (
+            lines({"messages": [{"role": "user", "content": [{"type": "image"}]}]}),
+            r"messages\[0\]\.content\[0\] is an image, and the student reads text alone",
         ),
         (lines({"messages": [{"role": "user", "content": [{"type": "text"}]}]}), r"\.text must be a string, not null"),
         (lines({"messages": [{**ASSISTANT, "tool_calls": [{"id": 1}]}]}), r"'tool_calls' is not supported"),

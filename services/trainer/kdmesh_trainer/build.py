@@ -19,6 +19,7 @@ from kdmesh.losses import Divergence, SampledDivergence
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.head import head_spec
+from kdmesh.models.image_reader import ImageReader
 from kdmesh.tokens import digest, tokenizer_fingerprint
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
@@ -27,6 +28,7 @@ from kdmesh_trainer.build_objective import build_algorithm, build_objective, bui
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
 from kdmesh_trainer.build_teacher import build_copy, build_publisher
 from kdmesh_trainer.build_teachers import Teachers, open_teachers
+from kdmesh_trainer.build_vision import build_packer, load_reader
 from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.data_config import TeacherMessages
 from kdmesh_trainer.devices import ScoringEvaluator, ScoringPublisher
@@ -71,6 +73,7 @@ class Checked:
     teacher_tokens: TeacherTokens
     encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder
     judge_encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder  # of held-out data
+    image_reader: ImageReader | None  # None: the student reads text alone
     train: Reader
     held_out: Reader | None
     divergence: Divergence | SampledDivergence | None  # None: the objective has none
@@ -83,6 +86,11 @@ class _Data:
 
     train: Sequence[TokenSequence] | Task
     held_out: Sequence[TokenSequence] | None
+
+    def sequences(self) -> Iterator[TokenSequence]:
+        """All that is known before anything is sampled."""
+        yield from self.train.answers if isinstance(self.train, Task) else self.train
+        yield from self.held_out or ()
 
 
 @contextmanager
@@ -124,7 +132,8 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             seed=cfg.seed,
         )
         beside = algorithm if isinstance(algorithm, nn.Module) else None
-        student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=beside)
+        packer = build_packer(lm, checked.image_reader, data.sequences(), freeze_vision=cfg.student.freeze_vision)
+        student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=beside, packer=packer)
         shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.student.compute_dtype))
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_optimizer(cfg, student)
@@ -176,8 +185,16 @@ def check(cfg: config.TrainerConfig) -> Checked:
         name=cfg.data.teacher_column,
         known_names=tuple(cfg.teachers),
     )
+    reader = load_reader(cfg)
+    images = None if reader is None else cfg.data.images
     compares_chunks = isinstance(cfg.objective, Distill) and cfg.objective.compares_chunks
-    encoder = build_encoder(tokenizer, template, cfg.data, takes_chunks=compares_chunks)
+    encoder = build_encoder(
+        tokenizer,
+        template,
+        cfg.data,
+        takes_chunks=compares_chunks,
+        images=reader,
+    )
     fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
     return Checked(
         tokenizer=tokenizer,
@@ -185,11 +202,14 @@ def check(cfg: config.TrainerConfig) -> Checked:
         vocabulary_size=size,
         teacher_tokens=encoder.teacher_tokens()
         if isinstance(encoder, OtherTokenizerEncoder)
-        else TeacherTokens(fingerprint=fingerprint, size=size, shared=None),
+        else TeacherTokens(
+            fingerprint=fingerprint, size=size, shared=None, image_expansion="" if reader is None else reader.expansion
+        ),
         encoder=encoder,
         judge_encoder=encoder.of_single_tokens() if isinstance(encoder, OtherTokenizerEncoder) else encoder,
-        train=open_dataset(cfg.data.train, teacher=columns),
-        held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher=columns),
+        image_reader=reader,
+        train=open_dataset(cfg.data.train, teacher=columns, images=images),
+        held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher=columns, images=images),
         divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
         build_algorithm=resolve_algorithm(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else None,
     )

@@ -30,6 +30,7 @@ class Teachers:
     heads: Heads
     prefetch: int  # micro-batches
     vocabulary_size: int  # real tokens that all of them share with the student
+    image_expansion: str = ""  # as TeacherTokens has it
 
     @property
     def only(self) -> Teacher:
@@ -60,7 +61,8 @@ class Teachers:
         for name, teacher in self.by_name.items():
             own = [s for s in theirs if not isinstance(s, Addressed) or s.teacher_name == name]
             if own:
-                check_requests(dataset, own, teacher.pool.describe())
+                model = teacher.pool.describe()
+                check_requests(dataset, own, model, image_expansion=self.image_expansion)
 
 
 def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stack: ExitStack) -> Teachers | None:
@@ -103,6 +105,7 @@ def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stac
         heads=PanelHeads(heads, weights=weights) if is_panel else heads[""],
         prefetch=max(teacher.prefetch for teacher in cfg.all_teachers.values()),
         vocabulary_size=size,
+        image_expansion=tokens.image_expansion,
     )
 
 

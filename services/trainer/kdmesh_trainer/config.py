@@ -30,6 +30,9 @@ class StudentConfig(StrictModel):
     lora: LoraConfig | None = None
     """Train adapters and freeze the rest; null trains every weight."""
 
+    freeze_vision: bool = False
+    """Train the language model alone, and not the vision tower with its projector, of a model that reads images."""
+
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Element type of the forward and backward pass; master weights and reductions are always float32."""
 

@@ -80,6 +80,25 @@ class OtherTokenizer(StrictModel):
     """Least part of the loss tokens that must be compared with the teacher's; fewer refuse to start."""
 
 
+class ImagesConfig(StrictModel):
+    """Images in the messages, for a student that reads them (docs/vision.md)."""
+
+    root: Path | None = None
+    """Directory that paths are relative to, and that none may leave; null: that of the dataset's file."""
+
+    column: str = "images"
+    """Column of each row's images, in order, for parts of type image that name none themselves."""
+
+    allow_urls: bool = False
+    """Fetch images that are named by http or https when the dataset is read, on every rank."""
+
+    max_mib: float = Field(8, gt=0, le=15)
+    """Largest encoded image; a teacher may take smaller ones only."""
+
+    max_pixels: int = Field(2**24, ge=1, le=2**28)
+    """Most pixels of an image, width times height, before the model's processor scales it."""
+
+
 class DataConfig(StrictModel):
     """What the student is trained on and judged by."""
 
@@ -109,6 +128,9 @@ class DataConfig(StrictModel):
 
     teacher_context: TeacherContextConfig | None = None
     """What the teacher is told beyond what the student reads; then only the last assistant turn carries loss."""
+
+    images: ImagesConfig = ImagesConfig()
+    """Images in the messages."""
 
     @model_validator(mode="after")
     def _columns_can_be_read(self) -> DataConfig:

@@ -18,7 +18,13 @@ from kdmesh_trainer.model import Student, release
 
 log = logging.getLogger(__name__)
 
-_GENERATION = "generation_config.json"
+# Files beside a model that training does not change.
+_COPIED = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
 
 
 class HuggingFaceExporter:
@@ -69,8 +75,9 @@ class HuggingFaceExporter:
             with replacing(self._path) as writing:
                 _whole_model(config, tensors).save_pretrained(writing)
                 self._tokenizer.save_pretrained(writing)
-                if (self._origin / _GENERATION).is_file():
-                    shutil.copyfile(self._origin / _GENERATION, writing / _GENERATION)
+                for name in _COPIED:
+                    if (self._origin / name).is_file():
+                        shutil.copyfile(self._origin / name, writing / name)
         except OSError as error:
             raise CheckpointError(f"the trained model was not written to {self._path}: {error}") from error
         log.info("trained model written", extra={"path": str(self._path)})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from kdmesh.errors import DataError, ModelMismatch
-from kdmesh.types import ModelDescription, RolloutDescription, TokenSequence
+from kdmesh.errors import DataError, InvalidRequest, ModelMismatch
+from kdmesh.images import check_image_size
+from kdmesh.types import ModelDescription, PlacedImage, RolloutDescription, TokenSequence
 from kdmesh_trainer.sources.sides import aligned_rows
 from kdmesh_trainer.sources.tokenizer import TeacherTokens
 
@@ -81,18 +82,48 @@ def check_follower(teacher: ModelDescription, *, architecture_fingerprint: str) 
         )
 
 
-def check_requests(name: str, sequences: Sequence[TokenSequence], teacher: ModelDescription) -> None:
+def check_requests(
+    name: str, sequences: Sequence[TokenSequence], teacher: ModelDescription, *, image_expansion: str = ""
+) -> None:
     """Return when the teacher takes every sequence of dataset `name` by itself; groups are split to its limits.
 
+    Args:
+        image_expansion: as TeacherTokens has it.
+
     Raises:
-        DataError: one is too long or has too many loss tokens.
+        DataError: one is too long, has too many loss tokens, or an image that the teacher does not take.
+        ModelMismatch: the teacher's image processor makes other numbers of tokens.
     """
+    check_images(name, [placed for s in sequences for placed in s.images], teacher, image_expansion=image_expansion)
     _check_limits(
         f"dataset {name} has a sequence",
         tokens=max(sequence.num_tokens for sequence in sequences),
         rows=max(sequence.num_rows for sequence in sequences),
         teacher=teacher,
     )
+
+
+def check_images(name: str, images: Sequence[PlacedImage], teacher: ModelDescription, *, image_expansion: str) -> None:
+    """Return when the teacher takes every image of dataset `name`. Raises as `check_requests`."""
+    if not images:
+        return
+    vision = teacher.vision
+    if vision is None:
+        raise DataError(
+            f"dataset {name} has {len(images)} images, and teacher {teacher.name} reads none: it needs a model that "
+            "does, with its preprocessor_config.json beside it"
+        )
+    if vision.expansion != image_expansion:
+        raise ModelMismatch(
+            f"the image processors of teacher {teacher.name} and of the student make different numbers of tokens of "
+            "an image: size, patch_size and merge_size of their preprocessor_config.json must be the same"
+        )
+    for placed in images:
+        assert placed.image is not None
+        try:
+            check_image_size(placed.image, max_bytes=vision.max_image_bytes, max_pixels=vision.max_image_pixels)
+        except InvalidRequest as error:
+            raise DataError(f"dataset {name}: {error} by teacher {teacher.name}: raise its `images` limits") from None
 
 
 def check_samples(*, prompt_tokens: int, max_new_tokens: int, teacher: ModelDescription) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,9 @@ from kdmesh.losses import FusedLoss, OutputHead
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
+from kdmesh.models.image_packing import Packer
 from kdmesh.models.packing import PackedTokens
+from kdmesh.types import TokenSequence
 from kdmesh_trainer.lora import Adapter
 from kdmesh_trainer.weights import StudentWeight, weights_of, without_aliases
 
@@ -48,17 +50,28 @@ class Student(nn.Module):
         vocabulary_size: int,
         adapter: Adapter | None = None,
         algorithm: nn.Module | None = None,
+        packer: Packer | None = None,
     ) -> None:
         """
         Args:
             adapter: what was put into `lm`, if anything.
             algorithm: whose parameters are trained beside the model's, and are no part of it; called in `row_loss`.
+            packer: lays sequences end to end for `lm`; None: it reads text alone.
         """
         super().__init__()
         self.lm = lm
         self.vocabulary_size = vocabulary_size
         self.adapter = adapter
         self.algorithm = algorithm
+        self._packer = packer or Packer(lm, None)
+
+    def pack(self, sequences: Sequence[TokenSequence]) -> PackedTokens:
+        """What `forward` takes, on the CPU; without a sequence a blank, for a rank that only joins the collectives.
+
+        Raises:
+            InvalidRequest: an image's file has changed, or its bytes are damaged.
+        """
+        return self._packer.pack(sequences)
 
     def parameters_apart(self) -> tuple[list[nn.Parameter], ...]:
         """The model's, and the algorithm's where it has some: gradients of each are clipped by themselves."""
@@ -102,7 +115,9 @@ def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> 
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in _layers(student.lm):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not is_kept_whole(student))
+        # What is frozen has no backward pass, after which it would be shards again.
+        is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=is_frozen or not is_kept_whole(student))
     fully_shard(student, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 

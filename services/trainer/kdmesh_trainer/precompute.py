@@ -120,7 +120,7 @@ class _Filling:
             tokenizer_fingerprint=checked.teacher_tokens.fingerprint,
             vocabulary_size=checked.teacher_tokens.size,
         )
-        check_requests("train", sequences, model)
+        check_requests("train", sequences, model, image_expansion=checked.teacher_tokens.image_expansion)
         estimate = self._estimate(sequences)
         if not estimate.budget_bytes:
             raise ConfigError(f"{self._address} keeps no rows: give its configuration a `cache` with a budget")

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from kdmesh.errors import NotFinite
 from kdmesh.losses import FusedLoss, OutputHead
-from kdmesh.models.packing import blank, pack
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals, Student, begin_micro_batch
 from kdmesh_trainer.objective import Objective
@@ -134,8 +133,7 @@ def forward(
         tally.look_at_samples(loss, micro_batch.rollout_logprobs_S)
         return loss
 
-    packed = pack(micro_batch.sequences) if micro_batch.sequences else blank()
-    totals: LossTotals = student(packed.to(device), row_loss)
+    totals: LossTotals = student(student.pack(micro_batch.sequences).to(device), row_loss)
     return totals
 
 

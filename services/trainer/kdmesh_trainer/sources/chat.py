@@ -14,7 +14,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Encoding, Tokenizer, processors
 
 from kdmesh.errors import ConfigError
-from kdmesh.types import TokenSequence
+from kdmesh.types import Image, TokenSequence
+from kdmesh_trainer.sources.image_tokens import Expansion, expanded
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.sources.turns import (
@@ -65,10 +66,17 @@ class ChatEncoder:
     in `apply_chat_template`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str | None = None,
+        *,
+        images: Expansion | None = None,
+    ) -> None:
         """
         Args:
             template: Jinja source that replaces the tokenizer's own template.
+            images: how the model reads them; None where it reads text alone.
 
         Raises:
             ConfigError: there is no template, or it is not Jinja.
@@ -77,6 +85,7 @@ class ChatEncoder:
         self._template = _template_of(tokenizer, template)
         self._backend = _with_whole_offsets(tokenizer)
         self._vocabulary = _vocabulary(tokenizer, self._backend)
+        self._images = images
         self._has_warned = False
         self._check_syntax()
 
@@ -157,6 +166,7 @@ class ChatEncoder:
                     prompt=self._render(chat.messages[:number], is_prompt=True),
                     text=self._render(chat.messages[: number + 1], is_prompt=False),
                     content=chat.messages[number].content,
+                    images=_images_of(chat.messages[:number]),
                 )
                 for number in turns
             ]
@@ -167,6 +177,8 @@ class ChatEncoder:
         messages = without_answers(chat.messages)
         if not messages:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before it")
+        if _images_of(messages):
+            return Unusable(reason=Reason.IMAGES, detail="responses to images are not sampled: use source off_policy")
         try:
             return self._render(messages, is_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
@@ -174,7 +186,7 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], *, is_prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in messages],
+            [{"role": message.role, "content": _content(message)} for message in messages],
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=is_prompt,
@@ -206,10 +218,15 @@ class ChatEncoder:
             if not found.ends_in_special:
                 self._warn_of_no_end(turn)
             labels.extend(found.tokens)
-        return TokenSequence(
-            token_ids=np.array(encoded.ids[: labels[-1] + 1], np.int32),
-            positions=np.array(labels, np.int32) - 1,
-        )
+        token_ids = np.array(encoded.ids[: labels[-1] + 1], np.int32)
+        positions = np.array(labels, np.int32) - 1
+        if self._images is None:
+            return TokenSequence(token_ids=token_ids, positions=positions)
+        found_images = expanded(token_ids, positions, turns[-1].images, self._images)
+        if isinstance(found_images, Unusable):
+            return found_images
+        token_ids, positions, images = found_images
+        return TokenSequence(token_ids=token_ids, positions=positions, images=images)
 
     def _warn_of_no_end(self, turn: RenderedTurn) -> None:
         if not self._has_warned:
@@ -218,6 +235,17 @@ class ChatEncoder:
                 "assistant turns do not end in a special token, so the student will not learn to stop",
                 extra={"turn_ends_with": turn.text[-20:], "eos_token": self._tokenizer.eos_token},
             )
+
+
+def _content(message: Message) -> object:
+    """As templates want it: text, or a list of parts where there are images."""
+    if not message.parts:
+        return message.content
+    return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts]
+
+
+def _images_of(messages: Sequence[Message]) -> tuple[Image, ...]:
+    return tuple(image for message in messages for image in message.images)
 
 
 def without_answers(messages: tuple[Message, ...]) -> tuple[Message, ...]:

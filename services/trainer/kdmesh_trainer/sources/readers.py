@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, assert_never
 
 from kdmesh.errors import DataError
 from kdmesh.extension import resolve
-from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig
+from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig, ImagesConfig
+from kdmesh_trainer.sources.images import DatasetImages, ImageSource, NoImages
 from kdmesh_trainer.sources.rows import (
     CHAT_COLUMNS,
     NO_COLUMNS,
     Chat,
+    ImageColumn,
     TeacherColumns,
     chat_from_messages,
     chat_from_row,
@@ -25,7 +28,9 @@ Reader = Callable[[], Iterator[Chat]]
 _SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
-def open_dataset(config: DatasetConfig, *, teacher: TeacherColumns = NO_COLUMNS) -> Reader:
+def open_dataset(
+    config: DatasetConfig, *, teacher: TeacherColumns = NO_COLUMNS, images: ImagesConfig | None = None
+) -> Reader:
     """The reader of a dataset; nothing of the data is read until it is called.
 
     The reader raises DataError at the first row it cannot use, naming file and line,
@@ -33,6 +38,7 @@ def open_dataset(config: DatasetConfig, *, teacher: TeacherColumns = NO_COLUMNS)
 
     Args:
         teacher: columns of a file.
+        images: how they are found; None refuses them.
 
     Raises:
         ConfigError: a custom reader cannot be found or does not take its params.
@@ -41,12 +47,30 @@ def open_dataset(config: DatasetConfig, *, teacher: TeacherColumns = NO_COLUMNS)
     match config:
         case ChatFile():
             files = _files(config.path)
-            return lambda: _not_empty(_read_files(files, config.column, teacher), str(config.path))
+            columns = _Columns(chat=config.column, teacher=teacher, images=_image_column(images, files[0].parent))
+            return lambda: _not_empty(_read_files(files, columns), str(config.path))
         case CustomDataset():
             function = resolve(config.target, config.params)
-            return lambda: _not_empty(_read_custom(function, config.target), config.target)
+            source = _image_column(images, None).source
+            return lambda: _not_empty(_read_custom(function, config.target, source), config.target)
         case _:
             assert_never(config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """Where each row of a file has what."""
+
+    chat: str
+    teacher: TeacherColumns
+    images: ImageColumn
+
+
+def _image_column(cfg: ImagesConfig | None, directory: Path | None) -> ImageColumn:
+    if cfg is None:
+        why = "the student reads text alone: its model is of another kind, or has no preprocessor_config.json beside it"
+        return ImageColumn(source=NoImages(why), name=None)
+    return ImageColumn(source=DatasetImages(cfg, directory), name=cfg.column)
 
 
 def _files(path: Path) -> list[Path]:
@@ -72,25 +96,25 @@ def _not_empty(chats: Iterable[Chat], name: str) -> Iterator[Chat]:
         raise DataError(f"dataset {name} is empty")
 
 
-def _read_custom(function: Callable[[], Iterable[object]], target: str) -> Iterator[Chat]:
+def _read_custom(function: Callable[[], Iterable[object]], target: str, images: ImageSource) -> Iterator[Chat]:
     chats = function()
     if not isinstance(chats, Iterable):
         raise DataError(f"{target} must return an iterable of chats, not {type(chats).__name__}")
     for number, messages in enumerate(chats, start=1):
-        yield chat_from_messages(messages, origin=f"{target}: chat {number}")
+        yield chat_from_messages(messages, origin=f"{target}: chat {number}", images=images)
 
 
-def _read_files(files: list[Path], column: str, teacher: TeacherColumns) -> Iterator[Chat]:
+def _read_files(files: list[Path], columns: _Columns) -> Iterator[Chat]:
     for path in files:
-        for origin, row in _rows_of(path, column, teacher):
-            yield chat_from_row(row, column=column, origin=origin, teacher=teacher)
+        for origin, row in _rows_of(path, columns):
+            yield chat_from_row(row, column=columns.chat, origin=origin, teacher=columns.teacher, images=columns.images)
 
 
-def _rows_of(path: Path, column: str, teacher: TeacherColumns) -> Iterator[tuple[str, object]]:
+def _rows_of(path: Path, columns: _Columns) -> Iterator[tuple[str, object]]:
     """Each row of one file after its origin."""
     try:
         if path.suffix == ".parquet":
-            yield from _parquet_rows(path, column, teacher)
+            yield from _parquet_rows(path, columns)
             return
         # utf-8-sig: a byte order mark is not part of the first line.
         with path.open(encoding="utf-8-sig") as file:
@@ -131,14 +155,16 @@ def _parse(text: str, path: Path, *, first_line: int) -> object:
         raise DataError(f"{path}:{first_line}: not usable JSON: nested too deeply") from None
 
 
-def _parquet_rows(path: Path, column: str, teacher: TeacherColumns) -> Iterator[tuple[str, object]]:
+def _parquet_rows(path: Path, columns: _Columns) -> Iterator[tuple[str, object]]:
     import pyarrow as pa  # a tenth of a second, and most datasets are JSON
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = [name for name in names if name in (column, teacher.messages, teacher.name, *CHAT_COLUMNS)]
+            column, teacher = columns.chat, columns.teacher
+            used = (column, teacher.messages, teacher.name, columns.images.name, *CHAT_COLUMNS)
+            wanted = [name for name in names if name in used]
             number = 0
             if column not in names and "conversations" not in names and "instruction" not in names:
                 wanted = names  # whole rows, so that the refusal can name their columns

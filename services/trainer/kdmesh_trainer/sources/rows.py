@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kdmesh.errors import DataError
+from kdmesh.types import Image
+from kdmesh_trainer.sources.images import ImageSource, NoImages
 
 CHAT_COLUMNS = ("conversations", "instruction", "input", "output", "system", "history")
 """Columns that ShareGPT and Alpaca rows are made of."""
@@ -22,7 +24,13 @@ class Message:
     """One turn."""
 
     role: str  # one of system, developer, user, assistant, tool
-    content: str
+    content: str  # its text
+    parts: tuple[str | Image, ...] = ()  # its text and images in order; empty: it is text alone
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """In their order."""
+        return tuple(part for part in self.parts if isinstance(part, Image))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +55,25 @@ class TeacherColumns:
 NO_COLUMNS = TeacherColumns()
 
 
-def chat_from_row(row: object, *, column: str, origin: str, teacher: TeacherColumns = NO_COLUMNS) -> Chat:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageColumn:
+    """Where the images of a row are."""
+
+    source: ImageSource
+    name: str | None  # of the column of those that its messages do not name; None: there is none
+
+
+TEXT_ALONE = ImageColumn(source=NoImages("this dataset is read as text alone"), name=None)
+
+
+def chat_from_row(
+    row: object,
+    *,
+    column: str,
+    origin: str,
+    teacher: TeacherColumns = NO_COLUMNS,
+    images: ImageColumn = TEXT_ALONE,
+) -> Chat:
     """The chat in a row: OpenAI messages (or ShareGPT ones) in `column`, else ShareGPT, else Alpaca.
 
     Raises:
@@ -56,10 +82,11 @@ def chat_from_row(row: object, *, column: str, origin: str, teacher: TeacherColu
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
+    found_images = _RowImages(images, row, origin)
     if row.get(column) is not None:
-        messages = _messages(row[column], f"{origin}: {column}")
+        messages = _messages(row[column], f"{origin}: {column}", found_images)
     elif row.get("conversations") is not None:
-        messages = _system(row, origin) + _messages(row["conversations"], f"{origin}: conversations")
+        messages = _system(row, origin) + _messages(row["conversations"], f"{origin}: conversations", found_images)
     elif row.get("instruction") is not None and row.get("output") is not None:
         messages = _system(row, origin) + _alpaca_messages(row, origin)
     else:
@@ -68,27 +95,69 @@ def chat_from_row(row: object, *, column: str, origin: str, teacher: TeacherColu
             f"{origin}: no column {column!r}, and neither `conversations` (ShareGPT) nor `instruction` with "
             f"`output` (Alpaca); columns found: {found}"
         )
+    found_images.check_all_used()
     return Chat(
         messages=tuple(messages),
         origin=origin,
-        teacher_messages=() if teacher.messages is None else tuple(_teacher_messages(row, teacher.messages, origin)),
+        teacher_messages=()
+        if teacher.messages is None
+        else tuple(_teacher_messages(row, teacher.messages, origin, _RowImages(images, row, origin))),
         teacher_name="" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin),
     )
 
 
-def chat_from_messages(value: object, *, origin: str) -> Chat:
+def chat_from_messages(value: object, *, origin: str, images: ImageSource = TEXT_ALONE.source) -> Chat:
     """The chat in a list of {role, content} or {from, value}.
 
     Raises:
         DataError: as chat_from_row.
     """
-    return Chat(messages=tuple(_messages(value, origin)), origin=origin)
+    found = _RowImages(ImageColumn(source=images, name=None), {}, origin)
+    return Chat(messages=tuple(_messages(value, origin, found)), origin=origin)
 
 
-def _teacher_messages(row: Mapping[Any, Any], column: str, origin: str) -> list[Message]:
+class _RowImages:
+    """The images of one row: those that its messages name, and those of its column, one after the other."""
+
+    def __init__(self, images: ImageColumn, row: Mapping[Any, Any], origin: str) -> None:
+        column = None if images.name is None else row.get(images.name)
+        if column is not None and not isinstance(column, list | tuple):
+            raise DataError(f"{origin}: {images.name} must be a list of images, not {_kind(column)}")
+        self._images = images
+        self._origin = origin
+        self._column: Sequence[object] = column or ()
+        self._num_used = 0
+
+    def of_part(self, part: Mapping[Any, Any], origin: str) -> Image:
+        """The image that a part of a message stands for."""
+        for name in ("image", "image_url"):
+            if part.get(name) is not None:
+                return self._images.source.find(part[name], origin)
+        if any(part.get(name) is not None for name in ("bytes", "base64", "path", "url")):
+            return self._images.source.find(part, origin)
+        if self._images.name is None:
+            return self._images.source.find(None, origin)
+        return self._images.source.find(self._next(origin), f"{self._origin}: {self._images.name}")
+
+    def check_all_used(self) -> None:
+        """Raises DataError when the column holds more images than its messages have places for."""
+        if self._num_used < len(self._column):
+            raise DataError(
+                f"{self._origin}: {self._images.name} holds {len(self._column)} images, and the messages have "
+                f"{self._num_used} parts of type image for them"
+            )
+
+    def _next(self, origin: str) -> object:
+        if self._num_used >= len(self._column):
+            raise DataError(f"{origin} names no image, and the row has {len(self._column)} in a column of them")
+        self._num_used += 1
+        return self._column[self._num_used - 1]
+
+
+def _teacher_messages(row: Mapping[Any, Any], column: str, origin: str, images: _RowImages) -> list[Message]:
     if row.get(column) is None:
         raise DataError(f"{origin}: no column {column!r}, which data.teacher_context names")
-    return _messages(row[column], f"{origin}: {column}")
+    return _messages(row[column], f"{origin}: {column}", images)
 
 
 def _teacher_name(row: Mapping[Any, Any], column: str, known: tuple[str, ...], origin: str) -> str:
@@ -100,15 +169,15 @@ def _teacher_name(row: Mapping[Any, Any], column: str, known: tuple[str, ...], o
     return str(name)
 
 
-def _messages(value: object, origin: str) -> list[Message]:
+def _messages(value: object, origin: str, images: _RowImages) -> list[Message]:
     if not isinstance(value, list | tuple):
         raise DataError(f"{origin} must be a list of messages, not {_kind(value)}")
     if not value:
         raise DataError(f"{origin} has no message")
-    return [_message(item, f"{origin}[{number}]") for number, item in enumerate(value)]
+    return [_message(item, f"{origin}[{number}]", images) for number, item in enumerate(value)]
 
 
-def _message(value: object, origin: str) -> Message:
+def _message(value: object, origin: str, images: _RowImages) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"{origin}: a message must be an object, not {_kind(value)}")
     for key in _UNSUPPORTED_KEYS:
@@ -123,13 +192,18 @@ def _message(value: object, origin: str) -> Message:
     roles = {name: name for name in _ROLES} if role_key == "role" else _SHAREGPT_ROLES
     if not isinstance(role, str) or role not in roles:
         raise DataError(f"{origin}: unknown role {role!r}; known: {', '.join(roles)}")
-    return Message(role=roles[role], content=_text(value[content_key], f"{origin}.{content_key}"))
+    content, where = value[content_key], f"{origin}.{content_key}"
+    if not isinstance(content, list | tuple):
+        return Message(role=roles[role], content=_text(content, where))
+    parts = tuple(_part(part, f"{where}[{number}]", images) for number, part in enumerate(content))
+    has_images = any(isinstance(part, Image) for part in parts)
+    if has_images and roles[role] == "assistant":
+        raise DataError(f"{where}: an assistant's turn is text, and cannot hold an image")
+    text = "".join(part for part in parts if isinstance(part, str))
+    return Message(role=roles[role], content=text, parts=parts if has_images else ())
 
 
 def _text(value: object, origin: str) -> str:
-    """A string, or a list of text parts joined."""
-    if isinstance(value, list | tuple):
-        return "".join(_part(part, f"{origin}[{number}]") for number, part in enumerate(value))
     if not isinstance(value, str):
         raise DataError(f"{origin} must be a string, not {_kind(value)}")
     try:
@@ -139,10 +213,12 @@ def _text(value: object, origin: str) -> str:
     return value
 
 
-def _part(part: object, origin: str) -> str:
+def _part(part: object, origin: str, images: _RowImages) -> str | Image:
+    if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
+        return images.of_part(part, origin)
     if not isinstance(part, Mapping) or part.get("type") != "text":
         shown = repr(part.get("type")) if isinstance(part, Mapping) else _kind(part)
-        raise DataError(f"{origin}: only parts of type 'text' are supported, not {shown}")
+        raise DataError(f"{origin}: only parts of type 'text' and 'image' are supported, not {shown}")
     if not isinstance(part.get("text"), str):
         raise DataError(f"{origin}.text must be a string, not {_kind(part.get('text'))}")
     return _text(part["text"], f"{origin}.text")

@@ -178,28 +178,38 @@ def first_rows(sequence: TokenSequence, count: int) -> TokenSequence | None:
     """The sequence cut after its first `count` loss tokens; None where the teacher would answer none of them."""
     positions = sequence.positions[:count].copy()  # copies, because a slice would keep the whole array alive
     token_ids = sequence.token_ids[: positions[-1] + 2].copy()
+    images = tuple(image for image in sequence.images if image.end <= len(token_ids))
     if isinstance(sequence, Aligned):
         rows_A = sequence.rows_A[sequence.rows_A < count].copy()
         answers = first_rows(sequence.teacher, len(rows_A)) if len(rows_A) else None
         if answers is None:
             return None
-        return replace(sequence, token_ids=token_ids, positions=positions, teacher=answers, rows_A=rows_A)
+        return replace(
+            sequence, token_ids=token_ids, positions=positions, images=images, teacher=answers, rows_A=rows_A
+        )
     if isinstance(sequence, InChunks):
         chunks = sequence.chunks.first(int((sequence.chunks.student_ends <= count).sum()))
         if len(chunks.teacher_ends) == 0:
             return None
         answers = first_rows(sequence.teacher, int(chunks.teacher_ends[-1]))
         assert answers is not None
-        return replace(sequence, token_ids=token_ids, positions=positions, teacher=answers, chunks=chunks)
+        return replace(
+            sequence, token_ids=token_ids, positions=positions, images=images, teacher=answers, chunks=chunks
+        )
     if isinstance(sequence, InContext):
         teacher = first_rows(sequence.teacher, count)
         assert teacher is not None
-        return replace(sequence, token_ids=token_ids, positions=positions, teacher=teacher)
-    return replace(sequence, token_ids=token_ids, positions=positions)
+        return replace(sequence, token_ids=token_ids, positions=positions, images=images, teacher=teacher)
+    return replace(sequence, token_ids=token_ids, positions=positions, images=images)
 
 
 def addressed(sequence: TokenSequence, teacher_name: str) -> TokenSequence:
     """The sequence, of which that teacher is asked."""
     if isinstance(sequence, InContext):
         return replace(sequence, teacher=addressed(sequence.teacher, teacher_name))
-    return Addressed(token_ids=sequence.token_ids, positions=sequence.positions, teacher_name=teacher_name)
+    return Addressed(
+        token_ids=sequence.token_ids,
+        positions=sequence.positions,
+        images=sequence.images,
+        teacher_name=teacher_name,
+    )

@@ -17,6 +17,7 @@ from kdmesh_trainer.data_config import (
     TeacherTemplate,
 )
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template, without_answers
+from kdmesh_trainer.sources.image_tokens import Expansion
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import InContext, Prompt
@@ -28,13 +29,19 @@ if TYPE_CHECKING:
 
 
 def build_encoder(
-    tokenizer: PreTrainedTokenizerFast, template: str | None, data: DataConfig, *, takes_chunks: bool = False
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None,
+    data: DataConfig,
+    *,
+    takes_chunks: bool = False,
+    images: Expansion | None = None,
 ) -> ChatEncoder | ContextEncoder | OtherTokenizerEncoder:
     """What reads the data as `data` says.
 
     Args:
         template: as ChatEncoder's.
         takes_chunks: as OtherTokenizerEncoder's.
+        images: as ChatEncoder's, for both sides; with another tokenizer there must be none.
 
     Raises:
         ConfigError: a template is missing, or is not Jinja.
@@ -44,12 +51,12 @@ def build_encoder(
         theirs = load_fast_tokenizer(other.path, whose="teacher")
         their_template = None if other.chat_template is None else read_template(other.chat_template)
         return OtherTokenizerEncoder(tokenizer, template, theirs, their_template, takes_chunks=takes_chunks)
-    student, context = ChatEncoder(tokenizer, template), data.teacher_context
+    student, context = ChatEncoder(tokenizer, template, images=images), data.teacher_context
     match context:
         case None:
             return student
         case TeacherTemplate():
-            return ContextEncoder(student, ChatEncoder(tokenizer, read_template(context.path)), context)
+            return ContextEncoder(student, ChatEncoder(tokenizer, read_template(context.path), images=images), context)
         case TeacherMessages() | TeacherSystemPrompt():
             return ContextEncoder(student, student, context)
         case _:
@@ -115,7 +122,7 @@ class ContextEncoder:
         if not np.array_equal(own.labels, theirs.labels):
             detail = f"{own.num_rows} tokens for the student, {theirs.num_rows} for the teacher"
             return Unusable(reason=Reason.OTHER_RESPONSE, detail=detail)
-        return [InContext(token_ids=own.token_ids, positions=own.positions, teacher=theirs)]
+        return [InContext(token_ids=own.token_ids, positions=own.positions, images=own.images, teacher=theirs)]
 
     def _prompt(self, chat: Chat, told: Chat, own: Prompt | Unusable, theirs: Prompt | Unusable) -> Prompt | Unusable:
         if isinstance(own, Unusable):
@@ -155,5 +162,7 @@ def _other_answer(chat: Chat) -> Unusable | None:
 
 def _with_system(text: str, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     if messages and messages[0].role == "system":
-        return (replace(messages[0], content=f"{text}\n\n{messages[0].content}"), *messages[1:])
+        first = messages[0]
+        parts = (f"{text}\n\n", *first.parts) if first.parts else ()
+        return (replace(first, content=f"{text}\n\n{first.content}", parts=parts), *messages[1:])
     return (Message(role="system", content=text), *messages)

@@ -19,6 +19,7 @@ class TeacherTokens:
     fingerprint: str
     size: int  # real tokens
     shared: SharedTokens | None  # with the student's tokenizer; None: it is the same
+    image_expansion: str = ""  # see VisionSpec; empty: the student reads no images
 
 
 def load_fast_tokenizer(path: Path, *, whose: str = "student") -> PreTrainedTokenizerFast:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kdmesh.types import Image
+
 
 class Reason(StrEnum):
     """Why a chat cannot be trained on."""
@@ -18,6 +20,7 @@ class Reason(StrEnum):
     NOT_A_PREFIX = "the prompt is not a prefix of the rendered chat"
     RETOKENISED = "the tokens of a prompt change when its turn follows"
     CHANGED = "a later turn changes how an assistant turn is rendered"
+    IMAGES = "its images do not fit its tokens"
     OTHER_RESPONSE = "the teacher would read another response"
     OTHER_PROMPT = "the teacher would be prompted for another turn"
 
@@ -37,6 +40,7 @@ class RenderedTurn:
     prompt: str  # everything before it, generation prompt included
     text: str  # everything up to it, itself included
     content: str
+    images: tuple[Image, ...] = ()  # of what comes before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

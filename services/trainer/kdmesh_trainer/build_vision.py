@@ -1,0 +1,57 @@
+"""Readies a student that reads images for the data that it will see."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from kdmesh.errors import ConfigError
+from kdmesh.models.image_packing import Packer
+from kdmesh.models.image_reader import ImageReader, load_image_reader
+from kdmesh.models.verify import check_images
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.config import TrainerConfig
+
+log = logging.getLogger(__name__)
+
+
+def load_reader(cfg: TrainerConfig) -> ImageReader | None:
+    """How the student reads the images of the data; None where it reads text alone, or must.
+
+    Raises:
+        ConfigError: the files beside the student do not make one, or it is to freeze what it does not have.
+    """
+    reader = load_image_reader(cfg.student.model)
+    if cfg.student.freeze_vision and reader is None:
+        raise ConfigError(f"student.freeze_vision: {cfg.student.model} reads no images")
+    # A teacher with another tokenizer has other image tokens: its rows would be of other images, or of none.
+    return None if cfg.data.teacher_tokenizer is not None else reader
+
+
+def build_packer(
+    lm: PreTrainedModel, reader: ImageReader | None, sequences: Iterable[TokenSequence], *, freeze_vision: bool
+) -> Packer:
+    """What lays sequences end to end for `lm`, whose vision tower is frozen where that is wanted.
+
+    Where the data have images, every micro-batch of every rank holds one, a blank one if need be: the ranks gather the
+    tower's shards together.
+
+    Args:
+        reader: the student's; None where it reads text alone.
+        sequences: all that it will see, the same on every rank.
+
+    Raises:
+        ConfigError: the model does not keep images in one row apart.
+    """
+    if reader is None:
+        return Packer(lm, None)
+    if freeze_vision:
+        for parameter in lm.base_model.visual.parameters():
+            parameter.requires_grad_(False)
+    num_images = sum(len(sequence.images) for sequence in sequences)
+    if num_images:
+        check_images(lm, reader)
+    log.info("student reads images", extra={"images": num_images, "vision_is_frozen": freeze_vision})
+    return Packer(lm, reader, always_sees=num_images > 0)
