@@ -9,6 +9,7 @@ from kdmesh.losses.divergences import Divergence, forward_kl, jensen_shannon, re
 from kdmesh.losses.fused_linear import FusedLoss, fused_linear_cross_entropy, fused_linear_divergence
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.labelled import ChunkLoss, ChunkRows, LabelledRows
+from kdmesh.losses.likeliest import likeliest_tokens
 from kdmesh.losses.mixture import MixedTeacher
 from kdmesh.losses.sampled import SampledDivergence
 from kdmesh.losses.sorted_rows import HybridWeights, Matched
@@ -36,6 +37,7 @@ __all__ = [
     "fused_linear_divergence",
     "fused_linear_hybrid",
     "jensen_shannon",
+    "likeliest_tokens",
     "reverse_kl",
     "truncated",
 ]

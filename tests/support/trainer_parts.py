@@ -17,6 +17,9 @@ from kdmesh.models.head import output_head
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import load_image_reader
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.algorithms.dskd import DualSpaceKD
+from kdmesh_trainer.algorithms.seam import Setup
+from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
@@ -109,12 +112,29 @@ def step_batch(
 
 
 def build_student(
-    path: Path, mesh: Mesh, *, vocabulary_size: int, compute_dtype: torch.dtype, lora: LoraConfig | None = None
+    path: Path,
+    mesh: Mesh,
+    *,
+    vocabulary_size: int,
+    compute_dtype: torch.dtype,
+    lora: LoraConfig | None = None,
+    dual_space_with: LocalTeacher | None = None,
 ) -> Student:
-    """A sharded student with the weights of `path`, and an adapter if one is asked for."""
+    """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for."""
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
     adapter = None if lora is None else add_adapter(lm, lora, seed=7)
-    student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter)
+    algorithm = None
+    if dual_space_with is not None:
+        teacher_head = dual_space_with.head()[0].sliced(vocabulary_size)
+        algorithm = DualSpaceKD(
+            Setup(
+                student_head=output_head(lm).sliced(vocabulary_size).detached(),
+                teacher_heads=lambda: {"": teacher_head},
+                shared=None,
+                device=torch.device("cpu"),
+            )
+        )
+    student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=algorithm)
     shard(student, mesh.device_mesh, compute_dtype=compute_dtype)
     return student
 
@@ -129,7 +149,7 @@ def build_stepper(
     is_sampled: bool = False,
     ce_weight: float = 0.3,
 ) -> GradientStepper:
-    """A stepper that distils from `teacher` by forward KL, with some cross-entropy."""
+    """A stepper that distils from `teacher` by forward KL, some cross-entropy, and the student's algorithm."""
     return GradientStepper(
         student,
         Distillation(
@@ -137,11 +157,12 @@ def build_stepper(
             temperature=1.0,
             kd_weight=1.0,
             ce_weight=ce_weight,
+            algorithm=student.algorithm or vanilla_kd,
             with_entropies=is_sampled,
             top_k=8 if is_sampled else 0,
             teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
         ),
-        build_adamw(student, config),
+        build_adamw(student, config, algorithm=student.algorithm, rate_factor=3.0),
         config=config,
         steps=steps,
         mesh=mesh,

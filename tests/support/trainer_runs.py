@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import StepBatch
+from kdmesh_trainer.weights import whole
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 
 VOCABULARY_SIZE = 310
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01, warmup_steps=2, max_gradient_norm=0.5)
 
 
-def batch_of_step(step: int, mesh: Mesh, teacher: LocalTeacher) -> StepBatch:
+def batch_of_step(step: int, mesh: Mesh, teacher: LocalTeacher, *, num_sequences: int) -> StepBatch:
     """This rank's share of step `step`; every step has sequences of its own."""
-    sequences = random_sequences(6, seed=1000 + step, vocabulary_size=VOCABULARY_SIZE)
+    sequences = random_sequences(num_sequences, seed=1000 + step, vocabulary_size=VOCABULARY_SIZE)
     plan = plan_step([s.num_tokens for s in sequences], ranks=mesh.world_size, max_tokens=64)
     return step_batch(sequences, plan[mesh.rank], teacher, step=step)
 
@@ -40,35 +42,42 @@ def train(
     kill_at: int | None = None,
     compute_dtype: str = "float32",
     lora: dict[str, Any] | None = None,
+    is_dual_space: bool = False,
+    num_sequences: Sequence[int] = (6,),
 ) -> dict[str, Any]:
-    """Trains from the newest checkpoint to step `until`; the losses by step.
+    """Trains from the newest checkpoint to step `until`; the losses by step, and whole parameters of the algorithm.
 
-    Saves after step `save_at`. At step `kill_at` every rank kills itself after its forward and
-    backward passes, before its update.
+    Step s has `num_sequences[s]` of them, which begins anew when it is at its end. Saves after step
+    `save_at`. At step `kill_at` every rank kills itself after its forward and backward passes,
+    before its update.
     """
+    local_teacher = LocalTeacher(Path(teacher))
     model = build_student(
         Path(student),
         mesh,
         vocabulary_size=VOCABULARY_SIZE,
         compute_dtype=getattr(torch, compute_dtype),
         lora=None if lora is None else LoraConfig(**lora),
+        dual_space_with=local_teacher if is_dual_space else None,
     )
-    local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=OPTIMIZER, steps=steps)
     directory = CheckpointDirectory(
         Path(checkpoints), model, stepper.optimizer, identity={"student.model": "tiny"}, steps=steps, keep=2, mesh=mesh
     )
     first = directory.restore()
-    losses = []
+    losses, blanks = [], 0
     for step in range(first, until):
-        batch = batch_of_step(step, mesh, local_teacher)
+        batch = batch_of_step(step, mesh, local_teacher, num_sequences=num_sequences[step % len(num_sequences)])
+        blanks += sum(not micro_batch.sequences for micro_batch in batch.micro_batches)
         if step == kill_at:
             stepper.accumulate(batch)
             os.kill(os.getpid(), signal.SIGKILL)
         losses.append(stepper.update(batch).loss_nats_per_token)
         if step + 1 == save_at:
             directory.save(next_step=step + 1)
-    return {"first": first, "losses": losses}
+    own = () if model.algorithm is None else model.algorithm.named_parameters()
+    parameters = {name: whole(parameter, None).flatten().tolist() for name, parameter in own}
+    return {"first": first, "losses": losses, "blanks": blanks, "parameters": parameters}
 
 
 def train_rest_and_whole(mesh: Mesh, *, other: str, **arguments: Any) -> dict[str, Any]:

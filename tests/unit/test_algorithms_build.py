@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from kdmesh import check
 from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_cross_entropy
-from kdmesh_trainer.algorithm_config import CustomAlgorithm, VanillaKD
+from kdmesh_trainer.algorithm_config import AlgorithmConfig, CustomAlgorithm, VanillaKD
 from kdmesh_trainer.algorithms.build import resolve_algorithm
 from kdmesh_trainer.algorithms.seam import LossRows, Setup, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.objective import Distillation
 from tests.support.trainer_parts import Rows
@@ -168,3 +172,32 @@ def test_an_algorithm_that_returns_no_loss_of_its_rows_is_refused(setup: Setup) 
     one_less = fused_linear_cross_entropy(hidden_RD[1:], setup.student_head, labels_R[1:])
     with pytest.raises(InvalidRequest, match="2 cross-entropies of 3 rows"):
         objective(lambda rows, terms: one_less)(hidden_RD, setup.student_head, labels_R, rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"teacher": None, "teachers": {"one": {}}}, "single `teacher`"),
+        ({"objective": {"name": "distill", "divergence": {"name": "sampled_reverse_kl"}}}, "sampled_reverse_kl"),
+    ],
+)
+def test_dskd_is_refused_where_there_is_no_second_space(changes: dict[str, Any], refusal: str) -> None:
+    tree: dict[str, Any] = {
+        "output": "out",
+        "steps": 1,
+        "student": {"model": "s"},
+        "teacher": {},
+        "data": {"train": {"format": "chat", "path": "t.jsonl"}},
+        "objective": {"name": "distill"},
+    } | changes
+    tree["objective"] |= {"algorithm": {"name": "dskd"}}
+    with pytest.raises(ValidationError, match=refusal):
+        TrainerConfig.model_validate({key: value for key, value in tree.items() if value is not None})
+
+
+def test_the_page_on_algorithms_has_every_one() -> None:
+    page = (Path(__file__).parents[2] / "docs/algorithms.md").read_text(encoding="utf-8")
+    in_table = re.findall(r"^\| `(\{name: .*?\})` \|", page, re.MULTILINE)
+    named = {TypeAdapter(AlgorithmConfig).validate_python(yaml.safe_load(text)).name for text in in_table}
+    members = get_args(get_args(AlgorithmConfig)[0])
+    assert named == {member.model_fields["name"].annotation.__args__[0] for member in members}

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.config import TrainerConfig
+    from kdmesh_trainer.objective_config import Distill
 
 
 class VanillaKD(StrictModel):
     """The student's distribution against the teacher's, row by row."""
 
     name: Literal["vanilla_kd"] = "vanilla_kd"
+
+
+class DualSpace(StrictModel):
+    """The two models are compared through the student's head and through the teacher's, of DSKD."""
+
+    name: Literal["dskd"]
+
+    learning_rate_factor: float = Field(10.0, gt=0)
+    """Learning rate of the two projectors, as a multiple of optimizer.learning_rate."""
 
 
 class ChunkLikelihood(StrictModel):
@@ -71,5 +84,15 @@ class CustomAlgorithm(StrictModel):
 
 
 AlgorithmConfig = Annotated[
-    VanillaKD | ChunkLikelihood | ByRank | Hybrid | CustomAlgorithm, Field(discriminator="name")
+    VanillaKD | DualSpace | ChunkLikelihood | ByRank | Hybrid | CustomAlgorithm, Field(discriminator="name")
 ]
+
+
+def refuse_unfit_algorithm(cfg: TrainerConfig, objective: Distill) -> None:
+    """Raises ValueError when the algorithm cannot have what the rest of the configuration gives it."""
+    if not isinstance(objective.algorithm, DualSpace):
+        return
+    if cfg.teachers:
+        raise ValueError("objective.algorithm dskd takes a single `teacher`, not `teachers`")
+    if objective.divergence.name == "sampled_reverse_kl":
+        raise ValueError("objective.algorithm dskd does not go with sampled_reverse_kl, which knows no second space")

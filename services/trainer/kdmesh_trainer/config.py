@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
+from kdmesh_trainer.algorithm_config import refuse_unfit_algorithm
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.metrics_config import MetricsConfig
@@ -331,6 +332,12 @@ class TrainerConfig(StrictModel):
     @model_validator(mode="after")
     def _teachers_fit(self) -> TrainerConfig:
         refuse_unfit_teachers(self)
+        return self
+
+    @model_validator(mode="after")
+    def _algorithm_fits(self) -> TrainerConfig:
+        if isinstance(self.objective, Distill):
+            refuse_unfit_algorithm(self, self.objective)
         return self
 
     @model_validator(mode="after")

@@ -19,10 +19,12 @@ from kdmesh_trainer.algorithm_config import (
     ByRank,
     ChunkLikelihood,
     CustomAlgorithm,
+    DualSpace,
     Hybrid,
     VanillaKD,
 )
 from kdmesh_trainer.algorithms.across_tokenizers import AcrossTokenizers, by_rank, chunk_likelihood, hybrid
+from kdmesh_trainer.algorithms.dskd import DualSpaceKD
 from kdmesh_trainer.algorithms.seam import Algorithm, Setup
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 
@@ -38,6 +40,8 @@ def resolve_algorithm(cfg: AlgorithmConfig) -> BuildAlgorithm:
     match cfg:
         case VanillaKD():
             return lambda setup: vanilla_kd
+        case DualSpace():
+            return DualSpaceKD
         case ChunkLikelihood():
             return lambda setup: AcrossTokenizers(partial(chunk_likelihood, tau=cfg.tau))
         case ByRank():
@@ -52,7 +56,7 @@ def resolve_algorithm(cfg: AlgorithmConfig) -> BuildAlgorithm:
 
 def rate_factor(cfg: AlgorithmConfig) -> float:
     """Of the learning rate of its own parameters; 1 where it has none."""
-    return cfg.learning_rate_factor if isinstance(cfg, CustomAlgorithm) else 1.0
+    return cfg.learning_rate_factor if isinstance(cfg, CustomAlgorithm | DualSpace) else 1.0
 
 
 def _hybrid(cfg: Hybrid, setup: Setup) -> Algorithm:

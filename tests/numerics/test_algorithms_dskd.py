@@ -1,0 +1,207 @@
+"""Dual-space distillation is the textbook's, in value and in the gradient of all that it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdmesh.alignment.vocabularies import SharedTokens
+from kdmesh.losses import FusedLoss, OutputHead, reverse_kl
+from kdmesh_trainer.algorithms.dskd import DualSpaceKD
+from kdmesh_trainer.algorithms.projection import logit_preserving_map
+from kdmesh_trainer.algorithms.seam import Setup
+from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.sources.batches import PanelPart, PanelRows
+from tests.support import textbook_losses as textbook
+from tests.support.trainer_parts import Rows
+
+CPU = torch.device("cpu")
+KD_WEIGHT, TEMPERATURE = 0.7, 2.0
+SHARED = SharedTokens(
+    student_ids=np.arange(20, dtype=np.int32) + 3,
+    teacher_ids=np.random.default_rng(0).permutation(30)[:20].astype(np.int32),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Leaves of both models in float64."""
+
+    hidden_RD: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor
+    labels_R: Tensor
+    teacher_AE: Tensor
+    teacher_UE: Tensor
+    index_A: Tensor
+
+    @property
+    def head(self) -> OutputHead:
+        return OutputHead(weight_VD=self.weight_VD, bias_V=self.bias_V, logit_scale=0.8)
+
+    @property
+    def teacher_head(self) -> OutputHead:
+        return OutputHead(weight_VD=self.teacher_UE, logit_softcap=20.0)
+
+    def head_service(self) -> tuple[OutputHead, int]:
+        return self.teacher_head, 1
+
+
+class Service:
+    """A teacher's head."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.head = pair.head_service
+
+
+def pair_of(*, vocabularies: tuple[int, int], num_answers: int, seed: int = 0) -> Pair:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    own, theirs = vocabularies
+    return Pair(
+        hidden_RD=normal(30, 6).requires_grad_(),
+        weight_VD=normal(own, 6).requires_grad_(),
+        bias_V=(normal(own) * 0.3).requires_grad_(),
+        labels_R=torch.randint(own, (30,), generator=generator),
+        teacher_AE=normal(num_answers, 9),
+        teacher_UE=normal(theirs, 9),
+        index_A=torch.randperm(30, generator=generator)[:num_answers].sort().values,
+    )
+
+
+def dskd(pair: Pair, shared: SharedTokens | None) -> DualSpaceKD:
+    setup = Setup(
+        student_head=pair.head.detached(),
+        teacher_heads=lambda: {"": pair.teacher_head},
+        shared=shared,
+        device=CPU,
+    )
+    algorithm = DualSpaceKD(setup).double()
+    # Away from where it begins, so that it agrees with the teacher on some rows and not on others.
+    with torch.no_grad():
+        for parameter in algorithm.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.2)
+    return algorithm
+
+
+def loss_of(
+    pair: Pair, algorithm: nn.Module, shared: SharedTokens | None, *, ce_weight: float, num_sampled: int = 0
+) -> FusedLoss:
+    objective = Distillation(
+        divergence=reverse_kl,
+        temperature=TEMPERATURE,
+        kd_weight=KD_WEIGHT,
+        ce_weight=ce_weight,
+        teacher_head=TeacherHead(Service(pair), vocabulary_size=len(pair.teacher_UE), device=CPU, shared=shared),
+        algorithm=algorithm,
+    )
+    rows = Rows(rows_RD=pair.teacher_AE)
+    part = PanelPart(name="", rows=rows, index_R=pair.index_A, num_tokens=50, wait_s=0.0)
+    teacher = rows if shared is None else PanelRows(parts=(part,))
+    return objective(pair.hidden_RD, pair.head, pair.labels_R, teacher, num_sampled=num_sampled)
+
+
+def expected(
+    pair: Pair, algorithm: DualSpaceKD, shared: SharedTokens | None, *, ce_weight: float, num_sampled: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the rows on which the projected teacher agrees with the teacher."""
+    scaled, capped = textbook.Transform(scale=0.8), textbook.Transform(softcap=20.0)
+    student_AD = pair.hidden_RD[pair.index_A]
+    z_s = textbook.logits(student_AD, pair.weight_VD, pair.bias_V, scaled)
+    z_t = textbook.logits(pair.teacher_AE, pair.teacher_UE, None, capped)
+    projected_AD = pair.teacher_AE @ algorithm.teacher_to_student.T
+    z_t2s = textbook.logits(projected_AD, pair.weight_VD.detach(), pair.bias_V.detach(), scaled)
+    z_s2t = textbook.logits(student_AD @ algorithm.student_to_teacher.T, pair.teacher_UE, None, capped)
+    preferred = z_t.argmax(-1).tolist()
+    if shared is not None:
+        mapped = dict(zip(shared.teacher_ids.tolist(), shared.student_ids.tolist(), strict=True))
+        preferred = [mapped.get(token, -1) for token in preferred]
+    loss = torch.zeros((), dtype=torch.float64)
+    agrees = []
+    for row, token in enumerate(preferred):
+        p, q = textbook.softmax(z_t2s[row][None].detach(), TEMPERATURE), textbook.softmax(z_s[row][None], TEMPERATURE)
+        if token >= 0:
+            loss = loss - KD_WEIGHT * textbook.softmax(z_t2s[row][None])[0, token].log()
+        agrees.append(int(z_t2s[row].argmax()) == token)
+        if agrees[-1]:
+            loss = loss + KD_WEIGHT * textbook.kullback_leibler(q, p).sum()
+        lifted = textbook.softmax(z_s2t[row][None], TEMPERATURE)
+        loss = loss + KD_WEIGHT * textbook.kullback_leibler(lifted, textbook.softmax(z_t[row][None], TEMPERATURE)).sum()
+    whole_RV = textbook.logits(pair.hidden_RD, pair.weight_VD, pair.bias_V, scaled)
+    loss = loss + ce_weight * textbook.cross_entropy(whole_RV, pair.labels_R)[num_sampled:].sum()
+    return loss, torch.tensor(agrees)
+
+
+@pytest.mark.parametrize(("ce_weight", "num_sampled"), [(0.0, 0), (0.3, 0), (0.3, 11)])
+@pytest.mark.parametrize("shared", [None, SHARED], ids=["same tokenizer", "other tokenizer"])
+def test_value_and_every_gradient_are_the_textbooks(
+    shared: SharedTokens | None, ce_weight: float, num_sampled: int
+) -> None:
+    sizes, num_answers = ((25, 25), 30) if shared is None else ((24, 30), 19)
+    pair = pair_of(vocabularies=sizes, num_answers=num_answers)
+    algorithm = dskd(pair, shared)
+    loss = loss_of(pair, algorithm, shared, ce_weight=ce_weight, num_sampled=num_sampled)
+    should, agrees_A = expected(pair, algorithm, shared, ce_weight=ce_weight, num_sampled=num_sampled)
+    assert 0 < agrees_A.sum() < num_answers
+    torch.testing.assert_close(loss.loss_sum, should)
+    leaves = pair.hidden_RD, pair.weight_VD, pair.bias_V, *algorithm.parameters()
+    torch.testing.assert_close(torch.autograd.grad(loss.loss_sum, leaves), torch.autograd.grad(should, leaves))
+
+
+def test_it_begins_with_the_pseudo_inverses_of_the_heads() -> None:
+    pair = pair_of(vocabularies=(25, 25), num_answers=30)
+    setup = Setup(
+        student_head=pair.head.detached(), teacher_heads=lambda: {"": pair.teacher_head}, shared=None, device=CPU
+    )
+    algorithm = DualSpaceKD(setup)
+    own_VD, theirs_VE = 0.8 * pair.weight_VD.detach(), pair.teacher_UE
+    inverses = torch.linalg.pinv(own_VD) @ theirs_VE, torch.linalg.pinv(theirs_VE) @ own_VD
+    for parameter, should in zip(algorithm.parameters(), inverses, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), should, rtol=1e-5, atol=1e-6)
+
+
+def test_the_map_keeps_logits_where_it_can_also_of_heads_that_are_not_of_full_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    source_VD = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    mixed_DE = torch.randn(5, 9, generator=generator, dtype=torch.float64)  # 9 columns of rank 5
+    source, target = OutputHead(weight_VD=source_VD), OutputHead(weight_VD=source_VD @ mixed_DE, logit_scale=0.25)
+    map_ED = logit_preserving_map(source, target, CPU)
+    hidden_RD = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(target.logits(hidden_RD @ map_ED.T), source.logits(hidden_RD))
+
+
+def test_the_teacher_is_projected_for_the_head_that_the_student_has_now() -> None:
+    pair = pair_of(vocabularies=(25, 25), num_answers=30)
+    algorithm = dskd(pair, None)
+    before = loss_of(pair, algorithm, None, ce_weight=0.0).loss_sum.item()
+    with torch.no_grad():
+        pair.weight_VD.mul_(0.5)
+    should, _ = expected(pair, algorithm, None, ce_weight=0.0)
+    assert loss_of(pair, algorithm, None, ce_weight=0.0).loss_sum.item() == pytest.approx(should.item())
+    assert before != pytest.approx(should.item())
+
+
+def test_the_loss_does_not_depend_on_how_rows_are_split() -> None:
+    pair = pair_of(vocabularies=(25, 25), num_answers=30)
+    algorithm = dskd(pair, None)
+    whole = loss_of(pair, algorithm, None, ce_weight=0.3).loss_sum
+    parts = []
+    for some in (slice(0, 7), slice(7, 30)):
+        part = Pair(
+            **{
+                **{name: getattr(pair, name) for name in Pair.__slots__},
+                "hidden_RD": pair.hidden_RD[some],
+                "labels_R": pair.labels_R[some],
+                "teacher_AE": pair.teacher_AE[some],
+            }
+        )
+        parts.append(loss_of(part, algorithm, None, ce_weight=0.3).loss_sum)
+    torch.testing.assert_close(sum(parts), whole)
