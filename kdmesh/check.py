@@ -71,7 +71,7 @@ def missing(cfg: ServiceConfig) -> list[str]:
         return list(_missing_for_trainer(cfg))
     engine = cfg.engine
     models = [] if isinstance(engine, TeacherFake | RolloutFake) else _model("engine.model", engine.model)
-    return [*models, *_guards(cfg.server)]
+    return [*models, *_guards(cfg.server), *_files("jobs", {"file": cfg.jobs.file})]
 
 
 def refuse_missing(cfg: ServiceConfig, *, source: Path) -> None:

@@ -35,6 +35,7 @@ _DECIDED: Mapping[str, frozenset[str]] = {
     "server": frozenset({"runtime_dir", "tls", "allow_anonymous"}),
     "auth": frozenset({"tokens"}),
     "cache": frozenset({"directory"}),
+    "jobs": frozenset({"file"}),
 }
 _NOISE = ("title", "format")
 Json = dict[str, Any]
@@ -115,7 +116,7 @@ def values_schema() -> Json:
 
 def _leave_out_what_the_chart_decides(definitions: Json, ref: str) -> None:
     service = definitions[_name(ref)]
-    for section in ("engine", "server", "cache"):
+    for section in ("engine", "server", "cache", "jobs"):
         for part in _referred(service["properties"].get(section, {})):
             _remove(definitions[part], _DECIDED[section])
             for auth in _referred(definitions[part]["properties"].get("auth", {})):

@@ -27,6 +27,10 @@ class JobMetrics:
         self.label_names: dict[str, tuple[str, ...]] = {}
         """Of each counter and histogram, by its whole name."""
 
+        self.unusable_files = self.counter(
+            "unusable_files", "Changes of a file of tokens, keys, certificates or jobs that were of no use.", "key"
+        )
+
     def job_label(self, job: str) -> str:
         """The job's name, or one common name while there are too many."""
         label = job or UNNAMED

@@ -36,6 +36,7 @@ def add_job_routes(app: FastAPI, shared: Callable[[], Shared]) -> None:
     async def jobs() -> Json:
         """Every job that is known, and what one may take that has no terms of its own."""
         server = shared()
+        server.jobs.look_again()
         return {
             "defaults": server.jobs.defaults.model_dump(mode="json"),
             "jobs": [asdict(state) for state in server.job_states()],
@@ -44,7 +45,9 @@ def add_job_routes(app: FastAPI, shared: Callable[[], Shared]) -> None:
     @app.get("/v1/jobs/{job:path}")
     async def one_job(job: str) -> Json:
         """One job, known or not."""
-        return _only(shared(), job)
+        server = shared()
+        server.jobs.look_again()
+        return _only(server, job)
 
     @app.put("/v1/jobs/{job:path}")
     async def override(job: str, terms: Json = Body()) -> Json:  # noqa: B008 - how FastAPI is told

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.serving.fair_queue import Standing
@@ -20,6 +20,7 @@ FORGET_S = 900.0  # a job that did nothing for so long has left
 _MAX_BOOKS = 1024  # names come from clients: with more, those silent for longest are forgotten at once
 _MAX_NAME = 128
 _NUM_WAITS = 512  # newest waits of a job, for its percentiles
+_NONE: Mapping[str, Any] = {}
 _RANKS = {"high": 0, "normal": 1, "low": 2}
 
 
@@ -55,17 +56,26 @@ class JobTable(Generic[T]):
     Args:
         defaults: for every job.
         overrides: by the job's name, laid over the defaults; they can be changed while the server runs.
+        look: says which overrides hold besides, and before those: the same mapping until they change.
         clock: seconds that only grow.
     """
 
     def __init__(
-        self, defaults: T, overrides: Mapping[str, T] | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        defaults: T,
+        overrides: Mapping[str, T] | None = None,
+        *,
+        look: Callable[[], Mapping[str, T]] = lambda: _NONE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.defaults = defaults
         self.on_change: Callable[[], None] = lambda: None
         """Called when terms have changed; what waits may start now."""
 
-        self._overrides = dict(overrides or {})
+        self._configured = dict(overrides or {})
+        self._look = look
+        self._seen = look()
+        self._overrides = {**self._configured, **self._seen}
         self._terms = {job: terms.over(defaults) for job, terms in self._overrides.items()}
         self._standings = {job: _standing(terms) for job, terms in self._terms.items()}
         self._default_standing = _standing(defaults)
@@ -99,6 +109,21 @@ class JobTable(Generic[T]):
         for table in (self._overrides, self._terms, self._standings):
             table.pop(job, None)
         self.on_change()
+
+    def look_again(self) -> None:
+        """Take what `look` says now. Jobs whose terms are the same there keep what they were given meanwhile."""
+        found, seen = self._look(), self._seen
+        if found is seen:
+            return
+        self._seen = found
+        for job in seen.keys() - found.keys():
+            if job in self._configured:
+                self.override(job, self._configured[job])
+            else:
+                self.reset(job)
+        for job, terms in found.items():
+            if job not in seen or seen[job] != terms or seen[job].model_fields_set != terms.model_fields_set:
+                self.override(job, terms)
 
     # Quotas
 

@@ -16,18 +16,15 @@ log = logging.getLogger(__name__)
 
 def open_security(config: ListenConfig, metrics: JobMetrics) -> Security:
     """Read what the configuration names, and say who can use the server. Raises ConfigError."""
-    failures = metrics.counter(
-        "unusable_files", "Changes of a file of tokens, keys or certificates that were of no use.", "key"
-    )
     refusals = metrics.counter("refused_callers", "Calls of who is not known, or may not do this.", "reason")
     authority = Authority(
         config.auth,
-        on_failure=lambda key: failures.labels(key).inc(),
+        on_failure=lambda key: metrics.unusable_files.labels(key).inc(),
         on_refusal=lambda reason: refusals.labels(reason).inc(),
     )
     certificate = None
     if config.tls is not None:
-        certificate = watch_certificate(config.tls, lambda: failures.labels("tls").inc())
+        certificate = watch_certificate(config.tls, lambda: metrics.unusable_files.labels("tls").inc())
     _tell(config)
     return Security(authority, certificate)
 

@@ -62,6 +62,7 @@ class WaitingLine(Generic[W]):
 
     def join(self, works: Sequence[W]) -> None:
         """Let requests of one job in, all or none. Raises Unavailable when the queue is full."""
+        self.jobs.look_again()
         job, wanted = works[0].job, sum(work.num_tokens for work in works)
         waiting, own = self.queue.num_tokens, self.queue.tokens_of(job)
         share = self._max_tokens * self.queue.share(job)
@@ -80,6 +81,7 @@ class WaitingLine(Generic[W]):
         self, max_tokens: float, can_start: Callable[[W], bool], start: Callable[[W], S | None]
     ) -> list[tuple[W, S]]:
         """The next batch; see FairQueue.take. What a quota forbids is not asked for."""
+        self.jobs.look_again()
 
         def is_allowed(work: W) -> bool:
             return self.jobs.shortage(work.job, work.num_tokens) is None and can_start(work)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from kdmesh import check, config
+from kdmesh.serving.job_config import JobTerms
+from kdmesh.serving.job_file import JobFile
 from kdmesh_rollout.config import RolloutConfig
-from kdmesh_teacher.config import TeacherConfig
+from kdmesh_teacher.config import TeacherConfig, TeacherJobTerms
 from kdmesh_teacher.sglang_config import SglangEngine
 from tests.support.rendered_chart import Manifest, of_kind, pods, rendered
 from tools.helm_chart import render
@@ -43,6 +45,18 @@ def test_the_files_that_a_configuration_names_are_mounted(values: Path, tmp_path
         for line in check.missing(loaded):  # nothing of it is on this machine
             (path,) = re.findall(r"there is no (?:file|directory) (\S+)", line)
             assert any(Path(path).is_relative_to(mount) for mount in mounts), line
+
+
+@every_value
+def test_services_take_the_terms_of_jobs_that_are_rendered(values: Path, tmp_path: Path) -> None:
+    terms: dict[str, type[JobTerms]] = {"teacher": TeacherJobTerms, "rollout": JobTerms}
+    for manifest in of_kind(rendered(values), "ConfigMap"):
+        if "jobs.yaml" in manifest["data"]:
+            path = tmp_path / "jobs.yaml"
+            path.write_text(manifest["data"]["jobs.yaml"], encoding="utf-8")
+            name = manifest["metadata"]["labels"]["app.kubernetes.io/component"]
+            read = config.load(JobFile[terms[name]], path).overrides  # type: ignore[valid-type]
+            assert set(read) == ({"production", "nightly-eval"} if values.name.startswith("several") else set())
 
 
 def test_nodes_of_a_group_know_their_place(tmp_path: Path) -> None:

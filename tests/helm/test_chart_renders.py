@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import kubernetes_validate
 import pytest
 import yaml
 
+from tests.support import kubernetes_schemas
 from tests.support.custom_resources import FILES, errors
 from tests.support.rendered_chart import of_kind, pods, rendered, rendered_text
 from tools.helm_chart import render
@@ -48,7 +48,7 @@ def test_the_ci_values_render_to_their_golden_files(golden: tuple[Path, Path, st
 def test_kubernetes_knows_every_key(values: Path, version: str) -> None:
     for manifest in rendered(values, version):
         if manifest["kind"] not in OTHERS | FILES.keys():
-            kubernetes_validate.validate(manifest, version, strict=True)
+            kubernetes_schemas.check(manifest, version)
 
 
 @every_version
@@ -57,7 +57,7 @@ def test_kubernetes_knows_every_key_of_the_pods_of_other_projects_kinds(version:
     found = list(pods(tuple(groups)))
     assert [where.rpartition("/")[2] for where, _ in found] == ["leaderTemplate", "workerTemplate"]
     for _, pod in found:
-        kubernetes_validate.validate(pod, version, strict=True)
+        kubernetes_schemas.check(pod, version)
 
 
 @every_value

@@ -49,6 +49,9 @@ def test_helm_refuses_the_defaults_with_what_is_missing() -> None:
         ('teacher.config.server.auth={"tokens":"/a"}', "additional properties 'tokens' not allowed"),
         ('teacher.config.cache={"directory":"/rows"}', "additional properties 'directory' not allowed"),
         ('rollout.config.slab={"slots":1}', "additional properties 'slab' not allowed"),
+        ('teacher.config.jobs={"file":"/jobs"}', "additional properties 'file' not allowed"),
+        ('teacher.jobs.overrides={"a":{"wait":2}}', "additional properties 'wait' not allowed"),
+        ('rollout.jobs.overrides={"a":{"max_bytes_in_flight":2}}', "'max_bytes_in_flight' not allowed"),
         ('teacher.model.uri="s3://bucket"', "does not match pattern"),
         ('teacher.model.tokenSecret="hf_abc"', "got string, want object"),
         ('teacher.sharing.mode="hostIpc"', "value must be one of 'pod', 'claim', 'hostPath'"),
@@ -62,6 +65,10 @@ def test_the_schema_refuses(setting: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        (
+            ['teacher.jobs={"existingConfigMap":"mine","overrides":{"a":{"weight":2}}}'],
+            "teacher.jobs.overrides and existingConfigMap are both set",
+        ),
         (["auth.allowAnonymous=false"], "nothing says who may use the servers"),
         (['auth.tokensSecret.name="tokens"'], "contradict each other"),
         (['teacher.model.uri=""'], "teacher.model.uri is empty: give hf://ORG/NAME"),

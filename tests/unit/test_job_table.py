@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_table import FORGET_S, JobTable, Shortage
 from kdmesh.serving.rate import DecayingRate, TokenBucket
+from kdmesh.serving.waiting_line import WaitingLine
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 
@@ -34,6 +36,29 @@ def test_override_says_what_it_names_and_the_defaults_the_rest() -> None:
     assert table.standing("job").rank > table.standing("other").rank
     table.reset("job")
     assert (table.terms("job"), table.overrides) == (defaults, {})
+
+
+def test_what_an_operator_said_holds_until_the_file_says_something_new_of_that_job() -> None:
+    files = [{"a": JobTerms(weight=2), "b": JobTerms(weight=2)}]
+    table = JobTable(JobTerms(), {"b": JobTerms(weight=9)}, look=lambda: files[-1])
+    table.override("a", JobTerms(weight=5))
+    files.append({"a": JobTerms(weight=2), "b": JobTerms(weight=3)})
+    table.look_again()
+    assert [table.terms(job).weight for job in "ab"] == [5, 3]
+    files.append({"a": JobTerms(weight=4)})
+    table.look_again()
+    assert [table.terms(job).weight for job in "ab"] == [4, 9]
+    files.append({})
+    table.look_again()
+    assert [table.terms(job).weight for job in "ab"] == [1, 9]
+
+
+def test_a_line_takes_new_terms_before_it_asks_for_the_next_batch() -> None:
+    files: list[dict[str, JobTerms]] = [{}]
+    line = WaitingLine[Any](JobTable(JobTerms(), look=lambda: files[-1]), max_tokens=10)
+    files.append({"a": JobTerms(weight=2)})
+    assert line.take(10, lambda work: True, lambda work: work) == []
+    assert line.jobs.terms("a").weight == 2
 
 
 def test_who_waits_is_told_of_new_terms() -> None:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from kdmesh.serving.job_config import JobTerms
+from kdmesh_teacher.config import TeacherJobTerms
 from tools.helm_chart.sections import ChartModel, Objects, SecretKey, TokenSecret
 
 
@@ -209,6 +211,25 @@ class Sharing(ChartModel):
     it must be that user's already."""
 
 
+class Jobs(ChartModel):
+    """What single jobs may take."""
+
+    overrides: dict[str, JobTerms] = Field(default_factory=dict)
+    """By the job's name, as {production: {weight: 4}}; docs/sharing.md has the keys. These count before
+    config.jobs.overrides."""
+
+    existing_config_map: str = ""
+    """Or a ConfigMap of yours, with `overrides` as YAML in its key jobs.yaml."""
+
+
+class TeacherJobs(Jobs):
+    """What single jobs may take of a teacher."""
+
+    overrides: dict[str, TeacherJobTerms] = Field(default_factory=dict)  # type: ignore[assignment]
+    """By the job's name, as {production: {weight: 4}}; docs/sharing.md has the keys. These count before
+    config.jobs.overrides."""
+
+
 class RowCache(ChartModel):
     """A volume for config.cache.directory_mib, so that rows outlive the pod."""
 
@@ -256,6 +277,10 @@ class Teacher(Server):
     the model lies, node ranks, files of tokens and certificates, the runtime directory) cannot be given here. A change
     restarts the pods."""
 
+    jobs: TeacherJobs = TeacherJobs()
+    """What single jobs may take, in a ConfigMap of its own: a change reaches the servers within about a minute, without
+    a restart."""
+
     sharing: Sharing = Sharing()
     """Where the socket lies by which clients on the same node get rows without a copy. They mount the same directory
     at /run/kdmesh and run as the same user."""
@@ -280,6 +305,10 @@ class Rollout(Server):
     """The server's own configuration (services/rollout_server/kdmesh_rollout/config.py). What the chart decides (where
     the model lies, node ranks, files of tokens and certificates, the runtime directory) cannot be given here. A change
     restarts the pods."""
+
+    jobs: Jobs = Jobs()
+    """What single jobs may take, in a ConfigMap of its own: a change reaches the servers within about a minute, without
+    a restart."""
 
     max_surge: int = Field(0, ge=0)
     """New pods beside the old ones during an upgrade; they need free GPUs."""

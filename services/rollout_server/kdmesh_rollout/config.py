@@ -98,6 +98,9 @@ class RolloutJobs(StrictModel):
     overrides: dict[str, JobTerms] = Field({}, max_length=1000)
     """By the job's name; a key that is left out is that of `defaults`."""
 
+    file: Path | None = None
+    """YAML or JSON file with further `overrides`, which count before those; read again when it changes."""
+
 
 class RolloutConfig(StrictModel):
     """A rollout server."""

@@ -10,6 +10,7 @@ from kdmesh.serving import lifecycle, rest
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_file import open_jobs
 from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.security import open_security
 from kdmesh.serving.server_families import ServerCollector
@@ -46,10 +47,11 @@ async def serve(
         on_ready: called once requests are taken.
 
     Raises:
-        ConfigError: a file of `server.auth` or `server.tls` cannot be used.
+        ConfigError: a file of `server.auth`, `server.tls` or `jobs` cannot be used.
     """
     gate, metrics = Gate[Parts](), Metrics()
     security = open_security(config.server, metrics)
+    jobs = open_jobs(config.jobs, metrics)
     metrics.registry.register(ServerCollector("kdmesh_rollout", gate, security.certificate))
     servicer = Servicer(gate, metrics, max_request_s=config.queue.max_request_s)
     app = rest.build_app("kdmesh rollout", gate, metrics.registry, security.authority)
@@ -59,7 +61,7 @@ async def serve(
     add_routes(app, gate)
 
     async def begin(stack: AsyncExitStack, port: int) -> Parts:
-        return await start(config, engine, thread, metrics=metrics, gate=gate, stack=stack)
+        return await start(config, engine, thread, jobs=jobs, metrics=metrics, gate=gate, stack=stack)
 
     async def drain(parts: Parts) -> None:
         await servicer.outstanding.wait_none()

@@ -12,6 +12,7 @@ from kdmesh.models.placement import gpu
 from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.revival import Revival
@@ -32,6 +33,7 @@ async def start(
     engine: Engine,
     thread: EngineThread,
     *,
+    jobs: JobTable[JobTerms],
     metrics: Metrics,
     gate: Gate[Parts],
     stack: AsyncExitStack,
@@ -50,7 +52,6 @@ async def start(
     await thread.run(check)
     log.info("model loaded", extra={"model": model.name, "seconds": time.monotonic() - began_s})
     loaded = LoadedEngine(engine=engine, thread=thread, model=model, check=check)
-    jobs = JobTable(config.jobs.defaults, config.jobs.overrides)
     scheduler = Scheduler(loaded, max_waiting_tokens=config.queue.max_tokens, jobs=jobs, metrics=metrics)
     updates = WeightUpdates(
         engine,

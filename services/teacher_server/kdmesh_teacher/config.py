@@ -148,6 +148,9 @@ class TeacherJobs(StrictModel):
     overrides: dict[str, TeacherJobTerms] = Field({}, max_length=1000)
     """By the job's name; a key that is left out is that of `defaults`."""
 
+    file: Path | None = None
+    """YAML or JSON file with further `overrides`, which count before those; read again when it changes."""
+
 
 class TeacherConfig(StrictModel):
     """A teacher server."""

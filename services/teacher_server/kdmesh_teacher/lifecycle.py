@@ -11,6 +11,7 @@ from kdmesh.serving import lifecycle, rest
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_file import open_jobs
 from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.security import open_security
 from kdmesh.serving.server_families import ServerCollector
@@ -49,10 +50,11 @@ async def serve(
         on_ready: called once requests are taken.
 
     Raises:
-        ConfigError: a file of `server.auth` or `server.tls` cannot be used.
+        ConfigError: a file of `server.auth`, `server.tls` or `jobs` cannot be used.
     """
     gate, metrics = Gate[Parts](), Metrics()
     security = open_security(config.server, metrics)
+    jobs = open_jobs(config.jobs, metrics)
     metrics.registry.register(ServerCollector("kdmesh_teacher", gate, security.certificate))
     servicer = Servicer(gate, metrics)
     app = rest.build_app("kdmesh teacher", gate, metrics.registry, security.authority)
@@ -63,7 +65,9 @@ async def serve(
 
     async def begin(stack: AsyncExitStack, port: int) -> Parts:
         socket_path = directory / f"teacher-{port}.sock"
-        parts = await start(config, engine, thread, socket_path=socket_path, metrics=metrics, gate=gate, stack=stack)
+        parts = await start(
+            config, engine, thread, jobs=jobs, socket_path=socket_path, metrics=metrics, gate=gate, stack=stack
+        )
         metrics.watch(lambda: _gauges(parts))
         return parts
 

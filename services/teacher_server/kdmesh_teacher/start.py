@@ -27,7 +27,7 @@ from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_teacher import probe
 from kdmesh_teacher.answering import Answering
 from kdmesh_teacher.cache.build import open_cache, open_directory
-from kdmesh_teacher.config import EngineConfig, SlabConfig, TeacherConfig, TransformersEngine
+from kdmesh_teacher.config import EngineConfig, SlabConfig, TeacherConfig, TeacherJobTerms, TransformersEngine
 from kdmesh_teacher.engine import Engine, EngineDescription, LoadedEngine, ProcessEngine, UpdatableEngine
 from kdmesh_teacher.followed import FollowedJob
 from kdmesh_teacher.metrics import Metrics
@@ -49,6 +49,7 @@ async def start(
     engine: Engine,
     thread: EngineThread,
     *,
+    jobs: JobTable[TeacherJobTerms],
     socket_path: Path,
     metrics: Metrics,
     gate: Gate[Parts],
@@ -87,7 +88,6 @@ async def start(
     stack.push_async_callback(answering.close)
     loaded = LoadedEngine(engine=engine, thread=thread, model=described, check=check)
     limits = QueueLimits(max_tokens=config.queue.max_tokens, max_wait_s=config.queue.max_wait_s)
-    jobs = JobTable(config.jobs.defaults, config.jobs.overrides)
     scheduler = Scheduler(loaded, store, limits, jobs, metrics, weights, answering)
     updating = Outstanding()
     sleep = Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate)

@@ -19,6 +19,9 @@
 {{- include "kdmesh.checkGpus" $server -}}
 {{- include "kdmesh.checkReplicas" $server -}}
 {{- include "kdmesh.checkEnvironment" $server -}}
+{{- if and $server.values.jobs.overrides $server.values.jobs.existingConfigMap -}}
+{{- fail (printf "%s.jobs.overrides and existingConfigMap are both set: what jobs may take can stand in one of them" $name) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if $values.teacher.enabled -}}

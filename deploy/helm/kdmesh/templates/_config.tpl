@@ -33,6 +33,7 @@
 {{- end -}}
 {{- $_ := set $server "tls" $tls -}}
 {{- end -}}
+{{- $_ := set $config "jobs" (merge (dict "file" "/etc/kdmesh/jobs/jobs.yaml") ($config.jobs | default dict)) -}}
 {{- if dig "rowCache" "enabled" false .values -}}
 {{- $_ := set $config "cache" (merge (dict "directory" "/var/lib/kdmesh/rows") ($config.cache | default dict)) -}}
 {{- end -}}

@@ -22,10 +22,10 @@
 - name: fetch-model
   image: {{ include "kdmesh.image" . }}
   imagePullPolicy: {{ .root.Values.images.pullPolicy }}
-  command: [sh, -ceu]
+  command: [python, -c]
   args:
     - |
-      {{- .root.Files.Get "files/fetch-model.sh" | trim | nindent 6 }}
+      {{- .root.Files.Get "files/fetch_model.py" | trim | nindent 6 }}
   env:
     - {name: HOME, value: /home/kdmesh}
     - {name: MODEL, value: {{ $parts._0 | quote }}}
@@ -58,6 +58,7 @@
 
 {{- define "kdmesh.volumeMounts" -}}
 - {name: config, mountPath: /etc/kdmesh/config, readOnly: true}
+- {name: jobs, mountPath: /etc/kdmesh/jobs, readOnly: true}
 - {name: home, mountPath: /home/kdmesh}
 - {name: tmp, mountPath: /tmp}
 {{- if .values.shmSize }}
@@ -89,6 +90,8 @@
 {{- define "kdmesh.volumes" -}}
 - name: config
   configMap: {name: {{ include "kdmesh.name" . }}}
+- name: jobs
+  configMap: {name: {{ .values.jobs.existingConfigMap | default (printf "%s-jobs" (include "kdmesh.name" .)) }}}
 - name: home
   emptyDir: {}
 - name: tmp

@@ -1,0 +1,178 @@
+"""What the chart's pods run, run here as processes: a server, the test that asks it, and what fetches a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from tests.support.certificates import CertificateAuthority
+from tests.support.rendered_chart import Manifest, containers, of_kind, pods, rendered, rendered_with
+from tests.support.teacher_process import started, wait_event
+from tools.helm_chart import render
+
+_GUARDED = (
+    "auth.allowAnonymous=false",
+    'auth.tokensSecret.name="tokens"',
+    'tls.existingSecret="certificate"',
+    "rollout.enabled=false",
+    "test.enabled=true",
+)
+_MODEL, _REVISION = "Qwen/Qwen3-235B-A22B", "8efa61729e4c0c4d4b2f0b8b6c0f5a8d3b1e2f4a"  # of the ci values
+_TOKEN = "0123456789abcdef-viewer"
+
+
+def test_a_server_runs_as_its_pod_says_and_the_release_s_test_finds_it_ready(tmp_path: Path) -> None:
+    manifests = rendered_with(*_GUARDED, values="drills")
+    (server, asking) = [pod for _, pod in pods(manifests)]
+    _mount(server, manifests, tmp_path)
+    (container,) = server["spec"]["containers"]
+    arguments = [_here(argument, tmp_path) for argument in container["args"]]
+    command = (str(Path(sys.executable).with_name("kdmesh")), *arguments)
+    with started(tmp_path, *command, "--set", "server.port=0", "--set", "server.rest_port=0") as process:
+        ready = wait_event(process, "ready")
+        grpc, rest = (f"127.0.0.1:{ready[key].rpartition(':')[2]}" for key in ("grpc", "rest"))
+        done = _ask(asking, tmp_path, f"https://{rest}", grpc)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"https://{rest}/readyz: 200\n{grpc}: serving\n"
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            target = container[probe]["httpGet"]
+            url = f"{target['scheme'].lower()}://{rest}{target['path']}"
+            assert httpx.get(url, verify=False).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    done = _ask(asking, tmp_path, f"https://{rest}", grpc)
+    assert done.returncode != 0 and "Connection refused" in done.stderr
+
+
+def test_a_model_is_fetched_once_and_whole(tmp_path: Path) -> None:
+    files = {"config.json": b'{"model_type": "qwen3"}', "model.safetensors": bytes(range(256)) * 64}
+    with _hub(_MODEL, _REVISION, files) as (address, asked):
+        target, done = _fetch(tmp_path, address)
+        assert done.returncode == 0, done.stderr
+        assert {name: (target / name).read_bytes() for name in files} == files
+        asked.clear()
+        assert _fetch(tmp_path, address)[1].returncode == 0
+        assert asked == []
+
+
+def test_a_model_that_did_not_come_whole_is_not_taken_for_one(tmp_path: Path) -> None:
+    with _hub(_MODEL, _REVISION, {"config.json": b"{}"}, listed=("config.json", "model.safetensors")) as (address, _):
+        target, done = _fetch(tmp_path, address)
+    assert done.returncode != 0 and (target / "config.json").exists()
+    again, done = _fetch(tmp_path, address)  # now nobody answers there
+    assert done.returncode != 0 and not (again / ".complete").exists()
+
+
+def _mount(pod: Manifest, manifests: tuple[Manifest, ...], root: Path) -> None:
+    """Lay what the pod mounts below `root`, at the paths of its container."""
+    texts = {one["metadata"]["name"]: one["data"] for one in of_kind(manifests, "ConfigMap")}
+    pair = CertificateAuthority(root).issue("server", ["localhost"])
+    secrets = {
+        "tokens": {"tokens.yaml": f"tokens: [{{name: prometheus, role: viewer, token: {_TOKEN}}}]"},
+        "certificate": {
+            "tls.crt": pair.cert.read_text(),
+            "tls.key": pair.key.read_text(),
+            "ca.crt": (root / "authority.crt").read_text(),
+        },
+    }
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    for mount in pod["spec"]["containers"][0]["volumeMounts"]:
+        folder = Path(f"{root}{mount['mountPath']}")
+        folder.mkdir(parents=True, exist_ok=True)
+        volume = volumes[mount["name"]]
+        source = texts[volume["configMap"]["name"]] if "configMap" in volume else {}
+        if "secret" in volume:
+            source = secrets[volume["secret"]["secretName"]]
+        for name, text in source.items():
+            (folder / name).write_text(_here(text, root), encoding="utf-8")
+
+
+def _here(text: str, root: Path) -> str:
+    """With the paths of a container below `root`, and its name filled in."""
+    moved = re.sub(r"(?<![\w.])/(etc/kdmesh|run/kdmesh|models)/", rf"{root}/\1/", text)
+    return moved.replace("$(POD_NAME)", "demo-teacher-0")
+
+
+def _ask(pod: Manifest, root: Path, *places: str) -> subprocess.CompletedProcess[str]:
+    (container,) = pod["spec"]["containers"]
+    script, *_ = container["args"]
+    command = [sys.executable, *container["command"][1:], _here(script, root), *places]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def _fetch(root: Path, hub: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Run what fetches the model of a pod; where to, and how that ended."""
+    (pod,) = [pod for where, pod in pods(rendered(_values("several-nodes"))) if where.endswith("leaderTemplate")]
+    (container,) = [one for one in containers(pod) if one["name"] == "fetch-model"]
+    fixed = {one["name"]: _here(one["value"], root) for one in container["env"] if "value" in one}
+    environment = {**os.environ, **fixed, "HOME": str(root), "HF_ENDPOINT": hub, "HF_TOKEN": "hf_of_the_secret"}
+    command = [sys.executable, *container["command"][1:], *container["args"]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return Path(fixed["TARGET"]), done
+
+
+@contextmanager
+def _hub(
+    model: str, commit: str, files: dict[str, bytes], listed: Sequence[str] = ()
+) -> Iterator[tuple[str, list[str]]]:
+    """Answers what the client of Hugging Face's hub asks, to who has the token; and what was asked."""
+    asked: list[str] = []
+    names = listed or tuple(files)
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            asked.append(path)
+            if self.headers["Authorization"] != "Bearer hf_of_the_secret":
+                self._say(401, b"")
+            elif path == f"/api/models/{model}/revision/{commit}":
+                siblings = [{"rfilename": name} for name in names]
+                self._say(200, json.dumps({"id": model, "sha": commit, "siblings": siblings}).encode())
+            elif path == f"/api/models/{model}/tree/{commit}":
+                tree = [{"type": "file", "path": name, "size": len(files.get(name, b"")), "oid": "0"} for name in names]
+                self._say(200, json.dumps(tree).encode())
+            elif path.startswith(f"/{model}/resolve/{commit}/") and path.rpartition("/")[2] in files:
+                self._say(200, files[path.rpartition("/")[2]])
+            else:
+                self._say(404, b"")
+
+        do_HEAD = do_GET
+
+        def _say(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def _values(name: str) -> Path:
+    return render.CHART / "ci" / f"{name}-values.yaml"
