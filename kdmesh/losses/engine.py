@@ -15,6 +15,9 @@ from kdmesh.losses.rows import RowMaths, RowValues
 from kdmesh.losses.threads import run_each
 from kdmesh.losses.workspace import Workspace
 
+_PRODUCT_ROWS = 128  # of a tile of a GPU's matrix product
+_ALIGNMENT = 128  # columns, so that rows begin where whole vectors of memory do
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Side:
@@ -77,12 +80,34 @@ class Sizes:
     block_rows: int
     tile_rows: int
     num_threads: int
+    in_place: bool = False  # whether the logit gradient lies over the student's logits
+    multiple: int = 16  # of which chunks and blocks have equally many rows, as far as the number of rows allows
 
     @classmethod
     def choose(
-        cls, num_rows: int, vocabulary_size: int, device: torch.device, chunk_tokens: int | None = None
+        cls,
+        num_rows: int,
+        vocabulary_size: int,
+        device: torch.device,
+        chunk_tokens: int | None = None,
+        *,
+        with_kernel: bool = False,
     ) -> Sizes:
-        """What suits the device; `chunk_tokens` replaces the chunk's default."""
+        """What suits the device; `chunk_tokens` replaces the chunk's default.
+
+        Args:
+            with_kernel: whether `KernelRows` does the elementwise work, for which a chunk is a tile.
+        """
+        if with_kernel:
+            chunk = max(1, min(chunk_tokens or 2048, num_rows))
+            return cls(
+                chunk_rows=chunk,
+                block_rows=chunk,
+                tile_rows=chunk,
+                num_threads=1,
+                in_place=True,
+                multiple=_PRODUCT_ROWS,
+            )
         if device.type == "cpu":
             chunk = chunk_tokens or 2048
             # A product arranges the weight anew for every block: below 256 rows, much of its time. Above 64 MiB of
@@ -116,20 +141,30 @@ def sweep(
     """
     student = sides[0]
     num_rows, vocabulary_size, device = len(student.hidden_RD), student.head.vocabulary_size, student.hidden_RD.device
-    products = [
+    width = _ALIGNMENT if sizes.in_place else 1  # whose multiples rows are as wide as
+    whole_products = [
         workspace.matrix(
-            f"product {n}", sizes.block_rows, side.head.vocabulary_size, dtype=side.product_dtype, device=device
+            f"product {n}",
+            sizes.block_rows,
+            -(-side.head.vocabulary_size // width) * width,
+            dtype=side.product_dtype,
+            device=device,
         )
         for n, side in enumerate(sides)
     ]
+    products = [
+        product_BV[:, : side.head.vocabulary_size] for side, product_BV in zip(sides, whole_products, strict=True)
+    ]
     gradient_CV = None
-    if gradients.is_wanted:
+    if gradients.is_wanted and sizes.in_place:
+        gradient_CV = whole_products[0].view(student.hidden_RD.dtype)[:, :vocabulary_size]
+    elif gradients.is_wanted:
         gradient_CV = workspace.matrix(
             "logit gradient", sizes.chunk_rows, vocabulary_size, dtype=student.hidden_RD.dtype, device=device
         )
     values: list[RowValues] = []
-    for chunk in spans(num_rows, sizes.chunk_rows):
-        for block in spans(chunk.stop - chunk.start, sizes.block_rows):
+    for chunk in spans(num_rows, sizes.chunk_rows, multiple=sizes.multiple):
+        for block in spans(chunk.stop - chunk.start, sizes.block_rows, multiple=sizes.multiple):
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
             block_products = [product_BV[: rows.stop - rows.start] for product_BV in products]
             for side, product_BV in zip(sides, block_products, strict=True):

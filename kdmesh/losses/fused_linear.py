@@ -14,8 +14,10 @@ from kdmesh.errors import InvalidRequest
 from kdmesh.losses.divergences import Divergence
 from kdmesh.losses.engine import Gradients, Side, Sizes, sweep
 from kdmesh.losses.head import OutputHead
+from kdmesh.losses.kernel_form import KernelForm, Op, kernel_form
+from kdmesh.losses.kernel_rows import KernelRows, kernel_runs_on
 from kdmesh.losses.matmul import scaled
-from kdmesh.losses.mixture import MixedTeacher, MixtureRows, first_weight
+from kdmesh.losses.mixture import MixedTeacher, MixtureKernelRows, MixtureRows, first_weight
 from kdmesh.losses.rows import CrossEntropyRows, DivergenceRows, Mix, RowMaths, RowValues, StudentSide
 from kdmesh.losses.sampled import SampledDivergence
 from kdmesh.losses.workspace import Workspace, default_workspace
@@ -111,11 +113,21 @@ def fused_linear_divergence(
         weighted = [(teacher_head, weight), *((teacher.head, teacher.weight) for teacher in others)]
         return MixtureRows(student, weighted, mix, labels_R, tile_CV=tile_CV)
 
+    form = kernel_form(divergence)
+
+    def build_kernel_rows(student: StudentSide) -> RowMaths:
+        assert form is not None
+        if not others:
+            return KernelRows(student, teacher_head, form, mix, labels_R)
+        weighted = [(teacher_head, weight), *((teacher.head, teacher.weight) for teacher in others)]
+        return MixtureKernelRows(student, weighted, form, mix, labels_R)
+
     return run_fused(
         FusedCall(
             student_head=student_head,
             teachers=[(hidden_RE.detach(), head.detached()) for hidden_RE, head in teachers],
             build_maths=build_maths,
+            build_kernel_rows=None if form is None else build_kernel_rows,
             token_weight_R=token_weight_R,
             chunk_tokens=chunk_tokens,
             workspace=workspace or default_workspace(student_hidden_RD.device),
@@ -143,11 +155,15 @@ def fused_linear_cross_entropy(
     def build_maths(student: StudentSide, tile_CV: Tensor) -> RowMaths:
         return CrossEntropyRows(student, labels_R, tile_CV=tile_CV)
 
+    def build_kernel_rows(student: StudentSide) -> RowMaths:
+        return KernelRows(student, None, KernelForm(op=Op.NOTHING), None, labels_R)
+
     return run_fused(
         FusedCall(
             student_head=student_head,
             teachers=[],
             build_maths=build_maths,
+            build_kernel_rows=build_kernel_rows,
             token_weight_R=token_weight_R,
             chunk_tokens=chunk_tokens,
             workspace=workspace or default_workspace(student_hidden_RD.device),
@@ -163,6 +179,7 @@ class FusedCall:
     student_head: OutputHead
     teachers: Sequence[tuple[Tensor, OutputHead]]
     build_maths: Callable[[StudentSide, Tensor], RowMaths]
+    build_kernel_rows: Callable[[StudentSide], RowMaths] | None = None  # None where the kernel has no such loss
     token_weight_R: Tensor | None
     chunk_tokens: int | None
     workspace: Workspace
@@ -236,24 +253,29 @@ def _run(call: FusedCall, hidden_RD: Tensor, head: OutputHead, wanted: tuple[boo
     everything = [(hidden_RD, head), *call.teachers]
     is_double = any(torch.float64 in (rows.dtype, head.weight_VD.dtype) for rows, head in everything)
     student, *others = [Side.build(rows, head, is_double=is_double) for rows, head in everything]
-    widest = max(side.head.vocabulary_size for side in (student, *others))
-    sizes = Sizes.choose(len(hidden_RD), widest, hidden_RD.device, call.chunk_tokens)
+    device, widest = hidden_RD.device, max(side.head.vocabulary_size for side in (student, *others))
+    # A scale of another sign would turn the order of the products around, which the kernel's overlap relies on.
+    has_order = all(head.logit_scale > 0 for _, head in everything)
+    with_kernel = call.build_kernel_rows is not None and has_order and not is_double and kernel_runs_on(device)
+    sizes = Sizes.choose(len(hidden_RD), widest, device, call.chunk_tokens, with_kernel=with_kernel)
     gradients = Gradients.allocate(student, wanted, num_threads=sizes.num_threads)
-    tile_CV = hidden_RD.new_empty(sizes.tile_rows, head.vocabulary_size, dtype=student.product_dtype)
-    token_weight_R = None if call.token_weight_R is None else call.token_weight_R.to(tile_CV.dtype)
-    maths = [
-        call.build_maths(
-            StudentSide(
-                head=head,
-                token_weight_R=token_weight_R,
-                bias_gradient_V=None if gradients.bias_NV is None else gradients.bias_NV[n],
-            ),
-            torch.empty_like(tile_CV),
+    like = hidden_RD.new_empty(0, dtype=student.product_dtype)
+    token_weight_R = None if call.token_weight_R is None else call.token_weight_R.to(like.dtype).contiguous()
+    sides = [
+        StudentSide(
+            head=head,
+            token_weight_R=token_weight_R,
+            bias_gradient_V=None if gradients.bias_NV is None else gradients.bias_NV[n],
         )
         for n in range(sizes.num_threads)
     ]
+    if with_kernel:
+        assert call.build_kernel_rows is not None
+        maths = [call.build_kernel_rows(side) for side in sides]
+    else:
+        maths = [call.build_maths(side, like.new_empty(sizes.tile_rows, head.vocabulary_size)) for side in sides]
     values = sweep([student, *others], maths, gradients, sizes, call.workspace)
-    return RowValues.joined(values, like=tile_CV), gradients
+    return RowValues.joined(values, like=like), gradients
 
 
 def _check_vocabulary(student_head: OutputHead, teacher_head: OutputHead) -> None:

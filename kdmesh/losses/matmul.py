@@ -20,13 +20,13 @@ _GRADIENT_SLAB_ROWS = 1024
 _KERNEL_SLAB_ROWS = 256
 
 
-def spans(length: int, longest: int) -> list[slice]:
-    """Contiguous slices that cover `length`, none longer than `longest`, as equal as multiples of 16 allow."""
+def spans(length: int, longest: int, *, multiple: int = 16) -> list[slice]:
+    """Contiguous slices that cover `length`, none longer than `longest`, as equal as multiples allow."""
     if length == 0:
         return []
     count = -(-length // longest)
     size = -(-length // count)
-    size = min(longest, -(-size // 16) * 16)
+    size = min(longest, -(-size // multiple) * multiple)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -98,6 +98,8 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if factor.device.type == "cpu" and factor.item() == 1:
         return gradient.to(dtype)
+    if gradient.is_cuda and gradient.dtype is factor.dtype:  # one kernel multiplies, and rounds on its way out
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
     if gradient.dtype is dtype and dtype in (torch.float32, torch.float64):
         return gradient * factor
     result = torch.empty_like(gradient, dtype=dtype)

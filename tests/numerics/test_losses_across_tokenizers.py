@@ -141,7 +141,7 @@ def test_chunks_blocks_tiles_and_threads_of_any_number_give_the_textbooks_gradie
 ) -> None:
     chunk, block, tile, num_threads = sizes
     fixed = engine.Sizes(chunk_rows=chunk, block_rows=block, tile_rows=tile, num_threads=num_threads)
-    monkeypatch.setattr(engine.Sizes, "choose", staticmethod(lambda *_: fixed))
+    monkeypatch.setattr(engine.Sizes, "choose", staticmethod(lambda *_, **__: fixed))
     case = ChunkCase(lengths=[(1, 1), (2, 1), (1, 3)] * 9, temperature=1.4)
     made = inputs(case)
     assert_alike(

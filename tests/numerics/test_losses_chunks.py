@@ -57,7 +57,7 @@ def test_blocks_tiles_and_threads_of_any_number_give_the_textbooks_gradient(
 ) -> None:
     chunk, block, tile, num_threads = sizes
     fixed = engine.Sizes(chunk_rows=chunk, block_rows=block, tile_rows=tile, num_threads=num_threads)
-    monkeypatch.setattr(engine.Sizes, "choose", staticmethod(lambda *_: fixed))
+    monkeypatch.setattr(engine.Sizes, "choose", staticmethod(lambda *_, **__: fixed))
     case = replace(FULL, rows=150)
     inputs = tensors(case, torch.float64)
     assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-11)

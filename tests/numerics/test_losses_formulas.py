@@ -20,12 +20,12 @@ from tests.support.loss_cases import (
     Case,
     assert_same,
     call,
-    cases,
     expected,
     heads,
     run,
     tensors,
 )
+from tests.support.loss_strategies import cases
 from tests.support.textbook_losses import Transform
 
 

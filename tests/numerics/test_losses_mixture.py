@@ -12,7 +12,8 @@ from kdmesh.errors import InvalidRequest
 from kdmesh.losses import MixedTeacher, OutputHead, engine
 from tests.support import loss_cases, textbook_losses
 from tests.support.loss_cases import FULL, Case, assert_same
-from tests.support.mixture_cases import Further, MixtureTensors, call, expected, further, run, target, tensors
+from tests.support.loss_strategies import cases, further
+from tests.support.mixture_cases import Further, MixtureTensors, call, expected, run, target, tensors
 from tests.support.tensor_watch import TensorWatch
 from tests.support.textbook_losses import Transform
 
@@ -26,7 +27,7 @@ TWO = [
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_values_and_gradients_are_the_textbooks(name: str) -> None:
     @settings(max_examples=30)
-    @given(case=loss_cases.cases(name=name), others=further())
+    @given(case=cases(name=name), others=further())
     def check(case: Case, others: list[Further]) -> None:
         inputs = tensors(case, others, torch.float64)
         assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-11)
@@ -45,7 +46,7 @@ def test_every_divergence_whole_or_truncated_is_the_textbooks(name: str, kept: t
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_float32_is_as_near_as_its_rounding(name: str) -> None:
     @settings(max_examples=12)
-    @given(case=loss_cases.cases(name=name), others=further())
+    @given(case=cases(name=name), others=further())
     def check(case: Case, others: list[Further]) -> None:
         inputs = tensors(case, others, torch.float32)
         assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-4)
@@ -69,7 +70,7 @@ def test_blocks_tiles_and_threads_of_any_number_give_the_textbooks_gradient(
 ) -> None:
     chunk, block, tile, num_threads = sizes
     fixed = engine.Sizes(chunk_rows=chunk, block_rows=block, tile_rows=tile, num_threads=num_threads)
-    monkeypatch.setattr(engine.Sizes, "choose", staticmethod(lambda *_: fixed))
+    monkeypatch.setattr(engine.Sizes, "choose", staticmethod(lambda *_, **__: fixed))
     case = replace(FULL, rows=150)
     inputs = tensors(case, TWO, torch.float64)
     assert_same(run(case, inputs), expected(case, inputs), tolerance=1e-11)

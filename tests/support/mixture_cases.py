@@ -1,4 +1,4 @@
-"""Random calls of the fused loss with a mixture of teachers, and what the textbook says they come to."""
+"""Calls of the fused loss with a mixture of teachers, and what the textbook says they come to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from kdmesh.losses import FusedLoss, MixedTeacher, OutputHead, fused_linear_divergence
@@ -106,18 +105,3 @@ def target(case: Case, inputs: MixtureTensors) -> Tensor:
 def expected(case: Case, inputs: MixtureTensors) -> Outcome:
     """The textbook's values and autograd's gradients, in float64."""
     return single.expected(case, inputs.own, target_RV=target(case, inputs))
-
-
-_further = st.builds(
-    Further,
-    size=st.integers(1, 20),
-    share=st.sampled_from([1.0, 0.1, 3.0, 1e-6]),
-    own_tokens=st.integers(0, 9),
-    has_bias=st.booleans(),
-    transform=single.TRANSFORMS,
-)
-
-
-def further() -> st.SearchStrategy[list[Further]]:
-    """One to three more teachers."""
-    return st.lists(_further, min_size=1, max_size=3)
