@@ -9,11 +9,13 @@ SGLANG := .cache/sglang-env
 SGLANG_INSTALLED := $(SGLANG)/.installed
 PROMETHEUS := .cache/prometheus
 PROMETHEUS_INSTALLED := $(PROMETHEUS)/.installed
+COMPOSE := .cache/compose
+COMPOSE_INSTALLED := $(COMPOSE)/.installed
 
 KUBERNETES_TOOLS := .cache/kubernetes-tools/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env kubernetes-tools helm check format proto metrics dashboards clean
+.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability check format proto metrics dashboards constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -42,8 +44,12 @@ $(CHAOS_INSTALLED): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[chaos]'
 	@touch $@
 
-$(PROMETHEUS_INSTALLED): $(INSTALLED) tools/prometheus_env.py
-	$(BIN)/python tools/prometheus_env.py $(PROMETHEUS)
+$(PROMETHEUS_INSTALLED): $(INSTALLED) tools/debian_packages.py
+	$(BIN)/python tools/debian_packages.py prometheus $(PROMETHEUS)
+	@touch $@
+
+$(COMPOSE_INSTALLED): $(INSTALLED) tools/debian_packages.py
+	$(BIN)/python tools/debian_packages.py compose $(COMPOSE)
 	@touch $@
 
 $(KUBERNETES_TOOLS): tools/install_kubernetes_tools.py $(INSTALLED)
@@ -83,6 +89,11 @@ prometheus-env: $(PROMETHEUS_INSTALLED)  ## Prometheus, promtool and Alertmanage
 
 kubernetes-tools: $(KUBERNETES_TOOLS)  ## helm 3 and 4, which the chart is tested with
 
+test-observability: $(PROMETHEUS_INSTALLED)  ## Rules, alerts and dashboards against a real Prometheus and Alertmanager that read real services
+	$(BIN)/pytest -q -m observability tests/observability
+
+compose-env: $(COMPOSE_INSTALLED)  ## Docker's compose from Debian's packages, 13 MB; `make test` uses it if it is there
+
 check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -106,6 +117,9 @@ dashboards: $(INSTALLED)  ## Regenerate the Grafana dashboards of the chart
 helm: $(INSTALLED) $(KUBERNETES_TOOLS)  ## Regenerate the chart's values, schema and golden files
 	$(BIN)/python tools/generate_helm.py
 	$(BIN)/python tools/render_helm.py
+
+constraints: $(INSTALLED)  ## Pin in the images what this environment has
+	$(BIN)/python tools/generate_constraints.py
 
 proto: $(INSTALLED)  ## Regenerate kdmesh/v1 from proto/
 	$(BIN)/python tools/generate_proto.py

@@ -330,7 +330,13 @@ def top(server: str, is_once: bool, as_json: bool, interval: float, access_file:
 @click.option("--fresh", is_flag=True, help="Train the students again; the cached teacher is used.")
 @click.option("--brief", is_flag=True, help="Tiny models and eight steps: shows that all works, and nothing else.")
 @click.option("--on-policy", "is_on_policy", is_flag=True, help="Let a student learn from its own answers.")
-def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_policy: bool) -> None:
+@click.option(
+    "--make",
+    "into",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Only make the demo's teacher, student and chats in this directory, for servers and jobs of your own.",
+)
+def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_policy: bool, into: Path | None) -> None:
     """Distil a small model on this machine, from nothing, in a few minutes on two CPU cores.
 
     Makes chats of this machine's Python standard library, trains a small teacher on them, serves it, and trains two
@@ -341,9 +347,12 @@ def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_polic
     \b
     Example: kdmesh demo --output runs/demo
     """
-    from kdmesh.demo import on_policy, plan, story, table
+    from kdmesh.demo import ingredients, on_policy, plan, story, table
 
     chosen = plan.BRIEF if brief else plan.STANDARD
+    if into is not None:
+        ingredients.make(chosen, into)
+        return
     if is_on_policy:
         sampled = on_policy.tell(chosen, output=output or Path("runs/demo-on-policy"), cache=cache, fresh=fresh)
         table.print_on_policy(sampled)

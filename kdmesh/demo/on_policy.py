@@ -28,12 +28,12 @@ def tell(plan: Plan, *, output: Path, cache: Path, fresh: bool) -> OnPolicyOutco
     """
     with opened(plan, output=output, cache=cache, fresh=fresh) as stage:
         stage.train_teacher()
-        _warm_up(stage)
+        warm_up(stage)
         _learn_from_samples(stage)
     return _report(stage)
 
 
-def _warm_up(stage: Stage) -> None:
+def warm_up(stage: Stage) -> None:
     """A student whose samples are something: a random one would only babble."""
     plan, workspace, title = stage.plan, stage.workspace, "warm up on the docstrings"
     run = workspace.run(WARM_UP)

@@ -109,3 +109,15 @@ def test_this_machines_library_is_large_enough() -> None:
     corpus = build_corpus(STANDARD.corpus)
     assert len(corpus.train) > 1000
     assert len(corpus.held_out) > STANDARD.held_out_sequences
+
+
+def test_models_and_chats_are_made_for_jobs_of_ones_own_and_kept(tmp_path: Path) -> None:
+    into, written = tmp_path / "models", []
+    for _ in range(2):
+        process = start(tmp_path, "--make", str(into))
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        assert sorted(path.name for path in into.iterdir()) == ["data", "student", "teacher"]
+        files = ("data/train.jsonl", "teacher/tokenizer.json", "student/model.safetensors")
+        written.append([(into / file).stat().st_mtime_ns for file in files])
+    assert written[0] == written[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,22 @@ class Rollouts:
     It decodes one sample after the other.
     """
 
-    def __init__(self, processes: Processes, directory: Path, model: Path) -> None:
-        """Start nothing yet."""
+    def __init__(self, processes: Processes, directory: Path, model: Path, **sections: Mapping[str, Any]) -> None:
+        """Start nothing yet. `sections` are laid over a small deterministic configuration."""
         self.address = f"127.0.0.1:{free_port()}"
-        self._rest = f"http://127.0.0.1:{free_port()}"
+        self.rest = f"http://127.0.0.1:{free_port()}"
         self._processes = processes
         self._directory = directory
         tree: dict[str, dict[str, Any]] = {
             "engine": {"kind": "transformers", "model": str(model), "device": "cpu", "deterministic": True},
             "server": {
                 "port": int(self.address.split(":")[1]),
-                "rest_port": int(self._rest.split(":")[2]),
+                "rest_port": int(self.rest.split(":")[2]),
                 "drain_s": 5,
             },
         }
+        for name, keys in sections.items():
+            tree[name] = tree.get(name, {}) | keys
         directory.mkdir(parents=True)
         (directory / "rollout.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
         self.process: Process
@@ -47,7 +50,7 @@ class Rollouts:
 
     def get(self, path: str) -> Any:
         """The JSON that REST answers."""
-        return httpx.get(f"{self._rest}{path}").json()
+        return httpx.get(f"{self.rest}{path}").json()
 
     def num_waiting(self) -> int:
         """Samples that it has not begun."""

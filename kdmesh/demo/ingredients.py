@@ -1,0 +1,39 @@
+"""What the demo works with, for servers and jobs of one's own: a teacher, a student, chats."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from kdmesh.demo.on_policy import warm_up
+from kdmesh.demo.plan import Plan
+from kdmesh.demo.stage import opened
+from kdmesh.demo.workspace import WARM_UP
+
+TEACHER, STUDENT, DATA = "teacher", "student", "data"
+
+
+def make(plan: Plan, into: Path) -> None:
+    """Two trained models and the chats, in `into`: `teacher`, `student`, `data`. What is there already is kept.
+
+    Raises:
+        ConfigError: `into` holds something else.
+        ChildFailed: a training run failed.
+        Stopped: a signal came; the same call continues.
+    """
+    if (into / DATA).exists():
+        return
+    with opened(plan, output=into / "making", cache=into / "making" / "cache", fresh=False) as stage:
+        stage.train_teacher()
+        warm_up(stage)
+        workspace = stage.workspace
+        for name, origin in (
+            (TEACHER, workspace.teacher_model),
+            (STUDENT, workspace.run(WARM_UP) / "final"),
+            (DATA, workspace.corpus),
+        ):
+            unfinished = into / f"{name}.new"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(origin, unfinished)
+            unfinished.rename(into / name)
+    shutil.rmtree(into / "making")
