@@ -10,12 +10,12 @@ import yaml
 
 from tests.support import kubernetes_schemas
 from tests.support.custom_resources import FILES, errors
+from tests.support.operator_models import MODELS, understood
 from tests.support.rendered_chart import of_kind, pods, rendered, rendered_text
 from tools.helm_chart import render
 
 VALUES = render.values_files()
 VERSIONS = ("1.27", "1.30", "1.34", "1.37")
-OTHERS = {"ServiceMonitor", "PrometheusRule", "Certificate"}  # no definition of theirs is to be had
 every_value = pytest.mark.parametrize("values", VALUES, ids=lambda path: path.name.removesuffix("-values.yaml"))
 every_version = pytest.mark.parametrize("version", VERSIONS)
 
@@ -47,7 +47,7 @@ def test_the_ci_values_render_to_their_golden_files(golden: tuple[Path, Path, st
 @every_version
 def test_kubernetes_knows_every_key(values: Path, version: str) -> None:
     for manifest in rendered(values, version):
-        if manifest["kind"] not in OTHERS | FILES.keys():
+        if manifest["kind"] not in MODELS.keys() | FILES.keys():
             kubernetes_schemas.check(manifest, version)
 
 
@@ -65,6 +65,8 @@ def test_objects_of_other_projects_fit_their_definitions(values: Path) -> None:
     for manifest in rendered(values):
         if manifest["kind"] in FILES:
             assert errors(manifest) == []
+        if manifest["kind"] in MODELS:
+            assert understood(manifest)["spec"] == manifest["spec"]
 
 
 def test_the_definitions_refuse_what_their_projects_refuse() -> None:
@@ -72,6 +74,8 @@ def test_the_definitions_refuse_what_their_projects_refuse() -> None:
     assert errors(scaled | {"spec": scaled["spec"] | {"minReplicaCount": 9}}) == [
         "spec: minReplicaCount must be less than or equal to maxReplicaCount"
     ]
+    (certificate,) = of_kind(rendered(_values("several-nodes")), "Certificate")
+    assert "duratoin" not in understood(certificate | {"spec": certificate["spec"] | {"duratoin": "1h"}})["spec"]
     (group,) = of_kind(rendered(_values("several-nodes")), "LeaderWorkerSet")
     assert "'Leader' is not one of" in errors(group | {"spec": group["spec"] | {"startupPolicy": "Leader"}})[0]
     assert "'nodes' was unexpected" in errors(group | {"spec": group["spec"] | {"nodes": 2}})[0]
