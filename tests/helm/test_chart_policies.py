@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kdmesh.cli import main as cli
+from kdmesh.cluster.pods import LABELS
 from tests.support.rendered_chart import Manifest, containers, of_kind, pods, rendered, rendered_with
 from tools.helm_chart import render
 
@@ -127,6 +129,15 @@ def test_policies_deny_what_they_do_not_list() -> None:
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert policy["spec"]["ingress"] is None  # nobody
     assert [rule["ports"][0]["port"] for rule in policy["spec"]["egress"]] == [53]
+
+
+def test_jobs_that_are_submitted_are_let_in_and_run_as_the_user_that_memory_is_shared_with() -> None:
+    (policy,) = of_kind(rendered(_values("anonymous-cpu")), "NetworkPolicy")
+    clients, *_ = policy["spec"]["ingress"]
+    assert _selects(clients["from"][0]["podSelector"], LABELS)
+    (_, teacher), *_ = pods(rendered(_values("anonymous-cpu")))
+    (user,) = [option.default for option in cli.commands["submit"].params if option.name == "user"]
+    assert teacher["spec"]["securityContext"]["runAsUser"] == user
 
 
 def test_private_groups_open_every_port_to_clients_and_nobody_else() -> None:

@@ -8,19 +8,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cel
 import kubernetes_validate
 import yaml
 from jsonschema import Draft202012Validator
+from kubernetes_validate import utils
 
 CRDS = Path(os.environ.get("KDMESH_CRDS", Path(__file__).parents[3] / "shared/data/crds"))
 """Where the definitions of custom resources lie; tests that need them skip where it is not there."""
 
 _FILES = {
     "JobSet": "jobset.yaml",
+    "LeaderWorkerSet": "lws.yaml",
+    "ScaledObject": "keda-so.yaml",
     "TrainJob": "trainjob.yaml",
     "TrainingRuntime": "ctr.yaml",  # of the cluster-wide kind, whose spec is the same
 }
+CUSTOM = frozenset(_FILES)
+"""Kinds that are known by their definitions."""
+
 VERSIONS = ("1.29", "1.31", "1.34", "1.37")
+
+utils.schema_contents = cache(utils.schema_contents)  # it reads the same megabytes anew for every object
 
 
 def problems(manifest: Mapping[str, Any], version: str = VERSIONS[-1]) -> list[str]:
@@ -28,9 +37,11 @@ def problems(manifest: Mapping[str, Any], version: str = VERSIONS[-1]) -> list[s
     if manifest["kind"] in _FILES:
         if not CRDS.is_dir():
             return []
-        validator = _custom(manifest["kind"])
+        schema = _definition(manifest["kind"])
         spec = {key: value for key, value in manifest.items() if key in ("spec", "status")}
-        return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in validator.iter_errors(spec)]
+        errors = _custom(manifest["kind"]).iter_errors(spec)
+        found = [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]
+        return [*found, *_broken_rules(schema, manifest, "")]
     try:
         kubernetes_validate.validate(dict(manifest), version, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -53,10 +64,31 @@ def pod_templates(value: object) -> Iterator[dict[str, Any]]:
 
 
 @cache
-def _custom(kind: str) -> Draft202012Validator:
+def _definition(kind: str) -> dict[str, Any]:
     definition = yaml.load((CRDS / _FILES[kind]).read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     (stored,) = (version for version in definition["spec"]["versions"] if version["storage"])
-    schema = stored["schema"]["openAPIV3Schema"]
+    schema: dict[str, Any] = stored["schema"]["openAPIV3Schema"]
+    return schema
+
+
+def _broken_rules(schema: Mapping[str, Any], value: object, where: str) -> Iterator[str]:
+    """CEL rules that the value breaks; those of changes say nothing of a new object."""
+    for rule in schema.get("x-kubernetes-validations", ()):
+        if "oldSelf" not in rule["rule"] and not cel.evaluate(rule["rule"], {"self": value}):
+            yield f"{where.removeprefix('.')}: {rule.get('message', rule['rule'])}"
+    if isinstance(value, dict):
+        for key, held in value.items():
+            part = schema.get("properties", {}).get(key, schema.get("additionalProperties"))
+            if isinstance(part, dict):
+                yield from _broken_rules(part, held, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, held in enumerate(value):
+            yield from _broken_rules(schema.get("items", {}), held, f"{where}.{index}")
+
+
+@cache
+def _custom(kind: str) -> Draft202012Validator:
+    schema = _definition(kind)
     wanted = {name: _closed(schema["properties"][name]) for name in ("spec", "status") if name in schema["properties"]}
     return Draft202012Validator({"type": "object", "properties": wanted})
 
