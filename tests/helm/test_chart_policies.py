@@ -69,7 +69,7 @@ def test_a_pod_is_given_the_time_that_draining_takes(values: Path) -> None:
         if "readinessProbe" in server:
             drain_s = _config(rendered(values), server["name"])["server"]["drain_s"]
             hook = server.get("lifecycle", {}).get("preStop", {}).get("sleep", {"seconds": 0})
-            assert pod["spec"]["terminationGracePeriodSeconds"] >= hook["seconds"] + drain_s + 5, where
+            assert pod["spec"]["terminationGracePeriodSeconds"] >= hook["seconds"] + drain_s + 30, where
 
 
 @every_value

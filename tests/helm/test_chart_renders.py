@@ -61,9 +61,7 @@ def test_kubernetes_knows_every_key_of_the_pods_of_other_projects_kinds(version:
 
 
 def test_the_definitions_of_other_projects_are_there() -> None:
-    assert CRDS.is_dir(), (
-        f"there is no {CRDS}: they lie in shared/data, beside the repository"
-    )
+    assert CRDS.is_dir(), f"there is no {CRDS}: they lie in shared/data, beside the repository"
 
 
 @needs_definitions

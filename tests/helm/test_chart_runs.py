@@ -31,7 +31,8 @@ _GUARDED = (
     "test.enabled=true",
 )
 _MODEL, _REVISION = "Qwen/Qwen3-235B-A22B", "8efa61729e4c0c4d4b2f0b8b6c0f5a8d3b1e2f4a"  # of the ci values
-_TOKEN = "0123456789abcdef-viewer"
+_TOKEN = "0123456789abcdef"
+_OPERATOR = {"Authorization": f"Bearer {_TOKEN}"}
 
 
 def test_a_server_runs_as_its_pod_says_and_the_release_s_test_finds_it_ready(tmp_path: Path) -> None:
@@ -51,6 +52,11 @@ def test_a_server_runs_as_its_pod_says_and_the_release_s_test_finds_it_ready(tmp
             target = container[probe]["httpGet"]
             url = f"{target['scheme'].lower()}://{rest}{target['path']}"
             assert httpx.get(url, verify=False).status_code == 200
+        sleep = {"tags": ["weights"], "drain_s": 10}
+        asked = httpx.post(f"https://{rest}/v1/sleep", json=sleep, headers=_OPERATOR, verify=False)
+        assert asked.status_code == 200
+        done = _ask(asking, tmp_path, f"https://{rest}", grpc)
+        assert done.returncode != 0 and "503" in done.stderr
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
     done = _ask(asking, tmp_path, f"https://{rest}", grpc)
@@ -81,7 +87,7 @@ def _mount(pod: Manifest, manifests: tuple[Manifest, ...], root: Path) -> None:
     texts = {one["metadata"]["name"]: one["data"] for one in of_kind(manifests, "ConfigMap")}
     pair = CertificateAuthority(root).issue("server", ["localhost"])
     secrets = {
-        "tokens": {"tokens.yaml": f"tokens: [{{name: prometheus, role: viewer, token: {_TOKEN}}}]"},
+        "tokens": {"tokens.yaml": f"tokens: [{{name: ann, role: operator, token: {_TOKEN}}}]"},
         "certificate": {
             "tls.crt": pair.cert.read_text(),
             "tls.key": pair.key.read_text(),
