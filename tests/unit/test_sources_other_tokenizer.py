@@ -16,7 +16,15 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.fit import check_aligned
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.rows import Chat, Message
-from kdmesh_trainer.sources.sides import Aligned, InChunks, aligned_rows, answered_rows, first_rows, teacher_side
+from kdmesh_trainer.sources.sides import (
+    Aligned,
+    InChunks,
+    Prompt,
+    aligned_rows,
+    answered_rows,
+    first_rows,
+    teacher_side,
+)
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sources.turns import Unusable
 from tests.support.other_tokenizers import save_sentence_piece
@@ -227,3 +235,95 @@ def test_chunks_that_are_not_runs_of_rows_are_refused(chunk_encoder: OtherTokeni
         replace(sequence, chunks=sequence.chunks.shifted(0, 1))
     with pytest.raises(InvalidRequest, match="not runs of the student's"):
         replace(sequence, chunks=sequence.chunks.shifted(-1, 0))
+
+
+def response(encoder: OtherTokenizerEncoder, ids: list[int], **limits: int) -> Aligned | InChunks:
+    (prompt,) = encoder.encode_prompts([chat("wrap the text", "an answer that is left out")])
+    assert isinstance(prompt, Prompt)
+    own = TokenSequence(
+        token_ids=np.concatenate([prompt.token_ids, np.asarray(ids, np.int32)]),
+        positions=np.arange(len(prompt.token_ids) - 1, len(prompt.token_ids) + len(ids) - 1, dtype=np.int32),
+    )
+    found = encoder.read_response(prompt, own, **{"max_tokens": 10_000, "max_rows": 10_000, **limits})
+    assert np.array_equal(found.token_ids, own.token_ids)
+    assert np.array_equal(found.positions, own.positions)
+    return found
+
+
+def test_a_sampled_response_is_read_as_the_data_would_be(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    encoder: OtherTokenizerEncoder,
+    chunk_encoder: OtherTokenizerEncoder,
+) -> None:
+    data = chat("wrap the text", TURNS[1])
+    sampled = in_chunks(chunk_encoder.encode([data])).labels.tolist()
+    read, expected = response(chunk_encoder, sampled), in_chunks(chunk_encoder.encode([data]))
+    assert isinstance(read, InChunks)
+    assert np.array_equal(read.teacher.token_ids, expected.teacher.token_ids)
+    assert np.array_equal(read.teacher.positions, expected.teacher.positions)
+    assert pieces(read, tokenizers) == pieces(expected, tokenizers)
+    single = response(encoder, sampled)
+    assert isinstance(single, Aligned)
+    assert np.array_equal(single.rows_A, only(encoder.encode([data])).rows_A)
+
+
+def test_ids_that_no_tokenizer_would_make_are_matched_by_their_bytes(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], chunk_encoder: OtherTokenizerEncoder
+) -> None:
+    student, _ = tokenizers
+    letters = [student.encode(letter, add_special_tokens=False)[0] for letter in "the text"]
+    read = response(chunk_encoder, letters)  # cut off: nothing ends it
+    assert isinstance(read, InChunks)
+    own, theirs = pieces(read, tokenizers)
+    assert own == theirs
+    assert b"".join(own) == b"the text"
+    assert aligned_rows(read) == len(letters)
+
+
+def test_a_response_of_nothing_that_can_be_matched_is_still_a_sample(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    encoder: OtherTokenizerEncoder,
+    chunk_encoder: OtherTokenizerEncoder,
+) -> None:
+    student, _ = tokenizers
+    table = token_bytes(student)
+    lone = next(token for token, piece in enumerate(table) if piece == b"\xf0")
+    special = [token for token, piece in enumerate(table) if piece is None and token != encoder.end_of_turn()]
+    for ids in ([lone], special[:1], special[:1] * 3):
+        read = response(chunk_encoder, ids)
+        assert isinstance(read, InChunks)
+        assert len(read.chunks.student_begins) == 0
+        assert read.teacher.num_rows == 1
+        single = response(encoder, ids)
+        assert isinstance(single, Aligned)
+        assert single.rows_A.tolist() == [0]
+
+
+def test_an_end_at_once_ends_the_turn_on_both_sides(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], chunk_encoder: OtherTokenizerEncoder
+) -> None:
+    end = chunk_encoder.end_of_turn()
+    assert end is not None
+    read = response(chunk_encoder, [end])
+    assert isinstance(read, InChunks)
+    assert aligned_rows(read) == 1
+    assert read.teacher.labels.tolist() == [tokenizers[1].eos_token_id]
+
+
+def test_what_the_teacher_cannot_take_is_not_matched(chunk_encoder: OtherTokenizerEncoder) -> None:
+    sampled = in_chunks(chunk_encoder.encode([chat("wrap the text", TURNS[1])])).labels.tolist()
+    whole = response(chunk_encoder, sampled)
+    for limit in ({"max_tokens": whole.teacher.num_tokens - 5}, {"max_rows": whole.teacher.num_rows - 5}):
+        cut = response(chunk_encoder, sampled, **limit)
+        assert aligned_rows(cut) < aligned_rows(whole)
+        assert cut.teacher.num_tokens <= limit.get("max_tokens", 10_000)
+        assert cut.teacher.num_rows <= limit.get("max_rows", 10_000)
+
+
+def test_the_part_of_a_text_that_would_be_compared_is_known(
+    encoder: OtherTokenizerEncoder, chunk_encoder: OtherTokenizerEncoder
+) -> None:
+    texts = [TURNS[1], TURNS[3], ""]
+    assert chunk_encoder.aligned_fraction(texts) == 1
+    assert 0.3 < encoder.aligned_fraction(texts) < 1
+    assert encoder.aligned_fraction([]) == 0

@@ -241,9 +241,7 @@ def _read_train(
                 teachers.check_requests("train", train)
             return train
         case config.OnPolicy():
-            assert teachers is not None and not isinstance(
-                checked.encoder, OtherTokenizerEncoder
-            )  # the configuration's
+            assert teachers is not None  # the configuration's
             return read_task(
                 cfg,
                 cfg.source,
@@ -251,6 +249,7 @@ def _read_train(
                 encoder=checked.encoder,
                 tokenizer=checked.tokenizer,
                 teachers=teachers,
+                tokens=checked.teacher_tokens,
             )
         case _:
             assert_never(cfg.source)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +22,7 @@ from kdmesh_trainer import config
 from kdmesh_trainer.build_teacher import Teacher
 from kdmesh_trainer.build_teachers import Teachers
 from kdmesh_trainer.devices import Devices, OwnDevices, SharedDevices
-from kdmesh_trainer.fit import check_sampler, check_samples
+from kdmesh_trainer.fit import check_sampler, check_samples, refuse_unlike
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.publisher import StudentPublisher
@@ -29,14 +30,18 @@ from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
+from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.panel import EarlyPanel
 from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, digest_prompts, load_prompts
 from kdmesh_trainer.sources.readers import Reader
-from kdmesh_trainer.sources.sampler import Sampler
+from kdmesh_trainer.sources.sampler import ReadResponse, Sampler
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.show import Showcase
 from kdmesh_trainer.sources.sides import Prompt, teacher_side
 from kdmesh_trainer.sources.teacher_context import ContextEncoder
+from kdmesh_trainer.sources.tokenizer import TeacherTokens
+
+_JUDGED_PROMPTS = 1000  # enough to know how much two tokenizers have in common
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +56,7 @@ class Task:
     max_tokens: int  # of the longest prompt with the longest response
     answers: Sequence[TokenSequence]  # the data's own; empty where all is sampled
     tokenizer: PreTrainedTokenizerFast
+    read: ReadResponse | None  # None: the teacher has the student's tokenizer
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
@@ -70,14 +76,15 @@ def read_task(
     source: config.OnPolicy,
     *,
     reader: Reader,
-    encoder: ChatEncoder | ContextEncoder,
+    encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder,
     tokenizer: PreTrainedTokenizerFast,
     teachers: Teachers,
+    tokens: TeacherTokens,
 ) -> Task:
     """Read the prompts, and check that their teachers take every response to them.
 
     Raises:
-        DataError: the data cannot be used, or does not fit the teacher.
+        DataError: the data cannot be used, or does not fit the teacher, or its tokenizer has too little in common.
     """
     drawn = source.sampling
     policy = PromptPolicy(
@@ -110,6 +117,30 @@ def read_task(
         max_tokens=longest + drawn.max_new_tokens,
         answers=answers,
         tokenizer=tokenizer,
+        read=_reader_of_responses(cfg, prompts, encoder, teachers, tokens)
+        if isinstance(encoder, OtherTokenizerEncoder)
+        else None,
+    )
+
+
+def _reader_of_responses(
+    cfg: config.TrainerConfig,
+    prompts: Sequence[Prompt],
+    encoder: OtherTokenizerEncoder,
+    teachers: Teachers,
+    tokens: TeacherTokens,
+) -> ReadResponse:
+    """Raises DataError when the tokenizers have too little in common, in what the prompts say."""
+    assert cfg.data.teacher_tokenizer is not None  # of whom the encoder is
+    aligned = encoder.aligned_fraction(
+        [message.content for prompt in prompts[:_JUDGED_PROMPTS] if prompt.chat for message in prompt.chat.messages]
+    )
+    refuse_unlike(aligned, tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
+    model = teachers.only.pool.describe()
+    return partial(
+        encoder.read_response,
+        max_tokens=min(model.max_sequence_tokens, model.max_request_tokens),
+        max_rows=model.max_request_rows,
     )
 
 
@@ -217,6 +248,7 @@ def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mes
         samples_per_prompt=each,
         rank=mesh.rank,
         ranks=mesh.world_size,
+        read=task.read,
     )
 
 
@@ -239,7 +271,7 @@ def _showcase(cfg: config.TrainerConfig, task: Task) -> Showcase | None:
 
 
 def _stop_token_ids(
-    model: Path, tokenizer: PreTrainedTokenizerFast, encoder: ChatEncoder | ContextEncoder
+    model: Path, tokenizer: PreTrainedTokenizerFast, encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder
 ) -> tuple[int, ...]:
     """What ends a response: what ends an assistant turn in the data's template, and what ends the model's text."""
     ends = {encoder.end_of_turn(), tokenizer.eos_token_id, *_generation_ends(model / "generation_config.json")}

@@ -40,13 +40,17 @@ def common_vocabulary(teacher: ModelDescription, *, tokenizer_fingerprint: str, 
 
 def check_aligned(sequences: Sequence[TokenSequence], tokens: TeacherTokens, *, at_least: float) -> None:
     """Log how many loss tokens are compared with the teacher's. Raises DataError when they are too few."""
+    refuse_unlike(sum(map(aligned_rows, sequences)) / sum(s.num_rows for s in sequences), tokens, at_least=at_least)
+
+
+def refuse_unlike(aligned: float, tokens: TeacherTokens, *, at_least: float) -> None:
+    """Log which part of the tokens is compared with the teacher's. Raises DataError when it is too small."""
     assert tokens.shared is not None
-    aligned = sum(map(aligned_rows, sequences)) / sum(s.num_rows for s in sequences)
     facts = {"aligned_fraction": round(aligned, 4), "shared_tokens": len(tokens.shared.student_ids)}
     log.info("tokenizers aligned", extra=facts)
     if aligned < at_least:
         raise DataError(
-            f"{aligned:.1%} of the loss tokens have a counterpart among the teacher's, and "
+            f"{aligned:.1%} of the tokens have a counterpart among the teacher's, and "
             f"data.teacher_tokenizer.min_aligned is {at_least:g}: these tokenizers have too little in common"
         )
 

@@ -143,6 +143,16 @@ class OtherTokenizerEncoder:
         rows_A = np.zeros(1, np.int32)
         return Aligned(token_ids=own.token_ids, positions=own.positions, teacher=first, rows_A=rows_A)
 
+    def aligned_fraction(self, texts: Sequence[str]) -> float:
+        """Part of the student's tokens of these texts that would be compared with the teacher's."""
+        aligned = total = 0
+        for text in texts:
+            own, theirs = (np.asarray(side.encode_text(text), np.int32) for side in (self._student, self._teacher))
+            if len(own) and len(theirs):
+                aligned += self._alike(own, theirs).num_student_rows
+                total += len(own)
+        return aligned / total if total else 0.0
+
     def _prompt(self, chat: Chat, own: Prompt | Unusable, theirs: Prompt | Unusable) -> Prompt | Unusable:
         if isinstance(own, Unusable):
             return own

@@ -15,6 +15,9 @@ from kdmesh_trainer.sources.prompts import PromptOrder, StepPrompt
 from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService
 from kdmesh_trainer.sources.sides import Prompt, teacher_side
 
+# (a prompt, it with a response) -> that with what the teacher's tokenizer has for both. In any thread; always the same.
+ReadResponse = Callable[[Prompt, TokenSequence], TokenSequence]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
@@ -48,12 +51,11 @@ class Sampler:
         samples_per_prompt: int,
         rank: int,
         ranks: int,
-        read: Callable[[Prompt, TokenSequence], TokenSequence] | None = None,
+        read: ReadResponse | None = None,
     ) -> None:
         """
         Args:
-            read: makes of a prompt with its response what the teacher's tokenizer has for them as well, always the
-                same, in any thread; None: the teacher has the student's tokenizer.
+            read: None where the teacher has the student's tokenizer.
         """
         self._read = read
         self._order = order
