@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.support.other_tokenizers import save_sentence_piece
+from tests.support.teacher_process import await_ready, started
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_jobs import evaluations, losses, run_job, serving_teacher, write_config
+from tests.support.trainer_jobs import evaluations, losses, run_job, serving_teacher, started_job, write_config
+from tests.support.trainer_ranks import finish
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +28,16 @@ def teacher(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -
     save_sentence_piece(path)
     with serving_teacher(directory, path) as address:
         yield address, directory / "tokenizer"
+
+
+@contextmanager
+def serving_rollouts(directory: Path, student: Path) -> Iterator[str]:
+    """The host:port of a rollout server in a process of its own, which ends with the context."""
+    config = directory / "rollout.yaml"
+    engine = {"kind": "transformers", "model": str(student), "device": "cpu", "deterministic": True}
+    config.write_text(yaml.safe_dump({"engine": engine, "server": {"port": 0, "rest_port": 0}}), encoding="utf-8")
+    with started(directory, "-m", "kdmesh_rollout", str(config)) as process:
+        yield await_ready(process).grpc
 
 
 def job(
@@ -102,3 +115,31 @@ def test_what_compares_runs_of_tokens_learns_the_same_on_any_number_of_ranks(
         runs[1]
     )  # over shared tokens, whatever was learnt; a likelihood says nothing of what is not there
     assert algorithm["name"] == "alm" or scores[24]["kl_nats_per_token"] < scores[0]["kl_nats_per_token"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "ranks"), [("vanilla_kd", 1), ("alm", 2), ("gold", 1)])
+def test_samples_are_trained_on_as_they_were_drawn_and_scored_as_the_teacher_reads_them(
+    name: str, ranks: int, tiny_models: TinyModels, teacher: tuple[str, Path], tmp_path: Path
+) -> None:
+    config = job(tmp_path, tiny_models, teacher, min_aligned=0.2, algorithm={"name": name})
+    tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+    with serving_rollouts(tmp_path, Path(tree["student"]["model"])) as address:
+        tree["source"] = {
+            "kind": "on_policy",
+            "rollouts": {"addresses": [address], "deadline_s": 100},
+            "sampling": {"max_new_tokens": 12},
+        }
+        tree |= {"steps": 4, "evaluation": {}, "checkpoint": {}}
+        del tree["data"]["held_out"]
+        config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        with started_job(config, ranks=ranks) as processes:
+            outcomes = finish(processes, within_s=300)
+    assert [outcome.exit_code for outcome in outcomes] == [0] * ranks, [outcome.errors for outcome in outcomes]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert len(steps) == 4
+    assert all(0 < step["aligned_fraction"] <= 1 for step in steps)
+    # The log-probabilities that were sampled with are those of the rows that are trained on: their ids are the same.
+    assert all(abs(step["sampler_kl_k1_nats"]) < 1e-4 for step in steps)
+    assert all((step["student_entropy_nats"] is None) == (name != "vanilla_kd") for step in steps)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from kdmesh.alignment.chunks import align
+from kdmesh.alignment.spans import spans_of_text
+from kdmesh.alignment.token_bytes import token_bytes
 from kdmesh.errors import InvalidRequest
 from kdmesh.losses import engine
 from kdmesh.losses.across_vocabularies import fused_linear_by_rank, fused_linear_hybrid
 from kdmesh.losses.chunk_likelihood import binary_kl, fused_linear_chunk_likelihood
-from kdmesh.losses.labelled import ChunkLoss
+from kdmesh.losses.labelled import ChunkLoss, ChunkRows
 from kdmesh.losses.sorted_rows import HybridWeights, Matched
 from tests.support.chunk_cases import ChunkCase, ChunkInputs, cases, expected, inputs, likelihood, outcome
 from tests.support.tensor_watch import TensorWatch
+from tests.support.trained_tokenizers import TEXTS, tokenizer
 
+THREE = ("byte_level", "sentence_piece_bytes", "word_piece")
 TAUS = (1.0, 7.0, 100.0)
 WEIGHTS = HybridWeights(beta=0.3, matched=0.6, unmatched=0.4)
 
@@ -214,3 +221,33 @@ def test_numbers_out_of_range_are_refused() -> None:
             matched=matched_of(ChunkCase()),
             weights=replace(WEIGHTS, beta=1.0),
         )
+
+
+@pytest.mark.parametrize("pair", list(itertools.permutations(THREE, 2)), ids="/".join)
+def test_what_trained_tokenizers_make_of_a_text_is_compared_as_the_textbook_does(pair: tuple[str, str]) -> None:
+    text = TEXTS[6][100:300]
+    own, their = (spans_of_text(tokenizer(kind), text, token_bytes(tokenizer(kind))) for kind in pair)
+    found = align(own, text.encode(), their, text.encode(), most_tokens=1000)
+    chunks = ChunkRows(
+        student_begins_C=torch.from_numpy(found.student_begins.astype(np.int64)),
+        student_ends_C=torch.from_numpy(found.student_ends.astype(np.int64)),
+        teacher_begins_C=torch.from_numpy(found.teacher_begins.astype(np.int64)),
+        teacher_ends_C=torch.from_numpy(found.teacher_ends.astype(np.int64)),
+    )
+    sizes = [len(tokenizer(kind)) for kind in pair]
+    case = ChunkCase(
+        lengths=[(len(own.token_ids), len(their.token_ids))], own_vocabulary=sizes[0], their_vocabulary=sizes[1]
+    )
+    made = inputs(case)
+    made = replace(
+        made,
+        student=replace(made.student, labels_R=torch.from_numpy(own.token_ids.astype(np.int64))),
+        teacher=replace(made.teacher, labels_R=torch.from_numpy(their.token_ids.astype(np.int64))),
+        chunks=chunks,
+    )
+    assert found.ratio > 0.8
+    loss = fused_linear_chunk_likelihood(made.student, made.teacher, made.chunks, tau=20.0)
+    assert_alike(outcome(loss, made), textbook_likelihood(case, made, 20.0), tolerance=1e-9)
+    assert_alike(
+        outcome(run_hybrid(case, made), made), textbook_hybrid(case, made, matched_of(case), WEIGHTS), tolerance=1e-9
+    )

@@ -169,3 +169,24 @@ def test_what_compares_two_tokenizers_needs_the_teachers() -> None:
     del example["data"]["teacher_tokenizer"]
     with pytest.raises(ValidationError, match=r"algorithm alm compares two tokenizers.* needs data\.teacher_tokenizer"):
         TypeAdapter(TrainerConfig).validate_python(example)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "why"),
+    [
+        ("source", {"sampled_fraction": 0.5}, "with data.teacher_tokenizer it must be 1"),
+        (
+            "objective",
+            {"algorithm": {"name": "vanilla_kd"}, "divergence": {"name": "sampled_reverse_kl"}},
+            "whose tokens differ",
+        ),
+    ],
+)
+def test_samples_that_another_tokenizer_cannot_judge_are_refused(
+    section: str, fields: dict[str, Any], why: str
+) -> None:
+    path = Path(__file__).parents[2] / "examples/train-on-policy-other-tokenizer.yaml"
+    example = yaml.safe_load(path.read_text(encoding="utf-8"))
+    example[section] |= fields
+    with pytest.raises(ValidationError, match=why):
+        TypeAdapter(TrainerConfig).validate_python(example)

@@ -26,6 +26,7 @@ _FIGURES = {
     "cut_off_fraction": "Part of the last step's samples that ended at a limit of length.",
     "staleness_steps_max": "Most updates of the student between a sample's first token and its use, in the last step.",
     "sampler_kl_k1_nats": "Estimate of KL(sampler || student) over the last step's samples.",
+    "aligned_fraction": "Part of the last step's response tokens that are compared with another tokenizer's.",
     "student_entropy_nats": "Of the student's distribution over the last step's samples.",
 }
 _SCORES = {
