@@ -101,8 +101,10 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
         yield f"data.teacher_context.path: there is no file {context.path}"
     if isinstance(cfg.objective, Distill):
         yield from _own_code(cfg.objective)
-    for key, access, _ in _servers(cfg):
+    for key, access, addresses in _servers(cfg):
         yield from _access(key, access)
+        if any(address.startswith("k8s:") for address in addresses) and find_spec("kubernetes") is None:
+            yield f"{key}.addresses: the package kubernetes is not installed (pip install 'kdmesh[kubernetes]')"
     yield from wrong_addresses(cfg)
     if cfg.output.exists() and not cfg.output.is_dir():
         yield f"output: {cfg.output} is not a directory"

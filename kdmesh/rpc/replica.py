@@ -87,6 +87,8 @@ class Replica(Generic[C]):
         connect: Callable[[str], Awaitable[C]],
         router: Router,
         on_change: Callable[[], None],
+        *,
+        is_near: Callable[[], bool] = lambda: False,
     ) -> None:
         self.address = address
         self.client: C | None = None
@@ -98,6 +100,7 @@ class Replica(Generic[C]):
         self._connect = connect
         self._router = router
         self._on_change = on_change
+        self._is_near = is_near
         self._outstanding_requests = 0
         self._rests_until_s = 0.0
         self._policy = RetryPolicy()
@@ -168,7 +171,7 @@ class Replica(Generic[C]):
         """Return when the connection is lost."""
         self.has_tried = True
         self._rests_until_s = 0.0
-        self._router.join(self.address, time.monotonic(), is_local=client.is_local)
+        self._router.join(self.address, time.monotonic(), is_local=client.is_local or self._is_near())
         self._on_change()
         # Its frames hold the calls of the client, and those its connection, until the garbage collector comes.
         self.last_error = (await client.wait_lost()).with_traceback(None)

@@ -111,6 +111,7 @@ class Replicas(Generic[C]):
     async def close(self) -> None:
         """Close every connection."""
         await self._tasks.close()
+        await self._discovery.close()
 
     def notify(self) -> None:
         """Have everybody who waits look at the replicas again."""
@@ -262,14 +263,21 @@ class Replicas(Generic[C]):
             self._changed.set()
             if not self._discovery.changes:
                 return
-            await asyncio.sleep(self._routing.look_every_s)
+            await self._discovery.wait(self._routing.look_every_s)
 
     def _add(self, address: str) -> None:
         for replica in self._replicas:
             if replica.address == address:  # it was about to leave
                 replica.is_leaving = False
                 return
-        replica = Replica(self._kind, address, self._connected, self._router, self._changed.set)
+        replica = Replica(
+            self._kind,
+            address,
+            self._connected,
+            self._router,
+            self._changed.set,
+            is_near=lambda: self._discovery.is_near(address),
+        )
         self._replicas.append(replica)
         self._tasks.start(self._keep(replica))
 

@@ -81,8 +81,7 @@ class TeacherPool:
         """Connect. Blocks until a teacher is ready.
 
         Args:
-            addresses: host:port of each replica of one model, or dns:///name:port for all that a name resolves to; at
-                least one.
+            addresses: of the replicas of one model, as Discovery takes them; at least one.
             job: name for the logs and metrics of teachers that ask nobody who they are.
             door: how rows come; auto takes shared memory where a teacher is on this node.
             deadline_s: longest wait for one request, retries and a teacher's restart included.

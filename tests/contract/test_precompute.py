@@ -150,7 +150,7 @@ async def test_a_teacher_without_a_cache_is_refused(tmp_path: Path, tiny_models:
     ("override", "reason"),
     [
         ("teacher.addresses=[]", "teacher.addresses is empty"),
-        ("teacher.addresses=['dns:///teachers:1']", "names servers by dns"),
+        ("teacher.addresses=['dns:///teachers:1']", "names servers that come and go"),
         ("teacher.follows_student={}", "rows change while it trains"),
     ],
 )

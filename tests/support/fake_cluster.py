@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 import uuid
@@ -71,6 +72,7 @@ class FakeCluster:
 
     def __post_init__(self) -> None:
         self.changed = threading.Condition()
+        self._watches_since = 0
         self._objects: dict[tuple[str, str, str], Object] = {}  # by plural, namespace, name
         self._changes: list[tuple[int, str, str, Object]] = []  # version, plural, kind of change, object
 
@@ -102,6 +104,14 @@ class FakeCluster:
         """A pod writes to its log."""
         with self.changed:
             self.logs.setdefault(pod, []).extend(lines)
+            self.changed.notify_all()
+
+    def forget(self) -> None:
+        """End every watch, and forget all changes until now."""
+        with self.changed:
+            self.version += 1
+            self.oldest = self.version
+            self._watches_since = self.version
             self.changed.notify_all()
 
     def num_asked(self, method: str, ending: str) -> int:
@@ -157,7 +167,8 @@ class FakeCluster:
         if since < self.oldest:
             yield {"type": "ERROR", "object": Refused(410, "Expired", "too old resource version").status}
             return
-        while not self.is_closed:
+        begun = self._watches_since
+        while not self.is_closed and begun == self._watches_since:
             with self.changed:
                 fresh = [one for one in self._changes if one[0] > since and one[1] == plural]
                 if not fresh:
@@ -230,13 +241,23 @@ class FakeCluster:
         self.changed.notify_all()
 
 
+class _Server(ThreadingHTTPServer):
+    """Does not mind that a client goes."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Of one connection."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def fake_cluster(directory: Path, *, served: Mapping[str, list[str]] | None = None) -> Iterator[FakeCluster]:
     """A server with a kubeconfig in `directory`/kubeconfig, of the contexts here (namespace ml) and other (default)."""
     wanted = {**JOB_SETS, **TRAINER} if served is None else served
     cluster = FakeCluster(served={**_BUILT_IN, **wanted})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"cluster": cluster}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"cluster": cluster}))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     cluster.address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -281,6 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Any method."""
+        self.close_connection |= self.cluster.is_closed
         url = urlsplit(self.path)
         self.cluster.requests.append((self.command, url.path))
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}

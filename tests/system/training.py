@@ -116,6 +116,13 @@ class Job:
         torchrun = str(Path(sys.executable).with_name("torchrun"))
         return self._start(torchrun, "--standalone", f"--nproc-per-node={ranks}", "-m", "kdmesh_trainer")
 
+    def start_node(self, node: int, *, nodes: int, ranks: int, port: int) -> Process:
+        """Start one node of several as a pod of a cluster does; all of them are this machine."""
+        place = {"PET_NNODES": nodes, "PET_NODE_RANK": node, "PET_NPROC_PER_NODE": ranks, "PET_MASTER_PORT": port}
+        environment = {key: str(value) for key, value in place.items()}
+        environment |= {"PET_MASTER_ADDR": "127.0.0.1", "KDMESH_EXIT_WHEN_STOPPED": "75", "GLOO_SOCKET_IFNAME": "lo"}
+        return self._start(KDMESH, "train", name=f"node-{node}", **environment)
+
     def lines(self) -> list[dict[str, Any]]:
         """What its record says so far."""
         path = self.output / "metrics.jsonl"
@@ -132,7 +139,9 @@ class Job:
         """The record's lines of steps, whole."""
         return [line for line in self.lines() if line["kind"] == "step"]
 
-    def _start(self, *command: str, overrides: tuple[str, ...] = ()) -> Process:
+    def _start(
+        self, *command: str, overrides: tuple[str, ...] = (), name: str = "trainer", **environment: str
+    ) -> Process:
         self.config.write_text(yaml.safe_dump(self._tree), encoding="utf-8")
         sets = [argument for override in overrides for argument in ("--set", override)]
-        return self._processes.start("trainer", self._directory, *command, str(self.config), *sets)
+        return self._processes.start(name, self._directory, *command, str(self.config), *sets, **environment)

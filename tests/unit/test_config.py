@@ -117,6 +117,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("student: {model: x, weights: random, lora: {}}", "lora needs weights pretrained"),
         ("student: {model: x, lora: {target_modules: []}}", "target_modules is empty: nothing would be learnt"),
         ("student: {model: x, lora: {target_modules: q_proj}}", "student.lora.target_modules"),
+        ("teacher: {addresses: ['k8s:///a.b.c:grpc']}", "is not of the form k8s:///service:port or k8s:///service.nam"),
         ("teacher: {addresses: ['dns:///teachers']}", "'dns:///teachers' is not of the form dns:///name:port"),
         ("teacher: {addresses: ['dns:///a:1'], follows_student: {}}", "needs every address as host:port"),
         (

@@ -106,3 +106,10 @@ def test_what_configures_a_server_is_not_submitted(tmp_path: Path) -> None:
 )
 def test_words_of_the_wrong_form_are_told_the_right_one(config: Path, wish: str, value: str, words: str) -> None:
     assert words in refused(config, **{wish: (value,)})
+
+
+def test_the_example_is_submitted_as_it_says() -> None:
+    path = Path(__file__).parents[2] / "examples/train-in-cluster.yaml"
+    made = submission.plan(path, (), Wishes(**{**WISHES, "nodes": 2, "gpus": 8}), "JobSet")
+    assert made.name == "in-cluster"
+    assert made.asks_cluster

@@ -98,8 +98,8 @@ class TeacherConfig(ReplicatedConfig):
             raise ValueError("follows_student needs every address as host:port: new weights go to each of them")
         if self.has_names and self.access.tls is not None and self.access.tls.server_name is None:
             raise ValueError(
-                "access.tls needs server_name with dns:/// addresses: servers are reached by the numbers that a name "
-                "resolves to, which their certificates do not have"
+                "access.tls needs server_name with dns:/// and k8s:/// addresses: servers are reached by the numbers "
+                "that a name stands for, which their certificates do not have"
             )
         return self
 

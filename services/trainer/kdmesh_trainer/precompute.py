@@ -232,8 +232,8 @@ def _refuse_unknown(cfg: config.TrainerConfig) -> None:
             raise ConfigError(f"{key}.follows_student is set: the rows change while it trains")
         if teacher.has_names:
             raise ConfigError(
-                f"{key}.addresses names servers by dns: each keeps rows of its own, so name each one as host:port, "
-                f"with --set {key}.addresses=[...]"
+                f"{key}.addresses names servers that come and go: each keeps rows of its own, so name each one as "
+                f"host:port, with --set {key}.addresses=[...]"
             )
 
 

@@ -10,11 +10,14 @@ from pydantic import AfterValidator, Field
 from kdmesh.config import StrictModel
 
 _NAME = re.compile(r"dns:///[^:/\s]+:[0-9]+")
+_SERVICE = re.compile(r"k8s:///[a-z0-9-]+(\.[a-z0-9-]+)?:[a-z0-9-]+")
 
 
 def _address(value: str) -> str:
     if value.startswith("dns:") and not _NAME.fullmatch(value):
         raise ValueError(f"{value!r} is not of the form dns:///name:port")
+    if value.startswith("k8s:") and not _SERVICE.fullmatch(value):
+        raise ValueError(f"{value!r} is not of the form k8s:///service:port or k8s:///service.namespace:port")
     return value
 
 
@@ -32,8 +35,9 @@ class ReplicatedConfig(StrictModel):
     """Servers of one model."""
 
     addresses: tuple[Annotated[str, AfterValidator(_address)], ...] = ()
-    """host:port of each replica of one model, or dns:///name:port for all that a name resolves to, looked up again
-    while the job runs. `kdmesh train --serve` fills it in."""
+    """host:port of each replica of one model; dns:///name:port for all that a name resolves to, looked up again while
+    the job runs; k8s:///service.namespace:port for all that are ready behind a service of the job's Kubernetes
+    cluster. `kdmesh train --serve` fills it in."""
 
     routing: RoutingConfig = RoutingConfig()
     """Which of them gets a request."""
@@ -41,4 +45,4 @@ class ReplicatedConfig(StrictModel):
     @property
     def has_names(self) -> bool:
         """Whether servers may come and go."""
-        return any(address.startswith("dns:") for address in self.addresses)
+        return any(address.startswith(("dns:", "k8s:")) for address in self.addresses)
