@@ -15,7 +15,7 @@ COMPOSE_INSTALLED := $(COMPOSE)/.installed
 KUBERNETES_TOOLS := .cache/kubernetes-tools/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability check format proto metrics dashboards constraints clean
+.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability check format proto metrics dashboards constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ sglang-env: $(SGLANG_INSTALLED)  ## An environment with the real SGLang for CPU,
 
 test-sglang: $(SGLANG_INSTALLED)  ## The SGLang engine against the real SGLang, on the CPU
 	PYTHONPATH=tests/support/sglang_standin $(SGLANG)/bin/pytest -q -m sglang tests/sglang
+
+gpu:  ## Correctness, then figures, on one GPU within 10 minutes, by PYTHON's own torch; JSON as last line
+	PYTHONPATH=.:services/trainer $(PYTHON) -m benchmarks.gpu
 
 test-browser: $(INSTALLED)  ## The servers' status page in a real Chromium; skipped where there is none
 	$(BIN)/pytest -q -rs -m browser tests/system

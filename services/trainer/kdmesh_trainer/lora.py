@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
-from kdmesh_trainer.lora_config import ALL_LINEAR, LoraConfig
 
 if TYPE_CHECKING:
     import peft
+
+    from kdmesh_trainer.lora_config import LoraConfig
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _targets(lm: PreTrainedModel, config: LoraConfig) -> list[str]:
     body = lm.get_decoder()
     prefix = next(name for name, module in lm.named_modules() if module is body)
     linear = [f"{prefix}.{name}" for name, module in body.named_modules() if isinstance(module, nn.Linear)]
-    if config.target_modules == ALL_LINEAR:
+    if config.target_modules == "all-linear":
         return linear
     others = [name for name, module in lm.named_modules() if name not in linear and _own_tensors(module)]
     for target in config.target_modules:

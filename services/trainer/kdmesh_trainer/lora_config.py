@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
 
-ALL_LINEAR = "all-linear"
-
 
 class LoraConfig(StrictModel):
     """Low-rank adapters on some of the student's linear modules; everything else is frozen. Needs kdmesh[lora]."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from torch import nn
 from torch.optim import AdamW
 
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+if TYPE_CHECKING:
+    from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 
 def build_adamw(

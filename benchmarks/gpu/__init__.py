@@ -1,0 +1,1 @@
+"""Figures of the GPU path; see benchmarks/gpu/__main__.py."""

@@ -1,0 +1,89 @@
+"""The student under FSDP2 on one rank, over NCCL where there is a GPU: as it is without any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from benchmarks.gpu.scale import Scale
+from benchmarks.gpu.step import TINY, build_lm, packed_tokens
+from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
+from kdmesh.models.packing import PackedTokens
+from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.model import Student, begin_micro_batch, shard
+
+pytestmark = pytest.mark.gpu
+
+SCALE = Scale(device=torch.device("cpu"), rows=64, vocabulary=300)
+
+
+@pytest.fixture(scope="module")
+def mesh(device: torch.device) -> Iterator[Mesh]:
+    with joined("cpu" if device.type == "cpu" else "cuda", longest_wait_s=60) as mesh:
+        yield mesh
+
+
+def built() -> Student:
+    torch.manual_seed(3)
+    lm = build_lm(SCALE.vocabulary, TINY, torch.device("cpu"), torch.float32)
+    return Student(lm, vocabulary_size=SCALE.vocabulary)
+
+
+def loss_and_gradients(
+    student: Student, packed: PackedTokens, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    teacher = OutputHead(weight_VD=torch.randn(SCALE.vocabulary, 24, generator=generator).to(device))
+    rows_RE = torch.randn(packed.num_rows, 24, generator=generator).to(device)
+
+    def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
+        return fused_linear_divergence(hidden_RD, head, rows_RE, teacher, divergence=forward_kl, labels_R=labels_R)
+
+    loss_sum = student(packed, row_loss).loss_sum
+    loss_sum.backward()
+    gradients = {}
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        gradients[name] = whole.cpu()
+    return loss_sum.detach().cpu(), gradients
+
+
+def test_loss_and_gradient_are_those_of_a_cpu_without_fsdp(
+    mesh: Mesh, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = packed_tokens(SCALE)
+    student = built()
+    shard(student, mesh.device_mesh, compute_dtype=torch.float32)
+    begin_micro_batch(student, is_last=True)
+    loss, gradients = loss_and_gradients(student, packed.to(device), device)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the reference is torch's operators' in either case
+    reference, reference_gradients = loss_and_gradients(built(), packed, torch.device("cpu"))
+    torch.testing.assert_close(loss, reference, rtol=1e-4, atol=0)
+    for name, gradient in reference_gradients.items():
+        error = (gradients[name] - gradient).norm() / gradient.norm()
+        assert error < 1e-4, name
+
+
+def test_forward_and_backward_wait_for_nothing(mesh: Mesh, gpu: torch.device) -> None:
+    packed = packed_tokens(SCALE).to(gpu)
+    student = built()
+    shard(student, mesh.device_mesh, compute_dtype=torch.bfloat16)
+    teacher = OutputHead(weight_VD=torch.randn(SCALE.vocabulary, 24, device=gpu).bfloat16())
+    rows_RE = torch.randn(packed.num_rows, 24, device=gpu).bfloat16()
+
+    def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
+        return fused_linear_divergence(hidden_RD, head, rows_RE, teacher, divergence=forward_kl, labels_R=labels_R)
+
+    for turn in range(3):
+        begin_micro_batch(student, is_last=True)
+        if turn == 2:  # the first compile and allocate
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            student(packed, row_loss).loss_sum.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
