@@ -11,6 +11,7 @@ import click
 
 from kdmesh import check, cluster_commands, config, jobs, local
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
+from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.place import exit_when_stopped
 
@@ -60,6 +61,7 @@ def main() -> None:
 
     \b
     See it work       kdmesh demo
+    Check a machine   kdmesh doctor
     Check a config    kdmesh check examples/train.yaml
     Serve a teacher   kdmesh teacher examples/teacher.yaml
     Sample a student  kdmesh rollout examples/rollout.yaml
@@ -363,7 +365,7 @@ def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_polic
     click.echo(outcome.json())
 
 
-for command in cluster_commands.COMMANDS:
+for command in (*cluster_commands.COMMANDS, doctor):
     main.add_command(command)
 
 

@@ -6,6 +6,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +56,37 @@ class Cluster:
 
     def version(self) -> str:
         """Of Kubernetes."""
-        from kubernetes.client import VersionApi
+        said: str = json.loads(self._asked_version().data)["gitVersion"]
+        return said
 
-        with self._told("read the version"):
-            said: str = VersionApi(self._client).get_code(_request_timeout=_ANSWER_S).git_version
-            return said
+    def clock_skew_s(self) -> float:
+        """How far its clock is ahead of ours, to a second and the time that asking takes."""
+        theirs = parsedate_to_datetime(self._asked_version().headers["Date"])
+        return (theirs - datetime.now(UTC)).total_seconds() + 0.5  # the header leaves fractions out
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Versions of every group of objects that it serves, but for the core."""
+        from kubernetes.client import ApisApi
+
+        with self._told("list the kinds of objects"):
+            raw = ApisApi(self._client).get_api_versions(_preload_content=False, _request_timeout=_ANSWER_S)
+            found = _read(raw)["groups"]
+        return {group["name"]: tuple(one["version"] for one in group["versions"]) for group in found}
+
+    def may(self, verb: str, kind: Kind) -> bool:
+        """Whether our account may do that in the namespace."""
+        from kubernetes.client import AuthorizationV1Api
+
+        wanted = {"namespace": self.namespace, "verb": verb, "group": kind.group, "resource": kind.plural}
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": wanted},
+        }
+        with self._told(f"ask whether you may {verb} {kind.plural}"):
+            review = AuthorizationV1Api(self._client).create_self_subject_access_review
+            allowed: bool = _read(review(body, _preload_content=False, _request_timeout=_ANSWER_S))["status"]["allowed"]
+            return allowed
 
     def serves(self, kind: Kind) -> bool:
         """Whether the cluster knows objects of this kind."""
@@ -158,15 +186,25 @@ class Cluster:
         chosen = {"label_selector": labels, "field_selector": fields}
         options = {key: value for key, value in chosen.items() if value} | more
         options |= {"_preload_content": False, "_request_timeout": timeout}
-        if kind.group and everywhere:
+        if kind.group and (everywhere or not kind.is_namespaced):
             return self._objects.list_custom_object_for_all_namespaces(kind.group, kind.version, kind.plural, **options)
         if kind.group:
             return self._objects.list_namespaced_custom_object(
                 kind.group, kind.version, self.namespace, kind.plural, **options
             )
+        if not kind.is_namespaced:
+            return getattr(self._core, f"list_{_snake(kind)}")(**options)
         if everywhere:
             return getattr(self._core, f"list_{_snake(kind)}_for_all_namespaces")(**options)
         return getattr(self._core, f"list_namespaced_{_snake(kind)}")(self.namespace, **options)
+
+    def _asked_version(self) -> Any:
+        from kubernetes.client import VersionApi
+
+        with self._told("read the version"):
+            raw = VersionApi(self._client).get_code(_preload_content=False, _request_timeout=_ANSWER_S)
+            assert raw.data
+            return raw
 
     @contextmanager
     def _told(self, what: str, kind: Kind | None = None) -> Iterator[None]:

@@ -13,6 +13,7 @@ class Kind:
     plural: str
     group: str  # empty for the core of Kubernetes
     version: str
+    is_namespaced: bool = True
     project: str = ""  # that brings it, where Kubernetes does not
 
     @property
@@ -25,6 +26,10 @@ CONFIG_MAP = Kind(name="ConfigMap", plural="configmaps", group="", version="v1")
 CLAIM = Kind(name="PersistentVolumeClaim", plural="persistentvolumeclaims", group="", version="v1")
 POD = Kind(name="Pod", plural="pods", group="", version="v1")
 EVENT = Kind(name="Event", plural="events", group="", version="v1")
+NODE = Kind(name="Node", plural="nodes", group="", version="v1", is_namespaced=False)
+STORAGE_CLASS = Kind(
+    name="StorageClass", plural="storageclasses", group="storage.k8s.io", version="v1", is_namespaced=False
+)
 ENDPOINT_SLICE = Kind(name="EndpointSlice", plural="endpointslices", group="discovery.k8s.io", version="v1")
 JOB = Kind(name="Job", plural="jobs", group="batch", version="v1")
 JOB_SET = Kind(

@@ -26,7 +26,11 @@ from tests.support.cluster_schemas import problems
 Object = dict[str, Any]
 
 TOKEN = "a-token-of-this-test"
-_BUILT_IN = {"batch/v1": ["jobs"], "discovery.k8s.io/v1": ["endpointslices"]}
+_BUILT_IN = {
+    "batch/v1": ["jobs"],
+    "discovery.k8s.io/v1": ["endpointslices"],
+    "storage.k8s.io/v1": ["storageclasses"],
+}
 JOB_SETS = {"jobset.x-k8s.io/v1alpha2": ["jobsets"]}
 TRAINER = {"trainer.kubeflow.org/v1alpha1": ["trainjobs", "trainingruntimes"]}
 
@@ -205,6 +209,11 @@ class FakeCluster:
             if is_over or query.get("follow") != "true":
                 return
 
+    def groups(self) -> list[Object]:
+        """As the API lists them."""
+        pairs = [name.split("/") for name in self.served]
+        return [{"name": group, "versions": [{"version": version}]} for group, version in pairs]
+
     def check(self, namespace: str | None, verb: str, plural: str) -> None:
         """Raises Refused for what the account may not, and for a namespace that there is not."""
         if (verb, plural) in self.forbidden:
@@ -330,6 +339,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(json.dumps({**number, **more}).encode())
             case ["api", "v1", *rest]:
                 self.resource(rest, query, body)
+            case ["apis"]:
+                self.send(json.dumps({"kind": "APIGroupList", "groups": self.cluster.groups()}).encode())
+            case ["apis", "authorization.k8s.io", "v1", "selfsubjectaccessreviews"]:
+                asked = body["spec"]["resourceAttributes"]
+                may = (asked["verb"], asked["resource"]) not in self.cluster.forbidden
+                self.send(json.dumps({**body, "status": {"allowed": may}}).encode(), code=201)
             case ["apis", group, version] if f"{group}/{version}" in self.cluster.served:
                 resources = [
                     {"name": plural, "namespaced": True} for plural in self.cluster.served[f"{group}/{version}"]

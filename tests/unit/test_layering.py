@@ -52,6 +52,7 @@ LAYER = {
     "kdmesh.cli": 4,
     "kdmesh.cluster_commands": 4,
     "kdmesh.demo": 4,
+    "kdmesh.doctor": 4,
     "kdmesh.generate": 4,
     "kdmesh.jobs": 4,
     "kdmesh.local": 4,

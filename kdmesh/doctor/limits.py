@@ -1,0 +1,104 @@
+"""How much a machine, or the container that this process is in, lets kdmesh have."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from kdmesh.doctor.finding import Finding, ok
+from kdmesh.serving.words import size
+
+_SHARED_MEMORY_BYTES = 2**30
+_DESCRIPTORS = 4096
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_NO_LIMIT = 2**60  # what cgroup v1 says instead of a word
+_CLOCK_ERROR = 5  # adjtimex(2): TIME_ERROR
+
+
+def limits() -> Iterator[Finding]:
+    """Memory, shared memory, locked memory, open files, and the clock."""
+    yield _memory()
+    yield _shared_memory()
+    yield _locked_memory()
+    yield _descriptors()
+    yield _clock()
+
+
+def _memory() -> Finding:
+    """Informs only: how much is enough depends on the models."""
+    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    available = int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024
+    limit = memory_limit()
+    within = "" if limit is None else f", and this container may have {size(limit)}"
+    return ok("memory", f"{size(available)} are available{within}; slabs are charged to their server")
+
+
+def memory_limit() -> int | None:
+    """Bytes that this container may have; None where nobody limits it."""
+    for path in map(Path, _CGROUPS):
+        if path.is_file():
+            text = path.read_text(encoding="ascii").strip()
+            return int(text) if text.isdigit() and int(text) < _NO_LIMIT else None
+    return None
+
+
+def _shared_memory() -> Finding:
+    path = Path("/dev/shm")
+    total = shutil.disk_usage(path).total if path.is_dir() else 0
+    found = f"/dev/shm holds {size(total)}"
+    if total >= _SHARED_MEMORY_BYTES:
+        return ok("/dev/shm", found)
+    return Finding(
+        name="/dev/shm",
+        verdict="worse",
+        found=found,
+        cost="NCCL and SGLang keep buffers there, and fail when it is full; kdmesh's slabs do not lie there",
+        cure="docker run --shm-size 8g, or a volume emptyDir of medium Memory at /dev/shm",
+    )
+
+
+def _locked_memory() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return ok("locked memory", "without a limit", part="rdma")
+    return Finding(
+        name="locked memory",
+        verdict="worse",
+        found=f"at most {size(soft)}",
+        cost="a slab that is larger cannot be registered for RDMA: rows from other nodes come as a stream",
+        cure="ulimit -l unlimited; for containers, LimitMEMLOCK=infinity of the container runtime",
+        part="rdma",
+    )
+
+
+def _descriptors() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= _DESCRIPTORS:
+        return ok("open files", f"at most {soft}")
+    return Finding(
+        name="open files",
+        verdict="worse",
+        found=f"at most {soft} (a process may raise it to {hard})",
+        cost="every slot and every client of a server takes some: many clients are turned away",
+        cure=f"ulimit -n {_DESCRIPTORS}",
+    )
+
+
+def _clock() -> Finding:
+    """Whether the kernel takes its clock for right."""
+    state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(512))  # a zeroed struct timex: reads
+    if state == -1:
+        return Finding(name="clock", verdict="unknown", found=os.strerror(ctypes.get_errno()))
+    if state != _CLOCK_ERROR:
+        return ok("clock", "kept by a time server")
+    return Finding(
+        name="clock",
+        verdict="worse",
+        found="nobody keeps it right",
+        cost="web tokens and certificates are judged by it: some may be refused, or taken too long",
+        cure="chrony, or another client of NTP, on the machine",
+    )
