@@ -179,6 +179,7 @@ def test_an_algorithm_that_returns_no_loss_of_its_rows_is_refused(setup: Setup) 
     [
         ({"teacher": None, "teachers": {"one": {}}}, "single `teacher`"),
         ({"objective": {"name": "distill", "divergence": {"name": "sampled_reverse_kl"}}}, "sampled_reverse_kl"),
+        ({"objective": {"name": "distill", "algorithm": {"token_alignment": "cma"}}}, "needs data.teacher_tokenizer"),
     ],
 )
 def test_dskd_is_refused_where_there_is_no_second_space(changes: dict[str, Any], refusal: str) -> None:
@@ -190,7 +191,7 @@ def test_dskd_is_refused_where_there_is_no_second_space(changes: dict[str, Any],
         "data": {"train": {"format": "chat", "path": "t.jsonl"}},
         "objective": {"name": "distill"},
     } | changes
-    tree["objective"] |= {"algorithm": {"name": "dskd"}}
+    tree["objective"] |= {"algorithm": {"name": "dskd"} | tree["objective"].get("algorithm", {})}
     with pytest.raises(ValidationError, match=refusal):
         TrainerConfig.model_validate({key: value for key, value in tree.items() if value is not None})
 

@@ -24,6 +24,10 @@ class DualSpace(StrictModel):
 
     name: Literal["dskd"]
 
+    token_alignment: Literal["eta", "cma"] = "eta"
+    """How rows of the two find each other with data.teacher_tokenizer: eta takes those that are one token for both, cma
+    looks by attention."""
+
     learning_rate_factor: float = Field(10.0, gt=0)
     """Learning rate of the two projectors, as a multiple of optimizer.learning_rate."""
 
@@ -92,6 +96,8 @@ def refuse_unfit_algorithm(cfg: TrainerConfig, objective: Distill) -> None:
     """Raises ValueError when the algorithm cannot have what the rest of the configuration gives it."""
     if not isinstance(objective.algorithm, DualSpace):
         return
+    if objective.algorithm.token_alignment == "cma" and cfg.data.teacher_tokenizer is None:
+        raise ValueError("objective.algorithm dskd with token_alignment cma needs data.teacher_tokenizer")
     if cfg.teachers:
         raise ValueError("objective.algorithm dskd takes a single `teacher`, not `teachers`")
     if objective.divergence.name == "sampled_reverse_kl":

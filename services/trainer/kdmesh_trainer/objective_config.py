@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from kdmesh.config import StrictModel
-from kdmesh_trainer.algorithm_config import AlgorithmConfig, ChunkAlgorithm, ChunkLikelihood, VanillaKD
+from kdmesh_trainer.algorithm_config import AlgorithmConfig, ChunkAlgorithm, ChunkLikelihood, DualSpace, VanillaKD
 
 
 class ForwardKL(StrictModel):
@@ -239,6 +239,8 @@ class Distill(StrictModel):
     @property
     def compares_chunks(self) -> bool:
         """Whether it looks at runs of tokens that are the same bytes under two tokenizers."""
+        if isinstance(self.algorithm, DualSpace):
+            return self.algorithm.token_alignment == "cma"
         return isinstance(self.algorithm, ChunkAlgorithm)
 
     @property
@@ -273,7 +275,7 @@ class Distill(StrictModel):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> Distill:
-        if not self.compares_chunks:
+        if not isinstance(self.algorithm, ChunkAlgorithm):
             return self
         name = self.algorithm.name
         if self.divergence != ForwardKL() or self.keep is not None:

@@ -25,6 +25,7 @@ from kdmesh_trainer.algorithm_config import (
 )
 from kdmesh_trainer.algorithms.across_tokenizers import AcrossTokenizers, by_rank, chunk_likelihood, hybrid
 from kdmesh_trainer.algorithms.dskd import DualSpaceKD
+from kdmesh_trainer.algorithms.dskd_attention import AttendingDualSpaceKD
 from kdmesh_trainer.algorithms.seam import Algorithm, Setup
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 
@@ -41,7 +42,7 @@ def resolve_algorithm(cfg: AlgorithmConfig) -> BuildAlgorithm:
         case VanillaKD():
             return lambda setup: vanilla_kd
         case DualSpace():
-            return DualSpaceKD
+            return DualSpaceKD if cfg.token_alignment == "eta" else AttendingDualSpaceKD
         case ChunkLikelihood():
             return lambda setup: AcrossTokenizers(partial(chunk_likelihood, tau=cfg.tau))
         case ByRank():

@@ -49,8 +49,8 @@ class DualSpaceKD(nn.Module):
             student_of_V[teacher_S] = student_S
             self._student_of = student_of_V.to(setup.device)
             student_head, teacher_head = student_head.selected(student_S), teacher_head.selected(teacher_S)
-        self.teacher_to_student = _trained(logit_preserving_map(teacher_head, student_head, setup.device))
-        self.student_to_teacher = _trained(logit_preserving_map(student_head, teacher_head, setup.device))
+        self.teacher_to_student = trained(logit_preserving_map(teacher_head, student_head, setup.device))
+        self.student_to_teacher = trained(logit_preserving_map(student_head, teacher_head, setup.device))
 
     def forward(self, rows: LossRows, terms: Terms) -> FusedLoss:
         """See Algorithm."""
@@ -80,7 +80,7 @@ class DualSpaceKD(nn.Module):
             teacher_entropy_R=in_teacher.teacher_entropy_R,
         )
         is_whole = target.index_R is None
-        return loss if terms.ce_weight == 0 and is_whole else _with_cross_entropy(loss, rows, terms)
+        return loss if terms.ce_weight == 0 and is_whole else with_cross_entropy(loss, rows, terms)
 
     def _imitation(self, projected_AD: Tensor, head: OutputHead, teacher: MixedTeacher) -> tuple[Tensor, Tensor]:
         """I summed over rows, and [A] 1 where the projected teacher prefers what the teacher does, else 0."""
@@ -99,7 +99,7 @@ class DualSpaceKD(nn.Module):
         return imitated.loss_sum, agrees_A.to(imitated.cross_entropy_R.dtype)
 
 
-def _with_cross_entropy(loss: FusedLoss, rows: LossRows, terms: Terms) -> FusedLoss:
+def with_cross_entropy(loss: FusedLoss, rows: LossRows, terms: Terms) -> FusedLoss:
     """With that of all rows, of which those that the student drew are not imitated."""
     is_data_R = torch.ones(len(rows.labels_R), device=rows.labels_R.device)
     is_data_R[: rows.num_sampled] = 0
@@ -119,5 +119,6 @@ def _likeliest_cross_entropy(log_q_CV: Tensor, log_p_CV: Tensor) -> tuple[Tensor
     return value_C, log_q_CV.zero_().scatter_(-1, best_C1, -1.0)
 
 
-def _trained(matrix: Tensor) -> nn.Parameter:
+def trained(matrix: Tensor) -> nn.Parameter:
+    """A parameter that begins as `matrix`, in the element type that the student is trained in."""
     return nn.Parameter(matrix.to("cpu", torch.float32))
