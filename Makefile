@@ -15,7 +15,7 @@ COMPOSE_INSTALLED := $(COMPOSE)/.installed
 KUBERNETES_TOOLS := .cache/kubernetes-tools/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability test-containers check format proto metrics dashboards constraints clean
+.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability check format proto metrics dashboards constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -79,7 +79,7 @@ test-network: $(INSTALLED)  ## Two hosts as network namespaces, with a slow, los
 
 sglang-env: $(SGLANG_INSTALLED)  ## An environment with the real SGLang for CPU, about 3 GB, kept between runs
 
-test-sglang: $(SGLANG_INSTALLED)  ## The SGLang engine against the real SGLang, on the CPU
+test-sglang: $(SGLANG_INSTALLED) $(KUBERNETES_TOOLS)  ## The SGLang engine against the real SGLang, on the CPU
 	PYTHONPATH=tests/support/sglang_standin $(SGLANG)/bin/pytest -q -m sglang tests/sglang
 
 gpu:  ## Correctness, then figures, on one GPU within 10 minutes, by PYTHON's own torch; JSON as last line
@@ -96,10 +96,6 @@ test-observability: $(PROMETHEUS_INSTALLED)  ## Rules, alerts and dashboards aga
 	$(BIN)/pytest -q -m observability tests/observability
 
 compose-env: $(COMPOSE_INSTALLED)  ## Docker's compose from Debian's packages, 13 MB; `make test` uses it if it is there
-
-test-containers: $(COMPOSE_INSTALLED) $(PROMETHEUS_INSTALLED)  ## Images built and a distillation run in them, under a Docker daemon of its own (as root, on Debian; minutes)
-	command -v dockerd debootstrap docker-init || apt-get install --yes --no-install-recommends docker.io debootstrap iptables iproute2 tini
-	$(BIN)/pytest -v -m containers tests/containers
 
 check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from kdmesh.cli import main as cli
+from kdmesh.cluster.kinds import KINDS
 from kdmesh.cluster.pods import LABELS
 from tests.support.rendered_chart import Manifest, containers, of_kind, pods, rendered, rendered_with
 from tools.helm_chart import render
@@ -138,6 +140,29 @@ def test_jobs_that_are_submitted_are_let_in_and_run_as_the_user_that_memory_is_s
     (_, teacher), *_ = pods(rendered(_values("anonymous-cpu")))
     (user,) = [option.default for option in cli.commands["submit"].params if option.name == "user"]
     assert teacher["spec"]["securityContext"]["runAsUser"] == user
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [("", 443), ("https://hub.example", 443), ("http://hub.example/api", 80), ("http://hub.example:8080", 8080)],
+)
+def test_what_fetches_a_model_reaches_the_hub(endpoint: str, port: int) -> None:
+    model = json.dumps({"uri": "hf://Qwen/Qwen3-8B", "endpoint": endpoint})
+    (policy,) = of_kind(rendered_with(f"teacher.model={model}"), "NetworkPolicy")
+    assert {"ports": [{"protocol": "TCP", "port": port}]} in policy["spec"]["egress"]
+
+
+def test_who_may_submit_may_do_so_with_every_kind_of_object_that_a_job_has() -> None:
+    roles = {one["metadata"]["name"]: one["rules"] for one in of_kind(rendered(_values("several-nodes")), "Role")}
+    allowed = {
+        (group, resource)
+        for rule in roles["qwen-submitter"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        if {"get", "list"} <= set(rule["verbs"])
+    }
+    assert {(kind.group, kind.plural) for kind in KINDS.values()} <= allowed
+    assert not any("secrets" in rule["resources"] for rules in roles.values() for rule in rules)
 
 
 def test_private_groups_open_every_port_to_clients_and_nobody_else() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,8 +18,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from tests.support.certificates import CertificateAuthority
-from tests.support.rendered_chart import Manifest, containers, of_kind, pods, rendered, rendered_with
-from tests.support.teacher_process import started, wait_event
+from tests.support.chart_pods import here, mount, running
+from tests.support.rendered_chart import Manifest, containers, pods, rendered, rendered_with
+from tests.support.teacher_process import wait_event
 from tools.helm_chart import render
 
 _GUARDED = (
@@ -38,11 +38,11 @@ _OPERATOR = {"Authorization": f"Bearer {_TOKEN}"}
 def test_a_server_runs_as_its_pod_says_and_the_release_s_test_finds_it_ready(tmp_path: Path) -> None:
     manifests = rendered_with(*_GUARDED, values="drills")
     (server, asking) = [pod for _, pod in pods(manifests)]
-    _mount(server, manifests, tmp_path)
+    mount(server, manifests, tmp_path, _secrets(tmp_path))
     (container,) = server["spec"]["containers"]
-    arguments = [_here(argument, tmp_path) for argument in container["args"]]
-    command = (str(Path(sys.executable).with_name("kdmesh")), *arguments)
-    with started(tmp_path, *command, "--set", "server.port=0", "--set", "server.rest_port=0") as process:
+    ports = ("--set", "server.port=0", "--set", "server.rest_port=0")
+    variables = {"POD_NAME": "demo-teacher-0"}
+    with running(server, tmp_path, *ports, variables=variables, environment=os.environ) as process:
         ready = wait_event(process, "ready")
         grpc, rest = (f"127.0.0.1:{ready[key].rpartition(':')[2]}" for key in ("grpc", "rest"))
         done = _ask(asking, tmp_path, f"https://{rest}", grpc)
@@ -82,40 +82,20 @@ def test_a_model_that_did_not_come_whole_is_not_taken_for_one(tmp_path: Path) ->
     assert done.returncode != 0 and not (again / ".complete").exists()
 
 
-def _mount(pod: Manifest, manifests: tuple[Manifest, ...], root: Path) -> None:
-    """Lay what the pod mounts below `root`, at the paths of its container."""
-    texts = {one["metadata"]["name"]: one["data"] for one in of_kind(manifests, "ConfigMap")}
-    pair = CertificateAuthority(root).issue("server", ["localhost"])
-    secrets = {
+def _secrets(root: Path) -> dict[str, dict[str, str]]:
+    authority = CertificateAuthority(root)
+    pair = authority.issue("server", ["localhost"])
+    files = {"tls.crt": pair.cert, "tls.key": pair.key, "ca.crt": authority.cert}
+    return {
         "tokens": {"tokens.yaml": f"tokens: [{{name: ann, role: operator, token: {_TOKEN}}}]"},
-        "certificate": {
-            "tls.crt": pair.cert.read_text(),
-            "tls.key": pair.key.read_text(),
-            "ca.crt": (root / "authority.crt").read_text(),
-        },
+        "certificate": {key: path.read_text("utf-8") for key, path in files.items()},
     }
-    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
-    for mount in pod["spec"]["containers"][0]["volumeMounts"]:
-        folder = Path(f"{root}{mount['mountPath']}")
-        folder.mkdir(parents=True, exist_ok=True)
-        volume = volumes[mount["name"]]
-        source = texts[volume["configMap"]["name"]] if "configMap" in volume else {}
-        if "secret" in volume:
-            source = secrets[volume["secret"]["secretName"]]
-        for name, text in source.items():
-            (folder / name).write_text(_here(text, root), encoding="utf-8")
-
-
-def _here(text: str, root: Path) -> str:
-    """With the paths of a container below `root`, and its name filled in."""
-    moved = re.sub(r"(?<![\w.])/(etc/kdmesh|run/kdmesh|models)/", rf"{root}/\1/", text)
-    return moved.replace("$(POD_NAME)", "demo-teacher-0")
 
 
 def _ask(pod: Manifest, root: Path, *places: str) -> subprocess.CompletedProcess[str]:
     (container,) = pod["spec"]["containers"]
     script, *_ = container["args"]
-    command = [sys.executable, *container["command"][1:], _here(script, root), *places]
+    command = [sys.executable, *container["command"][1:], here(script, root), *places]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -123,7 +103,7 @@ def _fetch(root: Path, hub: str) -> tuple[Path, subprocess.CompletedProcess[str]
     """Run what fetches the model of a pod; where to, and how that ended."""
     (pod,) = [pod for where, pod in pods(rendered(_values("several-nodes"))) if where.endswith("leaderTemplate")]
     (container,) = [one for one in containers(pod) if one["name"] == "fetch-model"]
-    fixed = {one["name"]: _here(one["value"], root) for one in container["env"] if "value" in one}
+    fixed = {one["name"]: here(one["value"], root) for one in container["env"] if "value" in one}
     environment = {**os.environ, **fixed, "HOME": str(root), "HF_ENDPOINT": hub, "HF_TOKEN": "hf_of_the_secret"}
     command = [sys.executable, *container["command"][1:], *container["args"]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

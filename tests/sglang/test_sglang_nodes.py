@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,11 @@ import pytest
 from kdmesh.rpc.teacher_pool import TeacherPool
 from tests.support.reference_rows import hugging_face_rows
 from tests.support.sequences import random_sequences
-from tests.support.sglang_teachers import starting
+from tests.support.sglang_teachers import free_port, starting
 from tests.support.teacher_process import await_ready, wait_event
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 
 pytestmark = pytest.mark.sglang
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def test_a_model_over_two_nodes_gives_the_same_rows_and_ends_with_either(

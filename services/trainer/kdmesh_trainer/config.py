@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
-from kdmesh.tracing.config import TracingConfig
 from kdmesh_trainer.algorithm_config import refuse_unfit_algorithm
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
@@ -275,9 +274,6 @@ class TrainerConfig(StrictModel):
 
     metrics: MetricsConfig | None = None
     """Where Prometheus reads how the run goes; null: nowhere."""
-
-    tracing: TracingConfig | None = None
-    """Where traces of steps go, with what teachers do for them; null: nowhere."""
 
     seed: int = Field(0, ge=0)
     """Order of the data and initial weights."""

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from kdmesh.tracing.spans import span
 from kdmesh_trainer import config
 from kdmesh_trainer.files import keep_before
 from kdmesh_trainer.metrics import Metrics
@@ -76,8 +75,8 @@ class SilentTelemetry:
         """Nothing."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Nothing but a span around what happens inside."""
-        return span(name)
+        """Nothing around what happens inside."""
+        return contextlib.nullcontext()
 
     def report(self, step: int, stats: StepStats) -> None:
         """Nothing."""
@@ -136,8 +135,7 @@ class RunTelemetry:
         self._progress.phase(name)
         begin = time.perf_counter()
         try:
-            with span(name):
-                yield
+            yield
         finally:
             self._phase_s[name] = self._phase_s.get(name, 0.0) + time.perf_counter() - begin
 
