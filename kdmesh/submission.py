@@ -86,8 +86,15 @@ def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) ->
         asks_cluster=any(address.startswith("k8s:") for address in _addresses(cfg)),
         node_labels=tuple(_pair(text, "--node-label", "NAME=VALUE") for text in wishes.node_labels),
         pull_secret=wishes.pull_secret,
+        metrics_port=None if cfg.metrics is None else cfg.metrics.port,
     )
-    lines = [*_unservable(cfg), *_unreachable(cfg), *_unfit_ranks(cfg, made), *_misplaced(cfg, made, wishes.in_image)]
+    lines = [
+        *_unservable(cfg),
+        *_unread(cfg),
+        *_unreachable(cfg),
+        *_unfit_ranks(cfg, made),
+        *_misplaced(cfg, made, wishes.in_image),
+    ]
     if lines:
         count = "1 thing is" if len(lines) == 1 else f"{len(lines)} things are"
         raise ConfigError(
@@ -122,6 +129,14 @@ def _unservable(cfg: TrainerConfig) -> Iterator[str]:
             yield f"{f'teachers.{name}' if name else 'teacher'}.addresses is empty: name a running teacher there"
     if isinstance(cfg.source, OnPolicy) and not cfg.source.rollouts.addresses:
         yield "source.rollouts.addresses is empty: name a running rollout server there"
+
+
+def _unread(cfg: TrainerConfig) -> Iterator[str]:
+    """Metrics that Prometheus, which is elsewhere, could not read."""
+    if cfg.metrics is not None and is_loopback(cfg.metrics.host):
+        yield f"metrics.host is {cfg.metrics.host}, which nobody reaches from outside the pod: set 0.0.0.0"
+    if cfg.metrics is not None and cfg.metrics.port == 0:
+        yield "metrics.port is 0, any free one: in a cluster it must be known"
 
 
 def _unreachable(cfg: TrainerConfig) -> Iterator[str]:

@@ -98,6 +98,7 @@ class JobPlan:
     asks_cluster: bool = False  # whether its nodes look for servers by the API
     node_labels: tuple[tuple[str, str], ...] = ()  # that a machine must have
     pull_secret: str | None = None  # to fetch the image with
+    metrics_port: int | None = None  # where the first node shows its metrics
 
     def __post_init__(self) -> None:
         """Refuse what the cluster would refuse later, or would not."""

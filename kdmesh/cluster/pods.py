@@ -57,7 +57,7 @@ def _container(plan: JobPlan, first_node: str) -> dict[str, Any]:
         "command": ["kdmesh", "train", str(CONFIG / CONFIG_FILE)],
         "workingDir": str(WORK),
         "env": _environment(plan, first_node),
-        "ports": [{"name": "rendezvous", "containerPort": RENDEZVOUS_PORT}],
+        "ports": _ports(plan),
         "resources": _resources(plan),
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -76,6 +76,12 @@ def _container(plan: JobPlan, first_node: str) -> dict[str, Any]:
             ),
         ],
     }
+
+
+def _ports(plan: JobPlan) -> list[dict[str, Any]]:
+    """The chart's PodMonitor looks for the one that is called metrics."""
+    ports = {"rendezvous": RENDEZVOUS_PORT, "metrics": plan.metrics_port}
+    return [{"name": name, "containerPort": port} for name, port in ports.items() if port is not None]
 
 
 def _environment(plan: JobPlan, first_node: str) -> list[dict[str, Any]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cloudcoil.models.cert_manager.v1 import Certificate
-from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
+from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule, ServiceMonitor
 
-MODELS = {model.__name__: model for model in (Certificate, PrometheusRule, ServiceMonitor)}
+MODELS = {model.__name__: model for model in (Certificate, PodMonitor, PrometheusRule, ServiceMonitor)}
 
 
 def understood(manifest: dict[str, Any]) -> dict[str, Any]:

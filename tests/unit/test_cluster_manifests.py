@@ -163,3 +163,10 @@ def test_what_cannot_be_is_refused_with_the_rule(changes: dict[str, Any], words:
     with pytest.raises(ConfigError) as refused:
         replace(PLAN, **changes)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_have_the_port_that_the_chart_looks_for(kind: JobKind) -> None:
+    for port, wanted in ((8071, {"rendezvous": 29500, "metrics": 8071}), (None, {"rendezvous": 29500})):
+        (container,) = only_pod(of(kind, metrics_port=port))["spec"]["containers"]
+        assert {one["name"]: one["containerPort"] for one in container["ports"]} == wanted

@@ -87,6 +87,15 @@ def test_servers_that_are_needed_are_named(config: Path) -> None:
     assert "source.rollouts.addresses is empty" in refused(config, *sampled)
 
 
+def test_metrics_must_be_readable_from_outside_the_pod(config: Path) -> None:
+    said = refused(config, "metrics={port: 0}")
+    assert "metrics.host is 127.0.0.1, which nobody reaches from outside the pod" in said
+    assert "metrics.port is 0" in said
+    made = submission.plan(config, ("metrics={port: 8071, host: 0.0.0.0}",), Wishes(**WISHES), "Job")
+    assert made.metrics_port == 8071
+    assert submission.plan(config, (), Wishes(**WISHES), "Job").metrics_port is None
+
+
 def test_what_configures_a_server_is_not_submitted(tmp_path: Path) -> None:
     path = tmp_path / "teacher.yaml"
     path.write_text("engine: {kind: transformers, model: teacher}\n", encoding="utf-8")

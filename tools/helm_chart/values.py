@@ -177,6 +177,19 @@ class ServiceMonitor(ChartModel):
     """Who vouches for the servers' certificates; empty takes ca.crt of the Secret with the certificate."""
 
 
+class PodMonitor(ChartModel):
+    """How an operator's Prometheus finds the jobs of `kdmesh submit` whose configuration has `metrics`."""
+
+    enabled: bool = False
+    """Whether; needs the CRDs of prometheus-operator."""
+
+    interval: str = "15s"
+    """How often it reads."""
+
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that this Prometheus looks for."""
+
+
 class Rules(ChartModel):
     """Recording rules and alerts."""
 
@@ -205,6 +218,9 @@ class Monitoring(ChartModel):
 
     service_monitor: ServiceMonitor = ServiceMonitor()
     """How Prometheus finds the servers."""
+
+    pod_monitor: PodMonitor = PodMonitor()
+    """How Prometheus finds the jobs of `kdmesh submit` in the release's namespace."""
 
     rules: Rules = Rules()
     """Recording rules and alerts."""
