@@ -299,6 +299,25 @@ def test_a_response_of_nothing_that_can_be_matched_is_still_a_sample(
         assert single.rows_A.tolist() == [0]
 
 
+def test_bytes_that_are_no_text_are_left_out_and_what_is_around_them_is_matched(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], chunk_encoder: OtherTokenizerEncoder
+) -> None:
+    student, _ = tokenizers
+    table = token_bytes(student)
+    first, second, third = (
+        next(token for token, piece in enumerate(table) if piece == wanted) for wanted in (b"\xf0", b"\x9f", b"\x8e")
+    )
+    emoji = student.encode("🎉", add_special_tokens=False)
+    text = student.encode("the text", add_special_tokens=False)
+    ids = [first, *text, second, third, *emoji, *text, first, second]
+    read = response(chunk_encoder, ids)
+    assert isinstance(read, InChunks)
+    own, theirs = pieces(read, tokenizers)
+    assert own == theirs
+    assert b"".join(own).decode() == "the text🎉the text"
+    assert aligned_rows(read) == 2 * len(text) + len(emoji)
+
+
 def test_an_end_at_once_ends_the_turn_on_both_sides(
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], chunk_encoder: OtherTokenizerEncoder
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdmesh.alignment.chunks import align
-from kdmesh.alignment.spans import spans_of_ids
+from kdmesh.alignment.spans import Spans, spans_of_ids
 from kdmesh.alignment.token_bytes import token_bytes
 from kdmesh.alignment.vocabularies import shared_tokens
 from kdmesh.errors import ConfigError
@@ -127,7 +127,8 @@ class OtherTokenizerEncoder:
             max_rows: likewise.
         """
         labels = own.labels
-        _, text = spans_of_ids(labels, self._student_bytes)
+        _, read = _readable(labels, self._student_bytes)
+        text = read.decode()
         theirs = self._rendered(prompt, text) or self._appended(prompt, text)
         num_rows = min(int((theirs.positions <= max_tokens - 2).sum()), max_rows)
         cut = first_rows(theirs, num_rows)
@@ -161,18 +162,18 @@ class OtherTokenizerEncoder:
         leading = replace(chat, messages=without_answers(chat.messages))
         return Prompt(token_ids=own.token_ids, teacher_ids=theirs.token_ids, chat=leading)
 
-    def _rendered(self, prompt: Prompt, text: bytes) -> TokenSequence | None:
+    def _rendered(self, prompt: Prompt, text: str) -> TokenSequence | None:
         """The chat with the response as the teacher's template has it."""
         assert prompt.chat is not None
-        response = Message(role="assistant", content=text.decode(errors="replace"))
+        response = Message(role="assistant", content=text)
         chat = replace(prompt.chat, messages=(*prompt.chat.messages, response))
         [found] = self._teacher.encode_last_turns([chat])
         return None if isinstance(found, Unusable) else found
 
-    def _appended(self, prompt: Prompt, text: bytes) -> TokenSequence:
+    def _appended(self, prompt: Prompt, text: str) -> TokenSequence:
         """The response behind the teacher's prompt, and the end of the turn."""
         assert prompt.teacher_ids is not None
-        ids = self._teacher.encode_text(text.decode(errors="replace"))
+        ids = self._teacher.encode_text(text)
         if self._their_end is not None or not ids:
             ids = [*ids, self._their_end or 0]  # what it is does not matter where nothing else is there
         token_ids = np.concatenate([prompt.teacher_ids, np.asarray(ids, np.int32)])
@@ -224,8 +225,8 @@ class OtherTokenizerEncoder:
     def _alike(self, own: Int32Array, theirs: Int32Array) -> Chunks:
         """What is the same bytes in a turn's loss tokens; without `takes_chunks` only what is one token in both."""
         (own_spans, own_text), (their_spans, their_text) = (
-            spans_of_ids(own, self._student_bytes),
-            spans_of_ids(theirs, self._teacher_bytes),
+            _readable(own, self._student_bytes),
+            _readable(theirs, self._teacher_bytes),
         )
         found = align(own_spans, own_text, their_spans, their_text, most_tokens=_MOST_TOKENS)
         edges = np.stack([found.student_begins, found.student_ends, found.teacher_begins, found.teacher_ends])
@@ -244,6 +245,23 @@ class OtherTokenizerEncoder:
                 )
             )
         )
+
+
+def _readable(token_ids: Int32Array, table: Sequence[bytes | None]) -> tuple[Spans, bytes]:
+    """As spans_of_ids, without bytes that are no UTF-8: a student may draw some, and nobody can be told them."""
+    spans, text = spans_of_ids(token_ids, table)
+    is_read = np.ones(len(text), dtype=np.bool_)
+    begin = 0
+    while begin < len(text):
+        try:
+            text[begin:].decode()
+        except UnicodeDecodeError as error:
+            is_read[begin + error.start : begin + error.end] = False
+            begin += error.end
+        else:
+            break
+    read_before = np.concatenate([np.zeros(1, np.int32), np.cumsum(is_read, dtype=np.int32)])
+    return replace(spans, ends=read_before[spans.ends]), text.decode(errors="ignore").encode()
 
 
 def _members(begins: Int32Array, ends: Int32Array) -> Int32Array:
