@@ -7,6 +7,8 @@ one killed. The fake engine takes a fixed time for each token, so that the speed
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
 import sys
 import tempfile
@@ -14,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 import psutil
@@ -129,12 +132,13 @@ def _jobs(addresses: Sequence[str]) -> Iterator[Callable[[], int]]:
         thread.join()
 
 
-def _observe(watch: _Watch, seconds: float, clients: Sequence[Trainer]) -> list[Sample]:
+def _observe(watch: _Watch, seconds: float, clients: Sequence[Trainer], record: TextIO) -> list[Sample]:
     time.sleep(_SETTLE_S)
     samples = [watch.look()]
     while samples[-1].at_s < samples[0].at_s + seconds:
         time.sleep(_EVERY_S)
         samples.append(watch.look())
+        record.write(json.dumps(asdict(samples[-1])) + "\n")
         if not all(client.is_there for client in clients):
             raise SystemExit("a trainer has ended by itself")
     return samples
@@ -202,11 +206,16 @@ def main(arguments: Sequence[str]) -> None:
     """Run for a while, print the table, and fail when something has grown or slowed down."""
     parser = argparse.ArgumentParser(prog="benchmarks.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--record", type=Path, default=Path(os.devnull), help="file for every look, as lines of JSON")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder, _teachers(Path(folder)) as servers:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _teachers(Path(folder)) as servers,
+        options.record.open("w", buffering=1, encoding="utf-8") as record,
+    ):
         addresses = [server.grpc for server in servers]
         with trainers(addresses, _DOORS) as clients, _jobs(addresses) as num_jobs:
-            samples = _observe(_Watch(servers, clients), options.minutes * 60, clients)
+            samples = _observe(_Watch(servers, clients), options.minutes * 60, clients, record)
             jobs = num_jobs()
         wrong, change = _judge(samples)
         wrong += _left_over(servers)
