@@ -45,6 +45,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "masked reverse KL": _distil("masked_reverse_kl"),
     "top-1 cross-entropy": _distil("top1_cross_entropy"),
     "hierarchical ranking, top 5": _distil("hierarchical_ranking"),
+    "dual-space KD (DSKD)": {**_distil("forward_kl"), "algorithm": {"name": "dskd"}},
 }
 
 

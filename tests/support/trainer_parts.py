@@ -24,7 +24,7 @@ from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student, shard
+from kdmesh_trainer.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
@@ -119,6 +119,7 @@ def build_student(
     compute_dtype: torch.dtype,
     lora: LoraConfig | None = None,
     dual_space_with: LocalTeacher | None = None,
+    checkpointed_every: int | None = None,
 ) -> Student:
     """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for."""
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
@@ -135,6 +136,8 @@ def build_student(
             )
         )
     student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=algorithm)
+    if checkpointed_every is not None:
+        checkpoint_activations(lm, every=checkpointed_every)
     shard(student, mesh.device_mesh, compute_dtype=compute_dtype)
     return student
 

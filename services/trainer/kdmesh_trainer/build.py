@@ -40,7 +40,7 @@ from kdmesh_trainer.fit import check_aligned
 from kdmesh_trainer.loop import Evaluator, Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student, shard
+from kdmesh_trainer.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.objective_config import Distill, Sft
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
@@ -134,6 +134,8 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         beside = algorithm if isinstance(algorithm, nn.Module) else None
         packer = build_packer(lm, checked.image_reader, data.sequences(), freeze_vision=cfg.student.freeze_vision)
         student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=beside, packer=packer)
+        if cfg.student.activation_checkpointing != "none":
+            checkpoint_activations(lm, every=1 if cfg.student.activation_checkpointing == "all" else 2)
         shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.student.compute_dtype))
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_optimizer(cfg, student)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, OutputHead
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
@@ -119,6 +123,22 @@ def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> 
         is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=is_frozen or not is_kept_whole(student))
     fully_shard(student, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
+    """Of every `every`-th decoder layer keep only the inputs for the backward pass. Before `shard`.
+
+    Raises:
+        ConfigError: the model's layers do not allow it.
+    """
+    for layer in _layers(lm)[::every]:
+        if not isinstance(layer, GradientCheckpointingLayer):
+            raise ConfigError(
+                f"student.activation_checkpointing: layers {type(layer).__name__} of {lm.config.model_type} keep all "
+                "their activations; only none is possible"
+            )
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def is_kept_whole(student: nn.Module) -> bool:
