@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import PIL.Image
 from PIL import ImageOps
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.types import IMAGE_DIGEST_BYTES, Image
+from kdmesh.types import IMAGE_DIGEST_BYTES, Image, Int32Array, PlacedImage, TokenSequence
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -29,6 +30,40 @@ class ImagesMissing(Exception):
     def __init__(self, digests: tuple[bytes, ...]) -> None:
         super().__init__(f"{len(digests)} images are missing")
         self.digests = digests
+
+
+class ImageTokens(Protocol):
+    """How a model reads images, as models.ImageReader."""
+
+    @property
+    def token_id(self) -> int:
+        """Of the token that stands for each part of an image."""
+        ...
+
+    @property
+    def start_id(self) -> int:
+        """Of the token that comes before an image; without it, models number what follows otherwise."""
+        ...
+
+    def num_tokens(self, width: int, height: int) -> int:
+        """Tokens that stand for an image of so many pixels. Raises InvalidRequest when the model takes none such."""
+        ...
+
+
+def after_first_token(image: Image, token_ids: Int32Array, tokens: ImageTokens) -> TokenSequence:
+    """`token_ids` with the image behind the first, which opens it, and every row after it wanted.
+
+    Image tokens that were among them are 0.
+    """
+    num_tokens = tokens.num_tokens(image.width, image.height)
+    text = np.where(token_ids == tokens.token_id, 0, token_ids)
+    text[0] = tokens.start_id
+    ids = np.insert(text, 1, np.full(num_tokens, tokens.token_id)).astype(np.int32)
+    return TokenSequence(
+        token_ids=ids,
+        positions=np.arange(num_tokens + 1, len(ids) - 1, dtype=np.int32),
+        images=(PlacedImage(digest=image.digest, first_token=1, num_tokens=num_tokens, image=image),),
+    )
 
 
 def describe_image(data: bytes, *, file: Path | None = None) -> Image:

@@ -81,7 +81,13 @@ class Checkpoint:
             embeddings = self.skeleton.get_input_embeddings()
             tied = [n for n, tensor in self.skeleton.named_parameters() if tensor is embeddings.weight]
             name = tied[0] if tied else name
-        return read_tensor(self.path, name)
+        return read_tensor(self.path, self._name_in_files(name))
+
+    def _name_in_files(self, name: str) -> str:
+        """Files of models that read images may have older names, without the language model's own prefix."""
+        names = self.shapes()
+        older = [other for other in names if other.split(".")[-2:] == name.split(".")[-2:]]
+        return older[0] if name not in names and len(older) == 1 else name
 
 
 def open_checkpoint(path: Path, *, trust_remote_code: bool = False) -> Checkpoint:

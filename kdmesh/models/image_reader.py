@@ -26,13 +26,15 @@ class ImageReader:
 
     Attributes:
         token_id: of the token that stands for each part of an image.
+        start_id: of the token that comes before an image.
         expansion: names how an image's size becomes a number of tokens: two readers with the same one agree.
     """
 
-    def __init__(self, processor: Any, token_id: int) -> None:
+    def __init__(self, processor: Any, token_id: int, start_id: int) -> None:
         self._processor = processor
         self._merge_size: int = processor.merge_size
         self.token_id = token_id
+        self.start_id = start_id
         told = processor.to_dict()
         expansion = {name: told.get(name) for name in ("do_resize", "size", "patch_size", "merge_size")}
         self.expansion = _digest(expansion)
@@ -95,7 +97,7 @@ def load_image_reader(path: Path, config: PretrainedConfig | None = None) -> Ima
     ):
         if own != wanted:
             raise ConfigError(f"the image processor in {path} has {name} {own}; the model's config.json says {wanted}")
-    return ImageReader(processor, config.image_token_id)
+    return ImageReader(processor, config.image_token_id, config.vision_start_token_id)
 
 
 def _digest(values: dict[str, Any]) -> str:

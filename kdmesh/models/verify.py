@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
-from kdmesh.images import noise_image
+from kdmesh.images import after_first_token, noise_image
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.packing import PackedTokens, pack
 from kdmesh.models.vision import attention_of
-from kdmesh.types import PlacedImage, TokenSequence
+from kdmesh.types import TokenSequence
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -72,7 +72,10 @@ def check_images(model: PreTrainedModel, reader: ImageReader) -> None:
     Raises:
         ConfigError: naming the model type and the error found.
     """
-    sequences = [_with_image(reader, size, sequence) for size, sequence in enumerate(_probe_sequences(model), 2)]
+    sequences = [
+        after_first_token(noise_image(32 * size, 48, seed=size), sequence.token_ids, reader)
+        for size, sequence in enumerate(_probe_sequences(model), 2)
+    ]
     packer = Packer(model, reader)
     try:
         with torch.no_grad():
@@ -82,19 +85,6 @@ def check_images(model: PreTrainedModel, reader: ImageReader) -> None:
     except _FAILURES as error:
         raise _refusal(model, f"{type(error).__name__}: {error}") from error
     _check_close(model, together_TD, alone_TD, "two sequences with images in one row and each alone give hidden states")
-
-
-def _with_image(reader: ImageReader, size: int, sequence: TokenSequence) -> TokenSequence:
-    """An image of fixed noise after the first token of the sequence; larger for larger `size`."""
-    image = noise_image(32 * size, 48, seed=size)
-    num_tokens = reader.num_tokens(image.width, image.height)
-    # Its own token may be among the fixed ids, where it would stand for an image that is not there.
-    text = np.where(sequence.token_ids == reader.token_id, 0, sequence.token_ids).astype(np.int32)
-    return TokenSequence(
-        token_ids=np.insert(text, 1, np.full(num_tokens, reader.token_id, np.int32)),
-        positions=sequence.positions,
-        images=(PlacedImage(digest=image.digest, first_token=1, num_tokens=num_tokens, image=image),),
-    )
 
 
 def _own_image_hidden_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor:

@@ -9,26 +9,17 @@ from dataclasses import replace
 from typing import Protocol
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.images import ImagesMissing, check_image_size, decoded, describe_image
+from kdmesh.images import ImagesMissing, ImageTokens, check_image_size, decoded, describe_image
 from kdmesh.serving.images_config import ImagesConfig
 from kdmesh.types import Image, PlacedImage, TokenSequence, VisionSpec
 
 
-class Vision(Protocol):
-    """How a model reads images, as models.ImageReader."""
-
-    @property
-    def token_id(self) -> int:
-        """Of the token that stands for each part of an image."""
-        ...
+class Vision(ImageTokens, Protocol):
+    """With the name that clients compare."""
 
     @property
     def expansion(self) -> str:
         """See VisionSpec."""
-        ...
-
-    def num_tokens(self, width: int, height: int) -> int:
-        """Tokens that stand for an image of so many pixels. Raises InvalidRequest when the model takes none such."""
         ...
 
 
@@ -86,6 +77,12 @@ class ImageStore:
         token_id = self.spec.image_token_id
         is_image_T = sequence.token_ids == token_id
         expected = sum(image.num_tokens for image in sequence.images)
+        for image in sequence.images:
+            before = int(sequence.token_ids[image.first_token - 1]) if image.first_token else None
+            if before != self._vision.start_id:
+                raise InvalidRequest(
+                    f"sequence {index} has token {before} before an image; it must be {self._vision.start_id}"
+                )
         if int(is_image_T.sum()) != expected or not all(
             is_image_T[image.first_token : image.end].all() for image in sequence.images
         ):

@@ -10,8 +10,11 @@ from kdmesh.sglang.config import SglangModel
 from kdmesh.types import DType
 
 
-def server_arguments(config: SglangModel, dtype: DType) -> dict[str, Any]:
+def server_arguments(config: SglangModel, dtype: DType, *, reads_images: bool = False) -> dict[str, Any]:
     """Arguments of `sglang.Engine`; sets the environment variables that SGLang reads besides.
+
+    Args:
+        reads_images: whether the model does.
 
     Raises:
         ConfigError: an entry of `arguments` is none of this version's.
@@ -27,6 +30,8 @@ def server_arguments(config: SglangModel, dtype: DType) -> dict[str, Any]:
     }
     return {
         **(_CPU if config.device == "cpu" else {}),
+        **({"enable_multimodal": True} if reads_images else {}),
+        **({"mm_attention_backend": "sdpa"} if reads_images and config.device == "cpu" else {}),
         **{name: value for name, value in given.items() if value is not None},
         **config.arguments,
         "model_path": str(config.model),

@@ -14,6 +14,7 @@ from kdmesh.errors import ConfigError, EngineFailure
 from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
 from kdmesh.models.placement import DTYPES
+from kdmesh.models.vision import reads_images
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang.arguments import num_schedulers, server_arguments
 from kdmesh.sglang.config import SglangModel
@@ -117,7 +118,9 @@ class SglangRuntime:
         # Not at the top: the environment must be set before.
         from sglang.srt.entrypoints.engine import Engine
 
-        arguments = server_arguments(self._config, self.dtype)
+        arguments = server_arguments(
+            self._config, self.dtype, reads_images=reads_images(self.checkpoint.skeleton.config)
+        )
         try:
             self.engine = Engine(**arguments | dict(self._arguments))
         except Exception as error:

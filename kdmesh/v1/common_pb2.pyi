@@ -125,7 +125,7 @@ class PlacedImage(google.protobuf.message.Message):
     digest: builtins.bytes
     """32-byte BLAKE2b of the encoded image."""
     first_token: builtins.int
-    """Index of the first token that stands for it."""
+    """Index of the first token that stands for it; before it comes the token that the model opens images with."""
     num_tokens: builtins.int
     """How many tokens stand for it, all of them VisionSpec.image_token_id; at least one, and exactly as many
     as the model's own image processor makes of an image of its size.

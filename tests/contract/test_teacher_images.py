@@ -117,10 +117,14 @@ async def test_images_that_the_model_cannot_take_are_refused(tiny_vision: TinyVi
     shorter = replace(placed, num_tokens=placed.num_tokens - 1)
     fewer = replace(sequence, token_ids=sequence.token_ids.copy(), images=(shorter,))
     fewer.token_ids[shorter.end] = 0
+    opened_otherwise = replace(sequence, token_ids=sequence.token_ids.copy())
+    opened_otherwise.token_ids[placed.first_token - 1] = 9
     wide = vision_sequence(reader, 5, png(100, 50, seed=1), 9, seed=1)
     async with connected(path, tmp_path, images={"max_image_pixels": 4000}) as client:
         with pytest.raises(InvalidRequest, match=r"15 tokens for an image of 32 x 32 pixels.* makes 16"):
             await rows_of(client, fewer)
+        with pytest.raises(InvalidRequest, match=r"sequence 0 has token \d+ before an image; it must be 3"):
+            await rows_of(client, opened_otherwise)
         with pytest.raises(InvalidRequest, match=r"has 16 image tokens .* stand for 15"):
             await rows_of(client, replace(sequence, images=(shorter,)))
         with pytest.raises(InvalidRequest, match=r"has 16 image tokens .* stand for 0"):

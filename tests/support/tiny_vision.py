@@ -24,7 +24,7 @@ PATCH = 4
 MERGE = 2
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-IMAGE_TOKEN = SPECIAL.index("<|image_pad|>")
+VISION_START, IMAGE_TOKEN, VISION_END = range(3, 6)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -53,7 +53,6 @@ _TEXT = {
 _VISION = {
     "depth": 2,
     "num_heads": 2,
-    "patch_size": PATCH,
     "spatial_merge_size": MERGE,
     "temporal_patch_size": 2,
     "in_channels": 3,
@@ -65,7 +64,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "out_hidden_size": 32,
-        "window_size": 16,
         "fullatt_block_indexes": [1],
     },
     "qwen3_vl": {
@@ -86,27 +84,38 @@ class TinyVisionModels:
         self._root = root
 
     def path(
-        self, family: str = "qwen2_5_vl", *, seed: int = 0, dtype: torch.dtype = torch.float32, max_pixels: int = 4096
+        self,
+        family: str = "qwen2_5_vl",
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        max_pixels: int = 4096,
+        patch: int = PATCH,
     ) -> Path:
-        """Directory of a random model of `family`, whose image processor scales larger images down to `max_pixels`."""
-        path = self._root / f"{family}-{seed}-{dtype}-{max_pixels}"
+        """Directory of a random model of `family`.
+
+        Args:
+            max_pixels: larger images are scaled down to it.
+            patch: width of a patch in pixels; SGLang's Qwen2.5-VL knows 14 only.
+        """
+        path = self._root / f"{family}-{seed}-{dtype}-{max_pixels}-{patch}"
         if not path.exists():
-            save_model(path, family, seed=seed, dtype=dtype)
+            save_model(path, family, seed=seed, dtype=dtype, patch=patch)
             save_tokenizer(path)
-            save_image_processor(path, max_pixels=max_pixels)
+            save_image_processor(path, max_pixels=max_pixels, patch=patch)
         return path
 
 
-def save_model(path: Path, family: str, *, seed: int, dtype: torch.dtype) -> None:
+def save_model(path: Path, family: str, *, seed: int, dtype: torch.dtype, patch: int = PATCH) -> None:
     """Writes a random model of `family` to `path`; every parameter is random."""
     config = AutoConfig.for_model(
         family,
         text_config=_TEXT,
-        vision_config=_VISION | FAMILIES[family],
+        vision_config=_VISION | FAMILIES[family] | {"patch_size": patch, "window_size": 4 * patch},
         image_token_id=IMAGE_TOKEN,
         video_token_id=VOCABULARY_SIZE - 1,
-        vision_start_token_id=SPECIAL.index("<|vision_start|>"),
-        vision_end_token_id=SPECIAL.index("<|vision_end|>"),
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]):
@@ -140,13 +149,13 @@ def save_tokenizer(path: Path) -> None:
     ).save_pretrained(path)
 
 
-def save_image_processor(path: Path, *, max_pixels: int) -> None:
+def save_image_processor(path: Path, *, max_pixels: int, patch: int = PATCH) -> None:
     """Writes the image processor that fits the models to `path`."""
     Qwen2VLImageProcessorPil(
-        patch_size=PATCH,
+        patch_size=patch,
         merge_size=MERGE,
         temporal_patch_size=2,
-        size={"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": max_pixels},
+        size={"shortest_edge": (patch * MERGE) ** 2, "longest_edge": max_pixels},
     ).save_pretrained(path)
 
 
@@ -175,8 +184,9 @@ def vision_sequence(reader: ImageReader, *parts: int | bytes, seed: int, rows: i
             continue
         image = describe_image(part)
         num_tokens = reader.num_tokens(image.width, image.height)
+        ids.append(VISION_START)
         images.append(PlacedImage(digest=image.digest, first_token=len(ids), num_tokens=num_tokens, image=image))
-        ids.extend([IMAGE_TOKEN] * num_tokens)
+        ids.extend([*[IMAGE_TOKEN] * num_tokens, VISION_END])
     return TokenSequence(
         token_ids=np.array(ids, np.int32),
         positions=np.arange(len(ids) - 1 - rows, len(ids) - 1, dtype=np.int32),

@@ -26,7 +26,7 @@ from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.readers import open_dataset
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
-from tests.support.tiny_vision import IMAGE_TOKEN, png, save_image_processor, save_tokenizer
+from tests.support.tiny_vision import IMAGE_TOKEN, VISION_START, png, save_image_processor, save_tokenizer
 
 PICTURE = png(40, 24, seed=1)
 ANSWER = {"role": "assistant", "content": "It shows noise."}
@@ -137,7 +137,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(model: Path) -> ImageReader:
-    return ImageReader(Qwen2VLImageProcessorPil.from_pretrained(model), IMAGE_TOKEN)
+    return ImageReader(Qwen2VLImageProcessorPil.from_pretrained(model), IMAGE_TOKEN, VISION_START)
 
 
 def sequences_of(file: Path, model: Path, reader: ImageReader, **policy: Any) -> list[TokenSequence]:

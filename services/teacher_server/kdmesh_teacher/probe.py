@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kdmesh.errors import EngineFailure
-from kdmesh.images import noise_image
+from kdmesh.images import after_first_token, noise_image
 from kdmesh.serving.images import Vision
-from kdmesh.types import DType, Image, PlacedImage, TokenSequence
+from kdmesh.types import DType, TokenSequence
 from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts, PrefillJob
 
 _IMAGE_SIDE = 112
@@ -34,7 +34,9 @@ def check_images(engine: Engine, model: EngineDescription, vision: Vision) -> No
         EngineFailure: a row is not finite, the image changes nothing, or changes as much when it is the same.
     """
     images = [noise_image(_IMAGE_SIDE, _IMAGE_SIDE, seed=seed) for seed in (1, 1, 2)]
-    first_RD, again_RD, other_RD = (_rows(engine, model, [_after(image, model, vision)])[0] for image in images)
+    text = (np.arange(1, 7, dtype=np.int64) * 7919 % model.head.vocabulary_size).astype(np.int32)
+    asked = [after_first_token(image, text, vision) for image in images]
+    first_RD, again_RD, other_RD = (_rows(engine, model, [sequence])[0] for sequence in asked)
     if not (np.isfinite(first_RD).all() and np.isfinite(other_RD).all()):
         raise EngineFailure("the model gives values that are not finite after an image")
     largest = max(float(np.abs(first_RD).max()), 1e-30)
@@ -76,19 +78,6 @@ def check_head(parts: HeadParts, model: EngineDescription) -> None:
         raise EngineFailure("the head's bias and its description disagree")
     if parts.bias is not None and parts.bias.nbytes != rows * itemsize:
         raise EngineFailure(f"the head's bias has {parts.bias.nbytes} bytes for {rows} tokens")
-
-
-def _after(image: Image, model: EngineDescription, vision: Vision) -> TokenSequence:
-    """A token, the image, and a few tokens, whose rows are wanted."""
-    num_tokens = vision.num_tokens(image.width, image.height)
-    text = np.arange(1, 7, dtype=np.int64) * 7919 % model.head.vocabulary_size
-    text[text == vision.token_id] = 0
-    ids = np.insert(text, 1, np.full(num_tokens, vision.token_id))
-    return TokenSequence(
-        token_ids=ids.astype(np.int32),
-        positions=np.arange(num_tokens + 1, len(ids) - 1, dtype=np.int32),
-        images=(PlacedImage(digest=image.digest, first_token=1, num_tokens=num_tokens, image=image),),
-    )
 
 
 def _sequences(model: EngineDescription) -> list[TokenSequence]:

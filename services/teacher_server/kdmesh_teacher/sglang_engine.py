@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdmesh.errors import EngineFailure
+from kdmesh.errors import ConfigError, EngineFailure
 from kdmesh.handles.memory import Segment, create_segment
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
+from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import sleep
@@ -22,7 +24,7 @@ from kdmesh.sglang.runtime import SglangRuntime, restart_limits
 from kdmesh.sglang.staged_weights import LOADER
 from kdmesh.sglang.weights import SglangWeights
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh.types import SleepTag
+from kdmesh.types import SleepTag, TokenSequence
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 from kdmesh_teacher.sglang_ask import Ask
@@ -51,16 +53,20 @@ class SglangEngine:
         self._num_cached_tokens = 0
         self._is_alone = False
         self._weights: SglangWeights
+        self._reader: ImageReader | None
         self._has_new_weights = False
 
     def load(self) -> EngineDescription:
         """Start SGLang's processes; with node_rank above 0, stay until they end."""
         self._runtime.start()
         self._weights = SglangWeights(self._runtime)
+        self._reader = load_image_reader(self._config.model, self._runtime.checkpoint.skeleton.config)
+        if self._config.updatable and self._reader is not None:
+            raise ConfigError("engine.updatable: SGLang does not take new weights of a model that reads images")
         self._is_alone = self._config.deterministic and not has_deterministic_inference(self._config)
         description = self._describe()
         if self._config.self_probe:
-            check_reference(self, description, self._runtime.checkpoint)
+            check_reference(self, description, self._runtime.checkpoint, self._reader)
         return description
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
@@ -159,7 +165,7 @@ class SglangEngine:
         self._runtime.close()
 
     def _describe(self) -> EngineDescription:
-        config, checkpoint, dtype = self._config, self._runtime.checkpoint, self._runtime.dtype
+        config, checkpoint, dtype, reader = self._config, self._runtime.checkpoint, self._runtime.dtype, self._reader
         architecture = architecture_fingerprint(checkpoint.skeleton) if config.updatable else ""
         tokenizer = load_tokenizer(config.model)
         vocabulary = None if tokenizer is None else tokenizer.get_vocab()
@@ -167,7 +173,10 @@ class SglangEngine:
         tokens = rows if vocabulary is None else max(vocabulary.values()) + 1
         return EngineDescription(
             name=config.model.resolve().name,
-            model_fingerprint=architecture or checkpoint.fingerprint(dtype.value, config.quantization or ""),
+            model_fingerprint=architecture
+            or checkpoint.fingerprint(
+                dtype.value, config.quantization or "", *([] if reader is None else [reader.fingerprint])
+            ),
             tokenizer_fingerprint="" if vocabulary is None else tokenizer_fingerprint(vocabulary),
             hidden_size=checkpoint.skeleton.config.get_text_config().hidden_size,
             dtype=dtype,
@@ -177,6 +186,7 @@ class SglangEngine:
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=config.deterministic,
             architecture_fingerprint=architecture,
+            vision=reader,
         )
 
     @contextlib.contextmanager
@@ -235,13 +245,32 @@ class SglangEngine:
         return answers
 
     async def _generate(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """Those with images apart from the others, which SGLang does not take in one call."""
+        seeing = [index for index, (sequence, _) in enumerate(requests) if sequence.images]
+        reading = [index for index, (sequence, _) in enumerate(requests) if not sequence.images]
+        groups = [group for group in (seeing, reading) if group]
+        answers = await asyncio.gather(*(self._generate_alike([requests[i] for i in group]) for group in groups))
+        found = dict(zip(itertools.chain(*groups), itertools.chain(*answers), strict=True))
+        return [found[index] for index in range(len(requests))]
+
+    async def _generate_alike(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        images = await asyncio.to_thread(lambda: [self._image_data(sequence) for sequence, _ in requests])
         sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
         answers: list[dict[str, Any]] = await self._runtime.engine.async_generate(
             input_ids=[sequence.token_ids.tolist() for sequence, _ in requests],
             sampling_params=[sampling | {"custom_params": ask.to_params()} for _, ask in requests],
             return_hidden_states=True,
+            image_data=images if requests[0][0].images else None,
         )
         return answers
+
+    def _image_data(self, sequence: TokenSequence) -> list[dict[str, Any]]:
+        """As SGLang takes what a processor has made: ours, so that it sees what the student sees."""
+        if not sequence.images:
+            return []
+        assert self._reader is not None
+        patches_PC, extents_N3 = self._reader.patches([p.image for p in sequence.images if p.image is not None])
+        return [{"format": "processor_output", "pixel_values": patches_PC, "image_grid_thw": extents_N3}]
 
 
 def _runtime(config: SglangEngineConfig) -> SglangRuntime:

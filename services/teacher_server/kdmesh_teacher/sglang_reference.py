@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdmesh.errors import EngineFailure
+from kdmesh.images import after_first_token, noise_image
 from kdmesh.losses.head import OutputHead
 from kdmesh.models.body import hidden_states_TD
 from kdmesh.models.checkpoint import Checkpoint
-from kdmesh.models.packing import pack
+from kdmesh.models.image_packing import Packer
+from kdmesh.models.image_reader import ImageReader
 from kdmesh.sglang.reference import transformers_model
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.engine import Engine, EngineDescription, PrefillJob
@@ -31,18 +33,23 @@ _MAX_ROW_ERROR = 0.1
 _MAX_KL_NATS = 0.05
 
 
-def check_reference(engine: Engine, model: EngineDescription, checkpoint: Checkpoint) -> None:
+def check_reference(
+    engine: Engine, model: EngineDescription, checkpoint: Checkpoint, reader: ImageReader | None = None
+) -> None:
     """Compare a few fixed sequences with transformers, or with an earlier start. Blocks for that long.
 
     transformers runs where the weights fit in memory a second time and it knows the model. Elsewhere the first
     start keeps its rows in the user's cache directory, and later ones are compared with those.
 
+    Args:
+        reader: the model's; None where it reads text alone.
+
     Raises:
         EngineFailure: rows or distributions are further apart than rounding.
     """
-    sequences = _sequences(model)
+    sequences = _sequences(model, reader)
     actual_RD = _rows_RD(engine, model, sequences)
-    expected_RD, source = _transformers_rows_RD(model, checkpoint, sequences), "transformers"
+    expected_RD, source = _transformers_rows_RD(model, checkpoint, sequences, reader), "transformers"
     if expected_RD is None:
         expected_RD, source = _kept_rows_RD(model, actual_RD), "an earlier start"
     if expected_RD is None:
@@ -58,14 +65,14 @@ def check_reference(engine: Engine, model: EngineDescription, checkpoint: Checkp
 
 
 def _transformers_rows_RD(
-    model: EngineDescription, checkpoint: Checkpoint, sequences: list[TokenSequence]
+    model: EngineDescription, checkpoint: Checkpoint, sequences: list[TokenSequence], reader: ImageReader | None
 ) -> Tensor | None:
     """What transformers gives; None where it cannot run."""
     reference = transformers_model(checkpoint, getattr(torch, model.dtype))
     if reference is None:
         return None
     with torch.inference_mode():
-        packed = pack(sequences)
+        packed = Packer(reference, reader).pack(sequences)
         return hidden_states_TD(reference, packed).index_select(0, packed.rows_R)
 
 
@@ -84,9 +91,9 @@ def _kept_rows_RD(model: EngineDescription, actual_RD: Tensor) -> Tensor | None:
     return None
 
 
-def _sequences(model: EngineDescription) -> list[TokenSequence]:
+def _sequences(model: EngineDescription, reader: ImageReader | None) -> list[TokenSequence]:
     random = np.random.default_rng(_SEED)
-    return [
+    texts = [
         TokenSequence(
             token_ids=random.integers(0, model.head.vocabulary_size, length).astype(np.int32),
             positions=np.arange(length - 1, dtype=np.int32),
@@ -94,6 +101,12 @@ def _sequences(model: EngineDescription) -> list[TokenSequence]:
         for length in _LENGTHS
         if length <= model.max_sequence_tokens
     ]
+    if reader is None:
+        return texts
+    # An image token without an image is nothing that a request may hold.
+    for text in texts:
+        text.token_ids[text.token_ids == reader.token_id] = 0
+    return [*texts, after_first_token(noise_image(112, 56, seed=_SEED), texts[-1].token_ids, reader)]
 
 
 def _rows_RD(engine: Engine, model: EngineDescription, sequences: list[TokenSequence]) -> Tensor:

@@ -14,8 +14,9 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Encoding, Tokenizer, processors
 
 from kdmesh.errors import ConfigError
+from kdmesh.images import ImageTokens
 from kdmesh.types import Image, TokenSequence
-from kdmesh_trainer.sources.image_tokens import Expansion, expanded
+from kdmesh_trainer.sources.image_tokens import expanded
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.sources.turns import (
@@ -71,7 +72,7 @@ class ChatEncoder:
         tokenizer: PreTrainedTokenizerFast,
         template: str | None = None,
         *,
-        images: Expansion | None = None,
+        images: ImageTokens | None = None,
     ) -> None:
         """
         Args:

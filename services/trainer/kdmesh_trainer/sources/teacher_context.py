@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 
+from kdmesh.images import ImageTokens
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import (
     DataConfig,
@@ -17,7 +18,6 @@ from kdmesh_trainer.data_config import (
     TeacherTemplate,
 )
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template, without_answers
-from kdmesh_trainer.sources.image_tokens import Expansion
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import InContext, Prompt
@@ -34,7 +34,7 @@ def build_encoder(
     data: DataConfig,
     *,
     takes_chunks: bool = False,
-    images: Expansion | None = None,
+    images: ImageTokens | None = None,
 ) -> ChatEncoder | ContextEncoder | OtherTokenizerEncoder:
     """What reads the data as `data` says.
 
