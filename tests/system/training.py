@@ -99,6 +99,11 @@ class Job:
             self._tree["objective"] = {**self._tree["objective"], "divergence": custom}
         return Gate(gates, call)
 
+    def write(self) -> Path:
+        """Its configuration, for somebody else to start."""
+        self.config.write_text(yaml.safe_dump(self._tree), encoding="utf-8")
+        return self.config
+
     def start(self, *overrides: str) -> Process:
         """Start it as one rank."""
         return self._start(sys.executable, "-m", "kdmesh_trainer", overrides=overrides)
@@ -142,6 +147,6 @@ class Job:
     def _start(
         self, *command: str, overrides: tuple[str, ...] = (), name: str = "trainer", **environment: str
     ) -> Process:
-        self.config.write_text(yaml.safe_dump(self._tree), encoding="utf-8")
+        self.write()
         sets = [argument for override in overrides for argument in ("--set", override)]
         return self._processes.start(name, self._directory, *command, str(self.config), *sets, **environment)
