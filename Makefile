@@ -15,7 +15,7 @@ COMPOSE_INSTALLED := $(COMPOSE)/.installed
 KUBERNETES_TOOLS := .cache/kubernetes-tools/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability check format proto metrics dashboards constraints clean
+.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability test-containers check format proto metrics dashboards constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -96,6 +96,10 @@ test-observability: $(PROMETHEUS_INSTALLED)  ## Rules, alerts and dashboards aga
 	$(BIN)/pytest -q -m observability tests/observability
 
 compose-env: $(COMPOSE_INSTALLED)  ## Docker's compose from Debian's packages, 13 MB; `make test` uses it if it is there
+
+test-containers: $(COMPOSE_INSTALLED) $(PROMETHEUS_INSTALLED)  ## Images built and a distillation run in them, under a Docker daemon of its own (as root, on Debian; minutes)
+	command -v dockerd debootstrap docker-init || apt-get install --yes --no-install-recommends docker.io debootstrap iptables iproute2 tini
+	$(BIN)/pytest -v -m containers tests/containers
 
 check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/ruff check .

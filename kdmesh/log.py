@@ -10,6 +10,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from kdmesh.tracing import spans
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -76,6 +78,7 @@ class JsonFormatter(logging.Formatter):
             "rank": self._rank,
             "logger": record.name,
         }
+        line.update(spans.log_fields())
         line.update({name: _plain(value) for name, value in _fields(record).items()})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -11,6 +11,7 @@ from kdmesh.errors import EngineFailure, RpcError
 from kdmesh.images import ImagesMissing
 from kdmesh.rpc import codec, failure
 from kdmesh.rpc.request_stream import RequestStream
+from kdmesh.tracing import spans
 from kdmesh.types import ServerLoad, TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
@@ -73,6 +74,7 @@ class PrefillStream:
             model_fingerprint=model_fingerprint,
             weight_version=weight_version,
             bypasses_cache=not uses_cache,
+            traceparent=spans.current(),
             deadline_ms=max(1, min(round(deadline_s * 1000), 2**32 - 1)),
         )
         answer: asyncio.Future[pb.PrefillResult] = asyncio.get_running_loop().create_future()

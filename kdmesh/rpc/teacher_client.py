@@ -31,6 +31,7 @@ from kdmesh.rpc.missing_images import with_images
 from kdmesh.rpc.prefill_stream import PrefillStream
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.row_group import Membership, RowGroup
+from kdmesh.tracing import spans
 from kdmesh.types import CacheAnswer, Handle, ModelDescription, ServerLoad, SleepTag, TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
@@ -210,17 +211,19 @@ class TeacherClient:
                 deadline_s=deadline.left_s,
             )
 
-        result = await with_images(ask, lambda images: self._put_images(images, deadline), sequences)
+        with spans.span("rows", address=self.address, sequences=len(sequences)):
+            result = await with_images(ask, lambda images: self._put_images(images, deadline), sequences)
+            return await self._fetch(result, sequences)
+
+    async def _fetch(self, result: pb.PrefillResult, sequences: Sequence[TokenSequence]) -> TeacherRows:
         try:
             handle = checked_handle(result, sequences, self.model, self.address)
         except EngineFailure:
             self._release_orphan(result.rows)
             raise
-        return TeacherRows(
-            rows_RD=await self.door.fetch(handle),
-            weight_version=result.weight_version,
-            is_borrowed=self.door.name == "shm",
-        )
+        with spans.span("handle", door=self.door.name, rows=handle.rows):
+            rows_RD = await self.door.fetch(handle)
+        return TeacherRows(rows_RD=rows_RD, weight_version=result.weight_version, is_borrowed=self.door.name == "shm")
 
     async def find_cached(self, sequences: Sequence[TokenSequence], *, weight_version: int) -> CacheAnswer:
         """Which of these sequences' rows the server has kept; no more than one request may hold.

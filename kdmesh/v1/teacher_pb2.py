@@ -26,15 +26,15 @@ from kdmesh.v1 import common_pb2 as kdmesh_dot_v1_dot_common__pb2
 from kdmesh.v1 import weights_pb2 as kdmesh_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kdmesh/v1/teacher.proto\x12\tkdmesh.v1\x1a\x16kdmesh/v1/common.proto\x1a\x17kdmesh/v1/weights.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x98\x01\n\x08HeadSpec\x12\x13\n\x0blogit_scale\x18\x01 \x01(\x01\x12\x1a\n\rlogit_softcap\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x1e\n\x16padded_vocabulary_size\x18\x04 \x01(\r\x12\x10\n\x08has_bias\x18\x05 \x01(\x08\x42\x10\n\x0e_logit_softcap\"\x87\x03\n\x10\x44\x65scribeResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x1f\n\x05\x64type\x18\x05 \x01(\x0e\x32\x10.kdmesh.v1.DType\x12!\n\x04head\x18\x06 \x01(\x0b\x32\x13.kdmesh.v1.HeadSpec\x12\x16\n\x0eweight_version\x18\x07 \x01(\x04\x12\x1b\n\x13max_sequence_tokens\x18\x08 \x01(\r\x12\x1a\n\x12max_request_tokens\x18\t \x01(\r\x12\x18\n\x10max_request_rows\x18\n \x01(\r\x12\x18\n\x10is_deterministic\x18\x0b \x01(\x08\x12 \n\x18\x61rchitecture_fingerprint\x18\x0c \x01(\t\x12%\n\x06vision\x18\r \x01(\x0b\x32\x15.kdmesh.v1.VisionSpec\"<\n\x12OpenSessionRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\"\xc3\x01\n\x13OpenSessionResponse\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x10\n\x08\x63laim_ms\x18\x03 \x01(\r\x12\x11\n\tmax_slots\x18\x04 \x01(\r\x12\x15\n\rbroker_socket\x18\x05 \x01(\t\x12\x12\n\nnode_nonce\x18\x06 \x01(\x0c\x12\x10\n\x08has_rdma\x18\x07 \x01(\x08\x12\'\n\x06groups\x18\x08 \x03(\x0e\x32\x17.kdmesh.v1.GroupBackend\"#\n\x10KeepAliveRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"8\n\x11KeepAliveResponse\x12#\n\x04load\x18\x01 \x01(\x0b\x32\x15.kdmesh.v1.ServerLoad\"g\n\nServerLoad\x12\x16\n\x0ewaiting_tokens\x18\x01 \x01(\x04\x12\x19\n\x0ctokens_per_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rrecent_tokens\x18\x03 \x01(\x04\x42\x0f\n\r_tokens_per_s\"&\n\x13\x43loseSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\x16\n\x14\x43loseSessionResponse\"\xc2\x01\n\x0ePrefillRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\x12+\n\tsequences\x18\x03 \x03(\x0b\x32\x18.kdmesh.v1.TokenSequence\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x16\n\x0eweight_version\x18\x06 \x01(\x04\x12\x16\n\x0e\x62ypasses_cache\x18\x07 \x01(\x08\"\xd9\x01\n\x0cPrefillReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.kdmesh.v1.PrefillResultH\x00\x12%\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.kdmesh.v1.FailureH\x00\x12\x32\n\x0emissing_images\x18\x05 \x01(\x0b\x32\x18.kdmesh.v1.MissingImagesH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x15.kdmesh.v1.ServerLoadB\t\n\x07outcome\"}\n\rPrefillResult\x12\x1f\n\x04rows\x18\x01 \x01(\x0b\x32\x11.kdmesh.v1.Handle\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x16\n\x0eweight_version\x18\x03 \x01(\x04\x12\x10\n\x08queue_ms\x18\x04 \x01(\r\x12\x11\n\tengine_ms\x18\x05 \x01(\r\"\x84\x01\n\x11\x46indCachedRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12+\n\tsequences\x18\x02 \x03(\x0b\x32\x18.kdmesh.v1.TokenSequence\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x16\n\x0eweight_version\x18\x04 \x01(\x04\"f\n\x12\x46indCachedResponse\x12\x0f\n\x07is_kept\x18\x01 \x03(\x08\x12\x14\n\x0c\x62udget_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x65ntry_bytes\x18\x03 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\"V\n\x0eReleaseRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\"\n\x07handles\x18\x02 \x03(\x0b\x32\x11.kdmesh.v1.Handle\x12\x0f\n\x07\x62y_rdma\x18\x03 \x01(\x08\"\x1f\n\x0fReleaseResponse\x12\x0c\n\x04gone\x18\x01 \x03(\r\"I\n\x13LocateMemoryRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12!\n\x06handle\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.Handle\"l\n\x14LocateMemoryResponse\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\"!\n\x0eGetHeadRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\x90\x01\n\x0fGetHeadResponse\x12!\n\x04head\x18\x01 \x01(\x0b\x32\x13.kdmesh.v1.HeadSpec\x12\x16\n\x0eweight_version\x18\x02 \x01(\x04\x12!\n\x06weight\x18\x03 \x01(\x0b\x32\x11.kdmesh.v1.Handle\x12\x1f\n\x04\x62ias\x18\x04 \x01(\x0b\x32\x11.kdmesh.v1.Handle\"K\n\rBeginCarrying\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12)\n\x08\x62\x61\x63kends\x18\x02 \x03(\x0e\x32\x17.kdmesh.v1.GroupBackend\"j\n\x10\x43\x61rryRowsRequest\x12)\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x18.kdmesh.v1.BeginCarryingH\x00\x12#\n\x06handle\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.HandleH\x00\x42\x06\n\x04step\"b\n\x0fGroupInvitation\x12(\n\x07\x62\x61\x63kend\x18\x01 \x01(\x0e\x32\x17.kdmesh.v1.GroupBackend\x12\x15\n\rstore_address\x18\x02 \x01(\t\x12\x0e\n\x06secret\x18\x03 \x01(\x0c\"\x1f\n\x0b\x43\x61rriedRows\x12\x10\n\x08\x63hecksum\x18\x01 \x01(\x06\"r\n\x0e\x43\x61rryRowsReply\x12*\n\x04join\x18\x01 \x01(\x0b\x32\x1a.kdmesh.v1.GroupInvitationH\x00\x12)\n\x07\x63\x61rried\x18\x02 \x01(\x0b\x32\x16.kdmesh.v1.CarriedRowsH\x00\x42\t\n\x07outcome\"W\n\x11ReadHandleRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12!\n\x06handle\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.Handle\x12\x0e\n\x06\x61s_fp8\x18\x03 \x01(\x08\"1\n\x0fReadHandleChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x06*]\n\x0cGroupBackend\x12\x1d\n\x19GROUP_BACKEND_UNSPECIFIED\x10\x00\x12\x16\n\x12GROUP_BACKEND_GLOO\x10\x01\x12\x16\n\x12GROUP_BACKEND_NCCL\x10\x02\x32\xbd\x08\n\x07Teacher\x12\x43\n\x08\x44\x65scribe\x12\x1a.kdmesh.v1.DescribeRequest\x1a\x1b.kdmesh.v1.DescribeResponse\x12L\n\x0bOpenSession\x12\x1d.kdmesh.v1.OpenSessionRequest\x1a\x1e.kdmesh.v1.OpenSessionResponse\x12\x46\n\tKeepAlive\x12\x1b.kdmesh.v1.KeepAliveRequest\x1a\x1c.kdmesh.v1.KeepAliveResponse\x12O\n\x0c\x43loseSession\x12\x1e.kdmesh.v1.CloseSessionRequest\x1a\x1f.kdmesh.v1.CloseSessionResponse\x12\x41\n\x07Prefill\x12\x19.kdmesh.v1.PrefillRequest\x1a\x17.kdmesh.v1.PrefillReply(\x01\x30\x01\x12\x46\n\tPutImages\x12\x1b.kdmesh.v1.PutImagesRequest\x1a\x1c.kdmesh.v1.PutImagesResponse\x12I\n\nFindCached\x12\x1c.kdmesh.v1.FindCachedRequest\x1a\x1d.kdmesh.v1.FindCachedResponse\x12@\n\x07Release\x12\x19.kdmesh.v1.ReleaseRequest\x1a\x1a.kdmesh.v1.ReleaseResponse\x12@\n\x07GetHead\x12\x19.kdmesh.v1.GetHeadRequest\x1a\x1a.kdmesh.v1.GetHeadResponse\x12H\n\nReadHandle\x12\x1c.kdmesh.v1.ReadHandleRequest\x1a\x1a.kdmesh.v1.ReadHandleChunk0\x01\x12O\n\x0cLocateMemory\x12\x1e.kdmesh.v1.LocateMemoryRequest\x1a\x1f.kdmesh.v1.LocateMemoryResponse\x12G\n\tCarryRows\x12\x1b.kdmesh.v1.CarryRowsRequest\x1a\x19.kdmesh.v1.CarryRowsReply(\x01\x30\x01\x12:\n\x05Sleep\x12\x17.kdmesh.v1.SleepRequest\x1a\x18.kdmesh.v1.SleepResponse\x12\x37\n\x04Wake\x12\x16.kdmesh.v1.WakeRequest\x1a\x17.kdmesh.v1.WakeResponse\x12S\n\rUpdateWeights\x12\x1f.kdmesh.v1.UpdateWeightsRequest\x1a\x1d.kdmesh.v1.UpdateWeightsReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kdmesh/v1/teacher.proto\x12\tkdmesh.v1\x1a\x16kdmesh/v1/common.proto\x1a\x17kdmesh/v1/weights.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x98\x01\n\x08HeadSpec\x12\x13\n\x0blogit_scale\x18\x01 \x01(\x01\x12\x1a\n\rlogit_softcap\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x1e\n\x16padded_vocabulary_size\x18\x04 \x01(\r\x12\x10\n\x08has_bias\x18\x05 \x01(\x08\x42\x10\n\x0e_logit_softcap\"\x87\x03\n\x10\x44\x65scribeResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x1f\n\x05\x64type\x18\x05 \x01(\x0e\x32\x10.kdmesh.v1.DType\x12!\n\x04head\x18\x06 \x01(\x0b\x32\x13.kdmesh.v1.HeadSpec\x12\x16\n\x0eweight_version\x18\x07 \x01(\x04\x12\x1b\n\x13max_sequence_tokens\x18\x08 \x01(\r\x12\x1a\n\x12max_request_tokens\x18\t \x01(\r\x12\x18\n\x10max_request_rows\x18\n \x01(\r\x12\x18\n\x10is_deterministic\x18\x0b \x01(\x08\x12 \n\x18\x61rchitecture_fingerprint\x18\x0c \x01(\t\x12%\n\x06vision\x18\r \x01(\x0b\x32\x15.kdmesh.v1.VisionSpec\"<\n\x12OpenSessionRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\"\xc3\x01\n\x13OpenSessionResponse\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x10\n\x08\x63laim_ms\x18\x03 \x01(\r\x12\x11\n\tmax_slots\x18\x04 \x01(\r\x12\x15\n\rbroker_socket\x18\x05 \x01(\t\x12\x12\n\nnode_nonce\x18\x06 \x01(\x0c\x12\x10\n\x08has_rdma\x18\x07 \x01(\x08\x12\'\n\x06groups\x18\x08 \x03(\x0e\x32\x17.kdmesh.v1.GroupBackend\"#\n\x10KeepAliveRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"8\n\x11KeepAliveResponse\x12#\n\x04load\x18\x01 \x01(\x0b\x32\x15.kdmesh.v1.ServerLoad\"g\n\nServerLoad\x12\x16\n\x0ewaiting_tokens\x18\x01 \x01(\x04\x12\x19\n\x0ctokens_per_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rrecent_tokens\x18\x03 \x01(\x04\x42\x0f\n\r_tokens_per_s\"&\n\x13\x43loseSessionRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\x16\n\x14\x43loseSessionResponse\"\xd7\x01\n\x0ePrefillRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\x12+\n\tsequences\x18\x03 \x03(\x0b\x32\x18.kdmesh.v1.TokenSequence\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x16\n\x0eweight_version\x18\x06 \x01(\x04\x12\x16\n\x0e\x62ypasses_cache\x18\x07 \x01(\x08\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\"\xd9\x01\n\x0cPrefillReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.kdmesh.v1.PrefillResultH\x00\x12%\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.kdmesh.v1.FailureH\x00\x12\x32\n\x0emissing_images\x18\x05 \x01(\x0b\x32\x18.kdmesh.v1.MissingImagesH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x15.kdmesh.v1.ServerLoadB\t\n\x07outcome\"}\n\rPrefillResult\x12\x1f\n\x04rows\x18\x01 \x01(\x0b\x32\x11.kdmesh.v1.Handle\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x16\n\x0eweight_version\x18\x03 \x01(\x04\x12\x10\n\x08queue_ms\x18\x04 \x01(\r\x12\x11\n\tengine_ms\x18\x05 \x01(\r\"\x84\x01\n\x11\x46indCachedRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12+\n\tsequences\x18\x02 \x03(\x0b\x32\x18.kdmesh.v1.TokenSequence\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x16\n\x0eweight_version\x18\x04 \x01(\x04\"f\n\x12\x46indCachedResponse\x12\x0f\n\x07is_kept\x18\x01 \x03(\x08\x12\x14\n\x0c\x62udget_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x65ntry_bytes\x18\x03 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\"V\n\x0eReleaseRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\"\n\x07handles\x18\x02 \x03(\x0b\x32\x11.kdmesh.v1.Handle\x12\x0f\n\x07\x62y_rdma\x18\x03 \x01(\x08\"\x1f\n\x0fReleaseResponse\x12\x0c\n\x04gone\x18\x01 \x03(\r\"I\n\x13LocateMemoryRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12!\n\x06handle\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.Handle\"l\n\x14LocateMemoryResponse\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\"!\n\x0eGetHeadRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\"\x90\x01\n\x0fGetHeadResponse\x12!\n\x04head\x18\x01 \x01(\x0b\x32\x13.kdmesh.v1.HeadSpec\x12\x16\n\x0eweight_version\x18\x02 \x01(\x04\x12!\n\x06weight\x18\x03 \x01(\x0b\x32\x11.kdmesh.v1.Handle\x12\x1f\n\x04\x62ias\x18\x04 \x01(\x0b\x32\x11.kdmesh.v1.Handle\"K\n\rBeginCarrying\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12)\n\x08\x62\x61\x63kends\x18\x02 \x03(\x0e\x32\x17.kdmesh.v1.GroupBackend\"j\n\x10\x43\x61rryRowsRequest\x12)\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x18.kdmesh.v1.BeginCarryingH\x00\x12#\n\x06handle\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.HandleH\x00\x42\x06\n\x04step\"b\n\x0fGroupInvitation\x12(\n\x07\x62\x61\x63kend\x18\x01 \x01(\x0e\x32\x17.kdmesh.v1.GroupBackend\x12\x15\n\rstore_address\x18\x02 \x01(\t\x12\x0e\n\x06secret\x18\x03 \x01(\x0c\"\x1f\n\x0b\x43\x61rriedRows\x12\x10\n\x08\x63hecksum\x18\x01 \x01(\x06\"r\n\x0e\x43\x61rryRowsReply\x12*\n\x04join\x18\x01 \x01(\x0b\x32\x1a.kdmesh.v1.GroupInvitationH\x00\x12)\n\x07\x63\x61rried\x18\x02 \x01(\x0b\x32\x16.kdmesh.v1.CarriedRowsH\x00\x42\t\n\x07outcome\"W\n\x11ReadHandleRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12!\n\x06handle\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.Handle\x12\x0e\n\x06\x61s_fp8\x18\x03 \x01(\x08\"1\n\x0fReadHandleChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\x06*]\n\x0cGroupBackend\x12\x1d\n\x19GROUP_BACKEND_UNSPECIFIED\x10\x00\x12\x16\n\x12GROUP_BACKEND_GLOO\x10\x01\x12\x16\n\x12GROUP_BACKEND_NCCL\x10\x02\x32\xbd\x08\n\x07Teacher\x12\x43\n\x08\x44\x65scribe\x12\x1a.kdmesh.v1.DescribeRequest\x1a\x1b.kdmesh.v1.DescribeResponse\x12L\n\x0bOpenSession\x12\x1d.kdmesh.v1.OpenSessionRequest\x1a\x1e.kdmesh.v1.OpenSessionResponse\x12\x46\n\tKeepAlive\x12\x1b.kdmesh.v1.KeepAliveRequest\x1a\x1c.kdmesh.v1.KeepAliveResponse\x12O\n\x0c\x43loseSession\x12\x1e.kdmesh.v1.CloseSessionRequest\x1a\x1f.kdmesh.v1.CloseSessionResponse\x12\x41\n\x07Prefill\x12\x19.kdmesh.v1.PrefillRequest\x1a\x17.kdmesh.v1.PrefillReply(\x01\x30\x01\x12\x46\n\tPutImages\x12\x1b.kdmesh.v1.PutImagesRequest\x1a\x1c.kdmesh.v1.PutImagesResponse\x12I\n\nFindCached\x12\x1c.kdmesh.v1.FindCachedRequest\x1a\x1d.kdmesh.v1.FindCachedResponse\x12@\n\x07Release\x12\x19.kdmesh.v1.ReleaseRequest\x1a\x1a.kdmesh.v1.ReleaseResponse\x12@\n\x07GetHead\x12\x19.kdmesh.v1.GetHeadRequest\x1a\x1a.kdmesh.v1.GetHeadResponse\x12H\n\nReadHandle\x12\x1c.kdmesh.v1.ReadHandleRequest\x1a\x1a.kdmesh.v1.ReadHandleChunk0\x01\x12O\n\x0cLocateMemory\x12\x1e.kdmesh.v1.LocateMemoryRequest\x1a\x1f.kdmesh.v1.LocateMemoryResponse\x12G\n\tCarryRows\x12\x1b.kdmesh.v1.CarryRowsRequest\x1a\x19.kdmesh.v1.CarryRowsReply(\x01\x30\x01\x12:\n\x05Sleep\x12\x17.kdmesh.v1.SleepRequest\x1a\x18.kdmesh.v1.SleepResponse\x12\x37\n\x04Wake\x12\x16.kdmesh.v1.WakeRequest\x1a\x17.kdmesh.v1.WakeResponse\x12S\n\rUpdateWeights\x12\x1f.kdmesh.v1.UpdateWeightsRequest\x1a\x1d.kdmesh.v1.UpdateWeightsReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kdmesh.v1.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GROUPBACKEND']._serialized_start=3024
-  _globals['_GROUPBACKEND']._serialized_end=3117
+  _globals['_GROUPBACKEND']._serialized_start=3045
+  _globals['_GROUPBACKEND']._serialized_end=3138
   _globals['_DESCRIBEREQUEST']._serialized_start=87
   _globals['_DESCRIBEREQUEST']._serialized_end=104
   _globals['_HEADSPEC']._serialized_start=107
@@ -56,41 +56,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLOSESESSIONRESPONSE']._serialized_start=1155
   _globals['_CLOSESESSIONRESPONSE']._serialized_end=1177
   _globals['_PREFILLREQUEST']._serialized_start=1180
-  _globals['_PREFILLREQUEST']._serialized_end=1374
-  _globals['_PREFILLREPLY']._serialized_start=1377
-  _globals['_PREFILLREPLY']._serialized_end=1594
-  _globals['_PREFILLRESULT']._serialized_start=1596
-  _globals['_PREFILLRESULT']._serialized_end=1721
-  _globals['_FINDCACHEDREQUEST']._serialized_start=1724
-  _globals['_FINDCACHEDREQUEST']._serialized_end=1856
-  _globals['_FINDCACHEDRESPONSE']._serialized_start=1858
-  _globals['_FINDCACHEDRESPONSE']._serialized_end=1960
-  _globals['_RELEASEREQUEST']._serialized_start=1962
-  _globals['_RELEASEREQUEST']._serialized_end=2048
-  _globals['_RELEASERESPONSE']._serialized_start=2050
-  _globals['_RELEASERESPONSE']._serialized_end=2081
-  _globals['_LOCATEMEMORYREQUEST']._serialized_start=2083
-  _globals['_LOCATEMEMORYREQUEST']._serialized_end=2156
-  _globals['_LOCATEMEMORYRESPONSE']._serialized_start=2158
-  _globals['_LOCATEMEMORYRESPONSE']._serialized_end=2266
-  _globals['_GETHEADREQUEST']._serialized_start=2268
-  _globals['_GETHEADREQUEST']._serialized_end=2301
-  _globals['_GETHEADRESPONSE']._serialized_start=2304
-  _globals['_GETHEADRESPONSE']._serialized_end=2448
-  _globals['_BEGINCARRYING']._serialized_start=2450
-  _globals['_BEGINCARRYING']._serialized_end=2525
-  _globals['_CARRYROWSREQUEST']._serialized_start=2527
-  _globals['_CARRYROWSREQUEST']._serialized_end=2633
-  _globals['_GROUPINVITATION']._serialized_start=2635
-  _globals['_GROUPINVITATION']._serialized_end=2733
-  _globals['_CARRIEDROWS']._serialized_start=2735
-  _globals['_CARRIEDROWS']._serialized_end=2766
-  _globals['_CARRYROWSREPLY']._serialized_start=2768
-  _globals['_CARRYROWSREPLY']._serialized_end=2882
-  _globals['_READHANDLEREQUEST']._serialized_start=2884
-  _globals['_READHANDLEREQUEST']._serialized_end=2971
-  _globals['_READHANDLECHUNK']._serialized_start=2973
-  _globals['_READHANDLECHUNK']._serialized_end=3022
-  _globals['_TEACHER']._serialized_start=3120
-  _globals['_TEACHER']._serialized_end=4205
+  _globals['_PREFILLREQUEST']._serialized_end=1395
+  _globals['_PREFILLREPLY']._serialized_start=1398
+  _globals['_PREFILLREPLY']._serialized_end=1615
+  _globals['_PREFILLRESULT']._serialized_start=1617
+  _globals['_PREFILLRESULT']._serialized_end=1742
+  _globals['_FINDCACHEDREQUEST']._serialized_start=1745
+  _globals['_FINDCACHEDREQUEST']._serialized_end=1877
+  _globals['_FINDCACHEDRESPONSE']._serialized_start=1879
+  _globals['_FINDCACHEDRESPONSE']._serialized_end=1981
+  _globals['_RELEASEREQUEST']._serialized_start=1983
+  _globals['_RELEASEREQUEST']._serialized_end=2069
+  _globals['_RELEASERESPONSE']._serialized_start=2071
+  _globals['_RELEASERESPONSE']._serialized_end=2102
+  _globals['_LOCATEMEMORYREQUEST']._serialized_start=2104
+  _globals['_LOCATEMEMORYREQUEST']._serialized_end=2177
+  _globals['_LOCATEMEMORYRESPONSE']._serialized_start=2179
+  _globals['_LOCATEMEMORYRESPONSE']._serialized_end=2287
+  _globals['_GETHEADREQUEST']._serialized_start=2289
+  _globals['_GETHEADREQUEST']._serialized_end=2322
+  _globals['_GETHEADRESPONSE']._serialized_start=2325
+  _globals['_GETHEADRESPONSE']._serialized_end=2469
+  _globals['_BEGINCARRYING']._serialized_start=2471
+  _globals['_BEGINCARRYING']._serialized_end=2546
+  _globals['_CARRYROWSREQUEST']._serialized_start=2548
+  _globals['_CARRYROWSREQUEST']._serialized_end=2654
+  _globals['_GROUPINVITATION']._serialized_start=2656
+  _globals['_GROUPINVITATION']._serialized_end=2754
+  _globals['_CARRIEDROWS']._serialized_start=2756
+  _globals['_CARRIEDROWS']._serialized_end=2787
+  _globals['_CARRYROWSREPLY']._serialized_start=2789
+  _globals['_CARRYROWSREPLY']._serialized_end=2903
+  _globals['_READHANDLEREQUEST']._serialized_start=2905
+  _globals['_READHANDLEREQUEST']._serialized_end=2992
+  _globals['_READHANDLECHUNK']._serialized_start=2994
+  _globals['_READHANDLECHUNK']._serialized_end=3043
+  _globals['_TEACHER']._serialized_start=3141
+  _globals['_TEACHER']._serialized_end=4226
 # @@protoc_insertion_point(module_scope)

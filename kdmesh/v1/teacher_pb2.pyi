@@ -379,6 +379,7 @@ class PrefillRequest(google.protobuf.message.Message):
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     BYPASSES_CACHE_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """From OpenSessionResponse."""
     request_id: builtins.int
@@ -392,6 +393,10 @@ class PrefillRequest(google.protobuf.message.Message):
     bypasses_cache: builtins.bool
     """Whether the rows will hardly be asked for again, so that a server that keeps rows shall neither look for them
     nor let others go for them.
+    """
+    traceparent: builtins.str
+    """What the client does at this moment, as W3C Trace Context's traceparent, so that the server's spans belong to it;
+    empty where nothing is traced.
     """
     @property
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.TokenSequence]:
@@ -407,8 +412,9 @@ class PrefillRequest(google.protobuf.message.Message):
         deadline_ms: builtins.int = ...,
         weight_version: builtins.int = ...,
         bypasses_cache: builtins.bool = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bypasses_cache", b"bypasses_cache", "deadline_ms", b"deadline_ms", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "sequences", b"sequences", "session", b"session", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bypasses_cache", b"bypasses_cache", "deadline_ms", b"deadline_ms", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "sequences", b"sequences", "session", b"session", "traceparent", b"traceparent", "weight_version", b"weight_version"]) -> None: ...
 
 Global___PrefillRequest: typing_extensions.TypeAlias = PrefillRequest
 

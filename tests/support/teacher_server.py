@@ -49,7 +49,7 @@ def teacher_config(**sections: dict[str, Any]) -> TeacherConfig:
         "jobs": {},
     }
     for name, keys in sections.items():
-        tree[name] |= keys
+        tree[name] = tree.get(name, {}) | keys
     return TeacherConfig.model_validate(tree)
 
 

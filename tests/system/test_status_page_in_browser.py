@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import itertools
+import json
+import os
 import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -96,3 +101,77 @@ async def test_chromium_looks_again_by_itself(tmp_path: Path) -> None:
                 await looks.looked.wait()
         chromium.terminate()
         await chromium.communicate()
+
+
+class Phone:
+    """A tab of a Chromium that is as small as a phone, told what to do through a pair of pipes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._numbers = itertools.count(1)
+        self._session: str | None = None
+
+    async def __aenter__(self) -> Phone:
+        assert BROWSER is not None
+        (theirs_in, self._to), (from_them, theirs_out) = os.pipe(), os.pipe()
+        # It reads descriptor 3 and writes descriptor 4.
+        shell = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$0" "$@"'
+        options = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe")
+        self._process = await asyncio.create_subprocess_exec(
+            *("bash", "-c", shell, BROWSER, *options, f"--user-data-dir={self._directory}"),
+            pass_fds=(theirs_in, theirs_out),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._reader = asyncio.StreamReader(limit=2**24)
+        pipe = os.fdopen(from_them, "rb")
+        self._transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(self._reader), pipe
+        )
+        target = await self.call("Target.createTarget", url="about:blank")
+        attached = await self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self._session = attached["sessionId"]
+        await self.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        os.close(self._to)
+        self._process.terminate()
+        await self._process.wait()
+        self._transport.close()
+
+    async def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """What Chromium answers."""
+        number = next(self._numbers)
+        session = {} if self._session is None else {"sessionId": self._session}
+        os.write(self._to, json.dumps({"id": number, "method": method, "params": params, **session}).encode() + b"\0")
+        async with asyncio.timeout(60):
+            while (reply := json.loads((await self._reader.readuntil(b"\0"))[:-1])).get("id") != number:
+                pass
+        assert "error" not in reply, reply
+        found: dict[str, Any] = reply["result"]
+        return found
+
+    async def value(self, expression: str) -> Any:
+        """Of some JavaScript on the page."""
+        answer = await self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        return answer["result"]["value"]
+
+
+async def test_the_page_fits_a_phone_and_can_be_read_there(tmp_path: Path) -> None:
+    async with serving(Looks()) as address, Phone(tmp_path / "profile") as phone:
+        await phone.call("Page.navigate", url=address)
+        async with asyncio.timeout(60):
+            while await phone.value("document.readyState + document.title") != "completekdmesh teacher":
+                pass
+        assert await phone.value("window.innerWidth") == 390
+        assert await phone.value("document.documentElement.scrollWidth") <= 390  # nothing to push aside but tables
+        sizes = "[...document.querySelectorAll('p, td, th, .what')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+        assert min(await phone.value(sizes)) >= 12
+        boxes = "[...document.querySelectorAll('.scroll')].every(e => e.getBoundingClientRect().right <= 390)"
+        assert await phone.value(boxes)
+        picture = base64.b64decode((await phone.call("Page.captureScreenshot"))["data"])
+        (tmp_path / "phone.png").write_bytes(picture)
+        assert picture.startswith(b"\x89PNG")

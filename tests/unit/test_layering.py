@@ -34,6 +34,7 @@ LAYER = {
     "kdmesh.images": 1,
     "kdmesh.log": 1,
     "kdmesh.tokens": 1,
+    "kdmesh.tracing": 1,
     "kdmesh.unix_path": 1,
     "kdmesh.v1": 1,
     "kdmesh.groups": 2,

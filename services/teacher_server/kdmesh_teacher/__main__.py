@@ -28,6 +28,7 @@ def main() -> None:
 def run(config: TeacherConfig, thread: EngineThread, on_ready: Callable[[Addresses], None]) -> None:
     """Serve until a signal comes. Blocks."""
     from kdmesh.handles.runtime_dir import RuntimeDir, runtime_dir
+    from kdmesh.tracing.spans import tracing
     from kdmesh_teacher.build import build_engine
     from kdmesh_teacher.lifecycle import serve
 
@@ -38,7 +39,7 @@ def run(config: TeacherConfig, thread: EngineThread, on_ready: Callable[[Address
         stop = command.stop_on_signals(on_second=directory.remove)
         await serve(config, engine, thread, directory=directory.path, stop=stop, on_ready=on_ready)
 
-    with runtime_dir(config.server.runtime_dir) as directory:
+    with tracing("teacher", config.tracing), runtime_dir(config.server.runtime_dir) as directory:
         asyncio.run(until_stopped(directory))
 
 

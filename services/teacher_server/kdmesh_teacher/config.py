@@ -12,6 +12,7 @@ from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
 from kdmesh.serving.images_config import ImagesConfig
 from kdmesh.serving.job_config import JobTerms
+from kdmesh.tracing.config import TracingConfig
 from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.sglang_config import SglangEngine
 
@@ -175,6 +176,9 @@ class TeacherConfig(StrictModel):
 
     images: ImagesConfig = ImagesConfig()
     """Images that are asked about, where the model reads them."""
+
+    tracing: TracingConfig | None = None
+    """Where traces of requests go whose steps are traced; null: nowhere."""
 
     @model_validator(mode="after")
     def _files_outlive_no_weights(self) -> TeacherConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from functools import partial
@@ -12,7 +14,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from kdmesh.errors import HandleGone, InvalidRequest, ModelMismatch, RpcError
+from kdmesh.errors import EngineFailure, HandleGone, InvalidRequest, ModelMismatch, RpcError
 from kdmesh.handles.store import SlabStore
 from kdmesh.images import ImagesMissing
 from kdmesh.rpc import codec, failure, raw_chunk, row_chunks
@@ -23,6 +25,7 @@ from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_table import check_name
 from kdmesh.serving.outstanding import Outstanding
+from kdmesh.tracing import spans
 from kdmesh.v1 import common_pb2, weights_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherServicer
@@ -30,6 +33,8 @@ from kdmesh_teacher import admission
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
 from kdmesh_teacher.work import Answer
+
+log = logging.getLogger(__name__)
 
 # Open requests of one stream; more are not read until some are answered.
 _MAX_OPEN_REQUESTS = 1024
@@ -107,7 +112,7 @@ class Servicer(TeacherServicer):
         outcome = "cancelled"
         with self.outstanding:
             try:
-                answer = await self._prefill(request, job, parts)
+                answer = await self._traced(request, job, parts)
                 outcome = "ok"
             except HandleGone:
                 outcome = HandleGone.__name__
@@ -120,6 +125,9 @@ class Servicer(TeacherServicer):
                 return
             except RpcError as error:
                 outcome = type(error).__name__
+                if isinstance(error, EngineFailure):
+                    facts = {"job": job, "request_id": request.request_id, "session": request.session.hex()[:8]}
+                    log.warning("request failed", extra={**facts, "reason": str(error)})
                 refusal = failure.to_wire(error)
                 load = codec.load_to_wire(parts.scheduler.load)
                 await stream.write(pb.PrefillReply(request_id=request.request_id, failure=refusal, load=load))
@@ -132,6 +140,16 @@ class Servicer(TeacherServicer):
             except BaseException:
                 parts.store.release(request.session, answer.rows)  # nobody will ever know of it
                 raise
+
+    async def _traced(self, request: pb.PrefillRequest, job: str, parts: Parts) -> Answer:
+        """The answer, with spans of what it waited for."""
+        with spans.span("prefill request", parent=request.traceparent, job=job, request_id=request.request_id):
+            began_s = time.time()
+            answer = await self._prefill(request, job, parts)
+            started_s = began_s + answer.queue_s
+            spans.record("queue", begin_s=began_s, end_s=started_s)
+            spans.record("prefill", begin_s=started_s, end_s=started_s + answer.engine_s, rows=answer.rows.rows)
+            return answer
 
     async def _prefill(self, request: pb.PrefillRequest, job: str, parts: Parts) -> Answer:
         self._gate.parts_for_new_work()

@@ -76,6 +76,7 @@ def _longest_wait_s(cfg: TrainerConfig) -> float:
 def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
     from transformers.utils import logging as transformers_logging
 
+    from kdmesh.tracing.spans import tracing
     from kdmesh_trainer.build import built
     from kdmesh_trainer.loop import Schedule, run
     from kdmesh_trainer.stop import StopSignals
@@ -84,7 +85,11 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
     schedule = Schedule(steps=cfg.steps, evaluate_every=cfg.evaluation.every, checkpoint_every=cfg.checkpoint.every)
     signals = StopSignals()
     try:
-        with built(cfg, mesh=mesh, signals=signals) as parts, signals:
+        with (
+            tracing("trainer", cfg.tracing, rank=mesh.rank),
+            built(cfg, mesh=mesh, signals=signals) as parts,
+            signals,
+        ):
             done = run(parts, schedule)
     except KdmeshError as error:
         return _refused(error, is_speaker=mesh.is_first_to_fail())

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
+from kdmesh.tracing.config import TracingConfig
 from kdmesh_trainer.algorithm_config import refuse_unfit_algorithm
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.lora_config import LoraConfig
@@ -279,6 +280,9 @@ class TrainerConfig(StrictModel):
     metrics: MetricsConfig | None = None
     """Where Prometheus reads how the run goes; null: nowhere."""
 
+    tracing: TracingConfig | None = None
+    """Where traces of steps go, with what teachers do for them; null: nowhere."""
+
     seed: int = Field(0, ge=0)
     """Order of the data and initial weights."""
 
@@ -302,14 +306,10 @@ class TrainerConfig(StrictModel):
             raise ValueError("objective distill needs a `teacher` section, or `teachers`")
         if self.teacher_update_every is not None and not isinstance(self.objective, Distill):
             raise ValueError("teacher.follows_student needs objective distill: nobody else learns from the teacher")
-        if self.optimizer.warmup_steps >= self.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be less than steps ({self.steps})"
-            )
-        if self.data.max_tokens > self.batch.max_tokens:
-            raise ValueError(
-                f"data.max_tokens ({self.data.max_tokens}) must not exceed batch.max_tokens ({self.batch.max_tokens})"
-            )
+        if (warmup_steps := self.optimizer.warmup_steps) >= self.steps:
+            raise ValueError(f"optimizer.warmup_steps ({warmup_steps}) must be less than steps ({self.steps})")
+        if (longest := self.data.max_tokens) > self.batch.max_tokens:
+            raise ValueError(f"data.max_tokens ({longest}) must not exceed batch.max_tokens ({self.batch.max_tokens})")
         return self
 
     @model_validator(mode="after")

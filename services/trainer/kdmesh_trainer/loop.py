@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from kdmesh.tracing.spans import span
 from kdmesh_trainer.sources.batches import Source, StepBatch
 from kdmesh_trainer.stats import Scores, StepStats
 
@@ -126,12 +127,13 @@ def run(parts: Parts, schedule: Schedule) -> int:
     _publish(parts, version=first)
     for step in range(first, schedule.steps):
         _evaluate_if_due(parts, schedule, done=step)
-        with parts.telemetry.phase("batch"):
-            batch = parts.source.next_batch()
-        with parts.telemetry.phase("update"):
-            stats = parts.stepper.update(batch)
         done = step + 1
-        _publish(parts, version=done)
+        with span("step", step=step):
+            with parts.telemetry.phase("batch"):
+                batch = parts.source.next_batch()
+            with parts.telemetry.phase("update"):
+                stats = parts.stepper.update(batch)
+            _publish(parts, version=done)
         # Before the checkpoint: a run that dies in between must find this step either to do or on record.
         parts.telemetry.report(step, stats)
         is_stopping = parts.stop.is_wanted()

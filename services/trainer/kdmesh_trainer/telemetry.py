@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from kdmesh.tracing.spans import span
 from kdmesh_trainer import config
 from kdmesh_trainer.files import keep_before
 from kdmesh_trainer.metrics import Metrics
@@ -75,8 +76,8 @@ class SilentTelemetry:
         """Nothing."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Nothing around what happens inside."""
-        return contextlib.nullcontext()
+        """Nothing but a span around what happens inside."""
+        return span(name)
 
     def report(self, step: int, stats: StepStats) -> None:
         """Nothing."""
@@ -135,7 +136,8 @@ class RunTelemetry:
         self._progress.phase(name)
         begin = time.perf_counter()
         try:
-            yield
+            with span(name):
+                yield
         finally:
             self._phase_s[name] = self._phase_s.get(name, 0.0) + time.perf_counter() - begin
 
