@@ -127,4 +127,4 @@ CMD ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prome
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         shutil.copy(ROOT / ".cache" / "prometheus" / "usr" / "bin" / "prometheus", folder)
         (Path(folder) / "Dockerfile").write_text(dockerfile, encoding="utf-8")
-        docker.run("build", "-t", PROMETHEUS, folder)
+        docker.run("build", "--network=host", "-t", PROMETHEUS, folder)
