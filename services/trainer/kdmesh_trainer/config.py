@@ -18,6 +18,7 @@ from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
 from kdmesh_trainer.replicas_config import ReplicatedConfig
+from kdmesh_trainer.schedule_config import CheckpointConfig, EvaluationConfig
 
 
 class StudentConfig(StrictModel):
@@ -210,26 +211,6 @@ class BatchConfig(StrictModel):
 
     max_tokens: int = Field(8192, ge=8)
     """Tokens of one micro-batch on one rank; a longer single sequence is refused."""
-
-
-class EvaluationConfig(StrictModel):
-    """Held-out evaluation; it also runs before the first step and after the last."""
-
-    every: int | None = Field(None, ge=1)
-    """Steps between evaluations; null evaluates only at the start and the end."""
-
-    max_sequences: int | None = Field(None, ge=1)
-    """Only this many held-out sequences, from the first on; null takes all."""
-
-
-class CheckpointConfig(StrictModel):
-    """Saved state for resuming."""
-
-    every: int | None = Field(None, ge=1)
-    """Steps between checkpoints; null saves only when stopped and at the end."""
-
-    keep: int = Field(2, ge=1)
-    """Newest checkpoints kept."""
 
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
