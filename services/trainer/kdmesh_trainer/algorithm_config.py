@@ -28,7 +28,7 @@ class DualSpace(StrictModel):
     """How rows of the two find each other with data.teacher_tokenizer: eta takes those that are one token for both, cma
     looks by attention."""
 
-    learning_rate_factor: float = Field(10.0, gt=0)
+    learning_rate_factor: float = Field(1.0, gt=0)
     """Learning rate of the two projectors, as a multiple of optimizer.learning_rate."""
 
 
