@@ -46,6 +46,10 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "top-1 cross-entropy": _distil("top1_cross_entropy"),
     "hierarchical ranking, top 5": _distil("hierarchical_ranking"),
     "dual-space KD (DSKD)": {**_distil("forward_kl"), "algorithm": {"name": "dskd"}},
+    "DSKD, projectors 10 times as fast": {
+        **_distil("forward_kl"),
+        "algorithm": {"name": "dskd", "learning_rate_factor": 10},
+    },
 }
 
 

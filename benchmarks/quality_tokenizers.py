@@ -37,6 +37,8 @@ def _distil(algorithm: str, *, ce_weight: float = 0.5, **params: Any) -> dict[st
 METHODS: Mapping[str, dict[str, Any]] = {
     "SFT": {"name": "sft"},
     "shared tokens, forward KL": _distil("vanilla_kd"),
+    "dual space, ETA": _distil("dskd"),
+    "dual space, CMA": _distil("dskd", token_alignment="cma"),
     "ALM, tau 1": _distil("alm", tau=1),
     "ALM, tau 100": _distil("alm", tau=100),
     "ULD": _distil("uld"),
