@@ -316,3 +316,4 @@ class RolloutDescription:
     max_sequence_tokens: int  # of prompt and response together
     is_deterministic: bool
     dtype: DType  # of the weights, also on the wire
+    vision: VisionSpec | None = None  # None: it reads no images

@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 from kdmesh.errors import ConfigError
 from kdmesh.models.cached_attention import CACHED_ATTENTION, NextTokens, Prompts
 from kdmesh.models.forward import hidden_states_TD
+from kdmesh.models.image_packing import Packer
+from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.kv_cache import KvCache
 from kdmesh.models.packing import pack
-from kdmesh.types import Int32Array, TokenSequence
+from kdmesh.models.vision import attention_of
+from kdmesh.types import Int32Array, PlacedImage, TokenSequence
 
 # Relative, over all values. Rounding makes 1e-6 and 1e-2; a wrong token, 0.8.
 _TOLERANCE = {torch.float32: 1e-3}
@@ -27,25 +30,37 @@ class Decoder:
     `model` comes from load_causal_lm, and belongs to decoding from `prepare_decoding` on. Not for gradients.
     """
 
-    def __init__(self, model: PreTrainedModel, *, rows: int, tokens: int) -> None:
-        """An empty one, with room for so many rows of so many tokens, which grows."""
+    def __init__(self, model: PreTrainedModel, *, rows: int, tokens: int, reader: ImageReader | None = None) -> None:
+        """An empty one, with room for so many rows of so many tokens, which grows.
+
+        Args:
+            reader: the model's; None where prompts have no images.
+        """
         self._model = model
+        self._packer = Packer(model, reader)
         self._cache = KvCache(rows=rows, tokens=tokens)
         self._lengths: list[int] = []
+        self._shifts: list[int] = []  # of each row's next position from its length: images take fewer than they have
 
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def join(self, prompts: Sequence[Int32Array]) -> Tensor:
-        """Add a row for each prompt, behind the others; [len(prompts), D] hidden states of their last tokens."""
+    def join(self, prompts: Sequence[Int32Array], images: Sequence[tuple[PlacedImage, ...]] | None = None) -> Tensor:
+        """Add a row for each prompt, behind the others; [len(prompts), D] hidden states of their last tokens.
+
+        Args:
+            images: of each prompt; None: there are none.
+        """
         first, lengths = len(self), tuple(len(prompt) for prompt in prompts)
         rows = tuple(range(first, first + len(prompts)))
         self._cache.reserve(rows=first + len(prompts), tokens=max(lengths) + 1)
-        hidden_TD = self._forward(
-            np.concatenate(prompts),
-            np.concatenate([np.arange(length) for length in lengths]),
-            Prompts(cache=self._cache, rows=rows, lengths=lengths),
-        )
+        step = Prompts(cache=self._cache, rows=rows, lengths=lengths)
+        if images is not None and any(images):
+            hidden_TD = self._see(prompts, images, step)
+        else:
+            positions = np.concatenate([np.arange(length) for length in lengths])
+            hidden_TD = self._forward(np.concatenate(prompts), positions, step)
+            self._shifts += [0] * len(prompts)
         self._lengths += lengths
         ends_R = torch.tensor(np.cumsum(lengths) - 1, device=hidden_TD.device)
         return hidden_TD.index_select(0, ends_R)
@@ -55,6 +70,7 @@ class Decoder:
         self._cache.reserve(rows=len(self) + 1, tokens=num_tokens)
         self._cache.copy_row(row, len(self), num_tokens)
         self._lengths.append(num_tokens)
+        self._shifts.append(self._shifts[row])
 
     def leave(self, row: int) -> None:
         """Drop a row; the last row takes its number."""
@@ -62,7 +78,9 @@ class Decoder:
         if row != last:
             self._cache.copy_row(last, row, self._lengths[last])
             self._lengths[row] = self._lengths[last]
+            self._shifts[row] = self._shifts[last]
         self._lengths.pop()
+        self._shifts.pop()
 
     def advance(self, token_ids: Sequence[int]) -> Tensor:
         """Append one token to each row; [len, D] their hidden states."""
@@ -75,9 +93,17 @@ class Decoder:
             longest=longest,
             is_even=len(set(self._lengths)) == 1,
         )
-        hidden_BD = self._forward(np.array(token_ids, np.int64), lengths, step)
+        hidden_BD = self._forward(np.array(token_ids, np.int64), lengths + np.array(self._shifts, np.int64), step)
         self._lengths = [length + 1 for length in self._lengths]
         return hidden_BD
+
+    def _see(self, prompts: Sequence[Int32Array], images: Sequence[tuple[PlacedImage, ...]], step: Prompts) -> Tensor:
+        sequences = [_as_sequence(ids, placed) for ids, placed in zip(prompts, images, strict=True)]
+        packed = self._packer.pack(sequences)
+        assert packed.images is not None
+        ends = [int(part.max()) for part in torch.split(packed.images.position_ids_3T, list(step.lengths), dim=1)]
+        self._shifts += [end + 1 - length for end, length in zip(ends, step.lengths, strict=True)]
+        return hidden_states_TD(self._model, packed.to(self._model.device), decoding=step)
 
     def _forward(self, token_ids: np.ndarray, position_ids: np.ndarray, step: Prompts | NextTokens) -> Tensor:
         ids_T, positions_T = (
@@ -91,6 +117,12 @@ class Decoder:
         return hidden_TD
 
 
+def _as_sequence(prompt_ids: Int32Array, images: tuple[PlacedImage, ...]) -> TokenSequence:
+    # Which rows are wanted is not looked at; a prompt of one token has none.
+    ids = prompt_ids if len(prompt_ids) > 1 else np.repeat(prompt_ids, 2)
+    return TokenSequence(token_ids=ids, positions=np.zeros(1, np.int32), images=images)
+
+
 def prepare_decoding(model: PreTrainedModel) -> None:
     """Give the model the attention that decoding needs, for good, when it decodes as it computes whole sequences.
 
@@ -101,7 +133,7 @@ def prepare_decoding(model: PreTrainedModel) -> None:
     try:
         with torch.inference_mode():
             expected_TD = hidden_states_TD(model, pack(whole).to(model.device))
-            model.set_attn_implementation(CACHED_ATTENTION)
+            model.set_attn_implementation(attention_of(model.config, CACHED_ATTENTION))
             decoded_TD = _decoded_TD(model, [sequence.token_ids for sequence in whole])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, ConfigError) as error:
         raise _refusal(model, f"{type(error).__name__}: {error}") from error

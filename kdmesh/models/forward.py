@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdmesh.models.packing import PackedTokens
 
 
-def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
+def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens, **decoding: Any) -> Tensor:
     """[T, D] hidden states after the final norm, each sequence as if it were alone; the lm_head does not run.
 
     Carries gradients when autograd records. When `model` is sharded by FSDP, call this from inside
     its root module's forward. `model` comes from load_causal_lm; `packed` lies on its device.
+
+    Args:
+        decoding: what the attention of a model that decodes is told instead of the lengths.
     """
+    told = decoding or {"packed_lengths": packed.lengths}
     images = packed.images
     if images is None:
         output = model.get_decoder()(
             input_ids=packed.token_ids_T[None],
             position_ids=packed.position_ids_T[None],
             use_cache=False,
-            packed_lengths=packed.lengths,
+            **told,
         )
     else:
         output = model.base_model(
@@ -29,7 +35,7 @@ def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor:
             pixel_values=images.patches_PC,
             image_grid_thw=images.extents_N3,
             use_cache=False,
-            packed_lengths=packed.lengths,
+            **told,
         )
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD

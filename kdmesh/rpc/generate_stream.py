@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdmesh.errors import EngineFailure, InvalidRequest, RpcError
+from kdmesh.images import ImagesMissing
 from kdmesh.rpc import failure, rollout_codec
 from kdmesh.rpc.request_stream import RequestStream
-from kdmesh.types import Int32Array, Sample
+from kdmesh.types import Int32Array, PlacedImage, Sample
 from kdmesh.v1 import rollout_pb2 as pb
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class _Open:
     """A request of which samples are missing."""
 
     prompt_ids: Int32Array
+    images: tuple[PlacedImage, ...]
     missing: set[int]
     on_sample: Callable[[int, Sample], None]
     end: asyncio.Future[None]
@@ -45,13 +47,19 @@ class GenerateStream:
         self._stream = RequestStream(call, address, on_reply=self._take, on_end=self._ended)
 
     async def ask(
-        self, request: pb.GenerateRequest, prompt_ids: Int32Array, on_sample: Callable[[int, Sample], None]
+        self,
+        request: pb.GenerateRequest,
+        prompt_ids: Int32Array,
+        on_sample: Callable[[int, Sample], None],
+        *,
+        images: tuple[PlacedImage, ...] = (),
     ) -> None:
         """Return when every sample of the request has been given to `on_sample`, with its index. Cancelling aborts it.
 
         Its request_id is overwritten.
 
         Raises:
+            ImagesMissing: the server lacks images; nothing was sampled.
             RpcError: as rollout.proto says, or Unavailable when the stream breaks; samples may have come before.
             EngineFailure: an answer is not one to this request.
         """
@@ -59,7 +67,7 @@ class GenerateStream:
         request.request_id = next(self._numbers)
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._open[request.request_id] = _Open(
-            prompt_ids=prompt_ids, missing=set(range(request.num_samples)), on_sample=on_sample, end=end
+            prompt_ids=prompt_ids, images=images, missing=set(range(request.num_samples)), on_sample=on_sample, end=end
         )
         self._stream.send(request)
         try:
@@ -81,6 +89,9 @@ class GenerateStream:
                 self._take_sample(reply.request_id, opened, reply.sample)
             case "failure":
                 self._close_request(reply.request_id, failure.from_wire(reply.failure), is_ended=True)
+            case "missing_images":
+                missing = ImagesMissing(tuple(reply.missing_images.digests))
+                self._close_request(reply.request_id, missing, is_ended=True)
             case None:
                 self._close_request(reply.request_id, self._lie("a reply without an outcome"))
 
@@ -90,7 +101,7 @@ class GenerateStream:
             self._close_request(request_id, self._lie(f"sample {index}, which is not missing"))
             return
         try:
-            sample = rollout_codec.sample_from_wire(message, opened.prompt_ids)
+            sample = rollout_codec.sample_from_wire(message, opened.prompt_ids, opened.images)
         except InvalidRequest as error:
             self._close_request(request_id, self._lie(f"no valid sample: {error}"))
             return
@@ -99,7 +110,9 @@ class GenerateStream:
         if not opened.missing:
             self._close_request(request_id, None, is_ended=True)
 
-    def _close_request(self, request_id: int, error: RpcError | None, *, is_ended: bool = False) -> None:
+    def _close_request(
+        self, request_id: int, error: RpcError | ImagesMissing | None, *, is_ended: bool = False
+    ) -> None:
         """Tell who waits. Unless the server has ended it, it is aborted there when they hear of it."""
         opened = self._open.pop(request_id) if is_ended else self._open[request_id]
         if opened.end.done():

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from kdmesh.errors import EngineFailure, Unavailable
 from kdmesh.images import ImagesMissing, encoded
-from kdmesh.types import Image, TokenSequence
+from kdmesh.types import Image, PlacedImage
 
 T = TypeVar("T")
 
@@ -19,9 +19,9 @@ _ROUNDS = 4  # each of which other clients' images may have pushed ours out of
 async def with_images(
     ask: Callable[[], Awaitable[T]],
     put: Callable[[Sequence[bytes]], Awaitable[object]],
-    sequences: Sequence[TokenSequence],
+    images: Sequence[PlacedImage],
 ) -> T:
-    """What `ask` answers once the server has every image of `sequences`.
+    """What `ask` answers once the server has every one of `images`.
 
     Args:
         ask: raises ImagesMissing when it has not.
@@ -36,18 +36,18 @@ async def with_images(
         try:
             return await ask()
         except ImagesMissing as missing:
-            images = _named(missing.digests, sequences)
-        for group in _messages(images):
+            lacked = _named(missing.digests, images)
+        for group in _messages(lacked):
             await put([await asyncio.to_thread(encoded, image) for image in group])
     raise Unavailable(f"the server lost images {_ROUNDS} times before it used them: raise its images.memory_mib")
 
 
-def _named(digests: Sequence[bytes], sequences: Sequence[TokenSequence]) -> list[Image]:
-    known = {placed.digest: placed.image for sequence in sequences for placed in sequence.images}
-    images = [known.get(digest) for digest in digests]
-    if not images or None in images:
+def _named(digests: Sequence[bytes], images: Sequence[PlacedImage]) -> list[Image]:
+    known = {placed.digest: placed.image for placed in images}
+    lacked = [known.get(digest) for digest in digests]
+    if not lacked or None in lacked:
         raise EngineFailure(f"the server lacks {len(digests)} images, and not all of them were named")
-    return [image for image in images if image is not None]
+    return [image for image in lacked if image is not None]
 
 
 def _messages(images: Sequence[Image]) -> Iterator[list[Image]]:

@@ -28,6 +28,7 @@ _ROLES: dict[str, dict[str, Role | None]] = {
     "kdmesh.v1.Rollout": {
         "Describe": Role.VIEWER,
         "Generate": Role.JOB,
+        "PutImages": Role.JOB,
         "Sleep": Role.OPERATOR,
         "Wake": Role.OPERATOR,
         "UpdateWeights": Role.OPERATOR,

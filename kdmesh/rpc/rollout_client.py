@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Self
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import EngineFailure, InvalidRequest, ModelMismatch, RpcError, Unavailable
-from kdmesh.rpc import rollout_codec, sleep_calls
+from kdmesh.rpc import codec, rollout_codec, sleep_calls
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.generate_stream import GenerateStream
+from kdmesh.rpc.missing_images import with_images
 from kdmesh.rpc.retry import Deadline
-from kdmesh.types import Int32Array, RolloutDescription, Sample, Sampling, SleepTag
+from kdmesh.types import Int32Array, PlacedImage, RolloutDescription, Sample, Sampling, SleepTag
+from kdmesh.v1 import common_pb2
 from kdmesh.v1 import rollout_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 
@@ -31,6 +33,7 @@ class Ask:
     num_samples: int
     seed: int | None  # sample i uses seed + i
     min_weight_version: int  # 0 accepts any
+    images: tuple[PlacedImage, ...] = ()  # of the prompt
 
     @property
     def num_tokens(self) -> int:
@@ -119,7 +122,7 @@ class RolloutClient:
         """Return when every sample has been given to `on_sample`, with its index. Cancelling aborts the rest.
 
         Raises:
-            RpcError: as rollout.proto says of Generate; samples may have come before.
+            RpcError: as rollout.proto says of Generate and PutImages; samples may have come before.
             EngineFailure: an answer is not one to this request.
         """
         request = pb.GenerateRequest(
@@ -130,8 +133,16 @@ class RolloutClient:
             architecture_fingerprint=self.model.architecture_fingerprint,
             min_weight_version=ask.min_weight_version,
             deadline_ms=max(1, min(round(deadline.left_s * 1000), 2**32 - 1)),
+            images=codec.images_to_wire(ask.images),
         )
-        await self._stream.ask(request, ask.prompt_ids, on_sample)
+
+        async def put(images: Sequence[bytes]) -> None:
+            with our_errors(self.address):
+                await self._stub.PutImages(common_pb2.PutImagesRequest(images=images), timeout=deadline.left_s)
+
+        await with_images(
+            lambda: self._stream.ask(request, ask.prompt_ids, on_sample, images=ask.images), put, ask.images
+        )
 
     async def sleep(self, tags: Set[SleepTag], *, drain_s: float) -> None:
         """Have the server give these back, after what it computes now.

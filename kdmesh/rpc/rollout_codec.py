@@ -7,7 +7,7 @@ import numpy as np
 from kdmesh.errors import InvalidRequest
 from kdmesh.rpc import codec
 from kdmesh.tokens import digest
-from kdmesh.types import FinishReason, Int32Array, RolloutDescription, Sample, Sampling, TokenSequence
+from kdmesh.types import FinishReason, Int32Array, PlacedImage, RolloutDescription, Sample, Sampling, TokenSequence
 from kdmesh.v1 import rollout_pb2 as pb
 
 JOB = "kdmesh-job"
@@ -51,7 +51,7 @@ def sampling_to_wire(sampling: Sampling) -> pb.SamplingParameters:
     )
 
 
-def sample_from_wire(m: pb.Sample, prompt_ids: Int32Array) -> Sample:
+def sample_from_wire(m: pb.Sample, prompt_ids: Int32Array, images: tuple[PlacedImage, ...] = ()) -> Sample:
     """The sample of a prompt. Raises InvalidRequest when it is none, or its digest is that of another sequence."""
     if m.finish_reason not in _REASON:
         raise InvalidRequest(f"unknown finish reason {m.finish_reason}; known: {', '.join(_WIRE)}")
@@ -62,12 +62,14 @@ def sample_from_wire(m: pb.Sample, prompt_ids: Int32Array) -> Sample:
         min_weight_version=m.min_weight_version,
         max_weight_version=m.max_weight_version,
     )
-    if m.digest != sample_digest(prompt_ids, sample):
+    if m.digest != sample_digest(prompt_ids, sample, images):
         raise InvalidRequest("the digest of a sample is not that of its prompt and its tokens")
     return sample
 
 
-def sample_to_wire(index: int, sample: Sample, prompt_ids: Int32Array) -> pb.Sample:
+def sample_to_wire(
+    index: int, sample: Sample, prompt_ids: Int32Array, images: tuple[PlacedImage, ...] = ()
+) -> pb.Sample:
     """The same as a message."""
     return pb.Sample(
         sample_index=index,
@@ -76,16 +78,17 @@ def sample_to_wire(index: int, sample: Sample, prompt_ids: Int32Array) -> pb.Sam
         finish_reason=_WIRE[sample.finish_reason],
         min_weight_version=sample.min_weight_version,
         max_weight_version=sample.max_weight_version,
-        digest=sample_digest(prompt_ids, sample),
+        digest=sample_digest(prompt_ids, sample, images),
     )
 
 
-def sample_digest(prompt_ids: Int32Array, sample: Sample) -> bytes:
+def sample_digest(prompt_ids: Int32Array, sample: Sample, images: tuple[PlacedImage, ...] = ()) -> bytes:
     """16 bytes over prompt and response, with a position for every token of the response."""
     num_tokens = len(prompt_ids) + sample.num_tokens
     sequence = TokenSequence(
         token_ids=np.concatenate([prompt_ids, sample.token_ids]),
         positions=np.arange(len(prompt_ids) - 1, num_tokens - 1, dtype=np.int32),
+        images=images,
     )
     return digest([sequence])
 
@@ -103,6 +106,7 @@ def rollout_description_from_wire(m: pb.DescribeRolloutResponse) -> RolloutDescr
         max_sequence_tokens=m.max_sequence_tokens,
         is_deterministic=m.is_deterministic,
         dtype=codec.dtype_from_wire(m.dtype),
+        vision=codec.vision_from_wire(m.vision) if m.HasField("vision") else None,
     )
 
 
@@ -117,4 +121,5 @@ def rollout_description_to_wire(model: RolloutDescription) -> pb.DescribeRollout
         max_sequence_tokens=model.max_sequence_tokens,
         is_deterministic=model.is_deterministic,
         dtype=codec.dtype_to_wire(model.dtype),
+        vision=None if model.vision is None else codec.vision_to_wire(model.vision),
     )

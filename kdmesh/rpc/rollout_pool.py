@@ -15,7 +15,7 @@ from kdmesh.rpc.pending_samples import ArrivedSamples, PendingSamples
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask
 from kdmesh.rpc.rollout_fleet import RolloutFleet
-from kdmesh.types import EVERY_TAG, Int32Array, RolloutDescription, Sample, Sampling, SleepTag
+from kdmesh.types import EVERY_TAG, Int32Array, PlacedImage, RolloutDescription, Sample, Sampling, SleepTag
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,7 @@ class RolloutPool:
         num_samples: int,
         seed: int | None,
         min_weight_version: int = 0,
+        images: tuple[PlacedImage, ...] = (),
         on_sample: Callable[[Sample], None] | None = None,
     ) -> PendingSamples:
         """Ask for samples of one prompt, sample i drawn from seed + i. Does not block.
@@ -106,6 +107,7 @@ class RolloutPool:
             num_samples: at least 1.
             seed: None draws differently each time.
             min_weight_version: oldest weights to sample from; 0 accepts any.
+            images: of the prompt.
             on_sample: called in the background thread with each sample as it comes; must not block, nor raise.
         """
         ask = Ask(
@@ -114,6 +116,7 @@ class RolloutPool:
             num_samples=num_samples,
             seed=seed,
             min_weight_version=min_weight_version,
+            images=images,
         )
         arrived = ArrivedSamples()
         return PendingSamples(self._loop.start(self._sample, ask, arrived, on_sample), arrived, self._waited)

@@ -212,7 +212,8 @@ class TeacherClient:
             )
 
         with spans.span("rows", address=self.address, sequences=len(sequences)):
-            result = await with_images(ask, lambda images: self._put_images(images, deadline), sequences)
+            images = [placed for sequence in sequences for placed in sequence.images]
+            result = await with_images(ask, lambda lacked: self._put_images(lacked, deadline), images)
             return await self._fetch(result, sequences)
 
     async def _fetch(self, result: pb.PrefillResult, sequences: Sequence[TokenSequence]) -> TeacherRows:

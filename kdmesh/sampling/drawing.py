@@ -39,14 +39,18 @@ class Draw:
     seen_S: Tensor | None  # distinct ids that the sequence holds; needed where there is a repetition penalty
 
 
-def draw(logits_BV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
+def draw(logits_BV: Tensor, draws: Sequence[Draw], *, never: int | None = None) -> tuple[list[int], list[float]]:
     """A token for each row, and its log-probability at temperature 1 under all of V, before any truncation or penalty.
 
     Args:
         logits_BV: float32, real tokens only.
         draws: one for each row; a row's token depends on its own row and draw alone.
+        never: a token that is not drawn, whatever its probability; None: there is none.
     """
-    tokens_B = _tokens(_penalised(logits_BV, draws), draws)
+    wanted_BV = _penalised(logits_BV, draws)
+    if never is not None:
+        wanted_BV = wanted_BV.index_fill(1, torch.tensor([never], device=wanted_BV.device), -math.inf)
+    tokens_B = _tokens(wanted_BV, draws)
     chosen_B = logits_BV.gather(1, tokens_B[:, None])[:, 0]
     logprobs_B = chosen_B - logits_BV.logsumexp(1)
     # A difference of roundings: a sure token may come out a hair above 0.

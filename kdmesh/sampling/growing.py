@@ -7,7 +7,7 @@ import torch
 
 from kdmesh.sampling.drawing import Chance, Draw
 from kdmesh.sampling.stops import StopStrings
-from kdmesh.types import FinishReason, Int32Array, Sample, Sampling
+from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
 
 
 class GrowingSample:
@@ -19,6 +19,7 @@ class GrowingSample:
         seed: None draws differently each time.
         max_sequence_tokens: of prompt and response together.
         stops: of its stop strings.
+        images: of the prompt.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class GrowingSample:
         seed: int | None,
         max_sequence_tokens: int,
         stops: StopStrings,
+        images: tuple[PlacedImage, ...] = (),
     ) -> None:
         self.key = key
+        self.images = images
         self._prompt_ids = prompt_ids
         self._sampling = sampling
         self._most = min(sampling.max_new_tokens, max_sequence_tokens - len(prompt_ids))
@@ -50,6 +53,12 @@ class GrowingSample:
     def sequence_ids(self) -> Int32Array:
         """The prompt, and what was drawn."""
         return np.concatenate([self._prompt_ids, np.array(self._token_ids, np.int32)])
+
+    @property
+    def name(self) -> bytes:
+        """Of its tokens and images: equal for those that may begin as one."""
+        images = b"".join(image.digest for image in self.images)
+        return len(self.images).to_bytes(8, "little") + images + self.sequence_ids.tobytes()
 
     @property
     def num_drawn(self) -> int:

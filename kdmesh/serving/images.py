@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
+
 from kdmesh.errors import InvalidRequest
 from kdmesh.images import ImagesMissing, ImageTokens, check_image_size, decoded, describe_image
 from kdmesh.serving.images_config import ImagesConfig
-from kdmesh.types import Image, PlacedImage, TokenSequence, VisionSpec
+from kdmesh.types import Image, Int32Array, PlacedImage, TokenSequence, VisionSpec
 
 
 class Vision(ImageTokens, Protocol):
@@ -72,6 +74,14 @@ class ImageStore:
             else sequence
             for index, sequence in enumerate(sequences)
         )
+
+    def resolved_prompt(self, prompt_ids: Int32Array, images: tuple[PlacedImage, ...]) -> tuple[PlacedImage, ...]:
+        """The images of a prompt, at hand. Raises as `resolved`."""
+        # A sequence has a token after its last position; which one does not matter.
+        ids = np.append(prompt_ids, np.int32(0 if self.spec.image_token_id else 1))
+        position = np.array([len(prompt_ids) - 1], np.int32)
+        [sequence] = self.resolved([TokenSequence(token_ids=ids, positions=position, images=images)])
+        return sequence.images
 
     def _check_tokens(self, index: int, sequence: TokenSequence) -> None:
         token_id = self.spec.image_token_id

@@ -26,27 +26,27 @@ from kdmesh.v1 import common_pb2 as kdmesh_dot_v1_dot_common__pb2
 from kdmesh.v1 import weights_pb2 as kdmesh_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kdmesh/v1/rollout.proto\x12\tkdmesh.v1\x1a\x16kdmesh/v1/common.proto\x1a\x17kdmesh/v1/weights.proto\"\x18\n\x16\x44\x65scribeRolloutRequest\"\xf7\x01\n\x17\x44\x65scribeRolloutResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12 \n\x18\x61rchitecture_fingerprint\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x16\n\x0eweight_version\x18\x05 \x01(\x04\x12\x1b\n\x13max_sequence_tokens\x18\x06 \x01(\r\x12\x18\n\x10is_deterministic\x18\x07 \x01(\x08\x12\x1f\n\x05\x64type\x18\x08 \x01(\x0e\x32\x10.kdmesh.v1.DType\"\xb8\x01\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x14\n\x0cstop_strings\x18\x08 \x03(\t\"\x80\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x13\n\x0bnum_samples\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.kdmesh.v1.SamplingParameters\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12 \n\x18\x61rchitecture_fingerprint\x18\x06 \x01(\t\x12\x1a\n\x12min_weight_version\x18\x07 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x10\n\x08is_abort\x18\t \x01(\x08\x42\x07\n\x05_seed\"\xbb\x01\n\x06Sample\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.kdmesh.v1.FinishReason\x12\x1a\n\x12min_weight_version\x18\x05 \x01(\x04\x12\x1a\n\x12max_weight_version\x18\x06 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x0c\"z\n\rGenerateReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12#\n\x06sample\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.SampleH\x00\x12%\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.kdmesh.v1.FailureH\x00\x42\t\n\x07outcome*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xec\x02\n\x07Rollout\x12Q\n\x08\x44\x65scribe\x12!.kdmesh.v1.DescribeRolloutRequest\x1a\".kdmesh.v1.DescribeRolloutResponse\x12\x44\n\x08Generate\x12\x1a.kdmesh.v1.GenerateRequest\x1a\x18.kdmesh.v1.GenerateReply(\x01\x30\x01\x12S\n\rUpdateWeights\x12\x1f.kdmesh.v1.UpdateWeightsRequest\x1a\x1d.kdmesh.v1.UpdateWeightsReply(\x01\x30\x01\x12:\n\x05Sleep\x12\x17.kdmesh.v1.SleepRequest\x1a\x18.kdmesh.v1.SleepResponse\x12\x37\n\x04Wake\x12\x16.kdmesh.v1.WakeRequest\x1a\x17.kdmesh.v1.WakeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kdmesh/v1/rollout.proto\x12\tkdmesh.v1\x1a\x16kdmesh/v1/common.proto\x1a\x17kdmesh/v1/weights.proto\"\x18\n\x16\x44\x65scribeRolloutRequest\"\x9e\x02\n\x17\x44\x65scribeRolloutResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12 \n\x18\x61rchitecture_fingerprint\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x16\n\x0eweight_version\x18\x05 \x01(\x04\x12\x1b\n\x13max_sequence_tokens\x18\x06 \x01(\r\x12\x18\n\x10is_deterministic\x18\x07 \x01(\x08\x12\x1f\n\x05\x64type\x18\x08 \x01(\x0e\x32\x10.kdmesh.v1.DType\x12%\n\x06vision\x18\t \x01(\x0b\x32\x15.kdmesh.v1.VisionSpec\"\xb8\x01\n\x12SamplingParameters\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x14\n\x0cstop_strings\x18\x08 \x03(\t\"\xa8\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x13\n\x0bnum_samples\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.kdmesh.v1.SamplingParameters\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12 \n\x18\x61rchitecture_fingerprint\x18\x06 \x01(\t\x12\x1a\n\x12min_weight_version\x18\x07 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x10\n\x08is_abort\x18\t \x01(\x08\x12&\n\x06images\x18\n \x03(\x0b\x32\x16.kdmesh.v1.PlacedImageB\x07\n\x05_seed\"\xbb\x01\n\x06Sample\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.kdmesh.v1.FinishReason\x12\x1a\n\x12min_weight_version\x18\x05 \x01(\x04\x12\x1a\n\x12max_weight_version\x18\x06 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x0c\"\xae\x01\n\rGenerateReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12#\n\x06sample\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.SampleH\x00\x12%\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x12.kdmesh.v1.FailureH\x00\x12\x32\n\x0emissing_images\x18\x04 \x01(\x0b\x32\x18.kdmesh.v1.MissingImagesH\x00\x42\t\n\x07outcome*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb4\x03\n\x07Rollout\x12Q\n\x08\x44\x65scribe\x12!.kdmesh.v1.DescribeRolloutRequest\x1a\".kdmesh.v1.DescribeRolloutResponse\x12\x44\n\x08Generate\x12\x1a.kdmesh.v1.GenerateRequest\x1a\x18.kdmesh.v1.GenerateReply(\x01\x30\x01\x12\x46\n\tPutImages\x12\x1b.kdmesh.v1.PutImagesRequest\x1a\x1c.kdmesh.v1.PutImagesResponse\x12S\n\rUpdateWeights\x12\x1f.kdmesh.v1.UpdateWeightsRequest\x1a\x1d.kdmesh.v1.UpdateWeightsReply(\x01\x30\x01\x12:\n\x05Sleep\x12\x17.kdmesh.v1.SleepRequest\x1a\x18.kdmesh.v1.SleepResponse\x12\x37\n\x04Wake\x12\x16.kdmesh.v1.WakeRequest\x1a\x17.kdmesh.v1.WakeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kdmesh.v1.rollout_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1123
-  _globals['_FINISHREASON']._serialized_end=1218
+  _globals['_FINISHREASON']._serialized_start=1255
+  _globals['_FINISHREASON']._serialized_end=1350
   _globals['_DESCRIBEROLLOUTREQUEST']._serialized_start=87
   _globals['_DESCRIBEROLLOUTREQUEST']._serialized_end=111
   _globals['_DESCRIBEROLLOUTRESPONSE']._serialized_start=114
-  _globals['_DESCRIBEROLLOUTRESPONSE']._serialized_end=361
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=364
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=548
-  _globals['_GENERATEREQUEST']._serialized_start=551
-  _globals['_GENERATEREQUEST']._serialized_end=807
-  _globals['_SAMPLE']._serialized_start=810
-  _globals['_SAMPLE']._serialized_end=997
-  _globals['_GENERATEREPLY']._serialized_start=999
-  _globals['_GENERATEREPLY']._serialized_end=1121
-  _globals['_ROLLOUT']._serialized_start=1221
-  _globals['_ROLLOUT']._serialized_end=1585
+  _globals['_DESCRIBEROLLOUTRESPONSE']._serialized_end=400
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=403
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=587
+  _globals['_GENERATEREQUEST']._serialized_start=590
+  _globals['_GENERATEREQUEST']._serialized_end=886
+  _globals['_SAMPLE']._serialized_start=889
+  _globals['_SAMPLE']._serialized_end=1076
+  _globals['_GENERATEREPLY']._serialized_start=1079
+  _globals['_GENERATEREPLY']._serialized_end=1253
+  _globals['_ROLLOUT']._serialized_start=1353
+  _globals['_ROLLOUT']._serialized_end=1789
 # @@protoc_insertion_point(module_scope)

@@ -90,6 +90,7 @@ class DescribeRolloutResponse(google.protobuf.message.Message):
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: builtins.int
     IS_DETERMINISTIC_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
+    VISION_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     """What the operator calls the model; for people, never compared."""
     architecture_fingerprint: builtins.str
@@ -106,6 +107,10 @@ class DescribeRolloutResponse(google.protobuf.message.Message):
     """Whether a request with a seed gets the same tokens whatever else is being served."""
     dtype: kdmesh.v1.common_pb2.DType.ValueType
     """Element type of the weights; bytes of buckets are in it."""
+    @property
+    def vision(self) -> kdmesh.v1.common_pb2.VisionSpec:
+        """How it reads images; unset when it reads none."""
+
     def __init__(
         self,
         *,
@@ -117,8 +122,10 @@ class DescribeRolloutResponse(google.protobuf.message.Message):
         max_sequence_tokens: builtins.int = ...,
         is_deterministic: builtins.bool = ...,
         dtype: kdmesh.v1.common_pb2.DType.ValueType = ...,
+        vision: kdmesh.v1.common_pb2.VisionSpec | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture_fingerprint", b"architecture_fingerprint", "dtype", b"dtype", "is_deterministic", b"is_deterministic", "max_sequence_tokens", b"max_sequence_tokens", "model_name", b"model_name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocabulary_size", b"vocabulary_size", "weight_version", b"weight_version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["vision", b"vision"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["architecture_fingerprint", b"architecture_fingerprint", "dtype", b"dtype", "is_deterministic", b"is_deterministic", "max_sequence_tokens", b"max_sequence_tokens", "model_name", b"model_name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vision", b"vision", "vocabulary_size", b"vocabulary_size", "weight_version", b"weight_version"]) -> None: ...
 
 Global___DescribeRolloutResponse: typing_extensions.TypeAlias = DescribeRolloutResponse
 
@@ -187,6 +194,7 @@ class GenerateRequest(google.protobuf.message.Message):
     MIN_WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     IS_ABORT_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """Chosen by the client, unique among its unanswered requests on the stream."""
     num_samples: builtins.int
@@ -209,6 +217,10 @@ class GenerateRequest(google.protobuf.message.Message):
     def sampling(self) -> Global___SamplingParameters:
         """How they are drawn."""
 
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.PlacedImage]:
+        """Images of the prompt, as TokenSequence has them."""
+
     def __init__(
         self,
         *,
@@ -221,9 +233,10 @@ class GenerateRequest(google.protobuf.message.Message):
         min_weight_version: builtins.int = ...,
         deadline_ms: builtins.int = ...,
         is_abort: builtins.bool = ...,
+        images: collections.abc.Iterable[kdmesh.v1.common_pb2.PlacedImage] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "sampling", b"sampling", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "architecture_fingerprint", b"architecture_fingerprint", "deadline_ms", b"deadline_ms", "is_abort", b"is_abort", "min_weight_version", b"min_weight_version", "num_samples", b"num_samples", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "architecture_fingerprint", b"architecture_fingerprint", "deadline_ms", b"deadline_ms", "images", b"images", "is_abort", b"is_abort", "min_weight_version", b"min_weight_version", "num_samples", b"num_samples", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "seed", b"seed"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___GenerateRequest: typing_extensions.TypeAlias = GenerateRequest
@@ -287,6 +300,7 @@ class GenerateReply(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     SAMPLE_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    MISSING_IMAGES_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """The request's."""
     @property
@@ -297,15 +311,20 @@ class GenerateReply(google.protobuf.message.Message):
     def failure(self) -> kdmesh.v1.common_pb2.Failure:
         """Why the missing samples of this request will not come."""
 
+    @property
+    def missing_images(self) -> kdmesh.v1.common_pb2.MissingImages:
+        """Images to put before asking again; the request has ended."""
+
     def __init__(
         self,
         *,
         request_id: builtins.int = ...,
         sample: Global___Sample | None = ...,
         failure: kdmesh.v1.common_pb2.Failure | None = ...,
+        missing_images: kdmesh.v1.common_pb2.MissingImages | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "sample", b"sample"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "outcome", b"outcome", "request_id", b"request_id", "sample", b"sample"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["sample", "failure"] | None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "missing_images", b"missing_images", "outcome", b"outcome", "sample", b"sample"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "missing_images", b"missing_images", "outcome", b"outcome", "request_id", b"request_id", "sample", b"sample"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["outcome", b"outcome"]) -> typing.Literal["sample", "failure", "missing_images"] | None: ...
 
 Global___GenerateReply: typing_extensions.TypeAlias = GenerateReply

@@ -47,6 +47,11 @@ class RolloutStub(object):
                 request_serializer=kdmesh_dot_v1_dot_rollout__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=kdmesh_dot_v1_dot_rollout__pb2.GenerateReply.FromString,
                 _registered_method=True)
+        self.PutImages = channel.unary_unary(
+                '/kdmesh.v1.Rollout/PutImages',
+                request_serializer=kdmesh_dot_v1_dot_common__pb2.PutImagesRequest.SerializeToString,
+                response_deserializer=kdmesh_dot_v1_dot_common__pb2.PutImagesResponse.FromString,
+                _registered_method=True)
         self.UpdateWeights = channel.stream_stream(
                 '/kdmesh.v1.Rollout/UpdateWeights',
                 request_serializer=kdmesh_dot_v1_dot_weights__pb2.UpdateWeightsRequest.SerializeToString,
@@ -91,15 +96,29 @@ class RolloutServicer(object):
         Ending or breaking the stream aborts its unfinished requests, and so does Abort.
 
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
-        INVALID_ARGUMENT    an id out of range, a parameter out of range, or a prompt that leaves
-        no room for a token
+        INVALID_ARGUMENT    an id out of range, a parameter out of range, a bad image, or a prompt that
+        leaves no room for a token
         FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights served
         are older than min_weight_version
         UNAVAILABLE         the queue is full, the server sleeps, or an update of the weights
         aborted it; ask again after retry_after_ms
         DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
         INTERNAL            the engine failed on it
+        A request that names an image which the server does not have is answered with MissingImages, at once and at no
+        cost; a server that was started anew has none.
         The stream itself ends with: nothing of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutImages(self, request, context):
+        """PutImages brings images that a reply to Generate said are missing.
+
+        Cost: the bytes once, and one decoding of each, so that a damaged one fails here. Idempotent.
+
+        Errors:
+        INVALID_ARGUMENT no image; one that is none, is damaged or exceeds VisionSpec's limits; or a model that reads none
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,6 +189,11 @@ def add_RolloutServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=kdmesh_dot_v1_dot_rollout__pb2.GenerateRequest.FromString,
                     response_serializer=kdmesh_dot_v1_dot_rollout__pb2.GenerateReply.SerializeToString,
+            ),
+            'PutImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutImages,
+                    request_deserializer=kdmesh_dot_v1_dot_common__pb2.PutImagesRequest.FromString,
+                    response_serializer=kdmesh_dot_v1_dot_common__pb2.PutImagesResponse.SerializeToString,
             ),
             'UpdateWeights': grpc.stream_stream_rpc_method_handler(
                     servicer.UpdateWeights,
@@ -242,6 +266,33 @@ class Rollout(object):
             '/kdmesh.v1.Rollout/Generate',
             kdmesh_dot_v1_dot_rollout__pb2.GenerateRequest.SerializeToString,
             kdmesh_dot_v1_dot_rollout__pb2.GenerateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kdmesh.v1.Rollout/PutImages',
+            kdmesh_dot_v1_dot_common__pb2.PutImagesRequest.SerializeToString,
+            kdmesh_dot_v1_dot_common__pb2.PutImagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

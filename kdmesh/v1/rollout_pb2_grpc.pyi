@@ -79,6 +79,22 @@ _RolloutGenerateType = typing_extensions.TypeVar(
     ],
 )
 
+_RolloutPutImagesType = typing_extensions.TypeVar(
+    '_RolloutPutImagesType',
+    grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.PutImagesRequest,
+        kdmesh.v1.common_pb2.PutImagesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.PutImagesRequest,
+        kdmesh.v1.common_pb2.PutImagesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.PutImagesRequest,
+        kdmesh.v1.common_pb2.PutImagesResponse,
+    ],
+)
+
 _RolloutUpdateWeightsType = typing_extensions.TypeVar(
     '_RolloutUpdateWeightsType',
     grpc.StreamStreamMultiCallable[
@@ -127,7 +143,7 @@ _RolloutWakeType = typing_extensions.TypeVar(
     ],
 )
 
-class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _RolloutUpdateWeightsType, _RolloutSleepType, _RolloutWakeType]):
+class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _RolloutPutImagesType, _RolloutUpdateWeightsType, _RolloutSleepType, _RolloutWakeType]):
     """Samples from one model whose weights change."""
 
     @typing.overload
@@ -139,6 +155,10 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
         grpc.StreamStreamMultiCallable[
             kdmesh.v1.rollout_pb2.GenerateRequest,
             kdmesh.v1.rollout_pb2.GenerateReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.PutImagesRequest,
+            kdmesh.v1.common_pb2.PutImagesResponse,
         ],
         grpc.StreamStreamMultiCallable[
             kdmesh.v1.weights_pb2.UpdateWeightsRequest,
@@ -163,6 +183,10 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
         grpc.aio.StreamStreamMultiCallable[
             kdmesh.v1.rollout_pb2.GenerateRequest,
             kdmesh.v1.rollout_pb2.GenerateReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kdmesh.v1.common_pb2.PutImagesRequest,
+            kdmesh.v1.common_pb2.PutImagesResponse,
         ],
         grpc.aio.StreamStreamMultiCallable[
             kdmesh.v1.weights_pb2.UpdateWeightsRequest,
@@ -198,15 +222,26 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
     Ending or breaking the stream aborts its unfinished requests, and so does Abort.
 
     A failed request is a Failure in its reply, and the stream goes on. Its codes:
-      INVALID_ARGUMENT    an id out of range, a parameter out of range, or a prompt that leaves
-                          no room for a token
+      INVALID_ARGUMENT    an id out of range, a parameter out of range, a bad image, or a prompt that
+                          leaves no room for a token
       FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights served
                           are older than min_weight_version
       UNAVAILABLE         the queue is full, the server sleeps, or an update of the weights
                           aborted it; ask again after retry_after_ms
       DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
       INTERNAL            the engine failed on it
+    A request that names an image which the server does not have is answered with MissingImages, at once and at no
+    cost; a server that was started anew has none.
     The stream itself ends with: nothing of its own.
+    """
+
+    PutImages: _RolloutPutImagesType
+    """PutImages brings images that a reply to Generate said are missing.
+
+    Cost: the bytes once, and one decoding of each, so that a damaged one fails here. Idempotent.
+
+    Errors:
+      INVALID_ARGUMENT no image; one that is none, is damaged or exceeds VisionSpec's limits; or a model that reads none
     """
 
     UpdateWeights: _RolloutUpdateWeightsType
@@ -262,6 +297,10 @@ RolloutAsyncStub: typing_extensions.TypeAlias = RolloutStub[
         kdmesh.v1.rollout_pb2.GenerateRequest,
         kdmesh.v1.rollout_pb2.GenerateReply,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kdmesh.v1.common_pb2.PutImagesRequest,
+        kdmesh.v1.common_pb2.PutImagesResponse,
+    ],
     grpc.aio.StreamStreamMultiCallable[
         kdmesh.v1.weights_pb2.UpdateWeightsRequest,
         kdmesh.v1.weights_pb2.UpdateWeightsReply,
@@ -309,15 +348,31 @@ class RolloutServicer(metaclass=abc.ABCMeta):
         Ending or breaking the stream aborts its unfinished requests, and so does Abort.
 
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
-          INVALID_ARGUMENT    an id out of range, a parameter out of range, or a prompt that leaves
-                              no room for a token
+          INVALID_ARGUMENT    an id out of range, a parameter out of range, a bad image, or a prompt that
+                              leaves no room for a token
           FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights served
                               are older than min_weight_version
           UNAVAILABLE         the queue is full, the server sleeps, or an update of the weights
                               aborted it; ask again after retry_after_ms
           DEADLINE_EXCEEDED   deadline_ms passed before its last sample was finished
           INTERNAL            the engine failed on it
+        A request that names an image which the server does not have is answered with MissingImages, at once and at no
+        cost; a server that was started anew has none.
         The stream itself ends with: nothing of its own.
+        """
+
+    @abc.abstractmethod
+    def PutImages(
+        self,
+        request: kdmesh.v1.common_pb2.PutImagesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kdmesh.v1.common_pb2.PutImagesResponse, collections.abc.Awaitable[kdmesh.v1.common_pb2.PutImagesResponse]]:
+        """PutImages brings images that a reply to Generate said are missing.
+
+        Cost: the bytes once, and one decoding of each, so that a damaged one fails here. Idempotent.
+
+        Errors:
+          INVALID_ARGUMENT no image; one that is none, is damaged or exceeds VisionSpec's limits; or a model that reads none
         """
 
     @abc.abstractmethod

@@ -8,7 +8,7 @@ import pytest
 
 from kdmesh import errors
 from kdmesh.rpc import rollout_codec
-from kdmesh.types import Int32Array, Sample
+from kdmesh.types import Int32Array, PlacedImage, Sample
 from kdmesh.v1 import rollout_pb2 as pb
 from tests.support.rollout_samples import ask, expected_tokens, generate, prompt
 from tests.support.rollout_server import running_rollout
@@ -64,8 +64,8 @@ async def test_lies_are_found_out_and_the_stream_goes_on(
 ) -> None:
     honest = rollout_codec.sample_to_wire
 
-    def lying(index: int, sample: Sample, prompt_ids: Int32Array) -> pb.Sample:
-        message = honest(index, sample, prompt_ids)
+    def lying(index: int, sample: Sample, prompt_ids: Int32Array, images: tuple[PlacedImage, ...]) -> pb.Sample:
+        message = honest(index, sample, prompt_ids, images)
         lie(message)
         return message
 
@@ -80,7 +80,7 @@ async def test_lies_are_found_out_and_the_stream_goes_on(
 
 async def test_a_sample_that_comes_twice_is_used_once_and_fails_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = rollout_codec.sample_to_wire
-    monkeypatch.setattr(rollout_codec, "sample_to_wire", lambda index, sample, ids: honest(0, sample, ids))
+    monkeypatch.setattr(rollout_codec, "sample_to_wire", lambda index, sample, *prompt: honest(0, sample, *prompt))
     arrived: list[int] = []
     async with running_rollout() as server, server.client() as client:
         with pytest.raises(errors.EngineFailure, match="sample 0, which is not missing"):

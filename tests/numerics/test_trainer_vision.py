@@ -42,7 +42,7 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, whole_byte
     batch = step_batch(sequences, LAYOUTS[mesh.world_size][mesh.rank], local_teacher)
     for freeze_vision in (False, True):
         lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
-        packer = build_packer(lm, reader_of(path), sequences, freeze_vision=freeze_vision)
+        packer = build_packer(lm, reader_of(path), 3, freeze_vision=freeze_vision)
         model = Student(lm, vocabulary_size=VOCABULARY_SIZE, packer=packer)
         shard(model, mesh.device_mesh, compute_dtype=torch.float32)
         stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)

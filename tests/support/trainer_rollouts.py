@@ -15,7 +15,7 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import pack
-from kdmesh.types import FinishReason, Int32Array, Sample, Sampling, TokenSequence
+from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling, TokenSequence
 from kdmesh_trainer.model import Student, release
 
 
@@ -140,6 +140,7 @@ class FastRollouts:
         num_samples: int,
         seed: int,
         min_weight_version: int,
+        images: tuple[PlacedImage, ...] = (),
         on_sample: Callable[[Sample], None],
     ) -> Ready:
         """Ready samples."""
@@ -191,6 +192,7 @@ class ThreadedRollouts(FastRollouts):
         num_samples: int,
         seed: int,
         min_weight_version: int,
+        images: tuple[PlacedImage, ...] = (),
         on_sample: Callable[[Sample], None],
     ) -> Arriving:
         """Samples on their way."""

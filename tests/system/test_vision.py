@@ -16,6 +16,7 @@ from tests.support.reference_vision import hugging_face_vision_rows
 from tests.support.tiny_models import save_model
 from tests.support.tiny_vision import TinyVisionModels, png, reader_of, save_tokenizer, vision_sequence
 from tests.system.processes import Process, Processes
+from tests.system.rollouts import Rollouts
 from tests.system.teachers import Teacher
 from tests.system.training import Job, Recipe
 
@@ -48,6 +49,7 @@ class Story:
     student: Path
     undisturbed: Job
     disturbed: Job  # its teacher was killed after some steps, and started again
+    sampled: Job  # learns from responses to images that its student drew
     refused: dict[str, Process]  # by who reads text alone
 
 
@@ -72,21 +74,29 @@ def story(
         Job(processes, root / name, recipe, teacher.address)
         for name, teacher in zip(("undisturbed", "disturbed"), teachers, strict=True)
     ]
+    rollouts = Rollouts(processes, root / "rollouts", recipe.student)
+    source = {
+        "kind": "on_policy",
+        "rollouts": {"addresses": [rollouts.address], "deadline_s": 100},
+        "samples_per_prompt": 2,
+        "sampling": {"max_new_tokens": 12},
+    }
+    sampled = Job(processes, root / "sampled", recipe, teachers[0].address, steps=8, source=source)
     refused = {
         "teacher": Job(processes, root / "blind-1", recipe, blind_teacher.address),
         "student": Job(processes, root / "blind-2", replace(recipe, student=blind), teachers[0].address),
     }
-    for teacher in (blind_teacher, *teachers):
-        teacher.start()
+    for server in (blind_teacher, *teachers, rollouts):
+        server.start()
     running, other = (job.start() for job in jobs)
     other.until(lambda: len(jobs[1].steps()) >= 4)
     teachers[1].process.signal(signal.SIGKILL)
     teachers[1].process.exit_code()
     teachers[1].start()
-    for process in (running, other):
+    for process in (running, other, sampled.start()):
         process.succeed()
     ended = {name: job.start() for name, job in refused.items()}
-    return Story(student=recipe.student, undisturbed=jobs[0], disturbed=jobs[1], refused=ended)
+    return Story(student=recipe.student, undisturbed=jobs[0], disturbed=jobs[1], sampled=sampled, refused=ended)
 
 
 def test_held_out_distance_to_the_teacher_falls(story: Story) -> None:
@@ -97,6 +107,14 @@ def test_held_out_distance_to_the_teacher_falls(story: Story) -> None:
 def test_a_teacher_that_lost_its_images_gets_them_again_and_nothing_changes(story: Story) -> None:
     assert len(story.undisturbed.steps()) == 16
     assert story.disturbed.record() == story.undisturbed.record()
+
+
+def test_responses_to_images_are_drawn_from_the_student_and_bring_it_nearer(story: Story) -> None:
+    assert len(story.sampled.steps()) == 8
+    for step in story.sampled.steps():
+        assert abs(step["sampler_kl_k1_nats"]) < 1e-4
+    scores = [line["kl_nats_per_token"] for line in story.sampled.lines() if line["kind"] == "evaluation"]
+    assert scores[-1] < 0.9 * scores[0]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kdmesh.errors import EngineFailure, ModelMismatch
 from kdmesh.tokens import digest
-from kdmesh.types import FinishReason, Int32Array, Sample, Sampling
+from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
 from kdmesh_trainer.sources.prompts import PromptOrder
 from kdmesh_trainer.sources.rollouts import Rollout, figures_of
 from kdmesh_trainer.sources.sampler import Sampler
@@ -54,6 +54,7 @@ class Answers:
         num_samples: int,
         seed: int,
         min_weight_version: int,
+        images: tuple[PlacedImage, ...] = (),
         on_sample: Callable[[Sample], None],
     ) -> Answer:
         self.asked += 1

@@ -21,6 +21,8 @@ def check_request(request: SampleRequest, model: RolloutDescription) -> None:
             f"the prompt has {length} tokens, which leaves no room for a response: prompt and response together have "
             f"at most {model.max_sequence_tokens}"
         )
+    if request.images and model.vision is None:
+        raise InvalidRequest(f"the prompt has {len(request.images)} images; this model reads none")
     _check_ids("the prompt", int(request.prompt_ids.max()), model)
     _check_stops(request.sampling, model)
 

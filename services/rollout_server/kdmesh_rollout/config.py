@@ -9,6 +9,7 @@ from pydantic import Field
 
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
+from kdmesh.serving.images_config import ImagesConfig
 from kdmesh.serving.job_config import JobTerms
 from kdmesh_rollout.sglang_config import SglangEngine
 
@@ -116,3 +117,6 @@ class RolloutConfig(StrictModel):
 
     jobs: RolloutJobs = RolloutJobs()
     """What each job may take."""
+
+    images: ImagesConfig = ImagesConfig()
+    """Images in prompts, where the model reads them."""

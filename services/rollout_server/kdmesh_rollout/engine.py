@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from kdmesh.serving.images import Vision
 from kdmesh.serving.revival import Mortal
 from kdmesh.serving.sleep import Sleeper
-from kdmesh.types import DType, Int32Array, Sample, Sampling
+from kdmesh.types import DType, Int32Array, PlacedImage, Sample, Sampling
 from kdmesh.weights.target import WeightTarget
 
 
@@ -23,6 +24,7 @@ class EngineDescription:
     max_sequence_tokens: int  # of prompt and response together
     max_running: int  # samples decoded together
     is_deterministic: bool
+    vision: Vision | None = None  # None: it reads no images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,6 +35,7 @@ class Order:
     prompt_ids: Int32Array  # [P], P >= 1
     sampling: Sampling
     seed: int | None  # None draws differently each time
+    images: tuple[PlacedImage, ...] = ()  # of the prompt, at hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdmesh.rpc.weight_updates import WeightUpdates
+from kdmesh.serving.images import ImageStore
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_state import JobState, job_states
 from kdmesh.serving.job_table import JobTable
@@ -26,6 +27,7 @@ class Parts:
     updates: WeightUpdates
     updating: Outstanding  # updates that are being received
     sleep: Sleep
+    images: ImageStore | None  # None: the model reads none
     run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service
 
     @property

@@ -170,7 +170,13 @@ class Scheduler:
 
     def _work(self, request: SampleRequest, index: int, answers: Answers) -> Work:
         seed = None if request.seed is None else (request.seed + index) % 2**64
-        order = Order(key=next(self._keys), prompt_ids=request.prompt_ids, sampling=request.sampling, seed=seed)
+        order = Order(
+            key=next(self._keys),
+            prompt_ids=request.prompt_ids,
+            sampling=request.sampling,
+            seed=seed,
+            images=request.images,
+        )
         return Work(
             session=request.session,
             job=request.job,

@@ -7,12 +7,13 @@ import math
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import grpc
 
 from kdmesh.errors import DeadlineExpired, InvalidRequest, RpcError, Unavailable
+from kdmesh.images import ImagesMissing
 from kdmesh.rpc import codec, failure, rollout_codec
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
@@ -66,6 +67,14 @@ class Servicer(RolloutServicer):
     async def _answer(self, stream: _Generation, request: pb.GenerateRequest, opened: _Open) -> None:
         with self.outstanding:
             await stream.answer(request, opened, max_request_s=self._max_request_s)
+
+    async def PutImages(self, request: common_pb2.PutImagesRequest, context: Context) -> common_pb2.PutImagesResponse:
+        """See rollout.proto."""
+        parts = self._gate.parts()
+        if parts.images is None:
+            raise InvalidRequest(f"model {parts.model.name} reads no images")
+        await parts.images.put(request.images)
+        return common_pb2.PutImagesResponse()
 
     async def UpdateWeights(  # type: ignore[override]
         self, request_iterator: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Context
@@ -127,6 +136,10 @@ class _Generation:
         try:
             await self._send_samples(request, opened, max_request_s)
             outcome = "aborted" if opened.is_aborted else "ok"
+        except ImagesMissing as error:
+            outcome = ImagesMissing.__name__
+            missing = common_pb2.MissingImages(digests=error.digests)
+            await self._replies.write(pb.GenerateReply(request_id=request.request_id, missing_images=missing))
         except RpcError as error:
             outcome = type(error).__name__
             if not opened.is_aborted:
@@ -146,7 +159,7 @@ class _Generation:
             async for index, sample in answers:
                 if opened.is_aborted:
                     return
-                message = rollout_codec.sample_to_wire(index, sample, wanted.prompt_ids)
+                message = rollout_codec.sample_to_wire(index, sample, wanted.prompt_ids, wanted.images)
                 await self._replies.write(pb.GenerateReply(request_id=request.request_id, sample=message))
 
     def _checked(self, request: pb.GenerateRequest, parts: Parts) -> SampleRequest:
@@ -161,9 +174,12 @@ class _Generation:
             num_samples=request.num_samples,
             sampling=rollout_codec.sampling_from_wire(request.sampling),
             seed=request.seed if request.HasField("seed") else None,
+            images=codec.images_from_wire(request.images),
         )
         admission.check_request(wanted, model)
-        return wanted
+        if parts.images is None:
+            return wanted
+        return replace(wanted, images=parts.images.resolved_prompt(wanted.prompt_ids, wanted.images))
 
 
 @contextmanager

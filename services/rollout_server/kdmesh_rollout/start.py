@@ -12,6 +12,7 @@ from kdmesh.models.placement import gpu
 from kdmesh.rpc.weight_updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.images import ImageStore
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_table import JobTable
 from kdmesh.serving.outstanding import Outstanding
@@ -60,6 +61,7 @@ async def start(
         device=gpu(config.engine.device) if isinstance(config.engine, TransformersEngine) else None,
     )
     stack.push_async_callback(asyncio.to_thread, updates.close)
+    images = None if model.vision is None else ImageStore(model.vision, config.images)
     described = RolloutDescription(
         name=model.name,
         architecture_fingerprint=model.architecture_fingerprint,
@@ -69,6 +71,7 @@ async def start(
         max_sequence_tokens=model.max_sequence_tokens,
         is_deterministic=model.is_deterministic,
         dtype=model.dtype,
+        vision=None if images is None else images.spec,
     )
     updating = Outstanding()
     sleep = Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate)
@@ -87,6 +90,7 @@ async def start(
         updates=updates,
         updating=updating,
         sleep=sleep,
+        images=images,
         run=run,
     )
     metrics.watch(lambda: _gauges(parts, engine))

@@ -15,10 +15,12 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.decoding import Decoder, prepare_decoding
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
+from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.placement import DTYPES, device, torch_dtype
 from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.models.verify import check_images
 from kdmesh.sampling.drawing import draw
 from kdmesh.sampling.growing import GrowingSample
 from kdmesh.sampling.logits import sampling_logits
@@ -55,6 +57,7 @@ class TransformersEngine:
         self._model: PreTrainedModel
         self._head: OutputHead | None = None  # of real tokens; views of the parameters. None: they sleep
         self._tokenizer: PreTrainedTokenizerBase | None
+        self._reader: ImageReader | None
         self._workspace = Workspace()
         self._waiting: list[GrowingSample] = []
         self._groups: list[_Group] = []
@@ -75,6 +78,9 @@ class TransformersEngine:
             raise ConfigError(
                 f"{config.model} has weights of {self._model.dtype}; set engine.dtype to float32 or bfloat16"
             )
+        self._reader = load_image_reader(config.model, self._model.config)
+        if self._reader is not None:
+            check_images(self._model, self._reader)
         prepare_decoding(self._model)
         self._tokenizer = load_tokenizer(config.model)
         self._weights = ReplaceableWeights(self._model)
@@ -99,6 +105,7 @@ class TransformersEngine:
             max_sequence_tokens=self._max_sequence_tokens,
             max_running=config.max_running,
             is_deterministic=config.deterministic,
+            vision=self._reader,
         )
 
     def _take_head(self) -> None:
@@ -118,6 +125,7 @@ class TransformersEngine:
                 seed=order.seed,
                 max_sequence_tokens=self._max_sequence_tokens,
                 stops=stops,
+                images=order.images,
             )
         )
 
@@ -165,11 +173,11 @@ class TransformersEngine:
         prompts: set[bytes] = set()
         tokens = taken = 0
         for sample in self._waiting:
-            ids = sample.sequence_ids
-            cost = 0 if ids.tobytes() in prompts and not self._config.deterministic else len(ids)
+            name, length = sample.name, len(sample.sequence_ids)
+            cost = 0 if name in prompts and not self._config.deterministic else length
             if taken and tokens + cost > self._config.max_prefill_tokens:
                 break
-            prompts.add(ids.tobytes())
+            prompts.add(name)
             tokens, taken = tokens + cost, taken + 1
         joining, self._waiting = self._waiting[:taken], self._waiting[taken:]
         if self._config.deterministic:
@@ -183,9 +191,11 @@ class TransformersEngine:
         first = len(group.samples)
         alike: dict[bytes, list[GrowingSample]] = {}
         for sample in samples:
-            alike.setdefault(sample.sequence_ids.tobytes(), []).append(sample)
+            alike.setdefault(sample.name, []).append(sample)
         leaders = [same[0] for same in alike.values()]
-        hidden_PD = group.decoder.join([leader.sequence_ids for leader in leaders])
+        hidden_PD = group.decoder.join(
+            [leader.sequence_ids for leader in leaders], [leader.images for leader in leaders]
+        )
         self._prefilled_tokens += sum(len(leader.sequence_ids) for leader in leaders)
         group.samples += leaders
         sources = list(range(len(leaders)))
@@ -200,7 +210,7 @@ class TransformersEngine:
         if self._config.deterministic or not self._groups:
             # A deterministic sample's memory depends on nothing but itself, and never moves.
             longest = max(sample.longest for sample in samples) if self._config.deterministic else 1
-            self._groups.append(_Group(Decoder(self._model, rows=1, tokens=longest)))
+            self._groups.append(_Group(Decoder(self._model, rows=1, tokens=longest, reader=self._reader)))
         return self._groups[-1]
 
     def _draw(self, group: _Group, first: int, hidden_BD: Tensor) -> list[Finished]:
@@ -208,7 +218,9 @@ class TransformersEngine:
         drawing = group.samples[first:]
         assert self._head is not None
         logits_BV = sampling_logits(self._head, hidden_BD, self._workspace)
-        tokens, logprobs = draw(logits_BV, [sample.draw(hidden_BD.device) for sample in drawing])
+        # An image token without an image is nothing that a sequence may hold.
+        never = None if self._reader is None else self._reader.token_id
+        tokens, logprobs = draw(logits_BV, [sample.draw(hidden_BD.device) for sample in drawing], never=never)
         self._drawn_tokens += len(drawing)
         outcomes = [
             sample.take(token, logprob, version=self._version)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from kdmesh.errors import RpcError
-from kdmesh.types import Int32Array, Sample, Sampling
+from kdmesh.types import Int32Array, PlacedImage, Sample, Sampling
 from kdmesh_rollout.engine import Order
 
 
@@ -21,6 +21,7 @@ class SampleRequest:
     num_samples: int
     sampling: Sampling
     seed: int | None  # sample i uses seed + i
+    images: tuple[PlacedImage, ...] = ()  # of the prompt
 
 
 class Answers:

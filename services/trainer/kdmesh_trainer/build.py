@@ -28,7 +28,7 @@ from kdmesh_trainer.build_objective import build_algorithm, build_objective, bui
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
 from kdmesh_trainer.build_teacher import build_copy, build_publisher
 from kdmesh_trainer.build_teachers import Teachers, open_teachers
-from kdmesh_trainer.build_vision import build_packer, load_reader
+from kdmesh_trainer.build_vision import build_packer, expansion_of, load_reader
 from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.data_config import TeacherMessages
 from kdmesh_trainer.devices import ScoringEvaluator, ScoringPublisher
@@ -87,10 +87,11 @@ class _Data:
     train: Sequence[TokenSequence] | Task
     held_out: Sequence[TokenSequence] | None
 
-    def sequences(self) -> Iterator[TokenSequence]:
-        """All that is known before anything is sampled."""
-        yield from self.train.answers if isinstance(self.train, Task) else self.train
-        yield from self.held_out or ()
+    @property
+    def num_images(self) -> int:
+        """Over all that is trained on, and judged by."""
+        seen = (*self.train.prompts, *self.train.answers) if isinstance(self.train, Task) else self.train
+        return sum(len(each.images) for each in (*seen, *(self.held_out or ())))
 
 
 @contextmanager
@@ -132,7 +133,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             seed=cfg.seed,
         )
         beside = algorithm if isinstance(algorithm, nn.Module) else None
-        packer = build_packer(lm, checked.image_reader, data.sequences(), freeze_vision=cfg.student.freeze_vision)
+        packer = build_packer(lm, checked.image_reader, data.num_images, freeze_vision=cfg.student.freeze_vision)
         student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=beside, packer=packer)
         if cfg.student.activation_checkpointing != "none":
             checkpoint_activations(lm, every=1 if cfg.student.activation_checkpointing == "all" else 2)
@@ -204,9 +205,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
         vocabulary_size=size,
         teacher_tokens=encoder.teacher_tokens()
         if isinstance(encoder, OtherTokenizerEncoder)
-        else TeacherTokens(
-            fingerprint=fingerprint, size=size, shared=None, image_expansion="" if reader is None else reader.expansion
-        ),
+        else TeacherTokens(fingerprint=fingerprint, size=size, shared=None, image_expansion=expansion_of(reader)),
         encoder=encoder,
         judge_encoder=encoder.of_single_tokens() if isinstance(encoder, OtherTokenizerEncoder) else encoder,
         image_reader=reader,

@@ -22,7 +22,7 @@ from kdmesh_trainer import config
 from kdmesh_trainer.build_teacher import Teacher
 from kdmesh_trainer.build_teachers import Teachers
 from kdmesh_trainer.devices import Devices, OwnDevices, SharedDevices
-from kdmesh_trainer.fit import check_sampler, check_samples, refuse_unlike
+from kdmesh_trainer.fit import check_images, check_sampler, check_sampler_images, check_samples, refuse_unlike
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.publisher import StudentPublisher
@@ -97,6 +97,8 @@ def read_task(
         read = [prompt.token_ids if prompt.teacher_ids is None else prompt.teacher_ids for prompt in own]
         longest_read = max(map(len, read), default=0)
         check_samples(prompt_tokens=longest_read, max_new_tokens=drawn.max_new_tokens, teacher=teacher.pool.describe())
+        images = [placed for p in own for placed in (p.images if p.teacher_ids is None else p.teacher_images)]
+        check_images("train", images, teacher.pool.describe(), image_expansion=teachers.image_expansion)
     sampling = Sampling(
         temperature=drawn.temperature,
         top_p=drawn.top_p,
@@ -185,6 +187,8 @@ def build_source(
         vocabulary_size=student.vocabulary_size,
         max_tokens=task.max_tokens,
     )
+    images = [placed for prompt in task.prompts for placed in prompt.images]
+    check_sampler_images(images, server, image_expansion=teachers.image_expansion)
     facts = {"model": server.name, "dtype": server.dtype.value, "stop_token_ids": list(task.sampling.stop_token_ids)}
     log.info("rollout server found", extra=facts)
     sender = stack.enter_context(_weight_sender(source.rollouts, mesh)) if mesh.is_first else None

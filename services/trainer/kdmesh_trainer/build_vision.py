@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
@@ -11,7 +10,6 @@ from kdmesh.errors import ConfigError
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.verify import check_images
-from kdmesh.types import TokenSequence
 from kdmesh_trainer.config import TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -30,9 +28,12 @@ def load_reader(cfg: TrainerConfig) -> ImageReader | None:
     return None if cfg.data.teacher_tokenizer is not None else reader
 
 
-def build_packer(
-    lm: PreTrainedModel, reader: ImageReader | None, sequences: Iterable[TokenSequence], *, freeze_vision: bool
-) -> Packer:
+def expansion_of(reader: ImageReader | None) -> str:
+    """As TeacherTokens has it."""
+    return "" if reader is None else reader.expansion
+
+
+def build_packer(lm: PreTrainedModel, reader: ImageReader | None, num_images: int, *, freeze_vision: bool) -> Packer:
     """What lays sequences end to end for `lm`, whose vision tower is frozen where that is wanted.
 
     Where the data have images, every micro-batch of every rank holds one, a blank one if need be: the ranks gather the
@@ -40,7 +41,7 @@ def build_packer(
 
     Args:
         reader: the student's; None where it reads text alone.
-        sequences: all that it will see, the same on every rank.
+        num_images: in all that it will see, the same on every rank.
 
     Raises:
         ConfigError: the model does not keep images in one row apart.
@@ -50,7 +51,6 @@ def build_packer(
     if freeze_vision:
         for parameter in lm.base_model.visual.parameters():
             parameter.requires_grad_(False)
-    num_images = sum(len(sequence.images) for sequence in sequences)
     if num_images:
         check_images(lm, reader)
     log.info("student reads images", extra={"images": num_images, "vision_is_frozen": freeze_vision})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kdmesh.errors import DataError, InvalidRequest, ModelMismatch
 from kdmesh.images import check_image_size
-from kdmesh.types import ModelDescription, PlacedImage, RolloutDescription, TokenSequence
+from kdmesh.types import ModelDescription, PlacedImage, RolloutDescription, TokenSequence, VisionSpec
 from kdmesh_trainer.sources.sides import aligned_rows
 from kdmesh_trainer.sources.tokenizer import TeacherTokens
 
@@ -109,17 +109,22 @@ def check_requests(
 
 def check_images(name: str, images: Sequence[PlacedImage], teacher: ModelDescription, *, image_expansion: str) -> None:
     """Return when the teacher takes every image of dataset `name`. Raises as `check_requests`."""
+    _check_images(name, images, f"teacher {teacher.name}", teacher.vision, image_expansion)
+
+
+def _check_images(
+    name: str, images: Sequence[PlacedImage], who: str, vision: VisionSpec | None, image_expansion: str
+) -> None:
     if not images:
         return
-    vision = teacher.vision
     if vision is None:
         raise DataError(
-            f"dataset {name} has {len(images)} images, and teacher {teacher.name} reads none: it needs a model that "
+            f"dataset {name} has {len(images)} images, and {who} reads none: it needs a model that "
             "does, with its preprocessor_config.json beside it"
         )
     if vision.expansion != image_expansion:
         raise ModelMismatch(
-            f"the image processors of teacher {teacher.name} and of the student make different numbers of tokens of "
+            f"the image processors of {who} and of the student make different numbers of tokens of "
             "an image: size, patch_size and merge_size of their preprocessor_config.json must be the same"
         )
     for placed in images:
@@ -127,7 +132,7 @@ def check_images(name: str, images: Sequence[PlacedImage], teacher: ModelDescrip
         try:
             check_image_size(placed.image, max_bytes=vision.max_image_bytes, max_pixels=vision.max_image_pixels)
         except InvalidRequest as error:
-            raise DataError(f"dataset {name}: {error} by teacher {teacher.name}: raise its `images` limits") from None
+            raise DataError(f"dataset {name}: {error} by {who}: raise its `images` limits") from None
 
 
 def check_samples(*, prompt_tokens: int, max_new_tokens: int, teacher: ModelDescription) -> None:
@@ -174,6 +179,11 @@ def check_sampler(
             f"a prompt with its response may be {max_tokens} tokens, and rollout server {server.name} takes at most "
             f"{server.max_sequence_tokens}; lower source.sampling.max_new_tokens or data.max_tokens"
         )
+
+
+def check_sampler_images(images: Sequence[PlacedImage], server: RolloutDescription, *, image_expansion: str) -> None:
+    """Return when the rollout servers read the prompts' images as the student does. Raises as `check_requests`."""
+    _check_images("train", images, f"rollout server {server.name}", server.vision, image_expansion)
 
 
 def _check_limits(what: str, *, tokens: int, rows: int, teacher: ModelDescription) -> None:

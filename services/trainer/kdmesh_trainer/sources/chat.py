@@ -112,7 +112,10 @@ class ChatEncoder:
         texts = [self._render_prompt(chat) for chat in chats]
         rendered = [text for text in texts if isinstance(text, str)]
         encodings = iter(self._backend.encode_batch(rendered, add_special_tokens=False))
-        return [text if isinstance(text, Unusable) else _prompt(next(encodings)) for text in texts]
+        return [
+            text if isinstance(text, Unusable) else self._prompt(next(encodings), chat)
+            for text, chat in zip(texts, chats, strict=True)
+        ]
 
     def encode_text(self, text: str) -> list[int]:
         """The tokens of a text by itself; nothing is added to it."""
@@ -178,12 +181,19 @@ class ChatEncoder:
         messages = without_answers(chat.messages)
         if not messages:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before it")
-        if _images_of(messages):
-            return Unusable(reason=Reason.IMAGES, detail="responses to images are not sampled: use source off_policy")
         try:
             return self._render(messages, is_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
+
+    def _prompt(self, encoding: Encoding, chat: Chat) -> Prompt | Unusable:
+        if not encoding.ids:
+            return Unusable(reason=Reason.NO_PROMPT, detail="the template renders nothing")
+        ids = np.array(encoding.ids, np.int32)
+        if self._images is None:
+            return Prompt(token_ids=ids)
+        found = expanded(ids, ids[:0], _images_of(without_answers(chat.messages)), self._images)
+        return found if isinstance(found, Unusable) else Prompt(token_ids=found[0], images=found[2])
 
     def _render(self, messages: Sequence[Message], *, is_prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
@@ -292,12 +302,6 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast, backend: Tokenizer) -> Vocab
     return Vocabulary(
         special=frozenset(special.union(tokenizer.all_special_ids)), added=frozenset(added), encode=encode
     )
-
-
-def _prompt(encoding: Encoding) -> Prompt | Unusable:
-    if not encoding.ids:
-        return Unusable(reason=Reason.NO_PROMPT, detail="the template renders nothing")
-    return Prompt(token_ids=np.array(encoding.ids, np.int32))
 
 
 def _encoded(text: str, encoding: Encoding) -> EncodedText:

@@ -25,6 +25,7 @@ _CHATS_PER_CALL = 256
 _SEED_BYTES = 6
 # Stands where the next prompt's length would: no length is this.
 _TEACHERS = (2**64 - 1).to_bytes(8, "little")
+_IMAGE = (2**64 - 3).to_bytes(8, "little")
 _NAMES = (2**64 - 2).to_bytes(8, "little")
 
 
@@ -100,6 +101,8 @@ def digest_prompts(prompts: Sequence[Prompt]) -> bytes:
         if prompt.teacher_ids is not None:
             state.update(_TEACHERS + len(prompt.teacher_ids).to_bytes(8, "little"))
             state.update(prompt.teacher_ids.astype("<i4").tobytes())
+        for placed in (*prompt.images, *prompt.teacher_images):
+            state.update(_IMAGE + placed.digest + placed.first_token.to_bytes(8, "little"))
         if prompt.teacher_name:
             state.update(_NAMES + len(prompt.teacher_name).to_bytes(8, "little") + prompt.teacher_name.encode())
     return state.digest()
@@ -133,6 +136,8 @@ class PromptOrder:
                 token_ids=self._prompts[index].token_ids,
                 teacher_ids=self._prompts[index].teacher_ids,
                 teacher_name=self._prompts[index].teacher_name,
+                images=self._prompts[index].images,
+                teacher_images=self._prompts[index].teacher_images,
                 chat=self._prompts[index].chat,
                 seed=_draw_seed(self._seed, step, place),
             )

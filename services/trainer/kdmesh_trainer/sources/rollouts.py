@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kdmesh.types import FinishReason, Float32Array, Int32Array, Sample, Sampling, TokenSequence
+from kdmesh.types import FinishReason, Float32Array, Int32Array, PlacedImage, Sample, Sampling, TokenSequence
 from kdmesh_trainer.sources.sides import Aligned, InChunks, InContext, addressed, aligned_rows
 from kdmesh_trainer.stats import RolloutFigures
 
@@ -42,6 +42,7 @@ class RolloutService(Protocol):
         num_samples: int,
         seed: int,
         min_weight_version: int,
+        images: tuple[PlacedImage, ...],
         on_sample: Callable[[Sample], None],
     ) -> PendingSamples:
         """Ask for samples of one prompt, sample i drawn from seed + i. Does not block.
@@ -109,18 +110,23 @@ class Rollout:
         *,
         teacher_prompt_ids: Int32Array | None = None,
         teacher_name: str = "",
+        images: tuple[PlacedImage, ...] = (),
+        teacher_images: tuple[PlacedImage, ...] = (),
     ) -> Rollout:
         """The sample after its prompt, and for the teacher after another one if there is one.
 
         Args:
+            images: of the prompt.
+            teacher_images: of the teacher's other one.
             teacher_name: of the one of several that is asked.
         """
-        sequence = _after(prompt_ids, sample)
+        sequence = _after(prompt_ids, sample, images)
         if teacher_prompt_ids is not None:
             sequence = InContext(
                 token_ids=sequence.token_ids,
                 positions=sequence.positions,
-                teacher=_after(teacher_prompt_ids, sample),
+                images=images,
+                teacher=_after(teacher_prompt_ids, sample, teacher_images),
             )
         return cls(
             sequence=addressed(sequence, teacher_name) if teacher_name else sequence,
@@ -130,11 +136,12 @@ class Rollout:
         )
 
 
-def _after(prompt_ids: Int32Array, sample: Sample) -> TokenSequence:
+def _after(prompt_ids: Int32Array, sample: Sample, images: tuple[PlacedImage, ...]) -> TokenSequence:
     num_tokens = len(prompt_ids) + sample.num_tokens
     return TokenSequence(
         token_ids=np.concatenate([prompt_ids, sample.token_ids]),
         positions=np.arange(len(prompt_ids) - 1, num_tokens - 1, dtype=np.int32),
+        images=images,
     )
 
 

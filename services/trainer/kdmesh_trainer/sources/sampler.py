@@ -160,7 +160,12 @@ class Sampler:
     def _rollout(self, prompt: StepPrompt, sample: Sample) -> Rollout:
         if self._read is None:
             return Rollout.of(
-                prompt.token_ids, sample, teacher_prompt_ids=prompt.teacher_ids, teacher_name=prompt.teacher_name
+                prompt.token_ids,
+                sample,
+                teacher_prompt_ids=prompt.teacher_ids,
+                teacher_name=prompt.teacher_name,
+                images=prompt.images,
+                teacher_images=prompt.teacher_images,
             )
         rollout = Rollout.of(prompt.token_ids, sample)
         return replace(rollout, sequence=self._read(prompt, rollout.sequence))
@@ -208,6 +213,7 @@ class _Ask:
                 num_samples=num_samples,
                 seed=self.prompt.seed,
                 min_weight_version=self._min_weight_version,
+                images=self.prompt.images,
                 on_sample=self._tell,
             )
 
@@ -232,7 +238,11 @@ def _share(
     asks: Sequence[_Ask], *, wait_s: float, drawing_s: float = 0.0, refusal: str = "", is_whole: bool = True
 ) -> Share:
     samples = [sample for ask in asks for sample in ask.samples]
-    sequences = [Rollout.of(ask.prompt.token_ids, sample).sequence for ask in asks for sample in ask.samples]
+    sequences = [
+        Rollout.of(ask.prompt.token_ids, sample, images=ask.prompt.images).sequence
+        for ask in asks
+        for sample in ask.samples
+    ]
     return Share(
         lengths=tuple(sample.num_tokens for sample in samples),
         token_ids=b"".join(sample.token_ids.astype(np.int32).tobytes() for sample in samples),

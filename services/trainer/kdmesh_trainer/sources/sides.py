@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.types import Int32Array, TokenSequence
+from kdmesh.types import Int32Array, PlacedImage, TokenSequence
 from kdmesh_trainer.sources.rows import Chat
 
 Int64Array = npt.NDArray[np.int64]
@@ -146,6 +146,8 @@ class Prompt:
 
     token_ids: Int32Array  # [P], P >= 1
     teacher_ids: Int32Array | None = None  # what it follows for the teacher; None: the same
+    images: tuple[PlacedImage, ...] = ()
+    teacher_images: tuple[PlacedImage, ...] = ()  # where there are teacher_ids
     teacher_name: str = ""  # of the one of several that is asked; empty: all are, or there is one
     chat: Chat | None = None  # that the prompt is of, where the teacher's template renders it with the response
 

@@ -130,7 +130,12 @@ class ContextEncoder:
         if isinstance(theirs, Unusable):
             return replace(theirs, detail=f"for the teacher: {theirs.detail}")
         refused = self._other_prompt(without_answers(chat.messages), told.messages)
-        return refused or Prompt(token_ids=own.token_ids, teacher_ids=theirs.token_ids)
+        return refused or Prompt(
+            token_ids=own.token_ids,
+            teacher_ids=theirs.token_ids,
+            images=own.images,
+            teacher_images=theirs.images,
+        )
 
     def _other_prompt(self, leading: Sequence[Message], told: Sequence[Message]) -> Unusable | None:
         """Why the two are not prompted for the same turn, if so."""
