@@ -85,6 +85,10 @@ def _daemon(prefix: Sequence[str], *options: str) -> Iterator[Docker]:
         finally:
             process.terminate()
             process.wait()
+            # It leaves the namespace of the network mounted that containers of the host's network were in.
+            mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+            for mount in (mount for mount in mounted if mount.startswith(f"{place}/")):
+                subprocess.run(["umount", mount], check=True)
 
 
 def build(docker: Docker) -> None:
