@@ -218,6 +218,31 @@ def test_the_loss_does_not_depend_on_how_rows_are_split() -> None:
     torch.testing.assert_close(sum(parts), whole)
 
 
+def test_what_is_reported_is_of_the_models_and_not_of_their_projections() -> None:
+    pair = pair_of(vocabularies=(25, 25), num_answers=ROWS)
+    algorithm = dskd(pair, None)
+    objective = Distillation(
+        divergence=reverse_kl,
+        temperature=1.0,
+        kd_weight=1.0,
+        ce_weight=0.0,
+        teacher_head=TeacherHead(Service(pair), vocabulary_size=25, device=CPU),
+        algorithm=algorithm,
+        with_entropies=True,
+        top_k=3,
+    )
+    loss = objective(pair.hidden_RD, pair.head, pair.labels_R, Rows(rows_RD=pair.teacher_AE))
+    z_s, z_t = pair.head.logits(pair.hidden_RD).detach(), pair.teacher_head.logits(pair.teacher_AE)
+    q, p = textbook.softmax(z_s), textbook.softmax(z_t)
+    torch.testing.assert_close(loss.student_entropy_R, -(q * q.log()).sum(-1))
+    torch.testing.assert_close(loss.teacher_entropy_R, -(p * p.log()).sum(-1))
+    torch.testing.assert_close(loss.cross_entropy_R, textbook.cross_entropy(z_s, pair.labels_R))
+    agrees_R = z_s.argmax(-1) == z_t.argmax(-1)
+    assert 0 < loss.top1_agreement_R.sum() <= agrees_R.sum()
+    assert (loss.top1_agreement_R.bool() <= agrees_R).all()
+    assert len(loss.topk_overlap_R) == 0
+
+
 def test_no_matrix_of_rows_by_vocabulary_is_made_or_kept() -> None:
     generator = torch.Generator().manual_seed(0)
     weight_VD = torch.randn(2000, 8, generator=generator).requires_grad_()

@@ -78,6 +78,7 @@ class DualSpaceKD(nn.Module):
             # All three like the same token best: less often than the student and the teacher do.
             top1_agreement_R=in_student.top1_agreement_R * agrees_A,
             teacher_entropy_R=in_teacher.teacher_entropy_R,
+            topk_overlap_R=in_student.topk_overlap_R[:0],  # would be with the projected teacher
         )
         is_whole = target.index_R is None
         return loss if terms.ce_weight == 0 and is_whole else with_cross_entropy(loss, rows, terms)

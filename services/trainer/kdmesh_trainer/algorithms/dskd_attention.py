@@ -68,7 +68,15 @@ class AttendingDualSpaceKD(nn.Module):
         student_space = terms.compare(rows.hidden_RD, rows.head, [projected], labels_R)
         teacher_space = terms.compare(in_teacher_AE, teacher.head, [teacher], None)
         total = terms.kd_weight * imitation.loss_sum + student_space.loss_sum + teacher_space.loss_sum
-        loss = replace(student_space, loss_sum=total)
+        absent_0 = student_space.divergence_R[:0]  # would be against the attended teacher, which is not the teacher
+        loss = replace(
+            student_space,
+            loss_sum=total,
+            top1_agreement_R=absent_0,
+            student_entropy_R=absent_0,
+            teacher_entropy_R=absent_0,
+            topk_overlap_R=absent_0,
+        )
         return loss if terms.ce_weight == 0 else with_cross_entropy(loss, rows, terms)
 
 
