@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from kdmesh import check, cluster_commands, config, jobs, local
+from kdmesh import check, cluster_commands, config, jobs, local, planning
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
@@ -63,6 +63,7 @@ def main() -> None:
     See it work       kdmesh demo
     Check a machine   kdmesh doctor
     Check a config    kdmesh check examples/train.yaml
+    Plan its memory   kdmesh plan examples/train.yaml
     Serve a teacher   kdmesh teacher examples/teacher.yaml
     Sample a student  kdmesh rollout examples/rollout.yaml
     Train against it  kdmesh train examples/train.yaml
@@ -365,7 +366,7 @@ def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_polic
     click.echo(outcome.json())
 
 
-for command in (*cluster_commands.COMMANDS, doctor):
+for command in (planning.plan, *cluster_commands.COMMANDS, doctor):
     main.add_command(command)
 
 

@@ -17,7 +17,7 @@ from kdmesh.models.quiet import quiet
 from kdmesh.models.verify import check_head, check_packing
 from kdmesh.models.vision import attention_of, auto_class
 
-__all__ = ["hidden_states_TD", "load_causal_lm"]
+__all__ = ["empty_causal_lm", "hidden_states_TD", "load_causal_lm"]
 
 # What transformers raises for files that do not fit together; the message is its own.
 _LOAD_ERRORS = (
@@ -65,6 +65,21 @@ def load_causal_lm(
     return model
 
 
+def empty_causal_lm(path: Path) -> PreTrainedModel:
+    """The architecture of directory `path` in float32 and eval mode, for a caller under FakeTensorMode: no weights.
+
+    Raises:
+        ConfigError: the directory is not a model that transformers builds.
+    """
+    check_model_directory(path, needs_weights=False)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            return _initialise(config, torch.float32, moves=False).eval()
+        except _LOAD_ERRORS as error:
+            raise ConfigError(f"{path} cannot be built: {type(error).__name__}: {error}") from error
+
+
 def _read(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     model, report = auto_class(config).from_pretrained(
         path,
@@ -93,9 +108,13 @@ def _refuse_partial(path: Path, report: dict[str, Any]) -> None:
         raise ConfigError(f"{path} has a tensor {name} of shape {tuple(found)}; its config.json says {tuple(wanted)}")
 
 
-def _initialise(config: PretrainedConfig, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+def _initialise(
+    config: PretrainedConfig, dtype: torch.dtype | Literal["auto"], *, moves: bool = True
+) -> PreTrainedModel:
     # In float32 whatever the dtype, so that one seed gives one model.
     model: PreTrainedModel = auto_class(config).from_config(
         config, dtype=torch.float32, attn_implementation=attention_of(config), trust_remote_code=False
     )
+    if not moves:  # a tensor without memory cannot be replaced by one of another type
+        return model
     return model.to((config.dtype or torch.float32) if dtype == "auto" else dtype)

@@ -1,0 +1,48 @@
+"""The memory that the fused loss takes besides its inputs and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kdmesh.losses.engine import Sizes
+from kdmesh.losses.kernel_rows import kernel_runs_on
+
+# Of a thread: log q, log p and q, and what a divergence makes beside them.
+_TILES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes of one call."""
+
+    kept_bytes: int  # that a CPU's thread keeps for its next call
+    scratch_bytes: int  # that are given back at its end
+
+
+def loss_footprint(
+    *,
+    num_rows: int,
+    vocabulary_size: int,
+    hidden_size: int,
+    num_teachers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Footprint:
+    """Of a call with `num_rows` rows and a divergence that the kernel knows, where one runs on `device`.
+
+    Args:
+        hidden_size: the student's.
+        num_teachers: 0 for cross-entropy alone.
+        dtype: in which the student computes.
+    """
+    with_kernel = device.type == "cuda" and kernel_runs_on(device)
+    sizes = Sizes.choose(num_rows, vocabulary_size, device, with_kernel=with_kernel)
+    products = sizes.block_rows * vocabulary_size * 4 * (1 + num_teachers)
+    gradient = 0 if sizes.in_place else sizes.chunk_rows * vocabulary_size * dtype.itemsize
+    tiles = 0 if with_kernel else _TILES * sizes.num_threads * sizes.tile_rows * vocabulary_size * 4
+    transposed = sizes.chunk_rows * hidden_size * dtype.itemsize if device.type == "cpu" else 0
+    if device.type == "cpu":
+        return Footprint(kept_bytes=products + gradient, scratch_bytes=tiles + transposed)
+    return Footprint(kept_bytes=0, scratch_bytes=products + gradient + tiles)

@@ -1,0 +1,222 @@
+"""What one rank of a job will hold, found by its own code on tensors without memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+# The only backend that needs no other rank; torch keeps it among its tests.
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from kdmesh.losses import FusedLoss, OutputHead
+from kdmesh.losses.footprint import Footprint, loss_footprint
+from kdmesh.models.body import empty_causal_lm
+from kdmesh.models.head import output_head
+from kdmesh.models.packing import PackedTokens, pack
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.live_bytes import LiveBytes
+from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, shard
+from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.optimizer_config import OptimizerConfig
+
+_TOKEN = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherHead:
+    """The head of a teacher, of which every rank has a copy."""
+
+    name: str
+    hidden_size: int
+    dtype: torch.dtype
+    has_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the memory of a rank follows from."""
+
+    student: Path
+    vocabulary_size: int
+    teachers: Sequence[TeacherHead]
+    compute_dtype: torch.dtype
+    device: torch.device
+    optimizer: OptimizerConfig
+    ranks: int
+    lengths: Sequence[int]  # of the sequences of the largest micro-batch, every position with a loss
+    accumulates: bool  # whether a rank has several micro-batches in a step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Bytes of one rank, by what they are for; what a step needs besides is that of its worst moment."""
+
+    resident: Counter[str]  # between steps
+    phases: dict[str, Counter[str]]  # at the worst moment of each part of a step
+
+    @property
+    def worst_phase(self) -> str:
+        """Where most is held."""
+        return max(self.phases, key=lambda name: self.phases[name].total())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most that is held at once."""
+        return self.phases[self.worst_phase].total()
+
+
+def plan(job: Job) -> Plan:
+    """Run two steps of the job's largest micro-batch without memory. The process must be in no process group.
+
+    Raises:
+        ConfigError: the student's directory is not a model that can be trained.
+    """
+    live = LiveBytes()
+    with _ranks(job.ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
+        with live.counted_as("parameters"):
+            student = Student(empty_causal_lm(job.student), vocabulary_size=job.vocabulary_size)
+            shard(student, mesh, compute_dtype=job.compute_dtype)
+        optimizer = build_adamw(student, job.optimizer)
+        packed = _packed(job.lengths, fake)
+        footprint = _footprint(job, student, packed)
+        with live.counted_as("teacher's head"):
+            heads = [_head(teacher, job.vocabulary_size) for teacher in job.teachers]
+        phases: dict[str, Counter[str]] = {}
+        workspace: list[Tensor] = []
+        for _ in range(2):  # the second has what the first leaves behind
+            phases = _step(job, live, student, optimizer, packed, _Loss(footprint, live, workspace))
+        resident = +live.held
+        del heads, student, optimizer, workspace
+    return Plan(resident=resident, phases=phases)
+
+
+@contextmanager
+def _ranks(count: int) -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield init_device_mesh("cpu", (count,))
+    finally:
+        dist.destroy_process_group()
+
+
+def _step(
+    job: Job,
+    live: LiveBytes,
+    student: Student,
+    optimizer: Optimizer,
+    packed: PackedTokens,
+    row_loss: RowLoss,
+) -> dict[str, Counter[str]]:
+    phases: dict[str, Counter[str]] = {}
+    student.train()
+    for is_last in (False, True) if job.accumulates else (True,):
+        begin_micro_batch(student, is_last=is_last)
+        live.begin_phase()
+        with live.counted_as("activations"):
+            loss_sum = student(packed, row_loss).loss_sum
+        phases["forward"] = +live.worst
+        live.begin_phase()
+        with live.counted_as("gradients"):
+            loss_sum.backward()
+        del loss_sum
+        phases["backward"] = +live.worst
+    live.begin_phase()
+    with live.counted_as("gradients"):
+        clip_grad_norm_(student.parameters(), 1.0)
+    with live.counted_as("AdamW"):
+        optimizer.step()
+    phases["AdamW"] = +live.worst
+    optimizer.zero_grad(set_to_none=True)
+    return phases
+
+
+class _Loss:
+    """Takes the memory that the fused loss takes, in its place: its kernels need real memory."""
+
+    def __init__(self, footprint: Footprint, live: LiveBytes, workspace: list[Tensor]) -> None:
+        """`workspace` keeps what a thread keeps from call to call."""
+        self._footprint = footprint
+        self._live = live
+        self._workspace = workspace
+
+    def __call__(self, hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
+        with self._live.counted_as("loss"):
+            if not self._workspace:
+                self._workspace.append(_bytes(self._footprint.kept_bytes))
+            loss_sum: Tensor = _TakesMemory.apply(hidden_RD, head.weight_VD, head.bias_V, self._footprint)  # type: ignore[no-untyped-call]
+            row_R = hidden_RD.new_empty(len(hidden_RD), dtype=torch.float32)
+        return FusedLoss(
+            loss_sum=loss_sum, **{field.name: row_R for field in fields(FusedLoss) if field.name != "loss_sum"}
+        )
+
+
+class _TakesMemory(torch.autograd.Function):
+    """Scratch in forward, three gradients until backward, which multiplies them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, footprint: Footprint) -> Tensor:
+        """[] a loss."""
+        gradients = [
+            None if tensor is None or not tensor.requires_grad else torch.empty_like(tensor, dtype=dtype)
+            for tensor, dtype in ((hidden_RD, hidden_RD.dtype), (weight_VD, torch.float32), (bias_V, torch.float32))
+        ]
+        scratch = _bytes(footprint.scratch_bytes)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = hidden_RD.dtype, weight_VD.dtype, weight_VD.dtype
+        del scratch
+        return hidden_RD.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        """As the fused loss does it."""
+        scaled = (
+            None if gradient is None else torch.empty_like(gradient, dtype=dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, None
+
+
+def _footprint(job: Job, student: Student, packed: PackedTokens) -> Footprint:
+    head = output_head(student.lm)
+    return loss_footprint(
+        num_rows=packed.num_rows,
+        vocabulary_size=job.vocabulary_size,
+        hidden_size=head.hidden_size,
+        num_teachers=len(job.teachers),
+        dtype=job.compute_dtype,
+        device=job.device,
+    )
+
+
+def _head(teacher: TeacherHead, vocabulary_size: int) -> list[Tensor]:
+    weight = torch.empty(vocabulary_size, teacher.hidden_size, dtype=teacher.dtype)
+    return [weight, torch.empty(vocabulary_size, dtype=teacher.dtype)] if teacher.has_bias else [weight]
+
+
+def _packed(lengths: Sequence[int], fake: FakeTensorMode) -> PackedTokens:
+    packed = pack(
+        [
+            TokenSequence(token_ids=np.full(length, _TOKEN, np.int32), positions=np.arange(length - 1, dtype=np.int32))
+            for length in lengths
+        ]
+    )
+    names = [field.name for field in fields(packed) if isinstance(getattr(packed, field.name), Tensor)]
+    without_memory: dict[str, Any] = {name: fake.from_tensor(getattr(packed, name)) for name in names}
+    return replace(packed, **without_memory)
+
+
+def _bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8)

@@ -1,0 +1,88 @@
+"""What a run is said to need, against arithmetic and against what it takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from kdmesh_trainer.memory_plan import Job, TeacherHead, plan
+from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.plan_command import at_worst
+from tests.support.measured_step import TEACHER_SIZE
+
+TINY: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+DEEP: dict[str, Any] = {"vocab_size": 4000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+WIDE: dict[str, Any] = {"vocab_size": 64_000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+
+
+def saved(directory: Path, shape: dict[str, Any], *, is_tied: bool) -> Path:
+    """The configuration of a Qwen3, without weights."""
+    config = AutoConfig.for_model(
+        "qwen3",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=shape["hidden_size"] // 4,
+        tie_word_embeddings=is_tied,
+        **shape,
+    )
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(directory)
+    return directory
+
+
+def job(model: Path, vocabulary: int, lengths: list[int], *, accumulates: bool = False) -> Job:
+    return Job(
+        student=model,
+        vocabulary_size=vocabulary,
+        teachers=[TeacherHead(name="", hidden_size=TEACHER_SIZE, dtype=torch.float32)],
+        compute_dtype=torch.float32,
+        device=torch.device("cpu"),
+        optimizer=OptimizerConfig(),
+        ranks=1,
+        lengths=lengths,
+        accumulates=accumulates,
+    )
+
+
+def test_weights_moments_and_head_are_counted_to_the_byte_and_shared_by_the_ranks(tmp_path: Path) -> None:
+    alone = job(saved(tmp_path, TINY, is_tied=False), 300, [40, 24])
+    parameters = 2 * 300 * 64 + 64 + 2 * (2 * 64 + 2 * 16 + 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128)
+    found = plan(alone)
+    assert found.resident["parameters"] == pytest.approx(4 * parameters, rel=2e-3)  # and a few tables of angles
+    assert found.resident["AdamW"] == pytest.approx(8 * parameters, rel=2e-3)
+    assert found.resident["teacher's head"] == 4 * 300 * TEACHER_SIZE
+    of_four = plan(replace(alone, ranks=4))
+    assert of_four.resident["AdamW"] == pytest.approx(found.resident["AdamW"] / 4, rel=2e-3)
+    assert of_four.resident["parameters"] == pytest.approx(found.resident["parameters"] / 4, rel=2e-2)
+
+
+def test_twice_the_tokens_take_twice_the_activations(tmp_path: Path) -> None:
+    model = saved(tmp_path, TINY, is_tied=True)
+    few, many = (plan(job(model, 300, [64] * count)).phases["forward"]["activations"] for count in (2, 4))
+    assert many == pytest.approx(2 * few, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("shape", "is_tied", "length", "sequences", "micro_batches"),
+    [(DEEP, False, 512, 4, 1), (WIDE, True, 512, 4, 1), (WIDE, True, 256, 12, 2)],
+)
+def test_a_step_on_a_cpu_takes_what_was_said_within_a_tenth(
+    shape: dict[str, Any], is_tied: bool, length: int, sequences: int, micro_batches: int, tmp_path: Path
+) -> None:
+    tiny, model = saved(tmp_path / "tiny", TINY, is_tied=False), saved(tmp_path / "model", shape, is_tied=is_tied)
+    vocabulary = shape["vocab_size"]
+    numbers = [vocabulary, length, sequences, micro_batches]
+    command = [sys.executable, "-m", "tests.support.measured_step", tiny, model, *map(str, numbers)]
+    measured = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    planned = at_worst(plan(job(model, vocabulary, [length] * sequences, accumulates=micro_batches > 1)), "cpu").total()
+    assert planned == pytest.approx(measured, rel=0.1), json.dumps({"planned": planned, "measured": measured})

@@ -1,0 +1,75 @@
+"""Started as a process: trains three steps on a CPU by the trainer's parts and prints the most bytes that it took.
+
+python -m tests.support.measured_step WARM_UP MODEL VOCABULARY LENGTH SEQUENCES MICRO_BATCHES
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
+from kdmesh.models.body import load_causal_lm
+from kdmesh.models.packing import pack
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.model import Student, begin_micro_batch, shard
+from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.optimizer_config import OptimizerConfig
+
+TEACHER_SIZE = 64
+
+
+def train(
+    mesh: Mesh, model: Path, vocabulary: int, length: int, *, sequences: int, micro_batches: int, steps: int
+) -> None:
+    """With random weights and tokens."""
+    lm = load_causal_lm(model, torch.float32, torch.device("cpu"), weights="random")
+    student = Student(lm, vocabulary_size=vocabulary)
+    shard(student, mesh.device_mesh, compute_dtype=torch.float32)
+    optimizer = build_adamw(student, OptimizerConfig())
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (sequences, length)).astype(np.int32)
+    positions = np.arange(length - 1, dtype=np.int32)
+    packed = pack([TokenSequence(token_ids=row, positions=positions) for row in tokens])
+    head = OutputHead(weight_VD=torch.randn(vocabulary, TEACHER_SIZE))
+    rows_RE = torch.randn(packed.num_rows, TEACHER_SIZE)
+
+    def row_loss(hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor) -> FusedLoss:
+        return fused_linear_divergence(hidden_RD, student_head, rows_RE, head, divergence=forward_kl, labels_R=labels_R)
+
+    for _ in range(steps):
+        student.train()
+        for n in range(micro_batches):
+            begin_micro_batch(student, is_last=n == micro_batches - 1)
+            (student(packed, row_loss).loss_sum / packed.num_rows).backward()
+        clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def main() -> None:
+    warm_up, model = (Path(path) for path in sys.argv[1:3])
+    vocabulary, length, sequences, micro_batches = (int(number) for number in sys.argv[3:])
+    with joined("cpu", longest_wait_s=60) as mesh:
+        train(mesh, warm_up, 300, 64, sequences=2, micro_batches=1, steps=1)  # loads what code loads
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _status_bytes("VmRSS")
+        train(mesh, model, vocabulary, length, sequences=sequences, micro_batches=micro_batches, steps=3)
+    sys.stdout.write(f"{_status_bytes('VmHWM') - before}\n")
+
+
+if __name__ == "__main__":
+    main()
