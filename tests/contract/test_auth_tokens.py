@@ -110,6 +110,7 @@ async def test_a_teacher_lets_each_role_do_what_is_its_own(tmp_path: Path, token
             "KeepAlive": lambda: stub.KeepAlive(pb.KeepAliveRequest(session=session)),
             "CloseSession": lambda: stub.CloseSession(pb.CloseSessionRequest(session=session)),
             "Prefill": lambda: _first(stub.Prefill(iter([pb.PrefillRequest(session=session)]))),
+            "PutImages": lambda: stub.PutImages(common_pb2.PutImagesRequest(session=session)),
             "FindCached": lambda: stub.FindCached(pb.FindCachedRequest(session=session)),
             "CarryRows": lambda: _first(
                 stub.CarryRows(iter([pb.CarryRowsRequest(begin=pb.BeginCarrying(session=session))]))
@@ -137,12 +138,13 @@ async def test_a_rollout_server_lets_each_role_do_what_is_its_own(tmp_path: Path
         calls: dict[str, Any] = {
             "Describe": lambda: stub.Describe(rollout_pb2.DescribeRolloutRequest()),
             "Generate": lambda: _first(stub.Generate(iter([rollout_pb2.GenerateRequest()]))),
+            "PutImages": lambda: stub.PutImages(common_pb2.PutImagesRequest()),
             "Sleep": lambda: stub.Sleep(common_pb2.SleepRequest()),
             "Wake": lambda: stub.Wake(common_pb2.WakeRequest()),
             "UpdateWeights": lambda: _first(stub.UpdateWeights(iter([weights_pb2.UpdateWeightsRequest()]))),
         }
         assert set(calls) == {method.name for method in rollout_pb2.DESCRIPTOR.services_by_name["Rollout"].methods}
-        allowed = {VIEWER: {"Describe"}, JOB: {"Describe", "Generate"}}.get(token, set(calls))
+        allowed = {VIEWER: {"Describe"}, JOB: {"Describe", "Generate", "PutImages"}}.get(token, set(calls))
         assert await _permitted(server.addresses.grpc, calls) == allowed
 
 
@@ -202,6 +204,7 @@ async def test_a_session_of_one_job_is_unknown_to_every_other(tmp_path: Path) ->
             rpcs: dict[str, Any] = {
                 "KeepAlive": lambda session: stub.KeepAlive(pb.KeepAliveRequest(session=session)),
                 "Prefill": lambda session: _first(stub.Prefill(iter([pb.PrefillRequest(session=session)]))),
+                "PutImages": lambda session: stub.PutImages(common_pb2.PutImagesRequest(session=session)),
                 "FindCached": lambda session: stub.FindCached(pb.FindCachedRequest(session=session)),
                 "Release": lambda session: stub.Release(pb.ReleaseRequest(session=session)),
                 "LocateMemory": lambda session: stub.LocateMemory(pb.LocateMemoryRequest(session=session)),

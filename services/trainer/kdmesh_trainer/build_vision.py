@@ -7,6 +7,7 @@ import logging
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
+from kdmesh.models.directory import check_model_directory
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.verify import check_images
@@ -21,6 +22,7 @@ def load_reader(cfg: TrainerConfig) -> ImageReader | None:
     Raises:
         ConfigError: the files beside the student do not make one, or it is to freeze what it does not have.
     """
+    check_model_directory(cfg.student.model, needs_weights=False)
     reader = load_image_reader(cfg.student.model)
     if cfg.student.freeze_vision and reader is None:
         raise ConfigError(f"student.freeze_vision: {cfg.student.model} reads no images")
