@@ -131,7 +131,10 @@ def test_a_probe_without_a_teacher_says_so(tiny_models: TinyModels, monkeypatch:
 SAMPLED = "{kind: on_policy, samples_per_prompt: 2, sampling: {max_new_tokens: 8}, max_staleness: 1}"
 
 
-@pytest.mark.parametrize("is_sampled", [False, True], ids=["off-policy", "on-policy"])
+@pytest.mark.parametrize(
+    "is_sampled",
+    [pytest.param(False, id="off-policy"), pytest.param(True, id="on-policy", marks=pytest.mark.slow)],
+)
 def test_a_stopped_training_continues_and_leaves_nothing(
     tiny_models: TinyModels, tmp_path: Path, is_sampled: bool
 ) -> None:

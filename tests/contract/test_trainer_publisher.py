@@ -97,7 +97,11 @@ def _served(address: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("ranks", "dtype", "tied"),
-    [(1, DType.BFLOAT16, True), (2, DType.BFLOAT16, False), (2, DType.FLOAT32, True)],
+    [
+        (1, DType.BFLOAT16, True),
+        (2, DType.BFLOAT16, False),
+        pytest.param(2, DType.FLOAT32, True, marks=pytest.mark.slow),
+    ],
 )
 def test_servers_get_the_student_bit_for_bit(
     ranks: int, dtype: DType, tied: bool, tiny_models: TinyModels, tmp_path: Path
@@ -158,7 +162,11 @@ def publish_adapted(mesh: Mesh, path: str, address: str, output: str, use_dora: 
 # What a server in bfloat16 cannot hold exactly comes to it whole, each time; so does what is more than a sum.
 @pytest.mark.parametrize(
     ("dtype", "use_dora", "is_apart"),
-    [(torch.bfloat16, False, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
+    [
+        (torch.bfloat16, False, True),
+        pytest.param(torch.float32, False, False, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, True, False, marks=pytest.mark.slow),
+    ],
 )
 def test_servers_serve_matrices_with_their_adapters_and_get_the_base_once(
     dtype: torch.dtype, use_dora: bool, is_apart: bool, tiny_models: TinyModels, tmp_path: Path

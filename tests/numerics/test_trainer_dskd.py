@@ -26,6 +26,7 @@ def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_projectors_that_one_does_also_where_one_has_nothing_to_do(
     arguments: dict[str, Any],
 ) -> None:

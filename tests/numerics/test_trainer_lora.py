@@ -122,7 +122,11 @@ def textbook(student: Path, teacher: Path, found: dict[str, Tensor]) -> dict[str
 # Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
 @pytest.mark.parametrize(
     ("is_tied", "whole_bytes", "dtype", "use_dora"),
-    [(False, 0, torch.bfloat16, False), (True, 2**30, torch.float32, False), (False, 0, torch.bfloat16, True)],
+    [
+        pytest.param(False, 0, torch.bfloat16, False, marks=pytest.mark.slow),
+        (True, 2**30, torch.float32, False),
+        pytest.param(False, 0, torch.bfloat16, True, marks=pytest.mark.slow),
+    ],
 )
 def test_only_adapters_have_a_gradient_and_it_is_the_textbook_one(
     tiny_models: TinyModels,
@@ -191,6 +195,7 @@ def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -244,7 +249,11 @@ def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str, use
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("is_tied", "dtype", "use_dora"),
-    [(True, torch.float32, False), (False, torch.bfloat16, False), (True, torch.float32, True)],
+    [
+        (True, torch.float32, False),
+        pytest.param(False, torch.bfloat16, False, marks=pytest.mark.slow),
+        pytest.param(True, torch.float32, True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_written_model_and_the_written_adapter_are_the_trained_student(
     tiny_models: TinyModels, tmp_path: Path, is_tied: bool, dtype: torch.dtype, use_dora: bool

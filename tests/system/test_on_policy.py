@@ -198,6 +198,7 @@ def test_held_out_distance_to_the_teacher_falls(story: Story) -> None:
         assert scores[-1] < part * scores[0]
 
 
+@pytest.mark.slow
 def test_a_rollout_server_that_comes_back_while_another_samples_gets_the_student_at_once(
     story: Story, materials: Materials, processes: Processes, tmp_path: Path
 ) -> None:
@@ -223,6 +224,7 @@ def test_a_rollout_server_that_comes_back_while_another_samples_gets_the_student
     assert {event["door"] for event in trainer.events("weights on their way")} == {"gloo"}
 
 
+@pytest.mark.slow
 def test_a_job_whose_rollout_server_stays_away_says_so(
     story: Story, materials: Materials, processes: Processes, tmp_path: Path
 ) -> None:
