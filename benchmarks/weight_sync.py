@@ -23,6 +23,7 @@ from benchmarks.measure import finish, say, server, table
 from benchmarks.weight_server import FINGERPRINT
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.types import DType
+from kdmesh.weights.buckets import MAX_BUCKET_BYTES
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh.weights.packing import Weights
@@ -107,7 +108,7 @@ def main() -> None:
     """Print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=4, help="updates measured inline; faster doors get more")
-    parser.add_argument("--bucket-mib", type=int, default=16, help="size of a bucket")
+    parser.add_argument("--bucket-mib", type=int, default=MAX_BUCKET_BYTES // 2**20, help="size of a bucket")
     options = parser.parse_args()
     weights = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in _shapes().items()}
     size_bytes = sum(tensor.nbytes for tensor in weights.values())

@@ -33,7 +33,7 @@ from kdmesh.rpc.weight_link import WeightLink, describe_weights
 from kdmesh.rpc.weight_offer import DoorOffer
 from kdmesh.rpc.weight_services import ROLLOUTS, ServedWeights, WeightService
 from kdmesh.weights.bucket_memory import BucketMemory, bucket_memory
-from kdmesh.weights.buckets import plan_buckets
+from kdmesh.weights.buckets import MAX_BUCKET_BYTES, plan_buckets
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
 from kdmesh.weights.packing import Changes, Packer, Weights
@@ -66,7 +66,7 @@ class WeightSender:
         *,
         service: WeightService = ROLLOUTS,
         job: str = "",
-        bucket_bytes: int = 16 * 2**20,
+        bucket_bytes: int = MAX_BUCKET_BYTES,
         door: DoorChoice = "auto",
         advertise: str = "",
         device: torch.device | None = None,

@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 ALIGNMENT_BYTES = 64
 """Of everything in a bucket; as every element's size divides it, no element is ever cut in two."""
 
+MAX_BUCKET_BYTES = 64 * 2**20
+"""A bucket costs its announcement and its answer, whatever its size; past this there is little of that left."""
+_MIN_BUCKET_BYTES = 2**20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
@@ -30,6 +34,12 @@ class BucketEntry:
 
     part: Part
     digest: bytes  # XXH3-128
+
+
+def bucket_size(model_bytes: int) -> int:
+    """How large a model's buckets should be: a third of it, for the three that are held, up to MAX_BUCKET_BYTES."""
+    third = _aligned(-(-model_bytes // 3))
+    return min(max(third, _MIN_BUCKET_BYTES), MAX_BUCKET_BYTES)
 
 
 def plan_buckets(sizes_bytes: Sequence[int], bucket_bytes: int) -> Iterator[tuple[Part, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.types import DType
-from kdmesh.weights.buckets import ALIGNMENT_BYTES, BucketEntry, Part, cut, plan_buckets
+from kdmesh.weights.buckets import ALIGNMENT_BYTES, BucketEntry, Part, bucket_size, cut, plan_buckets
 from kdmesh.weights.digests import digest
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh.weights.versions import WeightVersions
@@ -105,3 +105,10 @@ def test_any_flipped_bit_is_noticed(data: st.DataObject, shapes: list[tuple[int,
         versions.write(right, memoryview(octets))
     with pytest.raises(InvalidRequest, match="not those sent"):
         versions.write(entries, memoryview(bucket))
+
+
+@pytest.mark.parametrize(
+    ("model_bytes", "wanted_bytes"), [(0, 2**20), (6 * 2**20 + 3, 2 * 2**20 + 64), (2**40, 64 * 2**20)]
+)
+def test_buckets_suit_the_model(model_bytes: int, wanted_bytes: int) -> None:
+    assert bucket_size(model_bytes) == wanted_bytes

@@ -17,6 +17,7 @@ from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.tokens import digest
 from kdmesh.types import Sampling, TokenSequence
+from kdmesh.weights.buckets import bucket_size
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer import config
 from kdmesh_trainer.build_teacher import Teacher
@@ -191,7 +192,7 @@ def build_source(
     check_sampler_images(images, server, image_expansion=teachers.image_expansion)
     facts = {"model": server.name, "dtype": server.dtype.value, "stop_token_ids": list(task.sampling.stop_token_ids)}
     log.info("rollout server found", extra=facts)
-    sender = stack.enter_context(_weight_sender(source.rollouts, mesh)) if mesh.is_first else None
+    sender = stack.enter_context(_weight_sender(source.rollouts, student, mesh)) if mesh.is_first else None
     devices: Devices = OwnDevices()
     if source.colocated:
         devices = SharedDevices(pool, teachers.only.pool, mesh)
@@ -232,9 +233,10 @@ def _early(cfg: config.TrainerConfig, source: config.OnPolicy, teachers: Teacher
     return EarlyPanel(early, asks_all=cfg.data.teacher_column is None) if cfg.teachers else early[""]
 
 
-def _weight_sender(rollouts: config.RolloutsConfig, mesh: Mesh) -> WeightSender:
+def _weight_sender(rollouts: config.RolloutsConfig, student: Student, mesh: Mesh) -> WeightSender:
     return WeightSender(
         rollouts.addresses,
+        bucket_bytes=bucket_size(student.size_bytes),
         door=rollouts.door,
         advertise=rollouts.advertise,
         device=mesh.device,

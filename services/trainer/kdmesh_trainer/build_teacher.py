@@ -12,6 +12,7 @@ from kdmesh.rpc.routing import RoutingPolicy
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.weights.buckets import bucket_size
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer import config
 from kdmesh_trainer.fit import check_follower, check_frozen, common_vocabulary
@@ -118,18 +119,19 @@ def build_publisher(
     teacher: Teacher, copy: TeacherCopy, student: Student, mesh: Mesh, stack: ExitStack
 ) -> TeacherPublisher:
     """What brings `copy` to the teacher; its connections are closed with `stack`."""
-    sender = stack.enter_context(_weight_sender(teacher, mesh)) if mesh.is_first else None
+    sender = stack.enter_context(_weight_sender(teacher, student, mesh)) if mesh.is_first else None
     sending = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh, weights=copy.weights)
     return TeacherPublisher(copy, sending, teacher.pool)
 
 
-def _weight_sender(teacher: Teacher, mesh: Mesh) -> WeightSender:
+def _weight_sender(teacher: Teacher, student: Student, mesh: Mesh) -> WeightSender:
     cfg = teacher.cfg
     assert cfg.follows_student is not None
     return WeightSender(
         cfg.addresses,
         service=TEACHERS,
         job=teacher.job,
+        bucket_bytes=bucket_size(student.size_bytes),
         door=cfg.follows_student.door,
         advertise=cfg.follows_student.advertise,
         device=mesh.device,

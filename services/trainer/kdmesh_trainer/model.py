@@ -91,6 +91,11 @@ class Student(nn.Module):
         weights = without_aliases(self.weights())
         return architecture_fingerprint(self.lm, {name: weight.shape for name, weight in weights.items()})
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the model's parameters, on all ranks together."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.lm.parameters())
+
     def forward(self, packed: PackedTokens, row_loss: RowLoss) -> LossTotals:
         """The summed loss of the rows that `packed` names.
 
