@@ -24,6 +24,7 @@ from kdmesh_trainer.algorithm_config import CustomAlgorithm
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.data_config import CustomDataset, DatasetConfig, OtherTokenizer
 from kdmesh_trainer.objective_config import CustomDivergence, Distill
+from kdmesh_trainer.questions_config import CustomMatch, QuestionsConfig
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 _SERVICES: dict[str, type[StrictModel]] = {
@@ -91,6 +92,8 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     yield from _dataset("data.train", cfg.data.train)
     if cfg.data.held_out is not None:
         yield from _dataset("data.held_out", cfg.data.held_out)
+    if cfg.evaluation.questions is not None:
+        yield from _questions("evaluation.questions", cfg.evaluation.questions)
     template = cfg.data.chat_template
     if template is not None and not template.is_file():
         yield f"data.chat_template: there is no file {template}"
@@ -135,6 +138,8 @@ def _servers(cfg: TrainerConfig) -> Iterator[tuple[str, AccessConfig, Sequence[s
         yield f"teachers.{name}" if name else "teacher", teacher.access, teacher.addresses
     if isinstance(cfg.source, OnPolicy):
         yield "source.rollouts", cfg.source.rollouts.access, cfg.source.rollouts.addresses
+    if (rollouts := cfg.evaluation.rollouts) is not None:
+        yield "evaluation.rollouts", rollouts.access, rollouts.addresses
 
 
 def _access(key: str, access: AccessConfig) -> Iterator[str]:
@@ -229,6 +234,15 @@ def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
         yield f"{key}.path: {path} has no {', '.join(_DATA_SUFFIXES)} file"
     elif path.is_file() and path.suffix not in _DATA_SUFFIXES:
         yield f"{key}.path: {path} is not a {', '.join(_DATA_SUFFIXES)} file"
+
+
+def _questions(key: str, questions: QuestionsConfig) -> Iterator[str]:
+    if not questions.path.is_file():
+        yield f"{key}.path: there is no file {questions.path}"
+    elif questions.path.suffix != ".jsonl":
+        yield f"{key}.path: {questions.path} is not a .jsonl file"
+    if isinstance(match := questions.match, CustomMatch):
+        yield from _function(f"{key}.match", match.target, match.params, positional=2)
 
 
 def _function(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from kdmesh import check, cluster_commands, config, jobs, local, planning
+from kdmesh import check, cluster_commands, config, evaluation, jobs, local, planning
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
@@ -70,6 +70,7 @@ def main() -> None:
     Both at once      kdmesh train examples/train.yaml --serve examples/teacher.yaml
     Prefill it first  kdmesh precompute examples/train.yaml
     Write a dataset   kdmesh generate --rollout 127.0.0.1:50061 --model path/to/model
+    Grade its answers kdmesh evaluate examples/train-evaluate.yaml --rollout 127.0.0.1:50061
     Trust a teacher   kdmesh probe --teacher 127.0.0.1:50051 --model path/to/teacher
     Watch a server    kdmesh top
     Train in Kubernetes  kdmesh submit my.yaml --nodes 2 --gpus 8 --image IMAGE
@@ -93,7 +94,7 @@ def main() -> None:
     "--serve-rollout",
     "rollout_config",
     type=_YAML,
-    help="Also start the rollout server of this file, for this run only.",
+    help="Also start the rollout server of this file, for this run only: to sample, or to answer questions.",
 )
 def train(
     config: Path, overrides: tuple[str, ...], teacher_configs: tuple[str, ...], rollout_config: Path | None
@@ -110,7 +111,7 @@ def train(
     argv = [sys.executable, "-m", "kdmesh_trainer", str(config), *jobs.set_arguments(overrides)]
     serve = jobs.teachers_to_serve(teacher_configs)
     if rollout_config is not None:
-        serve[jobs.ROLLOUT] = rollout_config
+        serve[jobs.rollout_to_serve(config, overrides)] = rollout_config
     if "RANK" in os.environ:
         if serve:
             raise ConfigError("--serve starts one server per command, so it does not go with torchrun's many ranks")
@@ -366,7 +367,7 @@ def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_polic
     click.echo(outcome.json())
 
 
-for command in (planning.plan, *cluster_commands.COMMANDS, doctor):
+for command in (planning.plan, evaluation.evaluate, *cluster_commands.COMMANDS, doctor):
     main.add_command(command)
 
 

@@ -53,6 +53,13 @@ def teachers_to_serve(wanted: Sequence[str]) -> dict[Service, Path]:
     return serve
 
 
+def rollout_to_serve(path: Path, overrides: Sequence[str]) -> Service:
+    """The rollout server of the trainer in `path`: it samples for an on-policy run, else it answers questions."""
+    source = config.read_tree(path, overrides).get("source")
+    is_sampled = isinstance(source, dict) and source.get("kind") == "on_policy"
+    return ROLLOUT if is_sampled else replace(ROLLOUT, addresses="evaluation.rollouts.addresses")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threads:
     """CPU threads for each process of a job."""
@@ -196,11 +203,14 @@ def _checked_trainer(path: Path, overrides: Sequence[str]) -> TrainerConfig:
             raise ConfigError(
                 f"{path}: {key}.addresses is empty: name a running teacher there, or start one with --serve {serve}"
             )
-    if isinstance(cfg.source, OnPolicy) and not cfg.source.rollouts.addresses:
-        raise ConfigError(
-            f"{path}: source.rollouts.addresses is empty: name a running rollout server there, or start one with "
-            "--serve-rollout ROLLOUT.YAML"
-        )
+    sampling = {"source.rollouts": cfg.source.rollouts} if isinstance(cfg.source, OnPolicy) else {}
+    answering = {} if cfg.evaluation.rollouts is None else {"evaluation.rollouts": cfg.evaluation.rollouts}
+    for key, rollouts in {**sampling, **answering}.items():
+        if not rollouts.addresses:
+            raise ConfigError(
+                f"{path}: {key}.addresses is empty: name a running rollout server there, or start one with "
+                "--serve-rollout ROLLOUT.YAML"
+            )
     return cfg
 
 

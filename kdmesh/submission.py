@@ -129,6 +129,8 @@ def _unservable(cfg: TrainerConfig) -> Iterator[str]:
             yield f"{f'teachers.{name}' if name else 'teacher'}.addresses is empty: name a running teacher there"
     if isinstance(cfg.source, OnPolicy) and not cfg.source.rollouts.addresses:
         yield "source.rollouts.addresses is empty: name a running rollout server there"
+    if cfg.evaluation.rollouts is not None and not cfg.evaluation.rollouts.addresses:
+        yield "evaluation.rollouts.addresses is empty: name a running rollout server there"
 
 
 def _unread(cfg: TrainerConfig) -> Iterator[str]:
@@ -204,7 +206,8 @@ def _is_in(path: PurePosixPath, directories: Sequence[PurePosixPath]) -> bool:
 
 def _addresses(cfg: TrainerConfig) -> list[str]:
     of_teachers = [address for teacher in cfg.all_teachers.values() for address in teacher.addresses]
-    return [*of_teachers, *(cfg.source.rollouts.addresses if isinstance(cfg.source, OnPolicy) else ())]
+    sampling = cfg.source.rollouts.addresses if isinstance(cfg.source, OnPolicy) else ()
+    return [*of_teachers, *sampling, *(cfg.evaluation.rollouts.addresses if cfg.evaluation.rollouts else ())]
 
 
 # Words of the command line

@@ -54,6 +54,7 @@ LAYER = {
     "kdmesh.cluster_commands": 4,
     "kdmesh.demo": 4,
     "kdmesh.doctor": 4,
+    "kdmesh.evaluation": 4,
     "kdmesh.generate": 4,
     "kdmesh.jobs": 4,
     "kdmesh.local": 4,

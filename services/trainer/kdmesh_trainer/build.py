@@ -24,24 +24,26 @@ from kdmesh.tokens import digest, tokenizer_fingerprint
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
+from kdmesh_trainer.build_evaluation import build_evaluator, build_examiner, read_questions_of
 from kdmesh_trainer.build_objective import build_algorithm, build_objective, build_optimizer, resolve_divergence
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
+from kdmesh_trainer.build_rollouts import Rollouts, open_rollouts
 from kdmesh_trainer.build_teacher import build_copy, build_publisher
 from kdmesh_trainer.build_teachers import Teachers, open_teachers
 from kdmesh_trainer.build_vision import build_packer, expansion_of, load_reader
 from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.data_config import TeacherMessages
-from kdmesh_trainer.devices import ScoringEvaluator, ScoringPublisher
-from kdmesh_trainer.evaluate import HeldOutEvaluator
+from kdmesh_trainer.devices import ScoringPublisher
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.files import claimed
 from kdmesh_trainer.fit import check_aligned
-from kdmesh_trainer.loop import Evaluator, Exporter, Parts, Publisher
+from kdmesh_trainer.loop import Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.objective_config import Distill, Sft
+from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
 from kdmesh_trainer.sources.off_policy import OffPolicySource
@@ -65,7 +67,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What is found without a teacher, and without reading a dataset or a weight."""
+    """What is found without a teacher, and without reading a dataset, but for questions, or a weight."""
 
     tokenizer: PreTrainedTokenizerFast  # with the chat template that is trained with
     tokenizer_fingerprint: str
@@ -76,6 +78,7 @@ class Checked:
     image_reader: ImageReader | None  # None: the student reads text alone
     train: Reader
     held_out: Reader | None
+    exam: Exam | None  # None: no questions are asked
     divergence: Divergence | SampledDivergence | None  # None: the objective has none
     build_algorithm: BuildAlgorithm | None  # None: the objective has none
 
@@ -141,7 +144,8 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_optimizer(cfg, student)
         copy = None if teachers is None or cfg.teacher is None else build_copy(teachers.only, student)
-        source = _source(cfg, checked, data, teachers, student, mesh, stack)
+        rollouts = open_rollouts(cfg, student, mesh, stack)
+        source = _source(cfg, checked, data, teachers, rollouts, student, mesh, stack)
         parts = Parts(
             source=source,
             stepper=GradientStepper(
@@ -154,7 +158,17 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 teachers=("",) if teachers is None else teachers.heads.names,
             ),
             publishers=tuple(_publishers(teachers, copy, student, source, mesh, stack)),
-            evaluator=_on_its_turn(_evaluator(cfg, student, data, teachers, mesh), source),
+            evaluator=build_evaluator(cfg, student, data.held_out, teachers, source, mesh),
+            examiner=build_examiner(
+                cfg,
+                checked.exam,
+                rollouts,
+                tokenizer_fingerprint=checked.tokenizer_fingerprint,
+                vocabulary_size=checked.vocabulary_size,
+                reader=checked.image_reader,
+                source=source,
+                mesh=mesh,
+            ),
             checkpoints=CheckpointDirectory(
                 cfg.output / "checkpoints",
                 student,
@@ -211,6 +225,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
         image_reader=reader,
         train=open_dataset(cfg.data.train, teacher=columns, images=images),
         held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher=columns, images=images),
+        exam=read_questions_of(cfg, tokenizer, reader),
         divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
         build_algorithm=resolve_algorithm(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else None,
     )
@@ -319,18 +334,20 @@ def _source(
     checked: Checked,
     data: _Data,
     teachers: Teachers | None,
+    rollouts: Rollouts | None,
     student: Student,
     mesh: Mesh,
     stack: ExitStack,
 ) -> SftSource | OffPolicySource | OnPolicySource:
     if isinstance(data.train, Task):
-        assert teachers is not None
+        assert teachers is not None and rollouts is not None
         return build_source(
             cfg,
             data.train,
             student=student,
             tokenizer_fingerprint=checked.tokenizer_fingerprint,
             teachers=teachers,
+            rollouts=rollouts,
             mesh=mesh,
             stack=stack,
         )
@@ -370,30 +387,3 @@ def _exporters(
     yield HuggingFaceExporter(cfg.output / "final", student, origin=origin, tokenizer=tokenizer, mesh=mesh)
     if student.adapter is not None:
         yield AdapterExporter(cfg.output / "adapter", student, student.adapter, origin=origin, mesh=mesh)
-
-
-def _evaluator(
-    cfg: config.TrainerConfig,
-    student: Student,
-    data: _Data,
-    teachers: Teachers | None,
-    mesh: Mesh,
-) -> HeldOutEvaluator | None:
-    if data.held_out is None:
-        return None
-    return HeldOutEvaluator(
-        student,
-        data.held_out,
-        teacher=None if teachers is None else teachers.rows,
-        teacher_head=None if teachers is None else teachers.heads,
-        max_tokens=cfg.batch.max_tokens,
-        prefetch=0 if teachers is None else teachers.prefetch,
-        mesh=mesh,
-    )
-
-
-def _on_its_turn(evaluator: HeldOutEvaluator | None, source: Source) -> Evaluator | None:
-    """The evaluator, on devices that it may have to wait for."""
-    if evaluator is None or not isinstance(source, OnPolicySource):
-        return evaluator
-    return ScoringEvaluator(evaluator, source.devices)

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from kdmesh.errors import ConfigError
 from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.tokens import digest
 from kdmesh.types import Sampling, TokenSequence
-from kdmesh.weights.buckets import bucket_size
-from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer import config
+from kdmesh_trainer.build_rollouts import Rollouts
 from kdmesh_trainer.build_teacher import Teacher
 from kdmesh_trainer.build_teachers import Teachers
 from kdmesh_trainer.devices import Devices, OwnDevices, SharedDevices
 from kdmesh_trainer.fit import check_images, check_sampler, check_sampler_images, check_samples, refuse_unlike
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
-from kdmesh_trainer.publisher import StudentPublisher
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
+from kdmesh_trainer.sources.ends import stop_token_ids
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
@@ -43,8 +38,6 @@ from kdmesh_trainer.sources.teacher_context import ContextEncoder
 from kdmesh_trainer.sources.tokenizer import TeacherTokens
 
 _JUDGED_PROMPTS = 1000  # enough to know how much two tokenizers have in common
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +94,7 @@ def read_task(
         images = [placed for p in own for placed in (p.images if p.teacher_ids is None else p.teacher_images)]
         check_images("train", images, teacher.pool.describe(), image_expansion=teachers.image_expansion)
     sampling = Sampling(
-        temperature=drawn.temperature,
-        top_p=drawn.top_p,
-        top_k=drawn.top_k,
-        min_p=drawn.min_p,
-        repetition_penalty=drawn.repetition_penalty,
-        max_new_tokens=drawn.max_new_tokens,
-        stop_token_ids=_stop_token_ids(cfg.student.model, tokenizer, encoder),
+        **drawn.model_dump(), stop_token_ids=stop_token_ids(cfg.student.model, tokenizer, encoder)
     )
     answers: Sequence[TokenSequence] = ()
     if source.sampled_fraction < 1:
@@ -154,34 +141,23 @@ def build_source(
     student: Student,
     tokenizer_fingerprint: str,
     teachers: Teachers,
+    rollouts: Rollouts,
     mesh: Mesh,
     stack: ExitStack,
 ) -> OnPolicySource:
-    """The source with its connections to the rollout servers, all closed with `stack`. Collective.
+    """The source, closed with `stack`. Collective.
 
     Args:
         student: sharded; its vocabulary is what it shares with the teacher.
         tokenizer_fingerprint: of the student's tokenizer.
+        rollouts: those of the task's source.
 
     Raises:
-        ConfigError: no address is given.
-        ModelMismatch: a server has another model or tokenizer.
+        ModelMismatch: a server has another tokenizer.
         DataError: a server would cut what the configuration allows.
-        DeadlineExpired: no server answers.
     """
     source = task.source
-    if not source.rollouts.addresses:
-        raise ConfigError("source.rollouts.addresses is empty; it must name at least one running rollout server")
-    pool = stack.enter_context(
-        RolloutPool(
-            source.rollouts.addresses,
-            job=cfg.output.resolve().name,
-            deadline_s=source.rollouts.deadline_s,
-            architecture_fingerprint=student.architecture_fingerprint(),
-            access=source.rollouts.access,
-        )
-    )
-    server = pool.describe()
+    pool, server = rollouts.pool, rollouts.pool.describe()
     check_sampler(
         server,
         tokenizer_fingerprint=tokenizer_fingerprint,
@@ -189,10 +165,7 @@ def build_source(
         max_tokens=task.max_tokens,
     )
     images = [placed for prompt in task.prompts for placed in prompt.images]
-    check_sampler_images(images, server, image_expansion=teachers.image_expansion)
-    facts = {"model": server.name, "dtype": server.dtype.value, "stop_token_ids": list(task.sampling.stop_token_ids)}
-    log.info("rollout server found", extra=facts)
-    sender = stack.enter_context(_weight_sender(source.rollouts, student, mesh)) if mesh.is_first else None
+    check_sampler_images("train", images, server, image_expansion=teachers.image_expansion)
     devices: Devices = OwnDevices()
     if source.colocated:
         devices = SharedDevices(pool, teachers.only.pool, mesh)
@@ -201,7 +174,7 @@ def build_source(
         mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep
     built = OnPolicySource(
         _sampler(cfg, task, pool, mesh),
-        StudentPublisher(student, sender, policy=UpdatePolicy(source.update_policy), mesh=mesh, needed=1),
+        rollouts.publisher,
         _early(cfg, source, teachers),
         max_staleness=source.max_staleness,
         max_tokens=cfg.batch.max_tokens,
@@ -233,18 +206,6 @@ def _early(cfg: config.TrainerConfig, source: config.OnPolicy, teachers: Teacher
     return EarlyPanel(early, asks_all=cfg.data.teacher_column is None) if cfg.teachers else early[""]
 
 
-def _weight_sender(rollouts: config.RolloutsConfig, student: Student, mesh: Mesh) -> WeightSender:
-    return WeightSender(
-        rollouts.addresses,
-        bucket_bytes=bucket_size(student.size_bytes),
-        door=rollouts.door,
-        advertise=rollouts.advertise,
-        device=mesh.device,
-        deadline_s=rollouts.deadline_s,
-        access=rollouts.access,
-    )
-
-
 def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mesh) -> Sampler:
     each = task.source.samples_per_prompt
     return Sampler(
@@ -274,22 +235,3 @@ def _showcase(cfg: config.TrainerConfig, task: Task) -> Showcase | None:
         every=task.source.show_every,
         samples_per_prompt=task.source.samples_per_prompt,
     )
-
-
-def _stop_token_ids(
-    model: Path, tokenizer: PreTrainedTokenizerFast, encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder
-) -> tuple[int, ...]:
-    """What ends a response: what ends an assistant turn in the data's template, and what ends the model's text."""
-    ends = {encoder.end_of_turn(), tokenizer.eos_token_id, *_generation_ends(model / "generation_config.json")}
-    found = tuple(sorted(end for end in ends if end is not None))
-    if not found:
-        log.warning("nothing ends a response but its length: the tokenizer and the chat template name no end")
-    return found
-
-
-def _generation_ends(path: Path) -> Sequence[int]:
-    """The ids in a generation_config.json that end a text, if there is such a file."""
-    if not path.is_file():
-        return ()
-    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    return ends if isinstance(ends, list) else () if ends is None else (ends,)

@@ -17,7 +17,9 @@ from kdmesh_trainer.metrics_config import MetricsConfig
 from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
+from kdmesh_trainer.questions_config import refuse_unasked_questions
 from kdmesh_trainer.replicas_config import ReplicatedConfig
+from kdmesh_trainer.rollouts_config import RolloutsConfig, SamplingConfig, SendingConfig
 from kdmesh_trainer.schedule_config import CheckpointConfig, EvaluationConfig
 
 
@@ -51,18 +53,6 @@ class StudentConfig(StrictModel):
         if self.lora is not None and self.weights == "random":
             raise ValueError("lora needs weights pretrained: adapters of a random model teach nothing")
         return self
-
-
-class SendingConfig(StrictModel):
-    """How the student's weights get to servers."""
-
-    door: Literal["auto", "shm", "collective", "inline"] = "auto"
-    """How new weights travel; auto takes shared memory on this node, else a private group of two processes with each
-    server, else gRPC messages. Any other is the only one that is taken."""
-
-    advertise: str = ""
-    """Address of the first rank's machine that servers on other nodes reach; empty takes that of the interface which
-    leads to each."""
 
 
 class FollowConfig(SendingConfig):
@@ -114,41 +104,6 @@ class OffPolicy(StrictModel):
     """The data's own answers are trained on."""
 
     kind: Literal["off_policy"] = "off_policy"
-
-
-class RolloutsConfig(SendingConfig):
-    """The rollout servers that sample for this job alone, since they serve its student."""
-
-    addresses: tuple[str, ...] = ()
-    """host:port of each. `kdmesh train --serve-rollout` fills it in."""
-
-    access: AccessConfig = AccessConfig()
-    """How this job gets in; it must be an operator there, since it brings new weights."""
-
-    deadline_s: float = Field(600.0, gt=0)
-    """Longest wait for one prompt's samples, or for a server to take new weights, restarts included."""
-
-
-class SamplingConfig(StrictModel):
-    """How responses are drawn; applied in this order: repetition penalty, temperature, top_k, top_p, min_p."""
-
-    temperature: float = Field(1.0, ge=0)
-    """Divides the logits; 0 takes the likeliest token."""
-
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Draw from the fewest tokens whose probabilities reach this; 1 draws from all."""
-
-    top_k: int = Field(0, ge=0)
-    """Draw from this many likeliest tokens; 0 draws from all."""
-
-    min_p: float = Field(0.0, ge=0, le=1)
-    """Drop tokens less likely than this fraction of the likeliest; 0 drops none."""
-
-    repetition_penalty: float = Field(1.0, gt=0)
-    """Divides positive and multiplies negative logits of tokens that the sequence holds; 1 changes nothing."""
-
-    max_new_tokens: int = Field(256, ge=1)
-    """Most tokens of a response; a longer one is cut, and nothing is appended to it."""
 
 
 class OnPolicy(StrictModel):
@@ -250,7 +205,7 @@ class TrainerConfig(StrictModel):
     """Optimizer steps in all; the data is repeated as often as needed, reshuffled each epoch."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Held-out evaluation."""
+    """When and how the student is judged."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saved state."""
@@ -325,6 +280,11 @@ class TrainerConfig(StrictModel):
     @model_validator(mode="after")
     def _teachers_fit(self) -> TrainerConfig:
         refuse_unfit_teachers(self)
+        return self
+
+    @model_validator(mode="after")
+    def _questions_are_asked(self) -> TrainerConfig:
+        refuse_unasked_questions(self)
         return self
 
     @model_validator(mode="after")

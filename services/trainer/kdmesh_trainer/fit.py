@@ -149,7 +149,12 @@ def check_samples(*, prompt_tokens: int, max_new_tokens: int, teacher: ModelDesc
 
 
 def check_sampler(
-    server: RolloutDescription, *, tokenizer_fingerprint: str, vocabulary_size: int, max_tokens: int
+    server: RolloutDescription,
+    *,
+    tokenizer_fingerprint: str,
+    vocabulary_size: int,
+    max_tokens: int,
+    keys: str = "source.sampling.max_new_tokens or data.max_tokens",
 ) -> None:
     """Return when the rollout servers sample what the student can be trained on.
 
@@ -157,6 +162,7 @@ def check_sampler(
         tokenizer_fingerprint: of the student's tokenizer.
         vocabulary_size: real tokens that student and teacher share.
         max_tokens: of the longest prompt with the longest response.
+        keys: of the configuration, that make it shorter.
 
     Raises:
         ModelMismatch: they have another tokenizer, or may draw tokens that the teacher lacks.
@@ -177,13 +183,17 @@ def check_sampler(
     if server.max_sequence_tokens < max_tokens:
         raise DataError(
             f"a prompt with its response may be {max_tokens} tokens, and rollout server {server.name} takes at most "
-            f"{server.max_sequence_tokens}; lower source.sampling.max_new_tokens or data.max_tokens"
+            f"{server.max_sequence_tokens}; lower {keys}"
         )
 
 
-def check_sampler_images(images: Sequence[PlacedImage], server: RolloutDescription, *, image_expansion: str) -> None:
-    """Return when the rollout servers read the prompts' images as the student does. Raises as `check_requests`."""
-    _check_images("train", images, f"rollout server {server.name}", server.vision, image_expansion)
+def check_sampler_images(
+    name: str, images: Sequence[PlacedImage], server: RolloutDescription, *, image_expansion: str
+) -> None:
+    """Return when the rollout servers read the images of dataset `name` as the student does. Raises as
+    `check_requests`.
+    """
+    _check_images(name, images, f"rollout server {server.name}", server.vision, image_expansion)
 
 
 def _check_limits(what: str, *, tokens: int, rows: int, teacher: ModelDescription) -> None:

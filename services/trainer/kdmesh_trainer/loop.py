@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kdmesh.tracing.spans import span
+from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.sources.batches import Source, StepBatch
 from kdmesh_trainer.stats import Scores, StepStats
 
@@ -32,6 +33,14 @@ class Evaluator(Protocol):
 
     def evaluate(self) -> Scores:
         """The student as it is now. Collective; leaves no trace in what is trained."""
+        ...
+
+
+class Examiner(Protocol):
+    """Judges the student by its answers to questions."""
+
+    def examine(self, *, done: int) -> AnswerScores:
+        """The student as it is now, after `done` steps. Collective; leaves no trace in what is trained."""
         ...
 
 
@@ -71,7 +80,7 @@ class Telemetry(Protocol):
         ...
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Times what happens inside: batch, update, publish, evaluate, checkpoint or export."""
+        """Times what happens inside: batch, update, publish, evaluate, examine, checkpoint or export."""
         ...
 
     def report(self, step: int, stats: StepStats) -> None:
@@ -80,6 +89,10 @@ class Telemetry(Protocol):
 
     def report_scores(self, step: int, scores: Scores) -> None:
         """The student after `step` steps, on held-out data."""
+        ...
+
+    def report_answers(self, step: int, scores: AnswerScores) -> None:
+        """How the student answers questions after `step` steps."""
         ...
 
 
@@ -91,6 +104,7 @@ class Parts:
     stepper: Stepper
     publishers: tuple[Publisher, ...]  # empty: nobody uses the student while it learns
     evaluator: Evaluator | None  # None: there is no held-out data
+    examiner: Examiner | None = None  # None: there are no questions
     checkpoints: Checkpoints
     exporters: tuple[Exporter, ...]
     stop: Stop
@@ -156,7 +170,13 @@ def _publish(parts: Parts, *, version: int) -> None:
 
 
 def _evaluate_if_due(parts: Parts, schedule: Schedule, *, done: int) -> None:
-    if parts.evaluator is not None and schedule.evaluates_at(done):
+    if not schedule.evaluates_at(done):
+        return
+    if parts.evaluator is not None:
         with parts.telemetry.phase("evaluate"):
             scores = parts.evaluator.evaluate()
         parts.telemetry.report_scores(done, scores)
+    if parts.examiner is not None:
+        with parts.telemetry.phase("examine"):
+            answers = parts.examiner.examine(done=done)
+        parts.telemetry.report_answers(done, answers)

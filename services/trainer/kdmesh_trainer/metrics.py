@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.stats import Scores, StepStats
 
 JOB = "kdmesh_job"  # as in the metrics of the servers
@@ -33,6 +34,13 @@ _SCORES = {
     "kl_nats_per_token": "KL(teacher || student) on held-out data.",
     "cross_entropy_nats_per_token": "On held-out data.",
     "top1_agreement": "Part of held-out tokens where student and teacher prefer the same token.",
+}
+_ANSWERS = {
+    "accuracy": "Part of the answers to questions that are right.",
+    "accuracy_standard_error": "Of the part of the answers that are right.",
+    "cut_off_fraction": "Part of the answers to questions that ended at a limit of length.",
+    "response_tokens_mean": "Of the answers to questions.",
+    "grader_errors": "Answers of the last evaluation on which the grader failed.",
 }
 
 
@@ -65,6 +73,9 @@ class Metrics:
         )
         self._figures = {name: self._gauge(name, text) for name, text in _FIGURES.items()}
         self._scores = {name: self._gauge(f"held_out_{name}", text) for name, text in _SCORES.items()}
+        self._answers = {name: self._gauge(f"questions_{name}", text) for name, text in _ANSWERS.items()}
+        self._pass_at = self._gauge("questions_pass_at", "Part of questions of which one of k answers is right.", "k")
+        self._pass_at_error = self._gauge("questions_pass_at_standard_error", "Of that part of the questions.", "k")
         self._imbalance = self._gauge("teacher_imbalance", "Most over mean of the tokens sent to each teacher lately.")
         self._door = self._gauge("door", "Always 1; says through which doors rows come now.", "door")
         self._not_finite = self._counter("not_finite_steps", "Steps whose loss was not finite; the run ends with it.")
@@ -110,6 +121,17 @@ class Metrics:
         for name, value in asdict(scores).items():
             if name in self._scores and value is not None:
                 self._scores[name].labels(self._job).set(value)
+
+    def examined(self, scores: AnswerScores, seconds: float) -> None:
+        """The student has answered questions, which took so long."""
+        self._phase_seconds.labels(self._job, "examine").inc(seconds)
+        for name, value in scores.figures().items():
+            if name in self._answers and value is not None:
+                self._answers[name].labels(self._job).set(value)
+        for k, estimate in scores.pass_at.items():
+            self._pass_at.labels(self._job, str(k)).set(estimate.mean)
+            if estimate.standard_error is not None:
+                self._pass_at_error.labels(self._job, str(k)).set(estimate.standard_error)
 
     def not_finite(self) -> None:
         """A step's loss was not."""

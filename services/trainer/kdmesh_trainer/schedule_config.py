@@ -1,20 +1,29 @@
-"""When a run is judged, and when it is saved."""
+"""When and how a run is judged, and when it is saved."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from kdmesh.config import StrictModel
+from kdmesh_trainer.questions_config import QuestionsConfig
+from kdmesh_trainer.rollouts_config import RolloutsConfig
 
 
 class EvaluationConfig(StrictModel):
-    """Held-out evaluation; it also runs before the first step and after the last."""
+    """On held-out data, and by questions; both also before the first step and after the last."""
 
     every: int | None = Field(None, ge=1)
     """Steps between evaluations; null evaluates only at the start and the end."""
 
     max_sequences: int | None = Field(None, ge=1)
     """Only this many held-out sequences, from the first on; null takes all."""
+
+    questions: QuestionsConfig | None = None
+    """Questions that the student answers (docs/evaluation.md); null asks none."""
+
+    rollouts: RolloutsConfig | None = None
+    """Rollout servers that answer the questions of a run which is not on-policy; they get the student before each
+    evaluation, and serve this job alone."""
 
 
 class CheckpointConfig(StrictModel):

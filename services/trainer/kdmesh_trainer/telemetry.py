@@ -21,6 +21,7 @@ from kdmesh_trainer.files import keep_before
 from kdmesh_trainer.metrics import Metrics
 from kdmesh_trainer.metrics_server import MetricsServer, serving
 from kdmesh_trainer.progress import LogProgress, Progress, Reading, TerminalProgress
+from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.stats import Scores, StepStats
 from kdmesh_trainer.trackers import Tracker, build_trackers
 
@@ -85,6 +86,9 @@ class SilentTelemetry:
     def report_scores(self, step: int, scores: Scores) -> None:
         """Nothing."""
 
+    def report_answers(self, step: int, scores: AnswerScores) -> None:
+        """Nothing."""
+
     def report_not_finite(self) -> None:
         """Nothing."""
 
@@ -92,8 +96,8 @@ class SilentTelemetry:
 class RunTelemetry:
     """The record of a run: one line per step and evaluation in metrics.jsonl, the same to trackers, a digest to people.
 
-    A line is {"kind": "step" | "evaluation", "step": ..., "time": Unix seconds, ...}. Steps count from 0; an
-    evaluation's step is the number of steps done before it. A figure that is not finite is written as null.
+    A line is {"kind": "step" | "evaluation" | "questions", "step": ..., "time": Unix seconds, ...}. Steps count from 0;
+    that of the other two is the number of steps done before it. A figure that is not finite is written as null.
     """
 
     def __init__(
@@ -178,6 +182,19 @@ class RunTelemetry:
         self._metrics.evaluated(scores, seconds)
         log.info("held-out data evaluated", extra={"step": step, **self._totals.scores})
 
+    def report_answers(self, step: int, scores: AnswerScores) -> None:
+        """Write the line of the questions and say it."""
+        seconds = self._phase_s.pop("examine", 0.0)
+        figures = scores.figures()
+        known = {name: value for name, value in figures.items() if value is not None}
+        self._totals.answers = {"accuracy": scores.accuracy.mean} | {
+            f"pass_at_{k}": each.mean for k, each in scores.pass_at.items()
+        }
+        self._write("questions", step, {**figures, "examine_s": seconds})
+        self._track("questions", step, figures)
+        self._metrics.examined(scores, seconds)
+        log.info("questions answered", extra={"step": step, **known})
+
     def report_not_finite(self) -> None:
         """The run ends because a loss is not finite; wait until Prometheus knows."""
         self._metrics.not_finite()
@@ -233,6 +250,7 @@ class _Totals:
         self.teacher_wait_s = 0.0
         self.loss_nats_per_token = math.nan
         self.scores: dict[str, float] = {}
+        self.answers: dict[str, float] = {}
 
     def add(self, stats: StepStats, step_s: float) -> None:
         self.num_steps += 1
@@ -250,6 +268,7 @@ class _Totals:
             "teacher_wait_fraction": round(self.teacher_wait_s / self.seconds, 4) if self.seconds else 0.0,
             "loss_nats_per_token": self.loss_nats_per_token,
             **{f"held_out_{name}": value for name, value in self.scores.items()},
+            **{f"questions_{name}": value for name, value in self.answers.items()},
         }
 
 

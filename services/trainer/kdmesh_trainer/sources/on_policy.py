@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections import deque
 from collections.abc import Sequence
 
@@ -17,17 +16,13 @@ from kdmesh_trainer.devices import Devices, OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.early_rows import EarlyService
+from kdmesh_trainer.sources.exchange import exchange
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.rollouts import Rollout, WeightPublisher, figures_of
 from kdmesh_trainer.sources.row_queue import RowQueue
-from kdmesh_trainer.sources.sampler import Sampler, Share
+from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.sources.show import Showcase
 from kdmesh_trainer.sources.sides import teacher_side
-
-log = logging.getLogger(__name__)
-
-# A server that is started anew has old weights once; one that has them again and again is not ours.
-_MOST_REFUSALS = 3
 
 
 class OnPolicySource:
@@ -159,7 +154,7 @@ class OnPolicySource:
 
     def _plan_one(self) -> None:
         step = self._next_planned
-        shares = self._exchange(step)
+        shares = exchange(self._sampler, step, mesh=self._mesh, bring_again=self._bring_again)
         rollouts = self._sampler.assemble(step, shares)
         if self._showcase is not None:
             self._showcase.show(step, rollouts)
@@ -200,28 +195,12 @@ class OnPolicySource:
         )
         self._next_planned += 1
 
-    def _exchange(self, step: int) -> list[Share]:
-        """The share of every rank. Collective."""
-        newest = max(self._published)
-        num_refused = 0
-        while True:
-            shares = self._mesh.gather(self._sampler.collect(step))
-            if all(share.is_whole for share in shares):
-                return shares
-            refusals = [share.refusal for share in shares if share.refusal]
-            num_refused += bool(refusals)
-            if num_refused > _MOST_REFUSALS:
-                break
-            why = refusals[0] if refusals else "it came back"
-            log.warning("a rollout server has old weights, so it gets the student again", extra={"why": why})
-            self.devices.publish()
-            self._weights.catch_up()
-            self._sampler.note_weights(newest, behind=self._weights.behind)
-            self.devices.sample()
-            self._sampler.ask_again(step)
-        raise ModelMismatch(
-            f"step {step} could not be sampled although the servers got the weights again: {refusals[0]}"
-        )
+    def _bring_again(self) -> None:
+        """To servers that lack them, the newest weights. Collective."""
+        self.devices.publish()
+        self._weights.catch_up()
+        self._sampler.note_weights(max(self._published), behind=self._weights.behind)
+        self.devices.sample()
 
     def _micro_batch(self, step: int, rollouts: Sequence[Rollout], sequences: tuple[TokenSequence, ...]) -> MicroBatch:
         """`sequences` are those of the rollouts and then those of the data."""

@@ -5,18 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from kdmesh.errors import EngineFailure, ModelMismatch
 from kdmesh.tokens import digest
 from kdmesh.types import FinishReason, Sample, Sampling, TokenSequence
-from kdmesh_trainer.sources.prompts import PromptOrder, StepPrompt
+from kdmesh_trainer.sources.prompts import StepPrompt
 from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService
 from kdmesh_trainer.sources.sides import Prompt, teacher_side
 
 # (a prompt, it with a response) -> that with what the teacher's tokenizer has for both. In any thread; always the same.
 ReadResponse = Callable[[Prompt, TokenSequence], TokenSequence]
+
+
+class StepPrompts(Protocol):
+    """Which prompts are sampled together; a PromptOrder says it of training."""
+
+    def of_step(self, step: int) -> Sequence[StepPrompt]:
+        """The step's prompts, over all ranks; always the same."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +53,7 @@ class Sampler:
 
     def __init__(
         self,
-        order: PromptOrder,
+        order: StepPrompts,
         service: RolloutService,
         *,
         sampling: Sampling,

@@ -1,0 +1,98 @@
+"""Builds what a job has to do with rollout servers: the pool that asks them, and what brings them the student."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from kdmesh.errors import ConfigError
+from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.weights.buckets import bucket_size
+from kdmesh.weights.manifest import UpdatePolicy
+from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student
+from kdmesh_trainer.publisher import StudentPublisher
+from kdmesh_trainer.rollouts_config import RolloutsConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollouts:
+    """The rollout servers of a job; they serve its student."""
+
+    pool: RolloutPool
+    publisher: StudentPublisher
+
+
+def open_rollouts(cfg: TrainerConfig, student: Student, mesh: Mesh, stack: ExitStack) -> Rollouts | None:
+    """Connections to the servers that sample for the run, or else answer its questions, closed with `stack`. Collective.
+
+    Args:
+        student: sharded.
+
+    Returns:
+        None for a run without such servers.
+
+    Raises:
+        ConfigError: no address is given.
+        ModelMismatch: a server has another model.
+        DeadlineExpired: no server answers.
+    """
+    policy = UpdatePolicy.FINISH
+    if isinstance(cfg.source, OnPolicy):
+        key, rollouts, policy = "source.rollouts", cfg.source.rollouts, UpdatePolicy(cfg.source.update_policy)
+    elif cfg.evaluation.rollouts is not None:
+        key, rollouts = "evaluation.rollouts", cfg.evaluation.rollouts
+    else:
+        return None
+    pool = stack.enter_context(
+        open_pool(key, rollouts, job=job_name(cfg), architecture_fingerprint=student.architecture_fingerprint())
+    )
+    sender = stack.enter_context(_weight_sender(rollouts, student, mesh)) if mesh.is_first else None
+    return Rollouts(pool=pool, publisher=StudentPublisher(student, sender, policy=policy, mesh=mesh, needed=1))
+
+
+def open_pool(key: str, rollouts: RolloutsConfig, *, job: str, architecture_fingerprint: str = "") -> RolloutPool:
+    """A connection to each server of the section `key`. Blocks until one is ready.
+
+    Args:
+        architecture_fingerprint: of the model that is wanted; empty takes any.
+
+    Raises:
+        ConfigError: no address is given.
+        ModelMismatch: a server has another model.
+        DeadlineExpired: no server answers.
+    """
+    if not rollouts.addresses:
+        raise ConfigError(f"{key}.addresses is empty; it must name at least one running rollout server")
+    pool = RolloutPool(
+        rollouts.addresses,
+        job=job,
+        deadline_s=rollouts.deadline_s,
+        architecture_fingerprint=architecture_fingerprint,
+        access=rollouts.access,
+    )
+    server = pool.describe()
+    log.info("rollout server found", extra={"model": server.name, "dtype": server.dtype.value})
+    return pool
+
+
+def job_name(cfg: TrainerConfig) -> str:
+    """By which servers know the job: that of its output directory."""
+    return cfg.output.resolve().name
+
+
+def _weight_sender(rollouts: RolloutsConfig, student: Student, mesh: Mesh) -> WeightSender:
+    return WeightSender(
+        rollouts.addresses,
+        bucket_bytes=bucket_size(student.size_bytes),
+        door=rollouts.door,
+        advertise=rollouts.advertise,
+        device=mesh.device,
+        deadline_s=rollouts.deadline_s,
+        access=rollouts.access,
+    )

@@ -1,0 +1,101 @@
+"""The command line of `kdmesh evaluate`: python -m kdmesh_trainer.evaluate_command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdmesh import log
+from kdmesh.config import load
+from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh_trainer.config import OnPolicy, TrainerConfig
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.questions.reader import Question
+    from kdmesh_trainer.questions.scores import Answered, AnswerScores
+
+_REFUSED = 2
+_INTERRUPTED = 130
+
+
+def main() -> int:
+    """Parse, check, ask, grade. Returns 0, 2 when something was refused or a server failed, 130 after Ctrl-C."""
+    arguments = _parser().parse_args()
+    try:
+        cfg = load(TrainerConfig, arguments.config, arguments.set)
+        log.configure("evaluate")
+        scores = _evaluate(cfg, arguments.output)
+    except KdmeshError as error:
+        sys.stderr.write(f"{error}\n")
+        return _REFUSED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kdmesh_trainer.evaluate_command", description="Ask a served model a run's questions."
+    )
+    parser.add_argument("config", type=Path, help="YAML file; see kdmesh_trainer/config.py")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
+    )
+    parser.add_argument("--output", type=Path, help="JSONL to write: what was answered to each question")
+    return parser
+
+
+def _evaluate(cfg: TrainerConfig, output: Path | None) -> AnswerScores:
+    # Not at the top: a bad configuration must not wait for torch.
+    from kdmesh.tokens import tokenizer_fingerprint
+    from kdmesh_trainer.build_evaluation import check_answerer, read_questions_of
+    from kdmesh_trainer.build_rollouts import job_name, open_pool
+    from kdmesh_trainer.build_vision import load_reader
+    from kdmesh_trainer.devices import OwnDevices
+    from kdmesh_trainer.mesh import joined
+    from kdmesh_trainer.questions.answer_files import write_answers
+    from kdmesh_trainer.questions.examiner import Examiner, ServedWeights
+    from kdmesh_trainer.sources.chat import read_template
+    from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer, vocabulary_size
+
+    def keep(done: int, questions: Sequence[Question], answered: Sequence[Answered]) -> None:
+        if output is not None:
+            write_answers(output, questions, answered)
+
+    tokenizer = load_fast_tokenizer(cfg.student.model)
+    if cfg.data.chat_template is not None:
+        tokenizer.chat_template = read_template(cfg.data.chat_template)
+    reader = load_reader(cfg)
+    exam = read_questions_of(cfg, tokenizer, reader)
+    if exam is None:
+        raise ConfigError("evaluation.questions is not set, so there is nothing to ask")
+    is_sampled = isinstance(cfg.source, OnPolicy)
+    rollouts = cfg.source.rollouts if isinstance(cfg.source, OnPolicy) else cfg.evaluation.rollouts
+    assert rollouts is not None  # the configuration's
+    key = "source.rollouts" if is_sampled else "evaluation.rollouts"
+    with (
+        open_pool(key, rollouts, job=job_name(cfg)) as pool,
+        joined("cpu", longest_wait_s=rollouts.deadline_s) as mesh,
+    ):
+        check_answerer(
+            exam,
+            pool,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.get_vocab()),
+            vocabulary_size=vocabulary_size(tokenizer),
+            reader=reader,
+        )
+        examiner = Examiner(exam, pool, ServedWeights(), keep=keep, mesh=mesh, devices=OwnDevices())
+        return examiner.examine(done=0)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # as the trainer does: gloo's threads must not meet an interpreter that goes down

@@ -1,0 +1,77 @@
+"""Keeps what was answered to each question: a file of each evaluation, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdmesh.errors import CheckpointError
+from kdmesh_trainer.files import sync, write_synced
+from kdmesh_trainer.questions.reader import Question
+from kdmesh_trainer.questions.scores import Answered
+
+_NAME = "step-{:08d}.jsonl"
+
+
+class AnswerFiles:
+    """A directory with a file for each evaluation."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def keep(self, done: int, questions: Sequence[Question], answered: Sequence[Answered]) -> None:
+        """Write those of the student after `done` steps; what an earlier attempt left of later ones is removed.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        path = self._directory / _NAME.format(done)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for later in self._directory.glob(_NAME.replace("{:08d}", "*")):
+                if later.name > path.name:
+                    later.unlink()
+        except OSError as error:
+            raise CheckpointError(f"the answers {path} cannot be written: {error}") from error
+        write_answers(path, questions, answered)
+
+
+def write_answers(path: Path, questions: Sequence[Question], answered: Sequence[Answered]) -> None:
+    """A JSON object for each question, in their order: what was asked, what is right, and every response.
+
+    Raises:
+        CheckpointError: it cannot be written; an older file at `path` is untouched.
+    """
+    lines = [
+        json.dumps(_line(question, each), ensure_ascii=False) + "\n"
+        for question, each in zip(questions, answered, strict=True)
+    ]
+    part = path.with_name(f"{path.name}.part")
+    try:
+        write_synced(part, "".join(lines))
+        os.replace(part, path)
+        sync(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"the answers {path} cannot be written: {error}") from error
+
+
+def _line(question: Question, answered: Answered) -> dict[str, object]:
+    return {
+        "question": question.chat.origin,
+        "asked": question.chat.messages[-1].content,
+        "answers": list(question.answers),
+        "right": answered.num_right,
+        "responses": [
+            {
+                "text": response.text,
+                "is_right": response.is_right,
+                "is_cut_off": response.is_cut_off,
+                "tokens": response.num_tokens,
+                **({"grader_error": response.error} if response.error else {}),
+            }
+            for response in answered.responses
+        ],
+    }

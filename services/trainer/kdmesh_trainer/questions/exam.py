@@ -1,0 +1,104 @@
+"""Questions as a model is asked them, and what says whether it answers right."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from kdmesh.errors import DataError
+from kdmesh.types import Int32Array, Sampling
+from kdmesh_trainer.questions.matchers import Matcher, build_matcher, refuse_unfit_answers
+from kdmesh_trainer.questions.reader import Question, read_questions
+from kdmesh_trainer.questions_config import QuestionsConfig
+from kdmesh_trainer.sources.chat import ChatEncoder
+from kdmesh_trainer.sources.ends import stop_token_ids
+from kdmesh_trainer.sources.prompts import StepPrompt
+from kdmesh_trainer.sources.rows import ImageColumn
+from kdmesh_trainer.sources.turns import Unusable
+
+log = logging.getLogger(__name__)
+
+# Seeds are added to, and some engines keep them in a signed word.
+_SEED_BYTES = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Exam:
+    """What is asked at every evaluation, always the same."""
+
+    questions: Sequence[Question]  # at least one
+    prompts: Sequence[StepPrompt]  # of each question, with the seed of its first sample
+    sampling: Sampling
+    samples: int  # of each question
+    ks: tuple[int, ...]  # of pass@k
+    is_right: Matcher
+    decode: Callable[[Int32Array], str]  # a response's ids to its text, without what ends it
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the longest prompt with the longest response."""
+        return max(len(prompt.token_ids) for prompt in self.prompts) + self.sampling.max_new_tokens
+
+
+def read_exam(
+    cfg: QuestionsConfig,
+    *,
+    model: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: ChatEncoder,
+    images: ImageColumn,
+) -> Exam:
+    """The exam that `cfg` describes. Loads no model, and asks no server.
+
+    Args:
+        model: directory of the student.
+        tokenizer: the student's.
+        encoder: of the student's chats, with `tokenizer`.
+        images: where those of the questions are found.
+
+    Raises:
+        ConfigError: a grader cannot be found or called.
+        DataError: a question cannot be used; none is ever left out.
+    """
+    is_right = build_matcher(cfg.match)
+    questions = read_questions(cfg, images=images)
+    refuse_unfit_answers(cfg.match, questions)
+    prompts = _prompts(questions, encoder, cfg.seed)
+    ends = stop_token_ids(model, tokenizer, encoder)
+
+    def decode(token_ids: Int32Array) -> str:
+        ids = token_ids.tolist()
+        kept = ids[:-1] if ids[-1] in ends else ids
+        return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    log.info("questions read", extra={"questions": len(questions), "samples_of_each": cfg.samples})
+    return Exam(
+        questions=questions,
+        prompts=prompts,
+        sampling=Sampling(**cfg.sampling.model_dump(), stop_token_ids=ends),
+        samples=cfg.samples,
+        ks=tuple(sorted(cfg.pass_at)),
+        is_right=is_right,
+        decode=decode,
+    )
+
+
+def _prompts(questions: Sequence[Question], encoder: ChatEncoder, seed: int) -> list[StepPrompt]:
+    prompts = []
+    encoded = encoder.encode_prompts([question.chat for question in questions])
+    for number, (question, prompt) in enumerate(zip(questions, encoded, strict=True)):
+        if isinstance(prompt, Unusable):
+            raise DataError(f"{question.chat.origin}: {prompt.reason} ({prompt.detail})")
+        prompts.append(StepPrompt(token_ids=prompt.token_ids, images=prompt.images, seed=_seed(seed, number)))
+    return prompts
+
+
+def _seed(seed: int, number: int) -> int:
+    """Of a question's first sample: a function of its place in the file alone, and none of training's."""
+    words = b"question" + seed.to_bytes(8, "little") + number.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(words, digest_size=_SEED_BYTES).digest(), "little")

@@ -1,0 +1,43 @@
+"""Brings together what the ranks have sampled, also when a server has lost its weights meanwhile."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from kdmesh.errors import ModelMismatch
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.sources.sampler import Sampler, Share
+
+log = logging.getLogger(__name__)
+
+# A server that is started anew has old weights once; one that has them again and again is not ours.
+_MOST_REFUSALS = 3
+
+
+def exchange(sampler: Sampler, step: int, *, mesh: Mesh, bring_again: Callable[[], None]) -> list[Share]:
+    """The share of every rank, all of them whole. Collective.
+
+    Args:
+        bring_again: brings servers the weights that they lack, and tells `sampler`. Collective.
+
+    Raises:
+        ModelMismatch: servers refuse although they got the weights again.
+        RpcError: samples will not come.
+    """
+    num_refused = 0
+    while True:
+        shares = mesh.gather(sampler.collect(step))
+        if all(share.is_whole for share in shares):
+            return shares
+        refusals = [share.refusal for share in shares if share.refusal]
+        num_refused += bool(refusals)
+        if num_refused > _MOST_REFUSALS:
+            break
+        why = refusals[0] if refusals else "it came back"
+        log.warning("a rollout server has old weights, so it gets the student again", extra={"why": why})
+        bring_again()
+        sampler.ask_again(step)
+    raise ModelMismatch(
+        f"step {step} could not be sampled although the servers got the weights again: {refusals[0]}"
+    )
