@@ -158,6 +158,9 @@ class _Clock:
         self.phases.append(self._phase_s)
         self._phase_s = {}
 
+    def report_answers(self, step: int, scores: object) -> None:
+        """There are none."""
+
     def report_scores(self, step: int, scores: object) -> None:
         """Nothing is judged."""
 
