@@ -212,6 +212,52 @@ def test_sampling_without_a_server_says_how_to_get_one(good: Path) -> None:
     assert "--serve-rollout" in result.output
 
 
+QUESTIONS = ["evaluation.questions={path: questions.jsonl}", "evaluation.rollouts={}"]
+
+
+def test_a_served_rollout_server_answers_questions_where_nothing_is_sampled(good: Path) -> None:
+    assert jobs.rollout_to_serve(good, SAMPLED).addresses == "source.rollouts.addresses"
+    assert jobs.rollout_to_serve(good, QUESTIONS).addresses == "evaluation.rollouts.addresses"
+    Path("questions.jsonl").touch()
+    assert "a good trainer configuration" in run("check", "train.yaml", *jobs.set_arguments(QUESTIONS)).output
+    result = run("train", "train.yaml", *jobs.set_arguments(QUESTIONS))
+    assert result.exit_code == 2
+    assert "evaluation.rollouts.addresses is empty" in result.output
+    assert "--serve-rollout" in result.output
+    result = run("train", "train.yaml", "--serve-rollout", "rollout.yaml")
+    assert "evaluation.rollouts needs evaluation.questions" in result.output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (QUESTIONS[:1], "evaluation.questions needs evaluation.rollouts"),
+        ([*QUESTIONS, *SAMPLED], "there are evaluation.rollouts and source.rollouts"),
+        (QUESTIONS, "evaluation.questions.path: there is no file questions.jsonl"),
+        ([*QUESTIONS, "evaluation.questions.path=train.yaml"], "train.yaml is not a .jsonl file"),
+        ([*QUESTIONS, "evaluation.questions.match={name: custom, target: 'mine:divergence'}"], "requires 'strength'"),
+        ([*QUESTIONS, "evaluation.questions.match={name: custom, target: 'mine:absent'}"], "defines no 'absent'"),
+        ([*QUESTIONS, "evaluation.rollouts.addresses=[somewhere]"], "'somewhere' is not of the form host:port"),
+        ([*QUESTIONS, "evaluation.questions.match={name: close}"], "evaluation.questions.match"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_named(good: Path, overrides: list[str], words: str) -> None:
+    result = run("check", "train.yaml", *jobs.set_arguments(overrides))
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_a_served_model_is_asked_by_the_trainers_own_command(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: became.append(argv[1:]))
+    for overrides, key in (((), "evaluation"), (SAMPLED, "source")):
+        run("evaluate", "train.yaml", "--rollout", "a:1", "--output", "o.jsonl", *jobs.set_arguments(overrides))
+        sets = jobs.set_arguments([*overrides, f"{key}.rollouts.addresses=['a:1']"])
+        assert became[-1] == [
+            *("-m", "kdmesh_trainer.evaluate_command", "train.yaml", *sets, "--output", "o.jsonl"),
+        ]
+
+
 def test_a_served_rollout_server_is_checked_too(good: Path) -> None:
     Path("rollout.yaml").write_text("engine: {kind: transformers, model: nowhere}\n")
     result = run("train", "train.yaml", "--serve-rollout", "rollout.yaml", *jobs.set_arguments(SAMPLED))

@@ -19,6 +19,8 @@ from kdmesh.errors import ConfigError
 from kdmesh_trainer import progress, telemetry, trackers
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.metrics import Metrics
+from kdmesh_trainer.questions.estimate import Estimate
+from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.stats import RolloutFigures, SampleScores, Scores, StepStats
 
 
@@ -60,6 +62,18 @@ def scores(cross_entropy: float = 1.0) -> Scores:
         top1_agreement=0.5,
         num_loss_tokens=10,
         num_sequences=2,
+    )
+
+
+def answers() -> AnswerScores:
+    return AnswerScores(
+        accuracy=Estimate(mean=0.25, standard_error=0.125),
+        pass_at={4: Estimate(mean=0.75, standard_error=None)},
+        cut_off_fraction=0.5,
+        response_tokens_mean=6.5,
+        num_questions=2,
+        num_samples=8,
+        grader_errors=1,
     )
 
 
@@ -120,6 +134,46 @@ def test_every_step_and_evaluation_is_one_line_that_is_there_at_once(tmp_path: P
     assert set(step["phase_s"]) == {"batch", "update"}
     assert step["tokens_per_second"] == pytest.approx(100 / step["step_s"])
     record.close()
+
+
+def test_answers_are_a_line_of_their_own_for_people_files_trackers_and_prometheus(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    display, tracker, metrics = Recorder(), Recorder(), Metrics("job", steps=10)
+    record = telemetry.RunTelemetry(
+        record=tmp_path / "metrics.jsonl",
+        steps=10,
+        progress=display,
+        trackers=[tracker],
+        metrics=metrics,
+        metrics_server=None,
+        doors=dict,
+        imbalance=lambda: None,
+    )
+    with caplog.at_level(logging.INFO):
+        record.start(0)
+        record.report(0, stats())
+        record.report_scores(1, scores())
+        with record.phase("examine"):
+            pass
+        record.report_answers(1, answers())
+        record.report(1, stats())
+        record.close()
+    line = lines(tmp_path)[2]
+    assert (line["kind"], line["step"], line["accuracy"], line["accuracy_standard_error"]) == ("questions", 1, 0.25, 0.125)
+    assert (line["pass_at_4"], line["pass_at_4_standard_error"], line["grader_errors"]) == (0.75, None, 1)
+    assert line["examine_s"] > 0
+    assert "examine" not in lines(tmp_path)[3]["phase_s"]
+    (tracked,) = [call[1] for kind, call in tracker.calls if kind == "log" and "questions/accuracy" in call[1]]
+    assert tracked["questions/pass_at_4"] == 0.75
+    assert "questions/pass_at_4_standard_error" not in tracked
+    shown = {"kdmesh_job": "job"}
+    assert metrics.registry.get_sample_value("kdmesh_trainer_questions_accuracy", shown) == 0.25
+    assert metrics.registry.get_sample_value("kdmesh_trainer_questions_pass_at", {**shown, "k": "4"}) == 0.75
+    (told,) = [entry.__dict__ for entry in caplog.records if entry.getMessage() == "questions answered"]
+    assert (told["step"], told["accuracy"], told["pass_at_4"]) == (1, 0.25, 0.75)
+    (ended,) = [entry.__dict__ for entry in caplog.records if entry.getMessage() == "run ended"]
+    assert (ended["questions_accuracy"], ended["questions_pass_at_4"]) == (0.25, 0.75)
 
 
 def test_imbalance_is_told_of_several_teachers_only(tmp_path: Path) -> None:
@@ -297,6 +351,7 @@ def test_only_the_first_rank_records(tmp_path: Path) -> None:
         with record.phase("update"):
             record.report(0, stats())
         record.report_scores(1, scores())
+        record.report_answers(1, answers())
     assert not (tmp_path / "my-run").exists()
 
 

@@ -6,11 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kdmesh_trainer.loop import Parts, Schedule, run
+from kdmesh_trainer.questions.estimate import Estimate
+from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.stats import Scores, StepStats
 
 SCORES = Scores(
     kl_nats_per_token=None, cross_entropy_nats_per_token=1.0, top1_agreement=None, num_loss_tokens=1, num_sequences=1
+)
+
+ANSWERS = AnswerScores(
+    accuracy=Estimate(mean=0.5, standard_error=None),
+    pass_at={},
+    cut_off_fraction=0.0,
+    response_tokens_mean=1.0,
+    num_questions=1,
+    num_samples=1,
+    grader_errors=0,
 )
 
 
@@ -59,6 +71,10 @@ class Recorder:
         self.events.append("evaluate")
         return SCORES
 
+    def examine(self, *, done: int) -> AnswerScores:
+        self.events.append(f"examine {done}")
+        return ANSWERS
+
     def save(self, *, next_step: int) -> None:
         self.events.append(f"save {next_step}")
 
@@ -80,12 +96,16 @@ class Recorder:
     def report_scores(self, step: int, scores: Scores) -> None:
         self.events.append(f"scores {step}")
 
-    def parts(self, *, has_held_out: bool = True, publishes: bool = False) -> Parts:
+    def report_answers(self, step: int, scores: AnswerScores) -> None:
+        self.events.append(f"answers {step}")
+
+    def parts(self, *, has_held_out: bool = True, publishes: bool = False, has_questions: bool = False) -> Parts:
         return Parts(
             source=self,
             stepper=self,
             publishers=(self,) if publishes else (),
             evaluator=self if has_held_out else None,
+            examiner=self if has_questions else None,
             checkpoints=self,
             exporters=(self,),
             stop=self,
@@ -121,6 +141,24 @@ def test_evaluations_and_checkpoints_come_when_they_are_due() -> None:
     assert [event for event in events if event.startswith("save")] == ["save 3", "save 5"]
     assert events.index("scores 2") > events.index("update 1")
     assert events.index("scores 2") < events.index("update 2")
+
+
+def test_questions_are_asked_of_the_published_student_whenever_it_is_judged() -> None:
+    recorder = Recorder()
+    run(recorder.parts(publishes=True, has_questions=True), schedule(3, evaluate_every=2))
+    judged = [("evaluate", f"scores {done}", f"examine {done}", f"answers {done}") for done in (0, 2, 3)]
+    assert recorder.without_phases() == [
+        *("restore", "source at 0", "start 0", "publish 0", *judged[0]),
+        *("update 0", "publish 1", "report 0", "update 1", "publish 2", "report 1", *judged[1]),
+        *("update 2", "publish 3", "report 2", "save 3", *judged[2], "export"),
+    ]
+    assert recorder.events.count("<examine") == recorder.events.count("examine>") == 3
+    without_data = Recorder()
+    run(without_data.parts(has_held_out=False, has_questions=True), schedule(1))
+    assert [event for event in without_data.without_phases() if event.startswith(("eval", "exam"))] == [
+        "examine 0",
+        "examine 1",
+    ]
 
 
 def test_a_stop_ends_after_the_current_step_with_a_checkpoint() -> None:

@@ -1,0 +1,272 @@
+"""An exam is asked in groups, graded whatever the grader does, and asked again where servers lack the weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdmesh.errors import CheckpointError, ModelMismatch
+from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
+from kdmesh_trainer.devices import OwnDevices
+from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.questions.answer_files import AnswerFiles
+from kdmesh_trainer.questions.exam import Exam
+from kdmesh_trainer.questions.examiner import Examiner, ServedWeights, StudentWeights
+from kdmesh_trainer.questions.reader import Question
+from kdmesh_trainer.questions.scores import Answered
+from kdmesh_trainer.sources.prompts import StepPrompt
+from kdmesh_trainer.sources.rows import Chat, Message
+
+LONGEST = 5
+VERSION = 7
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    with joined("cpu", longest_wait_s=60) as alone:
+        yield alone
+
+
+class Pending:
+    """Samples that are here, or a refusal."""
+
+    is_done = True
+
+    def __init__(self, samples: list[Sample], refusal: str = "") -> None:
+        self._samples = samples
+        self._refusal = refusal
+
+    def wait(self) -> list[Sample]:
+        if self._refusal:
+            raise ModelMismatch(self._refusal)
+        return self._samples
+
+
+class Server:
+    """Answers with the prompt's first id, which for one question in three is another one with the second sample."""
+
+    def __init__(self, *, refuses: int = 0, version: int = VERSION) -> None:
+        self.refuses = refuses  # so many requests
+        self.version = version
+        self.seeds: list[int] = []
+        self.noted: list[tuple[int, tuple[str, ...]]] = []
+        self.most_under_way = 0
+        self._under_way = 0
+
+    def wait(self, pending: Iterable[object]) -> bool:
+        """No server comes back."""
+        self.most_under_way = max(self.most_under_way, self._under_way)
+        self._under_way -= len(list(pending))
+        return True
+
+    def note_weights(self, version: int, *, behind: Collection[str]) -> None:
+        self.noted.append((version, tuple(behind)))
+
+    def submit(
+        self,
+        prompt_ids: Int32Array,
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seed: int,
+        min_weight_version: int,
+        images: tuple[PlacedImage, ...],
+        on_sample: Callable[[Sample], None],
+    ) -> Pending:
+        self._under_way += 1
+        self.refuses -= 1
+        if self.refuses >= 0:
+            return Pending([], refusal=f"{min_weight_version} is wanted")
+        self.seeds.append(seed)
+        return Pending([self._sample(int(prompt_ids[0]), number) for number in range(num_samples)])
+
+    def _sample(self, first: int, number: int) -> Sample:
+        answer = first + (number == 1 and first % 3 == 0)
+        ids = np.full(1 + first % LONGEST, answer, np.int32)
+        return Sample(
+            token_ids=ids,
+            logprobs=np.zeros(len(ids), np.float32),
+            finish_reason=FinishReason.LENGTH if len(ids) == LONGEST else FinishReason.STOP,
+            min_weight_version=self.version,
+            max_weight_version=self.version,
+        )
+
+
+class Weights:
+    """What the examiner is told to ask for, and how often it was brought again."""
+
+    def __init__(self) -> None:
+        self.brought: list[int] = []
+        self.again = 0
+
+    def bring(self, *, done: int) -> int:
+        self.brought.append(done)
+        return VERSION
+
+    def bring_again(self) -> None:
+        self.again += 1
+
+
+def right(response: str, question: Question) -> bool:
+    return response == question.answers[0]
+
+
+def exam(count: int, *, samples: int = 2, is_right: Callable[[str, Question], bool] = right) -> Exam:
+    return Exam(
+        questions=[
+            Question(
+                chat=Chat(messages=(Message(role="user", content=f"{number}?"),), origin=f"questions.jsonl:{number}"),
+                answers=(str(number),),
+                row={},
+            )
+            for number in range(count)
+        ],
+        prompts=[
+            StepPrompt(token_ids=np.array([number, 1], np.int32), seed=1000 * number) for number in range(count)
+        ],
+        sampling=Sampling(max_new_tokens=LONGEST),
+        samples=samples,
+        ks=(1, 2),
+        is_right=is_right,
+        decode=lambda ids: str(ids[0]),
+    )
+
+
+def ask(mesh: Mesh, asked: Exam, server: Server, weights: Any = None) -> tuple[list[Answered], Any]:
+    kept: list[Answered] = []
+
+    def keep(done: int, questions: Sequence[Question], answered: Sequence[Answered]) -> None:
+        assert (done, questions) == (4, asked.questions)
+        kept.extend(answered)
+
+    examiner = Examiner(asked, server, weights or Weights(), keep=keep, mesh=mesh, devices=OwnDevices())
+    return kept, examiner.examine(done=4)
+
+
+def test_every_question_is_asked_once_in_groups_of_which_two_are_under_way(mesh: Mesh) -> None:
+    server = Server()
+    kept, scores = ask(mesh, exam(300), server)
+    assert sorted(server.seeds) == [1000 * number for number in range(300)]
+    assert server.most_under_way == 2 * 64
+    assert [each.number for each in kept] == list(range(300))
+    assert scores.num_samples == 600
+    assert scores.accuracy.mean == pytest.approx((200 + 100 / 2) / 300)
+    assert scores.pass_at[2].mean == 1
+    assert scores.cut_off_fraction == pytest.approx(1 / LONGEST)
+    assert scores.response_tokens_mean == pytest.approx(3)
+
+
+def test_a_grader_that_raises_makes_an_answer_wrong_and_is_told_once(
+    mesh: Mesh, caplog: pytest.LogCaptureFixture
+) -> None:
+    def picky(response: str, question: Question) -> bool:
+        if question.answers[0] in ("2", "5"):
+            raise KeyError("unit")
+        return right(response, question)
+
+    with caplog.at_level(logging.WARNING):
+        kept, scores = ask(mesh, exam(9, is_right=picky), Server())
+    assert scores.grader_errors == 4
+    assert [each.num_right for each in kept] == [1, 2, 0, 1, 2, 0, 1, 2, 2]
+    assert kept[2].responses[0].error == "KeyError: 'unit'"
+    (told,) = [entry.__dict__ for entry in caplog.records]
+    assert (told["responses"], told["question"], told["why"]) == (4, "questions.jsonl:2", "KeyError: 'unit'")
+
+
+def test_a_server_without_the_weights_gets_them_and_is_asked_again(mesh: Mesh) -> None:
+    weights, server = Weights(), Server(refuses=5)
+    kept, scores = ask(mesh, exam(150), server, weights)
+    assert weights.again == 1
+    assert weights.brought == [4]
+    expected, undisturbed = ask(mesh, exam(150), Server())
+    assert kept == expected
+    assert scores == undisturbed
+
+
+def test_a_server_that_never_has_the_weights_ends_the_run_with_the_reason(mesh: Mesh) -> None:
+    with pytest.raises(ModelMismatch, match=f"although the servers got the weights again: {VERSION} is wanted"):
+        ask(mesh, exam(3), Server(refuses=1000))
+    with pytest.raises(ModelMismatch, match="refuses to sample from the weights that it serves"):
+        ask(mesh, exam(3), Server(refuses=1000), ServedWeights())
+
+
+def test_an_answer_of_other_weights_is_not_taken_for_the_students(mesh: Mesh) -> None:
+    with pytest.raises(ModelMismatch, match=f"of weight version 6; {VERSION} was asked for"):
+        ask(mesh, exam(3), Server(version=6))
+    _, scores = ask(mesh, exam(3), Server(version=6), ServedWeights())  # any will do
+    assert scores.num_questions == 3
+
+
+class Publisher:
+    """A WeightPublisher that counts."""
+
+    behind = frozenset({"away:1"})
+
+    def __init__(self) -> None:
+        self.published: list[int] = []
+        self.caught_up = 0
+
+    def publish(self, *, version: int) -> None:
+        self.published.append(version)
+
+    def catch_up(self) -> None:
+        self.caught_up += 1
+
+    def weight_version(self, version: int) -> int:
+        return 100 + version
+
+
+def test_a_run_that_samples_has_published_its_student_and_another_does_it_for_the_questions() -> None:
+    for are_published in (True, False):
+        publisher, server = Publisher(), Server()
+        weights = StudentWeights(publisher, server, are_published=are_published)
+        assert weights.bring(done=3) == 103
+        noted = (103, ("away:1",))
+        assert publisher.published == ([] if are_published else [3])
+        assert server.noted == ([] if are_published else [noted])
+        weights.bring_again()
+        assert publisher.caught_up == 1
+        assert server.noted[-1] == noted
+
+
+def test_what_was_answered_is_kept_by_steps_and_replaced_when_a_run_goes_back(mesh: Mesh, tmp_path: Path) -> None:
+    asked = exam(3)
+    kept, _ = ask(mesh, asked, Server())
+    files = AnswerFiles(tmp_path / "answers")
+    for done in (0, 10, 20):
+        files.keep(done, asked.questions, kept)
+    wrong = [replace(each, responses=each.responses[:1]) for each in kept]
+    files.keep(10, asked.questions, wrong)  # continued from step 10 or earlier
+    assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == [
+        "step-00000000.jsonl",
+        "step-00000010.jsonl",
+    ]
+    lines = [
+        [json.loads(line) for line in (tmp_path / "answers" / name).read_text().splitlines()]
+        for name in ("step-00000000.jsonl", "step-00000010.jsonl")
+    ]
+    assert [len(line["responses"]) for line in lines[0]] == [2, 2, 2]
+    assert [len(line["responses"]) for line in lines[1]] == [1, 1, 1]
+    assert lines[0][0] == {
+        "question": "questions.jsonl:0",
+        "asked": "0?",
+        "answers": ["0"],
+        "right": 1,
+        "responses": [
+            {"text": "0", "is_right": True, "is_cut_off": False, "tokens": 1},
+            {"text": "1", "is_right": False, "is_cut_off": False, "tokens": 1},
+        ],
+    }
+
+
+def test_answers_that_cannot_be_written_are_said_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "answers").touch()
+    with pytest.raises(CheckpointError, match="step-00000003.jsonl cannot be written"):
+        AnswerFiles(tmp_path / "answers").keep(3, [], [])
