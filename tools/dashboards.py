@@ -364,6 +364,7 @@ JOB = Dashboard(
         _figure("same likeliest token as the teacher", "top1_agreement", unit="percentunit"),
         _figure("held-out KL(teacher || student)", "held_out_kl_nats_per_token"),
         _figure("held-out cross-entropy", "held_out_cross_entropy_nats_per_token"),
+        _figure("answers to questions that are right", "questions_accuracy", unit="percentunit"),
         _figure("norm of the gradient", "gradient_norm"),
         _figure("learning rate", "learning_rate"),
         _figure("updates that samples are behind", "staleness_steps_max"),

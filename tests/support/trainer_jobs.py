@@ -29,6 +29,14 @@ def write_chats(path: Path, count: int, *, seed: int) -> Path:
     return path
 
 
+def write_questions(path: Path, count: int, *, seed: int) -> Path:
+    """A JSONL file of `count` short questions, each with a word for an answer."""
+    words = random.Random(seed)
+    rows = [{"question": " ".join(words.choices(_WORDS, k=4)), "answer": words.choice(_WORDS)} for _ in range(count)]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
 def write_config(directory: Path, *, student: Path, teacher: str | None, steps: int, **sections: Any) -> Path:
     """A small job in `directory`; its output is `directory`/run. `sections` replace whole sections."""
     tree: dict[str, Any] = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.trainer_jobs import write_questions
 from tests.system.conftest import Materials
 from tests.system.processes import Processes
 from tests.system.rollouts import Rollouts
@@ -25,6 +26,7 @@ def test_a_job_whose_servers_sleep_in_turn_learns_exactly_the_same_after_it_was_
     recipe = replace(materials.plain, is_judged=True)
     teacher = Teacher(processes, root / "teacher", materials.teacher)
     rollouts = Rollouts(processes, root / "rollouts", recipe.student)
+    questions = {"path": str(write_questions(root / "questions.jsonl", 4, seed=3)), "sampling": {"max_new_tokens": 8}}
     colocated, plain = (
         Job(
             processes,
@@ -33,6 +35,7 @@ def test_a_job_whose_servers_sleep_in_turn_learns_exactly_the_same_after_it_was_
             teacher.address,
             steps=STEPS,
             checkpoint={"every": 2},
+            evaluation={"every": 2, "questions": questions},
             source={
                 "kind": "on_policy",
                 "rollouts": {"addresses": [rollouts.address], "deadline_s": 100},

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.trainer_jobs import write_questions
 from tests.system.conftest import Materials
 from tests.system.processes import Process, Processes
 from tests.system.rollouts import Rollouts
@@ -72,6 +73,13 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
         "max_tokens": 96,
         "teacher_context": {"kind": "system_prompt", "text": "It is asked when the brown fox returns a value."},
     }
+    questions = {
+        "path": str(write_questions(root / "questions.jsonl", 6, seed=3)),
+        "samples": 2,
+        "pass_at": [2],
+        "sampling": {"temperature": 1.0, "max_new_tokens": 8},
+        "match": {"name": "contains"},
+    }
     undisturbed, disturbed = (
         Job(
             processes,
@@ -82,6 +90,7 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
             source=source(rollouts, sampled_fraction=0.8, show_every=5),
             batch=MIXED,
             data=data,
+            evaluation={"every": 8, "questions": questions},
         )
         for name, address, rollouts in (
             ("undisturbed", teacher.address, servers[0]),
@@ -144,6 +153,15 @@ def test_every_step_says_how_the_run_is(story: Story) -> None:
         assert step["phase_tokens_per_second"]["update"] > 0
         assert step["bounded_by"] in ("sampling", "teacher", "update", "publish")
         assert {"batch", "update", "publish"} <= set(step["phase_s"])
+
+
+def test_questions_go_to_the_servers_that_sample_and_need_no_weights_of_their_own(story: Story) -> None:
+    for job in (story.undisturbed, story.disturbed):
+        lines = [line for line in job.lines() if line["kind"] == "questions"]
+        assert [line["step"] for line in lines] == [0, 8, 16, STEPS]
+        assert all(line["num_samples"] == 12 for line in lines)
+        assert len(list((job.output / "answers").iterdir())) == 4
+    assert story.undisturbed_rollouts.weight_version() == STEPS + 1
 
 
 def test_samples_are_shown_once_also_after_a_kill(story: Story) -> None:

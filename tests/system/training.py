@@ -29,6 +29,7 @@ _MAY_DIFFER = {
     "phase_tokens_per_second",
     "phase_s",
     "evaluate_s",
+    "examine_s",
     "teacher_imbalance",
 }
 
