@@ -99,6 +99,7 @@ def story(recipe: Recipe, processes: Processes, tmp_path_factory: pytest.TempPat
     root = tmp_path_factory.mktemp("q")  # short: Unix sockets have short names
     rollouts = Rollouts(processes, root / "rollouts", recipe.student)
     rollouts.start()
+    rollouts.wait_ready()
     served = root / "rollout.yaml"
     engine = {"kind": "transformers", "model": str(recipe.student), "device": "cpu", "deterministic": True}
     served.write_text(yaml.safe_dump({"engine": engine}), encoding="utf-8")
@@ -181,10 +182,11 @@ def test_a_served_model_is_asked_the_same_as_in_the_run(story: Story, processes:
     output = tmp_path / "answers.jsonl"
     evaluating = evaluate(story, processes, "--rollout", story.rollouts.address, "--output", str(output))
     evaluating.succeed()
-    sentence, figures = evaluating.words()
+    (sentence,) = evaluating.words()
     assert sentence.startswith(f"{SAMPLES * len(COLOURS)} answers to {len(COLOURS)} questions: right 100.0%")
+    figures = json.loads(evaluating.log.read_text().splitlines()[-1])
     last = asked(story.disturbed)[-1]
-    assert json.loads(figures) == {name: last[name] for name in json.loads(figures)}
+    assert figures == {name: last[name] for name in figures}
     kept = story.disturbed.output / "answers" / f"step-{STEPS:08d}.jsonl"
     assert output.read_text() == kept.read_text()
 

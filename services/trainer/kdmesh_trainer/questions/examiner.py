@@ -146,7 +146,9 @@ class Examiner:
                 while num_asked < min(group + _GROUPS_AHEAD, len(groups)):
                     sampler.ask(num_asked, min_weight_version=version)
                     num_asked += 1
-                shares = exchange(sampler, group, mesh=self._mesh, bring_again=self._bring_again)
+                shares = exchange(
+                    sampler, group, what="answers to questions", mesh=self._mesh, bring_again=self._bring_again
+                )
                 answered += self._graded(groups.first(group), sampler.assemble(group, shares), version)
                 if self._mesh.is_first:
                     progress.tell(len(answered))

@@ -15,10 +15,13 @@ log = logging.getLogger(__name__)
 _MOST_REFUSALS = 3
 
 
-def exchange(sampler: Sampler, step: int, *, mesh: Mesh, bring_again: Callable[[], None]) -> list[Share]:
+def exchange(
+    sampler: Sampler, step: int, *, what: str, mesh: Mesh, bring_again: Callable[[], None]
+) -> list[Share]:
     """The share of every rank, all of them whole. Collective.
 
     Args:
+        what: is sampled, for errors.
         bring_again: brings servers the weights that they lack, and tells `sampler`. Collective.
 
     Raises:
@@ -38,6 +41,4 @@ def exchange(sampler: Sampler, step: int, *, mesh: Mesh, bring_again: Callable[[
         log.warning("a rollout server has old weights, so it gets the student again", extra={"why": why})
         bring_again()
         sampler.ask_again(step)
-    raise ModelMismatch(
-        f"step {step} could not be sampled although the servers got the weights again: {refusals[0]}"
-    )
+    raise ModelMismatch(f"{what} could not be sampled although the servers got the weights again: {refusals[0]}")
