@@ -90,10 +90,7 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
         yield from _adapter("student.lora", cfg.student.lora.target_modules, cfg.student.model)
     yield from _images(cfg)
     yield from _dataset("data.train", cfg.data.train)
-    if cfg.data.held_out is not None:
-        yield from _dataset("data.held_out", cfg.data.held_out)
-    if cfg.evaluation.questions is not None:
-        yield from _questions("evaluation.questions", cfg.evaluation.questions)
+    yield from _judging(cfg)
     template = cfg.data.chat_template
     if template is not None and not template.is_file():
         yield f"data.chat_template: there is no file {template}"
@@ -234,6 +231,13 @@ def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
         yield f"{key}.path: {path} has no {', '.join(_DATA_SUFFIXES)} file"
     elif path.is_file() and path.suffix not in _DATA_SUFFIXES:
         yield f"{key}.path: {path} is not a {', '.join(_DATA_SUFFIXES)} file"
+
+
+def _judging(cfg: TrainerConfig) -> Iterator[str]:
+    if cfg.data.held_out is not None:
+        yield from _dataset("data.held_out", cfg.data.held_out)
+    if cfg.evaluation.questions is not None:
+        yield from _questions("evaluation.questions", cfg.evaluation.questions)
 
 
 def _questions(key: str, questions: QuestionsConfig) -> Iterator[str]:

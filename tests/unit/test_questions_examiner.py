@@ -128,9 +128,7 @@ def exam(count: int, *, samples: int = 2, is_right: Callable[[str, Question], bo
             )
             for number in range(count)
         ],
-        prompts=[
-            StepPrompt(token_ids=np.array([number, 1], np.int32), seed=1000 * number) for number in range(count)
-        ],
+        prompts=[StepPrompt(token_ids=np.array([number, 1], np.int32), seed=1000 * number) for number in range(count)],
         sampling=Sampling(max_new_tokens=LONGEST),
         samples=samples,
         ks=(1, 2),
@@ -268,5 +266,5 @@ def test_what_was_answered_is_kept_by_steps_and_replaced_when_a_run_goes_back(me
 
 def test_answers_that_cannot_be_written_are_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "answers").touch()
-    with pytest.raises(CheckpointError, match="step-00000003.jsonl cannot be written"):
+    with pytest.raises(CheckpointError, match=r"step-00000003\.jsonl cannot be written"):
         AnswerFiles(tmp_path / "answers").keep(3, [], [])

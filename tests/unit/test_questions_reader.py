@@ -64,8 +64,16 @@ def test_the_turn_that_ends_a_chat_is_the_answer_or_is_left_out(tmp_path: Path) 
     [
         ("{", {}, r"questions.jsonl:1: not JSON"),
         ([1], {}, "a row must be an object, not list"),
-        ({"text": "x", "answer": "y"}, {}, r"no column 'question', which evaluation\.questions\.question names; .*text"),
-        ({"question": "x", "label": "y"}, {}, r"no column 'answer', which evaluation\.questions\.answer names; .*label"),
+        (
+            {"text": "x", "answer": "y"},
+            {},
+            r"no column 'question', which evaluation\.questions\.question names; .*text",
+        ),
+        (
+            {"question": "x", "label": "y"},
+            {},
+            r"no column 'answer', which evaluation\.questions\.answer names; .*label",
+        ),
         ({"question": " ", "answer": "y"}, {}, "question must be a text that is not blank"),
         ({"question": "x", "answer": ""}, {}, "answer is blank"),
         ({"question": "x", "answer": []}, {}, "answer is blank"),

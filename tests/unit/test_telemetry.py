@@ -160,7 +160,12 @@ def test_answers_are_a_line_of_their_own_for_people_files_trackers_and_prometheu
         record.report(1, stats())
         record.close()
     line = lines(tmp_path)[2]
-    assert (line["kind"], line["step"], line["accuracy"], line["accuracy_standard_error"]) == ("questions", 1, 0.25, 0.125)
+    assert (line["kind"], line["step"], line["accuracy"], line["accuracy_standard_error"]) == (
+        "questions",
+        1,
+        0.25,
+        0.125,
+    )
     assert (line["pass_at_4"], line["pass_at_4_standard_error"], line["grader_errors"]) == (0.75, None, 1)
     assert line["examine_s"] > 0
     assert "examine" not in lines(tmp_path)[3]["phase_s"]

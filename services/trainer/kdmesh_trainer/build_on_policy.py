@@ -93,9 +93,7 @@ def read_task(
         check_samples(prompt_tokens=longest_read, max_new_tokens=drawn.max_new_tokens, teacher=teacher.pool.describe())
         images = [placed for p in own for placed in (p.images if p.teacher_ids is None else p.teacher_images)]
         check_images("train", images, teacher.pool.describe(), image_expansion=teachers.image_expansion)
-    sampling = Sampling(
-        **drawn.model_dump(), stop_token_ids=stop_token_ids(cfg.student.model, tokenizer, encoder)
-    )
+    sampling = Sampling(**drawn.model_dump(), stop_token_ids=stop_token_ids(cfg.student.model, tokenizer, encoder))
     answers: Sequence[TokenSequence] = ()
     if source.sampled_fraction < 1:
         answers = load_sequences("train", reader, encoder, cfg.data).sequences

@@ -29,7 +29,7 @@ class Rollouts:
 
 
 def open_rollouts(cfg: TrainerConfig, student: Student, mesh: Mesh, stack: ExitStack) -> Rollouts | None:
-    """Connections to the servers that sample for the run, or else answer its questions, closed with `stack`. Collective.
+    """Those that sample for the run, or else answer its questions; connections are closed with `stack`. Collective.
 
     Args:
         student: sharded.

@@ -83,12 +83,10 @@ def _has_same_number(response: str, answer: str) -> bool:
 
 
 def _is_found(pattern: re.Pattern[str], response: str, answer: str, *, ignore_case: bool) -> bool:
-    last = None
-    for last in pattern.finditer(response):
-        pass
-    if last is None:
+    matches = list(pattern.finditer(response))
+    if not matches:
         return False
-    found: str | None = last[1] if pattern.groups else last[0]
+    found: str | None = matches[-1][1] if pattern.groups else matches[-1][0]
     return found is not None and _is_equal(found, answer, ignore_case=ignore_case)
 
 

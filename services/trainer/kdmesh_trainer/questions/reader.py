@@ -86,9 +86,7 @@ def _chat(row: Mapping[str, Any], cfg: QuestionsConfig, origin: str, images: Ima
 def _column(row: Mapping[str, Any], name: str, key: str, origin: str) -> Any:
     if row.get(name) is None:
         found = ", ".join(name for name, value in row.items() if value is not None) or "none"
-        raise DataError(
-            f"{origin}: no column {name!r}, which evaluation.questions.{key} names; columns found: {found}"
-        )
+        raise DataError(f"{origin}: no column {name!r}, which evaluation.questions.{key} names; columns found: {found}")
     return row[name]
 
 

@@ -15,9 +15,7 @@ log = logging.getLogger(__name__)
 _MOST_REFUSALS = 3
 
 
-def exchange(
-    sampler: Sampler, step: int, *, what: str, mesh: Mesh, bring_again: Callable[[], None]
-) -> list[Share]:
+def exchange(sampler: Sampler, step: int, *, what: str, mesh: Mesh, bring_again: Callable[[], None]) -> list[Share]:
     """The share of every rank, all of them whole. Collective.
 
     Args:

@@ -154,9 +154,7 @@ class OnPolicySource:
 
     def _plan_one(self) -> None:
         step = self._next_planned
-        shares = exchange(
-            self._sampler, step, what=f"step {step}", mesh=self._mesh, bring_again=self._bring_again
-        )
+        shares = exchange(self._sampler, step, what=f"step {step}", mesh=self._mesh, bring_again=self._bring_again)
         rollouts = self._sampler.assemble(step, shares)
         if self._showcase is not None:
             self._showcase.show(step, rollouts)
