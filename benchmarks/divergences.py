@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import loss_methods
+from benchmarks import loss_inputs
 from benchmarks.loss import peak_bytes, run_pass
 from benchmarks.measure import finish, say, table
 from kdmesh.losses import Divergence, SampledDivergence, Workspace, build_divergence, truncated
 
 _MIB = 2**20
-_PARAMS: Mapping[str, Mapping[str, Any]] = {
+PARAMS: Mapping[str, Mapping[str, Any]] = {
     "forward_kl": {},
     "reverse_kl": {},
     "jensen_shannon": {"beta": 0.5},
@@ -50,17 +50,17 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         name, rows, vocabulary = given.child
-        method = partial(loss_methods.fused, divergence=_divergence(name), workspace_of=Workspace)
+        method = partial(loss_inputs.fused, divergence=_divergence(name), workspace_of=Workspace)
         say(str(peak_bytes(method, int(rows), int(vocabulary))))
         return
     vocabulary, few, many = (2000, 128, 512) if given.quick else (32_000, 2048, 8192)
-    names = [*_PARAMS, *_TRUNCATED]
+    names = [*PARAMS, *_TRUNCATED]
     seconds = _seconds(names, few, vocabulary, rounds=1 if given.quick else given.rounds)
     cells, figures = [], {}
     for name in names:
         ratio = statistics.median(own / first for own, first in zip(seconds[name], seconds["forward_kl"], strict=True))
         peaks = [_peak_in_child(name, rows, vocabulary) for rows in (few, many)]
-        outputs_bytes = (many - few) * (loss_methods.STUDENT_SIZE * 2 + 4 * 4)
+        outputs_bytes = (many - few) * (loss_inputs.STUDENT_SIZE * 2 + 4 * 4)
         growth = (peaks[1] - outputs_bytes) / peaks[0]
         figures[name] = {"time": round(ratio, 2), "peak_mib": round(peaks[0] / _MIB), "growth": round(growth, 3)}
         cells.append([name, f"{ratio:.2f}", f"{peaks[0] / _MIB:.0f} MiB", f"{growth:.3f}"])
@@ -71,7 +71,7 @@ def main() -> None:
 
 def _divergence(name: str) -> Divergence | SampledDivergence:
     base, _, _ = name.partition(",")
-    divergence = build_divergence(base, _PARAMS[base])
+    divergence = build_divergence(base, PARAMS[base])
     if name not in _TRUNCATED:
         return divergence
     assert not isinstance(divergence, SampledDivergence)
@@ -80,8 +80,8 @@ def _divergence(name: str) -> Divergence | SampledDivergence:
 
 def _seconds(names: list[str], rows: int, vocabulary: int, *, rounds: int) -> dict[str, list[float]]:
     """Of a forward and backward pass; they take turns, so that each meets the same neighbours."""
-    inputs = loss_methods.inputs(rows, vocabulary)
-    methods = {name: partial(loss_methods.fused, divergence=_divergence(name)) for name in names}
+    inputs = loss_inputs.inputs(rows, vocabulary)
+    methods = {name: partial(loss_inputs.fused, divergence=_divergence(name)) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name in names:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loss_methods
-from benchmarks.loss_methods import STUDENT_SIZE, Inputs, Method
+from benchmarks import loss_inputs
+from benchmarks.loss_inputs import STUDENT_SIZE, Inputs, Method
 from benchmarks.measure import finish, say, table
 
 _MIB = 2**20
@@ -40,7 +40,7 @@ class _Plan:
         """The reason why this is left out; None where it is measured."""
         if method.startswith("compiled") and shutil.which("g++") is None:
             return "no C++ compiler"
-        needed_gib = loss_methods.BYTES_PER_LOGIT.get(method, 0) * rows * vocabulary / 2**30
+        needed_gib = loss_inputs.BYTES_PER_LOGIT.get(method, 0) * rows * vocabulary / 2**30
         return f"needs {needed_gib:.0f} GiB" if needed_gib > self.limit_gib else None
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         method, rows, vocabulary = given.child
-        say(str(peak_bytes(loss_methods.methods()[method], int(rows), int(vocabulary))))
+        say(str(peak_bytes(loss_inputs.methods()[method], int(rows), int(vocabulary))))
         return
     plan = _Plan(
         rows=(256, 1024) if given.quick else (2048, 8192),
@@ -63,7 +63,7 @@ def main() -> None:
         error_rows=32 if given.quick else 96,
         limit_gib=given.limit_gib,
     )
-    say(f"student D={STUDENT_SIZE}, teacher D={loss_methods.TEACHER_SIZE}, bfloat16, {torch.get_num_threads()} threads")
+    say(f"student D={STUDENT_SIZE}, teacher D={loss_inputs.TEACHER_SIZE}, bfloat16, {torch.get_num_threads()} threads")
     figures = {**_memory(plan), **_time(plan), **_gradient_error(plan)}
     finish("loss", figures)
 
@@ -104,7 +104,7 @@ def _peak_in_child(method: str, rows: int, vocabulary: int) -> int:
 
 def peak_bytes(method: Method, rows: int, vocabulary: int) -> int:
     """Above the inputs, of the second of two equal passes: the first loads code and compiles."""
-    inputs = loss_methods.inputs(rows, vocabulary)
+    inputs = loss_inputs.inputs(rows, vocabulary)
     run_pass(method, inputs)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -134,7 +134,7 @@ def _time(plan: _Plan) -> dict[str, object]:
     ratios: dict[str, dict[str, float]] = {}
     for vocabulary in plan.vocabularies:
         rows = plan.rows[0]
-        inputs, methods = loss_methods.inputs(rows, vocabulary), loss_methods.methods()
+        inputs, methods = loss_inputs.inputs(rows, vocabulary), loss_inputs.methods()
         names = [name for name in _TIME_METHODS if plan.why_not(name, rows, vocabulary) is None]
         wall_s: dict[str, list[float]] = {name: [] for name in names}
         cpu_s: dict[str, list[float]] = {name: [] for name in names}
@@ -164,12 +164,12 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 
 def _gradient_error(plan: _Plan) -> dict[str, object]:
     """Relative error of the hidden states' gradient against float64 on the same bfloat16 inputs."""
-    methods = loss_methods.methods()
+    methods = loss_inputs.methods()
     cells: list[list[str]] = []
     errors: dict[str, dict[str, float]] = {}
     for distance in (1.0, 0.3, 0.1, 0.03):
-        inputs = loss_methods.inputs(plan.error_rows, plan.vocabularies[0], distance=distance)
-        exact_RD = loss_methods.exact_gradient(inputs)
+        inputs = loss_inputs.inputs(plan.error_rows, plan.vocabularies[0], distance=distance)
+        exact_RD = loss_inputs.exact_gradient(inputs)
         with torch.no_grad():
             kl = methods["fused"](inputs).item() / plan.error_rows
         found = {}

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from benchmarks.loss_methods import STUDENT_SIZE, TEACHER_SIZE, Inputs, inputs
+from benchmarks.loss_inputs import STUDENT_SIZE, TEACHER_SIZE, Inputs, inputs
 from benchmarks.measure import finish, say, table
 from kdmesh.losses import MixedTeacher, OutputHead, forward_kl, fused_linear_divergence
 

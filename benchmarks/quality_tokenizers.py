@@ -27,6 +27,7 @@ from kdmesh.demo.record import Evaluation, read_record
 from kdmesh.demo.stage import Stage, opened
 from kdmesh.demo.workspace import METRICS, is_finished
 
+_EVALUATIONS = 6  # of each student on its way
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -38,9 +39,11 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "SFT": {"name": "sft"},
     "shared tokens, forward KL": _distil("vanilla_kd"),
     "dual space, ETA": _distil("dskd"),
+    "dual space, ETA, both trained": _distil("dskd", student_projector="trained"),
     "dual space, CMA": _distil("dskd", token_alignment="cma"),
     "ALM, tau 1": _distil("alm", tau=1),
     "ALM, tau 100": _distil("alm", tau=100),
+    "ALM, tau 100, debiased": _distil("alm", tau=100, debias_above=0.1),
     "ULD": _distil("uld"),
     "GOLD": _distil("gold"),
     "GOLD, both terms whole": _distil("gold", matched_weight=1, unmatched_weight=1),
@@ -59,7 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--brief", action="store_true", help="models too small to learn: does it run at all?")
     options = parser.parse_args(arguments)
     standard = BRIEF if options.brief else STANDARD
-    training = replace(standard.student_training, steps=options.steps, evaluate_every=options.steps)
+    every = max(1, options.steps // _EVALUATIONS)
+    training = replace(standard.student_training, steps=options.steps, evaluate_every=every)
     found = _measure(
         replace(standard, student_training=training),
         {name: METHODS[name] for name in options.only or METHODS},
@@ -99,16 +103,22 @@ def _measure(
     return found
 
 
+def run_name(name: str, seed: int) -> str:
+    """Of the directory of one student."""
+    return "".join(letter if letter.isalnum() else "-" for letter in f"{name}-{seed}")
+
+
 def _train(stage: Stage, name: str, objective: dict[str, Any], seed: int, overrides: list[str]) -> Evaluation:
     """The last evaluation; a run that an earlier call has finished is not made again."""
     workspace = stage.workspace
-    run = workspace.run("".join(letter if letter.isalnum() else "-" for letter in f"{name}-{seed}"))
+    run = workspace.run(run_name(name, seed))
     plan = replace(stage.plan, seed=seed)
     if not is_finished(run, steps=plan.student_training.steps):
         tree = plans.student_training(
             plan, corpus=workspace.corpus, start=workspace.student_start, output=run, objective=objective
         )
         tree["data"] |= {"teacher_tokenizer": {"path": str(workspace.teacher_model)}, "unusable": "drop"}
+        tree["ranks"] = 1  # several would learn the same
         stage.train(f"{name}, seed {seed}", workspace.write_config(run.name, tree), run, overrides)
     last = read_record(run / METRICS).evaluations[-1]
     assert last.kl_nats_per_token is not None

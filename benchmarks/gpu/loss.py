@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.scale import Scale, median_ms, normal, peak_gib
-from benchmarks.loss_methods import formula
+from benchmarks.loss_inputs import formula
 from kdmesh.losses import Divergence, OutputHead, build_divergence, fused_linear_divergence
 
 _DIVERGENCES: tuple[tuple[str, dict[str, float]], ...] = (

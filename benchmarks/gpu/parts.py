@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import loss_methods
+from benchmarks import loss_inputs
 from benchmarks.gpu.scale import Scale, median_ms, normal
 from kdmesh.losses import OutputHead, Workspace, forward_kl, kernel_rows
 from kdmesh.losses.kernel_form import KernelForm, Op
@@ -94,15 +94,15 @@ def measure_precision(scale: Scale) -> dict[str, object]:
     rows, vocabulary = (96, 32_000) if scale.device.type == "cuda" else (8, 300)
     figures: dict[str, object] = {}
     for distance in (1.0, 0.3, 0.1, 0.03):
-        on_cpu = loss_methods.inputs(rows, vocabulary, distance=distance)
-        x = loss_methods.Inputs(
+        on_cpu = loss_inputs.inputs(rows, vocabulary, distance=distance)
+        x = loss_inputs.Inputs(
             student_RD=_moved(on_cpu.student_RD, scale.device).requires_grad_(),
             student_VD=_moved(on_cpu.student_VD, scale.device).requires_grad_(),
             teacher_RE=_moved(on_cpu.teacher_RE, scale.device),
             teacher_VE=_moved(on_cpu.teacher_VE, scale.device),
         )
-        exact_RD = loss_methods.exact_gradient(x)
-        loss = loss_methods.fused(x)
+        exact_RD = loss_inputs.exact_gradient(x)
+        loss = loss_inputs.fused(x)
         errors = {}
         for name, total in (("kdmesh", loss), ("formula, bfloat16 logits", _formula(x))):
             (gradient_RD,) = torch.autograd.grad(total, x.student_RD)
@@ -115,5 +115,5 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device)
 
 
-def _formula(x: loss_methods.Inputs) -> Tensor:
-    return loss_methods.formula(x.student_RD @ x.student_VD.T, x.teacher_RE @ x.teacher_VE.T)
+def _formula(x: loss_inputs.Inputs) -> Tensor:
+    return loss_inputs.formula(x.student_RD @ x.student_VD.T, x.teacher_RE @ x.teacher_VE.T)
