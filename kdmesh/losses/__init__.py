@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdmesh.losses.across_vocabularies import fused_linear_by_rank, fused_linear_hybrid
 from kdmesh.losses.build import build_divergence, custom_divergence
-from kdmesh.losses.chunk_likelihood import fused_linear_chunk_likelihood
+from kdmesh.losses.chunk_likelihood import Boundaries, fused_linear_chunk_likelihood
 from kdmesh.losses.divergences import Divergence, forward_kl, jensen_shannon, reverse_kl
 from kdmesh.losses.fused_linear import FusedLoss, fused_linear_cross_entropy, fused_linear_divergence
 from kdmesh.losses.head import OutputHead
@@ -17,6 +17,7 @@ from kdmesh.losses.truncated import truncated
 from kdmesh.losses.workspace import Workspace
 
 __all__ = [
+    "Boundaries",
     "ChunkLoss",
     "ChunkRows",
     "Divergence",

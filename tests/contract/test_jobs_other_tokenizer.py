@@ -97,7 +97,15 @@ def test_another_tokenizer_than_the_teachers_own_and_too_little_in_common_are_re
     assert "has another tokenizer" in outcome.errors
 
 
-@pytest.mark.parametrize("algorithm", [{"name": "alm"}, {"name": "uld"}, {"name": "gold", "matched_weight": 1.0}])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"name": "alm"},
+        {"name": "alm", "debias_above": 0.1},
+        {"name": "uld"},
+        {"name": "gold", "matched_weight": 1.0},
+    ],
+)
 def test_what_compares_runs_of_tokens_learns_the_same_on_any_number_of_ranks(
     algorithm: dict[str, object], tiny_models: TinyModels, teacher: tuple[str, Path], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from kdmesh.alignment.token_bytes import token_bytes
 from kdmesh.losses import ChunkRows, FusedLoss, LabelledRows, MixedTeacher, OutputHead, forward_kl
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithm_config import AlgorithmConfig, ByRank, ChunkLikelihood, Hybrid
@@ -23,7 +26,7 @@ from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import InChunks
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
-from tests.support.chunk_cases import ChunkInputs, expected, likelihood
+from tests.support.chunk_cases import ChunkInputs, TextbookEnds, expected, expected_debiased, likelihood
 from tests.support.other_tokenizers import save_sentence_piece
 from tests.support.tiny_models import save_tokenizer
 
@@ -64,6 +67,7 @@ class World:
     encoder: OtherTokenizerEncoder
     sequences: tuple[InChunks, ...]
     made: ChunkInputs
+    word_begins: tuple[list[int], list[int]]  # the tokens of each that begin words, or end the turn
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for found in encoder.encode(chats):
         assert isinstance(found, list)
         sequences += [sequence for sequence in found if isinstance(sequence, InChunks)]
-    return World(encoder=encoder, sequences=tuple(sequences), made=_made(sequences, len(student), len(teacher)))
+    made = _made(sequences, len(student), len(teacher))
+    begins = _word_begins(student, teacher, "<|im_end|>"), _word_begins(teacher, student, "</s>")
+    return World(encoder=encoder, sequences=tuple(sequences), made=made, word_begins=begins)
+
+
+def _word_begins(tokenizer: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast, end: str) -> list[int]:
+    own, theirs = token_bytes(tokenizer), token_bytes(other)
+    inside = b"".join(re.sub(rb"^[ \t\n\r]+", b"", piece) for piece in (*own, *theirs) if piece)
+    bounds = [byte for byte in (b" ", b"\t", b"\n", b"\r") if byte not in inside]
+    begins = [number for number, piece in enumerate(own) if piece and piece[:1] in bounds]
+    return sorted({tokenizer.get_vocab()[end], *begins})
 
 
 def _made(sequences: list[InChunks], own_size: int, their_size: int) -> ChunkInputs:
@@ -124,6 +138,7 @@ def run(world: World, algorithm: AlgorithmConfig, *, num_sampled: int = 0, tempe
             teacher_heads=lambda: {"": made.teacher.head},
             shared=world.encoder.shared,
             device=torch.device("cpu"),
+            boundaries=world.encoder.teacher_tokens(with_boundaries=True).boundaries,
         )
     )
     objective = Distillation(
@@ -198,4 +213,33 @@ def test_an_objective_over_two_tokenizers_is_the_textbooks(world: World, name: s
     torch.testing.assert_close(loss.loss_sum.detach(), whole, rtol=1e-6, atol=1e-6)
     # `expected` has the gradient of -1.5 times the loss.
     for mine, theirs, labels in zip(torch.autograd.grad(loss.loss_sum, made.leaves), gradients, imitated, strict=True):
+        torch.testing.assert_close(mine, 0.7 * theirs / -1.5 + 0.2 * labels, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("least", [0.0, 0.4])
+def test_what_may_follow_a_run_is_a_word_or_the_end_of_the_turn(world: World, least: float) -> None:
+    # Nothing is left out between the runs of a chat's only answer, and nothing follows its last one.
+    counts = [len(sequence.chunks.student_begins) for sequence in world.sequences]
+    ends = TextbookEnds(
+        followed=[place < count - 1 for count in counts for place in range(count)],
+        student_tokens=world.word_begins[0],
+        teacher_tokens=world.word_begins[1],
+        least=least,
+    )
+
+    def of_likelihoods(log_q: Tensor, log_p: Tensor) -> Tensor:
+        a, b = ((log / 30 - 1e-6).exp() for log in (log_p, log_q))
+        return 30 * (a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log())
+
+    loss = run(world, ChunkLikelihood(name="alm", tau=30.0, debias_above=least))
+    value_G, loss_sum, *gradients = expected_debiased(world.made, ends, of_likelihoods)
+    assert len(value_G) == sum(counts) if least == 0 else 2 < len(value_G) < sum(counts)
+    torch.testing.assert_close(loss.divergence_R, value_G, rtol=1e-6, atol=1e-6)
+    student = world.made.student
+    log_q_RV = student.head.logits(student.hidden_RD).log_softmax(-1)
+    cross_entropy = -log_q_RV.gather(-1, student.labels_R[:, None]).sum()
+    torch.testing.assert_close(loss.loss_sum.detach(), 0.7 * loss_sum + 0.2 * cross_entropy.detach())
+    imitated = torch.autograd.grad(cross_entropy, world.made.leaves)
+    found = torch.autograd.grad(loss.loss_sum, world.made.leaves)
+    for mine, theirs, labels in zip(found, gradients, imitated, strict=True):
         torch.testing.assert_close(mine, 0.7 * theirs / -1.5 + 0.2 * labels, rtol=1e-6, atol=1e-6)

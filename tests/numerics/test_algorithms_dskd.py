@@ -88,14 +88,14 @@ def pair_of(*, vocabularies: tuple[int, int], num_answers: int, seed: int = 0) -
     )
 
 
-def dskd(pair: Pair, shared: SharedTokens | None) -> DualSpaceKD:
+def dskd(pair: Pair, shared: SharedTokens | None, *, trains_lift: bool = False) -> DualSpaceKD:
     setup = Setup(
         student_head=pair.head.detached(),
         teacher_heads=lambda: {"": pair.teacher_head},
         shared=shared,
         device=CPU,
     )
-    algorithm = DualSpaceKD(setup).double()
+    algorithm = DualSpaceKD(setup, trains_lift=trains_lift).double()
     # Away from where it begins, so that it agrees with the teacher on some rows and not on others.
     with torch.no_grad():
         for parameter in algorithm.parameters():
@@ -120,6 +120,16 @@ def loss_of(
     return objective(pair.hidden_RD, pair.head, pair.labels_R, teacher, num_sampled=num_sampled)
 
 
+def lift_of(pair: Pair, algorithm: DualSpaceKD, shared: SharedTokens | None) -> Tensor:
+    """B, of the heads as they are now unless it is trained."""
+    if algorithm.student_to_teacher is not None:
+        return algorithm.student_to_teacher
+    own_VD, theirs_VE = 0.8 * pair.weight_VD.detach(), pair.teacher_UE
+    if shared is not None:
+        own_VD, theirs_VE = own_VD[shared.student_ids.tolist()], theirs_VE[shared.teacher_ids.tolist()]
+    return torch.linalg.pinv(theirs_VE) @ own_VD
+
+
 def expected(
     pair: Pair, algorithm: DualSpaceKD, shared: SharedTokens | None, *, ce_weight: float, num_sampled: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -130,7 +140,7 @@ def expected(
     z_t = textbook.logits(pair.teacher_AE, pair.teacher_UE, None, capped)
     projected_AD = pair.teacher_AE @ algorithm.teacher_to_student.T
     z_t2s = textbook.logits(projected_AD, pair.weight_VD.detach(), pair.bias_V.detach(), scaled)
-    z_s2t = textbook.logits(student_AD @ algorithm.student_to_teacher.T, pair.teacher_UE, None, capped)
+    z_s2t = textbook.logits(student_AD @ lift_of(pair, algorithm, shared).T, pair.teacher_UE, None, capped)
     preferred = z_t.argmax(-1).tolist()
     if shared is not None:
         mapped = dict(zip(shared.teacher_ids.tolist(), shared.student_ids.tolist(), strict=True))
@@ -151,14 +161,16 @@ def expected(
     return loss, torch.tensor(agrees)
 
 
+@pytest.mark.parametrize("trains_lift", [False, True], ids=["B follows", "B is trained"])
 @pytest.mark.parametrize(("ce_weight", "num_sampled"), [(0.0, 0), (0.3, 0), (0.3, 11)])
 @pytest.mark.parametrize("shared", [None, SHARED], ids=["same tokenizer", "other tokenizer"])
 def test_value_and_every_gradient_are_the_textbooks(
-    shared: SharedTokens | None, ce_weight: float, num_sampled: int
+    shared: SharedTokens | None, ce_weight: float, num_sampled: int, trains_lift: bool
 ) -> None:
     sizes, num_answers = ((25, 25), ROWS) if shared is None else ((24, 30), 90)
     pair = pair_of(vocabularies=sizes, num_answers=num_answers)
-    algorithm = dskd(pair, shared)
+    algorithm = dskd(pair, shared, trains_lift=trains_lift)
+    assert len(list(algorithm.parameters())) == 1 + trains_lift
     loss = loss_of(pair, algorithm, shared, ce_weight=ce_weight, num_sampled=num_sampled)
     should, agrees_A = expected(pair, algorithm, shared, ce_weight=ce_weight, num_sampled=num_sampled)
     assert 4 < agrees_A.sum() < num_answers
@@ -172,7 +184,7 @@ def test_it_begins_with_the_pseudo_inverses_of_the_heads() -> None:
     setup = Setup(
         student_head=pair.head.detached(), teacher_heads=lambda: {"": pair.teacher_head}, shared=None, device=CPU
     )
-    algorithm = DualSpaceKD(setup)
+    algorithm = DualSpaceKD(setup, trains_lift=True)
     own_VD, theirs_VE = 0.8 * pair.weight_VD.detach(), pair.teacher_UE
     inverses = torch.linalg.pinv(own_VD) @ theirs_VE, torch.linalg.pinv(theirs_VE) @ own_VD
     for parameter, should in zip(algorithm.parameters(), inverses, strict=True):
@@ -189,9 +201,10 @@ def test_the_map_keeps_logits_where_it_can_also_of_heads_that_are_not_of_full_ra
     torch.testing.assert_close(target.logits(hidden_RD @ map_ED.T), source.logits(hidden_RD))
 
 
-def test_the_teacher_is_projected_for_the_head_that_the_student_has_now() -> None:
+@pytest.mark.parametrize("trains_lift", [False, True])
+def test_both_are_projected_for_the_head_that_the_student_has_now(trains_lift: bool) -> None:
     pair = pair_of(vocabularies=(25, 25), num_answers=ROWS)
-    algorithm = dskd(pair, None)
+    algorithm = dskd(pair, None, trains_lift=trains_lift)
     before = loss_of(pair, algorithm, None, ce_weight=0.0).loss_sum.item()
     with torch.no_grad():
         pair.weight_VD.mul_(0.5)

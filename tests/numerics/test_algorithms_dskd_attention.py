@@ -85,7 +85,11 @@ def textbook_loss(
             keys.append(torch.cat([weight_UE[now], weight_UE[then]]) / their_spread)
         scores = torch.stack([torch.stack([q @ k for k in keys]) for q in queries]) / (2 * E) ** 0.5
         t2s = textbook.softmax(scores) @ (h_t @ algorithm.teacher_to_student.T)
-        s2t = textbook.softmax(scores.T) @ (h_s @ algorithm.student_to_teacher.T)
+        lift_ED = algorithm.student_to_teacher
+        if lift_ED is None:
+            theirs = torch.linalg.pinv(weight_UE[SHARED.teacher_ids.tolist()])
+            lift_ED = theirs @ fixed_VD[SHARED.student_ids.tolist()]
+        s2t = textbook.softmax(scores.T) @ (h_s @ lift_ED.T)
         labels = torch.from_numpy(s.labels.astype(np.int64))
         z_s, z_t2s = h_s @ weight_VD.T, t2s @ fixed_VD.T
         p, q = textbook.softmax(z_t2s.detach(), TEMPERATURE), textbook.softmax(z_s, TEMPERATURE)
@@ -97,8 +101,8 @@ def textbook_loss(
     return loss
 
 
-@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
-def test_value_and_every_gradient_are_the_textbooks(ce_weight: float) -> None:
+@pytest.mark.parametrize(("ce_weight", "trains_lift"), [(0.0, False), (0.3, False), (0.3, True)])
+def test_value_and_every_gradient_are_the_textbooks(ce_weight: float, trains_lift: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -112,7 +116,7 @@ def test_value_and_every_gradient_are_the_textbooks(ce_weight: float) -> None:
     teacher_AE, weight_UE = normal(num_answers, E), normal(THEIRS, E)
     head, teacher_head = OutputHead(weight_VD=weight_VD), OutputHead(weight_VD=weight_UE)
     setup = Setup(student_head=head.detached(), teacher_heads=lambda: {"": teacher_head}, shared=SHARED, device=CPU)
-    algorithm = AttendingDualSpaceKD(setup).double()
+    algorithm = AttendingDualSpaceKD(setup, trains_lift=trains_lift).double()
     part = PanelPart(name="", rows=Rows(rows_RD=teacher_AE), index_R=None, num_tokens=22, wait_s=0.0)
     rows = LossRows(
         hidden_RD=hidden_RD,

@@ -19,10 +19,21 @@ from kdmesh.alignment.token_bytes import token_bytes
 from kdmesh.errors import InvalidRequest
 from kdmesh.losses import engine
 from kdmesh.losses.across_vocabularies import fused_linear_by_rank, fused_linear_hybrid
-from kdmesh.losses.chunk_likelihood import binary_kl, fused_linear_chunk_likelihood
-from kdmesh.losses.labelled import ChunkLoss, ChunkRows
+from kdmesh.losses.chunk_likelihood import Boundaries, binary_kl, fused_linear_chunk_likelihood
+from kdmesh.losses.head import OutputHead
+from kdmesh.losses.labelled import ChunkLoss, ChunkRows, LabelledRows
 from kdmesh.losses.sorted_rows import HybridWeights, Matched
-from tests.support.chunk_cases import ChunkCase, ChunkInputs, cases, expected, inputs, likelihood, outcome
+from tests.support.chunk_cases import (
+    ChunkCase,
+    ChunkInputs,
+    TextbookEnds,
+    cases,
+    expected,
+    expected_debiased,
+    inputs,
+    likelihood,
+    outcome,
+)
 from tests.support.tensor_watch import TensorWatch
 from tests.support.trained_tokenizers import TEXTS, tokenizer
 
@@ -52,6 +63,14 @@ def textbook_likelihood(case: ChunkCase, made: ChunkInputs, tau: float) -> list[
         return textbook_binary(likelihood(log_q, own), likelihood(log_p, their), tau)
 
     return expected(made, of_chunk, 1.0)
+
+
+def followed(chunks: ChunkRows) -> Tensor:
+    """[C] whether the next chunk begins where this one ends."""
+    joins = (chunks.student_ends_C[:-1] == chunks.student_begins_C[1:]) & (
+        chunks.teacher_ends_C[:-1] == chunks.teacher_begins_C[1:]
+    )
+    return torch.cat([joins, torch.zeros(min(chunks.num_chunks, 1), dtype=torch.bool)])
 
 
 def by_rank(q: Tensor, p: Tensor) -> Tensor:
@@ -114,6 +133,107 @@ def test_a_known_likelihood_of_the_student_changes_nothing() -> None:
         student_log_likelihood_R=made.student.log_likelihoods(),
     )
     assert_alike(outcome(known, made), outcome(loss, made), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("least", [0.0, 0.3, 0.9])
+def test_chunk_likelihoods_with_what_may_follow_are_the_textbooks(least: float) -> None:
+    @settings(max_examples=6)
+    @given(case=cases())
+    def check(case: ChunkCase) -> None:
+        made = inputs(case)
+        followed_C = followed(made.chunks)
+        boundaries = Boundaries(
+            student_B=torch.arange(0, case.own_vocabulary, 3),
+            teacher_B=torch.arange(1, case.their_vocabulary, 2),
+            least=least,
+        )
+        ends = TextbookEnds(
+            followed=followed_C.tolist(),
+            student_tokens=boundaries.student_B.tolist(),
+            teacher_tokens=boundaries.teacher_B.tolist(),
+            least=least,
+        )
+        loss = fused_linear_chunk_likelihood(
+            made.student, made.teacher, made.chunks, tau=7.0, boundaries=boundaries, is_followed_C=followed_C
+        )
+        textbook = expected_debiased(made, ends, lambda log_q, log_p: textbook_binary(log_q, log_p, 7.0))
+        assert_alike(outcome(loss, made), textbook, tolerance=1e-9)
+
+    check()
+
+
+WORDS = {b" a": 0.3, b" ab": 0.25, b" abc": 0.2, b" b": 0.15, b" bc": 0.1}
+# What stands for itself; the others are as many tokens as letters.
+CUT = {"letters": (b" ", b"a", b"b", b"c"), "some words": (b" a", b" ab", b"b", b"c", b" b"), "words": tuple(WORDS)}
+
+
+def tokenized(pieces: tuple[bytes, ...], word: bytes) -> list[int]:
+    """By the longest piece that fits."""
+    ids = []
+    while word:
+        longest = max((piece for piece in pieces if word.startswith(piece)), key=len)
+        ids.append(pieces.index(longest))
+        word = word[len(longest) :]
+    return ids
+
+
+def side_of_the_truth(pieces: tuple[bytes, ...], word: bytes) -> LabelledRows:
+    """Rows for each token of the word and for what follows, whose head is the identity: log p of the next token.
+
+    p is exact, of texts that are one of WORDS and another one behind it, for this way of cutting texts into tokens.
+    """
+    texts: dict[tuple[int, ...], float] = {}
+    for (first, p), (second, q) in itertools.product(WORDS.items(), repeat=2):
+        ids = tuple(tokenized(pieces, first) + tokenized(pieces, second))
+        texts[ids] = texts.get(ids, 0.0) + p * q
+    labels = tokenized(pieces, word)
+    rows = []
+    for begun in range(len(labels) + 1):
+        alike = {ids: p for ids, p in texts.items() if ids[:begun] == tuple(labels[:begun])}
+        p_V = torch.full((len(pieces),), 1e-300, dtype=torch.float64)
+        for ids, p in alike.items():
+            p_V[ids[begun]] += p / sum(alike.values())
+        rows.append(p_V.log())
+    eye = torch.eye(len(pieces), dtype=torch.float64)
+    labels_R = torch.tensor([*labels, 0])
+    return LabelledRows(hidden_RD=torch.stack(rows), head=OutputHead(weight_VD=eye), labels_R=labels_R)
+
+
+@pytest.mark.parametrize("pair", list(itertools.permutations(CUT, 2)), ids="/".join)
+def test_models_that_agree_on_every_text_have_no_loss_however_they_cut_it_once_words_must_end(
+    pair: tuple[str, str],
+) -> None:
+    own, their = (CUT[name] for name in pair)
+    biased = 0.0
+    for word in WORDS:
+        student, teacher = side_of_the_truth(own, word), side_of_the_truth(their, word)
+        # The word, and behind it a row of each that tells what comes next.
+        chunks = ChunkRows(
+            student_begins_C=torch.tensor([0, len(student.labels_R) - 1]),
+            student_ends_C=torch.tensor([len(student.labels_R) - 1, len(student.labels_R)]),
+            teacher_begins_C=torch.tensor([0, len(teacher.labels_R) - 1]),
+            teacher_ends_C=torch.tensor([len(teacher.labels_R) - 1, len(teacher.labels_R)]),
+        )
+        begins = [torch.tensor([n for n, piece in enumerate(p) if piece[:1] == b" "]) for p in (own, their)]
+        boundaries = Boundaries(student_B=begins[0], teacher_B=begins[1], least=0.0)
+        loss = fused_linear_chunk_likelihood(
+            student,
+            teacher,
+            chunks,
+            tau=1.0,
+            boundaries=boundaries,
+            is_followed_C=torch.tensor([True, False]),
+        )
+        assert abs(loss.divergence_C[0]) < 1e-9
+        biased += fused_linear_chunk_likelihood(student, teacher, chunks, tau=1.0).divergence_C[0].item()
+    assert biased > 0.01
+
+
+def test_boundaries_need_to_know_what_is_followed() -> None:
+    made = inputs(ChunkCase())
+    boundaries = Boundaries(student_B=torch.arange(2), teacher_B=torch.arange(2), least=0.0)
+    with pytest.raises(InvalidRequest, match="boundaries need is_followed_C, of 5 chunks"):
+        fused_linear_chunk_likelihood(made.student, made.teacher, made.chunks, tau=1.0, boundaries=boundaries)
 
 
 def test_probabilities_by_rank_are_the_textbooks() -> None:

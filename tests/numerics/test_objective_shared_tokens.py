@@ -38,8 +38,8 @@ class Service:
         return self._head, Rows.weight_version
 
 
-@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
-def test_values_and_gradients_are_the_textbooks(ce_weight: float) -> None:
+@pytest.mark.parametrize(("ce_weight", "num_sampled"), [(0.0, 0), (0.3, 0), (0.3, 5), (0.3, 12)])
+def test_values_and_gradients_are_the_textbooks(ce_weight: float, num_sampled: int) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -54,14 +54,15 @@ def test_values_and_gradients_are_the_textbooks(ce_weight: float) -> None:
         divergence=forward_kl, temperature=2.0, kd_weight=0.7, ce_weight=ce_weight, teacher_head=head
     )
     part = PanelPart(name="", rows=Rows(teacher_RE), index_R=index_R, num_tokens=20, wait_s=0.0)
-    loss = objective(hidden_RD, OutputHead(weight_VD=weight_VD), labels_R, PanelRows(parts=(part,)))
+    rows = PanelRows(parts=(part,))
+    loss = objective(hidden_RD, OutputHead(weight_VD=weight_VD), labels_R, rows, num_sampled=num_sampled)
 
     z_RV = hidden_RD @ weight_VD.T
     teacher_RV = teacher_RE @ weight_VE.T + torch.linspace(-1, 1, 40).double()
     q_RS = textbook.softmax(z_RV[index_R][:, SHARED.student_ids], 2.0)
     p_RS = textbook.softmax(teacher_RV[:, SHARED.teacher_ids], 2.0)
     divergence_R, cross_entropy_R = textbook.kullback_leibler(p_RS, q_RS), textbook.cross_entropy(z_RV, labels_R)
-    expected = 0.7 * divergence_R.sum() + ce_weight * cross_entropy_R.sum()
+    expected = 0.7 * divergence_R.sum() + ce_weight * cross_entropy_R[num_sampled:].sum()
     torch.testing.assert_close(loss.loss_sum, expected)
     torch.testing.assert_close(loss.divergence_R, divergence_R.detach())
     torch.testing.assert_close(loss.cross_entropy_R, cross_entropy_R.detach())

@@ -124,6 +124,41 @@ def expected(
     return outcome(loss, made)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TextbookEnds:
+    """Where chunks may end."""
+
+    followed: Sequence[bool]
+    student_tokens: Sequence[int]
+    teacher_tokens: Sequence[int]
+    least: float
+
+
+def expected_debiased(
+    made: ChunkInputs, ends: TextbookEnds, of_likelihoods: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """As outcome, of of_likelihoods(log q, log p) of chunks that are joined, with what may follow them."""
+    log_q_RV, log_p_AW = (side.head.logits(side.hidden_RD).log_softmax(-1) for side in (made.student, made.teacher))
+    edges = (made.chunks.student_begins_C, made.chunks.student_ends_C)
+    their_edges = (made.chunks.teacher_begins_C, made.chunks.teacher_ends_C)
+    values = []
+    log_q = log_p = log_q_RV.new_zeros(())
+    for chunk, followed in enumerate(ends.followed):
+        (begin, end), (first, last) = ([int(edge[chunk]) for edge in each] for each in (edges, their_edges))
+        log_q = log_q + likelihood(log_q_RV[begin:end], made.student.labels_R[begin:end])
+        log_p = log_p + likelihood(log_p_AW[first:last], made.teacher.labels_R[first:last])
+        if followed:
+            goes_on = log_p_AW[last].exp()[list(ends.teacher_tokens)].sum()
+            if goes_on <= ends.least:
+                continue
+            log_p = log_p + goes_on.log()
+            log_q = log_q + log_q_RV[end].exp()[list(ends.student_tokens)].sum().log()
+        values.append(of_likelihoods(log_q, log_p))
+        log_q = log_p = log_q_RV.new_zeros(())
+    value_G = torch.stack(values) if values else log_q_RV.sum(-1)[:0]
+    return outcome(ChunkLoss(loss_sum=value_G.sum() + 0 * log_q_RV.sum(), divergence_C=value_G.detach()), made)
+
+
 def likelihood(log_q_NV: Tensor, labels_N: Tensor) -> Tensor:
     """[] of all labels together, in nats."""
     return log_q_NV.gather(-1, labels_N[:, None]).sum()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kdmesh.alignment.boundaries import boundary_bytes, boundary_tokens
 from kdmesh.alignment.chunks import Alignment, align
 from kdmesh.alignment.spans import Spans, spans_of_ids, spans_of_text
 from kdmesh.alignment.token_bytes import token_bytes
@@ -128,6 +129,23 @@ def test_shared_tokens_stand_for_the_same_bytes_and_are_found_once() -> None:
     for one, other in zip(shared.student_ids.tolist(), shared.teacher_ids.tolist(), strict=True):
         assert student[one] == teacher[other]
     assert (2, 2) in list(zip(shared.student_ids.tolist(), shared.teacher_ids.tolist(), strict=True))
+
+
+def test_a_boundary_is_whitespace_that_no_token_has_behind_other_bytes() -> None:
+    assert boundary_bytes([b" a", b"\n\n", None, b"a"], [b"  b", b"\ta"]) == b" \t\n\r"
+    assert boundary_bytes([b" a", b";\n"], [b"a\t b"]) == b"\r"
+    own, theirs = [None, b" a", b"b", b"\n", None], [b"x\n", b" ", b" b", b"a", None]
+    found = boundary_tokens(own, theirs, ends=[(4, 4)])
+    assert found is not None
+    assert found.student_ids.tolist() == [1, 4]  # a newline does not count: the other has it inside a token
+    assert found.teacher_ids.tolist() == [1, 2, 4]
+    assert boundary_tokens([b"a b\t\n\r"], theirs, ends=[(0, 4)]) is None
+    assert boundary_tokens([b"a"], [b"b"], ends=[]) is None
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_small", "sentence_piece_bytes"])
+def test_a_space_begins_words_for_trained_tokenizers(kind: str) -> None:
+    assert b" " in boundary_bytes(token_bytes(tokenizer(kind)))
 
 
 def test_a_tokenizer_of_another_kind_is_refused() -> None:

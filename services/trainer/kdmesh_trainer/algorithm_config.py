@@ -28,8 +28,12 @@ class DualSpace(StrictModel):
     """How rows of the two find each other with data.teacher_tokenizer: eta takes those that are one token for both, cma
     looks by attention."""
 
+    student_projector: Literal["follows", "trained"] = "follows"
+    """What takes the student's rows into the teacher's space: follows is the map that keeps their logits under the
+    heads of each step, trained is one that begins as such and is learnt."""
+
     learning_rate_factor: float = Field(1.0, gt=0)
-    """Learning rate of the two projectors, as a multiple of optimizer.learning_rate."""
+    """Learning rate of the projectors that are learnt, as a multiple of optimizer.learning_rate."""
 
 
 class ChunkLikelihood(StrictModel):
@@ -39,6 +43,10 @@ class ChunkLikelihood(StrictModel):
 
     tau: float = Field(100.0, gt=0)
     """Likelihoods are taken to the power of 1 / tau, and the loss times tau; large ones compare their logarithms."""
+
+    debias_above: float | None = Field(None, ge=0, lt=1)
+    """Compare each run together with the probability that a word ends behind it, and let runs end only where the
+    teacher gives that more than this (outcome chunk debiasing); null: compare the runs alone."""
 
 
 class ByRank(StrictModel):

@@ -205,6 +205,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     reader = load_reader(cfg)
     images = None if reader is None else cfg.data.images
     compares_chunks = isinstance(cfg.objective, Distill) and cfg.objective.compares_chunks
+    needs_boundaries = isinstance(cfg.objective, Distill) and cfg.objective.needs_boundaries
     encoder = build_encoder(
         tokenizer,
         template,
@@ -217,7 +218,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
         tokenizer=tokenizer,
         tokenizer_fingerprint=fingerprint,
         vocabulary_size=size,
-        teacher_tokens=encoder.teacher_tokens()
+        teacher_tokens=encoder.teacher_tokens(with_boundaries=needs_boundaries)
         if isinstance(encoder, OtherTokenizerEncoder)
         else TeacherTokens(fingerprint=fingerprint, size=size, shared=None, image_expansion=expansion_of(reader)),
         encoder=encoder,

@@ -56,6 +56,7 @@ def build_algorithm(
             student_head=output_head(lm).sliced(vocabulary_size).detached(),
             teacher_heads=teachers.whole_heads,
             shared=tokens.shared,
+            boundaries=tokens.boundaries,
             device=device,
         )
     )

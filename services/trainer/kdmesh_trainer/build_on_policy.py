@@ -18,7 +18,14 @@ from kdmesh_trainer.build_rollouts import Rollouts
 from kdmesh_trainer.build_teacher import Teacher
 from kdmesh_trainer.build_teachers import Teachers
 from kdmesh_trainer.devices import Devices, OwnDevices, SharedDevices
-from kdmesh_trainer.fit import check_images, check_sampler, check_sampler_images, check_samples, refuse_unlike
+from kdmesh_trainer.fit import (
+    check_aligned,
+    check_images,
+    check_sampler,
+    check_sampler_images,
+    check_samples,
+    refuse_unlike,
+)
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.sources.chat import ChatEncoder
@@ -97,6 +104,8 @@ def read_task(
     answers: Sequence[TokenSequence] = ()
     if source.sampled_fraction < 1:
         answers = load_sequences("train", reader, encoder, cfg.data).sequences
+        if cfg.data.teacher_tokenizer is not None:
+            check_aligned(answers, tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
         teachers.check_requests("train", answers)
     return Task(
         source=source,

@@ -265,10 +265,6 @@ class TrainerConfig(StrictModel):
             return self
         if self.teacher is None:
             raise ValueError("data.teacher_tokenizer needs one `teacher`")
-        if isinstance(self.source, OnPolicy) and self.source.sampled_fraction < 1:
-            raise ValueError(
-                f"source.sampled_fraction is {self.source.sampled_fraction}; with data.teacher_tokenizer it must be 1"
-            )
         if isinstance(self.objective, Distill) and isinstance(self.objective.divergence, SampledReverseKL):
             raise ValueError(
                 "divergence sampled_reverse_kl does not go with data.teacher_tokenizer, whose tokens differ"

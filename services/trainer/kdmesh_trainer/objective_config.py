@@ -244,6 +244,11 @@ class Distill(StrictModel):
         return isinstance(self.algorithm, ChunkAlgorithm)
 
     @property
+    def needs_boundaries(self) -> bool:
+        """Whether it asks which tokens begin words."""
+        return isinstance(self.algorithm, ChunkLikelihood) and self.algorithm.debias_above is not None
+
+    @property
     def imitates_data(self) -> bool:
         """Whether cross-entropy has a weight in any step."""
         weight = self.ce_weight

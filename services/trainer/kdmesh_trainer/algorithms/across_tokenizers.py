@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kdmesh.losses import (
+    Boundaries,
     ChunkLoss,
     ChunkRows,
     FusedLoss,
@@ -19,12 +21,14 @@ from kdmesh.losses import (
     Matched,
     fused_linear_by_rank,
     fused_linear_chunk_likelihood,
-    fused_linear_cross_entropy,
     fused_linear_hybrid,
 )
-from kdmesh.types import TokenSequence
+from kdmesh.types import Int32Array, TokenSequence
+from kdmesh_trainer.algorithms.data_tokens import cross_entropy
 from kdmesh_trainer.algorithms.seam import LossRows, Terms
 from kdmesh_trainer.sources.sides import Chunks, InChunks
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,6 +38,7 @@ class Runs:
     student: LabelledRows
     teacher: LabelledRows
     chunks: ChunkRows
+    is_followed_C: Tensor  # bool: whether the next run begins right behind, for both
     student_log_likelihood_R: Tensor  # float32 nats, at temperature 1; carries no gradient
 
 
@@ -53,16 +58,11 @@ class AcrossTokenizers:
 
     def __call__(self, rows: LossRows, terms: Terms) -> FusedLoss:
         """See Algorithm; the divergences are those of the runs, so fewer than rows."""
-        learns_labels = terms.ce_weight > 0 and rows.num_sampled < len(rows.labels_R)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns_labels):
-            is_data_R = torch.arange(len(rows.labels_R), device=rows.labels_R.device) >= rows.num_sampled
-            labelled = fused_linear_cross_entropy(
-                rows.hidden_RD, rows.head, rows.labels_R, token_weight_R=is_data_R.float()
-            )
+        labelled = cross_entropy(rows, terms)
         (target,) = rows.whole_targets()
         (teacher,) = target.teachers
         device = rows.hidden_RD.device
-        chunks, teacher_labels_A = _joined(rows.sequences)
+        chunks, teacher_labels_A, is_followed_C = _joined(rows.sequences)
         loss = self._compare(
             Runs(
                 student=LabelledRows(hidden_RD=rows.hidden_RD, head=rows.head, labels_R=rows.labels_R),
@@ -75,6 +75,7 @@ class AcrossTokenizers:
                     teacher_begins_C=_on(device, chunks.teacher_begins),
                     teacher_ends_C=_on(device, chunks.teacher_ends),
                 ),
+                is_followed_C=is_followed_C.to(device),
                 student_log_likelihood_R=-labelled.cross_entropy_R,
             ),
             temperature=terms.temperature,
@@ -91,7 +92,7 @@ class AcrossTokenizers:
         )
 
 
-def chunk_likelihood(runs: Runs, *, temperature: float, tau: float) -> ChunkLoss:
+def chunk_likelihood(runs: Runs, *, temperature: float, tau: float, boundaries: Boundaries | None = None) -> ChunkLoss:
     """ALM's binarised divergence of likelihoods; temperature is 1."""
     return fused_linear_chunk_likelihood(
         runs.student,
@@ -99,6 +100,8 @@ def chunk_likelihood(runs: Runs, *, temperature: float, tau: float) -> ChunkLoss
         runs.chunks,
         tau=tau,
         student_log_likelihood_R=runs.student_log_likelihood_R,
+        boundaries=boundaries,
+        is_followed_C=runs.is_followed_C,
     )
 
 
@@ -128,18 +131,36 @@ def hybrid(
     )
 
 
-def _joined(sequences: Sequence[TokenSequence]) -> tuple[Chunks, Tensor]:
-    """Over the rows of all of them, and the teacher's labels."""
-    parts, labels = [], []
+def _joined(sequences: Sequence[TokenSequence]) -> tuple[Chunks, Tensor, Tensor]:
+    """Over the rows of all of them, the teacher's labels, and which runs are followed by the next."""
+    parts, labels, followed = [], [], []
     own_rows = their_rows = 0
     for sequence in sequences:
         assert isinstance(sequence, InChunks)
         parts.append(sequence.chunks.shifted(own_rows, their_rows))
         labels.append(sequence.teacher.labels)
+        followed.append(_followed(sequence))
         own_rows += sequence.num_rows
         their_rows += sequence.teacher.num_rows
-    return Chunks.joined(parts), torch.from_numpy(np.concatenate(labels).astype(np.int64))
+    teacher_labels_A = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+    return Chunks.joined(parts), teacher_labels_A, torch.from_numpy(np.concatenate(followed))
 
 
-def _on(device: torch.device, numbers: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> Tensor:
+def _followed(sequence: InChunks) -> BoolArray:
+    """[C] whether the next run's first token comes right behind this one's last, for both."""
+    chunks = sequence.chunks
+    is_followed_C = np.zeros(len(chunks.student_begins), dtype=np.bool_)
+    is_followed_C[:-1] = _adjoins(sequence, chunks.student_begins, chunks.student_ends) & _adjoins(
+        sequence.teacher, chunks.teacher_begins, chunks.teacher_ends
+    )
+    return is_followed_C
+
+
+def _adjoins(rows: TokenSequence, begins: Int32Array, ends: Int32Array) -> BoolArray:
+    """Whether each run but the first begins where the one before it ends; rows may leave out tokens between them."""
+    found: BoolArray = (begins[1:] == ends[:-1]) & (rows.positions[begins[1:]] == rows.positions[ends[:-1] - 1] + 1)
+    return found
+
+
+def _on(device: torch.device, numbers: Int32Array) -> Tensor:
     return torch.from_numpy(numbers.astype(np.int64)).to(device)

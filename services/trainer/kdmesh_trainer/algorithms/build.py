@@ -9,11 +9,12 @@ from typing import assert_never
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdmesh.errors import ConfigError
 from kdmesh.extension import resolve
-from kdmesh.losses import Matched
+from kdmesh.losses import Boundaries, Matched
+from kdmesh.types import Int32Array
 from kdmesh_trainer.algorithm_config import (
     AlgorithmConfig,
     ByRank,
@@ -42,9 +43,11 @@ def resolve_algorithm(cfg: AlgorithmConfig) -> BuildAlgorithm:
         case VanillaKD():
             return lambda setup: vanilla_kd
         case DualSpace():
-            return DualSpaceKD if cfg.token_alignment == "eta" else AttendingDualSpaceKD
+            kind: type[DualSpaceKD | AttendingDualSpaceKD]
+            kind = DualSpaceKD if cfg.token_alignment == "eta" else AttendingDualSpaceKD
+            return partial(kind, trains_lift=cfg.student_projector == "trained")
         case ChunkLikelihood():
-            return lambda setup: AcrossTokenizers(partial(chunk_likelihood, tau=cfg.tau))
+            return partial(_chunk_likelihood, cfg)
         case ByRank():
             return lambda setup: AcrossTokenizers(by_rank)
         case Hybrid():
@@ -60,11 +63,22 @@ def rate_factor(cfg: AlgorithmConfig) -> float:
     return cfg.learning_rate_factor if isinstance(cfg, CustomAlgorithm | DualSpace) else 1.0
 
 
+def _chunk_likelihood(cfg: ChunkLikelihood, setup: Setup) -> Algorithm:
+    if cfg.debias_above is None:
+        return AcrossTokenizers(partial(chunk_likelihood, tau=cfg.tau))
+    assert setup.boundaries is not None  # as the configuration asks
+    boundaries = Boundaries(
+        student_B=_on(setup.device, setup.boundaries.student_ids),
+        teacher_B=_on(setup.device, setup.boundaries.teacher_ids),
+        least=cfg.debias_above,
+    )
+    return AcrossTokenizers(partial(chunk_likelihood, tau=cfg.tau, boundaries=boundaries))
+
+
 def _hybrid(cfg: Hybrid, setup: Setup) -> Algorithm:
     assert setup.shared is not None  # the configuration's
     matched = Matched(
-        student_M=torch.from_numpy(setup.shared.student_ids.astype(np.int64)).to(setup.device),
-        teacher_M=torch.from_numpy(setup.shared.teacher_ids.astype(np.int64)).to(setup.device),
+        student_M=_on(setup.device, setup.shared.student_ids), teacher_M=_on(setup.device, setup.shared.teacher_ids)
     )
     return AcrossTokenizers(
         partial(
@@ -75,6 +89,10 @@ def _hybrid(cfg: Hybrid, setup: Setup) -> Algorithm:
             unmatched_weight=cfg.unmatched_weight,
         )
     )
+
+
+def _on(device: torch.device, token_ids: Int32Array) -> Tensor:
+    return torch.from_numpy(token_ids.astype(np.int64)).to(device)
 
 
 def _custom(cfg: CustomAlgorithm) -> BuildAlgorithm:

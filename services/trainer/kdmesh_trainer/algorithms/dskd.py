@@ -16,28 +16,32 @@ from kdmesh.losses import (
     fused_linear_divergence,
     likeliest_tokens,
 )
-from kdmesh_trainer.algorithms.projection import logit_preserving_map
+from kdmesh_trainer.algorithms.data_tokens import with_cross_entropy
+from kdmesh_trainer.algorithms.projection import FollowingMap, logit_preserving_map
 from kdmesh_trainer.algorithms.seam import LossRows, Setup, Terms
 
 _NO_TOKEN = -1
 
 
 class DualSpaceKD(nn.Module):
-    """kd_weight * (I + S + T) + ce_weight * cross-entropy, with W the heads, h the hidden states, A and B trained.
+    """kd_weight * (I + S + T) + ce_weight * cross-entropy, with W the heads, h the hidden states, and A trained.
 
     I = cross-entropy of softmax(W_s A h_t) against the teacher's likeliest token: trains A.
     S = divergence of softmax(W_s h_s) from softmax(W_s A h_t), here a constant, on rows where the two of I agree.
-    T = divergence of softmax(W_t B h_s) from softmax(W_t h_t): trains B as well.
+    T = divergence of softmax(W_t B h_s) from softmax(W_t h_t).
 
-    W_s is the student's head as it is in this step, a constant in I. A and B begin as the maps that keep logits. With
-    another tokenizer I, S and T are of the rows that the teacher answers; there is no I and no S where the teacher's
-    likeliest token is not one of the student's.
+    W_s is the student's head as it is in this step, a constant in I. A begins as the map that keeps logits. B is that
+    map in every step, pinv(W_t) W_s, a constant, so that T is about the student's own logits; or it only begins as such
+    and is trained, and then nothing holds the student's head to what B makes of its hidden states. With another
+    tokenizer I, S and T are of the rows that the teacher answers; there is no I and no S where the teacher's likeliest
+    token is not one of the student's.
 
-    Source: Zhang et al. 2025 (DSKD with ETA), arXiv:2504.11426, and 2024, arXiv:2406.17328. Every row counts alike,
-    where KDFlow divides S by the rows that agree in a micro-batch; B is trained, as in the paper of 2024.
+    Source: Zhang et al. 2025 (DSKD with ETA), arXiv:2504.11426; B is trained in that of 2024, arXiv:2406.17328. Every
+    row counts alike, where KDFlow divides S by the rows that agree in a micro-batch.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *, trains_lift: bool = False) -> None:
+        """`trains_lift`: B is trained."""
         super().__init__()
         (teacher_head,) = setup.teacher_heads().values()
         student_head = setup.student_head
@@ -50,7 +54,10 @@ class DualSpaceKD(nn.Module):
             self._student_of = student_of_V.to(setup.device)
             student_head, teacher_head = student_head.selected(student_S), teacher_head.selected(teacher_S)
         self.teacher_to_student = trained(logit_preserving_map(teacher_head, student_head, setup.device))
-        self.student_to_teacher = trained(logit_preserving_map(student_head, teacher_head, setup.device))
+        self.student_to_teacher: nn.Parameter | None = None
+        if trains_lift:
+            self.student_to_teacher = trained(logit_preserving_map(student_head, teacher_head, setup.device))
+        self._following = FollowingMap(setup.shared, setup.device)
 
     def forward(self, rows: LossRows, terms: Terms) -> FusedLoss:
         """See Algorithm."""
@@ -70,7 +77,8 @@ class DualSpaceKD(nn.Module):
             labels_A if terms.ce_weight == 0 else None,
             token_weight_R=agrees_A,
         )
-        in_teacher = terms.compare(linear(student_AD, self.student_to_teacher), teacher.head, [teacher], None)
+        lift_ED = lift(self.student_to_teacher, self._following, head, teacher.head)
+        in_teacher = terms.compare(linear(student_AD, lift_ED.to(student_AD.dtype)), teacher.head, [teacher], None)
         loss = replace(
             in_student,
             loss_sum=terms.kd_weight * imitation + in_student.loss_sum + in_teacher.loss_sum,
@@ -100,17 +108,9 @@ class DualSpaceKD(nn.Module):
         return imitated.loss_sum, agrees_A.to(imitated.cross_entropy_R.dtype)
 
 
-def with_cross_entropy(loss: FusedLoss, rows: LossRows, terms: Terms) -> FusedLoss:
-    """With that of all rows, of which those that the student drew are not imitated."""
-    is_data_R = torch.ones(len(rows.labels_R), device=rows.labels_R.device)
-    is_data_R[: rows.num_sampled] = 0
-    with torch.set_grad_enabled(torch.is_grad_enabled() and terms.ce_weight > 0):
-        whole = fused_linear_cross_entropy(rows.hidden_RD, rows.head, rows.labels_R, token_weight_R=is_data_R)
-    return replace(
-        loss,
-        loss_sum=loss.loss_sum + terms.ce_weight * whole.loss_sum,
-        cross_entropy_R=whole.cross_entropy_R,
-    )
+def lift(own: Tensor | None, following: FollowingMap, student: OutputHead, teacher: OutputHead) -> Tensor:
+    """[E, D] B: a matrix of its own where that is trained, else of the two heads."""
+    return following.between(student, teacher) if own is None else own
 
 
 def _likeliest_cross_entropy(log_q_CV: Tensor, log_p_CV: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,15 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from kdmesh.losses import FusedLoss, MixedTeacher, OutputHead, fused_linear_cross_entropy
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.algorithms.dskd import trained, with_cross_entropy
-from kdmesh_trainer.algorithms.projection import logit_preserving_map
+from kdmesh_trainer.algorithms.data_tokens import with_cross_entropy
+from kdmesh_trainer.algorithms.dskd import lift, trained
+from kdmesh_trainer.algorithms.projection import FollowingMap, logit_preserving_map
 from kdmesh_trainer.algorithms.seam import LossRows, Setup, Terms
 from kdmesh_trainer.sources.sides import teacher_side
 
 
 class AttendingDualSpaceKD(nn.Module):
-    """kd_weight * (I + S + T) + ce_weight * cross-entropy; W the heads, h the hidden states, A, B and C trained.
+    """kd_weight * (I + S + T) + ce_weight * cross-entropy; W the heads, h the hidden states, A and C trained.
 
     A row's tokens are the one at its position and the one that follows, each as its row of the head over the spread of
     that head. With q = C [tokens of the student's row] and k = [tokens of the teacher's row], both of 2 E numbers, and
@@ -27,13 +28,14 @@ class AttendingDualSpaceKD(nn.Module):
     I = cross-entropy of softmax(W_s sum_k attention A h_t) against the data's tokens: trains A and C.
     S = divergence of softmax(W_s h_s) from that distribution, which is a constant here.
     T = divergence of softmax(W_t sum_q attention B h_s), the other way round, from softmax(W_t h_t), for each row of
-    the teacher: trains B, C and the student.
+    the teacher: trains C and the student. B is as in DualSpaceKD, over the shared tokens.
 
-    Source: Zhang et al. 2024 (DSKD with CMA), arXiv:2406.17328, with A and B begun as in 2025, arXiv:2504.11426, and C
+    Source: Zhang et al. 2024 (DSKD with CMA), arXiv:2406.17328, with A and B as in 2025, arXiv:2504.11426, and C begun
     as what brings the student's head nearest to the teacher's.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *, trains_lift: bool = False) -> None:
+        """`trains_lift`: B is trained, as in the paper of 2024."""
         super().__init__()
         assert setup.shared is not None  # the configuration's
         (teacher_head,) = setup.teacher_heads().values()
@@ -48,7 +50,10 @@ class AttendingDualSpaceKD(nn.Module):
         query_ED = query_ED * (self._student_spread / self._teacher_spread)
         self.query = trained(torch.kron(torch.eye(2, dtype=query_ED.dtype, device=setup.device), query_ED.contiguous()))
         self.teacher_to_student = trained(logit_preserving_map(teacher_shared, student_shared, setup.device))
-        self.student_to_teacher = trained(logit_preserving_map(student_shared, teacher_shared, setup.device))
+        self.student_to_teacher: nn.Parameter | None = None
+        if trains_lift:
+            self.student_to_teacher = trained(logit_preserving_map(student_shared, teacher_shared, setup.device))
+        self._following = FollowingMap(setup.shared, setup.device)
 
     def forward(self, rows: LossRows, terms: Terms) -> FusedLoss:
         """See Algorithm; the divergences that are reported are those of S."""
@@ -58,7 +63,8 @@ class AttendingDualSpaceKD(nn.Module):
         query_RK = linear(_tokens(rows.sequences, head, self._student_spread).to(dtype), self.query)
         key_AK = _tokens(teacher_side(rows.sequences), teacher.head, self._teacher_spread).to(dtype)
         value_AD = linear(teacher.hidden_RE.to(dtype), self.teacher_to_student)
-        value_RE = linear(rows.hidden_RD, self.student_to_teacher)
+        lift_ED = lift(self.student_to_teacher, self._following, head, teacher.head)
+        value_RE = linear(rows.hidden_RD, lift_ED.to(rows.hidden_RD.dtype))
         parts = list(_rows_of_each(rows.sequences))
         in_student_RD = torch.cat([_attend(query_RK[own], key_AK[theirs], value_AD[theirs]) for own, theirs in parts])
         in_teacher_AE = torch.cat([_attend(key_AK[theirs], query_RK[own], value_RE[own]) for own, theirs in parts])

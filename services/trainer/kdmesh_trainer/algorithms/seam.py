@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdmesh.alignment.boundaries import BoundaryTokens
 from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.losses import (
     Divergence,
@@ -125,3 +126,4 @@ class Setup:
     teacher_heads: Callable[[], Mapping[str, OutputHead]]  # whole, on the CPU, by name; that of the only one is empty
     shared: SharedTokens | None  # of the two tokenizers; None: they have the same
     device: torch.device  # where rows will be
+    boundaries: BoundaryTokens | None = None  # of the two tokenizers, where the objective asks for them

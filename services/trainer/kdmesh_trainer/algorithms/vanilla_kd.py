@@ -8,7 +8,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from kdmesh.losses import FusedLoss, fused_linear_cross_entropy
+from kdmesh.losses import FusedLoss
+from kdmesh_trainer.algorithms.data_tokens import with_cross_entropy
 from kdmesh_trainer.algorithms.seam import LossRows, Terms
 from kdmesh_trainer.head import Target
 
@@ -43,17 +44,11 @@ def vanilla_kd(rows: LossRows, terms: Terms) -> FusedLoss:
 
 def _over_shared_tokens(target: Target, tokens_S: Tensor, rows: LossRows, terms: Terms) -> FusedLoss:
     """The divergence of the rows that have an answer, over the tokens that both know, and cross-entropy of all."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and terms.ce_weight > 0):
-        whole = fused_linear_cross_entropy(rows.hidden_RD, rows.head, rows.labels_R)
     index_R = _index(target).to(rows.hidden_RD.device)
     answered = terms.compare(
         rows.hidden_RD.index_select(0, index_R), rows.head.selected(tokens_S), target.teachers, None
     )
-    return replace(
-        answered,
-        loss_sum=answered.loss_sum + terms.ce_weight * whole.loss_sum,
-        cross_entropy_R=whole.cross_entropy_R,
-    )
+    return with_cross_entropy(answered, rows, terms)
 
 
 def _against(target: Target, rows: LossRows, terms: Terms) -> FusedLoss:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdmesh.alignment.boundaries import BoundaryTokens, boundary_tokens
 from kdmesh.alignment.chunks import align
 from kdmesh.alignment.spans import Spans, spans_of_ids
 from kdmesh.alignment.token_bytes import token_bytes
@@ -81,11 +82,19 @@ class OtherTokenizerEncoder:
         other._takes_chunks = False
         return other
 
-    def teacher_tokens(self) -> TeacherTokens:
-        """What the teacher must have."""
+    def teacher_tokens(self, *, with_boundaries: bool = False) -> TeacherTokens:
+        """What the teacher must have.
+
+        Raises:
+            ConfigError: `with_boundaries`, and the vocabularies have no byte in common that only begins tokens.
+        """
         tokenizer = self._teacher_tokenizer
-        fingerprint = tokenizer_fingerprint(tokenizer.get_vocab())
-        return TeacherTokens(fingerprint=fingerprint, size=vocabulary_size(tokenizer), shared=self.shared)
+        return TeacherTokens(
+            fingerprint=tokenizer_fingerprint(tokenizer.get_vocab()),
+            size=vocabulary_size(tokenizer),
+            shared=self.shared,
+            boundaries=self._boundaries() if with_boundaries else None,
+        )
 
     def encode(self, chats: Sequence[Chat]) -> list[list[TokenSequence] | Unusable]:
         """For each chat its sequences, or why there are none; the last turn alone where the templates differ in more.
@@ -153,6 +162,15 @@ class OtherTokenizerEncoder:
                 aligned += self._alike(own, theirs).num_student_rows
                 total += len(own)
         return aligned / total if total else 0.0
+
+    def _boundaries(self) -> BoundaryTokens:
+        found = boundary_tokens(self._student_bytes, self._teacher_bytes, ends=self._end_of_turn)
+        if found is None:
+            raise ConfigError(
+                "objective.algorithm.debias_above needs whitespace that no token of either tokenizer has behind other "
+                "bytes; these two have none"
+            )
+        return found
 
     def _prompt(self, chat: Chat, own: Prompt | Unusable, theirs: Prompt | Unusable) -> Prompt | Unusable:
         if isinstance(own, Unusable):

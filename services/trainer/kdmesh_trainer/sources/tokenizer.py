@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from kdmesh.alignment.boundaries import BoundaryTokens
 from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.errors import ConfigError
 from kdmesh.models.tokenizer import load_tokenizer
@@ -19,6 +20,7 @@ class TeacherTokens:
     fingerprint: str
     size: int  # real tokens
     shared: SharedTokens | None  # with the student's tokenizer; None: it is the same
+    boundaries: BoundaryTokens | None = None  # likewise, where the objective asks for them
     image_expansion: str = ""  # see VisionSpec; empty: the student reads no images
 
 
