@@ -37,6 +37,7 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         cfg = load(TrainerConfig, arguments.config, arguments.set)
+        cfg.parallel.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
     except KdmeshError as error:
         return _refused(error, is_speaker=rank == 0)
     log.configure("trainer", rank=rank)
@@ -59,7 +60,8 @@ def _join(cfg: TrainerConfig) -> int:
     from kdmesh_trainer.mesh import joined
 
     try:
-        with joined(cfg.student.device, longest_wait_s=_longest_wait_s(cfg)) as mesh:
+        shard_ranks = cfg.parallel.shard_ranks
+        with joined(cfg.student.device, longest_wait_s=_longest_wait_s(cfg), shard_ranks=shard_ranks) as mesh:
             return _train(cfg, mesh)
     except KdmeshError as error:
         return _refused(error, is_speaker=True)

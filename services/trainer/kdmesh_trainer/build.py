@@ -140,7 +140,12 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=beside, packer=packer)
         if cfg.student.activation_checkpointing != "none":
             checkpoint_activations(lm, every=1 if cfg.student.activation_checkpointing == "all" else 2)
-        shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.student.compute_dtype))
+        shard(
+            student,
+            mesh.device_mesh,
+            compute_dtype=getattr(torch, cfg.student.compute_dtype),
+            offloads=cfg.parallel.offload == "all",
+        )
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_optimizer(cfg, student)
         copy = None if teachers is None or cfg.teacher is None else build_copy(teachers.only, student)

@@ -17,6 +17,7 @@ from kdmesh_trainer.metrics_config import MetricsConfig
 from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
+from kdmesh_trainer.parallel_config import ParallelConfig
 from kdmesh_trainer.questions_config import refuse_unasked_questions
 from kdmesh_trainer.replicas_config import ReplicatedConfig
 from kdmesh_trainer.rollouts_config import RolloutsConfig, SamplingConfig, SendingConfig
@@ -197,6 +198,9 @@ class TrainerConfig(StrictModel):
 
     batch: BatchConfig = BatchConfig()
     """Steps and micro-batches."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """How ranks share the student, and where they keep it."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its schedule."""

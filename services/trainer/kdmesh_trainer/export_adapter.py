@@ -8,13 +8,13 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.files import replacing
 from kdmesh_trainer.lora import Adapter
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.weights import whole
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class AdapterExporter:
         for name, tensor in self._student.lm.state_dict(keep_vars=True).items():
             saved_name = self._adapter.saved_name(name)
             if saved_name is not None:
-                tensors[saved_name] = _whole(tensor)
+                tensors[saved_name] = whole(tensor, None).to("cpu").contiguous()
         self._mesh.on_first(lambda: self._write(tensors))
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
@@ -63,8 +63,3 @@ class AdapterExporter:
         except OSError as error:
             raise CheckpointError(f"the trained adapter was not written to {self._path}: {error}") from error
         log.info("trained adapter written", extra={"path": str(self._path)})
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu").contiguous()

@@ -33,7 +33,7 @@ class Mesh:
     rank: int
     world_size: int
     device: torch.device
-    device_mesh: DeviceMesh
+    device_mesh: DeviceMesh  # (shard), or (replicate, shard) where there are several copies of the student
     store: Store
 
     @property
@@ -84,34 +84,63 @@ class Mesh:
 
 
 @contextmanager
-def joined(device: Literal["auto", "cpu", "cuda"], *, longest_wait_s: float) -> Iterator[Mesh]:
+def joined(
+    device: Literal["auto", "cpu", "cuda"], *, longest_wait_s: float, shard_ranks: int | None = None
+) -> Iterator[Mesh]:
     """Join the ranks that torchrun's environment describes; alone when there is no such environment.
 
     Args:
         longest_wait_s: how long one rank may keep the others waiting, beside loading and saving.
+        shard_ranks: how many hold one copy of the student between them; divides their number. None: all of them.
 
     Raises:
         ConfigError: GPUs are asked for and there are none, or fewer than ranks on this machine.
     """
     local = _device(device)
     store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else _alone()
+    timeout = timedelta(seconds=_COLLECTIVE_S + longest_wait_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo",
         store=PrefixStore("kdmesh/group", store),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=_COLLECTIVE_S + longest_wait_s),
+        timeout=timeout,
     )
     try:
         yield Mesh(
             rank=rank,
             world_size=world_size,
             device=local,
-            device_mesh=init_device_mesh(local.type, (world_size,)),
+            device_mesh=device_mesh(local.type, shard_ranks=shard_ranks or world_size, timeout=timeout),
             store=store,
         )
     finally:
         dist.destroy_process_group()
+
+
+def device_mesh(device: str, *, shard_ranks: int, timeout: timedelta) -> DeviceMesh:
+    """All ranks, by copy of the student and by part of a copy; by part alone where there is one copy. Collective.
+
+    Those that share a copy follow one another, so that it lies on one machine where as many are.
+
+    Args:
+        shard_ranks: how many share a copy; divides the number of ranks.
+        timeout: of every collective.
+    """
+    ranks = dist.get_world_size()
+    assert ranks % shard_ranks == 0, f"{shard_ranks} of {ranks}"
+    if shard_ranks == ranks:
+        return init_device_mesh(device, (ranks,))
+    grid = torch.arange(ranks).view(-1, shard_ranks)
+    # Made here, because init_device_mesh gives new groups torch's own timeouts: of NCCL ten minutes.
+    groups = [_own_group(grid.T.tolist(), timeout), _own_group(grid.tolist(), timeout)]
+    return DeviceMesh.from_group(groups, device, mesh=grid, mesh_dim_names=("replicate", "shard"))
+
+
+def _own_group(members: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """This rank's of these groups; every rank makes all of them, in this order."""
+    groups = [dist.new_group(ranks, timeout=timeout) for ranks in members]
+    return next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)
 
 
 def _alone() -> tuple[Store, int, int]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -116,18 +116,25 @@ class Student(nn.Module):
         )
 
 
-def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
+def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype, offloads: bool = False) -> None:
     """Spread the parameters over `mesh`, in place: each decoder layer, then the rest.
 
     Parameters stay as they are and are gathered as `compute_dtype`; gradients are reduced in
-    float32 and *averaged* over the ranks. Every rank must hold the same values before.
+    float32 and *averaged* over all ranks, those of other copies too. Every rank must hold the same values before.
+
+    Args:
+        mesh: of one dimension, or of two: copies, and the ranks that share one.
+        offloads: keep shards and their gradients in the host's memory, and copy what is gathered to the device.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Only memory that a GPU copies from is worth pinning, and torch pins none without one.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offloads else OffloadPolicy()
+    spread = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for layer in _layers(student.lm):
         # What is frozen has no backward pass, after which it would be shards again.
         is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=is_frozen or not is_kept_whole(student))
-    fully_shard(student, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        spread(layer, reshard_after_forward=is_frozen or not is_kept_whole(student))
+    spread(student, reshard_after_forward=False)
 
 
 def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
@@ -155,6 +162,8 @@ def begin_micro_batch(student: nn.Module, *, is_last: bool) -> None:
     """Tell FSDP where in its step the next forward and backward pass is."""
     assert isinstance(student, FSDPModule)
     student.set_is_last_backward(is_last)
+    # Until then each copy of the student adds up its own gradient: copies meet once a step.
+    student.set_requires_all_reduce(is_last)
     if is_kept_whole(student):
         student.set_requires_gradient_sync(is_last)
         student.set_reshard_after_backward(is_last)

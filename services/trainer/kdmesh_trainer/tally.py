@@ -181,7 +181,8 @@ class Tally:
         seen = [number for teacher in self._teachers.values() for number in teacher.own()]
         counted = self._sums_5.new_tensor([*own, *seen])
         sums = self._mesh.sum(torch.cat([self._sums_5, self._samples_4, counted]))
-        values = torch.cat([sums, *(value.double().reshape(1) for value in more)]).tolist()
+        # A norm of gradients that the host keeps is there too.
+        values = torch.cat([sums, *(value.to(sums).reshape(1) for value in more)]).tolist()
         teachers = {
             name: teacher.figures(values[first : first + _NUM_OWN], ranks=self._mesh.world_size)
             for (name, teacher), first in zip(self._teachers.items(), range(16, len(sums), _NUM_OWN), strict=True)

@@ -49,10 +49,13 @@ class StudentWeight:
 
 
 def whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """All of a tensor that may be a shard, in `dtype`; None leaves it as it is. Collective."""
+    """All of a tensor that may be a shard, on the ranks' device, in `dtype`; None leaves it as it is. Collective."""
     # Rounded before it is gathered: fewer bytes travel.
     tensor = tensor.detach() if dtype is None else tensor.detach().to(dtype)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # What the host keeps is gathered on the device, where all others are and NCCL carries it.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
 
 def weights_of(lm: PreTrainedModel, adapter: Adapter | None) -> dict[str, StudentWeight]:
@@ -85,7 +88,7 @@ def _sum(base: Tensor, added: LowRank) -> Tensor:
     base, a, b = base.detach(), added.a.detach(), added.b.detach()
     if isinstance(a, DTensor):
         # The others are split by rows, so each rank computes the rows that it has.
-        a = a.redistribute(placements=[Replicate()])
+        a = a.redistribute(placements=[Replicate()] * a.device_mesh.ndim)
     total = torch.addmm(base.to(a.dtype), b, a, alpha=added.scaling)
     if added.magnitude is None:
         return total
