@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,35 +16,69 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What is held now and what was at the worst moment, by the name of what it was made for.
-
-    A storage counts from the operator that makes it until nobody refers to it. Those that change their size are what
-    FSDP gathers parameters in.
-    """
+class Ledger:
+    """What one memory holds now and held at the worst moment, by the name of what it was made for."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.held: Counter[str] = Counter()
         self.worst: Counter[str] = Counter()
-        self._what_for = "other"
-        self._storages: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
-
-    @contextmanager
-    def counted_as(self, name: str) -> Iterator[None]:
-        """What is made meanwhile goes by that name."""
-        before, self._what_for = self._what_for, name
-        yield
-        self._what_for = before
 
     def begin_phase(self) -> None:
         """The worst moment is looked for from now on."""
         self.worst = self.held.copy()
 
+    def add(self, name: str, size_bytes: int) -> None:
+        """More is held."""
+        self.held[name] += size_bytes
+        if self.held.total() > self.worst.total():
+            self.worst = self.held.copy()
+
+    def take(self, name: str, size_bytes: int) -> None:
+        """Less is held."""
+        self.held[name] -= size_bytes
+
+
+class _Storage(NamedTuple):
+    ledger: Ledger
+    name: str
+    size_bytes: int
+    reference: weakref.ref[torch.UntypedStorage]
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What a device and its host hold.
+
+    A storage counts from the operator that makes it until nobody refers to it. Those that change their size are what
+    FSDP gathers parameters in. All of them are the device's, but those that are said to be the host's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = Ledger()
+        self.host = Ledger()
+        self._what_for = "other"
+        self._where = self.device
+        self._storages: dict[int, _Storage] = {}
+
+    @contextmanager
+    def counted_as(self, name: str, *, on_host: bool = False) -> Iterator[None]:
+        """What is made meanwhile goes by that name, and is the host's if so."""
+        before = self._what_for, self._where
+        self._what_for, self._where = name, self.host if on_host else self.device
+        yield
+        self._what_for, self._where = before
+
     def hold(self, tensor: Tensor) -> Tensor:
         """Count a tensor that no operator makes; it is returned."""
         self._note(tensor)
         return tensor
+
+    def move_to_host(self, tensor: Tensor, name: str) -> None:
+        """The storage of a tensor is the host's from now on, by that name."""
+        key = _storage(tensor)._cdata
+        if (known := self._storages.get(key)) is not None and known.ledger is not self.host:
+            self._forget(key)
+            self._set(key, known._replace(ledger=self.host, name=name))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -75,29 +109,31 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note(self, tensor: Tensor) -> None:
-        if isinstance(tensor, DTensor):  # says how large all shards are together
-            tensor = tensor.to_local()
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         key = storage._cdata
         if key not in self._storages:
-            self._set(key, self._what_for, storage.nbytes(), weakref.ref(storage, partial(self._gone, key)))
+            gone = weakref.ref(storage, partial(self._gone, key))
+            self._set(key, _Storage(self._where, self._what_for, storage.nbytes(), gone))
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._storages:
-            reference = self._storages[key][2]
+            known = self._storages[key]
             self._forget(key)
-            self._set(key, "gathered parameters", storage.nbytes(), reference)
+            self._set(key, known._replace(name="gathered parameters", size_bytes=storage.nbytes()))
 
-    def _set(self, key: int, name: str, size_bytes: int, reference: weakref.ref[torch.UntypedStorage]) -> None:
-        self._storages[key] = name, size_bytes, reference
-        self.held[name] += size_bytes
-        if self.held.total() > self.worst.total():
-            self.worst = self.held.copy()
+    def _set(self, key: int, storage: _Storage) -> None:
+        self._storages[key] = storage
+        storage.ledger.add(storage.name, storage.size_bytes)
 
     def _gone(self, key: int, _: object) -> None:
         self._forget(key)
 
     def _forget(self, key: int) -> None:
-        name, size_bytes, _ = self._storages.pop(key)
-        self.held[name] -= size_bytes
+        known = self._storages.pop(key)
+        known.ledger.take(known.name, known.size_bytes)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    # A DTensor says how large all shards are together.
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()

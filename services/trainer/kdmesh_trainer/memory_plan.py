@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
@@ -56,8 +58,15 @@ class Job:
     device: torch.device
     optimizer: OptimizerConfig
     ranks: int
+    shard_ranks: int  # that share a copy of the student
+    offloads: bool  # whether the host keeps parameters, gradients and moments, which says nothing of a CPU
     lengths: Sequence[int]  # of the sequences of the largest micro-batch, every position with a loss
     accumulates: bool  # whether a rank has several micro-batches in a step
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether the host's memory is another than the device's, and keeps something."""
+        return self.offloads and self.device.type != "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +75,7 @@ class Plan:
 
     resident: Counter[str]  # between steps
     phases: dict[str, Counter[str]]  # at the worst moment of each part of a step
+    host: Counter[str]  # at the host's worst moment, if it keeps something
 
     @property
     def worst_phase(self) -> str:
@@ -85,10 +95,11 @@ def plan(job: Job) -> Plan:
         ConfigError: the student's directory is not a model that can be trained.
     """
     live = LiveBytes()
-    with _ranks(job.ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
+    with _ranks(job) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
         with live.counted_as("parameters"):
             student = Student(empty_causal_lm(job.student), vocabulary_size=job.vocabulary_size)
-            shard(student, mesh, compute_dtype=job.compute_dtype)
+            shard(student, mesh, compute_dtype=job.compute_dtype, offloads=job.offloads)
+        copies = _give_to_host(student, live) if job.uses_host else 0
         optimizer = build_adamw(student, job.optimizer)
         packed = _packed(job.lengths, fake)
         footprint = _footprint(job, student, packed)
@@ -98,18 +109,46 @@ def plan(job: Job) -> Plan:
         workspace: list[Tensor] = []
         for _ in range(2):  # the second has what the first leaves behind
             phases = _step(job, live, student, optimizer, packed, _Loss(footprint, live, workspace))
-        resident = +live.held
+        resident = +live.device.held
         del heads, student, optimizer, workspace
-    return Plan(resident=resident, phases=phases)
+    for name in ("forward", "backward"):
+        phases[name]["copies of shards"] += copies
+    return Plan(resident=resident, phases={name: +worst for name, worst in phases.items()}, host=+live.host.worst)
 
 
 @contextmanager
-def _ranks(count: int) -> Iterator[DeviceMesh]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+def _ranks(job: Job) -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=job.ranks)
     try:
-        yield init_device_mesh("cpu", (count,))
+        if job.shard_ranks == job.ranks:
+            yield init_device_mesh("cpu", (job.ranks,))
+        else:
+            shape = job.ranks // job.shard_ranks, job.shard_ranks
+            yield init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
     finally:
         dist.destroy_process_group()
+
+
+def _give_to_host(student: Student, live: LiveBytes) -> int:
+    """Count shards, and gradients from when they are reduced on, as the host's, where a CPU would not move them.
+
+    Returns:
+        Most bytes of copies that the device has of what it is about to gather together.
+    """
+
+    def move(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        live.move_to_host(parameter.grad, "gradients")
+
+    sizes = {}
+    for parameter in student.parameters():
+        assert isinstance(parameter, DTensor)
+        sizes[id(parameter)] = parameter.to_local().nbytes
+        live.move_to_host(parameter, "parameters")
+        parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
+    layers = [module for module in student.modules() if isinstance(module, FSDPModule) and module is not student]
+    together = [sum(sizes.pop(id(parameter), 0) for parameter in layer.parameters()) for layer in layers]
+    return max(sum(sizes.values()), *together)
 
 
 def _step(
@@ -124,21 +163,21 @@ def _step(
     student.train()
     for is_last in (False, True) if job.accumulates else (True,):
         begin_micro_batch(student, is_last=is_last)
-        live.begin_phase()
+        live.device.begin_phase()
         with live.counted_as("activations"):
             loss_sum = student(packed, row_loss).loss_sum
-        phases["forward"] = +live.worst
-        live.begin_phase()
+        phases["forward"] = +live.device.worst
+        live.device.begin_phase()
         with live.counted_as("gradients"):
             loss_sum.backward()
         del loss_sum
-        phases["backward"] = +live.worst
-    live.begin_phase()
-    with live.counted_as("gradients"):
+        phases["backward"] = +live.device.worst
+    live.device.begin_phase()
+    with live.counted_as("gradients", on_host=job.uses_host):
         clip_grad_norm_(student.parameters(), 1.0)
-    with live.counted_as("AdamW"):
+    with live.counted_as("AdamW", on_host=job.uses_host):
         optimizer.step()
-    phases["AdamW"] = +live.worst
+    phases["AdamW"] = +live.device.worst
     optimizer.zero_grad(set_to_none=True)
     return phases
 

@@ -70,6 +70,8 @@ def _plan(
         "rank_bytes": dict(worst),
         "rank_peak_bytes": worst.total(),
         "rank_bytes_between_steps": dict(found.resident),
+        "rank_host_bytes": dict(found.host),
+        "rank_host_peak_bytes": found.host.total(),
         "teachers_unknown": sorted(set(cfg.all_teachers) - {server["name"] for server in servers}),
         "servers": [
             {"name": server["name"], "weights_bytes": _weights_bytes(server), "slab_bytes": server["slab_bytes"]}
@@ -95,6 +97,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     wanted = device or cfg.student.device
     has_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     ranks = ranks or cfg.ranks or max(1, torch.cuda.device_count() if has_gpu else 1)
+    cfg.parallel.check_ranks(ranks)
     whole, rest = divmod(cfg.batch.max_tokens, cfg.data.max_tokens)
     step_tokens = cfg.batch.sequences * cfg.data.max_tokens
     return Job(
@@ -108,6 +111,8 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         device=torch.device("cuda" if has_gpu else "cpu"),
         optimizer=cfg.optimizer,
         ranks=ranks,
+        shard_ranks=cfg.parallel.shard_ranks or ranks,
+        offloads=cfg.parallel.offload == "all",
         # As long as they may be, and every position with a loss.
         lengths=[cfg.data.max_tokens] * whole + ([rest] if rest >= 2 else []),
         accumulates=isinstance(cfg.source, OnPolicy) or step_tokens > ranks * cfg.batch.max_tokens,
@@ -143,6 +148,12 @@ def _table(told: Mapping[str, Any]) -> str:
         *(f"  {name:<{width}}{size / _MIB:>12,.0f} MiB" for name, size in _largest_first(told["rank_bytes"])),
         f"  {'in all':<{width}}{told['rank_peak_bytes'] / _MIB:>12,.0f} MiB",
     ]
+    if told["rank_host_bytes"]:
+        lines += [
+            "and of its host's memory, at most:",
+            *(f"  {name:<{width}}{size / _MIB:>12,.0f} MiB" for name, size in _largest_first(told["rank_host_bytes"])),
+            f"  {'in all':<{width}}{told['rank_host_peak_bytes'] / _MIB:>12,.0f} MiB",
+        ]
     for server in told["servers"]:
         name = f"Teacher {server['name']}".rstrip()
         lines += [
