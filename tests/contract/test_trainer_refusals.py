@@ -56,6 +56,15 @@ def test_a_bad_key_is_named(refusals: Refusals, student: Path, tmp_path: Path) -
     assert "optimizer.learning_rat" in refusals.sentence(config, "optimizer.learning_rat=1")
 
 
+def test_copies_that_the_ranks_do_not_fill_are_refused_before_the_ranks_meet(
+    refusals: Refusals, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # of the others there is none
+    config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"})
+    sentence = refusals.sentence(config, "parallel.shard_ranks=3")
+    assert "parallel.shard_ranks is 3 and the job has 4 ranks" in sentence
+
+
 def test_distilling_needs_an_address(refusals: Refusals, student: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, student=student, teacher=None, steps=1)
     assert "teacher.addresses is empty" in refusals.sentence(config, "teacher.prefetch=1")

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.step import TINY, build_lm, packed_tokens
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.packing import PackedTokens
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, begin_micro_batch, shard
+from kdmesh_trainer.model import Student, begin_micro_batch, release, shard
+from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.weights import whole
 
 pytestmark = pytest.mark.gpu
 
 SCALE = Scale(device=torch.device("cpu"), rows=64, vocabulary=300)
+# Not an OptimizerConfig: that needs pydantic.
+ADAMW = SimpleNamespace(learning_rate=1e-3, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,40 @@ def test_loss_and_gradient_are_those_of_a_cpu_without_fsdp(
     for name, gradient in reference_gradients.items():
         error = (gradients[name] - gradient).norm() / gradient.norm()
         assert error < 1e-4, name
+
+
+def learnt(mesh: Mesh, device: torch.device, *, offloads: bool) -> tuple[Student, torch.optim.Optimizer, list[Tensor]]:
+    """A student after two steps, and its whole weights."""
+    student, packed = built(), packed_tokens(SCALE)
+    shard(student, mesh.device_mesh, compute_dtype=torch.float32, offloads=offloads)
+    optimizer = build_adamw(student, ADAMW)  # type: ignore[arg-type]
+    for _ in range(2):
+        begin_micro_batch(student, is_last=True)
+        loss_and_gradients(student, packed.to(device), device)
+        clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    release(student)
+    return student, optimizer, [whole(parameter, None) for parameter in student.parameters()]
+
+
+def test_a_student_on_the_host_learns_the_same_and_stays_there(mesh: Mesh, device: torch.device) -> None:
+    _, _, expected = learnt(mesh, device, offloads=False)
+    student, optimizer, weights = learnt(mesh, device, offloads=True)
+    for parameter, weight, other in zip(student.parameters(), weights, expected, strict=True):
+        assert (weight.device.type, other.device.type) == (device.type, device.type)  # servers get it from there
+        assert (weight - other).square().mean().sqrt() < 1e-5  # after two steps of 1e-3
+        assert isinstance(parameter, DTensor)
+        assert parameter.to_local().device.type == "cpu"
+        assert parameter.to_local().is_pinned() is (device.type == "cuda")
+        assert optimizer.state[parameter]["exp_avg"].to_local().device.type == "cpu"
+
+
+def test_a_student_on_the_host_leaves_the_device_free(mesh: Mesh, gpu: torch.device) -> None:
+    before = torch.cuda.memory_allocated()
+    student = built()
+    shard(student, mesh.device_mesh, compute_dtype=torch.bfloat16, offloads=True)
+    assert torch.cuda.memory_allocated() - before < student.size_bytes / 4
 
 
 def test_forward_and_backward_wait_for_nothing(mesh: Mesh, gpu: torch.device) -> None:

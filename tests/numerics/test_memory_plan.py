@@ -64,6 +64,32 @@ def test_weights_moments_and_head_are_counted_to_the_byte_and_shared_by_the_rank
     assert of_four.resident["parameters"] == pytest.approx(found.resident["parameters"] / 4, rel=2e-2)
 
 
+def test_each_of_several_copies_is_shared_by_fewer_ranks(tmp_path: Path) -> None:
+    one = replace(job(saved(tmp_path, TINY, is_tied=False), 300, [40, 24], accumulates=True), ranks=4)
+    two = plan(replace(one, shard_ranks=2))
+    for name in ("parameters", "AdamW"):
+        assert two.resident[name] == pytest.approx(2 * plan(one).resident[name], rel=2e-2), name
+    alone, whole = plan(replace(one, ranks=1)), plan(replace(one, shard_ranks=1))
+    assert whole.resident == alone.resident
+    assert plan(replace(one, shard_ranks=4)) == plan(one)
+    assert not two.host
+
+
+def test_what_the_host_keeps_is_counted_there_and_not_on_the_device(tmp_path: Path) -> None:
+    here = replace(job(saved(tmp_path, TINY, is_tied=False), 300, [40, 24]), ranks=2, device=torch.device("cuda"))
+    of_device, of_both = plan(here), plan(replace(here, offloads=True))
+    assert not of_device.host
+    trained = of_device.resident["AdamW"] / 2  # a parameter has two moments of its size
+    for name, times in {"parameters": 1, "gradients": 1, "AdamW": 2}.items():
+        assert of_both.host[name] == pytest.approx(times * trained, rel=2e-2), name
+    assert of_both.resident["AdamW"] == 0
+    assert of_both.resident["parameters"] < 0.02 * of_device.resident["parameters"]  # tables of angles
+    assert of_both.peak_bytes < of_device.peak_bytes - 3 * trained
+    on_cpu = replace(here, device=torch.device("cpu"))
+    assert not plan(replace(on_cpu, offloads=True)).host
+    assert plan(replace(on_cpu, offloads=True)).resident == plan(on_cpu).resident
+
+
 def test_twice_the_tokens_take_twice_the_activations(tmp_path: Path) -> None:
     model = saved(tmp_path, TINY, is_tied=True)
     few, many = (plan(job(model, 300, [64] * count)).phases["forward"]["activations"] for count in (2, 4))

@@ -37,6 +37,21 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     assert both["rest"] == both["whole"][3:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "parallel"), [(4, {"shard_ranks": 2}), (2, {"offloads": True}), (4, {"shard_ranks": 2, "offloads": True})]
+)
+def test_a_student_in_copies_or_on_the_host_goes_on_exactly_after_sigkill(
+    arguments: dict[str, Any], tmp_path: Path, ranks: int, parallel: dict[str, Any]
+) -> None:
+    arguments |= {"until": STEPS, "num_sequences": [14], **parallel}
+    killed = finish(start_ranks_of(f"{RUNS}:train", ranks=ranks, **arguments, save_at=3, kill_at=5))
+    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * ranks
+    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=ranks, **arguments, other=str(tmp_path / "other"))[0]
+    assert both["first"] == 3
+    assert both["rest"] == both["whole"][3:]
+
+
 def test_a_run_continues_on_another_number_of_ranks(arguments: dict[str, Any]) -> None:
     whole = run_ranks(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=4)[0]
     rest = run_ranks(f"{RUNS}:train", ranks=1, **arguments, until=STEPS, save_at=6)[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
-from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.mesh import Mesh, device_mesh
 from kdmesh_trainer.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.optimizer import build_adamw
@@ -111,6 +112,14 @@ def step_batch(
     )
 
 
+def in_copies(mesh: Mesh, *, shard_ranks: int | None) -> Mesh:
+    """The same ranks, so many of which share a copy of the student. Collective."""
+    if shard_ranks is None:
+        return mesh
+    timeout = timedelta(seconds=60)
+    return replace(mesh, device_mesh=device_mesh(mesh.device.type, shard_ranks=shard_ranks, timeout=timeout))
+
+
 def build_student(
     path: Path,
     mesh: Mesh,
@@ -120,6 +129,7 @@ def build_student(
     lora: LoraConfig | None = None,
     dual_space_with: LocalTeacher | None = None,
     checkpointed_every: int | None = None,
+    offloads: bool = False,
 ) -> Student:
     """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for."""
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
@@ -138,7 +148,7 @@ def build_student(
     student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=algorithm)
     if checkpointed_every is not None:
         checkpoint_activations(lm, every=checkpointed_every)
-    shard(student, mesh.device_mesh, compute_dtype=compute_dtype)
+    shard(student, mesh.device_mesh, compute_dtype=compute_dtype, offloads=offloads)
     return student
 
 

@@ -17,7 +17,14 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.weights import whole
-from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
+from tests.support.trainer_parts import (
+    LocalTeacher,
+    build_stepper,
+    build_student,
+    in_copies,
+    random_sequences,
+    step_batch,
+)
 
 VOCABULARY_SIZE = 310
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01, warmup_steps=2, max_gradient_norm=0.5)
@@ -44,6 +51,8 @@ def train(
     lora: dict[str, Any] | None = None,
     is_dual_space: bool = False,
     num_sequences: Sequence[int] = (6,),
+    shard_ranks: int | None = None,
+    offloads: bool = False,
 ) -> dict[str, Any]:
     """Trains from the newest checkpoint to step `until`; the losses by step, and whole parameters of the algorithm.
 
@@ -51,6 +60,7 @@ def train(
     `save_at`. At step `kill_at` every rank kills itself after its forward and backward passes,
     before its update.
     """
+    mesh = in_copies(mesh, shard_ranks=shard_ranks)
     local_teacher = LocalTeacher(Path(teacher))
     model = build_student(
         Path(student),
@@ -59,6 +69,7 @@ def train(
         compute_dtype=getattr(torch, compute_dtype),
         lora=None if lora is None else LoraConfig(**lora),
         dual_space_with=local_teacher if is_dual_space else None,
+        offloads=offloads,
     )
     stepper = build_stepper(model, local_teacher, mesh, config=OPTIMIZER, steps=steps)
     directory = CheckpointDirectory(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -30,11 +31,13 @@ from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens, pack
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.live_bytes import LiveBytes
+from kdmesh_trainer.mesh import device_mesh
 from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, shard
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 _TOKEN = 1
+_NO_WAIT = timedelta(seconds=1)  # for ranks that are not there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +61,10 @@ class Job:
     device: torch.device
     optimizer: OptimizerConfig
     ranks: int
-    shard_ranks: int  # that share a copy of the student
-    offloads: bool  # whether the host keeps parameters, gradients and moments, which says nothing of a CPU
     lengths: Sequence[int]  # of the sequences of the largest micro-batch, every position with a loss
     accumulates: bool  # whether a rank has several micro-batches in a step
+    shard_ranks: int | None = None  # that share a copy of the student; None: all
+    offloads: bool = False  # whether the host keeps parameters, gradients and moments, which says nothing of a CPU
 
     @property
     def uses_host(self) -> bool:
@@ -120,11 +123,7 @@ def plan(job: Job) -> Plan:
 def _ranks(job: Job) -> Iterator[DeviceMesh]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=job.ranks)
     try:
-        if job.shard_ranks == job.ranks:
-            yield init_device_mesh("cpu", (job.ranks,))
-        else:
-            shape = job.ranks // job.shard_ranks, job.shard_ranks
-            yield init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        yield device_mesh("cpu", shard_ranks=job.shard_ranks or job.ranks, timeout=_NO_WAIT)
     finally:
         dist.destroy_process_group()
 

@@ -111,11 +111,11 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         device=torch.device("cuda" if has_gpu else "cpu"),
         optimizer=cfg.optimizer,
         ranks=ranks,
-        shard_ranks=cfg.parallel.shard_ranks or ranks,
-        offloads=cfg.parallel.offload == "all",
         # As long as they may be, and every position with a loss.
         lengths=[cfg.data.max_tokens] * whole + ([rest] if rest >= 2 else []),
         accumulates=isinstance(cfg.source, OnPolicy) or step_tokens > ranks * cfg.batch.max_tokens,
+        shard_ranks=cfg.parallel.shard_ranks,
+        offloads=cfg.parallel.offload == "all",
     )
 
 
