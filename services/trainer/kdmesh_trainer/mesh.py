@@ -139,7 +139,7 @@ def device_mesh(device: str, *, shard_ranks: int, timeout: timedelta) -> DeviceM
 
 def _own_group(members: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
     """This rank's of these groups; every rank makes all of them, in this order."""
-    groups = [dist.new_group(ranks, timeout=timeout) for ranks in members]
+    groups: list[dist.ProcessGroup] = [dist.new_group(ranks, timeout=timeout) for ranks in members]
     return next(group for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks)
 
 

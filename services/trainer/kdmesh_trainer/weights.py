@@ -55,7 +55,8 @@ def whole(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     # What the host keeps is gathered on the device, where all others are and NCCL carries it.
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+    near: DTensor = tensor.to(tensor.device_mesh.device_type)  # type: ignore[assignment]
+    return near.full_tensor()
 
 
 def weights_of(lm: PreTrainedModel, adapter: Adapter | None) -> dict[str, StudentWeight]:
