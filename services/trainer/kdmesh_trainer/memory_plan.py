@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -145,7 +145,7 @@ def _give_to_host(student: Student, live: LiveBytes) -> int:
         sizes[id(parameter)] = parameter.to_local().nbytes
         live.move_to_host(parameter, "parameters")
         parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
-    layers = [module for module in student.lm.modules() if isinstance(module, FSDPModule)]
+    layers: list[nn.Module] = [module for module in student.lm.modules() if isinstance(module, FSDPModule)]
     together = [sum(sizes.pop(id(parameter), 0) for parameter in layer.parameters()) for layer in layers]
     return max(sum(sizes.values()), *together)
 
