@@ -145,9 +145,13 @@ def _give_to_host(student: Student, live: LiveBytes) -> int:
         sizes[id(parameter)] = parameter.to_local().nbytes
         live.move_to_host(parameter, "parameters")
         parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
-    layers: list[nn.Module] = [module for module in student.lm.modules() if isinstance(module, FSDPModule)]
+    layers = [module for module in student.lm.modules() if _is_gathered_by_itself(module)]
     together = [sum(sizes.pop(id(parameter), 0) for parameter in layer.parameters()) for layer in layers]
     return max(sum(sizes.values()), *together)
+
+
+def _is_gathered_by_itself(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
 
 
 def _step(
