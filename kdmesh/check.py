@@ -88,6 +88,7 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     yield from _tokenizer("student.model", cfg.student.model)
     if cfg.student.lora is not None:
         yield from _adapter("student.lora", cfg.student.lora.target_modules, cfg.student.model)
+    yield from _packages(cfg)
     yield from _images(cfg)
     yield from _dataset("data.train", cfg.data.train)
     yield from _judging(cfg)
@@ -108,6 +109,13 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     yield from wrong_addresses(cfg)
     if cfg.output.exists() and not cfg.output.is_dir():
         yield f"output: {cfg.output} is not a directory"
+
+
+def _packages(cfg: TrainerConfig) -> Iterator[str]:
+    if cfg.optimizer.moments == "8bit" and find_spec("torchao") is None:
+        yield "optimizer.moments: torchao is not installed (pip install 'kdmesh[eightbit]')"
+    if cfg.student.liger_kernels and find_spec("liger_kernel") is None:
+        yield "student.liger_kernels: liger-kernel is not installed (pip install 'kdmesh[liger]')"
 
 
 def _own_code(objective: Distill) -> Iterator[str]:

@@ -44,6 +44,7 @@ class _Optimizer:
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    moments: str = "float32"
 
 
 @dataclass(slots=True)

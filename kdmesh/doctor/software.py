@@ -19,6 +19,8 @@ _EXTRAS: dict[Part, tuple[str, str]] = {
     "kubernetes": ("kubernetes", "no jobs of a cluster, and no k8s:/// addresses"),
     "jwt": ("pyjwt", "servers cannot take web tokens"),
     "lora": ("peft", "students cannot train adapters"),
+    "liger": ("liger-kernel", "student.liger_kernels is not to be had"),
+    "eightbit": ("torchao", "optimizer.moments can only be float32"),
 }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
 from kdmesh.errors import ConfigError
 
@@ -17,6 +18,11 @@ PACKED_ATTENTION = "kdmesh_packed"
 # Queries whose scores are formed together where a window or a soft cap rules out is_causal,
 # so that memory grows with a sequence's length instead of its square.
 _BLOCK = 512
+
+# What FlashAttention computes for.
+_VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+_VARLEN_CAPABILITY = (8, 0)
+_VARLEN_HEAD_SIZE = 256
 
 
 def packed_attention(
@@ -29,6 +35,7 @@ def packed_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     packed_lengths: tuple[int, ...] | None = None,
+    packed_starts: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, for one row of sequences of `packed_lengths` tokens.
@@ -43,6 +50,8 @@ def packed_attention(
         scaling: factor on the scores; None is 1 / sqrt(head dim).
         softcap: cap on the scores, as in Gemma 2.
         packed_lengths: tokens of each sequence; their sum is T.
+        packed_starts: PackedTokens.starts on the same device, for one call of FlashAttention over all sequences, where
+            `varlen_refusal` is None; None takes each sequence by itself.
         **kwargs: `sliding_window`; what else transformers passes has no effect here.
 
     Returns:
@@ -59,6 +68,8 @@ def packed_attention(
         raise ConfigError(f"{_name(module)} has attention dropout {dropout}: packed attention has none; set it to 0")
     window = window_of(module, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packed_starts is not None:
+        return _varlen(query, key, value, packed_starts, max(packed_lengths), scale=scale, window=window), None
     # Split along an axis whose parts are contiguous in [1, T, heads, dim], so that joining outputs and
     # gradients copies whole rows. One split has one backward; slices would each fill a [T] of zeros.
     lengths = list(packed_lengths)
@@ -70,6 +81,33 @@ def packed_attention(
     return torch.cat(outputs, dim=1), None
 
 
+def varlen_refusal(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a model cannot attend to all sequences of a row in one call; None: it can.
+
+    Args:
+        config: the model's.
+        dtype: that it computes in.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # not at the top: it registers operators, which few need
+
+    text = config.get_text_config()
+    heads = {getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads}
+    heads |= {getattr(text, name, None) for name in ("qk_head_dim", "v_head_dim")} - {None}
+    if device.type != "cuda":
+        return f"the device is a {device.type}, and only GPUs have it"
+    if torch.cuda.get_device_capability(device) < _VARLEN_CAPABILITY:
+        return f"the GPU has compute capability {torch.cuda.get_device_capability(device)}, and it begins with 8.0"
+    if dtype not in _VARLEN_DTYPES:
+        return f"it computes in {dtype}, and only 16 bits have it"
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "the model caps its scores"
+    if len(heads) > 1 or max(heads) > _VARLEN_HEAD_SIZE or max(heads) % 8:
+        return f"heads have sizes {sorted(heads)}; they must have one, a multiple of 8 of at most {_VARLEN_HEAD_SIZE}"
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        return f"torch {torch.__version__} does not have it"
+    return None
+
+
 def window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     """Tokens that a query sees, itself included; None when that is all before it."""
     # Some models (Qwen2-MoE in 5.23) put the window only on the layer: their own masks hold it, and we use none.
@@ -79,6 +117,31 @@ def window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
 
 def _name(module: nn.Module) -> str:
     return type(module).__name__
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, *, scale: float, window: int | None
+) -> Tensor:
+    """All sequences in one call, [1, T, heads, dim]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    # The window of FlashAttention counts the tokens before a query, without itself; -1 are all of them.
+    before = -1 if window is None else window - 1
+    output = varlen_attn(
+        queries,
+        keys,
+        values,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(before, 0),
+        enable_gqa=True,
+    )
+    assert isinstance(output, Tensor)  # nothing else was asked for
+    return output[None]
 
 
 def _attend(

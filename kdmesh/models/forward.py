@@ -20,6 +20,8 @@ def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens, **decoding: A
         decoding: what the attention of a model that decodes is told instead of the lengths.
     """
     told = decoding or {"packed_lengths": packed.lengths}
+    if packed.starts is not None:
+        told["packed_starts"] = packed.starts
     images = packed.images
     if images is None:
         output = model.get_decoder()(

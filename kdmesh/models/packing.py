@@ -21,11 +21,11 @@ class PackedImages:
     position_ids_3T: Tensor  # [3, T] int64 in time, height and width; restarts at 0 with every sequence
 
     def to(self, device: torch.device) -> PackedImages:
-        """The same images on `device`."""
+        """The same images on `device`; a GPU is not waited for."""
         return PackedImages(
-            patches_PC=self.patches_PC.to(device),
-            extents_N3=self.extents_N3.to(device),
-            position_ids_3T=self.position_ids_3T.to(device),
+            patches_PC=_moved(self.patches_PC, device),
+            extents_N3=_moved(self.extents_N3, device),
+            position_ids_3T=_moved(self.position_ids_3T, device),
         )
 
 
@@ -39,6 +39,7 @@ class PackedTokens:
     rows_R: Tensor  # [R] int64, strictly increasing indices into T
     labels_R: Tensor  # [R] int64, the token that each row predicts
     images: PackedImages | None = None  # None: it is all text
+    starts: Tensor | None = None  # [sequences + 1] int32, where each begins in T, and T; None: nobody asked for them
 
     @property
     def num_tokens(self) -> int:
@@ -50,15 +51,20 @@ class PackedTokens:
         """R."""
         return len(self.rows_R)
 
+    def with_starts(self) -> PackedTokens:
+        """The same with `starts`, so that attention takes all sequences in one call. Before `to`."""
+        return replace(self, starts=torch.from_numpy(np.cumsum((0, *self.lengths), dtype=np.int32)))
+
     def to(self, device: torch.device) -> PackedTokens:
-        """The same tokens on `device`."""
+        """The same tokens on `device`; a GPU is not waited for."""
         return replace(
             self,
-            token_ids_T=self.token_ids_T.to(device),
-            position_ids_T=self.position_ids_T.to(device),
-            rows_R=self.rows_R.to(device),
-            labels_R=self.labels_R.to(device),
+            token_ids_T=_moved(self.token_ids_T, device),
+            position_ids_T=_moved(self.position_ids_T, device),
+            rows_R=_moved(self.rows_R, device),
+            labels_R=_moved(self.labels_R, device),
             images=None if self.images is None else self.images.to(device),
+            starts=None if self.starts is None else _moved(self.starts, device),
         )
 
 
@@ -92,3 +98,10 @@ def blank() -> PackedTokens:
 
 def _int64(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    # From pageable memory the host would wait until the GPU has done all that it was given before.
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.step import TINY, build_lm, packed_tokens
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
+from kdmesh.models.attention import packed_attention
 from kdmesh.models.packing import PackedTokens
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.compiled_layers import compile_layers
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student, begin_micro_batch, release, shard
 from kdmesh_trainer.optimizer import build_adamw
@@ -24,7 +28,7 @@ pytestmark = pytest.mark.gpu
 
 SCALE = Scale(device=torch.device("cpu"), rows=64, vocabulary=300)
 # Not an OptimizerConfig: that needs pydantic.
-ADAMW = SimpleNamespace(learning_rate=1e-3, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.0)
+ADAMW = SimpleNamespace(learning_rate=1e-3, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.0, moments="float32")
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +37,22 @@ def mesh(device: torch.device) -> Iterator[Mesh]:
         yield mesh
 
 
-def built() -> Student:
+def built(*, is_varlen: bool = False) -> Student:
     torch.manual_seed(3)
     lm = build_lm(SCALE.vocabulary, TINY, torch.device("cpu"), torch.float32)
-    return Student(lm, vocabulary_size=SCALE.vocabulary)
+    return Student(lm, vocabulary_size=SCALE.vocabulary, is_varlen=is_varlen)
+
+
+def random_sequences() -> list[TokenSequence]:
+    """Of several lengths, with every position."""
+    random = np.random.default_rng(2)
+    return [
+        TokenSequence(
+            token_ids=random.integers(0, SCALE.vocabulary, length).astype(np.int32),
+            positions=np.arange(length - 1, dtype=np.int32),
+        )
+        for length in (19, 2, 40)
+    ]
 
 
 def loss_and_gradients(
@@ -109,12 +125,19 @@ def test_a_student_on_the_host_leaves_the_device_free(mesh: Mesh, gpu: torch.dev
     assert torch.cuda.memory_allocated() - before < student.size_bytes / 4
 
 
-def test_forward_and_backward_wait_for_nothing(mesh: Mesh, gpu: torch.device) -> None:
-    packed = packed_tokens(SCALE).to(gpu)
-    student = built()
+@pytest.mark.parametrize("is_varlen", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_step_waits_for_nothing_until_its_figures_are_read(
+    mesh: Mesh, gpu: torch.device, is_compiled: bool, is_varlen: bool
+) -> None:
+    sequences = random_sequences()
+    student = built(is_varlen=is_varlen)
+    if is_compiled:
+        compile_layers(student.lm)
     shard(student, mesh.device_mesh, compute_dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
     teacher = OutputHead(weight_VD=torch.randn(SCALE.vocabulary, 24, device=gpu).bfloat16())
-    rows_RE = torch.randn(packed.num_rows, 24, device=gpu).bfloat16()
+    rows_RE = torch.randn(sum(s.num_rows for s in sequences), 24, device=gpu).bfloat16()
 
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
         return fused_linear_divergence(hidden_RD, head, rows_RE, teacher, divergence=forward_kl, labels_R=labels_R)
@@ -124,6 +147,49 @@ def test_forward_and_backward_wait_for_nothing(mesh: Mesh, gpu: torch.device) ->
         if turn == 2:  # the first compile and allocate
             torch.cuda.set_sync_debug_mode("error")
         try:
-            student(packed, row_loss).loss_sum.backward()
+            student(student.pack(sequences).to(gpu), row_loss).loss_sum.backward()
+            clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_one_call_for_all_sequences_attends_as_each_alone(gpu: torch.device, window: int | None) -> None:
+    lengths = (40, 1, 23)
+    generator = torch.Generator().manual_seed(1)
+
+    def states(heads: int) -> Tensor:
+        whole = torch.randn(1, heads, sum(lengths), 64, generator=generator).to(gpu, torch.bfloat16)
+        return whole.requires_grad_()
+
+    inputs = states(8), states(2), states(2)
+    starts = torch.tensor([0, 40, 41, 64], dtype=torch.int32, device=gpu)
+    settings = {"sliding_window": window, "packed_lengths": lengths}
+    upstream = torch.randn(1, sum(lengths), 8, 64, generator=generator).to(gpu, torch.bfloat16)
+    each, together = (
+        packed_attention(torch.nn.Identity(), *inputs, None, packed_starts=told, **settings)[0]
+        for told in (None, starts)
+    )
+    torch.testing.assert_close(together, each, rtol=2e-2, atol=2e-2)
+    for mine, theirs in zip(
+        torch.autograd.grad(together, inputs, upstream), torch.autograd.grad(each, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=5e-2, atol=5e-2)
+
+
+def test_compiled_layers_have_the_gradient_of_the_others(mesh: Mesh, gpu: torch.device) -> None:
+    packed = packed_tokens(SCALE).to(gpu)
+    outcomes = []
+    for is_compiled in (False, True):
+        student = built()
+        if is_compiled:
+            compile_layers(student.lm)
+        shard(student, mesh.device_mesh, compute_dtype=torch.float32)
+        begin_micro_batch(student, is_last=True)
+        outcomes.append(loss_and_gradients(student, packed, gpu))
+    (loss, gradients), (compiled_loss, compiled_gradients) = outcomes
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-4, atol=0)
+    for name, gradient in gradients.items():
+        assert (compiled_gradients[name] - gradient).norm() / gradient.norm() < 1e-3, name

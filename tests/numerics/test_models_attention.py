@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from kdmesh.errors import ConfigError
 from kdmesh.models import attention
@@ -105,3 +107,65 @@ def test_what_it_cannot_do_is_refused() -> None:
         packed_attention(nn.Identity(), *inputs, None, dropout=0.1, packed_lengths=(4,))
     with pytest.raises(ConfigError, match="mask"):
         packed_attention(nn.Identity(), *inputs, torch.ones(1, 1, 4, 4), packed_lengths=(4,))
+
+
+def by_the_formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What torch documents of varlen_attn, which itself runs on GPUs alone."""
+    assert torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype == torch.int32
+    lengths = tuple(cu_seq_q.diff().tolist())
+    assert (max_q, max_k, enable_gqa) == (max(lengths), max(lengths), True)
+    before, after = window_size
+    assert after == 0
+    window = None if before == -1 else before + 1
+    states = (part.transpose(0, 1)[None] for part in (query, key, value))
+    return dense(*states, lengths, scale, window, None)[0]
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_one_call_for_all_sequences_is_told_what_each_alone_is(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_the_formula)
+    lengths = (5, 1, 13)
+    inputs = states(sum(lengths))
+    settings = {"scaling": 0.3, "sliding_window": window, "packed_lengths": lengths}
+    each, _ = packed_attention(nn.Identity(), *inputs, None, **settings)
+    starts = torch.tensor([0, 5, 6, 19], dtype=torch.int32)
+    together, _ = packed_attention(nn.Identity(), *inputs, None, packed_starts=starts, **settings)
+    assert together.shape == each.shape
+    torch.testing.assert_close(together, each, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "device", "words"),
+    [
+        ({}, torch.bfloat16, "cpu", "the device is a cpu"),
+        ({}, torch.float32, "cuda", "computes in torch.float32"),
+        ({"head_dim": 12}, torch.bfloat16, "cuda", r"sizes \[12\]"),
+        ({"head_dim": 512}, torch.bfloat16, "cuda", r"sizes \[512\]"),
+        ({"attn_logit_softcapping": 2.0}, torch.bfloat16, "cuda", "caps its scores"),
+        ({}, torch.bfloat16, "cuda", None),
+    ],
+)
+def test_a_model_that_flash_attention_cannot_run_is_told_why(
+    change: dict[str, object], dtype: torch.dtype, device: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = AutoConfig.for_model("qwen3", **{"head_dim": 64, **change})
+    refusal = attention.varlen_refusal(config, dtype, torch.device(device))
+    assert refusal is None if words is None else re.search(words, refusal or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    if words is None:
+        assert "capability (7, 5)" in str(attention.varlen_refusal(config, dtype, torch.device(device)))

@@ -21,6 +21,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.dskd import DualSpaceKD
 from kdmesh_trainer.algorithms.seam import Setup
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
+from kdmesh_trainer.compiled_layers import compile_layers
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
@@ -130,6 +131,7 @@ def build_student(
     dual_space_with: LocalTeacher | None = None,
     checkpointed_every: int | None = None,
     offloads: bool = False,
+    is_compiled: bool = False,
 ) -> Student:
     """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for."""
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
@@ -146,6 +148,8 @@ def build_student(
             )
         )
     student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=algorithm)
+    if is_compiled:
+        compile_layers(lm)
     if checkpointed_every is not None:
         checkpoint_activations(lm, every=checkpointed_every)
     shard(student, mesh.device_mesh, compute_dtype=compute_dtype, offloads=offloads)

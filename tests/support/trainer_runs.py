@@ -53,12 +53,15 @@ def train(
     num_sequences: Sequence[int] = (6,),
     shard_ranks: int | None = None,
     offloads: bool = False,
+    optimizer: dict[str, Any] | None = None,
+    is_compiled: bool = False,
+    checkpointed_every: int | None = None,
 ) -> dict[str, Any]:
     """Trains from the newest checkpoint to step `until`; the losses by step, and whole parameters of the algorithm.
 
     Step s has `num_sequences[s]` of them, which begins anew when it is at its end. Saves after step
     `save_at`. At step `kill_at` every rank kills itself after its forward and backward passes,
-    before its update.
+    before its update. `optimizer` has what is other than in OPTIMIZER.
     """
     mesh = in_copies(mesh, shard_ranks=shard_ranks)
     local_teacher = LocalTeacher(Path(teacher))
@@ -70,8 +73,11 @@ def train(
         lora=None if lora is None else LoraConfig(**lora),
         dual_space_with=local_teacher if is_dual_space else None,
         offloads=offloads,
+        is_compiled=is_compiled,
+        checkpointed_every=checkpointed_every,
     )
-    stepper = build_stepper(model, local_teacher, mesh, config=OPTIMIZER, steps=steps)
+    config = OPTIMIZER.model_copy(update=optimizer)
+    stepper = build_stepper(model, local_teacher, mesh, config=config, steps=steps)
     directory = CheckpointDirectory(
         Path(checkpoints), model, stepper.optimizer, identity={"student.model": "tiny"}, steps=steps, keep=2, mesh=mesh
     )

@@ -15,7 +15,7 @@ from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
-from kdmesh_trainer import data_config, lora_config, optimizer_config, replicas_config
+from kdmesh_trainer import data_config, lora_config, optimizer_config, profile_config, replicas_config, student_config
 from kdmesh_trainer.config import TrainerConfig
 
 GOOD = """
@@ -115,6 +115,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("data: {max_tokens: 9000, train: {format: chat, path: x.jsonl}}", "must not exceed batch.max_tokens"),
         ("objective: {name: distill, kd_weight: 0}", "nothing would be learnt"),
         ("student: {model: x, weights: random, lora: {}}", "lora needs weights pretrained"),
+        ("student: {model: x, attention: varlen}", "attention varlen needs a GPU and compute_dtype bfloat16"),
+        ("student: {model: x, compile: layers, liger_kernels: true}", "liger_kernels does not go with compile layers"),
+        ("profile: {steps: []}", "profile.steps"),
         ("student: {model: x, lora: {target_modules: []}}", "target_modules is empty: nothing would be learnt"),
         ("student: {model: x, lora: {target_modules: q_proj}}", "student.lora.target_modules"),
         ("teacher: {addresses: ['k8s:///a.b.c:grpc']}", "is not of the form k8s:///service:port or k8s:///service.nam"),
@@ -201,7 +204,17 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
 
 @pytest.mark.parametrize(
     "module",
-    [auth_config, teacher_config, trainer_config, data_config, lora_config, optimizer_config, replicas_config],
+    [
+        auth_config,
+        teacher_config,
+        trainer_config,
+        data_config,
+        lora_config,
+        optimizer_config,
+        profile_config,
+        replicas_config,
+        student_config,
+    ],
 )
 def test_every_key_is_described_and_every_section_closed_and_frozen(module: object) -> None:
     for section in sections(module):

@@ -39,3 +39,11 @@ def test_a_blank_row_asks_for_nothing() -> None:
     packed = blank()
     assert (packed.num_tokens, packed.num_rows, packed.lengths) == (2, 0, (2,))
     assert packed.labels_R.dtype == packed.rows_R.dtype == torch.int64
+
+
+def test_starts_are_made_for_whom_they_are_asked() -> None:
+    packed = pack(random_sequences([3, 2, 5], vocabulary_size=50))
+    assert packed.starts is None
+    starts = packed.with_starts().to(torch.device("cpu")).starts
+    assert starts is not None
+    assert (starts.tolist(), starts.dtype) == ([0, 3, 5, 10], torch.int32)

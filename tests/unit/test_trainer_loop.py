@@ -31,6 +31,7 @@ class Recorder:
 
     def __init__(self, *, first: int = 0, stop_after: int | None = None) -> None:
         self.events: list[str] = []
+        self.watched: list[int] = []
         self._first = first
         self._stop_after = stop_after
         self._done = 0
@@ -90,6 +91,11 @@ class Recorder:
         yield
         self.events.append(f"{name}>")
 
+    @contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        self.watched.append(step)
+        yield
+
     def report(self, step: int, stats: StepStats) -> None:
         self.events.append(f"report {step}")
 
@@ -110,6 +116,7 @@ class Recorder:
             exporters=(self,),
             stop=self,
             telemetry=self,
+            profiler=self,
         )
 
     def without_phases(self) -> list[str]:
@@ -131,6 +138,12 @@ def test_a_run_restores_trains_saves_judges_and_exports_in_this_order() -> None:
         *("<evaluate", "evaluate", "evaluate>", "scores 2"),
         *("<export", "export", "export>"),
     ]
+
+
+def test_every_step_may_be_looked_into() -> None:
+    recorder = Recorder(first=1)
+    run(recorder.parts(), schedule(4))
+    assert recorder.watched == [1, 2, 3]
 
 
 def test_evaluations_and_checkpoints_come_when_they_are_due() -> None:

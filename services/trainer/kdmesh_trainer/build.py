@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdmesh.errors import ConfigError, NotFinite
 from kdmesh.losses import Divergence, SampledDivergence
-from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import model_fingerprint
-from kdmesh.models.head import head_spec
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.tokens import digest, tokenizer_fingerprint
 from kdmesh.types import TokenSequence
@@ -28,6 +25,7 @@ from kdmesh_trainer.build_evaluation import build_evaluator, build_examiner, rea
 from kdmesh_trainer.build_objective import build_algorithm, build_objective, build_optimizer, resolve_divergence
 from kdmesh_trainer.build_on_policy import Task, build_source, read_task
 from kdmesh_trainer.build_rollouts import Rollouts, open_rollouts
+from kdmesh_trainer.build_student import check_speed, is_varlen, load_student, spread
 from kdmesh_trainer.build_teacher import build_copy, build_publisher
 from kdmesh_trainer.build_teachers import Teachers, open_teachers
 from kdmesh_trainer.build_vision import build_packer, expansion_of, load_reader
@@ -41,8 +39,9 @@ from kdmesh_trainer.fit import check_aligned
 from kdmesh_trainer.loop import Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student, checkpoint_activations, shard
+from kdmesh_trainer.model import Student
 from kdmesh_trainer.objective_config import Distill, Sft
+from kdmesh_trainer.profiler import NoProfiler, TraceWriter
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
@@ -61,8 +60,6 @@ from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
 from kdmesh_trainer.teacher_copy import TeacherCopy
 from kdmesh_trainer.telemetry import open_telemetry
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +119,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         data = _read_data(cfg, checked, teachers)
         is_shared = teachers is not None and checked.teacher_tokens.shared is None
         vocabulary_size = teachers.vocabulary_size if teachers is not None and is_shared else checked.vocabulary_size
-        lm = _load_student(cfg, vocabulary_size)
+        lm = load_student(cfg, vocabulary_size)
         identity = _identity(cfg, lm, data, teachers)
         _refuse_unequal_ranks(identity, mesh)
         adapter = None if cfg.student.lora is None else add_adapter(lm, cfg.student.lora, seed=cfg.seed)
@@ -137,15 +134,15 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         )
         beside = algorithm if isinstance(algorithm, nn.Module) else None
         packer = build_packer(lm, checked.image_reader, data.num_images, freeze_vision=cfg.student.freeze_vision)
-        student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=beside, packer=packer)
-        if cfg.student.activation_checkpointing != "none":
-            checkpoint_activations(lm, every=1 if cfg.student.activation_checkpointing == "all" else 2)
-        shard(
-            student,
-            mesh.device_mesh,
-            compute_dtype=getattr(torch, cfg.student.compute_dtype),
-            offloads=cfg.parallel.offload == "all",
+        student = Student(
+            lm,
+            vocabulary_size=vocabulary_size,
+            adapter=adapter,
+            algorithm=beside,
+            packer=packer,
+            is_varlen=is_varlen(cfg.student, lm.config, mesh.device),
         )
+        spread(student, cfg.student, mesh, offloads=cfg.parallel.offload == "all")
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_optimizer(cfg, student)
         copy = None if teachers is None or cfg.teacher is None else build_copy(teachers.only, student)
@@ -187,6 +184,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             exporters=tuple(_exporters(cfg, student, checked.tokenizer, mesh)),
             stop=AgreedStop(signals, mesh),
             telemetry=telemetry,
+            profiler=NoProfiler() if cfg.profile is None else TraceWriter(cfg.profile, output=cfg.output, mesh=mesh),
         )
         try:
             yield parts
@@ -198,6 +196,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
 def check(cfg: config.TrainerConfig) -> Checked:
     """Everything but weights and services. Raises ConfigError when a part of it cannot be used."""
     tokenizer = load_fast_tokenizer(cfg.student.model)
+    check_speed(cfg)
     template = None if cfg.data.chat_template is None else read_template(cfg.data.chat_template)
     if template is not None:
         tokenizer.chat_template = template  # so that the trained model is written with it
@@ -277,16 +276,6 @@ def _read_train(
             assert_never(cfg.source)
 
 
-def _load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrainedModel:
-    """The model in float32 on the CPU, whole; sharding moves each rank's part to its device."""
-    torch.manual_seed(cfg.seed)  # random weights must be the same on every rank
-    lm = load_causal_lm(cfg.student.model, torch.float32, torch.device("cpu"), weights=cfg.student.weights)
-    head = head_spec(lm, vocabulary_size)
-    facts = {"parameters": sum(p.numel() for p in lm.parameters()), "padded_vocabulary": head.padded_vocabulary_size}
-    log.info("student loaded", extra={"path": str(cfg.student.model), "vocabulary_size": vocabulary_size, **facts})
-    return lm
-
-
 def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teachers: Teachers | None) -> dict[str, str]:
     """What a checkpoint can only be continued with. By content: a directory may have moved."""
     identity = {
@@ -298,6 +287,8 @@ def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teach
     }
     if cfg.student.lora is not None:
         identity["student.lora"] = json.dumps(cfg.student.lora.model_dump(mode="json"), sort_keys=True)
+    if cfg.optimizer.moments != "float32":
+        identity["optimizer.moments"] = cfg.optimizer.moments
     if teachers is not None and isinstance(cfg.objective, Distill):
         identity |= teachers.identity()
     return identity

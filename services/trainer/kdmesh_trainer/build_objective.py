@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 import torch
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from kdmesh.losses import Divergence, SampledDivergence, build_divergence, custom_divergence, truncated
@@ -62,7 +62,7 @@ def build_algorithm(
     )
 
 
-def build_optimizer(cfg: config.TrainerConfig, student: Student) -> AdamW:
+def build_optimizer(cfg: config.TrainerConfig, student: Student) -> Optimizer:
     """AdamW over the sharded student, with an algorithm's own parameters."""
     factor = rate_factor(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else 1.0
     return build_adamw(student, cfg.optimizer, algorithm=student.algorithm, rate_factor=factor)

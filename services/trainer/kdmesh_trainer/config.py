@@ -12,48 +12,17 @@ from kdmesh.config import StrictModel
 from kdmesh.tracing.config import TracingConfig
 from kdmesh_trainer.algorithm_config import refuse_unfit_algorithm
 from kdmesh_trainer.data_config import DataConfig
-from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.metrics_config import MetricsConfig
 from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
 from kdmesh_trainer.parallel_config import ParallelConfig
+from kdmesh_trainer.profile_config import ProfileConfig
 from kdmesh_trainer.questions_config import refuse_unasked_questions
 from kdmesh_trainer.replicas_config import ReplicatedConfig
 from kdmesh_trainer.rollouts_config import RolloutsConfig, SamplingConfig, SendingConfig
 from kdmesh_trainer.schedule_config import CheckpointConfig, EvaluationConfig
-
-
-class StudentConfig(StrictModel):
-    """The model that learns."""
-
-    model: Path
-    """Directory of a Hugging Face causal LM with its tokenizer. Required."""
-
-    weights: Literal["pretrained", "random"] = "pretrained"
-    """random ignores the checkpoint's weights and starts from the architecture's own initialisation."""
-
-    lora: LoraConfig | None = None
-    """Train adapters and freeze the rest; null trains every weight."""
-
-    freeze_vision: bool = False
-    """Train the language model alone, and not the vision tower with its projector, of a model that reads images."""
-
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Element type of the forward and backward pass; master weights and reductions are always float32."""
-
-    activation_checkpointing: Literal["none", "half", "all"] = "none"
-    """Of which decoder layers (every second one, or all) only the inputs are kept for the backward pass, which then
-    computes the rest again: much less memory, up to a third more time, the same gradient."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes GPUs when there are any."""
-
-    @model_validator(mode="after")
-    def _adapts_something(self) -> StudentConfig:
-        if self.lora is not None and self.weights == "random":
-            raise ValueError("lora needs weights pretrained: adapters of a random model teach nothing")
-        return self
+from kdmesh_trainer.student_config import StudentConfig
 
 
 class FollowConfig(SendingConfig):
@@ -222,6 +191,9 @@ class TrainerConfig(StrictModel):
 
     tracing: TracingConfig | None = None
     """Where traces of steps go, with what teachers do for them; null: nowhere."""
+
+    profile: ProfileConfig | None = None
+    """Steps to look into (docs/profiling.md); null: none."""
 
     seed: int = Field(0, ge=0)
     """Order of the data and initial weights."""

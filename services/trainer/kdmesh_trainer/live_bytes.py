@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -109,6 +109,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note(self, tensor: Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):  # a DTensor, or moments of 8 bits: only what it is made of has memory
+            for name in tensor.__tensor_flatten__()[0]:
+                self._note(getattr(tensor, name))
+            return
         storage = _storage(tensor)
         key = storage._cdata
         if key not in self._storages:

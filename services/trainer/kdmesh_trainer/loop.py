@@ -72,6 +72,14 @@ class Stop(Protocol):
         ...
 
 
+class Profiler(Protocol):
+    """Looks into steps, on every rank."""
+
+    def watching(self, step: int) -> AbstractContextManager[None]:
+        """Look at what happens inside, if somebody wants to know of this step."""
+        ...
+
+
 class Telemetry(Protocol):
     """Tells people and machines how the run goes; silent on every rank but the first."""
 
@@ -109,6 +117,7 @@ class Parts:
     exporters: tuple[Exporter, ...]
     stop: Stop
     telemetry: Telemetry
+    profiler: Profiler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +151,7 @@ def run(parts: Parts, schedule: Schedule) -> int:
     for step in range(first, schedule.steps):
         _evaluate_if_due(parts, schedule, done=step)
         done = step + 1
-        with span("step", step=step):
+        with span("step", step=step), parts.profiler.watching(step):
             with parts.telemetry.phase("batch"):
                 batch = parts.source.next_batch()
             with parts.telemetry.phase("update"):

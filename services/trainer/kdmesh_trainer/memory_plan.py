@@ -33,7 +33,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.live_bytes import LiveBytes
 from kdmesh_trainer.mesh import device_mesh
 from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, shard
-from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.optimizer import build_adamw, check_optimizer
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 _TOKEN = 1
@@ -95,8 +95,9 @@ def plan(job: Job) -> Plan:
     """Run two steps of the job's largest micro-batch without memory. The process must be in no process group.
 
     Raises:
-        ConfigError: the student's directory is not a model that can be trained.
+        ConfigError: the student's directory is not a model that can be trained, or its optimizer is not installed.
     """
+    check_optimizer(job.optimizer)
     live = LiveBytes()
     with _ranks(job) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
         with live.counted_as("parameters"):
@@ -180,6 +181,8 @@ def _step(
         clip_grad_norm_(student.parameters(), 1.0)
     with live.counted_as("AdamW", on_host=job.uses_host):
         optimizer.step()
+    if job.optimizer.moments == "8bit":
+        live.device.begin_phase()  # what the update takes and gives back is not known: on a GPU it is compiled
     phases["AdamW"] = +live.device.worst
     optimizer.zero_grad(set_to_none=True)
     return phases

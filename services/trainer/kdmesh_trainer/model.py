@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -55,12 +56,14 @@ class Student(nn.Module):
         adapter: Adapter | None = None,
         algorithm: nn.Module | None = None,
         packer: Packer | None = None,
+        is_varlen: bool = False,
     ) -> None:
         """
         Args:
             adapter: what was put into `lm`, if anything.
             algorithm: whose parameters are trained beside the model's, and are no part of it; called in `row_loss`.
             packer: lays sequences end to end for `lm`; None: it reads text alone.
+            is_varlen: attend to all sequences of a row in one call.
         """
         super().__init__()
         self.lm = lm
@@ -68,6 +71,7 @@ class Student(nn.Module):
         self.adapter = adapter
         self.algorithm = algorithm
         self._packer = packer or Packer(lm, None)
+        self._is_varlen = is_varlen
 
     def pack(self, sequences: Sequence[TokenSequence]) -> PackedTokens:
         """What `forward` takes, on the CPU; without a sequence a blank, for a rank that only joins the collectives.
@@ -75,7 +79,8 @@ class Student(nn.Module):
         Raises:
             InvalidRequest: an image's file has changed, or its bytes are damaged.
         """
-        return self._packer.pack(sequences)
+        packed = self._packer.pack(sequences)
+        return packed.with_starts() if self._is_varlen else packed
 
     def parameters_apart(self) -> tuple[list[nn.Parameter], ...]:
         """The model's, and the algorithm's where it has some: gradients of each are clipped by themselves."""
@@ -102,8 +107,8 @@ class Student(nn.Module):
         The head is used here, inside the root module's forward, because only here are its
         shards gathered. `row_loss` runs after the body, so it may still wait for a teacher.
         """
-        hidden_TD = hidden_states_TD(self.lm, packed)
-        hidden_RD = hidden_TD.index_select(0, packed.rows_R)
+        with record_function("body"):
+            hidden_RD = hidden_states_TD(self.lm, packed).index_select(0, packed.rows_R)
         loss = row_loss(hidden_RD, output_head(self.lm).sliced(self.vocabulary_size), packed.labels_R)
         rows = (loss.divergence_R, loss.cross_entropy_R, loss.top1_agreement_R, loss.topk_overlap_R)
         return LossTotals(
@@ -130,7 +135,7 @@ def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype, off
     # Only memory that a GPU copies from is worth pinning, and torch pins none without one.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offloads else OffloadPolicy()
     spread = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    for layer in _layers(student.lm):
+    for layer in decoder_layers(student.lm):
         # What is frozen has no backward pass, after which it would be shards again.
         is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
         spread(layer, reshard_after_forward=is_frozen or not is_kept_whole(student))
@@ -143,14 +148,14 @@ def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
     Raises:
         ConfigError: the model's layers do not allow it.
     """
-    for layer in _layers(lm)[::every]:
+    for layer in decoder_layers(lm)[::every]:
         if not isinstance(layer, GradientCheckpointingLayer):
             raise ConfigError(
                 f"student.activation_checkpointing: layers {type(layer).__name__} of {lm.config.model_type} keep all "
                 "their activations; only none is possible"
             )
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        # Not by the layer's own means, which a forward pass that was replaced, as by compile_layers, does not have.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def is_kept_whole(student: nn.Module) -> bool:
@@ -176,7 +181,7 @@ def release(student: nn.Module) -> None:
             module.reshard()
 
 
-def _layers(lm: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     """The blocks that transformers says must not be split."""
     names = set(lm._no_split_modules or ())
     return [module for module in lm.modules() if type(module).__name__ in names]

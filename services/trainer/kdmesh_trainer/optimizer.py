@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, assert_never
 
-from torch import nn
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 if TYPE_CHECKING:
     from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Load what `build_adamw` will need. Raises ConfigError when it is not installed."""
+    if config.moments == "8bit":
+        import kdmesh_trainer.eight_bit  # noqa: F401  # not at the top: it needs an extra
+
+
 def build_adamw(
     student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None = None, rate_factor: float = 1.0
-) -> AdamW:
+) -> Optimizer:
     """AdamW over every parameter that is trained; vectors (norms, biases) do not decay.
 
     Call it after the student is sharded: sharding replaces the parameters.
@@ -22,6 +28,9 @@ def build_adamw(
     Args:
         algorithm: a part of `student` that does not decay either.
         rate_factor: its learning rate is this times that of the rest.
+
+    Raises:
+        ConfigError: `config.moments` needs what is not installed.
     """
     beside = [] if algorithm is None else list(algorithm.parameters())
     apart = {id(p) for p in beside}
@@ -31,13 +40,26 @@ def build_adamw(
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "rate_factor": 1.0},
         {"params": [p for p in beside if p.requires_grad], "weight_decay": 0.0, "rate_factor": rate_factor},
     ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        fused=True,
-    )
+    used = [group for group in groups if group["params"]]
+    match config.moments:
+        case "float32":
+            return AdamW(used, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+        case "8bit":
+            from kdmesh_trainer.eight_bit import eight_bit_adamw
+
+            return eight_bit_adamw(used, config)
+        case _:
+            assert_never(config.moments)
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """The next update has this rate, times the factor of each group."""
+    for group in optimizer.param_groups:
+        own = rate * group["rate_factor"]
+        if isinstance(group["lr"], Tensor):  # of an update that is compiled, which must not be compiled anew
+            group["lr"].fill_(own)
+        else:
+            group["lr"] = own
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, steps: int) -> float:

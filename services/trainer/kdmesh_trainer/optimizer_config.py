@@ -24,6 +24,10 @@ class OptimizerConfig(StrictModel):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled; norms and biases are exempt."""
 
+    moments: Literal["float32", "8bit"] = "float32"
+    """How the two moments of a weight are kept: in 8 bytes, or in blocks of 256 with a scale each, in 2. 8bit needs
+    kdmesh[eightbit]."""
+
     max_gradient_norm: float | None = Field(1.0, gt=0)
     """Clips the global norm; null leaves gradients as they are."""
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from kdmesh.errors import NotFinite
 from kdmesh.losses import FusedLoss, OutputHead
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals, Student, begin_micro_batch
 from kdmesh_trainer.objective import Objective
-from kdmesh_trainer.optimizer import learning_rate
+from kdmesh_trainer.optimizer import learning_rate, set_learning_rate
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.stats import StepStats
@@ -58,8 +59,10 @@ class GradientStepper:
         """
         tally = self.accumulate(batch)
         trained = self._student.parameters_apart()
-        norms = [_gradient_norm(parameters) for parameters in trained]
-        totals, (gradient_norm, *others) = tally.over_all_ranks(*norms)
+        with record_function("gradient norm"):
+            norms = [_gradient_norm(parameters) for parameters in trained]
+        with record_function("figures of all ranks"):
+            totals, (gradient_norm, *others) = tally.over_all_ranks(*norms)
         loss = totals.loss / batch.num_loss_tokens
         if not all(math.isfinite(number) for number in (loss, gradient_norm, *others)):
             raise NotFinite(
@@ -68,7 +71,8 @@ class GradientStepper:
             )
         assert max(totals.num_diverging, totals.num_labelled) == batch.num_loss_tokens, "not the whole step"
         rate = learning_rate(self._config, step=batch.step, steps=self._steps)
-        self._descend(trained, norms, rate)
+        with record_function("optimizer"):
+            self._descend(trained, norms, rate)
         return StepStats(
             loss_nats_per_token=loss,
             divergence_nats_per_token=totals.divergence_nats_per_token,
@@ -101,7 +105,8 @@ class GradientStepper:
         for micro_batch in batch.micro_batches:
             begin_micro_batch(self._student, is_last=micro_batch is batch.micro_batches[-1])
             totals = forward(self._student, objective, micro_batch, tally, self._mesh.device)
-            (totals.loss_sum * scale).backward()  # type: ignore[no-untyped-call]
+            with record_function("backward"):
+                (totals.loss_sum * scale).backward()  # type: ignore[no-untyped-call]
             tally.add(totals)
         return tally
 
@@ -109,8 +114,7 @@ class GradientStepper:
         if self._config.max_gradient_norm is not None:
             for parameters, norm in zip(trained, norms, strict=True):
                 clip_grads_with_norm_(parameters, self._config.max_gradient_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate_factor"]
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -122,18 +126,23 @@ def forward(
 
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
         # Only here are the rows held: their memory is the teacher's again before the backward pass.
-        loss = objective(
-            hidden_RD,
-            head,
-            labels_R,
-            tally.wait(micro_batch),
-            num_sampled=micro_batch.num_sampled_rows,
-            sequences=micro_batch.sequences,
-        )
-        tally.look_at_samples(loss, micro_batch.rollout_logprobs_S)
+        with record_function("wait for the teacher"):
+            rows = tally.wait(micro_batch)
+        with record_function("head and loss"):
+            loss = objective(
+                hidden_RD,
+                head,
+                labels_R,
+                rows,
+                num_sampled=micro_batch.num_sampled_rows,
+                sequences=micro_batch.sequences,
+            )
+            tally.look_at_samples(loss, micro_batch.rollout_logprobs_S)
         return loss
 
-    totals: LossTotals = student(student.pack(micro_batch.sequences).to(device), row_loss)
+    with record_function("pack"):
+        packed = student.pack(micro_batch.sequences).to(device)
+    totals: LossTotals = student(packed, row_loss)
     return totals
 
 

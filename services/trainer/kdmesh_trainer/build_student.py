@@ -1,0 +1,81 @@
+"""Builds the student, and what makes its steps fast or small."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from kdmesh.errors import ConfigError
+from kdmesh.models.attention import varlen_refusal
+from kdmesh.models.body import load_causal_lm
+from kdmesh.models.head import head_spec
+from kdmesh_trainer import config
+from kdmesh_trainer.compiled_layers import check_compiler, compile_layers
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student, checkpoint_activations, shard
+from kdmesh_trainer.optimizer import check_optimizer
+from kdmesh_trainer.student_config import StudentConfig
+
+log = logging.getLogger(__name__)
+
+
+def check_speed(cfg: config.TrainerConfig) -> None:
+    """Raises ConfigError when this machine lacks what `cfg` wants to make steps fast or small."""
+    check_optimizer(cfg.optimizer)
+    device = torch.device("cuda" if cfg.student.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if cfg.student.compile == "layers":
+        check_compiler(on_gpu=device.type == "cuda")
+    if cfg.student.attention == "varlen" or cfg.student.liger_kernels:
+        model = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
+        is_varlen(cfg.student, model, device)
+        if cfg.student.liger_kernels:
+            from kdmesh_trainer.liger import check_liger  # not at the top: it needs an extra
+
+            check_liger(model, device)
+
+
+def is_varlen(cfg: StudentConfig, model: PretrainedConfig, device: torch.device) -> bool:
+    """Whether all sequences of a row are attended to in one call.
+
+    Raises:
+        ConfigError: `cfg` wants that, and it is not possible.
+    """
+    if cfg.attention == "each":
+        return False
+    refusal = varlen_refusal(model, getattr(torch, cfg.compute_dtype), device)
+    if refusal is not None and cfg.attention == "varlen":
+        raise ConfigError(f"student.attention varlen is not possible: {refusal}")
+    return refusal is None
+
+
+def load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrainedModel:
+    """The model in float32 on the CPU, whole; sharding moves each rank's part to its device."""
+    torch.manual_seed(cfg.seed)  # random weights must be the same on every rank
+    lm = load_causal_lm(cfg.student.model, torch.float32, torch.device("cpu"), weights=cfg.student.weights)
+    head = head_spec(lm, vocabulary_size)
+    facts = {"parameters": sum(p.numel() for p in lm.parameters()), "padded_vocabulary": head.padded_vocabulary_size}
+    log.info("student loaded", extra={"path": str(cfg.student.model), "vocabulary_size": vocabulary_size, **facts})
+    return lm
+
+
+def spread(student: Student, cfg: StudentConfig, mesh: Mesh, *, offloads: bool) -> None:
+    """Shard the student over the ranks, in place, with its layers compiled and checkpointed as `cfg` says.
+
+    Args:
+        offloads: keep its shards in the host's memory.
+
+    Raises:
+        ConfigError: the model's layers do not allow it.
+    """
+    if cfg.liger_kernels:
+        from kdmesh_trainer.liger import use_liger_kernels
+
+        use_liger_kernels(student.lm)
+    # From the inside out: what the backward pass computes again is compiled, and FSDP gathers around both.
+    if cfg.compile == "layers":
+        compile_layers(student.lm)
+    if cfg.activation_checkpointing != "none":
+        checkpoint_activations(student.lm, every=1 if cfg.activation_checkpointing == "all" else 2)
+    shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.compute_dtype), offloads=offloads)

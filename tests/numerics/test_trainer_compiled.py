@@ -1,0 +1,138 @@
+"""Compiled layers say what the others say, are compiled once for every length, and go on exactly after a kill."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdmesh.errors import ConfigError
+from kdmesh_trainer import compiled_layers
+from kdmesh_trainer import model as model_module
+from kdmesh_trainer.lora_config import LoraConfig
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.optimizer_config import OptimizerConfig
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
+from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+
+pytestmark = pytest.mark.slow
+
+HERE = "tests.numerics.test_trainer_compiled"
+RUNS = "tests.support.trainer_runs"
+VOCABULARY_SIZE = 310
+STEPS = 6
+# rank -> micro-batches -> sequences: rows of every length, of one sequence and of several, and one of nothing.
+PLAN = [[[0, 1, 2], [3], [8]], [[4, 5], [6, 7], []]]
+LATER = [[[9, 10, 11, 12]], [[13]]]
+# Largest |compiled - not| / |not| of a gradient: fused kernels round elsewhere.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+def gradients(
+    mesh: Mesh,
+    *,
+    student: str,
+    teacher: str,
+    output: str,
+    dtype: str = "float32",
+    whole_bytes: int = 0,
+    every: int | None = None,
+    lora: bool = False,
+) -> None:
+    """Writes the gradient of a compiled and of another student, after one of other lengths; runs on every rank."""
+    model_module._WHOLE_BYTES = whole_bytes
+    sequences = random_sequences(14, seed=5, vocabulary_size=VOCABULARY_SIZE)
+    local_teacher = LocalTeacher(Path(teacher))
+    for name in ("eager", "compiled"):
+        model = build_student(
+            Path(student),
+            mesh,
+            vocabulary_size=VOCABULARY_SIZE,
+            compute_dtype=getattr(torch, dtype),
+            lora=LoraConfig(rank=3, target_modules=("q_proj", "down_proj")) if lora else None,
+            is_compiled=name == "compiled",
+            checkpointed_every=every,
+        )
+        stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(learning_rate=1e-2), steps=2)
+        stepper.update(step_batch(sequences, PLAN[mesh.rank], local_teacher))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            stepper.accumulate(step_batch(sequences, LATER[mesh.rank], local_teacher, step=1))
+        results = {
+            key: parameter.grad.full_tensor().float()
+            for key, parameter in model.lm.named_parameters()
+            if parameter.requires_grad
+        }
+        if mesh.is_first:
+            save_file(results, Path(output) / f"{name}.safetensors")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"dtype": "bfloat16", "whole_bytes": 2**30}),
+        ("qwen3", {"every": 1}),
+        ("qwen3", {"every": 2, "lora": True}),
+        ("gemma2", {"whole_bytes": 2**30}),  # layers with and without a window
+        ("llama", {"whole_bytes": 2**30}),
+    ],
+)
+@pytest.mark.timeout(400)
+def test_a_compiled_student_has_the_same_gradient_at_lengths_that_it_was_not_compiled_for(
+    tiny_models: TinyModels, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    paths = {
+        "student": str(tiny_models.path(family, seed=1, num_hidden_layers=4)),
+        "teacher": str(tiny_models.path("qwen3", seed=2, vocab_size=320)),
+        "output": str(tmp_path),
+    }
+    outcomes = finish(start_ranks_of(f"{HERE}:gradients", ranks=2, **paths, **options), within_s=350)
+    for outcome in outcomes:
+        assert outcome.exit_code == 0, outcome.errors
+    eager, compiled = (load_file(tmp_path / f"{name}.safetensors") for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+    for name, gradient in eager.items():
+        error = (compiled[name] - gradient).norm() / gradient.norm()
+        assert error < TOLERANCE[options.get("dtype", "float32")], name
+    assert any(not torch.equal(compiled[name], gradient) for name, gradient in eager.items())  # so it was compiled
+
+
+@needs_compiler
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("every", [None, 2])
+def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
+    tiny_models: TinyModels, tmp_path: Path, every: int | None
+) -> None:
+    arguments: dict[str, Any] = {
+        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
+        "teacher": str(tiny_models.path("qwen3", seed=2)),
+        "checkpoints": str(tmp_path / "checkpoints"),
+        "steps": STEPS,
+        "is_compiled": True,
+        "checkpointed_every": every,
+    }
+    processes = start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=2, kill_at=4)
+    killed = finish(processes, within_s=350)
+    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
+    arguments |= {"until": STEPS, "other": str(tmp_path / "other")}
+    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments)[0]
+    assert both["first"] == 2
+    assert both["rest"] == both["whole"][2:]
+
+
+@pytest.mark.parametrize(("on_gpu", "variable"), [(False, "CXX"), (True, "CC")])
+def test_a_compiler_that_is_not_there_is_named_before_anything_loads(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(ConfigError, match=rf"there is no no-such-compiler on the PATH.*variable {variable}$"):
+        compiled_layers.check_compiler(on_gpu=on_gpu)
