@@ -22,7 +22,7 @@ from kdmesh_teacher.config import FakeEngine as TeacherFake
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.algorithm_config import CustomAlgorithm
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
-from kdmesh_trainer.data_config import CustomDataset, DatasetConfig, OtherTokenizer
+from kdmesh_trainer.data_config import CustomDataset, DataConfig, DatasetConfig, OtherTokenizer
 from kdmesh_trainer.objective_config import CustomDivergence, Distill
 from kdmesh_trainer.questions_config import CustomMatch, QuestionsConfig
 
@@ -90,16 +90,8 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
         yield from _adapter("student.lora", cfg.student.lora.target_modules, cfg.student.model)
     yield from _packages(cfg)
     yield from _images(cfg)
-    yield from _dataset("data.train", cfg.data.train)
+    yield from _data(cfg.data)
     yield from _judging(cfg)
-    template = cfg.data.chat_template
-    if template is not None and not template.is_file():
-        yield f"data.chat_template: there is no file {template}"
-    if cfg.data.teacher_tokenizer is not None:
-        yield from _other_tokenizer("data.teacher_tokenizer", cfg.data.teacher_tokenizer)
-    context = cfg.data.teacher_context
-    if context is not None and context.kind == "template" and not context.path.is_file():
-        yield f"data.teacher_context.path: there is no file {context.path}"
     if isinstance(cfg.objective, Distill):
         yield from _own_code(cfg.objective)
     for key, access, addresses in _servers(cfg):
@@ -116,6 +108,22 @@ def _packages(cfg: TrainerConfig) -> Iterator[str]:
         yield "optimizer.moments: torchao is not installed (pip install 'kdmesh[eightbit]')"
     if cfg.student.liger_kernels and find_spec("liger_kernel") is None:
         yield "student.liger_kernels: liger-kernel is not installed (pip install 'kdmesh[liger]')"
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    for name, dataset in data.train_datasets.items():
+        yield from _dataset(f"data.train.datasets.{name}" if name else "data.train", dataset)
+    cache = data.token_cache
+    if cache is not None and cache.directory.exists() and not cache.directory.is_dir():
+        yield f"data.token_cache.directory: {cache.directory} is not a directory"
+    template = data.chat_template
+    if template is not None and not template.is_file():
+        yield f"data.chat_template: there is no file {template}"
+    if data.teacher_tokenizer is not None:
+        yield from _other_tokenizer("data.teacher_tokenizer", data.teacher_tokenizer)
+    context = data.teacher_context
+    if context is not None and context.kind == "template" and not context.path.is_file():
+        yield f"data.teacher_context.path: there is no file {context.path}"
 
 
 def _own_code(objective: Distill) -> Iterator[str]:

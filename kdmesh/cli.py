@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from kdmesh import check, cluster_commands, config, evaluation, jobs, local, planning
+from kdmesh import check, cluster_commands, config, evaluation, jobs, local, planning, token_files
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
@@ -68,6 +68,7 @@ def main() -> None:
     Sample a student  kdmesh rollout examples/rollout.yaml
     Train against it  kdmesh train examples/train.yaml
     Both at once      kdmesh train examples/train.yaml --serve examples/teacher.yaml
+    Tokenise first    kdmesh tokenize examples/train-blend.yaml
     Prefill it first  kdmesh precompute examples/train.yaml
     Write a dataset   kdmesh generate --rollout 127.0.0.1:50061 --model path/to/model
     Grade its answers kdmesh evaluate examples/train-evaluate.yaml --rollout 127.0.0.1:50061
@@ -367,7 +368,7 @@ def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_polic
     click.echo(outcome.json())
 
 
-for command in (planning.plan, evaluation.evaluate, *cluster_commands.COMMANDS, doctor):
+for command in (planning.plan, token_files.tokenize, evaluation.evaluate, *cluster_commands.COMMANDS, doctor):
     main.add_command(command)
 
 

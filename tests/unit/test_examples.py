@@ -28,7 +28,7 @@ def test_every_example_loads_as_the_service_it_is_for(path: Path) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_lacks_nothing_but_models_data_and_secrets(path: Path) -> None:
     wanted = re.compile(
-        r"^(engine\.model|student\.model|data\.\w+\.path|evaluation\.questions\.path|server\.(tls|auth)\.\w+"
+        r"^(engine\.model|student\.model|data\.[\w.]+\.path|evaluation\.questions\.path|server\.(tls|auth)\.\w+"
         r"|teacher\.access\.[\w.]+): "
     )
     assert all(wanted.match(line) for line in check.missing(check.load_any(path)))

@@ -63,6 +63,7 @@ LAYER = {
     "kdmesh.probe": 4,
     "kdmesh.submission": 4,
     "kdmesh.tether": 4,
+    "kdmesh.token_files": 4,
     "kdmesh.top": 4,
 }
 STRANGERS = [("kdmesh.rpc", "kdmesh.losses"), ("kdmesh.losses", "kdmesh.rpc")]

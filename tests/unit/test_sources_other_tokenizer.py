@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from kdmesh.alignment.token_bytes import token_bytes
 from kdmesh.errors import ConfigError, DataError, InvalidRequest
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.fit import check_aligned
+from kdmesh_trainer.fit import refuse_unlike
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import (
@@ -25,6 +25,7 @@ from kdmesh_trainer.sources.sides import (
     first_rows,
     teacher_side,
 )
+from kdmesh_trainer.sources.stored import measured
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sources.turns import Unusable
 from tests.support.other_tokenizers import save_sentence_piece
@@ -151,9 +152,12 @@ def test_answers_that_do_not_go_with_rows_are_refused(encoder: OtherTokenizerEnc
 
 def test_tokenizers_with_too_little_in_common_are_refused(encoder: OtherTokenizerEncoder) -> None:
     sequence = only(encoder.encode([chat(*TURNS)]))
-    check_aligned([sequence], encoder.teacher_tokens(), at_least=len(sequence.rows_A) / sequence.num_rows)
+    facts = measured([sequence])
+    assert (facts.aligned_rows, facts.rows) == (len(sequence.rows_A), sequence.num_rows)
+    aligned = facts.aligned_rows / facts.rows
+    refuse_unlike(aligned, encoder.teacher_tokens(), at_least=aligned)
     with pytest.raises(DataError, match=r"min_aligned is 0.99: these tokenizers have too little in common"):
-        check_aligned([sequence], encoder.teacher_tokens(), at_least=0.99)
+        refuse_unlike(aligned, encoder.teacher_tokens(), at_least=0.99)
 
 
 def test_a_word_piece_tokenizer_is_refused(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import assert_never
 
 import torch
@@ -17,13 +17,13 @@ from kdmesh.errors import ConfigError, NotFinite
 from kdmesh.losses import Divergence, SampledDivergence
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.image_reader import ImageReader
-from kdmesh.tokens import digest, tokenizer_fingerprint
-from kdmesh.types import TokenSequence
+from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
+from kdmesh_trainer.build_data import Data, read_data
 from kdmesh_trainer.build_evaluation import build_evaluator, build_examiner, read_questions_of
 from kdmesh_trainer.build_objective import build_algorithm, build_objective, build_optimizer, resolve_divergence
-from kdmesh_trainer.build_on_policy import Task, build_source, read_task
+from kdmesh_trainer.build_on_policy import Task, build_source
 from kdmesh_trainer.build_rollouts import Rollouts, open_rollouts
 from kdmesh_trainer.build_student import check_speed, is_varlen, load_student, spread
 from kdmesh_trainer.build_teacher import build_copy, build_publisher
@@ -35,7 +35,6 @@ from kdmesh_trainer.devices import ScoringPublisher
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.files import claimed
-from kdmesh_trainer.fit import check_aligned
 from kdmesh_trainer.loop import Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
@@ -44,18 +43,17 @@ from kdmesh_trainer.objective_config import Distill, Sft
 from kdmesh_trainer.profiler import NoProfiler, TraceWriter
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.sources.batches import Source
-from kdmesh_trainer.sources.chat import ChatEncoder, read_template
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.readers import Reader, open_dataset
+from kdmesh_trainer.sources.recipe import Encoder, EncoderRecipe
 from kdmesh_trainer.sources.rows import TeacherColumns
-from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sft import SftSource
-from kdmesh_trainer.sources.sides import Addressed, Aligned, InChunks, teacher_side
-from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
-from kdmesh_trainer.sources.tokenizer import TeacherTokens, load_fast_tokenizer, vocabulary_size
+from kdmesh_trainer.sources.token_cache import TokenCache
+from kdmesh_trainer.sources.tokenizer import TeacherTokens, vocabulary_size
+from kdmesh_trainer.sources.training_data import TrainingData
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
 from kdmesh_trainer.teacher_copy import TeacherCopy
@@ -70,28 +68,14 @@ class Checked:
     tokenizer_fingerprint: str
     vocabulary_size: int  # real tokens of the student's tokenizer
     teacher_tokens: TeacherTokens
-    encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder
-    judge_encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder  # of held-out data
+    encoder: Encoder
+    judge_encoder: Encoder  # of held-out data
     image_reader: ImageReader | None  # None: the student reads text alone
-    train: Reader
+    train: TrainingData
     held_out: Reader | None
     exam: Exam | None  # None: no questions are asked
     divergence: Divergence | SampledDivergence | None  # None: the objective has none
     build_algorithm: BuildAlgorithm | None  # None: the objective has none
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Data:
-    """What is trained on, and what it is judged by."""
-
-    train: Sequence[TokenSequence] | Task
-    held_out: Sequence[TokenSequence] | None
-
-    @property
-    def num_images(self) -> int:
-        """Over all that is trained on, and judged by."""
-        seen = (*self.train.prompts, *self.train.answers) if isinstance(self.train, Task) else self.train
-        return sum(len(each.images) for each in (*seen, *(self.held_out or ())))
 
 
 @contextmanager
@@ -116,7 +100,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         doors = dict[str, str] if teachers is None else teachers.doors
         imbalance = (lambda: None) if teachers is None else teachers.imbalance
         telemetry = stack.enter_context(open_telemetry(cfg, rank=mesh.rank, doors=doors, imbalance=imbalance))
-        data = _read_data(cfg, checked, teachers)
+        data = read_data(cfg, checked, teachers, mesh)
         is_shared = teachers is not None and checked.teacher_tokens.shared is None
         vocabulary_size = teachers.vocabulary_size if teachers is not None and is_shared else checked.vocabulary_size
         lm = load_student(cfg, vocabulary_size)
@@ -195,28 +179,23 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
 
 def check(cfg: config.TrainerConfig) -> Checked:
     """Everything but weights and services. Raises ConfigError when a part of it cannot be used."""
-    tokenizer = load_fast_tokenizer(cfg.student.model)
+    recipe = EncoderRecipe(
+        student=cfg.student.model,
+        data=cfg.data,
+        takes_chunks=isinstance(cfg.objective, Distill) and cfg.objective.compares_chunks,
+    )
+    tokenizer = recipe.tokenizer()
     check_speed(cfg)
-    template = None if cfg.data.chat_template is None else read_template(cfg.data.chat_template)
-    if template is not None:
-        tokenizer.chat_template = template  # so that the trained model is written with it
+    reader = load_reader(cfg)
+    encoder = recipe.encoder(tokenizer, reader)
     context = cfg.data.teacher_context
     columns = TeacherColumns(
         messages=context.column if isinstance(context, TeacherMessages) else None,
         name=cfg.data.teacher_column,
         known_names=tuple(cfg.teachers),
     )
-    reader = load_reader(cfg)
-    images = None if reader is None else cfg.data.images
-    compares_chunks = isinstance(cfg.objective, Distill) and cfg.objective.compares_chunks
     needs_boundaries = isinstance(cfg.objective, Distill) and cfg.objective.needs_boundaries
-    encoder = build_encoder(
-        tokenizer,
-        template,
-        cfg.data,
-        takes_chunks=compares_chunks,
-        images=reader,
-    )
+    read = partial(open_dataset, teacher=columns, images=None if reader is None else cfg.data.images)
     fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
     return Checked(
         tokenizer=tokenizer,
@@ -228,60 +207,36 @@ def check(cfg: config.TrainerConfig) -> Checked:
         encoder=encoder,
         judge_encoder=encoder.of_single_tokens() if isinstance(encoder, OtherTokenizerEncoder) else encoder,
         image_reader=reader,
-        train=open_dataset(cfg.data.train, teacher=columns, images=images),
-        held_out=None if cfg.data.held_out is None else open_dataset(cfg.data.held_out, teacher=columns, images=images),
+        train=TrainingData(cfg.data, encoder, _token_cache(cfg, recipe, encoder, tokenizer, reader), read),
+        held_out=None if cfg.data.held_out is None else read(cfg.data.held_out),
         exam=read_questions_of(cfg, tokenizer, reader),
         divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
         build_algorithm=resolve_algorithm(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else None,
     )
 
 
-def _read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None) -> _Data:
-    """Both datasets, fit for whoever is asked about them."""
-    train = _read_train(cfg, checked, teachers)
-    held_out = None
-    if checked.held_out is not None:
-        limit = cfg.evaluation.max_sequences
-        held_out = load_sequences(
-            "held_out", checked.held_out, checked.judge_encoder, cfg.data, max_sequences=limit
-        ).sequences
-        if teachers is not None:
-            teachers.check_requests("held_out", held_out)
-    return _Data(train=train, held_out=held_out)
+def _token_cache(
+    cfg: config.TrainerConfig,
+    recipe: EncoderRecipe,
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerFast,
+    reader: ImageReader | None,
+) -> TokenCache | None:
+    if cfg.data.token_cache is None:
+        return None
+    if reader is not None:
+        raise ConfigError(
+            f"data.token_cache keeps token ids alone, and {cfg.student.model} reads images: leave data.token_cache out"
+        )
+    return TokenCache(cfg.data.token_cache, recipe, encoder, recipe.ingredients(tokenizer))
 
 
-def _read_train(
-    cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None
-) -> Sequence[TokenSequence] | Task:
-    match cfg.source:
-        case config.OffPolicy():
-            train = load_sequences("train", checked.train, checked.encoder, cfg.data).sequences
-            if cfg.data.teacher_tokenizer is not None:
-                check_aligned(train, checked.teacher_tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
-            if teachers is not None and isinstance(cfg.objective, Distill):
-                teachers.check_requests("train", train)
-            return train
-        case config.OnPolicy():
-            assert teachers is not None  # the configuration's
-            return read_task(
-                cfg,
-                cfg.source,
-                reader=checked.train,
-                encoder=checked.encoder,
-                tokenizer=checked.tokenizer,
-                teachers=teachers,
-                tokens=checked.teacher_tokens,
-            )
-        case _:
-            assert_never(cfg.source)
-
-
-def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teachers: Teachers | None) -> dict[str, str]:
+def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: Data, teachers: Teachers | None) -> dict[str, str]:
     """What a checkpoint can only be continued with. By content: a directory may have moved."""
     identity = {
         "student (fingerprint)": model_fingerprint(lm),
         "objective": json.dumps(cfg.objective.model_dump(mode="json"), sort_keys=True),
-        **_identity_of(data.train),
+        **data.identity,
         "batch.sequences": str(cfg.batch.sequences),
         "seed": str(cfg.seed),
     }
@@ -292,27 +247,6 @@ def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: _Data, teach
     if teachers is not None and isinstance(cfg.objective, Distill):
         identity |= teachers.identity()
     return identity
-
-
-def _identity_of(train: Sequence[TokenSequence] | Task) -> dict[str, str]:
-    if isinstance(train, Task):
-        return train.identity()
-    own, theirs = digest(train).hex(), digest(teacher_side(train)).hex()
-    names = [sequence.teacher_name for sequence in teacher_side(train) if isinstance(sequence, Addressed)]
-    return {
-        "data.train (digest)": own,
-        **({} if own == theirs else {f"data.{_why_other(train)} (digest)": theirs}),
-        **({"data.teacher_column (digest)": hashlib.blake2b(" ".join(names).encode()).hexdigest()} if names else {}),
-    }
-
-
-def _why_other(train: Sequence[TokenSequence]) -> str:
-    """What makes the teacher read other tokens than the student."""
-    return (
-        "teacher_tokenizer"
-        if any(isinstance(sequence, Aligned | InChunks) for sequence in train)
-        else "teacher_context"
-    )
 
 
 def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
@@ -329,7 +263,7 @@ def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
 def _source(
     cfg: config.TrainerConfig,
     checked: Checked,
-    data: _Data,
+    data: Data,
     teachers: Teachers | None,
     rollouts: Rollouts | None,
     student: Student,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +11,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerFast
 
 from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.tokens import digest
-from kdmesh.types import Sampling, TokenSequence
+from kdmesh.types import PlacedImage, Sampling, TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.build_rollouts import Rollouts
 from kdmesh_trainer.build_teacher import Teacher
@@ -28,21 +27,21 @@ from kdmesh_trainer.fit import (
 )
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
-from kdmesh_trainer.sources.chat import ChatEncoder
+from kdmesh_trainer.sources.blend import blend_identity, digest_key, parts_of
 from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
 from kdmesh_trainer.sources.ends import stop_token_ids
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.panel import EarlyPanel
-from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, digest_prompts, load_prompts
-from kdmesh_trainer.sources.readers import Reader
+from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy
+from kdmesh_trainer.sources.recipe import Encoder
 from kdmesh_trainer.sources.sampler import ReadResponse, Sampler
-from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.show import Showcase
-from kdmesh_trainer.sources.sides import Prompt, teacher_side
-from kdmesh_trainer.sources.teacher_context import ContextEncoder
+from kdmesh_trainer.sources.sides import Prompt
+from kdmesh_trainer.sources.stored import PromptFacts, Stored, images_of, prompt_facts, sequence_facts
 from kdmesh_trainer.sources.tokenizer import TeacherTokens
+from kdmesh_trainer.sources.training_data import TrainingData
 
 _JUDGED_PROMPTS = 1000  # enough to know how much two tokenizers have in common
 
@@ -53,6 +52,7 @@ class Task:
 
     source: config.OnPolicy
     prompts: Sequence[Prompt]
+    facts: Mapping[str, PromptFacts]  # of each dataset of them, by name
     sampling: Sampling
     max_tokens: int  # of the longest prompt with the longest response
     answers: Sequence[TokenSequence]  # the data's own; empty where all is sampled
@@ -65,19 +65,22 @@ class Task:
         told = self.source.model_dump(
             mode="json", exclude={"rollouts", "too_long", "colocated", "early_rows_mib", *shown}
         )
-        return {
-            "data.train (digest)": digest_prompts(self.prompts).hex(),
-            "data.train's answers (digest)": digest((*self.answers, *teacher_side(self.answers))).hex(),
-            "source": json.dumps(told, sort_keys=True),
-        }
+        identity = {**blend_identity(self.prompts), "source": json.dumps(told, sort_keys=True)}
+        identity |= {digest_key("data.train", name): facts.digest for name, facts in self.facts.items()}
+        if not self.answers:
+            return identity
+        for name, answers in parts_of(self.answers).items():
+            facts = sequence_facts(answers)
+            identity[digest_key("data.train's answers", name)] = f"{facts.digest} {facts.teacher_digest}"
+        return identity
 
 
 def read_task(
     cfg: config.TrainerConfig,
     source: config.OnPolicy,
     *,
-    reader: Reader,
-    encoder: ChatEncoder | ContextEncoder | OtherTokenizerEncoder,
+    data: TrainingData,
+    encoder: Encoder,
     tokenizer: PreTrainedTokenizerFast,
     teachers: Teachers,
     tokens: TeacherTokens,
@@ -88,36 +91,46 @@ def read_task(
         DataError: the data cannot be used, or does not fit the teacher, or its tokenizer has too little in common.
     """
     drawn = source.sampling
-    policy = PromptPolicy(
-        max_tokens=cfg.data.max_tokens - drawn.max_new_tokens, too_long=source.too_long, unusable=cfg.data.unusable
-    )
-    prompts = load_prompts("train", reader, encoder, policy).prompts
-    longest = max(len(prompt.token_ids) for prompt in prompts)
+    prompts = data.prompts(prompt_policy(cfg, source))
+    facts = {name: prompt_facts(part) for name, part in parts_of(prompts).items()}
     for name, teacher in teachers.by_name.items():
-        own = [prompt for prompt in prompts if prompt.teacher_name in ("", name)]
-        read = [prompt.token_ids if prompt.teacher_ids is None else prompt.teacher_ids for prompt in own]
-        longest_read = max(map(len, read), default=0)
+        longest_read = max(each.longest_read.get(asked, 0) for each in facts.values() for asked in {"", name})
         check_samples(prompt_tokens=longest_read, max_new_tokens=drawn.max_new_tokens, teacher=teacher.pool.describe())
-        images = [placed for p in own for placed in (p.images if p.teacher_ids is None else p.teacher_images)]
+        images = list(_images_read(prompts, name))
         check_images("train", images, teacher.pool.describe(), image_expansion=teachers.image_expansion)
     sampling = Sampling(**drawn.model_dump(), stop_token_ids=stop_token_ids(cfg.student.model, tokenizer, encoder))
     answers: Sequence[TokenSequence] = ()
     if source.sampled_fraction < 1:
-        answers = load_sequences("train", reader, encoder, cfg.data).sequences
+        answers = data.sequences()
         if cfg.data.teacher_tokenizer is not None:
             check_aligned(answers, tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
         teachers.check_requests("train", answers)
     return Task(
         source=source,
         prompts=prompts,
+        facts=facts,
         sampling=sampling,
-        max_tokens=longest + drawn.max_new_tokens,
+        max_tokens=max(each.longest for each in facts.values()) + drawn.max_new_tokens,
         answers=answers,
         tokenizer=tokenizer,
         read=_reader_of_responses(cfg, prompts, encoder, teachers, tokens)
         if isinstance(encoder, OtherTokenizerEncoder)
         else None,
     )
+
+
+def prompt_policy(cfg: config.TrainerConfig, source: config.OnPolicy) -> PromptPolicy:
+    """What becomes of rows that give no prompt, or too long a one."""
+    most = cfg.data.max_tokens - source.sampling.max_new_tokens
+    return PromptPolicy(max_tokens=most, too_long=source.too_long, unusable=cfg.data.unusable)
+
+
+def _images_read(prompts: Sequence[Prompt], name: str) -> Iterator[PlacedImage]:
+    """All that teacher `name` is shown."""
+    for part in parts_of(prompts).values():
+        for prompt in () if isinstance(part, Stored) else part:
+            if prompt.teacher_name in ("", name):
+                yield from prompt.images if prompt.teacher_ids is None else prompt.teacher_images
 
 
 def _reader_of_responses(
@@ -171,7 +184,7 @@ def build_source(
         vocabulary_size=student.vocabulary_size,
         max_tokens=task.max_tokens,
     )
-    images = [placed for prompt in task.prompts for placed in prompt.images]
+    images = list(images_of(task.prompts))
     check_sampler_images("train", images, server, image_expansion=teachers.image_expansion)
     devices: Devices = OwnDevices()
     if source.colocated:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kdmesh.losses import OutputHead
-from kdmesh.types import TokenSequence
+from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.build_teacher import Teacher, open_teacher
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.fit import check_requests
+from kdmesh_trainer.fit import check_images, check_lengths
 from kdmesh_trainer.head import Heads, TeacherHead
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objective_config import Distill
 from kdmesh_trainer.panel_heads import PanelHeads
+from kdmesh_trainer.sources.blend import parts_of
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService
-from kdmesh_trainer.sources.sides import Addressed, teacher_side
+from kdmesh_trainer.sources.sides import Addressed, TeacherSide
+from kdmesh_trainer.sources.stored import Stored, longest_of
 from kdmesh_trainer.sources.tokenizer import TeacherTokens
 
 
@@ -57,12 +59,21 @@ class Teachers:
 
     def check_requests(self, dataset: str, sequences: Sequence[TokenSequence]) -> None:
         """Return when every teacher takes what it will be asked for. Raises DataError."""
-        theirs = teacher_side(sequences)
+        longest = longest_of(sequences)
         for name, teacher in self.by_name.items():
-            own = [s for s in theirs if not isinstance(s, Addressed) or s.teacher_name == name]
-            if own:
-                model = teacher.pool.describe()
-                check_requests(dataset, own, model, image_expansion=self.image_expansion)
+            asked = [longest[key] for key in ("", name) if key in longest]
+            model = teacher.pool.describe()
+            check_images(dataset, list(_images_read(sequences, name)), model, image_expansion=self.image_expansion)
+            for most in asked:
+                check_lengths(dataset, tokens=most.tokens, rows=most.rows, teacher=model)
+
+
+def _images_read(sequences: Sequence[TokenSequence], name: str) -> Iterator[PlacedImage]:
+    """All that teacher `name` is shown."""
+    for part in parts_of(sequences).values():
+        for theirs in () if isinstance(part, Stored) else TeacherSide(part):
+            if not isinstance(theirs, Addressed) or theirs.teacher_name == name:
+                yield from theirs.images
 
 
 def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stack: ExitStack) -> Teachers | None:

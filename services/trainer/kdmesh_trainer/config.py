@@ -241,6 +241,10 @@ class TrainerConfig(StrictModel):
             return self
         if self.teacher is None:
             raise ValueError("data.teacher_tokenizer needs one `teacher`")
+        if isinstance(self.source, OnPolicy) and self.data.token_cache is not None:
+            raise ValueError(
+                "data.token_cache does not go with data.teacher_tokenizer and source on_policy, which need the text"
+            )
         if isinstance(self.objective, Distill) and isinstance(self.objective.divergence, SampledReverseKL):
             raise ValueError(
                 "divergence sampled_reverse_kl does not go with data.teacher_tokenizer, whose tokens differ"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from kdmesh.config import StrictModel
 
@@ -66,6 +68,67 @@ class CustomDataset(StrictModel):
 
 DatasetConfig = Annotated[ChatFile | CustomDataset, Field(discriminator="format")]
 
+DatasetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+"""Of a dataset among several; also in the names of figures."""
+
+# A rarer dataset would make the blocks long within which the proportions are kept.
+_LEAST_SHARE = Fraction(1, 100_000)
+
+
+class BlendedFile(ChatFile):
+    """A file of chats that is drawn from among others."""
+
+    weight: float = Field(gt=0)
+    """How often, beside the weights of the others: only their proportions count."""
+
+
+class BlendedCustom(CustomDataset):
+    """A reader of your own that is drawn from among others."""
+
+    weight: float = Field(gt=0)
+    """How often, beside the weights of the others: only their proportions count."""
+
+
+class Blend(StrictModel):
+    """Several datasets, drawn from in fixed proportions, each in epochs of its own (docs/data.md)."""
+
+    format: Literal["blend"]
+
+    datasets: dict[DatasetName, Annotated[BlendedFile | BlendedCustom, Field(discriminator="format")]] = Field(
+        min_length=1
+    )
+    """By name: each as `train` takes it, with a weight."""
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """Of all draws, by name; they add up to 1, exactly, and 0.7 is seven tenths."""
+        weights = {name: Fraction(str(dataset.weight)) for name, dataset in self.datasets.items()}
+        whole = sum(weights.values())
+        return {name: weight / whole for name, weight in weights.items()}
+
+    @model_validator(mode="after")
+    def _none_is_too_rare(self) -> Blend:
+        for name, share in self.shares.items():
+            if share < _LEAST_SHARE:
+                raise ValueError(
+                    f"{name} has weight {self.datasets[name].weight:g}, which is {float(share):.1e} of all draws; the "
+                    f"least share is {float(_LEAST_SHARE):.0e}"
+                )
+        return self
+
+
+TrainingDataConfig = Annotated[ChatFile | CustomDataset | Blend, Field(discriminator="format")]
+
+
+class TokenCacheConfig(StrictModel):
+    """Token ids in files, made once and mapped, in place of all of them in every rank's memory (docs/data.md)."""
+
+    directory: Path
+    """Directory of the files, made if need be; best on a local disk of each node. Several jobs may share it."""
+
+    workers: int = Field(0, ge=0, le=256)
+    """Processes that tokenise while the files are made; 0 does it in the rank's own."""
+
 
 class OtherTokenizer(StrictModel):
     """The teacher's tokenizer, where it is not the student's: what is compared is the same bytes in both."""
@@ -102,7 +165,7 @@ class ImagesConfig(StrictModel):
 class DataConfig(StrictModel):
     """What the student is trained on and judged by."""
 
-    train: DatasetConfig
+    train: TrainingDataConfig
     """Chats to train on."""
 
     held_out: DatasetConfig | None = None
@@ -132,9 +195,28 @@ class DataConfig(StrictModel):
     images: ImagesConfig = ImagesConfig()
     """Images in the messages."""
 
+    token_cache: TokenCacheConfig | None = None
+    """Where the token ids of `train` lie in files; null: they are in every rank's memory."""
+
+    @property
+    def train_datasets(self) -> Mapping[str, ChatFile | CustomDataset]:
+        """What is trained on, by name; that of the only dataset is empty."""
+        return self.train.datasets if isinstance(self.train, Blend) else {"": self.train}
+
+    @model_validator(mode="after")
+    def _tokens_can_be_kept(self) -> DataConfig:
+        if self.token_cache is None:
+            return self
+        for name, dataset in self.train_datasets.items():
+            if isinstance(dataset, CustomDataset):
+                key = f"data.train.datasets.{name}" if name else "data.train"
+                raise ValueError(f"token_cache needs files: nobody knows when what {key} reads has changed")
+        return self
+
     @model_validator(mode="after")
     def _columns_can_be_read(self) -> DataConfig:
-        custom = any(isinstance(dataset, CustomDataset) for dataset in (self.train, self.held_out))
+        every = (*self.train_datasets.values(), self.held_out)
+        custom = any(isinstance(dataset, CustomDataset) for dataset in every)
         if isinstance(self.teacher_context, TeacherMessages) and custom:
             raise ValueError("teacher_context messages needs files: a reader of your own gives no second chat")
         if self.teacher_tokenizer is not None and (self.teacher_context is not None or self.teacher_column is not None):

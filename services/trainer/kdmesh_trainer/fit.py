@@ -99,12 +99,17 @@ def check_requests(
         ModelMismatch: the teacher's image processor makes other numbers of tokens.
     """
     check_images(name, [placed for s in sequences for placed in s.images], teacher, image_expansion=image_expansion)
-    _check_limits(
-        f"dataset {name} has a sequence",
+    check_lengths(
+        name,
         tokens=max(sequence.num_tokens for sequence in sequences),
         rows=max(sequence.num_rows for sequence in sequences),
         teacher=teacher,
     )
+
+
+def check_lengths(name: str, *, tokens: int, rows: int, teacher: ModelDescription) -> None:
+    """Return when the teacher takes the longest sequences of dataset `name`. Raises DataError when it does not."""
+    _check_limits(f"dataset {name} has a sequence", tokens=tokens, rows=rows, teacher=teacher)
 
 
 def check_images(name: str, images: Sequence[PlacedImage], teacher: ModelDescription, *, image_expansion: str) -> None:

@@ -71,6 +71,9 @@ class Metrics:
         self._teacher_wait = self._counter(
             "teacher_wait_seconds", "Waiting for the rows of each of several teachers.", "teacher"
         )
+        self._dataset_sequences = self._counter(
+            "dataset_sequences", "Sequences trained on of each dataset of a blend.", "dataset"
+        )
         self._figures = {name: self._gauge(name, text) for name, text in _FIGURES.items()}
         self._scores = {name: self._gauge(f"held_out_{name}", text) for name, text in _SCORES.items()}
         self._answers = {name: self._gauge(f"questions_{name}", text) for name, text in _ANSWERS.items()}
@@ -103,6 +106,8 @@ class Metrics:
             self._bound_seconds.labels(job, by).inc(max(seconds, 0.0))
         for name, teacher in stats.teachers.items():
             self._teacher_wait.labels(job, name).inc(teacher.wait_s)
+        for name, count in stats.datasets.items():
+            self._dataset_sequences.labels(job, name).inc(count)
         known = {name: value for name, value in stats.figures().items() if name in self._figures and value is not None}
         for name, value in known.items():
             self._figures[name].labels(job).set(value)

@@ -19,7 +19,7 @@ from kdmesh_trainer import config
 from kdmesh_trainer.build import Checked, check
 from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
 from kdmesh_trainer.objective_config import Distill
-from kdmesh_trainer.sources.order import step_indices
+from kdmesh_trainer.sources.order import step_order
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sides import Addressed, teacher_side
 
@@ -245,11 +245,11 @@ def _sequences(cfg: config.TrainerConfig, checked: Checked) -> Iterator[TokenSeq
         )
         yield from teacher_side(held_out.sequences)
     if isinstance(cfg.objective, Distill):
-        train = teacher_side(load_sequences("train", checked.train, checked.encoder, cfg.data).sequences)
-        per_step = cfg.batch.sequences
-        for step in range(min(cfg.steps, -(-len(train) // per_step))):  # the first epoch has them all
-            for index in step_indices(step, number=len(train), per_step=per_step, seed=cfg.seed):
-                yield train[index]
+        train = checked.train.sequences()
+        order = step_order(train, per_step=cfg.batch.sequences, seed=cfg.seed)
+        for step in range(min(cfg.steps, order.first_pass_steps)):  # these have them all
+            for index in order.of_step(step):
+                yield from teacher_side([train[index]])
 
 
 def _of_teacher(name: str, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:

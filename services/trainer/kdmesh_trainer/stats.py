@@ -66,17 +66,21 @@ class StepStats:
     rollouts: RolloutFigures | None = None  # None: nothing was sampled
     samples: SampleScores | None = None  # None: nothing was sampled
     teachers: Mapping[str, TeacherFigures] = field(default_factory=dict)  # by name; empty unless there are several
+    datasets: Mapping[str, int] = field(default_factory=dict)  # sequences of each one of a blend; empty: it is none
 
     def figures(self) -> dict[str, float | None]:
         """Every figure by its name, in one level; a teacher's age and what is aligned only where there is such."""
         figures = asdict(self)
         if self.teacher_age_steps is None:
             del figures["teacher_age_steps"]
-        rollouts, samples, teachers = (figures.pop(name) for name in ("rollouts", "samples", "teachers"))
+        rollouts, samples, teachers, datasets = (
+            figures.pop(name) for name in ("rollouts", "samples", "teachers", "datasets")
+        )
         if rollouts is not None and rollouts["aligned_fraction"] is None:
             del rollouts["aligned_fraction"]
         each = {f"teacher_{key}.{name}": value for name, own in teachers.items() for key, value in own.items()}
-        return {**figures, **(rollouts or {}), **(samples or {}), **each}
+        drawn = {f"dataset_sequences.{name}": count for name, count in datasets.items()}
+        return {**figures, **(rollouts or {}), **(samples or {}), **each, **drawn}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

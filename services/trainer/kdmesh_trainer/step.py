@@ -88,6 +88,7 @@ class GradientStepper:
             rollouts=batch.rollouts,
             samples=totals.samples,
             teachers={name: figures for name, figures in totals.teachers.items() if name},
+            datasets=batch.datasets,
         )
 
     def accumulate(self, batch: StepBatch) -> Tally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from kdmesh.errors import ModelMismatch
@@ -223,6 +223,10 @@ class _Groups:
     def of_step(self, step: int) -> Sequence[StepPrompt]:
         """The group's prompts, over all ranks."""
         return self._prompts[self.first(step) : self.first(step + 1)]
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """None: an exam is no blend."""
+        return {}
 
 
 class _Told:

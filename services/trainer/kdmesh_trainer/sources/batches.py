@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -83,6 +84,8 @@ class StepBatch:
     num_tokens: int  # over all ranks
     teacher_age_steps: int | None = None  # steps since the teacher got the student's weights; None: it is frozen
     rollouts: RolloutFigures | None = None  # None: nothing was sampled
+    # Sequences of each dataset of a blend over all ranks, by name; empty: it is none.
+    datasets: Mapping[str, int] = field(default_factory=dict)
 
 
 class Source(Protocol):

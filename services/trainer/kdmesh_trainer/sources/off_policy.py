@@ -75,6 +75,7 @@ class OffPolicySource:
                 num_loss_tokens=share.num_loss_tokens,
                 num_tokens=share.num_tokens,
                 teacher_age_steps=self._rows.teacher_age(self._next_planned),
+                datasets=share.datasets,
             )
         )
         self._next_planned += 1

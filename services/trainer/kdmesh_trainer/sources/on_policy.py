@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -160,6 +160,8 @@ class OnPolicySource:
             self._showcase.show(step, rollouts)
         staleness = [self._staleness(step, rollout) for rollout in rollouts]
         answers = [] if self._answers is None else self._answers.of_step(step)
+        datasets = Counter(self._sampler.counts(step))
+        datasets.update({} if self._answers is None else self._answers.counts(step))
         sequences = [*(rollout.sequence for rollout in rollouts), *answers]
         plan = plan_step(
             [s.num_tokens for s in sequences],
@@ -185,6 +187,7 @@ class OnPolicySource:
                 num_loss_tokens=sum(s.num_rows for s in sequences),
                 num_tokens=sum(s.num_tokens for s in sequences),
                 teacher_age_steps=self._rows.teacher_age(step),
+                datasets=dict(datasets),
                 rollouts=figures_of(
                     rollouts,
                     staleness,

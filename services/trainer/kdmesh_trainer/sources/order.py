@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.sources.blend import Blended, BlendOrder
+from kdmesh_trainer.sources.shuffles import shuffled
 
 # Added to the seed of a walk beside that of the prompts: a step shall not hold a prompt's samples and its answer too.
 _OTHER_WALK = 2**32
+
+
+class StepOrder(Protocol):
+    """Which items each step holds: a pure function of seed and step."""
+
+    def of_step(self, step: int) -> list[int]:
+        """Indices of the step's items, over all ranks."""
+        ...
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """How many of them are of each dataset of a blend, by name; empty for a single dataset."""
+        ...
+
+    @property
+    def first_pass_steps(self) -> int:
+        """Steps in which every item comes at least once."""
+        ...
+
+
+def step_order(items: Sequence[object], *, per_step: int, seed: int) -> StepOrder:
+    """The order of a dataset's items, or of a blend's.
+
+    Args:
+        items: at least one.
+        per_step: over all ranks.
+    """
+    if isinstance(items, Blended):
+        return BlendOrder(items, per_step=per_step, seed=seed)
+    return _SingleOrder(len(items), per_step=per_step, seed=seed)
 
 
 class AnswerOrder:
@@ -24,13 +56,34 @@ class AnswerOrder:
             per_step: over all ranks.
         """
         self._sequences = sequences
-        self._per_step = per_step
-        self._seed = seed + _OTHER_WALK
+        self._order = step_order(sequences, per_step=per_step, seed=seed + _OTHER_WALK)
 
     def of_step(self, step: int) -> list[TokenSequence]:
         """The step's sequences, over all ranks; one may come twice where the dataset is small."""
-        indices = step_indices(step, number=len(self._sequences), per_step=self._per_step, seed=self._seed)
-        return [self._sequences[index] for index in indices]
+        return [self._sequences[index] for index in self._order.of_step(step)]
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """As StepOrder."""
+        return self._order.counts(step)
+
+
+class _SingleOrder:
+    """A StepOrder of one dataset."""
+
+    def __init__(self, number: int, *, per_step: int, seed: int) -> None:
+        self._number = number
+        self._per_step = per_step
+        self._seed = seed
+
+    def of_step(self, step: int) -> list[int]:
+        return step_indices(step, number=self._number, per_step=self._per_step, seed=self._seed)
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        return {}
+
+    @property
+    def first_pass_steps(self) -> int:
+        return -(-self._number // self._per_step)
 
 
 def step_indices(step: int, *, number: int, per_step: int, seed: int) -> list[int]:
@@ -53,10 +106,5 @@ def step_indices(step: int, *, number: int, per_step: int, seed: int) -> list[in
 
 @lru_cache(maxsize=2)  # the epoch that ends and the one that begins
 def _epoch(epoch: int, number: int, seed: int) -> npt.NDArray[np.int64]:
-    """The order of one epoch.
-
-    By sorting raw random words: numpy keeps those the same for ever, which it does not
-    promise of `Generator.permutation`.
-    """
-    words = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(number)
-    return np.argsort(words, kind="stable")
+    """The order of one epoch."""
+    return shuffled(number, seed, epoch)

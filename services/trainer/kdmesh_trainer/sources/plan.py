@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdmesh.batching import plan_step
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.config import BatchConfig
-from kdmesh_trainer.sources.order import step_indices
+from kdmesh_trainer.sources.order import step_order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -18,6 +18,7 @@ class StepShare:
     micro_batches: tuple[tuple[TokenSequence, ...], ...]  # at least one; as many on every rank; each may be empty
     num_loss_tokens: int  # over all ranks
     num_tokens: int  # over all ranks
+    datasets: Mapping[str, int]  # sequences of each dataset of a blend over all ranks, by name; empty: it is none
 
 
 class StepPlanner:
@@ -33,17 +34,17 @@ class StepPlanner:
         """
         self._sequences = sequences
         self._batch = batch
-        self._seed = seed
+        self._order = step_order(sequences, per_step=batch.sequences, seed=seed)
         self._rank = rank
         self._ranks = ranks
 
     def share(self, step: int) -> StepShare:
         """This rank's share of step `step`; a pure function."""
-        indices = step_indices(step, number=len(self._sequences), per_step=self._batch.sequences, seed=self._seed)
-        chosen = [self._sequences[index] for index in indices]
+        chosen = [self._sequences[index] for index in self._order.of_step(step)]
         plan = plan_step([s.num_tokens for s in chosen], ranks=self._ranks, max_tokens=self._batch.max_tokens)
         return StepShare(
             micro_batches=tuple(tuple(chosen[index] for index in members) for members in plan[self._rank]),
             num_loss_tokens=sum(s.num_rows for s in chosen),
             num_tokens=sum(s.num_tokens for s in chosen),
+            datasets=self._order.counts(step),
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Literal, Protocol
 
 from kdmesh.errors import DataError
 from kdmesh.tokens import DIGEST_BYTES
-from kdmesh_trainer.sources.order import step_indices
+from kdmesh_trainer.sources.order import step_order
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.rows import Chat
 from kdmesh_trainer.sources.sides import Prompt
@@ -48,12 +48,30 @@ class PromptReport:
     unusable: dict[str, int]  # rows left out, by reason
     tokens: int
 
+    def plus(self, other: PromptReport) -> PromptReport:
+        """That of both."""
+        return PromptReport(
+            rows=self.rows + other.rows,
+            prompts=self.prompts + other.prompts,
+            dropped_too_long=self.dropped_too_long + other.dropped_too_long,
+            unusable=dict(Counter(self.unusable) + Counter(other.unusable)),
+            tokens=self.tokens + other.tokens,
+        )
+
+    def tell(self, name: str, **facts: object) -> None:
+        """Log it as that of dataset `name`. Raises DataError when there is no prompt."""
+        log.info("prompts read", extra={"dataset": name, **asdict(self), **facts})
+        if not self.prompts:
+            counts = {**self.unusable, "too long": self.dropped_too_long}
+            losses = ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)
+            raise DataError(f"dataset {name}: none of {self.rows} rows gives a prompt: {losses}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
     """The prompts of a dataset, in its order."""
 
-    prompts: list[Prompt]  # at least one
+    prompts: list[Prompt]
     report: PromptReport
 
 
@@ -75,18 +93,19 @@ def load_prompts(name: str, reader: Reader, encoder: PromptEncoder, policy: Prom
         DataError: a row is refused, or one is too long or unusable and the policy says fail,
             or nothing is left.
     """
+    found = encode_prompts(reader(), encoder, policy)
+    found.report.tell(name)
+    return found
+
+
+def encode_prompts(chats: Iterable[Chat], encoder: PromptEncoder, policy: PromptPolicy) -> PromptSet:
+    """The prompts of some chats, of which there may be none; errors are those of load_prompts."""
     intake = _Intake(policy)
-    chats = reader()
-    while group := list(islice(chats, _CHATS_PER_CALL)):
+    rest = iter(chats)
+    while group := list(islice(rest, _CHATS_PER_CALL)):
         for chat, encoded in zip(group, encoder.encode_prompts(group), strict=True):
             intake.add(chat, encoded)
-    found = intake.prompt_set()
-    log.info("prompts read", extra={"dataset": name, **asdict(found.report)})
-    if not found.prompts:
-        counts = {**found.report.unusable, "too long": found.report.dropped_too_long}
-        losses = ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)
-        raise DataError(f"dataset {name}: none of {found.report.rows} rows gives a prompt: {losses}")
-    return found
+    return intake.prompt_set()
 
 
 def digest_prompts(prompts: Sequence[Prompt]) -> bytes:
@@ -125,24 +144,28 @@ class PromptOrder:
             per_step: over all ranks.
         """
         self._prompts = prompts
-        self._per_step = per_step
+        self._order = step_order(prompts, per_step=per_step, seed=seed)
         self._seed = seed
 
     def of_step(self, step: int) -> list[StepPrompt]:
         """The step's prompts, over all ranks; one may come twice where the dataset is small."""
-        indices = step_indices(step, number=len(self._prompts), per_step=self._per_step, seed=self._seed)
+        prompts = [self._prompts[index] for index in self._order.of_step(step)]
         return [
             StepPrompt(
-                token_ids=self._prompts[index].token_ids,
-                teacher_ids=self._prompts[index].teacher_ids,
-                teacher_name=self._prompts[index].teacher_name,
-                images=self._prompts[index].images,
-                teacher_images=self._prompts[index].teacher_images,
-                chat=self._prompts[index].chat,
+                token_ids=prompt.token_ids,
+                teacher_ids=prompt.teacher_ids,
+                teacher_name=prompt.teacher_name,
+                images=prompt.images,
+                teacher_images=prompt.teacher_images,
+                chat=prompt.chat,
                 seed=_draw_seed(self._seed, step, place),
             )
-            for place, index in enumerate(indices)
+            for place, prompt in enumerate(prompts)
         ]
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """As StepOrder."""
+        return self._order.counts(step)
 
 
 def _draw_seed(seed: int, step: int, place: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,6 +25,10 @@ class StepPrompts(Protocol):
 
     def of_step(self, step: int) -> Sequence[StepPrompt]:
         """The step's prompts, over all ranks; always the same."""
+        ...
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """How many of them are of each dataset of a blend, by name; empty for a single dataset."""
         ...
 
 
@@ -91,6 +95,10 @@ class Sampler:
         """The rank that asked for each rollout of a step, in the order of `assemble`."""
         places = range(len(self._order.of_step(step)))
         return [place % self._ranks for place in places for _ in range(self._samples_per_prompt)]
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """How many of a step's samples, over all ranks, are of each dataset of a blend, by name."""
+        return {name: count * self._samples_per_prompt for name, count in self._order.counts(step).items()}
 
     def is_here(self, step: int) -> bool:
         """Whether `collect` would return, or raise, at once."""

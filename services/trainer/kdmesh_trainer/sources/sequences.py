@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Protocol
@@ -35,12 +35,32 @@ class DataReport:
     tokens: int
     loss_tokens: int
 
+    def plus(self, other: DataReport) -> DataReport:
+        """That of both."""
+        return DataReport(
+            rows=self.rows + other.rows,
+            sequences=self.sequences + other.sequences,
+            truncated=self.truncated + other.truncated,
+            dropped_too_long=self.dropped_too_long + other.dropped_too_long,
+            unusable=dict(Counter(self.unusable) + Counter(other.unusable)),
+            tokens=self.tokens + other.tokens,
+            loss_tokens=self.loss_tokens + other.loss_tokens,
+        )
+
+    def tell(self, name: str, **facts: object) -> None:
+        """Log it as that of dataset `name`. Raises DataError when nothing is left to train on."""
+        log.info("dataset read", extra={"dataset": name, **asdict(self), **facts})
+        if not self.sequences:
+            counts = {**self.unusable, "too long": self.dropped_too_long}
+            losses = ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)
+            raise DataError(f"dataset {name}: none of {self.rows} rows can be trained on: {losses}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
     """The sequences of a dataset, in its order."""
 
-    sequences: list[TokenSequence]  # at least one
+    sequences: list[TokenSequence]
     report: DataReport
 
 
@@ -72,20 +92,30 @@ def load_sequences(
         DataError: a row is refused, or one is too long or unusable and the policy says fail,
             or nothing is left.
     """
+    dataset = encode_chats(reader(), encoder, policy, max_sequences=max_sequences, on_progress=on_progress)
+    dataset.report.tell(name)
+    return dataset
+
+
+def encode_chats(
+    chats: Iterable[Chat],
+    encoder: SequenceEncoder,
+    policy: DataConfig,
+    *,
+    max_sequences: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Dataset:
+    """The sequences of some chats, of which there may be none; arguments and errors are those of load_sequences."""
     intake = _Intake(policy)
-    chats = reader()
-    while group := list(islice(chats, _CHATS_PER_CALL)):
+    rest = iter(chats)
+    while group := list(islice(rest, _CHATS_PER_CALL)):
         for chat, encoded in zip(group, encoder.encode(group), strict=True):
             intake.add(chat, encoded)
         if on_progress is not None:
             on_progress(intake.rows)
         if max_sequences is not None and len(intake.sequences) >= max_sequences:
             break
-    dataset = intake.dataset(max_sequences)
-    log.info("dataset read", extra={"dataset": name, **asdict(dataset.report)})
-    if not dataset.sequences:
-        raise DataError(f"dataset {name}: none of {intake.rows} rows can be trained on: {_losses(dataset.report)}")
-    return dataset
+    return intake.dataset(max_sequences)
 
 
 class _Intake:
@@ -149,8 +179,3 @@ class _Intake:
 
     def _take(self, chat: Chat, sequence: TokenSequence) -> None:
         self.sequences.append(addressed(sequence, chat.teacher_name) if chat.teacher_name else sequence)
-
-
-def _losses(report: DataReport) -> str:
-    counts = {**report.unusable, "too long": report.dropped_too_long}
-    return ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)

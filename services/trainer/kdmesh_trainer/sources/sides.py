@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -155,6 +156,28 @@ class Prompt:
 def teacher_side(sequences: Sequence[TokenSequence]) -> tuple[TokenSequence, ...]:
     """The sequences as the teacher reads them."""
     return tuple(s.teacher if isinstance(s, InContext | Aligned | InChunks) else s for s in sequences)
+
+
+class TeacherSide(Sequence[TokenSequence]):
+    """The sequences of a dataset as the teacher reads them, each made when it is looked at."""
+
+    def __init__(self, sequences: Sequence[TokenSequence]) -> None:
+        self._sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenSequence: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TokenSequence]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenSequence | Sequence[TokenSequence]:
+        if isinstance(index, slice):
+            return teacher_side(self._sequences[index])
+        [theirs] = teacher_side([self._sequences[index]])
+        return theirs
 
 
 def answered_rows(sequences: Sequence[TokenSequence]) -> Int64Array | None:

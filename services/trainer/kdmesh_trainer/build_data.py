@@ -1,0 +1,111 @@
+"""Reads what a job is trained on and judged by, fit for whoever is asked about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, assert_never
+
+from kdmesh.types import TokenSequence
+from kdmesh_trainer import config
+from kdmesh_trainer.build_on_policy import Task, read_task
+from kdmesh_trainer.build_teachers import Teachers
+from kdmesh_trainer.fit import refuse_unlike
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objective_config import Distill
+from kdmesh_trainer.sources.blend import blend_identity, digest_key, parts_of
+from kdmesh_trainer.sources.sequences import load_sequences
+from kdmesh_trainer.sources.stored import SequenceFacts, images_of, sequence_facts
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.build import Checked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What is trained on, and what it is judged by."""
+
+    train: Sequence[TokenSequence] | Task
+    held_out: Sequence[TokenSequence] | None
+    identity: Mapping[str, str]  # what a checkpoint can only be continued with, by configuration key
+
+    @property
+    def num_images(self) -> int:
+        """Over all that is trained on, and judged by."""
+        seen = (self.train.prompts, self.train.answers) if isinstance(self.train, Task) else (self.train,)
+        return sum(1 for items in (*seen, self.held_out or ()) for _ in images_of(items))
+
+
+def read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None, mesh: Mesh) -> Data:
+    """Both datasets. Collective.
+
+    Raises:
+        DataError: the data cannot be used, or does not fit a teacher.
+        ModelMismatch: a teacher's image processor makes other numbers of tokens.
+    """
+    cache = checked.train.cache
+    if cache is None:
+        return _read(cfg, checked, teachers)
+    # Of the ranks that find nothing, the first makes it where it can: it is the one that shows how far it is.
+    mesh.on_first(cache.claim)
+    try:
+        return _read(cfg, checked, teachers)
+    finally:
+        cache.release()
+
+
+def _read(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None) -> Data:
+    train, identity = _read_train(cfg, checked, teachers)
+    held_out = None
+    if checked.held_out is not None:
+        limit = cfg.evaluation.max_sequences
+        held_out = load_sequences(
+            "held_out", checked.held_out, checked.judge_encoder, cfg.data, max_sequences=limit
+        ).sequences
+        if teachers is not None:
+            teachers.check_requests("held_out", held_out)
+    return Data(train=train, held_out=held_out, identity=identity)
+
+
+def _read_train(
+    cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None
+) -> tuple[Sequence[TokenSequence] | Task, dict[str, str]]:
+    match cfg.source:
+        case config.OffPolicy():
+            train = checked.train.sequences()
+            facts = {name: sequence_facts(part) for name, part in parts_of(train).items()}
+            if cfg.data.teacher_tokenizer is not None:
+                refuse_unlike(
+                    sum(part.aligned_rows for part in facts.values()) / sum(part.rows for part in facts.values()),
+                    checked.teacher_tokens,
+                    at_least=cfg.data.teacher_tokenizer.min_aligned,
+                )
+            if teachers is not None and isinstance(cfg.objective, Distill):
+                teachers.check_requests("train", train)
+            return train, _identity(train, facts)
+        case config.OnPolicy():
+            assert teachers is not None  # the configuration's
+            task = read_task(
+                cfg,
+                cfg.source,
+                data=checked.train,
+                encoder=checked.encoder,
+                tokenizer=checked.tokenizer,
+                teachers=teachers,
+                tokens=checked.teacher_tokens,
+            )
+            return task, task.identity()
+        case _:
+            assert_never(cfg.source)
+
+
+def _identity(train: Sequence[TokenSequence], facts: Mapping[str, SequenceFacts]) -> dict[str, str]:
+    identity = blend_identity(train)
+    for name, part in facts.items():
+        identity[digest_key("data.train", name)] = part.digest
+        if part.teacher_digest != part.digest:
+            why = "teacher_tokenizer" if part.has_other_tokenizer else "teacher_context"
+            identity[digest_key(f"data.{why}", name)] = part.teacher_digest
+        if part.teacher_names:
+            identity[digest_key("data.teacher_column", name)] = part.teacher_names
+    return identity

@@ -1,0 +1,181 @@
+"""The files of a dataset, in pieces that can be read apart from each other."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, assert_never
+
+from kdmesh.errors import DataError
+
+_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+# Little enough that processes which share a file are busy to its end, enough that handing one out costs nothing.
+_LINES_BYTES = 2**20
+
+ChooseColumns = Callable[[Sequence[str]], list[str]]
+"""Which columns of a Parquet file to read, of those that it has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Some rows of a file, in its order."""
+
+    path: Path
+    kind: Literal["lines", "array", "row group"]
+    first: int = 1  # number of its first line, or of its first row
+    begin: int = 0  # of lines: the first byte; of a row group: its number
+    size_bytes: int  # of lines: exactly; of a row group: of its columns, not compressed
+
+
+def find_files(path: Path) -> tuple[Path, ...]:
+    """The file at `path`, or those of that directory by name. Raises DataError when there is none of a known kind."""
+    known = ", ".join(_SUFFIXES)
+    if path.is_dir():
+        files = tuple(sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file()))
+        if not files:
+            raise DataError(f"no dataset in directory {path}: it holds no file of the kinds {known}")
+        return files
+    if not path.is_file():
+        raise DataError(f"no dataset at {path}: there is no such file or directory")
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"{path} is of an unknown kind; known: {known}")
+    return (path,)
+
+
+def size_of(path: Path) -> int:
+    """What the sizes of a file's pieces add up to. Raises DataError when it cannot be read."""
+    with _reading(path):
+        if path.suffix == ".parquet":
+            return sum(group.size_bytes for group in _row_groups(path))
+        return path.stat().st_size
+
+
+def pieces_of(path: Path) -> Iterator[Piece]:
+    """All of a file: JSON lines by the megabyte, Parquet by the row group, a JSON array as a whole.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _reading(path):
+        if path.suffix == ".parquet":
+            yield from _row_groups(path)
+        elif path.suffix == ".json" and _is_array(path):
+            yield Piece(path=path, kind="array", size_bytes=path.stat().st_size)
+        else:
+            yield from _lines(path)
+
+
+def rows_of(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, object]]:
+    """Each row of a piece after its origin: path and line, or path and number of the row.
+
+    Raises:
+        DataError: it cannot be read, or is not what its name says.
+    """
+    with _reading(piece.path):
+        match piece.kind:
+            case "row group":
+                yield from _parquet_rows(piece, choose)
+            case "array":
+                rows: Any = _parse(_text(piece, piece.path.read_bytes()), piece.path, first_line=1)
+                for number, row in enumerate(rows, start=1):
+                    yield f"{piece.path}: row {number}", row
+            case "lines":
+                yield from _json_lines(piece)
+            case _:
+                assert_never(piece.kind)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a .json file is one array of rows; one object per line is taken too, because many are named so."""
+    with path.open("rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+        return first == b"["
+
+
+def _lines(path: Path) -> Iterator[Piece]:
+    with path.open("rb") as file:
+        begin, first = 0, 1
+        while chunk := file.read(_LINES_BYTES):
+            chunk += file.readline()  # to the end of the line
+            yield Piece(path=path, kind="lines", first=first, begin=begin, size_bytes=len(chunk))
+            begin += len(chunk)
+            first += chunk.count(b"\n")
+
+
+def _json_lines(piece: Piece) -> Iterator[tuple[str, object]]:
+    with piece.path.open("rb") as file:
+        file.seek(piece.begin)
+        data = file.read(piece.size_bytes)
+    if len(data) < piece.size_bytes:
+        raise DataError(f"{piece.path} has changed while it was read")
+    lines: IO[str] = io.StringIO(_text(piece, data), newline=None)
+    for number, line in enumerate(lines, start=piece.first):
+        if line.strip():
+            yield f"{piece.path}:{number}", _parse(line.rstrip(), piece.path, first_line=number)
+
+
+def _text(piece: Piece, data: bytes) -> str:
+    try:
+        # A byte order mark is not part of the first line.
+        return data.decode("utf-8-sig" if piece.begin == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{piece.path} is not UTF-8: {error.reason} at byte {piece.begin + error.start}") from error
+
+
+def _parse(text: str, path: Path, *, first_line: int) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise DataError(f"{path}:{first_line}: not usable JSON: nested too deeply") from None
+
+
+def _row_groups(path: Path) -> Iterator[Piece]:
+    import pyarrow as pa  # a tenth of a second, and most datasets are JSON
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is not a Parquet file: {error}") from error
+    first = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        yield Piece(path=path, kind="row group", first=first, begin=number, size_bytes=group.total_byte_size)
+        first += group.num_rows
+
+
+def _parquet_rows(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(piece.path) as file:
+            number = piece.first
+            columns = choose(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, row_groups=[piece.begin], columns=columns):
+                for row in batch.to_pylist():
+                    yield f"{piece.path}: row {number}", row
+                    number += 1
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{piece.path} is not a Parquet file: {error}") from error

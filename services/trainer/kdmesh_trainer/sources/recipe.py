@@ -1,0 +1,83 @@
+"""What makes the encoder of a job, so that every process can make it, and can tell whether another's is the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+import transformers
+
+from kdmesh.images import ImageTokens
+from kdmesh_trainer.data_config import DataConfig, TeacherTemplate
+from kdmesh_trainer.sources.chat import ChatEncoder, read_template
+from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
+from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Encoder = ChatEncoder | ContextEncoder | OtherTokenizerEncoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderRecipe:
+    """Plain values that an encoder follows from."""
+
+    student: Path  # directory of its tokenizer
+    data: DataConfig
+    takes_chunks: bool = False  # see OtherTokenizerEncoder
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The student's, with the chat template that is trained with. Raises ConfigError when it cannot be loaded."""
+        tokenizer = load_fast_tokenizer(self.student)
+        template = self._template()
+        if template is not None:
+            tokenizer.chat_template = template  # so that the trained model is written with it
+        return tokenizer
+
+    def encoder(self, tokenizer: PreTrainedTokenizerFast, images: ImageTokens | None = None) -> Encoder:
+        """What reads the data.
+
+        Args:
+            tokenizer: of `tokenizer`.
+            images: how the student reads them; None where it reads text alone.
+
+        Raises:
+            ConfigError: a template is missing, or is not Jinja.
+        """
+        return build_encoder(tokenizer, self._template(), self.data, takes_chunks=self.takes_chunks, images=images)
+
+    def ingredients(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+        """What tokens depend on beside the chats, as plain values; `tokenizer` is that of `tokenizer`."""
+        other, context = self.data.teacher_tokenizer, self.data.teacher_context
+        theirs: dict[str, Any] = {}
+        if other is not None:
+            template = None if other.chat_template is None else read_template(other.chat_template)
+            theirs = {**_of_tokenizer(load_fast_tokenizer(other.path, whose="teacher")), "template_file": template}
+        told = None if context is None else context.model_dump(mode="json", exclude={"path"})
+        if isinstance(context, TeacherTemplate):
+            told = {**(told or {}), "template_file": read_template(context.path)}
+        return {
+            "student": _of_tokenizer(tokenizer),
+            "teacher": theirs,
+            "teacher_context": told,
+            "takes_chunks": self.takes_chunks,
+            "made_by": {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
+        }
+
+    def _template(self) -> str | None:
+        return None if self.data.chat_template is None else read_template(self.data.chat_template)
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Mapping[str, Any]:
+    return {
+        "tokenizer (digest)": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "chat_template": tokenizer.chat_template,
+        "special_tokens": {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())},
+        "special_ids": sorted(tokenizer.all_special_ids),
+    }

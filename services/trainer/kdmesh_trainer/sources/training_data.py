@@ -1,0 +1,69 @@
+"""What a job is trained on: one dataset, or a blend of several, in memory or in the files of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.data_config import Blend, ChatFile, CustomDataset, DataConfig
+from kdmesh_trainer.sources.blend import Blended, Part
+from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
+from kdmesh_trainer.sources.readers import ChatFiles, Reader
+from kdmesh_trainer.sources.recipe import Encoder
+from kdmesh_trainer.sources.sequences import load_sequences
+from kdmesh_trainer.sources.sides import Prompt
+from kdmesh_trainer.sources.token_cache import TokenCache
+
+T = TypeVar("T")
+
+
+class TrainingData:
+    """The chats of `data.train`, of which nothing is read until sequences or prompts are asked for.
+
+    Attributes:
+        cache: where token ids lie; None: in memory.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        encoder: Encoder,
+        cache: TokenCache | None,
+        read: Callable[[ChatFile | CustomDataset], Reader],
+    ) -> None:
+        """`read` opens a dataset."""
+        self._data = data
+        self._encoder = encoder
+        self.cache = cache
+        self._readers = {name: read(dataset) for name, dataset in data.train_datasets.items()}
+
+    def sequences(self) -> Sequence[TokenSequence]:
+        """Those of all chats. Raises DataError as load_sequences, and TokenCache."""
+        return self._each(self._sequences)
+
+    def prompts(self, policy: PromptPolicy) -> Sequence[Prompt]:
+        """Those of all chats. Raises DataError as load_prompts, and TokenCache."""
+        return self._each(lambda name, reader: self._prompts(name, reader, policy))
+
+    def _each(self, get: Callable[[str, Reader], Sequence[T]]) -> Sequence[T]:
+        if not isinstance(self._data.train, Blend):
+            return get("train", self._readers[""])
+        return Blended(
+            [
+                Part(name=name, weight=weight, items=get(f"train.{name}", self._readers[name]))
+                for name, weight in self._data.train.shares.items()
+            ]
+        )
+
+    def _sequences(self, name: str, reader: Reader) -> Sequence[TokenSequence]:
+        if self.cache is None:
+            return load_sequences(name, reader, self._encoder, self._data).sequences
+        assert isinstance(reader, ChatFiles)  # the configuration's
+        return self.cache.sequences(name, reader)
+
+    def _prompts(self, name: str, reader: Reader, policy: PromptPolicy) -> Sequence[Prompt]:
+        if self.cache is None:
+            return load_prompts(name, reader, self._encoder, policy).prompts
+        assert isinstance(reader, ChatFiles)
+        return self.cache.prompts(name, reader, policy)

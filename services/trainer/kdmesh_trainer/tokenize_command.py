@@ -1,0 +1,63 @@
+"""The command line of `kdmesh tokenize`: python -m kdmesh_trainer.tokenize_command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kdmesh import log
+from kdmesh.config import load
+from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh_trainer.config import OnPolicy, TrainerConfig
+
+_REFUSED = 2
+_INTERRUPTED = 130
+
+
+def main() -> int:
+    """Parse, check, make what is missing.
+
+    Returns:
+        The exit status: 0 when everything is there, 2 when something was refused, 130 when it was interrupted.
+    """
+    arguments = _parser().parse_args()
+    try:
+        cfg = load(TrainerConfig, arguments.config, arguments.set)
+        log.configure("tokenize")
+        _make(cfg)
+    except KdmeshError as error:
+        sys.stderr.write(f"{error}\n")
+        return _REFUSED
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped; datasets that were complete are kept.\n")
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kdmesh_trainer.tokenize_command", description="Make the files of token ids that a run maps."
+    )
+    parser.add_argument("config", type=Path, help="YAML file; see kdmesh_trainer/config.py")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
+    )
+    return parser
+
+
+def _make(cfg: TrainerConfig) -> None:
+    if cfg.data.token_cache is None:
+        raise ConfigError("there is no data.token_cache, so the trainer keeps token ids in memory")
+    from kdmesh_trainer.build import check  # not at the top: a bad configuration must not wait for torch
+    from kdmesh_trainer.build_on_policy import prompt_policy
+
+    data = check(cfg).train
+    if isinstance(cfg.source, OnPolicy):
+        data.prompts(prompt_policy(cfg, cfg.source))
+    if not isinstance(cfg.source, OnPolicy) or cfg.source.sampled_fraction < 1:
+        data.sequences()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
