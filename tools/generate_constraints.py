@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "deploy" / "docker" / "constraints.txt"
-EXTRAS = ("demo", "jwt")
+EXTRAS = ("demo", "jwt", "kubernetes", "lora", "tracing")
 # torch has its own line in the images, and brings what belongs to its build.
 _LEFT_OUT = {"kdmesh", "torch", "triton"}
 
@@ -28,7 +28,7 @@ def needed(requirements: Iterable[str], extras: tuple[str, ...], found: dict[str
         try:
             found[own] = distribution(requirement.name).version
         except PackageNotFoundError:
-            sys.exit(f"{text} is not installed; install kdmesh[demo,jwt]")
+            sys.exit(f"{text} is not installed; install kdmesh[{','.join(EXTRAS)}]")
         needed(requires(requirement.name) or (), tuple(requirement.extras), found)
     return found
 

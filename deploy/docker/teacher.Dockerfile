@@ -7,6 +7,7 @@
 #   docker build -f deploy/docker/teacher.Dockerfile -t kdmesh-teacher:cuda \
 #     --build-arg BASE=lmsysorg/sglang:v0.5.23 --build-arg TORCH= --build-arg CONSTRAINTS=/dev/null .
 
+# With a digest (NAME:TAG@sha256:...) a build has the same bits every time.
 ARG BASE=python:3.11.14-slim-bookworm
 
 FROM ${BASE} AS build
@@ -14,6 +15,7 @@ FROM ${BASE} AS build
 ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG CONSTRAINTS=deploy/docker/constraints.txt
+ARG EXTRAS="demo jwt kubernetes lora tracing"
 WORKDIR /src
 COPY pyproject.toml deploy/docker/constraints.txt deploy/docker/
 # What the base image has is used, and not installed again.
@@ -21,7 +23,7 @@ RUN python3 -m venv --without-pip --system-site-packages /opt/kdmesh \
  && if [ -n "${TORCH}" ]; then \
       python3 -m pip --python /opt/kdmesh/bin/python install --no-cache-dir --extra-index-url "${TORCH_INDEX}" "${TORCH}"; \
     fi
-RUN python3 -c "import tomllib; p = tomllib.load(open('deploy/docker/pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['demo'], *p['optional-dependencies']['jwt'], sep='\n')" > requirements.txt \
+RUN python3 -c "import os, tomllib; p = tomllib.load(open('deploy/docker/pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *(each for extra in os.environ['EXTRAS'].split() for each in p['optional-dependencies'][extra]), sep='\n')" > requirements.txt \
  && python3 -m pip --python /opt/kdmesh/bin/python install --no-cache-dir -c "${CONSTRAINTS}" -r requirements.txt
 COPY pyproject.toml README.md ./
 COPY kdmesh kdmesh

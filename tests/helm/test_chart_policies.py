@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from kdmesh.cli import main as cli
 from kdmesh.cluster.kinds import KINDS
@@ -35,6 +36,14 @@ def test_pods_are_ordinary_users_without_privileges(values: Path) -> None:
             assert security["readOnlyRootFilesystem"] is True, where
             assert security["capabilities"]["drop"] == ["ALL"], where
             assert security.get("runAsUser", 1) > 0 or container["name"] == _ROOT, where
+
+
+def test_an_image_with_a_digest_is_taken_by_it_wherever_it_runs() -> None:
+    pinned = yaml.safe_load((render.CHART / "ci" / "rollouts-values.yaml").read_text("utf-8"))["images"]
+    for where, pod in pods(rendered(_values("rollouts"))):
+        (name,) = [name for name in ("teacher", "rollout") if name in where.partition("/")[2]]
+        wanted = f"registry.example/kdmesh/{name}:1.2.3@{pinned[name]['digest']}"
+        assert {container["image"] for container in containers(pod)} == {wanted}
 
 
 @every_value
@@ -193,6 +202,22 @@ def test_replicas_are_left_to_what_scales_them() -> None:
     assert trigger["metadata"]["threshold"] == "2000000" and trigger["metadata"]["ignoreNullValues"] == "false"
 
 
+def test_what_scales_shows_a_prometheus_that_asks_a_token_of_a_secret() -> None:
+    manifests = rendered(_values("several-nodes"))
+    (scaled,), (shown,) = of_kind(manifests, "ScaledObject"), of_kind(manifests, "TriggerAuthentication")
+    (trigger,) = scaled["spec"]["triggers"]
+    assert trigger["authenticationRef"] == {"name": shown["metadata"]["name"]}
+    assert trigger["metadata"]["authModes"] == "bearer"
+    assert shown["spec"]["secretTargetRef"] == [
+        {"parameter": "bearerToken", "name": "keda-viewer", "key": "token"},
+        {"parameter": "ca", "name": "monitoring-ca", "key": "service-ca.crt"},
+    ]
+    plain = rendered_with("teacher.autoscaling.enabled=true")
+    (trigger,) = of_kind(plain, "ScaledObject")[0]["spec"]["triggers"]
+    assert of_kind(plain, "TriggerAuthentication") == []
+    assert "authenticationRef" not in trigger and "authModes" not in trigger["metadata"]
+
+
 def test_what_scales_asks_for_a_metric_that_the_servers_have() -> None:
     from kdmesh_rollout import metrics as rollout_metrics
     from kdmesh_teacher import metrics as teacher_metrics
@@ -219,8 +244,6 @@ def test_a_change_of_the_configuration_restarts_the_pods() -> None:
 
 
 def _config(manifests: tuple[Manifest, ...], name: str) -> Manifest:
-    import yaml
-
     texts = [one["data"][f"{name}.yaml"] for one in of_kind(manifests, "ConfigMap") if f"{name}.yaml" in one["data"]]
     config: Manifest = yaml.safe_load(texts[0])
     return config

@@ -82,6 +82,8 @@ def test_the_definitions_refuse_what_their_projects_refuse() -> None:
     ]
     (certificate,) = of_kind(rendered(_values("several-nodes")), "Certificate")
     assert "duratoin" not in understood(certificate | {"spec": certificate["spec"] | {"duratoin": "1h"}})["spec"]
+    (shown,) = of_kind(rendered(_values("several-nodes")), "TriggerAuthentication")
+    assert "secretTargetRefs" not in understood(shown | {"spec": {"secretTargetRefs": []}})["spec"]
     (group,) = of_kind(rendered(_values("several-nodes")), "LeaderWorkerSet")
     assert "'Leader' is not one of" in problems(group | {"spec": group["spec"] | {"startupPolicy": "Leader"}})[0]
     assert "'nodes' was unexpected" in problems(group | {"spec": group["spec"] | {"nodes": 2}})[0]

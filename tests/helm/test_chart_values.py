@@ -77,6 +77,18 @@ def test_the_schema_refuses(setting: str, sentence: str) -> None:
         (["teacher.gpus.perNode=1"], "teacher.gpus.perNode is 1, but engine.device is cpu"),
         (["teacher.replicas=2", "teacher.autoscaling.enabled=true"], "teacher.replicas is 2, but teacher.autoscaling"),
         (['teacher.autoscaling={"enabled":true,"minReplicas":5}'], "minReplicas 5 is more than maxReplicas 4"),
+        (
+            ['teacher.autoscaling={"enabled":true,"kind":"hpa","prometheusTokenSecret":{"name":"a"}}'],
+            "are for keda, which autoscaling.enabled and kind switch on",
+        ),
+        (
+            ['teacher.autoscaling={"enabled":true,"prometheusCaSecret":{"name":"a"}}'],
+            "prometheusCaSecret.name needs prometheusTokenSecret.name",
+        ),
+        (
+            ['teacher.autoscaling={"enabled":true,"prometheusTokenSecret":{"name":"a"}}'],
+            "a token in prometheusTokenSecret goes to an https:// address only",
+        ),
         (["teacher.config.slab.slots=64"], "takes 64 x 64 MiB, which is all of resources.limits.memory (4Gi) or more"),
         (['teacher.env={"HF_TOKEN":"hf_abc"}'], "teacher.env.HF_TOKEN looks like a secret"),
         (["teacher.nodes=2"], "teacher.nodes is 2, but an engine of kind transformers works on one"),

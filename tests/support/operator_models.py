@@ -1,13 +1,15 @@
-"""Holds objects of cert-manager and prometheus-operator against models made from those projects' definitions."""
+"""Holds objects of cert-manager, KEDA and prometheus-operator against models made from those projects' definitions."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from cloudcoil.models.cert_manager.v1 import Certificate
+from cloudcoil.models.keda.v1alpha1 import TriggerAuthentication
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule, ServiceMonitor
 
-MODELS = {model.__name__: model for model in (Certificate, PodMonitor, PrometheusRule, ServiceMonitor)}
+_KINDS = (Certificate, PodMonitor, PrometheusRule, ServiceMonitor, TriggerAuthentication)
+MODELS = {model.__name__: model for model in _KINDS}
 
 
 def understood(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from kdmesh.config import load
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import TrainerConfig
+from tools.generate_constraints import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = {path.stem: path for path in sorted((ROOT / "deploy" / "docker").glob("*.Dockerfile"))}
@@ -84,13 +86,23 @@ def test_what_images_copy_is_not_ignored_and_secrets_are() -> None:
     assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"
 
 
+@pytest.mark.parametrize("service", DOCKERFILES)
+def test_images_have_the_extras_that_are_pinned(service: str) -> None:
+    assert f'EXTRAS="{" ".join(EXTRAS)}"' in [rest for kind, rest in instructions(service) if kind == "ARG"]
+
+
+@pytest.mark.parametrize("service", DOCKERFILES)
+def test_every_stage_is_built_on_what_the_build_argument_names(service: str) -> None:
+    assert [rest for kind, rest in instructions(service) if kind == "FROM"] == ["${BASE} AS build", "${BASE}"]
+
+
 def test_constraints_pin_every_dependency_of_the_project() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [
         *project["dependencies"],
-        *(text for extra in ("demo", "jwt") for text in project["optional-dependencies"][extra]),
+        *(text for extra in EXTRAS for text in project["optional-dependencies"][extra]),
     ]
     names = {re.split(r"[<>=\[]", text)[0] for text in wanted} - {"torch"}
     lines = (ROOT / "deploy" / "docker" / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -150,6 +162,32 @@ def test_compose_understands_its_files(files: list[str]) -> None:
     for profile in ([], ["--profile=observability"]):
         result = subprocess.run([*command, *profile, "config", "--quiet"], capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.gpu.yml"])
+def test_every_image_of_compose_can_be_named_by_a_variable(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    named = re.findall(r"(?:image|BASE): \"?([^\s\",}]+\}?)", text)
+    assert len(named) >= 5
+    assert [image for image in named if not re.fullmatch(r"\$\{[A-Z]+_IMAGE:-[^}]+\}", image)] == []
+
+
+@pytest.mark.skipif(not COMPOSE.exists(), reason="run `make compose-env`")
+def test_compose_takes_images_by_their_digests() -> None:
+    services = ("teacher", "rollout", "trainer", "prometheus", "grafana")
+    pinned = {name: f"registry.example/{name}:1@sha256:{index:064x}" for index, name in enumerate(services)}
+    base = f"python:3.11@sha256:{9:064x}"
+    variables = {f"{name.upper()}_IMAGE": image for name, image in pinned.items()} | {"BASE_IMAGE": base}
+    command = [COMPOSE / "cli-plugins" / "docker-compose", f"--file={ROOT / 'docker-compose.yml'}"]
+    result = subprocess.run(
+        [*command, "--profile=observability", "config", "--format=json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    found = json.loads(result.stdout)["services"]
+    assert {name: found[name]["image"] for name in services} == pinned
+    assert {found[name]["build"]["args"]["BASE"] for name in OURS} == {base}
 
 
 @contextmanager

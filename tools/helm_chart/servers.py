@@ -8,7 +8,7 @@ from pydantic import Field
 
 from kdmesh.serving.job_config import JobTerms
 from kdmesh_teacher.config import TeacherJobTerms
-from tools.helm_chart.sections import ChartModel, Objects, SecretKey, TokenSecret
+from tools.helm_chart.sections import CaSecret, ChartModel, Objects, SecretKey, TokenSecret
 
 
 class Model(ChartModel):
@@ -78,6 +78,13 @@ class Autoscaling(ChartModel):
 
     prometheus: str = "http://prometheus-operated.monitoring.svc:9090"
     """Where keda asks."""
+
+    prometheus_token_secret: TokenSecret = TokenSecret()
+    """Bearer token that keda shows there; empty for a Prometheus that asks for none."""
+
+    prometheus_ca_secret: CaSecret = CaSecret()
+    """Who vouches for the certificate of an https:// Prometheus, beside the authorities that keda trusts already; keda
+    reads it only with a token."""
 
     query: str = ""
     """PromQL of the tokens that wait at all replicas; empty takes those of this release's pods."""

@@ -19,7 +19,7 @@ class Image(ChartModel):
     """Name below the registry."""
 
     digest: str = Field("", pattern=r"^(sha256:[0-9a-f]{64})?$")
-    """As sha256:...; takes the place of the tag."""
+    """As sha256:...; nodes then take exactly this image, and the tag is for people only."""
 
 
 class Images(ChartModel):

@@ -97,6 +97,17 @@
 {{- fail (printf "%s.autoscaling.minReplicas %v is more than maxReplicas %v" .name $scaling.minReplicas $scaling.maxReplicas) -}}
 {{- end -}}
 {{- end -}}
+{{- $token := $scaling.prometheusTokenSecret.name -}}
+{{- $ca := $scaling.prometheusCaSecret.name -}}
+{{- if and (or $token $ca) (not (and $scaling.enabled (eq $scaling.kind "keda"))) -}}
+{{- fail (printf "%s.autoscaling.prometheusTokenSecret and prometheusCaSecret are for keda, which autoscaling.enabled and kind switch on" .name) -}}
+{{- end -}}
+{{- if and $ca (not $token) -}}
+{{- fail (printf "%s.autoscaling.prometheusCaSecret.name needs prometheusTokenSecret.name: keda reads it only with a token" .name) -}}
+{{- end -}}
+{{- if and $token (hasPrefix "http://" $scaling.prometheus) -}}
+{{- fail (printf "%s.autoscaling.prometheus is %s: a token in prometheusTokenSecret goes to an https:// address only" .name $scaling.prometheus) -}}
+{{- end -}}
 {{- end }}
 
 {{- define "kdmesh.checkEnvironment" -}}

@@ -40,11 +40,8 @@ matchExpressions:
 {{- $images := .root.Values.images -}}
 {{- $image := index $images .name -}}
 {{- $path := printf "%s/%s" (trimSuffix "/" $images.registry) $image.repository | trimPrefix "/" -}}
-{{- if $image.digest -}}
-{{ $path }}@{{ $image.digest }}
-{{- else -}}
 {{ $path }}:{{ $images.tag | default .root.Chart.AppVersion }}
-{{- end -}}
+{{- with $image.digest }}@{{ . }}{{ end -}}
 {{- end }}
 
 {{- /* Name that clients look up, without the port. */ -}}
