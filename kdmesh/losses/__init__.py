@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdmesh.losses.across_ranks import CROSS_ENTROPY, fused_linear_across_ranks
 from kdmesh.losses.across_vocabularies import fused_linear_by_rank, fused_linear_hybrid
 from kdmesh.losses.build import build_divergence, custom_divergence
 from kdmesh.losses.chunk_likelihood import Boundaries, fused_linear_chunk_likelihood
@@ -11,13 +12,18 @@ from kdmesh.losses.head import OutputHead
 from kdmesh.losses.labelled import ChunkLoss, ChunkRows, LabelledRows
 from kdmesh.losses.likeliest import likeliest_tokens
 from kdmesh.losses.mixture import MixedTeacher
+from kdmesh.losses.rows import Mix
 from kdmesh.losses.sampled import SampledDivergence
+from kdmesh.losses.slice_form import slice_form
+from kdmesh.losses.slice_sweep import OwnRows
 from kdmesh.losses.sorted_rows import HybridWeights, Matched
 from kdmesh.losses.truncated import truncated
+from kdmesh.losses.vocabulary_share import VocabularyShare
 from kdmesh.losses.workspace import Workspace
 
 __all__ = [
     "Boundaries",
+    "CROSS_ENTROPY",
     "ChunkLoss",
     "ChunkRows",
     "Divergence",
@@ -25,13 +31,17 @@ __all__ = [
     "HybridWeights",
     "LabelledRows",
     "Matched",
+    "Mix",
     "MixedTeacher",
     "OutputHead",
+    "OwnRows",
     "SampledDivergence",
+    "VocabularyShare",
     "Workspace",
     "build_divergence",
     "custom_divergence",
     "forward_kl",
+    "fused_linear_across_ranks",
     "fused_linear_by_rank",
     "fused_linear_chunk_likelihood",
     "fused_linear_cross_entropy",
@@ -40,5 +50,6 @@ __all__ = [
     "jensen_shannon",
     "likeliest_tokens",
     "reverse_kl",
+    "slice_form",
     "truncated",
 ]

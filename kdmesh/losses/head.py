@@ -58,6 +58,11 @@ class OutputHead:
         bias_V = None if self.bias_V is None else self.bias_V[:vocabulary_size]
         return replace(self, weight_VD=self.weight_VD[:vocabulary_size], bias_V=bias_V)
 
+    def part(self, first: int, num_tokens: int) -> OutputHead:
+        """The head of `num_tokens` tokens from `first` on, which may be none; its tensors are views."""
+        bias_V = None if self.bias_V is None else self.bias_V[first : first + num_tokens]
+        return replace(self, weight_VD=self.weight_VD[first : first + num_tokens], bias_V=bias_V)
+
     def selected(self, tokens_S: Tensor) -> OutputHead:
         """The head of these tokens [S] int64, in this order; its tensors are copies, gradients flow through them."""
         bias_S = None if self.bias_V is None else self.bias_V.index_select(0, tokens_S)

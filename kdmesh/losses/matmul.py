@@ -48,15 +48,20 @@ def logits_into(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor, workspace:
 
 
 def hidden_gradient_into(out_CD: Tensor, logit_gradient_CV: Tensor, weight_VD: Tensor) -> None:
-    """Overwrite `out_CD` with logit_gradient @ weight."""
-    if out_CD.dtype is torch.float32 and _has_kernel(logit_gradient_CV, weight_VD):
+    """Overwrite `out_CD` with logit_gradient @ weight; in the operands' type, or in float32."""
+    is_float32 = logit_gradient_CV.dtype is torch.float32
+    if is_float32 and out_CD.dtype is torch.float32 and _has_kernel(logit_gradient_CV, weight_VD):
 
         def multiply(rows: slice) -> None:
             brgemm.multiply_into(out_CD[rows], logit_gradient_CV[rows], weight_VD)
 
         _on_threads(multiply, spans(len(out_CD), -(-len(out_CD) // torch.get_num_threads())))
-    else:
+    elif out_CD.dtype is logit_gradient_CV.dtype:
         torch.mm(logit_gradient_CV, weight_VD, out=out_CD)
+    elif out_CD.is_cuda:
+        torch.mm(logit_gradient_CV, weight_VD, out_dtype=out_CD.dtype, out=out_CD)
+    else:  # rounded once
+        out_CD.copy_(torch.mm(logit_gradient_CV, weight_VD))
 
 
 def weight_gradient_into(out_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: Tensor, *, adds: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -27,6 +27,10 @@ class RowValues:
     student_entropy_R: Tensor  # [0] unless asked for
     teacher_entropy_R: Tensor  # [0] unless asked for
     topk_overlap_R: Tensor  # [0] unless asked for
+
+    def part(self, rows: slice) -> RowValues:
+        """Some of the rows."""
+        return RowValues(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     @classmethod
     def joined(cls, parts: Sequence[RowValues], *, like: Tensor) -> RowValues:

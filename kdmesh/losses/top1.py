@@ -34,6 +34,11 @@ class Runs:
         is_twice_BNW = tokens_BNW < (runs_BN * self._width).unsqueeze(-1)
         return tokens_BNW.flatten(1), is_twice_BNW.flatten(1)
 
+    def favourite(self, logits_BV: Tensor, maxima_BK: Tensor) -> Tensor:
+        """[B, 1] the token with the largest logit in each row, of several that tie any."""
+        tokens_BW, _ = self.tokens(maxima_BK.argmax(-1, keepdim=True))
+        return tokens_BW.gather(-1, logits_BV.gather(-1, tokens_BW).argmax(-1, keepdim=True))
+
 
 class Top1Agreement:
     """Whether the teacher's favourite token is the student's too, or one of several that tie.
@@ -57,9 +62,7 @@ class Top1Agreement:
 
     def end_block(self, student_BV: Tensor, teacher_BV: Tensor) -> Tensor:
         """[B] 1 or 0, for the tiles since the last call, whose logits these are."""
-        run_B1 = torch.cat(self._teacher_run_max).argmax(-1, keepdim=True)
-        tokens_BW, _ = self._runs.tokens(run_B1)
-        best_B1 = tokens_BW.gather(-1, teacher_BV.gather(-1, tokens_BW).argmax(-1, keepdim=True))
+        best_B1 = self._runs.favourite(teacher_BV, torch.cat(self._teacher_run_max))
         agrees_B1 = student_BV.gather(-1, best_B1) == torch.cat(self._student_max)
         self._student_max.clear()
         self._teacher_run_max.clear()

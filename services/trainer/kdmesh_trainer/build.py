@@ -91,12 +91,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
     with ExitStack() as stack:
         mesh.on_first(lambda: stack.enter_context(claimed(cfg.output)))
         checked = check(cfg)
-        teachers = open_teachers(
-            cfg,
-            tokens=checked.teacher_tokens,
-            mesh=mesh,
-            stack=stack,
-        )
+        teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, stack=stack)
         doors = dict[str, str] if teachers is None else teachers.doors
         imbalance = (lambda: None) if teachers is None else teachers.imbalance
         telemetry = stack.enter_context(open_telemetry(cfg, rank=mesh.rank, doors=doors, imbalance=imbalance))
@@ -126,7 +121,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             packer=packer,
             is_varlen=is_varlen(cfg.student, lm.config, mesh.device),
         )
-        spread(student, cfg.student, mesh, offloads=cfg.parallel.offload == "all")
+        spread(student, cfg.student, mesh, cfg.parallel)
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_optimizer(cfg, student)
         copy = None if teachers is None or cfg.teacher is None else build_copy(teachers.only, student)
@@ -136,7 +131,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             source=source,
             stepper=GradientStepper(
                 student,
-                build_objective(cfg, checked.divergence, algorithm, teachers),
+                build_objective(cfg, checked.divergence, algorithm, teachers, student.share),
                 optimizer,
                 config=cfg.optimizer,
                 steps=cfg.steps,

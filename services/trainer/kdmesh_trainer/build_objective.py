@@ -8,7 +8,14 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from kdmesh.losses import Divergence, SampledDivergence, build_divergence, custom_divergence, truncated
+from kdmesh.losses import (
+    Divergence,
+    SampledDivergence,
+    VocabularyShare,
+    build_divergence,
+    custom_divergence,
+    truncated,
+)
 from kdmesh.models.head import output_head
 from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, rate_factor
@@ -19,6 +26,7 @@ from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.objective_config import CustomDivergence, Distill, Sft
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.sources.tokenizer import TeacherTokens
+from kdmesh_trainer.spread_objective import spread
 
 
 def resolve_divergence(cfg: Distill) -> Divergence | SampledDivergence:
@@ -73,8 +81,23 @@ def build_objective(
     divergence: Divergence | SampledDivergence | None,
     algorithm: Algorithm | None,
     teachers: Teachers | None,
+    share: VocabularyShare | None,
 ) -> Objective:
-    """What is minimised; `divergence`, `algorithm` and `teachers` are None where `cfg.objective` has none."""
+    """What is minimised; `divergence`, `algorithm` and `teachers` are None where `cfg.objective` has none.
+
+    Args:
+        share: of the student's head; None: it is whole.
+    """
+    objective = _with_whole_heads(cfg, divergence, algorithm, teachers)
+    return objective if share is None else spread(objective, share)
+
+
+def _with_whole_heads(
+    cfg: config.TrainerConfig,
+    divergence: Divergence | SampledDivergence | None,
+    algorithm: Algorithm | None,
+    teachers: Teachers | None,
+) -> Objective:
     match cfg.objective:
         case Distill():
             assert divergence is not None and algorithm is not None and teachers is not None

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
+from kdmesh.losses import VocabularyShare
 from kdmesh.models.attention import varlen_refusal
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.head import head_spec
@@ -16,6 +17,7 @@ from kdmesh_trainer.compiled_layers import check_compiler, compile_layers
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.optimizer import check_optimizer
+from kdmesh_trainer.parallel_config import ParallelConfig
 from kdmesh_trainer.student_config import StudentConfig
 
 log = logging.getLogger(__name__)
@@ -60,14 +62,11 @@ def load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrainedM
     return lm
 
 
-def spread(student: Student, cfg: StudentConfig, mesh: Mesh, *, offloads: bool) -> None:
+def spread(student: Student, cfg: StudentConfig, mesh: Mesh, parallel: ParallelConfig) -> None:
     """Shard the student over the ranks, in place, with its layers compiled and checkpointed as `cfg` says.
 
-    Args:
-        offloads: keep its shards in the host's memory.
-
     Raises:
-        ConfigError: the model's layers do not allow it.
+        ConfigError: the model's layers or its head do not allow it.
     """
     if cfg.liger_kernels:
         from kdmesh_trainer.liger import use_liger_kernels
@@ -78,4 +77,10 @@ def spread(student: Student, cfg: StudentConfig, mesh: Mesh, *, offloads: bool) 
         compile_layers(student.lm)
     if cfg.activation_checkpointing != "none":
         checkpoint_activations(student.lm, every=1 if cfg.activation_checkpointing == "all" else 2)
-    shard(student, mesh.device_mesh, compute_dtype=getattr(torch, cfg.compute_dtype), offloads=offloads)
+    shard(
+        student,
+        mesh.device_mesh,
+        compute_dtype=getattr(torch, cfg.compute_dtype),
+        offloads=parallel.offload == "all",
+        head_share=VocabularyShare if parallel.head == "vocabulary" else None,
+    )

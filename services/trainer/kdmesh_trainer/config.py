@@ -16,7 +16,7 @@ from kdmesh_trainer.metrics_config import MetricsConfig
 from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
-from kdmesh_trainer.parallel_config import ParallelConfig
+from kdmesh_trainer.parallel_config import ParallelConfig, refuse_unfit_head
 from kdmesh_trainer.profile_config import ProfileConfig
 from kdmesh_trainer.questions_config import refuse_unasked_questions
 from kdmesh_trainer.replicas_config import ReplicatedConfig
@@ -267,6 +267,11 @@ class TrainerConfig(StrictModel):
     def _algorithm_fits(self) -> TrainerConfig:
         if isinstance(self.objective, Distill):
             refuse_unfit_algorithm(self, self.objective)
+        return self
+
+    @model_validator(mode="after")
+    def _head_can_be_spread(self) -> TrainerConfig:
+        refuse_unfit_head(self)
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.sources.batches import MicroBatch
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sides import teacher_side
+from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.step import forward
 from kdmesh_trainer.tally import Tally
@@ -49,7 +50,8 @@ class HeldOutEvaluator:
         self._student = student
         self._teacher = teacher
         self._names = ("",) if teacher_head is None else teacher_head.names
-        self._objective = _judge(teacher_head)
+        judge = _judge(teacher_head)
+        self._objective = judge if student.share is None else spread(judge, student.share)
         self._prefetch = prefetch
         self._mesh = mesh
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.errors import ModelMismatch
-from kdmesh.losses import MixedTeacher, OutputHead
+from kdmesh.losses import MixedTeacher, OutputHead, VocabularyShare
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 
@@ -74,8 +74,14 @@ class TeacherHead:
         self._service = service
         self._vocabulary_size = vocabulary_size
         self._device = device
+        self._share: VocabularyShare | None = None
         self._version: int | None = None
         self._held: dict[bool, OutputHead] = {}  # over all tokens, and over the shared ones
+
+    def keep_only(self, share: VocabularyShare) -> None:
+        """From now on it is the head of these tokens, of the real ones; and no other is held."""
+        assert share.vocabulary_size == self._vocabulary_size and self._student_S is None
+        self._share, self._held = share, {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +130,9 @@ class TeacherHead:
             if not is_whole:
                 assert self._teacher_S is not None
                 head = head.selected(self._teacher_S)
-            self._held[is_whole] = _on_device(head, self._device)
+            if self._share is not None:
+                head = head.part(self._share.first, self._share.num_tokens)
+            self._held[is_whole] = _on_device(head, self._device, copies=self._share is not None)
         if self._version != weight_version:
             raise ModelMismatch(
                 f"rows have weight version {weight_version}, but the teacher's head has {self._version}; "
@@ -133,10 +141,11 @@ class TeacherHead:
         return self._held[is_whole]
 
 
-def _on_device(head: OutputHead, device: torch.device) -> OutputHead:
+def _on_device(head: OutputHead, device: torch.device, *, copies: bool) -> OutputHead:
+    """A part is copied also where it lies on the device, so that the rest of it can go."""
     return OutputHead(
-        weight_VD=head.weight_VD.to(device),
-        bias_V=None if head.bias_V is None else head.bias_V.to(device),
+        weight_VD=head.weight_VD.to(device, copy=copies),
+        bias_V=None if head.bias_V is None else head.bias_V.to(device, copy=copies),
         logit_scale=head.logit_scale,
         logit_softcap=head.logit_softcap,
     )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kdmesh.errors import ConfigError
-from kdmesh.losses import FusedLoss, OutputHead
+from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
@@ -24,6 +24,7 @@ from kdmesh.models.image_packing import Packer
 from kdmesh.models.packing import PackedTokens
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.lora import Adapter
+from kdmesh_trainer.spread_head import own_head, spread_head
 from kdmesh_trainer.weights import StudentWeight, weights_of, without_aliases
 
 # (hidden_RD, head, labels_R) -> the loss of these rows.
@@ -46,7 +47,11 @@ class LossTotals(NamedTuple):
 
 
 class Student(nn.Module):
-    """A causal LM and the number of its tokens that are real."""
+    """A causal LM and the number of its tokens that are real.
+
+    Attributes:
+        share: the tokens of its head that this rank has, and no others; None: the head is gathered whole.
+    """
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class Student(nn.Module):
         self.vocabulary_size = vocabulary_size
         self.adapter = adapter
         self.algorithm = algorithm
+        self.share: VocabularyShare | None = None
         self._packer = packer or Packer(lm, None)
         self._is_varlen = is_varlen
 
@@ -105,11 +111,14 @@ class Student(nn.Module):
         """The summed loss of the rows that `packed` names.
 
         The head is used here, inside the root module's forward, because only here are its
-        shards gathered. `row_loss` runs after the body, so it may still wait for a teacher.
+        shards gathered; one that is spread is this rank's part. `row_loss` runs after the body, so it may still wait
+        for a teacher.
         """
         with record_function("body"):
             hidden_RD = hidden_states_TD(self.lm, packed).index_select(0, packed.rows_R)
-        loss = row_loss(hidden_RD, output_head(self.lm).sliced(self.vocabulary_size), packed.labels_R)
+        head = output_head(self.lm)
+        head = head.sliced(self.vocabulary_size) if self.share is None else own_head(head, self.share)
+        loss = row_loss(hidden_RD, head, packed.labels_R)
         rows = (loss.divergence_R, loss.cross_entropy_R, loss.top1_agreement_R, loss.topk_overlap_R)
         return LossTotals(
             loss_sum=loss.loss_sum,
@@ -121,7 +130,14 @@ class Student(nn.Module):
         )
 
 
-def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype, offloads: bool = False) -> None:
+def shard(
+    student: Student,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    offloads: bool = False,
+    head_share: type[VocabularyShare] | None = None,
+) -> None:
     """Spread the parameters over `mesh`, in place: each decoder layer, then the rest.
 
     Parameters stay as they are and are gathered as `compute_dtype`; gradients are reduced in
@@ -130,7 +146,22 @@ def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype, off
     Args:
         mesh: of one dimension, or of two: copies, and the ranks that share one.
         offloads: keep shards and their gradients in the host's memory, and copy what is gathered to the device.
+        head_share: what to spread the head's tokens over ranks as, which are then never gathered; None: it is whole.
+            With another, `mesh` has one dimension and the host keeps nothing.
+
+    Raises:
+        ConfigError: the model's head cannot be spread.
     """
+    apart = None
+    if head_share is not None:
+        student.share = head_share(
+            vocabulary_size=student.vocabulary_size,
+            padded_size=output_head(student.lm).vocabulary_size,
+            rank=mesh.get_local_rank(),
+            num_ranks=mesh.size(),
+            group=mesh.get_group(),
+        )
+        apart = spread_head(student.lm, student.share, mesh, compute_dtype=compute_dtype)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # Only memory that a GPU copies from is worth pinning, and torch pins none without one.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offloads else OffloadPolicy()
@@ -139,7 +170,7 @@ def shard(student: Student, mesh: DeviceMesh, *, compute_dtype: torch.dtype, off
         # What is frozen has no backward pass, after which it would be shards again.
         is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
         spread(layer, reshard_after_forward=is_frozen or not is_kept_whole(student))
-    spread(student, reshard_after_forward=False)
+    spread(student, reshard_after_forward=False, ignored_params=apart)
 
 
 def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:

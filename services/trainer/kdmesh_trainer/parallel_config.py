@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
+from kdmesh_trainer.objective_config import Distill
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.config import TrainerConfig
+
+SPREAD_DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+    "renyi",
+    "alpha_beta",
+    "masked_reverse_kl",
+    "sampled_reverse_kl",
+)
+"""Those that follow from what each rank makes of its own tokens; the others look at a row as a whole."""
 
 
 class ParallelConfig(StrictModel):
@@ -21,6 +39,11 @@ class ParallelConfig(StrictModel):
     """What lies in the host's memory instead of the device's: all is parameters, gradients and AdamW's moments. The
     same student, a slower step; on a CPU both memories are one, and nothing is moved."""
 
+    head: Literal["whole", "vocabulary"] = "whole"
+    """Who computes logits. whole: each rank for its own rows, with the whole output heads of student and teacher.
+    vocabulary: each rank for the rows of all, over the tokens that it has of both heads: their memory, and that of
+    logits, is divided by the number of ranks, and hidden states travel."""
+
     def check_ranks(self, ranks: int) -> None:
         """Return when so many ranks can share the student like this. Raises ConfigError."""
         if self.shard_ranks is not None and ranks % self.shard_ranks:
@@ -28,3 +51,29 @@ class ParallelConfig(StrictModel):
                 f"parallel.shard_ranks is {self.shard_ranks} and the job has {ranks} ranks; shard_ranks must divide "
                 "their number, so that every copy of the student has as many"
             )
+
+
+def refuse_unfit_head(cfg: TrainerConfig) -> None:
+    """Raises ValueError when the head is to be spread and the rest of the configuration needs it whole."""
+    if cfg.parallel.head == "whole":
+        return
+    reasons = {
+        "student.lora, whose head does not learn": cfg.student.lora is not None,
+        "`teachers`: it takes a single `teacher`": bool(cfg.teachers),
+        "parallel.shard_ranks": cfg.parallel.shard_ranks is not None,
+        "parallel.offload all": cfg.parallel.offload == "all",
+        "data.teacher_tokenizer, whose tokens are others": cfg.data.teacher_tokenizer is not None,
+    }
+    if isinstance(cfg.objective, Distill):
+        objective = cfg.objective
+        reasons |= {
+            f"objective.algorithm {objective.algorithm.name}, but with vanilla_kd": (
+                objective.algorithm.name != "vanilla_kd"
+            ),
+            "objective.keep, which looks at all tokens of a row": objective.keep is not None,
+            f"divergence {objective.divergence.name}, which looks at all tokens of a row, but with "
+            f"{', '.join(SPREAD_DIVERGENCES)}": objective.divergence.name not in SPREAD_DIVERGENCES,
+        }
+    for what, applies in reasons.items():
+        if applies:
+            raise ValueError(f"parallel.head vocabulary does not go with {what}")

@@ -1,0 +1,155 @@
+"""What the student is trained to minimise where its head is spread over ranks by tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kdmesh.errors import ModelMismatch
+from kdmesh.losses import (
+    CROSS_ENTROPY,
+    FusedLoss,
+    Mix,
+    OutputHead,
+    OwnRows,
+    SampledDivergence,
+    VocabularyShare,
+    fused_linear_across_ranks,
+)
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
+
+# By number, which ranks tell each other: one without rows must bring none of the type that the others have.
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def spread(objective: Objective, share: VocabularyShare) -> Objective:
+    """The same with a head of which every rank has the tokens of `share`: `student_head` is these.
+
+    Its calls are collective, also on ranks without rows.
+
+    Args:
+        objective: CrossEntropy, or Distillation by `vanilla_kd` from one TeacherHead, which from now on holds only
+            these tokens.
+    """
+    if isinstance(objective, CrossEntropy):
+        return SpreadCrossEntropy(share=share)
+    assert isinstance(objective, Distillation) and isinstance(objective.teacher_head, TeacherHead)
+    objective.teacher_head.keep_only(share)
+    return SpreadDistillation(whole=objective, head=objective.teacher_head, share=share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpreadCrossEntropy:
+    """Cross-entropy on the data's own tokens."""
+
+    share: VocabularyShare
+
+    def at(self, step: int) -> SpreadCrossEntropy:
+        """See Objective."""
+        return self
+
+    def __call__(
+        self,
+        student_hidden_RD: Tensor,
+        student_head: OutputHead,
+        labels_R: Tensor,
+        teacher: TeacherRows | PanelRows | None,
+        *,
+        num_sampled: int = 0,
+        sequences: tuple[TokenSequence, ...] = (),
+    ) -> FusedLoss:
+        """The teacher's rows, if any, are not looked at."""
+        counts = [count for (count,) in self.share.numbers(len(labels_R))]
+        rows = OwnRows(student_hidden_RD=student_hidden_RD, teacher_hidden_RE=None, labels_R=labels_R)
+        return fused_linear_across_ranks(rows, student_head, None, CROSS_ENTROPY, self.share, counts=counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpreadDistillation:
+    """The student's distribution against the teacher's, row by row."""
+
+    whole: Distillation  # what is meant
+    head: TeacherHead
+    share: VocabularyShare
+
+    def at(self, step: int) -> SpreadDistillation:
+        """See Objective."""
+        return replace(self, whole=self.whole.at(step))
+
+    def __call__(
+        self,
+        student_hidden_RD: Tensor,
+        student_head: OutputHead,
+        labels_R: Tensor,
+        teacher: TeacherRows | PanelRows | None,
+        *,
+        num_sampled: int = 0,
+        sequences: tuple[TokenSequence, ...] = (),
+    ) -> FusedLoss:
+        """See Objective.
+
+        Raises:
+            ModelMismatch: ranks have rows of different weight versions, or the teacher has another by now.
+        """
+        assert not isinstance(teacher, PanelRows)
+        counts, version, dtype = self._agree(teacher)
+        if version is None:  # no rank has a row
+            return SpreadCrossEntropy(share=self.share)(student_hidden_RD, student_head, labels_R, None)
+        head = self.head.at(version)
+        hidden_RE = (
+            torch.empty(0, head.hidden_size, dtype=dtype, device=student_hidden_RD.device)
+            if teacher is None
+            else teacher.rows_RD.to(student_hidden_RD.device, dtype)
+        )
+        whole = self.whole
+        rows = OwnRows(
+            student_hidden_RD=student_hidden_RD,
+            teacher_hidden_RE=hidden_RE,
+            labels_R=labels_R if self._needs_labels() else None,
+            ce_weight_R=_imitated(labels_R, whole.ce_weight, num_sampled) if whole.ce_weight > 0 else None,
+        )
+        mix = Mix(
+            divergence=whole.divergence,
+            temperature=whole.temperature,
+            kd_weight=whole.kd_weight,
+            ce_weight=whole.ce_weight,
+            with_entropies=whole.with_entropies,
+            top_k=whole.top_k,
+        )
+        return fused_linear_across_ranks(rows, student_head, head, mix, self.share, counts=counts)
+
+    def _agree(self, teacher: TeacherRows | None) -> tuple[list[int], int | None, torch.dtype]:
+        """Rows of each rank, their weight version and their type. Collective."""
+        own = (0, 0, 0)
+        if teacher is not None:
+            own = (len(teacher.rows_RD), teacher.weight_version, _DTYPES.index(teacher.rows_RD.dtype))
+        everyone = self.share.numbers(*own)
+        known = {(version, dtype) for count, version, dtype in everyone if count > 0}
+        if len({version for version, _ in known}) > 1:
+            versions = sorted({version for version, _ in known})
+            raise ModelMismatch(
+                f"the teacher's rows of one step have weight versions {versions} on different ranks; a step never "
+                "mixes versions"
+            )
+        counts = [count for count, _, _ in everyone]
+        if not known:
+            return counts, None, _DTYPES[0]
+        version, dtype = max(known)  # the widest type
+        return counts, version, _DTYPES[dtype]
+
+    def _needs_labels(self) -> bool:
+        """At another temperature cross-entropy costs a second sum: only where it is learnt from."""
+        whole = self.whole
+        return whole.ce_weight > 0 or whole.temperature == 1 or isinstance(whole.divergence, SampledDivergence)
+
+
+def _imitated(labels_R: Tensor, ce_weight: float, num_sampled: int) -> Tensor:
+    """[R] the weight of cross-entropy, 0 on the rows that the student drew itself."""
+    weight_R = torch.full(labels_R.shape, ce_weight, dtype=torch.float32, device=labels_R.device)
+    weight_R[:num_sampled] = 0
+    return weight_R
