@@ -21,6 +21,35 @@ class Footprint:
     scratch_bytes: int  # that are given back at its end
 
 
+def slice_footprint(
+    *,
+    num_rows: int,
+    num_tokens: int,
+    hidden_sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Footprint:
+    """Of a call on a rank that has a part of the vocabulary.
+
+    Args:
+        num_rows: of all ranks together.
+        num_tokens: of the rank that has most.
+        hidden_sizes: the student's, then the teacher's if there is one.
+        dtype: in which the student computes.
+    """
+    sizes = Sizes.choose(num_rows, num_tokens, device)
+    products = sizes.block_rows * num_tokens * 4 * len(hidden_sizes)
+    gradient = sizes.chunk_rows * num_tokens * dtype.itemsize
+    tiles = 3 * sizes.num_threads * sizes.tile_rows * num_tokens * 4
+    # A chunk's rows as they come from all ranks, and the gradient of the student's as it goes back, in float32.
+    travelling = sizes.chunk_rows * (sum(hidden_sizes) * dtype.itemsize + hidden_sizes[0] * 4)
+    # The part of the weight in the type of the rows, where that is not the one which is trained.
+    cast = num_tokens * hidden_sizes[0] * dtype.itemsize if dtype is not torch.float32 else 0
+    if device.type == "cpu":
+        return Footprint(kept_bytes=products + gradient, scratch_bytes=tiles + travelling + cast)
+    return Footprint(kept_bytes=0, scratch_bytes=products + gradient + tiles + travelling + cast)
+
+
 def loss_footprint(
     *,
     num_rows: int,

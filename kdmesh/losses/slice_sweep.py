@@ -69,9 +69,7 @@ class SliceSweep:
         wants_hidden, *others = wanted
         self._gradients = Gradients.allocate(self._student, (False, *others), num_threads=self._sizes.num_threads)
         # Added up over ranks in this type; rounded after that.
-        self._hidden_gradient_RD = (
-            torch.zeros_like(rows.student_hidden_RD, dtype=self._dtype) if wants_hidden else None
-        )
+        self._hidden_gradient_RD = torch.zeros_like(rows.student_hidden_RD, dtype=self._dtype) if wants_hidden else None
         self._has_gradient = any(wanted)
         tile = self._sizes.tile_rows, len(head.weight_VD)
         self._scratch = [
@@ -197,7 +195,7 @@ class SliceSweep:
         overlap_B = None
         if compared is not None and mix.top_k:
             overlap_B = topk_overlap(overlap_W3kB, mix.top_k)
-        return self._values(rows, whole, compared, overlap_B)
+        return self._values(whole, compared, overlap_B)
 
     def _combined(self, slices: Compared, whole: WholeRows) -> tuple[Compared, Gradient]:
         assert self._call.form is not None
@@ -211,9 +209,7 @@ class SliceSweep:
         )
         return compared, Gradient(factor_B=factor_WB[self._share.rank], h_sum_B=h_sum_B)
 
-    def _values(
-        self, rows: slice, whole: WholeRows, compared: Compared | None, overlap_B: Tensor | None
-    ) -> RowValues:
+    def _values(self, whole: WholeRows, compared: Compared | None, overlap_B: Tensor | None) -> RowValues:
         mix, absent_0 = self._call.mix, whole.student_max_B[:0]
         has_labels = self._call.rows.labels_R is not None
         return RowValues(

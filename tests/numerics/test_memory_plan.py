@@ -91,6 +91,20 @@ def test_twice_the_tokens_take_twice_the_activations(tmp_path: Path) -> None:
     assert many == pytest.approx(2 * few, rel=0.02)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_head_that_is_spread_over_four_ranks_takes_a_quarter_on_each(tmp_path: Path, is_tied: bool) -> None:
+    alone = replace(job(saved(tmp_path, WIDE, is_tied=is_tied), 63_000, [40, 24]), ranks=4)
+    whole, spread = plan(alone), plan(replace(alone, spreads_head=True))
+    assert spread.resident["teacher's head"] == 4 * 16_000 * TEACHER_SIZE
+    assert spread.resident["parameters"] == pytest.approx(whole.resident["parameters"], rel=1e-3)
+    assert spread.resident["AdamW"] == pytest.approx(whole.resident["AdamW"], rel=1e-3)
+    head_bytes = 4 * 64_000 * 256  # gathered for the forward pass; one that is tied not even for the embedding
+    saved_bytes = (whole.phases["forward"] - spread.phases["forward"])["gathered parameters"]
+    assert saved_bytes == pytest.approx(head_bytes, rel=0.01)
+    # The weight's gradient and the logits' alone.
+    assert spread.phases["forward"]["loss"] < whole.phases["forward"]["loss"] / 3
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(

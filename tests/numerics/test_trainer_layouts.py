@@ -43,10 +43,18 @@ def batch_sequences() -> list[TokenSequence]:
     return random_sequences(NUM_SEQUENCES, seed=5, vocabulary_size=VOCABULARY_SIZE)
 
 
-def gradients_of_layouts(mesh: Mesh, *, student: str, teacher: str, output: str, whole_bytes: int) -> None:
+def gradients_of_layouts(
+    mesh: Mesh, *, student: str, teacher: str, output: str, whole_bytes: int, spreads_head: bool
+) -> None:
     """Writes every layout's losses and whole gradient to `output`; runs on every rank."""
     model_module._WHOLE_BYTES = whole_bytes
-    model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+    model = build_student(
+        Path(student),
+        mesh,
+        vocabulary_size=VOCABULARY_SIZE,
+        compute_dtype=torch.float32,
+        spreads_head=spreads_head,
+    )
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
     for number, plan in enumerate(LAYOUTS[mesh.world_size].values()):
@@ -79,9 +87,22 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
 
 
 # Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
-@pytest.mark.parametrize(("is_tied", "whole_bytes"), [(False, 0), (True, 2**30)])
+@pytest.mark.parametrize(
+    ("is_tied", "whole_bytes", "spreads_head"),
+    [
+        (False, 0, False),
+        (True, 2**30, False),
+        (True, 0, True),
+        pytest.param(False, 2**30, True, marks=pytest.mark.slow),
+    ],
+)
 def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
-    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_tied: bool, whole_bytes: int
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_tied: bool,
+    whole_bytes: int,
+    spreads_head: bool,
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
@@ -94,6 +115,7 @@ def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
             teacher=str(teacher),
             output=str(tmp_path),
             whole_bytes=whole_bytes,
+            spreads_head=spreads_head,
         )
     expected = textbook(student, teacher)
     for ranks, layouts in LAYOUTS.items():

@@ -26,9 +26,11 @@ def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("spreads_head", [False, True])
 def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
-    arguments: dict[str, Any], tmp_path: Path
+    arguments: dict[str, Any], tmp_path: Path, spreads_head: bool
 ) -> None:
+    arguments["spreads_head"] = spreads_head
     killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=3, kill_at=5))
     assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
     arguments |= {"until": STEPS, "other": str(tmp_path / "other")}
@@ -58,5 +60,16 @@ def test_a_run_continues_on_another_number_of_ranks(arguments: dict[str, Any]) -
     assert rest["first"] == 4
     assert rest["losses"] == pytest.approx(whole["losses"][4:], rel=1e-5)
     last = run_ranks(f"{RUNS}:train", ranks=2, **arguments, until=STEPS)[0]
+    assert last["first"] == 6
+    assert last["losses"] == pytest.approx(whole["losses"][6:], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_continues_with_its_head_spread_over_ranks_and_whole_again(arguments: dict[str, Any]) -> None:
+    whole = run_ranks(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=3)[0]
+    spread = run_ranks(f"{RUNS}:train", ranks=3, **arguments, until=STEPS, save_at=6, spreads_head=True)[0]
+    assert spread["first"] == 3
+    assert spread["losses"] == pytest.approx(whole["losses"][3:], rel=1e-5)
+    last = run_ranks(f"{RUNS}:train", ranks=1, **arguments, until=STEPS)[0]
     assert last["first"] == 6
     assert last["losses"] == pytest.approx(whole["losses"][6:], rel=1e-5)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdmesh.losses import OutputHead, forward_kl
+from kdmesh.losses import OutputHead, VocabularyShare, forward_kl
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
@@ -27,11 +27,12 @@ from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh, device_mesh
 from kdmesh_trainer.model import Student, checkpoint_activations, shard
-from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.objective import Distillation, Objective
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.row_queue import RowService
+from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.step import GradientStepper
 
 
@@ -132,6 +133,7 @@ def build_student(
     checkpointed_every: int | None = None,
     offloads: bool = False,
     is_compiled: bool = False,
+    spreads_head: bool = False,
 ) -> Student:
     """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for."""
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
@@ -152,7 +154,8 @@ def build_student(
         compile_layers(lm)
     if checkpointed_every is not None:
         checkpoint_activations(lm, every=checkpointed_every)
-    shard(student, mesh.device_mesh, compute_dtype=compute_dtype, offloads=offloads)
+    head_share = VocabularyShare if spreads_head else None
+    shard(student, mesh.device_mesh, compute_dtype=compute_dtype, offloads=offloads, head_share=head_share)
     return student
 
 
@@ -167,18 +170,19 @@ def build_stepper(
     ce_weight: float = 0.3,
 ) -> GradientStepper:
     """A stepper that distils from `teacher` by forward KL, some cross-entropy, and the student's algorithm."""
+    objective: Objective = Distillation(
+        divergence=forward_kl,
+        temperature=1.0,
+        kd_weight=1.0,
+        ce_weight=ce_weight,
+        algorithm=student.algorithm or vanilla_kd,
+        with_entropies=is_sampled,
+        top_k=8 if is_sampled else 0,
+        teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
+    )
     return GradientStepper(
         student,
-        Distillation(
-            divergence=forward_kl,
-            temperature=1.0,
-            kd_weight=1.0,
-            ce_weight=ce_weight,
-            algorithm=student.algorithm or vanilla_kd,
-            with_entropies=is_sampled,
-            top_k=8 if is_sampled else 0,
-            teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
-        ),
+        objective if student.share is None else spread(objective, student.share),
         build_adamw(student, config, algorithm=student.algorithm, rate_factor=3.0),
         config=config,
         steps=steps,

@@ -50,6 +50,7 @@ def train(
     compute_dtype: str = "float32",
     lora: dict[str, Any] | None = None,
     is_dual_space: bool = False,
+    spreads_head: bool = False,
     num_sequences: Sequence[int] = (6,),
     shard_ranks: int | None = None,
     offloads: bool = False,
@@ -75,6 +76,7 @@ def train(
         offloads=offloads,
         is_compiled=is_compiled,
         checkpointed_every=checkpointed_every,
+        spreads_head=spreads_head,
     )
     config = OPTIMIZER.model_copy(update=optimizer)
     stepper = build_stepper(model, local_teacher, mesh, config=config, steps=steps)

@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 # The only backend that needs no other rank; torch keeps it among its tests.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from kdmesh.losses import FusedLoss, OutputHead
-from kdmesh.losses.footprint import Footprint, loss_footprint
+from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
+from kdmesh.losses.footprint import Footprint, loss_footprint, slice_footprint
 from kdmesh.models.body import empty_causal_lm
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens, pack
@@ -42,7 +42,7 @@ _NO_WAIT = timedelta(seconds=1)  # for ranks that are not there
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherHead:
-    """The head of a teacher, of which every rank has a copy."""
+    """The head of a teacher, of which every rank has a copy, or its tokens' rows."""
 
     name: str
     hidden_size: int
@@ -65,6 +65,7 @@ class Job:
     accumulates: bool  # whether a rank has several micro-batches in a step
     shard_ranks: int | None = None  # that share a copy of the student; None: all
     offloads: bool = False  # whether the host keeps parameters, gradients and moments, which says nothing of a CPU
+    spreads_head: bool = False  # whether a rank has its own tokens' rows of the heads and no others
 
     @property
     def uses_host(self) -> bool:
@@ -102,13 +103,14 @@ def plan(job: Job) -> Plan:
     with _ranks(job) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
         with live.counted_as("parameters"):
             student = Student(empty_causal_lm(job.student), vocabulary_size=job.vocabulary_size)
-            shard(student, mesh, compute_dtype=job.compute_dtype, offloads=job.offloads)
+            head_share = _EqualRanks if job.spreads_head else None
+            shard(student, mesh, compute_dtype=job.compute_dtype, offloads=job.offloads, head_share=head_share)
         copies = _give_to_host(student, live) if job.uses_host else 0
         optimizer = build_adamw(student, job.optimizer)
         packed = _packed(job.lengths, fake)
         footprint = _footprint(job, student, packed)
         with live.counted_as("teacher's head"):
-            heads = [_head(teacher, job.vocabulary_size) for teacher in job.teachers]
+            heads = [_head(teacher, _num_tokens(job, student)) for teacher in job.teachers]
         phases: dict[str, Counter[str]] = {}
         workspace: list[Tensor] = []
         for _ in range(2):  # the second has what the first leaves behind
@@ -188,6 +190,14 @@ def _step(
     return phases
 
 
+class _EqualRanks(VocabularyShare):
+    """Of ranks that all have what this one has: there are no others, and no numbers in tensors without memory."""
+
+    def numbers(self, *own: int) -> list[list[int]]:
+        """As on every rank."""
+        return [list(own)] * self.num_ranks
+
+
 class _Loss:
     """Takes the memory that the fused loss takes, in its place: its kernels need real memory."""
 
@@ -236,6 +246,14 @@ class _TakesMemory(torch.autograd.Function):
 
 def _footprint(job: Job, student: Student, packed: PackedTokens) -> Footprint:
     head = output_head(student.lm)
+    if student.share is not None:
+        return slice_footprint(
+            num_rows=packed.num_rows * job.ranks,
+            num_tokens=_num_tokens(job, student),
+            hidden_sizes=(head.hidden_size, *(teacher.hidden_size for teacher in job.teachers)),
+            dtype=job.compute_dtype,
+            device=job.device,
+        )
     return loss_footprint(
         num_rows=packed.num_rows,
         vocabulary_size=job.vocabulary_size,
@@ -244,6 +262,11 @@ def _footprint(job: Job, student: Student, packed: PackedTokens) -> Footprint:
         dtype=job.compute_dtype,
         device=job.device,
     )
+
+
+def _num_tokens(job: Job, student: Student) -> int:
+    """Of which a rank holds the teacher's head; where they are spread, on the first rank, which has most."""
+    return job.vocabulary_size if student.share is None else student.share.num_tokens
 
 
 def _head(teacher: TeacherHead, vocabulary_size: int) -> list[Tensor]:

@@ -116,6 +116,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         accumulates=isinstance(cfg.source, OnPolicy) or step_tokens > ranks * cfg.batch.max_tokens,
         shard_ranks=cfg.parallel.shard_ranks,
         offloads=cfg.parallel.offload == "all",
+        spreads_head=cfg.parallel.head == "vocabulary",
     )
 
 

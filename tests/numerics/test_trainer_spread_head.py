@@ -1,0 +1,128 @@
+"""A student whose head is spread over ranks by tokens learns what it learns with a whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kdmesh.models.head import output_head
+from kdmesh_trainer import model as model_module
+from kdmesh_trainer.evaluate import HeldOutEvaluator
+from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student
+from kdmesh_trainer.optimizer_config import OptimizerConfig
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
+from tests.support.trainer_ranks import run_ranks
+
+VOCABULARY_SIZE = 310
+STEPS = 3
+# Large, so that an update is smooth in the gradient and rounding stays rounding.
+OPTIMIZER = OptimizerConfig(learning_rate=0.1, epsilon=1e-2, weight_decay=0.01, max_gradient_norm=0.5)
+# Steps -> ranks -> micro-batches -> sequences; shares are uneven, and one has blanks.
+PLANS = {
+    2: [[[0, 1, 2], [3]], [[4, 5], []]],
+    3: [[[0, 1, 2], [3]], [[], []], [[4, 5], []]],
+}
+
+
+def trained(mesh: Mesh, path: str, teacher: str, *, spreads_head: bool, dtype: torch.dtype) -> tuple[Student, Any]:
+    """The student after some steps, and what was measured."""
+    local = LocalTeacher(Path(teacher))
+    student = build_student(
+        Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=dtype, spreads_head=spreads_head
+    )
+    stepper = build_stepper(student, local, mesh, config=OPTIMIZER, steps=STEPS, is_sampled=True)
+    sequences = random_sequences(6, seed=3, vocabulary_size=VOCABULARY_SIZE)
+    measured = []
+    for step in range(STEPS):
+        stats = stepper.update(step_batch(sequences, PLANS[mesh.world_size][mesh.rank], local, step=step))
+        measured += [stats.loss_nats_per_token, stats.divergence_nats_per_token, stats.cross_entropy_nats_per_token]
+        measured += [stats.gradient_norm, stats.top1_agreement, stats.topk_overlap]
+    evaluator = HeldOutEvaluator(
+        student,
+        sequences[:1],  # all other ranks only take part
+        teacher=local,
+        teacher_head=TeacherHead(local, vocabulary_size=VOCABULARY_SIZE, device=mesh.device),
+        max_tokens=64,
+        prefetch=0,
+        mesh=mesh,
+    )
+    scores = evaluator.evaluate()
+    measured += [scores.kl_nats_per_token, scores.cross_entropy_nats_per_token, scores.top1_agreement]
+    return student, measured
+
+
+def compare(mesh: Mesh, *, students: list[str], teacher: str, whole_bytes: int, dtype: str) -> dict[str, Any]:
+    """Of every student both ways: what was measured, and how far weights are apart relative to how far they moved."""
+    model_module._WHOLE_BYTES = whole_bytes
+    results: dict[str, Any] = {}
+    for path in students:
+        whole, expected = trained(mesh, path, teacher, spreads_head=False, dtype=getattr(torch, dtype))
+        spread, measured = trained(mesh, path, teacher, spreads_head=True, dtype=getattr(torch, dtype))
+        untouched = build_student(
+            Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32
+        ).weights()
+        assert_is_spread(spread, mesh)
+        apart = {}
+        for name, weight in whole.weights().items():
+            before, theirs = untouched[name].whole(None), weight.whole(None)
+            mine = spread.weights()[name].whole(None)
+            assert mine.shape == theirs.shape
+            apart[name] = relative(mine - theirs, theirs - before)
+        results[path] = {"expected": expected, "measured": measured, "apart": apart}
+    return results
+
+
+def relative(error: Tensor, size: Tensor) -> float:
+    return error.norm().item() / max(size.norm().item(), 1e-12)
+
+
+def assert_is_spread(student: Student, mesh: Mesh) -> None:
+    """No rank holds more than its part of the head, nor can it have gathered it."""
+    weight = output_head(student.lm).weight_VD
+    assert isinstance(weight, DTensor)
+    assert len(weight.to_local()) <= -(-len(weight) // mesh.world_size)
+    assert weight is student.lm.get_output_embeddings().weight
+    is_tied = student.lm.config.get_text_config().tie_word_embeddings
+    assert (student.lm.get_input_embeddings().weight is weight) == is_tied
+
+
+# Tied or not; gemma2 scales its embedding and caps its logits, phi's head has a bias, and padding is a token of theirs.
+@pytest.mark.parametrize(
+    ("ranks", "whole_bytes", "dtype"),
+    [
+        (2, 0, "float32"),
+        pytest.param(3, 2**30, "float32", marks=pytest.mark.slow),
+        pytest.param(3, 0, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_after_several_steps_are_those_of_a_whole_head(
+    tiny_models: TinyModels, ranks: int, whole_bytes: int, dtype: str
+) -> None:
+    students = {
+        "untied": tiny_models.path("qwen3", seed=1),
+        "tied": tiny_models.path("qwen3", seed=1, tie_word_embeddings=True, pad_token_id=7),
+        "scaled and capped": tiny_models.path("gemma2", seed=1),
+        "with a bias": tiny_models.path("phi", seed=1),
+    }
+    results = run_ranks(
+        f"{__name__}:compare",
+        ranks=ranks,
+        students=[str(path) for path in students.values()],
+        teacher=str(tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)),
+        whole_bytes=whole_bytes,
+        dtype=dtype,
+    )[0]
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    for kind, path in students.items():
+        result = results[str(path)]
+        assert result["measured"] == pytest.approx(result["expected"], rel=tolerance), kind
+        for name, apart in result["apart"].items():
+            assert apart < tolerance, f"{kind}: {name} is off by {apart} of what it moved"
