@@ -17,6 +17,7 @@ from kdmesh_trainer.memory_plan import Job, TeacherHead, plan
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.plan_command import at_worst
 from tests.support.measured_step import TEACHER_SIZE
+from tests.support.trainer_ranks import finish, start_ranks
 
 TINY: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 DEEP: dict[str, Any] = {"vocab_size": 4000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
@@ -121,3 +122,21 @@ def test_a_step_on_a_cpu_takes_what_was_said_within_a_tenth(
     measured = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     planned = at_worst(plan(job(model, vocabulary, [length] * sequences, accumulates=micro_batches > 1)), "cpu").total()
     assert planned == pytest.approx(measured, rel=0.1), json.dumps({"planned": planned, "measured": measured})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_two_ranks_with_a_spread_head_take_what_was_said_within_a_tenth(tmp_path: Path, is_tied: bool) -> None:
+    tiny, model = saved(tmp_path / "tiny", TINY, is_tied=is_tied), saved(tmp_path / "model", WIDE, is_tied=is_tied)
+    wanted = replace(job(model, 64_000, [256] * 2), ranks=2)
+    measured, planned = {}, {}
+    for spreads in (False, True):
+        command = ["-m", "tests.support.measured_step", str(tiny), str(model), "64000", "256", "2", "1"]
+        outcomes = finish(start_ranks([*command, str(int(spreads))], ranks=2), within_s=400)
+        assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes
+        measured[spreads] = max(int(outcome.output) for outcome in outcomes)
+        planned[spreads] = at_worst(plan(replace(wanted, spreads_head=spreads)), "cpu").total()
+    found = json.dumps({"measured": measured, "planned": planned})
+    assert planned[True] == pytest.approx(measured[True], rel=0.1), found
+    assert measured[True] < 0.7 * measured[False], found

@@ -1,12 +1,15 @@
 """Started as a process: trains three steps on a CPU by the trainer's parts and prints the most bytes that it took.
 
-python -m tests.support.measured_step WARM_UP MODEL VOCABULARY LENGTH SEQUENCES MICRO_BATCHES
+python -m tests.support.measured_step WARM_UP MODEL VOCABULARY LENGTH SEQUENCES MICRO_BATCHES [SPREAD]
+
+One rank of those that the environment describes; with SPREAD 1 their heads are spread by tokens.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
+from kdmesh.losses import (
+    FusedLoss,
+    Mix,
+    OutputHead,
+    OwnRows,
+    VocabularyShare,
+    forward_kl,
+    fused_linear_across_ranks,
+    fused_linear_divergence,
+)
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
@@ -25,24 +37,41 @@ from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 TEACHER_SIZE = 64
+_MIX = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, with_entropies=False, top_k=0)
 
 
 def train(
-    mesh: Mesh, model: Path, vocabulary: int, length: int, *, sequences: int, micro_batches: int, steps: int
+    mesh: Mesh,
+    model: Path,
+    vocabulary: int,
+    length: int,
+    *,
+    sequences: int,
+    micro_batches: int,
+    steps: int,
+    spreads_head: bool,
 ) -> None:
     """With random weights and tokens."""
     lm = load_causal_lm(model, torch.float32, torch.device("cpu"), weights="random")
     student = Student(lm, vocabulary_size=vocabulary)
-    shard(student, mesh.device_mesh, compute_dtype=torch.float32)
+    head_share = VocabularyShare if spreads_head else None
+    shard(student, mesh.device_mesh, compute_dtype=torch.float32, head_share=head_share)
     optimizer = build_adamw(student, OptimizerConfig())
     tokens = np.random.default_rng(0).integers(0, vocabulary, (sequences, length)).astype(np.int32)
     positions = np.arange(length - 1, dtype=np.int32)
     packed = pack([TokenSequence(token_ids=row, positions=positions) for row in tokens])
-    head = OutputHead(weight_VD=torch.randn(vocabulary, TEACHER_SIZE))
+    num_tokens = vocabulary if student.share is None else student.share.num_tokens
+    head = OutputHead(weight_VD=torch.randn(num_tokens, TEACHER_SIZE))
     rows_RE = torch.randn(packed.num_rows, TEACHER_SIZE)
 
     def row_loss(hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor) -> FusedLoss:
-        return fused_linear_divergence(hidden_RD, student_head, rows_RE, head, divergence=forward_kl, labels_R=labels_R)
+        if student.share is None:
+            return fused_linear_divergence(
+                hidden_RD, student_head, rows_RE, head, divergence=forward_kl, labels_R=labels_R
+            )
+        rows = OwnRows(student_hidden_RD=hidden_RD, teacher_hidden_RE=rows_RE, labels_R=labels_R)
+        counts = [packed.num_rows] * mesh.world_size
+        return fused_linear_across_ranks(rows, student_head, head, _MIX, student.share, counts=counts)
 
     for _ in range(steps):
         student.train()
@@ -61,14 +90,28 @@ def _status_bytes(key: str) -> int:
 
 def main() -> None:
     warm_up, model = (Path(path) for path in sys.argv[1:3])
-    vocabulary, length, sequences, micro_batches = (int(number) for number in sys.argv[3:])
+    vocabulary, length, sequences, micro_batches = (int(number) for number in sys.argv[3:7])
+    spreads = sys.argv[7:] == ["1"]
     with joined("cpu", longest_wait_s=60) as mesh:
-        train(mesh, warm_up, 300, 64, sequences=2, micro_batches=1, steps=1)  # loads what code loads
+        # Loads what code loads.
+        train(mesh, warm_up, 300, 64, sequences=2, micro_batches=1, steps=1, spreads_head=spreads)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before = _status_bytes("VmRSS")
-        train(mesh, model, vocabulary, length, sequences=sequences, micro_batches=micro_batches, steps=3)
-    sys.stdout.write(f"{_status_bytes('VmHWM') - before}\n")
+        train(
+            mesh,
+            model,
+            vocabulary,
+            length,
+            sequences=sequences,
+            micro_batches=micro_batches,
+            steps=3,
+            spreads_head=spreads,
+        )
+        sys.stdout.write(f"{_status_bytes('VmHWM') - before}\n")
+        sys.stdout.flush()
+        if mesh.world_size > 1:
+            os._exit(0)  # gloo's threads must not meet an interpreter that goes down
 
 
 if __name__ == "__main__":
