@@ -181,7 +181,7 @@ class SliceRows:
         """Rows of the chunk, and their products."""
         most = len(self._scratch[0])
         starts = range(rows.start, rows.stop, most)
-        tiles = zip(*(product_BV.split(most) for product_BV in products), strict=True)
+        tiles = zip(*(torch.split(product_BV, most) for product_BV in products), strict=True)
         for start, tile in zip(starts, tiles, strict=True):
             yield slice(start, min(start + most, rows.stop)), tile
 
@@ -259,9 +259,7 @@ def topk_overlap(slices_W3kB: Tensor, k: int) -> Tensor:
         slices_W3kB: what `measure` adds for it, of all ranks.
         k: compared tokens, no more than there are.
     """
-    student, teacher, student_there = (
-        part_WkB.flatten(0, 1) for part_WkB in slices_W3kB.unflatten(1, (3, -1)).unbind(1)
-    )
+    student, teacher, student_there = (part_WkB.flatten(0, 1) for part_WkB in torch.tensor_split(slices_W3kB, 3, dim=1))
     favourites_kB = teacher.topk(k, dim=0).indices
     least_B = student.topk(k, dim=0).values[-1]
     return (student_there.gather(0, favourites_kB) >= least_B).to(least_B.dtype).mean(0)

@@ -69,13 +69,13 @@ class VocabularyShare:
         dist.all_gather_into_tensor(_as_bytes(everyone), _as_bytes(whole_N), group=self.group)
         if min(counts) == longest:
             return everyone
-        return torch.cat([part_N[:count] for part_N, count in zip(everyone.split(longest), counts, strict=True)])
+        return torch.cat([part_N[:count] for part_N, count in zip(torch.split(everyone, longest), counts, strict=True)])
 
     def add_up(self, rows_N: Tensor, counts: Sequence[int]) -> Tensor:
         """This rank's rows of what `gather` gave, each the sum of what all ranks made of it. Floating point."""
         longest = max(counts)
         if min(counts) < longest:
-            parts = [_lengthened(part_N, longest) for part_N in rows_N.split(list(counts))]
+            parts = [_lengthened(part_N, longest) for part_N in torch.split(rows_N, list(counts))]
             rows_N = torch.cat(parts)
         own_N = rows_N.new_empty(longest, *rows_N.shape[1:])
         dist.reduce_scatter_tensor(own_N, rows_N.contiguous(), group=self.group)

@@ -43,7 +43,7 @@ def spread_embedding(embedding: nn.Module, share: VocabularyShare, dtype: torch.
         places = torch.arange(len(rows_TD), device=rows_TD.device).view(token_ids.shape)
         return functional_call(plain, {"weight": rows_TD}, (places,))
 
-    embedding.forward = forward
+    embedding.forward = forward  # type: ignore[method-assign, assignment]
 
 
 class _Lookup(torch.autograd.Function):
