@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Of one tensor each. torch 2.13 gave them these names; one before it, which we allow, has only the old ones.
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,7 +61,7 @@ class VocabularyShare:
     def numbers(self, *own: int) -> list[list[int]]:
         """What every rank passes, by rank. On the CPU, so that nothing waits for a GPU."""
         everyone = torch.empty(self.num_ranks, len(own), dtype=torch.int64)
-        dist.all_gather_into_tensor(everyone, torch.tensor([own], dtype=torch.int64), group=self.group)
+        _all_gather(everyone, torch.tensor([own], dtype=torch.int64), group=self.group)
         numbers: list[list[int]] = everyone.tolist()
         return numbers
 
@@ -66,7 +71,7 @@ class VocabularyShare:
         whole_N = _lengthened(own_N, longest)
         everyone = whole_N.new_empty(self.num_ranks * longest, *own_N.shape[1:])
         # As bytes: not every backend gathers every type.
-        dist.all_gather_into_tensor(_as_bytes(everyone), _as_bytes(whole_N), group=self.group)
+        _all_gather(_as_bytes(everyone), _as_bytes(whole_N), group=self.group)
         if min(counts) == longest:
             return everyone
         return torch.cat([part_N[:count] for part_N, count in zip(torch.split(everyone, longest), counts, strict=True)])
@@ -78,13 +83,13 @@ class VocabularyShare:
             parts = [_lengthened(part_N, longest) for part_N in torch.split(rows_N, list(counts))]
             rows_N = torch.cat(parts)
         own_N = rows_N.new_empty(longest, *rows_N.shape[1:])
-        dist.reduce_scatter_tensor(own_N, rows_N.contiguous(), group=self.group)
+        _reduce_scatter(own_N, rows_N.contiguous(), group=self.group)
         return own_N[: counts[self.rank]]
 
     def beside_each_other(self, own: Tensor) -> Tensor:
         """[W, ...] what every rank passes, by rank; of one shape on all ranks."""
         everyone = own.new_empty(self.num_ranks, *own.shape)
-        dist.all_gather_into_tensor(everyone, own.contiguous(), group=self.group)
+        _all_gather(everyone, own.contiguous(), group=self.group)
         return everyone
 
 
