@@ -88,9 +88,9 @@ class VocabularyShare:
 
     def beside_each_other(self, own: Tensor) -> Tensor:
         """[W, ...] what every rank passes, by rank; of one shape on all ranks."""
-        everyone = own.new_empty(self.num_ranks, *own.shape)
+        everyone = own.new_empty(self.num_ranks * len(own), *own.shape[1:])
         _all_gather(everyone, own.contiguous(), group=self.group)
-        return everyone
+        return everyone.view(self.num_ranks, *own.shape)
 
 
 def _lengthened(rows_N: Tensor, length: int) -> Tensor:
