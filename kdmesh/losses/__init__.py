@@ -22,8 +22,8 @@ from kdmesh.losses.vocabulary_share import VocabularyShare
 from kdmesh.losses.workspace import Workspace
 
 __all__ = [
-    "Boundaries",
     "CROSS_ENTROPY",
+    "Boundaries",
     "ChunkLoss",
     "ChunkRows",
     "Divergence",
