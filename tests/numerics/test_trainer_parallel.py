@@ -24,6 +24,8 @@ from tests.support.trainer_parts import LocalTeacher, build_stepper, build_stude
 from tests.support.trainer_ranks import run_ranks
 from tests.support.trainer_runs import OPTIMIZER, VOCABULARY_SIZE, batch_of_step, train
 
+pytestmark = pytest.mark.slow
+
 HERE = "tests.numerics.test_trainer_parallel"
 RANKS, STEPS, SEQUENCES = 4, 3, 14
 # Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
@@ -163,7 +165,6 @@ def test_on_the_host_it_is_the_same_to_the_bit(outcome: Outcome, size: str, layo
     assert all(torch.equal(here[name], value) for name, value in there.items())
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_in_every_layout_and_a_teacher_follows_every_copy(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
