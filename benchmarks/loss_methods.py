@@ -121,7 +121,7 @@ def disagreements(names: Sequence[str]) -> list[str]:
         mine = fused(name)(x)
         theirs = formula(name)(x.student_RD @ x.student_VD.T, x.teacher_RE @ x.teacher_VE.T)
         both = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, x.leaves)]) for loss in (mine, theirs)]
-        is_same = torch.isclose(mine, theirs, rtol=1e-3, atol=1e-4).item()
+        is_same = torch.isclose(mine.float(), theirs, rtol=1e-3, atol=1e-4).item()
         if not is_same or (both[0] - both[1]).norm() > 1e-2 * both[1].norm():
             found.append(f"{name}: {mine.item():.6g} and {theirs.item():.6g}")
     return found
