@@ -104,7 +104,6 @@ def test_of_two_that_start_together_one_makes_it_and_the_other_waits(
         waiting.join(60)
     assert (len(found[0]), found[0].facts.digest) == (60, made["digest"])
     assert made["sequences"] == 60
-    assert not made["knows_torch"]
     assert len(entries(tmp_path / "cache")) == 1
 
 

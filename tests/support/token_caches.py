@@ -103,7 +103,6 @@ def main() -> None:
         "sequences": len(found),
         "digest": found.facts.digest,
         "grown_bytes": max(0, most_bytes - before_bytes),
-        "knows_torch": "torch" in sys.modules,
         "threads": threading.active_count(),
     }
     sys.stdout.write(json.dumps(said) + "\n")
