@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from kdmesh.errors import Unavailable
 from kdmesh.groups.pair_group import PairGroup
 
 T = TypeVar("T")
@@ -22,6 +23,7 @@ class PairChannel:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="group of two")
         self._joining = asyncio.get_running_loop().run_in_executor(self._thread, join)
         self._joining.add_done_callback(_look_at)
+        self._is_closed = False
 
     async def joined(self) -> PairGroup:
         """The group. Raises Unavailable when there is none."""
@@ -50,9 +52,12 @@ class PairChannel:
             group = self._joining.result()
             group.abort()
             await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, group.close))
+        self._is_closed = True
         self._thread.shutdown(wait=False)
 
     async def _run(self, group: PairGroup, call: Callable[..., T], *args: object) -> T:
+        if self._is_closed:  # between two pieces of one answer
+            raise Unavailable("the group was left", retry_after_s=0.0)
         running = asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
         try:
             return await asyncio.shield(running)

@@ -16,16 +16,18 @@ from click.testing import CliRunner
 
 from kdmesh import cli, config
 from kdmesh.errors import ModelMismatch, Unauthenticated
-from kdmesh_trainer.build_on_policy import _weight_sender
+from kdmesh_trainer.build_rollouts import _weight_sender
 from kdmesh_trainer.build_teacher import open_teacher
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student
 from tests.support.certificates import CertificateAuthority
 from tests.support.identities import JOB, OPERATOR, write_tokens
 from tests.support.rollout_server import rollout_process
 from tests.support.teacher_process import teacher_process
 from tests.support.tiny_models import TinyModels
 
+STUDENT = cast(Student, SimpleNamespace(size_bytes=1))
 MESH = cast(Mesh, SimpleNamespace(device=torch.device("cpu"), on_first=lambda call: call()))
 
 
@@ -108,6 +110,6 @@ def test_a_trainer_gets_into_its_teacher(guarded: Guarded, tmp_path: Path, token
 def test_a_trainer_brings_weights_with_the_access_of_its_rollout_servers(guarded: Guarded, tmp_path: Path) -> None:
     source = trainer(guarded, tmp_path, OPERATOR).source
     assert isinstance(source, OnPolicy)
-    with _weight_sender(source.rollouts, MESH) as sender:
+    with _weight_sender(source.rollouts, STUDENT, MESH) as sender:
         (served,) = sender.describe()
     assert served.version == 0

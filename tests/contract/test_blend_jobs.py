@@ -20,6 +20,8 @@ from tests.support.token_caches import entries
 from tests.support.trainer_jobs import losses, run_job, serving_teacher, started_job, write_chats, write_config
 from tests.support.trainer_ranks import finish
 
+pytestmark = pytest.mark.slow
+
 STEPS = 16
 BATCH = {"sequences": 5, "max_tokens": 192}
 
@@ -86,7 +88,6 @@ def test_a_job_without_a_teacher_trains_on_a_blend_in_its_proportions(tiny_model
     assert sum(map(Counter, steps), Counter()) == {"words": 64, "more": 16}
 
 
-@pytest.mark.slow
 def test_a_killed_job_that_maps_its_tokens_ends_as_the_undisturbed_one_in_memory(pair: Pair, tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -109,7 +110,6 @@ def test_a_killed_job_that_maps_its_tokens_ends_as_the_undisturbed_one_in_memory
     assert "data.train (weights) is words 8/11, more 3/11 now and was words 4/5, more 1/5" in refused.errors
 
 
-@pytest.mark.slow
 def test_a_job_finds_what_was_tokenised_before_it(tiny_models: TinyModels, tmp_path: Path) -> None:
     alone = Pair(student=tiny_models.path("qwen3", seed=1, tie_word_embeddings=True), teacher=None)
     config = alone.config(tmp_path, token_cache=tmp_path / "tokens", objective={"name": "sft"})
@@ -130,7 +130,6 @@ def test_a_job_finds_what_was_tokenised_before_it(tiny_models: TinyModels, tmp_p
     )
 
 
-@pytest.mark.slow
 def test_a_bad_line_refuses_the_job_on_every_rank(pair: Pair, tmp_path: Path) -> None:
     config = pair.config(tmp_path, token_cache=tmp_path / "tokens")
     with (tmp_path / "more.jsonl").open("a") as file:

@@ -27,6 +27,7 @@ from kdmesh_trainer.parallel_config import SPREAD_DIVERGENCES
 from tests.support.loss_cases import FULL, Case, Tensors, call, expected, heads, tensors
 from tests.support.trainer_ranks import run_ranks
 
+HERE = "tests.numerics.test_losses_across_ranks"
 TOP_K = 5
 
 
@@ -246,9 +247,9 @@ def everything(mesh: Mesh, *, every: int = 1) -> int:
     return number
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("ranks", [1, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 3))])
 def test_values_and_gradients_are_the_textbooks_whatever_part_of_the_vocabulary_a_rank_has(ranks: int) -> None:
-    assert run_ranks(f"{__name__}:everything", ranks=ranks) == [4 * len(SPREAD_DIVERGENCES)] * ranks
+    assert run_ranks(f"{HERE}:everything", ranks=ranks) == [4 * len(SPREAD_DIVERGENCES)] * ranks
 
 
 def refusals(mesh: Mesh) -> None:
@@ -267,4 +268,4 @@ def refusals(mesh: Mesh) -> None:
 
 
 def test_what_is_not_this_ranks_part_is_refused() -> None:
-    run_ranks(f"{__name__}:refusals", ranks=1)
+    run_ranks(f"{HERE}:refusals", ranks=1)

@@ -22,6 +22,7 @@ from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
 
+pytest.importorskip("torchao")
 pytestmark = pytest.mark.slow
 
 HERE = "tests.numerics.test_trainer_eight_bit"

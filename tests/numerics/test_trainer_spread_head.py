@@ -113,7 +113,7 @@ def test_weights_after_several_steps_are_those_of_a_whole_head(
         "with a bias": tiny_models.path("phi", seed=1),
     }
     results = run_ranks(
-        f"{__name__}:compare",
+        "tests.numerics.test_trainer_spread_head:compare",
         ranks=ranks,
         students=[str(path) for path in students.values()],
         teacher=str(tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)),

@@ -17,6 +17,8 @@ from tests.system.processes import Process, Processes
 from tests.system.rollouts import Rollouts
 from tests.system.training import KDMESH, Job, Recipe
 
+pytestmark = pytest.mark.slow
+
 STEPS = 120
 COLOURS = {
     "ant": "red",
@@ -217,7 +219,6 @@ def closely(response: str, row: Mapping[str, Any], *, distance: int) -> bool:
     return abs(len(response) - len(row["answer"])) <= distance
 
 
-@pytest.mark.slow
 def test_a_job_whose_questions_nobody_answers_ends_with_the_reason_on_every_rank(
     recipe: Recipe, processes: Processes, tmp_path: Path
 ) -> None:
@@ -235,7 +236,6 @@ def test_a_job_whose_questions_nobody_answers_ends_with_the_reason_on_every_rank
     assert len(sentences) == 1
 
 
-@pytest.mark.slow
 def test_another_server_answers_for_one_that_is_gone(
     story: Story, recipe: Recipe, processes: Processes, tmp_path: Path
 ) -> None:

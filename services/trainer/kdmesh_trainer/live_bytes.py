@@ -110,8 +110,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, tensor: Tensor) -> None:
         if is_traceable_wrapper_subclass(tensor):  # a DTensor, or moments of 8 bits: only what it is made of has memory
-            for name in tensor.__tensor_flatten__()[0]:
-                self._note(getattr(tensor, name))
+            parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+            for part in parts:
+                if isinstance(part, Tensor):  # and not the mesh that it lies on
+                    self._note(part)
             return
         storage = _storage(tensor)
         key = storage._cdata
