@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,16 @@ class StrictModel(BaseModel):
 
 
 M = TypeVar("M", bound=StrictModel)
+
+
+def config_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """Of `python -m module`, which takes a configuration's path as `config` and overrides as `set`, for `load`."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("config", type=Path, help=f"YAML file; see {module.partition('.')[0]}/config.py")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
+    )
+    return parser
 
 
 def load(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:

@@ -75,16 +75,7 @@ def fused_linear_across_ranks(
     inputs = rows.student_hidden_RD, student_head.weight_VD, student_head.bias_V
     wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs)
     loss_sum, *per_row = _AcrossRanks.apply(*inputs, call, wanted)  # type: ignore[no-untyped-call]
-    divergence_R, cross_entropy_R, top1_agreement_R, student_entropy_R, teacher_entropy_R, topk_overlap_R = per_row
-    return FusedLoss(
-        loss_sum=loss_sum,
-        divergence_R=divergence_R,
-        cross_entropy_R=cross_entropy_R,
-        top1_agreement_R=top1_agreement_R,
-        student_entropy_R=student_entropy_R,
-        teacher_entropy_R=teacher_entropy_R,
-        topk_overlap_R=topk_overlap_R,
-    )
+    return FusedLoss.of(loss_sum, per_row)
 
 
 class _AcrossRanks(torch.autograd.Function):
@@ -104,14 +95,7 @@ class _AcrossRanks(torch.autograd.Function):
         ctx.save_for_backward(gradients.hidden_RD, gradients.weight_VD, bias_gradient_V)
         ctx.dtypes = hidden_RD.dtype, weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype
         ctx.num_ranks = call.share.num_ranks
-        per_row = (
-            values.divergence_R,
-            values.cross_entropy_R,
-            values.top1_agreement_R,
-            values.student_entropy_R,
-            values.teacher_entropy_R,
-            values.topk_overlap_R,
-        )
+        per_row = values.told()
         ctx.mark_non_differentiable(*per_row)
         return loss_sum, *per_row
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ class FusedLoss:
     student_entropy_R: Tensor  # [R] float32, nats, at the divergence's temperature; [0] unless asked for
     teacher_entropy_R: Tensor  # [R] float32, likewise
     topk_overlap_R: Tensor  # [R] float32, part of the teacher's k likeliest in the student's; [0] unless asked for
+
+    @classmethod
+    def of(cls, loss_sum: Tensor, per_row: Sequence[Tensor]) -> FusedLoss:
+        """From RowValues.told()."""
+        names = [field.name for field in fields(cls) if field.name != "loss_sum"]
+        return cls(loss_sum=loss_sum, **dict(zip(names, per_row, strict=True)))
 
 
 def fused_linear_divergence(
@@ -201,14 +207,7 @@ class _FusedLinear(torch.autograd.Function):
         bias_gradient_V = None if gradients.bias_NV is None else gradients.bias_NV.sum(0)
         ctx.save_for_backward(gradients.hidden_RD, gradients.weight_VD, bias_gradient_V)
         ctx.dtypes = hidden_RD.dtype, weight_VD.dtype, weight_VD.dtype if bias_V is None else bias_V.dtype
-        per_row = (
-            values.divergence_R,
-            values.cross_entropy_R,
-            values.top1_agreement_R,
-            values.student_entropy_R,
-            values.teacher_entropy_R,
-            values.topk_overlap_R,
-        )
+        per_row = values.told()
         ctx.mark_non_differentiable(*per_row)
         return loss_sum, *per_row
 
@@ -237,16 +236,7 @@ def run_fused(call: FusedCall, hidden_RD: Tensor) -> FusedLoss:
     inputs = hidden_RD, head.weight_VD, head.bias_V
     wanted = tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs)
     loss_sum, *per_row = _FusedLinear.apply(*inputs, call, wanted)  # type: ignore[no-untyped-call]
-    divergence_R, cross_entropy_R, top1_agreement_R, student_entropy_R, teacher_entropy_R, topk_overlap_R = per_row
-    return FusedLoss(
-        loss_sum=loss_sum,
-        divergence_R=divergence_R,
-        cross_entropy_R=cross_entropy_R,
-        top1_agreement_R=top1_agreement_R,
-        student_entropy_R=student_entropy_R,
-        teacher_entropy_R=teacher_entropy_R,
-        topk_overlap_R=topk_overlap_R,
-    )
+    return FusedLoss.of(loss_sum, per_row)
 
 
 def _run(call: FusedCall, hidden_RD: Tensor, head: OutputHead, wanted: tuple[bool, ...]) -> tuple[RowValues, Gradients]:

@@ -28,6 +28,10 @@ class RowValues:
     teacher_entropy_R: Tensor  # [0] unless asked for
     topk_overlap_R: Tensor  # [0] unless asked for
 
+    def told(self) -> tuple[Tensor, ...]:
+        """What a FusedLoss tells of each row, in the order of its fields."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "loss_R")
+
     def part(self, rows: slice) -> RowValues:
         """Some of the rows."""
         return RowValues(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Protocol, TypeVar
 
 from kdmesh import log
-from kdmesh.config import StrictModel, load
+from kdmesh.config import StrictModel, config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
@@ -82,11 +82,7 @@ def stop_on_signals(*, on_second: Callable[[], None] = lambda: None) -> asyncio.
 
 
 def _parser(package: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
-    parser.add_argument("config", type=Path, help=f"YAML file; see {package}/config.py")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
-    )
+    parser = config_parser(package, description)
     parser.add_argument(
         "--ready-file", type=Path, help="written as JSON {grpc, rest, pid} when requests are taken, removed at the end"
     )

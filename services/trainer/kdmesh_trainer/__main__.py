@@ -6,11 +6,10 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from kdmesh import log
-from kdmesh.config import load
+from kdmesh.config import config_parser, load
 from kdmesh.errors import KdmeshError
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
@@ -45,14 +44,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdmesh_trainer", description="Train a student: one rank, in the environment torchrun gives."
-    )
-    parser.add_argument("config", type=Path, help="YAML file; see kdmesh_trainer/config.py")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
-    )
-    return parser
+    return config_parser("kdmesh_trainer", "Train a student: one rank, in the environment torchrun gives.")
 
 
 def _join(cfg: TrainerConfig) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdmesh import log
-from kdmesh.config import load
+from kdmesh.config import config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
@@ -40,13 +40,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdmesh_trainer.evaluate_command", description="Ask a served model a run's questions."
-    )
-    parser.add_argument("config", type=Path, help="YAML file; see kdmesh_trainer/config.py")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
-    )
+    parser = config_parser("kdmesh_trainer.evaluate_command", "Ask a served model a run's questions.")
     parser.add_argument("--output", type=Path, help="JSONL to write: what was answered to each question")
     return parser
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdmesh.config import load
+from kdmesh.config import config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
@@ -37,13 +37,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdmesh_trainer.plan_command", description="Say what memory a run will need."
-    )
-    parser.add_argument("config", type=Path, help="YAML file; see kdmesh_trainer/config.py")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
-    )
+    parser = config_parser("kdmesh_trainer.plan_command", "Say what memory a run will need.")
     parser.add_argument("--teachers", default="[]", metavar="JSON", help="what is known of the teachers' servers")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="plan for this device")
     parser.add_argument("--ranks", type=int, help="plan for so many ranks")

@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdmesh import log
-from kdmesh.config import load
+from kdmesh.config import config_parser, load
 from kdmesh.errors import KdmeshError
 from kdmesh_trainer.config import TrainerConfig
 
@@ -53,13 +52,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdmesh_trainer.precompute_command", description="Have the teachers of a run keep its rows."
-    )
-    parser.add_argument("config", type=Path, help="YAML file; see kdmesh_trainer/config.py")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
-    )
+    parser = config_parser("kdmesh_trainer.precompute_command", "Have the teachers of a run keep its rows.")
     parser.add_argument("--partial", action="store_true", help="keep what fits, where not all does")
     return parser
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from kdmesh import log
-from kdmesh.config import load
+from kdmesh.config import config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
@@ -36,14 +35,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdmesh_trainer.tokenize_command", description="Make the files of token ids that a run maps."
-    )
-    parser.add_argument("config", type=Path, help="YAML file; see kdmesh_trainer/config.py")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override one key; may be repeated"
-    )
-    return parser
+    return config_parser("kdmesh_trainer.tokenize_command", "Make the files of token ids that a run maps.")
 
 
 def _make(cfg: TrainerConfig) -> None:
