@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Generic, TypeVar, overload
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from kdmesh_trainer.sources.lazy import Lazy
 from kdmesh_trainer.sources.shuffles import shuffled
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class Part(Generic[T]):
     items: Sequence[T]  # at least one
 
 
-class Blended(Sequence[T]):
+class Blended(Lazy[T]):
     """The items of several datasets, one dataset after the other; a BlendOrder says which come when.
 
     Attributes:
@@ -54,16 +55,8 @@ class Blended(Sequence[T]):
     def __iter__(self) -> Iterator[T]:
         return itertools.chain.from_iterable(part.items for part in self.parts)
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        if isinstance(index, slice):
-            return tuple(self[number] for number in range(*index.indices(len(self))))
-        number = range(len(self))[index]
+    def item(self, number: int) -> T:
+        """See Lazy."""
         part = bisect_right(self.begins, number) - 1
         return self.parts[part].items[number - self.begins[part]]
 

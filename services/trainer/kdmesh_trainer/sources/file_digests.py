@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from kdmesh.errors import DataError
 from kdmesh.weights.digests import Running
+from kdmesh_trainer.sources.pieces import reading
 
 _READ_BYTES = 4 * 2**20
 
@@ -47,7 +45,7 @@ class FileDigests:
 
 def _digest(path: Path) -> str:
     digest = Running()
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -55,15 +53,7 @@ def _digest(path: Path) -> str:
 
 def _state(path: Path) -> str:
     """A name of the file as it is: another as soon as somebody writes to it, or puts another in its place."""
-    with _reading(path):
+    with reading(path):
         stat = path.stat()
     told = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error

@@ -50,7 +50,7 @@ def find_files(path: Path) -> tuple[Path, ...]:
 
 def size_of(path: Path) -> int:
     """What the sizes of a file's pieces add up to. Raises DataError when it cannot be read."""
-    with _reading(path):
+    with reading(path):
         if path.suffix == ".parquet":
             return sum(group.size_bytes for group in _row_groups(path))
         return path.stat().st_size
@@ -62,7 +62,7 @@ def pieces_of(path: Path) -> Iterator[Piece]:
     Raises:
         DataError: it cannot be read.
     """
-    with _reading(path):
+    with reading(path):
         if path.suffix == ".parquet":
             yield from _row_groups(path)
         elif path.suffix == ".json" and _is_array(path):
@@ -77,7 +77,7 @@ def rows_of(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, object]]
     Raises:
         DataError: it cannot be read, or is not what its name says.
     """
-    with _reading(piece.path):
+    with reading(piece.path):
         match piece.kind:
             case "row group":
                 yield from _parquet_rows(piece, choose)
@@ -92,7 +92,8 @@ def rows_of(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, object]]
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Say of a file that it cannot be read: a DataError with its name and why."""
     try:
         yield
     except OSError as error:

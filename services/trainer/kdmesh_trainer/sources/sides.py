@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.types import Int32Array, PlacedImage, TokenSequence
+from kdmesh_trainer.sources.lazy import Lazy
 from kdmesh_trainer.sources.rows import Chat
 
 Int64Array = npt.NDArray[np.int64]
@@ -158,7 +158,7 @@ def teacher_side(sequences: Sequence[TokenSequence]) -> tuple[TokenSequence, ...
     return tuple(s.teacher if isinstance(s, InContext | Aligned | InChunks) else s for s in sequences)
 
 
-class TeacherSide(Sequence[TokenSequence]):
+class TeacherSide(Lazy[TokenSequence]):
     """The sequences of a dataset as the teacher reads them, each made when it is looked at."""
 
     def __init__(self, sequences: Sequence[TokenSequence]) -> None:
@@ -167,16 +167,9 @@ class TeacherSide(Sequence[TokenSequence]):
     def __len__(self) -> int:
         return len(self._sequences)
 
-    @overload
-    def __getitem__(self, index: int) -> TokenSequence: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[TokenSequence]: ...
-
-    def __getitem__(self, index: int | slice) -> TokenSequence | Sequence[TokenSequence]:
-        if isinstance(index, slice):
-            return teacher_side(self._sequences[index])
-        [theirs] = teacher_side([self._sequences[index]])
+    def item(self, number: int) -> TokenSequence:
+        """See Lazy."""
+        [theirs] = teacher_side([self._sequences[number]])
         return theirs
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 from kdmesh.tokens import digest
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.sources.blend import parts_of
 from kdmesh_trainer.sources.forms import Form
+from kdmesh_trainer.sources.lazy import Lazy
 from kdmesh_trainer.sources.prompts import digest_prompts
 from kdmesh_trainer.sources.record_store import Records
 from kdmesh_trainer.sources.sides import Addressed, Aligned, InChunks, Prompt, TeacherSide, aligned_rows
@@ -19,7 +20,7 @@ T = TypeVar("T")
 F = TypeVar("F")
 
 
-class Stored(Sequence[T], Generic[T, F]):
+class Stored(Lazy[T], Generic[T, F]):
     """Items that are read from their files when they are looked at. None has images.
 
     Attributes:
@@ -34,16 +35,9 @@ class Stored(Sequence[T], Generic[T, F]):
     def __len__(self) -> int:
         return len(self._records)
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        if isinstance(index, slice):
-            return tuple(self[number] for number in range(*index.indices(len(self))))
-        return self._form.item(self._records.arrays(range(len(self))[index]))
+    def item(self, number: int) -> T:
+        """See Lazy."""
+        return self._form.item(self._records.arrays(number))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
