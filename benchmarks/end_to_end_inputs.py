@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 VOCABULARY_SIZE = 32_000
 MAX_TOKENS = 1024
@@ -29,22 +29,52 @@ class Inputs:
     chats: Path
 
 
-def prepare(folder: Path, *, num_chats: int) -> Inputs:
-    """Teacher of about 41M parameters, student of about 11M, chats of 100 to 1200 tokens (mean about 366)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A Qwen3's."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int = 64
+
+
+TEACHER = Shape(hidden=512, intermediate=1344, layers=8, heads=8, kv_heads=8)  # about 41M parameters
+STUDENT = Shape(hidden=256, intermediate=704, layers=4, heads=4, kv_heads=4)  # about 11M
+
+
+def prepare(
+    folder: Path,
+    *,
+    num_chats: int,
+    teacher: Shape = TEACHER,
+    student: Shape = STUDENT,
+    vocabulary_size: int = VOCABULARY_SIZE,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Inputs:
+    """Two models with random weights, made on `device`; chats of 100 to 1200 tokens (mean about 366)."""
     inputs = Inputs(teacher=folder / "teacher", student=folder / "student", chats=folder / f"chats-{num_chats}.jsonl")
     if not (inputs.student / "config.json").exists():
-        tokenizer = _word_tokenizer()
-        _save(inputs.teacher, tokenizer, hidden=512, layers=8, heads=8)
-        _save(inputs.student, tokenizer, hidden=256, layers=4, heads=4)
+        tokenizer = _word_tokenizer(vocabulary_size)
+        for path, shape in ((inputs.teacher, teacher), (inputs.student, student)):
+            torch.manual_seed(shape.hidden)
+            with torch.device(device):
+                lm = AutoModelForCausalLM.from_config(_config(shape, tokenizer), dtype=dtype)
+            lm.save_pretrained(path)
+            tokenizer.save_pretrained(path)
     if not inputs.chats.exists():
-        inputs.chats.write_text("".join(json.dumps(row) + "\n" for row in _chats(num_chats)), encoding="utf-8")
+        rows = _chats(num_chats, vocabulary_size)
+        inputs.chats.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return inputs
 
 
-def _word_tokenizer() -> PreTrainedTokenizerFast:
+def _word_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
     """One token per word, so that lengths are what the benchmark says they are."""
     special = ["<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<unk>"]
-    words = [*special, *(f"w{i}" for i in range(VOCABULARY_SIZE - len(special)))]
+    words = [*special, *(f"w{i}" for i in range(vocabulary_size - len(special)))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -54,30 +84,27 @@ def _word_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def _save(path: Path, tokenizer: PreTrainedTokenizerFast, *, hidden: int, layers: int, heads: int) -> None:
-    torch.manual_seed(hidden)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=hidden,
-        intermediate_size=round(hidden * 8 / 3 / 64) * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=64,
+def _config(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
     )
-    Qwen3ForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
 
 
-def _chats(count: int) -> list[dict[str, list[dict[str, str]]]]:
+def _chats(count: int, vocabulary_size: int) -> list[dict[str, list[dict[str, str]]]]:
     """Lengths are log-normal, cut to 100..1200; 62 % of a chat is the answer."""
     draw = random.Random(0)
 
     def words(n: int) -> str:
-        return " ".join(f"w{draw.randrange(VOCABULARY_SIZE - 6)}" for _ in range(n))
+        return " ".join(f"w{draw.randrange(vocabulary_size - 6)}" for _ in range(n))
 
     chats = []
     for _ in range(count):

@@ -29,6 +29,8 @@ _PARTS: Mapping[str, tuple[str, str, float]] = {
     "products": ("benchmarks.gpu.parts", "measure_products", 60),
     "others": ("benchmarks.gpu.loss", "measure_others", 150),
     "step": ("benchmarks.gpu.step", "measure", 120),
+    "job": ("benchmarks.gpu.job", "measure", 240),
+    "trace": ("benchmarks.gpu.trace", "measure", 90),
     "handles": ("benchmarks.gpu.handles", "measure", 60),
     "kernel": ("benchmarks.gpu.parts", "measure_kernel", 120),
     "precision": ("benchmarks.gpu.parts", "measure_precision", 60),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.scale import Scale, median_ms, normal, peak_gib
+from benchmarks.gpu.trace import kernels_of, traced
 from benchmarks.loss_inputs import formula
 from kdmesh.losses import Divergence, OutputHead, build_divergence, fused_linear_divergence
 
@@ -75,6 +76,8 @@ def measure(scale: Scale) -> dict[str, object]:
         figures[f"{name}_of_floor"] = round(took_ms / scale.floor_ms, 3)
     forward_kl = build_divergence("forward_kl")
     assert callable(forward_kl)
+    events = traced(partial(run_pass, partial(ours, divergence=forward_kl), x), scale)
+    figures["forward_kl_kernels (ms)"] = kernels_of(events, within="everything", times=1)
     for chunk_rows in (scale.chunk_rows // 2, scale.chunk_rows, 2 * scale.chunk_rows):
         method = partial(ours, divergence=forward_kl, chunk_rows=chunk_rows)
         figures[f"forward_kl_chunk_{chunk_rows}_ms"] = round(median_ms(partial(run_pass, method, x), scale), 2)

@@ -37,7 +37,7 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 
 
 @dataclass(frozen=True, slots=True)
-class _Optimizer:
+class AdamWSettings:
     """What `build_adamw` reads of a configuration."""
 
     learning_rate: float = 1e-5
@@ -87,13 +87,19 @@ def measure(scale: Scale) -> dict[str, object]:
     dtype = torch.float32 if is_tiny else torch.bfloat16
     with joined("cpu" if is_tiny else "cuda", longest_wait_s=60) as mesh:
         teacher = build_lm(scale.vocabulary, TINY if is_tiny else _TEACHER, scale.device, dtype)
-        lm = build_lm(scale.vocabulary, TINY if is_tiny else _STUDENT, scale.device, torch.float32)
-        return _run(scale, mesh, teacher, Student(lm, vocabulary_size=scale.vocabulary), dtype)
+        return _run(scale, mesh, teacher, build_student(scale), dtype)
+
+
+def build_student(scale: Scale) -> Student:
+    """Not sharded yet."""
+    shape = TINY if scale.device.type == "cpu" else _STUDENT
+    lm = build_lm(scale.vocabulary, shape, scale.device, torch.float32)
+    return Student(lm, vocabulary_size=scale.vocabulary)
 
 
 def _run(scale: Scale, mesh: Mesh, teacher: PreTrainedModel, student: Student, dtype: torch.dtype) -> dict[str, object]:
     shard(student, mesh.device_mesh, compute_dtype=dtype)
-    optimizer = build_adamw(student, _Optimizer())  # type: ignore[arg-type]
+    optimizer = build_adamw(student, AdamWSettings())  # type: ignore[arg-type]
     packed = packed_tokens(scale).to(scale.device)
     head = output_head(teacher).detached()
     segment = create_segment(packed.num_rows * head.hidden_size * dtype.itemsize)

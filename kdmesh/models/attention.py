@@ -88,8 +88,6 @@ def varlen_refusal(config: PretrainedConfig, dtype: torch.dtype, device: torch.d
         config: the model's.
         dtype: that it computes in.
     """
-    from torch.nn.attention.varlen import varlen_attn  # not at the top: it registers operators, which few need
-
     text = config.get_text_config()
     heads = {getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads}
     heads |= {getattr(text, name, None) for name in ("qk_head_dim", "v_head_dim")} - {None}
@@ -103,8 +101,6 @@ def varlen_refusal(config: PretrainedConfig, dtype: torch.dtype, device: torch.d
         return "the model caps its scores"
     if len(heads) > 1 or max(heads) > _VARLEN_HEAD_SIZE or max(heads) % 8:
         return f"heads have sizes {sorted(heads)}; they must have one, a multiple of 8 of at most {_VARLEN_HEAD_SIZE}"
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
-        return f"torch {torch.__version__} does not have it"
     return None
 
 
@@ -123,11 +119,16 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, *, scale: float, window: int | None
 ) -> Tensor:
     """All sequences in one call, [1, T, heads, dim]."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # not at the top: it registers operators, which few need
 
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     # The window of FlashAttention counts the tokens before a query, without itself; -1 are all of them.
     before = -1 if window is None else window - 1
+    shared: dict[str, Any] = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        shared["enable_gqa"] = True
+    elif (copies := queries.shape[1] // keys.shape[1]) > 1:  # torch 2.11
+        keys, values = (states.repeat_interleave(copies, dim=1) for states in (keys, values))
     output = varlen_attn(
         queries,
         keys,
@@ -138,7 +139,7 @@ def _varlen(
         longest,
         scale=scale,
         window_size=(before, 0),
-        enable_gqa=True,
+        **shared,
     )
     assert isinstance(output, Tensor)  # nothing else was asked for
     return output[None]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from transformers.models.qwen3 import modeling_qwen3
 
 from benchmarks.gpu.step import packed_tokens
 from kdmesh_trainer.mesh import joined
@@ -13,6 +16,15 @@ from tests.gpu.test_student import SCALE, built, loss_and_gradients
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture
+def own_qwen3() -> Iterator[None]:
+    """The model's classes again as they were: Liger puts its own into transformers' module as well."""
+    before = dict(vars(modeling_qwen3))
+    yield
+    vars(modeling_qwen3).update(before)
+
+
+@pytest.mark.usefixtures("own_qwen3")
 def test_loss_and_gradient_are_those_without(gpu: torch.device) -> None:
     pytest.importorskip("liger_kernel")
     from kdmesh_trainer.liger import use_liger_kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -133,11 +134,31 @@ def by_the_formula(
     return dense(*states, lengths, scale, window, None)[0]
 
 
+def by_the_formula_of_2_11(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """As torch 2.11 has it: every query head with a key head of its own."""
+    assert key.shape[1] == value.shape[1] == query.shape[1]
+    return by_the_formula(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=True
+    )
+
+
+@pytest.mark.parametrize("formula", [by_the_formula, by_the_formula_of_2_11])
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_one_call_for_all_sequences_is_told_what_each_alone_is(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
+    window: int | None, formula: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_the_formula)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", formula)
     lengths = (5, 1, 13)
     inputs = states(sum(lengths))
     settings = {"scaling": 0.3, "sliding_window": window, "packed_lengths": lengths}

@@ -31,7 +31,8 @@ def check_liger(model: PretrainedConfig, device: torch.device) -> None:
 def use_liger_kernels(lm: PreTrainedModel) -> None:
     """Have the decoder layers of `lm` compute by Liger's kernels, in place. Before they are sharded.
 
-    Rotary embeddings are exchanged in every model of this process that is of the same type.
+    Rotary embeddings are exchanged in every model of this process that is of the same type, and the other parts in
+    those of them that are built later.
     """
     # The losses are ours, so the forward pass of the whole model stays transformers'.
     _apply_liger_kernel_to_instance(lm, fused_linear_cross_entropy=False, cross_entropy=False)
