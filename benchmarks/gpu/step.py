@@ -100,7 +100,7 @@ def build_student(scale: Scale) -> Student:
 def _run(scale: Scale, mesh: Mesh, teacher: PreTrainedModel, student: Student, dtype: torch.dtype) -> dict[str, object]:
     shard(student, mesh.device_mesh, compute_dtype=dtype)
     optimizer = build_adamw(student, AdamWSettings())  # type: ignore[arg-type]
-    packed = packed_tokens(scale).to(scale.device)
+    packed = packed_tokens(scale, together=scale.device.type == "cuda").to(scale.device)
     head = output_head(teacher).detached()
     segment = create_segment(packed.num_rows * head.hidden_size * dtype.itemsize)
     slot_RD = torch.frombuffer(segment.writable, dtype=dtype, count=packed.num_rows * head.hidden_size).view(
@@ -168,11 +168,11 @@ def _step(
     return loss_sum.item()
 
 
-def packed_tokens(scale: Scale) -> PackedTokens:
-    """Sequences of one length, with every position."""
+def packed_tokens(scale: Scale, *, together: bool = False) -> PackedTokens:
+    """Sequences of one length, with every position; `together` lets one call attend to all of them."""
     random = np.random.default_rng(0)
     length = scale.rows // _SEQUENCES
-    return pack(
+    packed = pack(
         [
             TokenSequence(
                 token_ids=random.integers(0, scale.vocabulary, length).astype(np.int32),
@@ -181,3 +181,4 @@ def packed_tokens(scale: Scale) -> PackedTokens:
             for _ in range(_SEQUENCES)
         ]
     )
+    return packed.with_starts() if together else packed

@@ -44,7 +44,7 @@ def measure(scale: Scale) -> dict[str, object]:
         student = build_student(scale)
         shard(student, mesh.device_mesh, compute_dtype=dtype)
         optimizer = build_adamw(student, AdamWSettings())  # type: ignore[arg-type]
-        packed = packed_tokens(scale).to(scale.device)
+        packed = packed_tokens(scale, together=not is_tiny).to(scale.device)
         rows_RE = normal(packed.num_rows, scale.teacher_size, scale, seed=1)
         teacher = OutputHead(weight_VD=normal(scale.vocabulary, scale.teacher_size, scale, deviation=0.02, seed=2))
         divergence, workspace = build_divergence("forward_kl"), Workspace()

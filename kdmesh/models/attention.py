@@ -198,3 +198,6 @@ def _attend_block(
 
 # No mask function is registered under this name: transformers then makes no mask at all.
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+# On Hopper and later torch would prefer cuDNN's attention, which plans for up to a second at every length that it has
+# not seen; sequences have all lengths. For the whole process, whoever asks.
+torch.backends.cuda.enable_cudnn_sdp(False)

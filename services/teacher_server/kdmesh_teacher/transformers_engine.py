@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
+from kdmesh.models.attention import varlen_refusal
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.fingerprint import architecture_fingerprint, model_fingerprint
 from kdmesh.models.head import head_spec, output_head
@@ -46,6 +47,7 @@ class TransformersEngine:
         self._resting: RestingWeights | None = None
         self._reader: ImageReader | None
         self._packer: Packer
+        self._is_varlen: bool  # whether a row's sequences are attended to in one call
         self._weights: ReplaceableWeights  # where the configuration lets them be replaced
 
     def load(self) -> EngineDescription:
@@ -62,6 +64,8 @@ class TransformersEngine:
         if self._reader is not None:
             check_images(self._model, self._reader)
         self._packer = Packer(self._model, self._reader)
+        model = self._model
+        self._is_varlen = varlen_refusal(model.config, model.dtype, model.device) is None
         if config.updatable:
             self._weights = ReplaceableWeights(self._model)
         return self._describe()
@@ -182,7 +186,10 @@ class TransformersEngine:
             yield row
 
     def _compute(self, row: list[_Target]) -> None:
-        packed = self._packer.pack([sequence for sequence, _ in row]).to(self._model.device)
+        packed = self._packer.pack([sequence for sequence, _ in row])
+        if self._is_varlen:
+            packed = packed.with_starts()
+        packed = packed.to(self._model.device)
         hidden_TD = hidden_states_TD(self._model, packed)
         wanted = torch.split(packed.rows_R, [sequence.num_rows for sequence, _ in row])
         for rows_R, (_, out_RD) in zip(wanted, row, strict=True):
