@@ -97,6 +97,15 @@ def test_a_head_that_is_spread_over_four_ranks_takes_a_quarter_on_each(tmp_path:
     assert spread.phases["forward"]["loss"] < whole.phases["forward"]["loss"] / 3
 
 
+def test_ranks_that_hold_a_micro_batch_together_share_its_activations_and_all_share_the_weights(tmp_path: Path) -> None:
+    alone = replace(job(saved(tmp_path, TINY, is_tied=True), 300, [512]), ranks=4)
+    found, halved = (plan(replace(alone, context=context)) for context in (1, 2))
+    assert halved.resident["AdamW"] == found.resident["AdamW"]
+    # Of the longest slice; key heads and copies for the exchange keep it from being half.
+    assert 0.5 <= halved.phases["forward"]["activations"] / found.phases["forward"]["activations"] < 0.6
+    assert halved.phases["forward"]["loss"] < 0.6 * found.phases["forward"]["loss"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
