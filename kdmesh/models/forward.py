@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 from kdmesh.models.packing import PackedTokens
 
 
-def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens, **decoding: Any) -> Tensor:
+def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens, **told: Any) -> Tensor:
     """[T, D] hidden states after the final norm, each sequence as if it were alone; the lm_head does not run.
 
     Carries gradients when autograd records. When `model` is sharded by FSDP, call this from inside
     its root module's forward. `model` comes from load_causal_lm; `packed` lies on its device.
 
     Args:
-        decoding: what the attention of a model that decodes is told instead of the lengths.
+        told: what the attention is told, where the model has another than packed attention; else the lengths.
     """
-    told = decoding or {"packed_lengths": packed.lengths}
+    told = told or {"packed_lengths": packed.lengths}
     if packed.starts is not None:
         told["packed_starts"] = packed.starts
     images = packed.images

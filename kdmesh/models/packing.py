@@ -31,11 +31,11 @@ class PackedImages:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedTokens:
-    """Sequences end to end, and the rows of them that carry loss."""
+    """Sequences end to end and the rows that carry loss; or a slice of that, which one rank of several holds."""
 
     token_ids_T: Tensor  # [T] int64
     position_ids_T: Tensor  # [T] int64, restarts at 0 with every sequence
-    lengths: tuple[int, ...]  # of the sequences, in order; their sum is T
+    lengths: tuple[int, ...]  # of the sequences, in order; their sum is T, or that of all slices
     rows_R: Tensor  # [R] int64, strictly increasing indices into T
     labels_R: Tensor  # [R] int64, the token that each row predicts
     images: PackedImages | None = None  # None: it is all text
@@ -82,6 +82,32 @@ def pack(sequences: Sequence[TokenSequence]) -> PackedTokens:
         rows_R=_int64([sequence.positions + start for sequence, start in zip(sequences, starts, strict=True)]),
         labels_R=_int64([sequence.labels for sequence in sequences]),
     )
+
+
+def slice_of(packed: PackedTokens, *, place: int, size: int) -> PackedTokens:
+    """Of `size` equal slices of a row of text the one at `place`, with the rows that it holds; see context.py.
+
+    What is missing to equal slices is put at the end, as a sequence of its own that asks for no row.
+    """
+    missing = -packed.num_tokens % size
+    token_ids_T = torch.cat([packed.token_ids_T, packed.token_ids_T.new_zeros(missing)])
+    position_ids_T = torch.cat([packed.position_ids_T, torch.arange(missing)])
+    begin, end = slice_bounds(packed.num_tokens, size)[place : place + 2]
+    first, stop = torch.searchsorted(packed.rows_R, torch.tensor([begin, end])).tolist()
+    return replace(
+        packed,
+        token_ids_T=token_ids_T[begin:end],
+        position_ids_T=position_ids_T[begin:end],
+        lengths=(*packed.lengths, missing) if missing else packed.lengths,
+        rows_R=packed.rows_R[first:stop] - begin,
+        labels_R=packed.labels_R[first:stop],
+    )
+
+
+def slice_bounds(num_tokens: int, size: int) -> range:
+    """Where each of `size` equal slices of a row begins, and where the last one ends, which may be beyond the row."""
+    length = -(-num_tokens // size)
+    return range(0, length * size + 1, length)
 
 
 def blank() -> PackedTokens:

@@ -107,7 +107,7 @@ def test_a_killed_job_that_maps_its_tokens_ends_as_the_undisturbed_one_in_memory
     assert drawn(tmp_path / "killed" / "run") == drawn(tmp_path / "whole" / "run")
     (refused,) = run_job(killed, "data.train.datasets.more.weight=0.3")
     assert refused.exit_code == 2
-    assert "data.train (weights) is words 8/11, more 3/11 now and was words 4/5, more 1/5" in refused.errors
+    assert "data.train (weights) is more 3/11, words 8/11 now and was more 1/5, words 4/5" in refused.errors
 
 
 def test_a_job_finds_what_was_tokenised_before_it(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ def test_copies_that_the_ranks_do_not_fill_are_refused_before_the_ranks_meet(
     assert "parallel.shard_ranks is 3 and the job has 4 ranks" in sentence
 
 
+def test_ranks_that_cannot_hold_rows_together_are_refused_before_they_meet(
+    refusals: Refusals, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")  # of the others there is none
+    config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"})
+    sentence = refusals.sentence(config, "parallel.context=2")
+    assert "parallel.context is 2 and the job has 3 ranks" in sentence
+
+
 def test_distilling_needs_an_address(refusals: Refusals, student: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, student=student, teacher=None, steps=1)
     assert "teacher.addresses is empty" in refusals.sentence(config, "teacher.prefetch=1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from kdmesh.errors import ConfigError
 from kdmesh_trainer import compiled_layers
@@ -30,8 +32,10 @@ STEPS = 6
 # rank -> micro-batches -> sequences: rows of every length, of one sequence and of several, and one of nothing.
 PLAN = [[[0, 1, 2], [3], [8]], [[4, 5], [6, 7], []]]
 LATER = [[[9, 10, 11, 12]], [[13]]]
-# Largest |compiled - not| / |not| of a gradient: fused kernels round elsewhere.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+# Largest |compiled - not| / |not| of a gradient in float32: fused kernels round elsewhere.
+TOLERANCE = 1e-5
+# In bfloat16, how much farther than the other from the gradient in float32: they round less often.
+FARTHER = 1.1
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -51,18 +55,23 @@ def gradients(
     model_module._WHOLE_BYTES = whole_bytes
     sequences = random_sequences(14, seed=5, vocabulary_size=VOCABULARY_SIZE)
     local_teacher = LocalTeacher(Path(teacher))
-    for name in ("eager", "compiled"):
+    for name in ("exact", "eager", "compiled"):
         model = build_student(
             Path(student),
             mesh,
             vocabulary_size=VOCABULARY_SIZE,
-            compute_dtype=getattr(torch, dtype),
+            compute_dtype=torch.float32 if name == "exact" else getattr(torch, dtype),
             lora=LoraConfig(rank=3, target_modules=("q_proj", "down_proj")) if lora else None,
             is_compiled=name == "compiled",
             checkpointed_every=every,
         )
         stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(learning_rate=1e-2), steps=2)
-        stepper.update(step_batch(sequences, PLAN[mesh.rank], local_teacher))
+        with torch.no_grad():
+            for key, parameter in model.lm.named_parameters():
+                if "lora_B" in key:  # at 0, as it begins, the other half has no gradient
+                    parameter.fill_(0.01)
+        stepper.accumulate(step_batch(sequences, PLAN[mesh.rank], local_teacher))
+        model.zero_grad(set_to_none=True)  # no update, which would make more of what rounding does
         with torch.compiler.set_stance("fail_on_recompile"):
             stepper.accumulate(step_batch(sequences, LATER[mesh.rank], local_teacher, step=1))
         results = {
@@ -72,6 +81,11 @@ def gradients(
         }
         if mesh.is_first:
             save_file(results, Path(output) / f"{name}.safetensors")
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Of two whole gradients."""
+    return math.sqrt(sum((one[name] - gradient).square().sum().item() for name, gradient in other.items()))
 
 
 @needs_compiler
@@ -98,11 +112,13 @@ def test_a_compiled_student_has_the_same_gradient_at_lengths_that_it_was_not_com
     outcomes = finish(start_ranks_of(f"{HERE}:gradients", ranks=2, **paths, **options), within_s=350)
     for outcome in outcomes:
         assert outcome.exit_code == 0, outcome.errors
-    eager, compiled = (load_file(tmp_path / f"{name}.safetensors") for name in ("eager", "compiled"))
-    assert eager.keys() == compiled.keys()
-    for name, gradient in eager.items():
-        error = (compiled[name] - gradient).norm() / gradient.norm()
-        assert error < TOLERANCE[options.get("dtype", "float32")], name
+    exact, eager, compiled = (load_file(tmp_path / f"{name}.safetensors") for name in ("exact", "eager", "compiled"))
+    assert exact.keys() == eager.keys() == compiled.keys()
+    if "dtype" in options:
+        assert distance(compiled, exact) < FARTHER * distance(eager, exact)
+    else:
+        for name, gradient in eager.items():
+            assert (compiled[name] - gradient).norm() < TOLERANCE * gradient.norm(), name
     assert any(not torch.equal(compiled[name], gradient) for name, gradient in eager.items())  # so it was compiled
 
 
@@ -124,7 +140,7 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     killed = finish(processes, within_s=350)
     assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
     arguments |= {"until": STEPS, "other": str(tmp_path / "other")}
-    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments)[0]
+    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, within_s=350, **arguments)[0]
     assert both["first"] == 2
     assert both["rest"] == both["whole"][2:]
 

@@ -14,6 +14,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer import model as model_module
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sources.context_rows import ContextRows
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
@@ -22,7 +23,8 @@ from tests.support.trainer_ranks import run_ranks
 VOCABULARY_SIZE = 310
 NUM_SEQUENCES = 8
 
-# rank -> micro-batches -> sequences. Shares are uneven on purpose: equal ones hide a mean of means.
+# rank, or group that holds each row together -> micro-batches -> sequences. Shares are uneven on purpose: equal ones
+# hide a mean of means.
 LAYOUTS: dict[int, dict[str, list[list[list[int]]]]] = {
     1: {
         "1 rank, packed": [[[0, 1, 2, 3, 4, 5, 6, 7]]],
@@ -44,7 +46,14 @@ def batch_sequences() -> list[TokenSequence]:
 
 
 def gradients_of_layouts(
-    mesh: Mesh, *, student: str, teacher: str, output: str, whole_bytes: int, spreads_head: bool
+    mesh: Mesh,
+    *,
+    student: str,
+    teacher: str,
+    output: str,
+    whole_bytes: int,
+    spreads_head: bool = False,
+    checkpointed_every: int | None = None,
 ) -> None:
     """Writes every layout's losses and whole gradient to `output`; runs on every rank."""
     model_module._WHOLE_BYTES = whole_bytes
@@ -54,16 +63,22 @@ def gradients_of_layouts(
         vocabulary_size=VOCABULARY_SIZE,
         compute_dtype=torch.float32,
         spreads_head=spreads_head,
+        checkpointed_every=checkpointed_every,
     )
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
-    for number, plan in enumerate(LAYOUTS[mesh.world_size].values()):
-        tally = stepper.accumulate(step_batch(batch_sequences(), plan[mesh.rank], local_teacher))
+    for number, plan in enumerate(LAYOUTS[mesh.num_data_groups].values()):
+        context = ContextRows.of(mesh, [""])
+        batch = step_batch(batch_sequences(), plan[mesh.data_group], local_teacher, context=context)
+        tally = stepper.accumulate(batch)
         totals, _ = tally.over_all_ranks()
         results = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
         results["loss"] = torch.tensor([totals.loss, totals.divergence, totals.cross_entropy], dtype=torch.float64)
+        # A teacher is asked for every token once.
+        assert totals.teachers[""].tokens == batch.num_tokens
+        assert totals.teachers[""].loss_tokens == batch.num_loss_tokens
         if mesh.is_first:
-            save_file(results, Path(output) / f"{mesh.world_size}-{number}.safetensors")
+            save_file(results, Path(output) / f"{mesh.num_data_groups}-{number}.safetensors")
 
 
 def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
@@ -118,10 +133,37 @@ def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
             spreads_head=spreads_head,
         )
     expected = textbook(student, teacher)
-    for ranks, layouts in LAYOUTS.items():
-        for number, layout in enumerate(layouts):
-            actual = load_file(tmp_path / f"{ranks}-{number}.safetensors")
-            assert actual.keys() == expected.keys()
-            for name, value in expected.items():
-                error = (actual[name] - value).norm() / value.norm()
-                assert error < 1e-5, f"{layout}: {name} is off by {error}"
+    for groups in LAYOUTS:
+        assert_equal(expected, tmp_path, groups)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "context"),
+    [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)],
+)
+def test_ranks_that_hold_each_row_together_have_the_textbook_loss_and_gradient(
+    tiny_models: TinyModels, tmp_path: Path, ranks: int, context: int
+) -> None:
+    student = tiny_models.path("qwen3", seed=1)
+    teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
+    run_ranks(
+        "tests.numerics.test_trainer_layouts:gradients_of_layouts",
+        ranks=ranks,
+        context=context,
+        student=str(student),
+        teacher=str(teacher),
+        output=str(tmp_path),
+        whole_bytes=0 if ranks == context else 2**30,
+        checkpointed_every=None if ranks == context else 1,
+    )
+    assert_equal(textbook(student, teacher), tmp_path, ranks // context)
+
+
+def assert_equal(expected: dict[str, Tensor], output: Path, groups: int) -> None:
+    """What ranks wrote of every layout is what is expected."""
+    for number, layout in enumerate(LAYOUTS[groups]):
+        actual = load_file(output / f"{groups}-{number}.safetensors")
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            error = (actual[name] - value).norm() / value.norm()
+            assert error < 1e-5, f"{layout}: {name} is off by {error}"

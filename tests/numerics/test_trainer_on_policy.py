@@ -86,6 +86,24 @@ def test_two_ranks_train_on_the_samples_of_one(models: dict[str, Any], serial: d
     assert first["losses"] == pytest.approx(serial["losses"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "context"), [(2, 2), (4, 2)])
+def test_ranks_that_hold_rows_together_train_on_the_samples_of_one(
+    mesh: Mesh, models: dict[str, Any], ranks: int, context: int
+) -> None:
+    told = {**models, "answers": 2, "ce_weight": 0.3}
+    alone = losses(mesh, **told)
+    found = run_ranks(f"{SUPPORT}:losses", ranks=ranks, context=context, **told, kind="threaded")
+    groups = [found[first : first + context] for first in range(0, ranks, context)]
+    assert all(one["sequences"] == group[0]["sequences"] for group in groups for one in group)
+    assert sorted(s for group in groups for s in group[0]["sequences"][0]) == alone["sequences"][0]
+    for one in found:
+        assert one["losses"] == found[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert one["entropies"] == pytest.approx(alone["entropies"], rel=1e-4)
+        assert one["cross_entropies"] == pytest.approx(alone["cross_entropies"], rel=1e-4)
+        assert max(one["drift"]) < 1e-9
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 def test_a_slow_trainer_never_sees_samples_older_than_allowed(
     mesh: Mesh, models: dict[str, Any], max_staleness: int

@@ -20,6 +20,7 @@ from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.panel_heads import PanelHeads
+from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sides import addressed
@@ -63,8 +64,9 @@ def gradients_of_layouts(mesh: Mesh, *, student: str, teachers: dict[str, str], 
     stepper = GradientStepper(
         model, objective, build_adamw(model, config), config=config, steps=1, mesh=mesh, teachers=heads.names
     )
-    for number, plan in enumerate(LAYOUTS[mesh.world_size]):
-        tally = stepper.accumulate(step_batch(batch_sequences(), plan[mesh.rank], panel))
+    for number, plan in enumerate(LAYOUTS[mesh.num_data_groups]):
+        context = ContextRows.of(mesh, heads.names)
+        tally = stepper.accumulate(step_batch(batch_sequences(), plan[mesh.data_group], panel, context=context))
         totals, _ = tally.over_all_ranks()
         results = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
         results["loss"] = torch.tensor([totals.loss, totals.divergence, totals.cross_entropy], dtype=torch.float64)
@@ -75,7 +77,7 @@ def gradients_of_layouts(mesh: Mesh, *, student: str, teachers: dict[str, str], 
         )
         results["kl"] = torch.tensor(evaluator.evaluate().kl_nats_per_token)
         if mesh.is_first:
-            save_file(results, Path(output) / f"{mesh.world_size}-{number}.safetensors")
+            save_file(results, Path(output) / f"{mesh.num_data_groups}-{number}.safetensors")
 
 
 def target(t: dict[str, Tensor], temperature: float, own: str | None) -> Tensor:
@@ -218,29 +220,31 @@ def test_rows_are_in_the_micro_batchs_order_and_sampled_ones_are_not_imitated(ti
     assert loss.loss_sum.item() == pytest.approx(loss_sum, rel=1e-5)
 
 
+@pytest.mark.parametrize("context", [1, 2], ids=["ranks with rows of their own", "two hold each row together"])
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["each row its own teacher", "a mixture"])
 def test_layouts_of_one_batch_have_the_textbooks_figures_and_gradient(
-    tiny_models: TinyModels, tmp_path: Path, is_mixed: bool
+    tiny_models: TinyModels, tmp_path: Path, is_mixed: bool, context: int
 ) -> None:
     student = str(tiny_models.path("qwen3", seed=1))
     teachers = {
         "code": str(tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)),
         "maths": str(tiny_models.path("gemma2", seed=3, vocab_size=352)),
     }
-    for ranks in (1, 2):
+    for groups in LAYOUTS:
         run_ranks(
             "tests.numerics.test_trainer_panel:gradients_of_layouts",
-            ranks=ranks,
+            ranks=groups * context,
+            context=context,
             student=student,
             teachers=teachers,
             is_mixed=is_mixed,
             output=str(tmp_path),
         )
     expected = textbook(student, teachers, is_mixed=is_mixed)
-    for ranks, layouts in LAYOUTS.items():
+    for groups, layouts in LAYOUTS.items():
         for number in range(len(layouts)):
-            actual = load_file(tmp_path / f"{ranks}-{number}.safetensors")
+            actual = load_file(tmp_path / f"{groups}-{number}.safetensors")
             assert actual.keys() == expected.keys()
             for name, value in expected.items():
                 error = (actual[name] - value).norm() / value.norm()
-                assert error < 1e-5, f"{ranks} ranks, layout {number}: {name} is off by {error}"
+                assert error < 1e-5, f"{groups} groups, layout {number}: {name} is off by {error}"

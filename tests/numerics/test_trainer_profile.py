@@ -108,5 +108,6 @@ def test_no_number_is_read_before_the_step_is_over(tiny_models: TinyModels) -> N
         stepper.accumulate(batch)  # the teacher's head is fetched
         with Reads() as reads:
             stepper.accumulate(batch)
-        # The factor of the backward pass, once per micro-batch, which is looked at on a CPU alone (losses/matmul.py).
-        assert reads.seen == ["_local_scalar_dense.default"] * 3
+        # The factor of the backward pass, for both gradients of each micro-batch, which is looked at on a CPU alone
+        # (losses/matmul.py).
+        assert reads.seen == ["_local_scalar_dense.default"] * 6

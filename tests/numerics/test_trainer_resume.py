@@ -54,6 +54,32 @@ def test_a_student_in_copies_or_on_the_host_goes_on_exactly_after_sigkill(
     assert both["rest"] == both["whole"][3:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "context", "told"),
+    [
+        (2, 2, {}),
+        (4, 2, {"is_dual_space": True}),
+        (4, 2, {"shard_ranks": 2, "offloads": True}),
+        (2, 2, {"lora": {"rank": 3, "alpha": 12}}),
+    ],
+    ids=["two", "two of four, in two spaces", "two of four, which hold two copies", "two, with adapters"],
+)
+def test_ranks_that_hold_rows_together_continue_exactly_and_as_one_rank_would(
+    arguments: dict[str, Any], tmp_path: Path, ranks: int, context: int, told: dict[str, Any]
+) -> None:
+    arguments |= told
+    together = {"ranks": ranks, "context": context}
+    run_ranks(f"{RUNS}:train", **together, **arguments, until=3, save_at=3)
+    other = str(tmp_path / "other")
+    both = run_ranks(f"{RUNS}:train_rest_and_whole", **together, **arguments, until=STEPS, other=other)
+    assert all(one == both[0] for one in both)
+    assert both[0]["first"] == 3
+    assert both[0]["rest"] == both[0]["whole"][3:]
+    alone = run_ranks(f"{RUNS}:train", ranks=1, **arguments | {"checkpoints": str(tmp_path / "alone")}, until=STEPS)[0]
+    assert both[0]["whole"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
 def test_a_run_continues_on_another_number_of_ranks(arguments: dict[str, Any]) -> None:
     whole = run_ranks(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=4)[0]
     rest = run_ranks(f"{RUNS}:train", ranks=1, **arguments, until=STEPS, save_at=6)[0]

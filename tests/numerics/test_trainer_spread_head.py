@@ -121,8 +121,9 @@ def test_weights_after_several_steps_are_those_of_a_whole_head(
         dtype=dtype,
     )[0]
     tolerance = 1e-4 if dtype == "float32" else 0.1
+    few_rows = 0.0 if dtype == "float32" else 0.01  # whose favourite token is a matter of rounding
     for kind, path in students.items():
         result = results[str(path)]
-        assert result["measured"] == pytest.approx(result["expected"], rel=tolerance), kind
+        assert result["measured"] == pytest.approx(result["expected"], rel=tolerance, abs=few_rows), kind
         for name, apart in result["apart"].items():
             assert apart < tolerance, f"{kind}: {name} is off by {apart} of what it moved"

@@ -18,6 +18,7 @@ from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.early_rows import EarlyRows
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
@@ -117,6 +118,7 @@ class Run:
             mesh=self.mesh,
             answers=self.answers,
             devices=devices,
+            context=ContextRows.of(self.mesh, [""]),
         )
 
     def train(self, source: OnPolicySource, *, first: int = 0) -> Iterator[tuple[StepBatch, StepStats]]:

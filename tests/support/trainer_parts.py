@@ -31,6 +31,7 @@ from kdmesh_trainer.objective import Distillation, Objective
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.step import GradientStepper
@@ -99,13 +100,17 @@ def step_batch(
     teacher: RowService | None,
     *,
     step: int = 0,
+    context: ContextRows | None = None,
 ) -> StepBatch:
-    """The share of a rank whose micro-batches hold the sequences that `plan` numbers."""
+    """The share of a rank, or of ranks that hold rows of tokens together, whose micro-batches hold the sequences that
+    `plan` numbers.
+    """
     micro_batches = []
     for members in plan:
         chosen = tuple(sequences[index] for index in members)
-        asks = teacher is not None and chosen
-        micro_batches.append(MicroBatch(sequences=chosen, teacher=teacher.submit(chosen) if asks else None))
+        micro_batches.append(
+            MicroBatch(sequences=chosen, teacher=None) if teacher is None else asking(chosen, teacher.submit, context)
+        )
     return StepBatch(
         step=step,
         micro_batches=tuple(micro_batches),
@@ -149,7 +154,7 @@ def build_student(
                 device=torch.device("cpu"),
             )
         )
-    student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=algorithm)
+    student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=algorithm, context=mesh.context)
     if is_compiled:
         compile_layers(lm)
     if checkpointed_every is not None:

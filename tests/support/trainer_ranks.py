@@ -1,7 +1,8 @@
 """Runs a test's function on every rank of a small job, one process each.
 
-`python -m tests.support.trainer_ranks MODULE:FUNCTION ARGUMENTS_JSON` joins the ranks that the environment
-describes and calls the function with the mesh and the arguments. Whatever it returns is printed as JSON.
+`python -m tests.support.trainer_ranks MODULE:FUNCTION ARGUMENTS_JSON CONTEXT` joins the ranks that the environment
+describes, of which CONTEXT hold each row of tokens together, and calls the function with the mesh and the arguments.
+Whatever it returns is printed as JSON.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any
 from kdmesh_trainer.mesh import joined
 
 
-def run_ranks(target: str, *, ranks: int, **arguments: Any) -> list[Any]:
+def run_ranks(target: str, *, ranks: int, context: int = 1, within_s: float = 100, **arguments: Any) -> list[Any]:
     """What `target` ("module:function") returns on each of `ranks` gloo ranks; a single one is this process."""
     if ranks == 1:
         return [_call(target, arguments)]
-    processes = start_ranks_of(target, ranks=ranks, **arguments)
-    outcomes = finish(processes)
+    processes = start_ranks_of(target, ranks=ranks, context=context, **arguments)
+    outcomes = finish(processes, within_s=within_s)
     for outcome in outcomes:
         assert outcome.exit_code == 0, outcome.errors
     return [json.loads(outcome.output.splitlines()[-1]) for outcome in outcomes]
@@ -52,9 +53,10 @@ def finish(processes: Iterable[subprocess.Popen[str]], *, within_s: float = 100)
     return outcomes
 
 
-def start_ranks_of(target: str, *, ranks: int, **arguments: Any) -> list[subprocess.Popen[str]]:
+def start_ranks_of(target: str, *, ranks: int, context: int = 1, **arguments: Any) -> list[subprocess.Popen[str]]:
     """`target` ("module:function") on each of `ranks` gloo ranks, started."""
-    return start_ranks(["-m", "tests.support.trainer_ranks", target, json.dumps(arguments)], ranks=ranks)
+    command = ["-m", "tests.support.trainer_ranks", target, json.dumps(arguments), str(context)]
+    return start_ranks(command, ranks=ranks)
 
 
 def start_ranks(arguments: list[str], *, ranks: int) -> list[subprocess.Popen[str]]:
@@ -87,15 +89,15 @@ def _free_port() -> int:
         return port
 
 
-def _call(target: str, arguments: Mapping[str, Any]) -> Any:
+def _call(target: str, arguments: Mapping[str, Any], *, context: int = 1) -> Any:
     module, _, function = target.partition(":")
-    with joined("cpu", longest_wait_s=60) as mesh:
+    with joined("cpu", longest_wait_s=60, context=context) as mesh:
         return getattr(import_module(module), function)(mesh, **arguments)
 
 
 def main() -> None:
     """Run one rank."""
-    result = _call(sys.argv[1], json.loads(sys.argv[2]))
+    result = _call(sys.argv[1], json.loads(sys.argv[2]), context=int(sys.argv[3]))
     sys.stdout.write(json.dumps(result) + "\n")
     sys.stdout.flush()
     os._exit(0)  # as the trainer does: gloo's threads must not meet an interpreter that goes down

@@ -16,6 +16,7 @@ from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import StepBatch
+from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.weights import whole
 from tests.support.trainer_parts import (
     LocalTeacher,
@@ -33,8 +34,8 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01, warmup_steps=
 def batch_of_step(step: int, mesh: Mesh, teacher: LocalTeacher, *, num_sequences: int) -> StepBatch:
     """This rank's share of step `step`; every step has sequences of its own."""
     sequences = random_sequences(num_sequences, seed=1000 + step, vocabulary_size=VOCABULARY_SIZE)
-    plan = plan_step([s.num_tokens for s in sequences], ranks=mesh.world_size, max_tokens=64)
-    return step_batch(sequences, plan[mesh.rank], teacher, step=step)
+    plan = plan_step([s.num_tokens for s in sequences], ranks=mesh.num_data_groups, max_tokens=64)
+    return step_batch(sequences, plan[mesh.data_group], teacher, step=step, context=ContextRows.of(mesh, [""]))
 
 
 def train(

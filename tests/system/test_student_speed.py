@@ -15,6 +15,8 @@ from tests.system.processes import Processes
 from tests.system.teachers import Teacher
 from tests.system.training import Job
 
+pytest.importorskip("torchao")
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),

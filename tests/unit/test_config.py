@@ -15,7 +15,15 @@ from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
-from kdmesh_trainer import data_config, lora_config, optimizer_config, profile_config, replicas_config, student_config
+from kdmesh_trainer import (
+    data_config,
+    lora_config,
+    optimizer_config,
+    parallel_config,
+    profile_config,
+    replicas_config,
+    student_config,
+)
 from kdmesh_trainer.config import TrainerConfig
 
 GOOD = """
@@ -135,6 +143,20 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, change: str
     assert re.search(words, refusal(tmp_path, f"{kept}\n{change}\n"))
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ranks=6", r"parallel.context \(4\) must divide ranks \(6\)"),
+        ("data.teacher_tokenizer={path: x}", "parallel.context is 4, which does not go with data.teacher_tokenizer"),
+        ("student.compile=layers", "parallel.context is 4, which does not go with student.compile"),
+    ],
+)
+def test_what_ranks_that_hold_rows_together_cannot_do_is_refused(tmp_path: Path, override: str, words: str) -> None:
+    together = GOOD + "parallel: {context: 4}\n"
+    assert config.load(TrainerConfig, written(tmp_path, together), ["ranks=8"]).parallel.context == 4
+    assert re.search(words, refusal(tmp_path, together, override))
+
+
 ON_POLICY = (
     GOOD
     + """
@@ -211,6 +233,7 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
         data_config,
         lora_config,
         optimizer_config,
+        parallel_config,
         profile_config,
         replicas_config,
         student_config,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from kdmesh.models.packing import blank, pack
+from kdmesh.models.packing import blank, pack, slice_of
 from kdmesh.types import TokenSequence
 from tests.support.sequences import random_sequences
 
@@ -47,3 +48,22 @@ def test_starts_are_made_for_whom_they_are_asked() -> None:
     starts = packed.with_starts().to(torch.device("cpu")).starts
     assert starts is not None
     assert (starts.tolist(), starts.dtype) == ([0, 3, 5, 10], torch.int32)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("lengths", [[3, 2, 9], [8], [2], [5, 5, 5, 5]])
+def test_slices_are_equal_and_together_the_row(lengths: list[int], size: int) -> None:
+    packed = pack(random_sequences(lengths, vocabulary_size=50))
+    slices = [slice_of(packed, place=place, size=size) for place in range(size)]
+    assert len({part.num_tokens for part in slices}) == 1
+    assert len({part.lengths for part in slices}) == 1
+    missing = sum(part.num_tokens for part in slices) - packed.num_tokens
+    assert 0 <= missing < size
+    assert slices[0].lengths == (*packed.lengths, *([missing] if missing else []))
+    for name in ("token_ids_T", "position_ids_T"):
+        together = torch.cat([getattr(part, name) for part in slices])
+        assert torch.equal(together[: packed.num_tokens], getattr(packed, name))
+    assert torch.cat([part.labels_R for part in slices]).tolist() == packed.labels_R.tolist()
+    rows = [part.rows_R + place * part.num_tokens for place, part in enumerate(slices)]
+    assert torch.cat(rows).tolist() == packed.rows_R.tolist()
+    assert all(0 <= row < part.num_tokens for part in slices for row in part.rows_R.tolist())

@@ -52,8 +52,10 @@ def _join(cfg: TrainerConfig) -> int:
     from kdmesh_trainer.mesh import joined
 
     try:
-        shard_ranks = cfg.parallel.shard_ranks
-        with joined(cfg.student.device, longest_wait_s=_longest_wait_s(cfg), shard_ranks=shard_ranks) as mesh:
+        wait_s, parallel = _longest_wait_s(cfg), cfg.parallel
+        with joined(
+            cfg.student.device, longest_wait_s=wait_s, shard_ranks=parallel.shard_ranks, context=parallel.context
+        ) as mesh:
             return _train(cfg, mesh)
     except KdmeshError as error:
         return _refused(error, is_speaker=True)

@@ -20,6 +20,7 @@ from kdmesh.models.image_reader import ImageReader
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
+from kdmesh_trainer.build_context import refuse_unfit_student
 from kdmesh_trainer.build_data import Data, read_data
 from kdmesh_trainer.build_evaluation import build_evaluator, build_examiner, read_questions_of
 from kdmesh_trainer.build_objective import build_algorithm, build_objective, build_optimizer, resolve_divergence
@@ -43,6 +44,7 @@ from kdmesh_trainer.objective_config import Distill, Sft
 from kdmesh_trainer.profiler import NoProfiler, TraceWriter
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.sources.batches import Source
+from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
@@ -120,6 +122,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             algorithm=beside,
             packer=packer,
             is_varlen=is_varlen(cfg.student, lm.config, mesh.device),
+            context=mesh.context,
         )
         spread(student, cfg.student, mesh, cfg.parallel)
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
@@ -174,6 +177,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
 
 def check(cfg: config.TrainerConfig) -> Checked:
     """Everything but weights and services. Raises ConfigError when a part of it cannot be used."""
+    refuse_unfit_student(cfg)
     recipe = EncoderRecipe(
         student=cfg.student.model,
         data=cfg.data,
@@ -277,7 +281,7 @@ def _source(
             mesh=mesh,
             stack=stack,
         )
-    planner = StepPlanner(data.train, cfg.batch, seed=cfg.seed, rank=mesh.rank, ranks=mesh.world_size)
+    planner = StepPlanner(data.train, cfg.batch, seed=cfg.seed, rank=mesh.data_group, ranks=mesh.num_data_groups)
     match cfg.objective:
         case Distill():
             assert teachers is not None
@@ -287,6 +291,7 @@ def _source(
                 prefetch=teachers.prefetch,
                 steps=cfg.steps,
                 teacher_update_every=cfg.teacher_update_every,
+                context=ContextRows.of(mesh, teachers.heads.names),
             )
             stack.callback(source.close)
             return source

@@ -28,6 +28,7 @@ from kdmesh_trainer.fit import (
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.sources.blend import blend_identity, digest_key, parts_of
+from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
 from kdmesh_trainer.sources.ends import stop_token_ids
 from kdmesh_trainer.sources.on_policy import OnPolicySource
@@ -205,6 +206,7 @@ def build_source(
         teacher_update_every=cfg.teacher_update_every,
         devices=devices,
         showcase=_showcase(cfg, task) if mesh.is_first else None,
+        context=ContextRows.of(mesh, teachers.heads.names),
     )
     stack.callback(built.close)
     return built

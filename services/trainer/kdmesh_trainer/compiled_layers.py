@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from kdmesh.errors import ConfigError
@@ -35,8 +39,27 @@ def compile_layers(lm: PreTrainedModel) -> None:
     What lies around attention is compiled; attention itself runs as it does otherwise, because it depends on how many
     sequences a row has, and would be compiled for each number of them.
     """
-    uncompiled = torch.compiler.disable(packed_attention)  # type: ignore[no-untyped-call]
-    AttentionInterface.register(PACKED_ATTENTION, uncompiled)
+    AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(_attention))  # type: ignore[no-untyped-call]
     for layer in decoder_layers(lm):
         # The method, not the module: its hooks, which are FSDP's, stay outside.
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = _with_lengths_hidden(torch.compile(layer.forward, dynamic=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Hidden:
+    """What compiled code hands on without a look: of a tuple it would hold the length to be always the same."""
+
+    packed_lengths: tuple[int, ...]
+
+
+def _with_lengths_hidden(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def hiding(*args: Any, packed_lengths: tuple[int, ...], **kwargs: Any) -> Tensor:
+        return forward(*args, packed_lengths=_Hidden(packed_lengths), **kwargs)
+
+    return hiding
+
+
+def _attention(*args: Any, packed_lengths: _Hidden | tuple[int, ...], **kwargs: Any) -> tuple[Tensor, None]:
+    """For layers that are compiled, and for those of other models in this process."""
+    lengths = packed_lengths.packed_lengths if isinstance(packed_lengths, _Hidden) else packed_lengths
+    return packed_attention(*args, **{**kwargs, "packed_lengths": lengths})

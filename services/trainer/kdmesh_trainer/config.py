@@ -16,7 +16,7 @@ from kdmesh_trainer.metrics_config import MetricsConfig
 from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
-from kdmesh_trainer.parallel_config import ParallelConfig, refuse_unfit_head
+from kdmesh_trainer.parallel_config import ParallelConfig, refuse_unfit_context, refuse_unfit_head
 from kdmesh_trainer.profile_config import ProfileConfig
 from kdmesh_trainer.questions_config import refuse_unasked_questions
 from kdmesh_trainer.replicas_config import ReplicatedConfig
@@ -135,7 +135,8 @@ class BatchConfig(StrictModel):
     """Sequences of one optimizer step, over all ranks."""
 
     max_tokens: int = Field(8192, ge=8)
-    """Tokens of one micro-batch on one rank; a longer single sequence is refused."""
+    """Tokens of one micro-batch on one rank, or on the ranks of `parallel.context` together; a longer single sequence
+    is refused."""
 
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -169,7 +170,7 @@ class TrainerConfig(StrictModel):
     """Steps and micro-batches."""
 
     parallel: ParallelConfig = ParallelConfig()
-    """How ranks share the student, and where they keep it."""
+    """How ranks share the student and its tokens, and where they keep it."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its schedule."""
@@ -272,6 +273,11 @@ class TrainerConfig(StrictModel):
     @model_validator(mode="after")
     def _head_can_be_spread(self) -> TrainerConfig:
         refuse_unfit_head(self)
+        return self
+
+    @model_validator(mode="after")
+    def _context_fits(self) -> TrainerConfig:
+        refuse_unfit_context(self)
         return self
 
     @model_validator(mode="after")

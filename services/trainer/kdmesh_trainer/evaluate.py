@@ -14,7 +14,8 @@ from kdmesh_trainer.head import Heads
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
-from kdmesh_trainer.sources.batches import MicroBatch
+from kdmesh_trainer.sources.batches import MicroBatch, PendingRows
+from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sides import teacher_side
 from kdmesh_trainer.spread_objective import spread
@@ -80,21 +81,28 @@ class HeldOutEvaluator:
     def _micro_batches(self) -> Iterator[MicroBatch]:
         """This rank's share; the teacher is asked for each one `prefetch` places before its turn."""
         ahead: deque[MicroBatch] = deque()
+        context = ContextRows.of(self._mesh, self._names)
         for sequences in self._shares:
-            pending = self._teacher.submit(teacher_side(sequences)) if self._teacher is not None and sequences else None
-            ahead.append(MicroBatch(sequences=sequences, teacher=pending))
+            is_asked = self._teacher is not None
+            ahead.append(
+                asking(sequences, self._ask, context) if is_asked else MicroBatch(sequences=sequences, teacher=None)
+            )
             if len(ahead) > self._prefetch:
                 yield ahead.popleft()
         while ahead:
             yield ahead.popleft()
+
+    def _ask(self, sequences: tuple[TokenSequence, ...]) -> PendingRows:
+        assert self._teacher is not None
+        return self._teacher.submit(teacher_side(sequences))
 
 
 def _shares(sequences: Sequence[TokenSequence], max_tokens: int, mesh: Mesh) -> Iterator[tuple[TokenSequence, ...]]:
     """This rank's micro-batches, planned in groups, because the time of one plan grows faster than its size."""
     for first in range(0, len(sequences), _PLANNED_TOGETHER):
         group = sequences[first : first + _PLANNED_TOGETHER]
-        plan = plan_step([s.num_tokens for s in group], ranks=mesh.world_size, max_tokens=max_tokens)
-        for members in plan[mesh.rank]:
+        plan = plan_step([s.num_tokens for s in group], ranks=mesh.num_data_groups, max_tokens=max_tokens)
+        for members in plan[mesh.data_group]:
             yield tuple(group[index] for index in members)
 
 

@@ -27,11 +27,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
 from kdmesh.losses.footprint import Footprint, loss_footprint, slice_footprint
 from kdmesh.models.body import empty_causal_lm
+from kdmesh.models.context import ContextGroup
 from kdmesh.models.head import output_head
-from kdmesh.models.packing import PackedTokens, pack
+from kdmesh.models.packing import PackedTokens, pack, slice_of
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.live_bytes import LiveBytes
-from kdmesh_trainer.mesh import device_mesh
+from kdmesh_trainer.mesh import context_group, device_mesh
 from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, shard
 from kdmesh_trainer.optimizer import build_adamw, check_optimizer
 from kdmesh_trainer.optimizer_config import OptimizerConfig
@@ -66,6 +67,7 @@ class Job:
     shard_ranks: int | None = None  # that share a copy of the student; None: all
     offloads: bool = False  # whether the host keeps parameters, gradients and moments, which says nothing of a CPU
     spreads_head: bool = False  # whether a rank has its own tokens' rows of the heads and no others
+    context: int = 1  # ranks that hold the largest micro-batch together
 
     @property
     def uses_host(self) -> bool:
@@ -100,14 +102,16 @@ def plan(job: Job) -> Plan:
     """
     check_optimizer(job.optimizer)
     live = LiveBytes()
-    with _ranks(job) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
+    row = _packed(job)  # before tensors have no values
+    with _ranks(job) as (mesh, context), FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
         with live.counted_as("parameters"):
-            student = Student(empty_causal_lm(job.student), vocabulary_size=job.vocabulary_size)
+            lm = empty_causal_lm(job.student)
+            student = Student(lm, vocabulary_size=job.vocabulary_size, context=context)
             head_share = _EqualRanks if job.spreads_head else None
             shard(student, mesh, compute_dtype=job.compute_dtype, offloads=job.offloads, head_share=head_share)
         copies = _give_to_host(student, live) if job.uses_host else 0
         optimizer = build_adamw(student, job.optimizer)
-        packed = _packed(job.lengths, fake)
+        packed = _without_memory(row, fake)
         footprint = _footprint(job, student, packed)
         with live.counted_as("teacher's head"):
             heads = [_head(teacher, _num_tokens(job, student)) for teacher in job.teachers]
@@ -123,10 +127,12 @@ def plan(job: Job) -> Plan:
 
 
 @contextmanager
-def _ranks(job: Job) -> Iterator[DeviceMesh]:
+def _ranks(job: Job) -> Iterator[tuple[DeviceMesh, ContextGroup | None]]:
+    """All ranks and those that hold rows of tokens together, as the first sees them: no other has more rows."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=job.ranks)
     try:
-        yield device_mesh("cpu", shard_ranks=job.shard_ranks or job.ranks, timeout=_NO_WAIT)
+        mesh = device_mesh("cpu", shard_ranks=job.shard_ranks or job.ranks, timeout=_NO_WAIT)
+        yield mesh, context_group(job.context, timeout=_NO_WAIT)
     finally:
         dist.destroy_process_group()
 
@@ -274,13 +280,23 @@ def _head(teacher: TeacherHead, vocabulary_size: int) -> list[Tensor]:
     return [weight, torch.empty(vocabulary_size, dtype=teacher.dtype)] if teacher.has_bias else [weight]
 
 
-def _packed(lengths: Sequence[int], fake: FakeTensorMode) -> PackedTokens:
-    packed = pack(
-        [
-            TokenSequence(token_ids=np.full(length, _TOKEN, np.int32), positions=np.arange(length - 1, dtype=np.int32))
-            for length in lengths
-        ]
+def _packed(job: Job) -> PackedTokens:
+    """The first slice of the largest micro-batch, or all of it."""
+    return slice_of(
+        pack(
+            [
+                TokenSequence(
+                    token_ids=np.full(length, _TOKEN, np.int32), positions=np.arange(length - 1, dtype=np.int32)
+                )
+                for length in job.lengths
+            ]
+        ),
+        place=0,
+        size=job.context,
     )
+
+
+def _without_memory(packed: PackedTokens, fake: FakeTensorMode) -> PackedTokens:
     names = [field.name for field in fields(packed) if isinstance(getattr(packed, field.name), Tensor)]
     without_memory: dict[str, Any] = {name: fake.from_tensor(getattr(packed, name)) for name in names}
     return replace(packed, **without_memory)

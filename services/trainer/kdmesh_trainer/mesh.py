@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from kdmesh.allocator import keep_freed_memory
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.models.context import ContextGroup
 
 T = TypeVar("T")
 
@@ -35,6 +36,25 @@ class Mesh:
     device: torch.device
     device_mesh: DeviceMesh  # (shard), or (replicate, shard) where there are several copies of the student
     store: Store
+    context: ContextGroup | None = None  # those that hold each row of tokens together; None: each rank has its own
+
+    @property
+    def data_group(self) -> int:
+        """Which of the groups with rows of their own this rank is in: a rank, unless several hold a row together."""
+        return self.rank // self._ranks_per_row
+
+    @property
+    def num_data_groups(self) -> int:
+        """Among how many groups the sequences of a step are divided."""
+        return self.world_size // self._ranks_per_row
+
+    def place_of(self, rank: int) -> tuple[int, int]:
+        """Its data group, and its place there."""
+        return divmod(rank, self._ranks_per_row)
+
+    @property
+    def _ranks_per_row(self) -> int:
+        return 1 if self.context is None else self.context.size
 
     @property
     def is_first(self) -> bool:
@@ -85,13 +105,14 @@ class Mesh:
 
 @contextmanager
 def joined(
-    device: Literal["auto", "cpu", "cuda"], *, longest_wait_s: float, shard_ranks: int | None = None
+    device: Literal["auto", "cpu", "cuda"], *, longest_wait_s: float, shard_ranks: int | None = None, context: int = 1
 ) -> Iterator[Mesh]:
     """Join the ranks that torchrun's environment describes; alone when there is no such environment.
 
     Args:
         longest_wait_s: how long one rank may keep the others waiting, beside loading and saving.
         shard_ranks: how many hold one copy of the student between them; divides their number. None: all of them.
+        context: ranks, one after the other, that hold each row of tokens together; divides the number of ranks.
 
     Raises:
         ConfigError: GPUs are asked for and there are none, or fewer than ranks on this machine.
@@ -113,6 +134,7 @@ def joined(
             device=local,
             device_mesh=device_mesh(local.type, shard_ranks=shard_ranks or world_size, timeout=timeout),
             store=store,
+            context=context_group(context, timeout=timeout),
         )
     finally:
         dist.destroy_process_group()
@@ -135,6 +157,21 @@ def device_mesh(device: str, *, shard_ranks: int, timeout: timedelta) -> DeviceM
     # Made here, because init_device_mesh gives new groups torch's own timeouts: of NCCL ten minutes.
     groups = [_own_group(grid.T.tolist(), timeout), _own_group(grid.tolist(), timeout)]
     return DeviceMesh.from_group(groups, device, mesh=grid, mesh_dim_names=("replicate", "shard"))
+
+
+def context_group(size: int, *, timeout: timedelta) -> ContextGroup | None:
+    """Those that hold each row of tokens together with this rank; None: it holds its own. Collective.
+
+    They follow one another, so that they are on one machine where as many are.
+
+    Args:
+        size: how many; divides the number of ranks.
+        timeout: of every collective.
+    """
+    if size == 1:
+        return None
+    members = [list(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
+    return ContextGroup(place=dist.get_rank() % size, size=size, group=_own_group(members, timeout))
 
 
 def _own_group(members: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:

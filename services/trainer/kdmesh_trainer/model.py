@@ -17,11 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
+from kdmesh.models.context import ContextGroup
+from kdmesh.models.context_attention import use_context_attention
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.image_packing import Packer
-from kdmesh.models.packing import PackedTokens
+from kdmesh.models.packing import PackedTokens, slice_of
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.lora import Adapter
 from kdmesh_trainer.spread_head import own_head, spread_head
@@ -62,6 +64,7 @@ class Student(nn.Module):
         algorithm: nn.Module | None = None,
         packer: Packer | None = None,
         is_varlen: bool = False,
+        context: ContextGroup | None = None,
     ) -> None:
         """
         Args:
@@ -69,6 +72,7 @@ class Student(nn.Module):
             algorithm: whose parameters are trained beside the model's, and are no part of it; called in `row_loss`.
             packer: lays sequences end to end for `lm`; None: it reads text alone.
             is_varlen: attend to all sequences of a row in one call.
+            context: the ranks that hold each row together; None: each has rows of its own.
         """
         super().__init__()
         self.lm = lm
@@ -78,14 +82,22 @@ class Student(nn.Module):
         self.share: VocabularyShare | None = None
         self._packer = packer or Packer(lm, None)
         self._is_varlen = is_varlen
+        self._context = context
+        if context is not None:
+            use_context_attention(lm)
 
     def pack(self, sequences: Sequence[TokenSequence]) -> PackedTokens:
         """What `forward` takes, on the CPU; without a sequence a blank, for a rank that only joins the collectives.
+
+        Args:
+            sequences: of the whole row, also where this rank holds a slice of it.
 
         Raises:
             InvalidRequest: an image's file has changed, or its bytes are damaged.
         """
         packed = self._packer.pack(sequences)
+        context = self._context
+        packed = packed if context is None else slice_of(packed, place=context.place, size=context.size)
         return packed.with_starts() if self._is_varlen else packed
 
     def parameters_apart(self) -> tuple[list[nn.Parameter], ...]:
@@ -108,14 +120,15 @@ class Student(nn.Module):
         return sum(parameter.numel() * parameter.element_size() for parameter in self.lm.parameters())
 
     def forward(self, packed: PackedTokens, row_loss: RowLoss) -> LossTotals:
-        """The summed loss of the rows that `packed` names.
+        """The summed loss of the rows that `packed` names. Collective, with those who hold the other slices too.
 
         The head is used here, inside the root module's forward, because only here are its
         shards gathered; one that is spread is this rank's part. `row_loss` runs after the body, so it may still wait
         for a teacher.
         """
+        told = {} if self._context is None else {"packed_lengths": packed.lengths, "context": self._context}
         with record_function("body"):
-            hidden_RD = hidden_states_TD(self.lm, packed).index_select(0, packed.rows_R)
+            hidden_RD = hidden_states_TD(self.lm, packed, **told).index_select(0, packed.rows_R)
         head = output_head(self.lm)
         head = head.sliced(self.vocabulary_size) if self.share is None else own_head(head, self.share)
         loss = row_loss(hidden_RD, head, packed.labels_R)

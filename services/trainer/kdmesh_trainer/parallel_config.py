@@ -1,4 +1,4 @@
-"""How the ranks of a trainer share its student, and which memory holds it."""
+"""How the ranks of a trainer share its student and its tokens, and which memory holds the student."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ SPREAD_DIVERGENCES = (
 
 
 class ParallelConfig(StrictModel):
-    """How ranks share the student, and where they keep it (docs/parallelism.md)."""
+    """How ranks share the student and its tokens, and where they keep it (docs/parallelism.md)."""
 
     shard_ranks: int | None = Field(None, ge=1)
     """Ranks that hold one copy of the student between them, each of them a part of it; divides the number of ranks.
     null: all of them hold one. Fewer hold several copies (HSDP): more memory, and what is gathered comes from fewer."""
+
+    context: int = Field(1, ge=1)
+    """Ranks that hold the tokens of a micro-batch together, each an equal slice: for sequences whose activations are
+    too large for one. Divides the ranks and the student's attention heads; 1: every rank has its own micro-batches."""
 
     offload: Literal["none", "all"] = "none"
     """What lies in the host's memory instead of the device's: all is parameters, gradients and AdamW's moments. The
@@ -51,6 +55,29 @@ class ParallelConfig(StrictModel):
                 f"parallel.shard_ranks is {self.shard_ranks} and the job has {ranks} ranks; shard_ranks must divide "
                 "their number, so that every copy of the student has as many"
             )
+        if ranks % self.context:
+            raise ConfigError(
+                f"parallel.context is {self.context} and the job has {ranks} ranks; context must divide their number, "
+                "so that every micro-batch is held by as many"
+            )
+
+
+def refuse_unfit_context(cfg: TrainerConfig) -> None:
+    """Raises ValueError when a part of the configuration needs whole sequences on a rank, or other ranks."""
+    context = cfg.parallel.context
+    if cfg.ranks is not None and cfg.ranks % context:
+        raise ValueError(f"parallel.context ({context}) must divide ranks ({cfg.ranks})")
+    if context > 1 and cfg.parallel.head != "whole":
+        raise ValueError(
+            f"parallel.context is {context}, which does not go with parallel.head vocabulary; it must be 1"
+        )
+    if context > 1 and cfg.student.compile != "none":
+        raise ValueError(f"parallel.context is {context}, which does not go with student.compile; it must be 1")
+    if context > 1 and cfg.data.teacher_tokenizer is not None:
+        raise ValueError(
+            f"parallel.context is {context}, which does not go with data.teacher_tokenizer: what two tokenizers have "
+            "alike may lie on two ranks; it must be 1"
+        )
 
 
 def refuse_unfit_head(cfg: TrainerConfig) -> None:

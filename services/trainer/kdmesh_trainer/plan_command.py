@@ -59,6 +59,7 @@ def _plan(
     return {
         "device": job.device.type,
         "ranks": job.ranks,
+        "context": job.context,
         "tokens_per_micro_batch": sum(job.lengths),
         "worst_phase": found.worst_phase,
         "rank_bytes": dict(worst),
@@ -92,6 +93,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     has_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     ranks = ranks or cfg.ranks or max(1, torch.cuda.device_count() if has_gpu else 1)
     cfg.parallel.check_ranks(ranks)
+    context = cfg.parallel.context
     whole, rest = divmod(cfg.batch.max_tokens, cfg.data.max_tokens)
     step_tokens = cfg.batch.sequences * cfg.data.max_tokens
     return Job(
@@ -107,10 +109,11 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         ranks=ranks,
         # As long as they may be, and every position with a loss.
         lengths=[cfg.data.max_tokens] * whole + ([rest] if rest >= 2 else []),
-        accumulates=isinstance(cfg.source, OnPolicy) or step_tokens > ranks * cfg.batch.max_tokens,
+        accumulates=isinstance(cfg.source, OnPolicy) or step_tokens > ranks // context * cfg.batch.max_tokens,
         shard_ranks=cfg.parallel.shard_ranks,
         offloads=cfg.parallel.offload == "all",
         spreads_head=cfg.parallel.head == "vocabulary",
+        context=context,
     )
 
 
@@ -135,11 +138,15 @@ def _weights_bytes(server: Mapping[str, Any]) -> int:
         return num_parameters * int(_teacher(server)[1].itemsize)
 
 
+def _share(context: int) -> str:
+    return "a" if context == 1 else f"1/{context} of a"
+
+
 def _table(told: Mapping[str, Any]) -> str:
     width = max(len(name) for name in [*told["rank_bytes"], "parameters"]) + 2
     lines = [
-        f"One of {told['ranks']} ranks, {told['device']}, at its worst moment ({told['worst_phase']}), for a "
-        f"micro-batch of {told['tokens_per_micro_batch']:,} tokens:",
+        f"One of {told['ranks']} ranks, {told['device']}, at its worst moment ({told['worst_phase']}), for "
+        f"{_share(told['context'])} micro-batch of {told['tokens_per_micro_batch']:,} tokens:",
         *(f"  {name:<{width}}{size / _MIB:>12,.0f} MiB" for name, size in _largest_first(told["rank_bytes"])),
         f"  {'in all':<{width}}{told['rank_peak_bytes'] / _MIB:>12,.0f} MiB",
     ]

@@ -128,15 +128,16 @@ def forward(
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
         # Only here are the rows held: their memory is the teacher's again before the backward pass.
         with record_function("wait for the teacher"):
+            # Also where none of the rows is this rank's: others may need those that it asked for.
             rows = tally.wait(micro_batch)
         with record_function("head and loss"):
             loss = objective(
                 hidden_RD,
                 head,
                 labels_R,
-                rows,
+                rows if len(labels_R) else None,
                 num_sampled=micro_batch.num_sampled_rows,
-                sequences=micro_batch.sequences,
+                sequences=micro_batch.sequences if micro_batch.held is None else micro_batch.held,
             )
             tally.look_at_samples(loss, micro_batch.rollout_logprobs_S)
         return loss

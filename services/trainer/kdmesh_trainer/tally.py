@@ -131,8 +131,10 @@ class Tally:
         if isinstance(rows, PanelRows):
             for part in rows.parts:
                 self._teachers[part.name].add(part.rows, num_tokens=part.num_tokens, wait_s=part.wait_s)
-            return rows
-        num_tokens = sum(sequence.num_tokens for sequence in teacher_side(micro_batch.sequences))
+            # Of some that this rank asked for it may have handed all rows to others.
+            return PanelRows(parts=tuple(part for part in rows.parts if len(part.rows.rows_RD)))
+        asked = micro_batch.sequences if micro_batch.asked is None else micro_batch.asked
+        num_tokens = sum(sequence.num_tokens for sequence in teacher_side(asked))
         self._teachers[""].add(rows, num_tokens=num_tokens, wait_s=wait_s)
         answered = answered_rows(micro_batch.sequences)
         if answered is None:

@@ -35,7 +35,8 @@ class LossRows:
     head: OutputHead  # the student's as it is in this step, over its real tokens; carries a gradient
     labels_R: Tensor  # int64 next tokens
     num_sampled: int  # the first rows, whose labels the student drew, so that they are not imitated
-    sequences: tuple[TokenSequence, ...]  # that the rows are of, in order; what the teacher reads of them included
+    # that the rows are of, in order, with the positions of these rows; what the teacher reads of them included
+    sequences: tuple[TokenSequence, ...]
     teacher: TeacherRows | PanelRows
     heads: Heads
 

@@ -17,7 +17,10 @@ class TeacherRows(Protocol):
 
     @property
     def rows_RD(self) -> Tensor:
-        """[R, D] on the CPU, in the order of the sequences and of each one's positions; read-only."""
+        """[R, D] in the order of the sequences and of each one's positions; read-only.
+
+        On the CPU, or on this rank's device where ranks hold a row of tokens together.
+        """
         ...
 
     @property
@@ -61,12 +64,15 @@ class PendingRows(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
-    """What this rank puts through one forward and backward pass."""
+    """What this rank puts through one forward and backward pass, alone or with those who hold the row with it."""
 
-    sequences: tuple[TokenSequence, ...]  # empty: this rank only takes part in the collectives
-    teacher: PendingRows | None  # None: no teacher is asked, or there is no sequence
+    sequences: tuple[TokenSequence, ...]  # of the whole row; empty: this rank only takes part in the collectives
+    teacher: PendingRows | None  # None: no teacher is asked, or there is no row for this rank to wait for
     # float32, of the labels of the first rows as they were sampled, the other rows being data; None: all are data
     rollout_logprobs_S: Tensor | None = None
+    # Where others hold the row with this rank:
+    asked: tuple[TokenSequence, ...] | None = None  # the sequences that it asks a teacher for; None: all
+    held: tuple[TokenSequence, ...] | None = None  # those that its rows are of, with these rows alone; None: all
 
     @property
     def num_sampled_rows(self) -> int:

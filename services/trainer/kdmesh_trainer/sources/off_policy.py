@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 
-from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.batches import StepBatch
+from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.row_queue import RowQueue, RowService
 
@@ -25,16 +27,19 @@ class OffPolicySource:
         prefetch: int,
         steps: int,
         teacher_update_every: int | None = None,
+        context: ContextRows | None = None,
     ) -> None:
         """
         Args:
             steps: of the whole run; nothing beyond them is asked for ahead.
             teacher_update_every: see RowQueue.
+            context: None: each rank has micro-batches of its own.
         """
         self._planner = planner
         self._rows = RowQueue(teacher, prefetch=prefetch, extend=self._plan_ahead, update_every=teacher_update_every)
         self._prefetch = prefetch
         self._steps = steps
+        self._context = context
         self._next_planned = 0
         self._planned: deque[StepBatch] = deque()  # not handed out yet
 
@@ -64,10 +69,8 @@ class OffPolicySource:
 
     def _plan_one(self) -> None:
         share = self._planner.share(self._next_planned)
-        micro_batches = tuple(
-            MicroBatch(sequences=group, teacher=self._rows.add(group, step=self._next_planned) if group else None)
-            for group in share.micro_batches
-        )
+        ask = partial(self._rows.add, step=self._next_planned)
+        micro_batches = tuple(asking(group, ask, self._context) for group in share.micro_batches)
         self._planned.append(
             StepBatch(
                 step=self._next_planned,

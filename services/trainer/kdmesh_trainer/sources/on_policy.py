@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.devices import Devices, OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.early_rows import EarlyService
 from kdmesh_trainer.sources.exchange import exchange
 from kdmesh_trainer.sources.order import AnswerOrder
@@ -34,7 +36,8 @@ class OnPolicySource:
 
     Each rank samples from every `world_size`-th prompt, and asks the teacher for the rows of each sample as it comes.
     Then the ranks tell each other the ids, and every rank plans the same balanced micro-batches, in which most samples
-    stay where they came; of others the rank asks for the rows anew. Rows must be waited for in order.
+    stay where they came, or in the group of ranks that trains together; of others the rank asks for the rows anew. Rows
+    must be waited for in order.
 
     A step may hold answers of the data as well. They are planned together with the samples, which come first in every
     micro-batch.
@@ -58,6 +61,7 @@ class OnPolicySource:
         teacher_update_every: int | None = None,
         devices: Devices | None = None,
         showcase: Showcase | None = None,
+        context: ContextRows | None = None,
     ) -> None:
         """
         Args:
@@ -68,6 +72,7 @@ class OnPolicySource:
             teacher_update_every: see RowQueue.
             devices: where all of this is computed; None: everybody has devices of their own.
             showcase: where samples are shown; None shows none.
+            context: None: each rank has micro-batches of its own.
         """
         self.devices = devices or OwnDevices()
         assert max_staleness == 0 or not self.devices.are_shared
@@ -81,6 +86,7 @@ class OnPolicySource:
         self._mesh = mesh
         self._answers = answers
         self._showcase = showcase
+        self._context = context
         self._published: dict[int, int] = {}  # weight version -> steps that its student had done, ascending
         self._next_asked = 0
         self._next_planned = 0
@@ -163,27 +169,27 @@ class OnPolicySource:
         datasets = Counter(self._sampler.counts(step))
         datasets.update({} if self._answers is None else self._answers.counts(step))
         sequences = [*(rollout.sequence for rollout in rollouts), *answers]
+        homes = [*map(self._mesh.place_of, self._sampler.homes(step)), *(None for _ in answers)]
         plan = plan_step(
             [s.num_tokens for s in sequences],
-            ranks=self._mesh.world_size,
+            ranks=self._mesh.num_data_groups,
             max_tokens=self._max_tokens,
-            homes=[*self._sampler.homes(step), *(None for _ in answers)],
+            homes=[None if home is None else home[0] for home in homes],
         )
         # A sample of few tokens is drawn, and scored, before a long one, and one of the first prompts before others.
         drawn = [*(rollout.sequence.num_rows for rollout in rollouts), *(0 for _ in answers)]
-        mine = shortest_first(plan, drawn)[self._mesh.rank]
-        self._early.settle(step, teacher_side([sequences[index] for members in mine for index in members]))
+        micro_batches = []
+        for members in shortest_first(plan, drawn)[self._mesh.data_group]:
+            own = [rollouts[index] for index in members if index < len(rollouts)]
+            micro_batches.append(
+                self._micro_batch(step, own, tuple(sequences[index] for index in members), [homes[i] for i in members])
+            )
+        asked = [s for m in micro_batches for s in (m.sequences if m.asked is None else m.asked)]
+        self._early.settle(step, teacher_side(asked))
         self._planned.append(
             StepBatch(
                 step=step,
-                micro_batches=tuple(
-                    self._micro_batch(
-                        step,
-                        [rollouts[index] for index in members if index < len(rollouts)],
-                        tuple(sequences[index] for index in members),
-                    )
-                    for members in mine
-                ),
+                micro_batches=tuple(micro_batches),
                 num_loss_tokens=sum(s.num_rows for s in sequences),
                 num_tokens=sum(s.num_tokens for s in sequences),
                 teacher_age_steps=self._rows.teacher_age(step),
@@ -205,14 +211,27 @@ class OnPolicySource:
         self._sampler.note_weights(max(self._published), behind=self._weights.behind)
         self.devices.sample()
 
-    def _micro_batch(self, step: int, rollouts: Sequence[Rollout], sequences: tuple[TokenSequence, ...]) -> MicroBatch:
-        """`sequences` are those of the rollouts and then those of the data."""
-        logprobs = [rollout.logprobs for rollout in rollouts]
-        return MicroBatch(
-            sequences=sequences,
-            teacher=self._rows.add(sequences, step=step) if sequences else None,
-            rollout_logprobs_S=torch.from_numpy(np.concatenate(logprobs)) if logprobs else None,
+    def _micro_batch(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        sequences: tuple[TokenSequence, ...],
+        homes: Sequence[tuple[int, int] | None],
+    ) -> MicroBatch:
+        """`sequences` are those of the rollouts and then those of the data; `homes` say which rank may have asked."""
+        micro_batch = asking(
+            sequences,
+            functools.partial(self._rows.add, step=step),
+            self._context,
+            # Whoever asked early asks now, where it is one of those that train on it.
+            homes=[home[1] if home and home[0] == self._mesh.data_group else None for home in homes],
         )
+        if not rollouts:
+            return micro_batch
+        logprobs_S = np.concatenate([rollout.logprobs for rollout in rollouts])
+        if self._context is not None:
+            logprobs_S = logprobs_S[self._context.held(sequences)]
+        return replace(micro_batch, rollout_logprobs_S=torch.from_numpy(logprobs_S))
 
     def _staleness(self, step: int, rollout: Rollout) -> int:
         """Updates of the student between the weights that began a rollout and those it trains."""

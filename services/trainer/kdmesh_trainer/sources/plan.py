@@ -1,4 +1,4 @@
-"""One rank's share of each step."""
+"""One rank's share of each step, or that of a group of ranks which hold each row of tokens together."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class StepPlanner:
         Args:
             sequences: the same on every rank; at least one, none longer than batch.max_tokens.
             seed: of the order.
+            rank: or the number of a group that trains together.
+            ranks: or how many such groups there are.
         """
         self._sequences = sequences
         self._batch = batch

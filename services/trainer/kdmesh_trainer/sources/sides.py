@@ -221,6 +221,15 @@ def first_rows(sequence: TokenSequence, count: int) -> TokenSequence | None:
     return replace(sequence, token_ids=token_ids, positions=positions, images=images)
 
 
+def some_rows(sequence: TokenSequence, rows: slice) -> TokenSequence:
+    """The same tokens with only these of their loss tokens, at least one."""
+    assert not isinstance(sequence, Aligned | InChunks), "some of the teacher's rows answer to none or to several"
+    positions = sequence.positions[rows]
+    if isinstance(sequence, InContext):
+        return replace(sequence, positions=positions, teacher=some_rows(sequence.teacher, rows))
+    return replace(sequence, positions=positions)
+
+
 def addressed(sequence: TokenSequence, teacher_name: str) -> TokenSequence:
     """The sequence, of which that teacher is asked."""
     if isinstance(sequence, InContext):

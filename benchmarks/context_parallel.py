@@ -1,0 +1,162 @@
+"""Step time and memory of two ranks that train on two long sequences: one each, or both together half of each.
+
+The trainer's own student, sharding, exchange and loss, on two gloo ranks of this machine with one thread each. Weights
+are small, so that memory is activations. A figure is of the rank that needs more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoConfig
+
+from benchmarks.measure import finish, say, table
+from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
+from kdmesh.models.body import load_causal_lm
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.model import Student, begin_micro_batch, shard
+from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.optimizer_config import OptimizerConfig
+
+_RANKS = 2
+_VOCABULARY, _TEACHER_SIZE = 4000, 256
+_SHAPE: dict[str, Any] = {
+    "vocab_size": _VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+}
+_MIB = 2**20
+
+
+def main() -> int:
+    """Measure both ways in turn, print a table and one JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.context_parallel", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4096, help="of each of the two sequences")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)  # what one rank is told, as JSON
+    arguments = parser.parse_args()
+    if arguments.rank is not None:
+        with joined("cpu", longest_wait_s=600, context=arguments.rank["context"]) as mesh:
+            say(json.dumps(_measure(mesh, Path(arguments.rank["model"]), arguments.tokens, arguments.steps)))
+        sys.stdout.flush()
+        os._exit(0)  # as the trainer does: gloo's threads must not meet an interpreter that goes down
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as directory:
+        config = AutoConfig.for_model("qwen3", **_SHAPE)
+        config.architectures = ["Qwen3ForCausalLM"]
+        config.save_pretrained(directory)
+        found = {context: _of_ranks(context, directory, arguments) for context in (1, 2)}
+    rows = [[name, f"{one['step_s']:.2f}", f"{one['beyond_bytes'] / _MIB:,.0f}"] for name, one in found.items()]
+    table(["parallel.context", "median step, s", "most bytes beyond those between steps, MiB"], rows)
+    figures = {f"context_{context}": each for context, each in found.items()}
+    finish("context_parallel", {"tokens": arguments.tokens, "load_before": load, **figures})
+    return 0
+
+
+def _of_ranks(context: int, model: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """The larger figure of both ranks."""
+    told = json.dumps({"context": context, "model": model})
+    numbers = ["--tokens", str(arguments.tokens), "--steps", str(arguments.steps), "--rank", told]
+    environment = {
+        "WORLD_SIZE": str(_RANKS),
+        "LOCAL_WORLD_SIZE": str(_RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.context_parallel", *numbers],
+            env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(_RANKS)
+    ]
+    answers = [json.loads(rank.communicate()[0]) for rank in ranks]
+    return {name: max(answer[name] for answer in answers) for name in answers[0]}
+
+
+def _measure(mesh: Mesh, model: Path, tokens: int, steps: int) -> dict[str, float]:
+    """Of this rank: seconds of a step, and the most bytes in one beyond those that it holds between steps."""
+    torch.manual_seed(0)  # the same weights on both ranks
+    student = Student(
+        load_causal_lm(model, torch.float32, torch.device("cpu"), weights="random"),
+        vocabulary_size=_VOCABULARY,
+        context=mesh.context,
+    )
+    shard(student, mesh.device_mesh, compute_dtype=torch.float32)
+    optimizer = build_adamw(student, OptimizerConfig())
+    drawn = np.random.default_rng(0).integers(0, _VOCABULARY, (_RANKS, tokens)).astype(np.int32)
+    positions = np.arange(tokens - 1, dtype=np.int32)
+    sequences = [TokenSequence(token_ids=row, positions=positions) for row in drawn]
+    mine = sequences[mesh.data_group :: mesh.num_data_groups]  # each is a micro-batch
+    head = OutputHead(weight_VD=torch.randn(_VOCABULARY, _TEACHER_SIZE))
+
+    def row_loss(hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor) -> FusedLoss:
+        rows_RE = torch.randn(len(labels_R), _TEACHER_SIZE)
+        return fused_linear_divergence(hidden_RD, student_head, rows_RE, head, divergence=forward_kl, labels_R=labels_R)
+
+    def step() -> None:
+        student.train()
+        for n, sequence in enumerate(mine):
+            begin_micro_batch(student, is_last=n == len(mine) - 1)
+            (student(student.pack([sequence]), row_loss).loss_sum / tokens).backward()
+        clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # makes moments, and loads what code loads
+    times = []
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    between = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the most so far is what is held now
+    for _ in range(steps):
+        began_s = time.perf_counter()
+        step()
+        mesh.is_any(False)  # both have ended it
+        times.append(time.perf_counter() - began_s)
+    return {
+        "step_s": statistics.median(times),
+        "beyond_bytes": _status_bytes("VmHWM") - between,
+    }
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
