@@ -68,7 +68,7 @@ test: $(INSTALLED) $(KUBERNETES_TOOLS)  ## Everything CI runs, a file of tests o
 test-rdma: $(RDMA_INSTALLED)  ## The RDMA door, over the test transports of NIXL (70 MB to fetch)
 	$(BIN)/pytest -q -m rdma tests/rdma tests/system/test_rdma_job.py
 
-test-slow: $(INSTALLED)  ## Whole suites that `make test` leaves out, to stay below its 12 minutes
+test-slow: $(INSTALLED)  ## Whole suites that `make test` leaves out, to stay short
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m slow
 
 test-chaos: $(CHAOS_INSTALLED)  ## Two teachers and three jobs through every fault, at random moments (needs a C compiler)
