@@ -34,6 +34,7 @@ _PARTS: Mapping[str, tuple[str, str, float]] = {
     "handles": ("benchmarks.gpu.handles", "measure", 60),
     "kernel": ("benchmarks.gpu.parts", "measure_kernel", 120),
     "precision": ("benchmarks.gpu.parts", "measure_precision", 60),
+    "attention": ("benchmarks.gpu.parts", "measure_attention", 60),
 }
 
 

@@ -1,12 +1,17 @@
-"""What the loss is made of, one by one: cuBLAS's products, the row kernel, and how exact the whole is."""
+"""What a step is made of, one by one: cuBLAS's products, the row kernel, how exact the loss is, attention."""
 
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import loss_inputs
 from benchmarks.gpu.scale import Scale, median_ms, normal
@@ -15,6 +20,8 @@ from kdmesh.losses.kernel_form import KernelForm, Op
 from kdmesh.losses.kernel_rows import KernelRows
 from kdmesh.losses.matmul import hidden_gradient_into, logits_into, weight_gradient_into
 from kdmesh.losses.rows import Mix, StudentSide
+
+T = TypeVar("T")
 
 _TILINGS = ((2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
 
@@ -40,6 +47,9 @@ def measure_products(scale: Scale) -> dict[str, object]:
         ),
         "weight gradient, own matrix, float32 sums": partial(
             weight_gradient_into, weight_gradient_VD, own_CV, hidden_CD, adds=True
+        ),
+        "weight gradient, own matrix, overwritten": partial(
+            weight_gradient_into, weight_gradient_VD, own_CV, hidden_CD, adds=False
         ),
     }
     flop = 2 * rows * columns * size
@@ -109,6 +119,57 @@ def measure_precision(scale: Scale) -> dict[str, object]:
             errors[name] = float(f"{((gradient_RD.double() - exact_RD).norm() / exact_RD.norm()).item():.3g}")
         figures[f"kl={loss.item() / rows:.2g}"] = errors
     return figures
+
+
+def measure_attention(scale: Scale) -> dict[str, object]:
+    """Median milliseconds of a sequence's attention, forward and backward, at new lengths and at the same again."""
+    is_tiny = scale.device.type == "cpu"
+    heads, key_heads, size = (4, 2, 8) if is_tiny else (16, 8, 128)
+    figures: dict[str, object] = {}
+    is_allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    for with_cudnn in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
+        first = 20 if is_tiny else 300
+        _attend(first - 1, heads, key_heads, size, scale)  # loads libraries
+        for name in ("new lengths", "again"):
+            times = [_attend(length, heads, key_heads, size, scale) for length in range(first, first + 12)]
+            forward_ms, backward_ms = (round(statistics.median(each), 3) for each in zip(*times, strict=True))
+            figures[f"{'with' if with_cudnn else 'without'} cuDNN, {name}"] = {
+                "forward (ms)": forward_ms,
+                "backward (ms)": backward_ms,
+            }
+    torch.backends.cuda.enable_cudnn_sdp(is_allowed)
+    return figures
+
+
+def _attend(length: int, heads: int, key_heads: int, size: int, scale: Scale) -> tuple[float, float]:
+    """Milliseconds on the host's clock, which is what planning takes, of forward and backward."""
+
+    def states(count: int) -> Tensor:
+        whole = torch.randn(1, count, length, size, device=scale.device).bfloat16()
+        return whole.requires_grad_()
+
+    query, key, value = states(heads), states(key_heads), states(key_heads)
+
+    def forward() -> Tensor:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    forward_ms, output = _host_ms(forward, scale)
+    upstream = torch.randn_like(output)
+    backward_ms, _ = _host_ms(lambda: torch.autograd.grad(output, (query, key, value), upstream), scale)
+    return forward_ms, backward_ms
+
+
+def _host_ms(call: Callable[[], T], scale: Scale) -> tuple[float, T]:
+    def wait() -> None:
+        if scale.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    began_s = time.perf_counter()
+    result = call()
+    wait()
+    return (time.perf_counter() - began_s) * 1e3, result
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

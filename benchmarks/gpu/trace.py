@@ -25,6 +25,7 @@ from kdmesh_trainer.optimizer import build_adamw
 _STEPS = 3
 _PARTS = ("head", "forward", "backward", "optimizer")  # the first is within the second
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+_ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # a trace's categories
 _NAME_LENGTH = 60
 
 
@@ -146,9 +147,6 @@ def kernels_of(events: list[dict[str, Any]], *, within: str, times: int = _STEPS
         ):
             took[event["name"][:_NAME_LENGTH]] += event["dur"]
     return {name: round(us / times / 1e3, 3) for name, us in took.most_common(most)}
-
-
-_ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def _launches(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:

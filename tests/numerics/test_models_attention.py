@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -135,22 +136,11 @@ def by_the_formula(
 
 
 def by_the_formula_of_2_11(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
+    query: Tensor, key: Tensor, value: Tensor, *packed: Any, scale: float, window_size: tuple[int, int]
 ) -> Tensor:
     """As torch 2.11 has it: every query head with a key head of its own."""
     assert key.shape[1] == value.shape[1] == query.shape[1]
-    return by_the_formula(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=True
-    )
+    return by_the_formula(query, key, value, *packed, scale=scale, window_size=window_size, enable_gqa=True)
 
 
 @pytest.mark.parametrize("formula", [by_the_formula, by_the_formula_of_2_11])
