@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,13 +39,16 @@ class Teacher:
         self.versions = versions
         self.dtype = dtype
         self.num_tokens = 0
-        self.num_asked = 0
+        self._num_asked = 0
+        self._lock = threading.Lock()  # ranks are threads
 
     def submit(self, sequences: Sequence[TokenSequence]) -> Pending:
-        self.num_tokens += sum(sequence.num_tokens for sequence in sequences)
-        self.num_asked += 1
+        with self._lock:
+            self.num_tokens += sum(sequence.num_tokens for sequence in sequences)
+            version = self.versions[self._num_asked % len(self.versions)]
+            self._num_asked += 1
         labels = torch.from_numpy(np.concatenate([s.labels for s in sequences])).to(self.dtype)
-        return Pending(Rows(labels[:, None], self.versions[self.num_asked % len(self.versions)]))
+        return Pending(Rows(labels[:, None], version))
 
 
 @dataclass(frozen=True)
