@@ -247,6 +247,11 @@ def probe(
 )
 @click.option("--prompts", required=True, type=_YAML, help="JSONL with `messages` or `prompt` in each row.")
 @click.option("--output", required=True, type=_YAML, help="JSONL to write: a chat dataset for a trainer.")
+@click.option(
+    "--image-root",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory that paths of images are relative to.  [default: that of --prompts]",
+)
 @click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to each prompt.")
 @click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token.")
@@ -290,7 +295,8 @@ def generate(
         keeps_cut_off=options["keep_cut_off"],
         deadline_s=_GENERATE_S,
     )
-    click.echo(generating.generate(servers, model, prompts, output, plan).sentence())
+    report = generating.generate(servers, model, prompts, output, plan, image_root=options["image_root"])
+    click.echo(report.sentence())
 
 
 @main.command()

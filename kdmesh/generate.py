@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +15,22 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.errors import ConfigError, DataError, ModelMismatch
+from kdmesh.errors import ConfigError, DataError, InvalidRequest, ModelMismatch
+from kdmesh.image_files import ImageColumn, ImageFiles, ImageRules, NoImages, RowImages
+from kdmesh.images import expand_images
+from kdmesh.models.image_reader import load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh.types import FinishReason, Int32Array, Sample, Sampling
+from kdmesh.types import FinishReason, Image, Int32Array, PlacedImage, Sample, Sampling, VisionSpec
+from kdmesh_trainer.data_config import ImagesConfig
 
 _JOB = "generate"
 _AHEAD = 64  # prompts under way, so that the servers always have something to do
 _SEEDS = 2**32  # of one prompt
+_MIB = 2**20
 
 Message = dict[str, Any]
 
@@ -39,6 +44,17 @@ class Plan:
     seed: int
     keeps_cut_off: bool  # whether answers that reached the length limit are written too
     deadline_s: float  # for the answers to one prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A row's chat up to what the assistant shall answer."""
+
+    origin: str  # "FILE, line N", for people
+    messages: list[Message]  # as the row has them
+    shown: list[Message]  # as the template takes them: an image is a part that names none
+    images: tuple[Image, ...]  # in their order
+    column: dict[str, Any]  # the row's column of images, if it has one
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,7 +81,15 @@ class PendingAnswers(Protocol):
 class Speaker(Protocol):
     """A served model that can be sampled from."""
 
-    def submit(self, prompt_ids: Int32Array, sampling: Sampling, *, num_samples: int, seed: int) -> PendingAnswers:
+    def submit(
+        self,
+        prompt_ids: Int32Array,
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seed: int,
+        images: tuple[PlacedImage, ...],
+    ) -> PendingAnswers:
         """Ask for samples of one prompt, sample i drawn from seed + i. Does not block."""
         ...
 
@@ -79,7 +103,9 @@ class Servers:
     access: AccessConfig = OPEN_ACCESS
 
 
-def generate(servers: Servers, model: Path, prompts: Path, output: Path, plan: Plan) -> Report:
+def generate(
+    servers: Servers, model: Path, prompts: Path, output: Path, plan: Plan, *, image_root: Path | None = None
+) -> Report:
     """Write one row of `messages` for each answer, in the order of the prompts; blocks until all are written.
 
     `output` appears when it is whole.
@@ -90,11 +116,12 @@ def generate(servers: Servers, model: Path, prompts: Path, output: Path, plan: P
         prompts: see read_prompts.
         output: JSONL file to write.
         plan: how answers are drawn.
+        image_root: directory that paths of images are relative to; None: that of `prompts`.
 
     Raises:
         ConfigError: `model` has no tokenizer or no chat template, or `output` cannot be written.
         DataError: a prompt cannot be used.
-        ModelMismatch: the servers have another tokenizer.
+        ModelMismatch: the servers have another tokenizer, or read images otherwise.
         RpcError: the servers do not answer, or refuse a prompt.
     """
     chats = ChatTokens(model)
@@ -111,26 +138,27 @@ def generate(servers: Servers, model: Path, prompts: Path, output: Path, plan: P
         stack.callback(unfinished.unlink, missing_ok=True)
         stack.enter_context(file)
         speaker = _speaker(servers, chats, plan, stack)
-        for messages, samples in _answers(speaker, chats, prompts, plan):
+        asked = read_prompts(prompts, images=chats.image_column(image_root or prompts.parent))
+        for row, samples in _answers(speaker, chats, asked, plan):
             report.prompts += 1
             for sample in samples:
                 is_cut_off = sample.finish_reason is FinishReason.LENGTH
                 report.cut_off += is_cut_off
                 if plan.keeps_cut_off or not is_cut_off:
-                    _write(file, [*messages, {"role": "assistant", "content": chats.text(sample, stops)}])
+                    _write(file, row, chats.text(sample, stops))
                     report.written += 1
         file.flush()
         unfinished.replace(output)
     return report
 
 
-def read_prompts(path: Path) -> Iterator[list[Message]]:
+def read_prompts(path: Path, *, images: ImageColumn) -> Iterator[Asked]:
     """The messages of each row of a JSONL file, up to what the assistant shall answer.
 
     A row has `messages`, whose last one is dropped when it is the assistant's, or `prompt`, a text for the user's turn.
 
     Raises:
-        DataError: a row has neither, or is not JSON; the message names the line.
+        DataError: a row has neither, or an image that is not to be had, or is not JSON; the message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -138,7 +166,7 @@ def read_prompts(path: Path) -> Iterator[list[Message]]:
         raise DataError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield _messages(line, f"{path}, line {number}")
+            yield _asked(line, f"{path}, line {number}", images)
 
 
 class ChatTokens:
@@ -155,6 +183,7 @@ class ChatTokens:
         if tokenizer.chat_template is None:
             raise ConfigError(f"the tokenizer in {model} has no chat template")
         self._tokenizer: PreTrainedTokenizerBase = tokenizer
+        self._reader = load_image_reader(model) if (model / "config.json").is_file() else None
 
     @property
     def end_of_sequence(self) -> tuple[int, ...]:
@@ -171,14 +200,51 @@ class ChatTokens:
         if fingerprint != ours:
             raise ModelMismatch(f"the servers have tokenizer {fingerprint or '(none)'}; --model has {ours}")
 
-    def prompt_ids(self, messages: list[Message]) -> Int32Array:
-        """The chat so far, and the beginning of the assistant's turn. Raises DataError when the template refuses it."""
+    def check_vision(self, vision: VisionSpec | None) -> None:
+        """Read images only if the servers do. Raises ModelMismatch when those make other numbers of tokens of them."""
+        if vision is None:
+            self._reader = None
+        elif self._reader is not None and vision.expansion != self._reader.expansion:
+            raise ModelMismatch(
+                "the image processors of the servers and of --model make different numbers of tokens of an image"
+            )
+
+    def image_column(self, root: Path) -> ImageColumn:
+        """Where the images of rows are: in files below `root`, or in the rows; the limits are a dataset's."""
+        if self._reader is None:
+            return ImageColumn(source=NoImages("the servers, or the model in --model, read text alone"), name=None)
+        limits = ImagesConfig()
+        rules = ImageRules(
+            root=root,
+            allow_urls=False,
+            max_bytes=int(limits.max_mib * _MIB),
+            max_pixels=limits.max_pixels,
+            root_key="--image-root",
+            why_no_urls="nothing is fetched here",
+        )
+        return ImageColumn(source=ImageFiles(rules), name=limits.column)
+
+    def prompt(self, asked: Asked) -> tuple[Int32Array, tuple[PlacedImage, ...]]:
+        """The chat so far with the beginning of the assistant's turn, and the images in it.
+
+        Raises:
+            DataError: the template refuses it, or does not write its images.
+        """
         try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text: str = self._tokenizer.apply_chat_template(asked.shown, tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the chat template refuses {json.dumps(messages)[:200]}: {error}") from None
+            raise DataError(
+                f"{asked.origin}: the chat template refuses {json.dumps(asked.shown)[:200]}: {error}"
+            ) from None
         # The template writes the special tokens itself.
-        return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        ids = np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        if self._reader is None:
+            return ids, ()
+        try:
+            expanded_ids, _, placed = expand_images(ids, ids[:0], asked.images, self._reader)
+        except InvalidRequest as error:
+            raise DataError(f"{asked.origin}: {error}") from None
+        return expanded_ids, placed
 
     def text(self, sample: Sample, stops: Sequence[int]) -> str:
         """What the assistant said, without the stop token, which the template writes."""
@@ -196,46 +262,75 @@ def _speaker(servers: Servers, chats: ChatTokens, plan: Plan, stack: ExitStack) 
             RolloutPool(servers.addresses, job=_JOB, deadline_s=plan.deadline_s, access=servers.access)
         )
         chats.check(rollouts.describe().tokenizer_fingerprint)
+        chats.check_vision(rollouts.describe().vision)
         return rollouts
     teachers = stack.enter_context(
         TeacherPool(servers.addresses, job=_JOB, deadline_s=plan.deadline_s, access=servers.access)
     )
     chats.check(teachers.describe().tokenizer_fingerprint)
+    chats.check_vision(teachers.describe().vision)
     return TeacherSampler(teachers, chats.decode)
 
 
 def _answers(
-    speaker: Speaker, chats: ChatTokens, prompts: Path, plan: Plan
-) -> Iterator[tuple[list[Message], list[Sample]]]:
-    """Each prompt's messages and samples, in order; later prompts are being answered meanwhile."""
-    waiting: deque[tuple[list[Message], PendingAnswers]] = deque()
-    for number, messages in enumerate(read_prompts(prompts)):
+    speaker: Speaker, chats: ChatTokens, asked: Iterable[Asked], plan: Plan
+) -> Iterator[tuple[Asked, list[Sample]]]:
+    """Each prompt with its samples, in order; later prompts are being answered meanwhile."""
+    waiting: deque[tuple[Asked, PendingAnswers]] = deque()
+    for number, row in enumerate(asked):
         seed = (plan.seed + number * _SEEDS) % 2**64
-        ids = chats.prompt_ids(messages)
-        waiting.append((messages, speaker.submit(ids, plan.sampling, num_samples=plan.samples, seed=seed)))
+        ids, images = chats.prompt(row)
+        pending = speaker.submit(ids, plan.sampling, num_samples=plan.samples, seed=seed, images=images)
+        waiting.append((row, pending))
         if len(waiting) > _AHEAD:
             first, pending = waiting.popleft()
             yield first, pending.wait()
-    for messages, pending in waiting:
-        yield messages, pending.wait()
+    for row, pending in waiting:
+        yield row, pending.wait()
 
 
-def _messages(line: str, place: str) -> list[Message]:
+def _asked(line: str, place: str, images: ImageColumn) -> Asked:
+    row, messages = _row(line, place)
+    found = RowImages(images, row, place)
+    pictures: list[Image] = []
+
+    def shown(message: Message, number: int) -> Message:
+        content = message.get("content")
+        if not isinstance(content, list):
+            return message
+        parts: list[object] = []
+        for part in content:
+            if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+                pictures.append(found.of_part(part, f"{place}: messages[{number}]"))
+                parts.append({"type": "image"})
+            else:
+                parts.append(part)
+        return {**message, "content": parts}
+
+    told = [shown(message, number) for number, message in enumerate(messages)]
+    found.check_all_used()
+    column = {images.name: row[images.name]} if images.name is not None and row.get(images.name) else {}
+    return Asked(origin=place, messages=messages, shown=told, images=tuple(pictures), column=column)
+
+
+def _row(line: str, place: str) -> tuple[dict[str, Any], list[Message]]:
+    """A row, and its messages without an answer at their end."""
     try:
         row = json.loads(line)
     except ValueError as error:
         raise DataError(f"{place} is not JSON: {error}") from None
     prompt, messages = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
     if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
+        return row, [{"role": "user", "content": prompt}]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise DataError(f"{place} has neither `messages`, a list of turns, nor `prompt`, a text")
     if messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     if not messages:
         raise DataError(f"{place} has no turn to answer")
-    return messages
+    return row, messages
 
 
-def _write(file: TextIO, messages: list[Message]) -> None:
-    file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+def _write(file: TextIO, asked: Asked, answer: str) -> None:
+    messages = [*asked.messages, {"role": "assistant", "content": answer}]
+    file.write(json.dumps({"messages": messages, **asked.column}, ensure_ascii=False) + "\n")

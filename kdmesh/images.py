@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -64,6 +65,35 @@ def after_first_token(image: Image, token_ids: Int32Array, tokens: ImageTokens) 
         positions=np.arange(num_tokens + 1, len(ids) - 1, dtype=np.int32),
         images=(PlacedImage(digest=image.digest, first_token=1, num_tokens=num_tokens, image=image),),
     )
+
+
+def expand_images(
+    token_ids: Int32Array, positions: Int32Array, images: Sequence[Image], tokens: ImageTokens
+) -> tuple[Int32Array, Int32Array, tuple[PlacedImage, ...]]:
+    """The ids with every image at its length, the positions where their tokens are then, and the images' places.
+
+    Args:
+        token_ids: with one image token for each of `images`, in order.
+
+    Raises:
+        InvalidRequest: the ids have other image tokens, or the model does not take such an image.
+    """
+    places = np.flatnonzero(token_ids == tokens.token_id)
+    if len(places) != len(images):
+        raise InvalidRequest(f"the template writes {len(places)} image tokens for {len(images)} images")
+    if not images:
+        return token_ids, positions, ()
+    if places[0] == 0 or (token_ids[places - 1] != tokens.start_id).any():
+        raise InvalidRequest(f"the template does not write token {tokens.start_id} before each")
+    counts = [tokens.num_tokens(image.width, image.height) for image in images]
+    repeats = np.ones(len(token_ids), np.int64)
+    repeats[places] = counts
+    ends = np.cumsum(repeats)
+    placed = tuple(
+        PlacedImage(digest=image.digest, first_token=int(end) - count, num_tokens=count, image=image)
+        for image, end, count in zip(images, ends[places], counts, strict=True)
+    )
+    return np.repeat(token_ids, repeats), (ends[positions] - 1).astype(np.int32), placed
 
 
 def describe_image(data: bytes, *, file: Path | None = None) -> Image:

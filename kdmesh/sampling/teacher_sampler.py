@@ -14,7 +14,7 @@ from kdmesh.sampling.drawing import draw
 from kdmesh.sampling.growing import GrowingSample
 from kdmesh.sampling.logits import sampling_logits
 from kdmesh.sampling.stops import StopStrings
-from kdmesh.types import Int32Array, ModelDescription, Sample, Sampling, TokenSequence
+from kdmesh.types import Int32Array, ModelDescription, PlacedImage, Sample, Sampling, TokenSequence
 
 _TOGETHER = 256  # samples that get their next token at the same time
 _NEXT = 0  # stands behind the tokens so far, because a sequence's last one is never a position
@@ -38,6 +38,9 @@ class TeacherSampler:
         self._head = head.sliced(pool.describe().head.vocabulary_size)
         self._longest = min(pool.describe().max_sequence_tokens, pool.describe().max_request_tokens)
         self._workspace = Workspace()
+        vision = pool.describe().vision
+        # An image token without an image is nothing that a sequence may hold.
+        self._never = None if vision is None else vision.image_token_id
         self._waiting: deque[GrowingSample] = deque()
         self._running: list[GrowingSample] = []
         self._finished: dict[int, Sample] = {}
@@ -47,7 +50,15 @@ class TeacherSampler:
         """The model that is sampled from."""
         return self._pool.describe()
 
-    def submit(self, prompt_ids: Int32Array, sampling: Sampling, *, num_samples: int, seed: int) -> TeacherSamples:
+    def submit(
+        self,
+        prompt_ids: Int32Array,
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seed: int,
+        images: tuple[PlacedImage, ...] = (),
+    ) -> TeacherSamples:
         """Samples of one prompt, sample i drawn from seed + i; drawn while any are waited for.
 
         Raises:
@@ -68,6 +79,7 @@ class TeacherSampler:
                 seed=(seed + number) % 2**64,
                 max_sequence_tokens=self._longest,
                 stops=stops,
+                images=images,
             )
             self._waiting.append(sample)
         return TeacherSamples(self, keys)
@@ -93,7 +105,8 @@ class TeacherSampler:
                 f"the teacher has weight version {rows.weight_version} now; its head was of {self._version}"
             )
         logits_BV = sampling_logits(self._head, rows.rows_RD, self._workspace)
-        tokens, logprobs = draw(logits_BV, [sample.draw(logits_BV.device) for sample in self._running])
+        draws = [sample.draw(logits_BV.device) for sample in self._running]
+        tokens, logprobs = draw(logits_BV, draws, never=self._never)
         unfinished = []
         for sample, token, logprob in zip(self._running, tokens, logprobs, strict=True):
             outcome = sample.take(token, logprob, version=self._version)
@@ -118,4 +131,8 @@ class TeacherSamples:
 
 def _sequence(sample: GrowingSample) -> TokenSequence:
     ids = sample.sequence_ids
-    return TokenSequence(token_ids=np.append(ids, np.int32(_NEXT)), positions=np.array([len(ids) - 1], np.int32))
+    return TokenSequence(
+        token_ids=np.append(ids, np.int32(_NEXT)),
+        positions=np.array([len(ids) - 1], np.int32),
+        images=sample.images,
+    )

@@ -31,6 +31,7 @@ LAYER = {
     "kdmesh.batching": 1,
     "kdmesh.config": 1,
     "kdmesh.extension": 1,
+    "kdmesh.image_files": 1,
     "kdmesh.images": 1,
     "kdmesh.log": 1,
     "kdmesh.tokens": 1,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from kdmesh.image_files import ImageColumn
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.types import TokenSequence
@@ -24,9 +25,9 @@ from kdmesh_trainer.questions.exam import Exam, read_exam
 from kdmesh_trainer.questions.examiner import Examiner, StudentWeights
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.images import DatasetImages
+from kdmesh_trainer.sources.images import dataset_images
 from kdmesh_trainer.sources.on_policy import OnPolicySource
-from kdmesh_trainer.sources.rows import TEXT_ALONE, ImageColumn
+from kdmesh_trainer.sources.rows import TEXT_ALONE
 
 
 def build_evaluator(
@@ -70,7 +71,7 @@ def read_questions_of(
         return None
     images = TEXT_ALONE
     if reader is not None:
-        images = ImageColumn(source=DatasetImages(cfg.data.images, asked.path.parent), name=cfg.data.images.column)
+        images = ImageColumn(source=dataset_images(cfg.data.images, asked.path.parent), name=cfg.data.images.column)
     encoder = ChatEncoder(tokenizer, images=reader)
     return read_exam(asked, model=cfg.student.model, tokenizer=tokenizer, encoder=encoder, images=images)
 

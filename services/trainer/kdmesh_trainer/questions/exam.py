@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from kdmesh.errors import DataError
+from kdmesh.image_files import ImageColumn
 from kdmesh.types import Int32Array, Sampling
 from kdmesh_trainer.questions.matchers import Matcher, build_matcher, refuse_unfit_answers
 from kdmesh_trainer.questions.reader import Question, read_questions
@@ -18,7 +19,6 @@ from kdmesh_trainer.questions_config import QuestionsConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.ends import stop_token_ids
 from kdmesh_trainer.sources.prompts import StepPrompt
-from kdmesh_trainer.sources.rows import ImageColumn
 from kdmesh_trainer.sources.turns import Unusable
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdmesh.errors import DataError
+from kdmesh.image_files import ImageColumn
 from kdmesh_trainer.questions_config import QuestionsConfig
 from kdmesh_trainer.sources.chat import without_answers
-from kdmesh_trainer.sources.rows import TEXT_ALONE, Chat, ImageColumn, Message, chat_from_messages, chat_from_row
+from kdmesh_trainer.sources.rows import TEXT_ALONE, Chat, Message, chat_from_messages, chat_from_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -9,14 +9,14 @@ from typing import assert_never
 
 from kdmesh.errors import DataError
 from kdmesh.extension import resolve
+from kdmesh.image_files import ImageColumn, ImageSource, NoImages
 from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig, ImagesConfig
-from kdmesh_trainer.sources.images import DatasetImages, ImageSource, NoImages
+from kdmesh_trainer.sources.images import dataset_images
 from kdmesh_trainer.sources.pieces import Piece, find_files, pieces_of, rows_of
 from kdmesh_trainer.sources.rows import (
     CHAT_COLUMNS,
     NO_COLUMNS,
     Chat,
-    ImageColumn,
     TeacherColumns,
     chat_from_messages,
     chat_from_row,
@@ -111,7 +111,7 @@ def _image_column(cfg: ImagesConfig | None, directory: Path | None) -> ImageColu
     if cfg is None:
         why = "the student reads text alone: its model is of another kind, or has no preprocessor_config.json beside it"
         return ImageColumn(source=NoImages(why), name=None)
-    return ImageColumn(source=DatasetImages(cfg, directory), name=cfg.column)
+    return ImageColumn(source=dataset_images(cfg, directory), name=cfg.column)
 
 
 def _not_empty(chats: Iterable[Chat], name: str) -> Iterator[Chat]:

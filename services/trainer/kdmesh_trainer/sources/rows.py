@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdmesh.errors import DataError
+from kdmesh.image_files import ImageColumn, ImageSource, NoImages, RowImages
 from kdmesh.types import Image
-from kdmesh_trainer.sources.images import ImageSource, NoImages
 
 CHAT_COLUMNS = ("conversations", "instruction", "input", "output", "system", "history")
 """Columns that ShareGPT and Alpaca rows are made of."""
@@ -55,14 +55,6 @@ class TeacherColumns:
 NO_COLUMNS = TeacherColumns()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageColumn:
-    """Where the images of a row are."""
-
-    source: ImageSource
-    name: str | None  # of the column of those that its messages do not name; None: there is none
-
-
 TEXT_ALONE = ImageColumn(source=NoImages("this dataset is read as text alone"), name=None)
 
 
@@ -82,7 +74,7 @@ def chat_from_row(
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
-    found_images = _RowImages(images, row, origin)
+    found_images = RowImages(images, row, origin)
     if row.get(column) is not None:
         messages = _messages(row[column], f"{origin}: {column}", found_images)
     elif row.get("conversations") is not None:
@@ -101,7 +93,7 @@ def chat_from_row(
         origin=origin,
         teacher_messages=()
         if teacher.messages is None
-        else tuple(_teacher_messages(row, teacher.messages, origin, _RowImages(images, row, origin))),
+        else tuple(_teacher_messages(row, teacher.messages, origin, RowImages(images, row, origin))),
         teacher_name="" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin),
     )
 
@@ -112,49 +104,11 @@ def chat_from_messages(value: object, *, origin: str, images: ImageSource = TEXT
     Raises:
         DataError: as chat_from_row.
     """
-    found = _RowImages(ImageColumn(source=images, name=None), {}, origin)
+    found = RowImages(ImageColumn(source=images, name=None), {}, origin)
     return Chat(messages=tuple(_messages(value, origin, found)), origin=origin)
 
 
-class _RowImages:
-    """The images of one row: those that its messages name, and those of its column, one after the other."""
-
-    def __init__(self, images: ImageColumn, row: Mapping[Any, Any], origin: str) -> None:
-        column = None if images.name is None else row.get(images.name)
-        if column is not None and not isinstance(column, list | tuple):
-            raise DataError(f"{origin}: {images.name} must be a list of images, not {_kind(column)}")
-        self._images = images
-        self._origin = origin
-        self._column: Sequence[object] = column or ()
-        self._num_used = 0
-
-    def of_part(self, part: Mapping[Any, Any], origin: str) -> Image:
-        """The image that a part of a message stands for."""
-        for name in ("image", "image_url"):
-            if part.get(name) is not None:
-                return self._images.source.find(part[name], origin)
-        if any(part.get(name) is not None for name in ("bytes", "base64", "path", "url")):
-            return self._images.source.find(part, origin)
-        if self._images.name is None:
-            return self._images.source.find(None, origin)
-        return self._images.source.find(self._next(origin), f"{self._origin}: {self._images.name}")
-
-    def check_all_used(self) -> None:
-        """Raises DataError when the column holds more images than its messages have places for."""
-        if self._num_used < len(self._column):
-            raise DataError(
-                f"{self._origin}: {self._images.name} holds {len(self._column)} images, and the messages have "
-                f"{self._num_used} parts of type image for them"
-            )
-
-    def _next(self, origin: str) -> object:
-        if self._num_used >= len(self._column):
-            raise DataError(f"{origin} names no image, and the row has {len(self._column)} in a column of them")
-        self._num_used += 1
-        return self._column[self._num_used - 1]
-
-
-def _teacher_messages(row: Mapping[Any, Any], column: str, origin: str, images: _RowImages) -> list[Message]:
+def _teacher_messages(row: Mapping[Any, Any], column: str, origin: str, images: RowImages) -> list[Message]:
     if row.get(column) is None:
         raise DataError(f"{origin}: no column {column!r}, which data.teacher_context names")
     return _messages(row[column], f"{origin}: {column}", images)
@@ -169,7 +123,7 @@ def _teacher_name(row: Mapping[Any, Any], column: str, known: tuple[str, ...], o
     return str(name)
 
 
-def _messages(value: object, origin: str, images: _RowImages) -> list[Message]:
+def _messages(value: object, origin: str, images: RowImages) -> list[Message]:
     if not isinstance(value, list | tuple):
         raise DataError(f"{origin} must be a list of messages, not {_kind(value)}")
     if not value:
@@ -177,7 +131,7 @@ def _messages(value: object, origin: str, images: _RowImages) -> list[Message]:
     return [_message(item, f"{origin}[{number}]", images) for number, item in enumerate(value)]
 
 
-def _message(value: object, origin: str, images: _RowImages) -> Message:
+def _message(value: object, origin: str, images: RowImages) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"{origin}: a message must be an object, not {_kind(value)}")
     for key in _UNSUPPORTED_KEYS:
@@ -213,7 +167,7 @@ def _text(value: object, origin: str) -> str:
     return value
 
 
-def _part(part: object, origin: str, images: _RowImages) -> str | Image:
+def _part(part: object, origin: str, images: RowImages) -> str | Image:
     if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
         return images.of_part(part, origin)
     if not isinstance(part, Mapping) or part.get("type") != "text":
