@@ -11,6 +11,8 @@ from kdmesh.errors import ModelMismatch
 # transformers holds the experts of a layer in two tensors; files have three for each expert.
 _GATE_UP = ".experts.gate_up_proj"  # [experts, gate rows and then up rows, columns]
 _DOWN = ".experts.down_proj"
+# Files of models that read images may have older names, without transformers' own prefixes.
+_OLDER = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 
 def file_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -29,17 +31,31 @@ def file_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def check_names(tensors: Mapping[str, Tensor], in_files: Mapping[str, Sequence[int]]) -> None:
-    """Raises ModelMismatch when the files hold a model's tensors by other names or in other shapes than is known here.
+def names_in_files(tensors: Mapping[str, Tensor], in_files: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """By the name of each of a model's tensors the one that the files have for it, for `file_tensors`.
 
     Args:
         tensors: of the model; on any device.
         in_files: shape of each tensor by its name.
+
+    Raises:
+        ModelMismatch: the files hold a tensor by another name or in another shape than is known here.
     """
-    own = {own: tuple(part.shape) for name, tensor in tensors.items() for own, part in file_tensors(name, tensor)}
-    strange = sorted(name for name, shape in own.items() if tuple(in_files.get(name, ())) != shape)
+    found = {name: _name_in_files(name, tensor, in_files) for name, tensor in tensors.items()}
+    strange = sorted(
+        own for name, known in found.items() if known is None for own, _ in file_tensors(name, tensors[name])
+    )
     if strange:
         raise ModelMismatch(
             f"weights of this architecture cannot be replaced in SGLang: its files hold {', '.join(strange[:3])} "
             f"({len(strange)} in all) by other names, or in other shapes"
         )
+    return {name: known for name, known in found.items() if known is not None}
+
+
+def _name_in_files(name: str, tensor: Tensor, in_files: Mapping[str, Sequence[int]]) -> str | None:
+    older = [old + name.removeprefix(new) for new, old in _OLDER if name.startswith(new)]
+    for known in (name, *older):
+        if all(tuple(in_files.get(own, ())) == tuple(part.shape) for own, part in file_tensors(known, tensor)):
+            return known
+    return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment, create_segment
 from kdmesh.models.fingerprint import named_weights
-from kdmesh.sglang.file_names import check_names
+from kdmesh.sglang.file_names import names_in_files
 from kdmesh.sglang.runtime import SglangRuntime
 from kdmesh.sglang.staged_weights import LOADER, StagedWeights, staged_bytes
 from kdmesh.weights.manifest import TensorSpec
@@ -37,12 +39,13 @@ class SglangWeights:
             EngineFailure: there is no room.
         """
         if self._staged is None:
-            check_names(self._own, self._runtime.checkpoint.shapes())
+            names = names_in_files(self._own, self._runtime.checkpoint.shapes())
+            specs = [replace(spec, name=names[spec.name]) for spec in self._specs]
             try:
-                segment = create_segment(staged_bytes(self._specs), self._runtime.schedulers.readers_of_weights)
+                segment = create_segment(staged_bytes(specs), self._runtime.schedulers.readers_of_weights)
             except OSError as error:
                 raise EngineFailure(f"there is no room for new weights: {error}") from error
-            self._segment, self._staged = segment, StagedWeights(self._specs, segment)
+            self._segment, self._staged = segment, StagedWeights(specs, segment)
 
     def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
         """Copy bytes to that room."""

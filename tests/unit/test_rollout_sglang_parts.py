@@ -20,7 +20,7 @@ from kdmesh.errors import ModelMismatch
 from kdmesh.handles.memory import create_segment
 from kdmesh.models.checkpoint import open_checkpoint
 from kdmesh.models.fingerprint import named_weights
-from kdmesh.sglang.file_names import check_names, file_tensors
+from kdmesh.sglang.file_names import file_tensors, names_in_files
 from kdmesh.sglang.staged_weights import StagedWeights, read_staged, staged_bytes
 from kdmesh.types import DType, Sampling
 from kdmesh.weights.manifest import TensorSpec
@@ -28,6 +28,8 @@ from kdmesh_rollout.sglang_ask import Ask
 from kdmesh_rollout.sglang_config import SglangEngine
 from kdmesh_rollout.sglang_drawing import DrawnSample, draw_rows
 from tests.support.tiny_models import FAMILIES, save_model
+from tests.support.tiny_vision import FAMILIES as FAMILIES_THAT_SEE
+from tests.support.tiny_vision import TinyVisionModels
 
 CPU = torch.device("cpu")
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -139,7 +141,8 @@ def test_weights_of_a_mixture_get_the_names_and_values_of_its_files(
     save_model(tmp_path, "qwen3_moe", seed=0, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    check_names(named_weights(checkpoint.skeleton), checkpoint.shapes())
+    names = names_in_files(named_weights(checkpoint.skeleton), checkpoint.shapes())
+    assert all(name == known for name, known in names.items())
     own = {name: part for fused, tensor in named_weights(model).items() for name, part in file_tensors(fused, tensor)}
     in_file = load_file(tmp_path / "model.safetensors")
     assert own.keys() == in_file.keys()
@@ -149,4 +152,25 @@ def test_weights_of_a_mixture_get_the_names_and_values_of_its_files(
 @pytest.mark.parametrize("in_files", [{"a": (2, 3)}, {"a": (2, 3), "b": (1, 3)}])
 def test_tensors_that_files_hold_otherwise_are_refused(in_files: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(ModelMismatch, match=r"its files hold b \(1 in all\)"):
-        check_names({"a": torch.empty(2, 3), "b": torch.empty(3, 1)}, in_files)
+        names_in_files({"a": torch.empty(2, 3), "b": torch.empty(3, 1)}, in_files)
+
+
+@pytest.mark.parametrize("family", FAMILIES_THAT_SEE)
+def test_weights_of_a_model_that_reads_images_get_the_names_of_its_files(
+    family: str, tiny_vision: TinyVisionModels
+) -> None:
+    checkpoint = open_checkpoint(tiny_vision.path(family))
+    names = names_in_files(named_weights(checkpoint.skeleton), checkpoint.shapes())
+    assert set(names.values()) == set(checkpoint.shapes())
+
+
+def test_the_token_that_is_never_drawn_has_its_probability_all_the_same() -> None:
+    logits_BV = torch.zeros(2, 10)
+    logits_BV[:, 4] = 50.0
+    sent = Ask(sampling=Sampling(max_new_tokens=1, temperature=0), seed=1, vocabulary_size=10, never=4)
+    assert Ask.from_params(json.loads(json.dumps(sent.to_params()))) == sent
+    sample = DrawnSample(sent, no_text)
+    draws = [sample.draw([1], [], CPU) for _ in range(2)]
+    tokens_B, logprobs_B = draw_rows(logits_BV, draws, vocabulary_size=10, never=sample.never)
+    assert (tokens_B != 4).all()
+    assert (logprobs_B < -49).all()

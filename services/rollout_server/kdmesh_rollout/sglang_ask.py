@@ -16,6 +16,7 @@ class Ask:
     sampling: Sampling  # its length and its stop tokens are SGLang's business, and may differ here
     seed: int  # always set: every process that shares the model draws, and all must draw the same
     vocabulary_size: int  # ids at or above it are never drawn
+    never: int | None = None  # nor is this one; None: there is none
 
     def to_params(self) -> dict[str, int | float | list[str]]:
         """For custom_params, which hold numbers and flat lists."""
@@ -28,6 +29,7 @@ class Ask:
             "kdmesh_stop_strings": list(self.sampling.stop_strings),
             "kdmesh_seed": self.seed,
             "kdmesh_vocabulary_size": self.vocabulary_size,
+            "kdmesh_never": -1 if self.never is None else self.never,
         }
 
     @classmethod
@@ -47,4 +49,5 @@ class Ask:
             ),
             seed=params["kdmesh_seed"],
             vocabulary_size=params["kdmesh_vocabulary_size"],
+            never=None if params["kdmesh_never"] < 0 else params["kdmesh_never"],
         )

@@ -26,6 +26,7 @@ class DrawnSample:
 
     def __init__(self, ask: Ask, decode: Callable[[Sequence[int]], str]) -> None:
         self.vocabulary_size = ask.vocabulary_size
+        self.never = ask.never
         self._sampling = ask.sampling
         self._stops = StopStrings(ask.sampling.stop_strings, decode)
         self._source = Chance(ask.seed)
@@ -46,9 +47,15 @@ class DrawnSample:
         return self._stops.is_complete(drawn_ids)
 
 
-def draw_rows(logits_BV: Tensor, draws: Sequence[Draw], *, vocabulary_size: int) -> tuple[Tensor, Tensor]:
-    """[B] tokens, [B] log-probabilities of SGLang's logits, whose last columns may be no tokens."""
-    tokens, logprobs = draw(logits_BV[:, :vocabulary_size].float(), draws)
+def draw_rows(
+    logits_BV: Tensor, draws: Sequence[Draw], *, vocabulary_size: int, never: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """[B] tokens, [B] log-probabilities of SGLang's logits, whose last columns may be no tokens.
+
+    Args:
+        never: as `draw` has it.
+    """
+    tokens, logprobs = draw(logits_BV[:, :vocabulary_size].float(), draws, never=never)
     return (
         torch.tensor(tokens, dtype=torch.int64, device=logits_BV.device),
         torch.tensor(logprobs, dtype=torch.float32, device=logits_BV.device),

@@ -15,6 +15,7 @@ import numpy as np
 from kdmesh.errors import EngineFailure
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
+from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import sleep
@@ -61,6 +62,7 @@ class SglangEngine:
         self._runtime = self._new_runtime()
         self._description: EngineDescription
         self._weights: SglangWeights
+        self._reader: ImageReader | None
         self._changed: asyncio.Event
         self._drawings: dict[int, _Drawing] = {}
         self._prompts: set[asyncio.Task[None]] = set()  # being computed before the samples that share them
@@ -76,9 +78,10 @@ class SglangEngine:
         """Start SGLang's processes."""
         self._runtime.start()
         self._changed = asyncio.Event()
+        self._reader = load_image_reader(self._config.model, self._runtime.checkpoint.skeleton.config)
         self._description = self._describe()
         if self._config.self_probe:
-            check_reference(self, self._description, self._runtime)
+            check_reference(self, self._description, self._runtime, self._reader)
         return self._description
 
     def _describe(self) -> EngineDescription:
@@ -97,6 +100,7 @@ class SglangEngine:
             max_sequence_tokens=self._runtime.max_input_tokens,
             max_running=config.max_running,
             is_deterministic=config.deterministic,
+            vision=self._reader,
         )
 
     # Sampling
@@ -155,7 +159,7 @@ class SglangEngine:
         by_prompt: dict[bytes, list[_Drawing]] = {}
         for drawing in self._drawings.values():
             if drawing.task is None:
-                by_prompt.setdefault(drawing.order.prompt_ids.tobytes(), []).append(drawing)
+                by_prompt.setdefault(_name(drawing.order), []).append(drawing)
         for drawings in by_prompt.values():
             prompt = None
             first = drawings[0].order
@@ -195,7 +199,10 @@ class SglangEngine:
             sampling=order.sampling,
             seed=secrets.randbits(63) if order.seed is None else order.seed,
             vocabulary_size=self._description.vocabulary_size,
+            # An image token without an image is nothing that a sequence may hold.
+            never=None if self._reader is None else self._reader.token_id,
         )
+        images = await asyncio.to_thread(self._image_data, order) if order.images else None
         answer: Answer = await self._runtime.engine.async_generate(
             input_ids=order.prompt_ids.tolist(),
             sampling_params={
@@ -205,8 +212,15 @@ class SglangEngine:
             },
             return_logprob=max_new_tokens > 0,
             rid=name,
+            image_data=images,
         )
         return answer
+
+    def _image_data(self, order: Order) -> list[dict[str, Any]]:
+        """As SGLang takes what a processor has made: ours, so that it sees what the student sees."""
+        assert self._reader is not None
+        patches_PC, extents_N3 = self._reader.patches([p.image for p in order.images if p.image is not None])
+        return [{"format": "processor_output", "pixel_values": patches_PC, "image_grid_thw": extents_N3}]
 
     def _new_name(self) -> str:
         return f"kdmesh-{next(self._requests)}."  # SGLang aborts whatever begins with a name, hence the dot
@@ -317,6 +331,12 @@ def _arguments(config: SglangEngineConfig, *, is_alone: bool) -> dict[str, Any]:
         "custom_weight_loader": [LOADER],
         "weight_version": "0",
     }
+
+
+def _name(order: Order) -> bytes:
+    """Of its prompt: equal where tokens and images are."""
+    images = b"".join(image.digest for image in order.images)
+    return len(order.images).to_bytes(8, "little") + images + order.prompt_ids.tobytes()
 
 
 def _sample(answer: Answer, sampling: Sampling, most: int) -> Sample:

@@ -79,10 +79,13 @@ class _Samples:
         logits_BV = logits_output.next_token_logits
         assert len(ours) == len(self._batch) == len(logits_BV), "a batch of which we do not know every request"
         draws = [
-            sample.draw(request.origin_input_ids, request.output_ids, logits_BV.device)
+            # In the other list SGLang has put numbers of the images in their tokens' place, which are no ids.
+            sample.draw(request.origin_input_ids_unpadded, request.output_ids, logits_BV.device)
             for sample, request in zip(ours, self._batch, strict=True)
         ]
-        tokens_B, logprobs_B = draw_rows(logits_BV, draws, vocabulary_size=ours[0].vocabulary_size)
+        tokens_B, logprobs_B = draw_rows(
+            logits_BV, draws, vocabulary_size=ours[0].vocabulary_size, never=ours[0].never
+        )
         if return_logprob:
             logits_output.next_token_logprobs = logprobs_B
         return tokens_B

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from kdmesh.errors import EngineFailure
+from kdmesh.images import after_first_token, noise_image
 from kdmesh.models.forward import hidden_states_TD
-from kdmesh.models.packing import pack
+from kdmesh.models.image_packing import Packer
+from kdmesh.models.image_reader import ImageReader
 from kdmesh.sglang.reference import transformers_model
 from kdmesh.sglang.runtime import SglangRuntime
-from kdmesh.types import Sample, Sampling, TokenSequence
+from kdmesh.types import Int32Array, PlacedImage, Sample, Sampling, TokenSequence
 from kdmesh_rollout.engine import Engine, EngineDescription, Order
 
 log = logging.getLogger(__name__)
@@ -25,20 +27,27 @@ _SEED = 7
 _MAX_NATS = 0.1
 
 
-def check_reference(engine: Engine, model: EngineDescription, runtime: SglangRuntime) -> None:
+def check_reference(
+    engine: Engine, model: EngineDescription, runtime: SglangRuntime, reader: ImageReader | None = None
+) -> None:
     """Draw from a few fixed prompts, and compare. Blocks for that long; nothing else may be under way.
 
     transformers runs where the weights fit in memory a second time and it knows the model. Elsewhere SGLang itself is
-    given the same tokens as prompts.
+    given the same tokens as prompts, of those without an image.
+
+    Args:
+        reader: the model's; None where it reads text alone.
 
     Raises:
         EngineFailure: they are further apart than rounding.
     """
-    sequences, samples = _draw(engine, model)
-    drawn_R = torch.cat([torch.from_numpy(sample.logprobs) for sample in samples])
-    expected_R, source = _transformers_R(model, runtime, sequences), "transformers"
+    sequences, samples = _draw(engine, model, _prompts(model, reader))
+    expected_R, source = _transformers_R(model, runtime, sequences, reader), "transformers"
     if expected_R is None:
-        expected_R, source = _prefilled_R(runtime, sequences), "its own prefill"
+        texts = [number for number, sequence in enumerate(sequences) if not sequence.images]
+        samples = [samples[number] for number in texts]
+        expected_R, source = _prefilled_R(runtime, [sequences[number] for number in texts]), "its own prefill"
+    drawn_R = torch.cat([torch.from_numpy(sample.logprobs) for sample in samples])
     difference = float((drawn_R - expected_R).abs().mean())
     if not difference <= _MAX_NATS:  # NaN is refused too
         raise EngineFailure(
@@ -48,34 +57,51 @@ def check_reference(engine: Engine, model: EngineDescription, runtime: SglangRun
     log.info("log-probabilities compared", extra={"with": source, "mean_difference_nats": difference})
 
 
-def _draw(engine: Engine, model: EngineDescription) -> tuple[list[TokenSequence], list[Sample]]:
+def _prompts(
+    model: EngineDescription, reader: ImageReader | None
+) -> list[tuple[Int32Array, tuple[PlacedImage, ...]]]:
     random = np.random.default_rng(_SEED)
-    prompts = {}
-    for key, length in enumerate(_LENGTHS, start=-len(_LENGTHS)):  # orders have keys from 0 on
-        prompts[key] = random.integers(0, model.vocabulary_size, length).astype(np.int32)
+    texts = [random.integers(0, model.vocabulary_size, length).astype(np.int32) for length in _LENGTHS]
+    if reader is None:
+        return [(ids, ()) for ids in texts]
+    # An image token without an image is nothing that a prompt may hold.
+    texts = [np.where(ids == reader.token_id, 0, ids).astype(np.int32) for ids in texts]
+    seeing = after_first_token(noise_image(112, 56, seed=_SEED), texts[-1], reader)
+    return [*((ids, ()) for ids in texts), (seeing.token_ids, seeing.images)]
+
+
+def _draw(
+    engine: Engine, model: EngineDescription, prompts: list[tuple[Int32Array, tuple[PlacedImage, ...]]]
+) -> tuple[list[TokenSequence], list[Sample]]:
+    keys = range(-len(prompts), 0)  # orders have keys from 0 on
+    for key, (ids, images) in zip(keys, prompts, strict=True):
         sampling = Sampling(max_new_tokens=_NEW_TOKENS)
-        engine.add(Order(key=key, prompt_ids=prompts[key], sampling=sampling, seed=_SEED))
+        engine.add(Order(key=key, prompt_ids=ids, sampling=sampling, seed=_SEED, images=images))
     samples = {}
     while engine.num_running:
         samples.update({finished.key: finished.sample for finished in engine.step()})
-    return [_sequence(prompts[key], samples[key]) for key in prompts], [samples[key] for key in prompts]
+    drawn = [samples[key] for key in keys]
+    return [_sequence(ids, images, sample) for (ids, images), sample in zip(prompts, drawn, strict=True)], drawn
 
 
-def _sequence(prompt_ids: np.ndarray, sample: Sample) -> TokenSequence:
+def _sequence(prompt_ids: Int32Array, images: tuple[PlacedImage, ...], sample: Sample) -> TokenSequence:
     first, last = len(prompt_ids) - 1, len(prompt_ids) + sample.num_tokens - 2
     return TokenSequence(
         token_ids=np.concatenate([prompt_ids, sample.token_ids]),
         positions=np.arange(first, last + 1, dtype=np.int32),
+        images=images,
     )
 
 
-def _transformers_R(model: EngineDescription, runtime: SglangRuntime, sequences: list[TokenSequence]) -> Tensor | None:
+def _transformers_R(
+    model: EngineDescription, runtime: SglangRuntime, sequences: list[TokenSequence], reader: ImageReader | None
+) -> Tensor | None:
     dtype = getattr(torch, model.dtype)
     reference = transformers_model(runtime.checkpoint, dtype)
     if reference is None:
         return None
     with torch.inference_mode():
-        packed = pack(sequences)
+        packed = Packer(reference, reader).pack(sequences)
         rows_RD = hidden_states_TD(reference, packed).index_select(0, packed.rows_R)
         logits_RV = runtime.checkpoint.output_head(dtype).sliced(model.vocabulary_size).logits(rows_RD)
         labels_R = torch.from_numpy(np.concatenate([sequence.labels for sequence in sequences])).long()
