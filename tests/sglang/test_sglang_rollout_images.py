@@ -50,9 +50,7 @@ def embedded(model: Path, prompt: TokenSequence, sampling: Sampling, *, seeds: r
     engine = TransformersEngine(EmbeddedConfig(model=model, device="cpu", deterministic=True))
     engine.load()
     for seed in seeds:
-        engine.add(
-            Order(key=seed, prompt_ids=prompt.token_ids, sampling=sampling, seed=seed, images=prompt.images)
-        )
+        engine.add(Order(key=seed, prompt_ids=prompt.token_ids, sampling=sampling, seed=seed, images=prompt.images))
     samples = {}
     while engine.num_running:
         samples |= {one.key: one.sample for one in engine.step()}

@@ -83,9 +83,7 @@ class _Samples:
             sample.draw(request.origin_input_ids_unpadded, request.output_ids, logits_BV.device)
             for sample, request in zip(ours, self._batch, strict=True)
         ]
-        tokens_B, logprobs_B = draw_rows(
-            logits_BV, draws, vocabulary_size=ours[0].vocabulary_size, never=ours[0].never
-        )
+        tokens_B, logprobs_B = draw_rows(logits_BV, draws, vocabulary_size=ours[0].vocabulary_size, never=ours[0].never)
         if return_logprob:
             logits_output.next_token_logprobs = logprobs_B
         return tokens_B

@@ -57,9 +57,7 @@ def check_reference(
     log.info("log-probabilities compared", extra={"with": source, "mean_difference_nats": difference})
 
 
-def _prompts(
-    model: EngineDescription, reader: ImageReader | None
-) -> list[tuple[Int32Array, tuple[PlacedImage, ...]]]:
+def _prompts(model: EngineDescription, reader: ImageReader | None) -> list[tuple[Int32Array, tuple[PlacedImage, ...]]]:
     random = np.random.default_rng(_SEED)
     texts = [random.integers(0, model.vocabulary_size, length).astype(np.int32) for length in _LENGTHS]
     if reader is None:
