@@ -71,9 +71,13 @@ def read_staged(mapping: mmap) -> Iterator[tuple[str, Tensor]]:
 
 def load(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Called by SGLang in each scheduler process; `named_tensors`, which would come through its messages, is empty."""
+    from sglang.srt.managers import mm_schedule
+
     assert not named_tensors
     staged = read_staged(SEGMENTS.weights())
     model.load_weights(own for name, tensor in staged for own in file_tensors(name, tensor))
+    if mm_schedule.embedding_cache is not None:
+        mm_schedule.embedding_cache.clear()  # SGLang 0.5.23 keeps what the old weights saw in images
 
 
 def _table(specs: Sequence[TensorSpec]) -> bytes:

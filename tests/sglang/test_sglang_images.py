@@ -11,8 +11,11 @@ from torch import Tensor
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.weight_services import TEACHERS
+from tests.support.reference_logprobs import student
 from tests.support.reference_vision import hugging_face_vision_rows
 from tests.support.sglang_teachers import CHUNK_TOKENS, metric, sglang_teacher
+from tests.support.sglang_weights import publish
 from tests.support.teacher_process import TeacherProcess
 from tests.support.tiny_vision import TinyVisionModels, png, reader_of, vision_sequence
 
@@ -80,3 +83,20 @@ def test_an_image_token_without_an_image_is_refused(pool: TeacherPool, model: Pa
     asked.token_ids[2] = reader_of(model).token_id
     with pytest.raises(InvalidRequest, match="has 1 image tokens"):
         pool.submit([asked]).wait()
+
+
+def test_new_weights_see_the_same_image_otherwise(
+    model: Path, tiny_vision: TinyVisionModels, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tiny_vision.path(seed=3, max_pixels=2**18, patch=14)
+    asked = [vision_sequence(reader_of(model), 5, png(60, 90, seed=1), 9, seed=1)]
+    with sglang_teacher(tmp_path_factory.mktemp("s"), model, engine={"updatable": True}) as server:
+        for version, path in enumerate((model, other, model), start=1):
+            if version > 1:
+                publish(server.grpc, student(path), version, service=TEACHERS)
+            with TeacherPool([server.grpc], job="test", door="shm", deadline_s=60) as pool:
+                rows_RD = pool.submit(asked).wait().rows_RD
+                head, head_version = pool.head()
+                assert head_version == version
+                assert torch.equal(head.weight_VD, student(path).get_output_embeddings().weight)
+            assert relative_error(rows_RD, hugging_face_vision_rows(path, asked)) < 1e-4

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdmesh.errors import ConfigError, EngineFailure
+from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment, create_segment
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
@@ -61,8 +61,6 @@ class SglangEngine:
         self._runtime.start()
         self._weights = SglangWeights(self._runtime)
         self._reader = load_image_reader(self._config.model, self._runtime.checkpoint.skeleton.config)
-        if self._config.updatable and self._reader is not None:
-            raise ConfigError("engine.updatable: SGLang does not take new weights of a model that reads images")
         self._is_alone = self._config.deterministic and not has_deterministic_inference(self._config)
         description = self._describe()
         if self._config.self_probe:
