@@ -99,7 +99,7 @@ class Servers:
     """Who is asked: rollout servers, or teachers, which compute an answer anew for each of its tokens."""
 
     kind: Literal["rollout", "teacher"]
-    addresses: Sequence[str]  # host:port of each; at least one
+    addresses: Sequence[str]  # as Discovery takes them; at least one
     access: AccessConfig = OPEN_ACCESS
 
 

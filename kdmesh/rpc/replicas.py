@@ -49,6 +49,7 @@ class Replicas(Generic[C]):
         connect: one attempt at an address.
         routing: which of them gets a request.
         hopeless: why nobody need wait for one to become usable; None as long as that may be.
+        joined: called with each new connection, which is one of `clients` as soon as this has returned.
 
     Attributes:
         retries: requests that were sent once more.
@@ -62,9 +63,11 @@ class Replicas(Generic[C]):
         *,
         routing: RoutingPolicy,
         hopeless: Callable[[], KdmeshError | None] = lambda: None,
+        joined: Callable[[C], None] = lambda client: None,
     ) -> None:
         self.retries = 0
         self._hopeless = hopeless
+        self._joined = joined
         self._kind = kind
         self._changed = asyncio.Event()
         self._tasks = BackgroundTasks()
@@ -87,6 +90,15 @@ class Replicas(Generic[C]):
     def addresses(self) -> frozenset[str]:
         """Of those that are wanted now, connected or not."""
         return frozenset(replica.address for replica in self._replicas if not replica.is_leaving)
+
+    @property
+    def usable(self) -> tuple[str, ...]:
+        """Addresses of those that are wanted now, were tried, and turned out to be what they should."""
+        return tuple(
+            replica.address
+            for replica in self._replicas
+            if not replica.is_leaving and replica.has_tried and replica.failure is None
+        )
 
     @property
     def imbalance(self) -> float | None:
@@ -239,6 +251,7 @@ class Replicas(Generic[C]):
         except BaseException:
             await client.close()
             raise
+        self._joined(client)  # nothing is awaited from here until the replica has it
         return client
 
     def _is_started(self) -> bool:

@@ -16,6 +16,7 @@ from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.generate_stream import GenerateStream
 from kdmesh.rpc.missing_images import with_images
 from kdmesh.rpc.retry import Deadline
+from kdmesh.tracing import spans
 from kdmesh.types import Int32Array, PlacedImage, RolloutDescription, Sample, Sampling, SleepTag
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import rollout_pb2 as pb
@@ -125,6 +126,10 @@ class RolloutClient:
             RpcError: as rollout.proto says of Generate and PutImages; samples may have come before.
             EngineFailure: an answer is not one to this request.
         """
+        with spans.span("samples", address=self.address, samples=ask.num_samples):
+            await self._generate(ask, on_sample, deadline)
+
+    async def _generate(self, ask: Ask, on_sample: Callable[[int, Sample], None], deadline: Deadline) -> None:
         request = pb.GenerateRequest(
             prompt_ids=ask.prompt_ids.tolist(),
             num_samples=ask.num_samples,
@@ -134,6 +139,7 @@ class RolloutClient:
             min_weight_version=ask.min_weight_version,
             deadline_ms=max(1, min(round(deadline.left_s * 1000), 2**32 - 1)),
             images=codec.images_to_wire(ask.images),
+            traceparent=spans.current(),
         )
 
         async def put(images: Sequence[bytes]) -> None:

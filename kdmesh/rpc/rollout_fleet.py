@@ -26,6 +26,7 @@ class RolloutFleet:
     """Belongs to one event loop.
 
     Args:
+        discovery: where they are.
         job: name for the servers' metrics.
         architecture_fingerprint: the model that is wanted; empty takes the first server's.
         on_outdated: called when a server turns out to have older weights than `note_weights` was told.
@@ -33,7 +34,7 @@ class RolloutFleet:
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        discovery: Discovery,
         *,
         job: str,
         architecture_fingerprint: str,
@@ -46,7 +47,7 @@ class RolloutFleet:
         self._newest = 0
         self._model: RolloutDescription | None = None
         self._fingerprint = architecture_fingerprint
-        self._replicas = Replicas("rollout server", Discovery(addresses), self._connect, routing=_ROUTING)
+        self._replicas = Replicas("rollout server", discovery, self._connect, routing=_ROUTING, joined=self._look_at)
 
     @property
     def model(self) -> RolloutDescription:
@@ -77,9 +78,14 @@ class RolloutFleet:
         await self._replicas.close()
 
     @property
-    def is_outdated(self) -> bool:
-        """Whether a server that is connected is known to have older weights than `note_weights` was told."""
-        return any(client.weight_version < self._newest for client in self._replicas.clients)
+    def addresses(self) -> tuple[str, ...]:
+        """Of the servers that are wanted now, and serve the model."""
+        return self._replicas.usable
+
+    @property
+    def outdated(self) -> frozenset[str]:
+        """Addresses of connected servers that are known to have older weights than `note_weights` was told."""
+        return frozenset(client.address for client in self._replicas.clients if client.weight_version < self._newest)
 
     async def note_weights(self, version: int, behind: Collection[str]) -> None:
         """Every server but those at the addresses `behind` serves this version now."""
@@ -137,7 +143,6 @@ class RolloutFleet:
         except ModelMismatch:
             await client.close()
             raise
-        self._look_at(client)
         return client
 
     def _look_at(self, client: RolloutClient) -> None:

@@ -11,6 +11,7 @@ from typing import Self
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.rpc.background_loop import BackgroundLoop
+from kdmesh.rpc.discovery import Discovery, Resolve, resolve
 from kdmesh.rpc.pending_samples import ArrivedSamples, PendingSamples
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask
@@ -50,25 +51,35 @@ class RolloutPool:
         deadline_s: float = 600.0,
         architecture_fingerprint: str = "",
         access: AccessConfig = OPEN_ACCESS,
+        resolve: Resolve = resolve,
     ) -> None:
         """Connect. Blocks until a server is ready.
 
         Args:
-            addresses: host:port of each server of one model; at least one.
+            addresses: of the servers of one model, as Discovery takes them; at least one.
             job: name for the metrics of servers that ask nobody who they are.
             deadline_s: longest wait for the last sample of a request, retries and a server's restart included.
             architecture_fingerprint: the model that is wanted; empty takes the first server's.
             access: how to get in.
+            resolve: looks names up.
         """
         assert addresses
         self._deadline_s = deadline_s
-        self._access = access
         self._samples = self._tokens = 0
         self._wait_s = 0.0
         self._outdated: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._loop = BackgroundLoop()
         try:
-            self._fleet = self._loop.run(self._open, addresses, job, architecture_fingerprint)
+            self._fleet = self._loop.run(
+                self._open,
+                lambda: RolloutFleet(
+                    Discovery(addresses, resolve),
+                    job=job,
+                    architecture_fingerprint=architecture_fingerprint,
+                    on_outdated=self._tell_outdated,
+                    access=access,
+                ),
+            )
         except BaseException:
             self._loop.close()
             raise
@@ -145,6 +156,14 @@ class RolloutPool:
         """Every server but those at the addresses `behind` serves this version now. Blocks, shortly."""
         self._loop.run(self._note, version, behind)
 
+    def addresses(self) -> tuple[str, ...]:
+        """host:port of the servers that are wanted now, and serve the model. To be called on the background loop."""
+        return self._fleet.addresses
+
+    def outdated(self) -> frozenset[str]:
+        """Addresses of servers that are known to have older weights than were noted. Blocks, shortly."""
+        return self._loop.run(self._look_for_outdated)
+
     def wait(self, pending: Iterable[PendingSamples]) -> bool:
         """Block until all of them are done, or until a server is found to have older weights than were noted.
 
@@ -175,14 +194,8 @@ class RolloutPool:
 
     # On the loop
 
-    async def _open(self, addresses: Sequence[str], job: str, architecture_fingerprint: str) -> RolloutFleet:
-        fleet = RolloutFleet(
-            addresses,
-            job=job,
-            architecture_fingerprint=architecture_fingerprint,
-            on_outdated=self._tell_outdated,
-            access=self._access,
-        )
+    async def _open(self, make: Callable[[], RolloutFleet]) -> RolloutFleet:
+        fleet = make()
         try:
             await fleet.start(Deadline.after(self._deadline_s))
         except BaseException:
@@ -192,8 +205,11 @@ class RolloutPool:
 
     async def _note(self, version: int, behind: Collection[str]) -> None:
         await self._fleet.note_weights(version, behind)
-        if not self._fleet.is_outdated:
+        if not self._fleet.outdated:
             self._outdated = concurrent.futures.Future()
+
+    async def _look_for_outdated(self) -> frozenset[str]:
+        return self._fleet.outdated
 
     def _tell_outdated(self) -> None:
         if not self._outdated.done():

@@ -31,6 +31,7 @@ from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.weight_carriers import ByHandle, Carrier, FilledBucket, Inline, ThroughGroup
 from kdmesh.rpc.weight_offer import JOIN_S, DoorOffer
 from kdmesh.rpc.weight_services import ServedWeights, UpdateStream, WeightService
+from kdmesh.tracing import spans
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.doors import GROUPS, Door
 from kdmesh.weights.manifest import Manifest
@@ -115,6 +116,7 @@ class WeightLink:
     async def _begin(self, manifest: Manifest) -> None:
         begin = weight_codec.manifest_to_wire(manifest)
         self._offer.announce(begin)
+        begin.traceparent = spans.current()
         self._stream = UpdateStream(self._service.update(self._channel), self.address)
         self._closing.push_async_callback(self._stream.close)
         reply = await self._stream.send(pb.UpdateWeightsRequest(begin=begin))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from kdmesh.rpc.weight_delivery import Delivery
 from kdmesh.rpc.weight_link import WeightLink, describe_weights
 from kdmesh.rpc.weight_offer import DoorOffer
 from kdmesh.rpc.weight_services import ROLLOUTS, ServedWeights, WeightService
+from kdmesh.tracing import spans
 from kdmesh.weights.bucket_memory import BucketMemory, bucket_memory
 from kdmesh.weights.buckets import MAX_BUCKET_BYTES, plan_buckets
 from kdmesh.weights.doors import DoorChoice
@@ -62,7 +64,7 @@ class WeightSender:
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        addresses: Sequence[str] | Callable[[], Collection[str]],
         *,
         service: WeightService = ROLLOUTS,
         job: str = "",
@@ -77,7 +79,8 @@ class WeightSender:
     ) -> None:
         """
         Args:
-            addresses: host:port of each server; at least one.
+            addresses: host:port of each server; at least one. Or what says where they are at any moment, where they
+                come and go; it is called on the background loop.
             service: what kind of server they are.
             job: whose weights are sent; empty: unnamed.
             bucket_bytes: size of a bucket; three are held.
@@ -94,7 +97,12 @@ class WeightSender:
         assert addresses
         if advertise:
             check_own_address(advertise)
-        self._addresses = tuple(addresses)
+        self._where: Callable[[], Collection[str]]
+        if isinstance(addresses, Sequence):
+            fixed = tuple(addresses)
+            self._where = lambda: fixed
+        else:
+            self._where = addresses
         self._service = service
         self._job = job
         self._access = access
@@ -126,16 +134,19 @@ class WeightSender:
         self.close()
 
     def describe(self) -> tuple[ServedWeights, ...]:
-        """What each server serves now, in the order of the addresses. Blocks until all have answered.
+        """What each server serves now, in the order of the addresses. Blocks until all have answered, or have gone.
 
         Raises:
             DeadlineExpired: one does not answer in time.
         """
         return self._loop.run(self._describe, Deadline.after(self._deadline_s))
 
-    def outdated(self, version: int) -> frozenset[str]:
-        """Addresses of the servers that answer now, and serve an older version. Blocks, shortly."""
-        return self._loop.run(self._outdated, version)
+    def outdated(self, version: int, *, among: Collection[str] = ()) -> frozenset[str]:
+        """Addresses of the servers, those `among` included, that answer now, and serve an older version.
+
+        Blocks, shortly.
+        """
+        return self._loop.run(self._outdated, version, among)
 
     def publish(
         self,
@@ -160,7 +171,7 @@ class WeightSender:
             policy: what becomes of samples under way.
             changes: to be added to `tensors`, which then are a base: it travels the first time, and to servers that
                 turn out not to hold it.
-            to: addresses of the servers that are to get it; None for all.
+            to: addresses of the servers that are to get it; None for all, those that come meanwhile included.
             needed: how many of them must serve it; None for all.
 
         Returns:
@@ -191,21 +202,19 @@ class WeightSender:
 
         is_known = adapter is not None and adapter.base == self._base
         short = update(factors) if is_known else None
-        addresses = self._addresses if to is None else tuple(to)
-        progress = _Progress(
-            update([*tensors, *factors]),
-            short,
-            addresses,
-            Deadline.after(self._deadline_s),
-            needed=len(addresses) if needed is None else needed,
-        )
+        deadline = Deadline.after(self._deadline_s)
+        progress = _Progress(update([*tensors, *factors]), short, to, deadline, needed=needed)
         while progress.is_unfinished:
+            began_s = time.time()
             delivery = self._loop.run(self._begin, progress)
             try:
                 self._send(delivery, progress.update, progress.deadline)
             finally:
                 self._loop.run(delivery.close)
             progress.note(delivery.links)
+            for link in delivery.links:
+                facts = {"address": link.address, "door": link.door.value}
+                spans.record("weights", begin_s=began_s, end_s=time.time(), is_taken=link.has_committed, **facts)
         left_behind = progress.report()
         self._base = None if adapter is None else adapter.base
         return left_behind
@@ -247,7 +256,7 @@ class WeightSender:
             if progress.attempts:
                 wait_s = self._policy.wait_s(progress.attempts - 1)
                 await asyncio.sleep(min(wait_s, progress.deadline.left_s))
-            progress.begin_attempt()
+            progress.begin_attempt(self._where())
             links = await asyncio.gather(*(self._try_link(progress, address) for address in tuple(progress.waiting)))
             if any(links):
                 return Delivery([link for link in links if link is not None], self._memory)
@@ -259,7 +268,7 @@ class WeightSender:
                 if address in progress.uncertain:
                     served = await describe_weights(address, self._service, self._access)
                     if served.version == progress.version:
-                        progress.waiting.pop(address)
+                        progress.served(address)
                         return None
                 manifest = progress.update.manifest
                 return await WeightLink.open(address, self._service, manifest, self._offer, access=self._access)
@@ -269,7 +278,7 @@ class WeightSender:
             progress.failed(address, error)
         return None
 
-    async def _outdated(self, version: int) -> frozenset[str]:
+    async def _outdated(self, version: int, among: Collection[str]) -> frozenset[str]:
         async def is_outdated(address: str) -> bool:
             try:
                 async with asyncio.timeout(_ANSWER_S):
@@ -277,22 +286,36 @@ class WeightSender:
             except (RpcError, TimeoutError):
                 return False
 
-        found = await asyncio.gather(*(is_outdated(address) for address in self._addresses))
-        return frozenset(address for address, is_old in zip(self._addresses, found, strict=True) if is_old)
+        asked = tuple(dict.fromkeys((*self._where(), *among)))
+        found = await asyncio.gather(*(is_outdated(address) for address in asked))
+        return frozenset(address for address, is_old in zip(asked, found, strict=True) if is_old)
 
     async def _describe(self, deadline: Deadline) -> tuple[ServedWeights, ...]:
-        return tuple(await asyncio.gather(*(self._describe_one(address, deadline) for address in self._addresses)))
+        for attempt in itertools.count():
+            described = await asyncio.gather(*(self._describe_one(address, deadline) for address in self._where()))
+            if served := tuple(one for one in described if one is not None):
+                return served
+            await self._pause(attempt, deadline, "all servers have gone, and none came")
+        raise AssertionError("count ends")
 
-    async def _describe_one(self, address: str, deadline: Deadline) -> ServedWeights:
+    async def _describe_one(self, address: str, deadline: Deadline) -> ServedWeights | None:
+        """None for a server that has gone."""
         for attempt in itertools.count():
             try:
                 return await describe_weights(address, self._service, self._access)
             except RpcError as error:
-                wait_s = self._policy.wait_s(attempt)
-                if wait_s > deadline.left_s:
-                    raise DeadlineExpired(f"{address} did not answer within {deadline.total_s} s: {error}") from None
-                await asyncio.sleep(wait_s)
+                if address not in self._where():
+                    return None
+                await self._pause(attempt, deadline, f"{address} did not answer", error)
         raise AssertionError("count ends")
+
+    async def _pause(self, attempt: int, deadline: Deadline, what: str, why: RpcError | None = None) -> None:
+        """Before the next attempt. Raises DeadlineExpired where there is no time for one."""
+        wait_s = self._policy.wait_s(attempt)
+        if wait_s > deadline.left_s:
+            reason = "" if why is None else f": {why}"
+            raise DeadlineExpired(f"{what} within {deadline.total_s} s{reason}") from None
+        await asyncio.sleep(wait_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,17 +339,25 @@ class _Progress:
     """
 
     def __init__(
-        self, whole: _Update, short: _Update | None, addresses: Sequence[str], deadline: Deadline, *, needed: int
+        self,
+        whole: _Update,
+        short: _Update | None,
+        to: Collection[str] | None,
+        deadline: Deadline,
+        *,
+        needed: int | None,
     ) -> None:
-        """`short` is tried once, first. `needed` servers must get it, the others are tried."""
+        """`short` is tried once, first. `needed` of those `to` must get it, the others are tried; None: all."""
         self.version = whole.manifest.version
         self.update = short or whole
         self._whole = whole
         self.deadline = deadline
-        self.waiting = dict.fromkeys(addresses)
+        self.waiting = dict.fromkeys(to or ())
         self.uncertain: set[str] = set()
         self.attempts = 0
-        self._left_over = len(addresses) - needed  # that many need not get it
+        self._is_for_all = to is None
+        self._needed = needed
+        self._settled: set[str] = set()  # they have it, or have refused it
         self._lacks_base = False  # a server that is there; it is to get the whole
         self._errors: dict[str, KdmeshError] = {}  # the last of each server
         self._refusals: list[tuple[str, KdmeshError]] = []
@@ -335,15 +366,21 @@ class _Progress:
     def is_unfinished(self) -> bool:
         """Whether something can still be done, and must be."""
         if not self.attempts:
-            return bool(self.waiting)
-        return (len(self.waiting) > self._left_over or self._lacks_base) and self.deadline.left_s > 0
+            return self._is_for_all or bool(self.waiting)
+        return (self._is_wanting or self._lacks_base) and self.deadline.left_s > 0
 
-    def begin_attempt(self) -> None:
-        """What did not work the first time is sent whole from then on."""
+    def begin_attempt(self, there: Collection[str]) -> None:
+        """What did not work the first time is sent whole from then on; `there` are all servers now."""
+        if self._is_for_all:
+            self.waiting = dict.fromkeys(address for address in there if address not in self._settled)
         if self.attempts:
             self.update = self._whole
             self._lacks_base = False
         self.attempts += 1
+
+    def served(self, address: str) -> None:
+        """A server has it."""
+        self._settle(address)
 
     def failed(self, address: str, error: KdmeshError) -> None:
         """A server did not take it."""
@@ -352,7 +389,7 @@ class _Progress:
         if not isinstance(error, _FINAL):
             return
         if self.update is self._whole:
-            self.waiting.pop(address)
+            self._settle(address)
             self._refusals.append((address, error))
         else:
             self._lacks_base = True
@@ -361,7 +398,7 @@ class _Progress:
         """A pass is over; a link without a failure has committed."""
         for link in links:
             if link.failure is None:
-                self.waiting.pop(link.address)
+                self._settle(link.address)
                 continue
             if link.has_sent_commit:
                 self.uncertain.add(link.address)
@@ -371,7 +408,18 @@ class _Progress:
         """Who was left behind; raise what keeps a server that is needed from serving the version, if any."""
         for address, error in self._refusals:
             raise type(error)(f"{address}: {error}")
-        if len(self.waiting) > self._left_over:
+        if self._is_wanting:
             late = "; ".join(f"{address}: {self._errors[address]}" for address in self.waiting)
-            raise DeadlineExpired(f"version {self.version} was not taken within {self.deadline.total_s} s by {late}")
+            raise DeadlineExpired(
+                f"version {self.version} was not taken within {self.deadline.total_s} s by {late or 'any server'}"
+            )
         return frozenset(self.waiting)
+
+    @property
+    def _is_wanting(self) -> bool:
+        """Whether servers that are needed have still to settle."""
+        return bool(self.waiting) if self._needed is None else len(self._settled) < self._needed
+
+    def _settle(self, address: str) -> None:
+        del self.waiting[address]
+        self._settled.add(address)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from kdmesh.errors import InvalidRequest, Unavailable
 from kdmesh.rpc import weight_codec
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.weight_source import BucketSource
+from kdmesh.tracing import spans
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
 from kdmesh.weights.target import WeightTarget
@@ -101,12 +103,25 @@ class WeightUpdates:
         manifest = weight_codec.manifest_from_wire(begin.begin)
         if manifest.policy not in self._policies:
             raise InvalidRequest(f"update policy {manifest.policy}; this server knows {', '.join(self._policies)}")
-        self._admit(caller_name() or manifest.job)
+        job = caller_name() or manifest.job
+        self._admit(job)
         self._versions.admit(manifest)
+        with spans.span("weight update", parent=begin.begin.traceparent, job=job, version=manifest.version):
+            async with aclosing(self._receive(begin.begin, requests)) as replies:
+                async for reply in replies:
+                    yield reply
+        log.info("weights replaced", extra={"version": self.version, "policy": manifest.policy.value})
+        yield pb.UpdateWeightsReply(weight_version=self.version)
+
+    async def _receive(
+        self, begin: pb.BeginUpdate, requests: AsyncIterator[pb.UpdateWeightsRequest]
+    ) -> AsyncGenerator[pb.UpdateWeightsReply, None]:
+        """The replies to all steps but the last; then it is committed."""
+        began_s = time.time()
         source: BucketSource | None = None
         try:
             await self._run(self._versions.begin)
-            source = await BucketSource.open(begin.begin, device=self._device, silence_s=self._silence_s)
+            source = await BucketSource.open(begin, device=self._device, silence_s=self._silence_s)
             yield self._took(source)
             while not (request := await self._next(requests, "join", "bucket", "commit")).HasField("commit"):
                 if request.HasField("join"):
@@ -118,15 +133,16 @@ class WeightUpdates:
                 with await source.read(request.bucket) as data:
                     await self._run(self._versions.write, entries, data)
                 yield pb.UpdateWeightsReply(weight_version=self.version)
-            await self._commit(await self._run(self._versions.verify))
+            spans.record("receive", begin_s=began_s, end_s=time.time(), door=source.door.value)
+            verified = await self._run(self._versions.verify)
+            with spans.span("commit"):
+                await self._commit(verified)
         finally:
             # In the thread, behind whatever it still does, so nothing is written after it. When cancelled, not awaited.
             ending = asyncio.wrap_future(self._thread.submit(self._versions.discard))
             if source is not None:
                 await source.close()
             await asyncio.shield(ending)
-        log.info("weights replaced", extra={"version": self.version, "policy": manifest.policy.value})
-        yield pb.UpdateWeightsReply(weight_version=self.version)
 
     def _took(self, source: BucketSource) -> pb.UpdateWeightsReply:
         return pb.UpdateWeightsReply(weight_version=self.version, door=weight_codec.door_to_wire(source.door))

@@ -195,6 +195,7 @@ class GenerateRequest(google.protobuf.message.Message):
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     IS_ABORT_FIELD_NUMBER: builtins.int
     IMAGES_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """Chosen by the client, unique among its unanswered requests on the stream."""
     num_samples: builtins.int
@@ -209,6 +210,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """Longest time until the last sample; 0 leaves it to the server."""
     is_abort: builtins.bool
     """Abort the request of this id instead of starting one; the other fields are ignored, and there is no reply to it."""
+    traceparent: builtins.str
+    """What the client does at this moment, as W3C Trace Context's traceparent, so that the server's spans belong to it;
+    empty where nothing is traced.
+    """
     @property
     def prompt_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The prompt; at least one id."""
@@ -234,9 +239,10 @@ class GenerateRequest(google.protobuf.message.Message):
         deadline_ms: builtins.int = ...,
         is_abort: builtins.bool = ...,
         images: collections.abc.Iterable[kdmesh.v1.common_pb2.PlacedImage] | None = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "sampling", b"sampling", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "architecture_fingerprint", b"architecture_fingerprint", "deadline_ms", b"deadline_ms", "images", b"images", "is_abort", b"is_abort", "min_weight_version", b"min_weight_version", "num_samples", b"num_samples", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "architecture_fingerprint", b"architecture_fingerprint", "deadline_ms", b"deadline_ms", "images", b"images", "is_abort", b"is_abort", "min_weight_version", b"min_weight_version", "num_samples", b"num_samples", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "seed", b"seed", "traceparent", b"traceparent"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___GenerateRequest: typing_extensions.TypeAlias = GenerateRequest

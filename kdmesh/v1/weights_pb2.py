@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from kdmesh.v1 import common_pb2 as kdmesh_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kdmesh/v1/weights.proto\x12\tkdmesh.v1\x1a\x16kdmesh/v1/common.proto\"J\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.kdmesh.v1.DType\">\n\rLowRankChange\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07scaling\x18\x03 \x01(\x01\"B\n\x07\x41\x64\x61pter\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\x0c\x12)\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x18.kdmesh.v1.LowRankChange\"\xa5\x02\n\x0b\x42\x65ginUpdate\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12 \n\x18\x61rchitecture_fingerprint\x18\x02 \x01(\t\x12&\n\x07tensors\x18\x03 \x03(\x0b\x32\x15.kdmesh.v1.TensorSpec\x12\'\n\x06policy\x18\x04 \x01(\x0e\x32\x17.kdmesh.v1.UpdatePolicy\x12\x15\n\rbroker_socket\x18\x05 \x01(\t\x12\x0f\n\x07session\x18\x06 \x01(\x0c\x12\x12\n\nnode_nonce\x18\x07 \x01(\x0c\x12$\n\x05\x64oors\x18\x08 \x03(\x0e\x32\x15.kdmesh.v1.WeightDoor\x12#\n\x07\x61\x64\x61pter\x18\t \x01(\x0b\x32\x12.kdmesh.v1.Adapter\x12\x0b\n\x03job\x18\n \x01(\t\"2\n\tJoinGroup\x12\x15\n\rstore_address\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"{\n\x0b\x42ucketEntry\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x1b\n\x13tensor_offset_bytes\x18\x02 \x01(\x04\x12\x1b\n\x13\x62ucket_offset_bytes\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\"\x8f\x01\n\x0cWeightBucket\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.kdmesh.v1.BucketEntry\x12#\n\x06handle\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.HandleH\x00\x12\x10\n\x06inline\x18\x03 \x01(\x0cH\x00\x12\x15\n\x0bgroup_bytes\x18\x04 \x01(\x04H\x00\x42\x08\n\x06source\"\x0e\n\x0c\x43ommitUpdate\"\xc3\x01\n\x14UpdateWeightsRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.kdmesh.v1.BeginUpdateH\x00\x12)\n\x06\x62ucket\x18\x02 \x01(\x0b\x32\x17.kdmesh.v1.WeightBucketH\x00\x12)\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x17.kdmesh.v1.CommitUpdateH\x00\x12$\n\x04join\x18\x04 \x01(\x0b\x32\x14.kdmesh.v1.JoinGroupH\x00\x42\x06\n\x04step\"W\n\x12UpdateWeightsReply\x12\x16\n\x0eweight_version\x18\x01 \x01(\x04\x12#\n\x04\x64oor\x18\x03 \x01(\x0e\x32\x15.kdmesh.v1.WeightDoorJ\x04\x08\x02\x10\x03*|\n\x0cUpdatePolicy\x12\x1d\n\x19UPDATE_POLICY_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_POLICY_FINISH\x10\x01\x12\x17\n\x13UPDATE_POLICY_ABORT\x10\x02\x12\x1a\n\x16UPDATE_POLICY_CONTINUE\x10\x03*\x8c\x01\n\nWeightDoor\x12\x1b\n\x17WEIGHT_DOOR_UNSPECIFIED\x10\x00\x12\x16\n\x12WEIGHT_DOOR_INLINE\x10\x01\x12\x1d\n\x19WEIGHT_DOOR_SHARED_MEMORY\x10\x02\x12\x14\n\x10WEIGHT_DOOR_GLOO\x10\x03\x12\x14\n\x10WEIGHT_DOOR_NCCL\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kdmesh/v1/weights.proto\x12\tkdmesh.v1\x1a\x16kdmesh/v1/common.proto\"J\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x1f\n\x05\x64type\x18\x03 \x01(\x0e\x32\x10.kdmesh.v1.DType\">\n\rLowRankChange\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0f\n\x07scaling\x18\x03 \x01(\x01\"B\n\x07\x41\x64\x61pter\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\x0c\x12)\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x18.kdmesh.v1.LowRankChange\"\xba\x02\n\x0b\x42\x65ginUpdate\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12 \n\x18\x61rchitecture_fingerprint\x18\x02 \x01(\t\x12&\n\x07tensors\x18\x03 \x03(\x0b\x32\x15.kdmesh.v1.TensorSpec\x12\'\n\x06policy\x18\x04 \x01(\x0e\x32\x17.kdmesh.v1.UpdatePolicy\x12\x15\n\rbroker_socket\x18\x05 \x01(\t\x12\x0f\n\x07session\x18\x06 \x01(\x0c\x12\x12\n\nnode_nonce\x18\x07 \x01(\x0c\x12$\n\x05\x64oors\x18\x08 \x03(\x0e\x32\x15.kdmesh.v1.WeightDoor\x12#\n\x07\x61\x64\x61pter\x18\t \x01(\x0b\x32\x12.kdmesh.v1.Adapter\x12\x0b\n\x03job\x18\n \x01(\t\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\"2\n\tJoinGroup\x12\x15\n\rstore_address\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"{\n\x0b\x42ucketEntry\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x1b\n\x13tensor_offset_bytes\x18\x02 \x01(\x04\x12\x1b\n\x13\x62ucket_offset_bytes\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\"\x8f\x01\n\x0cWeightBucket\x12\'\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x16.kdmesh.v1.BucketEntry\x12#\n\x06handle\x18\x02 \x01(\x0b\x32\x11.kdmesh.v1.HandleH\x00\x12\x10\n\x06inline\x18\x03 \x01(\x0cH\x00\x12\x15\n\x0bgroup_bytes\x18\x04 \x01(\x04H\x00\x42\x08\n\x06source\"\x0e\n\x0c\x43ommitUpdate\"\xc3\x01\n\x14UpdateWeightsRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.kdmesh.v1.BeginUpdateH\x00\x12)\n\x06\x62ucket\x18\x02 \x01(\x0b\x32\x17.kdmesh.v1.WeightBucketH\x00\x12)\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x17.kdmesh.v1.CommitUpdateH\x00\x12$\n\x04join\x18\x04 \x01(\x0b\x32\x14.kdmesh.v1.JoinGroupH\x00\x42\x06\n\x04step\"W\n\x12UpdateWeightsReply\x12\x16\n\x0eweight_version\x18\x01 \x01(\x04\x12#\n\x04\x64oor\x18\x03 \x01(\x0e\x32\x15.kdmesh.v1.WeightDoorJ\x04\x08\x02\x10\x03*|\n\x0cUpdatePolicy\x12\x1d\n\x19UPDATE_POLICY_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_POLICY_FINISH\x10\x01\x12\x17\n\x13UPDATE_POLICY_ABORT\x10\x02\x12\x1a\n\x16UPDATE_POLICY_CONTINUE\x10\x03*\x8c\x01\n\nWeightDoor\x12\x1b\n\x17WEIGHT_DOOR_UNSPECIFIED\x10\x00\x12\x16\n\x12WEIGHT_DOOR_INLINE\x10\x01\x12\x1d\n\x19WEIGHT_DOOR_SHARED_MEMORY\x10\x02\x12\x14\n\x10WEIGHT_DOOR_GLOO\x10\x03\x12\x14\n\x10WEIGHT_DOOR_NCCL\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kdmesh.v1.weights_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPDATEPOLICY']._serialized_start=1192
-  _globals['_UPDATEPOLICY']._serialized_end=1316
-  _globals['_WEIGHTDOOR']._serialized_start=1319
-  _globals['_WEIGHTDOOR']._serialized_end=1459
+  _globals['_UPDATEPOLICY']._serialized_start=1213
+  _globals['_UPDATEPOLICY']._serialized_end=1337
+  _globals['_WEIGHTDOOR']._serialized_start=1340
+  _globals['_WEIGHTDOOR']._serialized_end=1480
   _globals['_TENSORSPEC']._serialized_start=62
   _globals['_TENSORSPEC']._serialized_end=136
   _globals['_LOWRANKCHANGE']._serialized_start=138
@@ -43,17 +43,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADAPTER']._serialized_start=202
   _globals['_ADAPTER']._serialized_end=268
   _globals['_BEGINUPDATE']._serialized_start=271
-  _globals['_BEGINUPDATE']._serialized_end=564
-  _globals['_JOINGROUP']._serialized_start=566
-  _globals['_JOINGROUP']._serialized_end=616
-  _globals['_BUCKETENTRY']._serialized_start=618
-  _globals['_BUCKETENTRY']._serialized_end=741
-  _globals['_WEIGHTBUCKET']._serialized_start=744
-  _globals['_WEIGHTBUCKET']._serialized_end=887
-  _globals['_COMMITUPDATE']._serialized_start=889
-  _globals['_COMMITUPDATE']._serialized_end=903
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=906
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=1101
-  _globals['_UPDATEWEIGHTSREPLY']._serialized_start=1103
-  _globals['_UPDATEWEIGHTSREPLY']._serialized_end=1190
+  _globals['_BEGINUPDATE']._serialized_end=585
+  _globals['_JOINGROUP']._serialized_start=587
+  _globals['_JOINGROUP']._serialized_end=637
+  _globals['_BUCKETENTRY']._serialized_start=639
+  _globals['_BUCKETENTRY']._serialized_end=762
+  _globals['_WEIGHTBUCKET']._serialized_start=765
+  _globals['_WEIGHTBUCKET']._serialized_end=908
+  _globals['_COMMITUPDATE']._serialized_start=910
+  _globals['_COMMITUPDATE']._serialized_end=924
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=927
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=1122
+  _globals['_UPDATEWEIGHTSREPLY']._serialized_start=1124
+  _globals['_UPDATEWEIGHTSREPLY']._serialized_end=1211
 # @@protoc_insertion_point(module_scope)

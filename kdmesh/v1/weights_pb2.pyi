@@ -189,6 +189,7 @@ class BeginUpdate(google.protobuf.message.Message):
     DOORS_FIELD_NUMBER: builtins.int
     ADAPTER_FIELD_NUMBER: builtins.int
     JOB_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     version: builtins.int
     """Number of the new weights; above the one served."""
     architecture_fingerprint: builtins.str
@@ -205,6 +206,10 @@ class BeginUpdate(google.protobuf.message.Message):
     """
     job: builtins.str
     """Name of the job whose weights they are; may be empty. A server that knows who calls takes that name instead."""
+    traceparent: builtins.str
+    """What the sender does at this moment, as W3C Trace Context's traceparent, so that the server's spans belong to it;
+    empty where nothing is traced.
+    """
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Every tensor that will come, once each; tied ones under one of their names. They are all of the
@@ -235,9 +240,10 @@ class BeginUpdate(google.protobuf.message.Message):
         doors: collections.abc.Iterable[Global___WeightDoor.ValueType] | None = ...,
         adapter: Global___Adapter | None = ...,
         job: builtins.str = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "architecture_fingerprint", b"architecture_fingerprint", "broker_socket", b"broker_socket", "doors", b"doors", "job", b"job", "node_nonce", b"node_nonce", "policy", b"policy", "session", b"session", "tensors", b"tensors", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "architecture_fingerprint", b"architecture_fingerprint", "broker_socket", b"broker_socket", "doors", b"doors", "job", b"job", "node_nonce", b"node_nonce", "policy", b"policy", "session", b"session", "tensors", b"tensors", "traceparent", b"traceparent", "version", b"version"]) -> None: ...
 
 Global___BeginUpdate: typing_extensions.TypeAlias = BeginUpdate
 

@@ -41,7 +41,7 @@ async def test_a_job_that_was_never_let_in_is_told_at_once(tmp_path: Path) -> No
             with pytest.raises(kind):
                 await teachers.start(Deadline.after(60))
             await teachers.close()
-        rollouts = RolloutFleet([rollout.addresses.grpc], job="label", architecture_fingerprint="")
+        rollouts = RolloutFleet(Discovery([rollout.addresses.grpc]), job="label", architecture_fingerprint="")
         with pytest.raises(Unauthenticated):
             await rollouts.start(Deadline.after(60))
         await rollouts.close()

@@ -1,4 +1,4 @@
-"""Traces: what a step asks for is followed into the teacher's process, and nothing is sent unless somebody wants it."""
+"""Traces: what a step asks for is followed into the servers, and nothing is sent unless somebody wants it."""
 
 from __future__ import annotations
 
@@ -6,66 +6,24 @@ import json
 import logging
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from kdmesh import log
 from kdmesh.errors import ConfigError
+from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.tracing.config import TracingConfig
 from kdmesh.tracing.spans import current, span, tracing
+from kdmesh.types import Sampling
+from tests.contract.test_rollout_weights import FINGERPRINT, weights
+from tests.support.rollout_samples import prompt
+from tests.support.rollout_server import rollout_process
 from tests.support.teacher_process import teacher_process
 from tests.support.teacher_requests import sequence
-
-
-class Collector:
-    """Takes OTLP over HTTP."""
-
-    def __init__(self, port: int) -> None:
-        self.config = TracingConfig(endpoint=f"http://127.0.0.1:{port}/v1/traces")
-        self._spans: list[tuple[str, Span]] = []
-
-    def take(self, body: bytes) -> None:
-        """Remember what came."""
-        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            names = {each.key: each.value.string_value for each in resource.resource.attributes}
-            found = (one for scope in resource.scope_spans for one in scope.spans)
-            self._spans += [(names["service.name"], one) for one in found]
-
-    def all(self) -> dict[tuple[str, str], Span]:
-        """By service and name; the last of each."""
-        return {(service, one.name): one for service, one in self._spans}
-
-
-@contextmanager
-def collecting() -> Iterator[Collector]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            assert self.path == "/v1/traces"
-            collector.take(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    collector = Collector(server.server_port)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield collector
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+from tests.support.trace_collector import collecting
 
 
 def test_what_a_step_asks_for_is_followed_into_the_teacher(tmp_path: Path) -> None:
@@ -97,6 +55,46 @@ def test_what_a_step_asks_for_is_followed_into_the_teacher(tmp_path: Path) -> No
     assert facts["job"].string_value == "traced"
     assert facts["request_id"].int_value == 1
     assert {each.key: each.value.string_value for each in handle.attributes}["door"] == "shm"
+
+
+def test_samples_and_new_weights_of_a_step_are_followed_into_the_rollout_server(tmp_path: Path) -> None:
+    with collecting() as collector:
+        own = {"endpoint": collector.config.endpoint}
+        with (
+            rollout_process(tmp_path, engine={"seconds_per_step": 0.01}, tracing=own) as server,
+            RolloutPool([server.grpc], job="traced", deadline_s=20) as pool,
+            WeightSender([server.grpc], bucket_bytes=2**20, job="traced", deadline_s=20) as sender,
+        ):
+            with tracing("trainer", collector.config), span("step", step=3):
+                with span("publish"):
+                    sender.publish(1, FINGERPRINT, weights(1)[0])
+                pool.submit(prompt(), Sampling(max_new_tokens=6), num_samples=3, seed=0, min_weight_version=1).wait()
+            pool.submit(prompt(), Sampling(max_new_tokens=6), num_samples=1, seed=0).wait()  # traced nowhere
+            server.signal(signal.SIGTERM)
+            assert server.process.wait(20) == 0
+        spans = collector.all()
+    step, publish, sent, samples = (spans["kdmesh-trainer", name] for name in ("step", "publish", "weights", "samples"))
+    update, receive, commit, request, queue, decode = (
+        spans["kdmesh-rollout", name]
+        for name in ("weight update", "receive", "commit", "generate request", "queue", "decode")
+    )
+    assert len(spans) == 10
+    assert {one.trace_id for one in spans.values()} == {step.trace_id}
+    assert {sent.parent_span_id, update.parent_span_id} == {publish.span_id}
+    assert {receive.parent_span_id, commit.parent_span_id} == {update.span_id}
+    assert (samples.parent_span_id, request.parent_span_id) == (step.span_id, samples.span_id)
+    assert {queue.parent_span_id, decode.parent_span_id} == {request.span_id}
+    assert receive.end_time_unix_nano <= commit.start_time_unix_nano <= update.end_time_unix_nano
+    assert queue.end_time_unix_nano == decode.start_time_unix_nano
+    assert decode.end_time_unix_nano - decode.start_time_unix_nano >= 6 * 0.01e9
+    facts = {each.key: each.value for one in (sent, update, request, decode) for each in one.attributes}
+    assert facts["address"].string_value == server.grpc
+    assert facts["door"].string_value == "shm"
+    assert facts["is_taken"].bool_value
+    assert facts["version"].int_value == 1
+    assert facts["job"].string_value == "traced"
+    assert facts["samples"].int_value == 3
+    assert facts["tokens"].int_value == 18
 
 
 def test_steps_that_are_not_sampled_are_not_traced_anywhere() -> None:

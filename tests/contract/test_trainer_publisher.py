@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from collections.abc import Collection
 from dataclasses import replace
@@ -190,7 +191,7 @@ class _FailingSender:
     def describe(self) -> tuple[ServedWeights, ...]:
         return (ServedWeights(address="a", version=7, dtype=DType.BFLOAT16, architecture_fingerprint=""),)
 
-    def outdated(self, version: int) -> frozenset[str]:
+    def outdated(self, version: int, *, among: Collection[str] = ()) -> frozenset[str]:
         return frozenset()
 
     def publish(
@@ -208,6 +209,31 @@ class _FailingSender:
             for spec, make in tensors[:2]:
                 assert make().shape == spec.shape
         raise DeadlineExpired(f"version {version} was not taken")
+
+
+class _NotingSender(_FailingSender):
+    """Takes everything, and knows under which numbers."""
+
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+
+    def publish(self, version: int, *arguments: object, **options: object) -> frozenset[str]:
+        self.versions.append(version)
+        return frozenset()
+
+
+@pytest.mark.parametrize("come_and_go", [False, True])
+def test_numbers_are_above_those_of_servers_that_may_come_later(come_and_go: bool, tiny_models: TinyModels) -> None:
+    """Where none comes, they go on from the highest there is."""
+    sender, before_ms = _NotingSender(), time.time_ns() // 10**6
+    with joined("cpu", longest_wait_s=60) as mesh:
+        student = build_student(tiny_models.path(), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+        publisher = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh, come_and_go=come_and_go)
+        for step in range(2):
+            publisher.publish(version=step)
+    first, second = sender.versions
+    assert second == first + 1
+    assert first > before_ms if come_and_go else first == 8
 
 
 class _MixedSender(_FailingSender):

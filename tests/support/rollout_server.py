@@ -30,7 +30,7 @@ def rollout_config(**sections: dict[str, Any]) -> RolloutConfig:
         "jobs": {},
     }
     for name, keys in sections.items():
-        tree[name] |= keys
+        tree[name] = tree.get(name, {}) | keys
     return RolloutConfig.model_validate(tree)
 
 

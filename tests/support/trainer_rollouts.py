@@ -38,12 +38,12 @@ class LocalStudent:
     def publish(self, *, version: int) -> None:
         """Have the student as it is now. What is being sampled is finished first."""
         self._newest += 1
-        self.catch_up()
+        self.catch_up(())
         self.published.append((self.version, version))
 
     behind: frozenset[str] = frozenset()
 
-    def catch_up(self) -> None:
+    def catch_up(self, among: Collection[str]) -> None:
         """Have the student under the same number as before."""
         assert self._student is not None
         release(self._student)
@@ -131,6 +131,10 @@ class FastRollouts:
     def note_weights(self, version: int, *, behind: Collection[str]) -> None:
         """Remember."""
         self.noted.append(version)
+
+    def outdated(self) -> frozenset[str]:
+        """No server is known by an address."""
+        return frozenset()
 
     def submit(
         self,

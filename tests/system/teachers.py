@@ -56,7 +56,7 @@ class Teacher:
             "jobs": {},
         }
         for name, keys in sections.items():
-            tree[name] |= keys
+            tree[name] = tree.get(name, {}) | keys
         directory.mkdir(parents=True)
         (directory / "teacher.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
         self.process: Process

@@ -17,6 +17,7 @@ from kdmesh.errors import ConfigError
 from kdmesh_rollout.config import RolloutServerConfig
 from kdmesh_teacher.config import ServerConfig, TeacherConfig
 from kdmesh_trainer.config import TeacherConfig as TrainersTeacher
+from kdmesh_trainer.rollouts_config import RolloutsConfig
 
 TOKENS = {"tokens": "tokens.yaml"}
 TLS = {"cert": "a.crt", "key": "a.key"}
@@ -154,6 +155,9 @@ def test_servers_that_are_found_by_name_are_known_by_one() -> None:
     with pytest.raises(ValidationError, match="tls needs server_name"):
         TrainersTeacher.model_validate(section)
     TrainersTeacher.model_validate({**section, "access": {"tls": {"server_name": "teachers.example"}}})
+    with pytest.raises(ValidationError, match="tls needs server_name"):
+        RolloutsConfig.model_validate(section)
+    RolloutsConfig.model_validate({**section, "access": {"tls": {"server_name": "teachers.example"}}})
 
 
 @pytest.mark.parametrize(

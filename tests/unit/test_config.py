@@ -131,6 +131,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("teacher: {addresses: ['k8s:///a.b.c:grpc']}", "is not of the form k8s:///service:port or k8s:///service.nam"),
         ("teacher: {addresses: ['dns:///teachers']}", "'dns:///teachers' is not of the form dns:///name:port"),
         ("teacher: {addresses: ['dns:///a:1'], follows_student: {}}", "needs every address as host:port"),
+        ("source: {kind: on_policy, rollouts: {addresses: ['dns:///a']}}", "'dns:///a' is not of the form dns:///na"),
         (
             "data: {train: {format: custom, target: 'a:b'}, teacher_context: {kind: messages}}",
             "teacher_context messages needs files",

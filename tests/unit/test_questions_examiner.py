@@ -69,6 +69,9 @@ class Server:
     def note_weights(self, version: int, *, behind: Collection[str]) -> None:
         self.noted.append((version, tuple(behind)))
 
+    def outdated(self) -> frozenset[str]:
+        return frozenset()
+
     def submit(
         self,
         prompt_ids: Int32Array,
@@ -110,7 +113,7 @@ class Weights:
         self.brought.append(done)
         return VERSION
 
-    def bring_again(self) -> None:
+    def bring_again(self, among: Collection[str]) -> None:
         self.again += 1
 
 
@@ -214,8 +217,8 @@ class Publisher:
     def publish(self, *, version: int) -> None:
         self.published.append(version)
 
-    def catch_up(self) -> None:
-        self.caught_up += 1
+    def catch_up(self, among: Collection[str]) -> None:
+        self.caught_up += len(among)
 
     def weight_version(self, version: int) -> int:
         return 100 + version
@@ -229,7 +232,7 @@ def test_a_run_that_samples_has_published_its_student_and_another_does_it_for_th
         noted = (103, ("away:1",))
         assert publisher.published == ([] if are_published else [3])
         assert server.noted == ([] if are_published else [noted])
-        weights.bring_again()
+        weights.bring_again({"back:1"})
         assert publisher.caught_up == 1
         assert server.noted[-1] == noted
 

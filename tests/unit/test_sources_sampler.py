@@ -46,6 +46,9 @@ class Answers:
     def note_weights(self, version: int, *, behind: Collection[str]) -> None:
         """Nothing depends on it."""
 
+    def outdated(self) -> frozenset[str]:
+        return frozenset({"b", "a"})
+
     def submit(
         self,
         prompt_ids: Int32Array,
@@ -151,7 +154,7 @@ def test_a_server_that_came_back_is_told_of_and_nothing_is_asked_twice() -> None
     alone = sampler(service)
     alone.ask(0, min_weight_version=3)
     share = alone.collect(0)
-    assert (share.is_whole, share.refusal, share.lengths) == (False, "", ())
+    assert (share.is_whole, share.refusal, share.lengths, share.outdated) == (False, "", (), ("a", "b"))
     alone.ask_again(0)
     assert service.asked == 5
     assert alone.collect(0).is_whole  # another rank may have had nothing

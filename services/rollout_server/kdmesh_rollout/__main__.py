@@ -24,6 +24,7 @@ def main() -> None:
 
 def run(config: RolloutConfig, thread: EngineThread, on_ready: Callable[[Addresses], None]) -> None:
     """Serve until a signal comes. Blocks."""
+    from kdmesh.tracing.spans import tracing
     from kdmesh_rollout.build import build_engine
     from kdmesh_rollout.lifecycle import serve
 
@@ -32,7 +33,8 @@ def run(config: RolloutConfig, thread: EngineThread, on_ready: Callable[[Address
     async def until_stopped() -> None:
         await serve(config, engine, thread, stop=command.stop_on_signals(), on_ready=on_ready)
 
-    asyncio.run(until_stopped())
+    with tracing("rollout", config.tracing):
+        asyncio.run(until_stopped())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
 from kdmesh.serving.images_config import ImagesConfig
 from kdmesh.serving.job_config import JobTerms
+from kdmesh.tracing.config import TracingConfig
 from kdmesh_rollout.sglang_config import SglangEngine
 
 
@@ -120,3 +121,6 @@ class RolloutConfig(StrictModel):
 
     images: ImagesConfig = ImagesConfig()
     """Images in prompts, where the model reads them."""
+
+    tracing: TracingConfig | None = None
+    """Where traces of requests and of new weights go whose steps are traced; null: nowhere."""

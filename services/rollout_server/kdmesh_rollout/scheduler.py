@@ -198,6 +198,7 @@ class Scheduler:
 
     def _start(self, work: Work) -> Order:
         self._running[work.order.key] = work
+        work.answers.begin()
         self._metrics.sample_started(work.job, waited_s=time.monotonic() - work.arrived_s)
         return work.order
 

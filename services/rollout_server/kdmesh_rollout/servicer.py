@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_table import check_name
 from kdmesh.serving.outstanding import Outstanding
+from kdmesh.tracing import spans
 from kdmesh.v1 import common_pb2, weights_pb2
 from kdmesh.v1 import rollout_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutServicer
@@ -100,8 +102,9 @@ class Servicer(RolloutServicer):
 class _Open:
     """A request without an answer."""
 
-    answers: Answers | None = None  # once it has begun
+    answers: Answers | None = None  # once it waits for the engine
     is_aborted: bool = False
+    num_tokens: int = 0  # of the samples that have come
 
 
 class _Generation:
@@ -134,7 +137,7 @@ class _Generation:
         """Send the samples as they come, or the reason why no more do."""
         outcome = "cancelled"
         try:
-            await self._send_samples(request, opened, max_request_s)
+            await self._traced(request, opened, max_request_s)
             outcome = "aborted" if opened.is_aborted else "ok"
         except ImagesMissing as error:
             outcome = ImagesMissing.__name__
@@ -150,6 +153,24 @@ class _Generation:
                 del self._open[request.request_id]
             self._metrics.request_done(self._job, outcome)
 
+    async def _traced(self, request: pb.GenerateRequest, opened: _Open, max_request_s: float) -> None:
+        """Send the samples, with spans of what they waited for."""
+        with spans.span(
+            "generate request",
+            parent=request.traceparent,
+            job=self._job,
+            request_id=request.request_id,
+            samples=request.num_samples,
+        ):
+            arrived_s = time.time()
+            try:
+                await self._send_samples(request, opened, max_request_s)
+            finally:
+                began_s = None if opened.answers is None else opened.answers.began_s
+                spans.record("queue", begin_s=arrived_s, end_s=began_s or time.time())
+                if began_s is not None:
+                    spans.record("decode", begin_s=began_s, end_s=time.time(), tokens=opened.num_tokens)
+
     async def _send_samples(self, request: pb.GenerateRequest, opened: _Open, max_request_s: float) -> None:
         parts = self._gate.parts_for_new_work()
         wanted = self._checked(request, parts)
@@ -159,6 +180,7 @@ class _Generation:
             async for index, sample in answers:
                 if opened.is_aborted:
                     return
+                opened.num_tokens += sample.num_tokens
                 message = rollout_codec.sample_to_wire(index, sample, wanted.prompt_ids, wanted.images)
                 await self._replies.write(pb.GenerateReply(request_id=request.request_id, sample=message))
 

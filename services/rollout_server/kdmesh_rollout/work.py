@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -25,11 +26,21 @@ class SampleRequest:
 
 
 class Answers:
-    """The samples of one request as they come, until the last, a failure, or an abort."""
+    """The samples of one request as they come, until the last, a failure, or an abort.
+
+    Attributes:
+        began_s: when the engine began the first of them, in Unix time; None until then.
+    """
 
     def __init__(self, num_samples: int) -> None:
+        self.began_s: float | None = None
         self._left = num_samples
         self._outcomes: asyncio.Queue[tuple[int, Sample] | RpcError | None] = asyncio.Queue()
+
+    def begin(self) -> None:
+        """The engine begins one of them."""
+        if self.began_s is None:
+            self.began_s = time.time()
 
     def give(self, index: int, sample: Sample) -> None:
         """Sample number `index` has finished."""

@@ -52,8 +52,9 @@ def open_rollouts(cfg: TrainerConfig, student: Student, mesh: Mesh, stack: ExitS
     pool = stack.enter_context(
         open_pool(key, rollouts, job=job_name(cfg), architecture_fingerprint=student.architecture_fingerprint())
     )
-    sender = stack.enter_context(_weight_sender(rollouts, student, mesh)) if mesh.is_first else None
-    return Rollouts(pool=pool, publisher=StudentPublisher(student, sender, policy=policy, mesh=mesh, needed=1))
+    sender = stack.enter_context(_weight_sender(rollouts, pool, student, mesh)) if mesh.is_first else None
+    publisher = StudentPublisher(student, sender, policy=policy, mesh=mesh, needed=1, come_and_go=rollouts.has_names)
+    return Rollouts(pool=pool, publisher=publisher)
 
 
 def open_pool(key: str, rollouts: RolloutsConfig, *, job: str, architecture_fingerprint: str = "") -> RolloutPool:
@@ -86,9 +87,9 @@ def job_name(cfg: TrainerConfig) -> str:
     return cfg.output.resolve().name
 
 
-def _weight_sender(rollouts: RolloutsConfig, student: Student, mesh: Mesh) -> WeightSender:
+def _weight_sender(rollouts: RolloutsConfig, pool: RolloutPool, student: Student, mesh: Mesh) -> WeightSender:
     return WeightSender(
-        rollouts.addresses,
+        pool.addresses if rollouts.has_names else rollouts.addresses,
         bucket_bytes=bucket_size(student.size_bytes),
         door=rollouts.door,
         advertise=rollouts.advertise,

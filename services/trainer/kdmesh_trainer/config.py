@@ -19,7 +19,7 @@ from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
 from kdmesh_trainer.parallel_config import ParallelConfig, refuse_unfit_context, refuse_unfit_head
 from kdmesh_trainer.profile_config import ProfileConfig
 from kdmesh_trainer.questions_config import refuse_unasked_questions
-from kdmesh_trainer.replicas_config import ReplicatedConfig
+from kdmesh_trainer.replicas_config import ReplicatedConfig, check_can_be_known
 from kdmesh_trainer.rollouts_config import RolloutsConfig, SamplingConfig, SendingConfig
 from kdmesh_trainer.schedule_config import CheckpointConfig, EvaluationConfig
 from kdmesh_trainer.student_config import StudentConfig
@@ -62,11 +62,7 @@ class TeacherConfig(ReplicatedConfig):
     def _all_can_be_told(self) -> TeacherConfig:
         if self.follows_student is not None and self.has_names:
             raise ValueError("follows_student needs every address as host:port: new weights go to each of them")
-        if self.has_names and self.access.tls is not None and self.access.tls.server_name is None:
-            raise ValueError(
-                "access.tls needs server_name with dns:/// and k8s:/// addresses: servers are reached by the numbers "
-                "that a name stands for, which their certificates do not have"
-            )
+        check_can_be_known(self.access, self.addresses)
         return self
 
 

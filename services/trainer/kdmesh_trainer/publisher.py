@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,8 +36,11 @@ class Sender(Protocol):
         """What each server serves now. Blocks."""
         ...
 
-    def outdated(self, version: int) -> frozenset[str]:
-        """Addresses of the servers that answer now, and serve an older version. Blocks, shortly."""
+    def outdated(self, version: int, *, among: Collection[str] = ()) -> frozenset[str]:
+        """Addresses of the servers, those `among` included, that answer now, and serve an older version.
+
+        Blocks, shortly.
+        """
         ...
 
     def publish(
@@ -80,6 +84,7 @@ class StudentPublisher:
         mesh: Mesh,
         weights: Mapping[str, StudentWeight] | None = None,
         needed: int | None = None,
+        come_and_go: bool = False,
     ) -> None:
         """
         Args:
@@ -89,6 +94,7 @@ class StudentPublisher:
             weights: what is sent in place of the student's own, under the same names; None: the student's own.
             needed: how many servers must take each version, the others being left behind if they are not there; None:
                 all of them.
+            come_and_go: servers may come later that have served another job.
 
         Raises:
             ConfigError: a tensor of the student is not of floating point, so that it cannot be sent.
@@ -98,6 +104,7 @@ class StudentPublisher:
         self._sender = sender
         self._policy = policy
         self._needed = needed
+        self._come_and_go = come_and_go
         self._mesh = mesh
         self._fingerprint = student.architecture_fingerprint()
         self._weights_by_name = without_aliases(student.weights()) if weights is None else weights
@@ -129,14 +136,17 @@ class StudentPublisher:
         self._steps_done = version
         log.info("weights published", extra={"steps_done": version, "weight_version": self._weight_version})
 
-    def catch_up(self) -> None:
+    def catch_up(self, among: Collection[str]) -> None:
         """Bring what was published last, which the student must still be, to servers that lack it. Collective.
+
+        Args:
+            among: addresses of servers that were found to lack it, of which the sender may not know yet.
 
         Raises:
             KdmeshError: as WeightSender.publish says, but for servers that are not there; on every rank.
         """
         release(self._student)
-        outdated = self._mesh.on_first(self._look_for_outdated)
+        outdated = self._mesh.on_first(lambda: self._look_for_outdated(among))
         self._bring(to=outdated, needed=0)
         log.info("weights published again", extra={"to": sorted(outdated), "weight_version": self._weight_version})
 
@@ -160,11 +170,15 @@ class StudentPublisher:
             differing = ", ".join(f"{weights.dtype} at {weights.address}" for weights in served)
             raise ModelMismatch(f"the servers' weights have several element types: {differing}")
         self._weight_version = max(weights.version for weights in served)
+        if self._come_and_go:
+            # What another job has left on a server that comes later must have a lower number, so that it is neither
+            # taken for this job's nor in the way of it. No job publishes once in a millisecond.
+            self._weight_version = max(self._weight_version, time.time_ns() // 10**6)
         return served[0].dtype
 
-    def _look_for_outdated(self) -> frozenset[str]:
+    def _look_for_outdated(self, among: Collection[str]) -> frozenset[str]:
         assert self._sender is not None
-        return self._sender.outdated(self._weight_version)
+        return self._sender.outdated(self._weight_version, among=among)
 
     def _send(self, to: Collection[str] | None, needed: int | None) -> frozenset[str] | KdmeshError:
         """Who was left behind, or what kept a server from taking it."""

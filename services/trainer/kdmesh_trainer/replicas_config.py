@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 
 _NAME = re.compile(r"dns:///[^:/\s]+:[0-9]+")
@@ -19,6 +21,24 @@ def _address(value: str) -> str:
     if value.startswith("k8s:") and not _SERVICE.fullmatch(value):
         raise ValueError(f"{value!r} is not of the form k8s:///service:port or k8s:///service.namespace:port")
     return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+"""host:port of one server, or a name of several."""
+
+
+def are_named(addresses: Sequence[str]) -> bool:
+    """Whether servers may come and go."""
+    return any(address.startswith(("dns:", "k8s:")) for address in addresses)
+
+
+def check_can_be_known(access: AccessConfig, addresses: Sequence[str]) -> None:
+    """Raises ValueError for servers found by name that TLS could not know."""
+    if are_named(addresses) and access.tls is not None and access.tls.server_name is None:
+        raise ValueError(
+            "access.tls needs server_name with dns:/// and k8s:/// addresses: servers are reached by the numbers "
+            "that a name stands for, which their certificates do not have"
+        )
 
 
 class RoutingConfig(StrictModel):
@@ -34,7 +54,7 @@ class RoutingConfig(StrictModel):
 class ReplicatedConfig(StrictModel):
     """Servers of one model."""
 
-    addresses: tuple[Annotated[str, AfterValidator(_address)], ...] = ()
+    addresses: tuple[Address, ...] = ()
     """host:port of each replica of one model; dns:///name:port for all that a name resolves to, looked up again while
     the job runs; k8s:///service.namespace:port for all that are ready behind a service of the job's Kubernetes
     cluster. `kdmesh train --serve` fills it in."""
@@ -45,4 +65,4 @@ class ReplicatedConfig(StrictModel):
     @property
     def has_names(self) -> bool:
         """Whether servers may come and go."""
-        return any(address.startswith(("dns:", "k8s:")) for address in self.addresses)
+        return are_named(self.addresses)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
+from kdmesh_trainer.replicas_config import Address, are_named, check_can_be_known
 
 
 class SendingConfig(StrictModel):
@@ -25,14 +26,25 @@ class SendingConfig(StrictModel):
 class RolloutsConfig(SendingConfig):
     """The rollout servers that sample for this job alone, since they serve its student."""
 
-    addresses: tuple[str, ...] = ()
-    """host:port of each. `kdmesh train --serve-rollout` fills it in."""
+    addresses: tuple[Address, ...] = ()
+    """host:port of each; or dns:/// and k8s:/// names, as teachers have them, of servers that may come and go.
+    `kdmesh train --serve-rollout` fills it in."""
 
     access: AccessConfig = AccessConfig()
     """How this job gets in; it must be an operator there, since it brings new weights."""
 
     deadline_s: float = Field(600.0, gt=0)
     """Longest wait for one prompt's samples, or for a server to take new weights, restarts included."""
+
+    @property
+    def has_names(self) -> bool:
+        """Whether servers may come and go."""
+        return are_named(self.addresses)
+
+    @model_validator(mode="after")
+    def _can_be_known(self) -> RolloutsConfig:
+        check_can_be_known(self.access, self.addresses)
+        return self
 
 
 class SamplingConfig(StrictModel):

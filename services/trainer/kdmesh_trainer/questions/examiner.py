@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from kdmesh.errors import ModelMismatch
@@ -40,8 +40,8 @@ class AskedWeights(Protocol):
         """
         ...
 
-    def bring_again(self) -> None:
-        """The same to servers that came back without. Collective."""
+    def bring_again(self, among: Collection[str]) -> None:
+        """The same to servers that came back without, those `among` included. Collective."""
         ...
 
 
@@ -67,9 +67,9 @@ class StudentWeights:
             self._service.note_weights(self._version, behind=self._publisher.behind)
         return self._version
 
-    def bring_again(self) -> None:
+    def bring_again(self, among: Collection[str]) -> None:
         """See AskedWeights."""
-        self._publisher.catch_up()
+        self._publisher.catch_up(among)
         self._service.note_weights(self._version, behind=self._publisher.behind)
 
 
@@ -80,7 +80,7 @@ class ServedWeights:
         """See AskedWeights."""
         return 0
 
-    def bring_again(self) -> None:
+    def bring_again(self, among: Collection[str]) -> None:
         """Never asked for: any version will do."""
         raise ModelMismatch("a rollout server refuses to sample from the weights that it serves")
 
@@ -159,9 +159,9 @@ class Examiner:
     def _questions_together(self) -> int:
         return max(1, _SAMPLES_TOGETHER // self._exam.samples) * self._mesh.world_size
 
-    def _bring_again(self) -> None:
+    def _bring_again(self, among: Collection[str]) -> None:
         self._devices.publish()
-        self._weights.bring_again()
+        self._weights.bring_again(among)
         self._devices.sample()
 
     def _graded(self, first: int, rollouts: Sequence[Rollout], version: int) -> list[Answered]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import TypeAlias
 
 from kdmesh.errors import ModelMismatch
 from kdmesh_trainer.mesh import Mesh
@@ -14,8 +15,11 @@ log = logging.getLogger(__name__)
 # A server that is started anew has old weights once; one that has them again and again is not ours.
 _MOST_REFUSALS = 3
 
+BringAgain: TypeAlias = Callable[[Collection[str]], None]
+"""Called with the addresses of servers that were found to lack weights; the same on every rank."""
 
-def exchange(sampler: Sampler, step: int, *, what: str, mesh: Mesh, bring_again: Callable[[], None]) -> list[Share]:
+
+def exchange(sampler: Sampler, step: int, *, what: str, mesh: Mesh, bring_again: BringAgain) -> list[Share]:
     """The share of every rank, all of them whole. Collective.
 
     Args:
@@ -37,6 +41,6 @@ def exchange(sampler: Sampler, step: int, *, what: str, mesh: Mesh, bring_again:
             break
         why = refusals[0] if refusals else "it came back"
         log.warning("a rollout server has old weights, so it gets the student again", extra={"why": why})
-        bring_again()
+        bring_again({address for share in shares for address in share.outdated})
         sampler.ask_again(step)
     raise ModelMismatch(f"{what} could not be sampled although the servers got the weights again: {refusals[0]}")

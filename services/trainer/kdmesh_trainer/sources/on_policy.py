@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -204,10 +204,10 @@ class OnPolicySource:
         )
         self._next_planned += 1
 
-    def _bring_again(self) -> None:
-        """To servers that lack them, the newest weights. Collective."""
+    def _bring_again(self, among: Collection[str]) -> None:
+        """To servers that lack them, the newest weights; see WeightPublisher. Collective."""
         self.devices.publish()
-        self._weights.catch_up()
+        self._weights.catch_up(among)
         self._sampler.note_weights(max(self._published), behind=self._weights.behind)
         self.devices.sample()
 

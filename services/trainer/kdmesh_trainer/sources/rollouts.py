@@ -60,6 +60,10 @@ class RolloutService(Protocol):
         """Every server but those at the addresses `behind` serves this version now."""
         ...
 
+    def outdated(self) -> frozenset[str]:
+        """Addresses of servers that are known to have older weights than were noted."""
+        ...
+
 
 class WeightPublisher(Protocol):
     """Brings the student's weights to those who sample from it."""
@@ -72,8 +76,11 @@ class WeightPublisher(Protocol):
         """
         ...
 
-    def catch_up(self) -> None:
+    def catch_up(self, among: Collection[str]) -> None:
         """Bring what was published last, which the student must still be, to servers that lack it. Collective.
+
+        Args:
+            among: addresses of servers that were found to lack it; the same on every rank.
 
         Raises:
             RpcError: one refused it.

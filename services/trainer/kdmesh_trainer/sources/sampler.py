@@ -45,6 +45,7 @@ class Share:
     wait_s: float
     drawing_s: float  # from the first of them asked for, or the step before complete, to the last one here
     refusal: str  # why a server's weights are too old; empty: none has said so
+    outdated: tuple[str, ...]  # addresses of servers that need newer weights, as far as the rank knows
     is_whole: bool  # else it has nothing: servers need newer weights
 
 
@@ -116,12 +117,11 @@ class Sampler:
         """
         began_s = time.perf_counter()
         asks = self._asked[step]
-        if not self._service.wait([ask.pending for ask in asks if ask.pending is not None]):
-            return _share([], wait_s=time.perf_counter() - began_s, is_whole=False)
-        refusals = [refusal for ask in asks if (refusal := ask.collect())]
+        is_here = self._service.wait([ask.pending for ask in asks if ask.pending is not None])
+        refusals = [refusal for ask in asks if (refusal := ask.collect())] if is_here else []
         wait_s = time.perf_counter() - began_s
-        if refusals:
-            return _share([], wait_s=wait_s, refusal=refusals[0], is_whole=False)
+        if refusals or not is_here:
+            return _nothing(wait_s, refusal="".join(refusals[:1]), outdated=tuple(sorted(self._service.outdated())))
         for ask in asks:
             self._check(ask.samples)
         return _share(asks, wait_s=wait_s, drawing_s=self._drawing_s(asks))
@@ -251,9 +251,12 @@ class _Ask:
         self._on_sample(sequence)
 
 
-def _share(
-    asks: Sequence[_Ask], *, wait_s: float, drawing_s: float = 0.0, refusal: str = "", is_whole: bool = True
-) -> Share:
+def _nothing(wait_s: float, *, refusal: str, outdated: tuple[str, ...]) -> Share:
+    """Of a rank that waits for servers to get newer weights."""
+    return replace(_share([], wait_s=wait_s, drawing_s=0.0), refusal=refusal, outdated=outdated, is_whole=False)
+
+
+def _share(asks: Sequence[_Ask], *, wait_s: float, drawing_s: float) -> Share:
     samples = [sample for ask in asks for sample in ask.samples]
     sequences = [
         Rollout.of(ask.prompt.token_ids, sample, images=ask.prompt.images).sequence
@@ -269,8 +272,9 @@ def _share(
         digest=digest(sequences),
         wait_s=wait_s,
         drawing_s=drawing_s,
-        refusal=refusal,
-        is_whole=is_whole,
+        refusal="",
+        outdated=(),
+        is_whole=True,
     )
 
 
