@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,15 +14,7 @@ from typing import Self
 import torch
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.errors import (
-    ConfigError,
-    DeadlineExpired,
-    InvalidRequest,
-    KdmeshError,
-    ModelMismatch,
-    PermissionDenied,
-    RpcError,
-)
+from kdmesh.errors import DeadlineExpired, KdmeshError, RpcError
 from kdmesh.groups.meeting import check_own_address
 from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.rpc.background_loop import BackgroundLoop
@@ -32,6 +22,7 @@ from kdmesh.rpc.retry import Deadline, RetryPolicy
 from kdmesh.rpc.weight_delivery import Delivery
 from kdmesh.rpc.weight_link import WeightLink, describe_weights
 from kdmesh.rpc.weight_offer import DoorOffer
+from kdmesh.rpc.weight_progress import Progress, Update
 from kdmesh.rpc.weight_services import ROLLOUTS, ServedWeights, WeightService
 from kdmesh.tracing import spans
 from kdmesh.weights.bucket_memory import BucketMemory, bucket_memory
@@ -40,13 +31,9 @@ from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
 from kdmesh.weights.packing import Changes, Packer, Weights
 
-log = logging.getLogger(__name__)
-
 _BUFFERS = 3  # one is filled, one is copied by the servers, one waits for them
 _ANSWER_S = 3.0  # a server that is there answers sooner
 _SOCKET = "weights.sock"
-# Trying again would end the same way.
-_FINAL = (ConfigError, InvalidRequest, ModelMismatch, PermissionDenied)
 
 
 class WeightSender:
@@ -186,9 +173,9 @@ class WeightSender:
         adapter = None if changes is None else changes.adapter
         factors = () if changes is None else changes.factors
 
-        def update(sent: Weights) -> _Update:
+        def update(sent: Weights) -> Update:
             specs = tuple(spec for spec, _ in sent)
-            return _Update(
+            return Update(
                 Manifest(
                     version=version,
                     architecture_fingerprint=architecture_fingerprint,
@@ -203,7 +190,7 @@ class WeightSender:
         is_known = adapter is not None and adapter.base == self._base
         short = update(factors) if is_known else None
         deadline = Deadline.after(self._deadline_s)
-        progress = _Progress(update([*tensors, *factors]), short, to, deadline, needed=needed)
+        progress = Progress(update([*tensors, *factors]), short, to, deadline, needed=needed)
         while progress.is_unfinished:
             began_s = time.time()
             delivery = self._loop.run(self._begin, progress)
@@ -227,7 +214,7 @@ class WeightSender:
 
     # In the caller's thread
 
-    def _send(self, delivery: Delivery, update: _Update, deadline: Deadline) -> None:
+    def _send(self, delivery: Delivery, update: Update, deadline: Deadline) -> None:
         """Where it fails, the links say why."""
         packer = Packer(update.tensors)
         for parts in plan_buckets([spec.size_bytes for spec, _ in update.tensors], self._bucket_bytes):
@@ -250,7 +237,7 @@ class WeightSender:
             self._closing = stack.pop_all()
         return memory
 
-    async def _begin(self, progress: _Progress) -> Delivery:
+    async def _begin(self, progress: Progress) -> Delivery:
         """To whoever can be reached; to nobody when the deadline has passed or nothing is left to do."""
         while progress.is_unfinished:
             if progress.attempts:
@@ -262,7 +249,7 @@ class WeightSender:
                 return Delivery([link for link in links if link is not None], self._memory)
         return Delivery([], self._memory)
 
-    async def _try_link(self, progress: _Progress, address: str) -> WeightLink | None:
+    async def _try_link(self, progress: Progress, address: str) -> WeightLink | None:
         try:
             async with asyncio.timeout(min(progress.deadline.left_s, self._offer.bucket_s)):
                 if address in progress.uncertain:
@@ -316,110 +303,3 @@ class WeightSender:
             reason = "" if why is None else f": {why}"
             raise DeadlineExpired(f"{what} within {deadline.total_s} s{reason}") from None
         await asyncio.sleep(wait_s)
-
-
-@dataclass(frozen=True, slots=True)
-class _Update:
-    """What is sent in one pass."""
-
-    manifest: Manifest
-    tensors: Weights
-
-
-class _Progress:
-    """Who has a version, and who has not.
-
-    Attributes:
-        version: its number.
-        update: how it is sent now.
-        deadline: when to give up.
-        waiting: addresses of servers that are to get it.
-        uncertain: those that may have it, because their answer to a commit was lost.
-        attempts: rounds of connecting so far.
-    """
-
-    def __init__(
-        self,
-        whole: _Update,
-        short: _Update | None,
-        to: Collection[str] | None,
-        deadline: Deadline,
-        *,
-        needed: int | None,
-    ) -> None:
-        """`short` is tried once, first. `needed` of those `to` must get it, the others are tried; None: all."""
-        self.version = whole.manifest.version
-        self.update = short or whole
-        self._whole = whole
-        self.deadline = deadline
-        self.waiting = dict.fromkeys(to or ())
-        self.uncertain: set[str] = set()
-        self.attempts = 0
-        self._is_for_all = to is None
-        self._needed = needed
-        self._settled: set[str] = set()  # they have it, or have refused it
-        self._lacks_base = False  # a server that is there; it is to get the whole
-        self._errors: dict[str, KdmeshError] = {}  # the last of each server
-        self._refusals: list[tuple[str, KdmeshError]] = []
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether something can still be done, and must be."""
-        if not self.attempts:
-            return self._is_for_all or bool(self.waiting)
-        return (self._is_wanting or self._lacks_base) and self.deadline.left_s > 0
-
-    def begin_attempt(self, there: Collection[str]) -> None:
-        """What did not work the first time is sent whole from then on; `there` are all servers now."""
-        if self._is_for_all:
-            self.waiting = dict.fromkeys(address for address in there if address not in self._settled)
-        if self.attempts:
-            self.update = self._whole
-            self._lacks_base = False
-        self.attempts += 1
-
-    def served(self, address: str) -> None:
-        """A server has it."""
-        self._settle(address)
-
-    def failed(self, address: str, error: KdmeshError) -> None:
-        """A server did not take it."""
-        self._errors[address] = error
-        log.warning("weights not taken", extra={"address": address, "reason": str(error)})
-        if not isinstance(error, _FINAL):
-            return
-        if self.update is self._whole:
-            self._settle(address)
-            self._refusals.append((address, error))
-        else:
-            self._lacks_base = True
-
-    def note(self, links: Sequence[WeightLink]) -> None:
-        """A pass is over; a link without a failure has committed."""
-        for link in links:
-            if link.failure is None:
-                self._settle(link.address)
-                continue
-            if link.has_sent_commit:
-                self.uncertain.add(link.address)
-            self.failed(link.address, link.failure)
-
-    def report(self) -> frozenset[str]:
-        """Who was left behind; raise what keeps a server that is needed from serving the version, if any."""
-        for address, error in self._refusals:
-            raise type(error)(f"{address}: {error}")
-        if self._is_wanting:
-            late = "; ".join(f"{address}: {self._errors[address]}" for address in self.waiting)
-            raise DeadlineExpired(
-                f"version {self.version} was not taken within {self.deadline.total_s} s by {late or 'any server'}"
-            )
-        return frozenset(self.waiting)
-
-    @property
-    def _is_wanting(self) -> bool:
-        """Whether servers that are needed have still to settle."""
-        return bool(self.waiting) if self._needed is None else len(self._settled) < self._needed
-
-    def _settle(self, address: str) -> None:
-        del self.waiting[address]
-        self._settled.add(address)
