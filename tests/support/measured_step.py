@@ -1,16 +1,18 @@
 """Started as a process: trains three steps on a CPU by the trainer's parts and prints the most bytes that it took.
 
-python -m tests.support.measured_step WARM_UP MODEL VOCABULARY LENGTH SEQUENCES MICRO_BATCHES [SPREAD]
+python -m tests.support.measured_step WARM_UP MODEL STEP
 
-One rank of those that the environment describes; with SPREAD 1 their heads are spread by tokens.
+One rank of those that the environment describes. STEP is a Step as JSON.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,10 @@ from kdmesh.losses import (
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.lora import add_adapter
+from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, begin_micro_batch, shard
+from kdmesh_trainer.model import Student, begin_micro_batch, checkpoint_activations, shard
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
@@ -40,21 +44,30 @@ TEACHER_SIZE = 64
 _MIX = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, with_entropies=False, top_k=0)
 
 
-def train(
-    mesh: Mesh,
-    model: Path,
-    vocabulary: int,
-    length: int,
-    *,
-    sequences: int,
-    micro_batches: int,
-    steps: int,
-    spreads_head: bool,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What is trained on, and how."""
+
+    vocabulary: int
+    length: int  # of each sequence
+    sequences: int  # of a micro-batch
+    micro_batches: int = 1
+    spreads_head: bool = False
+    checkpointed_every: int | None = None
+    lora_rank: int | None = None
+
+
+def train(mesh: Mesh, model: Path, step: Step, *, steps: int) -> None:
     """With random weights and tokens."""
+    vocabulary, length, sequences = step.vocabulary, step.length, step.sequences
     lm = load_causal_lm(model, torch.float32, torch.device("cpu"), weights="random")
-    student = Student(lm, vocabulary_size=vocabulary)
-    head_share = VocabularyShare if spreads_head else None
+    adapter = None
+    if step.lora_rank is not None:
+        adapter = add_adapter(lm, LoraConfig(rank=step.lora_rank), seed=0)
+    if step.checkpointed_every is not None:
+        checkpoint_activations(lm, every=step.checkpointed_every)
+    student = Student(lm, vocabulary_size=vocabulary, adapter=adapter)
+    head_share = VocabularyShare if step.spreads_head else None
     shard(student, mesh.device_mesh, compute_dtype=torch.float32, head_share=head_share)
     optimizer = build_adamw(student, OptimizerConfig())
     tokens = np.random.default_rng(0).integers(0, vocabulary, (sequences, length)).astype(np.int32)
@@ -75,8 +88,8 @@ def train(
 
     for _ in range(steps):
         student.train()
-        for n in range(micro_batches):
-            begin_micro_batch(student, is_last=n == micro_batches - 1)
+        for n in range(step.micro_batches):
+            begin_micro_batch(student, is_last=n == step.micro_batches - 1)
             (student(packed, row_loss).loss_sum / packed.num_rows).backward()
         clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -89,25 +102,17 @@ def _status_bytes(key: str) -> int:
 
 
 def main() -> None:
-    warm_up, model = (Path(path) for path in sys.argv[1:3])
-    vocabulary, length, sequences, micro_batches = (int(number) for number in sys.argv[3:7])
-    spreads = sys.argv[7:] == ["1"]
+    """Train, and print."""
+    warm_up, model, told = sys.argv[1:]
+    step = Step(**json.loads(told))
     with joined("cpu", longest_wait_s=60) as mesh:
         # Loads what code loads.
-        train(mesh, warm_up, 300, 64, sequences=2, micro_batches=1, steps=1, spreads_head=spreads)
+        small = replace(step, vocabulary=300, length=64, sequences=2, micro_batches=1)
+        train(mesh, Path(warm_up), small, steps=1)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before = _status_bytes("VmRSS")
-        train(
-            mesh,
-            model,
-            vocabulary,
-            length,
-            sequences=sequences,
-            micro_batches=micro_batches,
-            steps=3,
-            spreads_head=spreads,
-        )
+        train(mesh, Path(model), step, steps=3)
         sys.stdout.write(f"{_status_bytes('VmHWM') - before}\n")
         sys.stdout.flush()
         if mesh.world_size > 1:

@@ -75,8 +75,8 @@ def spread(student: Student, cfg: StudentConfig, mesh: Mesh, parallel: ParallelC
     # From the inside out: what the backward pass computes again is compiled, and FSDP gathers around both.
     if cfg.compile == "layers":
         compile_layers(student.lm)
-    if cfg.activation_checkpointing != "none":
-        checkpoint_activations(student.lm, every=1 if cfg.activation_checkpointing == "all" else 2)
+    if cfg.checkpointed_every is not None:
+        checkpoint_activations(student.lm, every=cfg.checkpointed_every)
     shard(
         student,
         mesh.device_mesh,

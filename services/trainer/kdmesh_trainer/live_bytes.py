@@ -38,6 +38,9 @@ class Ledger:
         self.held[name] -= size_bytes
 
 
+_EXCHANGES = ("c10d._allgather_base_.", "c10d._reduce_scatter_base_.")  # FSDP's; of a whole tensor and of one shard
+
+
 class _Storage(NamedTuple):
     ledger: Ledger
     name: str
@@ -52,8 +55,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     FSDP gathers parameters in. All of them are the device's, but those that are said to be the host's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, copies_exchanged: bool) -> None:
+        """`copies_exchanged`: what is gathered or reduced is copied whole on its way, as by gloo and not by NCCL."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._copies_exchanged = copies_exchanged
         self.device = Ledger()
         self.host = Ledger()
         self._what_for = "other"
@@ -103,6 +108,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator, and count what it made."""
         result = func(*args, **(kwargs or {}))
+        if self._copies_exchanged and str(func).startswith(_EXCHANGES):
+            whole = max(tensor.nbytes for tensor in args if isinstance(tensor, Tensor))
+            self.device.add("copies in gloo", whole)
+            self.device.take("copies in gloo", whole)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf)

@@ -83,11 +83,19 @@ class Adapter:
 
 
 def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
+    """As inject_adapter; frozen weights that bfloat16 holds exactly, as those of most checkpoints, are kept in it."""
+    adapter = inject_adapter(lm, config, seed=seed)
+    for parameter in lm.parameters():
+        rounded = parameter.detach().bfloat16()
+        if not parameter.requires_grad and torch.equal(rounded.to(parameter.dtype), parameter):
+            parameter.data = rounded
+    return adapter
+
+
+def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
     """Put an adapter into `lm`, in place, and freeze everything else. It begins as zero, so `lm` says what it said.
 
     With DoRA that is so to rounding.
-
-    Frozen weights that bfloat16 holds exactly, as those of most checkpoints, are kept in it.
 
     Args:
         lm: whole, not sharded.
@@ -112,10 +120,6 @@ def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapte
     torch.manual_seed(seed)
     peft.inject_adapter_in_model(told, lm, adapter_name=_NAME)
     lm.eval()
-    for parameter in lm.parameters():
-        rounded = parameter.detach().bfloat16()
-        if not parameter.requires_grad and torch.equal(rounded.to(parameter.dtype), parameter):
-            parameter.data = rounded
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
     log.info("adapter added", extra={"modules": len(layers), "rank": config.rank, "trained_parameters": trained})
     return Adapter(config=told, layers=frozenset(layers), scaling=config.alpha / config.rank)

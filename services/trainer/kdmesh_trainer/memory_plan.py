@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 
 # The only backend that needs no other rank; torch keeps it among its tests.
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PreTrainedModel
 
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
 from kdmesh.losses.footprint import Footprint, loss_footprint, slice_footprint
@@ -32,8 +34,10 @@ from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens, pack, slice_of
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.live_bytes import LiveBytes
+from kdmesh_trainer.lora import inject_adapter
+from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import context_group, device_mesh
-from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, shard
+from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, checkpoint_activations, shard
 from kdmesh_trainer.optimizer import build_adamw, check_optimizer
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
@@ -68,6 +72,9 @@ class Job:
     offloads: bool = False  # whether the host keeps parameters, gradients and moments, which says nothing of a CPU
     spreads_head: bool = False  # whether a rank has its own tokens' rows of the heads and no others
     context: int = 1  # ranks that hold the largest micro-batch together
+    lora: LoraConfig | None = None
+    frozen_dtype: torch.dtype = torch.float32  # that weights without a gradient rest in
+    checkpointed_every: int | None = None  # of which decoder layers only the inputs are kept; None: of none
 
     @property
     def uses_host(self) -> bool:
@@ -101,11 +108,11 @@ def plan(job: Job) -> Plan:
         ConfigError: the student's directory is not a model that can be trained, or its optimizer is not installed.
     """
     check_optimizer(job.optimizer)
-    live = LiveBytes()
+    live = LiveBytes(copies_exchanged=job.device.type == "cpu")
     row = _packed(job)  # before tensors have no values
     with _ranks(job) as (mesh, context), FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
         with live.counted_as("parameters"):
-            lm = empty_causal_lm(job.student)
+            lm = _lm(job)
             student = Student(lm, vocabulary_size=job.vocabulary_size, context=context)
             head_share = _EqualRanks if job.spreads_head else None
             shard(student, mesh, compute_dtype=job.compute_dtype, offloads=job.offloads, head_share=head_share)
@@ -124,6 +131,21 @@ def plan(job: Job) -> Plan:
     for name in ("forward", "backward"):
         phases[name]["copies of shards"] += copies
     return Plan(resident=resident, phases={name: +worst for name, worst in phases.items()}, host=+live.host.worst)
+
+
+def _lm(job: Job) -> PreTrainedModel:
+    """The student as it is before it is sharded."""
+    lm = empty_causal_lm(job.student)
+    if job.lora is not None:
+        # peft moves what it makes to where the model is; tensors without memory cannot be moved, and are there.
+        with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+            inject_adapter(lm, job.lora, seed=0)
+        for parameter in lm.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.detach().to(job.frozen_dtype)
+    if job.checkpointed_every is not None:
+        checkpoint_activations(lm, every=job.checkpointed_every)
+    return lm
 
 
 @contextmanager

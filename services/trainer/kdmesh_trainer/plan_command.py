@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdmesh.config import config_parser, load
-from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.errors import KdmeshError
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ def _plan(
     cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | None, ranks: int | None
 ) -> dict[str, Any]:
     """Bytes by what they are for: of a rank, and of each teacher's server that is known."""
-    if cfg.student.lora is not None:
-        raise ConfigError("student.lora: adapters cannot be planned for yet")
     from kdmesh_trainer.memory_plan import plan  # not at the top: a bad configuration must not wait for torch
 
     job = _job(cfg, servers, device=device, ranks=ranks)
@@ -114,7 +112,19 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         offloads=cfg.parallel.offload == "all",
         spreads_head=cfg.parallel.head == "vocabulary",
         context=context,
+        lora=cfg.student.lora,
+        frozen_dtype=_dtype_of_files(cfg.student.model),
+        checkpointed_every=cfg.student.checkpointed_every,
     )
+
+
+def _dtype_of_files(student: Path) -> Any:
+    """The element type that a student's weights are said to be in."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(student, local_files_only=True, trust_remote_code=False)
+    return torch.bfloat16 if config.dtype == torch.bfloat16 else torch.float32
 
 
 def _teacher(server: Mapping[str, Any]) -> tuple[int, Any]:

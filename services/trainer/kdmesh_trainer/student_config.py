@@ -47,6 +47,11 @@ class StudentConfig(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs when there are any."""
 
+    @property
+    def checkpointed_every(self) -> int | None:
+        """Of every how many-th decoder layer only the inputs are kept; None: of none."""
+        return {"none": None, "half": 2, "all": 1}[self.activation_checkpointing]
+
     @model_validator(mode="after")
     def _options_fit(self) -> StudentConfig:
         if self.lora is not None and self.weights == "random":
