@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from kdmesh import check, cluster_commands, config, evaluation, jobs, local, planning, token_files
+from kdmesh import check, cluster_commands, config, evaluation, harness, jobs, local, planning, token_files
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
@@ -374,7 +374,14 @@ def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_polic
     click.echo(outcome.json())
 
 
-for command in (planning.plan, token_files.tokenize, evaluation.evaluate, *cluster_commands.COMMANDS, doctor):
+for command in (
+    planning.plan,
+    token_files.tokenize,
+    evaluation.evaluate,
+    harness.lm_eval,
+    *cluster_commands.COMMANDS,
+    doctor,
+):
     main.add_command(command)
 
 

@@ -60,6 +60,7 @@ LAYER = {
     "kdmesh.jobs": 4,
     "kdmesh.local": 4,
     "kdmesh.place": 4,
+    "kdmesh.harness": 4,
     "kdmesh.planning": 4,
     "kdmesh.probe": 4,
     "kdmesh.submission": 4,
