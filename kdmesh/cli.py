@@ -72,6 +72,7 @@ def main() -> None:
     Prefill it first  kdmesh precompute examples/train.yaml
     Write a dataset   kdmesh generate --rollout 127.0.0.1:50061 --model path/to/model
     Grade its answers kdmesh evaluate examples/train-evaluate.yaml --rollout 127.0.0.1:50061
+    Judge a model     kdmesh lm-eval runs/my-student --tasks hellaswag
     Trust a teacher   kdmesh probe --teacher 127.0.0.1:50051 --model path/to/teacher
     Watch a server    kdmesh top
     Train in Kubernetes  kdmesh submit my.yaml --nodes 2 --gpus 8 --image IMAGE

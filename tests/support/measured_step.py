@@ -41,6 +41,7 @@ from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 TEACHER_SIZE = 64
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _MIX = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, with_entropies=False, top_k=0)
 
 
@@ -55,6 +56,7 @@ class Step:
     spreads_head: bool = False
     checkpointed_every: int | None = None
     lora_rank: int | None = None
+    returns_freed: bool = False  # to the kernel at once, which trainers do not do on a CPU
 
 
 def train(mesh: Mesh, model: Path, step: Step, *, steps: int) -> None:
@@ -110,6 +112,9 @@ def main() -> None:
         small = replace(step, vocabulary=300, length=64, sequences=2, micro_batches=1)
         train(mesh, Path(warm_up), small, steps=1)
         gc.collect()
+        if step.returns_freed:
+            for parameter, value in ((_M_MMAP_THRESHOLD, 2**16), (_M_TRIM_THRESHOLD, 2**16), (_M_TOP_PAD, 0)):
+                ctypes.CDLL(None).mallopt(parameter, value)
         ctypes.CDLL(None).malloc_trim(0)
         before = _status_bytes("VmRSS")
         train(mesh, Path(model), step, steps=3)
