@@ -12,10 +12,15 @@ PROMETHEUS_INSTALLED := $(PROMETHEUS)/.installed
 COMPOSE := .cache/compose
 COMPOSE_INSTALLED := $(COMPOSE)/.installed
 
+KUBERNETES := .cache/kubernetes
+KUBERNETES_INSTALLED := $(KUBERNETES)/.installed
+NODE := .cache/kubernetes-node
+NODE_INSTALLED := $(NODE)/.installed
+
 KUBERNETES_TOOLS := .cache/kubernetes-tools/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability test-containers check format proto metrics dashboards constraints clean
+.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability test-containers test-node check format proto metrics dashboards constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -54,6 +59,17 @@ $(COMPOSE_INSTALLED): $(INSTALLED) tools/debian_packages.py
 
 $(KUBERNETES_TOOLS): tools/install_kubernetes_tools.py $(INSTALLED)
 	$(BIN)/python tools/install_kubernetes_tools.py
+	@touch $@
+
+# Only a change of how it is built builds it again, which takes long.
+$(KUBERNETES_INSTALLED): tools/build_kubernetes.py | $(INSTALLED)
+	rm -rf $(KUBERNETES)
+	$(BIN)/python tools/debian_packages.py kubernetes $(KUBERNETES)
+	$(BIN)/python tools/build_kubernetes.py $(KUBERNETES)
+	@touch $@
+
+$(NODE_INSTALLED): $(INSTALLED) tools/debian_packages.py
+	$(BIN)/python tools/debian_packages.py node $(NODE)
 	@touch $@
 
 demo: $(INSTALLED)  ## Distil a small model on this machine: teacher server, 2-rank trainer, report
@@ -100,6 +116,14 @@ compose-env: $(COMPOSE_INSTALLED)  ## Docker's compose from Debian's packages, 1
 test-containers: $(COMPOSE_INSTALLED) $(PROMETHEUS_INSTALLED)  ## Images built and a distillation run in them, under a Docker daemon of its own (as root, on Debian; minutes)
 	command -v dockerd debootstrap docker-init || apt-get install --yes --no-install-recommends docker.io debootstrap iptables iproute2 tini
 	$(BIN)/pytest -v -m containers tests/containers
+
+# In namespaces of their own, the node's mounts, network and processes end with the tests.
+APART := unshare --mount --net --pid --fork --kill-child --mount-proc
+
+test-node: $(INSTALLED) $(KUBERNETES_INSTALLED) $(NODE_INSTALLED) $(KUBERNETES_TOOLS)  ## The chart and jobs on a real, old node of Kubernetes, built from Debian's source the first time (as root, on Debian; a quarter of an hour, then minutes)
+	command -v dockerd debootstrap docker-init || apt-get install --yes --no-install-recommends docker.io debootstrap iptables iproute2 tini
+	$(BIN)/python -m tests.node.image
+	$(APART) $(BIN)/pytest -v -m node tests/node
 
 check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""Unpacks programs of Debian's packages into a folder, without installing them.
+"""Unpacks Debian's packages into a folder, without installing them.
 
-`python tools/debian_packages.py prometheus|compose FOLDER` needs apt-get, Debian's keys, and amd64.
+`python tools/debian_packages.py prometheus|compose|kubernetes|node FOLDER` needs apt-get, Debian's keys, and amd64.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Package:
     name: str
     version: str
     digest: str
+    is_source: bool = False  # its upstream's tarball
 
 
 _PACKAGES = {
@@ -49,6 +50,59 @@ _PACKAGES = {
             "47681197cb2b1ab88206b42a1a92fc75f50d9530a6322d03494a473eed0408ea",
         ),
     ),
+    "kubernetes": (
+        Package(
+            "bookworm",
+            "etcd-server",
+            "3.4.23-4+b4",
+            "3a9445d4560ad6de1c375756b2a17d97713df44cbd20a658c871fe108af7ef5d",
+        ),
+        Package(
+            "bookworm",
+            "golang-1.19-go",
+            "1.19.8-2",
+            "545123039b6c79e75cf2d86528781a825424cf33ce9d3f4513d772d7144cd531",
+        ),
+        Package(
+            "bookworm",
+            "golang-1.19-src",
+            "1.19.8-2",
+            "2dfa82fe4f08f4e0193c532e561af4c91871f5235608f04f2bb8d57bb288df5a",
+        ),
+        Package(
+            "bookworm",
+            "golang-github-modern-go-reflect2-dev",
+            "1.0.2-2",
+            "af150a5172cf4c19bb321a53e67103e7fb18d07c1baa1e816a235155265d3948",
+        ),
+        Package(
+            "bookworm",
+            "kubernetes",
+            "1.20.5+really1.20.2-1.1+deb12u1",
+            "b83c0780efb182d928dc63d46488a847f161f04e40a94b96bf5247dd671ecdfc",
+            is_source=True,
+        ),
+    ),
+    "node": (
+        Package(
+            "bookworm",
+            "containerd",
+            "1.6.20~ds1-1+deb12u3",
+            "8669d264eeb0fcdb4a0b1ba436ab88ec5dafde4a66e1278ec279d830db4c2216",
+        ),
+        Package(
+            "bookworm",
+            "runc",
+            "1.1.5+ds1-1+deb12u1",
+            "a00351f8c0318de0b424ecf5cd0fdb69880a89f3511cae4f6fff7de3e57881c5",
+        ),
+        Package(
+            "bookworm",
+            "containernetworking-plugins",
+            "1.1.1+ds1-3+b5",
+            "4cac8143474d1249b19f7b0e80b8d0daaa6dfdaa8bd514bc468d38d4a108099f",
+        ),
+    ),
 }
 
 
@@ -61,7 +115,8 @@ def main(tool: str, into: Path) -> None:
             found = hashlib.sha256(file.read_bytes()).hexdigest()
             if found != package.digest:
                 sys.exit(f"{file.name} has SHA-256 {found}, not {package.digest}")
-            subprocess.run(["dpkg", "-x", str(file), str(into)], check=True)
+            unpack = ["tar", "-xf", str(file), "-C"] if package.is_source else ["dpkg", "-x", str(file)]
+            subprocess.run([*unpack, str(into)], check=True)
 
 
 def _fetch(package: Package, folder: Path) -> Path:
@@ -69,7 +124,8 @@ def _fetch(package: Package, folder: Path) -> Path:
     for path in ("state/lists/partial", "cache/archives/partial"):
         (folder / path).mkdir(parents=True)
     sources = folder / "sources.list"
-    sources.write_text(f"deb [signed-by={_KEYS}] {_MIRROR} {package.suite} main\n", encoding="utf-8")
+    kind = "deb-src" if package.is_source else "deb"
+    sources.write_text(f"{kind} [signed-by={_KEYS}] {_MIRROR} {package.suite} main\n", encoding="utf-8")
     options = {
         "Dir::State": folder / "state",
         "Dir::State::status": "/dev/null",
@@ -79,11 +135,12 @@ def _fetch(package: Package, folder: Path) -> Path:
         "APT::Sandbox::User": "",  # apt's own user cannot write here
     }
     apt = ["apt-get", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
-    for command in (["update"], ["download", f"{package.name}={package.version}"]):
+    fetch = ["source", "--download-only"] if package.is_source else ["download"]
+    for command in (["update"], [*fetch, f"{package.name}={package.version}"]):
         result = subprocess.run([*apt, *command], cwd=folder, capture_output=True, text=True)
         if result.returncode:
             sys.exit(f"apt-get {' '.join(command)} failed: {result.stderr}")
-    (file,) = folder.glob(f"{package.name}_*.deb")
+    (file,) = folder.glob(f"{package.name}_*{'.orig.tar.*' if package.is_source else '.deb'}")
     return file
 
 

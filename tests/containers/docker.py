@@ -92,16 +92,21 @@ def _daemon(prefix: Sequence[str], *options: str) -> Iterator[Docker]:
 
 
 def build(docker: Docker) -> None:
-    """All images. `KDMESH_TORCH_INDEX` names another place of torch for CPUs than PyTorch's own."""
+    """All images."""
+    for service in SERVICES:
+        build_image(docker, service)
+    if not docker.succeeds("image", "inspect", PROMETHEUS) and not docker.succeeds("pull", PROMETHEUS):
+        _stand_in_prometheus(docker)
+
+
+def build_image(docker: Docker, service: str) -> None:
+    """One of them. `KDMESH_TORCH_INDEX` names another place of torch for CPUs than PyTorch's own."""
     if not docker.succeeds("image", "inspect", BASE) and not docker.succeeds("pull", BASE):
         _stand_in_base(docker)
     index = os.environ.get("KDMESH_TORCH_INDEX")
     arguments = [] if index is None else ["--build-arg", f"TORCH_INDEX={index}"]
-    for service in SERVICES:
-        file = f"deploy/docker/{service}.Dockerfile"
-        docker.run("build", "--network=host", "-f", file, "-t", f"kdmesh-{service}", *arguments, ".")
-    if not docker.succeeds("image", "inspect", PROMETHEUS) and not docker.succeeds("pull", PROMETHEUS):
-        _stand_in_prometheus(docker)
+    file = f"deploy/docker/{service}.Dockerfile"
+    docker.run("build", "--network=host", "-f", file, "-t", f"kdmesh-{service}", *arguments, ".")
 
 
 def _stand_in_base(docker: Docker) -> None:

@@ -1,0 +1,35 @@
+"""Puts the image of the teacher server, by its Dockerfile, where a node of the tests takes it from.
+
+`python -m tests.node.image`: a Docker daemon of its own builds it, as for `make test-containers`.
+"""
+
+from __future__ import annotations
+
+from tests.containers.docker import BASE, CACHE, ROOT, Docker, build_image, building
+
+SAVED = ROOT / ".cache" / "kubernetes-node" / "images.tar"
+TEACHER = "kdmesh-teacher:node"
+PAUSE = "kdmesh-pause:node"  # holds the namespaces of a pod
+
+_IDENTITY = SAVED.with_suffix(".id")
+
+
+def main() -> None:
+    """Build; save if there is something new."""
+    with building() as docker:
+        build_image(docker, "teacher")
+        docker.run("tag", "kdmesh-teacher", TEACHER)
+        docker.run("build", "-t", PAUSE, "-", stdin=f'FROM {BASE}\nCMD ["sleep", "infinity"]\n'.encode())
+        identity = "".join(_identity(docker, name) for name in (TEACHER, PAUSE))
+        if not SAVED.exists() or not _IDENTITY.exists() or _IDENTITY.read_text("utf-8") != identity:
+            docker.run("save", "-o", str(SAVED), TEACHER, PAUSE)
+            _IDENTITY.write_text(identity, encoding="utf-8")
+
+
+def _identity(docker: Docker, name: str) -> str:
+    return docker.run("image", "inspect", "--format={{.Id}}", name)
+
+
+if __name__ == "__main__":
+    CACHE.mkdir(parents=True, exist_ok=True)
+    main()
