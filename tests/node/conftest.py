@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.node import apart, image
+from tests.node import apart
 from tests.node.api_server import ADMIN, NAMESPACE, ApiServer
 from tests.node.machine import DOMAIN, Node
 from tests.node.names import Names
@@ -39,7 +39,6 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     if reason := apart.obstacle():
         pytest.skip(reason)
-    assert image.SAVED.exists(), "there is no image: run `make test-node`"
     directory = tmp_path_factory.mktemp("world")
     apart.furnish(directory)
     with Processes() as processes:

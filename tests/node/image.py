@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from tests.containers.docker import BASE, CACHE, ROOT, Docker, build_image, building
+from tests.containers.docker import BASE, ROOT, build_image, building
 
 SAVED = ROOT / ".cache" / "kubernetes-node" / "images.tar"
 TEACHER = "kdmesh-teacher:node"
@@ -20,16 +20,17 @@ def main() -> None:
         build_image(docker, "teacher")
         docker.run("tag", "kdmesh-teacher", TEACHER)
         docker.run("build", "-t", PAUSE, "-", stdin=f'FROM {BASE}\nCMD ["sleep", "infinity"]\n'.encode())
-        identity = "".join(_identity(docker, name) for name in (TEACHER, PAUSE))
-        if not SAVED.exists() or not _IDENTITY.exists() or _IDENTITY.read_text("utf-8") != identity:
+        built = docker.run("image", "inspect", "--format={{.Id}}", TEACHER, PAUSE)
+        if not _IDENTITY.exists() or identity() != built:
+            _IDENTITY.unlink(missing_ok=True)
             docker.run("save", "-o", str(SAVED), TEACHER, PAUSE)
-            _IDENTITY.write_text(identity, encoding="utf-8")
+            _IDENTITY.write_text(built, encoding="utf-8")
 
 
-def _identity(docker: Docker, name: str) -> str:
-    return docker.run("image", "inspect", "--format={{.Id}}", name)
+def identity() -> str:
+    """Of what lies there; fails when nothing does."""
+    return _IDENTITY.read_text("utf-8")
 
 
 if __name__ == "__main__":
-    CACHE.mkdir(parents=True, exist_ok=True)
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ NAME = "node1"
 DOMAIN = "cluster.local"
 
 _PACKAGES = ROOT / ".cache" / "kubernetes-node" / "usr"
+_STORE = ROOT / ".cache" / "kubernetes-node" / "containerd"
 _PATH = os.pathsep.join([str(_PACKAGES / "bin"), str(_PACKAGES / "sbin"), os.environ["PATH"]])
 _CONTAINERD = "/run/containerd/containerd.sock"
 _GROUP = "kdmesh-node"
@@ -47,9 +49,10 @@ class Node:
         self._kubelet.close()
         for task in self._ctr("tasks", "list", "--quiet").split():
             self._ctr("tasks", "delete", "--force", task)
+        for container in self._ctr("containers", "list", "--quiet").split():
+            self._ctr("containers", "delete", container)
         self._containers.close()
         apart.remove_control_groups(_GROUP)
-        shutil.rmtree(self._directory / "containerd")
 
     def _start_containerd(self) -> Process:
         settings = self._directory / "containerd.toml"
@@ -62,12 +65,12 @@ class Node:
             "ipam": {"type": "host-local", "ranges": [[{"subnet": _PODS}]], "routes": [{"dst": "0.0.0.0/0"}]},
         }
         network = {"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}
-        (networks / "pods.conflist").write_text(yaml.safe_dump(network, default_flow_style=True), encoding="utf-8")
+        (networks / "pods.conflist").write_text(json.dumps(network), encoding="utf-8")
         # Whether this machine lets root lower what makes the kernel kill a process first is not said; nobody needs it.
         settings.write_text(
             f"""
 version = 2
-root = "{self._directory / "containerd"}"
+root = "{_STORE}"
 state = "/run/containerd"
 [grpc]
 address = "{_CONTAINERD}"
@@ -80,9 +83,16 @@ conf_dir = "{networks}"
 """,
             encoding="utf-8",
         )
+        # What it has imported is kept between runs, since that takes long.
+        imported, wanted = _STORE / "imported", image.identity()
+        is_there = imported.exists() and imported.read_text("utf-8") == wanted
+        if not is_there:
+            shutil.rmtree(_STORE, ignore_errors=True)
         process = self._start("containerd", "--config", str(settings))
         process.until(lambda: self._succeeds("version"))
-        self._ctr("images", "import", str(image.SAVED))
+        if not is_there:
+            self._ctr("images", "import", str(image.SAVED))
+            imported.write_text(wanted, encoding="utf-8")
         return process
 
     def _control(self, program: str, *more: str) -> None:
