@@ -148,7 +148,7 @@ conf_dir = "{networks}"
 
     def _is_ready(self) -> bool:
         answer = self._server.admin.get(f"/api/v1/nodes/{NAME}")
-        conditions = answer.json().get("status", {}).get("conditions", ())
+        conditions = answer.json().get("status", {}).get("conditions") or ()
         return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
 
     def _succeeds(self, *arguments: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,24 +90,12 @@ def test_it_takes_all_of_the_chart_s_objects_and_keeps_what_they_say(server: Api
 
 
 def test_it_refuses_what_no_schema_finds(server: ApiServer) -> None:
-    (stateful,) = of_kind(rendered(_ci("anonymous-cpu"), "1.27"), "StatefulSet")
-    container = stateful["spec"]["template"]["spec"]["containers"][0]
-    mount = container["volumeMounts"][0]
-    wrong = {
-        **stateful,
-        "spec": {
-            **stateful["spec"],
-            "template": {
-                **stateful["spec"]["template"],
-                "spec": {
-                    **stateful["spec"]["template"]["spec"],
-                    "containers": [{**container, "volumeMounts": [{**mount, "name": "nowhere"}]}],
-                },
-            },
-        },
-    }
+    (found,) = of_kind(rendered(_ci("rollouts"), "1.27"), "Deployment")
+    deployment = copy.deepcopy(found)
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    container["volumeMounts"][0]["name"] = "nowhere"
     with pytest.raises(AssertionError, match="nowhere"):
-        server.send(wrong, is_only_tried=True)
+        server.send(deployment, is_only_tried=True)
 
 
 @pytest.mark.parametrize("kind", ["Job", "JobSet"])

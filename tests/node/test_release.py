@@ -92,8 +92,8 @@ def test_a_pod_that_cannot_start_says_why_and_the_other_one_serves_until_a_rollb
     name = f"{release.teacher}-1"
 
     def why() -> str:
-        (container,) = (world.pods.get(name) or {})["status"].get("containerStatuses", ({},))
-        return str(container.get("lastState", {}).get("terminated", {}).get("message", ""))
+        containers = (world.pods.get(name) or {}).get("status", {}).get("containerStatuses", ())
+        return "".join(one["lastState"].get("terminated", {}).get("message", "") for one in containers)
 
     with Asking(release.teacher) as asking:
         release.upgrade(teacher(**BROKEN), waits=False)
