@@ -50,7 +50,7 @@ def make_control_groups(name: str) -> None:
     """A group of this name of every kind, for all pods."""
     remove_control_groups(name)
     for kind in _kinds():
-        (kind / name).mkdir()
+        (kind / name).mkdir()  # also of version 2, which whoever makes one of version 1 makes as well
         if kind.name == "cpuset":  # nothing may enter one that has none
             for setting in ("cpuset.cpus", "cpuset.mems"):
                 (kind / name / setting).write_text((kind / setting).read_text())
@@ -64,7 +64,7 @@ def remove_control_groups(name: str) -> None:
 
 
 def _kinds() -> list[Path]:
-    return [kind for kind in _GROUPS.iterdir() if kind.is_dir() and not kind.is_symlink() and kind.name != "unified"]
+    return [kind for kind in _GROUPS.iterdir() if kind.is_dir() and not kind.is_symlink()]
 
 
 def _cover(path: Path, text: str, by: Path) -> None:

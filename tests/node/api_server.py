@@ -83,6 +83,10 @@ class ApiServer:
         self.admin = self.client(ADMIN)
         self.process.until(self._is_ready)
 
+    def close(self) -> None:
+        """Of the connections to it; the processes end by themselves."""
+        self.admin.close()
+
     def client(self, token: str) -> httpx.Client:
         """One that shows a token."""
         headers = {"Authorization": f"Bearer {token}"}

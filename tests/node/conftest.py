@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +42,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         pytest.skip(reason)
     directory = tmp_path_factory.mktemp("world")
     apart.furnish(directory)
-    with Processes() as processes:
-        server = ApiServer(processes, directory / "server", address=apart.ADDRESS)
+    with Processes() as processes, ExitStack() as stack:
+        server = stack.enter_context(closing(ApiServer(processes, directory / "server", address=apart.ADDRESS)))
         server.send({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
-        node = Node(processes, directory / "node", server)
-        try:
-            with Names(server.client(ADMIN), DOMAIN):
-                yield World(server, Pods(server.admin))
-        finally:
-            node.close()
+        stack.enter_context(closing(Node(processes, directory / "node", server)))
+        stack.enter_context(Names(stack.enter_context(server.client(ADMIN)), DOMAIN))
+        yield World(server, Pods(server.admin))

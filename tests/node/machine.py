@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,12 @@ class Node:
 
     def close(self) -> None:
         """End all pods, which do not end with the kubelet, and forget them."""
-        self._kubelet.close()
+        _end(self._kubelet)
         for task in self._ctr("tasks", "list", "--quiet").split():
             self._ctr("tasks", "delete", "--force", task)
         for container in self._ctr("containers", "list", "--quiet").split():
             self._ctr("containers", "delete", container)
-        self._containers.close()
+        _end(self._containers)
         apart.remove_control_groups(_GROUP)
 
     def _start_containerd(self) -> Process:
@@ -148,7 +149,9 @@ conf_dir = "{networks}"
 
     def _is_ready(self) -> bool:
         answer = self._server.admin.get(f"/api/v1/nodes/{NAME}")
-        conditions = answer.json().get("status", {}).get("conditions") or ()
+        if answer.status_code != 200:
+            return False
+        conditions = answer.json()["status"].get("conditions") or ()
         return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
 
     def _succeeds(self, *arguments: str) -> bool:
@@ -161,3 +164,8 @@ conf_dir = "{networks}"
 
     def _ctr_command(self, *arguments: str) -> list[str]:
         return [str(_PACKAGES / "bin" / "ctr"), "--address", _CONTAINERD, "--namespace", "k8s.io", *arguments]
+
+
+def _end(process: Process) -> None:
+    process.signal(signal.SIGKILL)
+    process.exit_code()

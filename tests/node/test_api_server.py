@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ _ELSEWHERE = {"Certificate", "PodMonitor", "PrometheusRule", "ServiceMonitor", "
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    with Processes() as processes:
-        running = ApiServer(processes, tmp_path_factory.mktemp("node") / "own")
+    directory = tmp_path_factory.mktemp("api-server") / "own"
+    with Processes() as processes, closing(ApiServer(processes, directory)) as running:
         running.send({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
         for name in DEFINITIONS:
             running.define(yaml.load((CRDS / name).read_text("utf-8"), Loader=yaml.CSafeLoader))
