@@ -67,20 +67,19 @@ class Pods:
         subsets = self._asked("GET", f"endpoints/{service}").get("subsets", ())
         return {one["ip"] for subset in subsets for one in subset.get("addresses", ())}
 
-    def until_gone(self, name: str, log: list[str]) -> Object:
-        """Return when it is: as it was last. `log` is filled with the lines that its container said."""
+    def until_gone(self, name: str, log: list[str]) -> list[Object]:
+        """Return when it is: all that it was from when it had to end. `log` is filled with what its container said."""
         asked = {"fieldSelector": f"metadata.name={name}", "watch": "true"}
         following = threading.Thread(target=self._follow, args=(name, log), name="log")
         following.start()
-        last: Object = {}
+        seen: list[Object] = []
         with self._client.stream("GET", f"{_BASE}/pods", params=asked, timeout=_PATIENCE_S) as changes:
-            for line in changes.iter_lines():
-                change = json.loads(line)
+            for change in map(json.loads, changes.iter_lines()):
                 if change["type"] == "DELETED":
                     break
-                last = change["object"]
+                seen.append(change["object"])
         following.join()
-        return last
+        return [one for one in seen if "deletionTimestamp" in one["metadata"]]
 
     def _follow(self, name: str, log: list[str]) -> None:
         asked = {"follow": "true"}
