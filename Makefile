@@ -117,10 +117,10 @@ test-containers: $(COMPOSE_INSTALLED) $(PROMETHEUS_INSTALLED)  ## Images built a
 	command -v dockerd debootstrap docker-init || apt-get install --yes --no-install-recommends docker.io debootstrap iptables iproute2 tini
 	$(BIN)/pytest -v -m containers tests/containers
 
-# In namespaces of their own, the node's mounts, network and processes end with the tests.
-APART := unshare --mount --net --pid --fork --kill-child --mount-proc
+# In namespaces of their own, the node's mounts, network and processes end with the tests. docker-init waits for orphans.
+APART := unshare --mount --net --pid --fork --kill-child --mount-proc docker-init --
 
-test-node: $(INSTALLED) $(KUBERNETES_INSTALLED) $(NODE_INSTALLED) $(KUBERNETES_TOOLS)  ## The chart and jobs on a real, old node of Kubernetes, built from Debian's source the first time (as root, on Debian; a quarter of an hour, then minutes)
+test-node: $(INSTALLED) $(KUBERNETES_INSTALLED) $(NODE_INSTALLED) $(KUBERNETES_TOOLS)  ## The chart and jobs on a real, old node of Kubernetes, built from Debian's source the first time (as root, on Debian; up to an hour, then a quarter of one)
 	command -v dockerd debootstrap docker-init || apt-get install --yes --no-install-recommends docker.io debootstrap iptables iproute2 tini
 	$(BIN)/python -m tests.node.image
 	$(APART) $(BIN)/pytest -v -m node tests/node
