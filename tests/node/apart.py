@@ -35,9 +35,13 @@ def obstacle() -> str:
     return ""
 
 
+def raise_loopback() -> None:
+    """Which a new namespace has down."""
+    _run("ip", "link", "set", "lo", "up")
+
+
 def furnish(directory: Path) -> None:
     """Make these namespaces a machine that a node may have for itself. `directory` is for files of it."""
-    _run("ip", "link", "set", "lo", "up")
     _run("ip", "address", "add", f"{ADDRESS}/32", "dev", "lo")
     for place in _EMPTY:
         _run("mount", "-t", "tmpfs", "none", place)

@@ -36,6 +36,13 @@ class World:
         until(lambda: not self.pods.of("teacher", release.name))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def loopback() -> None:
+    """The API server needs it, with a node or without."""
+    if not apart.obstacle():
+        apart.raise_loopback()
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     if reason := apart.obstacle():
