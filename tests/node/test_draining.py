@@ -17,8 +17,8 @@ from tests.support.teacher_requests import expected_rows, sequence
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(1200)]
 
-PRE_STOP_S = 4
-BATCH_S = 8.0  # longer than that, so that a request of the last moment is answered while the server drains
+PRE_STOP_S = 12  # the Service forgets a pod within a second or two; the machine may be busy
+BATCH_S = 16.0  # longer than that, so that a request of the last moment is answered while the server drains
 
 
 @pytest.fixture(scope="module")
