@@ -113,7 +113,7 @@ def main() -> None:
         train(mesh, Path(warm_up), small, steps=1)
         gc.collect()
         if step.returns_freed:
-            for parameter, value in ((_M_MMAP_THRESHOLD, 2**16), (_M_TRIM_THRESHOLD, 2**16), (_M_TOP_PAD, 0)):
+            for parameter, value in ((_M_MMAP_THRESHOLD, 2**20), (_M_TRIM_THRESHOLD, 2**16), (_M_TOP_PAD, 0)):
                 ctypes.CDLL(None).mallopt(parameter, value)
         ctypes.CDLL(None).malloc_trim(0)
         before = _status_bytes("VmRSS")
