@@ -36,6 +36,9 @@ _ANSWER_S = 3.0  # a server that is there answers sooner
 _SOCKET = "weights.sock"
 
 
+Addresses = Sequence[str] | Callable[[], Collection[str]]
+
+
 class WeightSender:
     """Sends whole versions. A context manager.
 
@@ -51,7 +54,7 @@ class WeightSender:
 
     def __init__(
         self,
-        addresses: Sequence[str] | Callable[[], Collection[str]],
+        addresses: Addresses,
         *,
         service: WeightService = ROLLOUTS,
         job: str = "",

@@ -110,6 +110,6 @@ def test_a_trainer_gets_into_its_teacher(guarded: Guarded, tmp_path: Path, token
 def test_a_trainer_brings_weights_with_the_access_of_its_rollout_servers(guarded: Guarded, tmp_path: Path) -> None:
     source = trainer(guarded, tmp_path, OPERATOR).source
     assert isinstance(source, OnPolicy)
-    with _weight_sender(source.rollouts, STUDENT, MESH) as sender:
+    with _weight_sender(source.rollouts.addresses, source.rollouts, STUDENT, MESH) as sender:
         (served,) = sender.describe()
     assert served.version == 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kdmesh.errors import ConfigError
 from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weight_sender import Addresses, WeightSender
 from kdmesh.weights.buckets import bucket_size
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
@@ -52,7 +52,8 @@ def open_rollouts(cfg: TrainerConfig, student: Student, mesh: Mesh, stack: ExitS
     pool = stack.enter_context(
         open_pool(key, rollouts, job=job_name(cfg), architecture_fingerprint=student.architecture_fingerprint())
     )
-    sender = stack.enter_context(_weight_sender(rollouts, pool, student, mesh)) if mesh.is_first else None
+    where = pool.addresses if rollouts.has_names else rollouts.addresses
+    sender = stack.enter_context(_weight_sender(where, rollouts, student, mesh)) if mesh.is_first else None
     publisher = StudentPublisher(student, sender, policy=policy, mesh=mesh, needed=1, come_and_go=rollouts.has_names)
     return Rollouts(pool=pool, publisher=publisher)
 
@@ -87,9 +88,9 @@ def job_name(cfg: TrainerConfig) -> str:
     return cfg.output.resolve().name
 
 
-def _weight_sender(rollouts: RolloutsConfig, pool: RolloutPool, student: Student, mesh: Mesh) -> WeightSender:
+def _weight_sender(where: Addresses, rollouts: RolloutsConfig, student: Student, mesh: Mesh) -> WeightSender:
     return WeightSender(
-        pool.addresses if rollouts.has_names else rollouts.addresses,
+        where,
         bucket_bytes=bucket_size(student.size_bytes),
         door=rollouts.door,
         advertise=rollouts.advertise,
