@@ -375,14 +375,9 @@ def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_polic
     click.echo(outcome.json())
 
 
-for command in (
-    planning.plan,
-    token_files.tokenize,
-    evaluation.evaluate,
-    harness.lm_eval,
-    *cluster_commands.COMMANDS,
-    doctor,
-):
+_BESIDE = (planning.plan, token_files.tokenize, evaluation.evaluate, harness.lm_eval, doctor)
+
+for command in (*_BESIDE, *cluster_commands.COMMANDS):
     main.add_command(command)
 
 

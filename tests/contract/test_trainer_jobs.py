@@ -114,6 +114,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_continues(pair: Pair, 
     assert (tmp_path / "run" / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_a_job_comes_nearer_to_what_the_teacher_says_in_its_context(
     whole_run: Path, pair: Pair, tmp_path: Path
 ) -> None:

@@ -164,7 +164,7 @@ def publish_adapted(mesh: Mesh, path: str, address: str, output: str, use_dora: 
 @pytest.mark.parametrize(
     ("dtype", "use_dora", "is_apart"),
     [
-        (torch.bfloat16, False, True),
+        pytest.param(torch.bfloat16, False, True, marks=pytest.mark.slow),
         pytest.param(torch.float32, False, False, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, True, False, marks=pytest.mark.slow),
     ],

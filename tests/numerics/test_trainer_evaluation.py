@@ -116,7 +116,9 @@ def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str) -> 
     return evaluator.evaluate().cross_entropy_nats_per_token
 
 
-@pytest.mark.parametrize(("is_tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("is_tied", "dtype"), [(True, torch.float32), pytest.param(False, torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_the_written_model_is_the_trained_one(
     tiny_models: TinyModels, tmp_path: Path, is_tied: bool, dtype: torch.dtype
 ) -> None:

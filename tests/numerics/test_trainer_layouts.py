@@ -107,7 +107,7 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
     [
         (False, 0, False),
         (True, 2**30, False),
-        (True, 0, True),
+        pytest.param(True, 0, True, marks=pytest.mark.slow),
         pytest.param(False, 2**30, True, marks=pytest.mark.slow),
     ],
 )

@@ -207,6 +207,7 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     assert both["rest"] == both["whole"][3:]
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_number_of_ranks_from_adapters_alone(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:

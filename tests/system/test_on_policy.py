@@ -20,6 +20,8 @@ from tests.system.rollouts import Rollouts
 from tests.system.teachers import Teacher
 from tests.system.training import Job
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 MIXED = {"sequences": 15, "max_tokens": 128}  # 12 samples and 3 answers of the data
 
