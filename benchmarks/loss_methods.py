@@ -195,6 +195,7 @@ def _times(names: Sequence[str], x: Inputs, rival: Method | None, *, rounds: int
         }
         seconds = [f"{statistics.median(times[way].wall_s):.3f}" for way in ("fused", "compiled")]
         others = "" if beside is None else f"{beside[0]:.2f} ({beside[1]:.2f})"
+        say(f"{name}: {seconds[0]} s, {wall:.2f} of the compiled formula's")
         cells.append([name, *seconds, f"{wall:.2f} ({cpu:.2f})", others])
     table(["", "fused s", "compiled formula s", "fused of it (CPU-seconds)", "fused of Liger's (CPU-seconds)"], cells)
     return figures
