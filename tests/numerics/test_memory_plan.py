@@ -178,4 +178,4 @@ def test_two_ranks_take_what_was_said_within_a_tenth_with_a_spread_head_and_a_wh
         measured[spreads] = max(int(outcome.output) for outcome in outcomes)
         planned[spreads] = at_worst(plan(replace(wanted, spreads_head=spreads)), "cpu").total()
     assert planned == pytest.approx(measured, rel=0.1)
-    assert measured[True] < measured[False]
+    assert measured[True] < 0.85 * measured[False]
