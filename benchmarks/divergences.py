@@ -51,7 +51,7 @@ def main() -> None:
     if given.child:
         name, rows, vocabulary = given.child
         method = partial(loss_inputs.fused, divergence=_divergence(name), workspace_of=Workspace)
-        say(str(peak_bytes(method, int(rows), int(vocabulary))))
+        say(str(peak_bytes(method, int(rows), int(vocabulary), dtype=loss_inputs.measured_dtype())))
         return
     vocabulary, few, many = (2000, 128, 512) if given.quick else (32_000, 2048, 8192)
     names = [*PARAMS, *_TRUNCATED]
@@ -60,13 +60,13 @@ def main() -> None:
     for name in names:
         ratio = statistics.median(own / first for own, first in zip(seconds[name], seconds["forward_kl"], strict=True))
         peaks = [_peak_in_child(name, rows, vocabulary) for rows in (few, many)]
-        outputs_bytes = (many - few) * (loss_inputs.STUDENT_SIZE * 2 + 4 * 4)
+        outputs_bytes = (many - few) * (loss_inputs.STUDENT_SIZE * loss_inputs.measured_dtype().itemsize + 4 * 4)
         growth = (peaks[1] - outputs_bytes) / peaks[0]
         figures[name] = {"time": round(ratio, 2), "peak_mib": round(peaks[0] / _MIB), "growth": round(growth, 3)}
         cells.append([name, f"{ratio:.2f}", f"{peaks[0] / _MIB:.0f} MiB", f"{growth:.3f}"])
-    say(f"V={vocabulary}, bfloat16, T={few}; growth of the peak to T={many}, less that of the outputs:")
+    say(f"V={vocabulary}, {loss_inputs.measured_dtype()}, T={few}; growth of the peak to T={many} less the outputs':")
     table(["divergence", "time of forward_kl's", "peak above the inputs", "growth"], cells)
-    finish("divergences", {"divergences": figures})
+    finish("divergences", {"dtype": str(loss_inputs.measured_dtype()), "divergences": figures})
 
 
 def _divergence(name: str) -> Divergence | SampledDivergence:
@@ -80,7 +80,7 @@ def _divergence(name: str) -> Divergence | SampledDivergence:
 
 def _seconds(names: list[str], rows: int, vocabulary: int, *, rounds: int) -> dict[str, list[float]]:
     """Of a forward and backward pass; they take turns, so that each meets the same neighbours."""
-    inputs = loss_inputs.inputs(rows, vocabulary)
+    inputs = loss_inputs.inputs(rows, vocabulary, dtype=loss_inputs.measured_dtype())
     methods = {name: partial(loss_inputs.fused, divergence=_divergence(name)) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):

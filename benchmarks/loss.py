@@ -102,9 +102,9 @@ def _peak_in_child(method: str, rows: int, vocabulary: int) -> int:
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def peak_bytes(method: Method, rows: int, vocabulary: int) -> int:
+def peak_bytes(method: Method, rows: int, vocabulary: int, *, dtype: torch.dtype = torch.bfloat16) -> int:
     """Above the inputs, of the second of two equal passes: the first loads code and compiles."""
-    inputs = loss_inputs.inputs(rows, vocabulary)
+    inputs = loss_inputs.inputs(rows, vocabulary, dtype=dtype)
     run_pass(method, inputs)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -23,7 +23,7 @@ STUDENT_SIZE, TEACHER_SIZE = 512, 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Inputs:
-    """bfloat16; the student's two carry a gradient."""
+    """Of one type; the student's two carry a gradient."""
 
     student_RD: Tensor
     student_VD: Tensor
@@ -39,12 +39,17 @@ class Inputs:
 Method = Callable[[Inputs], Tensor]  # the summed forward KL, ready for backward
 
 
-def inputs(rows: int, vocabulary: int, *, distance: float = 1.0) -> Inputs:
+def measured_dtype() -> torch.dtype:
+    """bfloat16; float32 on a processor without its instructions, where torch's products take a hundred times longer."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def inputs(rows: int, vocabulary: int, *, distance: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Inputs:
     """A student whose logits differ from its teacher's by about `distance`; the teacher's reach about 24."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(rows: int, columns: int, deviation: float) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * deviation).bfloat16()
+        return (torch.randn(rows, columns, generator=generator) * deviation).to(dtype)
 
     student_RD = normal(rows, STUDENT_SIZE, 1.0)
     student_VD = normal(vocabulary, STUDENT_SIZE, 5.0 / STUDENT_SIZE**0.5)

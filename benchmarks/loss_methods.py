@@ -160,16 +160,21 @@ def main() -> None:
     if given.child:
         way, name, rows, vocabulary = given.child
         method = compiled(name) if way == "compiled" else fused(name, workspace_of=Workspace)
-        say(str(peak_bytes(method, int(rows), int(vocabulary))))
+        say(str(peak_bytes(method, int(rows), int(vocabulary), dtype=loss_inputs.measured_dtype())))
         return
     names = [*PARAMS, *loss_formulas.ACROSS_TOKENIZERS]
     if wrong := disagreements(names):
         raise SystemExit("fused loss and formula are not the same: " + "; ".join(wrong))
     rows, vocabulary = (64, 1000) if given.quick else (1024, 32_000)
-    say(f"T={rows}, V={vocabulary}, bfloat16, {torch.get_num_threads()} threads, forward and backward")
-    times = _times(names, loss_inputs.inputs(rows, vocabulary), liger(given.liger), rounds=given.rounds)
+    dtype = loss_inputs.measured_dtype()
+    say(f"T={rows}, V={vocabulary}, {dtype}, {torch.get_num_threads()} threads, forward and backward")
+    x = loss_inputs.inputs(rows, vocabulary, dtype=dtype)
+    times = _times(names, x, liger(given.liger), rounds=given.rounds)
     memory = {} if given.quick else _memory(vocabulary)
-    finish("loss_methods", {"rows": rows, "vocabulary": vocabulary, "times": times, "peak_mib": memory})
+    finish(
+        "loss_methods",
+        {"rows": rows, "vocabulary": vocabulary, "dtype": str(dtype), "times": times, "peak_mib": memory},
+    )
 
 
 def _times(names: Sequence[str], x: Inputs, rival: Method | None, *, rounds: int) -> Mapping[str, object]:

@@ -1,12 +1,16 @@
-"""Which divergences the GPU's row kernel knows, and with which numbers."""
+"""Which divergences the GPU's row kernel knows, with which numbers, and where the GPU's kernels run."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from kdmesh.losses import divergences, selective
 from kdmesh.losses.divergences import Divergence
@@ -21,14 +25,15 @@ class Op(IntEnum):
     REVERSE_KL = 2
     MASKED_REVERSE_KL = 3
     ENTROPY_GATED_KL = 4
-    TOP1_CROSS_ENTROPY = 5
-    SAMPLED_REVERSE_KL = 6
-    RENYI = 7
-    JENSEN_SHANNON = 8
-    SKEWED_KL = 9
-    SKEWED_REVERSE_KL = 10
-    TOTAL_VARIATION = 11
-    ALPHA_BETA = 12
+    ADAPTIVE_KL = 5
+    TOP1_CROSS_ENTROPY = 6
+    SAMPLED_REVERSE_KL = 7
+    RENYI = 8
+    JENSEN_SHANNON = 9
+    SKEWED_KL = 10
+    SKEWED_REVERSE_KL = 11
+    TOTAL_VARIATION = 12
+    ALPHA_BETA = 13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +45,7 @@ class KernelForm:
     second: float = 0.0
 
 
-# A function and the names of its parameters. What is not here looks at a row as a whole (a sort, a search for a
-# threshold) or is the user's own.
+# A function and the names of its parameters. What is not here sorts a row, or is the user's own.
 _FORMS: Mapping[Callable[..., Any], tuple[Op, tuple[str, ...]]] = {
     divergences.forward_kl: (Op.FORWARD_KL, ()),
     divergences.reverse_kl: (Op.REVERSE_KL, ()),
@@ -52,6 +56,7 @@ _FORMS: Mapping[Callable[..., Any], tuple[Op, tuple[str, ...]]] = {
     divergences.renyi: (Op.RENYI, ("order",)),
     divergences.alpha_beta: (Op.ALPHA_BETA, ("alpha", "beta")),
     selective.masked_reverse_kl: (Op.MASKED_REVERSE_KL, ()),
+    selective.adaptive_kl: (Op.ADAPTIVE_KL, ("tail_mass",)),
     selective.entropy_gated_kl: (Op.ENTROPY_GATED_KL, ("threshold", "forward_weight")),
     selective.top1_cross_entropy: (Op.TOP1_CROSS_ENTROPY, ()),
     sampled_reverse_kl: (Op.SAMPLED_REVERSE_KL, ()),
@@ -70,3 +75,9 @@ def kernel_form(divergence: Divergence | SampledDivergence) -> KernelForm | None
     if set(names) != set(params):
         return None
     return KernelForm(op=op, **dict(zip(("first", "second"), (params[name] for name in names), strict=False)))
+
+
+def kernel_runs_on(device: torch.device) -> bool:
+    """Whether there is Triton for tensors there: on a GPU, and in its interpreter where that was asked for."""
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return (device.type == "cuda" or is_interpreted) and find_spec("triton") is not None

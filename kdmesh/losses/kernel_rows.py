@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,12 +16,6 @@ from kdmesh.losses.topk import TopKOverlap
 
 _BLOCK = 4096  # columns that a program holds at a time, 16 for each of its threads
 _WARPS = 8
-
-
-def kernel_runs_on(device: torch.device) -> bool:
-    """Whether there is Triton for such tensors: on a GPU, and in its interpreter where that was asked for."""
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or is_interpreted) and find_spec("triton") is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

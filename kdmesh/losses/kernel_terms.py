@@ -12,6 +12,7 @@ FORWARD_KL = tl.constexpr(int(Op.FORWARD_KL))
 REVERSE_KL = tl.constexpr(int(Op.REVERSE_KL))
 MASKED_REVERSE_KL = tl.constexpr(int(Op.MASKED_REVERSE_KL))
 ENTROPY_GATED_KL = tl.constexpr(int(Op.ENTROPY_GATED_KL))
+ADAPTIVE_KL = tl.constexpr(int(Op.ADAPTIVE_KL))
 TOP1_CROSS_ENTROPY = tl.constexpr(int(Op.TOP1_CROSS_ENTROPY))
 SAMPLED_REVERSE_KL = tl.constexpr(int(Op.SAMPLED_REVERSE_KL))
 RENYI = tl.constexpr(int(Op.RENYI))
@@ -19,6 +20,16 @@ JENSEN_SHANNON = tl.constexpr(int(Op.JENSEN_SHANNON))
 SKEWED_KL = tl.constexpr(int(Op.SKEWED_KL))
 SKEWED_REVERSE_KL = tl.constexpr(int(Op.SKEWED_REVERSE_KL))
 TOTAL_VARIATION = tl.constexpr(int(Op.TOTAL_VARIATION))
+
+# What stands for the logit of a token that is not there: its probability is 0, and 0 times it is 0.
+NEVER = tl.constexpr(-1e30)
+
+
+@triton.jit
+def load_logits(row, columns, num_columns, stride, factor):
+    """Logits over the temperature; beyond the vocabulary those that never occur."""
+    product = tl.load(row + columns, mask=columns < stride, other=0.0)
+    return tl.where(columns < num_columns, product, NEVER) * factor
 
 
 @triton.jit
@@ -35,6 +46,8 @@ def terms(log_q, log_p, log_ratio, is_target, gate, first, second, OP: tl.conste
         h = f
     elif OP == ENTROPY_GATED_KL:
         f, h = (gate * p - q) * log_ratio, -q * log_ratio - gate * p
+    elif OP == ADAPTIVE_KL:
+        f, h = ((1.0 - gate) * p - gate * q) * log_ratio, -gate * q * log_ratio - (1.0 - gate) * p
     elif OP >= TOP1_CROSS_ENTROPY and OP <= SAMPLED_REVERSE_KL:
         f, h = q, tl.where(is_target, gate, 0.0)
     elif OP == RENYI:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdmesh.losses import brgemm
+from kdmesh.losses.kernel_form import kernel_runs_on
 from kdmesh.losses.threads import run_each
 from kdmesh.losses.workspace import Workspace
 
@@ -56,10 +57,12 @@ def hidden_gradient_into(out_CD: Tensor, logit_gradient_CV: Tensor, weight_VD: T
             brgemm.multiply_into(out_CD[rows], logit_gradient_CV[rows], weight_VD)
 
         _on_threads(multiply, spans(len(out_CD), -(-len(out_CD) // torch.get_num_threads())))
-    elif out_CD.dtype is logit_gradient_CV.dtype:
+    elif out_CD.dtype is logit_gradient_CV.dtype and _multiplies(logit_gradient_CV):
         torch.mm(logit_gradient_CV, weight_VD, out=out_CD)
     elif out_CD.is_cuda:
         torch.mm(logit_gradient_CV, weight_VD, out_dtype=out_CD.dtype, out=out_CD)
+    elif not _multiplies(logit_gradient_CV):
+        _hidden_gradient_into_by_casts(out_CD, logit_gradient_CV, weight_VD)
     else:  # rounded once
         out_CD.copy_(torch.mm(logit_gradient_CV, weight_VD))
 
@@ -90,8 +93,10 @@ def weight_gradient_into(out_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: T
         put(slab, product_DS)
 
     if is_bfloat16:
+        dtype = torch.bfloat16 if _multiplies(hidden_DC) else torch.float32
+        hidden_DC = hidden_DC.to(dtype)
         for slab in spans(len(out_VD), _GRADIENT_SLAB_ROWS):
-            put(slab, torch.mm(hidden_DC, logit_gradient_CV[:, slab]))
+            put(slab, torch.mm(hidden_DC, logit_gradient_CV[:, slab].to(dtype)))
     else:
         _on_threads(multiply, spans(len(out_VD), _KERNEL_SLAB_ROWS))
 
@@ -103,14 +108,30 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if factor.device.type == "cpu" and factor.item() == 1:
         return gradient.to(dtype)
-    if gradient.is_cuda and gradient.dtype is factor.dtype:  # one kernel multiplies, and rounds on its way out
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    if kernel_runs_on(gradient.device) and gradient.dtype is factor.dtype and gradient.numel() > 0:
+        from kdmesh.losses.scale_kernel import scaled_by_kernel  # Triton, which a CPU has no use for
+
+        return scaled_by_kernel(gradient, factor, dtype)
     if gradient.dtype is dtype and dtype in (torch.float32, torch.float64):
         return gradient * factor
     result = torch.empty_like(gradient, dtype=dtype)
     for slab in spans(len(gradient), _SLAB_ROWS):
         result[slab].copy_(gradient[slab].to(factor.dtype) * factor)
     return result
+
+
+def _multiplies(matrix: Tensor) -> bool:
+    """Whether torch has a fast product of such matrices: without AVX-512, bfloat16 takes a hundred times longer."""
+    is_slow = matrix.device.type == "cpu" and matrix.dtype is torch.bfloat16
+    return not is_slow or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _hidden_gradient_into_by_casts(out_CD: Tensor, logit_gradient_CV: Tensor, weight_VD: Tensor) -> None:
+    """As hidden_gradient_into, in float32 and rounded once."""
+    sum_CD = out_CD.new_zeros(out_CD.shape, dtype=torch.float32)
+    for slab in spans(len(weight_VD), _SLAB_ROWS):
+        sum_CD.addmm_(logit_gradient_CV[:, slab].float(), weight_VD[slab].float())
+    out_CD.copy_(sum_CD)
 
 
 def _has_kernel(*matrices: Tensor) -> bool:

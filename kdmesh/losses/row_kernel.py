@@ -9,19 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdmesh.losses.kernel_tail import tail_weight
 from kdmesh.losses.kernel_terms import (
+    ADAPTIVE_KL,
     ENTROPY_GATED_KL,
     MASKED_REVERSE_KL,
+    NEVER,
     NOTHING,
     RENYI,
     REVERSE_KL,
     SAMPLED_REVERSE_KL,
     TOP1_CROSS_ENTROPY,
+    load_logits,
     terms,
 )
-
-# What stands for the logit of a token that is not there: its probability is 0, and 0 times it is 0.
-_NEVER = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -80,6 +81,12 @@ def row_kernel(
             *(student, teacher, student_factor, teacher_factor, label, best, log_s, log_t),
             *(t_max, t_moment / t_sum, cross / s_sum + shift, agrees, first, second, OP),
         )
+    if OP == ADAPTIVE_KL:
+        gate = tail_weight(
+            *(student, teacher, num_columns, student_stride, teacher_stride, student_factor, teacher_factor),
+            *(log_s, log_t, t_max, first, BLOCK),
+        )
+        h_sum = gate * (cross / s_sum + shift) - (1.0 - gate)
     if OP >= RENYI:
         value, h_sum, gate = _sums_of_terms(
             *(student, teacher, num_columns, student_stride, teacher_stride, student_factor, teacher_factor),
@@ -144,11 +151,11 @@ def _last_sweep(
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        a = _load(student, columns, num_columns, student_stride, student_factor)
+        a = load_logits(student, columns, num_columns, student_stride, student_factor)
         q = tl.exp(a - log_s)
         slope = tl.zeros([BLOCK], tl.float32)
         if OP != NOTHING:
-            b = _load(teacher, columns, num_columns, teacher_stride, teacher_factor)
+            b = load_logits(teacher, columns, num_columns, teacher_stride, teacher_factor)
             f, h = terms(a - log_s, b - log_t, (b - a) - shift, columns == target, gate, first, second, OP)
             total += f
             slope = kd_factor * (h - q * h_sum)
@@ -164,13 +171,6 @@ def _last_sweep(
             tl.debug_barrier()
             tl.store(gradient + columns, (slope * weight).to(gradient.dtype.element_ty), mask=columns < student_stride)
     return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _load(row, columns, num_columns, stride, factor):
-    """Logits over the temperature; beyond the vocabulary those that never occur."""
-    product = tl.load(row + columns, mask=columns < stride, other=0.0)
-    return tl.where(columns < num_columns, product, _NEVER) * factor
 
 
 @triton.jit
@@ -192,13 +192,13 @@ def _softmax_sums(
 
     Last come the sum weighted by the two's difference, and where the teacher's largest is to be found.
     """
-    s_max = tl.full([], _NEVER, tl.float32)
-    t_max = tl.full([], _NEVER, tl.float32)
+    s_max = tl.full([], NEVER, tl.float32)
+    t_max = tl.full([], NEVER, tl.float32)
     s_sum, s_plain, s_moment = 0.0, 0.0, 0.0
     t_sum, t_moment, cross, best_start = 0.0, 0.0, 0.0, 0
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        a = _load(student, columns, num_columns, student_stride, student_factor)
+        a = load_logits(student, columns, num_columns, student_stride, student_factor)
         larger = tl.maximum(s_max, tl.max(a, axis=0))
         powers, kept = tl.exp(a - larger), tl.exp(s_max - larger)
         s_sum = s_sum * kept + tl.sum(powers, axis=0)
@@ -209,8 +209,8 @@ def _softmax_sums(
             s_moment = s_moment * kept + tl.sum(powers * a, axis=0)
         s_max = larger
         if OP != NOTHING:
-            b = _load(teacher, columns, num_columns, teacher_stride, teacher_factor)
-            if OP >= REVERSE_KL and OP <= ENTROPY_GATED_KL:
+            b = load_logits(teacher, columns, num_columns, teacher_stride, teacher_factor)
+            if OP >= REVERSE_KL and OP <= ADAPTIVE_KL:
                 cross = cross * kept + tl.sum(powers * (a - b), axis=0)
             larger = tl.maximum(t_max, tl.max(b, axis=0))
             powers, kept = tl.exp(b - larger), tl.exp(t_max - larger)
@@ -238,9 +238,9 @@ def _favourite(
 ):
     """The teacher's likeliest token, the first of several, and 1 where it is the student's as well."""
     columns = best_start + tl.arange(0, BLOCK)
-    b = _load(teacher, columns, num_columns, teacher_stride, teacher_factor)
+    b = load_logits(teacher, columns, num_columns, teacher_stride, teacher_factor)
     best = tl.min(tl.where(b >= t_max, columns, num_columns - 1), axis=0)
-    a = _load(student, columns, num_columns, student_stride, student_factor)
+    a = load_logits(student, columns, num_columns, student_stride, student_factor)
     return best, tl.max(tl.where((columns == best) & (a >= s_max), 1.0, 0.0), axis=0)
 
 
@@ -264,7 +264,7 @@ def _known_sums(
 ):
     """What follows from the softmax sums: a token that h needs, the divergence's value, the sum of h, a number for h.
 
-    `reverse` is reverse KL. The values of the divergences up to entropy-gated KL are left to the last sweep.
+    `reverse` is reverse KL. The values of the divergences up to adaptive KL are left to the last sweep.
     """
     target, value, h_sum, gate = label, 0.0, -1.0, 1.0
     if OP == REVERSE_KL:
@@ -304,12 +304,12 @@ def _sums_of_terms(
     BLOCK: tl.constexpr,
 ):
     """As _known_sums, for the divergences whose sums take another sweep."""
-    largest, power_sum = tl.full([], _NEVER, tl.float32), 0.0
+    largest, power_sum = tl.full([], NEVER, tl.float32), 0.0
     values, hs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        a = _load(student, columns, num_columns, student_stride, student_factor)
-        b = _load(teacher, columns, num_columns, teacher_stride, teacher_factor)
+        a = load_logits(student, columns, num_columns, student_stride, student_factor)
+        b = load_logits(teacher, columns, num_columns, teacher_stride, teacher_factor)
         if OP == RENYI:
             power = (a - log_s) + first * ((b - a) - shift)
             larger = tl.maximum(largest, tl.max(power, axis=0))

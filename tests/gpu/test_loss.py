@@ -12,8 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdmesh.losses import MixedTeacher, Workspace, fused_linear_cross_entropy, kernel_rows
+from kdmesh.losses import (
+    MixedTeacher,
+    OutputHead,
+    Workspace,
+    build_divergence,
+    fused_linear_cross_entropy,
+    fused_linear_divergence,
+    kernel_rows,
+)
 from kdmesh.losses.kernel_form import Op, kernel_form
+from kdmesh.losses.matmul import scaled
 from tests.support import mixture_cases as mixture
 from tests.support import textbook_losses as textbook
 from tests.support.loss_cases import (
@@ -123,11 +132,42 @@ def test_the_gradient_is_right_to_its_own_rounding_however_near_the_teacher(name
     assert relative_error(outcome.gradients[0], reference.gradients[0]) < 6e-3
 
 
+@pytest.mark.parametrize("tail_mass", [1e-4, 0.3, 0.5, 0.7])
+def test_the_tail_is_found_among_equals_and_extremes(
+    tail_mass: float, device: torch.device, launches: list[kernel_rows.Launch]
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    teacher_RV = torch.randn(6, 150, generator=generator)
+    teacher_RV[0] = 1.0  # all of one probability
+    teacher_RV[1] = (torch.arange(150) % 3).float()  # three probabilities
+    teacher_RV[2] *= 40.0  # next to nothing but one token
+    teacher_RV[3, 7] += 20.0
+    teacher_RV[4] = torch.linspace(-1e-4, 1e-4, 150)  # as near to each other as float32 can tell
+    student_RV = torch.randn(6, 150, generator=generator)
+    divergence = build_divergence("adaptive_kl", {"tail_mass": tail_mass})
+    assert callable(divergence)
+
+    def head(logits_RV: Tensor) -> OutputHead:  # the logits of rows that each have a 1 in a place of their own
+        return OutputHead(weight_VD=logits_RV.T.contiguous())
+
+    rows_RR = torch.eye(6)
+    loss = fused_linear_divergence(
+        rows_RR.to(device),
+        head(student_RV.to(device)),
+        rows_RR.to(device),
+        head(teacher_RV.to(device)),
+        divergence=divergence,
+    )
+    exact_R, _ = divergence(student_RV.double().log_softmax(-1), teacher_RV.double().log_softmax(-1))
+    torch.testing.assert_close(loss.divergence_R.cpu().double(), exact_R, rtol=1e-4, atol=1e-6)
+    assert launches
+
+
 def test_what_the_kernel_has_no_form_for_is_computed_without_it(
     device: torch.device, launches: list[kernel_rows.Launch]
 ) -> None:
-    assert set(DIVERGENCES) - set(IN_KERNEL) == {"adaptive_kl", "hierarchical_ranking"}
-    for case in (Case(name="adaptive_kl"), Case(name="hierarchical_ranking"), Case(kept=("top_k", 5.0))):
+    assert set(DIVERGENCES) - set(IN_KERNEL) == {"hierarchical_ranking"}
+    for case in (Case(name="hierarchical_ranking"), Case(kept=("top_k", 5.0))):
         inputs = tensors(case, torch.float32)
         assert_same(on_cpu(run(case, moved(inputs, device))), expected(case, inputs), tolerance=1e-4)
     double = tensors(Case(), torch.float64)
@@ -213,6 +253,16 @@ def test_without_a_gradient_the_values_are_the_same(device: torch.device) -> Non
     with torch.no_grad():
         plain = call(case, inputs)
     assert torch.equal(plain.loss_sum, call(case, inputs).loss_sum)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_upstream_gradient_is_multiplied_in_and_rounded_once(dtype: torch.dtype, device: torch.device) -> None:
+    matrix = torch.randn(70, 61, generator=torch.Generator().manual_seed(1)).to(device)
+    factor = torch.tensor(1 / 3, device=device)
+    rtol = (
+        2.0**-7 if device.type == "cpu" and dtype is torch.bfloat16 else 0.0
+    )  # the interpreter cuts instead of rounding
+    torch.testing.assert_close(scaled(matrix, factor, dtype), (matrix * factor).to(dtype), rtol=rtol, atol=0)
 
 
 def test_a_workspace_that_held_other_numbers_changes_nothing(device: torch.device) -> None:

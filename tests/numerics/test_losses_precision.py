@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdmesh.losses import OutputHead, build_divergence, fused_linear_divergence
-from kdmesh.losses.matmul import logits_into, scaled, weight_gradient_into
+from kdmesh.losses import OutputHead, build_divergence, fused_linear_divergence, matmul
+from kdmesh.losses.matmul import hidden_gradient_into, logits_into, scaled, weight_gradient_into
 from kdmesh.losses.workspace import Workspace
 from tests.support import textbook_losses as textbook
 from tests.support.loss_cases import PARAMS, SMOOTH, Case, expected, relative_error, run, tensors
@@ -80,6 +80,20 @@ def test_the_precision_of_other_float32_products_is_left_as_it_was() -> None:
     run(Case(), tensors(Case(), torch.bfloat16))
     assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
     assert (a @ b - exact).abs().max() < 1e-4
+
+
+def test_a_processor_without_bfloat16_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_multiplies", lambda matrix: matrix.dtype is torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((40, 5000), (5000, 24), (40, 24))
+    gradient_CV, weight_VD, hidden_CD = (torch.randn(*shape, generator=generator).bfloat16() for shape in shapes)
+    hidden_gradient_CD, weight_gradient_VD = torch.empty_like(hidden_CD), torch.ones(5000, 24)
+    hidden_gradient_into(hidden_gradient_CD, gradient_CV, weight_VD)
+    weight_gradient_into(weight_gradient_VD, gradient_CV, hidden_CD, adds=True)
+    exact_CD = gradient_CV.double() @ weight_VD.double()
+    torch.testing.assert_close(hidden_gradient_CD.double(), exact_CD, rtol=2.0**-8, atol=1e-3)
+    exact_VD = 1 + gradient_CV.double().T @ hidden_CD.double()
+    torch.testing.assert_close(weight_gradient_VD.double(), exact_VD, rtol=1e-5, atol=1e-5)
 
 
 def test_the_weight_gradient_does_not_lose_small_chunks() -> None:

@@ -27,7 +27,8 @@ class StudentConfig(StrictModel):
     """Train the language model alone, and not the vision tower with its projector, of a model that reads images."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Element type of the forward and backward pass; master weights and reductions are always float32."""
+    """Element type of the forward and backward pass; master weights and reductions are always float32. A CPU without
+    AVX-512 is many times slower in bfloat16."""
 
     activation_checkpointing: Literal["none", "half", "all"] = "none"
     """Of which decoder layers (every second one, or all) only the inputs are kept for the backward pass, which then
