@@ -20,7 +20,7 @@ _DIVERGENCES: tuple[tuple[str, dict[str, float]], ...] = (
     ("forward_kl", {}),
     ("reverse_kl", {}),
     ("jensen_shannon", {"beta": 0.5}),
-    ("adaptive_kl", {"tail_mass": 0.5}),  # not in the kernel
+    ("adaptive_kl", {"tail_mass": 0.5}),
 )
 
 
@@ -112,7 +112,8 @@ def _methods() -> dict[str, Callable[[Inputs], Tensor] | None]:
         "kdmesh": partial(ours, divergence=forward_kl),
         "kdflow_compiled": lambda x: compiled(x.student_RD @ x.student_VD.T, x.teacher_RE @ x.teacher_VE.T),
         "trl": _trl() if find_spec("trl") else None,
-        "liger_chunked": _liger() if find_spec("liger_kernel") else None,
+        "liger_chunked": _liger_chunked() if find_spec("liger_kernel") else None,
+        "liger_fused": _liger_fused() if find_spec("liger_kernel") else None,
     }
 
 
@@ -130,7 +131,8 @@ def _trl() -> Callable[[Inputs], Tensor]:
     return method
 
 
-def _liger() -> Callable[[Inputs], Tensor]:
+def _liger_chunked() -> Callable[[Inputs], Tensor]:
+    """Its loss for distillation, which rounds the logits to bfloat16."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss: Any = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
@@ -138,6 +140,19 @@ def _liger() -> Callable[[Inputs], Tensor]:
     def method(x: Inputs) -> Tensor:
         labels_R = torch.zeros(len(x.student_RD), dtype=torch.int64, device=x.student_RD.device)
         total: Tensor = loss(x.student_RD, x.student_VD, x.teacher_RE, x.teacher_VE, labels_R)
+        return total
+
+    return method
+
+
+def _liger_fused() -> Callable[[Inputs], Tensor]:
+    """Its Triton kernel, which takes float32 logits."""
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    loss: Any = LigerFusedLinearJSD(jsd_beta=0.0)
+
+    def method(x: Inputs) -> Tensor:
+        total: Tensor = loss(x.student_RD, x.student_VD, x.teacher_RE, x.teacher_VE, None)
         return total
 
     return method

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.gpu.scale import Scale, normal
+from benchmarks.gpu.scale import Scale, median_ms, normal
 from benchmarks.gpu.step import AdamWSettings, build_student, packed_tokens
 from kdmesh.losses import FusedLoss, OutputHead, Workspace, build_divergence, fused_linear_divergence
-from kdmesh_trainer.mesh import joined
+from kdmesh_trainer.compiled_layers import compile_layers
+from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import begin_micro_batch, shard
 from kdmesh_trainer.optimizer import build_adamw
 
@@ -38,47 +39,60 @@ class _Span:
 
 
 def measure(scale: Scale) -> dict[str, object]:
-    """Of a step in bfloat16 that nothing interrupts: milliseconds and shares of its parts, calls that wait, kernels."""
+    """Of a step in bfloat16 that nothing interrupts, with layers as they are and compiled: milliseconds and shares of
+    its parts, calls that wait, kernels."""
     is_tiny = scale.device.type == "cpu"
-    dtype = torch.float32 if is_tiny else torch.bfloat16
     with joined("cpu" if is_tiny else "cuda", longest_wait_s=60) as mesh:
-        student = build_student(scale)
-        shard(student, mesh.device_mesh, compute_dtype=dtype)
-        optimizer = build_adamw(student, AdamWSettings())  # type: ignore[arg-type]
-        packed = packed_tokens(scale, together=not is_tiny).to(scale.device)
-        rows_RE = normal(packed.num_rows, scale.teacher_size, scale, seed=1)
-        teacher = OutputHead(weight_VD=normal(scale.vocabulary, scale.teacher_size, scale, deviation=0.02, seed=2))
-        divergence, workspace = build_divergence("forward_kl"), Workspace()
+        figures = {"layers as they are": _measure(scale, mesh, is_compiled=False)}
+        if not is_tiny:
+            torch.cuda.empty_cache()
+            figures["compiled layers"] = _measure(scale, mesh, is_compiled=True)
+    return dict(figures)
 
-        def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
-            with record_function("head"):
-                return fused_linear_divergence(
-                    hidden_RD,
-                    head,
-                    rows_RE,
-                    teacher,
-                    divergence=divergence,
-                    labels_R=labels_R,
-                    workspace=workspace,
-                )
 
-        def step() -> None:
-            begin_micro_batch(student, is_last=True)
-            with record_function("forward"):
-                loss_sum = student(packed, row_loss).loss_sum
-            with record_function("backward"):
-                (loss_sum / packed.num_rows).backward()
-            with record_function("optimizer"):
-                clip_grad_norm_(student.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+def _measure(scale: Scale, mesh: Mesh, *, is_compiled: bool) -> dict[str, object]:
+    is_tiny = scale.device.type == "cpu"
+    student = build_student(scale)
+    if is_compiled:
+        compile_layers(student.lm)
+    shard(student, mesh.device_mesh, compute_dtype=torch.float32 if is_tiny else torch.bfloat16)
+    optimizer = build_adamw(student, AdamWSettings())  # type: ignore[arg-type]
+    packed = packed_tokens(scale, together=not is_tiny).to(scale.device)
+    rows_RE = normal(packed.num_rows, scale.teacher_size, scale, seed=1)
+    teacher = OutputHead(weight_VD=normal(scale.vocabulary, scale.teacher_size, scale, deviation=0.02, seed=2))
+    divergence, workspace = build_divergence("forward_kl"), Workspace()
 
-        student.train()
-        for _ in range(2):  # compile and fill caches
-            step()
-        events = traced(lambda: [step() for _ in range(_STEPS)], scale)
+    def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
+        with record_function("head"):
+            return fused_linear_divergence(
+                hidden_RD,
+                head,
+                rows_RE,
+                teacher,
+                divergence=divergence,
+                labels_R=labels_R,
+                workspace=workspace,
+            )
+
+    def step() -> None:
+        begin_micro_batch(student, is_last=True)
+        with record_function("forward"):
+            loss_sum = student(packed, row_loss).loss_sum
+        with record_function("backward"):
+            (loss_sum / packed.num_rows).backward()
+        with record_function("optimizer"):
+            clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    student.train()
+    for _ in range(2):  # compile and fill caches
+        step()
+    events = traced(lambda: [step() for _ in range(_STEPS)], scale)
+    untraced_ms = median_ms(step, scale, warmups=0)
     return {
         "tokens": packed.num_tokens,
+        "step without the profiler (ms)": round(untraced_ms, 2),
         **shares(events),
         "kernels of the head (ms)": kernels_of(events, within="head"),
     }
