@@ -11,10 +11,7 @@ import ctypes
 import gc
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +23,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig
 
-from benchmarks.measure import finish, say, table
+from benchmarks.measure import finish, table
+from benchmarks.ranks import RANKS, on_ranks, tell
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.body import load_causal_lm
 from kdmesh.types import TokenSequence
@@ -35,7 +33,6 @@ from kdmesh_trainer.model import Student, begin_micro_batch, shard
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
-_RANKS = 2
 _VOCABULARY, _TEACHER_SIZE = 4000, 256
 _SHAPE: dict[str, Any] = {
     "vocab_size": _VOCABULARY,
@@ -59,9 +56,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.rank is not None:
         with joined("cpu", longest_wait_s=600, context=arguments.rank["context"]) as mesh:
-            say(json.dumps(_measure(mesh, Path(arguments.rank["model"]), arguments.tokens, arguments.steps)))
-        sys.stdout.flush()
-        os._exit(0)  # as the trainer does: gloo's threads must not meet an interpreter that goes down
+            figures = _measure(mesh, Path(arguments.rank["model"]), arguments.tokens, arguments.steps)
+        tell(figures)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as directory:
         config = AutoConfig.for_model("qwen3", **_SHAPE)
@@ -79,24 +75,7 @@ def _of_ranks(context: int, model: str, arguments: argparse.Namespace) -> dict[s
     """The larger figure of both ranks."""
     told = json.dumps({"context": context, "model": model})
     numbers = ["--tokens", str(arguments.tokens), "--steps", str(arguments.steps), "--rank", told]
-    environment = {
-        "WORLD_SIZE": str(_RANKS),
-        "LOCAL_WORLD_SIZE": str(_RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.context_parallel", *numbers],
-            env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(_RANKS)
-    ]
-    answers = [json.loads(rank.communicate()[0]) for rank in ranks]
+    answers = on_ranks("benchmarks.context_parallel", numbers)
     return {name: max(answer[name] for answer in answers) for name in answers[0]}
 
 
@@ -110,7 +89,7 @@ def _measure(mesh: Mesh, model: Path, tokens: int, steps: int) -> dict[str, floa
     )
     shard(student, mesh.device_mesh, compute_dtype=torch.float32)
     optimizer = build_adamw(student, OptimizerConfig())
-    drawn = np.random.default_rng(0).integers(0, _VOCABULARY, (_RANKS, tokens)).astype(np.int32)
+    drawn = np.random.default_rng(0).integers(0, _VOCABULARY, (RANKS, tokens)).astype(np.int32)
     positions = np.arange(tokens - 1, dtype=np.int32)
     sequences = [TokenSequence(token_ids=row, positions=positions) for row in drawn]
     mine = sequences[mesh.data_group :: mesh.num_data_groups]  # each is a micro-batch
@@ -149,13 +128,6 @@ def _measure(mesh: Mesh, model: Path, tokens: int, steps: int) -> dict[str, floa
 def _status_bytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoConfig
 
+from benchmarks.loss_inputs import measured_dtype
 from benchmarks.measure import finish, say, table
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.body import load_causal_lm
@@ -148,7 +149,11 @@ def sequences_of(tokens: int, random: np.random.Generator) -> list[TokenSequence
 
 def measure(mesh: Mesh, model: Path, *, tokens: int, rounds: int, wanted: str) -> list[Learner]:
     """Every choice whose name has `wanted` in it, in turn, so many rounds."""
-    learners = [Learner(choice, model, mesh) for choice in _CHOICES if wanted in choice.name]
+    learners = [
+        Learner(choice, model, mesh)
+        for choice in _CHOICES
+        if wanted in choice.name and choice.dtype in (torch.float32, measured_dtype())
+    ]
     random = np.random.default_rng(0)
     teacher = OutputHead(weight_VD=torch.randn(_MODEL["vocab_size"], _TEACHER_SIZE))
     for turn in range(rounds + _WARM_UP):

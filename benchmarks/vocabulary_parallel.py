@@ -11,12 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.measure import finish, say, table
+from benchmarks.measure import finish, table
+from benchmarks.ranks import RANKS, on_ranks, tell
 from kdmesh.losses import (
     Mix,
     OutputHead,
@@ -40,7 +36,6 @@ from kdmesh.losses import (
 )
 from kdmesh_trainer.mesh import joined
 
-RANKS = 2
 VOCABULARIES = (32_000, 151_936)
 STUDENT_SIZE, TEACHER_SIZE = 512, 1024
 _MIB = 2**20
@@ -157,21 +152,9 @@ def _status_bytes(key: str) -> int:
 
 
 def _on_all_ranks(vocabulary: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    place |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1}
-    common = {**os.environ, **{key: str(value) for key, value in place.items()}}
-    command = [sys.executable, "-m", "benchmarks.vocabulary_parallel", "--rank-of", str(vocabulary)]
-    command += ["--rows", str(arguments.rows), "--rounds", str(arguments.rounds)]
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE)
-        for rank in range(RANKS)
-    ]
-    answers = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
-    first: dict[str, Any] = answers[0]
-    return first
+    """What the first rank found."""
+    told = ["--rank-of", str(vocabulary), "--rows", str(arguments.rows), "--rounds", str(arguments.rounds)]
+    return on_ranks("benchmarks.vocabulary_parallel", told)[0]
 
 
 def main() -> None:
@@ -182,9 +165,7 @@ def main() -> None:
     parser.add_argument("--rank-of", type=int, metavar="VOCABULARY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of is not None:
-        say(json.dumps(measure(arguments.rank_of, arguments.rows, arguments.rounds)))
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads must not meet an interpreter that goes down
+        tell(measure(arguments.rank_of, arguments.rows, arguments.rounds))
     found = {vocabulary: _on_all_ranks(vocabulary, arguments) for vocabulary in VOCABULARIES}
     rows = [
         (f"{vocabulary:,}", name, each["peak_mib"], each["teacher_head_mib"], each["wall_s"], each["cpu_s"])
