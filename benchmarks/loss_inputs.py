@@ -17,6 +17,7 @@ from kdmesh.losses import (
     forward_kl,
     fused_linear_divergence,
 )
+from kdmesh.processor import multiplies
 
 STUDENT_SIZE, TEACHER_SIZE = 512, 1024
 
@@ -41,7 +42,7 @@ Method = Callable[[Inputs], Tensor]  # the summed forward KL, ready for backward
 
 def measured_dtype() -> torch.dtype:
     """bfloat16; float32 on a processor without its instructions, where torch's products take a hundred times longer."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if multiplies(torch.bfloat16, torch.device("cpu")) else torch.float32
 
 
 def inputs(rows: int, vocabulary: int, *, distance: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Inputs:

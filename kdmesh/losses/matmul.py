@@ -14,6 +14,7 @@ from kdmesh.losses import brgemm
 from kdmesh.losses.kernel_form import kernel_runs_on
 from kdmesh.losses.threads import run_each
 from kdmesh.losses.workspace import Workspace
+from kdmesh.processor import multiplies
 
 # Rows of a weight that are cast, multiplied or scaled at a time on a CPU: few enough to stay in its cache.
 _SLAB_ROWS = 2048
@@ -57,11 +58,11 @@ def hidden_gradient_into(out_CD: Tensor, logit_gradient_CV: Tensor, weight_VD: T
             brgemm.multiply_into(out_CD[rows], logit_gradient_CV[rows], weight_VD)
 
         _on_threads(multiply, spans(len(out_CD), -(-len(out_CD) // torch.get_num_threads())))
-    elif out_CD.dtype is logit_gradient_CV.dtype and _multiplies(logit_gradient_CV):
+    elif out_CD.dtype is logit_gradient_CV.dtype and multiplies(logit_gradient_CV.dtype, logit_gradient_CV.device):
         torch.mm(logit_gradient_CV, weight_VD, out=out_CD)
     elif out_CD.is_cuda:
         torch.mm(logit_gradient_CV, weight_VD, out_dtype=out_CD.dtype, out=out_CD)
-    elif not _multiplies(logit_gradient_CV):
+    elif not multiplies(logit_gradient_CV.dtype, logit_gradient_CV.device):
         _hidden_gradient_into_by_casts(out_CD, logit_gradient_CV, weight_VD)
     else:  # rounded once
         out_CD.copy_(torch.mm(logit_gradient_CV, weight_VD))
@@ -93,7 +94,7 @@ def weight_gradient_into(out_VD: Tensor, logit_gradient_CV: Tensor, hidden_CD: T
         put(slab, product_DS)
 
     if is_bfloat16:
-        dtype = torch.bfloat16 if _multiplies(hidden_DC) else torch.float32
+        dtype = torch.bfloat16 if multiplies(hidden_DC.dtype, hidden_DC.device) else torch.float32
         hidden_DC = hidden_DC.to(dtype)
         for slab in spans(len(out_VD), _GRADIENT_SLAB_ROWS):
             put(slab, torch.mm(hidden_DC, logit_gradient_CV[:, slab].to(dtype)))
@@ -118,12 +119,6 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     for slab in spans(len(gradient), _SLAB_ROWS):
         result[slab].copy_(gradient[slab].to(factor.dtype) * factor)
     return result
-
-
-def _multiplies(matrix: Tensor) -> bool:
-    """Whether torch has a fast product of such matrices: without AVX-512, bfloat16 takes a hundred times longer."""
-    is_slow = matrix.device.type == "cpu" and matrix.dtype is torch.bfloat16
-    return not is_slow or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _hidden_gradient_into_by_casts(out_CD: Tensor, logit_gradient_CV: Tensor, weight_VD: Tensor) -> None:

@@ -83,7 +83,7 @@ def test_the_precision_of_other_float32_products_is_left_as_it_was() -> None:
 
 
 def test_a_processor_without_bfloat16_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_multiplies", lambda matrix: matrix.dtype is torch.float32)
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype, device: dtype is torch.float32)
     generator = torch.Generator().manual_seed(3)
     shapes = ((40, 5000), (5000, 24), (40, 24))
     gradient_CV, weight_VD, hidden_CD = (torch.randn(*shape, generator=generator).bfloat16() for shape in shapes)

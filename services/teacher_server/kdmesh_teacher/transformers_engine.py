@@ -20,6 +20,7 @@ from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.models.verify import check_images
+from kdmesh.processor import warn_if_slow
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import HeadSpec, SleepTag, TokenSequence
 from kdmesh.weights.manifest import TensorSpec
@@ -60,6 +61,7 @@ class TransformersEngine:
             raise ConfigError(
                 f"{config.model} has weights of {self._model.dtype}; set engine.dtype to float32 or bfloat16"
             )
+        warn_if_slow(self._model.dtype, self._model.device, key="engine.dtype")
         self._reader = load_image_reader(config.model, self._model.config)
         if self._reader is not None:
             check_images(self._model, self._reader)

@@ -12,6 +12,7 @@ from kdmesh.losses import VocabularyShare
 from kdmesh.models.attention import varlen_refusal
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.head import head_spec
+from kdmesh.processor import warn_if_slow
 from kdmesh_trainer import config
 from kdmesh_trainer.compiled_layers import check_compiler, compile_layers
 from kdmesh_trainer.mesh import Mesh
@@ -68,6 +69,9 @@ def spread(student: Student, cfg: StudentConfig, mesh: Mesh, parallel: ParallelC
     Raises:
         ConfigError: the model's layers or its head do not allow it.
     """
+    compute_dtype = getattr(torch, cfg.compute_dtype)
+    if mesh.is_first:
+        warn_if_slow(compute_dtype, torch.device(mesh.device_mesh.device_type), key="student.compute_dtype")
     if cfg.liger_kernels:
         from kdmesh_trainer.liger import use_liger_kernels
 
@@ -80,7 +84,7 @@ def spread(student: Student, cfg: StudentConfig, mesh: Mesh, parallel: ParallelC
     shard(
         student,
         mesh.device_mesh,
-        compute_dtype=getattr(torch, cfg.compute_dtype),
+        compute_dtype=compute_dtype,
         offloads=parallel.offload == "all",
         head_share=VocabularyShare if parallel.head == "vocabulary" else None,
     )
