@@ -179,3 +179,19 @@ def test_two_ranks_take_what_was_said_within_a_tenth_with_a_spread_head_and_a_wh
         planned[spreads] = at_worst(plan(replace(wanted, spreads_head=spreads)), "cpu").total()
     assert planned == pytest.approx(measured, rel=0.1)
     assert measured[True] < 0.85 * measured[False]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_copies_of_two_ranks_take_what_was_said_within_a_tenth(tmp_path: Path) -> None:
+    vocabulary = 80_000
+    shape = {**WIDE, "vocab_size": vocabulary}
+    tiny, model = saved(tmp_path / "tiny", TINY, is_tied=True), saved(tmp_path / "model", shape, is_tied=True)
+    step = Step(vocabulary=vocabulary, length=256, sequences=2, shard_ranks=2)
+    command = ["-m", "tests.support.measured_step", str(tiny), str(model), json.dumps(asdict(step))]
+    outcomes = finish(start_ranks(command, ranks=4), within_s=800)
+    assert [outcome.exit_code for outcome in outcomes] == [0] * 4, outcomes
+    measured = max(int(outcome.output) for outcome in outcomes)
+    found = plan(replace(job(model, vocabulary, [256] * 2), ranks=4, shard_ranks=2))
+    planned = at_worst(found, "cpu").total()
+    assert planned == pytest.approx(measured, rel=0.1), json.dumps({"planned": planned, "measured": measured})

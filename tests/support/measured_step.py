@@ -54,6 +54,7 @@ class Step:
     sequences: int  # of a micro-batch
     micro_batches: int = 1
     spreads_head: bool = False
+    shard_ranks: int | None = None  # that hold one copy of the student; None: all of them
     checkpointed_every: int | None = None
     lora_rank: int | None = None
     returns_freed: bool = False  # to the kernel at once, which trainers do not do on a CPU
@@ -107,7 +108,7 @@ def main() -> None:
     """Train, and print."""
     warm_up, model, told = sys.argv[1:]
     step = Step(**json.loads(told))
-    with joined("cpu", longest_wait_s=60) as mesh:
+    with joined("cpu", longest_wait_s=60, shard_ranks=step.shard_ranks) as mesh:
         # Loads what code loads.
         small = replace(step, vocabulary=300, length=64, sequences=2, micro_batches=1)
         train(mesh, Path(warm_up), small, steps=1)
