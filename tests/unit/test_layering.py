@@ -44,6 +44,7 @@ LAYER = {
     "kdmesh.handles": 2,
     "kdmesh.losses": 2,
     "kdmesh.models": 2,
+    "kdmesh.processor": 2,
     "kdmesh.rpc": 2,
     "kdmesh.sampling": 2,
     "kdmesh.serving": 2,
