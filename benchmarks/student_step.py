@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -148,12 +149,15 @@ def sequences_of(tokens: int, random: np.random.Generator) -> list[TokenSequence
 
 
 def measure(mesh: Mesh, model: Path, *, tokens: int, rounds: int, wanted: str) -> list[Learner]:
-    """Every choice whose name has `wanted` in it, in turn, so many rounds."""
-    learners = [
-        Learner(choice, model, mesh)
-        for choice in _CHOICES
-        if wanted in choice.name and choice.dtype in (torch.float32, measured_dtype())
-    ]
+    """Every choice whose name has `wanted` in it and that can be had here, in turn, so many rounds."""
+    learners = []
+    for choice in _CHOICES:
+        if choice.dtype not in (torch.float32, measured_dtype()):
+            say(f"{choice.name}: left out, this processor has no fast {choice.dtype}")
+        elif choice.moments == "8bit" and find_spec("torchao") is None:
+            say(f"{choice.name}: left out, the extra eightbit is not installed")
+        elif wanted in choice.name:
+            learners.append(Learner(choice, model, mesh))
     random = np.random.default_rng(0)
     teacher = OutputHead(weight_VD=torch.randn(_MODEL["vocab_size"], _TEACHER_SIZE))
     for turn in range(rounds + _WARM_UP):
