@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoConfig
 
 from benchmarks.measure import finish, table
-from benchmarks.ranks import RANKS, on_ranks, tell
+from benchmarks.ranks import RANKS, on_ranks, save_student, tell
 from kdmesh.batching import plan_step
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.body import load_causal_lm
@@ -34,16 +31,6 @@ from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 _VOCABULARY, _TEACHER_SIZE = 8000, 256
 _SEQUENCES, _LONGEST, _MAX_TOKENS = 32, 1024, 4096
-_SHAPE: dict[str, Any] = {
-    "vocab_size": _VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "tie_word_embeddings": True,
-}
 
 Plan = list[list[tuple[int, ...]]]  # of each rank, the sequences of each of its micro-batches
 
@@ -67,7 +54,7 @@ def lengths_of_steps(steps: int) -> list[list[int]]:
 
 
 def measure(mesh: Mesh, model: Path, steps: int) -> dict[str, object]:
-    """Of this rank: seconds of each step both ways, and of them those until the other rank was through as well."""
+    """Seconds of each step both ways, until both ranks are through, and this rank's micro-batches in it."""
     torch.manual_seed(0)  # the same weights on both ranks
     lm = load_causal_lm(model, torch.float32, torch.device("cpu"), weights="random")
     student = Student(lm, vocabulary_size=_VOCABULARY)
@@ -124,9 +111,7 @@ def main() -> None:
             figures = measure(mesh, arguments.rank_of, arguments.steps)
         tell(figures)
     with tempfile.TemporaryDirectory() as directory:
-        config = AutoConfig.for_model("qwen3", **_SHAPE)
-        config.architectures = ["Qwen3ForCausalLM"]
-        config.save_pretrained(directory)
+        save_student(Path(directory), vocabulary=_VOCABULARY)
         told = on_ranks("benchmarks.batching", ["--steps", str(arguments.steps), "--rank-of", directory])[0]
     seconds, micro_batches = told["seconds"], told["micro_batches"]
     ratio = statistics.median(ours / theirs for ours, theirs in zip(*seconds.values(), strict=True))
@@ -144,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,16 +15,14 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoConfig
 
 from benchmarks.measure import finish, table
-from benchmarks.ranks import RANKS, on_ranks, tell
+from benchmarks.ranks import RANKS, on_ranks, save_student, tell
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.body import load_causal_lm
 from kdmesh.types import TokenSequence
@@ -34,16 +32,6 @@ from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 _VOCABULARY, _TEACHER_SIZE = 4000, 256
-_SHAPE: dict[str, Any] = {
-    "vocab_size": _VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "tie_word_embeddings": True,
-}
 _MIB = 2**20
 
 
@@ -60,9 +48,7 @@ def main() -> int:
         tell(figures)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as directory:
-        config = AutoConfig.for_model("qwen3", **_SHAPE)
-        config.architectures = ["Qwen3ForCausalLM"]
-        config.save_pretrained(directory)
+        save_student(Path(directory), vocabulary=_VOCABULARY)
         found = {context: _of_ranks(context, directory, arguments) for context in (1, 2)}
     rows = [[name, f"{one['step_s']:.2f}", f"{one['beyond_bytes'] / _MIB:,.0f}"] for name, one in found.items()]
     table(["parallel.context", "median step, s", "most bytes beyond those between steps, MiB"], rows)

@@ -1,4 +1,4 @@
-"""Two gloo ranks of this machine, one thread each, as processes of a benchmark's own module."""
+"""Two gloo ranks of this machine, one thread each, as processes of a benchmark's own module, and a student for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+from transformers import AutoConfig
 
 from benchmarks.measure import say
 
@@ -33,6 +36,23 @@ def on_ranks(module: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
         for rank in range(RANKS)
     ]
     return [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
+
+
+def save_student(directory: Path, *, vocabulary: int) -> None:
+    """The configuration of a student of eight narrow layers, for ranks that draw its weights."""
+    config = AutoConfig.for_model(
+        "qwen3",
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(directory)
 
 
 def tell(figures: Mapping[str, object]) -> NoReturn:
