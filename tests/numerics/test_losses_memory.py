@@ -10,7 +10,7 @@ import torch
 
 from kdmesh.losses import OutputHead, Workspace, fused_linear_cross_entropy
 from kdmesh.losses.workspace import default_workspace
-from tests.support.loss_cases import Case, Tensors, call, tensors
+from tests.support.loss_cases import DIVERGENCES, Case, Tensors, call, tensors
 from tests.support.tensor_watch import SavedTensors, TensorWatch
 from tests.support.textbook_losses import Transform
 
@@ -38,7 +38,7 @@ def everything(inputs: Tensors) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_is_larger_than_a_chunk_or_a_weight(name: str, dtype: torch.dtype) -> None:
     case = replace(CASE, name=name)
@@ -69,19 +69,27 @@ def test_autograd_keeps_the_gradients_and_nothing_else() -> None:
     assert sorted(saved.numels) == sorted(leaf.numel() for leaf in inputs.leaves)
 
 
+PER_ROW_BYTES = 2 * CASE.student_size * 4 + 8 * 4  # hidden's gradient twice, and per-row values
+
+
+def peak_bytes(case: Case, dtype: torch.dtype) -> int:
+    inputs = tensors(case, dtype)
+    with TensorWatch(everything(inputs)) as watch:
+        (call(case, inputs, workspace=Workspace()).loss_sum * 3).backward()  # type: ignore[no-untyped-call]
+    return watch.peak_bytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_grows_with_rows_by_the_outputs_alone(dtype: torch.dtype) -> None:
-    def peak_bytes(rows: int) -> int:
-        case = replace(CASE, rows=rows)
-        inputs = tensors(case, dtype)
-        with TensorWatch(everything(inputs)) as watch:
-            (call(case, inputs, workspace=Workspace()).loss_sum * 3).backward()  # type: ignore[no-untyped-call]
-        return watch.peak_bytes
+    few, many = (replace(CASE, rows=rows) for rows in (200, 1600))
+    assert peak_bytes(many, dtype) <= peak_bytes(few, dtype) + (many.rows - few.rows) * PER_ROW_BYTES
+    assert peak_bytes(many, dtype) < many.rows * CASE.vocabulary  # even a byte per logit would be more
 
-    few, many = 200, 1600
-    per_row_bytes = 2 * CASE.student_size * 4 + 8 * 4  # hidden's gradient twice, and per-row values
-    assert peak_bytes(many) <= peak_bytes(few) + (many - few) * per_row_bytes
-    assert peak_bytes(many) < many * CASE.vocabulary  # even a byte per logit would be more
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_peak_of_every_divergence_grows_no_more(name: str) -> None:
+    few, many = (peak_bytes(replace(CASE, name=name, rows=rows), torch.float32) for rows in (100, 400))
+    assert many <= few + 300 * PER_ROW_BYTES
 
 
 def test_only_gradients_that_are_wanted_are_made() -> None:
