@@ -158,8 +158,7 @@ async def test_what_other_clients_have_sent_counts(tmp_path: Path) -> None:
     async with running_teacher(tmp_path / "1") as one, running_teacher(tmp_path / "2") as two, one.client() as other:
         one.engine.hold()
         elsewhere = [asyncio.create_task(other.prefill([sequence(200)], Deadline.after(20))) for _ in range(2)]
-        while (await other.ask_load()).waiting_tokens < 400:
-            pass
+        await until_waiting(other, 400)
         async with fleet(listed(one, two)) as opened:
             for seed in range(8):
                 await ask(opened, seed=seed)
@@ -182,11 +181,12 @@ async def test_replies_say_what_the_server_has_to_do(tmp_path: Path) -> None:
 
 
 async def test_a_teacher_whose_memory_is_this_node_s_is_preferred_within_the_bound(tmp_path: Path) -> None:
+    routing = RoutingPolicy(slow_start_s=0, local_tokens=100)
     async with running_teacher(tmp_path / "1") as near, running_teacher(tmp_path / "2") as far:
         own = len(far.engine.batches)
         for path in far_sockets(tmp_path / "2"):
             path.rename(path.with_suffix(".elsewhere"))  # as on another node
-        async with fleet(listed(near, far), door="auto", routing=RoutingPolicy(local_tokens=100)) as opened:
+        async with fleet(listed(near, far), door="auto", routing=routing) as opened:
             assert set(opened.doors) == {"shm", "stream"}
             for seed in range(8):
                 await ask(opened, seed=seed)
@@ -196,12 +196,17 @@ async def test_a_teacher_whose_memory_is_this_node_s_is_preferred_within_the_bou
             async with near.client() as other:
                 for tokens in (60, 120):  # of which the last makes more than 100 more than elsewhere
                     waiting.append(asyncio.create_task(ask(opened, 60)))
-                    while (await other.ask_load()).waiting_tokens < tokens:
-                        pass
+                    await until_waiting(other, tokens)
             await ask(opened, 60)
             assert len(far.engine.batches) == own + 1
             near.engine.let_go()
             await asyncio.gather(*waiting)
+
+
+async def until_waiting(client: TeacherClient, num_tokens: int) -> None:
+    async with asyncio.timeout(20):
+        while (await client.ask_load()).waiting_tokens < num_tokens:
+            await asyncio.sleep(0)
 
 
 def far_sockets(directory: Path) -> list[Path]:
