@@ -57,6 +57,8 @@ def gradients_of_layouts(
 ) -> None:
     """Writes every layout's losses and whole gradient to `output`; runs on every rank."""
     model_module._WHOLE_BYTES = whole_bytes
+    if whole_bytes == 0:
+        model_module._UNIT_PARAMETERS = 1  # layers one by one, as large ones are
     model = build_student(
         Path(student),
         mesh,
@@ -121,7 +123,8 @@ def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
-    monkeypatch.setattr(model_module, "_WHOLE_BYTES", whole_bytes)  # restored after the test
+    for name in ("_WHOLE_BYTES", "_UNIT_PARAMETERS"):
+        monkeypatch.setattr(model_module, name, getattr(model_module, name))  # restored after the test
     for ranks in (1, 2):
         run_ranks(
             "tests.numerics.test_trainer_layouts:gradients_of_layouts",

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -37,7 +36,7 @@ from kdmesh_trainer.live_bytes import LiveBytes
 from kdmesh_trainer.lora import inject_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import context_group, device_mesh
-from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, checkpoint_activations, shard
+from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, checkpoint_activations, shard, units
 from kdmesh_trainer.optimizer import build_adamw, check_optimizer
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
@@ -113,10 +112,11 @@ def plan(job: Job) -> Plan:
     with _ranks(job) as (mesh, context), FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
         with live.counted_as("parameters"):
             lm = _lm(job)
+            gathered = units(lm)
             student = Student(lm, vocabulary_size=job.vocabulary_size, context=context)
             head_share = _EqualRanks if job.spreads_head else None
             shard(student, mesh, compute_dtype=job.compute_dtype, offloads=job.offloads, head_share=head_share)
-        copies = _give_to_host(student, live) if job.uses_host else 0
+        copies = _give_to_host(student, live, gathered) if job.uses_host else 0
         optimizer = build_adamw(student, job.optimizer)
         packed = _without_memory(row, fake)
         footprint = _footprint(job, student, packed)
@@ -159,7 +159,7 @@ def _ranks(job: Job) -> Iterator[tuple[DeviceMesh, ContextGroup | None]]:
         dist.destroy_process_group()
 
 
-def _give_to_host(student: Student, live: LiveBytes) -> int:
+def _give_to_host(student: Student, live: LiveBytes, gathered: list[list[nn.Module]]) -> int:
     """Count shards, and gradients from when they are reduced on, as the host's, where a CPU would not move them.
 
     Returns:
@@ -176,13 +176,10 @@ def _give_to_host(student: Student, live: LiveBytes) -> int:
         sizes[id(parameter)] = parameter.to_local().nbytes
         live.move_to_host(parameter, "parameters")
         parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
-    layers = [module for module in student.lm.modules() if _is_gathered_by_itself(module)]
-    together = [sum(sizes.pop(id(parameter), 0) for parameter in layer.parameters()) for layer in layers]
+    together = [
+        sum(sizes.pop(id(parameter), 0) for layer in unit for parameter in layer.parameters()) for unit in gathered
+    ]
     return max(sum(sizes.values()), *together)
-
-
-def _is_gathered_by_itself(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule)
 
 
 def _step(

@@ -36,6 +36,10 @@ RowLoss = Callable[[Tensor, OutputHead, Tensor], FusedLoss]
 # last: one all-gather and one reduction per step instead of one per micro-batch, for memory that is there.
 _WHOLE_BYTES = 2 * 1024**3
 
+# Layers are gathered and reduced together until they hold so many parameters: smaller messages cost
+# more for the host to start than for the wire to carry.
+_UNIT_PARAMETERS = 2**25
+
 
 class LossTotals(NamedTuple):
     """Sums over the rows of one micro-batch. A tuple, because FSDP looks for gradients in tuples only."""
@@ -151,7 +155,7 @@ def shard(
     offloads: bool = False,
     head_share: type[VocabularyShare] | None = None,
 ) -> None:
-    """Spread the parameters over `mesh`, in place: each decoder layer, then the rest.
+    """Spread the parameters over `mesh`, in place: each few decoder layers, then the rest.
 
     Parameters stay as they are and are gathered as `compute_dtype`; gradients are reduced in
     float32 and *averaged* over all ranks, those of other copies too. Every rank must hold the same values before.
@@ -179,11 +183,23 @@ def shard(
     # Only memory that a GPU copies from is worth pinning, and torch pins none without one.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offloads else OffloadPolicy()
     spread = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    for layer in decoder_layers(student.lm):
+    for unit in units(student.lm):
         # What is frozen has no backward pass, after which it would be shards again.
-        is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
-        spread(layer, reshard_after_forward=is_frozen or not is_kept_whole(student))
+        spread(unit, reshard_after_forward=_is_frozen(unit[0]) or not is_kept_whole(student))
     spread(student, reshard_after_forward=False, ignored_params=apart)
+
+
+def units(lm: PreTrainedModel) -> list[list[nn.Module]]:
+    """The decoder layers that `shard` gathers together: neighbours of one kind. Before they are sharded."""
+    found: list[list[nn.Module]] = []
+    for layer in decoder_layers(lm):
+        last = found[-1] if found else []
+        is_alike = last and type(last[0]) is type(layer) and _is_frozen(last[0]) == _is_frozen(layer)
+        if is_alike and sum(_num_parameters(each) for each in last) < _UNIT_PARAMETERS:
+            last.append(layer)
+        else:
+            found.append([layer])
+    return found
 
 
 def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
@@ -204,7 +220,7 @@ def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
 
 def is_kept_whole(student: nn.Module) -> bool:
     """Whether the student is so small that ranks hold all of it throughout a step."""
-    return 4 * sum(parameter.numel() for parameter in student.parameters()) <= _WHOLE_BYTES
+    return 4 * _num_parameters(student) <= _WHOLE_BYTES
 
 
 def begin_micro_batch(student: nn.Module, *, is_last: bool) -> None:
@@ -229,3 +245,11 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     """The blocks that transformers says must not be split."""
     names = set(lm._no_split_modules or ())
     return [module for module in lm.modules() if type(module).__name__ in names]
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
