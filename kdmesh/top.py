@@ -63,6 +63,10 @@ class Server:
         self.address = address
         self._access = access
         self._context = _context(access)
+        # A proxy from the environment never leads to a server, and must not see the token.
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=self._context)
+        )
 
     def look(self) -> Status:
         """Blocks. Raises NoAnswer."""
@@ -71,7 +75,7 @@ class Server:
         if self._access.token_file is not None:
             request.add_header("Authorization", f"Bearer {read_token(self._access.token_file)}")
         try:
-            with urllib.request.urlopen(request, timeout=_ANSWER_S, context=self._context) as answer:
+            with self._opener.open(request, timeout=_ANSWER_S) as answer:
                 return _status(json.load(answer))
         except urllib.error.HTTPError as error:
             raise NoAnswer(f"{self.address} answers {error.code}: {_reason(error)}") from None

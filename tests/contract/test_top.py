@@ -13,6 +13,7 @@ import termios
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from kdmesh import cli
@@ -126,7 +127,8 @@ async def test_live_view_survives_its_server_and_leaves_the_terminal_as_it_was(t
     terminal.close()
 
 
-async def test_server_that_asks_who_calls_is_shown_a_token(tmp_path: Path) -> None:
+async def test_server_that_asks_who_calls_is_shown_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody there: the token is for the server alone
     auth = {"tokens": str(write_tokens(tmp_path / "tokens.yaml", VIEWER))}
     (tmp_path / "token").write_text(VIEWER, encoding="utf-8")
     (tmp_path / "access.yaml").write_text(f"token_file: {tmp_path / 'token'}\n", encoding="utf-8")

@@ -22,7 +22,7 @@ _VARIABLES = {
     "POD_NAME": "demo-teacher-0",
     "LWS_GROUP_SIZE": "2",
     "LWS_WORKER_INDEX": "1",
-    "LWS_LEADER_ADDRESS": "demo-teacher-0.demo-teacher.research",
+    "LWS_LEADER_ADDRESS": "demo-teacher-0.demo-teacher-0.research",
 }
 _KINDS: dict[str, type[TeacherConfig] | type[RolloutConfig]] = {"teacher": TeacherConfig, "rollout": RolloutConfig}
 every_value = pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_nodes_of_a_group_know_their_place(tmp_path: Path) -> None:
     for loaded, _ in _loaded(rendered(values), tmp_path):
         assert isinstance(loaded, TeacherConfig) and isinstance(loaded.engine, SglangEngine)
         assert (loaded.engine.num_nodes, loaded.engine.node_rank) == (2, 1)
-        assert loaded.engine.dist_init_address == "demo-teacher-0.demo-teacher.research:20000"
+        assert loaded.engine.dist_init_address == "demo-teacher-0.demo-teacher-0.research:20000"
         assert loaded.server.runtime_dir == Path("/run/kdmesh/demo-teacher-0")
 
 

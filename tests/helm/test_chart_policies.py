@@ -50,8 +50,7 @@ def test_an_image_with_a_digest_is_taken_by_it_wherever_it_runs() -> None:
 def test_capabilities_come_only_with_what_needs_them(values: Path) -> None:
     for _, pod in pods(rendered(values)):
         for container in containers(pod):
-            devices = [name for name in container["resources"]["limits"] if name.startswith("rdma/")]
-            wanted = ["CHOWN"] if container["name"] == _ROOT else ["IPC_LOCK"] if devices else []
+            wanted = ["CHOWN"] if container["name"] == _ROOT else []
             assert container["securityContext"]["capabilities"].get("add", []) == wanted
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from tests.support.cluster_schemas import CRDS, CUSTOM, problems
 from tests.support.operator_models import MODELS, understood
-from tests.support.rendered_chart import of_kind, pods, rendered, rendered_text
+from tests.support.rendered_chart import of_kind, pods, rendered, rendered_text, rendered_with
 from tools.helm_chart import render
 
 VALUES = render.values_files()
@@ -58,6 +58,22 @@ def test_kubernetes_knows_every_key_of_the_pods_of_other_projects_kinds(version:
     assert [where.rpartition("/")[2] for where, _ in found] == ["leaderTemplate", "workerTemplate"]
     for _, pod in found:
         assert problems(pod, version) == []
+
+
+def test_a_group_of_pods_finds_its_leader_before_that_is_ready() -> None:
+    manifests = rendered(_values("several-nodes"))
+    (group,) = of_kind(manifests, "LeaderWorkerSet")
+    assert group["spec"]["networkConfig"] == {"subdomainPolicy": "UniquePerReplica"}
+    # LeaderWorkerSet makes a Service of each group's name, unless there is one: ours would hide who is not ready.
+    taken = {service["metadata"]["name"] for service in of_kind(manifests, "Service")}
+    assert not taken & {f"{group['metadata']['name']}-{number}" for number in range(9)}
+
+
+def test_only_the_leader_of_a_group_shares_memory_with_clients() -> None:
+    sharing = ['teacher.sharing.mode="claim"', 'teacher.sharing.node="gpu-1"']
+    groups = tuple(of_kind(rendered_with(*sharing, values="several-nodes"), "LeaderWorkerSet"))
+    shared = [volume for _, pod in pods(groups) for volume in pod["spec"]["volumes"] if volume["name"] == "sharing"]
+    assert ["persistentVolumeClaim" in volume for volume in shared] == [True, False]
 
 
 def test_the_definitions_of_other_projects_are_there() -> None:

@@ -215,6 +215,8 @@ def answering(status: int) -> Iterator[str]:
 def test_a_container_is_healthy_when_its_server_is_ready(status: int, code: int) -> None:
     with answering(status) as url:
         result = subprocess.run(
-            [sys.executable, HEALTHY], env={**os.environ, "KDMESH_HEALTH_URL": url}, capture_output=True
+            [sys.executable, HEALTHY],
+            env={**os.environ, "KDMESH_HEALTH_URL": url, "http_proxy": "http://127.0.0.1:9"},  # nobody there
+            capture_output=True,
         )
     assert result.returncode == code, result.stderr

@@ -132,8 +132,8 @@ class Server(ChartModel):
     container its own 64 MiB."""
 
     rdma: Rdma = Rdma()
-    """RDMA devices of a pod, from a device plugin. They add the capability IPC_LOCK, which Pod Security `restricted`
-    does not allow."""
+    """RDMA devices of a pod, from a device plugin. For `server.rdma` the container runtime must not limit locked memory
+    (LimitMEMLOCK)."""
 
     startup_minutes: int = Field(60, ge=1)
     """How long loading the model may take before the pod is started again."""

@@ -87,9 +87,6 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
-  {{- if dig "rdma" "resource" "" .values }}
-  add: [IPC_LOCK]
-  {{- end }}
 {{- end }}
 
 {{- define "kdmesh.graceSeconds" -}}

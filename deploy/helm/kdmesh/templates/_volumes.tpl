@@ -109,7 +109,9 @@
 {{- end }}
 {{- if eq .name "teacher" }}
 - name: sharing
-  {{- if eq .values.sharing.mode "claim" }}
+  {{- if ne .part "leader" }}
+  emptyDir: {} # nobody asks this pod for rows
+  {{- else if eq .values.sharing.mode "claim" }}
   persistentVolumeClaim: {claimName: {{ include "kdmesh.sharingClaim" . }}}
   {{- else if eq .values.sharing.mode "hostPath" }}
   hostPath: {path: {{ .values.sharing.path }}, type: DirectoryOrCreate}
