@@ -111,7 +111,7 @@ class Sleep:
 
         Raises:
             InvalidRequest: there is no tag.
-            Unavailable: there is not enough memory.
+            Unavailable: there is not enough memory, or the engine is being started again, or the server ends.
         """
         _require(tags)
         return await self._own(self._wake_up(tags))
@@ -161,6 +161,9 @@ class Sleep:
         async with self._turn:
             waking = tags & self._asleep
             if waking:
+                # An engine that is being started again has nothing to wake: it is put to sleep when it is there.
+                if (refusal := self._gate.refusal_of_others(self)) is not None:
+                    raise Unavailable(refusal, retry_after_s=_RETRY_S)
                 await self._thread.run(self._engine.wake, waking)
                 self._asleep -= waking
                 self._tell()

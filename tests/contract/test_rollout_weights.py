@@ -144,6 +144,22 @@ async def test_an_update_that_breaks_off_before_its_commit_changes_nothing() -> 
         assert (await generate(client, ask(prompt())))[0].max_weight_version == 1
 
 
+@pytest.mark.parametrize("failure", [RuntimeError("half of it is copied"), errors.EngineFailure("SGLang refuses")])
+async def test_weights_that_cannot_be_taken_over_end_the_server(failure: Exception) -> None:
+    async with running_rollout() as server, server.client() as client:
+
+        def broken(version: int) -> None:
+            raise failure
+
+        server.engine.commit = broken  # type: ignore[method-assign]
+        publishing = asyncio.create_task(publish(server, 1, weights(1)[0], UpdatePolicy.FINISH))
+        with pytest.raises(errors.EngineFailure, match="new weights could not be taken over"):
+            await server.ended
+        with pytest.raises(errors.RpcError):
+            await generate(client, ask(prompt()))
+        publishing.cancel()
+
+
 def begin(*, version: int) -> pb.BeginUpdate:
     specs = [pb.TensorSpec(name=name, shape=shape, dtype=1) for name, shape in SHAPES.items()]
     return pb.BeginUpdate(version=version, architecture_fingerprint=FINGERPRINT, tensors=specs, policy=1)

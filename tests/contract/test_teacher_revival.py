@@ -145,8 +145,32 @@ async def test_an_engine_that_dies_asleep_sleeps_on_in_its_next_life(tmp_path: P
         server.engine.kill()
         while server.engine.num_starts < 2 or not server.engine.asleep:
             await server.get("/healthz")
-        await client.wake(EVERY_TAG)
-        await server.until_ready()
+        await until_awake(server, client)
         assert torch.equal(
             (await client.prefill([sequence(9)], Deadline.after(10))).rows_RD, expected_rows([sequence(9)])
         )
+
+
+async def test_an_engine_that_is_started_again_asleep_is_woken_only_when_it_sleeps_again(tmp_path: Path) -> None:
+    async with mortal(tmp_path) as server, client_of(server) as client:
+        await client.sleep(EVERY_TAG, drain_s=5)
+        server.engine.hold_starts()
+        server.engine.kill()
+        while server.engine.num_starts < 2:
+            await server.get("/healthz")
+        waking = asyncio.create_task(client.wake(EVERY_TAG))
+        with pytest.raises(errors.Unavailable, match="the server's engine died"):
+            await waking
+        server.engine.let_start()
+        while not server.engine.asleep:
+            await server.get("/healthz")
+        await until_awake(server, client)
+        assert server.engine.num_starts == 2
+
+
+async def until_awake(server: Mortal, client: TeacherClient) -> None:
+    """As a pool does, which asks again."""
+    async with asyncio.timeout(10):
+        while (await server.get("/readyz"))[0] != 200:
+            with contextlib.suppress(errors.Unavailable):
+                await client.wake(EVERY_TAG)

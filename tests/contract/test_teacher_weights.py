@@ -281,14 +281,15 @@ async def test_another_policy_than_finish_is_refused(tmp_path: Path) -> None:
             await publish(teacher, 2, UpdatePolicy.ABORT)
 
 
-async def test_weights_that_cannot_be_taken_over_end_the_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", [RuntimeError("half of it is copied"), errors.EngineFailure("SGLang refuses")])
+async def test_weights_that_cannot_be_taken_over_end_the_server(tmp_path: Path, failure: Exception) -> None:
     async with updatable(tmp_path) as teacher, teacher.client() as client:
 
         def broken(version: int) -> None:
-            raise RuntimeError("half of it is copied")
+            raise failure
 
         teacher.engine.commit = broken  # type: ignore[method-assign]
-        with pytest.raises(errors.DeadlineExpired):
+        with pytest.raises((errors.DeadlineExpired, errors.EngineFailure)):
             await publish(teacher, 2, deadline_s=1)
         with pytest.raises(errors.EngineFailure, match="new weights could not be taken over"):
             await teacher.ended

@@ -71,8 +71,20 @@ def test_a_model_that_does_not_fit_twice_is_compared_with_its_first_start(
     assert "not compared with transformers" in caplog.messages
     assert "rows compared with nothing, but kept for the next start" in caplog.messages
     check_reference(engine, model, open_checkpoint(path))
-    with pytest.raises(EngineFailure, match="SGLang and an earlier start disagree"):
+    with pytest.raises(EngineFailure, match=rf"SGLang and an earlier start, whose rows {tmp_path}/.* keeps, disagree"):
         check_reference(*loaded(Shifted(config(path))), open_checkpoint(path))
+
+
+def test_other_weights_of_an_updatable_model_are_compared_with_their_own_first_start(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdmesh_teacher.sglang_reference.transformers_model", lambda *_: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for seed in (0, 1, 0):
+        path = tiny_models.path("qwen3", seed=seed)
+        engine, model = loaded(TransformersEngine(EngineConfig(model=path, device="cpu", updatable=True)))
+        check_reference(engine, model, open_checkpoint(path))
+    assert len(list((tmp_path / "kdmesh").iterdir())) == 2
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(

@@ -74,10 +74,20 @@ class MortalEngine(ControlledEngine):
         self._mapped: set[int] = set()
         self._reason: str | None = None
         self._on_death: Callable[[str], None] = lambda reason: None
+        self._may_start = threading.Event()
+        self._may_start.set()
 
     @property
     def restart_limits(self) -> RestartLimits:
         return self._limits
+
+    def hold_starts(self) -> None:
+        """From now on its process does not start until `let_start`."""
+        self._may_start.clear()
+
+    def let_start(self) -> None:
+        """Let held starts go on."""
+        self._may_start.set()
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
         super().prefill(jobs)
@@ -93,6 +103,7 @@ class MortalEngine(ControlledEngine):
 
     def restart(self) -> None:
         self.num_starts += 1
+        assert self._may_start.wait(30)
         failure = self.births.pop(0) if self.births else None
         if failure is not None:
             raise failure

@@ -313,7 +313,7 @@ class Scheduler:
             update.done.set_result(None)
         else:
             update.done.set_exception(failure)
-        if failure is not None and not isinstance(failure, RpcError):
+        if failure is not None and self._death is None:  # nobody knows which weights the engine has
             self._give_up(EngineFailure("new weights could not be taken over; the server restarts"))
             raise EngineFailure("new weights could not be taken over") from failure
 

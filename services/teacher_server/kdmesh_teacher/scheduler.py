@@ -370,7 +370,7 @@ class Scheduler:
             update.done.set_result(None)
         else:
             update.done.set_exception(failure)
-        if failure is not None and not isinstance(failure, RpcError):
+        if failure is not None and self._death is None:  # nobody knows which weights the engine has
             self._refuse(self._queue.everything(), EngineFailure("new weights could not be taken over"))
             raise EngineFailure("new weights could not be taken over; the server restarts") from failure
 

@@ -51,7 +51,8 @@ def check_reference(
     actual_RD = _rows_RD(engine, model, sequences)
     expected_RD, source = _transformers_rows_RD(model, checkpoint, sequences, reader), "transformers"
     if expected_RD is None:
-        expected_RD, source = _kept_rows_RD(model, actual_RD), "an earlier start"
+        file = _file_of(model, checkpoint)
+        expected_RD, source = _kept_rows_RD(file, actual_RD), f"an earlier start, whose rows {file} keeps,"
     if expected_RD is None:
         return
     row_error = float((actual_RD.float() - expected_RD.float()).norm() / expected_RD.float().norm())
@@ -76,10 +77,15 @@ def _transformers_rows_RD(
         return hidden_states_TD(reference, packed).index_select(0, packed.rows_R)
 
 
-def _kept_rows_RD(model: EngineDescription, actual_RD: Tensor) -> Tensor | None:
-    """The rows of an earlier start of this model; None, and `actual_RD` is kept, at the first."""
+def _file_of(model: EngineDescription, checkpoint: Checkpoint) -> Path:
+    """Where rows of these weights, computed as this server computes, are kept from start to start."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = cache / "kdmesh" / f"rows-{model.model_fingerprint}.safetensors"
+    # An updatable model's own fingerprint is that of its architecture, which other weights have too.
+    return cache / "kdmesh" / f"rows-{checkpoint.fingerprint(model.model_fingerprint)}.safetensors"
+
+
+def _kept_rows_RD(file: Path, actual_RD: Tensor) -> Tensor | None:
+    """The rows of an earlier start; None, and `actual_RD` is kept, at the first."""
     try:
         if file.is_file():
             return load_file(file)["rows_RD"]
