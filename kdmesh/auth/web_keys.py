@@ -114,7 +114,9 @@ def _parse(data: bytes, source: str) -> KeySet:
         keys = PyJWKSet.from_dict({"keys": public}).keys
     except (ValueError, TypeError, KeyError, AttributeError, jwt.PyJWTError):
         raise ConfigError(f"{source} is no JSON web key set with a public key in it") from None
-    return KeySet({key.key_id: key for key in keys})
+    # A key that names no algorithm goes with any for its kind; the library would take it for one of RS256 alone.
+    named = {key.get("kid") for key in public if key.get("alg")}
+    return KeySet({key.key_id: key if key.key_id in named else key.key for key in keys})
 
 
 def _read_key(path: Path) -> KeySet:

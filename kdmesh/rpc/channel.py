@@ -33,17 +33,25 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
 )
 
 
+class UnusableAccess(ConfigError):
+    """A file that an AccessConfig names cannot be used as it is now."""
+
+
 def open_channel(address: str, access: AccessConfig = OPEN_ACCESS) -> grpc.aio.Channel:
     """A channel to host:port with a connection of its own. The caller closes it.
 
     Raises:
-        ConfigError: a file that `access` names cannot be used, or its token would travel in the clear.
+        UnusableAccess: a file that `access` names cannot be used.
+        ConfigError: its token would travel in the clear.
     """
     if (refusal := access.refusal(address)) is not None:
         raise ConfigError(refusal)
     token_file = access.token_file
-    token = None if token_file is None else Watched((token_file,), lambda: read_token(token_file))
-    channel = _plain_or_encrypted(address, access.tls)
+    try:
+        token = None if token_file is None else Watched((token_file,), lambda: read_token(token_file))
+        channel = _plain_or_encrypted(address, access.tls)
+    except ConfigError as error:
+        raise UnusableAccess(str(error)) from None
     return channel if token is None else AuthorizedChannel(channel, token.current)
 
 

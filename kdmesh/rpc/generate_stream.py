@@ -43,7 +43,7 @@ class GenerateStream:
         self._on_end = on_end
         self._open: dict[int, _Open] = {}
         self._numbers = itertools.count(1)
-        call = stub.Generate(metadata=((rollout_codec.JOB, job),))
+        call = stub.Generate(metadata=rollout_codec.job_to_metadata(job))
         self._stream = RequestStream(call, address, on_reply=self._take, on_end=self._ended)
 
     async def ask(

@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from kdmesh.errors import (
     ConfigError,
     EngineFailure,
+    InvalidRequest,
     KdmeshError,
     ModelMismatch,
     PermissionDenied,
@@ -23,6 +24,8 @@ from kdmesh.rpc.routing import Router
 from kdmesh.types import ServerLoad, SleepTag
 
 log = logging.getLogger(__name__)
+
+_FINAL = (InvalidRequest, ModelMismatch, PermissionDenied)  # asking the same again would be answered the same
 
 
 class Client(Protocol):
@@ -150,9 +153,15 @@ class Replica(Generic[C]):
                 wait_s = 0.0
                 try:
                     self.client = await self._connect(self.address)
-                    attempt = 0
-                    await self._use(self.client)
-                except (ConfigError, ModelMismatch, Unauthenticated, PermissionDenied) as error:
+                    began_s = time.monotonic()
+                    reason = await self._use(self.client)
+                    if isinstance(reason, _FINAL):
+                        raise reason
+                    if time.monotonic() - began_s > self._policy.longest_s:
+                        attempt = 0
+                    else:
+                        wait_s, attempt = self._policy.wait_s(attempt), attempt + 1
+                except (*_FINAL, ConfigError, Unauthenticated) as error:
                     log.error(
                         "server refused", extra={"kind": self._kind, "address": self.address, "reason": str(error)}
                     )
@@ -167,8 +176,8 @@ class Replica(Generic[C]):
         finally:
             await self._drop()
 
-    async def _use(self, client: C) -> None:
-        """Return when the connection is lost."""
+    async def _use(self, client: C) -> RpcError:
+        """Return when the connection is lost, with the reason."""
         self.has_tried = True
         self._rests_until_s = 0.0
         self._router.join(self.address, time.monotonic(), is_local=client.is_local or self._is_near())
@@ -178,6 +187,7 @@ class Replica(Generic[C]):
         self.last_error.__context__ = None
         log.warning("server lost", extra={"kind": self._kind, "address": self.address, "reason": str(self.last_error)})
         await self._drop()
+        return self.last_error
 
     async def _drop(self) -> None:
         client, self.client = self.client, None

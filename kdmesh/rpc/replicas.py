@@ -22,6 +22,7 @@ from kdmesh.errors import (
     Unavailable,
 )
 from kdmesh.rpc.background_tasks import BackgroundTasks
+from kdmesh.rpc.channel import UnusableAccess
 from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.hedging import hedged
 from kdmesh.rpc.replica import Client, Replica
@@ -236,10 +237,10 @@ class Replicas(Generic[C]):
         """A new connection to a server that is as awake as all should be."""
         try:
             client = await self._connect(address)
-        except Unauthenticated as error:
+        except (Unauthenticated, UnusableAccess) as error:
             if not self._was_let_in:
                 raise
-            # Tokens are being exchanged on both sides, and ours is read again.
+            # Secrets are being exchanged, on both sides, and ours are read again.
             raise Unavailable(str(error), retry_after_s=0.0) from None
         self._was_let_in = True
         try:
@@ -359,10 +360,14 @@ class Replicas(Generic[C]):
         Raises:
             DeadlineExpired: it was not so in time.
         """
-        while not is_so():
+        while True:
+            # Before the look, which judges those that are free by now: only a change makes it judge them otherwise.
+            rests_s = [rest_s for r in self._replicas if (rest_s := r.free_in_s) > 0]
+            if is_so():
+                return
             if not deadline.left_s:
                 raise self._late(deadline, f"no {self._kind} is ready")
-            rest_s = min((r.free_in_s for r in self._replicas), default=float("inf"))
+            rest_s = min(rests_s, default=float("inf"))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(deadline.left_s, rest_s)):
                     await self._change()

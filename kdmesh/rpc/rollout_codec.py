@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from urllib.parse import quote, unquote
+
 import numpy as np
 
 from kdmesh.errors import InvalidRequest
@@ -10,8 +13,7 @@ from kdmesh.tokens import digest
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, RolloutDescription, Sample, Sampling, TokenSequence
 from kdmesh.v1 import rollout_pb2 as pb
 
-JOB = "kdmesh-job"
-"""Metadata of a Generate stream: the name of the job that asks."""
+_JOB = "kdmesh-job"  # metadata, which is ASCII
 
 _REASON: dict[int, FinishReason] = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
@@ -21,6 +23,17 @@ _WIRE: dict[FinishReason, pb.FinishReason.ValueType] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
+
+
+def job_to_metadata(job: str) -> tuple[tuple[str, str], ...]:
+    """What names the job that asks on a Generate stream."""
+    return ((_JOB, quote(job, safe=" ")),)
+
+
+def job_from_metadata(metadata: Mapping[str, str | bytes]) -> str:
+    """Empty where none is named."""
+    job = metadata.get(_JOB, "")
+    return unquote(job) if isinstance(job, str) else ""
 
 
 def sampling_from_wire(m: pb.SamplingParameters) -> Sampling:

@@ -151,7 +151,7 @@ class JobTable(Generic[T]):
         found = self._books.get(job)
         if found is None:
             if len(self._books) >= _MAX_BOOKS:
-                self.forget_silent(frozenset(), for_s=0.0)
+                self._forget_some()
             now_s = self._clock()
             found = JobBook(bucket=TokenBucket(now_s), tokens_rate=DecayingRate(now_s), heard_s=now_s)
             self._books[job] = found
@@ -204,6 +204,12 @@ class JobTable(Generic[T]):
             if book.heard_s <= limit_s and not book.tokens_in_flight and job not in present
         ]
         for job in gone:
+            del self._books[job]
+
+    def _forget_some(self) -> None:
+        """Close the books that were silent for longest, where there is room for no more."""
+        idle = [job for job, book in self._books.items() if not book.tokens_in_flight]
+        for job in sorted(idle, key=lambda job: self._books[job].heard_s)[: _MAX_BOOKS // 8]:
             del self._books[job]
 
     def _hear(self, job: str) -> JobBook:

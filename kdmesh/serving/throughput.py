@@ -12,12 +12,17 @@ class Throughput:
         self._tokens = 0.0
         self._seconds = 0.0
         self._weights = 0.0  # of the batches so far; 1 after many
+        self._uncounted_s = 0.0  # since the last tokens
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Count a finished batch."""
+        """Count a finished batch; one without tokens is part of the next, for engines that count them at the end."""
+        self._uncounted_s += max(seconds, 1e-6)
+        if tokens == 0:
+            return
         self._tokens += _WEIGHT * (tokens - self._tokens)
-        self._seconds += _WEIGHT * (max(seconds, 1e-6) - self._seconds)
+        self._seconds += _WEIGHT * (self._uncounted_s - self._seconds)
         self._weights += _WEIGHT * (1 - self._weights)
+        self._uncounted_s = 0.0
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.errors import DeadlineExpired, PermissionDenied, Unauthenticated
+from kdmesh.errors import DeadlineExpired, InvalidRequest, PermissionDenied, Unauthenticated
 from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.retry import Deadline
@@ -59,6 +59,49 @@ async def test_a_job_survives_that_its_token_is_exchanged_on_the_server_first(tm
         await asyncio.wait({asked}, timeout=0.3)
         assert not asked.done()  # it is refused, and goes on trying
         mine.write_text(OTHER + "\n")
+        assert (await asked).rows_RD.equal(expected_rows([sequence(9)]))
+        await teachers.close()
+
+
+async def test_a_server_that_ends_the_stream_for_want_of_a_role_is_left_at_once(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "tokens.yaml", VIEWER)  # may connect, and not sample
+    async with running_rollout(server={"auth": {"tokens": str(path)}}) as rollout:
+        access = access_with(VIEWER, tmp_path)
+        rollouts = RolloutFleet(
+            Discovery([rollout.addresses.grpc]), job="label", architecture_fingerprint="", access=access
+        )
+        with pytest.raises(PermissionDenied):
+            async with asyncio.timeout(10):
+                await rollouts.start(Deadline.after(60))
+                await rollouts.set_asleep(EVERY_TAG, Deadline.after(60))
+                while True:
+                    await rollouts.start(Deadline.after(60))
+                    await asyncio.sleep(0.01)
+        await rollouts.close()
+
+
+async def test_a_name_that_no_server_takes_is_told_at_once(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher:
+        teachers = Fleet(Discovery([teacher.addresses.grpc]), job="x" * 130, door="stream", model_fingerprint="")
+        with pytest.raises(InvalidRequest, match="has 130 characters"):
+            await teachers.start(Deadline.after(60))
+        await teachers.close()
+
+
+async def test_a_job_survives_that_its_token_file_is_empty_while_its_server_is_started_again(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "tokens.yaml", JOB)
+    mine = tmp_path / "mine.token"
+    mine.write_text(JOB)
+    async with running_teacher(tmp_path, server={"auth": {"tokens": str(path)}}) as teacher:
+        port = int(teacher.addresses.grpc.rpartition(":")[2])
+        teachers = fleet(teacher.addresses.grpc, AccessConfig(token_file=mine))
+        await teachers.start(Deadline.after(10))
+    mine.write_text("")
+    async with running_teacher(tmp_path, server={"auth": {"tokens": str(path)}, "port": port}):
+        asked = asyncio.create_task(teachers.ask([sequence(9)], Deadline.after(30), teachers.weight_version))
+        await asyncio.wait({asked}, timeout=1)
+        assert not asked.done()
+        mine.write_text(JOB)
         assert (await asked).rows_RD.equal(expected_rows([sequence(9)]))
         await teachers.close()
 

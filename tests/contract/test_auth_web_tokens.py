@@ -18,7 +18,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from jwt.algorithms import ECAlgorithm
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from kdmesh.errors import PermissionDenied, Unauthenticated, Unavailable
 from tests.support.certificates import replace
@@ -167,6 +167,20 @@ async def test_rsa_keys_work_too(tmp_path: Path) -> None:
         await show(address, jwt.encode(claims(), private, "RS256"), tmp_path)
         with pytest.raises(Unauthenticated):
             await show(address, signed(), tmp_path)
+
+
+async def test_a_key_that_names_no_algorithm_goes_with_every_one_that_is_allowed(tmp_path: Path) -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    told = json.loads(RSAAlgorithm.to_jwk(key.public_key())) | {"kid": "one"}
+    assert "alg" not in told
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [told]}))
+    async with guarded(tmp_path, jwks=str(tmp_path / "keys.json"), algorithms=["RS512", "PS256"]) as address:
+        for algorithm in ("RS512", "PS256"):
+            await show(address, jwt.encode(claims(), key, algorithm, headers={"kid": "one"}), tmp_path)
+        with pytest.raises(Unauthenticated, match="its algorithm is none of RS512, PS256"):
+            await show(address, jwt.encode(claims(), key, "RS256", headers={"kid": "one"}), tmp_path)
+        with pytest.raises(Unauthenticated):
+            await show(address, signed(key_id="one"), tmp_path)
 
 
 def key_set(**keys: ec.EllipticCurvePrivateKey) -> str:

@@ -23,6 +23,15 @@ async def job_state(server: RunningRollout, job: str) -> dict[str, Any]:
     return found
 
 
+async def test_a_job_may_have_any_name_that_can_be_printed() -> None:
+    for name in ("runs/café", "蒸留 100%", "a b"):
+        async with running_rollout() as server, server.client(job=name) as client:
+            await generating(client, ask(prompt()))
+            async with httpx.AsyncClient() as http:
+                listed = (await http.get(f"http://{server.addresses.rest}/v1/jobs")).json()
+            assert [job["job"] for job in listed["jobs"]] == [name]
+
+
 async def test_weights_divide_the_places_of_a_batch() -> None:
     long = {"max_new_tokens": 59}  # a sample is larger than a turn's credit at weight 1
     jobs = {"overrides": {"heavy": {"weight": 4}}}

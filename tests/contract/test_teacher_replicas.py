@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kdmesh.errors import DeadlineExpired, EngineFailure, ModelMismatch
 from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.fleet import Fleet
+from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import RoutingPolicy
 from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
@@ -259,3 +261,25 @@ async def test_a_second_is_asked_when_the_first_takes_long_and_the_late_answer_g
         async with slow.client() as other:  # gets every slot there is
             kept = [await other.prefill([sequence(9, seed=seed)], Deadline.after(20)) for seed in range(4)]
         assert len(kept) == 4
+
+
+async def test_who_waits_looks_again_only_when_something_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routing = RoutingPolicy(slow_start_s=0, hedge_after_s=0.01)
+    looks = 0
+    judge = Replicas._change
+
+    async def counted(replicas: Replicas[Any]) -> None:
+        nonlocal looks
+        looks += 1
+        await judge(replicas)
+
+    async with running_teacher(tmp_path) as teacher, fleet(listed(teacher), routing=routing) as opened:
+        teacher.engine.hold()
+        monkeypatch.setattr(Replicas, "_change", counted)
+        asked = asyncio.create_task(ask(opened))  # nobody else can be asked when it takes long
+        await asyncio.wait({asked}, timeout=0.5)
+        teacher.engine.let_go()
+        await asked
+    assert looks < 20

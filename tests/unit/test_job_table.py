@@ -134,6 +134,18 @@ def test_any_number_of_names_takes_bounded_memory() -> None:
     assert len(table.books()) <= 1024
 
 
+def test_the_jobs_that_were_silent_for_longest_make_room_for_new_names() -> None:
+    now_s = 0.0
+    table = JobTable(JobTerms(), clock=lambda: now_s)
+    for index in range(2000):
+        now_s += 1
+        table.refused(f"job-{index}", Shortage.ENGINE)
+        table.computed("steady", 5)
+    assert table.books()["steady"].tokens == 10_000
+    assert "job-1999" in table.books() and "job-0" not in table.books()
+    assert len(table.books()) <= 1024
+
+
 @pytest.mark.parametrize(
     ("model", "key", "sentence"),
     [

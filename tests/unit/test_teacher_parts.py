@@ -149,3 +149,13 @@ def test_head_of_another_size_is_found_out() -> None:
     ):
         with pytest.raises(EngineFailure, match="head"):
             probe.check_head(wrong, model)
+
+
+def test_speed_of_an_engine_that_counts_tokens_at_the_end_is_not_known_before_and_right_then() -> None:
+    speed = Throughput()
+    for _ in range(9):
+        speed.add(0, 0.1)
+    assert (speed.tokens_per_s, speed.seconds_per_batch) == (None, None)
+    speed.add(500, 0.1)
+    assert speed.tokens_per_s == pytest.approx(500)
+    assert speed.seconds_per_batch == pytest.approx(1.0)

@@ -219,8 +219,6 @@ def _job(context: Context) -> str:
     """The caller's name; what the client calls its job where nobody asks who it is. Raises InvalidRequest."""
     if name := caller_name():
         return name
-    metadata = dict(context.invocation_metadata() or ())
-    job = metadata.get(rollout_codec.JOB, "")
-    name = job if isinstance(job, str) else ""
+    name = rollout_codec.job_from_metadata(dict(context.invocation_metadata() or ()))
     check_name(name)
     return name
