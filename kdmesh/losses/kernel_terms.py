@@ -29,7 +29,9 @@ NEVER = tl.constexpr(-1e30)
 def load_logits(row, columns, num_columns, stride, factor):
     """Logits over the temperature; beyond the vocabulary those that never occur."""
     product = tl.load(row + columns, mask=columns < stride, other=0.0)
-    return tl.where(columns < num_columns, product, NEVER) * factor
+    inside = columns < num_columns
+    # Padding may hold anything, which must not overflow; the compiler makes one selection of the two.
+    return tl.where(inside, tl.where(inside, product, 0.0) * factor, NEVER)
 
 
 @triton.jit

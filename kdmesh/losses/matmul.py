@@ -52,7 +52,7 @@ def logits_into(out_BV: Tensor, hidden_BD: Tensor, weight_VD: Tensor, workspace:
 def hidden_gradient_into(out_CD: Tensor, logit_gradient_CV: Tensor, weight_VD: Tensor) -> None:
     """Overwrite `out_CD` with logit_gradient @ weight; in the operands' type, or in float32."""
     is_float32 = logit_gradient_CV.dtype is torch.float32
-    if is_float32 and out_CD.dtype is torch.float32 and _has_kernel(logit_gradient_CV, weight_VD):
+    if is_float32 and out_CD.dtype is torch.float32 and _has_kernel(out_CD, logit_gradient_CV, weight_VD):
 
         def multiply(rows: slice) -> None:
             brgemm.multiply_into(out_CD[rows], logit_gradient_CV[rows], weight_VD)

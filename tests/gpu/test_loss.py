@@ -121,6 +121,17 @@ def test_any_vocabulary_is_as_good_as_one_that_fills_its_blocks(vocabulary: int,
         assert_same(on_cpu(run(case, moved(inputs, device))), expected(case, inputs), tolerance=tolerance)
 
 
+@pytest.mark.parametrize("scales", [(1.0, 0.25), (0.25, 1.0)])
+def test_places_beyond_the_vocabulary_are_nothing_whatever_the_logits_scales(
+    scales: tuple[float, float], device: torch.device, launches: list[kernel_rows.Launch]
+) -> None:
+    student, teacher = (Transform(scale=scale) for scale in scales)
+    case = sized(replace(Case(), name="renyi", knob=0.95, student=student, teacher=teacher), device)
+    inputs = tensors(case, torch.float32)
+    assert_same(on_cpu(run(case, moved(inputs, device))), expected(case, inputs), tolerance=1e-4)
+    assert launches
+
+
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon", "skewed_reverse_kl"])
 def test_the_gradient_is_right_to_its_own_rounding_however_near_the_teacher(name: str, device: torch.device) -> None:
     case = sized(replace(Case(), name=name, has_labels=False, spread=4.0), device)

@@ -92,3 +92,12 @@ def test_a_loss_can_be_propagated_twice_and_summed_over_micro_batches(dtype: tor
         call(case, inputs).loss_sum.backward()  # type: ignore[no-untyped-call]
     assert inputs.student_weight_VD.grad is not None
     torch.testing.assert_close(inputs.student_weight_VD.grad, twice[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_in_columns_have_the_gradient_of_rows(dtype: torch.dtype) -> None:
+    case = replace(FULL, rows=40, student_size=16)
+    inputs = tensors(case, dtype)
+    columns_RD = inputs.student_hidden_RD.detach().t().contiguous().t().requires_grad_()
+    found = run(case, replace(inputs, student_hidden_RD=columns_RD))
+    assert_same(found, run(case, inputs), tolerance=1e-5 if dtype is torch.float32 else 2**-7)
