@@ -161,7 +161,7 @@ def read_prompts(path: Path, *, images: ImageColumn) -> Iterator[Asked]:
         DataError: a row has neither, or an image that is not to be had, or is not JSON; the message names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may hold U+2028 as it is
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, start=1):

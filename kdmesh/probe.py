@@ -64,7 +64,7 @@ def read_prompts(path: Path | None) -> list[str]:
     if path is None:
         return list(_PROMPTS)
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     if not prompts:

@@ -179,6 +179,15 @@ def test_sampler_and_student_are_compared_by_both_estimators(mesh: Mesh) -> None
     )
 
 
+def test_rows_without_a_teachers_have_no_entropies_in_the_mean(mesh: Mesh) -> None:
+    tally = Tally(mesh)
+    # Rows 0 to 2 were sampled, and the teacher answers row 1 of them; the others are the data's.
+    tally.look_at_samples(seen([1.0] * 5), torch.zeros(3), answered_A=np.array([1, 3, 4]))
+    totals, _ = tally.over_all_ranks()
+    assert totals.samples is not None
+    assert (totals.samples.student_entropy_nats, totals.samples.teacher_entropy_nats) == (1.0, 0.5)
+
+
 def test_without_probabilities_of_tokens_only_entropies_are_told(mesh: Mesh) -> None:
     tally = Tally(mesh)
     tally.look_at_samples(seen([]), torch.tensor([-1.5, -1.75, -0.25]))

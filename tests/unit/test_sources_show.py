@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdmesh.errors import CheckpointError
 from kdmesh.types import FinishReason, Float32Array, Int32Array, Sample
 from kdmesh_trainer.sources.rollouts import Rollout
 from kdmesh_trainer.sources.show import Showcase
@@ -34,6 +35,21 @@ def rollout(prompt: Int32Array, *response: int, teacher: Int32Array | None = Non
 def showcase(path: Path) -> Showcase:
     decode = lambda ids: " ".join(map(str, ids.tolist()))  # noqa: E731
     return Showcase(path / "samples.jsonl", decode, every=2, samples_per_prompt=2)
+
+
+def test_lines_of_earlier_steps_are_kept_whatever_their_texts_hold(tmp_path: Path) -> None:
+    shown = Showcase(tmp_path / "samples.jsonl", lambda ids: "a\u2028 1 \u2029b\x85", every=1, samples_per_prompt=2)
+    for step in range(4):
+        shown.show(step, [rollout(ids(5), 7, 0)])
+    shown.start(3)
+    lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["step"] for line in lines if line] == [0, 1, 2]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"samples\.jsonl cannot be written: .*; checkpoints are untouched"):
+        showcase(tmp_path).show(0, [rollout(ids(5), 7, 0)])
 
 
 def test_the_first_prompt_is_shown_with_all_its_responses_every_few_steps(

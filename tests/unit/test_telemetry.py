@@ -13,9 +13,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdmesh import config as kdmesh_config
-from kdmesh.errors import ConfigError
+from kdmesh.errors import CheckpointError, ConfigError
 from kdmesh_trainer import progress, telemetry, trackers
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.metrics import Metrics
@@ -366,6 +367,28 @@ def test_tensorboard_is_written_by_default(tmp_path: Path) -> None:
         record.report(0, stats())
     assert list((tmp_path / "my-run" / "tensorboard").iterdir())
     assert len(lines(tmp_path / "my-run")) == 1
+
+
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_tensorboard_hides_what_an_earlier_attempt_wrote(tmp_path: Path, first_step: int) -> None:
+    cfg = config(tmp_path)
+    for attempt, first in ((1.0, 0), (2.0, first_step)):
+        (tracker,) = trackers.build_trackers(cfg)
+        tracker.start(first)
+        for step in range(first, 3):
+            tracker.log(step, {"train/loss": attempt})
+        tracker.close()
+    read = EventAccumulator(str(cfg.output / "tensorboard")).Reload()
+    expected = [(step, 1.0 if step < first_step else 2.0) for step in range(3)]
+    assert [(event.step, event.value) for event in read.Scalars("train/loss")] == expected
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    with telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict, imbalance=lambda: None) as record:
+        record.start(0)
+        (tmp_path / "my-run" / "metrics.jsonl").mkdir()
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written: .*; checkpoints are untouched"):
+            record.report(0, stats())
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.tensor import distribute_tensor
 
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.checkpoint import CheckpointDirectory
@@ -27,11 +29,19 @@ Usage = namedtuple("Usage", "total used free")
 class Run:
     """A student that can be trained and saved."""
 
-    def __init__(self, path: Path, mesh: Mesh, tiny_models: TinyModels) -> None:
+    def __init__(self, path: Path, mesh: Mesh, tiny_models: TinyModels, *, has_idle: bool = False) -> None:
+        """
+        Args:
+            has_idle: the student has a parameter that no gradient comes to.
+        """
         model = tiny_models.path("qwen3", seed=1)
         self._teacher = LocalTeacher(model)
-        self._student = build_student(model, mesh, vocabulary_size=310, compute_dtype=torch.float32)
-        self._stepper = build_stepper(self._student, self._teacher, mesh, config=OptimizerConfig(), steps=100)
+        self.student = build_student(model, mesh, vocabulary_size=310, compute_dtype=torch.float32)
+        self.idle = nn.Parameter(distribute_tensor(torch.ones(3), mesh.device_mesh))
+        if has_idle:
+            self.student.register_parameter("idle", self.idle)
+        self._stepper = build_stepper(self.student, self._teacher, mesh, config=OptimizerConfig(), steps=100)
+        self.optimizer = self._stepper.optimizer
         self._sequences = random_sequences(2, seed=1, vocabulary_size=310)
         self._mesh = mesh
         self.path = path
@@ -39,8 +49,8 @@ class Run:
     def directory(self, *, keep: int = 2, steps: int = 100, **identity: str) -> CheckpointDirectory:
         return CheckpointDirectory(
             self.path,
-            self._student,
-            self._stepper.optimizer,
+            self.student,
+            self.optimizer,
             identity=IDENTITY | identity,
             steps=steps,
             keep=keep,
@@ -79,6 +89,20 @@ def files_limited_to(size_bytes: int) -> Iterator[None]:
 
 def test_without_a_checkpoint_a_run_starts_at_step_0(run: Run) -> None:
     assert run.directory().restore() == 0
+
+
+def test_a_parameter_without_a_gradient_stops_nothing(tmp_path: Path, tiny_models: TinyModels) -> None:
+    with joined("cpu", longest_wait_s=10) as mesh:
+        run = Run(tmp_path / "checkpoints", mesh, tiny_models, has_idle=True)
+        run.train(steps=2)
+        run.save(2)
+        again = Run(tmp_path / "checkpoints", mesh, tiny_models, has_idle=True)
+        assert again.directory().restore() == 2
+        for one in (run, again):
+            one.train(steps=2)
+            assert one.idle not in one.optimizer.state
+        weights = [dict(one.student.named_parameters()) for one in (run, again)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_only_the_newest_are_kept(run: Run) -> None:

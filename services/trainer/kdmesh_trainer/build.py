@@ -241,6 +241,8 @@ def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: Data, teache
     }
     if cfg.student.lora is not None:
         identity["student.lora"] = json.dumps(cfg.student.lora.model_dump(mode="json"), sort_keys=True)
+    if cfg.student.freeze_vision:
+        identity["student.freeze_vision"] = "true"
     if cfg.optimizer.moments != "float32":
         identity["optimizer.moments"] = cfg.optimizer.moments
     if teachers is not None and isinstance(cfg.objective, Distill):

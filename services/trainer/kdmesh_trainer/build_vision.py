@@ -36,7 +36,7 @@ def expansion_of(reader: ImageReader | None) -> str:
 
 
 def build_packer(lm: PreTrainedModel, reader: ImageReader | None, num_images: int, *, freeze_vision: bool) -> Packer:
-    """What lays sequences end to end for `lm`, whose vision tower is frozen where that is wanted.
+    """What lays sequences end to end for `lm`, whose vision tower is frozen where that is wanted or nothing is seen.
 
     Where the data have images, every micro-batch of every rank holds one, a blank one if need be: the ranks gather the
     tower's shards together.
@@ -50,7 +50,7 @@ def build_packer(lm: PreTrainedModel, reader: ImageReader | None, num_images: in
     """
     if reader is None:
         return Packer(lm, None)
-    if freeze_vision:
+    if freeze_vision or not num_images:  # without images it has no gradient, and an optimizer no state for it
         for parameter in lm.base_model.visual.parameters():
             parameter.requires_grad_(False)
     if num_images:

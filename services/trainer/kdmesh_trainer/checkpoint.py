@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -92,6 +92,7 @@ class CheckpointDirectory:
         state = self._trained_state()
         if world_size == self._mesh.world_size:
             state["random"] = self._random_state()
+        self._forget_moments(state["optimizer"], but=self._mesh.on_first(lambda: _names_with_moments(directory)))
         try:
             # In place: the tensors of `state` are those that are trained.
             load(state, checkpoint_id=directory)
@@ -198,6 +199,12 @@ class CheckpointDirectory:
             "teacher": {} if self._teacher_copy is None else self._teacher_copy.state(),
         }
 
+    def _forget_moments(self, moments: dict[str, Any], *, but: Collection[str]) -> None:
+        """Those of parameters that had none when a checkpoint was written, since no gradient had come to them."""
+        parameters = dict(self._student.named_parameters())
+        for name in moments.keys() - set(but):
+            del moments[name], self._optimizer.state[parameters[name]]
+
     def _random_state(self) -> dict[str, Tensor]:
         state = {f"cpu-{self._mesh.rank}": torch.get_rng_state()}
         if self._mesh.device.type == "cuda":
@@ -223,6 +230,16 @@ def _read_state(directory: Path) -> _State:
         return _State(**json.loads((directory / _STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{directory / _STATE} cannot be read: {error}") from error
+
+
+def _names_with_moments(directory: Path) -> list[str]:
+    """The parameters of which a checkpoint has them."""
+    try:
+        keys = FileSystemReader(directory).read_metadata().state_dict_metadata
+    except Exception as error:  # a pickle that is damaged may raise anything
+        raise CheckpointError(f"{directory} cannot be read: {_root(error)}") from error
+    prefix = "optimizer."
+    return [key.removeprefix(prefix).rpartition(".")[0] for key in keys if key.startswith(prefix)]
 
 
 def _size_bytes(state: Mapping[str, Any]) -> int:

@@ -192,7 +192,7 @@ class TrainerConfig(StrictModel):
     profile: ProfileConfig | None = None
     """Steps to look into (docs/profiling.md); null: none."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Order of the data and initial weights."""
 
     ranks: int | None = Field(None, ge=1)

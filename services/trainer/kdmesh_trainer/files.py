@@ -7,11 +7,11 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdmesh.errors import ConfigError
+from kdmesh.errors import CheckpointError, ConfigError
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -31,18 +31,41 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def append_line(path: Path, line: Mapping[str, object]) -> None:
+    """Add one JSON object to a file of a run, which is made if need be.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with _writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def keep_before(path: Path, first_step: int) -> None:
-    """Drop the JSON lines of steps from `first_step` on, and a last line that was never finished; all or nothing."""
+    """Drop the JSON lines of steps from `first_step` on, and a last line that was never finished; all or nothing.
+
+    Raises:
+        CheckpointError: what is left cannot be written.
+    """
     if not path.exists():
         return
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: texts may hold U+2028 as it is
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(text)["step"] < first_step:
                 kept.append(text + "\n")
     part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)
+    with _writing(path):
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}; checkpoints are untouched") from error
 
 
 @contextmanager

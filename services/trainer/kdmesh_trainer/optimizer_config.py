@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from kdmesh.config import StrictModel
+
+
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(StrictModel):
@@ -15,7 +18,7 @@ class OptimizerConfig(StrictModel):
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the two moments."""
 
     epsilon: float = Field(1e-8, gt=0)

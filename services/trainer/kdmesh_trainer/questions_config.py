@@ -116,7 +116,7 @@ class QuestionsConfig(StrictModel):
     match: MatchConfig = ExactMatch()
     """When a response is right."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of the draws: the same at every evaluation, so that only the weights make a difference."""
 
     @model_validator(mode="after")

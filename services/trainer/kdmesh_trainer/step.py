@@ -20,6 +20,7 @@ from kdmesh_trainer.objective import Objective
 from kdmesh_trainer.optimizer import learning_rate, set_learning_rate
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.sides import answered_rows
 from kdmesh_trainer.stats import StepStats
 from kdmesh_trainer.tally import Tally
 
@@ -131,15 +132,16 @@ def forward(
             # Also where none of the rows is this rank's: others may need those that it asked for.
             rows = tally.wait(micro_batch)
         with record_function("head and loss"):
+            sequences = micro_batch.sequences if micro_batch.held is None else micro_batch.held
             loss = objective(
                 hidden_RD,
                 head,
                 labels_R,
                 rows if len(labels_R) else None,
                 num_sampled=micro_batch.num_sampled_rows,
-                sequences=micro_batch.sequences if micro_batch.held is None else micro_batch.held,
+                sequences=sequences,
             )
-            tally.look_at_samples(loss, micro_batch.rollout_logprobs_S)
+            tally.look_at_samples(loss, micro_batch.rollout_logprobs_S, answered_A=answered_rows(sequences))
         return loss
 
     with record_function("pack"):

@@ -14,7 +14,7 @@ from kdmesh.losses import FusedLoss
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals
 from kdmesh_trainer.sources.batches import MicroBatch, PanelPart, PanelRows, TeacherRows
-from kdmesh_trainer.sources.sides import answered_rows, teacher_side
+from kdmesh_trainer.sources.sides import Int64Array, answered_rows, teacher_side
 from kdmesh_trainer.stats import SampleScores, TeacherFigures
 
 
@@ -150,12 +150,15 @@ class Tally:
         self._num_overlapping += totals.num_overlapping
         self._num_preferring += totals.num_preferring
 
-    def look_at_samples(self, loss: FusedLoss, rollout_logprobs_S: Tensor | None) -> None:
+    def look_at_samples(
+        self, loss: FusedLoss, rollout_logprobs_S: Tensor | None, *, answered_A: Int64Array | None = None
+    ) -> None:
         """Count in how one micro-batch's sampled tokens are seen.
 
         Args:
             loss: with entropies, if the objective has them; fewer than rows where some have no teacher.
             rollout_logprobs_S: of the first labels, on the CPU; None where nothing was sampled.
+            answered_A: which rows have a teacher's, in order; None: all.
         """
         if rollout_logprobs_S is None:
             return
@@ -164,7 +167,8 @@ class Tally:
         cross_entropy_S = loss.cross_entropy_R[:num_sampled].double()
         difference_S = rollout_logprobs_S[: len(cross_entropy_S)].to(cross_entropy_S.device).double() + cross_entropy_S
         k3_S = difference_S + (-difference_S).expm1()
-        entropies = loss.student_entropy_R[:num_sampled], loss.teacher_entropy_R[:num_sampled]
+        num_answered = num_sampled if answered_A is None else int((answered_A < num_sampled).sum())
+        entropies = loss.student_entropy_R[:num_answered], loss.teacher_entropy_R[:num_answered]
         self._samples_4 += torch.stack([values_S.double().sum() for values_S in (difference_S, k3_S, *entropies)])
         self._num_sampled += num_sampled
         self._num_compared += len(cross_entropy_S)

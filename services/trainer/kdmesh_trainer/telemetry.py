@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import sys
@@ -13,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kdmesh.tracing.spans import span
 from kdmesh_trainer import config
-from kdmesh_trainer.files import keep_before
+from kdmesh_trainer.files import append_line, keep_before
 from kdmesh_trainer.metrics import Metrics
 from kdmesh_trainer.metrics_server import MetricsServer, serving
 from kdmesh_trainer.progress import LogProgress, Progress, Reading, TerminalProgress
@@ -120,16 +119,14 @@ class RunTelemetry:
         self._trackers = trackers
         self._doors = doors
         self._imbalance = imbalance
-        self._file: IO[str] | None = None
         self._phase_s: dict[str, float] = {}
         self._recent: deque[tuple[StepStats, float]] = deque(maxlen=_RECENT_STEPS)
         self._totals = _Totals()
 
     def start(self, first_step: int) -> None:
-        """Open the files; what an earlier attempt wrote from `first_step` on is dropped."""
+        """What an earlier attempt wrote from `first_step` on is dropped."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         keep_before(self._path, first_step)
-        self._file = self._path.open("a", buffering=1, encoding="utf-8")
         for tracker in self._trackers:
             tracker.start(first_step)
         self._progress.start(first_step, self._steps)
@@ -202,13 +199,11 @@ class RunTelemetry:
             self._metrics_server.await_reading()
 
     def close(self) -> None:
-        """End the display, say the summary, and give up files and trackers."""
+        """End the display, say the summary, and give up trackers."""
         self._progress.close()
-        if self._file is not None:
-            self._file.close()
-            if self._totals.num_steps:
-                reasons = dict(self._doors())
-                log.info("run ended", extra={**self._totals.summary(), **self._door(), "door_reasons": reasons})
+        if self._totals.num_steps:
+            reasons = dict(self._doors())
+            log.info("run ended", extra={**self._totals.summary(), **self._door(), "door_reasons": reasons})
         for tracker in self._trackers:
             tracker.close()
 
@@ -230,9 +225,8 @@ class RunTelemetry:
         )
 
     def _write(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
-        assert self._file is not None
         line = {"kind": kind, "step": step, "time": time.time(), **figures}
-        self._file.write(json.dumps({name: _or_null(value) for name, value in line.items()}) + "\n")
+        append_line(self._path, {name: _or_null(value) for name, value in line.items()})
 
     def _track(self, group: str, step: int, figures: Mapping[str, float | None]) -> None:
         finite = {f"{group}/{name}": value for name, value in figures.items() if _or_null(value) is not None}

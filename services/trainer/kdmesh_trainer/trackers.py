@@ -71,7 +71,7 @@ class TensorBoard:
 
     def start(self, first_step: int) -> None:
         """Hide what an earlier attempt wrote from `first_step` on."""
-        self._writer = self._module.SummaryWriter(str(self._directory), purge_step=first_step or None)
+        self._writer = self._module.SummaryWriter(str(self._directory), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record scalars."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kdmesh.types import Int32Array, TokenSequence
-from kdmesh_trainer.files import keep_before
+from kdmesh_trainer.files import append_line, keep_before
 from kdmesh_trainer.sources.rollouts import Rollout
 from kdmesh_trainer.sources.sides import teacher_side
 
@@ -46,8 +45,7 @@ class Showcase:
         responses = [
             {"text": self._decode(rollout.sequence.labels), "is_cut_off": rollout.is_cut_off} for rollout in shown
         ]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**facts, "responses": responses}, ensure_ascii=False) + "\n")
+        append_line(self._path, {**facts, "responses": responses})
         for response in responses:
             log.info("sample", extra={**facts, "response": response["text"], "is_cut_off": response["is_cut_off"]})
 
