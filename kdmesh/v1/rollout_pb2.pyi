@@ -9,8 +9,8 @@ sends new weights on an UpdateWeights stream, of which there is at most one at a
 Deadlines: unary rpcs answer within seconds; set 10 s. Sleep and Wake move as much as the device
 holds; set minutes. The streams have no rpc deadline;
 each GenerateRequest carries its own.
-A client may name its job in the metadata kdmesh-job of a Generate stream: for metrics, and
-nothing depends on it. A server that asks who calls takes the caller's name instead.
+A client may name its job in the metadata kdmesh-job of a Generate stream, percent-encoded (RFC
+3986): for metrics, and nothing depends on it. A server that asks who calls takes the caller's name instead.
 Identity: such a server wants a bearer token in the metadata authorization of every call, or a
 client certificate. Describe then needs the role viewer, Generate job, and Sleep, Wake and
 UpdateWeights operator.

@@ -1,7 +1,7 @@
 """Runs a test's function on every rank of a small job, one process each.
 
-The processes are copies of one that has loaded torch, transformers and the trainer, because loading them takes longer than
-most tests. Whatever a rank's function returns comes back as JSON.
+The processes are copies of one that has loaded torch, transformers and the trainer, because loading them takes longer
+than most tests. Whatever a rank's function returns comes back as JSON.
 """
 
 from __future__ import annotations

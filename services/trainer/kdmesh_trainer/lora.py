@@ -121,7 +121,9 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
     peft.inject_adapter_in_model(told, lm, adapter_name=_NAME)
     lm.eval()
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
-    log.info("adapter added", extra={"modules": len(layers), "adapter_rank": config.rank, "trained_parameters": trained})
+    log.info(
+        "adapter added", extra={"modules": len(layers), "adapter_rank": config.rank, "trained_parameters": trained}
+    )
     return Adapter(config=told, layers=frozenset(layers), scaling=config.alpha / config.rank)
 
 

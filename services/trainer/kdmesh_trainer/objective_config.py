@@ -276,10 +276,11 @@ class Distill(StrictModel):
             raise ValueError("temperature must be above 0 from its start to its end")
         if self.keep is not None and isinstance(self.divergence, SampledReverseKL):
             raise ValueError("keep does not go with sampled_reverse_kl, which looks at one token anyway")
-        if self.keep is not None and isinstance(self.divergence, Top1CrossEntropy | MaskedReverseKL | HierarchicalRanking):
+        looks_at_likeliest = isinstance(self.divergence, Top1CrossEntropy | MaskedReverseKL | HierarchicalRanking)
+        if self.keep is not None and looks_at_likeliest:
             raise ValueError(
-                f"keep does not go with {self.divergence.name}, which looks at the likeliest tokens: all others, taken for "
-                "one token, may be the likeliest"
+                f"keep does not go with {self.divergence.name}, which looks at the likeliest tokens: all others, taken "
+                "for one token, may be that"
             )
         return self
 

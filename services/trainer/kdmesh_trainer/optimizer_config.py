@@ -8,7 +8,6 @@ from pydantic import Field
 
 from kdmesh.config import StrictModel
 
-
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
