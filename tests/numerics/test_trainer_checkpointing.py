@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdmesh_trainer import model as model_module
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from tests.support.tiny_models import TinyModels
@@ -23,7 +22,6 @@ CHOICES = {"none": None, "half": 2, "all": 1}
 
 def gradients(mesh: Mesh, *, student: str, teacher: str, output: str) -> None:
     """Writes every choice's whole gradient, and the bytes that the forward passes kept; runs on every rank."""
-    model_module._WHOLE_BYTES = 0  # shards between the passes, as of a large student
     sequences = random_sequences(8, seed=5, vocabulary_size=VOCABULARY_SIZE)
     local_teacher = LocalTeacher(Path(teacher))
     for name, every in CHOICES.items():
@@ -33,6 +31,7 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str) -> None:
             vocabulary_size=VOCABULARY_SIZE,
             compute_dtype=torch.float32,
             checkpointed_every=every,
+            gather="micro_batch",
         )
         stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
         kept = 0

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kdmesh.errors import ConfigError
 from kdmesh_trainer import compiled_layers
-from kdmesh_trainer import model as model_module
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.parallel_config import Gather
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
@@ -47,12 +47,11 @@ def gradients(
     teacher: str,
     output: str,
     dtype: str = "float32",
-    whole_bytes: int = 0,
+    gather: Gather = "micro_batch",
     every: int | None = None,
     lora: bool = False,
 ) -> None:
     """Writes the gradient of a compiled and of another student, after one of other lengths; runs on every rank."""
-    model_module._WHOLE_BYTES = whole_bytes
     sequences = random_sequences(14, seed=5, vocabulary_size=VOCABULARY_SIZE)
     local_teacher = LocalTeacher(Path(teacher))
     for name in ("exact", "eager", "compiled"):
@@ -64,6 +63,7 @@ def gradients(
             lora=LoraConfig(rank=3, target_modules=("q_proj", "down_proj")) if lora else None,
             is_compiled=name == "compiled",
             checkpointed_every=every,
+            gather=gather,
         )
         stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(learning_rate=1e-2), steps=2)
         with torch.no_grad():
@@ -93,11 +93,11 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     ("family", "options"),
     [
         ("qwen3", {}),
-        ("qwen3", {"dtype": "bfloat16", "whole_bytes": 2**30}),
+        ("qwen3", {"dtype": "bfloat16", "gather": "step"}),
         ("qwen3", {"every": 1}),
         ("qwen3", {"every": 2, "lora": True}),
-        ("gemma2", {"whole_bytes": 2**30}),  # layers with and without a window
-        ("llama", {"whole_bytes": 2**30}),
+        ("gemma2", {"gather": "step"}),  # layers with and without a window
+        ("llama", {"gather": "step"}),
     ],
 )
 @pytest.mark.timeout(400)

@@ -14,6 +14,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer import model as model_module
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.sources.context_rows import ContextRows
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
@@ -51,13 +52,12 @@ def gradients_of_layouts(
     student: str,
     teacher: str,
     output: str,
-    whole_bytes: int,
+    gather: Gather,
     spreads_head: bool = False,
     checkpointed_every: int | None = None,
 ) -> None:
     """Writes every layout's losses and whole gradient to `output`; runs on every rank."""
-    model_module._WHOLE_BYTES = whole_bytes
-    if whole_bytes == 0:
+    if gather == "micro_batch":
         model_module._UNIT_PARAMETERS = 1  # layers one by one, as large ones are
     model = build_student(
         Path(student),
@@ -66,6 +66,7 @@ def gradients_of_layouts(
         compute_dtype=torch.float32,
         spreads_head=spreads_head,
         checkpointed_every=checkpointed_every,
+        gather=gather,
     )
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
@@ -105,12 +106,12 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
 
 # Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
 @pytest.mark.parametrize(
-    ("is_tied", "whole_bytes", "spreads_head"),
+    ("is_tied", "gather", "spreads_head"),
     [
-        (False, 0, False),
-        (True, 2**30, False),
-        pytest.param(True, 0, True, marks=pytest.mark.slow),
-        pytest.param(False, 2**30, True, marks=pytest.mark.slow),
+        (False, "micro_batch", False),
+        (True, "step", False),
+        pytest.param(True, "micro_batch", True, marks=pytest.mark.slow),
+        pytest.param(False, "step", True, marks=pytest.mark.slow),
     ],
 )
 def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
@@ -118,13 +119,12 @@ def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     is_tied: bool,
-    whole_bytes: int,
+    gather: Gather,
     spreads_head: bool,
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
-    for name in ("_WHOLE_BYTES", "_UNIT_PARAMETERS"):
-        monkeypatch.setattr(model_module, name, getattr(model_module, name))  # restored after the test
+    monkeypatch.setattr(model_module, "_UNIT_PARAMETERS", model_module._UNIT_PARAMETERS)  # restored after the test
     for ranks in (1, 2):
         run_ranks(
             "tests.numerics.test_trainer_layouts:gradients_of_layouts",
@@ -132,7 +132,7 @@ def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
             student=str(student),
             teacher=str(teacher),
             output=str(tmp_path),
-            whole_bytes=whole_bytes,
+            gather=gather,
             spreads_head=spreads_head,
         )
     expected = textbook(student, teacher)
@@ -156,7 +156,7 @@ def test_ranks_that_hold_each_row_together_have_the_textbook_loss_and_gradient(
         student=str(student),
         teacher=str(teacher),
         output=str(tmp_path),
-        whole_bytes=0 if ranks == context else 2**30,
+        gather="micro_batch" if ranks == context else "step",
         checkpointed_every=None if ranks == context else 1,
     )
     assert_equal(textbook(student, teacher), tmp_path, ranks // context)

@@ -20,13 +20,14 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.packing import pack
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh_trainer import model as model_module
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import release
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.weights import weights_of
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
@@ -57,11 +58,12 @@ def test_a_student_with_a_new_adapter_says_exactly_what_its_base_says(
         assert not torch.equal(hidden_states_TD(lm.to(dtype), packed), before_TD)
 
 
-def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, whole_bytes: int, use_dora: bool) -> None:
+def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, gather: Gather, use_dora: bool) -> None:
     """Writes an adapter that is not zero, and its whole gradient, to `output`; runs on every rank."""
-    model_module._WHOLE_BYTES = whole_bytes
     lora = LoraConfig.model_validate({**LORA, "use_dora": use_dora})
-    model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=lora)
+    model = build_student(
+        Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=lora, gather=gather
+    )
     trained = {name: p for name, p in model.lm.named_parameters() if p.requires_grad}
     values = _values(trained)
     with torch.no_grad():
@@ -119,30 +121,27 @@ def textbook(student: Path, teacher: Path, found: dict[str, Tensor]) -> dict[str
     return {"loss": loss.detach()[None], **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
-# Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
 @pytest.mark.parametrize(
-    ("is_tied", "whole_bytes", "dtype", "use_dora"),
+    ("is_tied", "gather", "dtype", "use_dora"),
     [
-        pytest.param(False, 0, torch.bfloat16, False, marks=pytest.mark.slow),
-        (True, 2**30, torch.float32, False),
-        pytest.param(False, 0, torch.bfloat16, True, marks=pytest.mark.slow),
+        pytest.param(False, "micro_batch", torch.bfloat16, False, marks=pytest.mark.slow),
+        (True, "step", torch.float32, False),
+        pytest.param(False, "micro_batch", torch.bfloat16, True, marks=pytest.mark.slow),
     ],
 )
 def test_only_adapters_have_a_gradient_and_it_is_the_textbook_one(
     tiny_models: TinyModels,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     is_tied: bool,
-    whole_bytes: int,
+    gather: Gather,
     dtype: torch.dtype,
     use_dora: bool,
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied, dtype=dtype)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
-    monkeypatch.setattr(model_module, "_WHOLE_BYTES", whole_bytes)  # restored after the test
     for ranks in PLANS:
         paths = {"student": str(student), "teacher": str(teacher), "output": str(tmp_path)}
-        run_ranks(f"{HERE}:gradients", ranks=ranks, **paths, whole_bytes=whole_bytes, use_dora=use_dora)
+        run_ranks(f"{HERE}:gradients", ranks=ranks, **paths, gather=gather, use_dora=use_dora)
         found = load_file(tmp_path / f"{ranks}.safetensors")
         layers = {name.partition(".lora_")[0] for name in found} - {"loss"}
         assert layers == {
@@ -240,7 +239,7 @@ def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str, use
         stepper.update(step_batch(SEQUENCES, PLANS[mesh.world_size][mesh.rank], local_teacher, step=step))
         for exporter in exporters:
             exporter.export()
-    model_module.release(model)
+    release(model)
     trained = {name: p.detach().full_tensor() for name, p in model.lm.named_parameters()}
     if mesh.is_first:
         torch.save(trained, Path(output) / "trained.pt")

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
-from kdmesh_trainer import model as model_module
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.weights import without_aliases
 from tests.numerics.test_trainer_teacher_copy import SAVE_AT, follow
 from tests.support.tiny_models import TinyModels
@@ -28,8 +28,7 @@ pytestmark = pytest.mark.slow
 
 HERE = "tests.numerics.test_trainer_parallel"
 RANKS, STEPS, SEQUENCES = 4, 3, 14
-# Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
-WHOLE_BYTES = {"small": 2**30, "large": 0}
+GATHER: tuple[Gather, ...] = ("step", "micro_batch")
 # Ranks that share a copy, and whether the host keeps it.
 LAYOUTS = {
     "one copy": (4, False),
@@ -42,23 +41,31 @@ LORA = LoraConfig(rank=2)
 
 
 def learn_each(mesh: Mesh, *, student: str, teacher: str, output: str) -> dict[str, Any]:
-    """Trains a student of each size in each layout; whole weights of the first rank to `output`, figures of each."""
+    """Trains a student in each way and layout; whole weights of the first rank to `output`, figures of each."""
     layouts = LAYOUTS if mesh.world_size == RANKS else {"alone": (1, False)}
     figures = {}
-    for size, whole_bytes in WHOLE_BYTES.items():
-        model_module._WHOLE_BYTES = whole_bytes
+    for gather in GATHER:
         for layout, (shard_ranks, offloads) in layouts.items():
             within = in_copies(mesh, shard_ranks=shard_ranks)
-            weights, figures[f"{size}, {layout}"] = _learnt(within, student, teacher, offloads=offloads)
+            weights, figures[f"{gather}, {layout}"] = _learnt(
+                within, student, teacher, gather=gather, offloads=offloads
+            )
             if mesh.is_first:
-                save_file(weights, Path(output) / f"{size}, {layout}.safetensors")
+                save_file(weights, Path(output) / f"{gather}, {layout}.safetensors")
     return figures
 
 
-def _learnt(mesh: Mesh, student: str, teacher: str, *, offloads: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _learnt(
+    mesh: Mesh, student: str, teacher: str, *, gather: Gather, offloads: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     local_teacher = LocalTeacher(Path(teacher))
     model = build_student(
-        Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, offloads=offloads
+        Path(student),
+        mesh,
+        vocabulary_size=VOCABULARY_SIZE,
+        compute_dtype=torch.float32,
+        gather=gather,
+        offloads=offloads,
     )
     assert all(isinstance(policy, CPUOffloadPolicy) is offloads for policy in _policies(model))
     stepper = build_stepper(model, local_teacher, mesh, config=OPTIMIZER, steps=STEPS)
@@ -82,7 +89,6 @@ def _policies(model: Student) -> Iterator[object]:
 
 def keep_each(mesh: Mesh, *, student: str, teacher: str, checkpoints: str) -> dict[str, Any]:
     """Saves a run of two copies, goes on with it in every layout, and lets a teacher follow a student of two copies."""
-    model_module._WHOLE_BYTES = 0
     run = {"student": student, "teacher": teacher, "steps": 6, "until": 6, "num_sequences": [SEQUENCES]}
     path = f"{checkpoints}/run"
     whole = train(mesh, **run, checkpoints=path, save_at=3, shard_ranks=2)
@@ -112,9 +118,9 @@ class Outcome:
     begun: dict[str, Tensor]  # the weights before the first step
     output: Path
 
-    def weights(self, size: str, layout: str) -> dict[str, Tensor]:
+    def weights(self, gather: Gather, layout: str) -> dict[str, Tensor]:
         """Of a student, after its last step."""
-        return load_file(self.output / f"{size}, {layout}.safetensors")
+        return load_file(self.output / f"{gather}, {layout}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -127,40 +133,39 @@ def models(tiny_models: TinyModels) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def outcome(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    output, kept = tmp_path_factory.mktemp("learnt"), model_module._WHOLE_BYTES
+    output = tmp_path_factory.mktemp("learnt")
     figures = run_ranks(f"{HERE}:learn_each", ranks=RANKS, **models, output=str(output))
     [alone] = run_ranks(f"{HERE}:learn_each", ranks=1, **models, output=str(output))
-    model_module._WHOLE_BYTES = kept
     begun = load_file(Path(models["student"]) / "model.safetensors")
     return Outcome(figures=figures, alone=alone, begun=begun, output=output)
 
 
-@pytest.mark.parametrize("size", WHOLE_BYTES)
+@pytest.mark.parametrize("gather", GATHER)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_learns_what_one_process_does(outcome: Outcome, size: str, layout: str) -> None:
-    expected, actual = outcome.alone[f"{size}, alone"], outcome.figures[0][f"{size}, {layout}"]
+def test_it_learns_what_one_process_does(outcome: Outcome, gather: Gather, layout: str) -> None:
+    expected, actual = outcome.alone[f"{gather}, alone"], outcome.figures[0][f"{gather}, {layout}"]
     assert actual["fewest micro-batches"] > 1
     assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert actual["norms"] == pytest.approx(expected["norms"], rel=1e-5)
     assert OPTIMIZER.max_gradient_norm is not None
     assert min(actual["norms"]) > OPTIMIZER.max_gradient_norm, "the norm decided nothing"
-    weights = outcome.weights(size, "alone")
-    for name, value in outcome.weights(size, layout).items():
+    weights = outcome.weights(gather, "alone")
+    for name, value in outcome.weights(gather, layout).items():
         error = (value - weights[name]).norm() / (weights[name] - outcome.begun[name]).norm()
         assert error < 1e-3, f"{name} is off by {error} of what it learnt"
 
 
-@pytest.mark.parametrize("size", WHOLE_BYTES)
+@pytest.mark.parametrize("gather", GATHER)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_copies_are_the_same(outcome: Outcome, size: str, layout: str) -> None:
-    first, *others = (figures[f"{size}, {layout}"] for figures in outcome.figures)
+def test_all_copies_are_the_same(outcome: Outcome, gather: Gather, layout: str) -> None:
+    first, *others = (figures[f"{gather}, {layout}"] for figures in outcome.figures)
     assert all(other["sums"] == first["sums"] for other in others)
 
 
-@pytest.mark.parametrize("size", WHOLE_BYTES)
+@pytest.mark.parametrize("gather", GATHER)
 @pytest.mark.parametrize("layout", ["one copy", "two copies"])
-def test_on_the_host_it_is_the_same_to_the_bit(outcome: Outcome, size: str, layout: str) -> None:
-    here, there = outcome.weights(size, layout), outcome.weights(size, f"{layout} on the host")
+def test_on_the_host_it_is_the_same_to_the_bit(outcome: Outcome, gather: Gather, layout: str) -> None:
+    here, there = outcome.weights(gather, layout), outcome.weights(gather, f"{layout} on the host")
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], value) for name, value in there.items())
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdmesh.models.head import output_head
-from kdmesh_trainer import model as model_module
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.parallel_config import Gather
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
@@ -32,11 +32,18 @@ PLANS = {
 }
 
 
-def trained(mesh: Mesh, path: str, teacher: str, *, spreads_head: bool, dtype: torch.dtype) -> tuple[Student, Any]:
+def trained(
+    mesh: Mesh, path: str, teacher: str, *, gather: Gather, spreads_head: bool, dtype: torch.dtype
+) -> tuple[Student, Any]:
     """The student after some steps, and what was measured."""
     local = LocalTeacher(Path(teacher))
     student = build_student(
-        Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=dtype, spreads_head=spreads_head
+        Path(path),
+        mesh,
+        vocabulary_size=VOCABULARY_SIZE,
+        compute_dtype=dtype,
+        gather=gather,
+        spreads_head=spreads_head,
     )
     stepper = build_stepper(student, local, mesh, config=OPTIMIZER, steps=STEPS, is_sampled=True)
     sequences = random_sequences(6, seed=3, vocabulary_size=VOCABULARY_SIZE)
@@ -59,13 +66,14 @@ def trained(mesh: Mesh, path: str, teacher: str, *, spreads_head: bool, dtype: t
     return student, measured
 
 
-def compare(mesh: Mesh, *, students: list[str], teacher: str, whole_bytes: int, dtype: str) -> dict[str, Any]:
+def compare(mesh: Mesh, *, students: list[str], teacher: str, gather: Gather, dtype: str) -> dict[str, Any]:
     """Of every student both ways: what was measured, and how far weights are apart relative to how far they moved."""
-    model_module._WHOLE_BYTES = whole_bytes
     results: dict[str, Any] = {}
     for path in students:
-        whole, expected = trained(mesh, path, teacher, spreads_head=False, dtype=getattr(torch, dtype))
-        spread, measured = trained(mesh, path, teacher, spreads_head=True, dtype=getattr(torch, dtype))
+        (whole, expected), (spread, measured) = (
+            trained(mesh, path, teacher, gather=gather, spreads_head=spreads_head, dtype=getattr(torch, dtype))
+            for spreads_head in (False, True)
+        )
         untouched = build_student(
             Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32
         ).weights()
@@ -96,15 +104,15 @@ def assert_is_spread(student: Student, mesh: Mesh) -> None:
 
 # Tied or not; gemma2 scales its embedding and caps its logits, phi's head has a bias, and padding is a token of theirs.
 @pytest.mark.parametrize(
-    ("ranks", "whole_bytes", "dtype"),
+    ("ranks", "gather", "dtype"),
     [
-        (2, 0, "float32"),
-        pytest.param(3, 2**30, "float32", marks=pytest.mark.slow),
-        pytest.param(3, 0, "bfloat16", marks=pytest.mark.slow),
+        (2, "micro_batch", "float32"),
+        pytest.param(3, "step", "float32", marks=pytest.mark.slow),
+        pytest.param(3, "micro_batch", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_weights_after_several_steps_are_those_of_a_whole_head(
-    tiny_models: TinyModels, ranks: int, whole_bytes: int, dtype: str
+    tiny_models: TinyModels, ranks: int, gather: Gather, dtype: str
 ) -> None:
     students = {
         "untied": tiny_models.path("qwen3", seed=1),
@@ -117,7 +125,7 @@ def test_weights_after_several_steps_are_those_of_a_whole_head(
         ranks=ranks,
         students=[str(path) for path in students.values()],
         teacher=str(tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)),
-        whole_bytes=whole_bytes,
+        gather=gather,
         dtype=dtype,
     )[0]
     tolerance = 1e-4 if dtype == "float32" else 0.1

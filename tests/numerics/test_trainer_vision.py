@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kdmesh.models.body import load_causal_lm
 from kdmesh.types import TokenSequence
-from kdmesh_trainer import model as model_module
 from kdmesh_trainer.build_vision import build_packer
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.parallel_config import Gather
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
 from tests.support.tiny_vision import VOCABULARY_SIZE, TinyVisionModels, png, reader_of, vision_sequence
 from tests.support.trainer_parts import LocalTeacher, build_stepper, step_batch
@@ -34,9 +34,8 @@ def batch_sequences(path: Path) -> list[TokenSequence]:
     ]
 
 
-def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, whole_bytes: int) -> None:
+def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, gather: Gather) -> None:
     """Writes the loss and the whole gradient to `output`, of all that learns; runs on every rank."""
-    model_module._WHOLE_BYTES = whole_bytes
     path = Path(student)
     sequences, local_teacher = batch_sequences(path), LocalTeacher(Path(teacher))
     batch = step_batch(sequences, LAYOUTS[mesh.world_size][mesh.rank], local_teacher)
@@ -44,7 +43,7 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, whole_byte
         lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
         packer = build_packer(lm, reader_of(path), 3, freeze_vision=freeze_vision)
         model = Student(lm, vocabulary_size=VOCABULARY_SIZE, packer=packer)
-        shard(model, mesh.device_mesh, compute_dtype=torch.float32)
+        shard(model, mesh.device_mesh, compute_dtype=torch.float32, gather=gather)
         stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
         totals, _ = stepper.accumulate(batch).over_all_ranks()
         results = {name: p.grad.full_tensor() for name, p in lm.named_parameters() if p.requires_grad}
@@ -75,14 +74,14 @@ def test_images_give_the_textbook_gradient_on_one_rank_and_on_two(
 ) -> None:
     student, teacher = tiny_vision.path(seed=1), tiny_vision.path(seed=2)
     # What is gathered with every micro-batch hangs unless all ranks run the same layers.
-    for ranks, whole_bytes in ((1, 2**30), (2, 0)):
+    for ranks, gather in ((1, "step"), (2, "micro_batch")):
         run_ranks(
             "tests.numerics.test_trainer_vision:gradients",
             ranks=ranks,
             student=str(student),
             teacher=str(teacher),
             output=str(tmp_path),
-            whole_bytes=whole_bytes,
+            gather=gather,
         )
     expected = textbook(student, teacher)
     language = {name: value for name, value in expected.items() if ".visual." not in name}

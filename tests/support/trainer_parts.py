@@ -30,6 +30,7 @@ from kdmesh_trainer.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.objective import Distillation, Objective
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.row_queue import RowService
@@ -136,6 +137,7 @@ def build_student(
     lora: LoraConfig | None = None,
     dual_space_with: LocalTeacher | None = None,
     checkpointed_every: int | None = None,
+    gather: Gather = "auto",
     offloads: bool = False,
     is_compiled: bool = False,
     spreads_head: bool = False,
@@ -160,7 +162,14 @@ def build_student(
     if checkpointed_every is not None:
         checkpoint_activations(lm, every=checkpointed_every)
     head_share = VocabularyShare if spreads_head else None
-    shard(student, mesh.device_mesh, compute_dtype=compute_dtype, offloads=offloads, head_share=head_share)
+    shard(
+        student,
+        mesh.device_mesh,
+        compute_dtype=compute_dtype,
+        gather=gather,
+        offloads=offloads,
+        head_share=head_share,
+    )
     return student
 
 

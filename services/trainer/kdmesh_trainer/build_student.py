@@ -85,6 +85,7 @@ def spread(student: Student, cfg: StudentConfig, mesh: Mesh, parallel: ParallelC
         student,
         mesh.device_mesh,
         compute_dtype=compute_dtype,
+        gather=parallel.gather,
         offloads=parallel.offload == "all",
         head_share=VocabularyShare if parallel.head == "vocabulary" else None,
     )

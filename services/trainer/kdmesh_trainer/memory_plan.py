@@ -39,6 +39,7 @@ from kdmesh_trainer.mesh import context_group, device_mesh
 from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, checkpoint_activations, shard, units
 from kdmesh_trainer.optimizer import build_adamw, check_optimizer
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.parallel_config import Gather
 
 _TOKEN = 1
 _NO_WAIT = timedelta(seconds=1)  # for ranks that are not there
@@ -68,6 +69,7 @@ class Job:
     lengths: Sequence[int]  # of the sequences of the largest micro-batch, every position with a loss
     accumulates: bool  # whether a rank has several micro-batches in a step
     shard_ranks: int | None = None  # that share a copy of the student; None: all
+    gather: Gather = "auto"  # how often the ranks gather the student
     offloads: bool = False  # whether the host keeps parameters, gradients and moments, which says nothing of a CPU
     spreads_head: bool = False  # whether a rank has its own tokens' rows of the heads and no others
     context: int = 1  # ranks that hold the largest micro-batch together
@@ -115,7 +117,14 @@ def plan(job: Job) -> Plan:
             gathered = units(lm)
             student = Student(lm, vocabulary_size=job.vocabulary_size, context=context)
             head_share = _EqualRanks if job.spreads_head else None
-            shard(student, mesh, compute_dtype=job.compute_dtype, offloads=job.offloads, head_share=head_share)
+            shard(
+                student,
+                mesh,
+                compute_dtype=job.compute_dtype,
+                gather=job.gather,
+                offloads=job.offloads,
+                head_share=head_share,
+            )
         copies = _give_to_host(student, live, gathered) if job.uses_host else 0
         optimizer = build_adamw(student, job.optimizer)
         packed = _without_memory(row, fake)

@@ -26,14 +26,14 @@ from kdmesh.models.image_packing import Packer
 from kdmesh.models.packing import PackedTokens, slice_of
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.lora import Adapter
+from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.spread_head import own_head, spread_head
 from kdmesh_trainer.weights import StudentWeight, weights_of, without_aliases
 
 # (hidden_RD, head, labels_R) -> the loss of these rows.
 RowLoss = Callable[[Tensor, OutputHead, Tensor], FusedLoss]
 
-# Below this, ranks keep whole parameters and gradients from the first micro-batch of a step to the
-# last: one all-gather and one reduction per step instead of one per micro-batch, for memory that is there.
+# Below this, a student is gathered once a step unless it is said otherwise.
 _WHOLE_BYTES = 2 * 1024**3
 
 # Layers are gathered and reduced together until they hold so many parameters: smaller messages cost
@@ -57,6 +57,8 @@ class Student(nn.Module):
 
     Attributes:
         share: the tokens of its head that this rank has, and no others; None: the head is gathered whole.
+        is_kept_whole: whether ranks keep whole parameters and gradients from the first micro-batch of a step to the
+            last: one all-gather and one reduction a step instead of several for each micro-batch. `shard` decides.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Student(nn.Module):
         self.adapter = adapter
         self.algorithm = algorithm
         self.share: VocabularyShare | None = None
+        self.is_kept_whole = False
         self._packer = packer or Packer(lm, None)
         self._is_varlen = is_varlen
         self._context = context
@@ -152,6 +155,7 @@ def shard(
     mesh: DeviceMesh,
     *,
     compute_dtype: torch.dtype,
+    gather: Gather = "auto",
     offloads: bool = False,
     head_share: type[VocabularyShare] | None = None,
 ) -> None:
@@ -162,6 +166,7 @@ def shard(
 
     Args:
         mesh: of one dimension, or of two: copies, and the ranks that share one.
+        gather: see ParallelConfig.
         offloads: keep shards and their gradients in the host's memory, and copy what is gathered to the device.
         head_share: what to spread the head's tokens over ranks as, which are then never gathered; None: it is whole.
             With another, `mesh` has one dimension and the host keeps nothing.
@@ -169,6 +174,8 @@ def shard(
     Raises:
         ConfigError: the model's head cannot be spread.
     """
+    is_small = 4 * _num_parameters(student) <= _WHOLE_BYTES
+    student.is_kept_whole = is_small if gather == "auto" else gather == "step"
     apart = None
     if head_share is not None:
         student.share = head_share(
@@ -185,7 +192,7 @@ def shard(
     spread = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for unit in units(student.lm):
         # What is frozen has no backward pass, after which it would be shards again.
-        spread(unit, reshard_after_forward=_is_frozen(unit[0]) or not is_kept_whole(student))
+        spread(unit, reshard_after_forward=_is_frozen(unit[0]) or not student.is_kept_whole)
     spread(student, reshard_after_forward=False, ignored_params=apart)
 
 
@@ -218,18 +225,13 @@ def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def is_kept_whole(student: nn.Module) -> bool:
-    """Whether the student is so small that ranks hold all of it throughout a step."""
-    return 4 * _num_parameters(student) <= _WHOLE_BYTES
-
-
-def begin_micro_batch(student: nn.Module, *, is_last: bool) -> None:
+def begin_micro_batch(student: Student, *, is_last: bool) -> None:
     """Tell FSDP where in its step the next forward and backward pass is."""
     assert isinstance(student, FSDPModule)
     student.set_is_last_backward(is_last)
     # Until then each copy of the student adds up its own gradient: copies meet once a step.
     student.set_requires_all_reduce(is_last)
-    if is_kept_whole(student):
+    if student.is_kept_whole:
         student.set_requires_gradient_sync(is_last)
         student.set_reshard_after_backward(is_last)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from kdmesh_trainer.objective_config import Distill
 
 if TYPE_CHECKING:
     from kdmesh_trainer.config import TrainerConfig
+
+Gather: TypeAlias = Literal["auto", "step", "micro_batch"]
 
 SPREAD_DIVERGENCES = (
     "forward_kl",
@@ -42,6 +44,11 @@ class ParallelConfig(StrictModel):
     offload: Literal["none", "all"] = "none"
     """What lies in the host's memory instead of the device's: all is parameters, gradients and AdamW's moments. The
     same student, a slower step; on a CPU both memories are one, and nothing is moved."""
+
+    gather: Gather = "auto"
+    """How often ranks gather the student's parameters, and reduce its gradients. step: once; each rank then has whole
+    parameters, and whole gradients in float32, from the first micro-batch of a step to the last. micro_batch: twice for
+    each of them, a few layers at a time. auto: step below 2 GiB of float32 parameters, micro_batch from there on."""
 
     head: Literal["whole", "vocabulary"] = "whole"
     """Who computes logits. whole: each rank for its own rows, with the whole output heads of student and teacher.

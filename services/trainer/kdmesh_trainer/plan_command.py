@@ -109,6 +109,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         lengths=[cfg.data.max_tokens] * whole + ([rest] if rest >= 2 else []),
         accumulates=isinstance(cfg.source, OnPolicy) or step_tokens > ranks // context * cfg.batch.max_tokens,
         shard_ranks=cfg.parallel.shard_ranks,
+        gather=cfg.parallel.gather,
         offloads=cfg.parallel.offload == "all",
         spreads_head=cfg.parallel.head == "vocabulary",
         context=context,
