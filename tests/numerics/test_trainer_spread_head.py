@@ -47,11 +47,12 @@ def trained(
     )
     stepper = build_stepper(student, local, mesh, config=OPTIMIZER, steps=STEPS, is_sampled=True)
     sequences = random_sequences(6, seed=3, vocabulary_size=VOCABULARY_SIZE)
-    measured = []
+    measured: dict[str, list[float | None]] = {"nats": [], "shares of rows": []}
     for step in range(STEPS):
         stats = stepper.update(step_batch(sequences, PLANS[mesh.world_size][mesh.rank], local, step=step))
-        measured += [stats.loss_nats_per_token, stats.divergence_nats_per_token, stats.cross_entropy_nats_per_token]
-        measured += [stats.gradient_norm, stats.top1_agreement, stats.topk_overlap]
+        nats = [stats.loss_nats_per_token, stats.divergence_nats_per_token, stats.cross_entropy_nats_per_token]
+        measured["nats"] += [*nats, stats.gradient_norm]
+        measured["shares of rows"] += [stats.top1_agreement, stats.topk_overlap]
     evaluator = HeldOutEvaluator(
         student,
         sequences[:1],  # all other ranks only take part
@@ -62,7 +63,8 @@ def trained(
         mesh=mesh,
     )
     scores = evaluator.evaluate()
-    measured += [scores.kl_nats_per_token, scores.cross_entropy_nats_per_token, scores.top1_agreement]
+    measured["nats"] += [scores.kl_nats_per_token, scores.cross_entropy_nats_per_token]
+    measured["shares of rows"].append(scores.top1_agreement)
     return student, measured
 
 
@@ -129,9 +131,11 @@ def test_weights_after_several_steps_are_those_of_a_whole_head(
         dtype=dtype,
     )[0]
     tolerance = 1e-4 if dtype == "float32" else 0.1
-    few_rows = 0.0 if dtype == "float32" else 0.01  # whose favourite token is a matter of rounding
+    one_row = 0.0 if dtype == "float32" else 0.03  # of 38 or more, whose favourite token is a matter of rounding
     for kind, path in students.items():
         result = results[str(path)]
-        assert result["measured"] == pytest.approx(result["expected"], rel=tolerance, abs=few_rows), kind
+        for what, bound in (("nats", 0.0), ("shares of rows", one_row)):
+            expected = pytest.approx(result["expected"][what], rel=tolerance, abs=bound)
+            assert result["measured"][what] == expected, f"{kind}, {what}"
         for name, apart in result["apart"].items():
             assert apart < tolerance, f"{kind}: {name} is off by {apart} of what it moved"
