@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol, TextIO
 
 import numpy as np
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, DataError, InvalidRequest, ModelMismatch
@@ -22,14 +21,16 @@ from kdmesh.models.image_reader import load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.sampling.seeds import seed_of
 from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import FinishReason, Image, Int32Array, PlacedImage, Sample, Sampling, VisionSpec
 from kdmesh_trainer.data_config import ImagesConfig
+from kdmesh_trainer.sources.chat import ChatEncoder
+from kdmesh_trainer.sources.ends import stop_token_ids
 
 _JOB = "generate"
 _AHEAD = 64  # prompts under way, so that the servers always have something to do
-_SEEDS = 2**32  # of one prompt
 _MIB = 2**20
 
 Message = dict[str, Any]
@@ -125,7 +126,7 @@ def generate(
         RpcError: the servers do not answer, or refuse a prompt.
     """
     chats = ChatTokens(model)
-    stops = plan.sampling.stop_token_ids or chats.end_of_sequence
+    stops = plan.sampling.stop_token_ids or chats.ends
     plan = replace(plan, sampling=replace(plan.sampling, stop_token_ids=stops))
     unfinished = output.with_name(f"{output.name}.part")
     try:
@@ -182,13 +183,14 @@ class ChatTokens:
             raise ConfigError(f"{model} has no tokenizer")
         if tokenizer.chat_template is None:
             raise ConfigError(f"the tokenizer in {model} has no chat template")
-        self._tokenizer: PreTrainedTokenizerBase = tokenizer
+        self._model = model
+        self._tokenizer = tokenizer
         self._reader = load_image_reader(model) if (model / "config.json").is_file() else None
 
     @property
-    def end_of_sequence(self) -> tuple[int, ...]:
-        """The token that ends an answer, if the tokenizer has one."""
-        return () if self._tokenizer.eos_token_id is None else (self._tokenizer.eos_token_id,)
+    def ends(self) -> tuple[int, ...]:
+        """What ends an answer, as where a trainer samples: the end of a turn, and of the model's text."""
+        return stop_token_ids(self._model, self._tokenizer, ChatEncoder(self._tokenizer))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text with its special tokens."""
@@ -265,7 +267,13 @@ def _speaker(servers: Servers, chats: ChatTokens, plan: Plan, stack: ExitStack) 
         chats.check_vision(rollouts.describe().vision)
         return rollouts
     teachers = stack.enter_context(
-        TeacherPool(servers.addresses, job=_JOB, deadline_s=plan.deadline_s, access=servers.access)
+        TeacherPool(
+            servers.addresses,
+            job=_JOB,
+            deadline_s=plan.deadline_s,
+            uses_cache=False,  # nobody asks again for the row of half an answer
+            access=servers.access,
+        )
     )
     chats.check(teachers.describe().tokenizer_fingerprint)
     chats.check_vision(teachers.describe().vision)
@@ -278,7 +286,7 @@ def _answers(
     """Each prompt with its samples, in order; later prompts are being answered meanwhile."""
     waiting: deque[tuple[Asked, PendingAnswers]] = deque()
     for number, row in enumerate(asked):
-        seed = (plan.seed + number * _SEEDS) % 2**64
+        seed = seed_of("generate", plan.seed, number)
         ids, images = chats.prompt(row)
         pending = speaker.submit(ids, plan.sampling, num_samples=plan.samples, seed=seed, images=images)
         waiting.append((row, pending))

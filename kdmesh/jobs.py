@@ -16,7 +16,6 @@ from kdmesh.log import is_urgent
 from kdmesh.place import Place, exit_when_stopped, place, ranks_per_node
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
-from kdmesh_teacher.sglang_config import SglangEngine
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.objective_config import Distill
 
@@ -224,7 +223,7 @@ def _refuse_unfit_teacher(cfg: TrainerConfig, teacher: TeacherConfig | RolloutCo
     """A teacher of the run's own must be updatable where it follows the student, and only there."""
     if not isinstance(teacher, TeacherConfig):
         return
-    is_updatable = not isinstance(teacher.engine, SglangEngine) and teacher.engine.updatable
+    is_updatable = teacher.engine.updatable
     if is_updatable is not (cfg.teacher_update_every is not None):
         raise ConfigError(
             f"the teacher's engine.updatable is {str(is_updatable).lower()}, and the trainer's teacher.follows_student "

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
-from kdmesh.errors import Unavailable
+from kdmesh.errors import DeadlineExpired, Unavailable
 from kdmesh.rpc.teacher_client import TeacherRows
 
 
@@ -40,10 +40,21 @@ class ArrivedRows:
 class PendingRows:
     """The rows of one request. If nobody refers to this any more, the request is cancelled and its slot released."""
 
-    def __init__(self, future: concurrent.futures.Future[ArrivedRows], on_waited: Callable[[float], None]) -> None:
-        """`on_waited` is told how many seconds `wait` took."""
+    def __init__(
+        self,
+        future: concurrent.futures.Future[ArrivedRows],
+        on_waited: Callable[[float], None],
+        *,
+        longest_wait_s: float | None = None,
+    ) -> None:
+        """
+        Args:
+            on_waited: told how many seconds `wait` took.
+            longest_wait_s: how long `wait` may take; None: as long as the request.
+        """
         self._future = future
         self._on_waited = on_waited
+        self._longest_wait_s = longest_wait_s
         weakref.finalize(self, future.cancel).atexit = False
 
     @property
@@ -67,7 +78,10 @@ class PendingRows:
         """
         began_s = time.monotonic()
         try:
-            return self._future.result().take()
+            return self._future.result(self._longest_wait_s).take()
+        except TimeoutError:
+            self._future.cancel()
+            raise DeadlineExpired(f"no teacher has answered within {self._longest_wait_s:g} s") from None
         except concurrent.futures.CancelledError:
             raise Unavailable("the connection to the teachers was closed") from None
         finally:

@@ -45,6 +45,7 @@ class RolloutFleet:
         self._access = access
         self._on_outdated = on_outdated
         self._newest = 0
+        self._has_started = False
         self._model: RolloutDescription | None = None
         self._fingerprint = architecture_fingerprint
         self._replicas = Replicas("rollout server", discovery, self._connect, routing=_ROUTING, joined=self._look_at)
@@ -68,6 +69,7 @@ class RolloutFleet:
             DeadlineExpired: none answers.
         """
         await self._replicas.start(deadline)
+        self._has_started = True
 
     async def set_asleep(self, tags: frozenset[SleepTag], deadline: Deadline) -> None:
         """See Replicas."""
@@ -150,7 +152,7 @@ class RolloutFleet:
             self._on_outdated()
 
     def _admit(self, client: RolloutClient) -> None:
-        """All must serve the same model; the narrowest limits count."""
+        """All must serve the same model; the narrowest limits at the start count, and later none may be narrower."""
         ours, theirs = self._model, client.model
         if ours is None:
             self._model, self._fingerprint = theirs, theirs.architecture_fingerprint
@@ -161,6 +163,11 @@ class RolloutFleet:
                     f"{client.address} has {name} {getattr(theirs, name)}, and the other rollout servers, or itself "
                     f"before, {getattr(ours, name)}; all rollout servers of a job must serve the same model"
                 )
+        if self._has_started and theirs.max_sequence_tokens < ours.max_sequence_tokens:
+            raise ModelMismatch(
+                f"{client.address} takes prompts and responses of {theirs.max_sequence_tokens} tokens, and this job "
+                f"began with servers that take {ours.max_sequence_tokens}"
+            )
         self._model = replace(
             ours,
             max_sequence_tokens=min(ours.max_sequence_tokens, theirs.max_sequence_tokens),

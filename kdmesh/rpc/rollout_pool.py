@@ -49,6 +49,7 @@ class RolloutPool:
         *,
         job: str,
         deadline_s: float = 600.0,
+        requests_ahead: int = 0,
         architecture_fingerprint: str = "",
         access: AccessConfig = OPEN_ACCESS,
         resolve: Resolve = resolve,
@@ -59,12 +60,14 @@ class RolloutPool:
             addresses: of the servers of one model, as Discovery takes them; at least one.
             job: name for the metrics of servers that ask nobody who they are.
             deadline_s: longest wait for the last sample of a request, retries and a server's restart included.
+            requests_ahead: how many requests this caller lets wait for one: each has `deadline_s` as well.
             architecture_fingerprint: the model that is wanted; empty takes the first server's.
             access: how to get in.
             resolve: looks names up.
         """
         assert addresses
         self._deadline_s = deadline_s
+        self._sample_s = deadline_s * (requests_ahead + 1)
         self._samples = self._tokens = 0
         self._wait_s = 0.0
         self._outdated: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -223,7 +226,7 @@ class RolloutPool:
             if on_sample is not None:
                 on_sample(sample)
 
-        await self._fleet.sample(ask, arrive, Deadline.after(self._deadline_s))
+        await self._fleet.sample(ask, arrive, Deadline.after(self._sample_s))
 
     def _waited(self, seconds: float) -> None:
         self._wait_s += seconds

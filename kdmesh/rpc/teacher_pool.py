@@ -44,6 +44,9 @@ class ClientStats:
         return "+".join(sorted(self.doors))
 
 
+_KEPT_S = 24 * 3600.0  # of a request that nobody waits for yet
+
+
 class TeacherPool:
     """Asks for rows ahead of their use; one background thread does the rest. A context manager.
 
@@ -137,15 +140,17 @@ class TeacherPool:
         A group beyond the teacher's limits is asked for in several requests.
 
         Args:
-            keep: copy them to this process's memory as they come: they will not be waited for soon.
+            keep: copy them to this process's memory as they come: they will not be waited for soon, and their deadline
+                begins when they are.
 
         Raises:
             InvalidRequest: there is no sequence, or one exceeds the limits by itself.
         """
         parts = split(sequences, self._fleet.model)
         version = self._fleet.weight_version
-        answering = self._loop.start(self._answer, parts, Deadline.after(self._deadline_s), version, keep)
-        return PendingRows(answering, self._waited)
+        deadline = Deadline.after(_KEPT_S if keep else self._deadline_s)
+        answering = self._loop.start(self._answer, parts, deadline, version, keep)
+        return PendingRows(answering, self._waited, longest_wait_s=self._deadline_s if keep else None)
 
     def find_cached(self, sequences: Sequence[TokenSequence]) -> CacheAnswer:
         """What the teacher has kept of a group that one request may hold; of several replicas, one is asked. Blocks.

@@ -177,6 +177,10 @@ class WeightUpdates:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
 
+class Withdrawn(Unavailable):
+    """New weights that were not taken, and will not be: what is served is as it was."""
+
+
 class _Turn:
     """A call that is made or withdrawn, never both."""
 
@@ -186,9 +190,9 @@ class _Turn:
         self._is_taken = False
 
     def take(self) -> None:
-        """Make the call. Raises Unavailable when it was withdrawn."""
+        """Make the call. Raises Withdrawn when it may not be made any more."""
         if not self._decide():
-            raise Unavailable("the update was withdrawn")
+            raise Withdrawn("the update was withdrawn")
         self._call()
 
     def withdraw(self) -> bool:

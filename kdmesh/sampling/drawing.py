@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,16 +19,12 @@ class Chance:
     """The random numbers of one sample: one for each token, from its seed alone."""
 
     def __init__(self, seed: int | None) -> None:
-        # On the CPU whatever the model's device, so that a seed means the same everywhere.
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
+        # Not torch's generator, which knows only 32 bits of a seed, nor a device's, where it means something else.
+        self._generator = np.random.default_rng(seed)
 
     def next(self) -> float:
         """Uniform in [0, 1)."""
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return self._generator.random()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from kdmesh import cli
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import Sampling
 from kdmesh_rollout import config
 from kdmesh_rollout.engine import Order
@@ -97,8 +98,9 @@ def test_generate_writes_a_chat_dataset_of_the_models_answers(
     text = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
     sampling = Sampling(max_new_tokens=12, stop_token_ids=(tokenizer.eos_token_id,))
+    seed = seed_of("generate", 3, 0)
     with RolloutPool([server.grpc], job="test", deadline_s=20) as pool:
-        answers = [s.token_ids.tolist() for s in pool.submit(ids, sampling, num_samples=2, seed=3).wait()]
+        answers = [s.token_ids.tolist() for s in pool.submit(ids, sampling, num_samples=2, seed=seed).wait()]
     for turns, answer in zip(written, answers, strict=False):
         assert turns[-1] == {"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)}
 

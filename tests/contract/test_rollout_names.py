@@ -46,9 +46,9 @@ class Deployment:
         self.new, self._salt = weights(1)
         assert self.publish(1) == frozenset()
 
-    def start(self, *, vocabulary_size: int = 60) -> TeacherProcess:
+    def start(self, **engine: int) -> TeacherProcess:
         """One more, which is ready when this returns."""
-        engine = {"seconds_per_step": 0.01, "vocabulary_size": vocabulary_size}
+        engine = {"seconds_per_step": 0.01, "vocabulary_size": 60, **engine}
         server = self._stack.enter_context(rollout_process(self._directory, engine=engine))
         announce(self._cluster, "rollouts", server.grpc)
         return server
@@ -134,8 +134,11 @@ def test_new_weights_that_nobody_comes_to_take_are_told_of() -> None:
             sender.describe()
 
 
-def test_a_server_of_another_model_that_joins_is_left_alone(deployment: Deployment) -> None:
-    other = deployment.start(vocabulary_size=61)
+@pytest.mark.parametrize("engine", [{"vocabulary_size": 61}, {"max_sequence_tokens": 32}])
+def test_a_server_of_another_model_or_a_narrower_one_that_joins_is_left_alone(
+    deployment: Deployment, engine: dict[str, int]
+) -> None:
+    other = deployment.start(**engine)
     third = deployment.start()
     while third.grpc not in deployment.pool.outdated():
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import signal
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from kdmesh import errors
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.types import Sample, Sampling
 from tests.support.rollout_samples import expected_tokens, prompt
-from tests.support.rollout_server import rollout_process
+from tests.support.rollout_server import rollout_process, running_rollout
 from tests.support.teacher_process import TeacherProcess
 
 SAMPLING = Sampling(max_new_tokens=6)
@@ -67,6 +68,22 @@ def test_polling_gives_every_sample_once_as_it_comes(slow_server: TeacherProcess
         assert [index for index, _ in polled] == [0, 1]
         assert [sample for _, sample in polled] == samples
         assert pending.poll() == []
+
+
+async def test_samples_that_are_asked_for_ahead_have_the_time_of_those_before_them() -> None:
+    async with running_rollout() as held:
+
+        def use(requests_ahead: int) -> list[list[int]]:
+            with RolloutPool([held.addresses.grpc], job="test", deadline_s=1, requests_ahead=requests_ahead) as pool:
+                return tokens(pool.submit(prompt(), SAMPLING, num_samples=1, seed=7).wait())
+
+        held.engine.hold()
+        with pytest.raises(errors.DeadlineExpired):
+            await asyncio.to_thread(use, 0)
+        waiting = asyncio.create_task(asyncio.to_thread(use, 20))
+        await asyncio.sleep(1.2)
+        held.engine.let_go()
+        assert await waiting == [expected_tokens(prompt(), 7, 6)]
 
 
 def test_dropping_what_is_pending_aborts_it(slow_server: TeacherProcess) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from kdmesh import errors
 from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weight_updates import Withdrawn
 from kdmesh.types import DType
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
@@ -34,9 +35,11 @@ def weights(version: int) -> tuple[Weights, int]:
     return listed, salt_of([tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors.values()])
 
 
-async def publish(server: RunningRollout, version: int, new: Weights, policy: UpdatePolicy) -> None:
+async def publish(
+    server: RunningRollout, version: int, new: Weights, policy: UpdatePolicy, *, deadline_s: float = 20
+) -> None:
     def send() -> None:
-        with WeightSender([server.addresses.grpc], bucket_bytes=2**20, deadline_s=20) as sender:
+        with WeightSender([server.addresses.grpc], bucket_bytes=2**20, deadline_s=deadline_s) as sender:
             sender.publish(version, FINGERPRINT, new, policy)
 
     await asyncio.to_thread(send)
@@ -158,6 +161,20 @@ async def test_weights_that_cannot_be_taken_over_end_the_server(failure: Excepti
         with pytest.raises(errors.RpcError):
             await generate(client, ask(prompt()))
         publishing.cancel()
+
+
+async def test_an_update_that_is_withdrawn_in_time_costs_nothing() -> None:
+    async with running_rollout() as server, server.client() as client:
+
+        def withdrawn(version: int) -> None:
+            raise Withdrawn("the update was withdrawn")
+
+        server.engine.commit, commit = withdrawn, server.engine.commit  # type: ignore[method-assign]
+        with pytest.raises(errors.DeadlineExpired):
+            await publish(server, 1, weights(1)[0], UpdatePolicy.FINISH, deadline_s=1)
+        server.engine.commit = commit  # type: ignore[method-assign]
+        await publish(server, 1, weights(1)[0], UpdatePolicy.FINISH)
+        assert (await generate(client, ask(prompt())))[0].max_weight_version == 1
 
 
 def begin(*, version: int) -> pb.BeginUpdate:

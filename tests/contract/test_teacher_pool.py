@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
@@ -24,6 +25,7 @@ from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
 from tests.support.teacher_process import TeacherProcess, teacher_process, teacher_processes
 from tests.support.teacher_requests import expected_rows, sequence
+from tests.support.teacher_server import running_teacher
 
 BOTH_DOORS = pytest.mark.parametrize("door", ["shm", "stream"])
 
@@ -54,6 +56,25 @@ def test_group_beyond_the_limits_is_asked_for_in_parts(teacher: TeacherProcess, 
     with TeacherPool([teacher.grpc], job="test", door=door, deadline_s=10) as pool:
         assert torch.equal(pool.submit(group).wait().rows_RD, expected_rows(group))
         assert pool.stats().requests == 12
+
+
+async def test_the_deadline_of_rows_that_are_kept_begins_when_they_are_waited_for(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as held:
+
+        def use() -> None:
+            with TeacherPool([held.addresses.grpc], job="test", door="stream", deadline_s=1) as pool:
+                held.engine.hold()
+                early, late = (pool.submit([sequence(9, seed=seed)], keep=True) for seed in (0, 1))
+                at_once = pool.submit([sequence(9, seed=2)])
+                with pytest.raises(errors.DeadlineExpired):
+                    at_once.wait()
+                time.sleep(0.5)
+                with pytest.raises(errors.DeadlineExpired, match="no teacher has answered within 1 s"):
+                    late.wait()
+                held.engine.let_go()
+                assert torch.equal(early.wait().rows_RD, expected_rows([sequence(9, seed=0)]))
+
+        await asyncio.to_thread(use)
 
 
 def test_impossible_groups_are_refused_at_once(teacher: TeacherProcess) -> None:

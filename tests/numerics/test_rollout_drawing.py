@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kdmesh.sampling import drawing
 from kdmesh.sampling.drawing import Chance, Draw, draw
+from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import Sampling
 
 DRAWS = 4000
@@ -121,6 +123,14 @@ def test_a_seed_repeats_its_draws_and_another_does_not() -> None:
     assert numbers(2**64 - 1) == numbers(2**64 - 1)
     assert numbers(3) != numbers(4)
     assert numbers(None) != numbers(None)
+    assert numbers(5) != numbers(5 + 2**32)  # all 64 bits of a seed count
+
+
+def test_seeds_of_other_purposes_and_numbers_have_nothing_in_common() -> None:
+    told = [(purpose, seed, number) for purpose in ("a", "b") for seed in range(20) for number in range(20)]
+    seeds = sorted(seed_of(*one) for one in told)
+    assert min(b - a for a, b in itertools.pairwise(seeds)) > 1000  # samples count up from them
+    assert max(seeds) < 2**48
 
 
 @pytest.mark.parametrize("parameters", [c for c in CASES if c and "repetition_penalty" not in c], ids=str)

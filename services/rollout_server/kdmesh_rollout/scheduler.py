@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kdmesh.errors import EngineFailure, RpcError, Unavailable
+from kdmesh.rpc.weight_updates import Withdrawn
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.job_config import JobTerms
@@ -313,7 +314,8 @@ class Scheduler:
             update.done.set_result(None)
         else:
             update.done.set_exception(failure)
-        if failure is not None and self._death is None:  # nobody knows which weights the engine has
+        if failure is not None and not isinstance(failure, Withdrawn) and self._death is None:
+            # Nobody knows which weights the engine has.
             self._give_up(EngineFailure("new weights could not be taken over; the server restarts"))
             raise EngineFailure("new weights could not be taken over") from failure
 

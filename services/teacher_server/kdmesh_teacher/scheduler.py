@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, ModelMismatch, RpcError, Unavailable
 from kdmesh.handles.reports import SessionEnd
 from kdmesh.handles.store import SlabStore, SlotLease
+from kdmesh.rpc.weight_updates import Withdrawn
 from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.job_table import JobTable, Shortage
 from kdmesh.serving.waiting_line import WaitingLine
@@ -370,7 +371,8 @@ class Scheduler:
             update.done.set_result(None)
         else:
             update.done.set_exception(failure)
-        if failure is not None and self._death is None:  # nobody knows which weights the engine has
+        if failure is not None and not isinstance(failure, Withdrawn) and self._death is None:
+            # Nobody knows which weights the engine has.
             self._refuse(self._queue.everything(), EngineFailure("new weights could not be taken over"))
             raise EngineFailure("new weights could not be taken over; the server restarts") from failure
 

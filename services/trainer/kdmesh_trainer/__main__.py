@@ -64,9 +64,10 @@ def _join(cfg: TrainerConfig) -> int:
 def _longest_wait_s(cfg: TrainerConfig) -> float:
     """How long services may keep one rank, one after the other, while the others wait for it."""
     teacher_s = sum(teacher.deadline_s for teacher in cfg.all_teachers.values())
-    rollouts = cfg.source.rollouts if isinstance(cfg.source, OnPolicy) else cfg.evaluation.rollouts
-    # For samples, and for a server to take the weights.
-    return teacher_s + (0.0 if rollouts is None else 2 * rollouts.deadline_s)
+    # For samples, also of steps ahead, and for a server to take the weights.
+    if isinstance(cfg.source, OnPolicy):
+        return teacher_s + (cfg.source.max_staleness + 2) * cfg.source.rollouts.deadline_s
+    return teacher_s + (0.0 if cfg.evaluation.rollouts is None else 2 * cfg.evaluation.rollouts.deadline_s)
 
 
 def _train(cfg: TrainerConfig, mesh: Mesh) -> int:

@@ -42,15 +42,22 @@ def open_rollouts(cfg: TrainerConfig, student: Student, mesh: Mesh, stack: ExitS
         ModelMismatch: a server has another model.
         DeadlineExpired: no server answers.
     """
-    policy = UpdatePolicy.FINISH
+    policy, steps_ahead = UpdatePolicy.FINISH, 0
     if isinstance(cfg.source, OnPolicy):
         key, rollouts, policy = "source.rollouts", cfg.source.rollouts, UpdatePolicy(cfg.source.update_policy)
+        steps_ahead = cfg.source.max_staleness
     elif cfg.evaluation.rollouts is not None:
         key, rollouts = "evaluation.rollouts", cfg.evaluation.rollouts
     else:
         return None
     pool = stack.enter_context(
-        open_pool(key, rollouts, job=job_name(cfg), architecture_fingerprint=student.architecture_fingerprint())
+        open_pool(
+            key,
+            rollouts,
+            job=job_name(cfg),
+            architecture_fingerprint=student.architecture_fingerprint(),
+            steps_ahead=steps_ahead,
+        )
     )
     where = pool.addresses if rollouts.has_names else rollouts.addresses
     sender = stack.enter_context(_weight_sender(where, rollouts, student, mesh)) if mesh.is_first else None
@@ -58,11 +65,14 @@ def open_rollouts(cfg: TrainerConfig, student: Student, mesh: Mesh, stack: ExitS
     return Rollouts(pool=pool, publisher=publisher)
 
 
-def open_pool(key: str, rollouts: RolloutsConfig, *, job: str, architecture_fingerprint: str = "") -> RolloutPool:
+def open_pool(
+    key: str, rollouts: RolloutsConfig, *, job: str, architecture_fingerprint: str = "", steps_ahead: int = 0
+) -> RolloutPool:
     """A connection to each server of the section `key`. Blocks until one is ready.
 
     Args:
         architecture_fingerprint: of the model that is wanted; empty takes any.
+        steps_ahead: whose samples are asked for before those of a step have come.
 
     Raises:
         ConfigError: no address is given.
@@ -75,6 +85,7 @@ def open_pool(key: str, rollouts: RolloutsConfig, *, job: str, architecture_fing
         rollouts.addresses,
         job=job,
         deadline_s=rollouts.deadline_s,
+        requests_ahead=steps_ahead,
         architecture_fingerprint=architecture_fingerprint,
         access=rollouts.access,
     )

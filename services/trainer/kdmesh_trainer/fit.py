@@ -75,8 +75,8 @@ def check_follower(teacher: ModelDescription, *, architecture_fingerprint: str) 
     """
     if not teacher.architecture_fingerprint:
         raise ModelMismatch(
-            f"teacher {teacher.name} is frozen; teacher.follows_student needs one of kind transformers that is "
-            "configured with engine.updatable"
+            f"teacher {teacher.name} is frozen; teacher.follows_student needs one that is configured with "
+            "engine.updatable"
         )
     if teacher.architecture_fingerprint != architecture_fingerprint:
         raise ModelMismatch(

@@ -34,7 +34,8 @@ class RolloutsConfig(SendingConfig):
     """How this job gets in; it must be an operator there, since it brings new weights."""
 
     deadline_s: float = Field(600.0, gt=0)
-    """Longest wait for one prompt's samples, or for a server to take new weights, restarts included."""
+    """Longest wait for one prompt's samples, or for a server to take new weights, restarts included. Samples that are
+    asked for steps ahead (source.max_staleness) have as much for each of those steps."""
 
     @property
     def has_names(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn
+from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import Int32Array, Sampling
 from kdmesh_trainer.questions.matchers import Matcher, build_matcher, refuse_unfit_answers
 from kdmesh_trainer.questions.reader import Question, read_questions
@@ -24,7 +24,6 @@ from kdmesh_trainer.sources.turns import Unusable
 log = logging.getLogger(__name__)
 
 # Seeds are added to, and some engines keep them in a signed word.
-_SEED_BYTES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,11 +93,7 @@ def _prompts(questions: Sequence[Question], encoder: ChatEncoder, seed: int) -> 
     for number, (question, prompt) in enumerate(zip(questions, encoded, strict=True)):
         if isinstance(prompt, Unusable):
             raise DataError(f"{question.chat.origin}: {prompt.reason} ({prompt.detail})")
-        prompts.append(StepPrompt(token_ids=prompt.token_ids, images=prompt.images, seed=_seed(seed, number)))
+        prompts.append(
+            StepPrompt(token_ids=prompt.token_ids, images=prompt.images, seed=seed_of("question", seed, number))
+        )
     return prompts
-
-
-def _seed(seed: int, number: int) -> int:
-    """Of a question's first sample: a function of its place in the file alone, and none of training's."""
-    words = b"question" + seed.to_bytes(8, "little") + number.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(words, digest_size=_SEED_BYTES).digest(), "little")

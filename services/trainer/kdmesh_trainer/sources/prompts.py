@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Literal, Protocol
 
 from kdmesh.errors import DataError
+from kdmesh.sampling.seeds import seed_of
 from kdmesh.tokens import DIGEST_BYTES
 from kdmesh_trainer.sources.order import step_order
 from kdmesh_trainer.sources.readers import Reader
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 
 _CHATS_PER_CALL = 256
 # Seeds are added to, and some engines keep them in a signed word.
-_SEED_BYTES = 6
 # Stands where the next prompt's length would: no length is this.
 _TEACHERS = (2**64 - 1).to_bytes(8, "little")
 _IMAGE = (2**64 - 3).to_bytes(8, "little")
@@ -158,7 +158,7 @@ class PromptOrder:
                 images=prompt.images,
                 teacher_images=prompt.teacher_images,
                 chat=prompt.chat,
-                seed=_draw_seed(self._seed, step, place),
+                seed=seed_of("training", self._seed, step, place),
             )
             for place, prompt in enumerate(prompts)
         ]
@@ -166,11 +166,6 @@ class PromptOrder:
     def counts(self, step: int) -> Mapping[str, int]:
         """As StepOrder."""
         return self._order.counts(step)
-
-
-def _draw_seed(seed: int, step: int, place: int) -> int:
-    words = b"".join(number.to_bytes(8, "little") for number in (seed, step, place))
-    return int.from_bytes(hashlib.blake2b(words, digest_size=_SEED_BYTES).digest(), "little")
 
 
 class _Intake:
