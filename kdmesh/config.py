@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
 
 from kdmesh.errors import ConfigError
 
@@ -20,6 +22,36 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _from_home(cls, value: Any) -> Any:
+        """A path that begins with ~ is one in the user's home, as in a shell."""
+        if not isinstance(value, Path):
+            return value
+        try:
+            return value.expanduser()
+        except RuntimeError:
+            raise ValueError("there is no such home") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its readers expect it: a key is there once, and 1e-5 is a number, which YAML 1.1 takes for a text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises ConstructorError for a key that is there twice."""
+        seen = set()
+        for key, _ in node.value:
+            told = key.tag, str(key.value)
+            if told in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
+            seen.add(told)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 M = TypeVar("M", bound=StrictModel)
@@ -65,7 +97,7 @@ def parse(model: type[M], tree: dict[str, Any], *, source: Path) -> M:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -80,7 +112,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"--set {override!r} is not of the form a.b=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override!r}: {text!r} is not YAML") from None
     *parents, last = dotted.split(".")

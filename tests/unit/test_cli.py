@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -142,17 +141,14 @@ def test_a_file_that_configures_nothing_is_told_so(good: Path) -> None:
     assert "other.yaml configures no service" in result.output
 
 
-def test_checking_is_fast_and_loads_nothing_heavy(good: Path) -> None:
+def test_checking_loads_nothing_heavy(good: Path) -> None:
     script = (
         "import sys; from kdmesh.cli import main\n"
         "try: main(['check', 'train.yaml'])\n"
         "finally: print(*{'torch', 'grpc', 'transformers', 'rich'} & set(sys.modules))"
     )
-    begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1].split() == []
-    if os.getloadavg()[0] < len(os.sched_getaffinity(0)):  # a machine that is busy says nothing about us
-        assert time.monotonic() - begin < 1
 
 
 def test_training_refuses_a_bad_configuration_before_anything_starts(good: Path) -> None:

@@ -97,6 +97,28 @@ def test_overrides_reach_any_depth_and_are_yaml(tmp_path: Path) -> None:
     assert cfg.teacher.addresses == ("a:1",)
 
 
+def test_a_number_may_have_an_exponent_and_no_point(tmp_path: Path) -> None:
+    numbers = (("1e-1", 0.1), ("5E+2", 500.0), ("-2.e3", -2000.0), ("'1e-1'", "1e-1"), ("1e", "1e"), ("12", 12))
+    for text, value in numbers:
+        path = written(tmp_path, f"params: {{alpha: {text}}}\n")
+        found = config.read_tree(path, [f"params.beta={text}"])["params"]
+        assert [(type(found[key]), found[key]) for key in ("alpha", "beta")] == [(type(value), value)] * 2
+
+
+def test_a_key_that_is_there_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "batch: {sequences: 4}\nsteps: 3\nbatch: {max_tokens: 64}\n")
+    assert "key 'batch' is there twice" in said and "line 3" in said
+    assert "key 'lr' is there twice" in refusal(tmp_path, "optimizer: {lr: 1, lr: 2}\n")
+    merged = written(tmp_path, "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    assert config.read_tree(merged)["b"] == {"x": 3, "y": 2}
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config.load(TrainerConfig, written(tmp_path, GOOD), ["output=~/runs/x"]).output == tmp_path / "runs" / "x"
+    assert "there is no such home" in refusal(tmp_path, GOOD, "output=~nobody-of-that-name/x")
+
+
 @pytest.mark.parametrize("override", ["steps", "=3", "a..b=3", "steps.inner=3", "steps=[1"])
 def test_a_malformed_override_is_refused_with_its_own_text(tmp_path: Path, override: str) -> None:
     assert repr(override) in refusal(tmp_path, GOOD, override)
