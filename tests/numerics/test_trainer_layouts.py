@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer import model as model_module
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
@@ -57,8 +56,6 @@ def gradients_of_layouts(
     checkpointed_every: int | None = None,
 ) -> None:
     """Writes every layout's losses and whole gradient to `output`; runs on every rank."""
-    if gather == "micro_batch":
-        model_module._UNIT_PARAMETERS = 1  # layers one by one, as large ones are
     model = build_student(
         Path(student),
         mesh,
@@ -67,6 +64,7 @@ def gradients_of_layouts(
         spreads_head=spreads_head,
         checkpointed_every=checkpointed_every,
         gather=gather,
+        unit_parameters=10**6 if gather == "step" else 1,  # all layers together, or one by one
     )
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
@@ -117,14 +115,12 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
 def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
     tiny_models: TinyModels,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     is_tied: bool,
     gather: Gather,
     spreads_head: bool,
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
-    monkeypatch.setattr(model_module, "_UNIT_PARAMETERS", model_module._UNIT_PARAMETERS)  # restored after the test
     for ranks in (1, 2):
         run_ranks(
             "tests.numerics.test_trainer_layouts:gradients_of_layouts",

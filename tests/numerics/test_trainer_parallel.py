@@ -65,6 +65,7 @@ def _learnt(
         vocabulary_size=VOCABULARY_SIZE,
         compute_dtype=torch.float32,
         gather=gather,
+        unit_parameters=10**6,  # layers are joined, as small ones are on a GPU
         offloads=offloads,
     )
     assert all(isinstance(policy, CPUOffloadPolicy) is offloads for policy in _policies(model))

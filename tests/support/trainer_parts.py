@@ -138,6 +138,7 @@ def build_student(
     dual_space_with: LocalTeacher | None = None,
     checkpointed_every: int | None = None,
     gather: Gather = "auto",
+    unit_parameters: int | None = None,
     offloads: bool = False,
     is_compiled: bool = False,
     spreads_head: bool = False,
@@ -167,6 +168,7 @@ def build_student(
         mesh.device_mesh,
         compute_dtype=compute_dtype,
         gather=gather,
+        unit_parameters=unit_parameters,
         offloads=offloads,
         head_share=head_share,
     )

@@ -36,7 +36,7 @@ from kdmesh_trainer.live_bytes import LiveBytes
 from kdmesh_trainer.lora import inject_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import context_group, device_mesh
-from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, checkpoint_activations, shard, units
+from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, checkpoint_activations, default_unit, shard, units
 from kdmesh_trainer.optimizer import build_adamw, check_optimizer
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
@@ -114,7 +114,8 @@ def plan(job: Job) -> Plan:
     with _ranks(job) as (mesh, context), FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
         with live.counted_as("parameters"):
             lm = _lm(job)
-            gathered = units(lm)
+            unit_parameters = default_unit(job.device.type)
+            gathered = units(lm, unit_parameters)
             student = Student(lm, vocabulary_size=job.vocabulary_size, context=context)
             head_share = _EqualRanks if job.spreads_head else None
             shard(
@@ -122,6 +123,7 @@ def plan(job: Job) -> Plan:
                 mesh,
                 compute_dtype=job.compute_dtype,
                 gather=job.gather,
+                unit_parameters=unit_parameters,
                 offloads=job.offloads,
                 head_share=head_share,
             )

@@ -36,9 +36,10 @@ RowLoss = Callable[[Tensor, OutputHead, Tensor], FusedLoss]
 # Below this, a student is gathered once a step unless it is said otherwise.
 _WHOLE_BYTES = 2 * 1024**3
 
-# Layers are gathered and reduced together until they hold so many parameters: smaller messages cost
-# more for the host to start than for the wire to carry.
-_UNIT_PARAMETERS = 2**25
+# On a GPU layers are gathered and reduced together until they hold so many parameters: smaller messages cost
+# more for the host to start than for the wire to carry. On a CPU buffers of that size are memory that its
+# allocator does not use again, for little.
+_UNIT_PARAMETERS = {"cuda": 2**25, "cpu": 1}
 
 
 class LossTotals(NamedTuple):
@@ -156,6 +157,7 @@ def shard(
     *,
     compute_dtype: torch.dtype,
     gather: Gather = "auto",
+    unit_parameters: int | None = None,
     offloads: bool = False,
     head_share: type[VocabularyShare] | None = None,
 ) -> None:
@@ -167,6 +169,7 @@ def shard(
     Args:
         mesh: of one dimension, or of two: copies, and the ranks that share one.
         gather: see ParallelConfig.
+        unit_parameters: see `units`; None: as the mesh's device needs it.
         offloads: keep shards and their gradients in the host's memory, and copy what is gathered to the device.
         head_share: what to spread the head's tokens over ranks as, which are then never gathered; None: it is whole.
             With another, `mesh` has one dimension and the host keeps nothing.
@@ -190,19 +193,28 @@ def shard(
     # Only memory that a GPU copies from is worth pinning, and torch pins none without one.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offloads else OffloadPolicy()
     spread = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    for unit in units(student.lm):
+    for unit in units(student.lm, unit_parameters or default_unit(mesh.device_type)):
         # What is frozen has no backward pass, after which it would be shards again.
         spread(unit, reshard_after_forward=_is_frozen(unit[0]) or not student.is_kept_whole)
     spread(student, reshard_after_forward=False, ignored_params=apart)
 
 
-def units(lm: PreTrainedModel) -> list[list[nn.Module]]:
-    """The decoder layers that `shard` gathers together: neighbours of one kind. Before they are sharded."""
+def default_unit(device_type: str) -> int:
+    """How many parameters are worth a message of their own."""
+    return _UNIT_PARAMETERS.get(device_type, 1)
+
+
+def units(lm: PreTrainedModel, unit_parameters: int) -> list[list[nn.Module]]:
+    """The decoder layers that `shard` gathers together: neighbours of one kind. Before they are sharded.
+
+    Args:
+        unit_parameters: layers with as many are gathered by themselves, smaller ones until they have as many.
+    """
     found: list[list[nn.Module]] = []
     for layer in decoder_layers(lm):
         last = found[-1] if found else []
         is_alike = last and type(last[0]) is type(layer) and _is_frozen(last[0]) == _is_frozen(layer)
-        if is_alike and sum(_num_parameters(each) for each in last) < _UNIT_PARAMETERS:
+        if is_alike and sum(_num_parameters(each) for each in last) < unit_parameters:
             last.append(layer)
         else:
             found.append([layer])
