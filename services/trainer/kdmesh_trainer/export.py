@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdmesh.errors import CheckpointError
+from kdmesh.models.element_types import element_types
 from kdmesh.models.vision import auto_class
 from kdmesh_trainer.files import replacing
 from kdmesh_trainer.mesh import Mesh
@@ -30,7 +31,8 @@ _COPIED = (
 class HuggingFaceExporter:
     """Writes the student with its tokenizer, in the element type of the checkpoint it started from.
 
-    An adapter is added to the matrices that it belongs to.
+    What transformers keeps in float32 beside that, as routers of mixtures, is written in float32. An adapter is added
+    to the matrices that it belongs to.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class HuggingFaceExporter:
         release(self._student)
         whole: dict[int, Tensor] = {}  # shared weights once
         named: dict[str, Tensor] = {}
-        for name, weight in self._student.weights().items():
+        weights = self._student.weights()
+        types = element_types(self._student.lm, weights, dtype)
+        for name, weight in weights.items():
             if id(weight) not in whole:
-                tensor = weight.whole(dtype if weight.base.is_floating_point() else None).to("cpu")
+                tensor = weight.whole(types[name] if weight.base.is_floating_point() else None).to("cpu")
                 whole[id(weight)] = tensor if self._mesh.is_first else tensor.new_empty(0)
             named[name] = whole[id(weight)]
         return named
@@ -84,9 +88,20 @@ class HuggingFaceExporter:
 
 
 def _whole_model(config: PretrainedConfig, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    """A model that holds `tensors` and nothing else."""
+    """A model that holds `tensors` and nothing else, with a configuration that says so."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what was quantized was loaded as plain numbers, and is written as such
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False)
     model.load_state_dict(tensors, assign=True)
+    if _has_own_head(model):
+        # The files hold a head of its own, whatever the configuration says; tie_weights would put the embedding there.
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
     model.tie_weights()
     return model
+
+
+def _has_own_head(model: PreTrainedModel) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head.weight.data_ptr() != embeddings.weight.data_ptr()

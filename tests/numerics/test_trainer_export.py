@@ -1,0 +1,94 @@
+"""A student that was not trained is written as the model that it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kdmesh.models.body import load_causal_lm
+from kdmesh_trainer.export import HuggingFaceExporter
+from kdmesh_trainer.mesh import joined
+from kdmesh_trainer.model import Student
+from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, save_model, save_tokenizer
+
+TOKENS = torch.arange(3, 40)[None]
+
+
+def exported(origin: Path) -> Path:
+    """Directory of the student as it was loaded."""
+    student = Student(load_causal_lm(origin, torch.float32, torch.device("cpu")), vocabulary_size=VOCABULARY_SIZE)
+    path, tokenizer = origin.parent / "final", load_fast_tokenizer(origin)
+    with joined("cpu", longest_wait_s=60) as mesh:
+        HuggingFaceExporter(path, student, origin=origin, tokenizer=tokenizer, mesh=mesh).export()
+    return path
+
+
+def model(path: Path, family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    """A new directory of a random model."""
+    save_model(path, family, seed=1, dtype=dtype, **overrides)
+    save_tokenizer(path)
+    return path
+
+
+def change(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Add to what the directory's files say."""
+    file, weights = path / "config.json", path / "model.safetensors"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    save_file(load_file(weights) | tensors, weights, metadata={"format": "pt"})
+
+
+def read(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(path: Path) -> Tensor:
+    return read(path)(TOKENS).logits
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_an_output_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path: Path, has_own: bool) -> None:
+    origin = model(tmp_path / "origin", "qwen2", tie_word_embeddings=True)
+    if has_own:
+        change(origin, {}, {"lm_head.weight": torch.randn(VOCABULARY_SIZE, 32, generator=torch.manual_seed(5))})
+    final = exported(origin)
+    assert torch.equal(logits(final), logits(origin))
+    assert ("lm_head.weight" in load_file(final / "model.safetensors")) == has_own
+    assert json.loads((final / "config.json").read_text())["tie_word_embeddings"] != has_own
+
+
+def test_routers_are_written_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "glm4_moe", {"n_routed_experts": 32, "num_experts_per_tok": 4})
+    origin = model(tmp_path / "origin", "glm4_moe", torch.bfloat16, moe_intermediate_size=16, first_k_dense_replace=0)
+    bias = "model.layers.{}.mlp.gate.e_score_correction_bias"
+    biases = {bias.format(n): 3.3 + 0.01 * torch.randn(32, generator=torch.manual_seed(n)) for n in range(2)}
+    change(origin, {}, biases)
+    final = exported(origin)
+    written = load_file(final / "model.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in biases.items())
+    assert {tensor.dtype for name, tensor in written.items() if ".gate." not in name} == {torch.bfloat16}
+    assert torch.equal(logits(final), logits(origin))
+
+
+def test_a_quantized_checkpoint_is_written_as_the_plain_numbers_that_were_trained(tmp_path: Path) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 128}
+    origin = model(tmp_path / "origin", "qwen3", torch.bfloat16, **shape)
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    quantized = {}
+    for name, tensor in load_file(origin / "model.safetensors").items():
+        if "_proj" in name:
+            quantized[name] = (tensor.float() / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn)
+            quantized[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in tensor.shape], 0.01)
+    change(origin, {"quantization_config": quantization}, quantized)
+    final = exported(origin)
+    assert {tensor.dtype for tensor in load_file(final / "model.safetensors").values()} == {torch.bfloat16}
+    assert "quantization_config" not in json.loads((final / "config.json").read_text())
+    assert torch.allclose(logits(final), logits(origin), rtol=0.05, atol=0.05)
