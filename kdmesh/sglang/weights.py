@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment, create_segment
+from kdmesh.models.element_types import element_types
 from kdmesh.models.fingerprint import named_weights
+from kdmesh.models.placement import DTYPES
 from kdmesh.sglang.file_names import names_in_files
 from kdmesh.sglang.runtime import SglangRuntime
 from kdmesh.sglang.staged_weights import LOADER, StagedWeights, staged_bytes
@@ -20,9 +23,13 @@ class SglangWeights:
 
     def __init__(self, runtime: SglangRuntime) -> None:
         self._runtime = runtime
-        self._own = named_weights(runtime.checkpoint.skeleton)
+        skeleton = runtime.checkpoint.skeleton
+        self._own = named_weights(skeleton)
+        # As publishers send them; SGLang itself copies each into the type that it computes in.
+        types = element_types(skeleton, self._own, getattr(torch, runtime.dtype.value))
         self._specs = tuple(
-            TensorSpec(name=name, shape=tuple(tensor.shape), dtype=runtime.dtype) for name, tensor in self._own.items()
+            TensorSpec(name=name, shape=tuple(tensor.shape), dtype=DTYPES[types[name]])
+            for name, tensor in self._own.items()
         )
         self._staged: StagedWeights | None = None
         self._segment: Segment | None = None  # that those lie in

@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import grpc
 import pytest
@@ -16,9 +18,13 @@ from torch import Tensor
 
 from kdmesh.errors import ConfigError, DeadlineExpired, KdmeshError
 from kdmesh.models.body import load_causal_lm
+from kdmesh.models.checkpoint import open_checkpoint
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
+from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.rpc.weight_services import ServedWeights
+from kdmesh.sglang.runtime import SglangRuntime
+from kdmesh.sglang.weights import SglangWeights
 from kdmesh.types import DType
 from kdmesh.v1 import rollout_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
@@ -31,7 +37,7 @@ from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.publisher import StudentPublisher
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
-from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
+from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_parts import build_student
 from tests.support.trainer_ranks import run_ranks
 from tests.support.weight_server import weight_server_process
@@ -234,6 +240,44 @@ def test_numbers_are_above_those_of_servers_that_may_come_later(come_and_go: boo
     first, second = sender.versions
     assert second == first + 1
     assert first > before_ms if come_and_go else first == 8
+
+
+class _TakingSender(_FailingSender):
+    """Has every tensor made, and keeps its spec."""
+
+    def __init__(self) -> None:
+        self.specs: list[TensorSpec] = []
+
+    def publish(
+        self, version: int, architecture_fingerprint: str, tensors: Weights, *rest: object, **options: object
+    ) -> frozenset[str]:
+        for spec, make in tensors:
+            assert make().dtype == getattr(torch, spec.dtype.value)
+            self.specs.append(spec)
+        return frozenset[str]()
+
+
+@pytest.fixture
+def mixture(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A mixture whose routers transformers keeps in float32, in bfloat16."""
+    monkeypatch.setitem(FAMILIES, "glm4_moe", {"n_routed_experts": 4, "num_experts_per_tok": 2})
+    return tiny_models.path("glm4_moe", dtype=torch.bfloat16, moe_intermediate_size=16)
+
+
+def test_servers_get_each_tensor_in_the_type_that_they_hold_it_in(mixture: Path) -> None:
+    served = ReplaceableWeights(load_causal_lm(mixture, torch.bfloat16, torch.device("cpu"))).tensor_specs()
+    sender = _TakingSender()
+    with joined("cpu", longest_wait_s=60) as mesh:
+        student = build_student(mixture, mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+        StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh).publish(version=0)
+    assert {spec.dtype for spec in served} == {DType.BFLOAT16, DType.FLOAT32}
+    assert sorted(sender.specs, key=str) == sorted(served, key=str)
+
+
+def test_servers_of_sglang_expect_the_same_types(mixture: Path) -> None:
+    runtime = SimpleNamespace(checkpoint=open_checkpoint(mixture), dtype=DType.BFLOAT16)
+    held = ReplaceableWeights(load_causal_lm(mixture, torch.bfloat16, torch.device("cpu"))).tensor_specs()
+    assert SglangWeights(cast(SglangRuntime, runtime)).tensor_specs() == held
 
 
 class _MixedSender(_FailingSender):

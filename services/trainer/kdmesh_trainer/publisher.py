@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch
+from kdmesh.models.element_types import element_types
+from kdmesh.models.placement import DTYPES
 from kdmesh.rpc.weight_services import ServedWeights
 from kdmesh.types import DType
 from kdmesh.weights.manifest import BASE_BYTES, AdapterSpec, LowRankSpec, TensorSpec, UpdatePolicy
@@ -69,6 +71,7 @@ class _Sent:
 class StudentPublisher:
     """Sends every weight under its Hugging Face name and in the servers' own element type; tied weights once.
 
+    What transformers keeps in float32 in a model of that type, as routers of mixtures, is sent in float32.
     Of a student with an adapter the base travels once, and then the adapter, which servers add up. Where their element
     type cannot hold the base exactly, or the adapter is more than a sum, they get whole matrices, as if there were no
     adapter. Ranks gather one tensor at a time, as
@@ -209,14 +212,14 @@ class StudentPublisher:
     def _decide(self, dtype: DType) -> None:
         """What is sent from now on. Collective."""
         adapted = {name: weight for name, weight in self._weights_by_name.items() if weight.added is not None}
-        rounded = getattr(torch, dtype.value)
-        is_apart = bool(adapted) and not self._mesh.is_any(not all(_is_sum(w, rounded) for w in adapted.values()))
+        types = element_types(self._student.lm, self._weights_by_name, getattr(torch, dtype.value))
+        is_apart = bool(adapted) and not self._mesh.is_any(not all(_is_sum(w, types[n]) for n, w in adapted.items()))
         self._sent = tuple(
             _Sent(
-                TensorSpec(name=name, shape=weight.shape, dtype=dtype),
-                functools.partial(whole, weight.base, rounded)
+                TensorSpec(name=name, shape=weight.shape, dtype=DTYPES[types[name]]),
+                functools.partial(whole, weight.base, types[name])
                 if is_apart
-                else functools.partial(weight.whole, rounded),
+                else functools.partial(weight.whole, types[name]),
             )
             for name, weight in self._weights_by_name.items()
         )
