@@ -29,7 +29,7 @@ from kdmesh_trainer.model import release
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.weights import weights_of
-from tests.support.tiny_models import TinyModels
+from tests.support.tiny_models import FAMILIES, TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
 
@@ -297,3 +297,63 @@ def test_a_target_that_can_have_no_adapter_is_refused_with_what_there_is(
     with pytest.raises(ConfigError, match=f"^student.lora.target_modules: {why}"):
         add_adapter(lm, LoraConfig(target_modules=targets), seed=0)
     assert all(parameter.requires_grad for parameter in lm.parameters())
+
+
+_MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+# Of what is then refused.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("family", "shape", "targets", "why"),
+    [
+        (
+            "glm4_moe",
+            _MIXTURE,
+            "all-linear",
+            "in glm4_moe peft puts no adapter on 6 .*as .k_proj, o_proj, q_proj",
+        ),
+        ("glm4_moe", _MIXTURE, ("q_proj", "gate_proj"), "Cannot convert PEFT"),
+        ("gpt2", {}, "all-linear", "the body of gpt2 has no linear modules"),
+    ],
+)
+def test_a_model_that_peft_would_adapt_elsewhere_is_refused(
+    tiny_models: TinyModels,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    shape: dict[str, int],
+    targets: Any,
+    why: str,
+) -> None:
+    monkeypatch.setitem(FAMILIES, family, shape)
+    lm = load_causal_lm(tiny_models.path(family, seed=1), torch.float32, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=rf"^student\.lora.*: {why}"):
+        add_adapter(lm, LoraConfig(target_modules=targets), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "targets", "count"),
+    [
+        ("glm4_moe", _MIXTURE, _ATTENTION, 8),
+        ("phimoe", {"num_local_experts": 4}, "all-linear", 8),  # its routers are linear, and give two tensors
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, "all-linear", 8),
+    ],
+)
+def test_mixtures_learn_where_they_are_told_to(
+    tiny_models: TinyModels,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    shape: dict[str, int],
+    targets: Any,
+    count: int,
+) -> None:
+    monkeypatch.setitem(FAMILIES, family, shape)
+    lm = load_causal_lm(tiny_models.path(family, seed=1), torch.float32, torch.device("cpu"))
+    adapter = add_adapter(lm, LoraConfig(target_modules=targets), seed=0)
+    assert len(adapter.layers) == count
+    hidden_states_TD(lm, pack(SEQUENCES[:3])).sum().backward()
+    trained = {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    assert all(parameter.grad is not None for parameter in trained.values())
+    assert all(adapter.saved_name(name) is not None for name in trained)
+    assert weights_of(lm, adapter).keys() == set(AutoModelForCausalLM.from_config(lm.config).state_dict())

@@ -102,11 +102,13 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
         seed: of the adapter's first weights.
 
     Raises:
-        ConfigError: peft is not installed, or `config.target_modules` names what cannot have an adapter.
+        ConfigError: peft is not installed, or `config.target_modules` names what cannot have an adapter, or what peft
+            would put one elsewhere for.
     """
     layers = _targets(lm, config)
     try:
         import peft
+        from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise ConfigError(f"student.lora needs peft (pip install 'kdmesh[lora]'): {error}") from error
     told = peft.LoraConfig(
@@ -118,7 +120,11 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
         task_type=peft.TaskType.CAUSAL_LM,
     )
     torch.manual_seed(seed)
-    peft.inject_adapter_in_model(told, lm, adapter_name=_NAME)
+    try:
+        peft.inject_adapter_in_model(told, lm, adapter_name=_NAME)
+    except ValueError as error:
+        raise ConfigError(f"student.lora.target_modules: {error}") from error
+    _refuse_others(lm, layers, {name for name, module in lm.named_modules() if isinstance(module, LoraLayer)})
     lm.eval()
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
     log.info(
@@ -131,7 +137,9 @@ def _targets(lm: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Names of the linear modules that get an adapter."""
     body = lm.get_decoder()
     prefix = next(name for name, module in lm.named_modules() if module is body)
-    linear = [f"{prefix}.{name}" for name, module in body.named_modules() if isinstance(module, nn.Linear)]
+    linear = [f"{prefix}.{name}" for name, module in body.named_modules() if _is_linear(module)]
+    if not linear:
+        raise ConfigError(f"student.lora: the body of {lm.config.model_type} has no linear modules (torch.nn.Linear)")
     if config.target_modules == "all-linear":
         return linear
     others = [name for name, module in lm.named_modules() if name not in linear and _own_tensors(module)]
@@ -140,13 +148,34 @@ def _targets(lm: PreTrainedModel, config: LoraConfig) -> list[str]:
             what = (
                 "is not linear, or outside of the body" if any(_is_meant(target, n) for n in others) else "is unknown"
             )
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            known = ", ".join(sorted({_last(name) for name in linear}))
             raise ConfigError(f"student.lora.target_modules: {target} {what}; linear modules of the body: {known}")
     return [name for name in linear if any(_is_meant(target, name) for target in config.target_modules)]
 
 
+def _refuse_others(lm: PreTrainedModel, asked: list[str], found: set[str]) -> None:
+    """peft 0.21 takes what is named as the experts of some mixtures for these, and leaves out shared ones."""
+    without, beside = sorted(set(asked) - found), sorted(found - set(asked))
+    if without or beside:
+        possible = sorted({_last(name) for name in found.intersection(asked)} - {_last(name) for name in without})
+        raise ConfigError(
+            f"student.lora.target_modules: in {lm.config.model_type} peft puts no adapter on {len(without)} of the "
+            f"modules that are asked for ({', '.join(without[:3])}), and one on {len(beside)} others "
+            f"({', '.join(beside[:3])}); name others, as [{', '.join(possible)}]"
+        )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _is_meant(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A router may be a linear module that computes something else."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _own_tensors(module: nn.Module) -> bool:
