@@ -18,6 +18,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.losses.head import OutputHead
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.head import output_head
+from kdmesh.models.positions import stated_limit
 from kdmesh.models.vision import auto_class
 
 _INDEX = "model.safetensors.index.json"
@@ -36,7 +37,7 @@ class Checkpoint:
     @property
     def max_tokens(self) -> int | None:
         """Longest sequence; None when the model states no limit."""
-        return getattr(self.skeleton.config.get_text_config(), "max_position_embeddings", None)
+        return stated_limit(self.skeleton.config)
 
     @property
     def size_bytes(self) -> int:

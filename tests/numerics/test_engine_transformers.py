@@ -174,6 +174,23 @@ def test_the_description_says_what_was_loaded(tiny_models: TinyModels) -> None:
     assert (made.weight_version, made.is_deterministic) == (1, False)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 16.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 3.0, 8.0, 20.0],
+    "original_max_position_embeddings": 16,
+}
+
+
+def test_sequences_are_no_longer_than_changes_no_other(tiny_models: TinyModels) -> None:
+    path = tiny_models.path("llama", rope_parameters=LONGROPE)
+    for deterministic, longest in ((False, 16), (True, 256)):
+        told = config.TransformersEngine(model=path, device="cpu", max_batch_tokens=1000, deterministic=deterministic)
+        assert TransformersEngine(told).load().max_sequence_tokens == longest
+
+
 def test_the_tokenizer_is_named_or_absent(tiny_models: TinyModels) -> None:
     def describe(path: Path) -> Any:
         return TransformersEngine(config.TransformersEngine(model=path, device="cpu", max_batch_tokens=64)).load()

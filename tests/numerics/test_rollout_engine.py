@@ -186,6 +186,17 @@ def test_padding_rows_of_the_head_are_never_drawn_and_have_no_probability(tiny_m
         torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=1e-5)
 
 
+def test_samples_end_before_the_angles_of_their_positions_change(tiny_models: TinyModels) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 3.0, 8.0, 20.0]}
+    path = tiny_models.path("llama", rope_parameters=rope)
+    wanted = Order(key=0, prompt_ids=prompt(6), sampling=Sampling(max_new_tokens=40), seed=1)
+    sample = run(engine(path), [wanted])[0]
+    assert sample.num_tokens == 10
+    expected = forward_logprobs(path, wanted, sample)
+    torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=1e-5)
+
+
 def test_stop_tokens_stop_strings_and_the_models_limit_end_a_response(tiny_models: TinyModels) -> None:
     path = tiny_models.path()
     runner = engine(path, max_sequence_tokens=40)

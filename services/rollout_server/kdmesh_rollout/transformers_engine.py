@@ -17,6 +17,7 @@ from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.placement import DTYPES, device, torch_dtype
+from kdmesh.models.positions import safe_limit
 from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
@@ -96,7 +97,7 @@ class TransformersEngine:
             vocabulary_size, fingerprint = max(vocabulary.values()) + 1, tokenizer_fingerprint(vocabulary)
         self._vocabulary_size = head_spec(model, vocabulary_size).vocabulary_size
         self._take_head()
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_sequence_tokens
+        limit = safe_limit(model.config) or config.max_sequence_tokens
         self._max_sequence_tokens = min(limit, config.max_sequence_tokens)
         return EngineDescription(
             name=config.model.resolve().name,

@@ -16,6 +16,7 @@ from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.placement import DTYPES, device, torch_dtype
+from kdmesh.models.positions import safe_limit, stated_limit
 from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
 from kdmesh.models.tokenizer import load_tokenizer
@@ -136,7 +137,8 @@ class TransformersEngine:
         head, fingerprint = self._vocabulary()
         architecture = architecture_fingerprint(model) if config.updatable else ""
         # A model without learnt positions may state no limit.
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.max_batch_tokens
+        stated = stated_limit(model.config) if config.deterministic else safe_limit(model.config)
+        limit = stated or config.max_batch_tokens
         return EngineDescription(
             name=config.model.resolve().name,
             model_fingerprint=architecture or model_fingerprint(model, *self._read_as()),

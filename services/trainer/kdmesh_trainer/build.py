@@ -58,6 +58,7 @@ from kdmesh_trainer.sources.tokenizer import TeacherTokens, vocabulary_size
 from kdmesh_trainer.sources.training_data import TrainingData
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
+from kdmesh_trainer.student_length import refuse_short_student
 from kdmesh_trainer.teacher_copy import TeacherCopy
 from kdmesh_trainer.telemetry import open_telemetry
 
@@ -186,6 +187,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     tokenizer = recipe.tokenizer()
     check_speed(cfg)
     reader = load_reader(cfg)
+    refuse_short_student(cfg)
     encoder = recipe.encoder(tokenizer, reader)
     context = cfg.data.teacher_context
     columns = TeacherColumns(

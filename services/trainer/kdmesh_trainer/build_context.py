@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import AutoConfig
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.directory import check_model_directory
+from kdmesh.models.positions import ROPE_BY_LENGTH, rope_types
 from kdmesh.models.vision import reads_images
 from kdmesh_trainer.config import TrainerConfig
-
-# Their angles follow from the longest position of a forward, of which a rank sees its own slice alone.
-_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
 def refuse_unfit_student(cfg: TrainerConfig) -> None:
@@ -34,14 +30,8 @@ def refuse_unfit_student(cfg: TrainerConfig) -> None:
         )
     if reads_images(whole):
         raise ConfigError(f"parallel.context is {context} and {path} reads images; it must be 1")
-    if unfit := _rope_types(text) & _ROPE_BY_LENGTH:
+    if unfit := rope_types(whole) & ROPE_BY_LENGTH:  # a rank sees its own slice alone
         raise ConfigError(
             f"parallel.context is {context} and {path} has rotary positions of type {', '.join(sorted(unfit))}, which "
             "depend on the longest sequence of a micro-batch; it must be 1"
         )
-
-
-def _rope_types(config: Any) -> set[str]:
-    """Of all its layers; a model may have several sorts of them."""
-    told = getattr(config, "rope_parameters", None) or {}
-    return {str(each.get("rope_type")) for each in (told, *told.values()) if isinstance(each, dict)}

@@ -172,7 +172,8 @@ class DataConfig(StrictModel):
     """Chats to evaluate on; unset evaluates nothing."""
 
     max_tokens: int = Field(4096, ge=8)
-    """Longest sequence."""
+    """Longest sequence. The student must have positions for it, but for rotary ones, which go on beyond what was
+    learnt; those of type dynamic or longrope end where their angles would change."""
 
     too_long: Literal["truncate", "drop", "fail"] = "truncate"
     """What happens to a longer one; truncated and dropped ones are counted and logged."""
