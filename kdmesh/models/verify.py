@@ -66,6 +66,28 @@ def check_head(model: PreTrainedModel) -> None:
     _check_close(model, rebuilt_TV, own_TV, "its own logits and those rebuilt from its output head are")
 
 
+def check_training(model: PreTrainedModel) -> None:
+    """Runs a short forward in training mode, in which dropout of the attention shows; torch's random state is kept.
+
+    Args:
+        model: on the CPU.
+
+    Raises:
+        ConfigError: naming the model's directory, the error found, and what of config.json it comes from.
+    """
+    text = model.config.get_text_config().to_dict()
+    keys = [name for name, value in text.items() if "att" in name and "drop" in name and value]
+    model.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            hidden_states_TD(model, pack(_probe_sequences(model)).to(model.device))
+    except _FAILURES as error:
+        found = f" ({', '.join(keys)} in config.json)" if keys else ""
+        raise ConfigError(f"{model.name_or_path} cannot be trained: {error}{found}") from error
+    finally:
+        model.eval()
+
+
 def check_images(model: PreTrainedModel, reader: ImageReader) -> None:
     """Compares two short sequences with images in one packed row with each alone, as transformers runs it.
 

@@ -13,7 +13,7 @@ import pytest
 
 from kdmesh import log
 from kdmesh_trainer import __main__ as trainer
-from tests.support.tiny_models import TinyModels, save_tokenizer
+from tests.support.tiny_models import FAMILIES, TinyModels, save_tokenizer
 from tests.support.trainer_jobs import run_job, serving_teacher, write_config
 
 
@@ -106,6 +106,16 @@ def test_data_beyond_the_teachers_limits_is_refused(
     sentence = refusals.sentence(config, "data.max_tokens=4000", "batch.max_tokens=4000")
     assert "dataset train has a sequence of" in sentence
     assert "takes at most 256" in sentence
+
+
+def test_a_student_that_cannot_be_trained_as_asked_is_refused_before_the_first_step(
+    refusals: Refusals, tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "gpt2", {})
+    student = tiny_models.path("gpt2")
+    config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"})
+    assert "positions for 256 tokens" in refusals.sentence(config, "data.max_tokens=300", "batch.max_tokens=300")
+    assert "(attn_pdrop in config.json)" in refusals.sentence(config)
 
 
 def test_a_row_that_names_no_teacher_is_refused_before_any_teacher_is_asked(

@@ -191,6 +191,20 @@ def test_an_unsupported_architecture_is_refused_by_name(
         load_causal_lm(tiny_models.path(family, tokenizer=False), "auto", CPU)
 
 
+def test_a_model_whose_attention_drops_out_in_training_is_refused_with_the_key(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "gpt2", {})
+    model = load_causal_lm(tiny_models.path("gpt2"), "auto", CPU)
+    with pytest.raises(ConfigError, match=r"cannot be trained: .* dropout 0\.1: .* \(attn_pdrop in config\.json\)$"):
+        verify.check_training(model)
+    assert not model.training
+    model = load_causal_lm(tiny_models.path("gpt2", attn_pdrop=0.0), "auto", CPU)
+    before = torch.get_rng_state()
+    verify.check_training(model)
+    assert torch.equal(torch.get_rng_state(), before) and not model.training
+
+
 def test_a_head_that_is_not_understood_is_refused(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     understood = verify.output_head
     monkeypatch.setattr(verify, "output_head", lambda model: replace(understood(model), logit_scale=1.0))

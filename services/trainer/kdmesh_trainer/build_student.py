@@ -12,6 +12,7 @@ from kdmesh.losses import VocabularyShare
 from kdmesh.models.attention import varlen_refusal
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.head import head_spec
+from kdmesh.models.verify import check_training
 from kdmesh.processor import warn_if_slow
 from kdmesh_trainer import config
 from kdmesh_trainer.compiled_layers import check_compiler, compile_layers
@@ -54,9 +55,14 @@ def is_varlen(cfg: StudentConfig, model: PretrainedConfig, device: torch.device)
 
 
 def load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrainedModel:
-    """The model in float32 on the CPU, whole; sharding moves each rank's part to its device."""
+    """The model in float32 on the CPU, whole; sharding moves each rank's part to its device.
+
+    Raises:
+        ConfigError: the directory is no model that can be trained over packed sequences.
+    """
     torch.manual_seed(cfg.seed)  # random weights must be the same on every rank
     lm = load_causal_lm(cfg.student.model, torch.float32, torch.device("cpu"), weights=cfg.student.weights)
+    check_training(lm)
     head = head_spec(lm, vocabulary_size)
     facts = {"parameters": sum(p.numel() for p in lm.parameters()), "padded_vocabulary": head.padded_vocabulary_size}
     log.info("student loaded", extra={"path": str(cfg.student.model), "vocabulary_size": vocabulary_size, **facts})
