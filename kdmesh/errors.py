@@ -14,6 +14,7 @@ KdmeshError
     HandleGone           NOT_FOUND            released, or its lease ran out
     MessageTooLarge      RESOURCE_EXHAUSTED   use a handle; never retried
     Unavailable          UNAVAILABLE          loading, draining or full; the only one worth retrying
+      Withdrawn                               new weights that were given up before they were taken
     DeadlineExpired      DEADLINE_EXCEEDED    the caller's time is up
     EngineFailure        INTERNAL             our fault; the process restarts
 
@@ -81,6 +82,10 @@ class Unavailable(RpcError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Withdrawn(Unavailable):
+    """New weights that were not taken, and will not be: what is served is as it was."""
 
 
 class DeadlineExpired(RpcError):

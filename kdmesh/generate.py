@@ -17,6 +17,7 @@ from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, DataError, InvalidRequest, ModelMismatch
 from kdmesh.image_files import ImageColumn, ImageFiles, ImageRules, NoImages, RowImages
 from kdmesh.images import expand_images
+from kdmesh.models.ends import stop_token_ids
 from kdmesh.models.image_reader import load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc.rollout_pool import RolloutPool
@@ -26,8 +27,6 @@ from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import FinishReason, Image, Int32Array, PlacedImage, Sample, Sampling, VisionSpec
 from kdmesh_trainer.data_config import ImagesConfig
-from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.ends import stop_token_ids
 
 _JOB = "generate"
 _AHEAD = 64  # prompts under way, so that the servers always have something to do
@@ -190,7 +189,18 @@ class ChatTokens:
     @property
     def ends(self) -> tuple[int, ...]:
         """What ends an answer, as where a trainer samples: the end of a turn, and of the model's text."""
-        return stop_token_ids(self._model, self._tokenizer, ChatEncoder(self._tokenizer))
+        return stop_token_ids(self._model, self._tokenizer, self)
+
+    def end_of_turn(self) -> int | None:
+        """The special token that the template ends an assistant turn with; None where there is none."""
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        try:
+            ids = self._tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+        except (TemplateError, TypeError, ValueError):
+            return None
+        special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
+        last = next((int(token) for token in reversed(ids) if self.decode([token]).strip()), None)
+        return last if last in special else None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text with its special tokens."""

@@ -13,7 +13,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from kdmesh.errors import InvalidRequest, Unavailable
+from kdmesh.errors import InvalidRequest, Unavailable, Withdrawn
 from kdmesh.rpc import weight_codec
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.weight_source import BucketSource
@@ -175,10 +175,6 @@ class WeightUpdates:
 
     async def _run(self, call: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
-
-
-class Withdrawn(Unavailable):
-    """New weights that were not taken, and will not be: what is served is as it was."""
 
 
 class _Turn:

@@ -11,7 +11,6 @@ import torch
 
 from kdmesh import errors
 from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.rpc.weight_updates import Withdrawn
 from kdmesh.types import DType
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
@@ -167,7 +166,7 @@ async def test_an_update_that_is_withdrawn_in_time_costs_nothing() -> None:
     async with running_rollout() as server, server.client() as client:
 
         def withdrawn(version: int) -> None:
-            raise Withdrawn("the update was withdrawn")
+            raise errors.Withdrawn("the update was withdrawn")
 
         server.engine.commit, commit = withdrawn, server.engine.commit  # type: ignore[method-assign]
         with pytest.raises(errors.DeadlineExpired):

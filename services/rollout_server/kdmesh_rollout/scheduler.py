@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from kdmesh.errors import EngineFailure, RpcError, Unavailable
-from kdmesh.rpc.weight_updates import Withdrawn
+from kdmesh.errors import EngineFailure, RpcError, Unavailable, Withdrawn
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.job_config import JobTerms

@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, ModelMismatch, RpcError, Unavailable
+from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, ModelMismatch, RpcError, Unavailable, Withdrawn
 from kdmesh.handles.reports import SessionEnd
 from kdmesh.handles.store import SlabStore, SlotLease
-from kdmesh.rpc.weight_updates import Withdrawn
 from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.job_table import JobTable, Shortage
 from kdmesh.serving.waiting_line import WaitingLine

@@ -10,6 +10,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerFast
 
+from kdmesh.models.ends import stop_token_ids
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.types import PlacedImage, Sampling, TokenSequence
 from kdmesh_trainer import config
@@ -30,7 +31,6 @@ from kdmesh_trainer.model import Student
 from kdmesh_trainer.sources.blend import blend_identity, digest_key, parts_of
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
-from kdmesh_trainer.sources.ends import stop_token_ids
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder

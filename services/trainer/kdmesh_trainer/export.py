@@ -104,4 +104,4 @@ def _whole_model(config: PretrainedConfig, tensors: dict[str, Tensor]) -> PreTra
 
 def _has_own_head(model: PreTrainedModel) -> bool:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return head.weight.data_ptr() != embeddings.weight.data_ptr()
+    return bool(head.weight.data_ptr() != embeddings.weight.data_ptr())

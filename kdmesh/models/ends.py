@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 
 class TurnEncoder(Protocol):
-    """Knows how a template ends an assistant turn; a ChatEncoder is one."""
+    """Knows how a template ends an assistant turn."""
 
     def end_of_turn(self) -> int | None:
         """The special token that ends an assistant turn; None where there is none."""
         ...
 
 
-def stop_token_ids(model: Path, tokenizer: PreTrainedTokenizerFast, encoder: TurnEncoder) -> tuple[int, ...]:
+def stop_token_ids(model: Path, tokenizer: PreTrainedTokenizerBase, encoder: TurnEncoder) -> tuple[int, ...]:
     """What ends a response: what ends an assistant turn in the data's template, and what ends the model's text."""
     ends = {encoder.end_of_turn(), tokenizer.eos_token_id, *_generation_ends(model / "generation_config.json")}
     found = tuple(sorted(end for end in ends if end is not None))

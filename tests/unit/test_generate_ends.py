@@ -1,0 +1,30 @@
+"""Where answers of `kdmesh generate` end is where a trainer's samples end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdmesh.generate import ChatTokens
+from kdmesh.models.ends import stop_token_ids
+from kdmesh_trainer.sources.chat import ChatEncoder
+from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_an_answer_ends_with_its_turn_and_with_the_text(family: str, tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(family)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    found = ChatTokens(tmp_path).ends
+    assert found == stop_token_ids(tmp_path, tokenizer, ChatEncoder(tokenizer))
+    assert {5, 7, tokenizer.eos_token_id} <= set(found)
+
+
+def test_a_turn_may_end_with_another_token_than_the_text(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("gemma")
+    tokenizer.save_pretrained(tmp_path)
+    ends = ChatTokens(tmp_path).ends
+    assert tokenizer.convert_ids_to_tokens(list(ends)) == ["<|eos|>", "<|end_of_turn|>"]
