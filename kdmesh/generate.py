@@ -29,6 +29,7 @@ from kdmesh.types import FinishReason, Image, Int32Array, PlacedImage, Sample, S
 from kdmesh_trainer.data_config import ImagesConfig
 
 _JOB = "generate"
+_ANSWER = "that is so"
 _AHEAD = 64  # prompts under way, so that the servers always have something to do
 _MIB = 2**20
 
@@ -192,15 +193,18 @@ class ChatTokens:
         return stop_token_ids(self._model, self._tokenizer, self)
 
     def end_of_turn(self) -> int | None:
-        """The special token that the template ends an assistant turn with; None where there is none."""
-        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        """The special token that the template puts behind what an assistant says; None where there is none."""
+        chat = [{"role": "user", "content": "what"}, {"role": "assistant", "content": _ANSWER}]
         try:
-            ids = self._tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+            text = str(self._tokenizer.apply_chat_template(chat, tokenize=False))
         except (TemplateError, TypeError, ValueError):
             return None
-        special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
-        last = next((int(token) for token in reversed(ids) if self.decode([token]).strip()), None)
-        return last if last in special else None
+        _, found, behind = text.rpartition(_ANSWER)
+        if not found:
+            return None  # the template changes what is said
+        ids = self._tokenizer(behind, add_special_tokens=False)["input_ids"]
+        first = next((int(token) for token in ids if self.decode([token]).strip()), None)
+        return first if first in self._tokenizer.added_tokens_decoder else None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text with its special tokens."""
