@@ -71,6 +71,10 @@ def test_every_usual_form_of_a_row_is_recognised(tmp_path: Path) -> None:
         {"instruction": "Hi", "input": "", "output": "Hello", "system": ""},
         {"instruction": "Add", "input": "1 and 2", "output": "3", "system": "Be brief"},
         {"messages": [USER, {"role": "assistant", "content": parts, "tool_calls": None, "weight": 1}], "id": 7},
+        {"messages": [{**USER, "train": False}, {**ASSISTANT, "train": True, "thinking": ""}], "tools": "[]"},
+        {**ROW, "system": "Be brief", "tools": [], "functions": None},
+        {"messages": share, "system": "Be brief"},
+        {"messages": [{"role": "system", "content": "Be brief"}, USER, ASSISTANT], "system": "Be brief"},
     ]
     brief = ("system", "Be brief")
     assert read(write(tmp_path / "a.jsonl", lines(*rows))) == [
@@ -83,7 +87,28 @@ def test_every_usual_form_of_a_row_is_recognised(tmp_path: Path) -> None:
         TURNS,
         [brief, ("user", "Add\n\n1 and 2"), ("assistant", "3")],
         TURNS,
+        TURNS,
+        [brief, *TURNS],
+        [brief, *TURNS],
+        [brief, *TURNS],
     ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_system_text_beside_the_chat_is_its_first_turn_in_whichever_column(tmp_path: Path, suffix: str) -> None:
+    row = {"chat": [USER, ASSISTANT], "system": "Be brief"}
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        write(path, lines(row))
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    assert read(path, "chat") == [[("system", "Be brief"), *TURNS]]
+
+
+def test_tools_of_a_parquet_row_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([{**ROW, "tools": '[{"name": "f"}]', "score": 1}]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="row 1: `tools` is not supported"):
+        read(tmp_path / "a.parquet")
 
 
 def test_parquet_rows_of_other_forms_are_recognised(tmp_path: Path) -> None:
@@ -134,6 +159,17 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
         (lines({"messages": [{**ASSISTANT, "tool_calls": [{"id": 1}]}]}), r"'tool_calls' is not supported"),
         (lines({"messages": [{**ASSISTANT, "reasoning_content": "hm"}]}), r"'reasoning_content' is not supported"),
         (lines({"messages": [{**ASSISTANT, "weight": 0}]}), r"'weight' is not supported"),
+        (lines({"messages": [{**ASSISTANT, "reasoning": "hm"}]}), r"messages\[0\]: 'reasoning' is not supported"),
+        (lines({"messages": [{**ASSISTANT, "thinking": "hm"}]}), r"'thinking' is not supported"),
+        (lines({"messages": [USER, {**ASSISTANT, "train": False}]}), r"messages\[1\]: 'train' is False, which is"),
+        (lines({"messages": [{**USER, "train": True}]}), r"'train' is True, which is not supported"),
+        (lines({**ROW, "tools": [{"name": "f"}]}), r"a\.jsonl:1: `tools` is not supported"),
+        (lines({"instruction": "x", "output": "y", "functions": [{"name": "f"}]}), r"`functions` is not supported"),
+        (
+            lines({"messages": [{"role": "system", "content": "a"}, USER], "system": "b"}),
+            r"a\.jsonl:1: both `system` and the messages hold a system turn",
+        ),
+        (lines({**ROW, "system": ["b"]}), r"a\.jsonl:1: system must be a string, not list"),
         (lines({"instruction": "x", "output": 3}), r"a\.jsonl:1: output must be a string, not int"),
         (lines({"instruction": "x", "output": "y", "history": [["a", "b"]]}), r"`history` of Alpaca rows"),
         ('{"messages": [{"role": "user", "content": "a\\ud800"}]}\n', r"half a surrogate pair at character 1"),

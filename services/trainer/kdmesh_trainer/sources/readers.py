@@ -16,6 +16,7 @@ from kdmesh_trainer.sources.pieces import Piece, find_files, pieces_of, rows_of
 from kdmesh_trainer.sources.rows import (
     CHAT_COLUMNS,
     NO_COLUMNS,
+    UNSUPPORTED_COLUMNS,
     Chat,
     TeacherColumns,
     chat_from_messages,
@@ -38,7 +39,8 @@ class Columns:
         """Those of a file's columns that are read."""
         if not {self.chat, "conversations", "instruction"} & set(names):
             return list(names)  # whole rows, so that the refusal can name their columns
-        used = (self.chat, self.teacher.messages, self.teacher.name, self.images.name, *CHAT_COLUMNS)
+        named = (self.chat, self.teacher.messages, self.teacher.name, self.images.name)
+        used = {*named, *CHAT_COLUMNS, *UNSUPPORTED_COLUMNS}
         return [name for name in names if name in used]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,14 @@ from kdmesh.types import Image
 CHAT_COLUMNS = ("conversations", "instruction", "input", "output", "system", "history")
 """Columns that ShareGPT and Alpaca rows are made of."""
 
+UNSUPPORTED_COLUMNS = ("tools", "functions")
+"""They change what the template renders: a row that has one is refused."""
+
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # They change what the template renders or what carries loss: ignoring them would train on something else.
-_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "weight")
+_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "train_detail")
+_EMPTY_JSON = ("[]", "{}", "null")  # where a column holds JSON as a text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,19 +72,22 @@ def chat_from_row(
 ) -> Chat:
     """The chat in a row: OpenAI messages (or ShareGPT ones) in `column`, else ShareGPT, else Alpaca.
 
+    A text in the row's `system` is its first turn, whichever form it has.
+
     Raises:
-        DataError: it is none of these, or lacks what `teacher` names; the message names the origin, what was found and
-            the rule.
+        DataError: it is none of these, has what is not supported, or lacks what `teacher` names; the message names the
+            origin, what was found and the rule.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
+    refuse_unsupported_columns(row, origin)
     found_images = RowImages(images, row, origin)
     if row.get(column) is not None:
         messages = _messages(row[column], f"{origin}: {column}", found_images)
     elif row.get("conversations") is not None:
-        messages = _system(row, origin) + _messages(row["conversations"], f"{origin}: conversations", found_images)
+        messages = _messages(row["conversations"], f"{origin}: conversations", found_images)
     elif row.get("instruction") is not None and row.get("output") is not None:
-        messages = _system(row, origin) + _alpaca_messages(row, origin)
+        messages = _alpaca_messages(row, origin)
     else:
         found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
         raise DataError(
@@ -89,13 +96,37 @@ def chat_from_row(
         )
     found_images.check_all_used()
     return Chat(
-        messages=tuple(messages),
+        messages=(*_system(row, messages, origin), *messages),
         origin=origin,
         teacher_messages=()
         if teacher.messages is None
         else tuple(_teacher_messages(row, teacher.messages, origin, RowImages(images, row, origin))),
         teacher_name="" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin),
     )
+
+
+def refuse_unsupported_columns(row: Mapping[Any, Any], origin: str) -> None:
+    """Raises DataError when one of UNSUPPORTED_COLUMNS holds something."""
+    for name in UNSUPPORTED_COLUMNS:
+        if row.get(name) and row[name] not in _EMPTY_JSON:
+            raise DataError(f"{origin}: `{name}` is not supported; a chat is messages alone")
+
+
+def system_text(row: Mapping[Any, Any], messages: Sequence[tuple[object, object]], origin: str) -> str:
+    """The system turn to put before a row's messages: what its column `system` holds; empty: there is none to put.
+
+    Args:
+        messages: role and content of each.
+
+    Raises:
+        DataError: it is no text, or another one than that of a system turn among the messages.
+    """
+    text = _text(row.get("system") or "", f"{origin}: system")
+    if not text or ("system", text) in messages[:1]:
+        return ""
+    if any(role in ("system", "developer") for role, _ in messages):
+        raise DataError(f"{origin}: both `system` and the messages hold a system turn; a chat has one")
+    return text
 
 
 def chat_from_messages(value: object, *, origin: str, images: ImageSource = TEXT_ALONE.source) -> Chat:
@@ -134,9 +165,7 @@ def _messages(value: object, origin: str, images: RowImages) -> list[Message]:
 def _message(value: object, origin: str, images: RowImages) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"{origin}: a message must be an object, not {_kind(value)}")
-    for key in _UNSUPPORTED_KEYS:
-        if value.get(key) not in (None, "", [], 1):
-            raise DataError(f"{origin}: {key!r} is not supported; a message is a role and a text")
+    _refuse_unsupported_keys(value, origin)
     role_key, content_key = ("role", "content") if value.get("role") is not None else ("from", "value")
     role = value.get(role_key)
     if role is None:
@@ -155,6 +184,20 @@ def _message(value: object, origin: str, images: RowImages) -> Message:
         raise DataError(f"{where}: an assistant's turn is text, and cannot hold an image")
     text = "".join(part for part in parts if isinstance(part, str))
     return Message(role=roles[role], content=text, parts=parts if has_images else ())
+
+
+def _refuse_unsupported_keys(message: Mapping[Any, Any], origin: str) -> None:
+    for key in _UNSUPPORTED_KEYS:
+        if message.get(key):
+            raise DataError(f"{origin}: {key!r} is not supported; a message is a role and a text")
+    if message.get("weight") not in (None, "", 1):
+        raise DataError(f"{origin}: 'weight' is not supported; all turns of the assistant weigh the same")
+    is_trained = (message.get("role") or message.get("from")) in ("assistant", "gpt")
+    if message.get("train") not in (None, is_trained):
+        raise DataError(
+            f"{origin}: 'train' is {message['train']!r}, which is not supported: every turn of the assistant is trained"
+            " on, and no other"
+        )
 
 
 def _text(value: object, origin: str) -> str:
@@ -178,9 +221,9 @@ def _part(part: object, origin: str, images: RowImages) -> str | Image:
     return _text(part["text"], f"{origin}.text")
 
 
-def _system(row: Mapping[Any, Any], origin: str) -> list[Message]:
-    """The system message that ShareGPT and Alpaca rows keep in a column of its own, if they have one."""
-    text = _text(row.get("system") or "", f"{origin}: system")
+def _system(row: Mapping[Any, Any], messages: Sequence[Message], origin: str) -> list[Message]:
+    """The system turn that a row keeps in a column of its own, if it has one."""
+    text = system_text(row, [(message.role, message.content) for message in messages], origin)
     return [Message(role="system", content=text)] if text else []
 
 
