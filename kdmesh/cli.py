@@ -267,7 +267,7 @@ def generate(
     """Write a chat dataset of a served model's own answers, to fine-tune a student on.
 
     Rollout servers decode; a teacher computes the whole answer anew for each of its tokens, but for what its prefix
-    cache holds.
+    cache holds. All prompts are checked first. Interrupted, the same command continues.
 
     \b
     Example: kdmesh generate --rollout 127.0.0.1:50061 --model models/teacher \\

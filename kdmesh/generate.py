@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol
 
+import click
 import numpy as np
 from jinja2 import TemplateError
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.errors import ConfigError, DataError, InvalidRequest, ModelMismatch
-from kdmesh.image_files import ImageColumn, ImageFiles, ImageRules, NoImages, RowImages
+from kdmesh.counting import Pace, Show, clock, counted
+from kdmesh.errors import ConfigError, DataError, InvalidRequest, KdmeshError, ModelMismatch
+from kdmesh.image_files import ImageColumn, ImageFiles, ImageRules, NoImages
 from kdmesh.images import expand_images
+from kdmesh.kept_answers import KeptAnswers, kept_answers
+from kdmesh.local import Stopped
 from kdmesh.models.ends import stop_token_ids
 from kdmesh.models.image_reader import load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.prompt_rows import Asked, Prompts
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh.types import FinishReason, Image, Int32Array, PlacedImage, Sample, Sampling, VisionSpec
+from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling, VisionSpec
 from kdmesh_trainer.data_config import ImagesConfig
 
 _JOB = "generate"
 _ANSWER = "that is so"
 _AHEAD = 64  # prompts under way, so that the servers always have something to do
 _MIB = 2**20
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +53,12 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """A row's chat up to what the assistant shall answer."""
-
-    origin: str  # "FILE, line N", for people
-    messages: list[Message]  # as the row has them
-    shown: list[Message]  # as the template takes them: an image is a part that names none
-    images: tuple[Image, ...]  # in their order
-    column: dict[str, Any]  # the row's column of images, if it has one
-
-
-@dataclass(slots=True, kw_only=True)
 class Report:
     """What became of the prompts."""
 
-    prompts: int = 0
-    written: int = 0
-    cut_off: int = 0  # answers at the length limit
+    prompts: int
+    written: int
+    cut_off: int  # answers at the length limit
 
     def sentence(self) -> str:
         """For a person."""
@@ -104,70 +98,76 @@ class Servers:
     access: AccessConfig = OPEN_ACCESS
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Served:
+    speaker: Speaker
+    longest: int  # tokens of prompt and response together
+    facts: dict[str, Any]  # what tells the model from others
+
+
 def generate(
     servers: Servers, model: Path, prompts: Path, output: Path, plan: Plan, *, image_root: Path | None = None
 ) -> Report:
     """Write one row of `messages` for each answer, in the order of the prompts; blocks until all are written.
 
-    `output` appears when it is whole.
+    Every prompt is read and rendered before the first is sent. `output` appears when it is whole; until then the
+    answers are kept beside it (see kdmesh/kept_answers.py), and the same call goes on behind them.
 
     Args:
         servers: all of one model.
         model: directory of the tokenizer, with its chat template; it must be the servers' own.
-        prompts: see read_prompts.
+        prompts: see Prompts.
         output: JSONL file to write.
         plan: how answers are drawn.
         image_root: directory that paths of images are relative to; None: that of `prompts`.
 
     Raises:
-        ConfigError: `model` has no tokenizer or no chat template, or `output` cannot be written.
+        ConfigError: `model` has no tokenizer or no chat template, `output` cannot be written, or the answers kept
+            beside it are to something else.
         DataError: a prompt cannot be used.
         ModelMismatch: the servers have another tokenizer, or read images otherwise.
         RpcError: the servers do not answer, or refuse a prompt.
+        Stopped: Ctrl-C, once the first prompt was sent.
     """
     chats = ChatTokens(model)
     stops = plan.sampling.stop_token_ids or chats.ends
     plan = replace(plan, sampling=replace(plan.sampling, stop_token_ids=stops))
-    unfinished = output.with_name(f"{output.name}.part")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = unfinished.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {output}: {error}") from None
-    report = Report()
+    root = image_root or prompts.parent
     with ExitStack() as stack:
-        stack.callback(unfinished.unlink, missing_ok=True)
-        stack.enter_context(file)
-        speaker = _speaker(servers, chats, plan, stack)
-        asked = read_prompts(prompts, images=chats.image_column(image_root or prompts.parent))
-        for row, samples in _answers(speaker, chats, asked, plan):
-            report.prompts += 1
-            for sample in samples:
-                is_cut_off = sample.finish_reason is FinishReason.LENGTH
-                report.cut_off += is_cut_off
-                if plan.keeps_cut_off or not is_cut_off:
-                    _write(file, row, chats.text(sample, stops))
-                    report.written += 1
-        file.flush()
-        unfinished.replace(output)
-    return report
-
-
-def read_prompts(path: Path, *, images: ImageColumn) -> Iterator[Asked]:
-    """The messages of each row of a JSONL file, up to what the assistant shall answer.
-
-    A row has `messages`, whose last one is dropped when it is the assistant's, or `prompt`, a text for the user's turn.
-
-    Raises:
-        DataError: a row has neither, or an image that is not to be had, or is not JSON; the message names the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may hold U+2028 as it is
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _asked(line, f"{path}, line {number}", images)
+        kept = stack.enter_context(kept_answers(output))
+        served = _connect(servers, chats, plan, stack)
+        rows = Prompts(prompts)
+        column = chats.image_column(root)
+        _check(rows, column, chats, served)
+        kept.resume(
+            {
+                "prompts": rows.digest,
+                "image_root": str(root),
+                "model": chats.digest,
+                "servers": served.facts,
+                "samples": plan.samples,
+                "seed": plan.seed,
+                "keep_cut_off": plan.keeps_cut_off,
+                "sampling": asdict(plan.sampling),
+            }
+        )
+        with _kept_told(kept), counted("prompts", elsewhere=_say("prompts answered")) as show:
+            pace = Pace(done=kept.prompts, total=len(rows))
+            show(kept.prompts, len(rows), None)
+            asked = enumerate(rows.rows(column, begin=kept.prompts), start=kept.prompts)
+            for row, samples in _answers(served.speaker, chats, asked, plan):
+                ends = [sample.finish_reason is FinishReason.LENGTH for sample in samples]
+                kept.add(
+                    [
+                        _answered(row, chats.text(sample, stops))
+                        for sample, is_cut_off in zip(samples, ends, strict=True)
+                        if plan.keeps_cut_off or not is_cut_off
+                    ],
+                    cut_off=sum(ends),
+                )
+                show(kept.prompts, len(rows), pace.left_s(kept.prompts))
+        kept.publish(output)
+        return Report(prompts=kept.prompts, written=kept.written, cut_off=kept.cut_off)
 
 
 class ChatTokens:
@@ -205,6 +205,12 @@ class ChatTokens:
         ids = self._tokenizer(behind, add_special_tokens=False)["input_ids"]
         first = next((int(token) for token in ids if self.decode([token]).strip()), None)
         return first if first in self._tokenizer.added_tokens_decoder else None
+
+    @property
+    def digest(self) -> str:
+        """Of all that turns messages into ids."""
+        words = f"{tokenizer_fingerprint(self._tokenizer.get_vocab())} {self._tokenizer.chat_template}"
+        return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text with its special tokens."""
@@ -271,15 +277,17 @@ class ChatTokens:
         return text
 
 
-def _speaker(servers: Servers, chats: ChatTokens, plan: Plan, stack: ExitStack) -> Speaker:
+def _connect(servers: Servers, chats: ChatTokens, plan: Plan, stack: ExitStack) -> _Served:
     """Connected until `stack` ends."""
     if servers.kind == "rollout":
         rollouts = stack.enter_context(
             RolloutPool(servers.addresses, job=_JOB, deadline_s=plan.deadline_s, access=servers.access)
         )
-        chats.check(rollouts.describe().tokenizer_fingerprint)
-        chats.check_vision(rollouts.describe().vision)
-        return rollouts
+        sampled = rollouts.describe()
+        chats.check(sampled.tokenizer_fingerprint)
+        chats.check_vision(sampled.vision)
+        facts = {"model": sampled.name, "weight_version": sampled.weight_version}
+        return _Served(speaker=rollouts, longest=sampled.max_sequence_tokens, facts={"kind": "rollout", **facts})
     teachers = stack.enter_context(
         TeacherPool(
             servers.addresses,
@@ -289,17 +297,36 @@ def _speaker(servers: Servers, chats: ChatTokens, plan: Plan, stack: ExitStack) 
             access=servers.access,
         )
     )
-    chats.check(teachers.describe().tokenizer_fingerprint)
-    chats.check_vision(teachers.describe().vision)
-    return TeacherSampler(teachers, chats.decode)
+    model = teachers.describe()
+    chats.check(model.tokenizer_fingerprint)
+    chats.check_vision(model.vision)
+    return _Served(
+        speaker=TeacherSampler(teachers, chats.decode),
+        longest=min(model.max_sequence_tokens, model.max_request_tokens),
+        facts={"kind": "teacher", "model": model.model_fingerprint, "weight_version": model.weight_version},
+    )
+
+
+def _check(rows: Prompts, column: ImageColumn, chats: ChatTokens, served: _Served) -> None:
+    """Raises DataError when a prompt cannot be used: before any is answered, not after hours."""
+    with counted("prompts read", elsewhere=_say("prompts read")) as show:
+        pace = Pace(done=0, total=len(rows))
+        for number, row in enumerate(rows.rows(column), start=1):
+            ids, _ = chats.prompt(row)
+            if len(ids) >= served.longest:
+                raise DataError(
+                    f"{row.origin}: the prompt has {len(ids)} tokens; with a response, the servers take at most "
+                    f"{served.longest}"
+                )
+            show(number, len(rows), pace.left_s(number))
 
 
 def _answers(
-    speaker: Speaker, chats: ChatTokens, asked: Iterable[Asked], plan: Plan
+    speaker: Speaker, chats: ChatTokens, asked: Iterable[tuple[int, Asked]], plan: Plan
 ) -> Iterator[tuple[Asked, list[Sample]]]:
-    """Each prompt with its samples, in order; later prompts are being answered meanwhile."""
+    """Each of the numbered prompts with its samples, in order; later ones are being answered meanwhile."""
     waiting: deque[tuple[Asked, PendingAnswers]] = deque()
-    for number, row in enumerate(asked):
+    for number, row in asked:
         seed = seed_of("generate", plan.seed, number)
         ids, images = chats.prompt(row)
         pending = speaker.submit(ids, plan.sampling, num_samples=plan.samples, seed=seed, images=images)
@@ -311,48 +338,35 @@ def _answers(
         yield row, pending.wait()
 
 
-def _asked(line: str, place: str, images: ImageColumn) -> Asked:
-    row, messages = _row(line, place)
-    found = RowImages(images, row, place)
-    pictures: list[Image] = []
-
-    def shown(message: Message, number: int) -> Message:
-        content = message.get("content")
-        if not isinstance(content, list):
-            return message
-        parts: list[object] = []
-        for part in content:
-            if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
-                pictures.append(found.of_part(part, f"{place}: messages[{number}]"))
-                parts.append({"type": "image"})
-            else:
-                parts.append(part)
-        return {**message, "content": parts}
-
-    told = [shown(message, number) for number, message in enumerate(messages)]
-    found.check_all_used()
-    column = {images.name: row[images.name]} if images.name is not None and row.get(images.name) else {}
-    return Asked(origin=place, messages=messages, shown=told, images=tuple(pictures), column=column)
-
-
-def _row(line: str, place: str) -> tuple[dict[str, Any], list[Message]]:
-    """A row, and its messages without an answer at their end."""
+@contextmanager
+def _kept_told(kept: KeptAnswers) -> Iterator[None]:
+    """Say what is gone on with, and what is kept when it fails."""
+    if kept.prompts:
+        _tell(f"Going on behind {kept.prompts:,} prompts, whose answers are in {kept.path}.")
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place} is not JSON: {error}") from None
-    prompt, messages = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
-    if isinstance(prompt, str):
-        return row, [{"role": "user", "content": prompt}]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise DataError(f"{place} has neither `messages`, a list of turns, nor `prompt`, a text")
-    if messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise DataError(f"{place} has no turn to answer")
-    return row, messages
+        yield
+    except (KdmeshError, KeyboardInterrupt) as error:
+        if kept.prompts:
+            _tell(
+                f"The answers to {kept.prompts:,} prompts are kept in {kept.path}; the same command goes on from there."
+            )
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(signal.SIGINT) from None
+        raise
 
 
-def _write(file: TextIO, asked: Asked, answer: str) -> None:
+def _say(what: str) -> Show:
+    def say(done: int, total: int, left_s: float | None) -> None:
+        _tell(f"{done:,} of {total:,} {what}" + ("" if left_s is None else f", {clock(left_s)} left"))
+
+    return say
+
+
+def _tell(sentence: str) -> None:
+    click.echo(sentence, err=True)
+
+
+def _answered(asked: Asked, answer: str) -> dict[str, Any]:
+    """The row of an answer."""
     messages = [*asked.messages, {"role": "assistant", "content": answer}]
-    file.write(json.dumps({"messages": messages, **asked.column}, ensure_ascii=False) + "\n")
+    return {"messages": messages, **asked.column}

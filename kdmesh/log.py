@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from kdmesh.tracing import spans
 
@@ -49,6 +49,11 @@ def console() -> Console:
     from rich.console import Console  # a tenth of a second, needed on terminals only
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def can_redraw(stream: TextIO) -> bool:
+    """Whether a line that is written to `stream` can be drawn again: it is a terminal, and no dumb one."""
+    return stream.isatty() and not console().is_dumb_terminal
 
 
 def is_urgent(line: str) -> bool:

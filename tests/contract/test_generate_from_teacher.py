@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from kdmesh import cli
+from kdmesh import generate as generating
 from kdmesh.errors import InvalidRequest
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc.teacher_pool import TeacherPool
@@ -71,6 +73,77 @@ def test_a_teacher_gives_the_answers_of_a_rollout_server(
         written.append(output.read_text())
     assert written[0] == written[1]
     assert len(set(written[0].splitlines())) == 9
+
+
+def test_an_interrupted_dataset_is_continued_where_it_was(
+    servers: dict[str, TeacherProcess], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"say {number}", "system": "Be brief"} for number in range(6)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--rollout", servers["kdmesh_rollout"].grpc, "--model", str(model), "--prompts", str(prompts))
+    options += ("--samples", "2", "--max-new-tokens", "8", "--keep-cut-off")
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    assert run(*options, "--output", str(whole)).exit_code == 0
+    written = whole.read_text().splitlines()
+    assert [json.loads(line)["messages"][0] for line in written] == [{"role": "system", "content": "Be brief"}] * 12
+
+    part = tmp_path / "answers.jsonl.part"
+    text = generating.ChatTokens.text
+    asked = 0
+
+    def failing(chats: Any, *arguments: Any) -> str:
+        nonlocal asked
+        asked += 1
+        if asked == 7:
+            raise KeyboardInterrupt
+        return text(chats, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generating.ChatTokens, "text", failing)
+        result = run(*options, "--output", str(output))
+    assert result.exit_code == 130
+    assert f"The answers to 3 prompts are kept in {part}" in result.output
+    assert not output.exists()
+    with part.open("a") as file:
+        file.write('{"rows": [')  # killed while it wrote
+
+    result = run(*options, "--output", str(output), "--seed", "1")
+    assert result.exit_code == 2
+    assert "holds answers to something else (seed differ)" in result.output
+    result = run(*options, "--output", str(output))
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("Going on behind 3 prompts")
+    assert "12 answers to 6 prompts" in result.output
+    assert output.read_text() == whole.read_text()
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "x", "tools": [{"name": "f"}]}, "line 3: `tools` is not supported"),
+        ({"prompt": "so " * 600}, r"line 3: the prompt has \d+ tokens; with a response, the servers take at most 256"),
+        ({"messages": []}, "line 3 has no turn to answer"),
+    ],
+)
+def test_a_bad_row_is_refused_before_anything_is_asked(
+    servers: dict[str, TeacherProcess],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    row: dict[str, Any],
+    words: str,
+) -> None:
+    monkeypatch.setattr(generating, "_answers", lambda *arguments: pytest.fail("something was asked"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(each) + "\n" for each in ({"prompt": "a"}, {"prompt": "b"}, row)))
+    output = tmp_path / "answers.jsonl"
+    where = ("--model", str(model), "--prompts", str(prompts), "--output", str(output))
+    result = run("--rollout", servers["kdmesh_rollout"].grpc, *where)
+    assert result.exit_code == 2, result.output
+    assert re.search(words, result.output)
+    assert list(tmp_path.iterdir()) == [prompts]
 
 
 def test_a_sample_ends_at_a_stop_string_or_where_the_teacher_ends(

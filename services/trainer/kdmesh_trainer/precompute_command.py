@@ -5,25 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from kdmesh import log
 from kdmesh.config import config_parser, load
+from kdmesh.counting import counted
 from kdmesh.errors import KdmeshError
 from kdmesh_trainer.config import TrainerConfig
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.precompute import Show
 
 logger = logging.getLogger("kdmesh_trainer.precompute")
 
 _REFUSED = 2
 _INCOMPLETE = 1
 _INTERRUPTED = 130
-_LOG_EVERY_S = 10.0
 
 
 def main() -> int:
@@ -39,7 +32,7 @@ def main() -> int:
         log.configure("precompute")
         from kdmesh_trainer.precompute import precompute  # not at the top: a bad configuration must not wait for torch
 
-        with _shown() as show:
+        with counted("tokens", elsewhere=_log_progress) as show:
             kept, wanted = precompute(cfg, is_partial=arguments.partial, tell=_tell, show=show)
     except KdmeshError as error:
         sys.stderr.write(f"{error}\n")
@@ -62,34 +55,9 @@ def _tell(sentence: str) -> None:
     sys.stdout.flush()
 
 
-@contextmanager
-def _shown() -> Iterator[Show]:
-    """A bar on a terminal, now and then an event elsewhere."""
-    if not sys.stderr.isatty():
-        yield _Events().show
-        return
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    columns = (TextColumn("tokens [bold]{task.completed:,}[/]/{task.total:,}"), BarColumn(bar_width=24))
-    with Progress(*columns, TextColumn("{task.fields[left]}"), console=log.console()) as line:
-        task = line.add_task("", total=0, left="")
-
-        def show(done: int, total: int, left_s: float) -> None:
-            minutes, seconds = divmod(round(left_s), 60)
-            line.update(task, completed=done, total=total, left=f"{minutes}:{seconds:02d} left")
-
-        yield show
-
-
-class _Events:
-    def __init__(self) -> None:
-        self._next_s = 0.0
-
-    def show(self, done: int, total: int, left_s: float) -> None:
-        """Log it, if the last one is long enough ago."""
-        if time.monotonic() >= self._next_s or done == total:
-            self._next_s = time.monotonic() + _LOG_EVERY_S
-            logger.info("progress", extra={"tokens": done, "of_tokens": total, "eta_s": round(left_s, 1)})
+def _log_progress(done: int, total: int, left_s: float | None) -> None:
+    eta_s = None if left_s is None else round(left_s, 1)
+    logger.info("progress", extra={"tokens": done, "of_tokens": total, "eta_s": eta_s})
 
 
 if __name__ == "__main__":

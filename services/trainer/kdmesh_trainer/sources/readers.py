@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
+from kdmesh.chat_rows import UNSUPPORTED_COLUMNS
 from kdmesh.errors import DataError
 from kdmesh.extension import resolve
 from kdmesh.image_files import ImageColumn, ImageSource, NoImages
@@ -16,7 +17,6 @@ from kdmesh_trainer.sources.pieces import Piece, find_files, pieces_of, rows_of
 from kdmesh_trainer.sources.rows import (
     CHAT_COLUMNS,
     NO_COLUMNS,
-    UNSUPPORTED_COLUMNS,
     Chat,
     TeacherColumns,
     chat_from_messages,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdmesh.chat_rows import refuse_unsupported_columns, system_text
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn, ImageSource, NoImages, RowImages
 from kdmesh.types import Image
@@ -13,14 +14,10 @@ from kdmesh.types import Image
 CHAT_COLUMNS = ("conversations", "instruction", "input", "output", "system", "history")
 """Columns that ShareGPT and Alpaca rows are made of."""
 
-UNSUPPORTED_COLUMNS = ("tools", "functions")
-"""They change what the template renders: a row that has one is refused."""
-
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # They change what the template renders or what carries loss: ignoring them would train on something else.
 _UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "train_detail")
-_EMPTY_JSON = ("[]", "{}", "null")  # where a column holds JSON as a text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,30 +100,6 @@ def chat_from_row(
         else tuple(_teacher_messages(row, teacher.messages, origin, RowImages(images, row, origin))),
         teacher_name="" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin),
     )
-
-
-def refuse_unsupported_columns(row: Mapping[Any, Any], origin: str) -> None:
-    """Raises DataError when one of UNSUPPORTED_COLUMNS holds something."""
-    for name in UNSUPPORTED_COLUMNS:
-        if row.get(name) and row[name] not in _EMPTY_JSON:
-            raise DataError(f"{origin}: `{name}` is not supported; a chat is messages alone")
-
-
-def system_text(row: Mapping[Any, Any], messages: Sequence[tuple[object, object]], origin: str) -> str:
-    """The system turn to put before a row's messages: what its column `system` holds; empty: there is none to put.
-
-    Args:
-        messages: role and content of each.
-
-    Raises:
-        DataError: it is no text, or another one than that of a system turn among the messages.
-    """
-    text = _text(row.get("system") or "", f"{origin}: system")
-    if not text or ("system", text) in messages[:1]:
-        return ""
-    if any(role in ("system", "developer") for role, _ in messages):
-        raise DataError(f"{origin}: both `system` and the messages hold a system turn; a chat has one")
-    return text
 
 
 def chat_from_messages(value: object, *, origin: str, images: ImageSource = TEXT_ALONE.source) -> Chat:
@@ -223,7 +196,7 @@ def _part(part: object, origin: str, images: RowImages) -> str | Image:
 
 def _system(row: Mapping[Any, Any], messages: Sequence[Message], origin: str) -> list[Message]:
     """The system turn that a row keeps in a column of its own, if it has one."""
-    text = system_text(row, [(message.role, message.content) for message in messages], origin)
+    text = _text(system_text(row, [(each.role, each.content) for each in messages], origin), f"{origin}: system")
     return [Message(role="system", content=text)] if text else []
 
 

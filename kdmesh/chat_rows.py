@@ -1,0 +1,39 @@
+"""What a row of a file says of its chat beside the messages, whoever reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdmesh.errors import DataError
+
+UNSUPPORTED_COLUMNS = ("tools", "functions")
+"""They change what a template renders: a row that has one is refused."""
+
+_EMPTY_JSON = ("[]", "{}", "null")  # where a column holds JSON as a text
+
+
+def refuse_unsupported_columns(row: Mapping[Any, Any], origin: str) -> None:
+    """Raises DataError when one of UNSUPPORTED_COLUMNS holds something."""
+    for name in UNSUPPORTED_COLUMNS:
+        if row.get(name) and row[name] not in _EMPTY_JSON:
+            raise DataError(f"{origin}: `{name}` is not supported; a chat is messages alone")
+
+
+def system_text(row: Mapping[Any, Any], messages: Sequence[tuple[object, object]], origin: str) -> str:
+    """The system turn to put before a row's messages: what its column `system` holds; empty: there is none to put.
+
+    Args:
+        messages: role and content of each.
+
+    Raises:
+        DataError: it is no text, or another one than that of a system turn among the messages.
+    """
+    text = row.get("system") or ""
+    if not isinstance(text, str):
+        raise DataError(f"{origin}: system must be a string, not {type(text).__name__}")
+    if not text or ("system", text) in messages[:1]:
+        return ""
+    if any(role in ("system", "developer") for role, _ in messages):
+        raise DataError(f"{origin}: both `system` and the messages hold a system turn; a chat has one")
+    return text

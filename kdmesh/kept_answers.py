@@ -1,0 +1,143 @@
+"""Keeps the answers of a dataset that is being written, so that the same command goes on behind them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kdmesh.errors import ConfigError
+
+
+class KeptAnswers:
+    """A file beside the dataset: what was asked, then a line for each prompt that is done, in their order."""
+
+    def __init__(self, path: Path, file: FileIO) -> None:
+        self.path = path
+        self.prompts = 0
+        self.written = 0  # answers
+        self.cut_off = 0  # answers at the length limit
+        self.is_needed = file.tell() > 0
+        """Whether it holds an answer that is nowhere else."""
+        self._file = file
+
+    def resume(self, asked: Mapping[str, Any]) -> None:
+        """Count what is there, and drop a last line that was never finished.
+
+        Args:
+            asked: all that the answers follow from, as JSON takes it.
+
+        Raises:
+            ConfigError: they are answers to something else, or it cannot be written.
+        """
+        own = _line(asked)
+        end = 0
+        with self.path.open("rb") as file:
+            first = file.readline()
+            if first.endswith(b"\n"):
+                if first != own:
+                    raise ConfigError(
+                        f"{self.path} holds answers to something else ({_differences(first, own)}): let the command "
+                        "that they belong to end, or remove the file"
+                    )
+                end = len(own)
+                for entry, size_bytes in _entries(file):
+                    self._count(entry)
+                    end += size_bytes
+        self._file.truncate(end)
+        if not end:
+            self._append(own)
+        self.is_needed = self.prompts > 0
+
+    def add(self, rows: Sequence[Mapping[str, Any]], *, cut_off: int) -> None:
+        """Those to the next prompt. Raises ConfigError: they cannot be written."""
+        entry = {"rows": rows, "cut_off": cut_off}
+        self._append(_line(entry))
+        self._count(entry)
+        self.is_needed = True
+
+    def publish(self, output: Path) -> None:
+        """Make the dataset of them, whole or not at all. Raises ConfigError: it cannot be written."""
+        whole = output.with_name(f"{output.name}.writing")
+        try:
+            with self.path.open("rb") as file, whole.open("wb") as rows:
+                file.readline()
+                for entry, _ in _entries(file):
+                    rows.writelines(_line(row) for row in entry["rows"])
+            os.replace(whole, output)
+        except OSError as error:
+            whole.unlink(missing_ok=True)
+            raise ConfigError(f"cannot write {output}: {error}") from None
+        self.is_needed = False
+
+    def _count(self, entry: Mapping[str, Any]) -> None:
+        self.prompts += 1
+        self.written += len(entry["rows"])
+        self.cut_off += entry["cut_off"]
+
+    def _append(self, line: bytes) -> None:
+        try:
+            while line:  # a disk that fills up takes a part
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.path}: {error}") from None
+
+
+@contextmanager
+def kept_answers(output: Path) -> Iterator[KeptAnswers]:
+    """Those on the way to `output`, which no other process adds to meanwhile; the file goes when nobody needs it.
+
+    Raises:
+        ConfigError: nothing can be written there, or another process is at it.
+    """
+    path = output.with_name(f"{output.name}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = FileIO(path, "a")
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is writing {path}") from None
+        except OSError as error:
+            raise ConfigError(f"cannot lock {path}: {error}") from None
+        kept = KeptAnswers(path, file)
+        try:
+            yield kept
+        finally:
+            if not kept.is_needed:
+                path.unlink(missing_ok=True)
+
+
+def _entries(file: BinaryIO) -> Iterator[tuple[dict[str, Any], int]]:
+    """What the rest of the file holds, up to a line that is not whole, and the size of each in bytes."""
+    for line in file:
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            entry = None
+        if entry is None:
+            return
+        yield entry, len(line)
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def _differences(first: bytes, own: bytes) -> str:
+    """Names of what differs."""
+    try:
+        theirs, ours = json.loads(first), json.loads(own)
+    except ValueError:
+        theirs, ours = None, {}
+    if not isinstance(theirs, dict):
+        return "in no form that is known"
+    return f"{', '.join(name for name in ours if theirs.get(name) != ours[name])} differ"

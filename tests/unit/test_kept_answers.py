@@ -1,0 +1,71 @@
+"""The answers of a dataset that is being written outlive the process that asked for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdmesh.errors import ConfigError
+from kdmesh.kept_answers import kept_answers
+
+
+def test_answers_are_gone_on_with_and_become_the_dataset(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "a.jsonl"
+    with pytest.raises(RuntimeError), kept_answers(output) as kept:
+        kept.resume({"seed": 0})
+        kept.add([{"n": 1}, {"n": "\u2028ü"}], cut_off=0)
+        kept.add([], cut_off=2)
+        raise RuntimeError
+    part = output.with_name("a.jsonl.part")
+    with part.open("ab") as file:
+        file.write(b'{"rows": [{"n": 3}], "cut_o')
+    with kept_answers(output) as kept:
+        kept.resume({"seed": 0})
+        assert (kept.prompts, kept.written, kept.cut_off) == (2, 2, 2)
+        kept.add([{"n": 4}], cut_off=1)
+        kept.publish(output)
+    assert [json.loads(line)["n"] for line in output.read_text().split("\n")[:-1]] == [1, "\u2028ü", 4]
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_answers_to_something_else_are_neither_gone_on_with_nor_lost(tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    with kept_answers(output) as kept:
+        kept.resume({"seed": 0, "samples": 1})
+        kept.add([{"n": 1}], cut_off=0)
+    part = tmp_path / "a.jsonl.part"
+    before = part.read_bytes()
+    other = r"a\.jsonl\.part holds answers to something else \(seed differ\)"
+    with pytest.raises(ConfigError, match=other), kept_answers(output) as kept:
+        kept.resume({"seed": 1, "samples": 1})
+    assert part.read_bytes() == before
+    with pytest.raises(RuntimeError), kept_answers(output):
+        raise RuntimeError  # before it was asked whose they are
+    assert part.read_bytes() == before
+    part.write_text('{"messages": []}\n[]\n')
+    with pytest.raises(ConfigError, match="seed differ"), kept_answers(output) as kept:
+        kept.resume({"seed": 1})
+    part.write_text("oops\n")
+    with pytest.raises(ConfigError, match="in no form that is known"), kept_answers(output) as kept:
+        kept.resume({"seed": 1})
+    assert part.exists()
+
+
+def test_two_processes_never_write_the_same_answers(tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    with kept_answers(output), pytest.raises(ConfigError, match="another process is writing"), kept_answers(output):
+        pass
+
+
+def test_what_holds_no_answer_does_not_stay(tmp_path: Path) -> None:
+    with kept_answers(tmp_path / "a.jsonl") as kept:
+        kept.resume({"seed": 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write"), kept_answers(tmp_path / "file" / "a.jsonl"):
+        pass
