@@ -13,6 +13,7 @@ from kdmesh import check, cluster_commands, config, evaluation, harness, jobs, l
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.log import can_redraw
 from kdmesh.place import exit_when_stopped
 
 if TYPE_CHECKING:
@@ -311,7 +312,7 @@ def generate(
 def top(server: str, is_once: bool, as_json: bool, interval: float, access_file: Path | None) -> None:
     """Watch which jobs share a teacher or a rollout server, live: what each gets, waits for, holds and is refused.
 
-    q or Ctrl-C ends it. Where the output is no terminal it prints one table.
+    q or Ctrl-C ends it. Where the output is no terminal, or a dumb one, it prints one table.
 
     \b
     Example: kdmesh top --server 127.0.0.1:8051
@@ -319,7 +320,7 @@ def top(server: str, is_once: bool, as_json: bool, interval: float, access_file:
     from kdmesh import top as watching
 
     watched = watching.Server(server, _access(access_file))
-    if is_once or as_json or not sys.stdout.isatty():
+    if is_once or as_json or not can_redraw(sys.stdout):
         watching.once(watched, as_json=as_json)
     else:
         watching.live(watched, interval_s=interval)

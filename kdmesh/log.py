@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, TextIO
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # What every record carries; anything else on a record came from `extra`.
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+_DUMB = ("dumb", "unknown")  # rich's own list: it draws nothing live there, and says nothing of it
 _OURS = ("kdmesh", "kdmesh_teacher", "kdmesh_rollout", "kdmesh_trainer")
 
 
@@ -53,7 +55,7 @@ def console() -> Console:
 
 def can_redraw(stream: TextIO) -> bool:
     """Whether a line that is written to `stream` can be drawn again: it is a terminal, and no dumb one."""
-    return stream.isatty() and not console().is_dumb_terminal
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in _DUMB
 
 
 def is_urgent(line: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from kdmesh.demo.record import Record, read_record, teacher_wait_fraction, tokens_per_second
+from kdmesh.log import can_redraw
 
 _LOOK_S = 0.5
 _LINE_EVERY_S = 10.0
@@ -20,7 +22,7 @@ _LINE_EVERY_S = 10.0
 class Live:
     """Permanent lines, and below them one live line while a run is followed.
 
-    Where there is no terminal, the live line becomes a permanent one every ten seconds.
+    Where there is no terminal that can redraw a line, the live line becomes a permanent one every ten seconds.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,7 @@ class Live:
     def following(self, label: str, metrics: Path, *, steps: int) -> Iterator[None]:
         """Show what is written to `metrics` until the block ends."""
         ended = threading.Event()
-        show = self._on_one_line if self._console.is_terminal else self._line_by_line
+        show = self._on_one_line if can_redraw(sys.stderr) else self._line_by_line
         thread = threading.Thread(target=show, args=(label, metrics, steps, ended), daemon=True)
         thread.start()
         try:

@@ -90,6 +90,19 @@ def test_a_terminal_gets_the_same_event_for_a_person(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
+    ("is_terminal", "term", "can"),
+    [(True, "xterm", True), (True, "dumb", False), (True, "unknown", False), (False, "xterm", False)],
+)
+def test_a_line_is_drawn_again_only_where_that_shows(
+    is_terminal: bool, term: str, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setenv("TERM", term)
+    assert log.can_redraw(stream) is can
+
+
+@pytest.mark.parametrize(
     ("line", "is_urgent"),
     [
         ('{"level": "info", "event": "ready"}', False),

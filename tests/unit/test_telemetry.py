@@ -369,6 +369,18 @@ def test_tensorboard_is_written_by_default(tmp_path: Path) -> None:
     assert len(lines(tmp_path / "my-run")) == 1
 
 
+def test_progress_is_told_on_a_terminal_that_cannot_redraw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    caplog.set_level(logging.INFO, logger="kdmesh_trainer")
+    with telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict, imbalance=lambda: None) as record:
+        record.start(0)
+        record.report(0, stats())
+    assert "progress" in [entry.getMessage() for entry in caplog.records]
+
+
 @pytest.mark.parametrize("first_step", [0, 2])
 def test_tensorboard_hides_what_an_earlier_attempt_wrote(tmp_path: Path, first_step: int) -> None:
     cfg = config(tmp_path)

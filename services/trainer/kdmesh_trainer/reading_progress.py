@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kdmesh.log import console
+from kdmesh.log import can_redraw, console
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def reading_shown(name: str, *, size_bytes: int) -> Iterator[ShowReading]:
     """What shows how far dataset `name` of so many bytes is, as long as the context lasts; on rank 0 alone."""
     if not log.isEnabledFor(logging.INFO):
         yield lambda done_bytes, rows: None
-    elif sys.stderr.isatty():
+    elif can_redraw(sys.stderr):
         with _line(name, size_bytes) as show:
             yield show
     else:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdmesh.log import can_redraw
 from kdmesh.tracing.spans import span
 from kdmesh_trainer import config
 from kdmesh_trainer.files import append_line, keep_before
@@ -52,7 +53,7 @@ def open_telemetry(
     if rank != 0:
         yield SilentTelemetry()
         return
-    progress: Progress = TerminalProgress() if sys.stderr.isatty() else LogProgress(every_s=10.0)
+    progress: Progress = TerminalProgress() if can_redraw(sys.stderr) else LogProgress(every_s=10.0)
     metrics = Metrics(cfg.output.resolve().name, steps=cfg.steps)
     with ExitStack() as stack:
         server = None if cfg.metrics is None else stack.enter_context(serving(cfg.metrics, metrics.registry))
