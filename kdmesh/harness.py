@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from kdmesh.errors import ConfigError
+from kdmesh.outputs import make_writable
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
@@ -43,8 +44,11 @@ def lm_eval(
     \b
     Example: kdmesh lm-eval runs/distil --tasks hellaswag,arc_easy --limit 200
     """
+    directory = directory_of(model)
+    if output is not None:
+        make_writable(output)
     found = judge(
-        directory_of(model),
+        directory,
         tasks.split(","),
         include=include,
         num_fewshot=few_shot,
@@ -53,12 +57,12 @@ def lm_eval(
         device=device,
         apply_chat_template=chat,
     )
-    if output is not None:
-        output.write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
     from lm_eval.utils import make_table
 
     click.echo(make_table(found))
     click.echo(json.dumps({task: _numbers(metrics) for task, metrics in found["results"].items()}))
+    if output is not None:
+        _write(output, json.dumps(found, indent=1, default=str))
 
 
 def directory_of(model: Path) -> Path:
@@ -99,6 +103,13 @@ def judge(model: Path, tasks: list[str], *, include: Path | None, device: str, *
         **options,
     )
     return found
+
+
+def _write(output: Path, text: str) -> None:
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {error}") from None
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -36,6 +36,7 @@ LAYER = {
     "kdmesh.image_files": 1,
     "kdmesh.images": 1,
     "kdmesh.log": 1,
+    "kdmesh.outputs": 1,
     "kdmesh.tokens": 1,
     "kdmesh.tracing": 1,
     "kdmesh.unix_path": 1,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kdmesh import log
 from kdmesh.config import config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.outputs import make_writable
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
@@ -29,13 +30,17 @@ def main() -> int:
     try:
         cfg = load(TrainerConfig, arguments.config, arguments.set)
         log.configure("evaluate")
-        scores = _evaluate(cfg, arguments.output)
+        if arguments.output is not None:
+            make_writable(arguments.output)
+        scores, answers = _evaluate(cfg)
+        sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
+        if arguments.output is not None:
+            answers.write(arguments.output)
     except KdmeshError as error:
         sys.stderr.write(f"{error}\n")
         return _REFUSED
     except KeyboardInterrupt:
         return _INTERRUPTED
-    sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
     return 0
 
 
@@ -45,7 +50,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(cfg: TrainerConfig, output: Path | None) -> AnswerScores:
+class _Answers:
+    """What was answered to each question."""
+
+    def __init__(self) -> None:
+        self._questions: Sequence[Question] = ()
+        self._answered: Sequence[Answered] = ()
+
+    def keep(self, done: int, questions: Sequence[Question], answered: Sequence[Answered]) -> None:
+        """Take them."""
+        self._questions, self._answered = questions, answered
+
+    def write(self, path: Path) -> None:
+        """Raises CheckpointError."""
+        from kdmesh_trainer.questions.answer_files import write_answers
+
+        write_answers(path, self._questions, self._answered)
+
+
+def _evaluate(cfg: TrainerConfig) -> tuple[AnswerScores, _Answers]:
     # Not at the top: a bad configuration must not wait for torch.
     from kdmesh.tokens import tokenizer_fingerprint
     from kdmesh_trainer.build_evaluation import check_answerer, read_questions_of
@@ -53,14 +76,9 @@ def _evaluate(cfg: TrainerConfig, output: Path | None) -> AnswerScores:
     from kdmesh_trainer.build_vision import load_reader
     from kdmesh_trainer.devices import OwnDevices
     from kdmesh_trainer.mesh import joined
-    from kdmesh_trainer.questions.answer_files import write_answers
     from kdmesh_trainer.questions.examiner import Examiner, ServedWeights
     from kdmesh_trainer.sources.chat import read_template
     from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer, vocabulary_size
-
-    def keep(done: int, questions: Sequence[Question], answered: Sequence[Answered]) -> None:
-        if output is not None:
-            write_answers(output, questions, answered)
 
     tokenizer = load_fast_tokenizer(cfg.student.model)
     if cfg.data.chat_template is not None:
@@ -84,8 +102,9 @@ def _evaluate(cfg: TrainerConfig, output: Path | None) -> AnswerScores:
             vocabulary_size=vocabulary_size(tokenizer),
             reader=reader,
         )
-        examiner = Examiner(exam, pool, ServedWeights(), keep=keep, mesh=mesh, devices=OwnDevices())
-        return examiner.examine(done=0)
+        answers = _Answers()
+        examiner = Examiner(exam, pool, ServedWeights(), keep=answers.keep, mesh=mesh, devices=OwnDevices())
+        return examiner.examine(done=0), answers
 
 
 if __name__ == "__main__":

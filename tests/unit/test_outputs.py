@@ -1,0 +1,88 @@
+"""What a long command finds has a place before it begins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from kdmesh import cli, harness, log
+from kdmesh.errors import ConfigError
+from kdmesh.outputs import make_writable
+from kdmesh_trainer import evaluate_command
+
+
+@pytest.fixture
+def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's directory, a trainer's configuration, a file where a directory is wanted, and a directory `full`."""
+    monkeypatch.chdir(tmp_path)
+    Path("student").mkdir()
+    Path("full").mkdir()
+    Path("student/config.json").touch()
+    Path("train.jsonl").touch()
+    Path("train.yaml").write_text(
+        "output: run\nsteps: 10\nstudent: {model: student}\nteacher: {addresses: ['127.0.0.1:1']}\n"
+        "data: {train: {format: chat, path: train.jsonl}}\n"
+    )
+
+
+def test_lm_eval_makes_the_directory_of_its_output_and_tells_what_it_found_first(
+    at_hand: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"results": {"parity": {"acc": 0.5}}}
+    asked: list[Path] = []
+
+    def judge(model: Path, tasks: list[str], **options: object) -> dict[str, object]:
+        asked.append(model)
+        return found
+
+    monkeypatch.setattr(harness, "judge", judge)
+    tables = SimpleNamespace(make_table=lambda found: "a table")
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(utils=tables))
+    monkeypatch.setitem(sys.modules, "lm_eval.utils", tables)
+    result = CliRunner().invoke(
+        cli.main, ["lm-eval", "student", "--tasks", "parity", "--output", "train.jsonl/found.json"]
+    )
+    assert (result.exit_code, asked) == (2, [])
+    assert "cannot write train.jsonl/found.json" in result.output
+    result = CliRunner().invoke(cli.main, ["lm-eval", "student", "--tasks", "parity", "--output", "deep/er/found.json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("deep/er/found.json").read_text()) == found
+
+    def judge_until_the_disk_is_full(model: Path, tasks: list[str], **options: object) -> dict[str, object]:
+        Path("full").rmdir()
+        return found
+
+    monkeypatch.setattr(harness, "judge", judge_until_the_disk_is_full)
+    result = CliRunner().invoke(cli.main, ["lm-eval", "student", "--tasks", "parity", "--output", "full/found.json"])
+    assert result.exit_code == 2
+    assert "a table" in result.output
+    assert "cannot write full/found.json" in result.output
+
+
+def test_evaluate_refuses_an_output_that_cannot_be_written_before_it_asks(at_hand: None) -> None:
+    command = [sys.executable, "-m", "kdmesh_trainer.evaluate_command", "train.yaml", "--output"]
+    done = subprocess.run([*command, "train.jsonl/o.jsonl"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot write train.jsonl/o.jsonl" in done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate", "train.yaml", "--output", "deep/er/o.jsonl"])
+        patch.setattr(evaluate_command, "_evaluate", lambda cfg: pytest.fail(f"{Path('deep/er').is_dir()}"))
+        patch.setattr(log, "configure", lambda service: None)
+        with pytest.raises(pytest.fail.Exception, match="True"):
+            evaluate_command.main()
+
+
+def test_what_is_there_already_is_untouched(tmp_path: Path) -> None:
+    for name in ("found.json", "found.json.part"):
+        (tmp_path / name).write_text("mine")
+    make_writable(tmp_path / "found.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "found.json.part"]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"}
+    with pytest.raises(ConfigError, match="cannot write"):
+        make_writable(tmp_path)
