@@ -14,6 +14,7 @@ from pathlib import Path
 from kdmesh.errors import ConfigError
 
 _PREFIX = "kdmesh-broker-"
+_UNLOCKED_PREFIX = "kdmesh-new-broker-"  # nobody takes one for abandoned
 _LOCK = "lock"  # held for as long as the server lives, however it dies
 
 
@@ -41,12 +42,12 @@ def runtime_dir(configured: Path | None) -> Iterator[RuntimeDir]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            directory = _make(configured)
-            stack.callback(directory.remove)
             if configured is None:
-                (directory.path / _LOCK).touch()
-                stack.enter_context(_locked(directory.path / _LOCK))
+                directory = _private(stack)
                 _remove_abandoned(directory.path.parent)
+            else:
+                directory = _make(configured)
+                stack.callback(directory.remove)
         except OSError as error:
             place = configured or tempfile.gettempdir()
             raise ConfigError(f"cannot make the runtime directory {place}: {error}") from None
@@ -70,9 +71,19 @@ def _remove_abandoned(parent: Path) -> None:
                     shutil.rmtree(lock.parent)
 
 
-def _make(configured: Path | None) -> RuntimeDir:
-    if configured is None:
-        return RuntimeDir(Path(tempfile.mkdtemp(prefix=_PREFIX)), is_ours=True)
+def _private(stack: contextlib.ExitStack) -> RuntimeDir:
+    """A new one, removed when `stack` ends. It gets its name when it is locked: before that it would look abandoned."""
+    unlocked = Path(tempfile.mkdtemp(prefix=_UNLOCKED_PREFIX))
+    directory = RuntimeDir(unlocked.with_name(unlocked.name.replace(_UNLOCKED_PREFIX, _PREFIX)), is_ours=True)
+    stack.callback(shutil.rmtree, unlocked, ignore_errors=True)
+    stack.callback(directory.remove)
+    (unlocked / _LOCK).touch()
+    stack.enter_context(_locked(unlocked / _LOCK))
+    unlocked.rename(directory.path)
+    return directory
+
+
+def _make(configured: Path) -> RuntimeDir:
     if configured.is_dir():
         return RuntimeDir(configured, is_ours=False)
     configured.mkdir(mode=0o700, parents=True)

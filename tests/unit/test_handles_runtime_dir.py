@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import fcntl
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -45,6 +47,21 @@ def test_next_server_removes_what_a_killed_one_left_but_not_what_a_living_one_us
         with runtime_dir(None) as directory:
             assert set(tmp_path.iterdir()) == {used, directory.path}
         living.communicate("\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_starts_is_not_taken_for_a_killed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = fcntl.flock
+
+    def lock_when_another_has_started(file: IO[str], operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        with runtime_dir(None):
+            pass
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_when_another_has_started)
+    with runtime_dir(None) as directory:
+        assert list(tmp_path.iterdir()) == [directory.path]
     assert list(tmp_path.iterdir()) == []
 
 
