@@ -70,7 +70,7 @@ def main() -> None:
     Train against it  kdmesh train examples/train.yaml
     Both at once      kdmesh train examples/train.yaml --serve examples/teacher.yaml
     Tokenise first    kdmesh tokenize examples/train-blend.yaml
-    Prefill it first  kdmesh precompute examples/train.yaml
+    Prefill it first  kdmesh precompute examples/train.yaml --set 'teacher.addresses=["127.0.0.1:50051"]'
     Write a dataset   kdmesh generate --rollout 127.0.0.1:50061 --model path/to/model
     Grade its answers kdmesh evaluate examples/train-evaluate.yaml --rollout 127.0.0.1:50061
     Judge a model     kdmesh lm-eval runs/my-student --tasks hellaswag
@@ -130,12 +130,12 @@ def train(
 def precompute(config: Path, overrides: tuple[str, ...], partial: bool) -> None:
     """Have the teachers of the trainer in CONFIG keep its rows, so that the training needs no prefill.
 
-    Says first how much that is and how long it takes. Each teacher needs a `cache` in its own configuration that
-    can hold it. Ctrl-C stops; the same command goes on, and asks only for what is missing. Exit code 0 when all is
-    kept, 1 when the teacher could not keep all of it.
+    Says first how much that is and how long it takes. Each teacher must run, with a `cache` in its configuration
+    that can hold it, as in examples/teacher-cached.yaml. Ctrl-C stops; the same command goes on, and asks only for
+    what is missing. Exit code 0 when all is kept, 1 when the teacher could not keep all of it.
 
     \b
-    Example: kdmesh precompute examples/train.yaml
+    Example: kdmesh precompute examples/train.yaml --set 'teacher.addresses=["127.0.0.1:50051"]'
     """
     loaded = check.load_any(config, overrides)
     if check.kind(loaded) != "trainer":
@@ -336,9 +336,7 @@ def top(server: str, is_once: bool, as_json: bool, interval: float, access_file:
 @click.option(
     "--cache",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path(".cache"),
-    show_default=True,
-    help="Directory that keeps the trained teacher for the next demo.",
+    help="Directory that keeps the trained teacher for the next demo.  [default: .cache]",
 )
 @click.option("--fresh", is_flag=True, help="Train the students again; the cached teacher is used.")
 @click.option("--brief", is_flag=True, help="Tiny models and eight steps: shows that all works, and nothing else.")
@@ -349,7 +347,9 @@ def top(server: str, is_once: bool, as_json: bool, interval: float, access_file:
     type=click.Path(path_type=Path, file_okay=False),
     help="Only make the demo's teacher, student and chats in this directory, for servers and jobs of your own.",
 )
-def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_policy: bool, into: Path | None) -> None:
+def demo(
+    output: Path | None, cache: Path | None, fresh: bool, brief: bool, is_on_policy: bool, into: Path | None
+) -> None:
     """Distil a small model on this machine, from nothing, in a few minutes on two CPU cores.
 
     Makes chats of this machine's Python standard library, trains a small teacher on them, serves it, and trains two
@@ -364,8 +364,11 @@ def demo(output: Path | None, cache: Path, fresh: bool, brief: bool, is_on_polic
 
     chosen = plan.BRIEF if brief else plan.STANDARD
     if into is not None:
+        if output or cache or fresh or is_on_policy:
+            raise ConfigError("--make goes with --brief alone: all that is made lies in its directory")
         ingredients.make(chosen, into)
         return
+    cache = cache or Path(".cache")
     if is_on_policy:
         sampled = on_policy.tell(chosen, output=output or Path("runs/demo-on-policy"), cache=cache, fresh=fresh)
         table.print_on_policy(sampled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from kdmesh.demo.live import Live
 from kdmesh.demo.on_policy import warm_up
 from kdmesh.demo.plan import Plan
 from kdmesh.demo.stage import opened
@@ -22,6 +23,7 @@ def make(plan: Plan, into: Path) -> None:
         Stopped: a signal came; the same call continues.
     """
     if (into / DATA).exists():
+        Live().say(f"{into} is there already, and is kept; remove it to have it made anew")
         return
     with opened(plan, output=into / "making", cache=into / "making" / "cache", fresh=False) as stage:
         stage.train_teacher()
