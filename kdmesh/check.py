@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from kdmesh import config
 from kdmesh.auth.config import AccessConfig
@@ -75,10 +76,20 @@ def missing(cfg: ServiceConfig) -> list[str]:
     return [*models, *_guards(cfg.server), *_files("jobs", {"file": cfg.jobs.file})]
 
 
-def refuse_missing(cfg: ServiceConfig, *, source: Path) -> None:
-    """Raises ConfigError with every line of `missing`."""
-    lines = missing(cfg)
-    if lines:
+def missing_to_plan(cfg: ServiceConfig) -> list[str]:
+    """As `missing`, of what says how large a model is: neither its weights nor any data."""
+    if isinstance(cfg, TrainerConfig):
+        model = cfg.student.model
+        return [*_model("student.model", model, needs_weights=False), *_tokenizer("student.model", model)]
+    engine = cfg.engine
+    if isinstance(engine, TeacherFake | RolloutFake):
+        return []
+    return list(_model("engine.model", engine.model, needs_weights=False))
+
+
+def refuse_missing(cfg: ServiceConfig, *, source: Path, looks: Callable[[ServiceConfig], list[str]] = missing) -> None:
+    """Raises ConfigError with every line that `looks` finds."""
+    if lines := looks(cfg):
         count = "1 thing is" if len(lines) == 1 else f"{len(lines)} things are"
         raise ConfigError("\n".join([f"{source}: {count} missing", *(f"  {line}" for line in lines)]))
 
@@ -188,8 +199,12 @@ def _model(key: str, path: Path, *, needs_weights: bool = True) -> Iterator[str]
         yield f"{key}: there is no directory {path} (models are not downloaded; give a Hugging Face model directory)"
     elif not (path / "config.json").is_file():
         yield f"{key}: {path} is not a Hugging Face model directory: it has no config.json"
-    elif needs_weights and not any(path.glob("*.safetensors")):
+    elif needs_weights and not (files := sorted(path.glob("*.safetensors"))):
         yield f"{key}: {path} has no weights (*.safetensors)"
+    elif needs_weights:
+        for file in files:
+            if _weight_table(file) is None:
+                yield f"{key}: {file} is not a safetensors file (a git-lfs pointer? run `git lfs pull`)"
 
 
 def _adapter(key: str, targets: str | Sequence[str], model: Path) -> Iterator[str]:
@@ -207,10 +222,21 @@ def _adapter(key: str, targets: str | Sequence[str], model: Path) -> Iterator[st
 
 def _matrices(file: Path) -> Iterator[str]:
     """Names of the two-dimensional tensors in a safetensors file, from its table alone."""
+    table = _weight_table(file) or {}
+    yield from (name for name, entry in table.items() if name != "__metadata__" and len(entry["shape"]) == 2)
+
+
+def _weight_table(file: Path) -> dict[str, Any] | None:
+    """What a safetensors file begins with: its size in bytes, then the table itself; None when it does not."""
     with file.open("rb") as stream:
         size_bytes = int.from_bytes(stream.read(8), "little")
-        table = json.loads(stream.read(size_bytes) or b"{}")
-    yield from (name for name, entry in table.items() if name != "__metadata__" and len(entry["shape"]) == 2)
+        if size_bytes > file.stat().st_size:
+            return None
+        try:
+            table = json.loads(stream.read(size_bytes) or b"{}")
+        except ValueError:
+            return None
+    return table if isinstance(table, dict) else None
 
 
 def _images(cfg: TrainerConfig) -> Iterator[str]:

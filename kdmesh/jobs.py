@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,15 +15,18 @@ from kdmesh import check, config, local
 from kdmesh.errors import ConfigError
 from kdmesh.log import is_urgent
 from kdmesh.place import Place, exit_when_stopped, place, ranks_per_node
+from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.objective_config import Distill
+from kdmesh_trainer.panel_config import TEACHER_NAME
 
 # Loading a large model takes minutes; a server that cannot says so at once by exiting.
 _SERVER_READY_S = 1800.0
 # Beyond the requests it may finish, the time that unloading takes.
 _SERVER_GRACE_S = 10.0
+_NAMED = re.compile(rf"(?P<name>{TEACHER_NAME})=(?P<file>.+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +47,19 @@ def teachers_to_serve(wanted: Sequence[str]) -> dict[Service, Path]:
     """The teachers that `--serve FILE`, or several of `--serve NAME=FILE`, ask for. Raises ConfigError."""
     serve: dict[Service, Path] = {}
     for text in wanted:
-        name, equals, file = text.rpartition("=")
+        name, file = named_file(text)
         key = f"teachers.{name}.addresses"
-        service = replace(TEACHER, name=f"teacher-{name}", addresses=key) if equals else TEACHER
+        service = replace(TEACHER, name=f"teacher-{name}", addresses=key) if name else TEACHER
         if service in serve:
             raise ConfigError(f"--serve {text}: there is a server for {service.addresses} already")
-        serve[service] = Path(file)
+        serve[service] = file
     return serve
+
+
+def named_file(text: str) -> tuple[str, Path]:
+    """Name and file of `NAME=FILE`, or no name and the file: a path may hold an equals sign, too."""
+    found = _NAMED.fullmatch(text)
+    return ("", Path(text)) if found is None else (found["name"], Path(found["file"]))
 
 
 def rollout_to_serve(path: Path, overrides: Sequence[str]) -> Service:
@@ -85,6 +95,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     if here is not None and serve:
         raise ConfigError(f"--serve starts a server on each machine, so it does not go with a job of {here.nodes}")
     servers = {service: _checked_server(service, file) for service, file in serve.items()}
+    _refuse_same_port([(serve[service], server.server) for service, server in servers.items()])
     later = [override for service in serve for override in served(service, "later:0")]
     cfg = _checked_trainer(path, [*overrides, *later])
     for server in servers.values():
@@ -217,6 +228,23 @@ def _checked_server(service: Service, path: Path) -> TeacherConfig | RolloutConf
     cfg = config.load(service.config, path)
     check.refuse_missing(cfg, source=path)
     return cfg
+
+
+def _refuse_same_port(servers: Sequence[tuple[Path, ListenConfig]]) -> None:
+    """Of two servers that want one port, the second would say so only when the first has loaded its model."""
+    taken: dict[int, tuple[Path, str]] = {}
+    for file, listen in servers:
+        for key in ("port", "rest_port"):
+            port = getattr(listen, key)
+            if key not in listen.model_fields_set or port == 0:
+                continue
+            if port in taken:
+                other, taken_by = taken[port]
+                raise ConfigError(
+                    f"server.{taken_by} of {other} and server.{key} of {file} are both {port}: leave them out, and any "
+                    "free port is taken, or give each its own"
+                )
+            taken[port] = file, key
 
 
 def _refuse_unfit_teacher(cfg: TrainerConfig, teacher: TeacherConfig | RolloutConfig) -> None:

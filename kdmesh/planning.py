@@ -10,8 +10,10 @@ from pathlib import Path
 import click
 
 from kdmesh import check, jobs
+from kdmesh.config import load
 from kdmesh.errors import ConfigError
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
+from kdmesh_trainer.config import TrainerConfig
 
 _MIB = 2**20
 
@@ -44,12 +46,15 @@ def plan(
     \b
     Example: kdmesh plan examples/train.yaml --serve examples/teacher.yaml
     """
+    trainer = load(TrainerConfig, config, overrides)
+    check.refuse_missing(trainer, source=config, looks=check.missing_to_plan)
     servers = []
     for text in teacher_configs:
-        name, _, file = text.rpartition("=")
-        teacher = check.load_any(Path(file))
+        name, file = jobs.named_file(text)
+        teacher = check.load_any(file)
         if not isinstance(teacher, TeacherConfig) or isinstance(teacher.engine, FakeEngine):
             raise ConfigError(f"--serve {text}: {file} does not configure a teacher with a model")
+        check.refuse_missing(teacher, source=file, looks=check.missing_to_plan)
         servers.append(
             {
                 "name": name,

@@ -52,3 +52,18 @@ def test_what_cannot_be_planned_for_is_said_in_a_sentence(config: Path, tmp_path
     fake.write_text("engine: {kind: fake}\n", encoding="utf-8")
     assert "does not configure a teacher with a model" in plan(config, "--serve", str(fake), code=2)
     assert "steps" in plan(config, "--set", "steps=0", code=2)
+    absent = tmp_path / "absent.yaml"
+    absent.write_text("engine: {kind: transformers, model: models/absent}\n", encoding="utf-8")
+    assert "engine.model: there is no directory models/absent" in plan(config, "--serve", str(absent), code=2)
+    assert "student.model: there is no directory gone" in plan(config, "--set", "student.model=gone", code=2)
+
+
+def test_a_model_is_planned_for_without_its_weights_and_data(
+    config: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_models.path("qwen3", seed=1).iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    plan(config, "--set", f"student.model={bare}", "--set", "data.train.path=absent.jsonl")

@@ -164,6 +164,21 @@ def test_distilling_without_a_teacher_says_how_to_get_one(good: Path) -> None:
     assert "--serve" in result.output
 
 
+@pytest.mark.parametrize("command", [("check", "train.yaml"), ("check", "teacher.yaml"), ("train", "train.yaml")])
+def test_a_weight_file_that_was_never_fetched_is_told(good: Path, command: tuple[str, str]) -> None:
+    model = "teacher" if command[1] == "teacher.yaml" else "student"
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134\n"
+    (Path(model) / "model.safetensors").write_text(pointer)
+    adapters = [] if model == "teacher" else jobs.set_arguments(["student.lora={target_modules: [q_proj]}"])
+    result = run(*command, *adapters)
+    assert result.exit_code == 2
+    assert (
+        f"{model}/model.safetensors is not a safetensors file (a git-lfs pointer? run `git lfs pull`)" in result.output
+    )
+    (Path(model) / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"oops")
+    assert "is not a safetensors file" in run(*command, *adapters).output
+
+
 def test_a_served_teacher_is_checked_too(good: Path) -> None:
     Path("teacher.yaml").write_text("engine: {kind: transformers, model: nowhere}\n")
     result = run("train", "train.yaml", "--serve", "teacher.yaml")
@@ -184,6 +199,25 @@ def test_of_several_teachers_each_is_served_by_its_name(good: Path) -> None:
     assert "--serve maths=TEACHER.YAML" in result.output
     result = run("train", "train.yaml", "--serve", "code=teacher.yaml", "--serve", "code=teacher.yaml")
     assert "there is a server for teachers.code.addresses already" in result.output
+
+
+def test_a_path_with_an_equals_sign_is_no_name(good: Path) -> None:
+    assert jobs.named_file("sweep/lr=1e-4/teacher.yaml") == ("", Path("sweep/lr=1e-4/teacher.yaml"))
+    assert jobs.named_file("code=sweep/lr=1e-4/teacher.yaml") == ("code", Path("sweep/lr=1e-4/teacher.yaml"))
+    (served,) = jobs.teachers_to_serve(("sweep/lr=1e-4/teacher.yaml",))
+    assert served.addresses == "teacher.addresses"
+
+
+def test_servers_that_want_one_port_are_refused_before_one_starts(good: Path) -> None:
+    several = jobs.set_arguments(["teacher=null", "teachers={code: {}, maths: {}}", "data.teacher_column=who"])
+    serve = ("--serve", "code=teacher.yaml", "--serve", "maths=other.yaml")
+    text = Path("teacher.yaml").read_text()
+    Path("teacher.yaml").write_text(text + "server: {rest_port: 8051}\n")
+    Path("other.yaml").write_text(text + "server: {port: 8051}\n")
+    result = run("train", "train.yaml", *serve, *several)
+    assert result.exit_code == 2
+    assert "server.rest_port of teacher.yaml and server.port of other.yaml are both 8051" in result.output
+    assert not Path("run").exists()
 
 
 SAMPLED = ["source={kind: on_policy, rollouts: {addresses: []}}", "data.max_tokens=512", "batch.max_tokens=1024"]

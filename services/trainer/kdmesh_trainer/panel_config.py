@@ -12,7 +12,10 @@ from kdmesh_trainer.objective_config import Distill
 if TYPE_CHECKING:
     from kdmesh_trainer.config import TrainerConfig
 
-TeacherName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+TEACHER_NAME = "[A-Za-z0-9_-]+"
+"""What a teacher's name may be, as a regular expression."""
+
+TeacherName = Annotated[str, StringConstraints(pattern=f"^{TEACHER_NAME}$")]
 """Of a teacher among several; also in the data and in the names of figures."""
 
 
