@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
+from kdmesh.models.attention import PACKED_ATTENTION
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.quiet import quiet
@@ -53,12 +56,9 @@ def load_causal_lm(
             packed sequences; the message names the path and the rule.
     """
     check_model_directory(path, needs_weights=weights == "pretrained")
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            model = _read(path, config, dtype) if weights == "pretrained" else _initialise(config, dtype)
-        except _LOAD_ERRORS as error:
-            raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    with _refusing(path, "loaded"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model = _read(path, config, dtype) if weights == "pretrained" else _initialise(config, dtype)
     model = model.to(device).eval()
     check_packing(model)
     check_head(model)
@@ -72,12 +72,21 @@ def empty_causal_lm(path: Path) -> PreTrainedModel:
         ConfigError: the directory is not a model that transformers builds.
     """
     check_model_directory(path, needs_weights=False)
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            return _initialise(config, torch.float32, moves=False).eval()
-        except _LOAD_ERRORS as error:
-            raise ConfigError(f"{path} cannot be built: {type(error).__name__}: {error}") from error
+    with _refusing(path, "built"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return _initialise(config, torch.float32, moves=False).eval()
+
+
+@contextmanager
+def _refusing(path: Path, done: str) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except _LOAD_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyError) and PACKED_ATTENTION in error.args:  # looked up in a table of its own
+            reason = "its model type knows its own attentions alone, and packed attention is none of them"
+        raise ConfigError(f"{path} cannot be {done}: {reason}") from error
 
 
 def _read(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:

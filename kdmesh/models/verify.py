@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,8 +18,11 @@ from kdmesh.models.head import output_head
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.packing import PackedTokens, pack
+from kdmesh.models.positions import stated_limit
 from kdmesh.models.vision import attention_of
 from kdmesh.types import TokenSequence
+
+_WINDOW = 3  # tokens; less than the sequences that are compared have
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -34,7 +38,8 @@ def check_packing(model: PreTrainedModel) -> None:
     """Compares two short sequences in one packed row with each alone under transformers' own attention.
 
     Refuses what ignores our attention, keeps a state between tokens, attends to the
-    future, or needs a feature that packed attention lacks. Costs three short forwards.
+    future, or needs a feature that packed attention lacks. Costs three short forwards; with sliding windows six, as
+    none is longer than those.
 
     Raises:
         ConfigError: naming the model type and the error found.
@@ -42,15 +47,26 @@ def check_packing(model: PreTrainedModel) -> None:
     other = set(_layer_types(model)) - _LAYER_TYPES
     if other:
         raise _refusal(model, f"it has layers of type {sorted(other)}; known are {sorted(_LAYER_TYPES)}")
+    _check_alone_and_together(model, "two sequences in one row and each alone give hidden states")
+    with _short_windows(model) as windows:
+        if windows:
+            what = f"with sliding windows of {_WINDOW} tokens in place of {', '.join(map(str, sorted(windows)))}, "
+            _check_alone_and_together(model, f"{what}two sequences in one row and each alone give hidden states")
+
+
+def _check_alone_and_together(model: PreTrainedModel, what: str) -> None:
     sequences = _probe_sequences(model)
     try:
         with torch.no_grad():
             together_TD = hidden_states_TD(model, pack(sequences).to(model.device))
             with _own_attention(model):
                 alone_TD = torch.cat([_own_hidden_TD(model, pack([s]).to(model.device)) for s in sequences])
+    except ConfigError as error:
+        raise _refusal(model, str(error)) from error
     except _FAILURES as error:
-        raise _refusal(model, f"{type(error).__name__}: {error}") from error
-    _check_close(model, together_TD, alone_TD, "two sequences in one row and each alone give hidden states")
+        reason = f"its code does not run with packed attention ({type(error).__name__}: {error})"
+        raise _refusal(model, reason) from error
+    _check_close(model, together_TD, alone_TD, what)
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -124,6 +140,26 @@ def _own_image_hidden_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor
     )
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[set[int]]:
+    """Sliding windows of _WINDOW tokens, as long as it lasts; those of the model that its sequences can be longer than.
+
+    Some layers take theirs from the configuration, and some have it themselves.
+    """
+    config = model.config.get_text_config()
+    longest = stated_limit(config) or sys.maxsize
+    held = [(module, vars(module).get("sliding_window")) for module in model.modules()]
+    held.append((config, getattr(config, "sliding_window", None)))
+    long = [(holder, window) for holder, window in held if type(window) is int and _WINDOW < window < longest]
+    for holder, _ in long:
+        holder.sliding_window = _WINDOW
+    try:
+        yield {window for _, window in long}
+    finally:
+        for holder, window in long:
+            holder.sliding_window = window
 
 
 def _layer_types(model: PreTrainedModel) -> list[str]:

@@ -181,6 +181,14 @@ def test_a_model_whose_sequences_see_each_other_is_refused(tiny_models: TinyMode
         ("stablelm", {}, "packed_lengths"),  # passes nothing on to its attention
         ("mamba", {}, "linear_attention"),
         ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 64}, "chunked_attention"),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "code does not run with packed attention .Attr"),
+        (
+            "modernbert-decoder",
+            {"pad_token_id": 0, "bos_token_id": 1},
+            "does not run with packed attention .TypeError",
+        ),
+        # Masks alone know the window, of which packed attention has none.
+        ("phimoe", {"num_local_experts": 4, "sliding_window": 16}, "windows of 3 tokens in place of 16, .* apart"),
     ],
 )
 def test_an_unsupported_architecture_is_refused_by_name(
@@ -189,6 +197,29 @@ def test_an_unsupported_architecture_is_refused_by_name(
     monkeypatch.setitem(FAMILIES, family, config)
     with pytest.raises(ConfigError, match=f"model type {family} of .*{reason}"):
         load_causal_lm(tiny_models.path(family, tokenizer=False), "auto", CPU)
+
+
+def test_a_model_that_takes_no_other_attention_is_refused(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]})
+    with pytest.raises(ConfigError, match=r"gpt_neo.* cannot be loaded: its model type knows its own attentions alone"):
+        load_causal_lm(tiny_models.path("gpt_neo", tokenizer=False), "auto", CPU)
+
+
+@pytest.mark.parametrize("window", [None, 256])
+def test_a_window_that_no_sequence_is_longer_than_does_not_matter(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    monkeypatch.setitem(FAMILIES, "phimoe", {"num_local_experts": 4})
+    model = load_causal_lm(tiny_models.path("phimoe", sliding_window=window, tokenizer=False), "auto", CPU)
+    assert model.config.sliding_window == window
+
+
+def test_loading_leaves_windows_as_they_are(tiny_models: TinyModels) -> None:
+    model = load_causal_lm(tiny_models.path("gemma3_text"), "auto", CPU)
+    assert model.config.sliding_window == 8
+    assert {vars(module).get("sliding_window") for module in model.modules()} - {None} == {8}
 
 
 def test_a_model_whose_attention_drops_out_in_training_is_refused_with_the_key(
