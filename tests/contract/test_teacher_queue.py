@@ -14,6 +14,7 @@ from kdmesh import errors
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
 from kdmesh.types import TokenSequence
+from kdmesh_teacher.engine import PrefillJob
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
 
@@ -70,22 +71,22 @@ async def test_sessions_take_turns(tmp_path: Path) -> None:
         teacher.client(job="few") as few,
     ):
         held = await hold_engine(teacher, few)
-        finished: list[str] = []
+        computed: list[int] = []
+        prefill = teacher.engine.prefill
 
-        async def note(name: str, client: TeacherClient) -> None:
-            await client.prefill([sequence(18)], Deadline.after(10))
-            finished.append(name)
+        def noted(jobs: Sequence[PrefillJob]) -> None:
+            computed.extend(job.num_rows for job in jobs)
+            prefill(jobs)
 
-        async with asyncio.TaskGroup() as asking:
-            for _ in range(6):
-                asking.create_task(note("many", many))
-            await until_waiting(teacher, 6)
-            for _ in range(2):
-                asking.create_task(note("few", few))
-            await until_waiting(teacher, 8)
-            teacher.engine.let_go()
-        await held
-        assert max(index for index, name in enumerate(finished) if name == "few") <= 4
+        teacher.engine.prefill = noted  # type: ignore[method-assign]
+        asked = [ask(many, [sequence(18)]) for _ in range(6)]
+        await until_waiting(teacher, 6)
+        asked += [ask(few, [sequence(17)]) for _ in range(2)]
+        await until_waiting(teacher, 8)
+        teacher.engine.let_go()
+        await asyncio.gather(held, *asked)
+        assert sorted(computed) == [16, 16, *[17] * 6]
+        assert max(index for index, rows in enumerate(computed) if rows == 16) <= 4
 
 
 async def test_full_queue_refuses_with_a_wait_that_was_measured(tmp_path: Path) -> None:
