@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -93,3 +94,14 @@ def test_images_give_the_textbook_gradient_on_one_rank_and_on_two(
             for name, value in wanted.items():
                 error = (actual[name] - value).norm() / value.norm()
                 assert error < 1e-4, f"{ranks} ranks, frozen {freeze_vision}: {name} is off by {error}"
+
+
+@pytest.mark.parametrize(("num_images", "freeze_vision"), [(0, False), (0, True), (3, False), (3, True)])
+def test_a_tower_that_sees_nothing_is_frozen(
+    tiny_vision: TinyVisionModels, num_images: int, freeze_vision: bool
+) -> None:
+    path = tiny_vision.path(seed=1)
+    lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
+    build_packer(lm, reader_of(path), num_images, freeze_vision=freeze_vision)
+    trained = {parameter.requires_grad for parameter in lm.base_model.visual.parameters()}
+    assert trained == {num_images > 0 and not freeze_vision}

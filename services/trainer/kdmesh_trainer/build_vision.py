@@ -50,10 +50,11 @@ def build_packer(lm: PreTrainedModel, reader: ImageReader | None, num_images: in
     """
     if reader is None:
         return Packer(lm, None)
-    if freeze_vision or not num_images:  # without images it has no gradient, and an optimizer no state for it
+    is_frozen = freeze_vision or not num_images  # without images it has no gradient, and an optimizer no state for it
+    if is_frozen:
         for parameter in lm.base_model.visual.parameters():
             parameter.requires_grad_(False)
     if num_images:
         check_images(lm, reader)
-    log.info("student reads images", extra={"images": num_images, "vision_is_frozen": freeze_vision})
+    log.info("student reads images", extra={"images": num_images, "vision_is_frozen": is_frozen})
     return Packer(lm, reader, always_sees=num_images > 0)
