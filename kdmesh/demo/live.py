@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from kdmesh.counting import clock
 from kdmesh.demo.record import Record, read_record, teacher_wait_fraction, tokens_per_second
 from kdmesh.log import can_redraw
 
@@ -31,8 +32,7 @@ class Live:
 
     def say(self, text: str) -> None:
         """A permanent line, after the time since the beginning. Rich markup."""
-        minutes, seconds = divmod(int(time.monotonic() - self._begun_s), 60)
-        self._console.print(f"[dim]{minutes}:{seconds:02d}[/]  {text}")
+        self._console.print(f"[dim]{clock(int(time.monotonic() - self._begun_s))}[/]  {text}")
 
     @contextmanager
     def following(self, label: str, metrics: Path, *, steps: int) -> Iterator[None]:
@@ -81,6 +81,5 @@ def figures(record: Record, *, steps: int) -> str:
         parts.append(f"teacher wait {teacher_wait_fraction(recent):.0%}")
     if len(recent) > 1:
         pace_s = (recent[-1].time - recent[0].time) / (len(recent) - 1)
-        minutes, seconds = divmod(round(pace_s * (steps - record.done)), 60)
-        parts.append(f"{minutes}:{seconds:02d} left")
+        parts.append(f"{clock(pace_s * (steps - record.done))} left")
     return "   ".join(parts)

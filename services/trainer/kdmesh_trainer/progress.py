@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from kdmesh.counting import clock
 from kdmesh.log import console
 
 log = logging.getLogger(__name__)
@@ -103,11 +104,10 @@ class TerminalProgress:
 
     def show(self, reading: Reading) -> None:
         """Redraw the line."""
-        minutes, seconds = divmod(round(self._pace.eta_s(reading.done)), 60)
         figures = (
             f"loss [bold]{reading.loss_nats_per_token:.4f}[/]   {reading.tokens_per_second:,.0f} tokens/s   "
             f"teacher wait {reading.teacher_wait_fraction:.0%}   {_sampling(reading)}"
-            f"bounded by {reading.bounded_by}   {minutes}:{seconds:02d} left"
+            f"bounded by {reading.bounded_by}   {clock(self._pace.eta_s(reading.done))} left"
         )
         self._line.update(self._task, completed=reading.done, figures=figures)
 

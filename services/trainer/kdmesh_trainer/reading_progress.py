@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from kdmesh.counting import clock
 from kdmesh.log import can_redraw, console
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,7 @@ def _line(name: str, size_bytes: int) -> Iterator[ShowReading]:
 
         def show(done_bytes: int, rows: int) -> None:
             rows_per_second, eta_s = pace.of(done_bytes, rows)
-            minutes, seconds = divmod(round(eta_s), 60)
-            figures = f"[bold]{rows:,}[/] rows   {rows_per_second:,.0f} rows/s   {minutes}:{seconds:02d} left"
+            figures = f"[bold]{rows:,}[/] rows   {rows_per_second:,.0f} rows/s   {clock(eta_s)} left"
             line.update(task, completed=done_bytes, figures=figures)
 
         yield show
