@@ -1,4 +1,6 @@
-"""Step time and memory of two ranks that train on two long sequences: one each, or both together half of each.
+"""Step time and memory of two ranks that train on two rows of tokens: one each, or both together half of each.
+
+A row is one long sequence or several short ones; together, ranks exchange heads or keys.
 
 The trainer's own student, sharding, exchange and loss, on two gloo ranks of this machine with one thread each. Weights
 are small, so that memory is activations. A figure is of the rank that needs more.
@@ -15,6 +17,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from benchmarks.measure import finish, table
 from benchmarks.ranks import RANKS, on_ranks, save_student, tell
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.body import load_causal_lm
+from kdmesh.models.context import Exchange
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student, begin_micro_batch, shard
@@ -32,53 +36,64 @@ from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 _VOCABULARY, _TEACHER_SIZE = 4000, 256
+_WAYS: dict[str, tuple[int, Exchange]] = {"alone": (1, "heads"), "heads": (2, "heads"), "keys": (2, "keys")}
+_SEQUENCES = (1, 9)  # of a row
 _MIB = 2**20
 
 
 def main() -> int:
-    """Measure both ways in turn, print a table and one JSON line."""
+    """Measure all ways in turn, print a table and one JSON line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.context_parallel", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=4096, help="of each of the two sequences")
+    parser.add_argument("--tokens", type=int, default=4096, help="of each of the two rows")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)  # what one rank is told, as JSON
     arguments = parser.parse_args()
     if arguments.rank is not None:
         with joined("cpu", longest_wait_s=600, context=arguments.rank["context"]) as mesh:
-            figures = _measure(mesh, Path(arguments.rank["model"]), arguments.tokens, arguments.steps)
+            figures = _measure(mesh, arguments.rank, arguments.tokens, arguments.steps)
         tell(figures)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as directory:
         save_student(Path(directory), vocabulary=_VOCABULARY)
-        found = {context: _of_ranks(context, directory, arguments) for context in (1, 2)}
-    rows = [[name, f"{one['step_s']:.2f}", f"{one['beyond_bytes'] / _MIB:,.0f}"] for name, one in found.items()]
-    table(["parallel.context", "median step, s", "most bytes beyond those between steps, MiB"], rows)
-    figures = {f"context_{context}": each for context, each in found.items()}
+        found = {(count, way): _of_ranks(way, count, directory, arguments) for count in _SEQUENCES for way in _WAYS}
+    rows = [
+        [str(count), way, f"{one['step_s']:.2f}", f"{one['beyond_bytes'] / _MIB:,.0f}"]
+        for (count, way), one in found.items()
+    ]
+    table(["sequences of a row", "ranks", "median step, s", "most bytes beyond those between steps, MiB"], rows)
+    figures = {f"{way}_{count}": each for (count, way), each in found.items()}
     finish("context_parallel", {"tokens": arguments.tokens, "load_before": load, **figures})
     return 0
 
 
-def _of_ranks(context: int, model: str, arguments: argparse.Namespace) -> dict[str, float]:
+def _of_ranks(way: str, count: int, model: str, arguments: argparse.Namespace) -> dict[str, float]:
     """The larger figure of both ranks."""
-    told = json.dumps({"context": context, "model": model})
+    context, exchange = _WAYS[way]
+    told = json.dumps({"context": context, "exchange": exchange, "sequences": count, "model": model})
     numbers = ["--tokens", str(arguments.tokens), "--steps", str(arguments.steps), "--rank", told]
     answers = on_ranks("benchmarks.context_parallel", numbers)
     return {name: max(answer[name] for answer in answers) for name in answers[0]}
 
 
-def _measure(mesh: Mesh, model: Path, tokens: int, steps: int) -> dict[str, float]:
+def _measure(mesh: Mesh, told: dict[str, Any], tokens: int, steps: int) -> dict[str, float]:
     """Of this rank: seconds of a step, and the most bytes in one beyond those that it holds between steps."""
     torch.manual_seed(0)  # the same weights on both ranks
     student = Student(
-        load_causal_lm(model, torch.float32, torch.device("cpu"), weights="random"),
+        load_causal_lm(Path(told["model"]), torch.float32, torch.device("cpu"), weights="random"),
         vocabulary_size=_VOCABULARY,
         context=mesh.context,
+        exchange=told["exchange"],
     )
     shard(student, mesh.device_mesh, compute_dtype=torch.float32)
     optimizer = build_adamw(student, OptimizerConfig())
     drawn = np.random.default_rng(0).integers(0, _VOCABULARY, (RANKS, tokens)).astype(np.int32)
-    positions = np.arange(tokens - 1, dtype=np.int32)
-    sequences = [TokenSequence(token_ids=row, positions=positions) for row in drawn]
-    mine = sequences[mesh.data_group :: mesh.num_data_groups]  # each is a micro-batch
+    # Of lengths such that slices end within sequences.
+    rows = [np.array_split(row, told["sequences"]) for row in drawn]
+    packed = [
+        [TokenSequence(token_ids=part, positions=np.arange(len(part) - 1, dtype=np.int32)) for part in row]
+        for row in rows
+    ]
+    mine = packed[mesh.data_group :: mesh.num_data_groups]  # each is a micro-batch
     head = OutputHead(weight_VD=torch.randn(_VOCABULARY, _TEACHER_SIZE))
 
     def row_loss(hidden_RD: Tensor, student_head: OutputHead, labels_R: Tensor) -> FusedLoss:
@@ -87,9 +102,9 @@ def _measure(mesh: Mesh, model: Path, tokens: int, steps: int) -> dict[str, floa
 
     def step() -> None:
         student.train()
-        for n, sequence in enumerate(mine):
+        for n, sequences in enumerate(mine):
             begin_micro_batch(student, is_last=n == len(mine) - 1)
-            (student(student.pack([sequence]), row_loss).loss_sum / tokens).backward()
+            (student(student.pack(sequences), row_loss).loss_sum / tokens).backward()
         clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PretrainedConfig
 
 from kdmesh.errors import ConfigError
@@ -36,6 +38,7 @@ def packed_attention(
     softcap: float | None = None,
     packed_lengths: tuple[int, ...] | None = None,
     packed_starts: Tensor | None = None,
+    packed_before: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, for one row of sequences of `packed_lengths` tokens.
@@ -43,8 +46,8 @@ def packed_attention(
     Args:
         module: the attention layer; its sliding_window counts when the call names none.
         query: [1, heads, T, head dim].
-        key: [1, key heads, T, head dim]; key heads divides heads.
-        value: [1, key heads, T, value dim].
+        key: [1, key heads, packed_before + T, head dim]; key heads divides heads.
+        value: [1, key heads, packed_before + T, value dim].
         attention_mask: None; there is no padding, and no [T, T] mask is ever made.
         dropout: 0.
         scaling: factor on the scores; None is 1 / sqrt(head dim).
@@ -52,6 +55,7 @@ def packed_attention(
         packed_lengths: tokens of each sequence; their sum is T.
         packed_starts: PackedTokens.starts on the same device, for one call of FlashAttention over all sequences, where
             `varlen_refusal` is None; None takes each sequence by itself.
+        packed_before: keys of the first sequence that precede its first query; those of others begin with them.
         **kwargs: `sliding_window`; what else transformers passes has no effect here.
 
     Returns:
@@ -69,11 +73,14 @@ def packed_attention(
     window = window_of(module, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed_starts is not None:
-        return _varlen(query, key, value, packed_starts, max(packed_lengths), scale=scale, window=window), None
+        longest = max(packed_lengths[0] + packed_before, *packed_lengths)
+        return _varlen(query, key, value, packed_starts, packed_before, longest, scale=scale, window=window), None
     # Split along an axis whose parts are contiguous in [1, T, heads, dim], so that joining outputs and
     # gradients copies whole rows. One split has one backward; slices would each fill a [T] of zeros.
     lengths = list(packed_lengths)
-    queries, keys, values = (torch.split(states.transpose(1, 2), lengths, dim=1) for states in (query, key, value))
+    key_lengths = [packed_before + lengths[0], *lengths[1:]]
+    queries = torch.split(query.transpose(1, 2), lengths, dim=1)
+    keys, values = (torch.split(states.transpose(1, 2), key_lengths, dim=1) for states in (key, value))
     outputs = [
         _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, window, softcap).transpose(1, 2)
         for q, k, v in zip(queries, keys, values, strict=True)
@@ -116,14 +123,24 @@ def _name(module: nn.Module) -> str:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, *, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    before: int,
+    longest: int,
+    *,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
-    """All sequences in one call, [1, T, heads, dim]."""
+    """All sequences in one call, [1, T, heads, dim]; no sequence has more than `longest` keys."""
     from torch.nn.attention.varlen import varlen_attn  # not at the top: it registers operators, which few need
 
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     # The window of FlashAttention counts the tokens before a query, without itself; -1 are all of them.
-    before = -1 if window is None else window - 1
+    seen = -1 if window is None else window - 1
+    # A sequence's last query is at its last key, also where it has more keys than queries.
+    key_starts = torch.cat([starts[:1], starts[1:] + before]) if before else starts
     shared: dict[str, Any] = {}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         shared["enable_gqa"] = True
@@ -134,11 +151,11 @@ def _varlen(
         keys,
         values,
         starts,
-        starts,
+        key_starts,
         longest,
         longest,
         scale=scale,
-        window_size=(before, 0),
+        window_size=(seen, 0),
         **shared,
     )
     assert isinstance(output, Tensor)  # nothing else was asked for
@@ -148,30 +165,33 @@ def _varlen(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention of one sequence, [1, heads, L, dim]."""
+    """Causal attention of the last L tokens of one sequence, [1, heads, L, dim]."""
     length = query.shape[2]
-    if softcap is None and (window is None or window >= length):
+    before = key.shape[2] - length
+    if softcap is None and not before and (window is None or window >= length):
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    # Masks are kept for the backward pass. Those that end within a sequence may be as long as it, and are made again.
+    attend = partial(checkpoint, _attend_block, use_reentrant=False) if before else _attend_block
     return torch.cat(
         [
-            _attend_block(
+            attend(
                 query[:, :, start:stop],
-                key[:, :, first:stop],
-                value[:, :, first:stop],
-                _visible(start - first, stop - start, window, query.device),
+                key[:, :, first : before + stop],
+                value[:, :, first : before + stop],
+                window,
                 scale,
                 softcap,
             )
-            for start, stop, first in _blocks(length, window)
+            for start, stop, first in _blocks(length, before, window)
         ],
         dim=2,
     )
 
 
-def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
+def _blocks(length: int, before: int, window: int | None) -> Iterator[tuple[int, int, int]]:
     """(first query, one past the last query, first key that any of them sees) of each block."""
     for start in range(0, length, _BLOCK):
-        yield start, min(start + _BLOCK, length), 0 if window is None else max(0, start - window + 1)
+        yield start, min(start + _BLOCK, length), 0 if window is None else max(0, before + start - window + 1)
 
 
 def _visible(offset: int, num_queries: int, window: int | None, device: torch.device) -> Tensor:
@@ -181,9 +201,10 @@ def _visible(offset: int, num_queries: int, window: int | None, device: torch.de
 
 
 def _attend_block(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """Attention of some queries to all keys they see, [1, heads, queries, dim]."""
+    """Attention of the last queries to all keys that one of them sees, [1, heads, queries, dim]."""
+    visible = _visible(key.shape[2] - query.shape[2], query.shape[2], window, query.device)
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
     _, key_heads, num_keys, _ = key.shape

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Exchange: TypeAlias = Literal["heads", "keys"]
+"""What ranks exchange so that each attends over whole sequences, see context_attention.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,6 +33,18 @@ class ContextGroup:
         received: Tensor = _Exchange.apply(parts, self.group)  # type: ignore[no-untyped-call]
         return received
 
+    def send_last(self, rows_TX: Tensor, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Hand the last `sent[p]` rows to rank p, the same ones to several; what came to this rank, by rank.
+
+        Carries gradients, which go the other way, and are summed in float32 where several come.
+
+        Args:
+            rows_TX: as wide on every rank.
+            received: rows that each rank hands to this one, as it knows as well.
+        """
+        others: Tensor = _SendLast.apply(rows_TX, tuple(sent), tuple(received), self.group)  # type: ignore[no-untyped-call]
+        return others
+
     def move_rows(self, rows_RX: Tensor, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Hand the first `sent[0]` rows to rank 0, the next `sent[1]` to rank 1; what came to this one, by rank.
 
@@ -37,12 +52,10 @@ class ContextGroup:
             rows_RX: of any type, as wide on every rank; carries no gradient.
             received: rows that each rank hands to this one, as it knows as well.
         """
-        width, dtype = rows_RX.shape[1], rows_RX.dtype
+        dtype = rows_RX.dtype
         # As bytes, because not every backend knows every type.
         own = rows_RX.contiguous().view(torch.uint8)
-        others = own.new_empty(sum(received), width * dtype.itemsize)
-        dist.all_to_all_single(others, own, list(received), list(sent), group=self.group)
-        return others.view(dtype)
+        return _move(own, sent, received, self.group).view(dtype)
 
     def tell(self, values: Sequence[int]) -> list[list[int]]:
         """The numbers of every rank, by rank; each tells as many. On the CPU: it never waits for a GPU."""
@@ -65,6 +78,34 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None]:
         """What came of the gradients, by rank."""
         return _all_to_all(gradients, ctx.group), None
+
+
+class _SendLast(torch.autograd.Function):
+    """The last rows to each rank; the gradient of a row is the sum of what comes from those who got it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_TX: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: dist.ProcessGroup
+    ) -> Tensor:
+        """What came, by rank."""
+        ctx.sent, ctx.received, ctx.group, ctx.num_rows = sent, received, group, len(rows_TX)
+        return _move(torch.cat([rows_TX[len(rows_TX) - count :] for count in sent]), sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """What came of the gradients, in the rows' places."""
+        came = _move(gradients.contiguous(), ctx.received, ctx.sent, ctx.group)
+        wide = torch.promote_types(came.dtype, torch.float32)
+        total_TX = came.new_zeros(ctx.num_rows, came.shape[1], dtype=wide)
+        for part in torch.split(came, list(ctx.sent)):
+            total_TX[ctx.num_rows - len(part) :] += part
+        return total_TX.to(came.dtype), None, None, None
+
+
+def _move(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    others = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(others, rows, list(received), list(sent), group=group)
+    return others
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:

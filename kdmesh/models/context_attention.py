@@ -1,8 +1,11 @@
 """Packed attention for a row whose tokens lie in slices on several ranks.
 
-Each rank gets all tokens of its share of the heads, attends, and hands the outputs back to whoever holds the tokens.
+By heads, each rank gets all tokens of its share of the heads, attends, and hands the outputs back to whoever holds the
+tokens. By keys, each rank attends for its own tokens, with the keys and values that ranks before it hold of the
+sequence in whose midst its slice begins.
 
-Source: DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509.
+Sources: DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509, for heads. Llama 3, Grattafiori et al. 2024,
+arXiv:2407.21783, section 3.3.2, for keys; it gathers those of the whole row.
 """
 
 from __future__ import annotations
@@ -15,13 +18,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.attention import packed_attention
-from kdmesh.models.context import ContextGroup
+from kdmesh.models.attention import packed_attention, window_of
+from kdmesh.models.context import ContextGroup, Exchange
+from kdmesh.models.packing import slices_of
 
-CONTEXT_ATTENTION = "kdmesh_context"
 
-
-def context_attention(
+def attention_by_heads(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -39,13 +41,12 @@ def context_attention(
 
     Args:
         context: who holds the row; it divides the heads. Key heads that it does not divide are repeated.
-        **kwargs: `packed_lengths` are those of the whole row, over all slices.
+        **kwargs: `packed_lengths` and `packed_starts` are those of the whole row, over all slices.
 
     Raises:
         ConfigError: the model cannot be run this way.
     """
-    if context is None:
-        raise ConfigError(f"{type(module).__name__} was not told who holds the other tokens of the row")
+    context = _told(module, context)
     heads, key_heads = query.shape[1], key.shape[1]
     if heads % context.size:
         raise ConfigError(f"{type(module).__name__} has {heads} heads, which {context.size} ranks cannot share equally")
@@ -58,9 +59,60 @@ def context_attention(
     return _all_heads(context, outputs), None
 
 
-def use_context_attention(model: PreTrainedModel) -> None:
+def attention_by_keys(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    context: ContextGroup | None = None,
+    packed_lengths: tuple[int, ...] = (),
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; arguments and result as for packed_attention, of this rank's slice of T.
+
+    Collective of the context group, as is its backward pass.
+
+    Args:
+        context: who holds the row.
+        packed_lengths: those of the whole row, over all slices.
+        **kwargs: `packed_starts` are those of the sequences in this rank's slice.
+
+    Raises:
+        ConfigError: the model cannot be run this way.
+    """
+    context = _told(module, context)
+    slices, window = slices_of(packed_lengths, context.size), window_of(module, kwargs)
+    seen = [each.before if window is None else min(each.before, window - 1) for each in slices]
+    if any(seen):
+        key, value = _with_seen(context, seen, key, value)
+    return packed_attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout,
+        scaling,
+        softcap,
+        packed_lengths=slices[context.place].lengths,
+        packed_before=seen[context.place],
+        **kwargs,
+    )
+
+
+def use_context_attention(model: PreTrainedModel, exchange: Exchange) -> None:
     """Let every forward of `model` be told a `context`, in place."""
-    model.set_attn_implementation(CONTEXT_ATTENTION)
+    model.set_attn_implementation(_NAMES[exchange])
+
+
+def _told(module: nn.Module, context: ContextGroup | None) -> ContextGroup:
+    if context is None:
+        raise ConfigError(f"{type(module).__name__} was not told who holds the other tokens of the row")
+    return context
 
 
 def _all_tokens(context: ContextGroup, *states: Tensor) -> list[Tensor]:
@@ -82,5 +134,33 @@ def _all_heads(context: ContextGroup, outputs: Tensor) -> Tensor:
     return received.transpose(0, 1).reshape(1, -1, context.size * heads, dim)
 
 
-# No mask function is registered under this name: transformers then makes no mask at all.
-AttentionInterface.register(CONTEXT_ATTENTION, context_attention)
+def _with_seen(context: ContextGroup, seen: list[int], *states: Tensor) -> list[Tensor]:
+    """[1, heads, seen + T / size, dim] of each [1, heads, T / size, dim]: with the tokens before this rank's slice.
+
+    Args:
+        seen: how many tokens each rank sees of those before its slice.
+    """
+    own_TX = torch.cat([each[0].transpose(0, 1).flatten(1) for each in states], dim=1)
+    length = len(own_TX)
+
+    def sent(place: int, to: int) -> int:
+        """Of the slice at `place` those that the one at `to`, which begins `to - place - 1` slices later, sees."""
+        return max(0, min(length, seen[to] - (to - place - 1) * length)) if place < to else 0
+
+    ranks = range(context.size)
+    before_SX = context.send_last(
+        own_TX,
+        sent=[sent(context.place, to) for to in ranks],
+        received=[sent(place, context.place) for place in ranks],
+    )
+    parts = torch.split(torch.cat([before_SX, own_TX]), [each.shape[1] * each.shape[3] for each in states], dim=1)
+    return [
+        part.view(len(part), each.shape[1], each.shape[3]).transpose(0, 1)[None]
+        for part, each in zip(parts, states, strict=True)
+    ]
+
+
+# No mask function is registered under these names: transformers then makes no mask at all.
+_NAMES: dict[Exchange, str] = {"heads": "kdmesh_by_heads", "keys": "kdmesh_by_keys"}
+AttentionInterface.register(_NAMES["heads"], attention_by_heads)
+AttentionInterface.register(_NAMES["keys"], attention_by_keys)

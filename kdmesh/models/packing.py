@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ class PackedTokens:
     rows_R: Tensor  # [R] int64, strictly increasing indices into T
     labels_R: Tensor  # [R] int64, the token that each row predicts
     images: PackedImages | None = None  # None: it is all text
-    starts: Tensor | None = None  # [sequences + 1] int32, where each begins in T, and T; None: nobody asked for them
+    starts: Tensor | None = None  # [sequences + 1] int32, see with_starts; None: nobody asked for them
 
     @property
     def num_tokens(self) -> int:
@@ -51,9 +53,14 @@ class PackedTokens:
         """R."""
         return len(self.rows_R)
 
-    def with_starts(self) -> PackedTokens:
-        """The same with `starts`, so that attention takes all sequences in one call. Before `to`."""
-        return replace(self, starts=torch.from_numpy(np.cumsum((0, *self.lengths), dtype=np.int32)))
+    def with_starts(self, lengths: tuple[int, ...] | None = None) -> PackedTokens:
+        """The same with `starts`, so that attention takes all sequences in one call. Before `to`.
+
+        Args:
+            lengths: of the sequences of such a call, of which `starts` tells where each begins, and where the last one
+                ends; None: `self.lengths`.
+        """
+        return replace(self, starts=torch.from_numpy(np.cumsum((0, *(lengths or self.lengths)), dtype=np.int32)))
 
     def to(self, device: torch.device) -> PackedTokens:
         """The same tokens on `device`; a GPU is not waited for."""
@@ -108,6 +115,28 @@ def slice_bounds(num_tokens: int, size: int) -> range:
     """Where each of `size` equal slices of a row begins, and where the last one ends, which may be beyond the row."""
     length = -(-num_tokens // size)
     return range(0, length * size + 1, length)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What one of several equal slices of a row has of its sequences."""
+
+    lengths: tuple[int, ...]  # its tokens of each sequence that it has some of, in order
+    before: int  # tokens of the first of them that lie in slices before it
+
+
+@lru_cache(maxsize=64)  # every layer of a forward and a backward pass asks
+def slices_of(lengths: tuple[int, ...], size: int) -> tuple[Slice, ...]:
+    """All slices of a row of sequences of `lengths` tokens, whose sum `size` divides."""
+    ends = np.cumsum(lengths)
+    bounds = range(0, int(ends[-1]) + 1, int(ends[-1]) // size)
+    slices = []
+    for begin, end in pairwise(bounds):
+        first, last = (int(n) for n in np.searchsorted(ends, (begin, end - 1), side="right"))
+        edges = [begin, *(int(edge) for edge in ends[first:last]), end]
+        own = tuple(later - earlier for earlier, later in pairwise(edges))
+        slices.append(Slice(lengths=own, before=begin - int(ends[first]) + lengths[first]))
+    return tuple(slices)
 
 
 def blank() -> PackedTokens:

@@ -155,18 +155,19 @@ def test_a_step_waits_for_nothing_until_its_figures_are_read(
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("before", [0, 30])
 @pytest.mark.parametrize("window", [None, 5])
-def test_one_call_for_all_sequences_attends_as_each_alone(gpu: torch.device, window: int | None) -> None:
+def test_one_call_for_all_sequences_attends_as_each_alone(gpu: torch.device, window: int | None, before: int) -> None:
     lengths = (40, 1, 23)
     generator = torch.Generator().manual_seed(1)
 
-    def states(heads: int) -> Tensor:
-        whole = torch.randn(1, heads, sum(lengths), 64, generator=generator).to(gpu, torch.bfloat16)
+    def states(heads: int, length: int) -> Tensor:
+        whole = torch.randn(1, heads, length, 64, generator=generator).to(gpu, torch.bfloat16)
         return whole.requires_grad_()
 
-    inputs = states(8), states(2), states(2)
+    inputs = states(8, sum(lengths)), states(2, before + sum(lengths)), states(2, before + sum(lengths))
     starts = torch.tensor([0, 40, 41, 64], dtype=torch.int32, device=gpu)
-    settings = {"sliding_window": window, "packed_lengths": lengths}
+    settings = {"sliding_window": window, "packed_lengths": lengths, "packed_before": before}
     upstream = torch.randn(1, sum(lengths), 8, 64, generator=generator).to(gpu, torch.bfloat16)
     each, together = (
         packed_attention(torch.nn.Identity(), *inputs, None, packed_starts=told, **settings)[0]

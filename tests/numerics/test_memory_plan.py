@@ -108,6 +108,18 @@ def test_ranks_that_hold_a_micro_batch_together_share_its_activations_and_all_sh
     assert halved.phases["forward"]["loss"] < 0.6 * found.phases["forward"]["loss"]
 
 
+def test_keys_of_a_sequence_that_begins_on_another_rank_are_counted(tmp_path: Path) -> None:
+    model = saved(tmp_path, TINY, is_tied=True)
+    whole, quarters = (
+        plan(replace(job(model, 300, lengths), ranks=4, context=4, exchange="keys")).phases["forward"]["activations"]
+        for lengths in ([1024], [256] * 4)
+    )
+    text = AutoConfig.from_pretrained(model)
+    keys_and_values = 2 * text.num_key_value_heads * text.head_dim * 768 * 4 * text.num_hidden_layers
+    # Where attention is computed again, its outputs are not kept.
+    assert 0.5 * keys_and_values < whole - quarters <= keys_and_values
+
+
 def test_layers_of_which_inputs_alone_are_kept_take_little_until_the_backward_pass(tmp_path: Path) -> None:
     model = saved(tmp_path, {**TINY, "num_hidden_layers": 8}, is_tied=True)
     kept, half, none = (

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,23 @@ def test_another_sequence_changes_no_bit() -> None:
     assert torch.equal(before[:, 5:], after[:, 5:])
 
 
+@pytest.mark.parametrize("formula", [None, "varlen"])
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("lengths", [(17,), (17, 2, 5)])
+def test_queries_after_the_first_keys_see_those_too(
+    lengths: tuple[int, ...], window: int | None, formula: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_the_formula)
+    monkeypatch.setattr("kdmesh.models.attention._BLOCK", 4)
+    query, key, value = states(sum(lengths))
+    before, own = 6, (lengths[0] - 6, *lengths[1:])
+    starts = None if formula is None else torch.tensor([0, *np.cumsum(own)], dtype=torch.int32)
+    told = {"sliding_window": window, "packed_lengths": own, "packed_starts": starts, "packed_before": before}
+    actual, _ = packed_attention(nn.Identity(), query[:, :, before:], key, value, None, **told)
+    expected = dense(query, key, value, lengths, DIM**-0.5, window, None)[:, before:]
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     inputs = states(4)
     with pytest.raises(ConfigError, match="packed_lengths"):
@@ -124,15 +142,21 @@ def by_the_formula(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> Tensor:
-    """What torch documents of varlen_attn, which itself runs on GPUs alone."""
-    assert torch.equal(cu_seq_q, cu_seq_k) and cu_seq_q.dtype == torch.int32
-    lengths = tuple(cu_seq_q.diff().tolist())
+    """What torch documents of varlen_attn, which itself runs on GPUs alone.
+
+    The last query of a sequence is at its last key, which is FlashAttention's rule since 2.1.
+    """
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    ahead = len(key) - len(query)
+    assert torch.equal(cu_seq_k[1:], cu_seq_q[1:] + ahead)
+    lengths = tuple(cu_seq_k.diff().tolist())
     assert (max_q, max_k, enable_gqa) == (max(lengths), max(lengths), True)
     before, after = window_size
     assert after == 0
     window = None if before == -1 else before + 1
-    states = (part.transpose(0, 1)[None] for part in (query, key, value))
-    return dense(*states, lengths, scale, window, None)[0]
+    whole = torch.cat([query.new_zeros(ahead, *query.shape[1:]), query])
+    states = (part.transpose(0, 1)[None] for part in (whole, key, value))
+    return dense(*states, lengths, scale, window, None)[0, ahead:]
 
 
 def by_the_formula_of_2_11(

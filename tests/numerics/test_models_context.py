@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
+from kdmesh.models.context import Exchange
 from kdmesh.models.context_attention import use_context_attention
 from kdmesh.models.packing import PackedTokens, pack, slice_bounds, slice_of
 from kdmesh_trainer.mesh import Mesh
@@ -41,7 +42,7 @@ def run(lm: PreTrainedModel, packed: PackedTokens, weights_TD: Tensor, **told: A
     return hidden_TD.detach(), [parameter.grad for parameter in lm.get_decoder().parameters()]
 
 
-def errors(mesh: Mesh, *, models: dict[str, str], dtype: str) -> dict[str, list[float]]:
+def errors(mesh: Mesh, *, models: dict[str, str], dtype: str, exchange: Exchange) -> dict[str, list[float]]:
     """Relative errors by model, of the hidden states and of the gradient's worst tensor."""
     context = mesh.context
     assert context is not None
@@ -54,7 +55,7 @@ def errors(mesh: Mesh, *, models: dict[str, str], dtype: str) -> dict[str, list[
         weights_TD = torch.randn(end * context.size, lm.config.hidden_size, generator=torch.Generator().manual_seed(1))
         weights_TD[packed.num_tokens :] = 0
         whole_TD, whole = run(lm, packed, weights_TD[: packed.num_tokens])
-        use_context_attention(lm)
+        use_context_attention(lm, exchange)
         part_TD, parts = run(lm, part, weights_TD[begin:end], packed_lengths=part.lengths, context=context)
         for gradient in parts:
             dist.all_reduce(gradient)
@@ -65,18 +66,22 @@ def errors(mesh: Mesh, *, models: dict[str, str], dtype: str) -> dict[str, list[
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "tolerance"),
+    ("exchange", "size", "dtype", "tolerance"),
     [
-        (2, "float64", 1e-10),
-        pytest.param(2, "bfloat16", 0.1, marks=pytest.mark.slow),
-        pytest.param(4, "float64", 1e-10, marks=pytest.mark.slow),
+        ("heads", 2, "float64", 1e-10),
+        ("keys", 3, "float64", 1e-10),  # of 4 heads
+        pytest.param("heads", 2, "bfloat16", 0.1, marks=pytest.mark.slow),
+        pytest.param("keys", 2, "bfloat16", 0.1, marks=pytest.mark.slow),
+        pytest.param("heads", 4, "float64", 1e-10, marks=pytest.mark.slow),
+        pytest.param("keys", 5, "float64", 1e-10, marks=pytest.mark.slow),
     ],
 )
 def test_slices_have_the_hidden_states_and_the_gradient_of_the_whole_row(
-    tiny_models: TinyModels, size: int, dtype: str, tolerance: float
+    tiny_models: TinyModels, exchange: Exchange, size: int, dtype: str, tolerance: float
 ) -> None:
     models = {name: str(tiny_models.path(family, **told)) for name, (family, told) in MODELS.items()}
-    for found in run_ranks(f"{HERE}:errors", ranks=size, context=size, models=models, dtype=dtype):
+    told = {"models": models, "dtype": dtype, "exchange": exchange}
+    for found in run_ranks(f"{HERE}:errors", ranks=size, context=size, **told):
         assert found.keys() == models.keys()
         for name, worst in found.items():
             # gemma2's norms compute in float32, whatever the model does.

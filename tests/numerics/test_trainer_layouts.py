@@ -138,7 +138,12 @@ def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
 
 @pytest.mark.parametrize(
     ("ranks", "context"),
-    [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)],
+    [
+        (2, 2),
+        (3, 3),  # of 4 heads, so that they exchange keys
+        pytest.param(4, 2, marks=pytest.mark.slow),
+        pytest.param(4, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_that_hold_each_row_together_have_the_textbook_loss_and_gradient(
     tiny_models: TinyModels, tmp_path: Path, ranks: int, context: int

@@ -62,8 +62,15 @@ def test_a_student_in_copies_or_on_the_host_goes_on_exactly_after_sigkill(
         (4, 2, {"is_dual_space": True}),
         (4, 2, {"shard_ranks": 2, "offloads": True}),
         (2, 2, {"lora": {"rank": 3, "alpha": 12}}),
+        (3, 3, {"checkpointed_every": 1}),
     ],
-    ids=["two", "two of four, in two spaces", "two of four, which hold two copies", "two, with adapters"],
+    ids=[
+        "two",
+        "two of four, in two spaces",
+        "two of four, which hold two copies",
+        "two, with adapters",
+        "three, which cannot share four heads, and keep inputs alone",
+    ],
 )
 def test_ranks_that_hold_rows_together_continue_exactly_and_as_one_rank_would(
     arguments: dict[str, Any], tmp_path: Path, ranks: int, context: int, told: dict[str, Any]

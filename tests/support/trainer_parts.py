@@ -30,7 +30,7 @@ from kdmesh_trainer.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.objective import Distillation, Objective
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.parallel_config import Gather
+from kdmesh_trainer.parallel_config import Gather, ParallelConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.row_queue import RowService
@@ -157,7 +157,15 @@ def build_student(
                 device=torch.device("cpu"),
             )
         )
-    student = Student(lm, vocabulary_size=vocabulary_size, adapter=adapter, algorithm=algorithm, context=mesh.context)
+    parallel = ParallelConfig(context=1 if mesh.context is None else mesh.context.size)
+    student = Student(
+        lm,
+        vocabulary_size=vocabulary_size,
+        adapter=adapter,
+        algorithm=algorithm,
+        context=mesh.context,
+        exchange=parallel.exchange(lm.config.num_attention_heads),
+    )
     if is_compiled:
         compile_layers(lm)
     if checkpointed_every is not None:

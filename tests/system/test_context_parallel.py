@@ -122,7 +122,8 @@ def test_samples_of_all_ranks_are_trained_on_together(
 def test_heads_that_ranks_cannot_share_are_refused_before_anything_loads(
     story: Story, materials: Materials, processes: Processes, tmp_path: Path
 ) -> None:
-    job = Job(processes, tmp_path / "refused", materials.plain, story.teacher.address, parallel={"context": 3})
+    parallel = {"context": 3, "context_exchange": "heads"}
+    job = Job(processes, tmp_path / "refused", materials.plain, story.teacher.address, parallel=parallel)
     refused = job.start_ranks(3)
     assert refused.exit_code() != 0
     assert any("parallel.context is 3" in line and "has 4 attention heads" in line for line in refused.words())

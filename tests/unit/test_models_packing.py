@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdmesh.models.packing import blank, pack, slice_of
+from kdmesh.models.packing import Slice, blank, pack, slice_of, slices_of
 from kdmesh.types import TokenSequence
 from tests.support.sequences import random_sequences
 
@@ -67,3 +67,15 @@ def test_slices_are_equal_and_together_the_row(lengths: list[int], size: int) ->
     rows = [part.rows_R + place * part.num_tokens for place, part in enumerate(slices)]
     assert torch.cat(rows).tolist() == packed.rows_R.tolist()
     assert all(0 <= row < part.num_tokens for part in slices for row in part.rows_R.tolist())
+
+
+def test_slices_know_their_part_of_each_sequence_and_what_is_before_it() -> None:
+    assert slices_of((9, 30, 2, 17, 5), 3) == (Slice((9, 12), 0), Slice((18, 2, 1), 12), Slice((16, 5), 1))
+    assert slices_of((4, 4), 2) == (Slice((4,), 0), Slice((4,), 0))
+    assert slices_of((12,), 4) == tuple(Slice((3,), before) for before in (0, 3, 6, 9))
+
+
+def test_starts_of_a_slice_are_those_of_what_it_has() -> None:
+    starts = pack(random_sequences([3, 2, 5], vocabulary_size=50)).with_starts((2, 3)).starts
+    assert starts is not None
+    assert starts.tolist() == [0, 2, 5]

@@ -11,12 +11,13 @@ from kdmesh.errors import ConfigError
 from kdmesh_trainer.build_context import refuse_unfit_student
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.parallel_config import ParallelConfig
 from tests.support.tiny_models import TinyModels
 from tests.support.tiny_vision import TinyVisionModels
 from tests.support.trainer_ranks import run_ranks
 
 
-def config_of(student: Path, *, context: int) -> TrainerConfig:
+def config_of(student: Path, *, context: int, context_exchange: str = "auto") -> TrainerConfig:
     return TrainerConfig.model_validate(
         {
             "output": "run",
@@ -24,7 +25,7 @@ def config_of(student: Path, *, context: int) -> TrainerConfig:
             "teacher": {"addresses": ["127.0.0.1:1"]},
             "data": {"train": {"format": "chat", "path": "train.jsonl"}},
             "steps": 1,
-            "parallel": {"context": context},
+            "parallel": {"context": context, "context_exchange": context_exchange},
         }
     )
 
@@ -32,7 +33,7 @@ def config_of(student: Path, *, context: int) -> TrainerConfig:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({}, "parallel.context is 3 and .* has 4 attention heads; it must divide them"),
+        ({}, "parallel.context is 3 and .* has 4 attention heads; it must divide them, or .*context_exchange be keys"),
         (
             {"num_attention_heads": 6, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rotary positions of type dynamic, which depend on the longest sequence",
@@ -45,7 +46,14 @@ def test_a_student_that_ranks_cannot_hold_together_is_refused(
     student = tiny_models.path("qwen3", **overrides)
     refuse_unfit_student(config_of(student, context=1))
     with pytest.raises(ConfigError, match=words):
-        refuse_unfit_student(config_of(student, context=3))
+        refuse_unfit_student(config_of(student, context=3, context_exchange="heads"))
+
+
+def test_ranks_that_cannot_share_heads_exchange_keys(tiny_models: TinyModels) -> None:
+    for context, heads, exchange in ((2, 14, "heads"), (8, 14, "keys"), (7, 14, "heads")):
+        assert ParallelConfig(context=context).exchange(heads) == exchange
+    assert ParallelConfig(context=2, context_exchange="keys").exchange(14) == "keys"
+    refuse_unfit_student(config_of(tiny_models.path("qwen3"), context=3))
 
 
 def test_a_student_that_reads_images_is_refused(tiny_vision: TinyVisionModels) -> None:

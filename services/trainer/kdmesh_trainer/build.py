@@ -124,6 +124,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             packer=packer,
             is_varlen=is_varlen(cfg.student, lm.config, mesh.device),
             context=mesh.context,
+            exchange=cfg.parallel.exchange(lm.config.get_text_config().num_attention_heads),
         )
         spread(student, cfg.student, mesh, cfg.parallel)
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers

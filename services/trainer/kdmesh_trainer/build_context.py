@@ -12,7 +12,7 @@ from kdmesh_trainer.config import TrainerConfig
 
 
 def refuse_unfit_student(cfg: TrainerConfig) -> None:
-    """Return where every rank has rows of tokens of its own, or the student's attention can be shared by heads.
+    """Return where every rank has rows of tokens of its own, or several can share the student's attention.
 
     Raises:
         ConfigError: naming the numbers, or what the student has.
@@ -23,10 +23,11 @@ def refuse_unfit_student(cfg: TrainerConfig) -> None:
     check_model_directory(path, needs_weights=False)
     whole = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     text = whole.get_text_config()
-    if text.num_attention_heads % context:
+    heads = text.num_attention_heads
+    if cfg.parallel.exchange(heads) == "heads" and heads % context:
         raise ConfigError(
-            f"parallel.context is {context} and {path} has {text.num_attention_heads} attention heads; it must divide "
-            "them"
+            f"parallel.context is {context} and {path} has {heads} attention heads; it must divide them, or "
+            "parallel.context_exchange be keys"
         )
     if reads_images(whole):
         raise ConfigError(f"parallel.context is {context} and {path} reads images; it must be 1")

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
 from kdmesh.losses.footprint import Footprint, loss_footprint, slice_footprint
 from kdmesh.models.body import empty_causal_lm
-from kdmesh.models.context import ContextGroup
+from kdmesh.models.context import ContextGroup, Exchange
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens, pack, slice_of
 from kdmesh.types import TokenSequence
@@ -73,9 +73,15 @@ class Job:
     offloads: bool = False  # whether the host keeps parameters, gradients and moments, which says nothing of a CPU
     spreads_head: bool = False  # whether a rank has its own tokens' rows of the heads and no others
     context: int = 1  # ranks that hold the largest micro-batch together
+    exchange: Exchange = "heads"  # what those exchange in attention
     lora: LoraConfig | None = None
     frozen_dtype: torch.dtype = torch.float32  # that weights without a gradient rest in
     checkpointed_every: int | None = None  # of which decoder layers only the inputs are kept; None: of none
+
+    @property
+    def place(self) -> int:
+        """Of the slice that is planned for: the first has most rows, the last sees most keys."""
+        return self.context - 1 if self.exchange == "keys" else 0
 
     @property
     def uses_host(self) -> bool:
@@ -116,7 +122,7 @@ def plan(job: Job) -> Plan:
             lm = _lm(job)
             unit_parameters = default_unit(job.device.type)
             gathered = units(lm, unit_parameters)
-            student = Student(lm, vocabulary_size=job.vocabulary_size, context=context)
+            student = Student(lm, vocabulary_size=job.vocabulary_size, context=context, exchange=job.exchange)
             head_share = _EqualRanks if job.spreads_head else None
             shard(
                 student,
@@ -161,11 +167,12 @@ def _lm(job: Job) -> PreTrainedModel:
 
 @contextmanager
 def _ranks(job: Job) -> Iterator[tuple[DeviceMesh, ContextGroup | None]]:
-    """All ranks and those that hold rows of tokens together, as the first sees them: no other has more rows."""
+    """All ranks, as the first sees them, and those that hold rows of tokens together, as that at `job.place` does."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=job.ranks)
     try:
         mesh = device_mesh("cpu", shard_ranks=job.shard_ranks or job.ranks, timeout=_NO_WAIT)
-        yield mesh, context_group(job.context, timeout=_NO_WAIT)
+        context = context_group(job.context, timeout=_NO_WAIT)
+        yield mesh, None if context is None else replace(context, place=job.place)
     finally:
         dist.destroy_process_group()
 
@@ -311,7 +318,7 @@ def _head(teacher: TeacherHead, vocabulary_size: int) -> list[Tensor]:
 
 
 def _packed(job: Job) -> PackedTokens:
-    """The first slice of the largest micro-batch, or all of it."""
+    """The slice of the largest micro-batch at `job.place`, or all of it."""
     return slice_of(
         pack(
             [
@@ -321,7 +328,7 @@ def _packed(job: Job) -> PackedTokens:
                 for length in job.lengths
             ]
         ),
-        place=0,
+        place=job.place,
         size=job.context,
     )
 

@@ -17,13 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
-from kdmesh.models.context import ContextGroup
+from kdmesh.models.context import ContextGroup, Exchange
 from kdmesh.models.context_attention import use_context_attention
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.image_packing import Packer
-from kdmesh.models.packing import PackedTokens, slice_of
+from kdmesh.models.packing import PackedTokens, slice_of, slices_of
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.lora import Adapter
 from kdmesh_trainer.parallel_config import Gather
@@ -72,6 +72,7 @@ class Student(nn.Module):
         packer: Packer | None = None,
         is_varlen: bool = False,
         context: ContextGroup | None = None,
+        exchange: Exchange = "heads",
     ) -> None:
         """
         Args:
@@ -80,6 +81,7 @@ class Student(nn.Module):
             packer: lays sequences end to end for `lm`; None: it reads text alone.
             is_varlen: attend to all sequences of a row in one call.
             context: the ranks that hold each row together; None: each has rows of its own.
+            exchange: what those ranks exchange in attention; `context` divides the heads that are exchanged.
         """
         super().__init__()
         self.lm = lm
@@ -91,8 +93,9 @@ class Student(nn.Module):
         self._packer = packer or Packer(lm, None)
         self._is_varlen = is_varlen
         self._context = context
+        self._exchange = exchange
         if context is not None:
-            use_context_attention(lm)
+            use_context_attention(lm, exchange)
 
     def pack(self, sequences: Sequence[TokenSequence]) -> PackedTokens:
         """What `forward` takes, on the CPU; without a sequence a blank, for a rank that only joins the collectives.
@@ -104,9 +107,12 @@ class Student(nn.Module):
             InvalidRequest: an image's file has changed, or its bytes are damaged.
         """
         packed = self._packer.pack(sequences)
-        context = self._context
-        packed = packed if context is None else slice_of(packed, place=context.place, size=context.size)
-        return packed.with_starts() if self._is_varlen else packed
+        context, attended = self._context, None
+        if context is not None:
+            packed = slice_of(packed, place=context.place, size=context.size)
+            if self._exchange == "keys":
+                attended = slices_of(packed.lengths, context.size)[context.place].lengths
+        return packed.with_starts(attended) if self._is_varlen else packed
 
     def parameters_apart(self) -> tuple[list[nn.Parameter], ...]:
         """The model's, and the algorithm's where it has some: gradients of each are clipped by themselves."""

@@ -11,6 +11,7 @@ from kdmesh.errors import ConfigError
 from kdmesh_trainer.objective_config import Distill
 
 if TYPE_CHECKING:
+    from kdmesh.models.context import Exchange  # which loads torch
     from kdmesh_trainer.config import TrainerConfig
 
 Gather: TypeAlias = Literal["auto", "step", "micro_batch"]
@@ -39,7 +40,12 @@ class ParallelConfig(StrictModel):
 
     context: int = Field(1, ge=1)
     """Ranks that hold the tokens of a micro-batch together, each an equal slice: for sequences whose activations are
-    too large for one. Divides the ranks and the student's attention heads; 1: every rank has its own micro-batches."""
+    too large for one. Divides the number of ranks; 1: every rank has its own micro-batches."""
+
+    context_exchange: Literal["auto", "heads", "keys"] = "auto"
+    """What those ranks exchange in attention. heads: each attends for all tokens with its share of the heads, which
+    `context` divides (Ulysses). keys: each for its own tokens, with keys and values of ranks before it. auto: heads
+    where `context` divides the student's, otherwise keys."""
 
     offload: Literal["none", "all"] = "none"
     """What lies in the host's memory instead of the device's: all is parameters, gradients and AdamW's moments. The
@@ -54,6 +60,12 @@ class ParallelConfig(StrictModel):
     """Who computes logits. whole: each rank for its own rows, with the whole output heads of student and teacher.
     vocabulary: each rank for the rows of all, over the tokens that it has of both heads: their memory, and that of
     logits, is divided by the number of ranks, and hidden states travel."""
+
+    def exchange(self, num_heads: int) -> Exchange:
+        """What the ranks that hold a micro-batch together exchange, for a student of so many attention heads."""
+        if self.context_exchange == "auto":
+            return "keys" if num_heads % self.context else "heads"
+        return self.context_exchange
 
     def check_ranks(self, ranks: int) -> None:
         """Return when so many ranks can share the student like this. Raises ConfigError."""

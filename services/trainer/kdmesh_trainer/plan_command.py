@@ -83,6 +83,7 @@ def at_worst(found: Plan, device: str) -> Counter[str]:
 
 def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | None, ranks: int | None) -> Job:
     import torch
+    from transformers import AutoConfig
 
     from kdmesh_trainer.memory_plan import Job, TeacherHead
     from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer, vocabulary_size
@@ -92,6 +93,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     ranks = ranks or cfg.ranks or max(1, torch.cuda.device_count() if has_gpu else 1)
     cfg.parallel.check_ranks(ranks)
     context = cfg.parallel.context
+    student = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
     whole, rest = divmod(cfg.batch.max_tokens, cfg.data.max_tokens)
     step_tokens = cfg.batch.sequences * cfg.data.max_tokens
     return Job(
@@ -113,19 +115,11 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         offloads=cfg.parallel.offload == "all",
         spreads_head=cfg.parallel.head == "vocabulary",
         context=context,
+        exchange=cfg.parallel.exchange(student.get_text_config().num_attention_heads),
         lora=cfg.student.lora,
-        frozen_dtype=_dtype_of_files(cfg.student.model),
+        frozen_dtype=torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32,
         checkpointed_every=cfg.student.checkpointed_every,
     )
-
-
-def _dtype_of_files(student: Path) -> Any:
-    """The element type that a student's weights are said to be in."""
-    import torch
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(student, local_files_only=True, trust_remote_code=False)
-    return torch.bfloat16 if config.dtype == torch.bfloat16 else torch.float32
 
 
 def _teacher(server: Mapping[str, Any]) -> tuple[int, Any]:
