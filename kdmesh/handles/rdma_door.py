@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
-import logging
 import os
 import weakref
 from collections.abc import Awaitable, Callable
@@ -21,8 +20,6 @@ from kdmesh.handles.rdma_agent import Agent, RemoteMemory, check_transports
 from kdmesh.handles.rdma_buffers import Buffer, Buffers, Graveyard, graveyard
 from kdmesh.handles.rdma_thread import AgentThread
 from kdmesh.types import Handle
-
-log = logging.getLogger(__name__)
 
 P = TypeVar("P")
 T = TypeVar("T")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass
@@ -36,8 +35,6 @@ from kdmesh.types import CacheAnswer, Handle, ModelDescription, ServerLoad, Slee
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -16,8 +16,6 @@ from kdmesh.errors import ConfigError
 from kdmesh.rpc import server, status
 from kdmesh.rpc.calls import our_errors
 from kdmesh.rpc.channel import open_channel
-
-Behaviour = Callable[[bytes, "grpc.aio.ServicerContext[bytes, bytes]"], Any]
 
 
 class Scripted:

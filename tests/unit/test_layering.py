@@ -75,8 +75,6 @@ LAYER = {
     "kdmesh.top": 4,
 }
 STRANGERS = [("kdmesh.rpc", "kdmesh.losses"), ("kdmesh.losses", "kdmesh.rpc")]
-# A value, not a loss: what a client makes of the head that a teacher sends.
-NOT_STRANGE = {"kdmesh.losses.head.OutputHead"}
 # What one hands to the other all the same: a value without behaviour of its own.
 SHARED = {"kdmesh.losses.head.OutputHead"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +21,6 @@ from kdmesh_trainer.objective_config import Distill
 from kdmesh_trainer.sources.order import step_order
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sides import Addressed, teacher_side
-
-log = logging.getLogger(__name__)
 
 _MIB = 2**20
 _SAMPLE_TOKENS = 4096
