@@ -25,13 +25,11 @@ def plan_step(
     *,
     ranks: int,
     max_tokens: int,
-    rows: Sequence[int] | None = None,
-    max_rows: int | None = None,
     homes: Sequence[int | None] | None = None,
 ) -> list[list[tuple[int, ...]]]:
     """Which sequences each rank trains on in each of its micro-batches.
 
-    Every sequence appears exactly once, every micro-batch respects the caps, and
+    Every sequence appears exactly once, no micro-batch exceeds `max_tokens`, and
     all ranks have the same number of micro-batches, because each one is a
     collective. First that number is made as small as a bounded search finds, then
     the sum over k of the largest k-th micro-batch, which is how long the ranks are
@@ -39,7 +37,6 @@ def plan_step(
 
     Args:
         lengths: tokens of each sequence of the step.
-        rows: loss positions of each sequence; goes with `max_rows`.
         homes: the rank that each sequence should stay on; None: any. Most do, as long as that keeps the ranks busy no
             more than HOME_COST times as long.
 
@@ -48,11 +45,9 @@ def plan_step(
         empty (fewer sequences than ranks); its rank still takes part in the collectives.
 
     Raises:
-        InvalidRequest: a single sequence exceeds a cap.
+        InvalidRequest: a single sequence exceeds `max_tokens`.
     """
-    if (rows is None) != (max_rows is None):
-        raise InvalidRequest("`rows` and `max_rows` go together")
-    items = _Items(lengths, rows or [0] * len(lengths), max_tokens, max_rows or 0)
+    items = _Items(lengths, max_tokens)
     plan = _share_out(_level(items, _fewest_bins(items, ranks), ranks), ranks)
     if homes is None or ranks == 1:
         return plan
@@ -76,7 +71,6 @@ class _Bin:
 
     target: int  # tokens it should end with
     tokens: int = 0
-    rows: int = 0
     members: list[int] = field(default_factory=list)
 
     @property
@@ -85,33 +79,28 @@ class _Bin:
 
 
 class _Items:
-    """The step's sequences and the caps they are packed under."""
+    """The step's sequences and the cap they are packed under."""
 
-    def __init__(self, lengths: Sequence[int], rows: Sequence[int], max_tokens: int, max_rows: int) -> None:
-        self.lengths, self.rows = lengths, rows
-        self.max_tokens, self.max_rows = max_tokens, max_rows
-        for index, (tokens, num_rows) in enumerate(zip(lengths, rows, strict=True)):
+    def __init__(self, lengths: Sequence[int], max_tokens: int) -> None:
+        self.lengths, self.max_tokens = lengths, max_tokens
+        for index, tokens in enumerate(lengths):
             if tokens > max_tokens:
                 raise InvalidRequest(f"sequence {index} has {tokens} tokens; a micro-batch takes at most {max_tokens}")
-            if num_rows > max_rows:
-                raise InvalidRequest(f"sequence {index} has {num_rows} rows; a micro-batch takes at most {max_rows}")
-        self.longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -rows[i], i))
+        self.longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
     def uncapped(self) -> _Items:
-        """The same sequences without caps."""
-        return _Items(self.lengths, self.rows, sum(self.lengths), sum(self.rows))
+        """The same sequences without a cap."""
+        return _Items(self.lengths, sum(self.lengths))
 
     def fit(self, index: int, box: _Bin) -> bool:
-        return box.tokens + self.lengths[index] <= self.max_tokens and box.rows + self.rows[index] <= self.max_rows
+        return box.tokens + self.lengths[index] <= self.max_tokens
 
     def put(self, index: int, box: _Bin) -> None:
         box.tokens += self.lengths[index]
-        box.rows += self.rows[index]
         box.members.append(index)
 
     def take(self, index: int, box: _Bin) -> None:
         box.tokens -= self.lengths[index]
-        box.rows -= self.rows[index]
         box.members.remove(index)
 
 
@@ -119,9 +108,8 @@ def _fewest_bins(items: _Items, ranks: int) -> list[_Bin]:
     """A packing into a multiple of `ranks` bins, as few as the bounded search finds."""
     packing = _best_fit(items)
     packing += [_Bin(0) for _ in range(_round_up(len(packing), ranks) - len(packing))]
-    tokens_bound = -(-sum(items.lengths) // items.max_tokens)
-    rows_bound = -(-sum(items.rows) // items.max_rows) if items.max_rows else 0
-    for num_bins in range(len(packing) - ranks, max(tokens_bound, rows_bound, 1) - 1, -ranks):
+    least = max(-(-sum(items.lengths) // items.max_tokens), 1)
+    for num_bins in range(len(packing) - ranks, least - 1, -ranks):
         smaller = _spread(items, [_Bin(t) for t in _targets(items, num_bins, ranks)]) or _search(items, num_bins)
         if smaller is None:
             break
@@ -130,7 +118,7 @@ def _fewest_bins(items: _Items, ranks: int) -> list[_Bin]:
 
 
 def _level(items: _Items, packing: list[_Bin], ranks: int) -> list[_Bin]:
-    """As many bins as in `packing`, filled towards their targets; a bin of `packing` never grows past a cap."""
+    """As many bins as in `packing`, filled towards their targets; a bin of `packing` never grows past the cap."""
     targets = _targets(items, len(packing), ranks)
     bins = _spread(items, [_Bin(target) for target in targets])
     if bins is None:
@@ -237,8 +225,6 @@ def _best_fit(items: _Items) -> list[_Bin]:
     by_room: list[tuple[int, int]] = []  # (tokens that still fit, number of the bin), ascending
     for index in items.longest_first:
         at = bisect_left(by_room, (items.lengths[index], 0))
-        while at < len(by_room) and not items.fit(index, bins[by_room[at][1]]):
-            at += 1
         if at < len(by_room):
             number = by_room.pop(at)[1]
         else:
@@ -274,13 +260,13 @@ def _search(items: _Items, num_bins: int) -> list[_Bin] | None:
 
 def _next_bin(items: _Items, bins: list[_Bin], index: int, first: int) -> int | None:
     """The first bin from `first` on that the item fits, unless an earlier one has the same content."""
-    tried = {(box.tokens, box.rows) for box in bins[:first]}
+    tried = {box.tokens for box in bins[:first]}
     for number in range(first, len(bins)):
         box = bins[number]
         # Bins filled alike are interchangeable: trying one of them is enough.
-        if (box.tokens, box.rows) not in tried and items.fit(index, box):
+        if box.tokens not in tried and items.fit(index, box):
             return number
-        tried.add((box.tokens, box.rows))
+        tried.add(box.tokens)
     return None
 
 
@@ -317,7 +303,8 @@ def _exchange(items: _Items, heavy: _Bin, light: _Bin) -> bool:
         for length, taken in candidates:
             moved = items.lengths[given] - length
             distance = abs(2 * moved - gap)
-            if 0 < moved < gap and (best is None or distance < best[0]) and _allowed(items, heavy, light, given, taken):
+            fits = light.tokens + moved <= items.max_tokens
+            if 0 < moved < gap and fits and (best is None or distance < best[0]):
                 best = (distance, given, taken)
     if best is None:
         return False
@@ -328,17 +315,6 @@ def _exchange(items: _Items, heavy: _Bin, light: _Bin) -> bool:
         items.take(taken, light)
         items.put(taken, heavy)
     return True
-
-
-def _allowed(items: _Items, heavy: _Bin, light: _Bin, given: int, taken: int | None) -> bool:
-    """Whether both bins respect the caps after the exchange."""
-    tokens = items.lengths[given] - (0 if taken is None else items.lengths[taken])
-    rows = items.rows[given] - (0 if taken is None else items.rows[taken])
-    return (
-        light.tokens + tokens <= items.max_tokens
-        and light.rows + rows <= items.max_rows
-        and heavy.rows - rows <= items.max_rows
-    )
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -32,47 +32,36 @@ def partitions(items: Sequence[int]) -> Iterator[list[list[int]]]:
             yield [*smaller[:k], [items[0], *smaller[k]], *smaller[k + 1 :]]
 
 
-steps = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=40)
+steps = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
-@given(steps, st.integers(1, 5), st.integers(60, 200), st.integers(20, 60) | st.none())
-def test_nothing_is_lost_and_no_cap_is_broken(
-    step: list[tuple[int, int]], ranks: int, max_tokens: int, max_rows: int | None
-) -> None:
-    lengths, rows = [t for t, _ in step], [r for _, r in step]
-    plan = plan_step(lengths, ranks=ranks, max_tokens=max_tokens, rows=rows if max_rows else None, max_rows=max_rows)
+@given(steps, st.integers(1, 5), st.integers(60, 200))
+def test_nothing_is_lost_and_the_cap_is_kept(lengths: list[int], ranks: int, max_tokens: int) -> None:
+    plan = plan_step(lengths, ranks=ranks, max_tokens=max_tokens)
     assert len(plan) == ranks
     assert len({len(micro_batches) for micro_batches in plan}) == 1
     assert sorted(flat(plan)) == list(range(len(lengths)))
     for micro_batch in (m for micro_batches in plan for m in micro_batches):
         assert list(micro_batch) == sorted(micro_batch)
         assert sum(lengths[i] for i in micro_batch) <= max_tokens
-        assert max_rows is None or sum(rows[i] for i in micro_batch) <= max_rows
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 10), st.integers(1, 6)), min_size=1, max_size=7), st.integers(1, 3), st.booleans()
-)
+@given(st.lists(st.integers(1, 10), min_size=1, max_size=7), st.integers(1, 3))
 # Neither of the two greedy packings finds three micro-batches here.
-@example([(9, 1), (5, 1), (4, 1), (3, 1), (2, 1), (2, 1), (2, 1), (2, 1)], 1, False)
-def test_no_plan_of_a_small_step_has_fewer_micro_batches(
-    step: list[tuple[int, int]], ranks: int, capped_rows: bool
-) -> None:
-    lengths, rows = [t for t, _ in step], [r for _, r in step]
-    max_tokens, max_rows = 10, (6 if capped_rows else 10**6)
-    plan = plan_step(lengths, ranks=ranks, max_tokens=max_tokens, rows=rows, max_rows=max_rows)
+@example([9, 5, 4, 3, 2, 2, 2, 2], 1)
+def test_no_plan_of_a_small_step_has_fewer_micro_batches(lengths: list[int], ranks: int) -> None:
+    plan = plan_step(lengths, ranks=ranks, max_tokens=10)
     fewest = min(
         len(groups)
-        for groups in partitions(range(len(step)))
-        if all(sum(lengths[i] for i in g) <= max_tokens and sum(rows[i] for i in g) <= max_rows for g in groups)
+        for groups in partitions(range(len(lengths)))
+        if all(sum(lengths[i] for i in group) <= 10 for group in groups)
     )
     assert len(plan[0]) == -(-fewest // ranks)
 
 
 @given(steps, st.integers(1, 5))
-def test_the_plan_is_a_pure_function_of_its_arguments(step: list[tuple[int, int]], ranks: int) -> None:
-    lengths = [t for t, _ in step]
+def test_the_plan_is_a_pure_function_of_its_arguments(lengths: list[int], ranks: int) -> None:
     assert plan_step(lengths, ranks=ranks, max_tokens=60) == plan_step(tuple(lengths), ranks=ranks, max_tokens=60)
 
 
@@ -98,13 +87,6 @@ def test_micro_batches_of_short_sequences_come_first_and_those_that_meet_still_d
 def test_a_single_sequence_over_the_cap_is_refused_with_both_figures() -> None:
     with pytest.raises(InvalidRequest, match="sequence 1 has 11 tokens; a micro-batch takes at most 10"):
         plan_step([3, 11], ranks=1, max_tokens=10)
-    with pytest.raises(InvalidRequest, match="sequence 0 has 5 rows; a micro-batch takes at most 4"):
-        plan_step([3], ranks=1, max_tokens=10, rows=[5], max_rows=4)
-
-
-def test_a_row_cap_without_rows_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="go together"):
-        plan_step([3], ranks=1, max_tokens=10, max_rows=4)
 
 
 @pytest.mark.parametrize(("ranks", "max_tokens"), [(1, 8192), (8, 8192), (64, 4096), (16, 1300)])
@@ -120,9 +102,8 @@ def test_two_thousand_sequences_are_planned_in_well_under_100_ms(ranks: int, max
 
 @given(steps, st.integers(1, 5), st.randoms(use_true_random=False))
 def test_a_plan_with_homes_loses_nothing_and_keeps_ranks_hardly_longer(
-    step: list[tuple[int, int]], ranks: int, random: Random
+    lengths: list[int], ranks: int, random: Random
 ) -> None:
-    lengths = [t for t, _ in step]
     homes = [random.choice([None, *range(ranks)]) for _ in lengths]
     plan = plan_step(lengths, ranks=ranks, max_tokens=60, homes=homes)
     free = plan_step(lengths, ranks=ranks, max_tokens=60)
