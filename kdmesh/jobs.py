@@ -160,13 +160,12 @@ def server_command(
     *,
     threads: int,
     on_line: Callable[[str], None],
-    overrides: Sequence[str] = (),
 ) -> local.Command:
     """The command of the server in `path`, which holds `cfg`; ports that the file does not set are any free ones."""
     free = [f"server.{port}=0" for port in ("port", "rest_port") if port not in cfg.server.model_fields_set]
     return local.Command(
         name=service.name,
-        argv=(sys.executable, "-m", service.package, str(path), *set_arguments([*free, *overrides])),
+        argv=(sys.executable, "-m", service.package, str(path), *set_arguments(free)),
         env=local.thread_limits(threads),
         on_line=on_line,
         is_shown=True,

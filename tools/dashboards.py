@@ -48,10 +48,8 @@ class Dashboard:
     panels: tuple[Panel, ...]
 
 
-def _number(title: str, expr: str, *, unit: str = "short", description: str = "") -> Panel:
-    return Panel(
-        title=title, queries=(Query(expr),), description=description, unit=unit, kind="stat", width=4, height=4
-    )
+def _number(title: str, expr: str, *, unit: str = "short") -> Panel:
+    return Panel(title=title, queries=(Query(expr),), unit=unit, kind="stat", width=4, height=4)
 
 
 FLEET = Dashboard(
@@ -267,9 +265,9 @@ _J = '{kdmesh_job=~"$kdmesh_job"}'
 _BY_JOB = "{{kdmesh_job}}"
 
 
-def _figure(title: str, metric: str, *, unit: str = "short", description: str = "") -> Panel:
+def _figure(title: str, metric: str, *, unit: str = "short") -> Panel:
     queries = (Query(f"kdmesh_trainer_{metric}{_J}", _BY_JOB),)
-    return Panel(title=title, queries=queries, unit=unit, description=description)
+    return Panel(title=title, queries=queries, unit=unit)
 
 
 JOB = Dashboard(

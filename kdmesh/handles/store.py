@@ -96,7 +96,6 @@ class SlabStore:
         socket_path: Path,
         writer: SegmentWriter | None = None,
         allowed_uids: frozenset[int] | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """A store that is not entered yet.
 
@@ -105,7 +104,6 @@ class SlabStore:
             socket_path: where the broker is to listen.
             writer: other processes that write the slots; it is shown every new one.
             allowed_uids: users that are not turned away; None: this process's own.
-            clock: seconds that only grow.
         """
         self.limits = limits
         self.slot_bytes = whole_pages(limits.slot_bytes)
@@ -115,8 +113,7 @@ class SlabStore:
         self.on_session_end: Callable[[SessionEnd], None] = lambda end: None
         self._writer = writer
         self._allowed_uids = frozenset({os.getuid()}) if allowed_uids is None else allowed_uids
-        self._clock = clock
-        self._ledger = Ledger(limits, clock, self._freed)
+        self._ledger = Ledger(limits, time.monotonic, self._freed)
         self.slots: list[Segment] = []
         self._shared = SharedSegments(first_number=limits.slots)
         self._is_collected = asyncio.Event()  # set whenever an answer may have been claimed or ended
@@ -380,9 +377,9 @@ class SlabStore:
     async def _sweep_forever(self) -> None:
         interval_s = min(self.limits.lease_s, self.limits.claim_s) / 10
         while True:
-            begin = self._clock()
+            begin = time.monotonic()
             await asyncio.sleep(interval_s)
-            late_s = self._clock() - begin - interval_s
+            late_s = time.monotonic() - begin - interval_s
             if late_s > interval_s:  # this loop stood still, and may not have heard those who spoke
                 self._ledger.excuse(late_s)
             for end in self._ledger.sweep():

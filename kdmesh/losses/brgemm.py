@@ -37,8 +37,8 @@ def takes(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and (are_pairs or matrix.dtype is torch.float32)
 
 
-def multiply_into(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor, *, adds: bool = False) -> None:
-    """Overwrite `out_MN`, float32, with left @ right, or add that to it; Python's lock is free meanwhile.
+def multiply_into(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """Overwrite `out_MN`, float32, with left @ right; Python's lock is free meanwhile.
 
     For matrices that `takes` likes; a bfloat16 `right_KN` comes from `transposed`.
     """
@@ -53,7 +53,7 @@ def multiply_into(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor, *, adds: bo
             kernel(
                 *(row_size, num_columns, inner_size),
                 *(left_stride, right_stride, out_stride),
-                adds or inner > 0,
+                inner > 0,
                 left + (row * left_stride + inner) * size,
                 right + inner * right_stride * size,
                 out + row * out_stride * out_MN.itemsize,

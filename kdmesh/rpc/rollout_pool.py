@@ -11,7 +11,7 @@ from typing import Self
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.rpc.background_loop import BackgroundLoop
-from kdmesh.rpc.discovery import Discovery, Resolve, resolve
+from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.pending_samples import ArrivedSamples, PendingSamples
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask
@@ -52,7 +52,6 @@ class RolloutPool:
         requests_ahead: int = 0,
         architecture_fingerprint: str = "",
         access: AccessConfig = OPEN_ACCESS,
-        resolve: Resolve = resolve,
     ) -> None:
         """Connect. Blocks until a server is ready.
 
@@ -63,7 +62,6 @@ class RolloutPool:
             requests_ahead: how many requests this caller lets wait for one: each has `deadline_s` as well.
             architecture_fingerprint: the model that is wanted; empty takes the first server's.
             access: how to get in.
-            resolve: looks names up.
         """
         assert addresses
         self._deadline_s = deadline_s
@@ -76,7 +74,7 @@ class RolloutPool:
             self._fleet = self._loop.run(
                 self._open,
                 lambda: RolloutFleet(
-                    Discovery(addresses, resolve),
+                    Discovery(addresses),
                     job=job,
                     architecture_fingerprint=architecture_fingerprint,
                     on_outdated=self._tell_outdated,

@@ -15,7 +15,7 @@ import torch
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.background_loop import BackgroundLoop
-from kdmesh.rpc.discovery import Discovery, Resolve, resolve
+from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.doors import DoorChoice, Wire
 from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.pending_rows import ArrivedRows, PendingRows
@@ -76,7 +76,6 @@ class TeacherPool:
         move_after_s: float = 2.0,
         access: AccessConfig = OPEN_ACCESS,
         routing: RoutingPolicy = DEFAULT_ROUTING,
-        resolve: Resolve = resolve,
         wire: Wire = "exact",
         gpu: torch.device | None = None,
         uses_cache: bool = True,
@@ -92,7 +91,6 @@ class TeacherPool:
             move_after_s: see above.
             access: how to get in.
             routing: which replica gets a request.
-            resolve: looks names up.
             wire: how a stream carries rows; fp8 halves the bytes and rounds.
             gpu: a device of this process, which rows may pass through on their way to the CPU; None where it has none.
             uses_cache: whether teachers that keep rows may keep these.
@@ -107,7 +105,7 @@ class TeacherPool:
             self._fleet = self._loop.run(
                 self._open,
                 lambda: Fleet(
-                    Discovery(addresses, resolve),
+                    Discovery(addresses),
                     job=job,
                     door=door,
                     model_fingerprint=model_fingerprint,

@@ -7,7 +7,6 @@ import itertools
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -64,7 +63,6 @@ class WeightSender:
         device: torch.device | None = None,
         deadline_s: float = 600.0,
         bucket_s: float = 60.0,
-        socket_dir: Path | None = None,
         access: AccessConfig = OPEN_ACCESS,
     ) -> None:
         """
@@ -81,7 +79,6 @@ class WeightSender:
             device: the GPU whose groups are NCCL's; None for gloo's.
             deadline_s: longest time for one version to reach all servers, their restarts included.
             bucket_s: how long a server may take for one bucket; past it, it costs the others no more time.
-            socket_dir: where servers find the broker; None makes a private directory.
             access: how to get in, as an operator.
         """
         assert addresses
@@ -103,7 +100,7 @@ class WeightSender:
         self._base: bytes | None = None  # that all servers were left with
         self._loop = BackgroundLoop()
         try:
-            self._memory = self._loop.run(self._open, socket_dir)
+            self._memory = self._loop.run(self._open)
         except BaseException:
             self._loop.close()
             raise
@@ -231,9 +228,9 @@ class WeightSender:
 
     # On the loop
 
-    async def _open(self, socket_dir: Path | None) -> BucketMemory:
+    async def _open(self) -> BucketMemory:
         async with AsyncExitStack() as stack:
-            directory = stack.enter_context(runtime_dir(socket_dir))
+            directory = stack.enter_context(runtime_dir(None))
             memory = await stack.enter_async_context(
                 bucket_memory(directory.path / _SOCKET, buffers=_BUFFERS, buffer_bytes=self._bucket_bytes)
             )

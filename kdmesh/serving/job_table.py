@@ -195,9 +195,9 @@ class JobTable(Generic[T]):
         book = self._books.get(job)
         return 0.0 if book is None else book.tokens_rate.per_s(self._clock())
 
-    def forget_silent(self, present: Set[str], *, for_s: float = FORGET_S) -> None:
+    def forget_silent(self, present: Set[str]) -> None:
         """Close the books of jobs that have left: they did nothing for so long, and are not among those `present`."""
-        limit_s = self._clock() - for_s
+        limit_s = self._clock() - FORGET_S
         gone = [
             job
             for job, book in self._books.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+_MEMORY_S = 10.0  # what is older counts less than 1 / e
+
 
 class TokenBucket:
     """Lets `rate` things happen in a second, after a burst of one second's; the rate may change at any time."""
@@ -29,9 +31,8 @@ class TokenBucket:
 class DecayingRate:
     """How much of something there was per second lately: what is older counts less."""
 
-    def __init__(self, now_s: float, *, memory_s: float = 10.0) -> None:
+    def __init__(self, now_s: float) -> None:
         self._began_s = now_s
-        self._memory_s = memory_s
         self._amount = 0.0
         self._at_s = now_s
 
@@ -42,8 +43,8 @@ class DecayingRate:
 
     def per_s(self, now_s: float) -> float:
         """Over the last seconds, or since the beginning where that is less."""
-        seen = 1 - math.exp(-max(now_s - self._began_s, 1.0) / self._memory_s)
-        return self._decayed(now_s) / (self._memory_s * seen)
+        seen = 1 - math.exp(-max(now_s - self._began_s, 1.0) / _MEMORY_S)
+        return self._decayed(now_s) / (_MEMORY_S * seen)
 
     def _decayed(self, now_s: float) -> float:
-        return self._amount * math.exp(-(now_s - self._at_s) / self._memory_s)
+        return self._amount * math.exp(-(now_s - self._at_s) / _MEMORY_S)

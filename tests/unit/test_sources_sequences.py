@@ -32,14 +32,13 @@ def row(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def load(path: Path, rows: list[dict[str, Any]], *, progress: list[int] | None = None, **policy: Any) -> Dataset:
+def load(path: Path, rows: list[dict[str, Any]], **policy: Any) -> Dataset:
     file = path / "a.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     most = policy.pop("max_sequences", None)
     data = DataConfig(train=ChatFile(path=file), **policy)
-    on_progress = None if progress is None else progress.append
     encoder = ChatEncoder(TOKENIZER)
-    return load_sequences("train", open_dataset(data.train), encoder, data, max_sequences=most, on_progress=on_progress)
+    return load_sequences("train", open_dataset(data.train), encoder, data, max_sequences=most)
 
 
 LONG = row("Was it so?", "It was so. " * 30)
@@ -143,13 +142,6 @@ def test_only_the_first_sequences_are_taken_when_so_many_are_wanted(tmp_path: Pa
     assert [TOKENIZER.decode(s.labels) for s in dataset.sequences] == ["0<|im_end|>", "1<|im_end|>", "2<|im_end|>"]
     assert (dataset.report.sequences, dataset.report.rows < 700) == (3, True)
     assert dataset.report.tokens == sum(s.num_tokens for s in dataset.sequences)
-
-
-def test_progress_ends_with_all_rows(tmp_path: Path) -> None:
-    progress: list[int] = []
-    load(tmp_path, [SHORT] * 600, progress=progress)
-    assert progress == sorted(progress)
-    assert (len(progress) > 1, progress[-1]) == (True, 600)
 
 
 def test_the_students_tokenizer_is_read_from_its_directory(tmp_path: Path) -> None:

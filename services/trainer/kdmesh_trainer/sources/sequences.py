@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Protocol
@@ -79,20 +79,18 @@ def load_sequences(
     policy: DataConfig,
     *,
     max_sequences: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
 ) -> Dataset:
     """Read, encode and cut a dataset; what was left out is counted and logged.
 
     Args:
         name: for logs and errors: train or held_out.
         max_sequences: stop after so many; None reads all.
-        on_progress: called with the number of rows that are done, now and then.
 
     Raises:
         DataError: a row is refused, or one is too long or unusable and the policy says fail,
             or nothing is left.
     """
-    dataset = encode_chats(reader(), encoder, policy, max_sequences=max_sequences, on_progress=on_progress)
+    dataset = encode_chats(reader(), encoder, policy, max_sequences=max_sequences)
     dataset.report.tell(name)
     return dataset
 
@@ -103,7 +101,6 @@ def encode_chats(
     policy: DataConfig,
     *,
     max_sequences: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
 ) -> Dataset:
     """The sequences of some chats, of which there may be none; arguments and errors are those of load_sequences."""
     intake = _Intake(policy)
@@ -111,8 +108,6 @@ def encode_chats(
     while group := list(islice(rest, _CHATS_PER_CALL)):
         for chat, encoded in zip(group, encoder.encode(group), strict=True):
             intake.add(chat, encoded)
-        if on_progress is not None:
-            on_progress(intake.rows)
         if max_sequences is not None and len(intake.sequences) >= max_sequences:
             break
     return intake.dataset(max_sequences)
