@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-import time
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 
 from kdmesh.errors import DeadlineExpired, Unavailable
@@ -43,17 +41,11 @@ class PendingRows:
     def __init__(
         self,
         future: concurrent.futures.Future[ArrivedRows],
-        on_waited: Callable[[float], None],
         *,
         longest_wait_s: float | None = None,
     ) -> None:
-        """
-        Args:
-            on_waited: told how many seconds `wait` took.
-            longest_wait_s: how long `wait` may take; None: as long as the request.
-        """
+        """`longest_wait_s`: how long `wait` may take; None: as long as the request."""
         self._future = future
-        self._on_waited = on_waited
         self._longest_wait_s = longest_wait_s
         weakref.finalize(self, future.cancel).atexit = False
 
@@ -76,7 +68,6 @@ class PendingRows:
             DeadlineExpired: no teacher answered in time.
             RpcError: the request was refused or failed.
         """
-        began_s = time.monotonic()
         try:
             return self._future.result(self._longest_wait_s).take()
         except TimeoutError:
@@ -84,5 +75,3 @@ class PendingRows:
             raise DeadlineExpired(f"no teacher has answered within {self._longest_wait_s:g} s") from None
         except concurrent.futures.CancelledError:
             raise Unavailable("the connection to the teachers was closed") from None
-        finally:
-            self._on_waited(time.monotonic() - began_s)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-import time
 import weakref
-from collections.abc import Callable
 
 from kdmesh.errors import Unavailable
 from kdmesh.types import Sample
@@ -41,16 +39,9 @@ class ArrivedSamples:
 class PendingSamples:
     """The samples of one prompt. If nobody refers to this any more, what is still missing is aborted."""
 
-    def __init__(
-        self,
-        future: concurrent.futures.Future[None],
-        arrived: ArrivedSamples,
-        on_waited: Callable[[float], None],
-    ) -> None:
-        """`on_waited` is told how many seconds `wait` took."""
+    def __init__(self, future: concurrent.futures.Future[None], arrived: ArrivedSamples) -> None:
         self._future = future
         self._arrived = arrived
-        self._on_waited = on_waited
         weakref.finalize(self, future.cancel).atexit = False
 
     @property
@@ -75,11 +66,8 @@ class PendingSamples:
             ModelMismatch: every server that answers has older weights than the request wants.
             RpcError: the request was refused or failed.
         """
-        began_s = time.monotonic()
         try:
             self._future.result()
             return self._arrived.in_order()
         except concurrent.futures.CancelledError:
             raise Unavailable("the connection to the rollout servers was closed") from None
-        finally:
-            self._on_waited(time.monotonic() - began_s)

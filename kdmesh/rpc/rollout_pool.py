@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,8 +23,6 @@ class RolloutStats:
     """What a pool has done since it was opened."""
 
     samples: int  # that came
-    tokens: int  # of those samples, without prompts
-    wait_s: float  # spent in PendingSamples.wait
     retries: int  # requests that were sent once more, for the samples that were missing
 
 
@@ -66,8 +63,7 @@ class RolloutPool:
         assert addresses
         self._deadline_s = deadline_s
         self._sample_s = deadline_s * (requests_ahead + 1)
-        self._samples = self._tokens = 0
-        self._wait_s = 0.0
+        self._samples = 0
         self._outdated: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._loop = BackgroundLoop()
         try:
@@ -131,7 +127,7 @@ class RolloutPool:
             images=images,
         )
         arrived = ArrivedSamples()
-        return PendingSamples(self._loop.start(self._sample, ask, arrived, on_sample), arrived, self._waited)
+        return PendingSamples(self._loop.start(self._sample, ask, arrived, on_sample), arrived)
 
     def sleep(self, tags: Set[SleepTag] = EVERY_TAG) -> None:
         """Have every rollout server give these back, and nothing else; also those that connect later. Blocks.
@@ -171,21 +167,15 @@ class RolloutPool:
         Returns:
             False for such a server; each is told of once.
         """
-        began_s = time.monotonic()
-        try:
-            outdated = self._outdated
-            if all(one.is_done_before(outdated) for one in pending):
-                return True
-            self._outdated = concurrent.futures.Future()
-            return False
-        finally:
-            self._waited(time.monotonic() - began_s)
+        outdated = self._outdated
+        if all(one.is_done_before(outdated) for one in pending):
+            return True
+        self._outdated = concurrent.futures.Future()
+        return False
 
     def stats(self) -> RolloutStats:
         """What was done so far."""
-        return RolloutStats(
-            samples=self._samples, tokens=self._tokens, wait_s=self._wait_s, retries=self._fleet.retries
-        )
+        return RolloutStats(samples=self._samples, retries=self._fleet.retries)
 
     def close(self) -> None:
         """Abort what is under way and end the thread; whoever still waits gets Unavailable."""
@@ -219,12 +209,8 @@ class RolloutPool:
     async def _sample(self, ask: Ask, arrived: ArrivedSamples, on_sample: Callable[[Sample], None] | None) -> None:
         def arrive(index: int, sample: Sample) -> None:
             self._samples += 1
-            self._tokens += sample.num_tokens
             arrived.add(index, sample)
             if on_sample is not None:
                 on_sample(sample)
 
         await self._fleet.sample(ask, arrive, Deadline.after(self._sample_s))
-
-    def _waited(self, seconds: float) -> None:
-        self._wait_s += seconds

@@ -32,8 +32,6 @@ class ClientStats:
 
     doors: Mapping[str, str]  # through which rows come now, and why; more than one only with several teachers
     requests: int  # answered
-    bytes: int  # of rows
-    wait_s: float  # spent in PendingRows.wait
     retries: int  # requests that were sent once more
     moved: int  # answers that waited so long that they were copied out of the teacher's slab
     imbalance: float | None  # most over mean tokens sent to a teacher in the last minute; None with fewer than two
@@ -98,8 +96,7 @@ class TeacherPool:
         assert addresses
         self._deadline_s = deadline_s
         self._move_after_s = move_after_s
-        self._requests = self._bytes = self._moved = 0
-        self._wait_s = 0.0
+        self._requests = self._moved = 0
         self._loop = BackgroundLoop()
         try:
             self._fleet = self._loop.run(
@@ -148,7 +145,7 @@ class TeacherPool:
         version = self._fleet.weight_version
         deadline = Deadline.after(_KEPT_S if keep else self._deadline_s)
         answering = self._loop.start(self._answer, parts, deadline, version, keep)
-        return PendingRows(answering, self._waited, longest_wait_s=self._deadline_s if keep else None)
+        return PendingRows(answering, longest_wait_s=self._deadline_s if keep else None)
 
     def find_cached(self, sequences: Sequence[TokenSequence]) -> CacheAnswer:
         """What the teacher has kept of a group that one request may hold; of several replicas, one is asked. Blocks.
@@ -199,8 +196,6 @@ class TeacherPool:
         return ClientStats(
             doors=self._fleet.doors,
             requests=self._requests,
-            bytes=self._bytes,
-            wait_s=self._wait_s,
             retries=self._fleet.retries,
             moved=self._moved,
             imbalance=self._fleet.imbalance,
@@ -239,7 +234,6 @@ class TeacherPool:
     async def _ask(self, sequences: Sequence[TokenSequence], deadline: Deadline, version: int) -> TeacherRows:
         rows = await self._fleet.ask(sequences, deadline, version)
         self._requests += 1
-        self._bytes += rows.rows_RD.nbytes
         return rows
 
     async def _joined(
@@ -268,6 +262,3 @@ class TeacherPool:
         rows = arrived()
         if rows is not None and rows.move():
             self._moved += 1
-
-    def _waited(self, seconds: float) -> None:
-        self._wait_s += seconds

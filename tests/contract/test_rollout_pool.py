@@ -50,8 +50,7 @@ def test_samples_come_in_the_order_of_their_seeds(server: TeacherProcess) -> Non
             assert tokens(one.wait()) == [expected_tokens(prompt(seed=n), 10 * n + i, 6) for i in range(4)]
             assert one.is_done
         stats = pool.stats()
-        assert (stats.samples, stats.tokens, stats.retries) == (20, 120, 0)
-        assert stats.wait_s > 0
+        assert (stats.samples, stats.retries) == (20, 0)
 
 
 def test_polling_gives_every_sample_once_as_it_comes(slow_server: TeacherProcess) -> None:

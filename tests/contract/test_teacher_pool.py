@@ -45,8 +45,6 @@ def test_rows_come_in_the_order_of_the_group(teacher: TeacherProcess, door: Door
             assert torch.equal(rows.wait().rows_RD, expected_rows(group))
         stats = pool.stats()
         assert (stats.door, stats.requests, stats.retries) == (door, 6, 0)
-        assert stats.bytes == sum(s.num_rows for group in groups for s in group) * 32
-        assert stats.wait_s > 0
 
 
 @BOTH_DOORS

@@ -18,21 +18,19 @@ def arrived(rows: int = 3) -> ArrivedRows:
     return ArrivedRows(TeacherRows(rows_RD=torch.arange(rows * 2.0).view(rows, 2), weight_version=1, is_borrowed=True))
 
 
-def test_waiting_returns_the_rows_and_counts_the_time() -> None:
-    future, waited = Future(), []
-    pending = PendingRows(future, waited.append)
+def test_waiting_returns_the_rows() -> None:
+    future = Future()
+    pending = PendingRows(future)
     assert not pending.is_done
     future.set_result(arrived())
     assert pending.is_done
     assert pending.wait().rows_RD.shape == (3, 2)
-    assert len(waited) == 1
-    assert waited[0] >= 0
 
 
 def test_rows_are_given_out_once() -> None:
     future = Future()
     future.set_result(arrived())
-    pending = PendingRows(future, lambda seconds: None)
+    pending = PendingRows(future)
     pending.wait()
     with pytest.raises(RuntimeError, match="taken before"):
         pending.wait()
@@ -42,19 +40,19 @@ def test_errors_come_to_who_waits() -> None:
     future = Future()
     future.set_exception(InvalidRequest("why"))
     with pytest.raises(InvalidRequest, match="why"):
-        PendingRows(future, lambda seconds: None).wait()
+        PendingRows(future).wait()
 
 
 def test_cancelled_request_is_unavailable() -> None:
     future = Future()
     future.cancel()
     with pytest.raises(Unavailable):
-        PendingRows(future, lambda seconds: None).wait()
+        PendingRows(future).wait()
 
 
 def test_request_that_nobody_refers_to_is_cancelled() -> None:
     future = Future()
-    pending = PendingRows(future, lambda seconds: None)
+    pending = PendingRows(future)
     del pending
     assert future.cancelled()
 
