@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kdmesh.errors import ConfigError
+from kdmesh.file_lock import lock
 
 
 class KeptAnswers:
@@ -93,7 +93,7 @@ def kept_answers(output: Path) -> Iterator[KeptAnswers]:
     """Those on the way to `output`, which no other process adds to meanwhile; the file goes when nobody needs it.
 
     Raises:
-        ConfigError: nothing can be written there, or another process is at it.
+        ConfigError: nothing can be written or locked there, or another process is at it.
     """
     path = output.with_name(f"{output.name}.part")
     try:
@@ -102,12 +102,7 @@ def kept_answers(output: Path) -> Iterator[KeptAnswers]:
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is writing {path}") from None
-        except OSError as error:
-            raise ConfigError(f"cannot lock {path}: {error}") from None
+        lock(file, refusal=f"another process is writing {path}")
         kept = KeptAnswers(path, file)
         try:
             yield kept

@@ -33,6 +33,7 @@ LAYER = {
     "kdmesh.config": 1,
     "kdmesh.counting": 1,
     "kdmesh.extension": 1,
+    "kdmesh.file_lock": 1,
     "kdmesh.image_files": 1,
     "kdmesh.images": 1,
     "kdmesh.log": 1,

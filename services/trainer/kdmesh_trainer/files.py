@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdmesh.errors import CheckpointError, ConfigError
+from kdmesh.file_lock import lock
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -97,7 +97,7 @@ def claimed(directory: Path) -> Iterator[None]:
     """Keep every other run out of `directory`, which is made if need be; a run that dies gives it up.
 
     Raises:
-        ConfigError: it cannot be made, or another run has it.
+        ConfigError: it cannot be made or locked, or another run has it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -105,8 +105,5 @@ def claimed(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"output {directory} cannot be written: {error}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another run is writing to {directory}; give this one another `output`") from None
+        lock(file, refusal=f"another run is writing to {directory}; give this one another `output`")
         yield

@@ -10,7 +10,6 @@ The order of use is that of the files' modification times, so that it outlives t
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from kdmesh.errors import ConfigError
+from kdmesh.file_lock import lock
 from kdmesh_teacher.cache import entry_file
 from kdmesh_teacher.cache.keys import KEY_BYTES
 from kdmesh_teacher.cache.lru import LeastRecentlyUsed
@@ -157,18 +157,15 @@ def opened(path: Path, budget_bytes: int) -> Iterator[RowDirectory]:
     """The directory, made if need be, kept from every other server as long as the context lasts. Blocks.
 
     Raises:
-        ConfigError: it cannot be written, another server has it, or the disk has no room for the budget.
+        ConfigError: it cannot be written or locked, another server has it, or the disk has no room for the budget.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a")
+        file = (path / ".lock").open("a")
     except OSError as error:
         raise ConfigError(f"cache.directory: {path} cannot be written: {error}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"cache.directory: another server has {path}; each needs one of its own") from None
+    with file:
+        lock(file, refusal=f"cache.directory: another server has {path}; each needs one of its own")
         rows = RowDirectory(path, budget_bytes)
         try:
             rows.load()
