@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from kdmesh_trainer.optimizer import build_adamw, learning_rate
+from kdmesh_trainer.optimizer import build_adamw, learning_rate, set_learning_rate
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 
@@ -54,3 +55,34 @@ def test_norms_and_biases_do_not_decay() -> None:
         "1.weight": 0.0,
         "1.bias": 0.0,
     }
+
+
+def textbook_adamw(weight: Tensor, gradients: Tensor, config: OptimizerConfig, *, decay: float, rate: float) -> Tensor:
+    """The weight after an update by each gradient, the n-th with `rate` / n."""
+    weight, (beta1, beta2) = weight.detach().double(), config.betas
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    for n, gradient in enumerate(gradients.double(), 1):
+        first, second = beta1 * first + (1 - beta1) * gradient, beta2 * second + (1 - beta2) * gradient**2
+        direction = first / (1 - beta1**n) / ((second / (1 - beta2**n)).sqrt() + config.epsilon)
+        weight = weight * (1 - rate / n * decay) - rate / n * direction
+    return weight
+
+
+def test_updates_are_the_textbooks_with_every_number_of_the_configuration() -> None:
+    torch.manual_seed(0)
+    config = OptimizerConfig(betas=(0.7, 0.6), epsilon=0.3, weight_decay=0.2)
+    student, algorithm = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(4, 3, bias=False)
+    both = torch.nn.ModuleList([student, algorithm])
+    gradients = torch.randn(3, 3, 4)
+    expected = [
+        textbook_adamw(student.weight, gradients, config, decay=0.2, rate=0.1),
+        textbook_adamw(algorithm.weight, gradients, config, decay=0.0, rate=0.5),
+    ]
+    optimizer = build_adamw(both, config, algorithm=algorithm, rate_factor=5.0)
+    for n, gradient in enumerate(gradients, 1):
+        set_learning_rate(optimizer, 0.1 / n)
+        for weight in both.parameters():
+            weight.grad = gradient.clone()
+        optimizer.step()
+    for weight, after in zip(both.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.double(), after, rtol=1e-5, atol=1e-6)

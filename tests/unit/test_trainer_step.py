@@ -45,9 +45,14 @@ class Trainee:
 
 
 @pytest.fixture
-def trainee(tiny_models: TinyModels) -> Iterator[Trainee]:
+def mesh_of_one() -> Iterator[Mesh]:
     with joined("cpu", longest_wait_s=10) as mesh:
-        yield Trainee(mesh, tiny_models, OptimizerConfig(learning_rate=1e-2))
+        yield mesh
+
+
+@pytest.fixture
+def trainee(mesh_of_one: Mesh, tiny_models: TinyModels) -> Trainee:
+    return Trainee(mesh_of_one, tiny_models, OptimizerConfig(learning_rate=1e-2))
 
 
 def with_teacher(batch: StepBatch, *pending: object) -> StepBatch:
@@ -127,3 +132,23 @@ def test_a_teachers_rows_are_not_kept(trainee: Trainee) -> None:
         assert len(released) == len(PLAN)
     finally:
         gc.enable()
+
+
+def test_a_gradient_is_cut_to_the_norm_of_the_configuration(mesh_of_one: Mesh, tiny_models: TinyModels) -> None:
+    moments: dict[float | None, Tensor] = {}
+    for longest in (None, 1e-3):
+        config = OptimizerConfig(betas=(0.0, 0.95), max_gradient_norm=longest)
+        trainee = Trainee(mesh_of_one, tiny_models, config)
+        reported = trainee.stepper.update(trainee.batch()).gradient_norm
+        kept = [state["exp_avg"] for state in trainee.stepper.optimizer.state.values()]
+        whole = [moment.full_tensor() if isinstance(moment, DTensor) else moment for moment in kept]
+        moments[longest] = torch.cat([moment.flatten() for moment in whole])
+        assert reported == pytest.approx(float(moments[None].norm()), rel=1e-4)
+    assert float(moments[1e-3].norm()) == pytest.approx(1e-3, rel=1e-3)
+    torch.testing.assert_close(moments[1e-3] / 1e-3, moments[None] / moments[None].norm(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_after_an_evaluation_trains_again(trainee: Trainee) -> None:
+    trainee.student.eval()
+    trainee.stepper.update(trainee.batch())
+    assert all(module.training for module in trainee.student.modules())
