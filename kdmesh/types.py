@@ -1,7 +1,8 @@
 """Values that cross module boundaries, and the legend of tensor shape suffixes.
 
 Shape suffixes, on tensor and array names where maths happens:
-B sequences, T packed tokens, R loss positions (rows), V vocabulary, D hidden size, C rows of one chunk.
+B sequences, T packed tokens, R loss positions (rows), V vocabulary, D hidden size, E hidden size of the teacher where
+it is another, C rows of one chunk, or chunks of text that two tokenizers share. Others are said where they begin.
 """
 
 from __future__ import annotations

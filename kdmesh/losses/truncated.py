@@ -10,9 +10,8 @@ from torch import Tensor
 from kdmesh.losses.divergences import Divergence
 from kdmesh.losses.least_likely import least_likely
 
-_NEVER = (
-    -1e30
-)  # a log-probability whose probability, and any positive power of it, is 0; finite, so that 0 times it is 0
+# A log-probability whose probability, and any positive power of it, is 0; finite, so that 0 times it is 0.
+_NEVER = -1e30
 
 
 def truncated(divergence: Divergence, *, top_k: int | None = None, top_p: float | None = None) -> Divergence:
