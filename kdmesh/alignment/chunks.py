@@ -27,13 +27,7 @@ class Alignment:
     student_ends: Int32Array  # [C]
     teacher_begins: Int32Array  # [C]
     teacher_ends: Int32Array  # [C]
-    num_bytes: int  # of the student's text
-    aligned_bytes: int  # of these, in chunks
-
-    @property
-    def ratio(self) -> float:
-        """Part of the student's bytes that lie in chunks; 1 for no bytes."""
-        return self.aligned_bytes / self.num_bytes if self.num_bytes else 1.0
+    aligned_bytes: int  # of the student's text, in chunks
 
     @property
     def is_single(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -75,7 +69,6 @@ def align(student: Spans, student_text: bytes, teacher: Spans, teacher_text: byt
         student_ends=columns[1],
         teacher_begins=columns[2],
         teacher_ends=columns[3],
-        num_bytes=len(student_text),
         aligned_bytes=int(columns[4].sum()),
     )
 

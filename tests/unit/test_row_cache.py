@@ -60,7 +60,7 @@ async def recall(cache: RowCache, seed: int, size_bytes: int = 4096) -> bytes | 
     """The rows of the sequence of that seed; None when they have to be computed."""
     found = cache.find("job", 1, [sequence(9, seed=seed)])
     out = bytearray(size_bytes)
-    if not found.num_kept or not await cache.complete(found, [memoryview(out)]):
+    if not any(found.is_kept) or not await cache.complete(found, [memoryview(out)]):
         return None
     return bytes(out)
 
@@ -166,7 +166,7 @@ async def test_damaged_rows_in_memory_are_a_miss() -> None:
         kept.data[17] ^= 1
         assert await recall(cache, 3) is None
         assert cache.state().corrupt == 1
-        assert not cache.find("job", 1, [sequence(9, seed=3)]).num_kept
+        assert not any(cache.find("job", 1, [sequence(9, seed=3)]).is_kept)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "swap", "empty"])
@@ -192,7 +192,7 @@ async def test_a_damaged_file_is_a_miss_and_deleted(tmp_path: Path, damage: str)
         async with cache_of(directory=files) as cache:
             assert await recall(cache, 3) is None
             assert cache.state().corrupt == 1
-            assert not cache.find("job", 1, [sequence(9, seed=3)]).num_kept
+            assert not any(cache.find("job", 1, [sequence(9, seed=3)]).is_kept)
     assert stored(tmp_path) == [other]
 
 

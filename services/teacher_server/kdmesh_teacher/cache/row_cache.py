@@ -32,11 +32,6 @@ class Found:
     is_kept: tuple[bool, ...]
 
     @property
-    def num_kept(self) -> int:
-        """Sequences that need not be computed."""
-        return sum(self.is_kept)
-
-    @property
     def has_all(self) -> bool:
         """Whether nothing need be computed."""
         return all(self.is_kept)
