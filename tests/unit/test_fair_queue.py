@@ -128,6 +128,16 @@ def test_job_that_could_not_start_for_long_saves_no_credit() -> None:
     assert after["blocked"] <= after["other"] + 2 * QUANTUM // 4  # of its turn, and of where the count ends
 
 
+def test_job_whose_requests_no_batch_had_room_for_saves_no_more_than_a_batch() -> None:
+    queue = queue_of(*[("large", 60)] * 30, *[("small", 4)] * 600)
+    for _ in range(20):
+        assert set(taken(queue, 40)) == {("small", 4)}
+    tokens: Counter[str] = Counter()
+    for job, num_tokens in taken(queue, 1000):
+        tokens[job] += num_tokens
+    assert abs(tokens["large"] - tokens["small"]) <= 40 + QUANTUM + 60
+
+
 def test_what_start_refuses_is_passed_over() -> None:
     queue = queue_of(("a", 9), ("b", 9))
     batch = queue.take(BATCH, lambda ask: True, lambda ask: None if ask.job == "a" else ask.job)
