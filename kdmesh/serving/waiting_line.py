@@ -59,6 +59,7 @@ class WaitingLine(Generic[W]):
         self._max_tokens = max_tokens
         self._clock = clock
         self._under_way: tuple[float, int] | None = None  # when the batch began, its tokens
+        self._allowed_s = math.inf  # when a job's rate lets it start what the newest `take` passed over
 
     def join(self, works: Sequence[W]) -> None:
         """Let requests of one job in, all or none. Raises Unavailable when the queue is full."""
@@ -82,9 +83,14 @@ class WaitingLine(Generic[W]):
     ) -> list[tuple[W, S]]:
         """The next batch; see FairQueue.take. What a quota forbids is not asked for."""
         self.jobs.look_again()
+        self._allowed_s = math.inf
 
         def is_allowed(work: W) -> bool:
-            return self.jobs.shortage(work.job, work.num_tokens) is None and can_start(work)
+            shortage = self.jobs.shortage(work.job, work.num_tokens)
+            if shortage is Shortage.REQUESTS_PER_S:
+                allowed_s = self._clock() + self.jobs.seconds_until_allowed(work.job, 1)
+                self._allowed_s = min(self._allowed_s, allowed_s)
+            return shortage is None and can_start(work)
 
         def note(work: W) -> S | None:
             started = start(work)
@@ -120,10 +126,15 @@ class WaitingLine(Generic[W]):
         return self._bounded(job, tokens, own, len(self.queue.of_job(job)) + 1)
 
     async def until_woken(self, wake: asyncio.Event) -> None:
-        """Wait for something new, or until a job's rate lets it start what waits; then `wake` is set."""
-        waits = [self.jobs.seconds_until_allowed(job, 1) for job in self.queue.jobs()]
-        change_s = min((wait_s for wait_s in waits if wait_s > 0), default=None)
-        timer = None if change_s is None else asyncio.get_running_loop().call_later(change_s, wake.set)
+        """Wait for something new, or until a job's rate lets it start what `take` passed over; then `wake` is set."""
+
+        def allowed() -> None:
+            self._allowed_s = math.inf  # once: nobody need take again
+            wake.set()
+
+        # It was noted when it was found: asked anew, a rate that lets the job start by now would say no time at all.
+        wait_s = self._allowed_s - self._clock()
+        timer = None if wait_s == math.inf else asyncio.get_running_loop().call_later(wait_s, allowed)
         try:
             await wake.wait()
         finally:

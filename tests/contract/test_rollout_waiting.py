@@ -64,11 +64,12 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running() -> AsyncIterator[Running]:
+async def running(terms: JobTerms | None = None) -> AsyncIterator[Running]:
     engine, thread = PatientEngine(), EngineThread()
     model = await thread.run(engine.load)
     loaded = LoadedEngine(engine=engine, thread=thread, model=model, check=lambda: None)
-    scheduler = Scheduler(loaded, max_waiting_tokens=10_000, jobs=JobTable(JobTerms()), metrics=Metrics())
+    jobs = JobTable(terms or JobTerms())
+    scheduler = Scheduler(loaded, max_waiting_tokens=10_000, jobs=jobs, metrics=Metrics())
     working = asyncio.create_task(scheduler.run())
     try:
         yield Running(engine, scheduler, working)
@@ -101,6 +102,12 @@ async def test_a_request_joins_while_a_step_waits() -> None:
             at.engine.may_draw = True
             at.engine.interrupt()
             assert len([index async for index, _ in later]) == 2
+
+
+async def test_a_request_joins_when_its_jobs_rate_lets_it_while_a_step_waits() -> None:
+    async with running(JobTerms(max_requests_per_s=5)) as at:
+        with at.scheduler.answering(request(6)):
+            await at.until_running(6)
 
 
 @pytest.mark.parametrize("policy", [UpdatePolicy.ABORT, UpdatePolicy.CONTINUE])

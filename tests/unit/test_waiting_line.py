@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,3 +164,18 @@ def test_a_quota_lengthens_what_a_job_is_told(terms: JobTerms) -> None:
 def test_before_the_first_batch_a_caller_is_told_a_second() -> None:
     line = WaitingLine[Ask](JobTable(JobTerms()), max_tokens=100)
     assert line.seconds_until_start("mine", REQUEST) == 1.0
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.02], ids=["in time", "late"])
+async def test_a_rate_that_lets_a_job_start_wakes_whoever_found_that_it_did_not(late_s: float) -> None:
+    server = Server({"mine": JobTerms(max_requests_per_s=100)})
+    server.fill("mine", 101 * REQUEST)
+    while server.step():
+        server.now_s = 0.0
+    server.now_s = 0.005
+    assert not server.step()
+    server.now_s = 0.005 + late_s  # since `take` has looked
+    wake = asyncio.Event()
+    async with asyncio.timeout(5):
+        await server.line.until_woken(wake)
+    assert wake.is_set()

@@ -247,7 +247,7 @@ class Scheduler:
 
     async def _done_or_woken(self, call: asyncio.Future[list[Finished]]) -> None:
         """Wait until a step is over; one that could wait for long is told when something else is to be done."""
-        woken = asyncio.ensure_future(self._wake.wait())
+        woken = asyncio.ensure_future(self._line.until_woken(self._wake))
         await asyncio.wait((call, woken), return_when=asyncio.FIRST_COMPLETED)
         woken.cancel()
         if not call.done():

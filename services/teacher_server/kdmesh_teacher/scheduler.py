@@ -315,7 +315,7 @@ class Scheduler:
             self._wake.clear()
             zero_cost = self._line.take(0, self._can_start, self._acquire)
             self._answering.answer_kept(zero_cost, self.weights.version)
-            woken = asyncio.ensure_future(self._wake.wait())
+            woken = asyncio.ensure_future(self._line.until_woken(self._wake))
             await asyncio.wait((call, woken), return_when=asyncio.FIRST_COMPLETED)
             woken.cancel()
         await asyncio.wait((call,))
