@@ -70,6 +70,7 @@ class WeightUpdates:
         self.updated_at_s: float | None = None
         """When the weights that are served came, in Unix time; None: they are those of the start."""
 
+        self._receiving: Manifest | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
 
     @property
@@ -105,11 +106,17 @@ class WeightUpdates:
             raise InvalidRequest(f"update policy {manifest.policy}; this server knows {', '.join(self._policies)}")
         job = caller_name() or manifest.job
         self._admit(job)
+        if self._receiving is not None:  # until its very end: what ends it must not meet another's beginning
+            raise Unavailable(f"the update to version {self._receiving.version} is under way")
         self._versions.admit(manifest)
-        with spans.span("weight update", parent=begin.begin.traceparent, job=job, version=manifest.version):
-            async with aclosing(self._receive(begin.begin, requests)) as replies:
-                async for reply in replies:
-                    yield reply
+        self._receiving = manifest
+        try:
+            with spans.span("weight update", parent=begin.begin.traceparent, job=job, version=manifest.version):
+                async with aclosing(self._receive(begin.begin, requests)) as replies:
+                    async for reply in replies:
+                        yield reply
+        finally:
+            self._receiving = None
         log.info("weights replaced", extra={"version": self.version, "policy": manifest.policy.value})
         yield pb.UpdateWeightsReply(weight_version=self.version)
 

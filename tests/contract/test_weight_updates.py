@@ -249,6 +249,27 @@ async def test_a_commit_that_has_begun_is_finished_although_nobody_waits() -> No
         assert target.version == 2
 
 
+async def test_an_update_that_was_committed_is_ended_before_the_next_begins() -> None:
+    has_committed, may_end = asyncio.Event(), asyncio.Event()
+
+    async def apply(manifest: Manifest, commit: Callable[[], None]) -> None:
+        await asyncio.to_thread(commit)
+        has_committed.set()
+        await may_end.wait()  # as a teacher copies its new head
+
+    async with weight_server(MemoryTarget(SPECS), apply=apply) as (address, _), _call(address) as call:
+        for step in [_begin(), FIRST, SECOND]:
+            await call.ask(step)
+        committing = asyncio.create_task(call.ask(COMMIT))
+        await has_committed.wait()
+        async with _call(address) as early:
+            with pytest.raises(grpc.aio.AioRpcError, match="the update to version 1 is under way"):
+                await early.ask(_begin(version=2))
+        may_end.set()
+        assert (await committing).weight_version == 1
+        await _update(address, 2)
+
+
 async def test_an_engine_that_fails_to_commit_keeps_its_weights() -> None:
     class _Failing(MemoryTarget):
         def commit(self, version: int) -> None:
