@@ -123,7 +123,7 @@ class WaitingLine(Generic[W]):
         """How long a request of the job would wait that came now, if the others ask for as much as they do now."""
         own = self.queue.tokens_of(job)
         tokens = self.queue.tokens_until(job, own + num_tokens) - num_tokens
-        return self._bounded(job, tokens, own, len(self.queue.of_job(job)) + 1)
+        return self._bounded(job, tokens, own, self.queue.requests_of(job) + 1)
 
     async def until_woken(self, wake: asyncio.Event) -> None:
         """Wait for something new, or until a job's rate lets it start what `take` passed over; then `wake` is set."""

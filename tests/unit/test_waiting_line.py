@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdmesh.errors import Unavailable
+from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_table import JobTable, Shortage
 from kdmesh.serving.waiting_line import WaitingLine
@@ -159,6 +160,16 @@ def test_a_quota_lengthens_what_a_job_is_told(terms: JobTerms) -> None:
     true_s = server.seconds_until_started(server.join("mine"), others={"other": 100_000})
     assert true_s > 10
     assert close(told_s, true_s)
+
+
+def test_what_a_job_is_told_does_not_take_a_look_at_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(queue: object, job: str) -> None:
+        raise AssertionError("thousands that are late together would be as many looks at thousands")
+
+    server = Server({"mine": JobTerms(max_requests_per_s=2)})
+    server.fill("mine", 40 * REQUEST)
+    monkeypatch.setattr(FairQueue, "of_job", look)
+    assert server.line.seconds_until_start("mine", REQUEST) > 10
 
 
 def test_before_the_first_batch_a_caller_is_told_a_second() -> None:
