@@ -75,7 +75,13 @@ class ShmDoor:
         """See Door. A write to the tensor kills the process: the memory is mapped read-only."""
         if handle.is_claimed:
             return self._tensor(self._open_wire(), handle)
-        async with self._turns:
+        try:
+            await self._turns.acquire()
+        except asyncio.CancelledError:
+            if self._wire is not None:
+                self._wire.send(_release_of(handle))  # nobody will claim it
+            raise
+        try:
             wire = self._open_wire()
             answer: asyncio.Future[Tensor] = wire.loop.create_future()
             self._claims.append(_Claim(handle=handle, answer=answer))
@@ -84,6 +90,8 @@ class ShmDoor:
                 return await answer
             finally:
                 del wire, answer  # an error refers to this frame, and would keep the socket open until it is collected
+        finally:
+            self._turns.release()
 
     def forget(self, handle: Handle) -> None:
         """See Door. Its memory goes with the last tensor over it."""
@@ -161,9 +169,8 @@ class ShmDoor:
                 f"do not fit in its {size_bytes} bytes"
             )
         exporter = mapping.exporter()
-        release = Request(Op.RELEASE, handle.segment, handle.epoch, handle.token).pack()
         # Also keeps the memory mapped and the wire open. Not at exit: threads may still read then.
-        weakref.finalize(exporter, _release, wire, release, mapping.memory).atexit = False
+        weakref.finalize(exporter, _release, wire, _release_of(handle), mapping.memory).atexit = False
         return matrix_over(exporter, handle, offset_bytes=handle.offset_bytes)
 
 
@@ -223,6 +230,10 @@ class _Wire:
                 return
             self._unsent.popleft()
         self.loop.remove_writer(self.sock)
+
+
+def _release_of(handle: Handle) -> bytes:
+    return Request(Op.RELEASE, handle.segment, handle.epoch, handle.token).pack()
 
 
 def _release(wire: _Wire, message: bytes, memory: mmap.mmap) -> None:

@@ -20,7 +20,7 @@ import torch
 from kdmesh.errors import ConfigError, HandleGone, Unavailable
 from kdmesh.handles import broker
 from kdmesh.handles.door import Door
-from kdmesh.handles.messages import VERSION, Op, Request
+from kdmesh.handles.messages import MAX_UNANSWERED, VERSION, Op, Request
 from kdmesh.handles.shared import Matrix
 from kdmesh.handles.shm_door import ShmDoor
 from kdmesh.handles.store import SlabStore
@@ -264,6 +264,20 @@ async def test_tensor_that_dies_in_a_cycle_in_another_thread_is_released(tmp_pat
         collector.start()
         await until(lambda: states(store) == {"free": 1})
         collector.join()
+        door.close()
+
+
+async def test_fetch_that_is_cancelled_before_its_turn_gives_the_slot_back(tmp_path: Path) -> None:
+    slots = MAX_UNANSWERED + 1
+    async with slab(tmp_path, slots=slots) as store:
+        door, session = await door_to(store)
+        handles = [answer(store, session, seed)[0] for seed in range(slots)]
+        fetching = [asyncio.create_task(door.fetch(handle)) for handle in handles]
+        await asyncio.sleep(0)  # each has begun, and the last one waits for an answer to another
+        fetching[-1].cancel()
+        tensors = await asyncio.gather(*fetching[:-1])
+        await until(lambda: states(store) == {"held": slots - 1, "free": 1})
+        del tensors
         door.close()
 
 
