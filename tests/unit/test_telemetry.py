@@ -207,7 +207,8 @@ def test_a_phase_counts_for_the_step_that_is_reported_next(tmp_path: Path) -> No
     record.close()
 
 
-def test_resuming_leaves_one_line_per_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unfinished", ['{"kind": "step", "st', '{"name": "caf\u00e9'])
+def test_resuming_leaves_one_line_per_step(tmp_path: Path, unfinished: str) -> None:
     record, _, _ = run(tmp_path)
     record.start(0)
     record.report_scores(0, scores())
@@ -215,8 +216,8 @@ def test_resuming_leaves_one_line_per_step(tmp_path: Path) -> None:
         record.report(step, stats(loss=1.0))
     record.report_scores(4, scores())
     record.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "st')  # killed while writing
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(unfinished.encode()[:-1])  # killed while writing, perhaps within a character
 
     again, _, tracker = run(tmp_path)
     again.start(2)

@@ -50,13 +50,13 @@ def keep_before(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for text in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: texts may hold U+2028 as it is
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(text)["step"] < first_step:
-                kept.append(text + "\n")
+    for line in path.read_bytes().split(b"\n"):  # not splitlines: texts may hold U+2028 as it is
+        with contextlib.suppress(ValueError):  # no JSON, or cut within a character
+            if json.loads(line)["step"] < first_step:
+                kept.append(line + b"\n")
     part = path.with_suffix(".part")
     with _writing(path):
-        part.write_text("".join(kept), encoding="utf-8")
+        part.write_bytes(b"".join(kept))
         os.replace(part, path)
 
 
