@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kdmesh.errors import CheckpointError
 from kdmesh.models.body import load_causal_lm
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.mesh import joined
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from tests.support.full_disk import files_limited_to
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, save_model, save_tokenizer
 
 TOKENS = torch.arange(3, 40)[None]
@@ -92,3 +94,10 @@ def test_a_quantized_checkpoint_is_written_as_the_plain_numbers_that_were_traine
     assert {tensor.dtype for tensor in load_file(final / "model.safetensors").values()} == {torch.bfloat16}
     assert "quantization_config" not in json.loads((final / "config.json").read_text())
     assert torch.allclose(logits(final), logits(origin), rtol=0.05, atol=0.05)
+
+
+def test_a_full_disk_is_said_in_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    origin = model(tmp_path / "origin", "qwen2")
+    with files_limited_to(20_000), pytest.raises(CheckpointError, match=r"was not written to .*/final: "):
+        exported(origin)
+    assert [path.name for path in tmp_path.iterdir()] == ["origin"]

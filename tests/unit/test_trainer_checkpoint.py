@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from kdmesh.errors import CheckpointError
 from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from tests.support.full_disk import files_limited_to
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 
@@ -74,17 +73,6 @@ def run(tmp_path: Path, tiny_models: TinyModels) -> Iterator[Run]:
         run = Run(tmp_path / "checkpoints", mesh, tiny_models)
         run.train(steps=1)
         yield run
-
-
-@contextmanager
-def files_limited_to(size_bytes: int) -> Iterator[None]:
-    """Writes beyond `size_bytes` of a file fail, as they do on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_without_a_checkpoint_a_run_starts_at_step_0(run: Run) -> None:

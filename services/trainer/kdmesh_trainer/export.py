@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,7 +83,7 @@ class HuggingFaceExporter:
                 for name in _COPIED:
                     if (self._origin / name).is_file():
                         shutil.copyfile(self._origin / name, writing / name)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the trained model was not written to {self._path}: {error}") from error
         log.info("trained model written", extra={"path": str(self._path)})
 

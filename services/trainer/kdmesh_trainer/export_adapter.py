@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,6 +61,6 @@ class AdapterExporter:
                 writing.mkdir()
                 save_file(tensors, writing / _WEIGHTS, metadata={"format": "pt"})
                 config.save_pretrained(str(writing))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the trained adapter was not written to {self._path}: {error}") from error
         log.info("trained adapter written", extra={"path": str(self._path)})
