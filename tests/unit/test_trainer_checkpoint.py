@@ -109,6 +109,14 @@ def test_a_write_that_was_interrupted_is_cleaned_at_the_next_start(run: Run) -> 
     assert run.names() == ["step-00000003"]
 
 
+def test_a_copy_that_somebody_put_beside_them_is_left_alone_and_is_none_of_them(run: Run) -> None:
+    run.save(3)
+    shutil.copytree(run.path / "step-00000003", run.path / "step-00000003-before-the-weekend")
+    assert run.directory().restore() == 3
+    run.directory(keep=1).save(next_step=6)
+    assert run.names() == ["step-00000003-before-the-weekend", "step-00000006"]
+
+
 def test_no_space_is_found_before_anything_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.save(3)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 4567, 4567))

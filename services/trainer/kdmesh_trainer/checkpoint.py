@@ -179,7 +179,7 @@ class CheckpointDirectory:
 
     def _complete(self) -> list[Path]:
         """From the oldest to the newest."""
-        return sorted(self._path.glob(f"{_COMPLETE}*"))
+        return sorted(self._path.glob(f"{_COMPLETE}{'[0-9]' * 8}"))
 
     def _directory(self, next_step: int) -> Path:
         return self._path / f"{_COMPLETE}{next_step:08d}"
