@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kdmesh.errors import CheckpointError
 from kdmesh.models.body import load_causal_lm
@@ -24,12 +24,14 @@ from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, save_model, sav
 TOKENS = torch.arange(3, 40)[None]
 
 
-def exported(origin: Path) -> Path:
+def exported(origin: Path, *, end_of_turn: int | None = None) -> Path:
     """Directory of the student as it was loaded."""
     student = Student(load_causal_lm(origin, torch.float32, torch.device("cpu")), vocabulary_size=VOCABULARY_SIZE)
     path, tokenizer = origin.parent / "final", load_fast_tokenizer(origin)
     with joined("cpu", longest_wait_s=60) as mesh:
-        HuggingFaceExporter(path, student, origin=origin, tokenizer=tokenizer, mesh=mesh).export()
+        HuggingFaceExporter(
+            path, student, origin=origin, tokenizer=tokenizer, mesh=mesh, end_of_turn=end_of_turn
+        ).export()
     return path
 
 
@@ -101,3 +103,27 @@ def test_a_full_disk_is_said_in_a_sentence_and_leaves_nothing(tmp_path: Path) ->
     with files_limited_to(20_000), pytest.raises(CheckpointError, match=r"was not written to .*/final: "):
         exported(origin)
     assert [path.name for path in tmp_path.iterdir()] == ["origin"]
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [
+        ({"eos_token_id": 0, "temperature": 0.7, "do_sample": True}, [0, 2]),
+        ({"eos_token_id": [2, 0]}, [2, 0]),
+        ({"do_sample": True}, [2]),
+        (None, [5, 2]),
+    ],
+    ids=["a base model's", "one that knows it", "no end", "no file"],
+)
+def test_a_response_ends_where_the_student_has_learnt_to_end_a_turn(
+    tmp_path: Path, said: dict[str, Any] | None, ends: list[int]
+) -> None:
+    origin = model(tmp_path / "origin", "qwen2", eos_token_id=5)
+    file = origin / "generation_config.json"
+    file.unlink()
+    if said is not None:
+        file.write_text(json.dumps(said))
+    final = exported(origin, end_of_turn=2)
+    assert GenerationConfig.from_pretrained(final).eos_token_id == ends
+    kept = json.loads((final / "generation_config.json").read_text())
+    assert said is None or kept == said | {"eos_token_id": ends}

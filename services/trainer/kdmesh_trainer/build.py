@@ -165,7 +165,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 mesh=mesh,
                 teacher_copy=copy,
             ),
-            exporters=tuple(_exporters(cfg, student, checked.tokenizer, mesh)),
+            exporters=tuple(_exporters(cfg, student, checked, mesh)),
             stop=AgreedStop(signals, mesh),
             telemetry=telemetry,
             profiler=NoProfiler() if cfg.profile is None else TraceWriter(cfg.profile, output=cfg.output, mesh=mesh),
@@ -316,10 +316,15 @@ def _publishers(
         yield source
 
 
-def _exporters(
-    cfg: config.TrainerConfig, student: Student, tokenizer: PreTrainedTokenizerFast, mesh: Mesh
-) -> Iterator[Exporter]:
+def _exporters(cfg: config.TrainerConfig, student: Student, checked: Checked, mesh: Mesh) -> Iterator[Exporter]:
     origin = cfg.student.model
-    yield HuggingFaceExporter(cfg.output / "final", student, origin=origin, tokenizer=tokenizer, mesh=mesh)
+    yield HuggingFaceExporter(
+        cfg.output / "final",
+        student,
+        origin=origin,
+        tokenizer=checked.tokenizer,
+        mesh=mesh,
+        end_of_turn=checked.encoder.end_of_turn(),
+    )
     if student.adapter is not None:
         yield AdapterExporter(cfg.output / "adapter", student, student.adapter, origin=origin, mesh=mesh)

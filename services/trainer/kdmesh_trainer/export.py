@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -20,9 +21,10 @@ from kdmesh_trainer.model import Student, release
 
 log = logging.getLogger(__name__)
 
-# Files beside a model that training does not change.
+_GENERATION = "generation_config.json"
+# Files beside a model that training does not change, but for what ends a turn.
 _COPIED = (
-    "generation_config.json",
+    _GENERATION,
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
@@ -33,23 +35,33 @@ class HuggingFaceExporter:
     """Writes the student with its tokenizer, in the element type of the checkpoint it started from.
 
     What transformers keeps in float32 beside that, as routers of mixtures, is written in float32. An adapter is added
-    to the matrices that it belongs to.
+    to the matrices that it belongs to. Where generation ends is what the student started with, and the end of a turn
+    that it has learnt.
     """
 
     def __init__(
-        self, path: Path, student: Student, *, origin: Path, tokenizer: PreTrainedTokenizerBase, mesh: Mesh
+        self,
+        path: Path,
+        student: Student,
+        *,
+        origin: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        mesh: Mesh,
+        end_of_turn: int | None = None,
     ) -> None:
         """
         Args:
             path: the directory to write; an older one is replaced when the new one is complete.
             origin: directory of the model the student started from.
             tokenizer: with the chat template that was trained with.
+            end_of_turn: the token that ends an assistant turn in that template; None where none does.
         """
         self._path = path
         self._student = student
         self._origin = origin
         self._tokenizer = tokenizer
         self._mesh = mesh
+        self._end_of_turn = end_of_turn
 
     def export(self) -> None:
         """Write the student as it is now. Collective; the first rank holds the whole model meanwhile.
@@ -83,6 +95,8 @@ class HuggingFaceExporter:
                 for name in _COPIED:
                     if (self._origin / name).is_file():
                         shutil.copyfile(self._origin / name, writing / name)
+                if self._end_of_turn is not None:
+                    _end_at(self._end_of_turn, writing / _GENERATION)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the trained model was not written to {self._path}: {error}") from error
         log.info("trained model written", extra={"path": str(self._path)})
@@ -101,6 +115,15 @@ def _whole_model(config: PretrainedConfig, tensors: dict[str, Tensor]) -> PreTra
         model.config.get_text_config().tie_word_embeddings = False
     model.tie_weights()
     return model
+
+
+def _end_at(token: int, path: Path) -> None:
+    """Have engines end a response there too: a base model names only what ends a text."""
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = said.get("eos_token_id")
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if token not in ends:
+        path.write_text(json.dumps(said | {"eos_token_id": [*ends, token]}, indent=2) + "\n", encoding="utf-8")
 
 
 def _has_own_head(model: PreTrainedModel) -> bool:
