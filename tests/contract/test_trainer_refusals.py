@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -180,3 +181,19 @@ def test_of_many_ranks_one_speaks(student: Path, tmp_path: Path) -> None:
     spoken = "".join(outcome.errors for outcome in outcomes)
     assert "Traceback" not in spoken
     assert spoken.count("train.jsonl:1") == 1
+
+
+def test_of_many_ranks_that_one_speaks_which_failed_by_a_mistake_of_the_users_own(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_rank_0.py").write_text(
+        "import os\ndef chats():\n    yield [{'role': role, 'content': os.environ['RANK']} for role in "
+        "('user', 'assistant')]\n    {'0': None}[os.environ['RANK']]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    data = {"train": {"format": "custom", "target": "of_rank_0:chats"}, "max_tokens": 128}
+    config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"}, data=data)
+    outcomes = run_job(config, ranks=2)
+    assert [outcome.exit_code for outcome in outcomes] == [1, 1]
+    assert "KeyError: '1'" in outcomes[1].errors
+    assert "Traceback" not in outcomes[0].errors

@@ -97,6 +97,9 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
         if mesh.is_first_to_fail():
             raise
         return _BROKEN
+    except Exception:
+        mesh.is_first_to_fail()  # the others, whose collectives fail now, are not to speak instead
+        raise
     if done < cfg.steps:
         logger.info("stopped", extra={"steps_done": done, "next": "run the same command to continue"})
         return int(os.environ.get("KDMESH_EXIT_WHEN_STOPPED", "0"))
