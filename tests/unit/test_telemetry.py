@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from kdmesh_trainer.metrics import Metrics
 from kdmesh_trainer.questions.estimate import Estimate
 from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.stats import RolloutFigures, SampleScores, Scores, StepStats
+from tests.support.full_disk import files_limited_to
 
 
 def stats(loss: float = 2.0, wait_s: float = 0.0) -> StepStats:
@@ -402,6 +405,22 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
         (tmp_path / "my-run" / "metrics.jsonl").mkdir()
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written: .*; checkpoints are untouched"):
             record.report(0, stats())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_a_disk_that_is_full_for_tensorboard_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    tracker = trackers.TensorBoard(importlib.import_module("torch.utils.tensorboard"), tmp_path)
+    others = set(threading.enumerate())
+    tracker.start(0)
+    refusal = pytest.raises(CheckpointError, match="tensorboard cannot be written: File too large; checkpoints are")
+    with files_limited_to(1000):
+        with refusal:
+            for step in range(10_000):
+                tracker.log(step, {"loss": 1.0})
+        with refusal:
+            tracker.close()
+    for thread in set(threading.enumerate()) - others:
+        thread.join()
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

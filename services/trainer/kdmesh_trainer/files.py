@@ -37,7 +37,7 @@ def append_line(path: Path, line: Mapping[str, object]) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    with _writing(path), path.open("a", encoding="utf-8") as file:
+    with written_beside_checkpoints(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -55,13 +55,14 @@ def keep_before(path: Path, first_step: int) -> None:
             if json.loads(line)["step"] < first_step:
                 kept.append(line + b"\n")
     part = path.with_suffix(".part")
-    with _writing(path):
+    with written_beside_checkpoints(path):
         part.write_bytes(b"".join(kept))
         os.replace(part, path)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def written_beside_checkpoints(path: Path) -> Iterator[None]:
+    """Say of a record that it cannot be written: a CheckpointError with its name and why."""
     try:
         yield
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, assert_never
 
 from kdmesh.errors import ConfigError
 from kdmesh_trainer import config
+from kdmesh_trainer.files import written_beside_checkpoints
 
 _PROJECT = "kdmesh"
 
@@ -62,7 +63,7 @@ def _load(module: str, tracker: str, requirement: str) -> ModuleType:
 
 
 class TensorBoard:
-    """Event files in `output`/tensorboard."""
+    """Event files in `output`/tensorboard. Raises CheckpointError when they cannot be written."""
 
     def __init__(self, module: ModuleType, output: Path) -> None:
         self._module = module
@@ -71,17 +72,20 @@ class TensorBoard:
 
     def start(self, first_step: int) -> None:
         """Hide what an earlier attempt wrote from `first_step` on."""
-        self._writer = self._module.SummaryWriter(str(self._directory), purge_step=first_step)
+        with written_beside_checkpoints(self._directory):
+            self._writer = self._module.SummaryWriter(str(self._directory), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record scalars."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with written_beside_checkpoints(self._directory):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out what is pending."""
         if self._writer is not None:
-            self._writer.close()
+            with written_beside_checkpoints(self._directory):
+                self._writer.close()
 
 
 class WandB:
