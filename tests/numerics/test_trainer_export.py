@@ -98,9 +98,12 @@ def test_a_quantized_checkpoint_is_written_as_the_plain_numbers_that_were_traine
     assert torch.allclose(logits(final), logits(origin), rtol=0.05, atol=0.05)
 
 
-def test_a_full_disk_is_said_in_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
-    origin = model(tmp_path / "origin", "qwen2")
-    with files_limited_to(20_000), pytest.raises(CheckpointError, match=r"was not written to .*/final: "):
+@pytest.mark.parametrize("limit_bytes", [5000, 9500], ids=["weights", "tokenizer"])
+def test_a_full_disk_is_said_in_a_sentence_and_leaves_nothing(tmp_path: Path, limit_bytes: int) -> None:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "head_dim": 2, "tie_word_embeddings": True}
+    origin = model(tmp_path / "origin", "qwen2", torch.bfloat16, **shape)
+    assert (origin / "model.safetensors").stat().st_size < 9500 < (origin / "tokenizer.json").stat().st_size
+    with files_limited_to(limit_bytes), pytest.raises(CheckpointError, match=r"was not written to .*/final: "):
         exported(origin)
     assert [path.name for path in tmp_path.iterdir()] == ["origin"]
 

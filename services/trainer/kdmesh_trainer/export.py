@@ -91,7 +91,7 @@ class HuggingFaceExporter:
         try:
             with replacing(self._path) as writing:
                 _whole_model(config, tensors).save_pretrained(writing)
-                self._tokenizer.save_pretrained(writing)
+                _save_tokenizer(self._tokenizer, writing)
                 for name in _COPIED:
                     if (self._origin / name).is_file():
                         shutil.copyfile(self._origin / name, writing / name)
@@ -115,6 +115,13 @@ def _whole_model(config: PretrainedConfig, tensors: dict[str, Tensor]) -> PreTra
         model.config.get_text_config().tie_word_embeddings = False
     model.tie_weights()
     return model
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    try:
+        tokenizer.save_pretrained(path)
+    except Exception as error:  # tokenizers has no narrower one for a file that cannot be written
+        raise OSError(str(error)) from error
 
 
 def _end_at(token: int, path: Path) -> None:
