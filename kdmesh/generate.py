@@ -26,6 +26,7 @@ from kdmesh.local import Stopped
 from kdmesh.models.ends import stop_token_ids
 from kdmesh.models.image_reader import load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.outputs import refuse_own_input
 from kdmesh.prompt_rows import Asked, Prompts
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.teacher_pool import TeacherPool
@@ -122,13 +123,14 @@ def generate(
         image_root: directory that paths of images are relative to; None: that of `prompts`.
 
     Raises:
-        ConfigError: `model` has no tokenizer or no chat template, `output` cannot be written, or the answers kept
-            beside it are to something else.
+        ConfigError: `model` has no tokenizer or no chat template, `output` is `prompts` or cannot be written, or the
+            answers kept beside it are to something else.
         DataError: a prompt cannot be used.
         ModelMismatch: the servers have another tokenizer, or read images otherwise.
         RpcError: the servers do not answer, or refuse a prompt.
         Stopped: Ctrl-C, once the first prompt was sent.
     """
+    refuse_own_input(output, {"--prompts": prompts})
     chats = ChatTokens(model)
     stops = plan.sampling.stop_token_ids or chats.ends
     plan = replace(plan, sampling=replace(plan.sampling, stop_token_ids=stops))

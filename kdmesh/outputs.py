@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from kdmesh.errors import ConfigError
@@ -21,3 +22,17 @@ def make_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from None
+
+
+def refuse_own_input(path: Path, inputs: Mapping[str, Path]) -> None:
+    """Returns when writing `path` replaces none of the files that the command reads.
+
+    Args:
+        inputs: each of them, by the option or key that names it.
+
+    Raises:
+        ConfigError: it is one of them.
+    """
+    for key, read in inputs.items():
+        if path.exists() and read.exists() and path.samefile(read):
+            raise ConfigError(f"--output {path} is the file that {key} names, which would be lost; give another")

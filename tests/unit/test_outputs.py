@@ -78,6 +78,24 @@ def test_evaluate_refuses_an_output_that_cannot_be_written_before_it_asks(at_han
             evaluate_command.main()
 
 
+def test_no_file_that_a_command_reads_is_replaced_by_what_it_finds(at_hand: None) -> None:
+    Path("asked.jsonl").write_text('{"prompt": "why", "question": "why", "answer": "so"}')
+    Path("linked.jsonl").symlink_to("asked.jsonl")
+    told = ["generate", "--rollout", "127.0.0.1:1", "--model", "student", "--prompts", "asked.jsonl"]
+    for output in ("asked.jsonl", "linked.jsonl"):
+        result = CliRunner().invoke(cli.main, [*told, "--output", output])
+        assert result.exit_code == 2
+        assert f"--output {output} is the file that --prompts names, which would be lost" in result.output
+    command = [sys.executable, "-m", "kdmesh_trainer.evaluate_command", "train.yaml", "--output", "asked.jsonl"]
+    questions = ("evaluation.rollouts.addresses=['127.0.0.1:1']", "evaluation.questions.path=asked.jsonl")
+    done = subprocess.run(
+        [*command, *(word for key in questions for word in ("--set", key))], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is the file that evaluation.questions.path names" in done.stderr
+    assert "why" in Path("asked.jsonl").read_text()
+
+
 def test_what_is_there_already_is_untouched(tmp_path: Path) -> None:
     for name in ("found.json", "found.json.part"):
         (tmp_path / name).write_text("mine")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kdmesh import log
 from kdmesh.config import config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
-from kdmesh.outputs import make_writable
+from kdmesh.outputs import make_writable, refuse_own_input
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def main() -> int:
         log.configure("evaluate")
         if arguments.output is not None:
             make_writable(arguments.output)
+            refuse_own_input(arguments.output, _inputs(cfg))
         scores, answers = _evaluate(cfg)
         sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
         if arguments.output is not None:
@@ -48,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = config_parser("kdmesh_trainer.evaluate_command", "Ask a served model a run's questions.")
     parser.add_argument("--output", type=Path, help="JSONL to write: what was answered to each question")
     return parser
+
+
+def _inputs(cfg: TrainerConfig) -> dict[str, Path]:
+    questions = cfg.evaluation.questions
+    return {} if questions is None else {"evaluation.questions.path": questions.path}
 
 
 class _Answers:
