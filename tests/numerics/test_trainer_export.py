@@ -58,6 +58,14 @@ def logits(path: Path) -> Tensor:
     return read(path)(TOKENS).logits
 
 
+def test_who_may_read_the_directory_may_read_what_is_in_it(tmp_path: Path) -> None:
+    final = exported(model(tmp_path / "origin", "qwen2"))
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
+    assert final.stat().st_mode == (tmp_path / "directory").stat().st_mode
+    assert {path.stat().st_mode for path in final.iterdir()} == {(tmp_path / "file").stat().st_mode}
+
+
 @pytest.mark.parametrize("has_own", [True, False])
 def test_an_output_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path: Path, has_own: bool) -> None:
     origin = model(tmp_path / "origin", "qwen2", tie_word_embeddings=True)

@@ -81,8 +81,11 @@ def replacing(path: Path) -> Iterator[Path]:
         for left in (writing, replaced):
             shutil.rmtree(left, ignore_errors=True)
         yield writing
-        for written in (*writing.iterdir(), writing):
+        for written in writing.iterdir():
+            # safetensors 0.8.0 lets nobody else read what it writes, and a server may be another user.
+            written.chmod(written.stat().st_mode | writing.stat().st_mode & 0o444)
             sync(written)
+        sync(writing)
         if path.exists():
             path.rename(replaced)
         writing.rename(path)
