@@ -119,6 +119,9 @@ def _packages(cfg: TrainerConfig) -> Iterator[str]:
         yield "optimizer.moments: torchao is not installed (pip install 'kdmesh[eightbit]')"
     if cfg.student.liger_kernels and find_spec("liger_kernel") is None:
         yield "student.liger_kernels: liger-kernel is not installed (pip install 'kdmesh[liger]')"
+    for tracker in ("wandb", "mlflow"):
+        if tracker in cfg.trackers and find_spec(tracker) is None:
+            yield f"trackers: {tracker} is not installed (pip install 'kdmesh[{tracker}]')"
 
 
 def _data(data: DataConfig) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kdmesh import cli, jobs, local
+from kdmesh import check, cli, jobs, local
 from kdmesh_trainer.config import TrainerConfig
 
 COMMANDS = sorted(cli.main.commands)
@@ -132,6 +132,13 @@ def test_what_is_said_of_images_is_checked(good: Path) -> None:
     assert "student.freeze_vision: student reads text alone: its config.json has no vision_config" in output
     assert "data.images.root: there is no directory gone" in output
     assert "data.images.max_mib" in run("check", "train.yaml", "--set", "data.images.max_mib=16").output
+
+
+def test_a_tracker_that_is_not_installed_is_told(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    result = run("check", "train.yaml", "--set", "trackers=[tensorboard, mlflow]")
+    assert result.exit_code == 2
+    assert "1 thing is missing\n  trackers: mlflow is not installed (pip install 'kdmesh[mlflow]')" in result.output
 
 
 def test_a_file_that_configures_nothing_is_told_so(good: Path) -> None:
