@@ -144,6 +144,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("optimizer: {warmup_steps: 100}", r"warmup_steps \(100\) must be less than steps \(100\)"),
         ("data: {max_tokens: 9000, train: {format: chat, path: x.jsonl}}", "must not exceed batch.max_tokens"),
         ("objective: {name: distill, kd_weight: 0}", "nothing would be learnt"),
+        ("objective: {name: distill, kd_weight: {start: 0, end: 0, steps: 9}}", "nothing would be learnt"),
         ("student: {model: x, weights: random, lora: {}}", "lora needs weights pretrained"),
         ("student: {model: x, attention: varlen}", "attention varlen needs a GPU and compute_dtype bfloat16"),
         ("student: {model: x, compile: layers, liger_kernels: true}", "liger_kernels does not go with compile layers"),

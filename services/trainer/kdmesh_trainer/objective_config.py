@@ -207,6 +207,11 @@ _Weight: TypeAlias = Annotated[Annotated[float, Field(ge=0), Tag("number")] | An
 _Temperature: TypeAlias = Annotated[Annotated[float, Field(gt=0), Tag("number")] | Annotated[Ramp, Tag("ramp")], _Kind]
 
 
+def _counts(weight: float | Ramp) -> bool:
+    """Whether it is above 0 in any step."""
+    return max(weight.start, weight.end) > 0 if isinstance(weight, Ramp) else weight > 0
+
+
 class Distill(StrictModel):
     """Match the teacher's distribution at every loss position."""
 
@@ -251,8 +256,7 @@ class Distill(StrictModel):
     @property
     def imitates_data(self) -> bool:
         """Whether cross-entropy has a weight in any step."""
-        weight = self.ce_weight
-        return weight.start > 0 or weight.end > 0 if isinstance(weight, Ramp) else weight > 0
+        return _counts(self.ce_weight)
 
     def numbers_at(self, step: int) -> dict[str, float]:
         """temperature, kd_weight and ce_weight of step `step`, counted from 0."""
@@ -266,7 +270,7 @@ class Distill(StrictModel):
 
     @model_validator(mode="after")
     def _some_weight(self) -> Distill:
-        if self.kd_weight == 0 and self.ce_weight == 0:
+        if not (_counts(self.kd_weight) or _counts(self.ce_weight)):
             raise ValueError("kd_weight and ce_weight are both 0: nothing would be learnt")
         return self
 
