@@ -149,6 +149,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("student: {model: x, attention: varlen}", "attention varlen needs a GPU and compute_dtype bfloat16"),
         ("student: {model: x, compile: layers, liger_kernels: true}", "liger_kernels does not go with compile layers"),
         ("profile: {steps: []}", "profile.steps"),
+        ("profile: {steps: [99, 100]}", "profile.steps has 100; steps are counted from 0, and the last is 99"),
         ("student: {model: x, lora: {target_modules: []}}", "target_modules is empty: nothing would be learnt"),
         ("student: {model: x, lora: {target_modules: q_proj}}", "student.lora.target_modules"),
         ("teacher: {addresses: ['k8s:///a.b.c:grpc']}", "is not of the form k8s:///service:port or k8s:///service.nam"),

@@ -217,6 +217,8 @@ class TrainerConfig(StrictModel):
             raise ValueError("teacher.follows_student needs objective distill: nobody else learns from the teacher")
         if (warmup_steps := self.optimizer.warmup_steps) >= self.steps:
             raise ValueError(f"optimizer.warmup_steps ({warmup_steps}) must be less than steps ({self.steps})")
+        if self.profile is not None and (step := max(self.profile.steps)) >= self.steps:
+            raise ValueError(f"profile.steps has {step}; steps are counted from 0, and the last is {self.steps - 1}")
         if (longest := self.data.max_tokens) > self.batch.max_tokens:
             raise ValueError(f"data.max_tokens ({longest}) must not exceed batch.max_tokens ({self.batch.max_tokens})")
         return self
