@@ -46,6 +46,14 @@ def test_a_text_becomes_the_users_turn_and_answers_become_texts(tmp_path: Path) 
     assert questions[2].chat.origin == f"{tmp_path / 'questions.jsonl'}:3"
 
 
+def test_what_a_row_says_beside_its_question_is_heeded_as_in_a_dataset(tmp_path: Path) -> None:
+    row = {"question": "two?", "answer": "2", "system": "Be brief."}
+    (question,) = read_questions(config(write(tmp_path, row)))
+    assert [(turn.role, turn.content) for turn in question.chat.messages] == [("system", "Be brief."), ("user", "two?")]
+    with pytest.raises(DataError, match=r"questions.jsonl:1: `tools` is not supported"):
+        read_questions(config(write(tmp_path, {**row, "tools": [{"name": "search"}]})))
+
+
 def test_only_the_first_questions_are_read(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "one?", "answer": "1"}, "", {"question": "two?", "answer": "2"}, "{")
     assert len(read_questions(config(path, limit=2))) == 2

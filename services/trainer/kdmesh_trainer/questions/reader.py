@@ -11,7 +11,7 @@ from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn
 from kdmesh_trainer.questions_config import QuestionsConfig
 from kdmesh_trainer.sources.chat import without_answers
-from kdmesh_trainer.sources.rows import TEXT_ALONE, Chat, Message, chat_from_messages, chat_from_row
+from kdmesh_trainer.sources.rows import TEXT_ALONE, Chat, chat_from_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,8 +80,8 @@ def _chat(row: Mapping[str, Any], cfg: QuestionsConfig, origin: str, images: Ima
     text = _column(row, cfg.question, "question", origin)
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{origin}: {cfg.question} must be a text that is not blank")
-    chat = chat_from_messages([{"role": "user", "content": text}], origin=f"{origin}: {cfg.question}")
-    return Chat(messages=(Message(role="user", content=chat.messages[0].content),), origin=origin)
+    turns = [{"role": "user", "content": text}]
+    return chat_from_row({**row, cfg.question: turns}, column=cfg.question, origin=origin, images=images)
 
 
 def _column(row: Mapping[str, Any], name: str, key: str, origin: str) -> Any:
