@@ -53,5 +53,5 @@ def open_jobs(config: Jobs[T], metrics: JobMetrics) -> JobTable[T]:
     def read() -> Mapping[str, T]:
         return load(JobFile[kind], path).overrides  # type: ignore[valid-type]
 
-    file = Watched([path], read, on_failure=lambda: metrics.unusable_files.labels("jobs").inc())
+    file = Watched([path], read, on_failure=metrics.unusable("jobs"))
     return JobTable(config.defaults, config.overrides, look=file.current)

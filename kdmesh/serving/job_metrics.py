@@ -27,9 +27,16 @@ class JobMetrics:
         self.label_names: dict[str, tuple[str, ...]] = {}
         """Of each counter and histogram, by its whole name."""
 
-        self.unusable_files = self.counter(
+        self._unusable_files = self.counter(
             "unusable_files", "Changes of a file of tokens, keys, certificates or jobs that were of no use.", "key"
         )
+
+    def unusable(self, key: str) -> Callable[[], None]:
+        """Counts changes of the files that `key` names that were of no use.
+
+        The count begins with 0 now: Prometheus sees no increase in what is not there before it is 1.
+        """
+        return self._unusable_files.labels(key).inc
 
     def job_label(self, job: str) -> str:
         """The job's name, or one common name while there are too many."""

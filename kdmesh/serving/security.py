@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from kdmesh.auth.authority import Authority
 from kdmesh.auth.certificates import watch_certificate
-from kdmesh.auth.config import is_loopback
+from kdmesh.auth.config import AuthConfig, is_loopback
 from kdmesh.auth.security import Security
 from kdmesh.serving.config import ListenConfig
 from kdmesh.serving.job_metrics import JobMetrics
@@ -19,14 +20,21 @@ def open_security(config: ListenConfig, metrics: JobMetrics) -> Security:
     refusals = metrics.counter("refused_callers", "Calls of who is not known, or may not do this.", "reason")
     authority = Authority(
         config.auth,
-        on_failure=lambda key: metrics.unusable_files.labels(key).inc(),
+        on_failure=_counted(config.auth, metrics),
         on_refusal=lambda reason: refusals.labels(reason).inc(),
     )
     certificate = None
     if config.tls is not None:
-        certificate = watch_certificate(config.tls, lambda: metrics.unusable_files.labels("tls").inc())
+        certificate = watch_certificate(config.tls, metrics.unusable("tls"))
     _tell(config)
     return Security(authority, certificate)
+
+
+def _counted(auth: AuthConfig | None, metrics: JobMetrics) -> Callable[[str], None]:
+    """Counts changed files of identities by the key that names them."""
+    named = {} if auth is None else {"tokens": auth.tokens, "jwt": auth.jwt}
+    counts = {key: metrics.unusable(key) for key, named_there in named.items() if named_there is not None}
+    return lambda key: counts[key]()
 
 
 def _tell(config: ListenConfig) -> None:

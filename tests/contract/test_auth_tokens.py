@@ -284,6 +284,7 @@ async def test_a_broken_file_keeps_the_tokens_from_before_and_is_told(
 ) -> None:
     path = tmp_path / "tokens.yaml"
     async with guarded(tmp_path, JOB, VIEWER) as teacher:
+        at_first = await metrics(teacher)
         with caplog.at_level(logging.ERROR):
             path.unlink() if text is None else path.write_text(text)
             async with teacher_client(teacher.addresses.grpc, access_with(JOB, tmp_path)) as client:
@@ -292,6 +293,8 @@ async def test_a_broken_file_keeps_the_tokens_from_before_and_is_told(
     (record,) = [r for r in caplog.records if r.name == "kdmesh.auth.watched"]
     assert record.__dict__["files"] == [str(path)]
     assert OTHER not in record.__dict__["reason"]
+    # From 0 on: Prometheus' increase() of a series that begins with 1 is none.
+    assert 'kdmesh_teacher_unusable_files_total{key="tokens"} 0.0' in at_first
     assert 'kdmesh_teacher_unusable_files_total{key="tokens"} 1.0' in said
 
 

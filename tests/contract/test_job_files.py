@@ -28,6 +28,11 @@ async def weight_of(rest: str, job: str) -> float:
     return weight
 
 
+async def metrics_of(rest: str) -> str:
+    async with httpx.AsyncClient() as http:
+        return (await http.get(f"http://{rest}/metrics")).text
+
+
 async def test_a_teacher_takes_the_terms_that_its_file_says_now(tmp_path: Path) -> None:
     path = tmp_path / "jobs.yaml"
     write(path, production={"weight": 4})
@@ -54,11 +59,12 @@ async def test_a_broken_file_of_jobs_leaves_what_it_said_and_is_told(
     write(path, production={"weight": 4})
     async with running_teacher(tmp_path, jobs={"file": str(path)}) as teacher:
         rest = teacher.addresses.rest
+        at_first = await metrics_of(rest)
         with caplog.at_level(logging.ERROR):
             write(path, production={"wait": 4})
             assert await weight_of(rest, "production") == 4
-        async with httpx.AsyncClient() as http:
-            said = (await http.get(f"http://{rest}/metrics")).text
+        said = await metrics_of(rest)
+    assert 'kdmesh_teacher_unusable_files_total{key="jobs"} 0.0' in at_first
     assert 'kdmesh_teacher_unusable_files_total{key="jobs"} 1.0' in said
     (record,) = [record for record in caplog.records if record.name == "kdmesh.auth.watched"]
     assert "overrides.production.wait: there is no such key" in record.__dict__["reason"]

@@ -32,11 +32,8 @@ GREEDY = {"jobs": {"overrides": {"greedy": {"max_requests_per_s": 0.01}}}}
 NOT_SHOWN = {
     "kdmesh_trainer_teacher_age_steps",
     "kdmesh_teacher_weights_updated_timestamp_seconds",
-    *(
-        f"kdmesh_{server}_{what}_total"
-        for server in ("teacher", "rollout")
-        for what in ("refused_callers", "unusable_files")
-    ),
+    "kdmesh_teacher_refused_callers_total",
+    "kdmesh_rollout_refused_callers_total",
 }
 
 
