@@ -160,6 +160,22 @@ def test_what_fetches_a_model_reaches_the_hub(endpoint: str, port: int) -> None:
     assert {"ports": [{"protocol": "TCP", "port": port}]} in policy["spec"]["egress"]
 
 
+def test_what_fetches_a_model_has_the_environment_and_the_volumes_that_the_server_is_given() -> None:
+    settings = {
+        "model": {"uri": "hf://Qwen/Qwen3-8B"},
+        "env": {"HTTPS_PROXY": "http://proxy:3128", "REQUESTS_CA_BUNDLE": "/etc/ours/ca.crt"},
+        "secretEnv": {"PROXY_USER": {"name": "proxy", "key": "user"}},
+        "volumes": [{"name": "ours", "configMap": {"name": "authorities"}}],
+        "volumeMounts": [{"name": "ours", "mountPath": "/etc/ours"}],
+    }
+    manifests = rendered_with(*(f"teacher.{key}={json.dumps(value)}" for key, value in settings.items()))
+    (_, pod), *_ = pods(manifests)
+    for container in containers(pod):
+        names = {variable["name"] for variable in container["env"]}
+        assert {"HTTPS_PROXY", "REQUESTS_CA_BUNDLE", "PROXY_USER"} <= names, container["name"]
+        assert {"name": "ours", "mountPath": "/etc/ours"} in container["volumeMounts"], container["name"]
+
+
 def test_who_may_submit_may_do_so_with_every_kind_of_object_that_a_job_has() -> None:
     roles = {one["metadata"]["name"]: one["rules"] for one in of_kind(rendered(_values("several-nodes")), "Role")}
     allowed = {

@@ -151,7 +151,7 @@ class Server(ChartModel):
     """Replicas by the tokens that wait."""
 
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment, as {NCCL_IB_HCA: mlx5}; no secrets."""
+    """Environment of the server and of what fetches its model, as {HTTPS_PROXY: http://proxy:3128}; no secrets."""
 
     secret_env: dict[str, SecretKey] = Field(default_factory=dict)
     """Environment from Secrets, as {NAME: {name: SECRET, key: KEY}}."""
@@ -187,7 +187,7 @@ class Server(ChartModel):
     """Further volumes."""
 
     volume_mounts: Objects = Field(default_factory=list)
-    """Where they lie in the server's container."""
+    """Where they lie in the containers of the server and of what fetches its model."""
 
     containers: Objects = Field(default_factory=list)
     """Further containers of the pod."""

@@ -130,6 +130,11 @@ capabilities:
 {{- if and (dig "rdma" false .values.config.server) (not (hasKey .values.env "UCX_TLS")) }}
 - {name: UCX_TLS, value: "rc,self"}
 {{- end }}
+{{- include "kdmesh.givenEnv" . }}
+{{- end }}
+
+{{- /* What the values say: also of what fetches a model, which may need a proxy, or an authority of its own. */ -}}
+{{- define "kdmesh.givenEnv" -}}
 {{- range $key, $value := .values.env }}
 - name: {{ $key }}
   value: {{ $value | quote }}

@@ -40,6 +40,9 @@
       valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
     {{- end }}
     {{- end }}
+    {{- with include "kdmesh.givenEnv" . | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
   resources:
     {{- include "kdmesh.smallResources" "4Gi" | nindent 4 }}
   securityContext:
@@ -50,6 +53,9 @@
     - {name: models, mountPath: /models}
     - {name: home, mountPath: /home/kdmesh}
     - {name: tmp, mountPath: /tmp}
+    {{- with .values.volumeMounts }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end }}
 {{- with .values.initContainers }}
 {{ toYaml . }}
