@@ -176,6 +176,13 @@ def test_what_fetches_a_model_has_the_environment_and_the_volumes_that_the_serve
         assert {"name": "ours", "mountPath": "/etc/ours"} in container["volumeMounts"], container["name"]
 
 
+@pytest.mark.parametrize("query", ["sum(tokens{job='a', of=\"b\"} > 0)", "sum(tokens)"])
+def test_a_query_of_ones_own_reaches_keda_as_it_is(query: str) -> None:
+    scaling = json.dumps({"enabled": True, "query": query})
+    (scaled,) = of_kind(rendered_with(f"teacher.autoscaling={scaling}"), "ScaledObject")
+    assert scaled["spec"]["triggers"][0]["metadata"]["query"] == query
+
+
 def test_who_may_submit_may_do_so_with_every_kind_of_object_that_a_job_has() -> None:
     roles = {one["metadata"]["name"]: one["rules"] for one in of_kind(rendered(_values("several-nodes")), "Role")}
     allowed = {
