@@ -221,13 +221,13 @@ class Monitoring(ChartModel):
     """How Prometheus finds the servers."""
 
     pod_monitor: PodMonitor = PodMonitor()
-    """How Prometheus finds the jobs of `kdmesh submit` in the release's namespace."""
+    """How Prometheus finds the jobs of `kdmesh submit` in the release's namespace; one release of it does for all."""
 
     rules: Rules = Rules()
-    """Recording rules and alerts."""
+    """Recording rules and alerts; one release of the cluster does for all."""
 
     dashboards: Dashboards = Dashboards()
-    """Dashboards."""
+    """Dashboards; one release of the cluster does for all."""
 
 
 class Submitters(ChartModel):
