@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from kdmesh.errors import ConfigError
 from kdmesh_trainer.metrics import Metrics
 from kdmesh_trainer.metrics_config import MetricsConfig
 from kdmesh_trainer.metrics_server import serving
+from kdmesh_trainer.progress import LogProgress
 from kdmesh_trainer.stats import Scores, StepStats, TeacherFigures
+from kdmesh_trainer.telemetry import RunTelemetry
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import write_config
 from tests.system.processes import Processes, free_port
@@ -45,6 +48,26 @@ def read(port: int) -> dict[str, float]:
             assert labels.pop("kdmesh_job") == "student-a"
             found[" ".join([sample.name.removeprefix("kdmesh_trainer_"), *labels.values()])] = sample.value
     return found
+
+
+def test_a_run_that_hangs_in_its_first_step_shows_when_it_began(tmp_path: Path) -> None:
+    metrics = Metrics("student-a", steps=7)
+    run = RunTelemetry(
+        record=tmp_path / "metrics.jsonl",
+        steps=7,
+        progress=LogProgress(every_s=10.0),
+        trackers=[],
+        metrics=metrics,
+        metrics_server=None,
+        doors=dict,
+        imbalance=lambda: None,
+    )
+    with serving(MetricsConfig(port=0), metrics.registry) as server:
+        run.start(4)
+        found = read(server.port)
+    run.close()
+    assert (found["step"], found["steps_wanted"]) == (4, 7)
+    assert time.time() - 60 < found["last_step_timestamp_seconds"] <= time.time()
 
 
 def test_steps_evaluations_and_doors_are_shown_with_the_jobs_name() -> None:

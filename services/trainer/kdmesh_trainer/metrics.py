@@ -56,7 +56,9 @@ class Metrics:
         wanted = self._gauge("steps_wanted", "Optimizer steps that the run is to have.")
         wanted.labels(job).set(steps)
         self._step = self._gauge("step", "Optimizer steps done, those before a restart too.")
-        self._last_step = self._gauge("last_step_timestamp_seconds", "When the last step ended, in Unix time.")
+        self._last_step = self._gauge(
+            "last_step_timestamp_seconds", "When the last step ended, or the run began, in Unix time."
+        )
         self._steps = self._counter("steps", "Optimizer steps done by this process.")
         self._tokens = self._counter("tokens", "Tokens trained on.")
         self._loss_tokens = self._counter("loss_tokens", "Tokens that carried loss.")
@@ -83,6 +85,11 @@ class Metrics:
         self._door = self._gauge("door", "Always 1; says through which doors rows come now.", "door")
         self._not_finite = self._counter("not_finite_steps", "Steps whose loss was not finite; the run ends with it.")
         self._not_finite.labels(job)
+
+    def started(self, first_step: int) -> None:
+        """The run begins, or goes on, after `first_step` steps: one that hangs in its first step shows, too."""
+        self._step.labels(self._job).set(first_step)
+        self._last_step.labels(self._job).set(time.time())
 
     def step_done(
         self, done: int, stats: StepStats, *, phase_s: Mapping[str, float], bound_s: Mapping[str, float], step_s: float

@@ -130,6 +130,7 @@ class RunTelemetry:
         keep_before(self._path, first_step)
         for tracker in self._trackers:
             tracker.start(first_step)
+        self._metrics.started(first_step)
         self._progress.start(first_step, self._steps)
 
     @contextmanager
