@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from kdmesh import check, config
+from kdmesh.auth.config import AccessConfig
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_file import JobFile
 from kdmesh_rollout.config import RolloutConfig
@@ -45,6 +49,25 @@ def test_the_files_that_a_configuration_names_are_mounted(values: Path, tmp_path
         for line in check.missing(loaded):  # nothing of it is on this machine
             (path,) = re.findall(r"there is no (?:file|directory) (\S+)", line)
             assert any(Path(path).is_relative_to(mount) for mount in mounts), line
+
+
+@every_value
+def test_the_notes_tell_trainers_all_that_the_servers_ask_for(values: Path, tmp_path: Path) -> None:
+    dry_run = ("install", render.RELEASE, str(render.CHART), "--namespace", render.NAMESPACE, "--dry-run=client")
+    _, _, notes = render.run_helm("helm4", *dry_run, "--values", str(values)).stdout.partition("\nNOTES:\n")
+    sections = re.findall(r"In a training configuration:\n\n((?: +.+\n)+)", notes)
+    said = [yaml.safe_load(section) for section in sections]
+    told = {name: one for name in ("teacher", "rollouts") for one in map(partial(_told, name), said) if one}
+    asked = {type(loaded): loaded.server for loaded, _ in _loaded(rendered(values), tmp_path)}
+    assert len(told) == len(said) == len(asked)
+    for name, kind in (("teacher", TeacherConfig), ("rollouts", RolloutConfig)):
+        if kind in asked:
+            server, access = asked[kind], AccessConfig.model_validate(told[name].get("access", {}))
+            assert told[name]["addresses"][0].endswith(f":{server.port}")
+            assert (access.token_file is None) is (server.auth is None)
+            assert (access.tls is None) is (server.tls is None)
+            if access.tls is not None and server.tls is not None:
+                assert (access.tls.cert is None) is (server.tls.client_ca is None)
 
 
 @every_value
@@ -107,3 +130,8 @@ def _loaded(manifests: tuple[Manifest, ...], folder: Path) -> Iterator[tuple[Tea
 
 def _expanded(argument: str) -> str:
     return re.sub(r"\$\((\w+)\)", lambda match: _VARIABLES[match[1]], argument)
+
+
+def _told(name: str, said: dict[str, Any]) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = said.get("source", said).get(name)
+    return found
