@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import select
+import socket
 import ssl
 import sys
 import termios
@@ -184,14 +185,28 @@ def _is_quit(wait_s: float) -> bool:
     return bool(ready) and sys.stdin.read(1) in ("q", "Q", "")
 
 
+class _NamedContext(ssl.SSLContext):
+    """Wants a certificate of the name that was given, if one was, whatever the address is."""
+
+    server_name: str | None
+
+    def wrap_socket(self, sock: socket.socket, *args: Any, **others: Any) -> ssl.SSLSocket:
+        if self.server_name is not None:
+            others["server_hostname"] = self.server_name
+        return super().wrap_socket(sock, *args, **others)
+
+
 def _context(access: AccessConfig) -> ssl.SSLContext | None:
     tls = access.tls
     if tls is None:
         return None
-    if tls.server_name is not None:
-        raise ConfigError("access.tls.server_name is for gRPC; ask the server by a name that is in its certificate")
+    context = _NamedContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.server_name = tls.server_name
     try:
-        context = ssl.create_default_context(cafile=tls.ca)
+        if tls.ca is None:
+            context.load_default_certs()
+        else:
+            context.load_verify_locations(tls.ca)
         if tls.cert is not None:
             context.load_cert_chain(tls.cert, tls.key)
     except OSError as error:

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from kdmesh import cli
 from kdmesh.rpc.retry import Deadline
+from tests.support.certificates import CertificateAuthority
 from tests.support.identities import VIEWER, write_tokens
 from tests.support.teacher_requests import sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
@@ -139,3 +140,17 @@ async def test_server_that_asks_who_calls_is_shown_a_token(tmp_path: Path, monke
     assert refused.exit_code == 2
     assert "answers 401" in refused.output
     assert VIEWER not in refused.output
+
+
+@pytest.mark.parametrize(("name", "words"), [("teacher.ml.svc", "kdmesh teacher  ready"), ("other.ml.svc", "mismatch")])
+async def test_a_server_behind_another_address_is_known_by_the_name_in_its_certificate(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    authority = CertificateAuthority(tmp_path)
+    pair = authority.issue("server", ["teacher.ml.svc"])
+    access = {"tls": {"ca": str(authority.cert), "server_name": name}}
+    (tmp_path / "access.yaml").write_text(json.dumps(access), encoding="utf-8")
+    tls = {"cert": str(pair.cert), "key": str(pair.key)}
+    async with running_teacher(tmp_path, server={"tls": tls}) as teacher:
+        shown = await top(teacher.addresses.rest, "--once", "--access", str(tmp_path / "access.yaml"))
+    assert words in shown.output
