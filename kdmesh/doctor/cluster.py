@@ -23,12 +23,13 @@ from kdmesh.errors import ClusterError
 _OLDEST = (1, 29)
 _LARGEST_SKEW_S = 5.0
 _GPUS = "nvidia.com/gpu"
-_OPTIONAL = {
+# By group: name, the version that is asked for, and what is amiss without it.
+_OPTIONAL: dict[str, tuple[str, str | None, str]] = {
     JOB_SET.group: ("JobSet", "v1alpha2", "jobs of several nodes need it, or Kubeflow Trainer"),
     TRAIN_JOB.group: ("Kubeflow Trainer", "v1alpha1", "jobs of several nodes are JobSets, without its features"),
     "kueue.x-k8s.io": (
         "Kueue",
-        "v1beta2",
+        None,  # a job bears its label, which every version heeds, and nothing else of it
         "no queue and no gang scheduling: --queue does nothing, and two jobs can wait for each other's nodes",
     ),
     "leaderworkerset.x-k8s.io": ("LeaderWorkerSet", "v1", "a teacher cannot span nodes"),
@@ -89,9 +90,9 @@ def _clock(cluster: Cluster) -> Finding:
     return Finding(name="the cluster's clock", verdict="worse", found=found, cost=cost, cure="NTP on both sides")
 
 
-def _custom(name: str, group: str, wanted: str, cost: str, served: tuple[str, ...]) -> Finding:
-    if wanted in served:
-        return ok(name, f"{group}/{wanted}")
+def _custom(name: str, group: str, wanted: str | None, cost: str, served: tuple[str, ...]) -> Finding:
+    if served and (wanted is None or wanted in served):
+        return ok(name, f"{group}/{wanted or served[0]}")
     found = "not installed" if not served else f"{group} in {', '.join(served)}, where {wanted} is wanted"
     return Finding(
         name=name,

@@ -34,7 +34,7 @@ def kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_furnished_cluster_lacks_nothing_that_is_needed(tmp_path: Path) -> None:
-    with fake_cluster(tmp_path, served={**JOB_SETS, "kueue.x-k8s.io/v1beta1": []}) as cluster:
+    with fake_cluster(tmp_path, served={**JOB_SETS, "kueue.x-k8s.io/v1beta1": [], "keda.sh/v1": []}) as cluster:
         furnish(cluster)
         code, found = look("--need", "gpu")
     assert code == 0
@@ -42,7 +42,8 @@ def test_a_furnished_cluster_lacks_nothing_that_is_needed(tmp_path: Path) -> Non
     assert found["the cluster's clock"]["verdict"] == "ok"
     assert found["GPUs of the cluster"]["found"] == "16 on 2 of 3 machines"
     assert found["jobs of several nodes"]["found"] == "as JobSet"
-    assert found["Kueue"]["found"] == "kueue.x-k8s.io in v1beta1, where v1beta2 is wanted"
+    assert (found["Kueue"]["verdict"], found["Kueue"]["found"]) == ("ok", "kueue.x-k8s.io/v1beta1")
+    assert found["KEDA"]["found"] == "keda.sh in v1, where v1alpha1 is wanted"
     assert found["Kubeflow Trainer"]["verdict"] == "worse"
     assert found["storage"]["verdict"] == "ok"
 
