@@ -63,6 +63,9 @@ def _cluster_options(command: F) -> F:
 @click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="Variable of every node.")
 @click.option("--in-image", multiple=True, metavar="/PATH", help="Directory whose files the image holds.")
 @click.option("--node-label", "node_labels", multiple=True, metavar="NAME=VALUE", help="Take only such machines.")
+@click.option(
+    "--tolerate", "tolerated", multiple=True, metavar="KEY[=VALUE][:EFFECT]", help="Take machines with such a taint."
+)
 @click.option("--service-account", help="That the job runs as.")
 @click.option("--pull-secret", help="Secret to fetch the image with.")
 @click.option("--retries", type=click.IntRange(min=0), default=3, show_default=True, help="Restarts after failures.")

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from kdmesh import check, config
 from kdmesh.auth.config import is_loopback
-from kdmesh.cluster.plan import WORK, JobKind, JobPlan, Mount, Output, Resources, SecretVariable
+from kdmesh.cluster.plan import WORK, JobKind, JobPlan, Mount, Output, Resources, SecretVariable, Taint
 from kdmesh.errors import ConfigError
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.objective_config import Distill
@@ -43,6 +43,7 @@ class Wishes:
     variables: tuple[str, ...] = ()  # NAME=VALUE
     in_image: tuple[str, ...] = ()  # directories that the image holds
     node_labels: tuple[str, ...] = ()  # NAME=VALUE
+    tolerated: tuple[str, ...] = ()  # KEY[=VALUE][:EFFECT]
     service_account: str | None = None
     pull_secret: str | None = None
     retries: int = 3
@@ -85,6 +86,7 @@ def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) ->
         service_account=wishes.service_account,
         asks_cluster=any(address.startswith("k8s:") for address in _addresses(cfg)),
         node_labels=tuple(_pair(text, "--node-label", "NAME=VALUE") for text in wishes.node_labels),
+        tolerated=tuple(map(_taint, wishes.tolerated)),
         pull_secret=wishes.pull_secret,
         metrics_port=None if cfg.metrics is None else cfg.metrics.port,
     )
@@ -235,6 +237,14 @@ def _secret_variable(text: str) -> SecretVariable:
     if not (secret and slash and key):
         raise ConfigError(f"--secret-env {text!r} is not of the form {form}")
     return SecretVariable(name=name, secret=secret, key=key)
+
+
+def _taint(text: str) -> Taint:
+    taint, _, effect = text.partition(":")
+    key, equals, value = taint.partition("=")
+    if not key:
+        raise ConfigError(f"--tolerate {text!r} is not of the form KEY[=VALUE][:EFFECT]")
+    return Taint(key=key, value=value if equals else None, effect=effect or None)
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:

@@ -28,6 +28,7 @@ JobKind = Literal["Job", "JobSet", "TrainJob"]
 _LONGEST_NAME = 45
 _NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
+_EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _RESERVED = (WORK, CONFIG, PurePosixPath("/tmp"), PurePosixPath("/dev/shm"))
 
 
@@ -48,6 +49,15 @@ class SecretVariable:
     name: str
     secret: str
     key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taint:
+    """What keeps others from some machines, and not this job."""
+
+    key: str
+    value: str | None = None  # None: any
+    effect: str | None = None  # None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +107,7 @@ class JobPlan:
     service_account: str | None = None
     asks_cluster: bool = False  # whether its nodes look for servers by the API
     node_labels: tuple[tuple[str, str], ...] = ()  # that a machine must have
+    tolerated: tuple[Taint, ...] = ()  # that a machine may have, beside that of its GPUs
     pull_secret: str | None = None  # to fetch the image with
     metrics_port: int | None = None  # where the first node shows its metrics
 
@@ -113,6 +124,9 @@ class JobPlan:
         for quantity in (self.resources.cpus, self.resources.memory, self.output.size or "1", *others):
             if not _QUANTITY.fullmatch(quantity):
                 raise ConfigError(f"{quantity!r} is no quantity of Kubernetes, as 8, 500m or 64Gi are")
+        for taint in self.tolerated:
+            if taint.effect not in (None, *_EFFECTS):
+                raise ConfigError(f"{taint.effect!r} is no effect of a taint, as {', '.join(_EFFECTS)} are")
         if self.user < 1:
             raise ConfigError(f"--user {self.user}: a job runs as an ordinary user, of a number above 0")
         self._refuse_unfit_mounts()

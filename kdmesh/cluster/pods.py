@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdmesh.cluster.plan import CONFIG, CONFIG_FILE, STOPPED, WORK, JobPlan, Mount
+from kdmesh.cluster.plan import CONFIG, CONFIG_FILE, STOPPED, WORK, JobPlan, Mount, Taint
 
 CONTAINER = "node"
 """Kubeflow Trainer writes its variables into the container of this name."""
@@ -44,10 +44,16 @@ def pod_template(plan: JobPlan, *, first_node: str) -> dict[str, Any]:
         spec["nodeSelector"] = dict(plan.node_labels)
     if plan.pull_secret is not None:
         spec["imagePullSecrets"] = [{"name": plan.pull_secret}]
-    if plan.resources.gpus:
-        # Such nodes are usually kept for those who ask for their GPUs.
-        spec["tolerations"] = [{"key": plan.resources.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
+    # Machines with GPUs are usually kept for those who ask for them.
+    of_gpus = (Taint(key=plan.resources.gpu_resource, effect="NoSchedule"),) if plan.resources.gpus else ()
+    if taints := (*of_gpus, *plan.tolerated):
+        spec["tolerations"] = list(map(_toleration, taints))
     return {"metadata": {"labels": {**LABELS, JOB_LABEL: plan.name}}, "spec": spec}
+
+
+def _toleration(taint: Taint) -> dict[str, str]:
+    told = {"operator": "Exists"} if taint.value is None else {"operator": "Equal", "value": taint.value}
+    return {"key": taint.key, **told, **({} if taint.effect is None else {"effect": taint.effect})}
 
 
 def _container(plan: JobPlan, first_node: str) -> dict[str, Any]:

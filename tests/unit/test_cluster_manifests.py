@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from kdmesh.cluster.manifests import Manifests, manifests
-from kdmesh.cluster.plan import JobKind, JobPlan, Mount, Output, Resources, SecretVariable
+from kdmesh.cluster.plan import JobKind, JobPlan, Mount, Output, Resources, SecretVariable, Taint
 from kdmesh.errors import ConfigError
 from tests.support.cluster_schemas import CRDS, VERSIONS, pod_templates, problems
 
@@ -36,6 +36,7 @@ PLAN = JobPlan(
     queue="research",
     service_account="trainer",
     node_labels=(("gpu", "h100"),),
+    tolerated=(Taint(key="dedicated", value="research", effect="NoExecute"), Taint(key="spot")),
     pull_secret="registry",
 )
 
@@ -90,6 +91,18 @@ def test_every_pod_satisfies_the_restricted_standard(kind: JobKind) -> None:
 def test_nodes_ask_the_cluster_only_where_servers_are_looked_for_in_it(kind: JobKind) -> None:
     assert only_pod(of(kind))["spec"]["automountServiceAccountToken"] is False
     assert only_pod(of(kind, asks_cluster=True))["spec"]["automountServiceAccountToken"] is True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_machines_that_are_kept_for_such_jobs_are_taken(kind: JobKind) -> None:
+    named = [
+        {"key": "dedicated", "operator": "Equal", "value": "research", "effect": "NoExecute"},
+        {"key": "spot", "operator": "Exists"},
+    ]
+    of_gpus = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    assert only_pod(of(kind))["spec"]["tolerations"] == [of_gpus, *named]
+    without = only_pod(of(kind, resources=replace(PLAN.resources, gpus=0)))["spec"]
+    assert without["tolerations"] == named
 
 
 @pytest.mark.parametrize("kind", KINDS)

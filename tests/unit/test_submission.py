@@ -122,3 +122,16 @@ def test_the_example_is_submitted_as_it_says() -> None:
     made = submission.plan(path, (), Wishes(**{**WISHES, "nodes": 2, "gpus": 8}), "JobSet")
     assert made.name == "in-cluster"
     assert made.asks_cluster
+
+
+def test_taints_are_said_as_kubectl_says_them(config: Path) -> None:
+    said = ("dedicated=research:NoSchedule", "spot", "a/b:NoExecute", "empty=")
+    made = submission.plan(config, (), Wishes(**{**WISHES, "tolerated": said}), "Job")
+    assert [(one.key, one.value, one.effect) for one in made.tolerated] == [
+        ("dedicated", "research", "NoSchedule"),
+        ("spot", None, None),
+        ("a/b", None, "NoExecute"),
+        ("empty", "", None),
+    ]
+    assert "'Never' is no effect of a taint, as NoSchedule" in refused(config, tolerated=("spot:Never",))
+    assert "--tolerate '=x' is not of the form" in refused(config, tolerated=("=x",))
