@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from kdmesh.errors import ConfigError
 from kdmesh.models.positions import rope_types, safe_limit, stated_limit
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.student_length import refuse_short_student
+from kdmesh_trainer.student_length import refuse_short_student, warn_of_new_positions
 from tests.support.tiny_models import FAMILIES, TinyModels
 
 ROPE = {"rope_theta": 1e4, "factor": 4.0}
@@ -60,9 +60,12 @@ def test_rotary_positions_that_were_not_learnt_are_told_of(
     tiny_models: TinyModels, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        refuse_short_student(config_of(tiny_models.path(), 256))
+        warn_of_new_positions(config_of(tiny_models.path(), 256))
         assert not caplog.records
-        refuse_short_student(config_of(tiny_models.path(), 257))
+        beyond = config_of(tiny_models.path(), 257)
+        refuse_short_student(beyond)
+        assert not caplog.records
+        warn_of_new_positions(beyond)
     assert [record.message for record in caplog.records] == ["data.max_tokens is beyond the student's positions"]
 
 

@@ -58,7 +58,7 @@ from kdmesh_trainer.sources.tokenizer import TeacherTokens, vocabulary_size
 from kdmesh_trainer.sources.training_data import TrainingData
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
-from kdmesh_trainer.student_length import refuse_short_student
+from kdmesh_trainer.student_length import refuse_short_student, warn_of_new_positions
 from kdmesh_trainer.teacher_copy import TeacherCopy
 from kdmesh_trainer.telemetry import open_telemetry
 
@@ -94,6 +94,8 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
     with ExitStack() as stack:
         mesh.on_first(lambda: stack.enter_context(claimed(cfg.output)))
         checked = check(cfg)
+        if mesh.is_first:
+            warn_of_new_positions(cfg)
         teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, stack=stack)
         doors = dict[str, str] if teachers is None else teachers.doors
         imbalance = (lambda: None) if teachers is None else teachers.imbalance

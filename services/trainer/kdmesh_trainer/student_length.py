@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def refuse_short_student(cfg: TrainerConfig) -> None:
-    """Return where the student has a position for every token; the log is told where they are beyond those it learnt.
+    """Return where the student has a position for every token, be it one that it never learnt.
 
     Raises:
         ConfigError: naming the numbers, and why they must fit.
@@ -31,4 +31,12 @@ def refuse_short_student(cfg: TrainerConfig) -> None:
         )
     if not types:
         raise ConfigError(f"data.max_tokens is {longest}; {path} has positions for {limit} tokens, and for no more")
-    log.warning("data.max_tokens is beyond the student's positions", extra={"max_tokens": longest, "positions": limit})
+
+
+def warn_of_new_positions(cfg: TrainerConfig) -> None:
+    """Tell the log where tokens may be at positions beyond those that the student has learnt."""
+    config = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
+    limit = safe_limit(config)
+    if limit is not None and cfg.data.max_tokens > limit:
+        facts = {"max_tokens": cfg.data.max_tokens, "positions": limit}
+        log.warning("data.max_tokens is beyond the student's positions", extra=facts)
