@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import select
@@ -14,8 +15,7 @@ import tty
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -28,6 +28,8 @@ from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.serving.job_state import JobState
 from kdmesh.serving.status import SlabStatus, Status, Working
 from kdmesh.serving.words import count, seconds, size
+
+T = TypeVar("T")
 
 _ANSWER_S = 5.0
 _WIDTH = 160  # of what is no terminal
@@ -90,7 +92,7 @@ def once(server: Server, *, as_json: bool) -> None:
     """Print what the server does now. Raises NoAnswer."""
     status = server.look()
     if as_json:
-        sys.stdout.write(json.dumps(asdict(status)) + "\n")
+        sys.stdout.write(json.dumps(dataclasses.asdict(status)) + "\n")
     else:
         console = Console()
         if not console.is_terminal:
@@ -225,8 +227,13 @@ def _status(tree: dict[str, Any]) -> Status:
     if working is None:
         return Status(service=tree["service"], state=tree["state"], working=None)
     slab = working["slab"]
-    known = working | {
-        "slab": None if slab is None else SlabStatus(**slab),
-        "jobs": tuple(JobState(**job) for job in working["jobs"]),
+    understood = working | {
+        "slab": None if slab is None else _known(SlabStatus, slab),
+        "jobs": tuple(_known(JobState, job) for job in working["jobs"]),
     }
-    return Status(service=tree["service"], state=tree["state"], working=Working(**known))
+    return Status(service=tree["service"], state=tree["state"], working=_known(Working, understood))
+
+
+def _known(kind: type[T], tree: dict[str, Any]) -> T:
+    """What is understood of it: a newer server may say more."""
+    return kind(**{field.name: tree[field.name] for field in dataclasses.fields(cast(Any, kind))})

@@ -10,8 +10,12 @@ import pty
 import struct
 import sys
 import termios
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -67,6 +71,46 @@ async def test_nobody_at_the_address_is_an_error(tmp_path: Path) -> None:
     shown = await top(address, "--once")
     assert shown.exit_code == 2
     assert f"{address} does not answer: [Errno 111] Connection refused" in shown.output
+
+
+@contextmanager
+def answering(status: Mapping[str, Any]) -> Iterator[str]:
+    """The address of a server that says this of itself."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(status).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+async def test_a_newer_server_may_say_more_and_an_older_one_not_less(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher:
+        await some_work(teacher, "job")
+        told = json.loads((await top(teacher.addresses.rest, "--json")).output)
+    for part in (told, told["working"], told["working"]["slab"], told["working"]["jobs"][0]):
+        part["news"] = 1
+    with answering(told) as address:
+        shown = await top(address, "--once")
+    assert shown.exit_code == 0
+    assert any(line.startswith("job") and "100%" in line for line in shown.output.splitlines())
+    del told["working"]["jobs"][0]["tokens"]
+    with answering(told) as address:
+        shown = await top(address, "--once")
+    assert shown.exit_code == 2
+    assert "answers something else than this kdmesh understands: 'tokens'" in shown.output
 
 
 class Terminal:
