@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,6 +28,7 @@ class Story:
 
     alone: Job  # on one rank
     whole: Job  # on two that hold each row together
+    keys: Job  # the same, which exchange keys instead of heads
     killed: Job  # the same, killed and continued
     again: Process  # what continued it
     groups: Job  # on two times two
@@ -39,14 +41,15 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
     teacher = Teacher(processes, root / "teacher", materials.teacher)
     teacher.start()
 
-    def job(name: str, *, context: int) -> Job:
+    def job(name: str, **parallel: Any) -> Job:
         sections = {"batch": BATCH, "steps": STEPS, "evaluation": {"every": 4}, "checkpoint": {"every": 2}}
-        return Job(processes, root / name, recipe, teacher.address, parallel={"context": context}, **sections)
+        return Job(processes, root / name, recipe, teacher.address, parallel=parallel, **sections)
 
     alone, whole, killed, groups = (
         job(name, context=context) for name, context in (("alone", 1), ("whole", 2), ("killed", 2), ("groups", 2))
     )
-    for running in (alone.start(), whole.start_ranks(2)):
+    keys = job("keys", context=2, context_exchange="keys")
+    for running in (alone.start(), whole.start_ranks(2), keys.start_ranks(2)):
         running.succeed()
     first = killed.start_ranks(2)
     first.until(lambda: len(killed.steps()) >= 5)
@@ -55,7 +58,7 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
     again = killed.start_ranks(2)
     again.succeed()
     groups.start_ranks(4).succeed()
-    return Story(alone=alone, whole=whole, killed=killed, again=again, groups=groups, teacher=teacher)
+    return Story(alone=alone, whole=whole, keys=keys, killed=killed, again=again, groups=groups, teacher=teacher)
 
 
 def figures(job: Job, *names: str) -> list[float]:
@@ -67,7 +70,7 @@ def test_ranks_that_hold_rows_together_learn_what_one_rank_learns(story: Story) 
     names = ("loss_nats_per_token", "top1_agreement", "gradient_norm", "num_tokens", "kl_nats_per_token")
     expected = figures(story.alone, *names)
     assert len(story.alone.steps()) == STEPS
-    for job in (story.whole, story.groups):
+    for job in (story.whole, story.keys, story.groups):
         assert figures(job, *names) == pytest.approx(expected, rel=1e-3)
     losses = figures(story.whole, "loss_nats_per_token")
     assert losses[-1] < losses[0]
@@ -82,7 +85,7 @@ def test_a_job_that_was_killed_continues_with_equal_losses(story: Story) -> None
 def test_a_teacher_reads_every_token_once_however_many_ranks_hold_it(story: Story) -> None:
     read = story.teacher.num_prefilled("alone")
     assert read > 0
-    assert story.teacher.num_prefilled("whole") == story.teacher.num_prefilled("groups") == read
+    assert [story.teacher.num_prefilled(name) for name in ("whole", "keys", "groups")] == [read] * 3
 
 
 def test_samples_of_all_ranks_are_trained_on_together(
