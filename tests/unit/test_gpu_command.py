@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import job
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -32,6 +33,15 @@ def test_every_part_is_a_function_of_the_scale() -> None:
     for module, function, _ in command._PARTS.values():
         measure = getattr(importlib.import_module(module), function)
         assert list(inspect.signature(measure).parameters) == ["scale"]
+
+
+def test_only_a_job_needs_what_the_services_need() -> None:
+    modules = {module for module, *_ in command._PARTS.values()}
+    modules |= {f"tests.gpu.{path.stem}" for path in command._TESTS.glob("test_*.py")}
+    hidden = (*job._NEEDED, "pyarrow", "tensorboard", "xxhash")
+    script = f"import sys; sys.modules.update(dict.fromkeys({hidden!r})); import {', '.join(sorted(modules))}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=command._TESTS.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

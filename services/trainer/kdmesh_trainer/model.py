@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ from kdmesh.models.image_packing import Packer
 from kdmesh.models.packing import PackedTokens, slice_of, slices_of
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.lora import Adapter
-from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.spread_head import own_head, spread_head
 from kdmesh_trainer.weights import StudentWeight, weights_of, without_aliases
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.parallel_config import Gather  # which needs pydantic
 
 # (hidden_RD, head, labels_R) -> the loss of these rows.
 RowLoss = Callable[[Tensor, OutputHead, Tensor], FusedLoss]
