@@ -28,7 +28,10 @@ from benchmarks.measure import say, server
 _TEACHER = Shape(hidden=2048, intermediate=6144, layers=28, heads=16, kv_heads=8, head_size=128)
 _STUDENT = Shape(hidden=1024, intermediate=3072, layers=28, heads=16, kv_heads=8, head_size=128)
 _TINY = Shape(hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, head_size=8)
-_NEEDED = ("pydantic", "fastapi", "uvicorn", "grpc_health", "grpc_reflection", "prometheus_client", "click", "rich")
+_NEEDED = (
+    *("pydantic", "fastapi", "uvicorn", "grpc_health", "grpc_reflection", "prometheus_client", "click", "rich"),
+    *("jinja2", "PIL", "xxhash"),
+)
 _WARM_UP_STEPS = 3
 _LIMIT_S = 120.0  # of one trainer
 _SEQUENCES = 32

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.packing import PackedImages, PackedTokens, blank, pack
 from kdmesh.types import TokenSequence
+
+if TYPE_CHECKING:
+    from kdmesh.models.image_reader import ImageReader  # which loads Pillow
 
 
 class Packer:
