@@ -7,11 +7,13 @@ triton, transformers, peft, grpcio, numpy and pytest.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from benchmarks.measure import finish, say
 
 _TESTS = Path(__file__).parents[2] / "tests/gpu"
 _LIMIT_S = 570.0  # of everything
+_END_S = 15.0  # that a part is given to end what it has started
 # By what is worth most, should the time not suffice: its module's function, and the most seconds it may take.
 _PARTS: Mapping[str, tuple[str, str, float]] = {
     "loss": ("benchmarks.gpu.loss", "measure", 120),
@@ -92,8 +95,9 @@ def _run_all(*, is_dry: bool) -> tuple[dict[str, object], bool]:
         command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, *(["--dry"] if is_dry else [])]
         done = _child(command, limit_s=min(longest_s, left_s))
         say(f"\n{name}\n{done.output}")
-        figures[name] = json.loads(_last_line(done.output)) if done.ended_well else {"failed": done.output[-1500:]}
-        is_good &= done.ended_well
+        found = _figures(done)
+        figures[name] = {"failed": done.output[-1500:]} if found is None else found
+        is_good &= found is not None
     figures["sanitizer"] = _sanitizer(_LIMIT_S - (time.monotonic() - began_s), is_dry=is_dry)
     figures["seconds"] = round(time.monotonic() - began_s)
     return figures, is_good
@@ -155,14 +159,33 @@ def _sanitizer(left_s: float, *, is_dry: bool) -> str:
 
 
 def _child(command: list[str], *, limit_s: float) -> _Outcome:
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False
-        )
-    except subprocess.TimeoutExpired as expired:
-        printed = expired.stdout.decode(errors="replace") if isinstance(expired.stdout, bytes) else ""
-        return _Outcome(ended_well=False, output=f"{printed}\nstopped after {limit_s:.0f} s")
-    return _Outcome(ended_well=done.returncode == 0, output=done.stdout.rstrip())
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return _Outcome(ended_well=False, output=f"{_end(process)}\nstopped after {limit_s:.0f} s")
+    except BaseException:
+        _end(process)
+        raise
+    return _Outcome(ended_well=process.returncode == 0, output=output.rstrip())
+
+
+def _end(process: subprocess.Popen[str]) -> str:
+    """What it has printed, once it is gone, and with it the servers that it started."""
+    with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)  # so that it removes its files, and pytest tells how far it came
+        process.communicate(timeout=_END_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0].rstrip()
+
+
+def _figures(part: _Outcome) -> object:
+    """Its JSON line, the last but for what libraries say while a process ends; None where there is none."""
+    lines = [line for line in part.output.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if part.ended_well and lines else None
 
 
 def _last_line(output: str) -> str:

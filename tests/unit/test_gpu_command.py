@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,24 @@ def test_only_a_job_needs_what_the_services_need() -> None:
     script = f"import sys; sys.modules.update(dict.fromkeys({hidden!r})); import {', '.join(sorted(modules))}"
     done = subprocess.run([sys.executable, "-c", script], cwd=command._TESTS.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_part_that_takes_too_long_is_ended_with_what_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_END_S", 1.0)
+    stubborn = ["sh", "-c", "trap '' INT; sleep 600; sleep 600"]
+    script = f"import subprocess as s; print(s.Popen({stubborn}).pid, flush=True); s.run(['sleep', '600'])"
+    done = command._child([sys.executable, "-c", script], limit_s=3)
+    assert not done.ended_well
+    assert done.output.endswith("stopped after 3 s")
+    started = Path(f"/proc/{done.output.split()[0]}/cmdline")
+    assert not started.exists() or not started.read_bytes()  # one that nobody has waited for yet has no command line
+
+
+def test_what_a_library_says_at_the_end_hides_no_figures() -> None:
+    said = '{"ms": 1}\n{"ms": 2}\n[W1126] destroyed late'
+    assert command._figures(command._Outcome(ended_well=True, output=said)) == {"ms": 2}
+    assert command._figures(command._Outcome(ended_well=True, output="nothing")) is None
+    assert command._figures(command._Outcome(ended_well=False, output=said)) is None
 
 
 @pytest.mark.slow
