@@ -169,7 +169,7 @@ def _attend(
     length = query.shape[2]
     before = key.shape[2] - length
     if softcap is None and not before and (window is None or window >= length):
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        return _fused(query, key, value, None, scale)
     # Masks are kept for the backward pass. Those that end within a sequence may be as long as it, and are made again.
     attend = partial(checkpoint, _attend_block, use_reentrant=False) if before else _attend_block
     return torch.cat(
@@ -206,7 +206,7 @@ def _attend_block(
     """Attention of the last queries to all keys that one of them sees, [1, heads, queries, dim]."""
     visible = _visible(key.shape[2] - query.shape[2], query.shape[2], window, query.device)
     if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
+        return _fused(query, key, value, visible, scale)
     _, key_heads, num_keys, _ = key.shape
     # Query heads that share a key head become more queries of it: nothing is repeated.
     grouped = query.reshape(key_heads, -1, query.shape[-1])
@@ -215,6 +215,26 @@ def _attend_block(
     scores = scores.view(1, query.shape[1], -1, num_keys).masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights.view(key_heads, -1, num_keys) @ value[0]).view(1, *query.shape[1:3], value.shape[-1])
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """torch's attention, causal where no mask is given; memory grows with a sequence's length on a GPU too."""
+    if not _reads_shared_keys(query, value, visible) and (copies := query.shape[1] // key.shape[1]) > 1:
+        key, value = (states.repeat_interleave(copies, dim=1) for states in (key, value))
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
+    )
+
+
+def _reads_shared_keys(query: Tensor, value: Tensor, visible: Tensor | None) -> bool:
+    """Whether a kernel of torch's reads keys that query heads share; else all scores would be formed at once.
+
+    On a GPU FlashAttention alone does, up to torch 2.13.
+    """
+    if not query.is_cuda:
+        return True
+    has_sizes = query.shape[-1] == value.shape[-1] <= _VARLEN_HEAD_SIZE
+    return visible is None and has_sizes and query.dtype in _VARLEN_DTYPES
 
 
 # No mask function is registered under this name: transformers then makes no mask at all.

@@ -180,6 +180,15 @@ def test_one_call_for_all_sequences_attends_as_each_alone(gpu: torch.device, win
         torch.testing.assert_close(mine, theirs, rtol=5e-2, atol=5e-2)
 
 
+def test_a_long_sequence_in_float32_never_has_all_its_scores(gpu: torch.device) -> None:
+    heads, length = 8, 8192
+    query, key, value = (torch.randn(1, count, length, 64, device=gpu).requires_grad_() for count in (heads, 2, 2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    packed_attention(torch.nn.Identity(), query, key, value, None, packed_lengths=(length,))[0].sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < heads * length**2  # bytes: a quarter of the scores
+
+
 def test_compiled_layers_have_the_gradient_of_the_others(mesh: Mesh, gpu: torch.device) -> None:
     packed = packed_tokens(SCALE).to(gpu)
     outcomes = []

@@ -77,6 +77,31 @@ def test_values_and_gradients_equal_the_dense_formula(
         torch.testing.assert_close(mine, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_keys_that_no_kernel_reads_as_shared_are_repeated(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = set()
+    fused = attention.scaled_dot_product_attention
+
+    def noted(query: Tensor, key: Tensor, value: Tensor, **told: Any) -> Tensor:
+        heads.add((query.shape[1], key.shape[1], value.shape[1]))
+        return fused(query, key, value, **told)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(attention, "_reads_shared_keys", lambda *_: False)  # as on a GPU in float32
+    lengths = (5, 1, 13)
+    inputs = states(sum(lengths))
+    expected = dense(*inputs, lengths, 0.3, window, None)
+    actual, _ = packed_attention(
+        nn.Identity(), *inputs, None, scaling=0.3, sliding_window=window, packed_lengths=lengths
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad(actual.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    assert heads == {(HEADS, HEADS, HEADS)}
+
+
 def test_values_may_be_narrower_than_keys() -> None:
     inputs = states(7, value_dim=VALUE_DIM)
     actual, _ = packed_attention(nn.Identity(), *inputs, None, packed_lengths=(3, 4))
