@@ -25,9 +25,9 @@ class PackedImages:
     def to(self, device: torch.device) -> PackedImages:
         """The same images on `device`; a GPU is not waited for."""
         return PackedImages(
-            patches_PC=_moved(self.patches_PC, device),
-            extents_N3=_moved(self.extents_N3, device),
-            position_ids_3T=_moved(self.position_ids_3T, device),
+            patches_PC=moved(self.patches_PC, device),
+            extents_N3=moved(self.extents_N3, device),
+            position_ids_3T=moved(self.position_ids_3T, device),
         )
 
 
@@ -66,12 +66,12 @@ class PackedTokens:
         """The same tokens on `device`; a GPU is not waited for."""
         return replace(
             self,
-            token_ids_T=_moved(self.token_ids_T, device),
-            position_ids_T=_moved(self.position_ids_T, device),
-            rows_R=_moved(self.rows_R, device),
-            labels_R=_moved(self.labels_R, device),
+            token_ids_T=moved(self.token_ids_T, device),
+            position_ids_T=moved(self.position_ids_T, device),
+            rows_R=moved(self.rows_R, device),
+            labels_R=moved(self.labels_R, device),
             images=None if self.images is None else self.images.to(device),
-            starts=None if self.starts is None else _moved(self.starts, device),
+            starts=None if self.starts is None else moved(self.starts, device),
         )
 
 
@@ -155,7 +155,8 @@ def _int64(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same tensor on `device`; a GPU is not waited for."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     # From pageable memory the host would wait until the GPU has done all that it was given before.

@@ -155,6 +155,20 @@ def test_a_step_waits_for_nothing_until_its_figures_are_read(
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_sampled_tokens_are_looked_at_without_a_wait(mesh: Mesh, gpu: torch.device) -> None:
+    pytest.importorskip("PIL")
+    from kdmesh_trainer.tally import Tally
+
+    per_row = [torch.rand(6, device=gpu) for _ in range(6)]
+    loss = FusedLoss.of(torch.zeros([], device=gpu), per_row)
+    tally = Tally(mesh)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tally.look_at_samples(loss, torch.rand(4))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("before", [0, 30])
 @pytest.mark.parametrize("window", [None, 5])
 def test_one_call_for_all_sequences_attends_as_each_alone(gpu: torch.device, window: int | None, before: int) -> None:

@@ -69,7 +69,7 @@ class TeacherHead:
             vocabulary_size: real tokens of the head to use.
             shared: those among them that the student's other tokenizer has too; None: it has the same tokenizer.
         """
-        self._student_S = None if shared is None else torch.from_numpy(shared.student_ids.astype(np.int64))
+        self._student_S = None if shared is None else torch.from_numpy(shared.student_ids.astype(np.int64)).to(device)
         self._teacher_S = None if shared is None else torch.from_numpy(shared.teacher_ids.astype(np.int64))
         self._service = service
         self._vocabulary_size = vocabulary_size
@@ -94,7 +94,7 @@ class TeacherHead:
             assert isinstance(rows, PanelRows)
             (part,) = rows.parts
             teachers = (self.teacher(part.rows, 1.0),)
-            return (Target(index_R=part.index_R, teachers=teachers, tokens_S=self._student_S.to(self._device)),)
+            return (Target(index_R=part.index_R, teachers=teachers, tokens_S=self._student_S),)
         assert not isinstance(rows, PanelRows)
         return (Target(index_R=None, teachers=(self.teacher(rows, 1.0),)),)
 

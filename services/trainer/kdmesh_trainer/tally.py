@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdmesh.errors import ModelMismatch
 from kdmesh.losses import FusedLoss
+from kdmesh.models.packing import moved
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals
 from kdmesh_trainer.sources.batches import MicroBatch, PanelPart, PanelRows, TeacherRows
@@ -165,7 +166,8 @@ class Tally:
         # Without labels there is no difference to sum up, and it is told as nothing.
         num_sampled = len(rollout_logprobs_S)
         cross_entropy_S = loss.cross_entropy_R[:num_sampled].double()
-        difference_S = rollout_logprobs_S[: len(cross_entropy_S)].to(cross_entropy_S.device).double() + cross_entropy_S
+        sampled_S = moved(rollout_logprobs_S[: len(cross_entropy_S)], cross_entropy_S.device)
+        difference_S = sampled_S.double() + cross_entropy_S
         k3_S = difference_S + (-difference_S).expm1()
         num_answered = num_sampled if answered_A is None else int((answered_A < num_sampled).sum())
         entropies = loss.student_entropy_R[:num_answered], loss.teacher_entropy_R[:num_answered]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdmesh.losses import FusedLoss
+from kdmesh.models.packing import moved
 from kdmesh_trainer.algorithms.data_tokens import with_cross_entropy
 from kdmesh_trainer.algorithms.seam import LossRows, Terms
 from kdmesh_trainer.head import Target
@@ -31,20 +32,20 @@ def vanilla_kd(rows: LossRows, terms: Terms) -> FusedLoss:
             target,
             replace(
                 rows,
-                hidden_RD=rows.hidden_RD.index_select(0, index_R.to(device)),
-                labels_R=rows.labels_R[index_R.to(device)],
+                hidden_RD=rows.hidden_RD.index_select(0, there_R),
+                labels_R=rows.labels_R[there_R],
                 num_sampled=int((index_R < rows.num_sampled).sum()),
             ),
             terms,
         )
-        for target, index_R in zip(targets, indices, strict=True)
+        for target, index_R, there_R in zip(targets, indices, [moved(each, device) for each in indices], strict=True)
     ]
-    return _joined(parts, order_R=torch.cat(indices).argsort().to(device))
+    return _joined(parts, order_R=moved(torch.cat(indices).argsort(), device))
 
 
 def _over_shared_tokens(target: Target, tokens_S: Tensor, rows: LossRows, terms: Terms) -> FusedLoss:
     """The divergence of the rows that have an answer, over the tokens that both know, and cross-entropy of all."""
-    index_R = _index(target).to(rows.hidden_RD.device)
+    index_R = moved(_index(target), rows.hidden_RD.device)
     answered = terms.compare(
         rows.hidden_RD.index_select(0, index_R), rows.head.selected(tokens_S), target.teachers, None
     )
