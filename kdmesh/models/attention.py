@@ -73,8 +73,8 @@ def packed_attention(
     window = window_of(module, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed_starts is not None:
-        longest = max(packed_lengths[0] + packed_before, *packed_lengths)
-        return _varlen(query, key, value, packed_starts, packed_before, longest, scale=scale, window=window), None
+        longest = max(packed_lengths), max(packed_lengths[0] + packed_before, *packed_lengths)
+        return _varlen(query, key, value, packed_starts, packed_before, *longest, scale=scale, window=window), None
     # Split along an axis whose parts are contiguous in [1, T, heads, dim], so that joining outputs and
     # gradients copies whole rows. One split has one backward; slices would each fill a [T] of zeros.
     lengths = list(packed_lengths)
@@ -128,12 +128,13 @@ def _varlen(
     value: Tensor,
     starts: Tensor,
     before: int,
-    longest: int,
+    most_queries: int,
+    most_keys: int,
     *,
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """All sequences in one call, [1, T, heads, dim]; no sequence has more than `longest` keys."""
+    """All sequences in one call, [1, T, heads, dim]; no sequence has more than `most_queries` and `most_keys`."""
     from torch.nn.attention.varlen import varlen_attn  # not at the top: it registers operators, which few need
 
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -152,8 +153,8 @@ def _varlen(
         values,
         starts,
         key_starts,
-        longest,
-        longest,
+        most_queries,
+        most_keys,
         scale=scale,
         window_size=(seen, 0),
         **shared,

@@ -175,7 +175,7 @@ def by_the_formula(
     ahead = len(key) - len(query)
     assert torch.equal(cu_seq_k[1:], cu_seq_q[1:] + ahead)
     lengths = tuple(cu_seq_k.diff().tolist())
-    assert (max_q, max_k, enable_gqa) == (max(lengths), max(lengths), True)
+    assert (max_q, max_k, enable_gqa) == (int(cu_seq_q.diff().max()), max(lengths), True)
     before, after = window_size
     assert after == 0
     window = None if before == -1 else before + 1
