@@ -17,7 +17,7 @@ from kdmesh.models.context_attention import use_context_attention
 from kdmesh.models.packing import PackedTokens, pack, slice_bounds, slice_of
 from kdmesh_trainer.mesh import Mesh
 from tests.support.sequences import random_sequences
-from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
+from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_ranks import run_ranks
 
 HERE = "tests.numerics.test_models_context"
@@ -31,6 +31,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "key heads that do not divide": ("qwen2", {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 4}),
     "windows and soft caps": ("gemma2", {}),
     "a bias and partial angles": ("phi", {}),
+    "values narrower than keys": (
+        "deepseek_v3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "head_dim": 4,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 6,
+            "first_k_dense_replace": 2,
+        },
+    ),
 }
 
 
@@ -77,8 +90,14 @@ def errors(mesh: Mesh, *, models: dict[str, str], dtype: str, exchange: Exchange
     ],
 )
 def test_slices_have_the_hidden_states_and_the_gradient_of_the_whole_row(
-    tiny_models: TinyModels, exchange: Exchange, size: int, dtype: str, tolerance: float
+    tiny_models: TinyModels,
+    monkeypatch: pytest.MonkeyPatch,
+    exchange: Exchange,
+    size: int,
+    dtype: str,
+    tolerance: float,
 ) -> None:
+    monkeypatch.setitem(FAMILIES, "deepseek_v3", {})
     models = {name: str(tiny_models.path(family, **told)) for name, (family, told) in MODELS.items()}
     told = {"models": models, "dtype": dtype, "exchange": exchange}
     for found in run_ranks(f"{HERE}:errors", ranks=size, context=size, **told):
