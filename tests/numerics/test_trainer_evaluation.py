@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.stats import Scores
+from kdmesh_trainer.stop import AgreedStop, Stopping, StopSignals
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
@@ -96,6 +98,38 @@ def test_without_a_teacher_only_the_data_judges(tiny_models: TinyModels) -> None
     assert scores["kl_nats_per_token"] is None
     assert scores["top1_agreement"] is None
     assert scores["cross_entropy_nats_per_token"] == pytest.approx(textbook_scores(path, path)[1], rel=1e-5)
+
+
+class AskedLater:
+    """Signals of a rank that gets one after so many looks; None: it gets none."""
+
+    def __init__(self, looks: int | None) -> None:
+        self.looks = 0
+        self._last = looks
+
+    @property
+    def is_asked(self) -> bool:
+        self.looks += 1
+        return self.looks == self._last
+
+
+def interrupt(mesh: Mesh, *, student: str, teacher: str) -> dict[str, Any]:
+    """Looks for a signal until the evaluation ended, what one that is not disturbed finds afterwards, and how many."""
+    model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+    evaluator = build_evaluator(model, LocalTeacher(Path(teacher)), mesh, max_tokens=40)
+    signals, none = AskedLater(2 if mesh.rank == 1 else None), AskedLater(None)
+    with pytest.raises(Stopping):
+        evaluator.evaluate(stop=AgreedStop(cast(StopSignals, signals), mesh))
+    whole = evaluator.evaluate(stop=AgreedStop(cast(StopSignals, none), mesh))
+    return {"looks": [signals.looks, none.looks], "kl": whole.kl_nats_per_token}
+
+
+def test_an_evaluation_ends_on_all_ranks_when_one_is_to_stop_and_leaves_nothing(tiny_models: TinyModels) -> None:
+    student, teacher = tiny_models.path("qwen3", seed=1), tiny_models.path("qwen3", seed=2)
+    first, second = run_ranks(f"{HERE}:interrupt", ranks=2, student=str(student), teacher=str(teacher))
+    assert first == second
+    assert first["looks"] == [2, 2]  # the second of two micro-batches is not judged
+    assert first["kl"] == pytest.approx(textbook_scores(student, teacher)[0], rel=1e-5)
 
 
 def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str) -> float:

@@ -23,6 +23,7 @@ from kdmesh_trainer.questions.reader import Question
 from kdmesh_trainer.questions.scores import Answered
 from kdmesh_trainer.sources.prompts import StepPrompt
 from kdmesh_trainer.sources.rows import Chat, Message
+from kdmesh_trainer.stop import Stopping
 
 LONGEST = 5
 VERSION = 7
@@ -179,6 +180,28 @@ def test_a_grader_that_raises_makes_an_answer_wrong_and_is_told_once(
     assert kept[2].responses[0].error == "KeyError: 'unit'"
     (told,) = [entry.__dict__ for entry in caplog.records]
     assert (told["responses"], told["question"], told["why"]) == (4, "questions.jsonl:2", "KeyError: 'unit'")
+
+
+class StopAtThird:
+    """A stop that is wanted when it is looked at for the third time."""
+
+    def __init__(self) -> None:
+        self._looks = 0
+
+    def is_wanted(self) -> bool:
+        self._looks += 1
+        return self._looks == 3
+
+
+def test_questions_end_between_groups_when_the_run_is_to_stop(mesh: Mesh) -> None:
+    server, kept = Server(), []
+    examiner = Examiner(
+        exam(300), server, Weights(), keep=lambda *told: kept.append(told), mesh=mesh, devices=OwnDevices()
+    )
+    with pytest.raises(Stopping):
+        examiner.examine(done=4, stop=StopAtThird())
+    assert kept == []
+    assert len(server.seeds) == 3 * 64  # two groups were answered, one was under way
 
 
 def test_a_server_without_the_weights_gets_them_and_is_asked_again(mesh: Mesh) -> None:

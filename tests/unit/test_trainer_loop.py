@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kdmesh_trainer.loop import Parts, Schedule, run
+import pytest
+
+from kdmesh_trainer.loop import Parts, Schedule, Stop, run
 from kdmesh_trainer.questions.estimate import Estimate
 from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.stats import Scores, StepStats
+from kdmesh_trainer.stop import Stopping
 
 SCORES = Scores(
     kl_nats_per_token=None, cross_entropy_nats_per_token=1.0, top1_agreement=None, num_loss_tokens=1, num_sequences=1
@@ -29,11 +32,14 @@ ANSWERS = AnswerScores(
 class Recorder:
     """Plays every part and writes down what the loop asks for."""
 
-    def __init__(self, *, first: int = 0, stop_after: int | None = None) -> None:
+    def __init__(
+        self, *, first: int = 0, stop_after: int | None = None, stop_while_judged_after: int | None = None
+    ) -> None:
         self.events: list[str] = []
         self.watched: list[int] = []
         self._first = first
         self._stop_after = stop_after
+        self._stop_while_judged_after = stop_while_judged_after
         self._done = 0
 
     def restore(self) -> int:
@@ -68,11 +74,13 @@ class Recorder:
     def publish(self, *, version: int) -> None:
         self.events.append(f"publish {version}")
 
-    def evaluate(self) -> Scores:
+    def evaluate(self, *, stop: Stop) -> Scores:
         self.events.append("evaluate")
+        if stop.is_wanted():
+            raise Stopping
         return SCORES
 
-    def examine(self, *, done: int) -> AnswerScores:
+    def examine(self, *, done: int, stop: Stop) -> AnswerScores:
         self.events.append(f"examine {done}")
         return ANSWERS
 
@@ -83,7 +91,8 @@ class Recorder:
         self.events.append("export")
 
     def is_wanted(self) -> bool:
-        return self._done == self._stop_after
+        is_judging = self.events[-1] == "evaluate"
+        return self._done == (self._stop_while_judged_after if is_judging else self._stop_after)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -210,3 +219,24 @@ def test_the_student_is_published_before_the_first_step_and_after_each_update() 
         *("update 4", "publish 5", "report 4", "save 5", "export"),
     ]
     assert recorder.events.count("<publish") == recorder.events.count("publish>") == 3
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_run_may_end_before_its_first_step_while_it_is_judged(first: int) -> None:
+    recorder = Recorder(first=first, stop_while_judged_after=first)
+    assert run(recorder.parts(), schedule(4, evaluate_every=2)) == first
+    assert recorder.without_phases() == ["restore", f"source at {first}", f"start {first}", "evaluate"]
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 2])
+def test_a_run_that_ends_while_it_is_judged_has_its_steps_in_one_checkpoint(checkpoint_every: int | None) -> None:
+    recorder = Recorder(stop_while_judged_after=2)
+    assert run(recorder.parts(), schedule(4, evaluate_every=2, checkpoint_every=checkpoint_every)) == 2
+    assert [event for event in recorder.events if event.startswith("save")] == ["save 2"]
+    assert not {"scores 2", "update 2", "export"} & set(recorder.events)
+
+
+def test_a_run_that_is_to_end_while_it_is_judged_at_last_is_complete() -> None:
+    recorder = Recorder(stop_while_judged_after=2)
+    assert run(recorder.parts(), schedule(2)) == 2
+    assert recorder.without_phases()[-2:] == ["scores 2", "export"]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from kdmesh.errors import KdmeshError
 from kdmesh.types import EVERY_TAG, SleepTag
-from kdmesh_trainer.loop import Evaluator, Publisher
+from kdmesh_trainer.loop import Evaluator, Publisher, Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.stats import Scores
 
@@ -111,10 +111,10 @@ class ScoringEvaluator:
         self._evaluator = evaluator
         self._devices = devices
 
-    def evaluate(self) -> Scores:
+    def evaluate(self, *, stop: Stop) -> Scores:
         """See Evaluator."""
         self._devices.score()
-        return self._evaluator.evaluate()
+        return self._evaluator.evaluate(stop=stop)
 
 
 class ScoringPublisher:

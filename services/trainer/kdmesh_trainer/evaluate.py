@@ -11,6 +11,7 @@ from kdmesh.batching import plan_step
 from kdmesh.losses import forward_kl
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.head import Heads
+from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
@@ -21,9 +22,11 @@ from kdmesh_trainer.sources.sides import teacher_side
 from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.step import forward
+from kdmesh_trainer.stop import NeverStop, Stopping
 from kdmesh_trainer.tally import Tally
 
 _PLANNED_TOGETHER = 4096
+_NEVER = NeverStop()
 
 
 class HeldOutEvaluator:
@@ -57,16 +60,19 @@ class HeldOutEvaluator:
         self._mesh = mesh
 
     @torch.no_grad()
-    def evaluate(self) -> Scores:
+    def evaluate(self, *, stop: Stop = _NEVER) -> Scores:
         """The student as it is now. Collective.
 
         Raises:
+            Stopping: `stop` is wanted, before the end.
             ModelMismatch: the teacher's rows are not all of one weight version.
             RpcError: rows of the teacher did not come.
         """
         self._student.eval()
         tally = Tally(self._mesh, teachers=self._names)
         for micro_batch in self._micro_batches():
+            if stop.is_wanted():
+                raise Stopping
             tally.add(forward(self._student, self._objective, micro_batch, tally, self._mesh.device))
         release(self._student)
         totals, _ = tally.over_all_ranks()

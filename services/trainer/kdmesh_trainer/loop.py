@@ -10,6 +10,7 @@ from kdmesh.tracing.spans import span
 from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.sources.batches import Source, StepBatch
 from kdmesh_trainer.stats import Scores, StepStats
+from kdmesh_trainer.stop import NeverStop, Stopping
 
 
 class Stepper(Protocol):
@@ -31,16 +32,16 @@ class Publisher(Protocol):
 class Evaluator(Protocol):
     """Judges the student on held-out data."""
 
-    def evaluate(self) -> Scores:
-        """The student as it is now. Collective; leaves no trace in what is trained."""
+    def evaluate(self, *, stop: Stop) -> Scores:
+        """The student as it is now. Collective; leaves no trace in what is trained. Raises Stopping when `stop` is."""
         ...
 
 
 class Examiner(Protocol):
     """Judges the student by its answers to questions."""
 
-    def examine(self, *, done: int) -> AnswerScores:
-        """The student as it is now, after `done` steps. Collective; leaves no trace in what is trained."""
+    def examine(self, *, done: int, stop: Stop) -> AnswerScores:
+        """As `evaluate`, after `done` steps."""
         ...
 
 
@@ -149,7 +150,12 @@ def run(parts: Parts, schedule: Schedule) -> int:
     # Before anything is sampled: servers that were started anew, or have seen later steps than this, must have these.
     _publish(parts, version=first)
     for step in range(first, schedule.steps):
-        _evaluate_if_due(parts, schedule, done=step)
+        try:
+            _evaluate_if_due(parts, schedule, done=step, stop=parts.stop)
+        except Stopping:
+            if step > first and not schedule.saves_at(step):
+                _save(parts, done=step)
+            return step
         done = step + 1
         with span("step", step=step), parts.profiler.watching(step):
             with parts.telemetry.phase("batch"):
@@ -161,15 +167,19 @@ def run(parts: Parts, schedule: Schedule) -> int:
         parts.telemetry.report(step, stats)
         is_stopping = parts.stop.is_wanted()
         if is_stopping or schedule.saves_at(done):
-            with parts.telemetry.phase("checkpoint"):
-                parts.checkpoints.save(next_step=done)
+            _save(parts, done=done)
         if is_stopping and done < schedule.steps:
             return done
-    _evaluate_if_due(parts, schedule, done=schedule.steps)
+    _evaluate_if_due(parts, schedule, done=schedule.steps, stop=NeverStop())  # nothing else is left to do
     with parts.telemetry.phase("export"):
         for exporter in parts.exporters:
             exporter.export()
     return schedule.steps
+
+
+def _save(parts: Parts, *, done: int) -> None:
+    with parts.telemetry.phase("checkpoint"):
+        parts.checkpoints.save(next_step=done)
 
 
 def _publish(parts: Parts, *, version: int) -> None:
@@ -178,14 +188,14 @@ def _publish(parts: Parts, *, version: int) -> None:
             publisher.publish(version=version)
 
 
-def _evaluate_if_due(parts: Parts, schedule: Schedule, *, done: int) -> None:
+def _evaluate_if_due(parts: Parts, schedule: Schedule, *, done: int, stop: Stop) -> None:
     if not schedule.evaluates_at(done):
         return
     if parts.evaluator is not None:
         with parts.telemetry.phase("evaluate"):
-            scores = parts.evaluator.evaluate()
+            scores = parts.evaluator.evaluate(stop=stop)
         parts.telemetry.report_scores(done, scores)
     if parts.examiner is not None:
         with parts.telemetry.phase("examine"):
-            answers = parts.examiner.examine(done=done)
+            answers = parts.examiner.examine(done=done, stop=stop)
         parts.telemetry.report_answers(done, answers)

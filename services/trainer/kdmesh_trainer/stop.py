@@ -16,6 +16,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_WISH_S = 1.0
 
 
+class Stopping(Exception):
+    """Raised on every rank: somebody wants the run to end, and what they do together need not be finished."""
+
+
 class StopSignals:
     """Remembers the first SIGTERM or SIGINT; a second one kills this process at once.
 
@@ -57,3 +61,11 @@ class AgreedStop:
     def is_wanted(self) -> bool:
         """True when any rank got a signal. Collective."""
         return self._mesh.is_any(self._signals.is_asked)
+
+
+class NeverStop:
+    """For what ends with its process."""
+
+    def is_wanted(self) -> bool:
+        """False."""
+        return False

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kdmesh.errors import ModelMismatch
 from kdmesh_trainer.devices import Devices
+from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.questions.reader import Question
@@ -17,6 +18,7 @@ from kdmesh_trainer.sources.exchange import exchange
 from kdmesh_trainer.sources.prompts import StepPrompt
 from kdmesh_trainer.sources.rollouts import Rollout, RolloutService, WeightPublisher
 from kdmesh_trainer.sources.sampler import Sampler
+from kdmesh_trainer.stop import NeverStop, Stopping
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 _SAMPLES_TOGETHER = 128
 _GROUPS_AHEAD = 2
 _TELL_EVERY_S = 10.0
+_NEVER = NeverStop()
 
 # (steps done, questions, what was answered to each)
 KeepAnswers = Callable[[int, Sequence[Question], Sequence[Answered]], None]
@@ -113,21 +116,22 @@ class Examiner:
         self._mesh = mesh
         self._devices = devices
 
-    def examine(self, *, done: int) -> AnswerScores:
+    def examine(self, *, done: int, stop: Stop = _NEVER) -> AnswerScores:
         """How the student answers after `done` steps. Collective; leaves no trace in what is trained.
 
         Raises:
+            Stopping: `stop` is wanted, before the end.
             RpcError: answers did not come.
             CheckpointError: what was answered cannot be written.
         """
         version = self._weights.bring(done=done)
         self._devices.sample()
-        answered = self._answered(version)
+        answered = self._answered(version, stop)
         self._tell_of_errors(answered)
         self._mesh.on_first(lambda: self._keep(done, self._exam.questions, answered))
         return scores_of(answered, ks=self._exam.ks)
 
-    def _answered(self, version: int) -> list[Answered]:
+    def _answered(self, version: int, stop: Stop) -> list[Answered]:
         """Of every question, in their order. Collective."""
         groups = _Groups(self._exam.prompts, together=self._questions_together())
         sampler = Sampler(
@@ -143,6 +147,8 @@ class Examiner:
         num_asked = 0
         try:
             for group in range(len(groups)):
+                if stop.is_wanted():
+                    raise Stopping
                 while num_asked < min(group + _GROUPS_AHEAD, len(groups)):
                     sampler.ask(num_asked, min_weight_version=version)
                     num_asked += 1
