@@ -19,6 +19,7 @@ from tests.observability.monitoring import Prometheus, Webhook, webhook
 from tests.support import promql
 from tests.support.certificates import CertificateAuthority
 from tests.support.teacher_requests import sequence
+from tests.support.trainer_jobs import write_questions
 from tests.system.conftest import Materials
 from tests.system.processes import Processes, free_port
 from tests.system.rollouts import Rollouts
@@ -100,16 +101,21 @@ def jobs(
     rollouts: Rollouts,
     ports: list[int],
 ) -> tuple[Job, Job, Job]:
-    """One that learns from its own samples, one that learns from two teachers by name, one whose loss explodes."""
+    """One that learns from its own samples and is asked questions; one of two teachers by name; one that explodes."""
     access = {"tls": {"ca": str(root / "authority.crt")}}
     addresses = [teacher.address for teacher in teachers]
-    endless = {"steps": 100_000, "evaluation": {"every": 3, "max_sequences": 2}, "checkpoint": {"every": 20}}
+    endless: dict[str, Any] = {
+        "steps": 100_000,
+        "evaluation": {"every": 3, "max_sequences": 2},
+        "checkpoint": {"every": 20},
+    }
     source = {
         "kind": "on_policy",
         "rollouts": {"addresses": [rollouts.address], "access": access, "deadline_s": 100},
         "samples_per_prompt": 2,
         "sampling": {"max_new_tokens": 8},
     }
+    questions = {"path": str(write_questions(root / "questions.jsonl", 2, seed=3)), "sampling": {"max_new_tokens": 4}}
     on_policy = Job(
         processes,
         root / "on-policy",
@@ -118,7 +124,7 @@ def jobs(
         teacher={"access": access},
         source=source,
         metrics={"port": ports[0]},
-        **endless,
+        **{**endless, "evaluation": {**endless["evaluation"], "questions": questions}},
     )
     panel = Job(
         processes,
