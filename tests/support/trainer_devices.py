@@ -7,8 +7,10 @@ from typing import Any
 
 from kdmesh.types import EVERY_TAG, SleepTag, TokenSequence
 from kdmesh_trainer.devices import ScoringEvaluator, ScoringPublisher, SharedDevices
+from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.stats import Scores
+from kdmesh_trainer.stop import NeverStop
 from tests.support.trainer_on_policy import Run
 from tests.support.trainer_parts import Rows
 from tests.support.trainer_rollouts import FastRollouts, Ready
@@ -58,7 +60,7 @@ class _Teachers:
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def evaluate(self) -> Scores:
+    def evaluate(self, *, stop: Stop) -> Scores:
         self._device.use("teachers")
         return SCORES
 
@@ -84,7 +86,7 @@ def shared_losses(mesh: Mesh, *, steps: int, **models: Any) -> dict[str, Any]:
     source.publish(version=0)
     losses = []
     for step in range(steps):
-        evaluator.evaluate()
+        evaluator.evaluate(stop=NeverStop())
         losses.append(run.stepper.update(source.next_batch()).loss_nats_per_token)
         publisher.publish(version=step + 1)
         source.publish(version=step + 1)
