@@ -32,6 +32,8 @@ GREEDY = {"jobs": {"overrides": {"greedy": {"max_requests_per_s": 0.01}}}}
 # Of what does not happen here.
 NOT_SHOWN = {
     "kdmesh_trainer_teacher_age_steps",
+    "kdmesh_trainer_aligned_fraction",
+    "kdmesh_trainer_dataset_sequences_total",
     "kdmesh_teacher_weights_updated_timestamp_seconds",
     "kdmesh_teacher_refused_callers_total",
     "kdmesh_rollout_refused_callers_total",
@@ -115,7 +117,12 @@ def jobs(
         "samples_per_prompt": 2,
         "sampling": {"max_new_tokens": 8},
     }
-    questions = {"path": str(write_questions(root / "questions.jsonl", 2, seed=3)), "sampling": {"max_new_tokens": 4}}
+    questions = {
+        "path": str(write_questions(root / "questions.jsonl", 2, seed=3)),
+        "sampling": {"max_new_tokens": 4, "temperature": 1},
+        "samples": 2,
+        "pass_at": [2],
+    }
     on_policy = Job(
         processes,
         root / "on-policy",
