@@ -29,9 +29,7 @@ def attention_by_heads(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
+    *,
     context: ContextGroup | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -41,7 +39,7 @@ def attention_by_heads(
 
     Args:
         context: who holds the row; it divides the heads. Key heads that it does not divide are repeated.
-        **kwargs: `packed_lengths` and `packed_starts` are those of the whole row, over all slices.
+        **kwargs: those of packed_attention; `packed_lengths` and `packed_starts` of the whole row, over all slices.
 
     Raises:
         ConfigError: the model cannot be run this way.
@@ -55,7 +53,7 @@ def attention_by_heads(
     if repeats > 1:
         key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     query, key, value = _all_tokens(context, query, key, value)
-    outputs, _ = packed_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, **kwargs)
+    outputs, _ = packed_attention(module, query, key, value, attention_mask, **kwargs)
     return _all_heads(context, outputs), None
 
 
@@ -65,9 +63,7 @@ def attention_by_keys(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
+    *,
     context: ContextGroup | None = None,
     packed_lengths: tuple[int, ...] = (),
     **kwargs: Any,
@@ -79,7 +75,7 @@ def attention_by_keys(
     Args:
         context: who holds the row.
         packed_lengths: those of the whole row, over all slices.
-        **kwargs: `packed_starts` are those of the sequences in this rank's slice.
+        **kwargs: those of packed_attention; `packed_starts` of the sequences in this rank's slice.
 
     Raises:
         ConfigError: the model cannot be run this way.
@@ -95,9 +91,6 @@ def attention_by_keys(
         key,
         value,
         attention_mask,
-        dropout,
-        scaling,
-        softcap,
         packed_lengths=slices[context.place].lengths,
         packed_before=seen[context.place],
         **kwargs,
