@@ -10,7 +10,7 @@ from kdmesh_trainer.devices import ScoringEvaluator, ScoringPublisher, SharedDev
 from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.stats import Scores
-from kdmesh_trainer.stop import NeverStop
+from kdmesh_trainer.stop import NEVER
 from tests.support.trainer_on_policy import Run
 from tests.support.trainer_parts import Rows
 from tests.support.trainer_rollouts import FastRollouts, Ready
@@ -86,7 +86,7 @@ def shared_losses(mesh: Mesh, *, steps: int, **models: Any) -> dict[str, Any]:
     source.publish(version=0)
     losses = []
     for step in range(steps):
-        evaluator.evaluate(stop=NeverStop())
+        evaluator.evaluate(stop=NEVER)
         losses.append(run.stepper.update(source.next_batch()).loss_nats_per_token)
         publisher.publish(version=step + 1)
         source.publish(version=step + 1)

@@ -22,11 +22,10 @@ from kdmesh_trainer.sources.sides import teacher_side
 from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.step import forward
-from kdmesh_trainer.stop import NeverStop, Stopping
+from kdmesh_trainer.stop import NEVER, Stopping
 from kdmesh_trainer.tally import Tally
 
 _PLANNED_TOGETHER = 4096
-_NEVER = NeverStop()
 
 
 class HeldOutEvaluator:
@@ -60,7 +59,7 @@ class HeldOutEvaluator:
         self._mesh = mesh
 
     @torch.no_grad()
-    def evaluate(self, *, stop: Stop = _NEVER) -> Scores:
+    def evaluate(self, *, stop: Stop = NEVER) -> Scores:
         """The student as it is now. Collective.
 
         Raises:

@@ -10,7 +10,7 @@ from kdmesh.tracing.spans import span
 from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.sources.batches import Source, StepBatch
 from kdmesh_trainer.stats import Scores, StepStats
-from kdmesh_trainer.stop import NeverStop, Stopping
+from kdmesh_trainer.stop import NEVER, Stopping
 
 
 class Stepper(Protocol):
@@ -170,7 +170,7 @@ def run(parts: Parts, schedule: Schedule) -> int:
             _save(parts, done=done)
         if is_stopping and done < schedule.steps:
             return done
-    _evaluate_if_due(parts, schedule, done=schedule.steps, stop=NeverStop())  # nothing else is left to do
+    _evaluate_if_due(parts, schedule, done=schedule.steps, stop=NEVER)  # nothing else is left to do
     with parts.telemetry.phase("export"):
         for exporter in parts.exporters:
             exporter.export()

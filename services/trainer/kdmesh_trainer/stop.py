@@ -69,3 +69,6 @@ class NeverStop:
     def is_wanted(self) -> bool:
         """False."""
         return False
+
+
+NEVER = NeverStop()

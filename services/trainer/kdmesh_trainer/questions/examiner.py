@@ -18,7 +18,7 @@ from kdmesh_trainer.sources.exchange import exchange
 from kdmesh_trainer.sources.prompts import StepPrompt
 from kdmesh_trainer.sources.rollouts import Rollout, RolloutService, WeightPublisher
 from kdmesh_trainer.sources.sampler import Sampler
-from kdmesh_trainer.stop import NeverStop, Stopping
+from kdmesh_trainer.stop import NEVER, Stopping
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 _SAMPLES_TOGETHER = 128
 _GROUPS_AHEAD = 2
 _TELL_EVERY_S = 10.0
-_NEVER = NeverStop()
 
 # (steps done, questions, what was answered to each)
 KeepAnswers = Callable[[int, Sequence[Question], Sequence[Answered]], None]
@@ -116,7 +115,7 @@ class Examiner:
         self._mesh = mesh
         self._devices = devices
 
-    def examine(self, *, done: int, stop: Stop = _NEVER) -> AnswerScores:
+    def examine(self, *, done: int, stop: Stop = NEVER) -> AnswerScores:
         """How the student answers after `done` steps. Collective; leaves no trace in what is trained.
 
         Raises:
