@@ -59,6 +59,12 @@ def measure(scale: Scale) -> dict[str, object]:
         with _service("kdmesh_teacher", folder, _teacher(inputs)) as teacher:
             config = _trainer(inputs, folder / "off_policy", teacher, is_tiny=is_tiny, steps=5 if is_tiny else 24)
             figures["off-policy"] = _run(folder, config)
+            if not is_tiny:
+                compiled = config | {
+                    "output": str(folder / "compiled"),
+                    "student": config["student"] | {"compile": "layers"},
+                }
+                figures["off-policy, compiled layers"] = _run(folder, compiled)
             with _service("kdmesh_rollout", folder, _rollout(inputs)) as rollout:
                 config = _trainer(inputs, folder / "on_policy", teacher, is_tiny=is_tiny, steps=5 if is_tiny else 8)
                 figures["on-policy"] = _run(folder, config | {"source": _on_policy(rollout, is_tiny=is_tiny)})
@@ -143,7 +149,7 @@ def _rollout(inputs: Inputs) -> dict[str, object]:
     }
 
 
-def _trainer(inputs: Inputs, output: Path, teacher: str, *, is_tiny: bool, steps: int) -> dict[str, object]:
+def _trainer(inputs: Inputs, output: Path, teacher: str, *, is_tiny: bool, steps: int) -> dict[str, Any]:
     return {
         "output": str(output),
         "student": {"model": str(inputs.student), "compute_dtype": "float32" if is_tiny else "bfloat16"},

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.gpu.handles import register
@@ -29,6 +29,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student, begin_micro_batch, shard
 from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.shards import norm_over_ranks
 
 _SEQUENCES = 8
 _TEACHER = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
@@ -149,11 +150,6 @@ def _step(
         loss_sum: Tensor = student(packed, row_loss).loss_sum
         return loss_sum
 
-    def descend() -> None:
-        clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
     made_RE = clock.run("teacher's body", prefill)
     assert made_RE is not None
     clock.run("rows into the slot", lambda: slot_RD.copy_(made_RE, non_blocking=True))
@@ -164,8 +160,17 @@ def _step(
     loss_sum = clock.run("student's body and loss", forward)
     assert loss_sum is not None
     clock.run("backward", lambda: (loss_sum / packed.num_rows).backward())  # type: ignore[func-returns-value]
-    clock.run("AdamW", descend)
+    clock.run("AdamW", lambda: descend(student, optimizer))  # type: ignore[func-returns-value]
     return loss_sum.item()
+
+
+def descend(student: Student, optimizer: torch.optim.Optimizer) -> None:
+    """What a step does once the gradient is complete, but for reading figures."""
+    parameters = list(student.parameters())
+    norm = norm_over_ranks([parameter.grad for parameter in parameters if parameter.grad is not None])
+    clip_grads_with_norm_(parameters, 1.0, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def packed_tokens(scale: Scale, *, together: bool = False) -> PackedTokens:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.gpu.scale import Scale, median_ms, normal
-from benchmarks.gpu.step import AdamWSettings, build_student, packed_tokens
+from benchmarks.gpu.step import AdamWSettings, build_student, descend, packed_tokens
 from kdmesh.losses import FusedLoss, OutputHead, Workspace, build_divergence, fused_linear_divergence
 from kdmesh_trainer.compiled_layers import compile_layers
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import begin_micro_batch, shard
 from kdmesh_trainer.optimizer import build_adamw
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.parallel_config import Gather  # which needs pydantic
 
 _STEPS = 3
 _PARTS = ("head", "forward", "backward", "optimizer")  # the first is within the second
@@ -39,31 +44,42 @@ class _Span:
 
 
 def measure(scale: Scale) -> dict[str, object]:
-    """Of a step in bfloat16 that nothing interrupts, with layers as they are and compiled: milliseconds and shares of
-    its parts, calls that wait, kernels."""
+    """Of a step in bfloat16 that nothing interrupts, with layers as they are and compiled, and with a student that the
+    rank keeps whole and with FSDP: milliseconds and shares of its parts, calls that wait, kernels."""
     is_tiny = scale.device.type == "cpu"
+    figures: dict[str, object] = {}
     with joined("cpu" if is_tiny else "cuda", longest_wait_s=60) as mesh:
-        figures = {"layers as they are": _measure(scale, mesh, is_compiled=False)}
-        if not is_tiny:
-            torch.cuda.empty_cache()
-            figures["compiled layers"] = _measure(scale, mesh, is_compiled=True)
-    return dict(figures)
+        for layers in ("as they are",) if is_tiny else ("as they are", "compiled"):
+            for name, gather in (("whole", "auto"), ("as shards of one rank", "micro_batch")):
+                found = _measure(scale, mesh, is_compiled=layers == "compiled", gather=gather)
+                figures[f"layers {layers}, {name}"] = found
+                if not is_tiny:
+                    torch.cuda.empty_cache()
+    return figures
 
 
-def _measure(scale: Scale, mesh: Mesh, *, is_compiled: bool) -> dict[str, object]:
+def _measure(scale: Scale, mesh: Mesh, *, is_compiled: bool, gather: Gather) -> dict[str, object]:
     is_tiny = scale.device.type == "cpu"
     student = build_student(scale)
     if is_compiled:
         compile_layers(student.lm)
-    shard(student, mesh.device_mesh, compute_dtype=torch.float32 if is_tiny else torch.bfloat16)
+    shard(student, mesh.device_mesh, compute_dtype=torch.float32 if is_tiny else torch.bfloat16, gather=gather)
     optimizer = build_adamw(student, AdamWSettings())  # type: ignore[arg-type]
     packed = packed_tokens(scale, together=not is_tiny).to(scale.device)
     rows_RE = normal(packed.num_rows, scale.teacher_size, scale, seed=1)
     teacher = OutputHead(weight_VD=normal(scale.vocabulary, scale.teacher_size, scale, deviation=0.02, seed=2))
     divergence, workspace = build_divergence("forward_kl"), Workspace()
+    host_ms: dict[str, list[float]] = {name: [] for name in _PARTS}
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        began_s = time.perf_counter()
+        with record_function(name):
+            yield
+        host_ms[name].append((time.perf_counter() - began_s) * 1e3)
 
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
-        with record_function("head"):
+        with part("head"):
             return fused_linear_divergence(
                 hidden_RD,
                 head,
@@ -76,23 +92,24 @@ def _measure(scale: Scale, mesh: Mesh, *, is_compiled: bool) -> dict[str, object
 
     def step() -> None:
         begin_micro_batch(student, is_last=True)
-        with record_function("forward"):
+        with part("forward"):
             loss_sum = student(packed, row_loss).loss_sum
-        with record_function("backward"):
+        with part("backward"):
             (loss_sum / packed.num_rows).backward()
-        with record_function("optimizer"):
-            clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with part("optimizer"):
+            descend(student, optimizer)
 
     student.train()
     for _ in range(2):  # compile and fill caches
         step()
     events = traced(lambda: [step() for _ in range(_STEPS)], scale)
+    for times in host_ms.values():
+        times.clear()
     untraced_ms = median_ms(step, scale, warmups=0)
     return {
         "tokens": packed.num_tokens,
         "step without the profiler (ms)": round(untraced_ms, 2),
+        "the host's own (ms)": {name: round(statistics.median(times), 2) for name, times in host_ms.items()},
         **shares(events),
         "kernels of the head (ms)": kernels_of(events, within="head"),
     }

@@ -1,28 +1,34 @@
-"""The student under FSDP2 on one rank, over NCCL where there is a GPU: as it is without any of them."""
+"""The student on one rank, whole and under FSDP2, over NCCL where there is a GPU: as it is without any of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.gpu.scale import Scale
-from benchmarks.gpu.step import TINY, build_lm, packed_tokens
+from benchmarks.gpu.step import TINY, build_lm, descend, packed_tokens
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.attention import packed_attention
 from kdmesh.models.packing import PackedTokens
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.compiled_layers import compile_layers
+from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student, begin_micro_batch, release, shard
 from kdmesh_trainer.optimizer import build_adamw
 from kdmesh_trainer.weights import whole
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.parallel_config import Gather  # which needs pydantic
 
 pytestmark = pytest.mark.gpu
 
@@ -75,12 +81,14 @@ def loss_and_gradients(
     return loss_sum.detach().cpu(), gradients
 
 
-def test_loss_and_gradient_are_those_of_a_cpu_without_fsdp(
-    mesh: Mesh, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gather", ["auto", "micro_batch"])  # whole, and with FSDP
+def test_loss_and_gradient_are_those_of_a_cpu(
+    mesh: Mesh, device: torch.device, gather: Gather, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = packed_tokens(SCALE)
     student = built()
-    shard(student, mesh.device_mesh, compute_dtype=torch.float32)
+    shard(student, mesh.device_mesh, compute_dtype=torch.float32, gather=gather)
+    assert isinstance(student, FSDPModule) is (gather == "micro_batch")
     begin_micro_batch(student, is_last=True)
     loss, gradients = loss_and_gradients(student, packed.to(device), device)
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # the reference is torch's operators' in either case
@@ -127,20 +135,26 @@ def test_a_student_on_the_host_leaves_the_device_free(mesh: Mesh, gpu: torch.dev
 
 @pytest.mark.parametrize("is_varlen", [False, True])
 @pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("gather", ["auto", "micro_batch"])
 def test_a_step_waits_for_nothing_until_its_figures_are_read(
-    mesh: Mesh, gpu: torch.device, is_compiled: bool, is_varlen: bool
+    mesh: Mesh, gpu: torch.device, gather: Gather, is_compiled: bool, is_varlen: bool
 ) -> None:
     sequences = random_sequences()
     student = built(is_varlen=is_varlen)
     if is_compiled:
         compile_layers(student.lm)
-    shard(student, mesh.device_mesh, compute_dtype=torch.bfloat16)
-    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
-    teacher = OutputHead(weight_VD=torch.randn(SCALE.vocabulary, 24, device=gpu).bfloat16())
-    rows_RE = torch.randn(sum(s.num_rows for s in sequences), 24, device=gpu).bfloat16()
+    shard(student, mesh.device_mesh, compute_dtype=torch.bfloat16, gather=gather)
+    optimizer = build_adamw(student, ADAMW)  # type: ignore[arg-type]
+    own_head = OutputHead(weight_VD=torch.randn(SCALE.vocabulary, 24).bfloat16())
+    service = SimpleNamespace(head=lambda: (own_head, 1))
+    teacher_head = TeacherHead(service, vocabulary_size=SCALE.vocabulary, device=gpu)
+    rows = SimpleNamespace(rows_RD=torch.randn(sum(s.num_rows for s in sequences), 24).bfloat16(), weight_version=1)
 
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
-        return fused_linear_divergence(hidden_RD, head, rows_RE, teacher, divergence=forward_kl, labels_R=labels_R)
+        teacher = teacher_head.teacher(rows, 1.0)
+        return fused_linear_divergence(
+            hidden_RD, head, teacher.hidden_RE, teacher.head, divergence=forward_kl, labels_R=labels_R
+        )
 
     for turn in range(3):
         begin_micro_batch(student, is_last=True)
@@ -148,9 +162,7 @@ def test_a_step_waits_for_nothing_until_its_figures_are_read(
             torch.cuda.set_sync_debug_mode("error")
         try:
             student(student.pack(sequences).to(gpu), row_loss).loss_sum.backward()
-            clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            descend(student, optimizer)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -15,6 +15,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.sources.context_rows import ContextRows
+from kdmesh_trainer.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
@@ -73,7 +74,7 @@ def gradients_of_layouts(
         batch = step_batch(batch_sequences(), plan[mesh.data_group], local_teacher, context=context)
         tally = stepper.accumulate(batch)
         totals, _ = tally.over_all_ranks()
-        results = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
+        results = {name: whole(p.grad, None) for name, p in model.lm.named_parameters()}
         results["loss"] = torch.tensor([totals.loss, totals.divergence, totals.cross_entropy], dtype=torch.float64)
         # A teacher is asked for every token once.
         assert totals.teachers[""].tokens == batch.num_tokens

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +29,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import release
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
-from kdmesh_trainer.weights import weights_of
+from kdmesh_trainer.weights import weights_of, whole
 from tests.support.tiny_models import FAMILIES, TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
@@ -75,7 +76,7 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, gather: Ga
     totals, _ = tally.over_all_ranks()
     assert {name for name, p in model.lm.named_parameters() if p.grad is not None} == trained.keys()
     assert {p.dtype for p in trained.values()} == {torch.float32}
-    found = {name: p.grad.full_tensor() for name, p in trained.items()}
+    found = {name: whole(p.grad, None) for name, p in trained.items()}
     if mesh.is_first:
         save_file(found | {"loss": torch.tensor([totals.loss])}, Path(output) / f"{mesh.world_size}.safetensors")
 
@@ -86,6 +87,8 @@ def _values(trained: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _like(value: Tensor, shard: Tensor) -> Tensor:
+    if not isinstance(shard, DTensor):  # one rank has it whole
+        return value
     return torch.distributed.tensor.distribute_tensor(value, shard.device_mesh, shard.placements)
 
 

@@ -16,6 +16,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
+from kdmesh_trainer.weights import whole
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
 from tests.support.tiny_vision import VOCABULARY_SIZE, TinyVisionModels, png, reader_of, vision_sequence
 from tests.support.trainer_parts import LocalTeacher, build_stepper, step_batch
@@ -47,7 +48,7 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, gather: Ga
         shard(model, mesh.device_mesh, compute_dtype=torch.float32, gather=gather)
         stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
         totals, _ = stepper.accumulate(batch).over_all_ranks()
-        results = {name: p.grad.full_tensor() for name, p in lm.named_parameters() if p.requires_grad}
+        results = {name: whole(p.grad, None) for name, p in lm.named_parameters() if p.requires_grad}
         results["loss"] = torch.tensor([totals.loss], dtype=torch.float64)
         if mesh.is_first:
             save_file(results, Path(output) / f"{mesh.world_size}-{freeze_vision}.safetensors")

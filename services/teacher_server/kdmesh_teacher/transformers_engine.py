@@ -195,11 +195,14 @@ class TransformersEngine:
             packed = packed.with_starts()
         packed = packed.to(self._model.device)
         hidden_TD = hidden_states_TD(self._model, packed)
-        wanted = torch.split(packed.rows_R, [sequence.num_rows for sequence, _ in row])
-        for rows_R, (_, out_RD) in zip(wanted, row, strict=True):
-            if hidden_TD.is_cuda:
-                out_RD.copy_(hidden_TD.index_select(0, rows_R))
-            else:
+        counts = [sequence.num_rows for sequence, _ in row]
+        if hidden_TD.is_cuda:
+            taken_RD = hidden_TD.index_select(0, packed.rows_R)
+            for own_RD, (_, out_RD) in zip(torch.split(taken_RD, counts), row, strict=True):
+                out_RD.copy_(own_RD, non_blocking=True)
+            torch.cuda.current_stream(hidden_TD.device).synchronize()
+        else:
+            for rows_R, (_, out_RD) in zip(torch.split(packed.rows_R, counts), row, strict=True):
                 torch.index_select(hidden_TD, 0, rows_R, out=out_RD)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.errors import ModelMismatch
 from kdmesh.losses import MixedTeacher, OutputHead, VocabularyShare
+from kdmesh.models.packing import moved
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 
@@ -110,7 +111,7 @@ class TeacherHead:
     def teacher(self, rows: TeacherRows, weight: float, *, is_whole: bool = False) -> MixedTeacher:
         """The rows with their head, on this rank's device, as a part of a mixture."""
         head = self.at(rows.weight_version, is_whole=is_whole)
-        return MixedTeacher(hidden_RE=rows.rows_RD.to(self._device), head=head, weight=weight)
+        return MixedTeacher(hidden_RE=moved(rows.rows_RD, self._device), head=head, weight=weight)
 
     def at(self, weight_version: int, *, is_whole: bool = False) -> OutputHead:
         """The head that turns rows of `weight_version` into logits over the shared tokens. Borrowed.

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+from kdmesh_trainer.shards import own_shard
 
 
 class Ledger:
@@ -85,6 +86,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._forget(key)
             self._set(key, known._replace(ledger=self.host, name=name))
 
+    def rename(self, tensor: Tensor, name: str) -> None:
+        """The storage of a tensor goes by that name from now on."""
+        key = _storage(tensor)._cdata
+        known = self._storages[key]
+        self._forget(key)
+        self._set(key, known._replace(name=name))
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count while this lasts."""
@@ -151,4 +159,4 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
     # A DTensor says how large all shards are together.
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+    return own_shard(tensor).untyped_storage()

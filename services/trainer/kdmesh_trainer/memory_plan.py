@@ -133,6 +133,8 @@ def plan(job: Job) -> Plan:
                 offloads=job.offloads,
                 head_share=head_share,
             )
+        for copy in () if student.compute_copy is None else student.compute_copy.copies:
+            live.rename(copy, "gathered parameters")
         copies = _give_to_host(student, live, gathered) if job.uses_host else 0
         optimizer = build_adamw(student, job.optimizer)
         packed = _without_memory(row, fake)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from kdmesh.models.head import output_head
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.packing import PackedTokens, slice_of, slices_of
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.compute_copy import ComputeCopy
 from kdmesh_trainer.lora import Adapter
 from kdmesh_trainer.spread_head import own_head, spread_head
 from kdmesh_trainer.weights import StudentWeight, weights_of, without_aliases
@@ -62,6 +63,9 @@ class Student(nn.Module):
         share: the tokens of its head that this rank has, and no others; None: the head is gathered whole.
         is_kept_whole: whether ranks keep whole parameters and gradients from the first micro-batch of a step to the
             last: one all-gather and one reduction a step instead of several for each micro-batch. `shard` decides.
+        spread: the modules that are gathered each for itself, as `shard` made them; the last is the student itself;
+            none where one rank has it whole.
+        compute_copy: what that rank computes with instead of its parameters; None: they have the right type.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class Student(nn.Module):
         self.algorithm = algorithm
         self.share: VocabularyShare | None = None
         self.is_kept_whole = False
+        self.spread: list[FSDPModule] = []
+        self.compute_copy: ComputeCopy | None = None
         self._packer = packer or Packer(lm, None)
         self._is_varlen = is_varlen
         self._context = context
@@ -142,12 +148,16 @@ class Student(nn.Module):
         shards gathered; one that is spread is this rank's part. `row_loss` runs after the body, so it may still wait
         for a teacher.
         """
+        if self.compute_copy is not None:
+            self.compute_copy.take_places()
         told = {} if self._context is None else {"packed_lengths": packed.lengths, "context": self._context}
         with record_function("body"):
             hidden_RD = hidden_states_TD(self.lm, packed, **told).index_select(0, packed.rows_R)
         head = output_head(self.lm)
         head = head.sliced(self.vocabulary_size) if self.share is None else own_head(head, self.share)
         loss = row_loss(hidden_RD, head, packed.labels_R)
+        if self.compute_copy is not None:
+            self.compute_copy.give_back_after(loss.loss_sum)
         rows = (loss.divergence_R, loss.cross_entropy_R, loss.top1_agreement_R, loss.topk_overlap_R)
         return LossTotals(
             loss_sum=loss.loss_sum,
@@ -169,7 +179,7 @@ def shard(
     offloads: bool = False,
     head_share: type[VocabularyShare] | None = None,
 ) -> None:
-    """Spread the parameters over `mesh`, in place: each few decoder layers, then the rest.
+    """Spread the parameters over `mesh`, in place: each few decoder layers, then the rest. One rank may keep all.
 
     Parameters stay as they are and are gathered as `compute_dtype`; gradients are reduced in
     float32 and *averaged* over all ranks, those of other copies too. Every rank must hold the same values before.
@@ -187,6 +197,14 @@ def shard(
     """
     is_small = 4 * _num_parameters(student) <= _WHOLE_BYTES
     student.is_kept_whole = is_small if gather == "auto" else gather == "step"
+    if mesh.size() == 1 and gather != "micro_batch" and not offloads and head_share is None:
+        # A copy of what is trained adds an eighth to what that takes; one of what is frozen would add half.
+        copied = [parameter for parameter in student.parameters() if parameter.dtype != compute_dtype]
+        if student.is_kept_whole or all(parameter.requires_grad for parameter in copied):
+            if any(parameter.device.type != mesh.device_type for parameter in student.parameters()):
+                student.to(mesh.device_type)
+            student.compute_copy = ComputeCopy(student, compute_dtype) if copied else None
+            return
     apart = None
     if head_share is not None:
         student.share = head_share(
@@ -204,7 +222,8 @@ def shard(
     for unit in units(student.lm, unit_parameters or default_unit(mesh.device_type)):
         # What is frozen has no backward pass, after which it would be shards again.
         spread(unit, reshard_after_forward=_is_frozen(unit[0]) or not student.is_kept_whole)
-    spread(student, reshard_after_forward=False, ignored_params=apart)
+        student.spread.append(cast(FSDPModule, unit[0]))  # which speaks for all of them
+    student.spread.append(spread(student, reshard_after_forward=False, ignored_params=apart))
 
 
 def default_unit(device_type: str) -> int:
@@ -246,21 +265,25 @@ def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
 
 
 def begin_micro_batch(student: Student, *, is_last: bool) -> None:
-    """Tell FSDP where in its step the next forward and backward pass is."""
-    assert isinstance(student, FSDPModule)
-    student.set_is_last_backward(is_last)
-    # Until then each copy of the student adds up its own gradient: copies meet once a step.
-    student.set_requires_all_reduce(is_last)
-    if student.is_kept_whole:
-        student.set_requires_gradient_sync(is_last)
-        student.set_reshard_after_backward(is_last)
+    """Tell a sharded student where in its step the next forward and backward pass is."""
+    if student.compute_copy is not None:
+        student.compute_copy.stays = not is_last
+    if isinstance(student, FSDPModule):
+        student.set_is_last_backward(is_last)
+    for module in student.spread:
+        # Until then each copy of the student adds up its own gradient: copies meet once a step.
+        module.set_requires_all_reduce(is_last, recurse=False)
+        if student.is_kept_whole:
+            module.set_requires_gradient_sync(is_last, recurse=False)
+            module.set_reshard_after_backward(is_last, recurse=False)
 
 
-def release(student: nn.Module) -> None:
+def release(student: Student) -> None:
     """Give up what a pass without gradients left gathered, so that the parameters are shards again."""
-    for module in student.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    if student.compute_copy is not None:
+        student.compute_copy.give_back()
+    for module in student.spread:
+        module.reshard()
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+from kdmesh_trainer.shards import own_shard
 
 if TYPE_CHECKING:
     from kdmesh_trainer.optimizer_config import OptimizerConfig
@@ -43,13 +45,26 @@ def build_adamw(
     used = [group for group in groups if group["params"]]
     match config.moments:
         case "float32":
-            return AdamW(used, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+            return _ShardedAdamW(used, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
         case "8bit":
             from kdmesh_trainer.eight_bit import eight_bit_adamw
 
             return eight_bit_adamw(used, config)
         case _:
             assert_never(config.moments)
+
+
+class _ShardedAdamW(AdamW):
+    """Updates shards as the plain tensors that they are.
+
+    By way of DTensor, finding out that each of them may be updated where it lies takes the host longer than the update.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        for tensors in lists:
+            tensors[:] = [own_shard(tensor) for tensor in tensors]
+        return has_complex
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -18,6 +18,7 @@ from kdmesh.losses import (
     VocabularyShare,
     fused_linear_across_ranks,
 )
+from kdmesh.models.packing import moved
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
@@ -104,7 +105,7 @@ class SpreadDistillation:
         hidden_RE = (
             torch.empty(0, head.hidden_size, dtype=dtype, device=student_hidden_RD.device)
             if teacher is None
-            else teacher.rows_RD.to(student_hidden_RD.device, dtype)
+            else moved(teacher.rows_RD, student_hidden_RD.device).to(dtype)
         )
         whole = self.whole
         rows = OwnRows(

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -19,6 +18,7 @@ from kdmesh_trainer.model import LossTotals, Student, begin_micro_batch
 from kdmesh_trainer.objective import Objective
 from kdmesh_trainer.optimizer import learning_rate, set_learning_rate
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.shards import norm_over_ranks
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.sides import answered_rows
 from kdmesh_trainer.stats import StepStats
@@ -40,7 +40,7 @@ class GradientStepper:
         teachers: Sequence[str] = ("",),
     ) -> None:
         """`teachers` are the names of those that rows may come from; that of the only one is empty."""
-        self._student = student
+        self._student = student.train()
         self._objective = objective
         self.optimizer = optimizer
         self._config = config
@@ -99,7 +99,8 @@ class GradientStepper:
         does not depend on how tokens were split. FSDP averages gradients over ranks, hence the
         factor world_size. Every rank must pass the same number of micro-batches.
         """
-        self._student.train()
+        if not self._student.training:  # an evaluation came before
+            self._student.train()
         self.optimizer.zero_grad(set_to_none=True)
         tally = Tally(self._mesh, teachers=self._teachers)
         objective = self._objective.at(batch.step)
@@ -152,5 +153,4 @@ def forward(
 
 def _gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """[] the norm of their whole gradient, over all shards. Collective."""
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm_over_ranks([p.grad for p in parameters if p.grad is not None])

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.shards import own_shard
 from kdmesh_trainer.weights import StudentWeight, without_aliases
 
 
@@ -52,19 +52,15 @@ class TeacherCopy:
         release(self._student)
         for name, average in self._average.items():
             assert self._decay is not None
-            _local(average).lerp_(_local(self._own[name].shard()), 1 - self._decay)
+            own_shard(average).lerp_(own_shard(self._own[name].shard()), 1 - self._decay)
         if steps_done % self._every:
             return False
         for name, sent in self._sent.items():
             newest = self._average[name] if self._average else self._own[name].shard()
-            _local(sent).copy_(_local(newest))
+            own_shard(sent).copy_(own_shard(newest))
         return True
 
     def _now(self) -> dict[str, Tensor]:
         """A copy of what training changes."""
         release(self._student)
         return {name: weight.shard().clone() for name, weight in self._own.items() if weight.can_change}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

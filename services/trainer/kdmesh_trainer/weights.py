@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
 from kdmesh_trainer.lora import Adapter, LowRank
+from kdmesh_trainer.shards import own_shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,8 +44,7 @@ class StudentWeight:
 
     def is_exact_in(self, dtype: torch.dtype) -> bool:
         """Whether rounding to `dtype` changes nothing of the base that this rank holds."""
-        base = self.base.detach()
-        base = base.to_local() if isinstance(base, DTensor) else base
+        base = own_shard(self.base.detach())
         return torch.equal(base.to(dtype).to(base.dtype), base)
 
 

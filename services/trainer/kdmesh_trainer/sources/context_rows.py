@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdmesh.errors import ModelMismatch
 from kdmesh.models.context import ContextGroup
-from kdmesh.models.packing import slice_bounds
+from kdmesh.models.packing import moved, slice_bounds
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, PanelPart, PanelRows, PendingRows, TeacherRows
@@ -224,7 +224,8 @@ class _HandedRows:
             yield PanelPart(name="", rows=self._copied(answer), index_R=None, num_tokens=0, wait_s=0.0)
 
     def _copied(self, rows: TeacherRows) -> _Rows:
-        return _Rows(rows_RD=rows.rows_RD.to(self._device, copy=True), weight_version=rows.weight_version)
+        own_RD = rows.rows_RD.clone() if self._device.type == "cpu" else moved(rows.rows_RD, self._device)
+        return _Rows(rows_RD=own_RD, weight_version=rows.weight_version)
 
     def _answer(self, part: PanelPart | None) -> _Answer:
         ranks = self._context.size
