@@ -1,0 +1,97 @@
+"""A student that one rank keeps whole: it learns as FSDP would have it, bit for bit, and is itself between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from kdmesh_trainer.evaluate import HeldOutEvaluator
+from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.parallel_config import Gather
+from kdmesh_trainer.step import GradientStepper
+from kdmesh_trainer.weights import whole
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
+
+VOCABULARY_SIZE = 310
+SEQUENCES = random_sequences(6, seed=3, vocabulary_size=VOCABULARY_SIZE)
+PLAN = [[0, 1, 3], [2], [4, 5]]
+CONFIG = OptimizerConfig(learning_rate=1e-2, schedule="constant", max_gradient_norm=0.5)
+
+
+@pytest.fixture
+def mesh_of_one() -> Iterator[Mesh]:
+    with joined("cpu", longest_wait_s=10) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def teacher(tiny_models: TinyModels) -> LocalTeacher:
+    return LocalTeacher(tiny_models.path("qwen3", seed=2))
+
+
+def built(
+    mesh: Mesh, tiny_models: TinyModels, teacher: LocalTeacher, dtype: torch.dtype, gather: Gather, *, is_tied: bool
+) -> tuple[Student, GradientStepper]:
+    path = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
+    student = build_student(path, mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=dtype, gather=gather)
+    return student, build_stepper(student, teacher, mesh, config=CONFIG, steps=5)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_as_fsdp_would_have_it(
+    mesh_of_one: Mesh, tiny_models: TinyModels, teacher: LocalTeacher, dtype: torch.dtype, is_tied: bool
+) -> None:
+    outcomes = []
+    for gather in ("auto", "micro_batch"):
+        student, stepper = built(mesh_of_one, tiny_models, teacher, dtype, gather, is_tied=is_tied)
+        assert isinstance(student, FSDPModule) is (gather == "micro_batch")
+        losses = [stepper.update(step_batch(SEQUENCES, PLAN, teacher, step=n)).loss_nats_per_token for n in range(5)]
+        release(student)
+        outcomes.append((losses, {name: whole(p.detach(), None) for name, p in student.named_parameters()}))
+    (losses, weights), (expected_losses, expected) = outcomes
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_it_has_its_own_parameters_between_steps_and_computes_with_what_they_have_become(
+    mesh_of_one: Mesh, tiny_models: TinyModels, teacher: LocalTeacher
+) -> None:
+    student, stepper = built(mesh_of_one, tiny_models, teacher, torch.bfloat16, "auto", is_tied=True)
+    own = dict(student.named_parameters())
+    evaluator = HeldOutEvaluator(
+        student, SEQUENCES, teacher=None, teacher_head=None, prefetch=1, max_tokens=200, mesh=mesh_of_one
+    )
+    losses = []
+    for step in range(3):
+        losses.append(evaluator.evaluate().cross_entropy_nats_per_token)
+        stepper.update(step_batch(SEQUENCES, PLAN, teacher, step=step))
+        now = dict(student.named_parameters())
+        assert now.keys() == own.keys()
+        assert all(now[name] is parameter and parameter.grad is None for name, parameter in own.items())
+    assert len(set(losses)) == 3
+
+
+def test_a_pass_that_is_broken_off_leaves_what_the_next_one_repairs(
+    mesh_of_one: Mesh, tiny_models: TinyModels, teacher: LocalTeacher
+) -> None:
+    outcomes = []
+    for breaks_off in (False, True):
+        _, stepper = built(mesh_of_one, tiny_models, teacher, torch.bfloat16, "auto", is_tied=False)
+        batch = step_batch(SEQUENCES, PLAN, teacher)
+        if breaks_off:
+            broken = step_batch(SEQUENCES, PLAN, teacher, step=1)
+            object.__setattr__(broken.micro_batches[1], "teacher", None)
+            with pytest.raises(AssertionError):
+                stepper.update(broken)
+        outcomes.append(stepper.update(batch).gradient_norm)
+    assert outcomes[1] == pytest.approx(outcomes[0], rel=1e-6)
