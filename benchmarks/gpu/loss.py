@@ -22,6 +22,7 @@ _DIVERGENCES: tuple[tuple[str, dict[str, float]], ...] = (
     ("jensen_shannon", {"beta": 0.5}),
     ("adaptive_kl", {"tail_mass": 0.5}),
 )
+_REST_S = 0.1  # about what the rest of a training step leaves between two passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,6 +82,8 @@ def measure(scale: Scale) -> dict[str, object]:
     for chunk_rows in (scale.chunk_rows // 2, scale.chunk_rows, 2 * scale.chunk_rows):
         method = partial(ours, divergence=forward_kl, chunk_rows=chunk_rows)
         figures[f"forward_kl_chunk_{chunk_rows}_ms"] = round(median_ms(partial(run_pass, method, x), scale), 2)
+        rested_ms = median_ms(partial(run_pass, method, x), scale, rest_s=_REST_S)
+        figures[f"forward_kl_chunk_{chunk_rows}_after_rests_ms"] = round(rested_ms, 2)
     for rows in (scale.rows, 4 * scale.rows):
         few = Inputs.build(scale, rows=rows)
         peak = peak_gib(partial(run_pass, partial(ours, divergence=forward_kl), few), scale)

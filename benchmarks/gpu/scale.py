@@ -45,12 +45,13 @@ def choose(*, is_dry: bool) -> Scale:
     )
 
 
-def median_ms(call: Callable[[], object], scale: Scale, *, warmups: int = 2) -> float:
-    """Of one call, on the device's own clock."""
+def median_ms(call: Callable[[], object], scale: Scale, *, warmups: int = 2, rest_s: float = 0.0) -> float:
+    """Of one call, on the device's own clock; `rest_s` before each, in which a hot device regains its clock."""
     for _ in range(warmups):
         call()
     times: list[float] = []
     for _ in range(scale.rounds):
+        time.sleep(rest_s)
         if scale.device.type == "cpu":
             began_s = time.perf_counter()
             call()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def packed_attention(
     packed_lengths: tuple[int, ...] | None = None,
     packed_starts: Tensor | None = None,
     packed_before: int = 0,
+    packed_longest: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, for one row of sequences of `packed_lengths` tokens.
@@ -56,6 +57,8 @@ def packed_attention(
         packed_starts: PackedTokens.starts on the same device, for one call of FlashAttention over all sequences, where
             `varlen_refusal` is None; None takes each sequence by itself.
         packed_before: keys of the first sequence that precede its first query; those of others begin with them.
+        packed_longest: tokens of the longest sequence, for code that is compiled with `packed_starts` and must not
+            depend on `packed_lengths`; not with `packed_before`. None: as these say.
         **kwargs: `sliding_window`; what else transformers passes has no effect here.
 
     Returns:
@@ -73,7 +76,10 @@ def packed_attention(
     window = window_of(module, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed_starts is not None:
-        longest = max(packed_lengths), max(packed_lengths[0] + packed_before, *packed_lengths)
+        if packed_longest is None:
+            longest = max(packed_lengths), max(packed_lengths[0] + packed_before, *packed_lengths)
+        else:
+            longest = packed_longest, packed_longest
         return _varlen(query, key, value, packed_starts, packed_before, *longest, scale=scale, window=window), None
     # Split along an axis whose parts are contiguous in [1, T, heads, dim], so that joining outputs and
     # gradients copies whole rows. One split has one backward; slices would each fill a [T] of zeros.
@@ -143,7 +149,7 @@ def _varlen(
     # A sequence's last query is at its last key, also where it has more keys than queries.
     key_starts = torch.cat([starts[:1], starts[1:] + before]) if before else starts
     shared: dict[str, Any] = {}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if _varlen_reads_shared_keys():
         shared["enable_gqa"] = True
     elif (copies := queries.shape[1] // keys.shape[1]) > 1:  # torch 2.11
         keys, values = (states.repeat_interleave(copies, dim=1) for states in (keys, values))
@@ -161,6 +167,18 @@ def _varlen(
     )
     assert isinstance(output, Tensor)  # nothing else was asked for
     return output[None]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _varlen_reads_shared_keys() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return _has_parameter(varlen_attn, "enable_gqa")
+
+
+@lru_cache(maxsize=8)  # every layer of every pass asks
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
 
 
 def _attend(

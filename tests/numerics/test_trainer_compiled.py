@@ -22,6 +22,7 @@ from kdmesh_trainer.parallel_config import Gather
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+from tests.support.varlen import teach_cpus
 
 pytestmark = pytest.mark.slow
 
@@ -50,10 +51,13 @@ def gradients(
     gather: Gather = "micro_batch",
     every: int | None = None,
     lora: bool = False,
+    together: bool = False,
 ) -> None:
     """Writes the gradient of a compiled and of another student, after one of other lengths; runs on every rank."""
     sequences = random_sequences(14, seed=5, vocabulary_size=VOCABULARY_SIZE)
     local_teacher = LocalTeacher(Path(teacher))
+    if together:
+        teach_cpus()
     for name in ("exact", "eager", "compiled"):
         model = build_student(
             Path(student),
@@ -64,6 +68,7 @@ def gradients(
             is_compiled=name == "compiled",
             checkpointed_every=every,
             gather=gather,
+            is_varlen=together and name != "exact",
         )
         stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(learning_rate=1e-2), steps=2)
         with torch.no_grad():
@@ -98,6 +103,8 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         ("qwen3", {"every": 2, "lora": True}),
         ("gemma2", {"gather": "step"}),  # layers with and without a window
         ("llama", {"gather": "step"}),
+        ("qwen3", {"gather": "step", "together": True}),
+        ("qwen3", {"every": 2, "together": True}),
     ],
 )
 @pytest.mark.timeout(400)

@@ -142,6 +142,7 @@ def build_student(
     offloads: bool = False,
     is_compiled: bool = False,
     spreads_head: bool = False,
+    is_varlen: bool = False,
 ) -> Student:
     """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for."""
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
@@ -163,6 +164,7 @@ def build_student(
         vocabulary_size=vocabulary_size,
         adapter=adapter,
         algorithm=algorithm,
+        is_varlen=is_varlen,
         context=mesh.context,
         exchange=parallel.exchange(lm.config.num_attention_heads),
     )

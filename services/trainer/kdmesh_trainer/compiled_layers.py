@@ -36,10 +36,11 @@ def check_compiler(*, on_gpu: bool) -> None:
 def compile_layers(lm: PreTrainedModel) -> None:
     """Compile the forward and backward pass of every decoder layer, in place. Before they are sharded.
 
-    What lies around attention is compiled; attention itself runs as it does otherwise, because it depends on how many
-    sequences a row has, and would be compiled for each number of them.
+    Where one call attends to all sequences, a layer is compiled in one piece. Else what lies around attention is;
+    attention itself runs as it does otherwise, because it depends on how many sequences a row has, and would be
+    compiled for each number of them.
     """
-    AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(_attention))  # type: ignore[no-untyped-call]
+    AttentionInterface.register(PACKED_ATTENTION, _attention)
     for layer in decoder_layers(lm):
         # The method, not the module: its hooks, which are FSDP's, stay outside.
         layer.forward = _with_lengths_hidden(torch.compile(layer.forward, dynamic=True))
@@ -54,12 +55,21 @@ class _Hidden:
 
 def _with_lengths_hidden(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def hiding(*args: Any, packed_lengths: tuple[int, ...], **kwargs: Any) -> Tensor:
+        if kwargs.get("packed_starts") is not None:
+            return forward(*args, packed_lengths=(), packed_longest=max(packed_lengths), **kwargs)
         return forward(*args, packed_lengths=_Hidden(packed_lengths), **kwargs)
 
     return hiding
 
 
-def _attention(*args: Any, packed_lengths: _Hidden | tuple[int, ...], **kwargs: Any) -> tuple[Tensor, None]:
+def _attention(*args: Any, packed_lengths: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """For layers that are compiled, and for those of other models in this process."""
-    lengths = packed_lengths.packed_lengths if isinstance(packed_lengths, _Hidden) else packed_lengths
-    return packed_attention(*args, **{**kwargs, "packed_lengths": lengths})
+    if isinstance(packed_lengths, _Hidden):
+        attended: tuple[Tensor, None] = _not_compiled(*args, **{**kwargs, "hidden": packed_lengths})
+        return attended
+    return packed_attention(*args, **{**kwargs, "packed_lengths": packed_lengths})
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _not_compiled(*args: Any, hidden: _Hidden, **kwargs: Any) -> tuple[Tensor, None]:
+    return packed_attention(*args, **{**kwargs, "packed_lengths": hidden.packed_lengths})
