@@ -66,7 +66,7 @@ def measure(scale: Scale) -> dict[str, object]:
                 }
                 figures["off-policy, compiled layers"] = _run(folder, compiled)
             with _service("kdmesh_rollout", folder, _rollout(inputs)) as rollout:
-                config = _trainer(inputs, folder / "on_policy", teacher, is_tiny=is_tiny, steps=5 if is_tiny else 8)
+                config = _trainer(inputs, folder / "on_policy", teacher, is_tiny=is_tiny, steps=5 if is_tiny else 6)
                 figures["on-policy"] = _run(folder, config | {"source": _on_policy(rollout, is_tiny=is_tiny)})
         return figures
 

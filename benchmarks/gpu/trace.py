@@ -28,6 +28,12 @@ from kdmesh_trainer.optimizer import build_adamw
 if TYPE_CHECKING:
     from kdmesh_trainer.parallel_config import Gather  # which needs pydantic
 
+# Name, whether layers are compiled, and parallel.gather.
+_VARIANTS: tuple[tuple[str, bool, Gather], ...] = (
+    ("layers as they are", False, "auto"),
+    ("layers as they are, shards of one rank", False, "micro_batch"),
+    ("compiled layers", True, "auto"),
+)
 _STEPS = 3
 _PARTS = ("head", "forward", "backward", "optimizer")  # the first is within the second
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -49,12 +55,10 @@ def measure(scale: Scale) -> dict[str, object]:
     is_tiny = scale.device.type == "cpu"
     figures: dict[str, object] = {}
     with joined("cpu" if is_tiny else "cuda", longest_wait_s=60) as mesh:
-        for layers in ("as they are",) if is_tiny else ("as they are", "compiled"):
-            for name, gather in (("whole", "auto"), ("as shards of one rank", "micro_batch")):
-                found = _measure(scale, mesh, is_compiled=layers == "compiled", gather=gather)
-                figures[f"layers {layers}, {name}"] = found
-                if not is_tiny:
-                    torch.cuda.empty_cache()
+        for name, is_compiled, gather in _VARIANTS[: 2 if is_tiny else None]:
+            figures[name] = _measure(scale, mesh, is_compiled=is_compiled, gather=gather)
+            if not is_tiny:
+                torch.cuda.empty_cache()
     return figures
 
 

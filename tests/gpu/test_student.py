@@ -37,6 +37,11 @@ SCALE = Scale(device=torch.device("cpu"), rows=64, vocabulary=300)
 ADAMW = SimpleNamespace(learning_rate=1e-3, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.0, moments="float32")
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_yet() -> None:
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="module")
 def mesh(device: torch.device) -> Iterator[Mesh]:
     with joined("cpu" if device.type == "cpu" else "cuda", longest_wait_s=60) as mesh:

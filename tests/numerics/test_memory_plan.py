@@ -66,6 +66,16 @@ def test_weights_moments_and_head_are_counted_to_the_byte_and_shared_by_the_rank
     assert of_four.resident["parameters"] == pytest.approx(found.resident["parameters"] / 4, rel=2e-2)
 
 
+def test_one_rank_keeps_a_copy_in_the_type_that_it_computes_in_and_none_in_the_weights_own(tmp_path: Path) -> None:
+    alone = job(saved(tmp_path, TINY, is_tied=False), 300, [40, 24])
+    whole = plan(alone).resident["parameters"]
+    assert "gathered parameters" not in plan(alone).phases["backward"]
+    found = plan(replace(alone, compute_dtype=torch.bfloat16))
+    assert found.resident["parameters"] == whole
+    assert found.resident["gathered parameters"] == pytest.approx(whole / 2, rel=2e-3)
+    assert found.phases["AdamW"]["gradients"] == pytest.approx(whole, rel=2e-2)  # in float32, of every parameter
+
+
 def test_what_several_copies_and_the_host_keep_is_counted_there(tmp_path: Path) -> None:
     one = replace(job(saved(tmp_path, TINY, is_tied=False), 300, [40, 24]), ranks=4, device=torch.device("cuda"))
     trained = 4 * (2 * 300 * 64 + 64 + 2 * (2 * 64 + 2 * 16 + 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128))

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student, release
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.step import GradientStepper
+from kdmesh_trainer.stop import Stopping
 from kdmesh_trainer.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 
 VOCABULARY_SIZE = 310
 SEQUENCES = random_sequences(6, seed=3, vocabulary_size=VOCABULARY_SIZE)
+LONGEST = max(sequence.num_tokens for sequence in SEQUENCES)
 PLAN = [[0, 1, 3], [2], [4, 5]]
 CONFIG = OptimizerConfig(learning_rate=1e-2, schedule="constant", max_gradient_norm=0.5)
 
@@ -41,6 +45,23 @@ def built(
     path = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
     student = build_student(path, mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=dtype, gather=gather)
     return student, build_stepper(student, teacher, mesh, config=CONFIG, steps=5)
+
+
+def evaluator_of(student: Student, mesh: Mesh) -> HeldOutEvaluator:
+    return HeldOutEvaluator(
+        student, SEQUENCES, teacher=None, teacher_head=None, prefetch=1, max_tokens=LONGEST, mesh=mesh
+    )
+
+
+class AfterOne:
+    """A wish to stop that comes with the second micro-batch."""
+
+    def __init__(self) -> None:
+        self._times = 0
+
+    def is_wanted(self) -> bool:
+        self._times += 1
+        return self._times > 1
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -68,9 +89,7 @@ def test_it_has_its_own_parameters_between_steps_and_computes_with_what_they_hav
 ) -> None:
     student, stepper = built(mesh_of_one, tiny_models, teacher, torch.bfloat16, "auto", is_tied=True)
     own = dict(student.named_parameters())
-    evaluator = HeldOutEvaluator(
-        student, SEQUENCES, teacher=None, teacher_head=None, prefetch=1, max_tokens=200, mesh=mesh_of_one
-    )
+    evaluator = evaluator_of(student, mesh_of_one)
     losses = []
     for step in range(3):
         losses.append(evaluator.evaluate().cross_entropy_nats_per_token)
@@ -79,6 +98,26 @@ def test_it_has_its_own_parameters_between_steps_and_computes_with_what_they_hav
         assert now.keys() == own.keys()
         assert all(now[name] is parameter and parameter.grad is None for name, parameter in own.items())
     assert len(set(losses)) == 3
+
+
+def test_what_is_saved_after_an_evaluation_that_was_stopped_are_its_own_parameters(
+    mesh_of_one: Mesh, tiny_models: TinyModels, teacher: LocalTeacher, tmp_path: Path
+) -> None:
+    saved, restored = (built(mesh_of_one, tiny_models, teacher, torch.bfloat16, "auto", is_tied=True) for _ in range(2))
+    directories = [
+        CheckpointDirectory(
+            tmp_path / "checkpoints", student, stepper.optimizer, identity={}, steps=5, keep=1, mesh=mesh_of_one
+        )
+        for student, stepper in (saved, restored)
+    ]
+    saved[1].update(step_batch(SEQUENCES, PLAN, teacher))
+    weights = {name: parameter.detach().clone() for name, parameter in saved[0].named_parameters()}
+    with pytest.raises(Stopping):
+        evaluator_of(saved[0], mesh_of_one).evaluate(stop=AfterOne())
+    directories[0].save(next_step=1)
+    assert directories[1].restore() == 1
+    for student in (saved[0], restored[0]):
+        assert all(torch.equal(weights[name], parameter) for name, parameter in student.named_parameters())
 
 
 def test_a_pass_that_is_broken_off_leaves_what_the_next_one_repairs(

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.files import sync, write_synced
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student
+from kdmesh_trainer.model import Student, release
 from kdmesh_trainer.teacher_copy import TeacherCopy
 
 log = logging.getLogger(__name__)
@@ -188,6 +188,7 @@ class CheckpointDirectory:
         """This rank's shards of what changes: trained weights and their moments by name, shared weights once, and a
         teacher's copy of them.
         """
+        release(self._student)  # an evaluation may have been broken off
         trained = {name for name, parameter in self._student.named_parameters() if parameter.requires_grad}
         others = {name for name, _ in self._student.named_parameters(remove_duplicate=False)} - trained
         model = get_model_state_dict(self._student)

@@ -1,11 +1,10 @@
-"""Decoder layers compiled by torch.compile, once for every length of a micro-batch."""
+"""Decoder layers compiled by torch.compile, for every length of a micro-batch at once."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,11 +45,16 @@ def compile_layers(lm: PreTrainedModel) -> None:
         layer.forward = _with_lengths_hidden(torch.compile(layer.forward, dynamic=True))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Hidden:
-    """What compiled code hands on without a look: of a tuple it would hold the length to be always the same."""
+    """What compiled code hands on without a look: of a tuple it would hold the length to be always the same.
 
-    packed_lengths: tuple[int, ...]
+    Not a dataclass: torch 2.11 looks into those that are frozen.
+    """
+
+    __slots__ = ("packed_lengths",)
+
+    def __init__(self, packed_lengths: tuple[int, ...]) -> None:
+        self.packed_lengths = packed_lengths
 
 
 def _with_lengths_hidden(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

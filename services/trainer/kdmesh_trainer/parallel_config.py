@@ -54,7 +54,8 @@ class ParallelConfig(StrictModel):
     gather: Gather = "auto"
     """How often ranks gather the student's parameters, and reduce its gradients. step: once; each rank then has whole
     parameters, and whole gradients in float32, from the first micro-batch of a step to the last. micro_batch: twice for
-    each of them, a few layers at a time. auto: step below 2 GiB of float32 parameters, micro_batch from there on."""
+    each of them, a few layers at a time. auto: step below 2 GiB of float32 parameters, micro_batch from there on; a
+    single rank keeps the student whole (docs/parallelism.md)."""
 
     head: Literal["whole", "vocabulary"] = "whole"
     """Who computes logits. whole: each rank for its own rows, with the whole output heads of student and teacher.
