@@ -216,11 +216,13 @@ def _adapter(key: str, targets: str | Sequence[str], model: Path) -> Iterator[st
         yield f"{key}: peft is not installed (pip install 'kdmesh[lora]')"
     if isinstance(targets, str):  # all that there are
         return
-    modules = {name.removesuffix(".weight") for file in model.glob("*.safetensors") for name in _matrices(file)}
+    names = {name.removesuffix(".weight") for file in model.glob("*.safetensors") for name in _matrices(file)}
+    # Layers have numbers. What has none is an embedding or the head, which get no adapter.
+    modules = {name for name in names if any(part.isdigit() for part in name.split("."))}
     known = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
     for target in targets if modules else ():
         if not any(module == target or module.endswith(f".{target}") for module in modules):
-            yield f"{key}.target_modules: {model} has no {target}; it has {known}"
+            yield f"{key}.target_modules: the layers of {model} have no {target}; they have {known}"
 
 
 def _matrices(file: Path) -> Iterator[str]:

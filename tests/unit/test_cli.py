@@ -113,8 +113,9 @@ def test_custom_functions_are_checked_without_importing_them(good: Path, target:
     [
         ("all-linear", "a good trainer configuration"),
         ("[q_proj, 0.v_proj]", "a good trainer configuration"),
-        ("[q_proj, w_q]", "student.lora.target_modules: student has no w_q; it has lm_head, q_proj, v_proj"),
-        ("[norm]", "student.lora.target_modules: student has no norm; it has"),
+        ("[q_proj, w_q]", "student.lora.target_modules: the layers of student have no w_q; they have q_proj, v_proj\n"),
+        ("[norm]", "student.lora.target_modules: the layers of student have no norm; they have"),
+        ("[lm_head]", "the layers of student have no lm_head; they have q_proj, v_proj\n"),
     ],
 )
 def test_modules_for_adapters_are_looked_for_in_the_table_of_the_weights(good: Path, targets: str, words: str) -> None:
