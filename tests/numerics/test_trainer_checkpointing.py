@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
@@ -43,7 +44,7 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str) -> None:
 
         with saved_tensors_hooks(count, lambda tensor: tensor):
             stepper.accumulate(step_batch(sequences, PLAN[mesh.rank], local_teacher))
-        results = {name: parameter.grad.full_tensor() for name, parameter in model.lm.named_parameters()}
+        results = {name: whole(parameter.grad, None) for name, parameter in model.lm.named_parameters()}
         if mesh.is_first:
             save_file({**results, "kept": torch.tensor([kept])}, Path(output) / f"{name}.safetensors")
 

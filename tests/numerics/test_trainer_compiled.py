@@ -19,6 +19,7 @@ from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
+from kdmesh_trainer.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
@@ -80,7 +81,7 @@ def gradients(
         with torch.compiler.set_stance("fail_on_recompile"):
             stepper.accumulate(step_batch(sequences, LATER[mesh.rank], local_teacher, step=1))
         results = {
-            key: parameter.grad.full_tensor().float()
+            key: whole(parameter.grad, torch.float32)
             for key, parameter in model.lm.named_parameters()
             if parameter.requires_grad
         }

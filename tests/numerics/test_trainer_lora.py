@@ -243,7 +243,7 @@ def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str, use
         for exporter in exporters:
             exporter.export()
     release(model)
-    trained = {name: p.detach().full_tensor() for name, p in model.lm.named_parameters()}
+    trained = {name: whole(p, None) for name, p in model.lm.named_parameters()}
     if mesh.is_first:
         torch.save(trained, Path(output) / "trained.pt")
 

@@ -15,6 +15,7 @@ from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.sources.batches import StepBatch
+from kdmesh_trainer.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_on_policy import PROMPTS_PER_STEP, SAMPLES_PER_PROMPT, VOCABULARY_SIZE, Run, losses
 from tests.support.trainer_ranks import run_ranks
@@ -130,7 +131,7 @@ def test_the_answers_have_a_gradient_of_their_own(mesh: Mesh, models: dict[str, 
         source.publish(version=0)
         batch = source.next_batch()
         run.stepper.accumulate(batch)
-        gradients.append({name: p.grad.full_tensor().numpy() for name, p in run.model.named_parameters()})  # type: ignore[union-attr]
+        gradients.append({name: whole(p.grad, None).numpy() for name, p in run.model.named_parameters()})
     lm = AutoModelForCausalLM.from_pretrained(models["student"])
     _, answers = split(batch)
     total = torch.zeros(())

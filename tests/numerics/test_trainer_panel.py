@@ -25,6 +25,7 @@ from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.sources.sides import addressed
 from kdmesh_trainer.step import GradientStepper
+from kdmesh_trainer.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
@@ -68,7 +69,7 @@ def gradients_of_layouts(mesh: Mesh, *, student: str, teachers: dict[str, str], 
         context = ContextRows.of(mesh, heads.names)
         tally = stepper.accumulate(step_batch(batch_sequences(), plan[mesh.data_group], panel, context=context))
         totals, _ = tally.over_all_ranks()
-        results = {name: p.grad.full_tensor() for name, p in model.lm.named_parameters()}
+        results = {name: whole(p.grad, None) for name, p in model.lm.named_parameters()}
         results["loss"] = torch.tensor([totals.loss, totals.divergence, totals.cross_entropy], dtype=torch.float64)
         counts = [[one.tokens, one.loss_tokens] for one in totals.teachers.values()]
         results["counts"] = torch.tensor(counts, dtype=torch.float64)
@@ -150,7 +151,7 @@ def losses_and_weights(mesh: Mesh, student: Path, panel: RowService, heads: Head
     kl = evaluator.evaluate().kl_nats_per_token
     assert kl is not None
     numbers = [value for one in figures for value in (one.loss_nats_per_token, one.gradient_norm)]
-    return [torch.tensor([*numbers, kl], dtype=torch.float64), *(p.full_tensor() for p in model.parameters())]
+    return [torch.tensor([*numbers, kl], dtype=torch.float64), *(whole(p, None) for p in model.parameters())]
 
 
 def test_one_named_teacher_is_the_only_teacher_to_the_last_bit(tiny_models: TinyModels) -> None:
