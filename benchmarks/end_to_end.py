@@ -36,9 +36,12 @@ def run_trl(folder: Path, *, num_chats: int, steps: int) -> float:
         venv.create(folder / "trl", with_pip=True)
         for package in ("torch==2.13.0", "trl==1.16.*"):  # torch first, so that no CUDA build is pulled
             subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
-    script = Path(__file__).with_name("end_to_end_trl.py")
     done = subprocess.run(
-        [python, script, folder, str(num_chats), str(steps)], check=True, stdout=subprocess.PIPE, text=True
+        [python, "-m", "benchmarks.end_to_end_trl", folder, str(num_chats), str(steps)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     result = json.loads(done.stdout.splitlines()[-1])
     return float(result["tokens"] / result["seconds"])

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from end_to_end_inputs import MAX_TOKENS, SEQUENCES_PER_STEP, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from benchmarks.end_to_end_inputs import MAX_TOKENS, SEQUENCES_PER_STEP, prepare
 
 
 class _Clock(TrainerCallback):
