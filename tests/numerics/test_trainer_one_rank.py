@@ -100,22 +100,40 @@ def test_it_has_its_own_parameters_between_steps_and_computes_with_what_they_hav
     assert len(set(losses)) == 3
 
 
+def directory_of(path: Path, student: Student, stepper: GradientStepper, mesh: Mesh) -> CheckpointDirectory:
+    return CheckpointDirectory(path, student, stepper.optimizer, identity={}, steps=5, keep=1, mesh=mesh)
+
+
+@pytest.mark.parametrize(("first", "second"), [("auto", "micro_batch"), ("micro_batch", "auto")])
+def test_a_run_goes_on_whole_from_what_fsdp_saved_and_the_other_way(
+    mesh_of_one: Mesh, tiny_models: TinyModels, teacher: LocalTeacher, tmp_path: Path, first: Gather, second: Gather
+) -> None:
+    saved, restored = (
+        built(mesh_of_one, tiny_models, teacher, torch.bfloat16, gather, is_tied=True) for gather in (first, second)
+    )
+    for step in range(2):
+        saved[1].update(step_batch(SEQUENCES, PLAN, teacher, step=step))
+    directory_of(tmp_path, *saved, mesh_of_one).save(next_step=2)
+    assert directory_of(tmp_path, *restored, mesh_of_one).restore() == 2
+    later = [stepper.update(step_batch(SEQUENCES, PLAN, teacher, step=2)) for _, stepper in (saved, restored)]
+    assert later[1].loss_nats_per_token == pytest.approx(later[0].loss_nats_per_token, rel=1e-6)
+    for student, _ in (saved, restored):
+        release(student)
+    pairs = zip(saved[0].parameters(), restored[0].parameters(), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(whole(one, None), whole(other, None), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_saved_after_an_evaluation_that_was_stopped_are_its_own_parameters(
     mesh_of_one: Mesh, tiny_models: TinyModels, teacher: LocalTeacher, tmp_path: Path
 ) -> None:
     saved, restored = (built(mesh_of_one, tiny_models, teacher, torch.bfloat16, "auto", is_tied=True) for _ in range(2))
-    directories = [
-        CheckpointDirectory(
-            tmp_path / "checkpoints", student, stepper.optimizer, identity={}, steps=5, keep=1, mesh=mesh_of_one
-        )
-        for student, stepper in (saved, restored)
-    ]
     saved[1].update(step_batch(SEQUENCES, PLAN, teacher))
     weights = {name: parameter.detach().clone() for name, parameter in saved[0].named_parameters()}
     with pytest.raises(Stopping):
         evaluator_of(saved[0], mesh_of_one).evaluate(stop=AfterOne())
-    directories[0].save(next_step=1)
-    assert directories[1].restore() == 1
+    directory_of(tmp_path, *saved, mesh_of_one).save(next_step=1)
+    assert directory_of(tmp_path, *restored, mesh_of_one).restore() == 1
     for student in (saved[0], restored[0]):
         assert all(torch.equal(weights[name], parameter) for name, parameter in student.named_parameters())
 
