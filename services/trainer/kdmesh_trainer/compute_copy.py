@@ -12,8 +12,12 @@ from torch import Tensor, nn
 class ComputeCopy:
     """Takes the parameters' places from the forward pass on, and gives them back after the backward pass.
 
-    What FSDP does with mixed precision, without its shards: on one rank, finding out that there is nothing to
-    gather takes the host as long as launching the layers does.
+    What FSDP does with mixed precision, without its shards: one rank has nothing to gather, and finding that out costs
+    the host a third of what launching the layers does, and more where they are small.
+
+    Attributes:
+        copies: what it computes with.
+        stays: whether the copies keep their places after a backward pass, because nothing is updated before the next.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -23,7 +27,6 @@ class ComputeCopy:
             dtype: of the copies; what has this type already is its own.
         """
         self.stays = False
-        """Whether the copies keep their places after a backward pass, because nothing is updated before the next."""
         self._originals: list[Tensor] = [parameter for parameter in module.parameters() if parameter.dtype != dtype]
         self.copies: list[Tensor] = [
             nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in self._originals

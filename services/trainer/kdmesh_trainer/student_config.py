@@ -39,7 +39,7 @@ class StudentConfig(StrictModel):
     FlashAttention (varlen); auto takes varlen where the model allows it."""
 
     compile: Literal["none", "layers"] = "none"
-    """layers has torch.compile make fewer and larger kernels of each decoder layer but its attention, in the first
+    """layers has torch.compile make fewer and larger kernels of each decoder layer around its attention, in the first
     steps; on a CPU it needs a C++ compiler."""
 
     liger_kernels: bool = False
