@@ -13,6 +13,15 @@ from kdmesh.rpc.authorized_channel import AuthorizedChannel
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Of any message, both ways. Payloads travel as handles or in chunks, so this bounds only token ids."""
 
+KEEPALIVE_OPTIONS = (
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # By default only two pings go out while no data does, and then one a minute.
+    ("grpc.http2.max_pings_without_data", 0),
+)
+"""Of both ends: each asks after the other, and so notices within half a minute that a host is gone without a word."""
+
 _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -27,9 +36,7 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
     # No backoff, whatever its name: how long one attempt to connect may take, up to the server's first frame.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.keepalive_time_ms", 15_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    *KEEPALIVE_OPTIONS,
 )
 
 

@@ -15,16 +15,16 @@ from kdmesh.auth.security import OPEN, Security
 from kdmesh.auth.watched import Watched
 from kdmesh.errors import ConfigError
 from kdmesh.rpc.boundary import ErrorBoundary
-from kdmesh.rpc.channel import MAX_MESSAGE_BYTES
+from kdmesh.rpc.channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # By default two servers may share a port, and each gets some of the calls.
     ("grpc.so_reuseport", 0),
-    # Clients ping every 15 s to notice a lost peer; the default allows one ping in 5 minutes.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    *KEEPALIVE_OPTIONS,
+    # Clients ping every 15 s; by default more than one ping in 5 minutes without data ends the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
 

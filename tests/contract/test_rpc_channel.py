@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 
+import pytest
+from grpc._cython import cygrpc
+
+from kdmesh.rpc import channel, server
 from kdmesh.rpc.channel import open_channel
 from kdmesh.v1 import rollout_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from tests.support.weight_server import weight_server
 from tests.support.weight_targets import MemoryTarget, random_weights
+
+_GRPC = Path(cygrpc.__file__).read_bytes()
 
 
 async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, takes_s: float) -> None:
@@ -37,11 +44,17 @@ async def _far_away(address: str, *, takes_s: float) -> AsyncIterator[str]:
         yield f"127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
 
 
+@pytest.mark.parametrize(("name", "value"), sorted({*channel._OPTIONS, *server._OPTIONS}))
+def test_grpc_knows_every_option(name: str, value: object) -> None:
+    """It takes what it does not know without a word."""
+    assert f"{name}\0".encode() in _GRPC
+
+
 async def test_a_server_that_is_far_away_is_reached_at_the_first_attempt() -> None:
     async with (
         weight_server(MemoryTarget(list(random_weights({"norm": (3,)}, seed=0)))) as (address, _),
         _far_away(address, takes_s=0.15) as proxy,
-        open_channel(proxy) as channel,
+        open_channel(proxy) as far,
     ):
-        described = await RolloutStub(channel).Describe(pb.DescribeRolloutRequest(), timeout=10)
+        described = await RolloutStub(far).Describe(pb.DescribeRolloutRequest(), timeout=10)
         assert described.weight_version == 0
