@@ -10,7 +10,7 @@ from typing import Any
 
 from kdmesh.auth.certificate_expiry import expires_at_s
 from kdmesh.auth.config import ServerTlsConfig
-from kdmesh.auth.watched import Watched, read_bytes
+from kdmesh.auth.watched import Unreadable, Watched, read_bytes
 from kdmesh.errors import ConfigError
 
 
@@ -80,7 +80,7 @@ def _load(path: Path, load: Callable[[], None]) -> None:
     except ssl.SSLError as error:
         raise ConfigError(f"{path} cannot be used for TLS: {error.reason or error}") from None
     except OSError as error:
-        raise ConfigError(f"cannot read {path} or what belongs to it: {error.strerror or error}") from None
+        raise Unreadable(f"cannot read {path} or what belongs to it: {error.strerror or error}") from None
 
 
 def _no_password(key: Path) -> Callable[[], str]:

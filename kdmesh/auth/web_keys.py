@@ -9,6 +9,7 @@ import ssl
 import time
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
@@ -101,7 +102,7 @@ def _get(url: str, ca: Path | None) -> bytes:
         context = ssl.create_default_context(cafile=ca)
         with urllib.request.urlopen(url, timeout=_FETCH_S, context=context) as answer:
             data: bytes = answer.read(_MAX_BYTES)
-    except (URLError, OSError, ValueError) as error:
+    except (URLError, OSError, ValueError, HTTPException) as error:
         raise ConfigError(f"cannot fetch {url}: {error}") from None
     return data
 

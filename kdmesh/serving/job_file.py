@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pydantic import Field
 
-from kdmesh.auth.watched import Watched
+from kdmesh.auth.watched import Watched, read_bytes
 from kdmesh.config import StrictModel, load
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_metrics import JobMetrics
@@ -51,6 +51,7 @@ def open_jobs(config: Jobs[T], metrics: JobMetrics) -> JobTable[T]:
     path, kind = config.file, type(config.defaults)
 
     def read() -> Mapping[str, T]:
+        read_bytes(path)  # which tells a file that cannot be read from one that says nonsense
         return load(JobFile[kind], path).overrides  # type: ignore[valid-type]
 
     file = Watched([path], read, on_failure=metrics.unusable("jobs"))

@@ -151,8 +151,9 @@ async def test_keys_are_fetched_from_the_issuer(tmp_path: Path) -> None:
             await show(address, signed(key_id="one"), tmp_path)
 
 
-async def test_an_issuer_that_does_not_answer_makes_the_server_unavailable(tmp_path: Path) -> None:
-    with issuer(["no keys"]) as url:
+@pytest.mark.parametrize("missing_bytes", [0, 100])
+async def test_an_issuer_that_does_not_answer_makes_the_server_unavailable(tmp_path: Path, missing_bytes: int) -> None:
+    with issuer(["no keys"], missing_bytes=missing_bytes) as url:
         async with guarded(tmp_path, jwks_url=url) as address:
             with pytest.raises(Unavailable, match="keys could not be fetched"):
                 await show(address, signed(key_id="one"), tmp_path)
@@ -191,14 +192,16 @@ def key_set(**keys: ec.EllipticCurvePrivateKey) -> str:
 
 
 @contextmanager
-def issuer(answers: list[str]) -> Iterator[str]:
-    """Where the first of these can be fetched."""
+def issuer(answers: list[str], *, missing_bytes: int = 0) -> Iterator[str]:
+    """Where the first of these can be fetched, but for some bytes that it promises and never sends."""
 
     class Answering(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            body = answers[0].encode()
             self.send_response(200)
+            self.send_header("Content-Length", str(len(body) + missing_bytes))
             self.end_headers()
-            self.wfile.write(answers[0].encode())
+            self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass

@@ -9,10 +9,11 @@ import pytest
 from pydantic import ValidationError
 
 from kdmesh import check
-from kdmesh.auth.config import AccessConfig
+from kdmesh.auth.certificates import read_certificate
+from kdmesh.auth.config import AccessConfig, ServerTlsConfig
 from kdmesh.auth.identity import Role, is_name
 from kdmesh.auth.tokens import read_token, read_tokens
-from kdmesh.auth.watched import Watched
+from kdmesh.auth.watched import Unreadable, Watched
 from kdmesh.errors import ConfigError
 from kdmesh_rollout.config import RolloutServerConfig
 from kdmesh_teacher.config import ServerConfig, TeacherConfig
@@ -148,6 +149,39 @@ def test_a_file_is_read_when_it_has_changed_and_only_then(tmp_path: Path) -> Non
     assert (len(reads), len(failures)) == (3, 1)
     path.write_text("4444")
     assert watched.current() == "4444"
+
+
+def test_a_change_that_could_not_be_read_is_read_again_and_told_once(tmp_path: Path) -> None:
+    path, reads, failures = tmp_path / "file", [], []
+    now_s = 0.0
+    is_readable = True
+    path.write_text("1")
+
+    def read() -> str:
+        reads.append(1)
+        if not is_readable:  # as when a process has too many files open
+            raise Unreadable("too many open files")
+        return path.read_text()
+
+    watched = Watched((path,), read, on_failure=lambda: failures.append(1), clock=lambda: now_s)
+    path.write_text("22")
+    is_readable = False
+    assert [watched.current() for _ in range(3)] == ["1"] * 3
+    now_s = 1.0
+    assert watched.current() == "1"
+    assert (len(reads), len(failures)) == (3, 1)
+    is_readable = True
+    assert watched.current() == "1"
+    now_s = 2.0
+    assert [watched.current() for _ in range(3)] == ["22"] * 3
+    assert (len(reads), len(failures)) == (4, 1)
+
+
+def test_files_that_cannot_be_read_are_told_from_those_that_say_nonsense(tmp_path: Path) -> None:
+    with pytest.raises(Unreadable):
+        read_tokens(tmp_path / "gone.yaml")
+    with pytest.raises(Unreadable):
+        read_certificate(ServerTlsConfig(cert=tmp_path / "gone.pem", key=tmp_path / "gone.key"))
 
 
 def test_servers_that_are_found_by_name_are_known_by_one() -> None:
