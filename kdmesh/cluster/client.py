@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kdmesh.cluster.kinds import KINDS, Kind
 from kdmesh.cluster.refusals import Missing, refusal, unreachable
 from kdmesh.cluster.watching import Watch
-from kdmesh.errors import ConfigError
+from kdmesh.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -56,7 +56,7 @@ class Cluster:
 
     def version(self) -> str:
         """Of Kubernetes."""
-        said: str = json.loads(self._asked_version().data)["gitVersion"]
+        said: str = _read(self._asked_version())["gitVersion"]
         return said
 
     def clock_skew_s(self) -> float:
@@ -95,7 +95,7 @@ class Cluster:
                 raw = self._objects.get_api_resources(
                     kind.group, kind.version, _preload_content=False, _request_timeout=_ANSWER_S
                 )
-                return any(resource["name"] == kind.plural for resource in json.loads(raw.data)["resources"])
+                return any(resource["name"] == kind.plural for resource in _read(raw)["resources"])
         except Missing:
             return False
 
@@ -264,7 +264,13 @@ def _snake(kind: Kind) -> str:
 
 
 def _read(raw: Any) -> Object:
-    read: Object = json.loads(raw.data)
+    """Raises ClusterError where somebody else answered, a proxy for example."""
+    try:
+        read = json.loads(raw.data)
+    except ValueError:
+        read = None
+    if not isinstance(read, dict):
+        raise ClusterError(f"the cluster's answer is no JSON object: {raw.data[:80]!r}")
     return read
 
 

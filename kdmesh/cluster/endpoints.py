@@ -23,6 +23,7 @@ _ADDRESS = re.compile(r"k8s:///([a-z0-9-]+)(?:\.([a-z0-9-]+))?:([a-z0-9-]+)")
 _LONGEST_WATCH_S = 240
 _PAUSE_S = 0.2  # between two watches, in case the server ends each at once
 _AGAIN_S = 2.0  # after a failure
+_MALFORMED = (KeyError, TypeError, AttributeError, ValueError)  # of an answer that has not the parts it should have
 _END_S = 5.0  # that a thread has to end, before it is left to end with the process
 
 
@@ -90,7 +91,7 @@ class ServiceWatch:
                 with closing(Cluster(namespace=self._service.namespace)) as cluster:
                     while not self._is_closed.is_set():
                         self._follow(cluster)
-            except KdmeshError as error:
+            except (KdmeshError, *_MALFORMED) as error:
                 if self.error != str(error):
                     log.warning("service not found", extra={"sought": self._service.name, "reason": str(error)})
                     self.error = str(error)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from kdmesh.cluster.client import Cluster
 from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.retry import Deadline
@@ -159,6 +161,23 @@ async def test_what_the_cluster_has_forgotten_is_listed_anew(cluster: FakeCluste
     cluster.forget()
     say(cluster, {"addresses": ["10.0.0.2"], "conditions": {}}, port=7)
     while await discovery.look() != ["10.0.0.2:7"]:
+        await discovery.wait(5)
+    await discovery.close()
+
+
+@pytest.mark.parametrize("answer", [b"<html>busy</html>", b"[]", b"{}", b'{"items": null, "metadata": {}}'])
+async def test_an_answer_that_is_not_the_clusters_is_told_and_asked_for_again(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    say(cluster, {"addresses": ["10.0.0.1"], "conditions": {}}, port=7)
+    with monkeypatch.context() as meanwhile:  # a proxy's page, say
+        meanwhile.setattr(Cluster, "_list", lambda *_, **__: SimpleNamespace(data=answer))
+        discovery = Discovery([SERVICE])
+        await discovery.look()
+        while not discovery.last_error:
+            await discovery.wait(5)
+            await discovery.look()
+    while await discovery.look() != ["10.0.0.1:7"]:
         await discovery.wait(5)
     await discovery.close()
 
