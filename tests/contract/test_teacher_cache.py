@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.serving.revival import RestartLimits
-from kdmesh.types import TokenSequence
+from kdmesh.types import EVERY_TAG, TokenSequence
+from kdmesh_teacher.cache.directory import RowDirectory
 from kdmesh_teacher.cache.row_cache import RowCache
 from kdmesh_teacher.config import FakeEngine
 from tests.contract.test_teacher_weights import factors, publish
@@ -251,6 +253,33 @@ async def test_a_disk_that_fails_fails_no_request_and_is_seen(tmp_path: Path) ->
         await ask(client, sequence(30), sequence(31))
         now = await metrics(teacher.addresses.rest)
         assert (now["cache_skipped_total"], now["cache_writes"], now["cache_hits_total"]) == (3, 0, 0)
+
+
+async def test_rows_that_are_gone_once_the_engine_sleeps_wait_until_it_is_awake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_reading, has_gone = threading.Event(), threading.Event()
+
+    def evicted(*_: object) -> None:
+        is_reading.set()
+        has_gone.wait()
+        raise FileNotFoundError
+
+    async with running_teacher(tmp_path, cache=directory(tmp_path)) as teacher, teacher.client() as client:
+        await ask(client, sequence(30))
+        await until_kept(teacher, 1)
+        teacher.engine.batches.clear()
+        monkeypatch.setattr(RowDirectory, "read", evicted)
+        asking = asyncio.create_task(client.prefill([sequence(30)], Deadline.after(10)))
+        await asyncio.to_thread(is_reading.wait)
+        await client.sleep(EVERY_TAG, drain_s=5)
+        has_gone.set()
+        with pytest.raises(errors.Unavailable, match="sleep"):
+            await asking
+        assert teacher.engine.batches == []
+        await client.wake(EVERY_TAG)
+        await ask(client, sequence(30))
+        assert teacher.engine.batches == [1]
 
 
 async def test_a_cache_that_breaks_fails_its_request_and_gives_the_slot_back(

@@ -108,6 +108,7 @@ class Scheduler:
         weight_version: int = 0,
         uses_cache: bool = True,
         deadline_s: float = math.inf,
+        may_begin_again: Callable[[], object] = lambda: None,
     ) -> Answer:
         """The rows of a request that was checked. Cancelling this gives its place, or its slot, back.
 
@@ -118,6 +119,8 @@ class Scheduler:
             weight_version: of the weights that must make the rows, which are served now; 0: any.
             uses_cache: whether rows that were kept will do, and these may be kept.
             deadline_s: longest wait for the start that the caller accepts.
+            may_begin_again: asked, once kept rows turn out to be gone, whether the engine may still be given them to
+                compute; it raises when not.
 
         Raises:
             Unavailable: the queue is full, or the prefill did not start within the queue's limit.
@@ -141,6 +144,7 @@ class Scheduler:
             )
             with contextlib.suppress(RowsGone):
                 return await self._answer(work, left_s)
+            may_begin_again()  # the engine may have gone to sleep, which nothing held up while the cache was read
             left_s = deadline_s - (loop.time() - began_s)
 
     async def apply(self, manifest: Manifest, commit: Callable[[], None]) -> None:

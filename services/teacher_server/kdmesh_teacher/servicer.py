@@ -168,6 +168,7 @@ class Servicer(TeacherServicer):
             weight_version=request.weight_version,
             uses_cache=not request.bypasses_cache,
             deadline_s=deadline_s,
+            may_begin_again=self._gate.parts_for_new_work,
         )
 
     async def PutImages(self, request: common_pb2.PutImagesRequest, context: Context) -> common_pb2.PutImagesResponse:
