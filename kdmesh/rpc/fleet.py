@@ -130,11 +130,11 @@ class Fleet:
         async def find(client: TeacherClient) -> CacheAnswer:
             return await client.find_cached(sequences, weight_version=weight_version)
 
-        return await self._replicas.somewhere(find, 0, deadline)
+        return await self._replicas.somewhere(find, 0, deadline, takes_slot=False)
 
     async def head(self, deadline: Deadline) -> tuple[OutputHead, int]:
         """The output head and its weight version. Raises as `ask`."""
-        return await self._replicas.somewhere(TeacherClient.head, 0, deadline)
+        return await self._replicas.somewhere(TeacherClient.head, 0, deadline, takes_slot=False)
 
     async def _connect(self, address: str) -> TeacherClient:
         client = await TeacherClient.connect(

@@ -105,16 +105,22 @@ class Replica(Generic[C]):
         self._on_change = on_change
         self._is_near = is_near
         self._outstanding_requests = 0
+        self._slots_taken = 0
         self._rests_until_s = 0.0
         self._policy = RetryPolicy()
 
     @property
     def free_in_s(self) -> float:
-        """How long until it takes a request; infinite when only an event can tell."""
-        if self.client is None or self.is_leaving or self._outstanding_requests >= self.client.max_requests:
+        """How long until it takes a call; infinite when only an event can tell."""
+        if self.client is None or self.is_leaving:
             return float("inf")
         now_s = time.monotonic()
         return max(0.0, self._rests_until_s - now_s, self._router.barred_s(self.address, now_s))
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether it may be sent one more request that takes a slot."""
+        return self.client is not None and self._slots_taken < self.client.max_requests
 
     @property
     def is_idle(self) -> bool:
@@ -126,10 +132,11 @@ class Replica(Generic[C]):
         self._rests_until_s = max(self._rests_until_s, time.monotonic() + seconds)
 
     @contextlib.contextmanager
-    def busy(self, num_tokens: int) -> Iterator[None]:
+    def busy(self, num_tokens: int, *, takes_slot: bool) -> Iterator[None]:
         """Around a request; what ends it tells how the server does."""
         request = self._router.sent(self.address, num_tokens, time.monotonic())
         self._outstanding_requests += 1
+        self._slots_taken += takes_slot
         is_answered = is_its_fault = False
         try:
             yield
@@ -139,6 +146,7 @@ class Replica(Generic[C]):
             raise
         finally:
             self._outstanding_requests -= 1
+            self._slots_taken -= takes_slot
             if is_answered:
                 self._router.answered(request, time.monotonic())
             else:

@@ -138,6 +138,7 @@ class Replicas(Generic[C]):
         *,
         may: Callable[[C], bool] = lambda client: True,
         may_hedge: bool = False,
+        takes_slot: bool = True,
     ) -> T:
         """What `call` returns for one replica, or the next when that one fails, until the deadline.
 
@@ -146,6 +147,7 @@ class Replicas(Generic[C]):
         Args:
             may_hedge: whether two replicas may be asked at once, if the routing says so; what comes first is returned,
                 and the other call is cancelled.
+            takes_slot: whether the call is one of those of which a client has `max_requests` at most under way.
 
         Raises:
             DeadlineExpired: no replica answered in time.
@@ -156,7 +158,7 @@ class Replicas(Generic[C]):
         asked: set[Replica[C]] = set()
 
         def ask() -> Coroutine[Any, Any, T]:
-            return self._one_after_another(call, num_tokens, deadline, may, asked)
+            return self._one_after_another(call, num_tokens, deadline, may, asked, takes_slot=takes_slot)
 
         after_s = self._routing.hedge_after_s
         return await (hedged(ask, after_s=after_s) if may_hedge and after_s is not None else ask())
@@ -168,18 +170,23 @@ class Replicas(Generic[C]):
         deadline: Deadline,
         may: Callable[[C], bool],
         asked: set[Replica[C]],  # by this and others like it, at the moment; none of them is asked twice at once
+        *,
+        takes_slot: bool,
     ) -> T:
         failed: set[Replica[C]] = set()  # by the server's fault
 
         def is_one(replica: Replica[C]) -> bool:
             return replica not in failed | asked and replica.client is not None and may(replica.client)
 
+        def is_free(replica: Replica[C]) -> bool:
+            return is_one(replica) and (replica.has_slot or not takes_slot)
+
         for attempt in itertools.count():
-            replica = await self._choose(num_tokens, deadline, is_one)
+            replica = await self._choose(num_tokens, deadline, is_free)
             assert replica.client is not None
             asked.add(replica)
             try:
-                with replica.busy(num_tokens):
+                with replica.busy(num_tokens, takes_slot=takes_slot):
                     self._sent.add(replica.address, num_tokens, time.monotonic())
                     async with asyncio.timeout(deadline.left_s):
                         return await call(replica.client)

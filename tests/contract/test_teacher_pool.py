@@ -96,6 +96,20 @@ def test_head_stays_good_after_the_pool_and_the_teacher(tmp_path: Path) -> None:
     assert version == 1
 
 
+def test_the_head_comes_while_rows_hold_every_slot_and_others_wait_for_them(tmp_path: Path) -> None:
+    with (
+        teacher_process(tmp_path, slab={"slots": 1}, cache={"memory_mib": 1}) as running,
+        TeacherPool([running.grpc], job="test", door="shm", deadline_s=10, move_after_s=60) as pool,
+    ):
+        rows = pool.submit([sequence(9)]).wait()
+        waiting = pool.submit([sequence(9, seed=1)])
+        head, _ = pool.head()
+        assert len(head.weight_VD) > 0
+        assert pool.find_cached([sequence(9, seed=2)]).is_kept == (False,)
+        del rows
+        assert torch.equal(waiting.wait().rows_RD, expected_rows([sequence(9, seed=1)]))
+
+
 def test_rows_that_wait_give_their_slots_back(teacher: TeacherProcess) -> None:
     with (
         TeacherPool([teacher.grpc], job="slow", door="shm", deadline_s=10, move_after_s=0.3) as slow,
