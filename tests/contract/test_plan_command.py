@@ -45,6 +45,8 @@ def test_what_the_file_says_of_adapters_checkpoints_and_the_teacher_is_planned_f
     assert "slab 12 MiB of shared memory" in table
     (in_all,) = re.findall(r"in all +([\d,]+) MiB", table)
     assert int(in_all.replace(",", "")) * 2**20 < whole["rank_peak_bytes"]
+    on_host = ("--set", "parallel.offload=all", "--device", "cuda")
+    assert "AdamW" in plan(config, *less, *on_host, "--serve", str(server))  # most of whose parameters have no gradient
 
 
 def test_what_cannot_be_planned_for_is_said_in_a_sentence(config: Path, tmp_path: Path) -> None:

@@ -195,7 +195,8 @@ def _give_to_host(student: Student, live: LiveBytes, gathered: list[list[nn.Modu
         assert isinstance(parameter, DTensor)
         sizes[id(parameter)] = parameter.to_local().nbytes
         live.move_to_host(parameter, "parameters")
-        parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
     together = [
         sum(sizes.pop(id(parameter), 0) for layer in unit for parameter in layer.parameters()) for unit in gathered
     ]
