@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,13 @@ def test_weights_moments_and_random_numbers_come_back(run: Run, tiny_models: Tin
     assert torch.equal(torch.rand(3), expected)
     state = json.loads((run.path / "step-00000003" / "state.json").read_text())
     assert state == {"next_step": 3, "world_size": 1, "identity": IDENTITY}
+
+
+def test_a_run_begun_on_a_cpu_goes_on_with_a_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its random numbers are others: those of a GPU, which nobody had drawn from."""
+    run.save(3)
+    expected = torch.rand(3)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(run, "_mesh", replace(run._mesh, device=torch.device("cuda", 0)))
+    assert run.directory().restore() == 3
+    assert torch.equal(torch.rand(3), expected)

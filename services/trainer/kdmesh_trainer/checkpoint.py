@@ -89,10 +89,12 @@ class CheckpointDirectory:
             return 0
         directory = self._directory(next_step)
         world_size = self._mesh.on_first(lambda: _read_state(directory).world_size)
-        state = self._trained_state()
+        state, saved = self._trained_state(), self._mesh.on_first(lambda: _saved_names(directory))
         if world_size == self._mesh.world_size:
-            state["random"] = self._random_state()
-        self._forget_moments(state["optimizer"], but=self._mesh.on_first(lambda: _names_with_moments(directory)))
+            # A CPU, which wrote it, had no state of a GPU's.
+            random = self._random_state()
+            state["random"] = {name: value for name, value in random.items() if f"random.{name}" in saved}
+        self._forget_moments(state["optimizer"], but=_with_moments(saved))
         try:
             # In place: the tensors of `state` are those that are trained.
             load(state, checkpoint_id=directory)
@@ -214,7 +216,7 @@ class CheckpointDirectory:
 
     def _set_random_state(self, state: Mapping[str, Tensor]) -> None:
         torch.set_rng_state(state[f"cpu-{self._mesh.rank}"])
-        if self._mesh.device.type == "cuda":
+        if f"cuda-{self._mesh.rank}" in state:
             torch.cuda.set_rng_state(state[f"cuda-{self._mesh.rank}"], self._mesh.device)
 
     def _not_written(self, path: Path, needed_bytes: int, why: str) -> CheckpointError:
@@ -233,14 +235,18 @@ def _read_state(directory: Path) -> _State:
         raise CheckpointError(f"{directory / _STATE} cannot be read: {error}") from error
 
 
-def _names_with_moments(directory: Path) -> list[str]:
-    """The parameters of which a checkpoint has them."""
+def _saved_names(directory: Path) -> frozenset[str]:
+    """Of everything in a checkpoint, with the names of what it is in before it."""
     try:
-        keys = FileSystemReader(directory).read_metadata().state_dict_metadata
+        return frozenset(FileSystemReader(directory).read_metadata().state_dict_metadata)
     except Exception as error:  # a pickle that is damaged may raise anything
         raise CheckpointError(f"{directory} cannot be read: {_root(error)}") from error
+
+
+def _with_moments(saved: Collection[str]) -> set[str]:
+    """The parameters of which a checkpoint has them."""
     prefix = "optimizer."
-    return [key.removeprefix(prefix).rpartition(".")[0] for key in keys if key.startswith(prefix)]
+    return {name.removeprefix(prefix).rpartition(".")[0] for name in saved if name.startswith(prefix)}
 
 
 def _size_bytes(state: Mapping[str, Any]) -> int:
