@@ -23,6 +23,7 @@ from kdmesh.errors import CheckpointError
 from kdmesh_trainer.files import sync, write_synced
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.rounded_moments import has_rounded, widened
 from kdmesh_trainer.teacher_copy import TeacherCopy
 
 log = logging.getLogger(__name__)
@@ -96,14 +97,24 @@ class CheckpointDirectory:
             state["random"] = {name: value for name, value in random.items() if f"random.{name}" in saved}
         self._forget_moments(state["optimizer"], but=_with_moments(saved))
         try:
-            # In place: the tensors of `state` are those that are trained.
-            load(state, checkpoint_id=directory)
+            self._load(state, directory)
         except CheckpointException as error:
             raise CheckpointError(f"{directory} cannot be read: {_cause(error)}") from error
         if "random" in state:
             self._set_random_state(state["random"])
         log.info("continuing from a checkpoint", extra={"step": next_step, "path": str(directory)})
         return next_step
+
+    def _load(self, state: dict[str, Any], directory: Path) -> None:
+        """In place: the tensors of `state` are those that are trained. Raises CheckpointException."""
+        try:
+            load(state, checkpoint_id=directory)
+        except CheckpointException:
+            if not has_rounded(state["optimizer"]):
+                raise
+            # On another number of ranks, a rank's part may begin within a block of them.
+            with widened(state["optimizer"]) as wide:
+                load({**state, "optimizer": wide}, checkpoint_id=directory)
 
     def save(self, *, next_step: int) -> None:
         """Write everything that continuing at `next_step` needs, then remove the oldest. Collective.
