@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,6 +29,21 @@ pytestmark = [pytest.mark.network, pytest.mark.skipif(bool(_OBSTACLE), reason=_O
 
 HIDDEN_SIZE = 1024
 SLAB = {"slots": 4, "slot_mib": 8, "lease_s": 2.0}
+
+
+_WATCH_HEALTH = """
+import sys
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from kdmesh.rpc.channel import open_channel
+import asyncio
+
+async def watch():
+    async for state in HealthStub(open_channel(sys.argv[1])).Watch(HealthCheckRequest()):
+        print(state, end="", flush=True)
+
+asyncio.run(watch())
+"""
 
 
 class FarClient:
@@ -153,6 +169,25 @@ def test_a_partition_is_waited_for_and_no_longer_and_what_heals_goes_on(world: W
     world.wire.is_cut = False
     assert client.hear().get("is_right") is True
     client.gets_rows(2000)
+
+
+def test_both_ends_let_go_of_a_connection_whose_other_host_is_gone_without_a_word(world: World) -> None:
+    """Also where it would have had nothing to say."""
+    watching = [sys.executable, "-c", _WATCH_HEALTH, world.teacher(world.near).grpc]
+    heard = world._start(world.far.command(*watching)).stdout
+    assert heard is not None and heard.readline() == "status: SERVING\n"
+    time.sleep(1)  # until nothing is left to be acknowledged, which the kernel would miss
+    world.wire.is_cut = True
+    began_s = time.monotonic()
+    while _connections(world.near, world.far) or _connections(world.far, world.near):
+        assert time.monotonic() - began_s < 60
+        time.sleep(0.2)
+
+
+def _connections(host: Host, other: Host) -> list[str]:
+    """A line for each that the host has with the other."""
+    command = host.command("ss", "-H", "-t", "-n", "state", "established", "dst", other.address)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_a_short_partition_in_the_middle_of_a_matrix_costs_time_only(world: World) -> None:
