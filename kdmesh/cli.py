@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from kdmesh import check, cluster_commands, config, evaluation, harness, jobs, local, planning, token_files
-from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
+from kdmesh import check, cluster_commands, evaluation, generation, harness, jobs, local, planning, token_files
+from kdmesh.access_option import access_option, read_access
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.log import can_redraw
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from kdmesh.rpc.doors import DoorChoice
 
 _ERROR = 1
-_GENERATE_S = 3600.0  # for the answers to one prompt
 _YAML = click.Path(path_type=Path, dir_okay=False)
 _set_option = click.option(
     "--set",
@@ -28,12 +27,6 @@ _set_option = click.option(
     multiple=True,
     metavar="A.B=VALUE",
     help="Lay a value over the file's, as often as you like; VALUE is YAML.",
-)
-_access_option = click.option(
-    "--access",
-    "access_file",
-    type=_YAML,
-    help="YAML file with token_file and tls, like `teacher.access` of a trainer, for a server that asks who calls.",
 )
 
 
@@ -213,7 +206,7 @@ def check_command(config: Path, overrides: tuple[str, ...]) -> None:
     default="auto",
     show_default=True,
 )
-@_access_option
+@access_option
 def probe(
     address: str, model: Path, prompts: Path | None, bound: float | None, door: DoorChoice, access_file: Path | None
 ) -> None:
@@ -229,76 +222,11 @@ def probe(
     from kdmesh import probe as probing
 
     texts = probing.read_prompts(prompts)
-    verdict = probing.compare(address, model, texts, bound=bound, door=door, access=_access(access_file))
+    verdict = probing.compare(address, model, texts, bound=bound, door=door, access=read_access(access_file))
     click.echo(verdict.sentence())
     click.echo(verdict.json())
     if not verdict.has_passed:
         sys.exit(_ERROR)
-
-
-@main.command()
-@click.option("--rollout", "rollouts", multiple=True, metavar="HOST:PORT", help="A rollout server.")
-@click.option(
-    "--teacher", "teachers", multiple=True, metavar="HOST:PORT", help="A teacher, instead of rollout servers."
-)
-@click.option(
-    "--model",
-    required=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Hugging Face directory with the servers' tokenizer and a chat template.",
-)
-@click.option("--prompts", required=True, type=_YAML, help="JSONL with `messages` or `prompt` in each row.")
-@click.option("--output", required=True, type=_YAML, help="JSONL to write: a chat dataset for a trainer.")
-@click.option(
-    "--image-root",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Directory that paths of images are relative to.  [default: that of --prompts]",
-)
-@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to each prompt.")
-@click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Text that ends an answer, besides its end token.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--keep-cut-off", is_flag=True, help="Write answers that reached the longest length, too.")
-@_access_option
-def generate(
-    rollouts: tuple[str, ...], teachers: tuple[str, ...], model: Path, prompts: Path, output: Path, **options: Any
-) -> None:
-    """Write a chat dataset of a served model's own answers, to fine-tune a student on.
-
-    Rollout servers decode; a teacher computes the whole answer anew for each of its tokens, but for what its prefix
-    cache holds. All prompts are checked first. Interrupted, the same command continues.
-
-    \b
-    Example: kdmesh generate --rollout 127.0.0.1:50061 --model models/teacher \\
-               --prompts data/train.jsonl --output data/answers.jsonl
-    """
-    from kdmesh import generate as generating
-    from kdmesh.types import Sampling
-
-    if bool(rollouts) == bool(teachers):
-        raise ConfigError("generate needs servers of one kind: --rollout HOST:PORT, or --teacher HOST:PORT")
-    servers = generating.Servers(
-        kind="rollout" if rollouts else "teacher",
-        addresses=rollouts or teachers,
-        access=_access(options["access_file"]),
-    )
-    sampling = Sampling(
-        temperature=options["temperature"],
-        top_p=options["top_p"],
-        max_new_tokens=options["max_new_tokens"],
-        stop_strings=options["stops"],
-    )
-    plan = generating.Plan(
-        samples=options["samples"],
-        sampling=sampling,
-        seed=options["seed"],
-        keeps_cut_off=options["keep_cut_off"],
-        deadline_s=_GENERATE_S,
-    )
-    report = generating.generate(servers, model, prompts, output, plan, image_root=options["image_root"])
-    click.echo(report.sentence())
 
 
 @main.command()
@@ -308,7 +236,7 @@ def generate(
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds between looks."
 )
-@_access_option
+@access_option
 def top(server: str, is_once: bool, as_json: bool, interval: float, access_file: Path | None) -> None:
     """Watch which jobs share a teacher or a rollout server, live: what each gets, waits for, holds and is refused.
 
@@ -319,7 +247,7 @@ def top(server: str, is_once: bool, as_json: bool, interval: float, access_file:
     """
     from kdmesh import top as watching
 
-    watched = watching.Server(server, _access(access_file))
+    watched = watching.Server(server, read_access(access_file))
     if is_once or as_json or not can_redraw(sys.stdout):
         watching.once(watched, as_json=as_json)
     else:
@@ -379,7 +307,7 @@ def demo(
     click.echo(outcome.json())
 
 
-_BESIDE = (planning.plan, token_files.tokenize, evaluation.evaluate, harness.lm_eval, doctor)
+_BESIDE = (planning.plan, token_files.tokenize, generation.generate, evaluation.evaluate, harness.lm_eval, doctor)
 
 for command in (*_BESIDE, *cluster_commands.COMMANDS):
     main.add_command(command)
@@ -389,10 +317,6 @@ def _serve(package: str, config: Path, overrides: tuple[str, ...]) -> NoReturn:
     """Become the server."""
     argv = [sys.executable, "-m", package, str(config), *jobs.set_arguments(overrides)]
     os.execv(argv[0], argv)
-
-
-def _access(path: Path | None) -> AccessConfig:
-    return OPEN_ACCESS if path is None else config.load(AccessConfig, path)
 
 
 def _fail(error: KdmeshError, code: int) -> NoReturn:

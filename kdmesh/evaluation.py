@@ -17,8 +17,11 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.argument("config", type=_FILE)
 @click.option("--rollout", "rollouts", multiple=True, metavar="HOST:PORT", help="A rollout server, not the file's.")
 @click.option("--output", type=_FILE, help="JSONL to write: what was answered to each question.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --output, if it is there.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Lay a value over the file's.")
-def evaluate(config: Path, rollouts: tuple[str, ...], output: Path | None, overrides: tuple[str, ...]) -> None:
+def evaluate(
+    config: Path, rollouts: tuple[str, ...], output: Path | None, overwrite: bool, overrides: tuple[str, ...]
+) -> None:
     """Ask a served model the `evaluation.questions` of the trainer in CONFIG, and grade its answers.
 
     As the run itself asks them, but of the weights that the rollout servers have: any model with the tokenizer of
@@ -31,6 +34,8 @@ def evaluate(config: Path, rollouts: tuple[str, ...], output: Path | None, overr
         key = jobs.rollout_to_serve(config, overrides).addresses
         overrides = (*overrides, f"{key}={list(rollouts)}")
     argv = [sys.executable, "-m", "kdmesh_trainer.evaluate_command", str(config), *jobs.set_arguments(overrides)]
+    if overwrite:
+        argv += ["--overwrite"]
     if output is not None:
         argv += ["--output", str(output)]
     os.execv(argv[0], argv)

@@ -65,6 +65,15 @@ class Report:
         """For a person."""
         return f"{self.written} answers to {self.prompts} prompts; {self.cut_off} reached the length limit"
 
+    def why_nothing(self) -> str:
+        """Where no answer was written, what would change that."""
+        if not self.prompts:
+            return "there are no prompts"
+        return (
+            f"all {self.cut_off} answers reached the length limit; give a larger --max-new-tokens, or --keep-cut-off "
+            "to have them as they are"
+        )
+
 
 class PendingAnswers(Protocol):
     """Samples of one prompt."""
@@ -128,6 +137,7 @@ def generate(
         DataError: a prompt cannot be used.
         ModelMismatch: the servers have another tokenizer, or read images otherwise.
         RpcError: the servers do not answer, or refuse a prompt.
+        KdmeshError: there is no answer to write.
         Stopped: Ctrl-C, once the first prompt was sent.
     """
     refuse_own_input(output, {"--prompts": prompts})
@@ -168,8 +178,12 @@ def generate(
                     cut_off=sum(ends),
                 )
                 show(kept.prompts, len(rows), pace.left_s(kept.prompts))
+        report = Report(prompts=kept.prompts, written=kept.written, cut_off=kept.cut_off)
+        if not report.written:
+            kept.is_needed = False
+            raise KdmeshError(f"{output} is not written: {report.why_nothing()}")
         kept.publish(output)
-        return Report(prompts=kept.prompts, written=kept.written, cut_off=kept.cut_off)
+        return report
 
 
 class ChatTokens:

@@ -36,3 +36,13 @@ def refuse_own_input(path: Path, inputs: Mapping[str, Path]) -> None:
     for key, read in inputs.items():
         if path.exists() and read.exists() and path.samefile(read):
             raise ConfigError(f"--output {path} is the file that {key} names, which would be lost; give another")
+
+
+def refuse_to_replace(path: Path, *, is_wanted: bool) -> None:
+    """Returns when writing `path` loses nothing, or that is wanted.
+
+    Raises:
+        ConfigError: there is a file, and something in it.
+    """
+    if not is_wanted and path.is_file() and path.stat().st_size:
+        raise ConfigError(f"--output {path} is there already, and would be lost: give another, or --overwrite")

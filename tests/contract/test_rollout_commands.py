@@ -104,8 +104,22 @@ def test_generate_writes_a_chat_dataset_of_the_models_answers(
     for turns, answer in zip(written, answers, strict=False):
         assert turns[-1] == {"role": "assistant", "content": tokenizer.decode(answer, skip_special_tokens=True)}
 
-    assert run("generate", *where, *options[:-1], "4").exit_code == 0
+    again = (*where, *options[:-1], "4")
+    result = run("generate", *again)
+    assert (result.exit_code, f"--output {output} is there already" in result.output) == (2, True), result.output
+    assert [json.loads(line)["messages"] for line in output.read_text().splitlines()] == written
+    assert run("generate", *again, "--overwrite").exit_code == 0
     assert [json.loads(line)["messages"] for line in output.read_text().splitlines()] != written
+
+
+def test_a_dataset_without_an_answer_is_not_written(server: TeacherProcess, model: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "say it"}\n')
+    where = ("--rollout", server.grpc, "--model", str(model), "--prompts", str(prompts), "--output", str(output))
+    result = run("generate", *where, "--max-new-tokens", "1", "--samples", "2", "--seed", "1")
+    assert result.exit_code == 2
+    assert "all 2 answers reached the length limit; give a larger --max-new-tokens, or --keep-cut-off" in result.output
+    assert list(tmp_path.iterdir()) == [prompts]
 
 
 def test_a_student_learns_from_the_text_of_a_teacher_that_a_rollout_server_serves(

@@ -55,6 +55,7 @@ LAYER = {
     "kdmesh.sglang": 2,
     "kdmesh.weights": 2,
     # The composition root: starts services as processes, so it knows their configurations and nothing else of them.
+    "kdmesh.access_option": 4,
     "kdmesh.check": 4,
     "kdmesh.cli": 4,
     "kdmesh.cluster_commands": 4,
@@ -62,6 +63,7 @@ LAYER = {
     "kdmesh.doctor": 4,
     "kdmesh.evaluation": 4,
     "kdmesh.generate": 4,
+    "kdmesh.generation": 4,
     "kdmesh.jobs": 4,
     "kdmesh.kept_answers": 4,
     "kdmesh.local": 4,

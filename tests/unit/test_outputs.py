@@ -96,6 +96,21 @@ def test_no_file_that_a_command_reads_is_replaced_by_what_it_finds(at_hand: None
     assert "why" in Path("asked.jsonl").read_text()
 
 
+def test_an_output_that_holds_something_is_replaced_only_when_that_is_wanted(at_hand: None) -> None:
+    Path("asked.jsonl").write_text('{"prompt": "why"}')
+    Path("found.jsonl").write_text("mine")
+    told = ["generate", "--rollout", "127.0.0.1:1", "--model", "student", "--prompts", "asked.jsonl"]
+    result = CliRunner().invoke(cli.main, [*told, "--output", "found.jsonl"])
+    assert result.exit_code == 2
+    assert "--output found.jsonl is there already, and would be lost: give another, or --overwrite" in result.output
+    result = CliRunner().invoke(cli.main, [*told, "--output", "found.jsonl", "--overwrite"])
+    assert "student has no tokenizer" in result.output
+    command = [sys.executable, "-m", "kdmesh_trainer.evaluate_command", "train.yaml", "--output", "found.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "--overwrite" in done.stderr) == (2, True), done.stderr
+    assert Path("found.jsonl").read_text() == "mine"
+
+
 def test_what_is_there_already_is_untouched(tmp_path: Path) -> None:
     for name in ("found.json", "found.json.part"):
         (tmp_path / name).write_text("mine")

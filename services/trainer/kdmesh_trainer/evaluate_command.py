@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kdmesh import log
 from kdmesh.config import config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
-from kdmesh.outputs import make_writable, refuse_own_input
+from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def main() -> int:
         if arguments.output is not None:
             make_writable(arguments.output)
             refuse_own_input(arguments.output, _inputs(cfg))
+            refuse_to_replace(arguments.output, is_wanted=arguments.overwrite)
         scores, answers = _evaluate(cfg)
         sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
         if arguments.output is not None:
@@ -48,6 +49,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = config_parser("kdmesh_trainer.evaluate_command", "Ask a served model a run's questions.")
     parser.add_argument("--output", type=Path, help="JSONL to write: what was answered to each question")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --output, if it is there")
     return parser
 
 

@@ -1,0 +1,84 @@
+"""The command that writes a dataset of a served model's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdmesh.access_option import access_option, read_access
+from kdmesh.errors import ConfigError
+from kdmesh.outputs import refuse_own_input, refuse_to_replace
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_GENERATE_S = 3600.0  # for the answers to one prompt
+
+
+@click.command()
+@click.option("--rollout", "rollouts", multiple=True, metavar="HOST:PORT", help="A rollout server.")
+@click.option(
+    "--teacher", "teachers", multiple=True, metavar="HOST:PORT", help="A teacher, instead of rollout servers."
+)
+@click.option(
+    "--model",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Hugging Face directory with the servers' tokenizer and a chat template.",
+)
+@click.option("--prompts", required=True, type=_FILE, help="JSONL with `messages` or `prompt` in each row.")
+@click.option("--output", required=True, type=_FILE, help="JSONL to write: a chat dataset for a trainer.")
+@click.option(
+    "--image-root",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory that paths of images are relative to.  [default: that of --prompts]",
+)
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to each prompt.")
+@click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Text that ends an answer, besides its end token.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
+@click.option("--keep-cut-off", is_flag=True, help="Write answers that reached the longest length, too.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --output, if it is there.")
+@access_option
+def generate(
+    rollouts: tuple[str, ...], teachers: tuple[str, ...], model: Path, prompts: Path, output: Path, **options: Any
+) -> None:
+    """Write a chat dataset of a served model's own answers, to fine-tune a student on.
+
+    Rollout servers decode; a teacher computes the whole answer anew for each of its tokens, but for what its prefix
+    cache holds. All prompts are checked first. Interrupted, the same command continues.
+
+    \b
+    Example: kdmesh generate --rollout 127.0.0.1:50061 --model models/teacher \\
+               --prompts data/train.jsonl --output data/answers.jsonl
+    """
+    refuse_own_input(output, {"--prompts": prompts})
+    refuse_to_replace(output, is_wanted=options["overwrite"])
+
+    from kdmesh import generate as generating
+    from kdmesh.types import Sampling
+
+    if bool(rollouts) == bool(teachers):
+        raise ConfigError("generate needs servers of one kind: --rollout HOST:PORT, or --teacher HOST:PORT")
+    servers = generating.Servers(
+        kind="rollout" if rollouts else "teacher",
+        addresses=rollouts or teachers,
+        access=read_access(options["access_file"]),
+    )
+    sampling = Sampling(
+        temperature=options["temperature"],
+        top_p=options["top_p"],
+        max_new_tokens=options["max_new_tokens"],
+        stop_strings=options["stops"],
+    )
+    plan = generating.Plan(
+        samples=options["samples"],
+        sampling=sampling,
+        seed=options["seed"],
+        keeps_cut_off=options["keep_cut_off"],
+        deadline_s=_GENERATE_S,
+    )
+    report = generating.generate(servers, model, prompts, output, plan, image_root=options["image_root"])
+    click.echo(report.sentence())
