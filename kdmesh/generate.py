@@ -60,18 +60,26 @@ class Report:
     prompts: int
     written: int
     cut_off: int  # answers at the length limit
+    blank: int  # answers that say nothing, which no trainer takes
 
     def sentence(self) -> str:
         """For a person."""
-        return f"{self.written} answers to {self.prompts} prompts; {self.cut_off} reached the length limit"
+        return (
+            f"{self.written} answers to {self.prompts} prompts; {self.cut_off} reached the length limit, {self.blank} "
+            "were blank and left out. A trainer skips answers that it reads otherwise than they were sampled with "
+            "data.unusable: drop"
+        )
 
-    def why_nothing(self) -> str:
+    def why_nothing(self, *, keeps_cut_off: bool) -> str:
         """Where no answer was written, what would change that."""
         if not self.prompts:
             return "there are no prompts"
+        if keeps_cut_off or not self.cut_off:
+            return f"all {self.blank} answers are blank"
+        others = f", and {self.blank} are blank" if self.blank else ""
         return (
-            f"all {self.cut_off} answers reached the length limit; give a larger --max-new-tokens, or --keep-cut-off "
-            "to have them as they are"
+            f"{self.cut_off} answers reached the length limit{others}; give a larger --max-new-tokens, or "
+            "--keep-cut-off to have them as they are"
         )
 
 
@@ -160,6 +168,7 @@ def generate(
                 "samples": plan.samples,
                 "seed": plan.seed,
                 "keep_cut_off": plan.keeps_cut_off,
+                "keep_blank": False,
                 "sampling": asdict(plan.sampling),
             }
         )
@@ -168,20 +177,16 @@ def generate(
             show(kept.prompts, len(rows), None)
             asked = enumerate(rows.rows(column, begin=kept.prompts), start=kept.prompts)
             for row, samples in _answers(served.speaker, chats, asked, plan):
-                ends = [sample.finish_reason is FinishReason.LENGTH for sample in samples]
-                kept.add(
-                    [
-                        _answered(row, chats.text(sample, stops))
-                        for sample, is_cut_off in zip(samples, ends, strict=True)
-                        if plan.keeps_cut_off or not is_cut_off
-                    ],
-                    cut_off=sum(ends),
-                )
+                cut_off = sum(sample.finish_reason is FinishReason.LENGTH for sample in samples)
+                wanted = [s for s in samples if plan.keeps_cut_off or s.finish_reason is not FinishReason.LENGTH]
+                texts = [chats.text(sample, stops) for sample in wanted]
+                said = [_answered(row, text) for text in texts if text.strip()]
+                kept.add(said, cut_off=cut_off, blank=len(texts) - len(said))
                 show(kept.prompts, len(rows), pace.left_s(kept.prompts))
-        report = Report(prompts=kept.prompts, written=kept.written, cut_off=kept.cut_off)
+        report = Report(prompts=kept.prompts, written=kept.written, cut_off=kept.cut_off, blank=kept.blank)
         if not report.written:
             kept.is_needed = False
-            raise KdmeshError(f"{output} is not written: {report.why_nothing()}")
+            raise KdmeshError(f"{output} is not written: {report.why_nothing(keeps_cut_off=plan.keeps_cut_off)}")
         kept.publish(output)
         return report
 

@@ -22,6 +22,7 @@ class KeptAnswers:
         self.prompts = 0
         self.written = 0  # answers
         self.cut_off = 0  # answers at the length limit
+        self.blank = 0  # answers that say nothing
         self.is_needed = file.tell() > 0
         """Whether it holds an answer that is nowhere else."""
         self._file = file
@@ -54,9 +55,9 @@ class KeptAnswers:
             self._append(own)
         self.is_needed = self.prompts > 0
 
-    def add(self, rows: Sequence[Mapping[str, Any]], *, cut_off: int) -> None:
+    def add(self, rows: Sequence[Mapping[str, Any]], *, cut_off: int, blank: int) -> None:
         """Those to the next prompt. Raises ConfigError: they cannot be written."""
-        entry = {"rows": rows, "cut_off": cut_off}
+        entry = {"rows": rows, "cut_off": cut_off, "blank": blank}
         self._append(_line(entry))
         self._count(entry)
         self.is_needed = True
@@ -79,6 +80,7 @@ class KeptAnswers:
         self.prompts += 1
         self.written += len(entry["rows"])
         self.cut_off += entry["cut_off"]
+        self.blank += entry["blank"]
 
     def _append(self, line: bytes) -> None:
         try:

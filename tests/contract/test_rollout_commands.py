@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from kdmesh import cli
+from kdmesh import generate as generating
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.sampling.seeds import seed_of
@@ -118,8 +119,26 @@ def test_a_dataset_without_an_answer_is_not_written(server: TeacherProcess, mode
     where = ("--rollout", server.grpc, "--model", str(model), "--prompts", str(prompts), "--output", str(output))
     result = run("generate", *where, "--max-new-tokens", "1", "--samples", "2", "--seed", "1")
     assert result.exit_code == 2
-    assert "all 2 answers reached the length limit; give a larger --max-new-tokens, or --keep-cut-off" in result.output
+    assert "2 answers reached the length limit; give a larger --max-new-tokens, or --keep-cut-off" in result.output
     assert list(tmp_path.iterdir()) == [prompts]
+
+
+def test_a_blank_answer_is_left_out_and_counted(
+    server: TeacherProcess, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "say it"}\n')
+    said = iter(["so", " \n", "", "\n", ""])
+    monkeypatch.setattr(generating.ChatTokens, "text", lambda chats, sample, stops: next(said))
+    where = ("--rollout", server.grpc, "--model", str(model), "--prompts", str(prompts), "--output", str(output))
+    how = ("--max-new-tokens", "4", "--keep-cut-off")
+    result = run("generate", *where, *how, "--samples", "3")
+    assert result.exit_code == 0, result.output
+    assert "2 were blank and left out" in result.output
+    assert [json.loads(line)["messages"][-1]["content"] for line in output.read_text().splitlines()] == ["so"]
+    result = run("generate", *where, *how, "--samples", "2", "--overwrite")
+    assert (result.exit_code, "all 2 answers are blank" in result.output) == (2, True), result.output
+    assert len(output.read_text().splitlines()) == 1
 
 
 def test_a_student_learns_from_the_text_of_a_teacher_that_a_rollout_server_serves(

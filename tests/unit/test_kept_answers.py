@@ -15,16 +15,16 @@ def test_answers_are_gone_on_with_and_become_the_dataset(tmp_path: Path) -> None
     output = tmp_path / "deep" / "a.jsonl"
     with pytest.raises(RuntimeError), kept_answers(output) as kept:
         kept.resume({"seed": 0})
-        kept.add([{"n": 1}, {"n": "\u2028ü"}], cut_off=0)
-        kept.add([], cut_off=2)
+        kept.add([{"n": 1}, {"n": "\u2028ü"}], cut_off=0, blank=0)
+        kept.add([], cut_off=2, blank=1)
         raise RuntimeError
     part = output.with_name("a.jsonl.part")
     with part.open("ab") as file:
         file.write(b'{"rows": [{"n": 3}], "cut_o')
     with kept_answers(output) as kept:
         kept.resume({"seed": 0})
-        assert (kept.prompts, kept.written, kept.cut_off) == (2, 2, 2)
-        kept.add([{"n": 4}], cut_off=1)
+        assert (kept.prompts, kept.written, kept.cut_off, kept.blank) == (2, 2, 2, 1)
+        kept.add([{"n": 4}], cut_off=1, blank=0)
         kept.publish(output)
     assert [json.loads(line)["n"] for line in output.read_text().split("\n")[:-1]] == [1, "\u2028ü", 4]
     assert list(output.parent.iterdir()) == [output]
@@ -34,7 +34,7 @@ def test_answers_to_something_else_are_neither_gone_on_with_nor_lost(tmp_path: P
     output = tmp_path / "a.jsonl"
     with kept_answers(output) as kept:
         kept.resume({"seed": 0, "samples": 1})
-        kept.add([{"n": 1}], cut_off=0)
+        kept.add([{"n": 1}], cut_off=0, blank=0)
     part = tmp_path / "a.jsonl.part"
     before = part.read_bytes()
     other = r"a\.jsonl\.part holds answers to something else \(seed differ\)"
