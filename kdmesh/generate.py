@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
+from kdmesh.chat_template import dated_alike
 from kdmesh.counting import Pace, Show, clock, counted
 from kdmesh.errors import ConfigError, DataError, InvalidRequest, KdmeshError, ModelMismatch
 from kdmesh.image_files import ImageColumn, ImageFiles, ImageRules, NoImages
@@ -202,8 +203,10 @@ class ChatTokens:
         tokenizer = load_tokenizer(model) if model.is_dir() else None
         if tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer")
-        if tokenizer.chat_template is None:
-            raise ConfigError(f"the tokenizer in {model} has no chat template")
+        try:
+            self._template = dated_alike(tokenizer.get_chat_template())
+        except ValueError:
+            raise ConfigError(f"the tokenizer in {model} has no chat template") from None
         self._model = model
         self._tokenizer = tokenizer
         self._reader = load_image_reader(model) if (model / "config.json").is_file() else None
@@ -217,7 +220,7 @@ class ChatTokens:
         """The special token that the template puts behind what an assistant says; None where there is none."""
         chat = [{"role": "user", "content": "what"}, {"role": "assistant", "content": _ANSWER}]
         try:
-            text = str(self._tokenizer.apply_chat_template(chat, tokenize=False))
+            text = str(self._tokenizer.apply_chat_template(chat, chat_template=self._template, tokenize=False))
         except (TemplateError, TypeError, ValueError):
             return None
         _, found, behind = text.rpartition(_ANSWER)
@@ -230,7 +233,7 @@ class ChatTokens:
     @property
     def digest(self) -> str:
         """Of all that turns messages into ids."""
-        words = f"{tokenizer_fingerprint(self._tokenizer.get_vocab())} {self._tokenizer.chat_template}"
+        words = f"{tokenizer_fingerprint(self._tokenizer.get_vocab())} {self._template}"
         return hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -274,7 +277,9 @@ class ChatTokens:
             DataError: the template refuses it, or does not write its images.
         """
         try:
-            text: str = self._tokenizer.apply_chat_template(asked.shown, tokenize=False, add_generation_prompt=True)
+            text: str = self._tokenizer.apply_chat_template(
+                asked.shown, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(
                 f"{asked.origin}: the chat template refuses {json.dumps(asked.shown)[:200]}: {error}"

@@ -1,4 +1,4 @@
-"""Where answers of `kdmesh generate` end is where a trainer's samples end."""
+"""Prompts of `kdmesh generate`, and the ends of its answers, are those of a trainer's samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 
 from kdmesh.generate import ChatTokens
 from kdmesh.models.ends import stop_token_ids
+from kdmesh.prompt_rows import Asked
 from kdmesh_trainer.sources.chat import ChatEncoder
+from kdmesh_trainer.sources.rows import Chat, Message
+from kdmesh_trainer.sources.turns import Unusable
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 
 
@@ -29,3 +32,16 @@ def test_a_turn_may_end_with_another_token_than_the_text(tmp_path: Path) -> None
     tokenizer.save_pretrained(tmp_path)
     ends = ChatTokens(tmp_path).ends
     assert tokenizer.convert_ids_to_tokens(list(ends)) == ["<|eos|>", "<|end_of_turn|>"]
+
+
+@pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d"])
+def test_a_prompt_is_dated_as_a_trainers_is(form: str, tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = "  {{ strftime_now('" + form + "') }}" + TEMPLATES["chatml"]
+    tokenizer.save_pretrained(tmp_path)
+    turn = Message(role="user", content="why")
+    shown = [{"role": "user", "content": "why"}]
+    ids, _ = ChatTokens(tmp_path).prompt(Asked(origin="line 1", messages=shown, shown=shown, images=(), column={}))
+    [prompt] = ChatEncoder(tokenizer).encode_prompts([Chat(messages=(turn,), origin="line 1")])
+    assert not isinstance(prompt, Unusable)
+    assert ids.tolist() == prompt.token_ids.tolist()

@@ -30,6 +30,7 @@ LAYER = {
     "kdmesh.auth": 1,
     "kdmesh.batching": 1,
     "kdmesh.chat_rows": 1,
+    "kdmesh.chat_template": 1,
     "kdmesh.config": 1,
     "kdmesh.counting": 1,
     "kdmesh.extension": 1,

@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Encoding, Tokenizer, processors
 
+from kdmesh.chat_template import dated_alike
 from kdmesh.errors import ConfigError
 from kdmesh.images import ImageTokens
 from kdmesh.types import Image, TokenSequence
@@ -33,12 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
-
-# Some templates print today's date (Llama and gpt-oss, in these two forms). With a fixed one a
-# resumed run sees the tokens it saw before. A macro, because transformers passes no callables on.
-_FIXED_DATE = (
-    "{% macro strftime_now(form) %}{{ '2024-07-26' if form == '%Y-%m-%d' else '26 Jul 2024' }}{% endmacro %}\n"
-)
 
 
 def read_template(path: Path) -> str:
@@ -274,7 +269,7 @@ def _template_of(tokenizer: PreTrainedTokenizerFast, template: str | None) -> st
             f"the tokenizer in {tokenizer.name_or_path} has no chat template, and a base model need not have one: "
             "set data.chat_template to a Jinja file, best that of the teacher"
         ) from None
-    return _FIXED_DATE + found if "strftime_now" in found else found
+    return dated_alike(found)
 
 
 def _with_whole_offsets(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
