@@ -110,8 +110,9 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
         if any(address.startswith("k8s:") for address in addresses) and find_spec("kubernetes") is None:
             yield f"{key}.addresses: the package kubernetes is not installed (pip install 'kdmesh[kubernetes]')"
     yield from wrong_addresses(cfg)
-    if cfg.output.exists() and not cfg.output.is_dir():
-        yield f"output: {cfg.output} is not a directory"
+    nearest = next(path for path in (cfg.output, *cfg.output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        yield f"output: {nearest} is not a directory"
 
 
 def _packages(cfg: TrainerConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ import click
 
 from kdmesh import check, config, local
 from kdmesh.errors import ConfigError
+from kdmesh.file_lock import claimed
 from kdmesh.log import is_urgent
 from kdmesh.place import Place, exit_when_stopped, place, ranks_per_node
 from kdmesh.serving.config import ListenConfig
@@ -87,7 +88,8 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
         serve: configuration files of servers for this run only.
 
     Raises:
-        ConfigError: a configuration is bad, or names something that is not there.
+        ConfigError: a configuration is bad, or names something that is not there; or with servers, the output cannot
+            be written, or another run has it.
         ChildFailed: a process ended that should not have.
         Stopped: a signal came, and a rank could not end cleanly.
     """
@@ -100,6 +102,9 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     cfg = _checked_trainer(path, [*overrides, *later])
     for server in servers.values():
         _refuse_unfit_teacher(cfg, server)
+    if serve:
+        with claimed(cfg.output):  # the first rank claims it for the run, but only when the servers have loaded
+            pass
     threads = split_threads(cfg, with_servers=bool(serve))
     ranks: list[local.Child] = []
     try:

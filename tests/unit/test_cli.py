@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -192,6 +193,29 @@ def test_a_served_teacher_is_checked_too(good: Path) -> None:
     result = run("train", "train.yaml", "--serve", "teacher.yaml")
     assert result.exit_code == 2
     assert "engine.model: there is no directory nowhere" in result.output
+
+
+def test_an_output_below_a_file_is_refused(good: Path) -> None:
+    Path("file").touch()
+    for command in (["check", "train.yaml"], ["train", "train.yaml", "--serve", "teacher.yaml"]):
+        result = run(*command, "--set", "output=file/x/y")
+        assert result.exit_code == 2
+        assert f"output: {good.parent / 'file'} is not a directory" in result.output
+
+
+def test_an_output_that_cannot_be_had_is_refused_before_a_teacher_is_served(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "start_server", lambda *arguments: pytest.fail("a server was started"))
+    train = ("train", "train.yaml", "--serve", "teacher.yaml")
+    Path("run").mkdir()
+    with Path("run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run(*train)
+        assert (result.exit_code, "another run is writing to run" in result.output) == (2, True), result.output
+    assert not Path("run/teacher.log").exists()
+    result = run(*train, "--set", "output=/proc/none")  # where nobody can make a directory
+    assert (result.exit_code, "output /proc/none cannot be written" in result.output) == (2, True), result.output
 
 
 def test_of_several_teachers_each_is_served_by_its_name(good: Path) -> None:

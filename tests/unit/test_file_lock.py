@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from kdmesh.errors import ConfigError
+from kdmesh.file_lock import claimed
 from kdmesh.kept_answers import kept_answers
 from kdmesh_teacher.cache.directory import opened
-from kdmesh_trainer.files import claimed
 
 LOCKED: dict[str, Callable[[Path], AbstractContextManager[Any]]] = {
     "answers on their way": kept_answers,

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdmesh.errors import ConfigError, NotFinite
+from kdmesh.file_lock import claimed
 from kdmesh.losses import Divergence, SampledDivergence
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh.models.image_reader import ImageReader
@@ -35,7 +36,6 @@ from kdmesh_trainer.data_config import TeacherMessages
 from kdmesh_trainer.devices import ScoringPublisher
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
-from kdmesh_trainer.files import claimed
 from kdmesh_trainer.loop import Exporter, Parts, Publisher
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh

@@ -1,4 +1,4 @@
-"""The output directory: one run at a time, files that survive a power cut."""
+"""The output directory: files that survive a power cut."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdmesh.errors import CheckpointError, ConfigError
-from kdmesh.file_lock import lock
+from kdmesh.errors import CheckpointError
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -94,20 +93,3 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-
-
-@contextmanager
-def claimed(directory: Path) -> Iterator[None]:
-    """Keep every other run out of `directory`, which is made if need be; a run that dies gives it up.
-
-    Raises:
-        ConfigError: it cannot be made or locked, or another run has it.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("a")
-    except OSError as error:
-        raise ConfigError(f"output {directory} cannot be written: {error}") from error
-    with file:
-        lock(file, refusal=f"another run is writing to {directory}; give this one another `output`")
-        yield
