@@ -16,6 +16,7 @@ import click
 import numpy as np
 from jinja2 import TemplateError
 
+from kdmesh.answer_report import Report
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.chat_template import dated_alike
 from kdmesh.counting import Pace, Show, clock, counted
@@ -41,6 +42,7 @@ _JOB = "generate"
 _ANSWER = "that is so"
 _AHEAD = 64  # prompts under way, so that the servers always have something to do
 _MIB = 2**20
+_CONNECT_S = 30.0  # an address where nobody is, is best told at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,36 +54,6 @@ class Plan:
     seed: int
     keeps_cut_off: bool  # whether answers that reached the length limit are written too
     deadline_s: float  # for the answers to one prompt
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What became of the prompts."""
-
-    prompts: int
-    written: int
-    cut_off: int  # answers at the length limit
-    blank: int  # answers that say nothing, which no trainer takes
-
-    def sentence(self) -> str:
-        """For a person."""
-        return (
-            f"{self.written} answers to {self.prompts} prompts; {self.cut_off} reached the length limit, {self.blank} "
-            "were blank and left out. A trainer skips answers that it reads otherwise than they were sampled with "
-            "data.unusable: drop"
-        )
-
-    def why_nothing(self, *, keeps_cut_off: bool) -> str:
-        """Where no answer was written, what would change that."""
-        if not self.prompts:
-            return "there are no prompts"
-        if keeps_cut_off or not self.cut_off:
-            return f"all {self.blank} answers are blank"
-        others = f", and {self.blank} are blank" if self.blank else ""
-        return (
-            f"{self.cut_off} answers reached the length limit{others}; give a larger --max-new-tokens, or "
-            "--keep-cut-off to have them as they are"
-        )
 
 
 class PendingAnswers(Protocol):
@@ -307,7 +279,13 @@ def _connect(servers: Servers, chats: ChatTokens, plan: Plan, stack: ExitStack) 
     """Connected until `stack` ends."""
     if servers.kind == "rollout":
         rollouts = stack.enter_context(
-            RolloutPool(servers.addresses, job=_JOB, deadline_s=plan.deadline_s, access=servers.access)
+            RolloutPool(
+                servers.addresses,
+                job=_JOB,
+                deadline_s=plan.deadline_s,
+                access=servers.access,
+                connect_s=_CONNECT_S,
+            )
         )
         sampled = rollouts.describe()
         chats.check(sampled.tokenizer_fingerprint)
@@ -321,6 +299,7 @@ def _connect(servers: Servers, chats: ChatTokens, plan: Plan, stack: ExitStack) 
             deadline_s=plan.deadline_s,
             uses_cache=False,  # nobody asks again for the row of half an answer
             access=servers.access,
+            connect_s=_CONNECT_S,
         )
     )
     model = teachers.describe()
@@ -377,7 +356,7 @@ def _kept_told(kept: KeptAnswers) -> Iterator[None]:
                 f"The answers to {kept.prompts:,} prompts are kept in {kept.path}; the same command goes on from there."
             )
         if isinstance(error, KeyboardInterrupt):
-            raise Stopped(signal.SIGINT) from None
+            raise Stopped(error.signum if isinstance(error, Stopped) else signal.SIGINT) from None
         raise
 
 

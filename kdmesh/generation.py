@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
 
+from kdmesh import log
 from kdmesh.access_option import access_option, read_access
 from kdmesh.errors import ConfigError
+from kdmesh.local import Stopped
 from kdmesh.outputs import refuse_own_input, refuse_to_replace
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -80,5 +86,21 @@ def generate(
         keeps_cut_off=options["keep_cut_off"],
         deadline_s=_GENERATE_S,
     )
-    report = generating.generate(servers, model, prompts, output, plan, image_root=options["image_root"])
+    log.configure_command("generate")
+    with _stoppable():
+        report = generating.generate(servers, model, prompts, output, plan, image_root=options["image_root"])
     click.echo(report.sentence())
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Inside, SIGTERM ends what is under way as Ctrl-C does: everything is put in order first."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stopped(signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -45,6 +45,14 @@ def configure(service: str, *, rank: int = 0, pretty: bool | None = None) -> Non
     logging.captureWarnings(True)
 
 
+def configure_command(name: str) -> None:
+    """Show warnings to the person who runs a command; a process that has set up its logging keeps that."""
+    if not logging.getLogger().handlers:
+        configure(name, pretty=True)
+        for ours in _OURS:
+            logging.getLogger(ours).setLevel(logging.WARNING)
+
+
 @functools.cache
 def console() -> Console:
     """The terminal that log lines are rendered on; a live display must share it to keep its own line intact."""

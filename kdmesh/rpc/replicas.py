@@ -29,6 +29,7 @@ from kdmesh.rpc.replica import Client, Replica
 from kdmesh.rpc.retry import Deadline, RetryPolicy
 from kdmesh.rpc.routing import Router, RoutingPolicy
 from kdmesh.rpc.sent_tokens import SentTokens
+from kdmesh.rpc.told_waiting import told_waiting
 from kdmesh.types import EVERY_TAG, ServerLoad, SleepTag
 
 log = logging.getLogger(__name__)
@@ -112,14 +113,17 @@ class Replicas(Generic[C]):
         self._router.reported(address, load, time.monotonic())
 
     async def start(self, deadline: Deadline) -> None:
-        """Connect. Returns when every replica has been tried and one answers.
+        """Connect. Returns when every replica has been tried and one answers; the log says who is waited for.
 
         Raises:
             ConfigError, ModelMismatch, Unauthenticated, PermissionDenied: a replica that answers is of no use.
             DeadlineExpired: none answers.
         """
         self._tasks.start(self._discover())
-        await self._until(deadline, self._is_started)
+        async with told_waiting(
+            self._kind, lambda: {r.address: r.last_error for r in self._replicas if r.client is None}
+        ):
+            await self._until(deadline, self._is_started)
 
     async def close(self) -> None:
         """Close every connection."""

@@ -34,7 +34,7 @@ class RolloutPool:
     Nothing is retried past the deadline. A server that came back has old weights: `wait` tells whoever brings the new.
 
     Raises, when opened:
-        DeadlineExpired: no server answers within `deadline_s`.
+        DeadlineExpired: no server answers within `connect_s`.
         Unauthenticated, PermissionDenied: a server does not let this job in.
         ConfigError: `access` cannot be used.
         ModelMismatch: the servers serve different models, or another than `architecture_fingerprint`.
@@ -49,6 +49,7 @@ class RolloutPool:
         requests_ahead: int = 0,
         architecture_fingerprint: str = "",
         access: AccessConfig = OPEN_ACCESS,
+        connect_s: float | None = None,
     ) -> None:
         """Connect. Blocks until a server is ready.
 
@@ -59,9 +60,11 @@ class RolloutPool:
             requests_ahead: how many requests this caller lets wait for one: each has `deadline_s` as well.
             architecture_fingerprint: the model that is wanted; empty takes the first server's.
             access: how to get in.
+            connect_s: longest wait for the first server; None: as long as for a request.
         """
         assert addresses
         self._deadline_s = deadline_s
+        self._connect_s = deadline_s if connect_s is None else connect_s
         self._sample_s = deadline_s * (requests_ahead + 1)
         self._samples = 0
         self._outdated: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -188,7 +191,7 @@ class RolloutPool:
     async def _open(self, make: Callable[[], RolloutFleet]) -> RolloutFleet:
         fleet = make()
         try:
-            await fleet.start(Deadline.after(self._deadline_s))
+            await fleet.start(Deadline.after(self._connect_s))
         except BaseException:
             await fleet.close()
             raise

@@ -57,7 +57,7 @@ class TeacherPool:
     this one.
 
     Raises, when opened:
-        DeadlineExpired: no teacher answers within `deadline_s`.
+        DeadlineExpired: no teacher answers within `connect_s`.
         ModelMismatch: the teachers serve different models, or another than `model_fingerprint`.
         Unauthenticated, PermissionDenied: a teacher does not let this job in.
         ConfigError: `door` is shm, and a teacher is not on this node; or `access` cannot be used.
@@ -77,6 +77,7 @@ class TeacherPool:
         wire: Wire = "exact",
         gpu: torch.device | None = None,
         uses_cache: bool = True,
+        connect_s: float | None = None,
     ) -> None:
         """Connect. Blocks until a teacher is ready.
 
@@ -92,9 +93,11 @@ class TeacherPool:
             wire: how a stream carries rows; fp8 halves the bytes and rounds.
             gpu: a device of this process, which rows may pass through on their way to the CPU; None where it has none.
             uses_cache: whether teachers that keep rows may keep these.
+            connect_s: longest wait for the first server; None: as long as for a request.
         """
         assert addresses
         self._deadline_s = deadline_s
+        self._connect_s = deadline_s if connect_s is None else connect_s
         self._move_after_s = move_after_s
         self._requests = self._moved = 0
         self._loop = BackgroundLoop()
@@ -212,7 +215,7 @@ class TeacherPool:
     async def _open(self, make: Callable[[], Fleet]) -> Fleet:
         fleet = make()
         try:
-            await fleet.start(Deadline.after(self._deadline_s))
+            await fleet.start(Deadline.after(self._connect_s))
         except BaseException:
             await fleet.close()
             raise

@@ -19,6 +19,7 @@ from kdmesh import cli
 from kdmesh import generate as generating
 from kdmesh.errors import InvalidRequest
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.rpc import told_waiting
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.types import FinishReason, Sampling
@@ -170,6 +171,38 @@ def test_a_sample_ends_at_a_stop_string_or_where_the_teacher_ends(
         assert text in decode(stopped.token_ids.tolist())
         with pytest.raises(InvalidRequest, match=r"the prompt has 256 tokens; with a response, .* at most 256"):
             sampler.submit(np.resize(ids, 256), Sampling(max_new_tokens=1), num_samples=1, seed=0)
+
+
+def test_a_server_that_is_not_there_is_named_soon_and_nothing_stays(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(told_waiting, "_FIRST_S", 0.2)
+    monkeypatch.setattr(generating, "_CONNECT_S", 1.0)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}')
+    where = ("--model", str(model), "--prompts", str(prompts), "--output", str(tmp_path / "answers.jsonl"))
+    for kind, name in (("--rollout", "rollout server"), ("--teacher", "teacher")):
+        caplog.clear()
+        result = run(kind, "127.0.0.1:1", *where)
+        assert result.exit_code == 2
+        assert re.search(rf"no {name} is ready within 1 s \(127.0.0.1:1: ", result.output), result.output
+        waited = [record for record in caplog.records if record.getMessage() == "waiting for a server"]
+        assert [(record.__dict__["kind"], record.__dict__["address"]) for record in waited] == [(name, "127.0.0.1:1")]
+        assert "127.0.0.1:1" in waited[0].__dict__["reason"]
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
+def test_sigterm_leaves_no_file_without_an_answer(model: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "a"}')
+    where = ("--rollout", "127.0.0.1:1", "--model", str(model), "--prompts", str(prompts), "--output", str(output))
+    with started(tmp_path, "-c", "from kdmesh.cli import main; main()", "generate", *where) as process:
+        assert process.stderr is not None
+        assert "waiting for a server" in process.stderr.readline()
+        assert (tmp_path / "answers.jsonl.part").exists()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+    assert not (tmp_path / "answers.jsonl.part").exists()
 
 
 @pytest.mark.parametrize("servers_named", [(), ("--rollout", "127.0.0.1:1", "--teacher", "127.0.0.1:1")])
