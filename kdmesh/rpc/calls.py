@@ -8,24 +8,30 @@ from collections.abc import Iterator
 
 import grpc
 
-from kdmesh.errors import Unavailable
+from kdmesh.errors import ConfigError, Unavailable
 from kdmesh.rpc import status
 
 UNARY_TIMEOUT_S = 10.0
 
 
 @contextlib.contextmanager
-def our_errors(address: str) -> Iterator[None]:
+def our_errors(address: str, *, wanted: str = "") -> Iterator[None]:
     """Raise what a call to `address` failed with as an RpcError.
 
     A call that timed out or was closed on this side is Unavailable: another attempt may
     succeed, here or elsewhere. The cancellation of the task itself passes through.
+
+    Args:
+        wanted: what should be at `address`, of a call that finds out whether it is; another kind of server, which does
+            not know the call, is a ConfigError then.
     """
     try:
         yield
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and status.OURS not in error.trailing_metadata():
             raise Unavailable(f"{address} did not answer in time", retry_after_s=0.0) from None
+        if wanted and error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            raise ConfigError(f"{address} is not a {wanted}: the server there is of another kind") from None
         failure = status.from_grpc(error)
         failure.add_note(f"from {address}")
         raise failure from None

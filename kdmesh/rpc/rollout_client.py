@@ -77,7 +77,7 @@ class RolloutClient:
         Raises:
             Unavailable: not reachable, loading or draining.
             Unauthenticated, PermissionDenied: the server does not let this job in.
-            ConfigError: `access` cannot be used.
+            ConfigError: `access` cannot be used, or another kind of server answers there.
             ModelMismatch: another model is served there.
             EngineFailure: something else answers there.
         """
@@ -91,7 +91,7 @@ class RolloutClient:
         return client
 
     async def _open(self, job: str, architecture_fingerprint: str) -> None:
-        with our_errors(self.address):
+        with our_errors(self.address, wanted="rollout server"):
             described = await self._stub.Describe(pb.DescribeRolloutRequest(), timeout=UNARY_TIMEOUT_S)
         try:
             self.model = rollout_codec.rollout_description_from_wire(described)

@@ -125,7 +125,8 @@ class TeacherClient:
             Unavailable: not reachable, loading or draining.
             ModelMismatch: another model is served there.
             Unauthenticated, PermissionDenied: the server does not let this job in.
-            ConfigError: `door` names one that does not lead to the server from here; or `access` cannot be used.
+            ConfigError: `door` names one that does not lead to the server from here; `access` cannot be used; or
+                another kind of server answers there.
             EngineFailure: something else answers there.
         """
         client = cls(address, access, wire=wire, gpu=gpu, on_load=on_load)
@@ -138,7 +139,8 @@ class TeacherClient:
         return client
 
     async def _open(self, job: str, door: DoorChoice, model_fingerprint: str) -> None:
-        described = await self._call(self._stub.Describe, pb.DescribeRequest())
+        with our_errors(self.address, wanted="teacher server"):
+            described = await self._stub.Describe(pb.DescribeRequest(), timeout=UNARY_TIMEOUT_S)
         try:
             self.model = codec.description_from_wire(described)
         except InvalidRequest as error:

@@ -192,6 +192,22 @@ def test_a_server_that_is_not_there_is_named_soon_and_nothing_stays(
     assert list(tmp_path.iterdir()) == [prompts]
 
 
+def test_a_server_of_the_other_kind_is_refused_at_once(
+    servers: dict[str, TeacherProcess], model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}')
+    where = ("--model", str(model), "--prompts", str(prompts), "--output", str(tmp_path / "answers.jsonl"))
+    for kind, other, name in (
+        ("--rollout", "kdmesh_teacher", "rollout server"),
+        ("--teacher", "kdmesh_rollout", "teacher server"),
+    ):
+        address = servers[other].grpc
+        result = run(kind, address, *where)
+        assert result.exit_code == 2
+        assert f"{address} is not a {name}: the server there is of another kind" in result.output
+
+
 def test_sigterm_leaves_no_file_without_an_answer(model: Path, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('{"prompt": "a"}')
