@@ -15,6 +15,7 @@ from kdmesh import check, config, local
 from kdmesh.errors import ConfigError
 from kdmesh.file_lock import claimed
 from kdmesh.log import is_urgent
+from kdmesh.machine_fit import refuse_unfit_machine
 from kdmesh.place import Place, exit_when_stopped, place, ranks_per_node
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import RolloutConfig
@@ -100,6 +101,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     _refuse_same_port([(serve[service], server.server) for service, server in servers.items()])
     later = [override for service in serve for override in served(service, "later:0")]
     cfg = _checked_trainer(path, [*overrides, *later])
+    refuse_unfit_machine(cfg, ranks=num_ranks(cfg) * (1 if here is None else here.nodes))
     for server in servers.values():
         _refuse_unfit_teacher(cfg, server)
     if serve:

@@ -326,6 +326,12 @@ def num_gpus() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))  # a container has only those it was given
 
 
+def may_have_gpu() -> bool:
+    """Whether torch may find one: there are also those that `num_gpus` does not count, of Windows' WSL or of AMD."""
+    others = any(Path("/dev", name).exists() for name in ("dxg", "kfd"))
+    return num_gpus() > 0 or ("CUDA_VISIBLE_DEVICES" not in os.environ and others)
+
+
 def _popen(command: Command) -> subprocess.Popen[str]:
     tether = (sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), str(int(command.orphan_signal)))
     is_piped = command.on_line is not None

@@ -218,6 +218,13 @@ def test_an_output_that_cannot_be_had_is_refused_before_a_teacher_is_served(
     assert (result.exit_code, "output /proc/none cannot be written" in result.output) == (2, True), result.output
 
 
+def test_what_no_rank_can_do_is_refused_before_a_teacher_is_served(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "start_server", lambda *arguments: pytest.fail("a server was started"))
+    more = ("--set", "ranks=2", "--set", "parallel.shard_ranks=4")
+    result = run("train", "train.yaml", "--serve", "teacher.yaml", *more)
+    assert (result.exit_code, "the job has 2 ranks" in result.output) == (2, True), result.output
+
+
 def test_of_several_teachers_each_is_served_by_its_name(good: Path) -> None:
     served = jobs.teachers_to_serve(("code=teacher.yaml", "maths=other.yaml"))
     assert {service.addresses: str(file) for service, file in served.items()} == {

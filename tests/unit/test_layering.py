@@ -69,6 +69,7 @@ LAYER = {
     "kdmesh.jobs": 4,
     "kdmesh.kept_answers": 4,
     "kdmesh.local": 4,
+    "kdmesh.machine_fit": 4,
     "kdmesh.place": 4,
     "kdmesh.harness": 4,
     "kdmesh.planning": 4,

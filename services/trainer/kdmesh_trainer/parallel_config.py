@@ -84,7 +84,10 @@ class ParallelConfig(StrictModel):
 
 def refuse_unfit_context(cfg: TrainerConfig) -> None:
     """Raises ValueError when a part of the configuration needs whole sequences on a rank, or other ranks."""
-    context = cfg.parallel.context
+    context, shards = cfg.parallel.context, cfg.parallel.shard_ranks
+    # A copy may lie on several machines, each with `ranks`.
+    if cfg.ranks is not None and shards is not None and cfg.ranks % shards and shards % cfg.ranks:
+        raise ValueError(f"parallel.shard_ranks ({shards}) must divide ranks ({cfg.ranks}), or be a multiple of it")
     if cfg.ranks is not None and cfg.ranks % context:
         raise ValueError(f"parallel.context ({context}) must divide ranks ({cfg.ranks})")
     if context > 1 and cfg.parallel.head != "whole":
