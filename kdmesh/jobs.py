@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,8 @@ from kdmesh_trainer.panel_config import TEACHER_NAME
 _SERVER_READY_S = 1800.0
 # Beyond the requests it may finish, the time that unloading takes.
 _SERVER_GRACE_S = 10.0
+# What a rank ends with on a signal that comes before it has anything to save.
+_BEFORE_ITS_FIRST_STEP = (-signal.SIGTERM, 128 + signal.SIGINT)
 _NAMED = re.compile(rf"(?P<name>{TEACHER_NAME})=(?P<file>.+)")
 
 
@@ -122,6 +125,8 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     except local.Stopped:
         stopped = exit_when_stopped()
         if not ranks or any(rank.exit_code not in (0, stopped) for rank in ranks):
+            if ranks and all(rank.exit_code in _BEFORE_ITS_FIRST_STEP for rank in ranks):
+                _echo("Stopped before the first step: there is nothing to save.")
             raise
         if stopped is not None and any(rank.exit_code == stopped for rank in ranks):
             raise local.ChildFailed(f"stopped, with a checkpoint in {cfg.output}", exit_code=stopped) from None
@@ -139,7 +144,7 @@ def _wait(processes: local.Processes, ranks: Sequence[local.Child]) -> None:
     try:
         processes.wait(ranks)
     except local.Stopped:
-        _echo("Stopping after this step, with a checkpoint; once more ends at once.")
+        _echo("Stopping after this step, with a checkpoint, or now if there was none yet; once more ends at once.")
         raise
 
 

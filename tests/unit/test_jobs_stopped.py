@@ -1,0 +1,53 @@
+"""What is said of a run that was stopped is what became of it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from kdmesh import check, cli, local
+
+NOTHING = "Stopped before the first step: there is nothing to save."
+
+
+class Interrupted:
+    """Processes of which the one rank ends as it is told when Ctrl-C comes."""
+
+    def __init__(self, exit_code: int) -> None:
+        self._rank = SimpleNamespace(exit_code=exit_code)
+
+    def __enter__(self) -> Interrupted:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def start(self, *commands: local.Command) -> list[SimpleNamespace]:
+        return [self._rank]
+
+    def wait(self, children: object) -> None:
+        raise local.Stopped(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "status", "is_nothing_saved"),
+    [(-signal.SIGTERM, 130, True), (130, 130, True), (-9, 130, False), (0, 0, False)],
+)
+def test_a_run_that_is_stopped_before_its_first_step_claims_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exit_code: int, status: int, is_nothing_saved: bool
+) -> None:
+    monkeypatch.setattr(check, "refuse_missing", lambda cfg, source: None)
+    monkeypatch.setattr(local, "Processes", lambda: Interrupted(exit_code))
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "output: run\nsteps: 10\nstudent: {model: student}\nobjective: {name: sft}\n"
+        "data: {train: {format: chat, path: train.jsonl}}\n"
+    )
+    result = CliRunner().invoke(cli.main, ["train", str(path)])
+    assert result.exit_code == status, result.output
+    assert "or now if there was none yet" in result.output
+    assert (NOTHING in result.output) is is_nothing_saved
+    assert ("Stopped, with a checkpoint in run" in result.output) is (exit_code == 0)
