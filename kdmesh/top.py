@@ -83,6 +83,12 @@ class Server:
         except urllib.error.HTTPError as error:
             raise NoAnswer(f"{self.address} answers {error.code}: {_reason(error)}") from None
         except (OSError, http.client.HTTPException) as error:
+            if (
+                type(error) is http.client.BadStatusLine
+            ):  # which quotes gRPC's first bytes; a lost connection is another
+                raise NoAnswer(
+                    f"{self.address} answers, but not HTTP: is it `server.port` instead of `server.rest_port`?"
+                ) from None
             raise NoAnswer(f"{self.address} does not answer: {getattr(error, 'reason', error)}") from None
         except (ValueError, TypeError, KeyError) as error:
             raise NoAnswer(f"{self.address} answers something else than this kdmesh understands: {error}") from None

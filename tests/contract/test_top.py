@@ -96,6 +96,13 @@ def answering(status: Mapping[str, Any]) -> Iterator[str]:
             thread.join()
 
 
+async def test_the_port_of_grpc_is_told_from_that_of_rest(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher:
+        result = await top(teacher.addresses.grpc, "--once")
+    assert result.exit_code == 2
+    assert "answers, but not HTTP: is it `server.port` instead of `server.rest_port`?" in result.output
+
+
 async def test_a_newer_server_may_say_more_and_an_older_one_not_less(tmp_path: Path) -> None:
     async with running_teacher(tmp_path) as teacher:
         await some_work(teacher, "job")
