@@ -9,13 +9,13 @@ from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from kdmesh import config
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh.extension import search_path
+from kdmesh.model_files import adapter_problems, model_problems
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
@@ -72,7 +72,7 @@ def missing(cfg: ServiceConfig) -> list[str]:
     if isinstance(cfg, TrainerConfig):
         return list(_missing_for_trainer(cfg))
     engine = cfg.engine
-    models = [] if isinstance(engine, TeacherFake | RolloutFake) else _model("engine.model", engine.model)
+    models = [] if isinstance(engine, TeacherFake | RolloutFake) else model_problems("engine.model", engine.model)
     return [*models, *_guards(cfg.server), *_files("jobs", {"file": cfg.jobs.file})]
 
 
@@ -80,11 +80,11 @@ def missing_to_plan(cfg: ServiceConfig) -> list[str]:
     """As `missing`, of what says how large a model is: neither its weights nor any data."""
     if isinstance(cfg, TrainerConfig):
         model = cfg.student.model
-        return [*_model("student.model", model, needs_weights=False), *_tokenizer("student.model", model)]
+        return [*model_problems("student.model", model, needs_weights=False), *_tokenizer("student.model", model)]
     engine = cfg.engine
     if isinstance(engine, TeacherFake | RolloutFake):
         return []
-    return list(_model("engine.model", engine.model, needs_weights=False))
+    return list(model_problems("engine.model", engine.model, needs_weights=False))
 
 
 def refuse_missing(cfg: ServiceConfig, *, source: Path, looks: Callable[[ServiceConfig], list[str]] = missing) -> None:
@@ -95,10 +95,10 @@ def refuse_missing(cfg: ServiceConfig, *, source: Path, looks: Callable[[Service
 
 
 def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
-    yield from _model("student.model", cfg.student.model, needs_weights=cfg.student.weights == "pretrained")
+    yield from model_problems("student.model", cfg.student.model, needs_weights=cfg.student.weights == "pretrained")
     yield from _tokenizer("student.model", cfg.student.model)
     if cfg.student.lora is not None:
-        yield from _adapter("student.lora", cfg.student.lora.target_modules, cfg.student.model)
+        yield from adapter_problems("student.lora", cfg.student.lora.target_modules, cfg.student.model)
     yield from _packages(cfg)
     yield from _images(cfg)
     yield from _data(cfg.data)
@@ -196,53 +196,6 @@ def _files(key: str, files: Mapping[str, Path | None]) -> Iterator[str]:
     for name, path in files.items():
         if path is not None and not path.is_file():
             yield f"{key}.{name}: there is no file {path}"
-
-
-def _model(key: str, path: Path, *, needs_weights: bool = True) -> Iterator[str]:
-    if not path.is_dir():
-        yield f"{key}: there is no directory {path} (models are not downloaded; give a Hugging Face model directory)"
-    elif not (path / "config.json").is_file():
-        yield f"{key}: {path} is not a Hugging Face model directory: it has no config.json"
-    elif needs_weights and not (files := sorted(path.glob("*.safetensors"))):
-        yield f"{key}: {path} has no weights (*.safetensors)"
-    elif needs_weights:
-        for file in files:
-            if _weight_table(file) is None:
-                yield f"{key}: {file} is not a safetensors file (a git-lfs pointer? run `git lfs pull`)"
-
-
-def _adapter(key: str, targets: str | Sequence[str], model: Path) -> Iterator[str]:
-    """What the names of the model's matrices tell without building it; the trainer knows the modules themselves."""
-    if find_spec("peft") is None:
-        yield f"{key}: peft is not installed (pip install 'kdmesh[lora]')"
-    if isinstance(targets, str):  # all that there are
-        return
-    names = {name.removesuffix(".weight") for file in model.glob("*.safetensors") for name in _matrices(file)}
-    # Layers have numbers. What has none is an embedding or the head, which get no adapter.
-    modules = {name for name in names if any(part.isdigit() for part in name.split("."))}
-    known = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
-    for target in targets if modules else ():
-        if not any(module == target or module.endswith(f".{target}") for module in modules):
-            yield f"{key}.target_modules: the layers of {model} have no {target}; they have {known}"
-
-
-def _matrices(file: Path) -> Iterator[str]:
-    """Names of the two-dimensional tensors in a safetensors file, from its table alone."""
-    table = _weight_table(file) or {}
-    yield from (name for name, entry in table.items() if name != "__metadata__" and len(entry["shape"]) == 2)
-
-
-def _weight_table(file: Path) -> dict[str, Any] | None:
-    """What a safetensors file begins with: its size in bytes, then the table itself; None when it does not."""
-    with file.open("rb") as stream:
-        size_bytes = int.from_bytes(stream.read(8), "little")
-        if size_bytes > file.stat().st_size:
-            return None
-        try:
-            table = json.loads(stream.read(size_bytes) or b"{}")
-        except ValueError:
-            return None
-    return table if isinstance(table, dict) else None
 
 
 def _images(cfg: TrainerConfig) -> Iterator[str]:

@@ -70,6 +70,7 @@ LAYER = {
     "kdmesh.kept_answers": 4,
     "kdmesh.local": 4,
     "kdmesh.machine_fit": 4,
+    "kdmesh.model_files": 4,
     "kdmesh.place": 4,
     "kdmesh.harness": 4,
     "kdmesh.planning": 4,

@@ -1,0 +1,76 @@
+"""Finds what a model's directory lacks, without loading any of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+_POINTER = b"version https://git-lfs"
+
+
+def model_problems(key: str, path: Path, *, needs_weights: bool = True) -> Iterator[str]:
+    """One line for each thing that a model's directory lacks."""
+    if not path.is_dir():
+        yield f"{key}: there is no directory {path} (models are not downloaded; give a Hugging Face model directory)"
+    elif not (path / "config.json").is_file():
+        yield f"{key}: {path} is not a Hugging Face model directory: it has no config.json"
+    elif needs_weights and not (files := sorted(path.glob("*.safetensors"))):
+        yield f"{key}: {path} has no weights (*.safetensors)"
+    elif needs_weights:
+        for file in files:
+            if (problem := _weight_problem(file)) is not None:
+                yield f"{key}: {file} {problem}"
+
+
+def _weight_problem(file: Path) -> str | None:
+    """Why it is not a whole safetensors file; None when it is."""
+    with file.open("rb") as stream:
+        begin = stream.read(len(_POINTER))
+    if begin == _POINTER:
+        return "is a git-lfs pointer, not a safetensors file: run `git lfs pull`"
+    table = _weight_table(file)
+    if table is None:
+        return "is not a safetensors file, or one that is cut short in its table"
+    try:
+        ends = [int(entry["data_offsets"][1]) for name, entry in table.items() if name != "__metadata__"]
+    except (KeyError, TypeError, IndexError, ValueError):
+        return "is not a safetensors file: its table does not say where tensors lie"
+    whole, there = 8 + int.from_bytes(begin[:8], "little") + max(ends, default=0), file.stat().st_size
+    return f"is cut short: it has {there} of {whole} bytes" if there < whole and ends else None
+
+
+def adapter_problems(key: str, targets: str | Sequence[str], model: Path) -> Iterator[str]:
+    """What the names of the model's matrices tell without building it; the trainer knows the modules themselves."""
+    if find_spec("peft") is None:
+        yield f"{key}: peft is not installed (pip install 'kdmesh[lora]')"
+    if isinstance(targets, str):  # all that there are
+        return
+    names = {name.removesuffix(".weight") for file in model.glob("*.safetensors") for name in _matrices(file)}
+    # Layers have numbers. What has none is an embedding or the head, which get no adapter.
+    modules = {name for name in names if any(part.isdigit() for part in name.split("."))}
+    known = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+    for target in targets if modules else ():
+        if not any(module == target or module.endswith(f".{target}") for module in modules):
+            yield f"{key}.target_modules: the layers of {model} have no {target}; they have {known}"
+
+
+def _matrices(file: Path) -> Iterator[str]:
+    """Names of the two-dimensional tensors in a safetensors file, from its table alone."""
+    table = _weight_table(file) or {}
+    yield from (name for name, entry in table.items() if name != "__metadata__" and len(entry["shape"]) == 2)
+
+
+def _weight_table(file: Path) -> dict[str, Any] | None:
+    """What a safetensors file begins with: its size in bytes, then the table itself; None when it does not."""
+    with file.open("rb") as stream:
+        size_bytes = int.from_bytes(stream.read(8), "little")
+        if size_bytes > file.stat().st_size:
+            return None
+        try:
+            table = json.loads(stream.read(size_bytes) or b"{}")
+        except ValueError:
+            return None
+    return table if isinstance(table, dict) else None

@@ -1,0 +1,22 @@
+"""A model's directory is looked at without loading any of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kdmesh.model_files import model_problems
+
+
+def test_a_weight_file_that_is_cut_short_is_told_with_its_sizes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    table = json.dumps({"a": {"shape": [1], "data_offsets": [0, 4]}, "b": {"shape": [2], "data_offsets": [4, 12]}})
+    whole = len(table).to_bytes(8, "little") + table.encode() + bytes(12)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(whole[:-5])
+    words = f"student.model: {path} is cut short: it has {len(whole) - 5} of {len(whole)} bytes"
+    assert list(model_problems("student.model", tmp_path)) == [words]
+    path.write_bytes(whole[:20])
+    assert "cut short in its table" in "".join(model_problems("student.model", tmp_path))
+    path.write_bytes(whole)
+    assert not list(model_problems("student.model", tmp_path))
