@@ -51,7 +51,7 @@ def align(student: Spans, student_text: bytes, teacher: Spans, teacher_text: byt
         shared = shared[(shared >= begin) & (shared <= begin + length)]
         if len(shared) < 2:
             continue
-        # Tokens without bytes stand between two chunks and are in none.
+        # Tokens without bytes begin no chunk and end none; inside one, of several tokens, they may be.
         found = np.stack(
             [
                 np.searchsorted(student_starts, shared[:-1], "right") - 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sources.turns import Unusable
 from tests.support.other_tokenizers import save_sentence_piece
 from tests.support.tiny_models import save_tokenizer
+from tests.support.trained_tokenizers import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +322,47 @@ def test_bytes_that_are_no_text_are_left_out_and_what_is_around_them_is_matched(
     assert own == theirs
     assert b"".join(own).decode() == "the text🎉the text"
     assert aligned_rows(read) == 2 * len(text) + len(emoji)
+
+
+@pytest.mark.parametrize("junk", ["special", "no UTF-8"])
+def test_a_word_with_something_else_inside_is_not_matched_with_the_word(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], chunk_encoder: OtherTokenizerEncoder, junk: str
+) -> None:
+    student, _ = tokenizers
+    table = token_bytes(student)
+    inside = next(
+        token
+        for token, piece in enumerate(table)
+        if (piece is None if junk == "special" else piece == b"\xff") and token != chunk_encoder.end_of_turn()
+    )
+    letters = [student.encode(letter, add_special_tokens=False)[0] for letter in "the text is"]
+    whole = response(chunk_encoder, letters)
+    assert isinstance(whole, InChunks)
+    begin, end = next(
+        (int(begin), int(end))
+        for begin, end in zip(whole.chunks.student_begins, whole.chunks.student_ends, strict=True)
+        if end - begin > 2
+    )
+    read = response(chunk_encoder, [*letters[: begin + 1], *[inside] * 3, *letters[begin + 1 :]])
+    assert isinstance(read, InChunks)
+    own, theirs = pieces(read, tokenizers)
+    assert own == theirs
+    assert aligned_rows(read) == len(letters) - (end - begin)
+    assert begin not in read.chunks.student_begins
+
+
+def test_a_token_that_ends_in_half_a_character_is_not_matched_by_its_other_half() -> None:
+    student, teacher = copy.deepcopy(tokenizer("byte_level_small")), copy.deepcopy(tokenizer("byte_level"))
+    student.chat_template = teacher.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    half = next(token for token, piece in enumerate(token_bytes(student)) if piece == "aä".encode()[:2])
+    text = student.encode("The ", add_special_tokens=False)
+    read = response(OtherTokenizerEncoder(student, None, teacher, None, takes_chunks=True), [*text, half, *text])
+    assert isinstance(read, InChunks)
+    own, theirs = pieces(read, (student, teacher))
+    assert own == theirs
 
 
 def test_an_end_at_once_ends_the_turn_on_both_sides(

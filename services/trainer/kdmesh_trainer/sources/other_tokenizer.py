@@ -248,8 +248,12 @@ class OtherTokenizerEncoder:
         )
         found = align(own_spans, own_text, their_spans, their_text, most_tokens=_MOST_TOKENS)
         edges = np.stack([found.student_begins, found.student_ends, found.teacher_begins, found.teacher_ends])
+        # Likelihoods of chunks are pulled together, so what is read as nothing inside of one would become likelier.
+        kept = _are_read(edges[0], edges[1], own_spans, self._student_bytes)
+        kept &= _are_read(edges[2], edges[3], their_spans, self._teacher_bytes)
         if not self._takes_chunks:
-            edges = edges[:, found.is_single]
+            kept &= found.is_single
+        edges = edges[:, kept]
         ends_alike = [(int(own[-1]), int(theirs[-1]))] == self._end_of_turn
         if ends_alike and own_text[-1:] == their_text[-1:]:
             last = [[len(own) - 1], [len(own)], [len(theirs) - 1], [len(theirs)]]
@@ -280,6 +284,17 @@ def _readable(token_ids: Int32Array, table: Sequence[bytes | None]) -> tuple[Spa
             break
     read_before = np.concatenate([np.zeros(1, np.int32), np.cumsum(is_read, dtype=np.int32)])
     return replace(spans, ends=read_before[spans.ends]), text.decode(errors="ignore").encode()
+
+
+def _are_read(
+    begins: Int32Array, ends: Int32Array, read: Spans, table: Sequence[bytes | None]
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """[C] whether each token from begins[c] to ends[c] has bytes, and all of them were read."""
+    read_bytes = np.diff(read.ends, prepend=0)
+    all_bytes = np.diff(spans_of_ids(read.token_ids, table)[0].ends, prepend=0)
+    bad_before = np.concatenate([np.zeros(1, np.int64), np.cumsum((read_bytes == 0) | (read_bytes < all_bytes))])
+    are_read: np.ndarray[tuple[int], np.dtype[np.bool_]] = bad_before[ends] == bad_before[begins]
+    return are_read
 
 
 def _members(begins: Int32Array, ends: Int32Array) -> Int32Array:
