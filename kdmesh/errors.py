@@ -5,7 +5,7 @@ KdmeshError
   DataError              a dataset that cannot be used; only before the first step
   CheckpointError        a checkpoint that cannot be written or read
   ClusterError           a Kubernetes cluster that does not do what it is asked
-  NotFinite              training went wrong: a loss or gradient is infinite or not a number
+  NotFinite              training went wrong: a loss, gradient or weight is infinite or not a number
   RpcError               has exactly one gRPC status (kdmesh/rpc/status.py)
     InvalidRequest       INVALID_ARGUMENT     caller's fault; never retried
     Unauthenticated      UNAUTHENTICATED      no token or certificate that counts; a client that was let in tries again
@@ -45,7 +45,7 @@ class ClusterError(KdmeshError):
 
 
 class NotFinite(KdmeshError):
-    """A loss or gradient is infinite or not a number; the step that made it changed nothing."""
+    """A loss, gradient or weight is infinite or not a number; where it went on to others, it changed nothing."""
 
 
 class RpcError(KdmeshError):

@@ -169,6 +169,7 @@ class WeightSender:
             ModelMismatch: a server has another model, or serves weights as new already; the others serve it.
             InvalidRequest: a server has other tensors, or found bytes changed on their way; the others serve it.
             ConfigError: a server cannot use the `door` that was asked for.
+            NotFinite: a tensor is not; servers that had it not yet go on with their old weights.
         """
         adapter = None if changes is None else changes.adapter
         factors = () if changes is None else changes.factors

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdmesh.errors import EngineFailure
 from kdmesh.types import Sampling
 
 _LIKELIEST = 1024  # tokens that truncation seldom leaves more of; sorting a whole vocabulary takes longer than a step
@@ -43,6 +44,9 @@ def draw(logits_BV: Tensor, draws: Sequence[Draw], *, never: int | None = None) 
         logits_BV: float32, real tokens only.
         draws: one for each row; a row's token depends on its own row and draw alone.
         never: a token that is not drawn, whatever its probability; None: there is none.
+
+    Raises:
+        EngineFailure: a row is not finite.
     """
     wanted_BV = _penalised(logits_BV, draws)
     if never is not None:
@@ -51,7 +55,11 @@ def draw(logits_BV: Tensor, draws: Sequence[Draw], *, never: int | None = None) 
     chosen_B = logits_BV.gather(1, tokens_B[:, None])[:, 0]
     logprobs_B = chosen_B - logits_BV.logsumexp(1)
     # A difference of roundings: a sure token may come out a hair above 0.
-    return tokens_B.tolist(), logprobs_B.clamp(max=0.0).tolist()
+    tokens, logprobs = tokens_B.tolist(), logprobs_B.clamp(max=0.0).tolist()
+    # Of a row that is not finite no log-probability is. Looked at here, since only here a device is waited for anyway.
+    if not all(map(math.isfinite, logprobs)):
+        raise EngineFailure("the model's logits are not finite, so no token is drawn; look at its weights")
+    return tokens, logprobs
 
 
 def _penalised(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -139,8 +147,11 @@ def _draw_sorted(
 
 
 def _invert(sums_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """[B] the index whose share of the running sums each row's chance falls into; never one without a share."""
+    """[B] the index whose share of the running sums each row's chance falls into; never one without a share.
+
+    Sums that are no numbers have some index, too: a GPU is not to fail for it.
+    """
     total_B1 = sums_BV[:, -1:].contiguous()
     chance_B1 = torch.tensor([[one.chance] for one in draws], dtype=torch.float64, device=sums_BV.device)
     below_B1 = torch.minimum(chance_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(sums_BV, below_B1, right=True)[:, 0]
+    return torch.searchsorted(sums_BV, below_B1, right=True)[:, 0].clamp(max=sums_BV.shape[1] - 1)

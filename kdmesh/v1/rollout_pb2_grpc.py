@@ -136,7 +136,8 @@ class RolloutServicer(object):
 
         Errors:
         INVALID_ARGUMENT    a message out of order; a tensor that the model does not have, or has
-        in another shape; a digest that differs; tensors missing at commit
+        in another shape; a digest that differs; a number that is not finite; tensors
+        missing at commit
         FAILED_PRECONDITION begin.model_fingerprint differs from the loaded model's, or begin.version is
         not newer than the version served
         NOT_FOUND           a bucket's handle has ended

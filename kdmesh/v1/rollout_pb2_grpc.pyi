@@ -256,7 +256,8 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
 
     Errors:
       INVALID_ARGUMENT    a message out of order; a tensor that the model does not have, or has
-                          in another shape; a digest that differs; tensors missing at commit
+                          in another shape; a digest that differs; a number that is not finite; tensors
+                          missing at commit
       FAILED_PRECONDITION begin.model_fingerprint differs from the loaded model's, or begin.version is
                           not newer than the version served
       NOT_FOUND           a bucket's handle has ended
@@ -392,7 +393,8 @@ class RolloutServicer(metaclass=abc.ABCMeta):
 
         Errors:
           INVALID_ARGUMENT    a message out of order; a tensor that the model does not have, or has
-                              in another shape; a digest that differs; tensors missing at commit
+                              in another shape; a digest that differs; a number that is not finite; tensors
+                              missing at commit
           FAILED_PRECONDITION begin.model_fingerprint differs from the loaded model's, or begin.version is
                               not newer than the version served
           NOT_FOUND           a bucket's handle has ended

@@ -351,8 +351,8 @@ class TeacherServicer(object):
 
         Errors:
         INVALID_ARGUMENT    a message out of order; a tensor that the model does not have, or has
-        in another shape; a digest that differs; tensors missing at commit; a
-        policy other than FINISH
+        in another shape; a digest that differs; a number that is not finite; tensors
+        missing at commit; a policy other than FINISH
         FAILED_PRECONDITION this server's weights are frozen, begin.architecture_fingerprint differs
         from the loaded model's, or begin.version is not newer than the one served
         NOT_FOUND           a bucket's handle has ended

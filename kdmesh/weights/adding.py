@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdmesh.errors import InvalidRequest
+from kdmesh.weights.finite import are_finite
 from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, TensorSpec
 from kdmesh.weights.staging import StagedTensors
 from kdmesh.weights.target import WeightTarget
@@ -60,11 +62,17 @@ class AddingUp:
         self._staged.write(tensor, offset_bytes, data)
 
     def hand_over(self) -> None:
-        """Give the target every tensor; all of them have come. Takes long."""
+        """Give the target every tensor; all of them have come. Takes long.
+
+        Raises:
+            InvalidRequest: a sum is not finite, though what was added is.
+        """
         self._has_handed_over = True
         self._target.begin()
         for place, spec in enumerate(self._target.tensor_specs()):
             octets = self._sum(spec.name).reshape(-1).view(torch.uint8)
+            if not are_finite(octets.numpy().data, spec.dtype):
+                raise InvalidRequest(f"{spec.name} is not finite with what is added to it")
             if len(octets):
                 self._target.write(place, 0, octets.numpy().data)
 

@@ -11,8 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdmesh.errors import NotFinite
 from kdmesh.weights import digests
 from kdmesh.weights.buckets import BucketEntry, Part
+from kdmesh.weights.finite import are_finite
 from kdmesh.weights.manifest import AdapterSpec, TensorSpec
 
 Weights: TypeAlias = Sequence[tuple[TensorSpec, Callable[[], Tensor]]]
@@ -36,16 +38,25 @@ class Packer:
         self._octets = torch.empty(0, dtype=torch.uint8)
 
     def fill(self, bucket: memoryview, parts: Sequence[Part]) -> tuple[BucketEntry, ...]:
-        """Put the parts in their places, and say what is there now. Blocks, mostly without the interpreter lock."""
+        """Put the parts in their places, and say what is there now. Blocks, mostly without the interpreter lock.
+
+        Raises:
+            NotFinite: a tensor is not, in the type that it is sent in.
+        """
         return tuple(self._put(bucket, part) for part in parts)
 
     def _put(self, bucket: memoryview, part: Part) -> BucketEntry:
         source = self._octets_of(part.tensor)[part.tensor_offset_bytes :][: part.size_bytes]
         place = bucket[part.bucket_offset_bytes : part.end_bytes]
         if source.device.type == "cpu":
-            return BucketEntry(part=part, digest=_copy(source.numpy(), np.frombuffer(place, np.uint8)))
-        torch.frombuffer(place, dtype=torch.uint8).copy_(source)
-        return BucketEntry(part=part, digest=digests.digest(place))
+            entry = BucketEntry(part=part, digest=_copy(source.numpy(), np.frombuffer(place, np.uint8)))
+        else:
+            torch.frombuffer(place, dtype=torch.uint8).copy_(source)
+            entry = BucketEntry(part=part, digest=digests.digest(place))
+        spec, _ = self._weights[part.tensor]
+        if not are_finite(place, spec.dtype):
+            raise NotFinite(f"{spec.name} is not finite as {spec.dtype}, so the weights are not sent")
+        return entry
 
     def _octets_of(self, index: int) -> Tensor:
         if self._held != index:

@@ -4,7 +4,8 @@
      ^                   |                     |
      +------discard------+-------discard-------+   the old version, as if nothing had come
 
-Every byte is checked as it comes, and verify finds what did not. Nothing but `commit` changes what is served.
+Every byte is checked as it comes, and verify finds what did not. Nothing but `commit` changes what is served. Weights
+that are not finite are never committed: an engine fails at the first token that it draws with them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kdmesh.errors import InvalidRequest, ModelMismatch, Unavailable
 from kdmesh.weights import digests
 from kdmesh.weights.adding import AddingUp, Base
 from kdmesh.weights.buckets import ALIGNMENT_BYTES, BucketEntry
+from kdmesh.weights.finite import are_finite
 from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSpec
 from kdmesh.weights.target import WeightTarget
 
@@ -98,7 +100,8 @@ class WeightVersions:
         """Take the bytes of one bucket.
 
         Raises:
-            InvalidRequest: a part is not in the bucket, not the next one of its tensor, or not what its digest says.
+            InvalidRequest: a part is not in the bucket, not the next one of its tensor, not what its digest says, or
+                not finite.
         """
         update = self._receiving()
         for entry in entries:
@@ -110,24 +113,31 @@ class WeightVersions:
                 )
             spec = self._expected(update, entry)
             with data[part.bucket_offset_bytes : end] as part_data:
-                copied = self._copy(update.places[part.tensor], part.tensor_offset_bytes, part_data)
+                copied, is_finite = self._copy(update.places[part.tensor], spec, entry, part_data)
             if copied != entry.digest:
                 raise InvalidRequest(f"the bytes of {spec.name} from {part.tensor_offset_bytes} on are not those sent")
+            if not is_finite:
+                raise InvalidRequest(f"{spec.name} is not finite, so what is served stays as it is")
             update.received_bytes[part.tensor] += part.size_bytes
 
-    def _copy(self, place: int, offset_bytes: int, data: memoryview) -> bytes:
-        """Hand bytes to who takes them; their digest."""
+    def _copy(self, place: int, spec: TensorSpec, entry: BucketEntry, data: memoryview) -> tuple[bytes, bool]:
+        """Hand bytes to who takes them; their digest, and whether they are finite."""
         taker = self._receiving().adding or self._target
-        running = digests.Running()
+        running, is_finite = digests.Running(), True
         for begin, end in digests.steps(len(data)):
             with data[begin:end] as step:
                 # Copied first: if the sender wrote here meanwhile, what it wrote is in the digest, and is noticed.
-                taker.write(place, offset_bytes + begin, step)
+                taker.write(place, entry.part.tensor_offset_bytes + begin, step)
                 running.update(step)
-        return running.digest()
+                is_finite = is_finite and are_finite(step, spec.dtype)
+        return running.digest(), is_finite
 
     def verify(self) -> Manifest:
-        """What has come, all of it, added up if need be. Raises InvalidRequest when something has not."""
+        """What has come, all of it, added up if need be.
+
+        Raises:
+            InvalidRequest: something has not come, or a sum is not finite.
+        """
         update = self._receiving()
         pairs = zip(update.manifest.tensors, update.received_bytes, strict=True)
         short = [spec.name for spec, received in pairs if received < spec.size_bytes]
@@ -220,6 +230,8 @@ class WeightVersions:
                 f"{part.size_bytes} bytes of {spec.name} from {part.tensor_offset_bytes} on; "
                 f"{expected} of its {spec.size_bytes} bytes have come, and parts come in order"
             )
+        if part.size_bytes % spec.dtype.size_bytes:
+            raise InvalidRequest(f"{part.size_bytes} bytes of {spec.name} end within an element; it is {spec.dtype}")
         return spec
 
 

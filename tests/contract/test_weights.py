@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
-from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, ModelMismatch, Unavailable
+from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, ModelMismatch, NotFinite, Unavailable
 from kdmesh.groups.meeting import Invitation, split_address
 from kdmesh.rpc import weight_source
 from kdmesh.rpc.weight_delivery import Delivery
@@ -320,6 +320,22 @@ async def test_a_byte_that_changes_on_its_way_is_noticed(door: DoorChoice, monke
                 with pytest.raises(InvalidRequest, match="embedding from 0 on are not those sent"):
                     await _publish(sender, 2)
             assert _serves(target, 1)
+            await _publish(sender, 3)
+            assert _serves(target, 3)
+
+
+@pytest.mark.parametrize("name", ["embedding", "up"])  # the first, and the last of several buckets
+async def test_weights_that_are_not_finite_are_not_sent_and_the_next_version_is(name: str) -> None:
+    target = MemoryTarget(SPECS)
+    async with weight_server(target) as (address, updates):
+        with _sender([address]) as sender:
+            await _publish(sender, 1)
+            bad = _weights(2)
+            next(tensor for spec, tensor in bad.items() if spec.name == name).view(-1)[-1] = float("nan")
+            with pytest.raises(NotFinite, match=f"{name} is not finite as bfloat16"):
+                await asyncio.to_thread(sender.publish, 2, FINGERPRINT, _makers(bad))
+            await until(lambda: target.staged is None)
+            assert _serves(target, 1) and updates.version == 1
             await _publish(sender, 3)
             assert _serves(target, 3)
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kdmesh.errors import EngineFailure
 from kdmesh.sampling import drawing
 from kdmesh.sampling.drawing import Chance, Draw, draw
 from kdmesh.sampling.seeds import seed_of
@@ -166,6 +167,20 @@ def test_logprobs_ignore_temperature_truncation_and_penalty() -> None:
     wanted = sampling(temperature=0.3, top_k=2, repetition_penalty=5.0)
     tokens, logprobs = draw(logits_V[None], [Draw(sampling=wanted, chance=0.9, seen_S=torch.tensor([0, 1]))])
     assert logprobs[0] == pytest.approx(float(logits_V.log_softmax(0)[tokens[0]]), abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "parameters", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 2.0}]
+)
+def test_from_logits_that_are_not_finite_nothing_is_drawn(parameters: dict[str, Any], bad: float) -> None:
+    for places in ([3], list(range(12))):
+        logits_V = logits()
+        logits_V[places] = bad
+        rows_BV = torch.stack([logits(), logits_V])
+        one = Draw(sampling=sampling(**parameters), chance=0.5, seen_S=torch.tensor([0, 1]))
+        with pytest.raises(EngineFailure, match="logits are not finite"):
+            draw(rows_BV, [one, one])
 
 
 def test_a_sure_token_has_no_positive_logprob() -> None:

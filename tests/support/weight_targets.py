@@ -60,13 +60,13 @@ class MemoryTarget:
 def random_weights(
     shapes: dict[str, tuple[int, ...]], *, seed: int, dtype: DType = DType.BFLOAT16
 ) -> dict[TensorSpec, Tensor]:
-    """A tensor for each shape, in order, of any bits."""
+    """A tensor for each shape, in order, of any bits that are finite numbers."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
         spec = TensorSpec(name=name, shape=shape, dtype=dtype)
         octets = torch.randint(0, 256, (spec.size_bytes,), dtype=torch.uint8, generator=generator)
-        weights[spec] = octets.view(getattr(torch, dtype.value)).reshape(shape)
+        weights[spec] = octets.view(getattr(torch, dtype.value)).reshape(shape).nan_to_num()
     return weights
 
 

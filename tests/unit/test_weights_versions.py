@@ -268,6 +268,47 @@ def test_no_byte_comes_twice(versions: WeightVersions) -> None:
         _write(versions, 0)
 
 
+def test_a_part_ends_with_an_element(versions: WeightVersions) -> None:
+    _begin(versions)
+    with pytest.raises(InvalidRequest, match="end within an element; it is bfloat16"):
+        _write(versions, 0, end=15)
+
+
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_leave_those_that_are_served(dtype: DType, bad: float) -> None:
+    weights = random_weights({"wide": (9, 2**15)}, seed=1, dtype=dtype)
+    [(spec, good)] = weights.items()
+    target = MemoryTarget([spec])
+    versions = WeightVersions(target, architecture_fingerprint=FINGERPRINT)
+    for version, value, place in ((1, 0.0, 0), (2, bad, 0), (3, bad, -1), (4, torch.finfo(good.dtype).max, -1)):
+        tensor = good.clone()
+        tensor.view(-1)[place] = value
+        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        part = Part(tensor=0, tensor_offset_bytes=0, bucket_offset_bytes=0, size_bytes=len(data))
+        versions.admit(manifest_of([spec], version=version))
+        versions.begin()
+        if version in (2, 3):
+            with pytest.raises(InvalidRequest, match="wide is not finite"):
+                versions.write([BucketEntry(part=part, digest=digest(data))], data)
+            versions.discard()
+            assert (versions.version, target.version) == (1, 1)
+            continue
+        versions.write([BucketEntry(part=part, digest=digest(data))], data)
+        versions.verify()
+        versions.commit()
+    assert is_same(target.served["wide"], tensor)
+
+
+def test_a_sum_that_is_not_finite_is_not_served(versions: WeightVersions, target: MemoryTarget) -> None:
+    _adapt(versions, [*SPECS, *FACTORS], version=1)
+    versions.commit()
+    with pytest.raises(InvalidRequest, match="embedding is not finite with what is added"):
+        _adapt(versions, FACTORS, version=2, times=1e20)
+    versions.discard()
+    assert _is_served(target, _sums()) and (versions.version, target.staged) == (1, None)
+
+
 def test_what_is_not_complete_is_not_committed(versions: WeightVersions, target: MemoryTarget) -> None:
     _begin(versions)
     _write(versions, 0)

@@ -83,7 +83,7 @@ class Metrics:
         self._pass_at_error = self._gauge("questions_pass_at_standard_error", "Of that part of the questions.", "k")
         self._imbalance = self._gauge("teacher_imbalance", "Most over mean of the tokens sent to each teacher lately.")
         self._door = self._gauge("door", "Always 1; says through which doors rows come now.", "door")
-        self._not_finite = self._counter("not_finite_steps", "Steps whose loss was not finite; the run ends with it.")
+        self._not_finite = self._counter("not_finite_steps", "Steps whose loss or weights were not finite.")
         self._not_finite.labels(job)
 
     def started(self, first_step: int) -> None:
