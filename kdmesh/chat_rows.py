@@ -20,6 +20,15 @@ def refuse_unsupported_columns(row: Mapping[Any, Any], origin: str) -> None:
             raise DataError(f"{origin}: `{name}` is not supported; a chat is messages alone")
 
 
+def unicode_text(text: str, origin: str) -> str:
+    """The same text, which no file can hold otherwise. Raises DataError where it holds half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{origin} is not Unicode text: half a surrogate pair at character {error.start}") from None
+    return text
+
+
 def system_text(row: Mapping[Any, Any], messages: Sequence[tuple[object, object]], origin: str) -> str:
     """The system turn to put before a row's messages: what its column `system` holds; empty: there is none to put.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdmesh.chat_rows import refuse_unsupported_columns, system_text
+from kdmesh.chat_rows import refuse_unsupported_columns, system_text, unicode_text
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn, RowImages
 from kdmesh.types import Image
@@ -96,7 +96,24 @@ def _row(line: str, place: str) -> tuple[dict[str, Any], list[Message]]:
     refuse_unsupported_columns(row, place)
     messages = _turns(row, place)
     system = system_text(row, [(message.get("role"), message.get("content")) for message in messages], place)
-    return row, [{"role": "system", "content": system}, *messages] if system else messages
+    messages = [{"role": "system", "content": system}, *messages] if system else messages
+    for number, message in enumerate(messages):
+        for text in _texts(message):
+            unicode_text(text, f"{place}: messages[{number}]")
+    return row, messages
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a value of JSON, names included, however deep it lies."""
+    left = [value]
+    while left:
+        match left.pop():
+            case str() as text:
+                yield text
+            case list() as items:
+                left += items
+            case dict() as entries:
+                left += [*entries, *entries.values()]
 
 
 def _turns(row: dict[str, Any], place: str) -> list[Message]:

@@ -290,6 +290,15 @@ def test_what_was_answered_is_kept_by_steps_and_replaced_when_a_run_goes_back(me
     }
 
 
+def test_half_a_surrogate_pair_in_what_a_grader_says_is_kept(mesh: Mesh, tmp_path: Path) -> None:
+    asked = exam(1)
+    [kept], _ = ask(mesh, asked, Server())
+    failed = replace(kept, responses=(replace(kept.responses[0], error="ValueError: no \ud83d"),))
+    AnswerFiles(tmp_path).keep(0, asked.questions, [failed])
+    line = json.loads((tmp_path / "step-00000000.jsonl").read_text(encoding="utf-8"))
+    assert line["responses"][0]["grader_error"] == "ValueError: no \ud83d"
+
+
 def test_answers_that_cannot_be_written_are_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "answers").touch()
     with pytest.raises(CheckpointError, match=r"step-00000003\.jsonl cannot be written"):

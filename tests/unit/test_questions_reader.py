@@ -87,6 +87,8 @@ def test_the_turn_that_ends_a_chat_is_the_answer_or_is_left_out(tmp_path: Path) 
         ({"question": "x", "answer": []}, {}, "answer is blank"),
         ({"question": "x", "answer": ["y", " "]}, {}, "answer is blank"),
         ({"question": "x", "answer": {"y": 1}}, {}, "must be a text, a number or a list of these, not dict"),
+        ({"question": "x", "answer": "\ud83d"}, {}, r"jsonl:1: answer is not Unicode text: half a surrogate pair"),
+        ({"question": "x", "answer": ["y", "a\udc00"]}, {}, "half a surrogate pair at character 1"),
         ({"question": "x", "answer": True}, {}, "must be a text, a number or a list of these, not bool"),
         ({"messages": CHAT[:2]}, {"messages": "messages", "answer": None}, "ends with a turn of the user"),
         ({"messages": CHAT[2:]}, {"messages": "messages", "answer": None}, "there is no turn to answer"),

@@ -50,7 +50,8 @@ def write_answers(path: Path, questions: Sequence[Question], answered: Sequence[
     ]
     part = path.with_name(f"{path.name}.part")
     try:
-        write_synced(part, "".join(lines))
+        # What a grader says may hold half a surrogate pair; as the escape that it becomes, it is JSON.
+        write_synced(part, "".join(lines).encode(errors="backslashreplace").decode())
         os.replace(part, path)
         sync(path.parent)
     except OSError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kdmesh.chat_rows import unicode_text
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn
 from kdmesh_trainer.questions_config import QuestionsConfig
@@ -96,7 +97,7 @@ def _answers(value: object, origin: str) -> tuple[str, ...]:
     for each in values:
         if isinstance(each, bool) or not isinstance(each, str | int | float):
             raise DataError(f"{origin} must be a text, a number or a list of these, not {type(each).__name__}")
-    answers = tuple(str(each) for each in values)
+    answers = tuple(unicode_text(str(each), origin) for each in values)
     if not answers or not all(answer.strip() for answer in answers):
         raise DataError(f"{origin} is blank; a question needs an answer")
     return answers

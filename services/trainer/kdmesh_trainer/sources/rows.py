@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdmesh.chat_rows import refuse_unsupported_columns, system_text
+from kdmesh.chat_rows import refuse_unsupported_columns, system_text, unicode_text
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn, ImageSource, NoImages, RowImages
 from kdmesh.types import Image
@@ -176,11 +176,7 @@ def _refuse_unsupported_keys(message: Mapping[Any, Any], origin: str) -> None:
 def _text(value: object, origin: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{origin} must be a string, not {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{origin} is not Unicode text: half a surrogate pair at character {error.start}") from None
-    return value
+    return unicode_text(value, origin)
 
 
 def _part(part: object, origin: str, images: RowImages) -> str | Image:
