@@ -89,7 +89,7 @@ def _row(line: str, place: str) -> tuple[dict[str, Any], list[Message]]:
     """A row, and its messages without an answer at their end."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or an integer too long or a nesting too deep for Python
         raise DataError(f"{place} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{place} is no object")

@@ -35,6 +35,12 @@ def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path: Path, row: obj
         read(tmp_path, json.dumps(row))
 
 
+@pytest.mark.parametrize("line", ["{", "9" * 5000, "[" * 200_000])
+def test_what_is_no_json_that_python_reads_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
+    with pytest.raises(DataError, match=r"prompts\.jsonl, line 2 is not JSON"):
+        read(tmp_path, line)
+
+
 def test_whole_pairs_and_what_nobody_asks_are_taken(tmp_path: Path) -> None:
     asked = read(tmp_path, '{"prompt": "\\ud83d\\ude00", "note": "\\ud83d"}')
     assert asked.messages == [{"role": "user", "content": "😀"}]

@@ -71,6 +71,8 @@ def test_the_turn_that_ends_a_chat_is_the_answer_or_is_left_out(tmp_path: Path) 
     ("row", "keys", "words"),
     [
         ("{", {}, r"questions.jsonl:1: not JSON"),
+        ("9" * 5000, {}, r"questions.jsonl:1: not JSON: .*4300 digits"),
+        ("[" * 200_000, {}, r"questions.jsonl:1: not JSON: .*recursion"),
         ([1], {}, "a row must be an object, not list"),
         (
             {"text": "x", "answer": "y"},

@@ -173,6 +173,7 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
         (lines({"instruction": "x", "output": 3}), r"a\.jsonl:1: output must be a string, not int"),
         (lines({"instruction": "x", "output": "y", "history": [["a", "b"]]}), r"`history` of Alpaca rows"),
         ('{"messages": [{"role": "user", "content": "a\\ud800"}]}\n', r"half a surrogate pair at character 1"),
+        (lines(ROW) + '{"id": ' + "9" * 5000 + "}\n", r"a\.jsonl:2: not usable JSON: .*4300 digits"),
         ("[" * 200_000 + "\n", r"a\.jsonl:1: not usable JSON: nested too deeply"),
         ("", r"dataset .*a\.jsonl is empty"),
         ("\n \n", r"dataset .*a\.jsonl is empty"),

@@ -54,7 +54,7 @@ def read_questions(cfg: QuestionsConfig, *, images: ImageColumn = TEXT_ALONE) ->
 def _question(line: str, cfg: QuestionsConfig, origin: str, images: ImageColumn) -> Question:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or an integer too long or a nesting too deep for Python
         raise DataError(f"{origin}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{origin}: a row must be an object, not {type(row).__name__}")

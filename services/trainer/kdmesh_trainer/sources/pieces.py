@@ -149,6 +149,8 @@ def _parse(text: str, path: Path, *, first_line: int) -> object:
         raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise DataError(f"{path}:{first_line}: not usable JSON: nested too deeply") from None
+    except ValueError as error:  # Python reads no integer of thousands of digits
+        raise DataError(f"{path}:{first_line}: not usable JSON: {error}") from None
 
 
 def _row_groups(path: Path) -> Iterator[Piece]:
