@@ -155,6 +155,7 @@ def test_samples_are_trained_on_as_they_were_drawn_and_scored_as_the_teacher_rea
             "kind": "on_policy",
             "rollouts": {"addresses": [address], "deadline_s": 100},
             "sampling": {"max_new_tokens": 12},
+            "show_every": 4,
         }
         tree |= {"steps": 4, "evaluation": {}, "checkpoint": {}}
         del tree["data"]["held_out"]
@@ -169,3 +170,6 @@ def test_samples_are_trained_on_as_they_were_drawn_and_scored_as_the_teacher_rea
     # The log-probabilities that were sampled with are those of the rows that are trained on: their ids are the same.
     assert all(abs(step["sampler_kl_k1_nats"]) < 1e-4 for step in steps)
     assert all((step["student_entropy_nats"] is None) == (name != "vanilla_kd") for step in steps)
+    shown = json.loads((tmp_path / "run/samples.jsonl").read_text(encoding="utf-8"))
+    asked = shown["prompt"].split("user\n")[1].split("<|im_end|>")[0]
+    assert shown["teacher_prompt"] == f"<s><|ask|>{asked}<|answer|>"  # each side by its own tokenizer

@@ -34,11 +34,13 @@ def rollout(prompt: Int32Array, *response: int, teacher: Int32Array | None = Non
 
 def showcase(path: Path) -> Showcase:
     decode = lambda ids: " ".join(map(str, ids.tolist()))  # noqa: E731
-    return Showcase(path / "samples.jsonl", decode, every=2, samples_per_prompt=2)
+    return Showcase(path / "samples.jsonl", decode, decode_teacher=lambda ids: f"{ids}", every=2, samples_per_prompt=2)
 
 
 def test_lines_of_earlier_steps_are_kept_whatever_their_texts_hold(tmp_path: Path) -> None:
-    shown = Showcase(tmp_path / "samples.jsonl", lambda ids: "a\u2028 1 \u2029b\x85", every=1, samples_per_prompt=2)
+    decode = lambda ids: "a\u2028 1 \u2029b\x85"  # noqa: E731
+    path = tmp_path / "samples.jsonl"
+    shown = Showcase(path, decode, decode_teacher=decode, every=1, samples_per_prompt=2)
     for step in range(4):
         shown.show(step, [rollout(ids(5), 7, 0)])
     shown.start(3)
@@ -75,7 +77,7 @@ def test_the_first_prompt_is_shown_with_all_its_responses_every_few_steps(
         {
             "step": 2,
             "prompt": "3",
-            "teacher_prompt": "1 2",
+            "teacher_prompt": "[1 2]",  # in the teacher's tokens
             "responses": [{"text": "4 0", "is_cut_off": False}, {"text": "5", "is_cut_off": True}],
         },
     ]

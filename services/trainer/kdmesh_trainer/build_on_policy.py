@@ -58,6 +58,7 @@ class Task:
     max_tokens: int  # of the longest prompt with the longest response
     answers: Sequence[TokenSequence]  # the data's own; empty where all is sampled
     tokenizer: PreTrainedTokenizerFast
+    teacher_tokenizer: PreTrainedTokenizerFast
     read: ReadResponse | None  # None: the teacher has the student's tokenizer
 
     def identity(self) -> dict[str, str]:
@@ -114,6 +115,7 @@ def read_task(
         max_tokens=max(each.longest for each in facts.values()) + drawn.max_new_tokens,
         answers=answers,
         tokenizer=tokenizer,
+        teacher_tokenizer=encoder.teacher_tokenizer if isinstance(encoder, OtherTokenizerEncoder) else tokenizer,
         read=_reader_of_responses(cfg, prompts, encoder, teachers, tokens)
         if isinstance(encoder, OtherTokenizerEncoder)
         else None,
@@ -254,6 +256,7 @@ def _showcase(cfg: config.TrainerConfig, task: Task) -> Showcase | None:
     return Showcase(
         cfg.output / "samples.jsonl",
         lambda ids: str(task.tokenizer.decode(ids)),
+        decode_teacher=lambda ids: str(task.teacher_tokenizer.decode(ids)),
         every=task.source.show_every,
         samples_per_prompt=task.source.samples_per_prompt,
     )

@@ -47,6 +47,7 @@ class OtherTokenizerEncoder:
 
     Attributes:
         shared: the tokens that distributions are compared over.
+        teacher_tokenizer: whose ids the teacher's side has.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class OtherTokenizerEncoder:
         Raises:
             ConfigError: a template is missing, or a tokenizer is of a kind whose tokens are not the text.
         """
-        self._teacher_tokenizer = teacher
+        self.teacher_tokenizer = teacher
         self._takes_chunks = takes_chunks
         self._student = ChatEncoder(student, student_template)
         self._teacher = ChatEncoder(teacher, teacher_template)
@@ -88,7 +89,7 @@ class OtherTokenizerEncoder:
         Raises:
             ConfigError: `with_boundaries`, and the vocabularies have no byte in common that only begins tokens.
         """
-        tokenizer = self._teacher_tokenizer
+        tokenizer = self.teacher_tokenizer
         return TeacherTokens(
             fingerprint=tokenizer_fingerprint(tokenizer.get_vocab()),
             size=vocabulary_size(tokenizer),

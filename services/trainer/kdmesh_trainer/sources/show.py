@@ -17,14 +17,24 @@ log = logging.getLogger(__name__)
 class Showcase:
     """Now and then one prompt with all of its responses, as text, in the log and in a file of one object per line."""
 
-    def __init__(self, path: Path, decode: Callable[[Int32Array], str], *, every: int, samples_per_prompt: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        decode: Callable[[Int32Array], str],
+        *,
+        decode_teacher: Callable[[Int32Array], str],
+        every: int,
+        samples_per_prompt: int,
+    ) -> None:
         """
         Args:
-            decode: ids to text, special tokens included.
+            decode: the student's ids to text, special tokens included.
+            decode_teacher: the same of the teacher's.
             every: steps between looks.
         """
         self._path = path
         self._decode = decode
+        self._decode_teacher = decode_teacher
         self._every = every
         self._samples_per_prompt = samples_per_prompt
 
@@ -41,7 +51,7 @@ class Showcase:
         [theirs] = teacher_side([first])
         facts = {"step": step, "prompt": self._decode(_prompt(first))}
         if theirs is not first:
-            facts["teacher_prompt"] = self._decode(_prompt(theirs))
+            facts["teacher_prompt"] = self._decode_teacher(_prompt(theirs))
         responses = [
             {"text": self._decode(rollout.sequence.labels), "is_cut_off": rollout.is_cut_off} for rollout in shown
         ]
