@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdmesh.errors import CheckpointError, ModelMismatch
+from kdmesh.errors import CheckpointError, DeadlineExpired, ModelMismatch
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
 from kdmesh_trainer.devices import OwnDevices
 from kdmesh_trainer.mesh import Mesh, joined
@@ -219,6 +219,63 @@ def test_a_server_that_never_has_the_weights_ends_the_run_with_the_reason(mesh: 
         ask(mesh, exam(3), Server(refuses=1000))
     with pytest.raises(ModelMismatch, match="refuses to sample from the weights that it serves"):
         ask(mesh, exam(3), Server(refuses=1000), ServedWeights())
+
+
+class Queued:
+    """Samples that come, or are too late."""
+
+    def __init__(self, samples: list[Sample], on_sample: Callable[[Sample], None]) -> None:
+        self.is_done = self.is_late = False
+        self._samples = samples
+        self._on_sample = on_sample
+
+    def settle(self, *, is_late: bool) -> None:
+        self.is_done, self.is_late = True, is_late
+        for sample in () if is_late else self._samples:
+            self._on_sample(sample)
+
+    def wait(self) -> list[Sample]:
+        assert self.is_done
+        if self.is_late:
+            raise DeadlineExpired("nothing came")
+        return self._samples
+
+
+class BusyServer(Server):
+    """Answers so many requests, the first ones first, before the others are late; in all no more than `until`."""
+
+    def __init__(self, *, together: int, until: int = 1000) -> None:
+        super().__init__()
+        self.rounds = 0
+        self._together = together
+        self._until = until
+
+    def submit(self, *arguments: Any, **named: Any) -> Any:
+        return Queued(super().submit(*arguments, **named).wait(), named["on_sample"])
+
+    def wait(self, pending: Iterable[Any]) -> bool:
+        self.rounds += 1
+        for place, one in enumerate([one for one in pending if not one.is_done]):
+            is_late = place >= self._together or self._until == 0
+            self._until -= not is_late
+            one.settle(is_late=is_late)
+        return True
+
+
+def test_a_server_that_is_slow_and_steady_is_asked_again_for_what_is_late(mesh: Mesh) -> None:
+    expected, undisturbed = ask(mesh, exam(150), Server())
+    server = BusyServer(together=10)
+    kept, scores = ask(mesh, exam(150), server)
+    assert (kept, scores) == (expected, undisturbed)
+    assert server.rounds == 7 + 7 + 3  # of groups of 64, 64 and 22
+
+
+def test_a_server_that_answers_nothing_any_more_ends_the_run_with_the_reason(mesh: Mesh) -> None:
+    for until, rounds in ((0, 1), (25, 4), (64, 7 + 2)):  # the second group was asked before the first was answered
+        server = BusyServer(together=10, until=until)
+        with pytest.raises(DeadlineExpired, match="nothing came"):
+            ask(mesh, exam(150), server)
+        assert server.rounds == rounds
 
 
 def test_an_answer_of_other_weights_is_not_taken_for_the_students(mesh: Mesh) -> None:

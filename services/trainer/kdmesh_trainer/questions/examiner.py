@@ -140,6 +140,7 @@ class Examiner:
             samples_per_prompt=self._exam.samples,
             rank=self._mesh.rank,
             ranks=self._mesh.world_size,
+            asks_late_again=True,  # so many questions are asked at once that the last may wait longer than any deadline
         )
         answered: list[Answered] = []
         progress = _Told(len(self._exam.questions))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +10,14 @@ from typing import Protocol
 
 import numpy as np
 
-from kdmesh.errors import EngineFailure, ModelMismatch
+from kdmesh.errors import DeadlineExpired, EngineFailure, ModelMismatch, RpcError
 from kdmesh.tokens import digest
 from kdmesh.types import FinishReason, Sample, Sampling, TokenSequence
 from kdmesh_trainer.sources.prompts import StepPrompt
 from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService
 from kdmesh_trainer.sources.sides import Prompt, teacher_side
+
+log = logging.getLogger(__name__)
 
 # (a prompt, it with a response) -> that with what the teacher's tokenizer has for both. In any thread; always the same.
 ReadResponse = Callable[[Prompt, TokenSequence], TokenSequence]
@@ -66,11 +69,15 @@ class Sampler:
         rank: int,
         ranks: int,
         read: ReadResponse | None = None,
+        asks_late_again: bool = False,
     ) -> None:
         """
         Args:
             read: None where the teacher has the student's tokenizer.
+            asks_late_again: ask once more for what does not come by the service's deadline while other requests are
+                answered: it waited behind them.
         """
+        self._asks_late_again = asks_late_again
         self._read = read
         self._order = order
         self._service = service
@@ -117,7 +124,10 @@ class Sampler:
         """
         began_s = time.perf_counter()
         asks = self._asked[step]
-        is_here = self._service.wait([ask.pending for ask in asks if ask.pending is not None])
+        while (
+            is_here := self._service.wait([ask.pending for ask in asks if ask.pending is not None])
+        ) and self._has_asked_late_again(step):
+            pass
         refusals = [refusal for ask in asks if (refusal := ask.collect())] if is_here else []
         wait_s = time.perf_counter() - began_s
         if refusals or not is_here:
@@ -158,6 +168,20 @@ class Sampler:
     def _send(self, step: int) -> None:
         for ask in self._asked[step]:
             ask.send(self._service, self._sampling, self._samples_per_prompt)
+
+    def _has_asked_late_again(self, step: int) -> bool:
+        """Whether there was something to ask for; each time, another request has been answered since the last."""
+        if not self._asks_late_again:
+            return False
+        late = [ask for ask in self._asked[step] if isinstance(ask.failure(), DeadlineExpired)]
+        answered = [ask.arrived_s for asks in self._asked.values() for ask in asks if ask.is_answered]
+        if not late or max(*answered, self._complete_s, 0.0) <= max(ask.sent_s for ask in late):
+            return False
+        log.warning("samples are late behind others, so they are asked for again", extra={"requests": len(late)})
+        for ask in late:
+            ask.pending, ask.sent_s = None, time.perf_counter()
+        self._send(step)
+        return True
 
     def _drawing_s(self, asks: Sequence[_Ask]) -> float:
         if not asks:
@@ -213,6 +237,7 @@ class _Ask:
         self.samples: list[Sample] = []  # when they are here
         self.pending: PendingSamples | None = None  # while they are not
         self.asked_s = self.arrived_s = time.perf_counter()  # the first time; the last sample
+        self.sent_s = self.asked_s  # the last time that it was late, if it was
         self._min_weight_version = min_weight_version
         self._on_sample = on_sample
 
@@ -220,6 +245,20 @@ class _Ask:
     def is_done(self) -> bool:
         """Whether `collect` would not block."""
         return self.pending is None or self.pending.is_done
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all samples are here."""
+        return bool(self.samples) or (self.pending is not None and self.pending.is_done and self.failure() is None)
+
+    def failure(self) -> RpcError | None:
+        """Why `collect` would raise or say that servers are too old; it is done."""
+        try:
+            if self.pending is not None:
+                self.pending.wait()
+        except RpcError as error:
+            return error
+        return None
 
     def send(self, service: RolloutService, sampling: Sampling, num_samples: int) -> None:
         """Ask, unless there are samples already, or will be."""
