@@ -188,6 +188,8 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _check_close(model: PreTrainedModel, actual: Tensor, expected: Tensor, what: str) -> None:
+    if not expected.isfinite().all():
+        raise ConfigError(f"{model.name_or_path} computes what is not finite; look at its weights")
     error = (actual.float() - expected.float()).norm() / expected.float().norm()
     tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE_16_BITS)
     if not error <= tolerance:  # NaN is refused too

@@ -199,6 +199,15 @@ def test_an_unsupported_architecture_is_refused_by_name(
         load_causal_lm(tiny_models.path(family, tokenizer=False), "auto", CPU)
 
 
+def test_weights_that_are_not_finite_are_refused_as_such(tiny_models: TinyModels, tmp_path: Path) -> None:
+    model = hugging_face(tiny_models.path(), "sdpa")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="computes what is not finite; look at its weights"):
+        load_causal_lm(tmp_path, "auto", CPU)
+
+
 def test_a_model_that_takes_no_other_attention_is_refused(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
