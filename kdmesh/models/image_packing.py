@@ -68,7 +68,7 @@ class Packer:
 
 def _positions_of(model: PreTrainedModel, sequence: TokenSequence, extents_N3: Tensor) -> Tensor:
     if not sequence.images:
-        return torch.arange(sequence.num_tokens).expand(3, -1)
+        return torch.arange(sequence.num_tokens).repeat(3, 1)
     is_image_T = torch.zeros(sequence.num_tokens, dtype=torch.int32)
     for placed in sequence.images:
         is_image_T[placed.first_token : placed.end] = 1
@@ -90,5 +90,5 @@ def _with_blank_image(packed: PackedTokens, reader: ImageReader) -> PackedTokens
         token_ids_T=torch.cat([packed.token_ids_T, torch.tensor([reader.token_id, 0])]),
         position_ids_T=position_ids_T,
         lengths=(*packed.lengths, 2),
-        images=PackedImages(patches_PC=patches_PC, extents_N3=extents_N3, position_ids_3T=position_ids_T.expand(3, -1)),
+        images=PackedImages(patches_PC=patches_PC, extents_N3=extents_N3, position_ids_3T=position_ids_T.repeat(3, 1)),
     )

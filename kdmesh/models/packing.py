@@ -159,5 +159,14 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The same tensor on `device`; a GPU is not waited for."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
-    # From pageable memory the host would wait until the GPU has done all that it was given before.
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return pinned_copy(tensor).to(device, non_blocking=True)
+
+
+def pinned_copy(tensor: Tensor) -> Tensor:
+    """The same tensor in pinned memory of its own, which a GPU may still read when the original has changed.
+
+    From pageable memory the host would wait until the GPU has done all that it was given before. Not `pin_memory()`:
+    that fails on strides of 0, and returns the original where it is pinned already, as a slot may be that the teacher
+    writes into again.
+    """
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

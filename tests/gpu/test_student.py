@@ -18,7 +18,8 @@ from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.step import TINY, build_lm, descend, packed_tokens
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.attention import packed_attention
-from kdmesh.models.packing import PackedTokens
+from kdmesh.models.image_packing import Packer
+from kdmesh.models.packing import PackedTokens, moved
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.compiled_layers import compile_layers
 from kdmesh_trainer.head import TeacherHead
@@ -165,6 +166,26 @@ def test_a_step_waits_for_nothing_until_its_figures_are_read(
             descend(student, optimizer)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_row_without_an_image_reaches_a_gpu_that_sees_images(gpu: torch.device) -> None:
+    reader = SimpleNamespace(blank=lambda: (torch.rand(4, 8), torch.tensor([[1, 2, 2]])), token_id=7)
+    for sequences in (random_sequences(), []):
+        packed = Packer(SimpleNamespace(), reader, always_sees=True).pack(sequences)  # type: ignore[arg-type]
+        there = packed.to(gpu)
+        assert packed.images is not None
+        assert there.images is not None
+        assert torch.equal(there.images.position_ids_3T.cpu(), packed.images.position_ids_3T)
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_what_is_sent_to_a_gpu_may_change_at_once(gpu: torch.device, is_pinned: bool) -> None:
+    own = torch.ones(1 << 24, pin_memory=is_pinned)
+    torch.cuda._sleep(100_000_000)  # the copy begins after the change
+    there = moved(own, gpu)
+    own.zero_()
+    assert there.min().item() == 1
+    assert torch.equal(moved(torch.arange(4).expand(3, -1), gpu).cpu(), torch.arange(4).expand(3, -1))
 
 
 def test_sampled_tokens_are_looked_at_without_a_wait(mesh: Mesh, gpu: torch.device) -> None:

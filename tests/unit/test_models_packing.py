@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from kdmesh.models.packing import Slice, blank, pack, slice_of, slices_of
+from kdmesh.models.packing import Slice, blank, pack, pinned_copy, slice_of, slices_of
 from kdmesh.types import TokenSequence
 from tests.support.sequences import random_sequences
 
@@ -79,3 +82,25 @@ def test_starts_of_a_slice_are_those_of_what_it_has() -> None:
     starts = pack(random_sequences([3, 2, 5], vocabulary_size=50)).with_starts((2, 3)).starts
     assert starts is not None
     assert starts.tolist() == [0, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.arange(4).expand(3, -1), torch.arange(12).view(3, 4).T, torch.arange(3), torch.zeros(0, 2)]
+)
+def test_what_a_gpu_reads_is_a_pinned_copy_whatever_the_strides(
+    tensor: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def empty(*args: Any, pin_memory: bool, **options: Any) -> Tensor:
+        asked.append(pin_memory)  # which needs a GPU
+        return torch.zeros(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda itself: itself)  # as where it is pinned already
+    copy = pinned_copy(tensor)
+    assert asked == [True]
+    assert copy.is_contiguous()
+    assert torch.equal(copy, tensor)
+    assert copy.dtype == tensor.dtype
+    assert tensor.numel() == 0 or copy.data_ptr() != tensor.data_ptr()
