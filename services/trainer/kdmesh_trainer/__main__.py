@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from kdmesh import log
@@ -21,6 +22,14 @@ logger = logging.getLogger("kdmesh_trainer")  # not __name__, which is "__main__
 _REFUSED = 2
 _BROKEN = 1
 _INTERRUPTED = 130
+
+
+class _Failed(Exception):
+    """This rank fails, as has been told. Raised, because `joined` leaves the other ranks otherwise then."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 def main() -> int:
@@ -57,6 +66,8 @@ def _join(cfg: TrainerConfig) -> int:
             cfg.student.device, longest_wait_s=wait_s, shard_ranks=parallel.shard_ranks, context=parallel.context
         ) as mesh:
             return _train(cfg, mesh)
+    except _Failed as failed:
+        return failed.status
     except KdmeshError as error:
         return _refused(error, is_speaker=True)
 
@@ -89,14 +100,14 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
         ):
             done = run(parts, schedule)
     except KdmeshError as error:
-        return _refused(error, is_speaker=mesh.is_first_to_fail())
-    except KeyboardInterrupt:  # before the first step, where there is nothing to save
-        return _INTERRUPTED
-    except RuntimeError:
+        raise _Failed(_refused(error, is_speaker=mesh.is_first_to_fail())) from error
+    except KeyboardInterrupt as error:  # before the first step, where there is nothing to save
+        raise _Failed(_INTERRUPTED) from error
+    except RuntimeError as error:
         # A collective fails when another rank has gone: that one has said why, or was killed.
         if mesh.is_first_to_fail():
             raise
-        return _BROKEN
+        raise _Failed(_BROKEN) from error
     except Exception:
         mesh.is_first_to_fail()  # the others, whose collectives fail now, are not to speak instead
         raise
@@ -115,13 +126,22 @@ def _refused(error: KdmeshError, *, is_speaker: bool) -> int:
 def _leave(status: int) -> NoReturn:
     """End this process without tearing the interpreter down.
 
-    Everything is closed by now, but gloo's threads may still let go of tensors, and one that does so while the
-    interpreter goes down aborts the process: about one run in a hundred (pytorch/pytorch#179291, #190489).
+    Everything is closed by now but NCCL's groups of a rank that failed, which are not to be waited for. gloo's threads
+    may still let go of tensors, and one that does so while the interpreter goes down aborts the process: about one run
+    in a hundred (pytorch/pytorch#179291, #190489).
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
+def _tell_and_leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python does with an error that nobody caught, but for the tearing down."""
+    sys.__excepthook__(kind, error, trace)
+    if isinstance(error, Exception):
+        _leave(_BROKEN)
+
+
 if __name__ == "__main__":
+    sys.excepthook = _tell_and_leave
     _leave(main())

@@ -116,6 +116,8 @@ def joined(
 
     Raises:
         ConfigError: GPUs are asked for and there are none, or fewer than ranks on this machine.
+
+    What is raised within says that this rank fails, perhaps alone: see leave.
     """
     local = _device(device)
     store, rank, world_size = next(rendezvous("env://")) if "RANK" in os.environ else _alone()
@@ -127,6 +129,7 @@ def joined(
         world_size=world_size,
         timeout=timeout,
     )
+    has_failed = True
     try:
         yield Mesh(
             rank=rank,
@@ -136,8 +139,21 @@ def joined(
             store=store,
             context=context_group(context, timeout=timeout),
         )
+        has_failed = False
     finally:
-        dist.destroy_process_group()
+        leave(local, has_failed=has_failed)
+
+
+def leave(device: torch.device, *, has_failed: bool) -> None:
+    """Leave the ranks: together, or alone after a failure, where the process is to end next.
+
+    NCCL's groups are destroyed together: a rank that failed alone would wait for the others, and they for it in their
+    next collective, until that has taken too long. As it is the process ends, and torchrun ends the others. gloo's
+    groups are left at once, which the others notice.
+    """
+    if has_failed and device.type == "cuda" and dist.get_world_size() > 1:
+        return
+    dist.destroy_process_group()
 
 
 def device_mesh(device: str, *, shard_ranks: int, timeout: timedelta) -> DeviceMesh:

@@ -1,0 +1,97 @@
+"""How a rank leaves the others: with them when the run ends well, and alone when it fails."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NoReturn
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kdmesh.errors import ModelMismatch
+from kdmesh_trainer import __main__ as command
+from kdmesh_trainer import build
+from kdmesh_trainer.mesh import joined, leave
+from kdmesh_trainer.parallel_config import ParallelConfig
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "has_failed", "is_destroyed"),
+    [
+        (GPU, 2, False, True),
+        (GPU, 2, True, False),  # NCCL would wait for the other
+        (GPU, 1, True, True),
+        (CPU, 2, True, True),  # gloo tells the other
+    ],
+)
+def test_a_rank_that_fails_waits_for_no_other(
+    device: torch.device, ranks: int, has_failed: bool, is_destroyed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with joined("cpu", longest_wait_s=10):
+        with monkeypatch.context() as patched:
+            destroyed: list[bool] = []
+            patched.setattr(dist, "get_world_size", lambda: ranks)
+            patched.setattr(dist, "destroy_process_group", lambda: destroyed.append(True))
+            leave(device, has_failed=has_failed)
+        assert bool(destroyed) is is_destroyed
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the rank had failed, each time one left."""
+    seen: list[bool] = []
+
+    def noticed(device: torch.device, *, has_failed: bool) -> None:
+        seen.append(has_failed)
+        leave(device, has_failed=has_failed)
+
+    monkeypatch.setattr("kdmesh_trainer.mesh.leave", noticed)
+    return seen
+
+
+def test_what_is_raised_is_a_failure_and_nothing_else_is(left: list[bool]) -> None:
+    with joined("cpu", longest_wait_s=10):
+        pass
+    with pytest.raises(KeyError), joined("cpu", longest_wait_s=10):
+        raise KeyError
+    assert left == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ModelMismatch("other weights"), 2), (KeyboardInterrupt(), 130), (RuntimeError("a collective broke"), 1)],
+)
+def test_a_failure_that_was_told_is_one_for_the_other_ranks_too(
+    error: BaseException, status: int, left: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(build, "built", fails)
+    monkeypatch.setattr("kdmesh_trainer.mesh.Mesh.is_first_to_fail", lambda mesh: False)
+    cfg = SimpleNamespace(
+        student=SimpleNamespace(device="cpu"),
+        parallel=ParallelConfig(),
+        all_teachers={},
+        source=None,
+        steps=1,
+        evaluation=SimpleNamespace(rollouts=None, every=1),
+        checkpoint=SimpleNamespace(every=1),
+        tracing=None,
+    )
+    assert command._join(cfg) == status  # type: ignore[arg-type]
+    assert left == [True]
+
+
+def test_an_error_that_nobody_caught_is_told_before_the_process_leaves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statuses: list[int] = []
+    monkeypatch.setattr("os._exit", statuses.append)
+    error = ValueError("a mistake")
+    command._tell_and_leave(ValueError, error, None)
+    assert statuses == [1]
+    assert "ValueError: a mistake" in capsys.readouterr().err
