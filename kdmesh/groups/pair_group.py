@@ -7,6 +7,7 @@ import hmac
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -54,6 +55,9 @@ class PairGroup:
             Unavailable: the other one does not come, cannot be reached or is another one.
         """
         self._device = seat.device
+        # On the GPU's own stream, bytes would come only when all that was queued there before them is done.
+        is_gpu = seat.device.type == "cuda"
+        self._stream = torch.cuda.Stream(seat.device) if is_gpu else None  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
         self._work: dist.Work | None = None
         self._is_aborted = False
@@ -71,15 +75,17 @@ class PairGroup:
 
     def send(self, data: memoryview, timeout_s: float) -> None:
         """Return when `data` has been handed over. Blocks. Raises Unavailable when that fails, and breaks the group."""
-        sent = octets(data).to(self._device)
-        self._transfer(lambda group: group.send([sent], self._peer, 0), timeout_s)
+        with self._apart():
+            sent = octets(data).to(self._device)
+            self._transfer(lambda group: group.send([sent], self._peer, 0), timeout_s)
 
     def receive(self, place: Tensor, timeout_s: float) -> None:
         """Fill `place`, octets on the CPU, with what is sent. Blocks. Raises as `send`."""
-        landing = place if self._device.type == "cpu" else torch.empty_like(place, device=self._device)
-        self._transfer(lambda group: group.recv([landing], self._peer, 0), timeout_s)
-        if landing is not place:
-            place.copy_(landing)
+        with self._apart():
+            landing = place if self._device.type == "cpu" else torch.empty_like(place, device=self._device)
+            self._transfer(lambda group: group.recv([landing], self._peer, 0), timeout_s)
+            if landing is not place:
+                place.copy_(landing)  # waits, so that it is there when this returns
 
     def abort(self) -> None:
         """Break the group; a thread that sends or receives gets Unavailable at once."""
@@ -98,6 +104,10 @@ class PairGroup:
     def close(self) -> None:
         """Leave the group: what it has open is closed. In the thread that uses it; the other process is told."""
         self._group = None
+
+    def _apart(self) -> AbstractContextManager[object]:
+        """Of what else the GPU does."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _transfer(self, begin: Callable[[_Group], dist.Work], timeout_s: float) -> None:
         with self._lock:

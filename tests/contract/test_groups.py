@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -74,6 +75,30 @@ def test_bytes_arrive_in_order() -> None:
             one.send(memoryview(bytearray(octets)), 10)
             receiving.result(10)
             assert bytes(place.numpy()) == octets
+
+
+def test_a_group_with_a_stream_moves_bytes_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    on: list[object] = []  # there is no GPU here
+
+    @contextmanager
+    def stream(own: object) -> Iterator[None]:
+        on.append(own)
+        yield
+        on.remove(own)
+
+    def transferred(group: PairGroup, *_: object) -> None:
+        assert on == [group._stream]
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    with _pair() as (one, other):
+        monkeypatch.setattr(PairGroup, "_transfer", transferred)
+        for group in (one, other):
+            assert group._stream is None  # gloo, from memory to memory
+            group._stream = SimpleNamespace()  # type: ignore[assignment]
+        one.send(memoryview(bytearray(8)), 10)
+        assert not on
+        other.receive(torch.zeros(8, dtype=torch.uint8), 10)
+        assert not on
 
 
 def test_a_group_leaves_nothing_open() -> None:
