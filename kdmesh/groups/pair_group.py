@@ -49,7 +49,10 @@ class PairGroup:
     """
 
     def __init__(self, seat: Seat, *, timeout_s: float) -> None:
-        """Join. Blocks until the other process has come, too, and has proven itself; for `timeout_s` at most.
+        """Join. Blocks until the other process has come, too, and has proven itself; for `timeout_s` at most with gloo.
+
+        With NCCL each is waited for so long, but what lies between has no deadline: connecting two that have both come.
+        torch does that within the first transfer, which is of the proof; no later one connects anew.
 
         Raises:
             Unavailable: the other one does not come, cannot be reached or is another one.
@@ -162,11 +165,18 @@ def _gloo(seat: Seat, timeout: timedelta) -> _Group:
 
 def _nccl(seat: Seat, timeout: timedelta) -> _Group:
     """Its connections are made over the interfaces that NCCL finds, or NCCL_SOCKET_IFNAME names."""
+    _await_peer(seat, timeout)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     # So that waiting has a deadline. Otherwise a watchdog thread ends the process when the other one is gone.
     with _environment("TORCH_NCCL_BLOCKING_WAIT", "1"):
         return cast(_Group, dist.ProcessGroupNCCL(seat.store, seat.rank, 2, options))
+
+
+def _await_peer(seat: Seat, timeout: timedelta) -> None:
+    """Return when both have come. gloo does this itself; NCCL's rank 0 would wait for the other without a deadline."""
+    seat.store.set(f"came-{seat.rank}", "")
+    seat.store.wait([f"came-{1 - seat.rank}"], timeout)
 
 
 @contextlib.contextmanager

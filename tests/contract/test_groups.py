@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import ConfigError, Unavailable
+from kdmesh.groups import pair_group
 from kdmesh.groups.meeting import SECRET_BYTES, Invitation, Meeting, address_towards, visit
 from kdmesh.groups.pair_group import Backend, PairGroup, Seat
 from kdmesh.rpc.weight_sender import WeightSender
@@ -24,8 +26,10 @@ HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 
 
-def _join(store: Store, secret: bytes, *, rank: int, timeout_s: float = 10) -> PairGroup:
-    seat = Seat(store=store, secret=secret, rank=rank, backend=Backend.GLOO, device=CPU, host=HOST)
+def _join(
+    store: Store, secret: bytes, *, rank: int, timeout_s: float = 10, backend: Backend = Backend.GLOO
+) -> PairGroup:
+    seat = Seat(store=store, secret=secret, rank=rank, backend=backend, device=CPU, host=HOST)
     return PairGroup(seat, timeout_s=timeout_s)
 
 
@@ -151,6 +155,39 @@ def test_who_never_comes_is_not_waited_for_longer_than_allowed() -> None:
     place, invitation = meeting.invite()
     with pytest.raises(Unavailable, match="no group of two"):
         _first(place, invitation, timeout_s=0.2)
+
+
+@pytest.fixture
+def gloo_for_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NCCL's group is made of, where there is none."""
+
+    def made(store: Store, rank: int, size: int, options: SimpleNamespace) -> object:
+        seat = Seat(store=store, secret=b"", rank=rank, backend=Backend.GLOO, device=CPU, host=HOST)
+        return pair_group._gloo(seat, options._timeout)
+
+    made.Options = SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", made, raising=False)
+
+
+def test_over_nccl_who_never_comes_is_not_waited_for_either(
+    gloo_for_nccl: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair_group, "_gloo", lambda *_: pytest.fail("NCCL is asked to connect with nobody"))
+    meeting = Meeting(HOST, timeout_s=10)
+    place, invitation = meeting.invite()
+    with pytest.raises(Unavailable, match="no group of two"):
+        _join(place, invitation.secret, rank=0, timeout_s=0.2, backend=Backend.NCCL)
+
+
+def test_over_nccl_both_find_each_other(gloo_for_nccl: None) -> None:
+    meeting = Meeting(HOST, timeout_s=10)
+    place, invitation = meeting.invite()
+    with _threads() as pool:
+        one = pool.submit(_join, place, invitation.secret, rank=0, backend=Backend.NCCL)
+        there = visit(invitation, timeout_s=10)
+        other = pool.submit(_join, there, invitation.secret, rank=1, backend=Backend.NCCL)
+        one.result(20).close()
+        other.result(20).close()
 
 
 @pytest.mark.parametrize("end", [PairGroup.abort, PairGroup.close])
