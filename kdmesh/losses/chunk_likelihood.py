@@ -35,7 +35,7 @@ def fused_linear_chunk_likelihood(
     tau: float,
     student_log_likelihood_R: Tensor | None = None,
     boundaries: Boundaries | None = None,
-    is_followed_C: Tensor | None = None,
+    followed_F: Tensor | None = None,
 ) -> ChunkLoss:
     """The sum over chunks of `binary_kl` of their likelihoods; a chunk's is the product of its tokens'.
 
@@ -48,8 +48,8 @@ def fused_linear_chunk_likelihood(
         student_log_likelihood_R: where it is known already, at temperature 1.
         boundaries: the likelihood of a chunk that is followed is multiplied by that of a boundary behind it, and chunks
             that end at none are joined. What nothing follows is compared as it is.
-        is_followed_C: bool, on the device of the rows: whether the next chunk begins with the row behind this one, on
-            both sides. `boundaries` need it.
+        followed_F: int64, ascending, on the device of the rows: the chunks whose next one begins with the row behind
+            them, on both sides. `boundaries` need it, and for what the teacher says of these a GPU is waited for once.
 
     Raises:
         InvalidRequest: tau is not positive, or shapes disagree.
@@ -67,9 +67,9 @@ def fused_linear_chunk_likelihood(
     log_p_G = chunks.sums(teacher.picked(rows_M).log_likelihoods(), chunk_M)
     ends = None
     if boundaries is not None:
-        if is_followed_C is None or len(is_followed_C) != chunks.num_chunks:
-            raise InvalidRequest(f"boundaries need is_followed_C, of {chunks.num_chunks} chunks")
-        ends = _Ends.found(student, teacher, chunks, boundaries=boundaries, is_followed_C=is_followed_C)
+        if followed_F is None:
+            raise InvalidRequest("boundaries need followed_F, the chunks that another one follows")
+        ends = _Ends.found(student, teacher, chunks, boundaries=boundaries, followed_F=followed_F)
         chunk_N = ends.group_C[chunk_N]
         log_q_G = ends.joined(log_q_G, ends.student.log_probabilities())
         log_p_G = ends.joined(log_p_G, ends.log_boundary_F)
@@ -136,6 +136,7 @@ class _AnyOf:
 class _Ends:
     """Which chunks are joined, and what follows where a joined one ends and something follows."""
 
+    num_groups: int
     group_C: Tensor  # int64, not falling: the joined chunk that each is in
     group_F: Tensor  # int64: the joined chunks that something follows
     log_boundary_F: Tensor  # float64 nats: that the teacher goes on with a boundary there
@@ -149,26 +150,30 @@ class _Ends:
         chunks: ChunkRows,
         *,
         boundaries: Boundaries,
-        is_followed_C: Tensor,
+        followed_F: Tensor,
     ) -> _Ends:
         """Of the chunks, as the teacher has it."""
-        (followed_F,) = is_followed_C.nonzero(as_tuple=True)
         asked = _AnyOf.of(teacher, chunks.teacher_ends_C[followed_F], boundaries.teacher_B)
         log_boundary_F = asked.log_probabilities()
         is_end_F = log_boundary_F.exp() > boundaries.least
-        is_end_C = ~is_followed_C
+        is_end_C = torch.ones(chunks.num_chunks, dtype=torch.bool, device=followed_F.device)
         is_end_C[followed_F] = is_end_F
         ended_C = is_end_C.long().cumsum(0)
-        kept_F = followed_F[is_end_F]
+        group_C = ended_C - is_end_C.long()
+        num_ends, num_groups = 0, 0
+        if chunks.num_chunks > 0:
+            num_ends, num_groups = torch.stack([is_end_F.sum(), group_C[-1] + 1]).tolist()  # the one wait for a GPU
+        ends_F = torch.nonzero_static(is_end_F, size=num_ends)[:, 0]
+        kept_F = followed_F[ends_F]
         return cls(
-            group_C=ended_C - is_end_C.long(),
+            num_groups=num_groups,
+            group_C=group_C,
             group_F=ended_C[kept_F] - 1,
-            log_boundary_F=log_boundary_F[is_end_F],
+            log_boundary_F=log_boundary_F[ends_F],
             student=_AnyOf.of(student, chunks.student_ends_C[kept_F], boundaries.student_B),
         )
 
     def joined(self, values_C: Tensor, boundary_F: Tensor) -> Tensor:
         """[G] the sum over each joined chunk, and of what follows it."""
-        num_groups = int(self.group_C[-1]) + 1 if len(self.group_C) else 0
-        summed_G = values_C.new_zeros(num_groups).index_add_(0, self.group_C, values_C)
+        summed_G = values_C.new_zeros(self.num_groups).index_add_(0, self.group_C, values_C)
         return summed_G.index_add_(0, self.group_F, boundary_F)

@@ -56,6 +56,8 @@ class ChunkRows:
     student_ends_C: Tensor
     teacher_begins_C: Tensor
     teacher_ends_C: Tensor
+    num_student_rows: int | None = None  # in all chunks; None: a GPU is waited for to find it
+    num_teacher_rows: int | None = None
 
     @property
     def num_chunks(self) -> int:
@@ -64,20 +66,23 @@ class ChunkRows:
 
     def student_rows(self, *, skip: int = 0) -> tuple[Tensor, Tensor]:
         """(rows_N, chunk_N): every row of the student's in a chunk but the first `skip` of each, and its chunk."""
-        return _members(self.student_begins_C + skip, self.student_ends_C)
+        return _members(self.student_begins_C, self.student_ends_C, skip, self.num_student_rows)
 
     def teacher_rows(self, *, skip: int = 0) -> tuple[Tensor, Tensor]:
         """As student_rows."""
-        return _members(self.teacher_begins_C + skip, self.teacher_ends_C)
+        return _members(self.teacher_begins_C, self.teacher_ends_C, skip, self.num_teacher_rows)
 
     def sums(self, values_N: Tensor, chunk_N: Tensor) -> Tensor:
         """[C] of the values of each chunk; 0 where it has none."""
         return values_N.new_zeros(self.num_chunks).index_add_(0, chunk_N, values_N)
 
 
-def _members(begins_C: Tensor, ends_C: Tensor) -> tuple[Tensor, Tensor]:
+def _members(begins_C: Tensor, ends_C: Tensor, skip: int, num_rows: int | None) -> tuple[Tensor, Tensor]:
+    begins_C = begins_C + skip
     lengths_C = ends_C - begins_C
-    chunk_N = torch.repeat_interleave(torch.arange(len(begins_C), device=begins_C.device), lengths_C)
+    num_members = None if num_rows is None else num_rows - skip * len(begins_C)
+    each_C = torch.arange(len(begins_C), device=begins_C.device)
+    chunk_N = torch.repeat_interleave(each_C, lengths_C, output_size=num_members)
     before_C = lengths_C.cumsum(0) - lengths_C
     rows_N = torch.arange(len(chunk_N), device=begins_C.device) + (begins_C - before_C)[chunk_N]
     return rows_N, chunk_N

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,12 +19,33 @@ class Matched:
 
     student_M: Tensor
     teacher_M: Tensor  # in the same order
+    _others: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False)  # by side and vocabulary size
 
     @classmethod
     def nothing(cls, device: torch.device) -> Matched:
         """Two vocabularies of which nothing is known."""
         none = torch.empty(0, dtype=torch.int64, device=device)
         return cls(student_M=none, teacher_M=none)
+
+    def student_others(self, vocabulary_size: int) -> Tensor:
+        """The student's tokens below `vocabulary_size` that are none of these, ascending.
+
+        A GPU is waited for to find them, and only the first time.
+        """
+        return self._found("student", self.student_M, vocabulary_size)
+
+    def teacher_others(self, vocabulary_size: int) -> Tensor:
+        """As student_others."""
+        return self._found("teacher", self.teacher_M, vocabulary_size)
+
+    def _found(self, side: str, tokens_M: Tensor, vocabulary_size: int) -> Tensor:
+        if len(tokens_M) == 0:
+            return torch.arange(vocabulary_size, device=tokens_M.device)
+        if (side, vocabulary_size) not in self._others:
+            is_other_V = torch.ones(vocabulary_size, dtype=torch.bool, device=tokens_M.device)
+            is_other_V[tokens_M] = False
+            self._others[side, vocabulary_size] = is_other_V.nonzero()[:, 0]
+        return self._others[side, vocabulary_size]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +84,8 @@ class HybridRows:
         self._teacher_head = teacher_head
         self._weights = weights
         self._matched = matched
-        self._own_U = _others(matched.student_M, student.head.vocabulary_size)
-        self._their_U = _others(matched.teacher_M, teacher_head.vocabulary_size)
+        self._own_U = matched.student_others(student.head.vocabulary_size)
+        self._their_U = matched.teacher_others(teacher_head.vocabulary_size)
         self._factors = factors
         self._slope_R = slope_R
         self._values: list[Tensor] = []
@@ -122,10 +143,3 @@ def _by_rank(q_CU: Tensor, p_CW: Tensor) -> tuple[Tensor, Tensor]:
     gap_CU[:, :both] -= p_CW[:, :both]
     value_C = gap_CU.abs().sum(-1) + p_CW[:, both:].sum(-1)
     return value_C, q_CU.scatter(-1, order_CU, gap_CU.sign_().mul_(q_CU))
-
-
-def _others(tokens_M: Tensor, vocabulary_size: int) -> Tensor:
-    """The tokens below `vocabulary_size` that are none of these, ascending."""
-    is_other_V = torch.ones(vocabulary_size, dtype=torch.bool, device=tokens_M.device)
-    is_other_V[tokens_M] = False
-    return is_other_V.nonzero()[:, 0]

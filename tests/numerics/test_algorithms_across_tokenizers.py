@@ -27,9 +27,11 @@ from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import InChunks
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from tests.support.chunk_cases import ChunkInputs, TextbookEnds, expected, expected_debiased, likelihood
+from tests.support.device_reads import Reads
 from tests.support.other_tokenizers import save_sentence_piece
 from tests.support.tiny_models import save_tokenizer
 
+_EDGES = ("student_begins_C", "student_ends_C", "teacher_begins_C", "teacher_ends_C")
 CHATS = (
     "The text is wrapped at width 70.\n\nNaïve façade: 日本語 🎉!",
     "    def wrap(self, text):\n        return self._wrap_chunks(text)",
@@ -126,11 +128,11 @@ def _made(sequences: list[InChunks], own_size: int, their_size: int) -> ChunkInp
     return ChunkInputs(
         student=student,
         teacher=side([sequence.teacher for sequence in sequences], their_size, 9),
-        chunks=ChunkRows(**dict(zip(ChunkRows.__dataclass_fields__, map(torch.from_numpy, edges), strict=True))),
+        chunks=ChunkRows(**dict(zip(_EDGES, map(torch.from_numpy, edges), strict=True))),
     )
 
 
-def run(world: World, algorithm: AlgorithmConfig, *, num_sampled: int = 0, temperature: float = 1.0) -> FusedLoss:
+def objective(world: World, algorithm: AlgorithmConfig, *, temperature: float = 1.0) -> Distillation:
     made = world.made
     built = resolve_algorithm(algorithm)(
         Setup(
@@ -141,7 +143,7 @@ def run(world: World, algorithm: AlgorithmConfig, *, num_sampled: int = 0, tempe
             boundaries=world.encoder.teacher_tokens(with_boundaries=True).boundaries,
         )
     )
-    objective = Distillation(
+    return Distillation(
         algorithm=built,
         divergence=forward_kl,
         temperature=temperature,
@@ -149,11 +151,17 @@ def run(world: World, algorithm: AlgorithmConfig, *, num_sampled: int = 0, tempe
         ce_weight=0.2,
         teacher_head=WholeHeads(made.teacher.head),
     )
-    rows = Rows(rows_RD=made.teacher.hidden_RD)
-    student = made.student
+
+
+def loss_of(world: World, objective: Distillation, *, num_sampled: int = 0) -> FusedLoss:
+    student, rows = world.made.student, Rows(rows_RD=world.made.teacher.hidden_RD)
     return objective(
         student.hidden_RD, student.head, student.labels_R, rows, num_sampled=num_sampled, sequences=world.sequences
     )
+
+
+def run(world: World, algorithm: AlgorithmConfig, *, num_sampled: int = 0, temperature: float = 1.0) -> FusedLoss:
+    return loss_of(world, objective(world, algorithm, temperature=temperature), num_sampled=num_sampled)
 
 
 OfChunk = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -243,3 +251,23 @@ def test_what_may_follow_a_run_is_a_word_or_the_end_of_the_turn(world: World, le
     found = torch.autograd.grad(loss.loss_sum, world.made.leaves)
     for mine, theirs, labels in zip(found, gradients, imitated, strict=True):
         torch.testing.assert_close(mine, 0.7 * theirs / -1.5 + 0.2 * labels, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "num_reads"),
+    [
+        (ChunkLikelihood(name="alm", tau=30.0), 0),
+        (ByRank(name="uld"), 0),
+        (Hybrid(name="gold", beta=0.25), 0),
+        (ChunkLikelihood(name="alm", tau=30.0, debias_above=0.1), 1),  # in how many runs the teacher goes on
+    ],
+    ids=["alm", "uld", "gold", "alm, debiased"],
+)
+def test_numbers_are_read_off_the_device_only_for_runs_that_the_teacher_ends(
+    world: World, algorithm: AlgorithmConfig, num_reads: int
+) -> None:
+    made = objective(world, algorithm)
+    loss_of(world, made)  # what a vocabulary has alone is found
+    with Reads() as reads:
+        loss_of(world, made, num_sampled=3)
+    assert reads.seen == ["tolist"] * num_reads

@@ -66,7 +66,7 @@ def textbook_likelihood(case: ChunkCase, made: ChunkInputs, tau: float) -> list[
 
 
 def followed(chunks: ChunkRows) -> Tensor:
-    """[C] whether the next chunk begins where this one ends."""
+    """[C] whether the next chunk begins where this one ends, on both sides."""
     joins = (chunks.student_ends_C[:-1] == chunks.student_begins_C[1:]) & (
         chunks.teacher_ends_C[:-1] == chunks.teacher_begins_C[1:]
     )
@@ -154,7 +154,12 @@ def test_chunk_likelihoods_with_what_may_follow_are_the_textbooks(least: float) 
             least=least,
         )
         loss = fused_linear_chunk_likelihood(
-            made.student, made.teacher, made.chunks, tau=7.0, boundaries=boundaries, is_followed_C=followed_C
+            made.student,
+            made.teacher,
+            made.chunks,
+            tau=7.0,
+            boundaries=boundaries,
+            followed_F=followed_C.nonzero()[:, 0],
         )
         textbook = expected_debiased(made, ends, lambda log_q, log_p: textbook_binary(log_q, log_p, 7.0))
         assert_alike(outcome(loss, made), textbook, tolerance=1e-9)
@@ -222,7 +227,7 @@ def test_models_that_agree_on_every_text_have_no_loss_however_they_cut_it_once_w
             chunks,
             tau=1.0,
             boundaries=boundaries,
-            is_followed_C=torch.tensor([True, False]),
+            followed_F=torch.tensor([0]),
         )
         assert abs(loss.divergence_C[0]) < 1e-9
         biased += fused_linear_chunk_likelihood(student, teacher, chunks, tau=1.0).divergence_C[0].item()
@@ -232,7 +237,7 @@ def test_models_that_agree_on_every_text_have_no_loss_however_they_cut_it_once_w
 def test_boundaries_need_to_know_what_is_followed() -> None:
     made = inputs(ChunkCase())
     boundaries = Boundaries(student_B=torch.arange(2), teacher_B=torch.arange(2), least=0.0)
-    with pytest.raises(InvalidRequest, match="boundaries need is_followed_C, of 5 chunks"):
+    with pytest.raises(InvalidRequest, match="boundaries need followed_F"):
         fused_linear_chunk_likelihood(made.student, made.teacher, made.chunks, tau=1.0, boundaries=boundaries)
 
 

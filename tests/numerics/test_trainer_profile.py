@@ -5,21 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.profile_config import ProfileConfig
 from kdmesh_trainer.profiler import TraceWriter
 from kdmesh_trainer.step import GradientStepper
+from tests.support.device_reads import Reads
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
@@ -74,30 +71,6 @@ def test_each_rank_writes_a_trace_of_each_chosen_step_that_names_its_parts(
 def test_a_step_that_there_cannot_be_is_refused() -> None:
     with pytest.raises(ValidationError, match="steps has -1: steps are counted from 0"):
         ProfileConfig(steps=(3, -1))
-
-
-class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operators whose result the host must know, which on a GPU would wait for everything before them."""
-
-    _SIZES = ("nonzero", "masked_select", "unique", "bincount", "repeat_interleave.Tensor")
-    _VALUES = ("_local_scalar_dense", "item", "equal", "is_nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = str(func).removeprefix("aten.")
-        by_mask = name.startswith(("index.", "index_put")) and any(is_mask(index) for index in args[1])
-        if by_mask or name.startswith((*self._SIZES, *self._VALUES)):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def is_mask(index: object) -> bool:
-    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def test_no_number_is_read_before_the_step_is_over(tiny_models: TinyModels) -> None:

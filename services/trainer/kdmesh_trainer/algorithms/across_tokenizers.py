@@ -23,6 +23,7 @@ from kdmesh.losses import (
     fused_linear_chunk_likelihood,
     fused_linear_hybrid,
 )
+from kdmesh.models.packing import moved
 from kdmesh.types import Int32Array, TokenSequence
 from kdmesh_trainer.algorithms.data_tokens import cross_entropy
 from kdmesh_trainer.algorithms.seam import LossRows, Terms
@@ -38,7 +39,7 @@ class Runs:
     student: LabelledRows
     teacher: LabelledRows
     chunks: ChunkRows
-    is_followed_C: Tensor  # bool: whether the next run begins right behind, for both
+    followed_F: Tensor  # int64, ascending: the runs that the next one begins right behind, for both
     student_log_likelihood_R: Tensor  # float32 nats, at temperature 1; carries no gradient
 
 
@@ -62,20 +63,22 @@ class AcrossTokenizers:
         (target,) = rows.whole_targets()
         (teacher,) = target.teachers
         device = rows.hidden_RD.device
-        chunks, teacher_labels_A, is_followed_C = _joined(rows.sequences)
+        chunks, teacher_labels_A, followed_F = _joined(rows.sequences)
         loss = self._compare(
             Runs(
                 student=LabelledRows(hidden_RD=rows.hidden_RD, head=rows.head, labels_R=rows.labels_R),
                 teacher=LabelledRows(
-                    hidden_RD=teacher.hidden_RE, head=teacher.head, labels_R=teacher_labels_A.to(device)
+                    hidden_RD=teacher.hidden_RE, head=teacher.head, labels_R=moved(teacher_labels_A, device)
                 ),
                 chunks=ChunkRows(
                     student_begins_C=_on(device, chunks.student_begins),
                     student_ends_C=_on(device, chunks.student_ends),
                     teacher_begins_C=_on(device, chunks.teacher_begins),
                     teacher_ends_C=_on(device, chunks.teacher_ends),
+                    num_student_rows=int((chunks.student_ends - chunks.student_begins).sum()),
+                    num_teacher_rows=int((chunks.teacher_ends - chunks.teacher_begins).sum()),
                 ),
-                is_followed_C=is_followed_C.to(device),
+                followed_F=moved(followed_F, device),
                 student_log_likelihood_R=-labelled.cross_entropy_R,
             ),
             temperature=terms.temperature,
@@ -101,7 +104,7 @@ def chunk_likelihood(runs: Runs, *, temperature: float, tau: float, boundaries: 
         tau=tau,
         student_log_likelihood_R=runs.student_log_likelihood_R,
         boundaries=boundaries,
-        is_followed_C=runs.is_followed_C,
+        followed_F=runs.followed_F,
     )
 
 
@@ -132,7 +135,7 @@ def hybrid(
 
 
 def _joined(sequences: Sequence[TokenSequence]) -> tuple[Chunks, Tensor, Tensor]:
-    """Over the rows of all of them, the teacher's labels, and which runs are followed by the next."""
+    """Over the rows of all of them, the teacher's labels, and the runs that the next one follows."""
     parts, labels, followed = [], [], []
     own_rows = their_rows = 0
     for sequence in sequences:
@@ -143,7 +146,7 @@ def _joined(sequences: Sequence[TokenSequence]) -> tuple[Chunks, Tensor, Tensor]
         own_rows += sequence.num_rows
         their_rows += sequence.teacher.num_rows
     teacher_labels_A = torch.from_numpy(np.concatenate(labels).astype(np.int64))
-    return Chunks.joined(parts), teacher_labels_A, torch.from_numpy(np.concatenate(followed))
+    return Chunks.joined(parts), teacher_labels_A, torch.from_numpy(np.flatnonzero(np.concatenate(followed)))
 
 
 def _followed(sequence: InChunks) -> BoolArray:
@@ -163,4 +166,4 @@ def _adjoins(rows: TokenSequence, begins: Int32Array, ends: Int32Array) -> BoolA
 
 
 def _on(device: torch.device, numbers: Int32Array) -> Tensor:
-    return torch.from_numpy(numbers.astype(np.int64)).to(device)
+    return moved(torch.from_numpy(numbers.astype(np.int64)), device)
