@@ -162,7 +162,7 @@ class Replicas(Generic[C]):
         asked: set[Replica[C]] = set()
 
         def ask() -> Coroutine[Any, Any, T]:
-            return self._one_after_another(call, num_tokens, deadline, may, asked, takes_slot=takes_slot)
+            return self._one_after_another(call, num_tokens, deadline, may, asked, takes_slot)
 
         after_s = self._routing.hedge_after_s
         return await (hedged(ask, after_s=after_s) if may_hedge and after_s is not None else ask())
@@ -174,7 +174,6 @@ class Replicas(Generic[C]):
         deadline: Deadline,
         may: Callable[[C], bool],
         asked: set[Replica[C]],  # by this and others like it, at the moment; none of them is asked twice at once
-        *,
         takes_slot: bool,
     ) -> T:
         failed: set[Replica[C]] = set()  # by the server's fault
@@ -182,11 +181,8 @@ class Replicas(Generic[C]):
         def is_one(replica: Replica[C]) -> bool:
             return replica not in failed | asked and replica.client is not None and may(replica.client)
 
-        def is_free(replica: Replica[C]) -> bool:
-            return is_one(replica) and (replica.has_slot or not takes_slot)
-
         for attempt in itertools.count():
-            replica = await self._choose(num_tokens, deadline, is_free)
+            replica = await self._choose(num_tokens, deadline, lambda r: is_one(r) and (r.has_slot or not takes_slot))
             assert replica.client is not None
             asked.add(replica)
             try:
