@@ -9,6 +9,7 @@ from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from kdmesh import config
 from kdmesh.auth.config import AccessConfig
@@ -36,6 +37,7 @@ _SERVICES: dict[str, type[StrictModel]] = {
 
 
 ServiceConfig = TrainerConfig | TeacherConfig | RolloutConfig
+C = TypeVar("C", bound=StrictModel)
 
 
 def load_any(path: Path, overrides: Sequence[str] = ()) -> ServiceConfig:
@@ -60,6 +62,36 @@ def load_any(path: Path, overrides: Sequence[str] = ()) -> ServiceConfig:
         with suppress(ConfigError):
             return config.parse(RolloutConfig, tree, source=path)
     return config.parse(TeacherConfig, tree, source=path)
+
+
+def load_as(model: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+    """As `config.load`, where a person may have named the file of another service.
+
+    Raises:
+        ConfigError: as `config.load`, or the file configures another service.
+    """
+    tree = config.read_tree(path, overrides)
+    try:
+        return config.parse(model, tree, source=path)
+    except ConfigError:
+        other = _other_service(model, tree, path)
+        if other is None:
+            raise
+    wanted = next(name for name, each in _SERVICES.items() if each is model)
+    raise ConfigError(f"{path} is a {other} configuration; what is wanted here is a {wanted}'s")
+
+
+def _other_service(model: type[StrictModel], tree: Mapping[str, object], path: Path) -> str | None:
+    """The service that `tree`, which is of no use for `model`, configures instead; None where it is not clear."""
+    known = {each: len(tree.keys() & each.model_fields) for each in _SERVICES.values()}
+    for name, each in _SERVICES.items():
+        if known[each] > known[model]:
+            return name
+        if each is not model and known[each] == known[model]:
+            with suppress(ConfigError):
+                config.parse(each, dict(tree), source=path)
+                return name
+    return None
 
 
 def kind(cfg: ServiceConfig) -> str:

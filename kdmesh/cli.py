@@ -15,8 +15,11 @@ from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.log import can_redraw
 from kdmesh.place import exit_when_stopped
+from kdmesh_rollout.config import RolloutConfig
+from kdmesh_teacher.config import TeacherConfig
 
 if TYPE_CHECKING:
+    from kdmesh.config import StrictModel
     from kdmesh.rpc.doors import DoorChoice
 
 _ERROR = 1
@@ -151,7 +154,7 @@ def teacher(config: Path, overrides: tuple[str, ...]) -> None:
     \b
     Example: kdmesh teacher examples/teacher.yaml --set server.port=50052
     """
-    _serve("kdmesh_teacher", config, overrides)
+    _serve(TeacherConfig, "kdmesh_teacher", config, overrides)
 
 
 @main.command()
@@ -166,7 +169,7 @@ def rollout(config: Path, overrides: tuple[str, ...]) -> None:
     \b
     Example: kdmesh rollout examples/rollout.yaml --set server.port=50062
     """
-    _serve("kdmesh_rollout", config, overrides)
+    _serve(RolloutConfig, "kdmesh_rollout", config, overrides)
 
 
 @main.command("check")
@@ -313,8 +316,9 @@ for command in (*_BESIDE, *cluster_commands.COMMANDS):
     main.add_command(command)
 
 
-def _serve(package: str, config: Path, overrides: tuple[str, ...]) -> NoReturn:
+def _serve(model: type[StrictModel], package: str, config: Path, overrides: tuple[str, ...]) -> NoReturn:
     """Become the server."""
+    check.load_as(model, config, overrides)
     argv = [sys.executable, "-m", package, str(config), *jobs.set_arguments(overrides)]
     os.execv(argv[0], argv)
 

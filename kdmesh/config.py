@@ -126,8 +126,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _line(details: ErrorDetails) -> str:
-    dotted = ".".join(str(part) for part in details["loc"]) or "(top level)"
-    message, value = details["msg"], details["input"]
+    message, value = details["msg"].removeprefix("Value error, "), details["input"]
+    if not details["loc"]:  # a rule of several keys, which it names
+        return f"  {message}"
+    dotted = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "tuple_type":
+        message = "give a list, as [first, second]"
     if details["type"] == "union_tag_not_found":
         message = f"says no {details['ctx']['discriminator']}, which decides what else belongs here"
     if details["type"] == "extra_forbidden":

@@ -216,7 +216,7 @@ def set_arguments(overrides: Sequence[str]) -> list[str]:
 
 
 def _checked_trainer(path: Path, overrides: Sequence[str]) -> TrainerConfig:
-    cfg = config.load(TrainerConfig, path, overrides)
+    cfg = check.load_as(TrainerConfig, path, overrides)
     check.refuse_missing(cfg, source=path)
     for name, teacher in cfg.all_teachers.items() if isinstance(cfg.objective, Distill) else ():
         if not teacher.addresses:
@@ -236,7 +236,7 @@ def _checked_trainer(path: Path, overrides: Sequence[str]) -> TrainerConfig:
 
 
 def _checked_server(service: Service, path: Path) -> TeacherConfig | RolloutConfig:
-    cfg = config.load(service.config, path)
+    cfg = check.load_as(service.config, path)
     check.refuse_missing(cfg, source=path)
     return cfg
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from kdmesh import check, jobs
-from kdmesh.config import load
 from kdmesh.errors import ConfigError
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
 from kdmesh_trainer.config import TrainerConfig
@@ -46,7 +45,7 @@ def plan(
     \b
     Example: kdmesh plan examples/train.yaml --serve examples/teacher.yaml
     """
-    trainer = load(TrainerConfig, config, overrides)
+    trainer = check.load_as(TrainerConfig, config, overrides)
     check.refuse_missing(trainer, source=config, looks=check.missing_to_plan)
     servers = []
     for text in teacher_configs:

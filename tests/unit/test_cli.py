@@ -197,6 +197,24 @@ def test_a_served_teacher_is_checked_too(good: Path) -> None:
     assert "engine.model: there is no directory nowhere" in result.output
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["teacher", "train.yaml"], "train.yaml is a trainer configuration; what is wanted here is a teacher's"),
+        (["rollout", "train.yaml"], "train.yaml is a trainer configuration; what is wanted here is a rollout server's"),
+        (["teacher", "rollout.yaml"], "is a rollout server configuration; what is wanted here is a teacher's"),
+        (["train", "teacher.yaml"], "is a teacher configuration; what is wanted here is a trainer's"),
+        (["plan", "teacher.yaml"], "is a teacher configuration; what is wanted here is a trainer's"),
+        (["train", "train.yaml", "--serve", "rollout.yaml"], "is a rollout server configuration"),
+    ],
+)
+def test_the_configuration_of_another_service_is_called_one(good: Path, command: list[str], says: str) -> None:
+    result = run(*command)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert "problem" not in result.output
+
+
 def test_an_output_below_a_file_is_refused(good: Path) -> None:
     Path("file").touch()
     for command in (["check", "train.yaml"], ["train", "train.yaml", "--serve", "teacher.yaml"]):

@@ -53,6 +53,13 @@ def test_defaults_fill_what_a_file_leaves_out(tmp_path: Path) -> None:
     assert cfg.trackers == ("tensorboard",)
 
 
+def test_what_breaks_a_rule_is_said_in_words_of_a_configuration(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD, "teacher.addresses=127.0.0.1:50051", "ranks=3")
+    assert "  teacher.addresses: give a list, as [first, second] (got '127.0.0.1:50051')" in said.splitlines()
+    said = refusal(tmp_path, GOOD, "parallel.context=2", "ranks=3")
+    assert said.splitlines()[1:] == ["  parallel.context (2) must divide ranks (3)"]
+
+
 def test_every_bad_key_is_named_with_its_path(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + "optimizer: {learning_rate: -1, lr: 2}\nbatch: {sequences: many}\ncolour: red\n")
     assert said.splitlines()[0].endswith("my.yaml: 4 problems")
