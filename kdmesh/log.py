@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 _DUMB = ("dumb", "unknown")  # rich's own list: it draws nothing live there, and says nothing of it
 _OURS = ("kdmesh", "kdmesh_teacher", "kdmesh_rollout", "kdmesh_trainer")
+_ALIKE = ("kdmesh.rpc.told_waiting",)  # whose warnings all ranks have at the same time
 
 
 def configure(service: str, *, rank: int = 0, pretty: bool | None = None) -> None:
     """Send this process's log to stderr. Called once, by `main`; modules only take loggers.
 
-    Our own loggers speak from INFO on rank 0 and from WARNING on the others, libraries from WARNING.
+    Our own loggers speak from INFO on rank 0 and from WARNING on the others, libraries from WARNING. What all ranks
+    would say alike, rank 0 says.
 
     Args:
         service: the `service` field of every line.
@@ -42,6 +44,8 @@ def configure(service: str, *, rank: int = 0, pretty: bool | None = None) -> Non
     root.setLevel(logging.WARNING)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for name in _ALIKE:
+        logging.getLogger(name).setLevel(logging.NOTSET if rank == 0 else logging.ERROR)
     logging.captureWarnings(True)
 
 
