@@ -89,9 +89,9 @@ def test_a_failure_that_was_told_is_one_for_the_other_ranks_too(
 def test_an_error_that_nobody_caught_is_told_before_the_process_leaves(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    statuses: list[int] = []
-    monkeypatch.setattr("os._exit", statuses.append)
-    error = ValueError("a mistake")
-    command._tell_and_leave(ValueError, error, None)
-    assert statuses == [1]
+    def fails() -> NoReturn:
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(command, "main", fails)
+    assert command._told() == 1
     assert "ValueError: a mistake" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import sys
-from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from kdmesh import log
@@ -135,13 +134,14 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _tell_and_leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python does with an error that nobody caught, but for the tearing down."""
-    sys.__excepthook__(kind, error, trace)
-    if isinstance(error, Exception):
-        _leave(_BROKEN)
+def _told() -> int:
+    """As `main`; what nobody caught is told as Python, or torch with the rank before it, tells it."""
+    try:
+        return main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        return _BROKEN
 
 
 if __name__ == "__main__":
-    sys.excepthook = _tell_and_leave
-    _leave(main())
+    _leave(_told())
