@@ -138,7 +138,7 @@ def _told() -> int:
     """As `main`; what nobody caught is told as Python, or torch with the rank before it, tells it."""
     try:
         return main()
-    except Exception:
+    except Exception:  # noqa: BLE001  # it is told, and the process ends
         sys.excepthook(*sys.exc_info())
         return _BROKEN
 
