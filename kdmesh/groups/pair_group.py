@@ -129,6 +129,7 @@ class PairGroup:
         finally:
             with self._lock:
                 self._work = None
+            del work  # it holds the connection open, and the error this frame: for as long as somebody has that
 
     def _prove(self, seat: Seat, timeout_s: float) -> None:
         """Exchange the halves of the secret."""
