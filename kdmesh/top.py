@@ -83,9 +83,8 @@ class Server:
         except urllib.error.HTTPError as error:
             raise NoAnswer(f"{self.address} answers {error.code}: {_reason(error)}") from None
         except (OSError, http.client.HTTPException) as error:
-            if (
-                type(error) is http.client.BadStatusLine
-            ):  # which quotes gRPC's first bytes; a lost connection is another
+            # It quotes gRPC's first bytes; one that is of a kind of its own is a lost connection.
+            if type(error) is http.client.BadStatusLine:
                 raise NoAnswer(
                     f"{self.address} answers, but not HTTP: is it `server.port` instead of `server.rest_port`?"
                 ) from None
