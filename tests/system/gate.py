@@ -29,8 +29,8 @@ def divergence(
     """
     gate = Path(gates) / str(next(_calls))
     if gate.is_dir() and os.environ.get("RANK", "0") == "0":
-        (gate / "reached").write_bytes(b"!")
-        with (gate / "go").open("rb") as go:
+        with (gate / "go").open("rb") as go:  # first: whoever hears that it is reached may take the gate away
+            (gate / "reached").write_bytes(b"!")
             go.read(1)
     return build_divergence(name, params)(log_q_CV, log_p_CV)
 
