@@ -6,9 +6,9 @@ import hashlib
 import json
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from kdmesh.answer_report import Report
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.chat_template import dated_alike
+from kdmesh.chat_template import TemplateSetting, dated_alike, with_settings
 from kdmesh.counting import Pace, Show, clock, counted
 from kdmesh.errors import ConfigError, DataError, InvalidRequest, KdmeshError, ModelMismatch
 from kdmesh.image_files import ImageColumn, ImageFiles, ImageRules, NoImages
@@ -54,6 +54,7 @@ class Plan:
     seed: int
     keeps_cut_off: bool  # whether answers that reached the length limit are written too
     deadline_s: float  # for the answers to one prompt
+    template_settings: Mapping[str, TemplateSetting] = field(default_factory=dict)  # see with_settings
 
 
 class PendingAnswers(Protocol):
@@ -122,7 +123,7 @@ def generate(
         Stopped: Ctrl-C, once the first prompt was sent.
     """
     refuse_own_input(output, {"--prompts": prompts})
-    chats = ChatTokens(model)
+    chats = ChatTokens(model, plan.template_settings)
     stops = plan.sampling.stop_token_ids or chats.ends
     plan = replace(plan, sampling=replace(plan.sampling, stop_token_ids=stops))
     root = image_root or prompts.parent
@@ -168,17 +169,18 @@ class ChatTokens:
     """Messages to a prompt's ids, and an answer's ids to its text.
 
     Raises, when made:
-        ConfigError: the directory has no tokenizer, or one without a chat template.
+        ConfigError: the directory has no tokenizer, or one without a chat template, or without what is to be set in it.
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, template_settings: Mapping[str, TemplateSetting] | None = None) -> None:
         tokenizer = load_tokenizer(model) if model.is_dir() else None
         if tokenizer is None:
             raise ConfigError(f"{model} has no tokenizer")
         try:
-            self._template = dated_alike(tokenizer.get_chat_template())
+            template = tokenizer.get_chat_template()
         except ValueError:
             raise ConfigError(f"the tokenizer in {model} has no chat template") from None
+        self._template = dated_alike(with_settings(template, template_settings or {}, key="--template-setting"))
         self._model = model
         self._tokenizer = tokenizer
         self._reader = load_image_reader(model) if (model / "config.json").is_file() else None

@@ -10,9 +10,11 @@ from types import FrameType
 from typing import Any
 
 import click
+import yaml
 
 from kdmesh import log
 from kdmesh.access_option import access_option, read_access
+from kdmesh.chat_template import TemplateSetting
 from kdmesh.errors import ConfigError
 from kdmesh.local import Stopped
 from kdmesh.outputs import refuse_own_input, refuse_to_replace
@@ -44,6 +46,13 @@ _GENERATE_S = 3600.0  # for the answers to one prompt
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Text that ends an answer, besides its end token.")
+@click.option(
+    "--template-setting",
+    "template_settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Value of a variable of the chat template, enable_thinking=false for example; VALUE is YAML.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--keep-cut-off", is_flag=True, help="Write answers that reached the longest length, too.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output, if it is there.")
@@ -85,11 +94,25 @@ def generate(
         seed=options["seed"],
         keeps_cut_off=options["keep_cut_off"],
         deadline_s=_GENERATE_S,
+        template_settings=dict(map(_setting, options["template_settings"])),
     )
     log.configure_command("generate")
     with _stoppable():
         report = generating.generate(servers, model, prompts, output, plan, image_root=options["image_root"])
     click.echo(report.sentence())
+
+
+def _setting(text: str) -> tuple[str, TemplateSetting]:
+    name, equals, value = text.partition("=")
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        read = None
+    if not equals or not isinstance(read, TemplateSetting):
+        raise ConfigError(
+            f"--template-setting {text!r} is not of the form NAME=VALUE, with a text, a number, true or false"
+        )
+    return name, read
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     save_sentence_piece(directory / "teacher")
     student = load_fast_tokenizer(directory / "student")
     teacher = load_fast_tokenizer(directory / "teacher", whose="teacher")
-    encoder = OtherTokenizerEncoder(student, None, teacher, None, takes_chunks=True)
+    encoder = OtherTokenizerEncoder(student, teacher, takes_chunks=True)
     chats = [
         Chat(messages=(Message(role="user", content="ask"), Message(role="assistant", content=text)), origin="a test")
         for text in CHATS

@@ -45,7 +45,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedToke
 @pytest.fixture(scope="module")
 def encoder(tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]) -> OtherTokenizerEncoder:
     student, teacher = tokenizers
-    return OtherTokenizerEncoder(student, None, teacher, None)
+    return OtherTokenizerEncoder(student, teacher)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,13 @@ def chunk_encoder(
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
 ) -> OtherTokenizerEncoder:
     student, teacher = tokenizers
-    return OtherTokenizerEncoder(student, None, teacher, None, takes_chunks=True)
+    return OtherTokenizerEncoder(student, teacher, takes_chunks=True)
+
+
+def templated(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
 
 
 def chat(*turns: str) -> Chat:
@@ -105,7 +111,7 @@ def test_a_template_that_changes_the_text_costs_the_tokens_that_it_changes(
     student, teacher = tokenizers
     assert isinstance(teacher.chat_template, str)
     shouting = teacher.chat_template.replace("{{ m.content }}</s>", "{{ m.content | replace('then', 'when') }}</s>")
-    changed = OtherTokenizerEncoder(student, None, teacher, shouting)
+    changed = OtherTokenizerEncoder(student, templated(teacher, shouting))
     text = "the text is wrapped at width 70 and then the text is wrapped again"
     plain, other = (len(only(each.encode([chat("ask", text)])).rows_A) for each in (encoder, changed))
     assert 0.4 * plain < other < plain
@@ -117,7 +123,7 @@ def test_a_chat_without_a_token_in_common_is_unusable(
     student, teacher = tokenizers
     assert isinstance(teacher.chat_template, str)
     silent = teacher.chat_template.replace("{{ m.content }}</s>", "{{ m.content | length }}.</s>")
-    (found,) = OtherTokenizerEncoder(student, None, teacher, silent).encode([chat("ask", "text")])
+    (found,) = OtherTokenizerEncoder(student, templated(teacher, silent)).encode([chat("ask", "text")])
     assert isinstance(found, Unusable)
 
 
@@ -172,7 +178,7 @@ def test_a_word_piece_tokenizer_is_refused(
         tokenizer_object=backend, unk_token="<unk>", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     with pytest.raises(ConfigError, match="the teacher's tokenizer is a WordPiece one"):
-        OtherTokenizerEncoder(student, None, teacher, None)
+        OtherTokenizerEncoder(student, teacher)
 
 
 def in_chunks(found: list[list[TokenSequence] | Unusable]) -> InChunks:
@@ -359,7 +365,7 @@ def test_a_token_that_ends_in_half_a_character_is_not_matched_by_its_other_half(
     )
     half = next(token for token, piece in enumerate(token_bytes(student)) if piece == "aä".encode()[:2])
     text = student.encode("The ", add_special_tokens=False)
-    read = response(OtherTokenizerEncoder(student, None, teacher, None, takes_chunks=True), [*text, half, *text])
+    read = response(OtherTokenizerEncoder(student, teacher, takes_chunks=True), [*text, half, *text])
     assert isinstance(read, InChunks)
     own, theirs = pieces(read, (student, teacher))
     assert own == theirs

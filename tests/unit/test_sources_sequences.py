@@ -120,7 +120,7 @@ def test_cutting_any_chat_takes_tokens_off_its_end_and_changes_none(
     for context in (None, {"kind": "messages"}):
         tree = {"train": {"format": "chat", "path": "a.jsonl"}, "max_tokens": limit, "teacher_context": context}
         data = DataConfig.model_validate({**tree, "unusable": "drop"})
-        encoder = build_encoder(chat_tokenizer(family), None, data)
+        encoder = build_encoder(chat_tokenizer(family), data)
         [whole] = encoder.encode([chat])
         if isinstance(whole, Unusable):
             continue

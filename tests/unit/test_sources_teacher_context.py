@@ -42,7 +42,7 @@ def messages(turns: Turns) -> tuple[Message, ...]:
 
 def encoder(family: str, context: dict[str, Any]) -> ContextEncoder:
     data = DataConfig.model_validate({"train": {"format": "chat", "path": "a.jsonl"}, "teacher_context": context})
-    built = build_encoder(chat_tokenizer(family), None, data)
+    built = build_encoder(chat_tokenizer(family), data)
     assert isinstance(built, ContextEncoder)
     return built
 
@@ -197,7 +197,7 @@ def data_of(path: Path, rows: list[dict[str, Any]], **more: Any) -> DataConfig:
 
 def load(data: DataConfig) -> list[TokenSequence]:
     reader = open_dataset(data.train, teacher=TeacherColumns(messages="teacher_messages"))
-    return load_sequences("train", reader, build_encoder(chat_tokenizer("chatml"), None, data), data).sequences
+    return load_sequences("train", reader, build_encoder(chat_tokenizer("chatml"), data), data).sequences
 
 
 def test_a_file_gives_both_sides_in_the_order_of_its_rows(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_the_students_prompt_alone_decides_what_is_too_long(tmp_path: Path) -> N
     data = data_of(tmp_path, [row("a", "Think. " * 50 + "why?")])
     reader = open_dataset(data.train, teacher=TeacherColumns(messages="teacher_messages"))
     policy = PromptPolicy(max_tokens=14, too_long="fail", unusable="fail")
-    [prompt] = load_prompts("train", reader, build_encoder(chat_tokenizer("chatml"), None, data), policy).prompts
+    [prompt] = load_prompts("train", reader, build_encoder(chat_tokenizer("chatml"), data), policy).prompts
     assert prompt.teacher_ids is not None
     assert len(prompt.teacher_ids) > 50
 

@@ -188,6 +188,7 @@ def test_what_was_made_is_not_made_again(tmp_path: Path, student: Path, monkeypa
         {"unusable": "drop"},
         {"teacher_context": {"kind": "system_prompt", "text": "Be brief."}},
         {"chat_template": "other.jinja"},
+        {"chat_template_settings": {"role": "x"}},
         {"train": {"format": "chat", "path": "a.jsonl", "column": "teacher_messages"}, "unusable": "drop"},
     ],
     ids=lambda keys: next(iter(keys)),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from kdmesh.chat_template import TemplateSetting
 from kdmesh.config import StrictModel
 
 
@@ -139,6 +140,9 @@ class OtherTokenizer(StrictModel):
     chat_template: Path | None = None
     """Jinja file that replaces its own chat template."""
 
+    chat_template_settings: dict[str, TemplateSetting] = Field(default_factory=dict)
+    """As `data.chat_template_settings`, of its chat template."""
+
     min_aligned: float = Field(0.3, ge=0, le=1)
     """Least part of the loss tokens that must be compared with the teacher's; fewer refuse to start."""
 
@@ -183,6 +187,10 @@ class DataConfig(StrictModel):
 
     chat_template: Path | None = None
     """Jinja file that replaces the tokenizer's own chat template."""
+
+    chat_template_settings: dict[str, TemplateSetting] = Field(default_factory=dict)
+    """Values of variables of the chat template, `enable_thinking: false` for example. The trained model is written
+    with them."""
 
     teacher_column: str | None = None
     """Column that holds the name of each row's teacher, one of `teachers`; null: all rows have the same."""

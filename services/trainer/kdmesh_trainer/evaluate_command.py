@@ -85,12 +85,10 @@ def _evaluate(cfg: TrainerConfig) -> tuple[AnswerScores, _Answers]:
     from kdmesh_trainer.devices import OwnDevices
     from kdmesh_trainer.mesh import joined
     from kdmesh_trainer.questions.examiner import Examiner, ServedWeights
-    from kdmesh_trainer.sources.chat import read_template
-    from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer, vocabulary_size
+    from kdmesh_trainer.sources.templated import student_tokenizer
+    from kdmesh_trainer.sources.tokenizer import vocabulary_size
 
-    tokenizer = load_fast_tokenizer(cfg.student.model)
-    if cfg.data.chat_template is not None:
-        tokenizer.chat_template = read_template(cfg.data.chat_template)
+    tokenizer = student_tokenizer(cfg.student.model, cfg.data)
     reader = load_reader(cfg)
     exam = read_questions_of(cfg, tokenizer, reader)
     if exam is None:

@@ -78,7 +78,7 @@ class ChatEncoder:
             ConfigError: there is no template, or it is not Jinja.
         """
         self._tokenizer = tokenizer
-        self._template = _template_of(tokenizer, template)
+        self._template = dated_alike(template_of(tokenizer, template))
         self._backend = _with_whole_offsets(tokenizer)
         self._vocabulary = _vocabulary(tokenizer, self._backend)
         self._images = images
@@ -261,7 +261,8 @@ def without_answers(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return messages
 
 
-def _template_of(tokenizer: PreTrainedTokenizerFast, template: str | None) -> str:
+def template_of(tokenizer: PreTrainedTokenizerFast, template: str | None = None) -> str:
+    """The Jinja source of chats: `template`, or the tokenizer's. Raises ConfigError when there is none."""
     try:
         found: str = tokenizer.get_chat_template(template)
     except ValueError:
@@ -269,7 +270,7 @@ def _template_of(tokenizer: PreTrainedTokenizerFast, template: str | None) -> st
             f"the tokenizer in {tokenizer.name_or_path} has no chat template, and a base model need not have one: "
             "set data.chat_template to a Jinja file, best that of the teacher"
         ) from None
-    return dated_alike(found)
+    return found
 
 
 def _with_whole_offsets(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

@@ -53,9 +53,7 @@ class OtherTokenizerEncoder:
     def __init__(
         self,
         student: PreTrainedTokenizerFast,
-        student_template: str | None,
         teacher: PreTrainedTokenizerFast,
-        teacher_template: str | None,
         *,
         takes_chunks: bool = False,
     ) -> None:
@@ -68,8 +66,8 @@ class OtherTokenizerEncoder:
         """
         self.teacher_tokenizer = teacher
         self._takes_chunks = takes_chunks
-        self._student = ChatEncoder(student, student_template)
-        self._teacher = ChatEncoder(teacher, teacher_template)
+        self._student = ChatEncoder(student)
+        self._teacher = ChatEncoder(teacher)
         self._student_bytes, self._teacher_bytes = _bytes_of("student", student), _bytes_of("teacher", teacher)
         ends = self._student.end_of_turn(), self._teacher.end_of_turn()
         also = [] if ends[0] is None or ends[1] is None else [(ends[0], ends[1])]

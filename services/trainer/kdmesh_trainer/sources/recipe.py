@@ -16,7 +16,7 @@ from kdmesh_trainer.data_config import DataConfig, TeacherTemplate
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
-from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.sources.templated import student_tokenizer, teacher_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,11 +34,7 @@ class EncoderRecipe:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The student's, with the chat template that is trained with. Raises ConfigError when it cannot be loaded."""
-        tokenizer = load_fast_tokenizer(self.student)
-        template = self._template()
-        if template is not None:
-            tokenizer.chat_template = template  # so that the trained model is written with it
-        return tokenizer
+        return student_tokenizer(self.student, self.data)
 
     def encoder(self, tokenizer: PreTrainedTokenizerFast, images: ImageTokens | None = None) -> Encoder:
         """What reads the data.
@@ -50,15 +46,12 @@ class EncoderRecipe:
         Raises:
             ConfigError: a template is missing, or is not Jinja.
         """
-        return build_encoder(tokenizer, self._template(), self.data, takes_chunks=self.takes_chunks, images=images)
+        return build_encoder(tokenizer, self.data, takes_chunks=self.takes_chunks, images=images)
 
     def ingredients(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         """What tokens depend on beside the chats, as plain values; `tokenizer` is that of `tokenizer`."""
         other, context = self.data.teacher_tokenizer, self.data.teacher_context
-        theirs: dict[str, Any] = {}
-        if other is not None:
-            template = None if other.chat_template is None else read_template(other.chat_template)
-            theirs = {**_of_tokenizer(load_fast_tokenizer(other.path, whose="teacher")), "template_file": template}
+        theirs = {} if other is None else _of_tokenizer(teacher_tokenizer(other))
         told = None if context is None else context.model_dump(mode="json", exclude={"path"})
         if isinstance(context, TeacherTemplate):
             told = {**(told or {}), "template_file": read_template(context.path)}
@@ -69,9 +62,6 @@ class EncoderRecipe:
             "takes_chunks": self.takes_chunks,
             "made_by": {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
         }
-
-    def _template(self) -> str | None:
-        return None if self.data.chat_template is None else read_template(self.data.chat_template)
 
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from kdmesh_trainer.sources.chat import ChatEncoder, read_template, without_answ
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import InContext, Prompt
-from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.sources.templated import teacher_tokenizer
 from kdmesh_trainer.sources.turns import Reason, Unusable
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 def build_encoder(
     tokenizer: PreTrainedTokenizerFast,
-    template: str | None,
     data: DataConfig,
     *,
     takes_chunks: bool = False,
@@ -39,7 +38,7 @@ def build_encoder(
     """What reads the data as `data` says.
 
     Args:
-        template: as ChatEncoder's.
+        tokenizer: the student's, with the chat template that is trained with.
         takes_chunks: as OtherTokenizerEncoder's.
         images: as ChatEncoder's, for both sides; with another tokenizer there must be none.
 
@@ -48,10 +47,8 @@ def build_encoder(
     """
     other = data.teacher_tokenizer
     if other is not None:
-        theirs = load_fast_tokenizer(other.path, whose="teacher")
-        their_template = None if other.chat_template is None else read_template(other.chat_template)
-        return OtherTokenizerEncoder(tokenizer, template, theirs, their_template, takes_chunks=takes_chunks)
-    student, context = ChatEncoder(tokenizer, template, images=images), data.teacher_context
+        return OtherTokenizerEncoder(tokenizer, teacher_tokenizer(other), takes_chunks=takes_chunks)
+    student, context = ChatEncoder(tokenizer, images=images), data.teacher_context
     match context:
         case None:
             return student
