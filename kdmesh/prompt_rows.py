@@ -31,7 +31,8 @@ class Asked:
 class Prompts:
     """The rows of a file, which is read once.
 
-    A row has `messages`, whose last one is dropped when it is the assistant's, or `prompt`, a text for the user's turn.
+    A row has `messages`, whose last one is dropped when it is the assistant's, or `prompt`: a text for the user's turn,
+    or messages.
     A text in its `system` is the first turn.
 
     Raises:
@@ -120,8 +121,10 @@ def _turns(row: dict[str, Any], place: str) -> list[Message]:
     prompt, messages = row.get("prompt"), row.get("messages")
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
+        messages = prompt
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise DataError(f"{place} has neither `messages`, a list of turns, nor `prompt`, a text")
+        raise DataError(f"{place} has neither `messages`, a list of turns, nor `prompt`, a text or a list of turns")
     if messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     if not messages:

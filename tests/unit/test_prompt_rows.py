@@ -44,3 +44,10 @@ def test_what_is_no_json_that_python_reads_is_refused_with_its_line(tmp_path: Pa
 def test_whole_pairs_and_what_nobody_asks_are_taken(tmp_path: Path) -> None:
     asked = read(tmp_path, '{"prompt": "\\ud83d\\ude00", "note": "\\ud83d"}')
     assert asked.messages == [{"role": "user", "content": "😀"}]
+
+
+def test_a_prompt_may_be_turns_as_in_datasets(tmp_path: Path) -> None:
+    asked = read(tmp_path, '{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}')
+    assert asked.messages == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    with pytest.raises(DataError, match=r"line 2 has neither `messages`.* nor `prompt`, a text or a list of turns"):
+        read(tmp_path, '{"prompt": ["u"]}')

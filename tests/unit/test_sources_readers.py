@@ -75,6 +75,10 @@ def test_every_usual_form_of_a_row_is_recognised(tmp_path: Path) -> None:
         {**ROW, "system": "Be brief", "tools": [], "functions": None},
         {"messages": share, "system": "Be brief"},
         {"messages": [{"role": "system", "content": "Be brief"}, USER, ASSISTANT], "system": "Be brief"},
+        {"prompt": "Hi", "completion": "Hello"},
+        {"prompt": [USER], "completion": [ASSISTANT], "messages": None},
+        {"prompt": [USER], "completion": "Hello", "system": "Be brief"},
+        {"prompt": "Hi", "completion": None},
     ]
     brief = ("system", "Be brief")
     assert read(write(tmp_path / "a.jsonl", lines(*rows))) == [
@@ -91,7 +95,23 @@ def test_every_usual_form_of_a_row_is_recognised(tmp_path: Path) -> None:
         [brief, *TURNS],
         [brief, *TURNS],
         [brief, *TURNS],
+        TURNS,
+        TURNS,
+        [brief, *TURNS],
+        TURNS[:1],
     ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_the_columns_of_question_and_answer_may_have_other_names(tmp_path: Path, suffix: str) -> None:
+    row = {"question": "Hi", "answer": "Hello", "prompt": "not this", "id": 3}
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        write(path, lines(row))
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    [chat] = open_dataset(ChatFile(path=path, prompt_column="question", completion_column="answer"))()
+    assert [(m.role, m.content) for m in chat.messages] == TURNS
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -170,6 +190,8 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
             r"a\.jsonl:1: both `system` and the messages hold a system turn",
         ),
         (lines({**ROW, "system": ["b"]}), r"a\.jsonl:1: system must be a string, not list"),
+        (lines({"prompt": 3}), r"a\.jsonl:1: prompt must be a string, not int"),
+        (lines({"prompt": "x", "completion": [3]}), r"completion\[0\]: a message must be an object, not int"),
         (lines({"instruction": "x", "output": 3}), r"a\.jsonl:1: output must be a string, not int"),
         (lines({"instruction": "x", "output": "y", "history": [["a", "b"]]}), r"`history` of Alpaca rows"),
         ('{"messages": [{"role": "user", "content": "a\\ud800"}]}\n', r"half a surrogate pair at character 1"),

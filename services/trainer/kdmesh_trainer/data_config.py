@@ -44,7 +44,7 @@ TeacherContextConfig = Annotated[TeacherMessages | TeacherSystemPrompt | Teacher
 
 
 class ChatFile(StrictModel):
-    """A JSON, JSONL or Parquet file of chats: `messages`, ShareGPT or Alpaca rows."""
+    """A JSON, JSONL or Parquet file of chats: rows of messages, ShareGPT, Alpaca, or a prompt with its completion."""
 
     format: Literal["chat"] = "chat"
 
@@ -52,7 +52,13 @@ class ChatFile(StrictModel):
     """The file, or a directory of such files."""
 
     column: str = "messages"
-    """Column that holds the messages; Alpaca and ShareGPT rows are recognised without it."""
+    """Column that holds the messages; rows of the other forms are recognised without it."""
+
+    prompt_column: str = "prompt"
+    """Column of the user's turn, or of messages, in rows that have neither messages nor the form of the others."""
+
+    completion_column: str = "completion"
+    """Column of the assistant's answer to it, or of messages; a row without one ends with its prompt."""
 
 
 class CustomDataset(StrictModel):

@@ -17,6 +17,7 @@ from kdmesh_trainer.sources.pieces import Piece, find_files, pieces_of, rows_of
 from kdmesh_trainer.sources.rows import (
     CHAT_COLUMNS,
     NO_COLUMNS,
+    AnswerColumns,
     Chat,
     TeacherColumns,
     chat_from_messages,
@@ -32,14 +33,16 @@ class Columns:
     """Where each row of a file has what."""
 
     chat: str
+    answers: AnswerColumns
     teacher: TeacherColumns
     images: ImageColumn
 
     def of_parquet(self, names: Sequence[str]) -> list[str]:
         """Those of a file's columns that are read."""
-        if not {self.chat, "conversations", "instruction"} & set(names):
+        if not {self.chat, "conversations", "instruction", self.answers.prompt} & set(names):
             return list(names)  # whole rows, so that the refusal can name their columns
-        named = (self.chat, self.teacher.messages, self.teacher.name, self.images.name)
+        asked = (self.answers.prompt, self.answers.completion)
+        named = (self.chat, *asked, self.teacher.messages, self.teacher.name, self.images.name)
         used = {*named, *CHAT_COLUMNS, *UNSUPPORTED_COLUMNS}
         return [name for name in names if name in used]
 
@@ -68,6 +71,7 @@ class ChatFiles:
                 row,
                 column=self.columns.chat,
                 origin=origin,
+                answers=self.columns.answers,
                 teacher=self.columns.teacher,
                 images=self.columns.images,
             )
@@ -105,7 +109,12 @@ def open_files(
 ) -> ChatFiles:
     """The files of a dataset, of which nothing is read. Raises DataError when there are none of a known kind."""
     files = find_files(config.path)
-    columns = Columns(chat=config.column, teacher=teacher, images=_image_column(images, files[0].parent))
+    columns = Columns(
+        chat=config.column,
+        answers=AnswerColumns(prompt=config.prompt_column, completion=config.completion_column),
+        teacher=teacher,
+        images=_image_column(images, files[0].parent),
+    )
     return ChatFiles(name=str(config.path), files=files, columns=columns)
 
 

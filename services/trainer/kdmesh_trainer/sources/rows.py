@@ -1,4 +1,4 @@
-"""Turns one row of a dataset into a chat, whichever of the three usual forms it has."""
+"""Turns one row of a dataset into a chat, whichever of the usual forms it has."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ class TeacherColumns:
 NO_COLUMNS = TeacherColumns()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerColumns:
+    """Where a row has a question and its answer, if it is made of the two."""
+
+    prompt: str = "prompt"  # a text, or messages
+    completion: str = "completion"  # likewise; a row without one ends with its prompt
+
+
+PROMPT_AND_COMPLETION = AnswerColumns()
+
 TEXT_ALONE = ImageColumn(source=NoImages("this dataset is read as text alone"), name=None)
 
 
@@ -64,10 +74,11 @@ def chat_from_row(
     *,
     column: str,
     origin: str,
+    answers: AnswerColumns = PROMPT_AND_COMPLETION,
     teacher: TeacherColumns = NO_COLUMNS,
     images: ImageColumn = TEXT_ALONE,
 ) -> Chat:
-    """The chat in a row: OpenAI messages (or ShareGPT ones) in `column`, else ShareGPT, else Alpaca.
+    """The chat in a row: OpenAI messages (or ShareGPT ones) in `column`, else ShareGPT, else Alpaca, else `answers`.
 
     A text in the row's `system` is its first turn, whichever form it has.
 
@@ -85,11 +96,13 @@ def chat_from_row(
         messages = _messages(row["conversations"], f"{origin}: conversations", found_images)
     elif row.get("instruction") is not None and row.get("output") is not None:
         messages = _alpaca_messages(row, origin)
+    elif row.get(answers.prompt) is not None:
+        messages = _prompt_and_completion(row, answers, origin, found_images)
     else:
         found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
         raise DataError(
-            f"{origin}: no column {column!r}, and neither `conversations` (ShareGPT) nor `instruction` with "
-            f"`output` (Alpaca); columns found: {found}"
+            f"{origin}: no column {column!r}, and neither `conversations` (ShareGPT), `instruction` with `output` "
+            f"(Alpaca) nor {answers.prompt!r}; columns found: {found}"
         )
     found_images.check_all_used()
     return Chat(
@@ -204,6 +217,20 @@ def _alpaca_messages(row: Mapping[Any, Any], origin: str) -> list[Message]:
     answer = _text(row["output"], f"{origin}: output")
     question = f"{instruction}\n\n{further}" if further else instruction
     return [Message(role="user", content=question), Message(role="assistant", content=answer)]
+
+
+def _prompt_and_completion(
+    row: Mapping[Any, Any], columns: AnswerColumns, origin: str, images: RowImages
+) -> list[Message]:
+    def turns(name: str, role: str) -> list[Message]:
+        value, where = row.get(name), f"{origin}: {name}"
+        if value is None:
+            return []
+        if isinstance(value, list | tuple):
+            return _messages(value, where, images)
+        return [Message(role=role, content=_text(value, where))]
+
+    return [*turns(columns.prompt, "user"), *turns(columns.completion, "assistant")]
 
 
 def _kind(value: object) -> str:

@@ -224,7 +224,11 @@ class TokenCache:
         return {
             "format": _FORMAT,
             "files": [[file.suffix, digest] for file, digest in zip(files, digests, strict=True)],
-            "columns": {"chat": columns.chat, "teacher": asdict(columns.teacher)},
+            "columns": {
+                "chat": columns.chat,
+                "answers": asdict(columns.answers),
+                "teacher": asdict(columns.teacher),
+            },
             "policy": product.policy,
             **self._ingredients,
         }
