@@ -481,3 +481,44 @@ def test_mlflow_continues_its_own_run(tmp_path: Path, monkeypatch: pytest.Monkey
         tracker.close()
     assert [call for name, call in service.calls if name == "start_run"] == [{"run_name": "my-run"}, {"run_id": "r1"}]
     assert [name for name, _ in service.calls][-3:] == ["start_run", "log_metrics", "end_run"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, ("kdmesh", "my-run")), ({"WANDB_PROJECT": "ours", "WANDB_NAME": "third"}, ("ours", "third"))],
+)
+def test_wandbs_own_variables_say_where_a_run_belongs(
+    variables: dict[str, str], expected: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = started(tmp_path, "wandb", variables, monkeypatch)
+    [(_, call)] = service.calls
+    assert (call["project"], call["name"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, [("kdmesh",)]),
+        ({"MLFLOW_EXPERIMENT_NAME": "ours"}, []),  # MLflow takes it where nobody has set another
+        ({"MLFLOW_EXPERIMENT_ID": "7"}, []),
+    ],
+)
+def test_mlflows_own_variables_say_where_a_run_belongs(
+    variables: dict[str, str], expected: list[tuple[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = started(tmp_path, "mlflow", variables, monkeypatch)
+    assert [call for name, call in service.calls if name == "set_experiment"] == expected
+
+
+def started(tmp_path: Path, name: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> FakeService:
+    service = FakeService(name)
+    monkeypatch.setitem(sys.modules, name, service)
+    for variable in ("WANDB_PROJECT", "WANDB_NAME", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    cfg = config(tmp_path, name)
+    cfg.output.mkdir()
+    (tracker,) = trackers.build_trackers(cfg)
+    tracker.start(0)
+    return service

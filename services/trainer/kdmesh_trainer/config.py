@@ -181,7 +181,8 @@ class TrainerConfig(StrictModel):
     """Saved state."""
 
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    """Beside the console and metrics.jsonl, which are always written."""
+    """Beside the console and metrics.jsonl, which are always written. W&B and MLflow go by their own environment
+    variables, WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME for example; otherwise the project is called kdmesh."""
 
     metrics: MetricsConfig | None = None
     """Where Prometheus reads how the run goes; null: nowhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -101,8 +102,9 @@ class WandB:
         id_file = self._cfg.output / "wandb_run_id"
         run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
         self._run = self._module.init(
-            project=_PROJECT,
-            name=self._cfg.output.name,
+            # What W&B's own variables say, which an argument would overrule; it reads the others itself.
+            project=os.environ.get("WANDB_PROJECT") or _PROJECT,
+            name=os.environ.get("WANDB_NAME") or self._cfg.output.name,
             dir=str(self._cfg.output),
             id=run_id,
             resume="allow",
@@ -134,7 +136,8 @@ class MLflow:
         if id_file.exists():
             self._module.start_run(run_id=id_file.read_text(encoding="utf-8").strip())
         else:
-            self._module.set_experiment(_PROJECT)
+            if not (os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID")):
+                self._module.set_experiment(_PROJECT)
             run = self._module.start_run(run_name=self._cfg.output.name)
             id_file.write_text(run.info.run_id, encoding="utf-8")
             self._module.log_dict(self._cfg.model_dump(mode="json"), "config.json")
