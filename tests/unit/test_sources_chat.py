@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -208,6 +209,52 @@ def test_results_come_in_the_order_of_the_chats() -> None:
     assert isinstance(results[1], Unusable)
     kept = [result[0] for result in results if isinstance(result, list)]
     assert [tokenizer.decode(s.labels) for s in kept] == ["yes<|im_end|>", "no<|im_end|>"]
+
+
+def left_out(turns: list[tuple[str, str]], *numbers: int) -> Chat:
+    whole = chat(turns)
+    marked = [replace(m, is_trained=n not in numbers) for n, m in enumerate(whole.messages)]
+    return replace(whole, messages=tuple(marked))
+
+
+@pytest.mark.parametrize("family", TURN)
+def test_a_turn_that_the_row_leaves_out_is_read_and_not_learnt(family: str) -> None:
+    tokenizer, encoder = tools(family)
+    turns = CHATS["several turns"]
+    [[whole], [marked], [ended]] = encoder.encode([chat(turns), left_out(turns, 3), left_out(turns, 5)])  # type: ignore[misc]
+    assert marked.token_ids.tolist() == whole.token_ids.tolist()
+    said = [TURN[family].format(turns[number][1]) for number in (1, 5)]
+    assert tokenizer.decode(marked.labels) == "".join(said)
+    # Nothing is learnt from what follows the last turn that is: it is not there.
+    assert ended.token_ids.tolist() == whole.token_ids.tolist()[: ended.num_tokens]
+    assert tokenizer.decode(ended.labels).endswith(TURN[family].format(turns[3][1]))
+
+
+def test_a_chat_of_which_no_turn_carries_loss_is_unusable() -> None:
+    _, encoder = tools("chatml")
+    [nothing] = encoder.encode([left_out(CHATS["several turns"], 1, 3, 5)])
+    assert isinstance(nothing, Unusable)
+    assert nothing.reason is Reason.UNTRAINED
+    [last] = encoder.encode_last_turns([left_out(CHATS["several turns"], 5)])
+    assert isinstance(last, Unusable)
+    # A greeting that nothing comes before cannot be learnt, but read.
+    greeted = [("assistant", "Welcome."), ("user", "Hi"), ("assistant", "Yes?")]
+    first, second = encoder.encode([chat(greeted), left_out(greeted, 0)])
+    assert isinstance(first, Unusable)
+    assert isinstance(second, list)
+
+
+@pytest.mark.parametrize("family", [*TURN, "qwen3"])
+def test_the_last_turn_alone_carries_loss_where_that_is_wanted(family: str) -> None:
+    tokenizer = chat_tokenizer(family)
+    several = chat(CHATS["several turns"])
+    [[sequence]] = ChatEncoder(tokenizer, only_last=True).encode([several])  # type: ignore[misc]
+    [last] = ChatEncoder(tokenizer).encode_last_turns([several])
+    assert isinstance(last, TokenSequence)
+    assert sequence.labels.tolist() == last.labels.tolist()
+    assert sequence.token_ids.tolist() == last.token_ids.tolist()
+    text = prompt_ids(tokenizer, several.messages[:-1], is_prompt=True)
+    assert sequence.token_ids.tolist()[: sequence.positions[0] + 1] == text
 
 
 def test_a_template_without_an_end_of_turn_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -117,6 +117,25 @@ def test_a_template_that_changes_the_text_costs_the_tokens_that_it_changes(
     assert 0.4 * plain < other < plain
 
 
+def test_turns_that_carry_no_loss_are_matched_with_nothing(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], encoder: OtherTokenizerEncoder
+) -> None:
+    student, teacher = tokenizers
+    whole, last = chat(*TURNS), chat(*TURNS)
+    turns = [number for number, message in enumerate(last.messages) if message.role == "assistant"]
+    marked = replace(
+        last,
+        messages=tuple(
+            replace(message, is_trained=number == turns[-1]) for number, message in enumerate(last.messages)
+        ),
+    )
+    found = only(encoder.encode([marked]))
+    other = only(OtherTokenizerEncoder(student, teacher, only_last=True).encode([whole]))
+    assert found.labels.tolist() == other.labels.tolist()
+    assert found.rows_A.tolist() == other.rows_A.tolist()
+    assert student.decode(found.labels) == TURNS[turns[-1]] + str(student.eos_token)
+
+
 def test_a_chat_without_a_token_in_common_is_unusable(
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
 ) -> None:

@@ -125,6 +125,23 @@ def test_a_system_text_beside_the_chat_is_its_first_turn_in_whichever_column(tmp
     assert read(path, "chat") == [[("system", "Be brief"), *TURNS]]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_row_says_which_turns_carry_loss(tmp_path: Path, suffix: str) -> None:
+    flags: list[dict[str, Any]] = [{}, {"weight": 0}, {"weight": 1, "train": None}, {"train": False}, {"train": True}]
+    turns = [turn for flag in flags for turn in (USER, {**ASSISTANT, **flag})]
+    share = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "train": False}]
+    rows = [{"messages": turns, "conversations": None}, {"messages": None, "conversations": share}]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        write(path, lines(*rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    chats = [
+        [m.is_trained for m in chat.messages if m.role == "assistant"] for chat in open_dataset(ChatFile(path=path))()
+    ]
+    assert chats == [[True, False, True, False, True], [False]]
+
+
 def test_tools_of_a_parquet_row_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{**ROW, "tools": '[{"name": "f"}]', "score": 1}]), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="row 1: `tools` is not supported"):
@@ -178,11 +195,11 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
         (lines({"messages": [{"role": "user", "content": [{"type": "text"}]}]}), r"\.text must be a string, not null"),
         (lines({"messages": [{**ASSISTANT, "tool_calls": [{"id": 1}]}]}), r"'tool_calls' is not supported"),
         (lines({"messages": [{**ASSISTANT, "reasoning_content": "hm"}]}), r"'reasoning_content' is not supported"),
-        (lines({"messages": [{**ASSISTANT, "weight": 0}]}), r"'weight' is not supported"),
+        (lines({"messages": [{**ASSISTANT, "weight": 0.5}]}), r"messages\[0\]: 'weight' is 0\.5; a turn of the assis"),
         (lines({"messages": [{**ASSISTANT, "reasoning": "hm"}]}), r"messages\[0\]: 'reasoning' is not supported"),
         (lines({"messages": [{**ASSISTANT, "thinking": "hm"}]}), r"'thinking' is not supported"),
-        (lines({"messages": [USER, {**ASSISTANT, "train": False}]}), r"messages\[1\]: 'train' is False, which is"),
-        (lines({"messages": [{**USER, "train": True}]}), r"'train' is True, which is not supported"),
+        (lines({"messages": [USER, {**ASSISTANT, "train": "no"}]}), r"messages\[1\]: 'train' is 'no'; it must be"),
+        (lines({"messages": [{**USER, "train": True}]}), r"'train' is true, and a turn of the user is never trained"),
         (lines({**ROW, "tools": [{"name": "f"}]}), r"a\.jsonl:1: `tools` is not supported"),
         (lines({"instruction": "x", "output": "y", "functions": [{"name": "f"}]}), r"`functions` is not supported"),
         (

@@ -186,6 +186,7 @@ def test_what_was_made_is_not_made_again(tmp_path: Path, student: Path, monkeypa
         {"max_tokens": 41},
         {"too_long": "drop"},
         {"unusable": "drop"},
+        {"trained_turns": "last"},
         {"teacher_context": {"kind": "system_prompt", "text": "Be brief."}},
         {"chat_template": "other.jinja"},
         {"train": {"format": "chat", "path": "a.jsonl", "prompt_column": "question"}},

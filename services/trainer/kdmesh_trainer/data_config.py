@@ -188,6 +188,10 @@ class DataConfig(StrictModel):
     too_long: Literal["truncate", "drop", "fail"] = "truncate"
     """What happens to a longer one; truncated and dropped ones are counted and logged."""
 
+    trained_turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns in a chat carry loss, but for those that a row leaves out by `weight: 0` or
+    `train: false`."""
+
     unusable: Literal["drop", "fail"] = "fail"
     """What happens to a row that cannot be aligned with its template or trains no token."""
 
@@ -212,6 +216,11 @@ class DataConfig(StrictModel):
 
     token_cache: TokenCacheConfig | None = None
     """Where the token ids of `train` lie in files; null: they are in every rank's memory."""
+
+    @property
+    def trains_only_last(self) -> bool:
+        """Whether an assistant turn that others follow never carries loss."""
+        return self.trained_turns == "last"
 
     @property
     def train_datasets(self) -> Mapping[str, ChatFile | CustomDataset]:

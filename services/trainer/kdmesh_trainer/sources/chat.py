@@ -51,12 +51,13 @@ def read_template(path: Path) -> str:
 class ChatEncoder:
     """Encodes chats under one tokenizer and one chat template.
 
-    Every assistant turn carries loss, from the first token after its prompt to the
-    token that ends the turn, and nothing else does. A turn is taken only if a model that is
-    prompted at that place would see exactly the tokens before it: the prompt must be a
-    prefix of the rendered chat and end at a token boundary, and the turn must read as it
-    did when it was the last one. A chat for which that does not hold as a whole (templates
-    that strip the thinking from earlier turns) becomes one sequence per assistant turn.
+    Every assistant turn carries loss, but for those of which the row says otherwise, from
+    the first token after its prompt to the token that ends the turn, and nothing else does.
+    A turn is taken only if a model that is prompted at that place would see exactly the
+    tokens before it: the prompt must be a prefix of the rendered chat and end at a token
+    boundary, and the turn must read as it did when it was the last one. A chat for which
+    that does not hold as a whole (templates that strip the thinking from earlier turns)
+    becomes one sequence per assistant turn.
 
     Nothing is added to what the template renders, so BOS is there once or not at all, as
     in `apply_chat_template`.
@@ -68,11 +69,13 @@ class ChatEncoder:
         template: str | None = None,
         *,
         images: ImageTokens | None = None,
+        only_last: bool = False,
     ) -> None:
         """
         Args:
             template: Jinja source that replaces the tokenizer's own template.
             images: how the model reads them; None where it reads text alone.
+            only_last: whether an assistant turn that others follow never carries loss.
 
         Raises:
             ConfigError: there is no template, or it is not Jinja.
@@ -82,12 +85,13 @@ class ChatEncoder:
         self._backend = _with_whole_offsets(tokenizer)
         self._vocabulary = _vocabulary(tokenizer, self._backend)
         self._images = images
+        self._only_last = only_last
         self._has_warned = False
         self._check_syntax()
 
     def encode(self, chats: Sequence[Chat]) -> list[list[TokenSequence] | Unusable]:
         """For each chat its sequences, each cut after its last loss token, or why there are none."""
-        rendered = [self._render_turns(chat) for chat in chats]
+        rendered = [self._render_turns(chat, only_last=self._only_last) for chat in chats]
         usable = [turns for turns in rendered if not isinstance(turns, Unusable)]
         whole = iter(self._sequences([(turns[-1].text, turns) for turns in usable]))
         return [turns if isinstance(turns, Unusable) else self._choose(turns, next(whole)) for turns in rendered]
@@ -147,13 +151,16 @@ class ChatEncoder:
             sequences.append(single)
         return sequences
 
-    def _render_turns(self, chat: Chat, *, only_last: bool = False) -> list[RenderedTurn] | Unusable:
-        """Every assistant turn as if the chat ended with it. What follows the last one trains nothing."""
+    def _render_turns(self, chat: Chat, *, only_last: bool) -> list[RenderedTurn] | Unusable:
+        """Every assistant turn that carries loss as if the chat ended with it. What follows the last trains nothing."""
         turns = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
         if not turns:
             return Unusable(reason=Reason.NO_ASSISTANT, detail=f"{len(chat.messages)} messages")
         if only_last:
             turns = turns[-1:]
+        turns = [number for number in turns if chat.messages[number].is_trained]
+        if not turns:
+            return Unusable(reason=Reason.UNTRAINED, detail="`weight` 0 or `train` false")
         if turns[0] == 0:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before the first one")
         for number in turns:

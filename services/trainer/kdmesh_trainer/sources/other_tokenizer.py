@@ -56,18 +56,20 @@ class OtherTokenizerEncoder:
         teacher: PreTrainedTokenizerFast,
         *,
         takes_chunks: bool = False,
+        only_last: bool = False,
     ) -> None:
         """
         Args:
             takes_chunks: match also what is several tokens on a side, so that sequences become InChunks.
+            only_last: as ChatEncoder's.
 
         Raises:
             ConfigError: a template is missing, or a tokenizer is of a kind whose tokens are not the text.
         """
         self.teacher_tokenizer = teacher
         self._takes_chunks = takes_chunks
-        self._student = ChatEncoder(student)
-        self._teacher = ChatEncoder(teacher)
+        self._student = ChatEncoder(student, only_last=only_last)
+        self._teacher = ChatEncoder(teacher, only_last=only_last)
         self._student_bytes, self._teacher_bytes = _bytes_of("student", student), _bytes_of("teacher", teacher)
         ends = self._student.end_of_turn(), self._teacher.end_of_turn()
         also = [] if ends[0] is None or ends[1] is None else [(ends[0], ends[1])]

@@ -27,6 +27,7 @@ class Message:
     role: str  # one of system, developer, user, assistant, tool
     content: str  # its text
     parts: tuple[str | Image, ...] = ()  # its text and images in order; empty: it is text alone
+    is_trained: bool = True  # whether it carries loss, if it is the assistant's
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -162,28 +163,33 @@ def _message(value: object, origin: str, images: RowImages) -> Message:
     if not isinstance(role, str) or role not in roles:
         raise DataError(f"{origin}: unknown role {role!r}; known: {', '.join(roles)}")
     content, where = value[content_key], f"{origin}.{content_key}"
+    is_trained = _is_trained(value, roles[role], origin)
     if not isinstance(content, list | tuple):
-        return Message(role=roles[role], content=_text(content, where))
+        return Message(role=roles[role], content=_text(content, where), is_trained=is_trained)
     parts = tuple(_part(part, f"{where}[{number}]", images) for number, part in enumerate(content))
     has_images = any(isinstance(part, Image) for part in parts)
     if has_images and roles[role] == "assistant":
         raise DataError(f"{where}: an assistant's turn is text, and cannot hold an image")
     text = "".join(part for part in parts if isinstance(part, str))
-    return Message(role=roles[role], content=text, parts=parts if has_images else ())
+    return Message(role=roles[role], content=text, parts=parts if has_images else (), is_trained=is_trained)
 
 
 def _refuse_unsupported_keys(message: Mapping[Any, Any], origin: str) -> None:
     for key in _UNSUPPORTED_KEYS:
         if message.get(key):
             raise DataError(f"{origin}: {key!r} is not supported; a message is a role and a text")
-    if message.get("weight") not in (None, "", 1):
-        raise DataError(f"{origin}: 'weight' is not supported; all turns of the assistant weigh the same")
-    is_trained = (message.get("role") or message.get("from")) in ("assistant", "gpt")
-    if message.get("train") not in (None, is_trained):
-        raise DataError(
-            f"{origin}: 'train' is {message['train']!r}, which is not supported: every turn of the assistant is trained"
-            " on, and no other"
-        )
+
+
+def _is_trained(message: Mapping[Any, Any], role: str, origin: str) -> bool:
+    """Whether a turn carries loss, as its `weight` (OpenAI) and `train` (Axolotl) say."""
+    weight, train = message.get("weight"), message.get("train")
+    if weight not in (None, "", 0, 1):
+        raise DataError(f"{origin}: 'weight' is {weight!r}; a turn of the assistant is trained on, 1, or is not, 0")
+    if train not in (None, True, False):
+        raise DataError(f"{origin}: 'train' is {train!r}; it must be true or false")
+    if train and role != "assistant":
+        raise DataError(f"{origin}: 'train' is true, and a turn of the {role} is never trained on")
+    return weight != 0 and train is not False
 
 
 def _text(value: object, origin: str) -> str:

@@ -47,8 +47,10 @@ def build_encoder(
     """
     other = data.teacher_tokenizer
     if other is not None:
-        return OtherTokenizerEncoder(tokenizer, teacher_tokenizer(other), takes_chunks=takes_chunks)
-    student, context = ChatEncoder(tokenizer, images=images), data.teacher_context
+        return OtherTokenizerEncoder(
+            tokenizer, teacher_tokenizer(other), takes_chunks=takes_chunks, only_last=data.trains_only_last
+        )
+    student, context = ChatEncoder(tokenizer, images=images, only_last=data.trains_only_last), data.teacher_context
     match context:
         case None:
             return student

@@ -107,7 +107,12 @@ class TokenCache:
                 measure=measured,
                 facts=SequenceFacts.of_tree,
                 report=DataReport,
-                policy={"max_tokens": data.max_tokens, "too_long": data.too_long, "unusable": data.unusable},
+                policy={
+                    "max_tokens": data.max_tokens,
+                    "too_long": data.too_long,
+                    "unusable": data.unusable,
+                    "trained_turns": data.trained_turns,
+                },
             ),
         )
 

@@ -14,6 +14,7 @@ class Reason(StrEnum):
     """Why a chat cannot be trained on."""
 
     NO_ASSISTANT = "no assistant turn"
+    UNTRAINED = "no assistant turn is to be trained on"
     EMPTY = "empty assistant turn"
     NO_PROMPT = "begins with an assistant turn"
     TEMPLATE = "refused by the chat template"
