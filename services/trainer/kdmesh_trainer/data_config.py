@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,6 +61,18 @@ class ChatFile(StrictModel):
     """Column of the assistant's answer to it, or of messages; a row without one ends with its prompt."""
 
 
+class TextFile(StrictModel):
+    """A JSON, JSONL or Parquet file of plain texts, of which every token carries loss (docs/data.md)."""
+
+    format: Literal["text"]
+
+    path: Path
+    """The file, or a directory of such files."""
+
+    column: str = "text"
+    """Column that holds the text."""
+
+
 class CustomDataset(StrictModel):
     """A reader of your own that yields chats: see docs/extending.md."""
 
@@ -73,7 +85,7 @@ class CustomDataset(StrictModel):
     """Keyword arguments of the function; checked against its signature before anything loads."""
 
 
-DatasetConfig = Annotated[ChatFile | CustomDataset, Field(discriminator="format")]
+DatasetConfig = Annotated[ChatFile | TextFile | CustomDataset, Field(discriminator="format")]
 
 DatasetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 """Of a dataset among several; also in the names of figures."""
@@ -89,6 +101,13 @@ class BlendedFile(ChatFile):
     """How often, beside the weights of the others: only their proportions count."""
 
 
+class BlendedText(TextFile):
+    """A file of plain texts that is drawn from among others."""
+
+    weight: float = Field(gt=0)
+    """How often, beside the weights of the others: only their proportions count."""
+
+
 class BlendedCustom(CustomDataset):
     """A reader of your own that is drawn from among others."""
 
@@ -96,14 +115,15 @@ class BlendedCustom(CustomDataset):
     """How often, beside the weights of the others: only their proportions count."""
 
 
+BlendedDataset = Annotated[BlendedFile | BlendedText | BlendedCustom, Field(discriminator="format")]
+
+
 class Blend(StrictModel):
     """Several datasets, drawn from in fixed proportions, each in epochs of its own (docs/data.md)."""
 
     format: Literal["blend"]
 
-    datasets: dict[DatasetName, Annotated[BlendedFile | BlendedCustom, Field(discriminator="format")]] = Field(
-        min_length=1
-    )
+    datasets: dict[DatasetName, BlendedDataset] = Field(min_length=1)
     """By name: each as `train` takes it, with a weight."""
 
     @property
@@ -124,7 +144,7 @@ class Blend(StrictModel):
         return self
 
 
-TrainingDataConfig = Annotated[ChatFile | CustomDataset | Blend, Field(discriminator="format")]
+TrainingDataConfig = Annotated[ChatFile | TextFile | CustomDataset | Blend, Field(discriminator="format")]
 
 
 class TokenCacheConfig(StrictModel):
@@ -176,17 +196,18 @@ class DataConfig(StrictModel):
     """What the student is trained on and judged by."""
 
     train: TrainingDataConfig
-    """Chats to train on."""
+    """Chats, or plain texts, to train on."""
 
     held_out: DatasetConfig | None = None
-    """Chats to evaluate on; unset evaluates nothing."""
+    """Chats, or plain texts, to evaluate on; unset evaluates nothing."""
 
     max_tokens: int = Field(4096, ge=8)
-    """Longest sequence. The student must have positions for it, but for rotary ones, which go on beyond what was
-    learnt; those of type dynamic or longrope end where their angles would change."""
+    """Longest sequence; a plain text is cut into as many as it needs. The student must have positions for it, but for
+    rotary ones, which go on beyond what was learnt; those of type dynamic or longrope end where their angles would
+    change."""
 
     too_long: Literal["truncate", "drop", "fail"] = "truncate"
-    """What happens to a longer one; truncated and dropped ones are counted and logged."""
+    """What happens to a longer chat; truncated and dropped ones are counted and logged."""
 
     trained_turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns in a chat carry loss, but for those that a row leaves out by `weight: 0` or
@@ -223,9 +244,24 @@ class DataConfig(StrictModel):
         return self.trained_turns == "last"
 
     @property
-    def train_datasets(self) -> Mapping[str, ChatFile | CustomDataset]:
+    def train_datasets(self) -> Mapping[str, ChatFile | TextFile | CustomDataset]:
         """What is trained on, by name; that of the only dataset is empty."""
         return self.train.datasets if isinstance(self.train, Blend) else {"": self.train}
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether some of it is plain text."""
+        return any(isinstance(dataset, TextFile) for dataset in self._every)
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether some of it is chats."""
+        return not all(isinstance(dataset, TextFile) for dataset in self._every)
+
+    @property
+    def _every(self) -> Sequence[ChatFile | TextFile | CustomDataset]:
+        judged = [] if self.held_out is None else [self.held_out]
+        return [*self.train_datasets.values(), *judged]
 
     @model_validator(mode="after")
     def _tokens_can_be_kept(self) -> DataConfig:
@@ -239,8 +275,10 @@ class DataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _columns_can_be_read(self) -> DataConfig:
-        every = (*self.train_datasets.values(), self.held_out)
-        custom = any(isinstance(dataset, CustomDataset) for dataset in every)
+        custom = any(isinstance(dataset, CustomDataset) for dataset in self._every)
+        if self.has_texts and (self.teacher_context is not None or self.teacher_tokenizer is not None):
+            key = "teacher_context" if self.teacher_tokenizer is None else "teacher_tokenizer"
+            raise ValueError(f"{key} needs chats: it does not go with a dataset of format text")
         if isinstance(self.teacher_context, TeacherMessages) and custom:
             raise ValueError("teacher_context messages needs files: a reader of your own gives no second chat")
         if self.teacher_tokenizer is not None and (self.teacher_context is not None or self.teacher_column is not None):

@@ -1,4 +1,4 @@
-"""Reads chats from files, or from a reader of the user's own."""
+"""Reads chats and plain texts from files, or chats from a reader of the user's own."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from kdmesh.chat_rows import UNSUPPORTED_COLUMNS
 from kdmesh.errors import DataError
 from kdmesh.extension import resolve
 from kdmesh.image_files import ImageColumn, ImageSource, NoImages
-from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig, ImagesConfig
+from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig, ImagesConfig, TextFile
 from kdmesh_trainer.sources.images import dataset_images
 from kdmesh_trainer.sources.pieces import Piece, find_files, pieces_of, rows_of
 from kdmesh_trainer.sources.rows import (
     CHAT_COLUMNS,
     NO_COLUMNS,
+    PROMPT_AND_COMPLETION,
     AnswerColumns,
     Chat,
     TeacherColumns,
     chat_from_messages,
     chat_from_row,
+    text_from_row,
 )
 
 Reader = Callable[[], Iterator[Chat]]
@@ -36,9 +38,13 @@ class Columns:
     answers: AnswerColumns
     teacher: TeacherColumns
     images: ImageColumn
+    text: str | None = None  # of a plain text, of which each row is one; None: each is a chat
 
     def of_parquet(self, names: Sequence[str]) -> list[str]:
         """Those of a file's columns that are read."""
+        if self.text is not None:
+            used = {self.text, self.teacher.name}
+            return [name for name in names if name in used] if self.text in names else list(names)
         if not {self.chat, "conversations", "instruction", self.answers.prompt} & set(names):
             return list(names)  # whole rows, so that the refusal can name their columns
         asked = (self.answers.prompt, self.answers.completion)
@@ -67,6 +73,9 @@ class ChatFiles:
     def read(self, piece: Piece) -> Iterator[Chat]:
         """The chats of one piece. Raises DataError at the first row that cannot be used."""
         for origin, row in rows_of(piece, self.columns.of_parquet):
+            if self.columns.text is not None:
+                yield text_from_row(row, column=self.columns.text, origin=origin, teacher=self.columns.teacher)
+                continue
             yield chat_from_row(
                 row,
                 column=self.columns.chat,
@@ -94,7 +103,7 @@ def open_dataset(
         DataError: there is no such file, or it is of an unknown kind.
     """
     match config:
-        case ChatFile():
+        case ChatFile() | TextFile():
             return open_files(config, teacher=teacher, images=images)
         case CustomDataset():
             function = resolve(config.target, config.params)
@@ -105,16 +114,21 @@ def open_dataset(
 
 
 def open_files(
-    config: ChatFile, *, teacher: TeacherColumns = NO_COLUMNS, images: ImagesConfig | None = None
+    config: ChatFile | TextFile, *, teacher: TeacherColumns = NO_COLUMNS, images: ImagesConfig | None = None
 ) -> ChatFiles:
     """The files of a dataset, of which nothing is read. Raises DataError when there are none of a known kind."""
     files = find_files(config.path)
-    columns = Columns(
-        chat=config.column,
-        answers=AnswerColumns(prompt=config.prompt_column, completion=config.completion_column),
-        teacher=teacher,
-        images=_image_column(images, files[0].parent),
-    )
+    image_column = _image_column(images, files[0].parent)
+    match config:
+        case TextFile():
+            columns = Columns(
+                chat="", answers=PROMPT_AND_COMPLETION, teacher=teacher, images=image_column, text=config.column
+            )
+        case ChatFile():
+            answers = AnswerColumns(prompt=config.prompt_column, completion=config.completion_column)
+            columns = Columns(chat=config.column, answers=answers, teacher=teacher, images=image_column)
+        case _:
+            assert_never(config)
     return ChatFiles(name=str(config.path), files=files, columns=columns)
 
 

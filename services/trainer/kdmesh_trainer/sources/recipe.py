@@ -15,13 +15,14 @@ from kdmesh.images import ImageTokens
 from kdmesh_trainer.data_config import DataConfig, TeacherTemplate
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.sources.plain_text import TextEncoder
 from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
 from kdmesh_trainer.sources.templated import student_tokenizer, teacher_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Encoder = ChatEncoder | ContextEncoder | OtherTokenizerEncoder
+Encoder = ChatEncoder | ContextEncoder | OtherTokenizerEncoder | TextEncoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Turns one row of a dataset into a chat, whichever of the usual forms it has."""
+"""Turns one row of a dataset into a chat, whichever of the usual forms it has, or into a plain text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kdmesh.types import Image
 CHAT_COLUMNS = ("conversations", "instruction", "input", "output", "system", "history")
 """Columns that ShareGPT and Alpaca rows are made of."""
 
+_TEXT = "text"  # no row can name it
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # They change what the template renders or what carries loss: ignoring them would train on something else.
@@ -24,7 +25,7 @@ _UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "reason
 class Message:
     """One turn."""
 
-    role: str  # one of system, developer, user, assistant, tool
+    role: str  # one of system, developer, user, assistant, tool; "text" of a plain one
     content: str  # its text
     parts: tuple[str | Image, ...] = ()  # its text and images in order; empty: it is text alone
     is_trained: bool = True  # whether it carries loss, if it is the assistant's
@@ -37,12 +38,18 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """A conversation, and where it was read."""
+    """A conversation, or a plain text, and where it was read."""
 
-    messages: tuple[Message, ...]  # at least one
+    messages: tuple[Message, ...]  # at least one; of a plain text the only one
     origin: str  # "file:line", for people
     teacher_messages: tuple[Message, ...] = ()  # what leads up to the same response for the teacher; empty: no column
     teacher_name: str = ""  # of the one that is asked; empty: no column
+
+    @property
+    def text(self) -> str | None:
+        """The plain text that it is; None: it is a conversation."""
+        first = self.messages[0]
+        return first.content if first.role == _TEXT else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +121,18 @@ def chat_from_row(
         else tuple(_teacher_messages(row, teacher.messages, origin, RowImages(images, row, origin))),
         teacher_name="" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin),
     )
+
+
+def text_from_row(row: object, *, column: str, origin: str, teacher: TeacherColumns = NO_COLUMNS) -> Chat:
+    """The plain text in `column` of a row. Raises DataError as chat_from_row."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
+    if row.get(column) is None:
+        found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
+        raise DataError(f"{origin}: no column {column!r} with a text; columns found: {found}")
+    message = Message(role=_TEXT, content=_text(row[column], f"{origin}: {column}"))
+    name = "" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin)
+    return Chat(messages=(message,), origin=origin, teacher_name=name)
 
 
 def chat_from_messages(value: object, *, origin: str, images: ImageSource = TEXT_ALONE.source) -> Chat:

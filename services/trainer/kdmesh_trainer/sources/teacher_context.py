@@ -19,6 +19,7 @@ from kdmesh_trainer.data_config import (
 )
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template, without_answers
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.sources.plain_text import TextEncoder
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import InContext, Prompt
 from kdmesh_trainer.sources.templated import teacher_tokenizer
@@ -34,7 +35,7 @@ def build_encoder(
     *,
     takes_chunks: bool = False,
     images: ImageTokens | None = None,
-) -> ChatEncoder | ContextEncoder | OtherTokenizerEncoder:
+) -> ChatEncoder | ContextEncoder | OtherTokenizerEncoder | TextEncoder:
     """What reads the data as `data` says.
 
     Args:
@@ -50,7 +51,11 @@ def build_encoder(
         return OtherTokenizerEncoder(
             tokenizer, teacher_tokenizer(other), takes_chunks=takes_chunks, only_last=data.trains_only_last
         )
+    if data.has_texts and not data.has_chats:
+        return TextEncoder(tokenizer, max_tokens=data.max_tokens, chats=None, images=images)
     student, context = ChatEncoder(tokenizer, images=images, only_last=data.trains_only_last), data.teacher_context
+    if data.has_texts:
+        return TextEncoder(tokenizer, max_tokens=data.max_tokens, chats=student, images=images)
     match context:
         case None:
             return student

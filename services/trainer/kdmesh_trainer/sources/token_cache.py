@@ -233,6 +233,7 @@ class TokenCache:
                 "chat": columns.chat,
                 "answers": asdict(columns.answers),
                 "teacher": asdict(columns.teacher),
+                "text": columns.text,
             },
             "policy": product.policy,
             **self._ingredients,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data_config import Blend, ChatFile, CustomDataset, DataConfig
+from kdmesh_trainer.data_config import Blend, DataConfig, DatasetConfig
 from kdmesh_trainer.sources.blend import Blended, Part
 from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
 from kdmesh_trainer.sources.readers import ChatFiles, Reader
@@ -30,7 +30,7 @@ class TrainingData:
         data: DataConfig,
         encoder: Encoder,
         cache: TokenCache | None,
-        read: Callable[[ChatFile | CustomDataset], Reader],
+        read: Callable[[DatasetConfig], Reader],
     ) -> None:
         """`read` opens a dataset."""
         self._data = data

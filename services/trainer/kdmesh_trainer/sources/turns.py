@@ -16,6 +16,7 @@ class Reason(StrEnum):
     NO_ASSISTANT = "no assistant turn"
     UNTRAINED = "no assistant turn is to be trained on"
     EMPTY = "empty assistant turn"
+    NO_TEXT = "a text with nothing to predict"
     NO_PROMPT = "begins with an assistant turn"
     TEMPLATE = "refused by the chat template"
     NOT_A_PREFIX = "the prompt is not a prefix of the rendered chat"
