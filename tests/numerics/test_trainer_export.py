@@ -24,13 +24,13 @@ from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, save_model, sav
 TOKENS = torch.arange(3, 40)[None]
 
 
-def exported(origin: Path, *, end_of_turn: int | None = None) -> Path:
+def exported(origin: Path, *, end_of_turn: int | None = None, dtype: torch.dtype | None = None) -> Path:
     """Directory of the student as it was loaded."""
     student = Student(load_causal_lm(origin, torch.float32, torch.device("cpu")), vocabulary_size=VOCABULARY_SIZE)
     path, tokenizer = origin.parent / "final", load_fast_tokenizer(origin)
     with joined("cpu", longest_wait_s=60) as mesh:
         HuggingFaceExporter(
-            path, student, origin=origin, tokenizer=tokenizer, mesh=mesh, end_of_turn=end_of_turn
+            path, student, origin=origin, tokenizer=tokenizer, mesh=mesh, end_of_turn=end_of_turn, dtype=dtype
         ).export()
     return path
 
@@ -88,6 +88,17 @@ def test_routers_are_written_in_float32(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(torch.equal(written[name], value) for name, value in biases.items())
     assert {tensor.dtype for name, tensor in written.items() if ".gate." not in name} == {torch.bfloat16}
     assert torch.equal(logits(final), logits(origin))
+
+
+def test_it_may_be_written_in_another_element_type(tmp_path: Path) -> None:
+    origin = model(tmp_path / "origin", "qwen2", torch.float32)
+    final = exported(origin, dtype=torch.bfloat16)
+    before, after = load_file(origin / "model.safetensors"), load_file(final / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, before[name].bfloat16()), name
+    assert json.loads((final / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_quantized_checkpoint_is_written_as_the_plain_numbers_that_were_trained(tmp_path: Path) -> None:

@@ -90,6 +90,13 @@ class Recorder:
     def export(self) -> None:
         self.events.append("export")
 
+    def write(self, *, done: int) -> None:
+        self.events.append(f"write {done}")
+
+    def judged(self, *, done: int, scores: Scores | None, answers: AnswerScores | None) -> None:
+        told = [name for name, found in (("scores", scores), ("answers", answers)) if found is not None]
+        self.events.append(f"judged {done} by {' and '.join(told)}")
+
     def is_wanted(self) -> bool:
         is_judging = self.events[-1] == "evaluate"
         return self._done == (self._stop_while_judged_after if is_judging else self._stop_after)
@@ -114,7 +121,14 @@ class Recorder:
     def report_answers(self, step: int, scores: AnswerScores) -> None:
         self.events.append(f"answers {step}")
 
-    def parts(self, *, has_held_out: bool = True, publishes: bool = False, has_questions: bool = False) -> Parts:
+    def parts(
+        self,
+        *,
+        has_held_out: bool = True,
+        publishes: bool = False,
+        has_questions: bool = False,
+        has_snapshots: bool = False,
+    ) -> Parts:
         return Parts(
             source=self,
             stepper=self,
@@ -123,6 +137,7 @@ class Recorder:
             examiner=self if has_questions else None,
             checkpoints=self,
             exporters=(self,),
+            snapshots=self if has_snapshots else None,
             stop=self,
             telemetry=self,
             profiler=self,
@@ -132,8 +147,16 @@ class Recorder:
         return [event for event in self.events if event[0] != "<" and event[-1] != ">"]
 
 
-def schedule(steps: int, *, evaluate_every: int | None = None, checkpoint_every: int | None = None) -> Schedule:
-    return Schedule(steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
+def schedule(
+    steps: int,
+    *,
+    evaluate_every: int | None = None,
+    checkpoint_every: int | None = None,
+    export_every: int | None = None,
+) -> Schedule:
+    return Schedule(
+        steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every, export_every=export_every
+    )
 
 
 def test_a_run_restores_trains_saves_judges_and_exports_in_this_order() -> None:
@@ -181,6 +204,20 @@ def test_questions_are_asked_of_the_published_student_whenever_it_is_judged() ->
         "examine 0",
         "examine 1",
     ]
+
+
+def test_students_are_written_on_the_way_before_a_checkpoint_says_that_the_step_is_done() -> None:
+    recorder = Recorder()
+    run(recorder.parts(has_snapshots=True), schedule(4, evaluate_every=3, checkpoint_every=2, export_every=2))
+    assert recorder.without_phases() == [
+        *("restore", "source at 0", "start 0", "evaluate", "scores 0"),  # nothing has been learnt that could be best
+        *("update 0", "report 0", "update 1", "report 1", "write 2", "save 2"),
+        *("update 2", "report 2", "evaluate", "scores 3", "judged 3 by scores"),
+        *("update 3", "report 3", "save 4", "evaluate", "scores 4", "judged 4 by scores", "export"),
+    ]
+    both = Recorder()
+    run(both.parts(has_snapshots=True, has_questions=True), schedule(1))
+    assert both.without_phases()[-2:] == ["judged 1 by scores and answers", "export"]
 
 
 def test_a_stop_ends_after_the_current_step_with_a_checkpoint() -> None:

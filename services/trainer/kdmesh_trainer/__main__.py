@@ -89,7 +89,12 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
     from kdmesh_trainer.stop import StopSignals
 
     transformers_logging.disable_progress_bar()
-    schedule = Schedule(steps=cfg.steps, evaluate_every=cfg.evaluation.every, checkpoint_every=cfg.checkpoint.every)
+    schedule = Schedule(
+        steps=cfg.steps,
+        evaluate_every=cfg.evaluation.every,
+        checkpoint_every=cfg.checkpoint.every,
+        export_every=cfg.export.every,
+    )
     signals = StopSignals()
     try:
         with (

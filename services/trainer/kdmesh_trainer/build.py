@@ -43,6 +43,7 @@ from kdmesh_trainer.model import Student
 from kdmesh_trainer.objective_config import Distill, Sft
 from kdmesh_trainer.profiler import NoProfiler, TraceWriter
 from kdmesh_trainer.questions.exam import Exam
+from kdmesh_trainer.snapshots import ModelSnapshots
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.off_policy import OffPolicySource
@@ -134,6 +135,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         copy = None if teachers is None or cfg.teacher is None else build_copy(teachers.only, student)
         rollouts = open_rollouts(cfg, student, mesh, stack)
         source = _source(cfg, checked, data, teachers, rollouts, student, mesh, stack)
+        exporters = _exporters(cfg, student, checked, mesh)
         parts = Parts(
             source=source,
             stepper=GradientStepper(
@@ -167,7 +169,10 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 mesh=mesh,
                 teacher_copy=copy,
             ),
-            exporters=tuple(_exporters(cfg, student, checked, mesh)),
+            exporters=exporters,
+            snapshots=None
+            if cfg.export.every is None and cfg.export.best is None
+            else ModelSnapshots(exporters[0], cfg.output, best=cfg.export.best, mesh=mesh),
             stop=AgreedStop(signals, mesh),
             telemetry=telemetry,
             profiler=NoProfiler() if cfg.profile is None else TraceWriter(cfg.profile, output=cfg.output, mesh=mesh),
@@ -318,15 +323,19 @@ def _publishers(
         yield source
 
 
-def _exporters(cfg: config.TrainerConfig, student: Student, checked: Checked, mesh: Mesh) -> Iterator[Exporter]:
+def _exporters(
+    cfg: config.TrainerConfig, student: Student, checked: Checked, mesh: Mesh
+) -> tuple[HuggingFaceExporter, *tuple[Exporter, ...]]:
     origin = cfg.student.model
-    yield HuggingFaceExporter(
+    whole = HuggingFaceExporter(
         cfg.output / "final",
         student,
         origin=origin,
         tokenizer=checked.tokenizer,
         mesh=mesh,
         end_of_turn=checked.encoder.end_of_turn(),
+        dtype=None if cfg.export.dtype == "origin" else getattr(torch, cfg.export.dtype),
     )
-    if student.adapter is not None:
-        yield AdapterExporter(cfg.output / "adapter", student, student.adapter, origin=origin, mesh=mesh)
+    if student.adapter is None:
+        return (whole,)
+    return whole, AdapterExporter(cfg.output / "adapter", student, student.adapter, origin=origin, mesh=mesh)

@@ -12,6 +12,7 @@ from kdmesh.config import StrictModel
 from kdmesh.tracing.config import TracingConfig
 from kdmesh_trainer.algorithm_config import refuse_unfit_algorithm
 from kdmesh_trainer.data_config import DataConfig
+from kdmesh_trainer.export_config import ExportConfig, refuse_unknown_best
 from kdmesh_trainer.metrics_config import MetricsConfig
 from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
@@ -180,6 +181,9 @@ class TrainerConfig(StrictModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saved state."""
 
+    export: ExportConfig = ExportConfig()
+    """The student as directories that others load."""
+
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Beside the console and metrics.jsonl, which are always written. W&B and MLflow go by their own environment
     variables, WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME for example; otherwise the project is called kdmesh."""
@@ -261,6 +265,7 @@ class TrainerConfig(StrictModel):
     @model_validator(mode="after")
     def _questions_are_asked(self) -> TrainerConfig:
         refuse_unasked_questions(self)
+        refuse_unknown_best(self)
         return self
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ _COPIED = (
 
 
 class HuggingFaceExporter:
-    """Writes the student with its tokenizer, in the element type of the checkpoint it started from.
+    """Writes the student with its tokenizer, in the element type of the checkpoint it started from, or another.
 
     What transformers keeps in float32 beside that, as routers of mixtures, is written in float32. An adapter is added
     to the matrices that it belongs to. Where generation ends is what the student started with, and the end of a turn
@@ -48,6 +49,7 @@ class HuggingFaceExporter:
         tokenizer: PreTrainedTokenizerBase,
         mesh: Mesh,
         end_of_turn: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
@@ -55,6 +57,7 @@ class HuggingFaceExporter:
             origin: directory of the model the student started from.
             tokenizer: with the chat template that was trained with.
             end_of_turn: the token that ends an assistant turn in that template; None where none does.
+            dtype: element type of what is written; None: that of the files in `origin`.
         """
         self._path = path
         self._student = student
@@ -62,16 +65,25 @@ class HuggingFaceExporter:
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._end_of_turn = end_of_turn
+        self._dtype = dtype
 
     def export(self) -> None:
+        """As `write`, to the exporter's own directory."""
+        self.write(self._path, notes={})
+
+    def write(self, path: Path, *, notes: Mapping[str, Mapping[str, object]]) -> None:
         """Write the student as it is now. Collective; the first rank holds the whole model meanwhile.
+
+        Args:
+            path: the directory to write; an older one is replaced when the new one is complete.
+            notes: what to write beside it, by the name of a JSON file.
 
         Raises:
             CheckpointError: it could not be written; an older one is untouched.
         """
         config = AutoConfig.from_pretrained(self._origin, local_files_only=True, trust_remote_code=False)
-        tensors = self._whole_tensors(config.dtype or torch.float32)
-        self._mesh.on_first(lambda: self._write(config, tensors))
+        tensors = self._whole_tensors(self._dtype or config.dtype or torch.float32)
+        self._mesh.on_first(lambda: self._write(path, config, tensors, notes))
 
     def _whole_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every tensor by its name in the model, on the first rank; one at a time is whole on the others."""
@@ -87,9 +99,15 @@ class HuggingFaceExporter:
             named[name] = whole[id(weight)]
         return named
 
-    def _write(self, config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:
+    def _write(
+        self,
+        path: Path,
+        config: PretrainedConfig,
+        tensors: dict[str, Tensor],
+        notes: Mapping[str, Mapping[str, object]],
+    ) -> None:
         try:
-            with replacing(self._path) as writing:
+            with replacing(path) as writing:
                 _whole_model(config, tensors).save_pretrained(writing)
                 _save_tokenizer(self._tokenizer, writing)
                 for name in _COPIED:
@@ -97,9 +115,11 @@ class HuggingFaceExporter:
                         shutil.copyfile(self._origin / name, writing / name)
                 if self._end_of_turn is not None:
                     _end_at(self._end_of_turn, writing / _GENERATION)
+                for name, note in notes.items():
+                    (writing / name).write_text(json.dumps(note) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the trained model was not written to {self._path}: {error}") from error
-        log.info("trained model written", extra={"path": str(self._path)})
+            raise CheckpointError(f"the trained model was not written to {path}: {error}") from error
+        log.info("trained model written", extra={"path": str(path)})
 
 
 def _whole_model(config: PretrainedConfig, tensors: dict[str, Tensor]) -> PreTrainedModel:

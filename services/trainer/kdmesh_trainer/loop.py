@@ -65,6 +65,18 @@ class Exporter(Protocol):
         ...
 
 
+class Snapshots(Protocol):
+    """Writes the student for others to use while it goes on learning."""
+
+    def write(self, *, done: int) -> None:
+        """Write the student as it is now, after `done` steps. Collective."""
+        ...
+
+    def judged(self, *, done: int, scores: Scores | None, answers: AnswerScores | None) -> None:
+        """Write it if it is the best one so far, by what an evaluation after `done` steps found. Collective."""
+        ...
+
+
 class Stop(Protocol):
     """Whether somebody wants the run to end early."""
 
@@ -116,6 +128,7 @@ class Parts:
     examiner: Examiner | None = None  # None: there are no questions
     checkpoints: Checkpoints
     exporters: tuple[Exporter, ...]
+    snapshots: Snapshots | None = None  # None: the student is written at the end alone
     stop: Stop
     telemetry: Telemetry
     profiler: Profiler
@@ -128,6 +141,7 @@ class Schedule:
     steps: int
     evaluate_every: int | None  # None: only before the first step and after the last
     checkpoint_every: int | None  # None: only when stopped and after the last step
+    export_every: int | None = None  # None: only after the last step
 
     def evaluates_at(self, done: int) -> bool:
         """Whether the student is judged when `done` steps are done."""
@@ -136,6 +150,10 @@ class Schedule:
     def saves_at(self, done: int) -> bool:
         """Whether a checkpoint is written when `done` steps are done."""
         return done == self.steps or (self.checkpoint_every is not None and done % self.checkpoint_every == 0)
+
+    def writes_at(self, done: int) -> bool:
+        """Whether the student is written for others when `done` steps are done, and more are to do."""
+        return self.export_every is not None and done % self.export_every == 0 and done < self.steps
 
 
 def run(parts: Parts, schedule: Schedule) -> int:
@@ -165,6 +183,9 @@ def run(parts: Parts, schedule: Schedule) -> int:
             _publish(parts, version=done)
         # Before the checkpoint: a run that dies in between must find this step either to do or on record.
         parts.telemetry.report(step, stats)
+        if parts.snapshots is not None and schedule.writes_at(done):
+            with parts.telemetry.phase("export"):
+                parts.snapshots.write(done=done)
         is_stopping = parts.stop.is_wanted()
         if is_stopping or schedule.saves_at(done):
             _save(parts, done=done)
@@ -191,6 +212,7 @@ def _publish(parts: Parts, *, version: int) -> None:
 def _evaluate_if_due(parts: Parts, schedule: Schedule, *, done: int, stop: Stop) -> None:
     if not schedule.evaluates_at(done):
         return
+    scores = answers = None
     if parts.evaluator is not None:
         with parts.telemetry.phase("evaluate"):
             scores = parts.evaluator.evaluate(stop=stop)
@@ -199,3 +221,6 @@ def _evaluate_if_due(parts: Parts, schedule: Schedule, *, done: int, stop: Stop)
         with parts.telemetry.phase("examine"):
             answers = parts.examiner.examine(done=done, stop=stop)
         parts.telemetry.report_answers(done, answers)
+    if parts.snapshots is not None and done > 0:
+        with parts.telemetry.phase("export"):
+            parts.snapshots.judged(done=done, scores=scores, answers=answers)
