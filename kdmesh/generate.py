@@ -33,6 +33,7 @@ from kdmesh.prompt_rows import Asked, Prompts
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.sampling.seeds import seed_of
+from kdmesh.sampling.stops import before_stop
 from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling, VisionSpec
@@ -153,7 +154,7 @@ def generate(
             for row, samples in _answers(served.speaker, chats, asked, plan):
                 cut_off = sum(sample.finish_reason is FinishReason.LENGTH for sample in samples)
                 wanted = [s for s in samples if plan.keeps_cut_off or s.finish_reason is not FinishReason.LENGTH]
-                texts = [chats.text(sample, stops) for sample in wanted]
+                texts = [before_stop(chats.text(sample, stops), plan.sampling.stop_strings) for sample in wanted]
                 said = [_answered(row, text) for text in texts if text.strip()]
                 kept.add(said, cut_off=cut_off, blank=len(texts) - len(said))
                 show(kept.prompts, len(rows), pace.left_s(kept.prompts))

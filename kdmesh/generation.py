@@ -45,7 +45,13 @@ _GENERATE_S = 3600.0  # for the answers to one prompt
 @click.option("--max-new-tokens", type=int, default=1024, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--stop", "stops", multiple=True, metavar="TEXT", help="Text that ends an answer, besides its end token.")
+@click.option(
+    "--stop",
+    "stops",
+    multiple=True,
+    metavar="TEXT",
+    help="Text that ends an answer, besides its end token, and is left out of it.",
+)
 @click.option(
     "--template-setting",
     "template_settings",

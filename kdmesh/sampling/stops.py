@@ -28,3 +28,9 @@ class StopStrings:
             return False
         tail = self._decode(token_ids[-self._window :])
         return any(text in tail for text in self._texts)
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """A response's text up to the first of `stops` in it; all of it where there is none."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(found, default=len(text))]

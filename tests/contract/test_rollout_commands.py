@@ -113,6 +113,20 @@ def test_generate_writes_a_chat_dataset_of_the_models_answers(
     assert [json.loads(line)["messages"] for line in output.read_text().splitlines()] != written
 
 
+def test_a_text_that_ends_an_answer_is_left_out_of_it(server: TeacherProcess, model: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "say it"}\n')
+    where = ("--rollout", server.grpc, "--model", str(model), "--prompts", str(prompts), "--output", str(output))
+    how = ("--max-new-tokens", "24", "--keep-cut-off", "--seed", "5", "--overwrite")
+    assert run("generate", *where, *how).exit_code == 0
+    [whole] = [json.loads(line)["messages"][-1]["content"] for line in output.read_text().splitlines()]
+    stop = next(letter for letter in whole[2:] if letter.isascii() and letter not in whole[:2])
+    result = run("generate", *where, *how, "--stop", stop)
+    assert result.exit_code == 0, result.output
+    [ended] = [json.loads(line)["messages"][-1]["content"] for line in output.read_text().splitlines()]
+    assert ended == whole[: whole.index(stop)]
+
+
 def test_a_dataset_without_an_answer_is_not_written(server: TeacherProcess, model: Path, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('{"prompt": "say it"}\n')

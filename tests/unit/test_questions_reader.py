@@ -173,6 +173,14 @@ def test_a_response_is_read_without_what_ends_it(tmp_path: Path, model: Path) ->
     assert read.decode(np.array([*ids, end], np.int32)) == read.decode(np.array(ids, np.int32)) == "the fox"
 
 
+def test_a_response_is_read_without_the_text_that_ends_it(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path, {"question": "a?", "answer": "b"})
+    read = exam(path, model, sampling={"stop_strings": ["\nQ:", "fox "]})
+    ids = load_fast_tokenizer(model)("the fox\nQ: so", add_special_tokens=False)["input_ids"]
+    assert read.sampling.stop_strings == ("\nQ:", "fox ")
+    assert read.decode(np.array(ids, np.int32)) == "the fox"
+
+
 def test_a_question_that_the_template_refuses_is_named(tmp_path: Path) -> None:
     model = tmp_path / "model"
     save_tokenizer(model)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdmesh.sampling.stops import StopStrings
+from kdmesh.sampling.stops import StopStrings, before_stop
 
 
 def spelt(token_ids: Sequence[int]) -> str:
@@ -40,3 +40,11 @@ def test_without_a_stop_string_nothing_is_decoded() -> None:
         raise AssertionError("decoded")
 
     assert not StopStrings((), forbidden).is_complete([1, 2])
+
+
+@given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_what_is_left_of_a_text_holds_none_and_begins_it(text: str, stops: list[str]) -> None:
+    left = before_stop(text, stops)
+    assert text.startswith(left)
+    assert not any(stop in left for stop in stops)
+    assert left == text or any(text[len(left) :].startswith(stop) for stop in stops)

@@ -290,8 +290,9 @@ class TrainerConfig(StrictModel):
             return self
         if not (isinstance(self.source, OnPolicy) and self.source.sampled_fraction == 1):
             raise ValueError("divergence sampled_reverse_kl needs source on_policy and every token of it sampled")
-        plain = SamplingConfig(temperature=self.source.sampling.temperature)
-        if self.source.sampling.model_copy(update={"max_new_tokens": plain.max_new_tokens}) != plain:
+        sampling = self.source.sampling
+        ends = {"max_new_tokens": sampling.max_new_tokens, "stop_strings": sampling.stop_strings}
+        if sampling != SamplingConfig(temperature=sampling.temperature, **ends):
             raise ValueError("divergence sampled_reverse_kl needs sampling by temperature alone: tokens drawn from all")
         if self.objective.temperature != self.source.sampling.temperature:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -68,3 +68,6 @@ class SamplingConfig(StrictModel):
 
     max_new_tokens: int = Field(256, ge=1)
     """Most tokens of a response; a longer one is cut, and nothing is appended to it."""
+
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response, besides what ends a turn and a text; the tokens that complete one are part of it."""

@@ -13,6 +13,7 @@ from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn
 from kdmesh.models.ends import stop_token_ids
 from kdmesh.sampling.seeds import seed_of
+from kdmesh.sampling.stops import before_stop
 from kdmesh.types import Int32Array, Sampling
 from kdmesh_trainer.questions.matchers import Matcher, build_matcher, refuse_unfit_answers
 from kdmesh_trainer.questions.reader import Question, read_questions
@@ -73,7 +74,8 @@ def read_exam(
     def decode(token_ids: Int32Array) -> str:
         ids = token_ids.tolist()
         kept = ids[:-1] if ids[-1] in ends else ids
-        return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        text = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return before_stop(text, cfg.sampling.stop_strings)
 
     log.info("questions read", extra={"questions": len(questions), "samples_of_each": cfg.samples})
     return Exam(
