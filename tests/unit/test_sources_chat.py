@@ -257,6 +257,48 @@ def test_the_last_turn_alone_carries_loss_where_that_is_wanted(family: str) -> N
     assert sequence.token_ids.tolist()[: sequence.positions[0] + 1] == text
 
 
+# As Qwen3's: thinking of its own, which is left out of turns that others follow.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content | default('') | trim }}\n</think>\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def reasoned(*reasoning: str) -> Chat:
+    turns = [(Message(role="user", content="why?"), said(text)) for text in reasoning]
+    return Chat(messages=tuple(message for turn in turns for message in turn), origin="here")
+
+
+def said(reasoning: str) -> Message:
+    return Message(role="assistant", content="so", reasoning=reasoning)
+
+
+def test_reasoning_is_learnt_where_the_template_writes_it() -> None:
+    tokenizer = chat_tokenizer(None)
+    encoder = ChatEncoder(tokenizer, THINKING)
+    first, second, none = encoder.encode([reasoned("it is so\n"), reasoned("I think\nit is so", "again"), reasoned("")])
+    learnt = [[tokenizer.decode(s.labels) for s in found] for found in (first, second, none) if isinstance(found, list)]
+    assert learnt == [
+        ["<think>\nit is so\n</think>\n\nso<|im_end|>"],
+        # Of the first turn it is no part any more when the second is asked for, as at inference: two sequences.
+        ["<think>\nI think\nit is so\n</think>\n\nso<|im_end|>", "<think>\nagain\n</think>\n\nso<|im_end|>"],
+        ["<think>\n\n</think>\n\nso<|im_end|>"],
+    ]
+
+
+def test_reasoning_that_the_template_leaves_out_makes_a_chat_unusable() -> None:
+    [found] = tools("chatml")[1].encode([reasoned("it is so")])
+    assert found == Unusable(reason=Reason.NO_REASONING, detail="message 1")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking"])
+def test_templates_know_reasoning_by_either_name(name: str) -> None:
+    tokenizer = chat_tokenizer(None)
+    [[sequence]] = ChatEncoder(tokenizer, THINKING.replace("reasoning_content", name)).encode([reasoned("hm")])  # type: ignore[misc]
+    assert tokenizer.decode(sequence.labels) == "<think>\nhm\n</think>\n\nso<|im_end|>"
+
+
 def test_a_template_without_an_end_of_turn_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     encoder = ChatEncoder(chat_tokenizer("plain"))
     with caplog.at_level(logging.WARNING):

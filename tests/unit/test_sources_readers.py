@@ -142,6 +142,13 @@ def test_a_row_says_which_turns_carry_loss(tmp_path: Path, suffix: str) -> None:
     assert chats == [[True, False, True, False, True], [False]]
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_what_an_assistant_thought_is_known_by_any_of_its_names(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"messages": [{**USER, key: None}, {**ASSISTANT, key: "hm"}]}))
+    [chat] = open_dataset(ChatFile(path=path))()
+    assert [m.reasoning for m in chat.messages] == ["", "hm"]
+
+
 def test_tools_of_a_parquet_row_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{**ROW, "tools": '[{"name": "f"}]', "score": 1}]), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="row 1: `tools` is not supported"):
@@ -194,10 +201,16 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
         ),
         (lines({"messages": [{"role": "user", "content": [{"type": "text"}]}]}), r"\.text must be a string, not null"),
         (lines({"messages": [{**ASSISTANT, "tool_calls": [{"id": 1}]}]}), r"'tool_calls' is not supported"),
-        (lines({"messages": [{**ASSISTANT, "reasoning_content": "hm"}]}), r"'reasoning_content' is not supported"),
+        (
+            lines({"messages": [{**ASSISTANT, "reasoning_content": 3}]}),
+            r"\[0\]\.reasoning_content must be a string, no",
+        ),
         (lines({"messages": [{**ASSISTANT, "weight": 0.5}]}), r"messages\[0\]: 'weight' is 0\.5; a turn of the assis"),
-        (lines({"messages": [{**ASSISTANT, "reasoning": "hm"}]}), r"messages\[0\]: 'reasoning' is not supported"),
-        (lines({"messages": [{**ASSISTANT, "thinking": "hm"}]}), r"'thinking' is not supported"),
+        (lines({"messages": [{**USER, "reasoning": "hm"}]}), r"messages\[0\]: 'reasoning' at a turn of the user"),
+        (
+            lines({"messages": [{**ASSISTANT, "thinking": "hm", "reasoning": "hm"}]}),
+            r"reasoning and thinking both hold reasoning",
+        ),
         (lines({"messages": [USER, {**ASSISTANT, "train": "no"}]}), r"messages\[1\]: 'train' is 'no'; it must be"),
         (lines({"messages": [{**USER, "train": True}]}), r"'train' is true, and a turn of the user is never trained"),
         (lines({**ROW, "tools": [{"name": "f"}]}), r"a\.jsonl:1: `tools` is not supported"),

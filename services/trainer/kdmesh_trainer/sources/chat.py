@@ -167,7 +167,7 @@ class ChatEncoder:
             if not chat.messages[number].content.strip():
                 return Unusable(reason=Reason.EMPTY, detail=f"message {number}")
         try:
-            return [
+            rendered = [
                 RenderedTurn(
                     prompt=self._render(chat.messages[:number], is_prompt=True),
                     text=self._render(chat.messages[: number + 1], is_prompt=False),
@@ -178,6 +178,12 @@ class ChatEncoder:
             ]
         except (TemplateError, TypeError, ValueError) as error:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
+        for number, turn in zip(turns, rendered, strict=True):
+            message = chat.messages[number]
+            # A template that knows of no reasoning leaves it out without a word.
+            if message.reasoning.strip() not in turn.text[common_length(turn.text, turn.prompt) :]:
+                return Unusable(reason=Reason.NO_REASONING, detail=f"message {number}")
+        return rendered
 
     def _render_prompt(self, chat: Chat) -> str | Unusable:
         messages = without_answers(chat.messages)
@@ -199,7 +205,7 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], *, is_prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            [{"role": message.role, "content": _content(message)} for message in messages],
+            list(map(_told, messages)),
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=is_prompt,
@@ -248,6 +254,13 @@ class ChatEncoder:
                 "assistant turns do not end in a special token, so the student will not learn to stop",
                 extra={"turn_ends_with": turn.text[-20:], "eos_token": self._tokenizer.eos_token},
             )
+
+
+def _told(message: Message) -> dict[str, object]:
+    """As templates want it."""
+    # By the names that templates know it by: most by the first, gpt-oss's by the second.
+    reasoning = dict.fromkeys(("reasoning_content", "thinking"), message.reasoning) if message.reasoning else {}
+    return {"role": message.role, "content": _content(message), **reasoning}
 
 
 def _content(message: Message) -> object:

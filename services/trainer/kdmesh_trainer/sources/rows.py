@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdmesh.chat_rows import refuse_unsupported_columns, system_text, unicode_text
@@ -18,7 +18,8 @@ _TEXT = "text"  # no row can name it
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # They change what the template renders or what carries loss: ignoring them would train on something else.
-_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "train_detail")
+_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "train_detail")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Message:
     content: str  # its text
     parts: tuple[str | Image, ...] = ()  # its text and images in order; empty: it is text alone
     is_trained: bool = True  # whether it carries loss, if it is the assistant's
+    reasoning: str = ""  # what the assistant thought before it, which the template writes; empty: nothing is told
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -182,21 +184,38 @@ def _message(value: object, origin: str, images: RowImages) -> Message:
     if not isinstance(role, str) or role not in roles:
         raise DataError(f"{origin}: unknown role {role!r}; known: {', '.join(roles)}")
     content, where = value[content_key], f"{origin}.{content_key}"
-    is_trained = _is_trained(value, roles[role], origin)
+    said = Message(
+        role=roles[role],
+        content="",
+        is_trained=_is_trained(value, roles[role], origin),
+        reasoning=_reasoning(value, roles[role], origin),
+    )
     if not isinstance(content, list | tuple):
-        return Message(role=roles[role], content=_text(content, where), is_trained=is_trained)
+        return replace(said, content=_text(content, where))
     parts = tuple(_part(part, f"{where}[{number}]", images) for number, part in enumerate(content))
     has_images = any(isinstance(part, Image) for part in parts)
     if has_images and roles[role] == "assistant":
         raise DataError(f"{where}: an assistant's turn is text, and cannot hold an image")
     text = "".join(part for part in parts if isinstance(part, str))
-    return Message(role=roles[role], content=text, parts=parts if has_images else (), is_trained=is_trained)
+    return replace(said, content=text, parts=parts if has_images else ())
 
 
 def _refuse_unsupported_keys(message: Mapping[Any, Any], origin: str) -> None:
     for key in _UNSUPPORTED_KEYS:
         if message.get(key):
-            raise DataError(f"{origin}: {key!r} is not supported; a message is a role and a text")
+            raise DataError(f"{origin}: {key!r} is not supported; a message is a role, a text and its reasoning")
+
+
+def _reasoning(message: Mapping[Any, Any], role: str, origin: str) -> str:
+    """What the assistant thought; empty where nothing is told."""
+    keys = [key for key in _REASONING_KEYS if message.get(key)]
+    if not keys:
+        return ""
+    if len(keys) > 1:
+        raise DataError(f"{origin}: {' and '.join(keys)} both hold reasoning; a message has it once")
+    if role != "assistant":
+        raise DataError(f"{origin}: {keys[0]!r} at a turn of the {role}; only the assistant's has one")
+    return _text(message[keys[0]], f"{origin}.{keys[0]}")
 
 
 def _is_trained(message: Mapping[Any, Any], role: str, origin: str) -> bool:

@@ -19,6 +19,7 @@ class Reason(StrEnum):
     NO_TEXT = "a text with nothing to predict"
     NO_PROMPT = "begins with an assistant turn"
     TEMPLATE = "refused by the chat template"
+    NO_REASONING = "the chat template leaves out the reasoning"
     NOT_A_PREFIX = "the prompt is not a prefix of the rendered chat"
     RETOKENISED = "the tokens of a prompt change when its turn follows"
     CHANGED = "a later turn changes how an assistant turn is rendered"
