@@ -70,7 +70,7 @@ def _weight_table(file: Path) -> dict[str, Any] | None:
         if size_bytes > file.stat().st_size:
             return None
         try:
-            table = json.loads(stream.read(size_bytes) or b"{}")
+            table = json.loads(stream.read(size_bytes))
         except ValueError:
             return None
     return table if isinstance(table, dict) else None

@@ -30,8 +30,9 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for model in ("student", "teacher"):
         (tmp_path / model).mkdir()
-        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        for name in ("config.json", "tokenizer.json"):
             (tmp_path / model / name).touch()
+        (tmp_path / model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # of no tensor
     (tmp_path / "train.jsonl").touch()
     (tmp_path / "teacher.yaml").write_text("engine: {kind: transformers, model: teacher}\n")
     (tmp_path / "rollout.yaml").write_text("engine: {kind: transformers, model: student, max_running: 8}\n")

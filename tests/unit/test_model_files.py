@@ -20,3 +20,9 @@ def test_a_weight_file_that_is_cut_short_is_told_with_its_sizes(tmp_path: Path) 
     assert "cut short in its table" in "".join(model_problems("student.model", tmp_path))
     path.write_bytes(whole)
     assert not list(model_problems("student.model", tmp_path))
+
+
+def test_a_weight_file_without_a_byte_is_no_weight_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert "is not a safetensors file" in "".join(model_problems("student.model", tmp_path))
