@@ -73,6 +73,11 @@ def test_every_bad_key_is_named_with_its_path(tmp_path: Path) -> None:
         assert part in said
 
 
+def test_a_tracker_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD, "trackers=[tensorboard, wandb, tensorboard]")
+    assert "trackers names one twice: tensorboard, wandb, tensorboard" in said
+
+
 def test_a_parameter_of_another_divergence_is_refused(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + "objective: {name: distill, divergence: {name: forward_kl, beta: 0.1}}\n")
     assert re.search(r"objective\.distill\.divergence\.forward_kl\.beta: there is no such key", said)

@@ -224,6 +224,8 @@ class TrainerConfig(StrictModel):
             raise ValueError(f"optimizer.warmup_steps ({warmup_steps}) must be less than steps ({self.steps})")
         if self.profile is not None and (step := max(self.profile.steps)) >= self.steps:
             raise ValueError(f"profile.steps has {step}; steps are counted from 0, and the last is {self.steps - 1}")
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
         if (longest := self.data.max_tokens) > self.batch.max_tokens:
             raise ValueError(f"data.max_tokens ({longest}) must not exceed batch.max_tokens ({self.batch.max_tokens})")
         return self
