@@ -110,6 +110,13 @@ def test_a_write_that_was_interrupted_is_cleaned_at_the_next_start(run: Run) -> 
     assert run.names() == ["step-00000003"]
 
 
+def test_a_removal_that_a_kill_prevented_is_made_up_for_at_the_next_start(run: Run) -> None:
+    for next_step in (3, 6, 9):
+        run.directory(keep=3).save(next_step=next_step)
+    assert run.directory(keep=2).restore() == 9  # of a last step, after which nothing is saved any more
+    assert run.names() == ["step-00000006", "step-00000009"]
+
+
 def test_a_copy_that_somebody_put_beside_them_is_left_alone_and_is_none_of_them(run: Run) -> None:
     run.save(3)
     shutil.copytree(run.path / "step-00000003", run.path / "step-00000003-before-the-weekend")

@@ -79,7 +79,7 @@ class CheckpointDirectory:
     def restore(self) -> int:
         """Load the newest checkpoint; the step to continue with, 0 when there is none. Collective.
 
-        Works on any number of ranks. Removes what an interrupted write left.
+        Works on any number of ranks. Removes what an interrupted write left, the oldest checkpoints included.
 
         Raises:
             CheckpointError: it cannot be read, belongs to a run with another identity, or is
@@ -102,6 +102,7 @@ class CheckpointDirectory:
             raise CheckpointError(f"{directory} cannot be read: {_cause(error)}") from error
         if "random" in state:
             self._set_random_state(state["random"])
+        self._mesh.on_first(self._remove_oldest)
         log.info("continuing from a checkpoint", extra={"step": next_step, "path": str(directory)})
         return next_step
 
