@@ -50,8 +50,8 @@ class Recorder:
         self.events.append(f"source at {step}")
         self._done = step
 
-    def start(self, first_step: int) -> None:
-        self.events.append(f"start {first_step}")
+    def start(self, first_step: int, *, is_judged: bool) -> None:
+        self.events.append(f"start {first_step}" if is_judged else f"start {first_step}, not judged")
 
     def next_batch(self) -> StepBatch:
         return StepBatch(step=self._done, micro_batches=(), num_loss_tokens=1, num_tokens=2)
@@ -236,7 +236,7 @@ def test_a_continued_run_starts_where_the_checkpoint_says() -> None:
     recorder = Recorder(first=3)
     assert run(recorder.parts(has_held_out=False), schedule(5)) == 5
     assert recorder.without_phases() == [
-        *("restore", "source at 3", "start 3"),
+        *("restore", "source at 3", "start 3, not judged"),
         *("update 3", "report 3", "update 4", "report 4", "save 5", "export"),
     ]
 
@@ -251,7 +251,7 @@ def test_the_student_is_published_before_the_first_step_and_after_each_update() 
     recorder = Recorder(first=3)
     run(recorder.parts(has_held_out=False, publishes=True), schedule(5, checkpoint_every=1))
     assert recorder.without_phases() == [
-        *("restore", "source at 3", "start 3", "publish 3"),
+        *("restore", "source at 3", "start 3, not judged", "publish 3"),
         *("update 3", "publish 4", "report 3", "save 4"),
         *("update 4", "publish 5", "report 4", "save 5", "export"),
     ]

@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from kdmesh.errors import CheckpointError
 
@@ -40,23 +41,28 @@ def append_line(path: Path, line: Mapping[str, object]) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def keep_before(path: Path, first_step: int) -> None:
-    """Drop the JSON lines of steps from `first_step` on, and a last line that was never finished; all or nothing.
+def keep_lines(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Drop the JSON lines that do not stay, and a last line that was never finished; all or nothing.
+
+    Returns:
+        The others.
 
     Raises:
         CheckpointError: what is left cannot be written.
     """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):  # not splitlines: texts may hold U+2028 as it is
+        return []
+    kept, texts = [], []
+    for text in path.read_bytes().split(b"\n"):  # not splitlines: texts may hold U+2028 as it is
         with contextlib.suppress(ValueError):  # no JSON, or cut within a character
-            if json.loads(line)["step"] < first_step:
-                kept.append(line + b"\n")
+            if stays(line := json.loads(text)):
+                kept.append(line)
+                texts.append(text + b"\n")
     part = path.with_suffix(".part")
     with written_beside_checkpoints(path):
-        part.write_bytes(b"".join(kept))
+        part.write_bytes(b"".join(texts))
         os.replace(part, path)
+    return kept
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from kdmesh.log import can_redraw
 from kdmesh.tracing.spans import span
 from kdmesh_trainer import config
-from kdmesh_trainer.files import append_line, keep_before
+from kdmesh_trainer.files import append_line, keep_lines
 from kdmesh_trainer.metrics import Metrics
 from kdmesh_trainer.metrics_server import MetricsServer, serving
 from kdmesh_trainer.progress import LogProgress, Progress, Reading, TerminalProgress
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _RECENT_STEPS = 10
 _STEP_PHASES = ("batch", "update", "publish")
+_GROUPS = {"evaluation": "held_out", "questions": "questions"}
+_NO_FIGURES = ("kind", "step", "time", "evaluate_s", "examine_s")
 _SHORTEST_WAIT_S = 1e-3  # a shorter one says nothing of how fast the other side is
 
 
@@ -73,7 +75,7 @@ def open_telemetry(
 class SilentTelemetry:
     """Says nothing."""
 
-    def start(self, first_step: int) -> None:
+    def start(self, first_step: int, *, is_judged: bool = True) -> None:
         """Nothing."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -124,12 +126,24 @@ class RunTelemetry:
         self._recent: deque[tuple[StepStats, float]] = deque(maxlen=_RECENT_STEPS)
         self._totals = _Totals()
 
-    def start(self, first_step: int) -> None:
-        """What an earlier attempt wrote from `first_step` on is dropped."""
+    def start(self, first_step: int, *, is_judged: bool = True) -> None:
+        """What an earlier attempt wrote from `first_step` on is dropped, but for a judgement that is not made again.
+
+        That is of the student before the step: the last of a run whose `steps` were fewer.
+        """
+
+        def stays(line: Mapping[str, Any]) -> bool:
+            is_last = line["step"] == first_step and line["kind"] != "step" and not is_judged
+            return is_last or line["step"] < first_step
+
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        keep_before(self._path, first_step)
+        kept = keep_lines(self._path, stays)
         for tracker in self._trackers:
             tracker.start(first_step)
+        for line in kept:
+            if line["step"] == first_step:  # which trackers take for superseded
+                figures = {name: value for name, value in line.items() if name not in _NO_FIGURES}
+                self._track(_GROUPS[line["kind"]], first_step, figures)
         self._metrics.started(first_step)
         self._progress.start(first_step, self._steps)
 
@@ -177,7 +191,7 @@ class RunTelemetry:
         figures = {**asdict(scores), "perplexity": scores.perplexity}
         self._totals.scores = {name: value for name, value in figures.items() if value is not None}
         self._write("evaluation", step, {**figures, "evaluate_s": seconds})
-        self._track("held_out", step, figures)
+        self._track(_GROUPS["evaluation"], step, figures)
         self._metrics.evaluated(scores, seconds)
         log.info("held-out data evaluated", extra={"step": step, **self._totals.scores})
 
@@ -190,7 +204,7 @@ class RunTelemetry:
             f"pass_at_{k}": each.mean for k, each in scores.pass_at.items()
         }
         self._write("questions", step, {**figures, "examine_s": seconds})
-        self._track("questions", step, figures)
+        self._track(_GROUPS["questions"], step, figures)
         self._metrics.examined(scores, seconds)
         log.info("questions answered", extra={"step": step, **known})
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kdmesh.types import Int32Array, TokenSequence
-from kdmesh_trainer.files import append_line, keep_before
+from kdmesh_trainer.files import append_line, keep_lines
 from kdmesh_trainer.sources.rollouts import Rollout
 from kdmesh_trainer.sources.sides import teacher_side
 
@@ -40,7 +40,7 @@ class Showcase:
 
     def start(self, first_step: int) -> None:
         """Drop what an earlier attempt showed from `first_step` on."""
-        keep_before(self._path, first_step)
+        keep_lines(self._path, lambda line: line["step"] < first_step)
 
     def show(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """The step's first prompt, if it is this step's turn."""
