@@ -24,6 +24,7 @@ from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.objective_config import Distill
 from kdmesh_trainer.panel_config import TEACHER_NAME
+from kdmesh_trainer.saved_config import refuse_other_configuration
 
 # Loading a large model takes minutes; a server that cannot says so at once by exiting.
 _SERVER_READY_S = 1800.0
@@ -94,6 +95,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     Raises:
         ConfigError: a configuration is bad, or names something that is not there; or with servers, the output cannot
             be written, or another run has it.
+        CheckpointError: the configuration cannot continue the checkpoint that lies in its output.
         ChildFailed: a process ended that should not have.
         Stopped: a signal came, and a rank could not end cleanly.
     """
@@ -107,6 +109,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     refuse_unfit_machine(cfg, ranks=num_ranks(cfg) * (1 if here is None else here.nodes))
     for server in servers.values():
         _refuse_unfit_teacher(cfg, server)
+    refuse_other_configuration(cfg)
     if serve:
         with claimed(cfg.output):  # the first rank claims it for the run, but only when the servers have loaded
             pass

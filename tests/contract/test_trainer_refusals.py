@@ -197,3 +197,15 @@ def test_of_many_ranks_that_one_speaks_which_failed_by_a_mistake_of_the_users_ow
     assert [outcome.exit_code for outcome in outcomes] == [1, 1]
     assert "KeyError: '1'" in outcomes[1].errors
     assert "Traceback" not in outcomes[0].errors
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_before_a_teacher_is_waited_for(
+    refusals: Refusals, student: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, student=student, teacher="127.0.0.1:9", steps=1)
+    state = tmp_path / "run/checkpoints/step-00000001/state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"next_step": 1, "world_size": 1, "identity": {"seed": "7"}}))
+    sentence = refusals.sentence(config, "teacher.deadline_s=0.5")
+    assert f"{state.parent} belongs to another run: " in sentence
+    assert "seed is 0 now and was 7" in sentence

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from kdmesh import check, cli, jobs, local
 from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.saved_config import configured_identity
 
 COMMANDS = sorted(cli.main.commands)
 
@@ -237,6 +238,25 @@ def test_an_output_that_cannot_be_had_is_refused_before_a_teacher_is_served(
     assert not Path("run/teacher.log").exists()
     result = run(*train, "--set", "output=/proc/none")  # where nobody can make a directory
     assert (result.exit_code, "output /proc/none cannot be written" in result.output) == (2, True), result.output
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_before_a_teacher_is_served(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "start_server", lambda *arguments: pytest.fail("a server was started"))
+    identity = configured_identity(check.load_as(TrainerConfig, good)) | {"student (fingerprint)": "unknown yet"}
+    state = Path("run/checkpoints/step-00000004/state.json")
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"next_step": 4, "world_size": 1, "identity": identity}))
+    for change, says in (
+        ("seed=1", "belongs to another run: seed is 1 now and was 0. Restore"),
+        ("student.lora.rank=4", "student.lora is "),
+        ("steps=3", "is after 4 steps, and `steps` is only 3"),
+    ):
+        result = run("train", "train.yaml", "--serve", "teacher.yaml", "--set", change)
+        assert (result.exit_code, says in result.output) == (2, True), result.output
+    with pytest.raises(pytest.fail.Exception, match="a server was started"):  # by what continues it
+        CliRunner().invoke(cli.main, ["train", "train.yaml", "--serve", "teacher.yaml"])
 
 
 def test_what_no_rank_can_do_is_refused_before_a_teacher_is_served(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

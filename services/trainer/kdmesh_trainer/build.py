@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from kdmesh_trainer.model import Student
 from kdmesh_trainer.objective_config import Distill, Sft
 from kdmesh_trainer.profiler import NoProfiler, TraceWriter
 from kdmesh_trainer.questions.exam import Exam
+from kdmesh_trainer.saved_config import configured_identity, refuse_other_configuration
 from kdmesh_trainer.snapshots import ModelSnapshots
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.context_rows import ContextRows
@@ -88,12 +88,14 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
 
     Raises:
         ConfigError: a part of the configuration cannot be used.
+        CheckpointError: it cannot continue the checkpoint that lies in `output`.
         DataError: the data cannot be used.
         ModelMismatch: the teacher does not fit the student.
         DeadlineExpired: no teacher answers.
     """
     with ExitStack() as stack:
         mesh.on_first(lambda: stack.enter_context(claimed(cfg.output)))
+        mesh.on_first(lambda: refuse_other_configuration(cfg))
         checked = check(cfg)
         if mesh.is_first:
             warn_of_new_positions(cfg)
@@ -242,19 +244,7 @@ def _token_cache(
 
 def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: Data, teachers: Teachers | None) -> dict[str, str]:
     """What a checkpoint can only be continued with. By content: a directory may have moved."""
-    identity = {
-        "student (fingerprint)": model_fingerprint(lm),
-        "objective": json.dumps(cfg.objective.model_dump(mode="json"), sort_keys=True),
-        **data.identity,
-        "batch.sequences": str(cfg.batch.sequences),
-        "seed": str(cfg.seed),
-    }
-    if cfg.student.lora is not None:
-        identity["student.lora"] = json.dumps(cfg.student.lora.model_dump(mode="json"), sort_keys=True)
-    if cfg.student.freeze_vision:
-        identity["student.freeze_vision"] = "true"
-    if cfg.optimizer.moments != "float32":
-        identity["optimizer.moments"] = cfg.optimizer.moments
+    identity = {"student (fingerprint)": model_fingerprint(lm), **configured_identity(cfg), **data.identity}
     if teachers is not None and isinstance(cfg.objective, Distill):
         identity |= teachers.identity()
     return identity

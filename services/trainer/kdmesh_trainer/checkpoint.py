@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,14 @@ from kdmesh_trainer.files import sync, write_synced
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student, release
 from kdmesh_trainer.rounded_moments import has_rounded, widened
+from kdmesh_trainer.saved_config import COMPLETE, STATE, checkpoints_in, read_saved, refuse_other_run
 from kdmesh_trainer.teacher_copy import TeacherCopy
 
 log = logging.getLogger(__name__)
 
-_COMPLETE = "step-"
 _WRITING = "writing-"
 _REMOVING = "removing-"
-_STATE = "state.json"
 _SLACK_BYTES = 2**20  # metadata, file headers, the other ranks' random states
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _State:
-    """What lies in state.json."""
-
-    next_step: int
-    world_size: int
-    identity: Mapping[str, str]
 
 
 class CheckpointDirectory:
@@ -89,7 +78,7 @@ class CheckpointDirectory:
         if next_step == 0:
             return 0
         directory = self._directory(next_step)
-        world_size = self._mesh.on_first(lambda: _read_state(directory).world_size)
+        world_size = self._mesh.on_first(lambda: read_saved(directory).world_size)
         state, saved = self._trained_state(), self._mesh.on_first(lambda: _saved_names(directory))
         if world_size == self._mesh.world_size:
             # A CPU, which wrote it, had no state of a GPU's.
@@ -139,27 +128,11 @@ class CheckpointDirectory:
         for pattern in (_WRITING, _REMOVING):
             for left in self._path.glob(f"{pattern}*"):
                 shutil.rmtree(left, ignore_errors=True)
-        complete = self._complete()
+        complete = checkpoints_in(self._path)
         if not complete:
             return 0
-        self._refuse_other_run(complete[-1])
-        return int(complete[-1].name.removeprefix(_COMPLETE))
-
-    def _refuse_other_run(self, directory: Path) -> None:
-        state = _read_state(directory)
-        saved = state.identity
-        differing = [
-            f"{key} is {self._identity.get(key)} now and was {saved.get(key)}"
-            for key in sorted(saved.keys() | self._identity.keys())
-            if saved.get(key) != self._identity.get(key)
-        ]
-        if differing:
-            raise CheckpointError(
-                f"{directory} belongs to another run: {'; '.join(differing)}. "
-                "Restore the configuration, or give this run another `output`"
-            )
-        if state.next_step > self._steps:
-            raise CheckpointError(f"{directory} is after {state.next_step} steps, and `steps` is only {self._steps}")
+        refuse_other_run(complete[-1], self._identity, steps=self._steps)
+        return int(complete[-1].name.removeprefix(COMPLETE))
 
     def _begin(self, writing: Path, needed_bytes: int) -> None:
         try:
@@ -174,7 +147,7 @@ class CheckpointDirectory:
     def _finish(self, writing: Path, next_step: int, needed_bytes: int) -> None:
         state = {"next_step": next_step, "world_size": self._mesh.world_size, "identity": self._identity}
         try:
-            write_synced(writing / _STATE, json.dumps(state, indent=1))
+            write_synced(writing / STATE, json.dumps(state, indent=1))
             sync(writing)
             writing.rename(self._directory(next_step))
             sync(self._path)
@@ -185,18 +158,14 @@ class CheckpointDirectory:
         self._remove_oldest()
 
     def _remove_oldest(self) -> None:
-        for directory in self._complete()[: -self._keep]:
+        for directory in checkpoints_in(self._path)[: -self._keep]:
             # Renamed first: a removal that is interrupted must not leave what looks like a checkpoint.
             removing = directory.with_name(f"{_REMOVING}{directory.name}")
             directory.rename(removing)
             shutil.rmtree(removing, ignore_errors=True)
 
-    def _complete(self) -> list[Path]:
-        """From the oldest to the newest."""
-        return sorted(self._path.glob(f"{_COMPLETE}{'[0-9]' * 8}"))
-
     def _directory(self, next_step: int) -> Path:
-        return self._path / f"{_COMPLETE}{next_step:08d}"
+        return self._path / f"{COMPLETE}{next_step:08d}"
 
     def _trained_state(self) -> dict[str, Any]:
         """This rank's shards of what changes: trained weights and their moments by name, shared weights once, and a
@@ -238,13 +207,6 @@ class CheckpointDirectory:
             f"checkpoint {path} was not written: {why} ({needed_bytes} bytes needed, {free_bytes} bytes free); "
             "earlier checkpoints are untouched"
         )
-
-
-def _read_state(directory: Path) -> _State:
-    try:
-        return _State(**json.loads((directory / _STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory / _STATE} cannot be read: {error}") from error
 
 
 def _saved_names(directory: Path) -> frozenset[str]:

@@ -1,0 +1,94 @@
+"""What a checkpoint says of the configuration it was saved with: read without torch, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdmesh.errors import CheckpointError
+from kdmesh_trainer.config import TrainerConfig
+
+COMPLETE = "step-"
+STATE = "state.json"
+
+_CONFIGURED = (
+    "batch.sequences",
+    "objective",
+    "optimizer.moments",
+    "seed",
+    "student.freeze_vision",
+    "student.lora",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRun:
+    """What lies in state.json."""
+
+    next_step: int
+    world_size: int
+    identity: Mapping[str, str]
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """The complete ones, from the oldest to the newest."""
+    return sorted(path.glob(f"{COMPLETE}{'[0-9]' * 8}"))
+
+
+def read_saved(checkpoint: Path) -> SavedRun:
+    """What a checkpoint says. Raises CheckpointError when it cannot be read."""
+    try:
+        return SavedRun(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / STATE} cannot be read: {error}") from error
+
+
+def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
+    """What a checkpoint can only be continued with, by configuration key: as far as the configuration says it."""
+    identity = {
+        "objective": json.dumps(cfg.objective.model_dump(mode="json"), sort_keys=True),
+        "batch.sequences": str(cfg.batch.sequences),
+        "seed": str(cfg.seed),
+    }
+    if cfg.student.lora is not None:
+        identity["student.lora"] = json.dumps(cfg.student.lora.model_dump(mode="json"), sort_keys=True)
+    if cfg.student.freeze_vision:
+        identity["student.freeze_vision"] = "true"
+    if cfg.optimizer.moments != "float32":
+        identity["optimizer.moments"] = cfg.optimizer.moments
+    return identity
+
+
+def refuse_other_configuration(cfg: TrainerConfig) -> None:
+    """Raises CheckpointError when `output` holds a checkpoint that this configuration cannot continue."""
+    if checkpoints := checkpoints_in(cfg.output / "checkpoints"):
+        refuse_other_run(checkpoints[-1], configured_identity(cfg), steps=cfg.steps, among=_CONFIGURED)
+
+
+def refuse_other_run(
+    checkpoint: Path, identity: Mapping[str, str], *, steps: int, among: Collection[str] | None = None
+) -> None:
+    """Return when a run with this identity and so many steps can continue it.
+
+    Args:
+        among: the keys that `identity` would have by now; None: all.
+
+    Raises:
+        CheckpointError: it cannot be read, belongs to a run with another identity, or is beyond the last step.
+    """
+    saved = read_saved(checkpoint)
+    keys = saved.identity.keys() | identity.keys() if among is None else among
+    differing = [
+        f"{key} is {identity.get(key)} now and was {saved.identity.get(key)}"
+        for key in sorted(keys)
+        if saved.identity.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint} belongs to another run: {'; '.join(differing)}. "
+            "Restore the configuration, or give this run another `output`"
+        )
+    if saved.next_step > steps:
+        raise CheckpointError(f"{checkpoint} is after {saved.next_step} steps, and `steps` is only {steps}")
