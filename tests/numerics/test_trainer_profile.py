@@ -68,6 +68,15 @@ def test_each_rank_writes_a_trace_of_each_chosen_step_that_names_its_parts(
         assert "head and loss" in (tmp_path / "profile" / f"{stem}.txt").read_text()
 
 
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    config = ProfileConfig(steps=(1,), directory=tmp_path / "file" / "profile")
+    with joined("cpu", longest_wait_s=60) as mesh, TraceWriter(config, output=tmp_path, mesh=mesh).watching(1):
+        pass
+    (told,) = [entry.__dict__ for entry in caplog.records if entry.getMessage() == "step not traced"]
+    assert "Not a directory" in told["why"]
+
+
 def test_a_step_that_there_cannot_be_is_refused() -> None:
     with pytest.raises(ValidationError, match="steps has -1: steps are counted from 0"):
         ProfileConfig(steps=(3, -1))

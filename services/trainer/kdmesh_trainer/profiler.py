@@ -44,7 +44,10 @@ class TraceWriter:
 
     @contextmanager
     def watching(self, step: int) -> Iterator[None]:
-        """Trace what happens inside, if the step is one of those. Not collective."""
+        """Trace what happens inside, if the step is one of those. Not collective.
+
+        A trace that cannot be written is told, and no more: the step that it is of is done, and not yet saved.
+        """
         if step not in self._config.steps:
             yield
             return
@@ -57,7 +60,11 @@ class TraceWriter:
             yield
             if ProfilerActivity.CUDA in self._activities:
                 torch.cuda.synchronize()  # kernels that are still running belong to this step
-        self._write(traced, self._directory / f"step-{step:08d}-rank-{self._rank}")
+        stem = self._directory / f"step-{step:08d}-rank-{self._rank}"
+        try:
+            self._write(traced, stem)
+        except OSError as error:
+            log.warning("step not traced", extra={"path": str(stem), "why": str(error)})
 
     def _write(self, traced: profile, stem: Path) -> None:
         stem.parent.mkdir(parents=True, exist_ok=True)
