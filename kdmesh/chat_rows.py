@@ -7,16 +7,18 @@ from typing import Any
 
 from kdmesh.errors import DataError
 
-UNSUPPORTED_COLUMNS = ("tools", "functions")
+UNSUPPORTED_COLUMNS = ("tools", "functions", "chat_template_kwargs")
 """They change what a template renders: a row that has one is refused."""
 
-_EMPTY_JSON = ("[]", "{}", "null")  # where a column holds JSON as a text
+_NOTHING = (None, "", [], {}, "[]", "{}", "null")  # a column may hold JSON as a text
 
 
 def refuse_unsupported_columns(row: Mapping[Any, Any], origin: str) -> None:
     """Raises DataError when one of UNSUPPORTED_COLUMNS holds something."""
     for name in UNSUPPORTED_COLUMNS:
-        if row.get(name) and row[name] not in _EMPTY_JSON:
+        value = row.get(name) or None
+        # Of Parquet every row has all keys of a column that holds objects.
+        if any(each not in _NOTHING for each in (value.values() if isinstance(value, Mapping) else [value])):
             raise DataError(f"{origin}: `{name}` is not supported; a chat is messages alone")
 
 

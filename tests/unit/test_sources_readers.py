@@ -71,8 +71,14 @@ def test_every_usual_form_of_a_row_is_recognised(tmp_path: Path) -> None:
         {"instruction": "Hi", "input": "", "output": "Hello", "system": ""},
         {"instruction": "Add", "input": "1 and 2", "output": "3", "system": "Be brief"},
         {"messages": [USER, {"role": "assistant", "content": parts, "tool_calls": None, "weight": 1}], "id": 7},
-        {"messages": [{**USER, "train": False}, {**ASSISTANT, "train": True, "thinking": ""}], "tools": "[]"},
-        {**ROW, "system": "Be brief", "tools": [], "functions": None},
+        {"messages": [{**USER, "loss": False}, {**ASSISTANT, "train": True, "thinking": ""}], "tools": "[]"},
+        {
+            **ROW,
+            "system": "Be brief",
+            "tools": [],
+            "functions": None,
+            "chat_template_kwargs": {"enable_thinking": None},
+        },
         {"messages": share, "system": "Be brief"},
         {"messages": [{"role": "system", "content": "Be brief"}, USER, ASSISTANT], "system": "Be brief"},
         {"prompt": "Hi", "completion": "Hello"},
@@ -127,7 +133,7 @@ def test_a_system_text_beside_the_chat_is_its_first_turn_in_whichever_column(tmp
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_row_says_which_turns_carry_loss(tmp_path: Path, suffix: str) -> None:
-    flags: list[dict[str, Any]] = [{}, {"weight": 0}, {"weight": 1, "train": None}, {"train": False}, {"train": True}]
+    flags: list[dict[str, Any]] = [{}, {"weight": 0}, {"weight": 1, "train": None}, {"loss": False}, {"training": True}]
     turns = [turn for flag in flags for turn in (USER, {**ASSISTANT, **flag})]
     share = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "train": False}]
     rows = [{"messages": turns, "conversations": None}, {"messages": None, "conversations": share}]
@@ -213,7 +219,12 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
         ),
         (lines({"messages": [USER, {**ASSISTANT, "train": "no"}]}), r"messages\[1\]: 'train' is 'no'; it must be"),
         (lines({"messages": [{**USER, "train": True}]}), r"'train' is true, and a turn of the user is never trained"),
+        (lines({"messages": [{**USER, "loss": 1}]}), r"messages\[0\]: 'loss' is 1; it must be true or false"),
         (lines({**ROW, "tools": [{"name": "f"}]}), r"a\.jsonl:1: `tools` is not supported"),
+        (
+            lines({**ROW, "chat_template_kwargs": {"enable_thinking": False}}),
+            r"`chat_template_kwargs` is not supported",
+        ),
         (lines({"instruction": "x", "output": "y", "functions": [{"name": "f"}]}), r"`functions` is not supported"),
         (
             lines({"messages": [{"role": "system", "content": "a"}, USER], "system": "b"}),

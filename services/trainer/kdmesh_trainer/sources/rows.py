@@ -21,6 +21,9 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "
 _UNSUPPORTED_KEYS = ("tool_calls", "function_call", "train_detail")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
+# By which formats say whether a turn carries loss.
+_TRAINED_KEYS = ("train", "training", "loss")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
@@ -219,15 +222,16 @@ def _reasoning(message: Mapping[Any, Any], role: str, origin: str) -> str:
 
 
 def _is_trained(message: Mapping[Any, Any], role: str, origin: str) -> bool:
-    """Whether a turn carries loss, as its `weight` (OpenAI) and `train` (Axolotl) say."""
-    weight, train = message.get("weight"), message.get("train")
+    """Whether a turn carries loss, as its `weight` (OpenAI) and `train`, `training` or `loss` say."""
+    weight, said = message.get("weight"), {key: message[key] for key in _TRAINED_KEYS if message.get(key) is not None}
     if weight not in (None, "", 0, 1):
         raise DataError(f"{origin}: 'weight' is {weight!r}; a turn of the assistant is trained on, 1, or is not, 0")
-    if train not in (None, True, False):
-        raise DataError(f"{origin}: 'train' is {train!r}; it must be true or false")
-    if train and role != "assistant":
-        raise DataError(f"{origin}: 'train' is true, and a turn of the {role} is never trained on")
-    return weight != 0 and train is not False
+    for key, is_trained in said.items():
+        if not isinstance(is_trained, bool):
+            raise DataError(f"{origin}: {key!r} is {is_trained!r}; it must be true or false")
+        if is_trained and role != "assistant":
+            raise DataError(f"{origin}: {key!r} is true, and a turn of the {role} is never trained on")
+    return weight != 0 and all(said.values())
 
 
 def _text(value: object, origin: str) -> str:

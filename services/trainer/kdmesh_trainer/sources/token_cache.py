@@ -39,7 +39,7 @@ from kdmesh_trainer.sources.tokenising import Work, tokenised
 log = logging.getLogger(__name__)
 
 # Part of every name: raise it when chats become other tokens than before, or files are written otherwise.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class _Facts(Protocol):
