@@ -142,7 +142,7 @@ class _Clock:
         self.phases: list[dict[str, float]] = []
         self._phase_s: dict[str, float] = {}
 
-    def start(self, first_step: int, *, is_judged: bool) -> None:
+    def start(self, first_step: int, steps: int, *, is_judged: bool) -> None:
         """Nothing."""
 
     @contextmanager

@@ -83,6 +83,7 @@ class Stage:
     def train(self, title: str, path: Path, run: Path, overrides: list[str] | None = None) -> None:
         """Train as the configuration in `path` says; `run` is its output."""
         cfg = config.load(TrainerConfig, path, overrides or [])
+        assert cfg.steps is not None  # the plan's
         threads = jobs.split_threads(cfg, with_servers=cfg.teacher is not None)
         begin = time.monotonic()
         commands = jobs.rank_commands(

@@ -51,10 +51,9 @@ def read(port: int) -> dict[str, float]:
 
 
 def test_a_run_that_hangs_in_its_first_step_shows_when_it_began(tmp_path: Path) -> None:
-    metrics = Metrics("student-a", steps=7)
+    metrics = Metrics("student-a")  # whose steps follow from its data
     run = RunTelemetry(
         record=tmp_path / "metrics.jsonl",
-        steps=7,
         progress=LogProgress(every_s=10.0),
         trackers=[],
         metrics=metrics,
@@ -63,7 +62,7 @@ def test_a_run_that_hangs_in_its_first_step_shows_when_it_began(tmp_path: Path) 
         imbalance=lambda: None,
     )
     with serving(MetricsConfig(port=0), metrics.registry) as server:
-        run.start(4)
+        run.start(4, 7)
         found = read(server.port)
     run.close()
     assert (found["step"], found["steps_wanted"]) == (4, 7)

@@ -154,6 +154,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     [
         ("teacher: null", "objective distill needs a `teacher` section"),
         ("optimizer: {warmup_steps: 100}", r"warmup_steps \(100\) must be less than steps \(100\)"),
+        ("epochs: 2", "give steps or epochs, and not both"),
+        ("steps: null", "give steps or epochs, and not both"),
         ("data: {max_tokens: 9000, train: {format: chat, path: x.jsonl}}", "must not exceed batch.max_tokens"),
         ("objective: {name: distill, kd_weight: 0}", "nothing would be learnt"),
         ("objective: {name: distill, kd_weight: {start: 0, end: 0, steps: 9}}", "nothing would be learnt"),

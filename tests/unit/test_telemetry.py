@@ -107,10 +107,9 @@ def run(path: Path, *, imbalance: float | None = None) -> tuple[telemetry.RunTel
     display, tracker = Recorder(), Recorder()
     record = telemetry.RunTelemetry(
         record=path / "metrics.jsonl",
-        steps=10,
         progress=display,
         trackers=[tracker],
-        metrics=Metrics("job", steps=10),
+        metrics=Metrics("job"),
         metrics_server=None,
         doors=lambda: {"shm": "it is the best"},
         imbalance=lambda: imbalance,
@@ -124,7 +123,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_every_step_and_evaluation_is_one_line_that_is_there_at_once(tmp_path: Path) -> None:
     record, _, _ = run(tmp_path)
-    record.start(0)
+    record.start(0, 10)
     record.report_scores(0, scores())
     with record.phase("batch"):
         pass
@@ -143,10 +142,9 @@ def test_every_step_and_evaluation_is_one_line_that_is_there_at_once(tmp_path: P
 def test_answers_are_a_line_of_their_own_for_people_files_trackers_and_prometheus(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    display, tracker, metrics = Recorder(), Recorder(), Metrics("job", steps=10)
+    display, tracker, metrics = Recorder(), Recorder(), Metrics("job")
     record = telemetry.RunTelemetry(
         record=tmp_path / "metrics.jsonl",
-        steps=10,
         progress=display,
         trackers=[tracker],
         metrics=metrics,
@@ -155,7 +153,7 @@ def test_answers_are_a_line_of_their_own_for_people_files_trackers_and_prometheu
         imbalance=lambda: None,
     )
     with caplog.at_level(logging.INFO):
-        record.start(0)
+        record.start(0, 10)
         record.report(0, stats())
         record.report_scores(1, scores())
         with record.phase("examine"):
@@ -188,7 +186,7 @@ def test_answers_are_a_line_of_their_own_for_people_files_trackers_and_prometheu
 def test_imbalance_is_told_of_several_teachers_only(tmp_path: Path) -> None:
     for name, imbalance in (("one", None), ("several", 1.25)):
         record, _, tracker = run(tmp_path / name, imbalance=imbalance)
-        record.start(0)
+        record.start(0, 10)
         record.report(0, stats())
         record.close()
         (step,) = lines(tmp_path / name)
@@ -198,7 +196,7 @@ def test_imbalance_is_told_of_several_teachers_only(tmp_path: Path) -> None:
 
 def test_a_phase_counts_for_the_step_that_is_reported_next(tmp_path: Path) -> None:
     record, _, _ = run(tmp_path)
-    record.start(0)
+    record.start(0, 10)
     with record.phase("update"):
         pass
     record.report(0, stats())
@@ -213,7 +211,7 @@ def test_a_phase_counts_for_the_step_that_is_reported_next(tmp_path: Path) -> No
 @pytest.mark.parametrize("unfinished", ['{"kind": "step", "st', '{"name": "caf\u00e9'])
 def test_resuming_leaves_one_line_per_step(tmp_path: Path, unfinished: str) -> None:
     record, _, _ = run(tmp_path)
-    record.start(0)
+    record.start(0, 10)
     record.report_scores(0, scores())
     for step in range(4):
         record.report(step, stats(loss=1.0))
@@ -223,7 +221,7 @@ def test_resuming_leaves_one_line_per_step(tmp_path: Path, unfinished: str) -> N
         file.write(unfinished.encode()[:-1])  # killed while writing, perhaps within a character
 
     again, _, tracker = run(tmp_path)
-    again.start(2)
+    again.start(2, 10)
     again.report(2, stats(loss=9.0))
     again.close()
     record_now = [(line["kind"], line["step"], line.get("loss_nats_per_token")) for line in lines(tmp_path)]
@@ -255,7 +253,7 @@ def test_a_run_that_goes_on_after_its_end_keeps_how_it_was_judged_there(tmp_path
 
 def test_figures_that_are_not_finite_are_null_and_kept_from_trackers(tmp_path: Path) -> None:
     record, _, tracker = run(tmp_path)
-    record.start(0)
+    record.start(0, 10)
     record.report(0, stats(loss=float("nan")))
     record.report_scores(1, scores(cross_entropy=1e6))
     record.close()
@@ -270,7 +268,7 @@ def test_figures_that_are_not_finite_are_null_and_kept_from_trackers(tmp_path: P
 
 def test_figures_of_samples_stand_beside_those_of_the_step(tmp_path: Path) -> None:
     record, display, tracker = run(tmp_path)
-    record.start(0)
+    record.start(0, 10)
     with record.phase("update"):
         pass
     record.report(0, sampled_stats())
@@ -301,7 +299,7 @@ def test_figures_of_samples_stand_beside_those_of_the_step(tmp_path: Path) -> No
 )
 def test_the_record_says_what_took_most_of_a_step(tmp_path: Path, seconds: dict[str, float], bound: str) -> None:
     record, display, _ = run(tmp_path)
-    record.start(0)
+    record.start(0, 10)
     with record.phase("publish"):
         sum(range(1000))
     record.report(0, sampled_stats(**seconds))
@@ -314,7 +312,7 @@ def test_the_record_says_what_took_most_of_a_step(tmp_path: Path, seconds: dict[
 
 def test_every_phase_has_its_tokens_per_second_where_it_took_time(tmp_path: Path) -> None:
     record, _, _ = run(tmp_path)
-    record.start(0)
+    record.start(0, 10)
     with record.phase("update"):
         sum(range(1_000_000))
     record.report(0, sampled_stats(sampling_wait_s=2.0))
@@ -329,7 +327,7 @@ def test_every_phase_has_its_tokens_per_second_where_it_took_time(tmp_path: Path
 
 def test_the_display_gets_rates_over_recent_steps(tmp_path: Path) -> None:
     record, display, _ = run(tmp_path)
-    record.start(0)
+    record.start(0, 10)
     for step in range(3):
         with record.phase("update"):
             pass
@@ -345,7 +343,7 @@ def test_the_display_gets_rates_over_recent_steps(tmp_path: Path) -> None:
 def test_the_end_is_summarised_with_the_last_scores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     record, display, tracker = run(tmp_path)
     with caplog.at_level(logging.INFO):
-        record.start(0)
+        record.start(0, 10)
         record.report(0, stats())
         record.report_scores(1, scores())
         record.close()
@@ -379,7 +377,7 @@ def config(tmp_path: Path, *names: str) -> TrainerConfig:
 
 def test_only_the_first_rank_records(tmp_path: Path) -> None:
     with telemetry.open_telemetry(config(tmp_path), rank=1, doors=dict, imbalance=lambda: None) as record:
-        record.start(0)
+        record.start(0, 10)
         with record.phase("update"):
             record.report(0, stats())
         record.report_scores(1, scores())
@@ -389,7 +387,7 @@ def test_only_the_first_rank_records(tmp_path: Path) -> None:
 
 def test_tensorboard_is_written_by_default(tmp_path: Path) -> None:
     with telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict, imbalance=lambda: None) as record:
-        record.start(0)
+        record.start(0, 10)
         record.report(0, stats())
     assert list((tmp_path / "my-run" / "tensorboard").iterdir())
     assert len(lines(tmp_path / "my-run")) == 1
@@ -402,7 +400,7 @@ def test_progress_is_told_on_a_terminal_that_cannot_redraw(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     caplog.set_level(logging.INFO, logger="kdmesh_trainer")
     with telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict, imbalance=lambda: None) as record:
-        record.start(0)
+        record.start(0, 10)
         record.report(0, stats())
     assert "progress" in [entry.getMessage() for entry in caplog.records]
 
@@ -423,7 +421,7 @@ def test_tensorboard_hides_what_an_earlier_attempt_wrote(tmp_path: Path, first_s
 
 def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
     with telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict, imbalance=lambda: None) as record:
-        record.start(0)
+        record.start(0, 10)
         (tmp_path / "my-run" / "metrics.jsonl").mkdir()
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written: .*; checkpoints are untouched"):
             record.report(0, stats())

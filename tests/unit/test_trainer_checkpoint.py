@@ -165,7 +165,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_key(run: Run, key: str,
 def test_a_checkpoint_beyond_the_last_step_is_refused(run: Run) -> None:
     run.save(3)
     assert run.directory(steps=3).restore() == 3
-    with pytest.raises(CheckpointError, match="after 3 steps, and `steps` is only 2"):
+    with pytest.raises(
+        CheckpointError, match="after 3 steps, and the run is to have only 2: raise `steps`, or `epochs`"
+    ):
         run.directory(steps=2).restore()
 
 

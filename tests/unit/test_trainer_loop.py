@@ -50,8 +50,9 @@ class Recorder:
         self.events.append(f"source at {step}")
         self._done = step
 
-    def start(self, first_step: int, *, is_judged: bool) -> None:
+    def start(self, first_step: int, steps: int, *, is_judged: bool) -> None:
         self.events.append(f"start {first_step}" if is_judged else f"start {first_step}, not judged")
+        self.told_steps = steps
 
     def next_batch(self) -> StepBatch:
         return StepBatch(step=self._done, micro_batches=(), num_loss_tokens=1, num_tokens=2)
@@ -235,6 +236,7 @@ def test_a_stop_during_the_last_step_changes_nothing() -> None:
 def test_a_continued_run_starts_where_the_checkpoint_says() -> None:
     recorder = Recorder(first=3)
     assert run(recorder.parts(has_held_out=False), schedule(5)) == 5
+    assert recorder.told_steps == 5
     assert recorder.without_phases() == [
         *("restore", "source at 3", "start 3, not judged"),
         *("update 3", "report 3", "update 4", "report 4", "save 5", "export"),

@@ -85,21 +85,15 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
 
     from kdmesh.tracing.spans import tracing
     from kdmesh_trainer.build import built
-    from kdmesh_trainer.loop import Schedule, run
+    from kdmesh_trainer.loop import run
     from kdmesh_trainer.stop import StopSignals
 
     transformers_logging.disable_progress_bar()
-    schedule = Schedule(
-        steps=cfg.steps,
-        evaluate_every=cfg.evaluation.every,
-        checkpoint_every=cfg.checkpoint.every,
-        export_every=cfg.export.every,
-    )
     signals = StopSignals()
     try:
         with (
             tracing("trainer", cfg.tracing, rank=mesh.rank),
-            built(cfg, mesh=mesh, signals=signals) as parts,
+            built(cfg, mesh=mesh, signals=signals) as (parts, schedule),
             signals,
         ):
             done = run(parts, schedule)
@@ -115,7 +109,7 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
     except Exception:
         mesh.is_first_to_fail()  # the others, whose collectives fail now, are not to speak instead
         raise
-    if done < cfg.steps:
+    if done < schedule.steps:
         logger.info("stopped", extra={"steps_done": done, "next": "run the same command to continue"})
         return int(os.environ.get("KDMESH_EXIT_WHEN_STOPPED", "0"))
     return 0

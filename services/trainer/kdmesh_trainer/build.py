@@ -35,7 +35,7 @@ from kdmesh_trainer.data_config import TeacherMessages
 from kdmesh_trainer.devices import ScoringPublisher
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
-from kdmesh_trainer.loop import Exporter, Parts, Publisher
+from kdmesh_trainer.loop import Exporter, Parts, Publisher, Schedule
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
@@ -83,8 +83,8 @@ class Checked:
 
 
 @contextmanager
-def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[Parts]:
-    """Everything the loop talks to, for as long as the context lasts. Collective.
+def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[tuple[Parts, Schedule]]:
+    """Everything the loop talks to, for as long as the context lasts, and when things happen. Collective.
 
     Raises:
         ConfigError: a part of the configuration cannot be used.
@@ -145,7 +145,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 build_objective(cfg, checked.divergence, algorithm, teachers, student.share),
                 optimizer,
                 config=cfg.optimizer,
-                steps=cfg.steps,
+                steps=data.steps,
                 mesh=mesh,
                 teachers=("",) if teachers is None else teachers.heads.names,
             ),
@@ -166,7 +166,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
                 student,
                 optimizer,
                 identity=identity,
-                steps=cfg.steps,
+                steps=data.steps,
                 keep=cfg.checkpoint.keep,
                 mesh=mesh,
                 teacher_copy=copy,
@@ -180,7 +180,15 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             profiler=NoProfiler() if cfg.profile is None else TraceWriter(cfg.profile, output=cfg.output, mesh=mesh),
         )
         try:
-            yield parts
+            yield (
+                parts,
+                Schedule(
+                    steps=data.steps,
+                    evaluate_every=cfg.evaluation.every,
+                    checkpoint_every=cfg.checkpoint.every,
+                    export_every=cfg.export.every,
+                ),
+            )
         except NotFinite:  # on every rank
             mesh.on_first(telemetry.report_not_finite)
             raise
@@ -276,6 +284,7 @@ def _source(
         return build_source(
             cfg,
             data.train,
+            steps=data.steps,
             student=student,
             tokenizer_fingerprint=checked.tokenizer_fingerprint,
             teachers=teachers,
@@ -291,7 +300,7 @@ def _source(
                 planner,
                 teachers.rows,
                 prefetch=teachers.prefetch,
-                steps=cfg.steps,
+                steps=data.steps,
                 teacher_update_every=cfg.teacher_update_every,
                 context=ContextRows.of(mesh, teachers.heads.names),
             )

@@ -13,6 +13,7 @@ from kdmesh_trainer.build_teachers import Teachers
 from kdmesh_trainer.fit import refuse_unlike
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objective_config import Distill
+from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sources.blend import blend_identity, digest_key, parts_of
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.stored import SequenceFacts, images_of, sequence_facts
@@ -28,6 +29,7 @@ class Data:
     train: Sequence[TokenSequence] | Task
     held_out: Sequence[TokenSequence] | None
     identity: Mapping[str, str]  # what a checkpoint can only be continued with, by configuration key
+    steps: int  # of the whole run
 
     @property
     def num_images(self) -> int:
@@ -40,6 +42,7 @@ def read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | 
     """Both datasets. Collective.
 
     Raises:
+        ConfigError: they make fewer steps than what else is configured needs.
         DataError: the data cannot be used, or does not fit a teacher.
         ModelMismatch: a teacher's image processor makes other numbers of tokens.
     """
@@ -64,7 +67,8 @@ def _read(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None
         ).sequences
         if teachers is not None:
             teachers.check_requests("held_out", held_out)
-    return Data(train=train, held_out=held_out, identity=identity)
+    steps = num_steps(cfg, len(train.prompts if isinstance(train, Task) else train))
+    return Data(train=train, held_out=held_out, identity=identity, steps=steps)
 
 
 def _read_train(

@@ -161,6 +161,7 @@ def build_source(
     cfg: config.TrainerConfig,
     task: Task,
     *,
+    steps: int,
     student: Student,
     tokenizer_fingerprint: str,
     teachers: Teachers,
@@ -171,6 +172,7 @@ def build_source(
     """The source, closed with `stack`. Collective.
 
     Args:
+        steps: of the whole run.
         student: sharded; its vocabulary is what it shares with the teacher.
         tokenizer_fingerprint: of the student's tokenizer.
         rollouts: those of the task's source.
@@ -202,7 +204,7 @@ def build_source(
         max_staleness=source.max_staleness,
         max_tokens=cfg.batch.max_tokens,
         prefetch=teachers.prefetch,
-        steps=cfg.steps,
+        steps=steps,
         mesh=mesh,
         answers=_answers(cfg, task),
         teacher_update_every=cfg.teacher_update_every,

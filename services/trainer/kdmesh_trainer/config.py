@@ -172,8 +172,11 @@ class TrainerConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its schedule."""
 
-    steps: int = Field(ge=1)
-    """Optimizer steps in all; the data is repeated as often as needed, reshuffled each epoch."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all; the data is repeated as often as needed, reshuffled each epoch. This or `epochs`."""
+
+    epochs: float | None = Field(None, gt=0)
+    """How often the data is walked through, instead of `steps` (docs/schedule.md)."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """When and how the student is judged."""
@@ -214,16 +217,28 @@ class TrainerConfig(StrictModel):
         """By name; that of the only one of `teacher` is empty."""
         return self.teachers if self.teacher is None else {"": self.teacher}
 
+    def too_short(self, steps: int) -> str | None:
+        """Why a run cannot have so few steps; None: it can."""
+        if (warmup_steps := self.optimizer.warmup_steps) >= steps:
+            return f"optimizer.warmup_steps ({warmup_steps}) must be less than steps ({steps})"
+        if self.profile is not None and (step := max(self.profile.steps)) >= steps:
+            return f"profile.steps has {step}; steps are counted from 0, and the last is {steps - 1}"
+        return None
+
+    @model_validator(mode="after")
+    def _ends(self) -> TrainerConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give steps or epochs, and not both")
+        if self.steps is not None and (why := self.too_short(self.steps)) is not None:
+            raise ValueError(why)
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainerConfig:
         if isinstance(self.objective, Distill) and not self.all_teachers:
             raise ValueError("objective distill needs a `teacher` section, or `teachers`")
         if self.teacher_update_every is not None and not isinstance(self.objective, Distill):
             raise ValueError("teacher.follows_student needs objective distill: nobody else learns from the teacher")
-        if (warmup_steps := self.optimizer.warmup_steps) >= self.steps:
-            raise ValueError(f"optimizer.warmup_steps ({warmup_steps}) must be less than steps ({self.steps})")
-        if self.profile is not None and (step := max(self.profile.steps)) >= self.steps:
-            raise ValueError(f"profile.steps has {step}; steps are counted from 0, and the last is {self.steps - 1}")
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
         if (longest := self.data.max_tokens) > self.batch.max_tokens:

@@ -96,8 +96,8 @@ class Profiler(Protocol):
 class Telemetry(Protocol):
     """Tells people and machines how the run goes; silent on every rank but the first."""
 
-    def start(self, first_step: int, *, is_judged: bool) -> None:
-        """The run begins, or continues, at `first_step`. Called once, before everything else.
+    def start(self, first_step: int, steps: int, *, is_judged: bool) -> None:
+        """The run begins, or continues, at `first_step` of `steps`. Called once, before everything else.
 
         Args:
             is_judged: the student is judged before that step, whether an earlier attempt did so or not.
@@ -168,7 +168,7 @@ def run(parts: Parts, schedule: Schedule) -> int:
     """
     first = parts.checkpoints.restore()
     parts.source.start_at(first)
-    parts.telemetry.start(first, is_judged=schedule.evaluates_at(first))
+    parts.telemetry.start(first, schedule.steps, is_judged=schedule.evaluates_at(first))
     # Before anything is sampled: servers that were started anew, or have seen later steps than this, must have these.
     _publish(parts, version=first)
     for step in range(first, schedule.steps):

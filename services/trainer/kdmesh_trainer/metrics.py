@@ -47,14 +47,16 @@ _ANSWERS = {
 class Metrics:
     """Counters of this process and gauges of the last step, all with the job's name."""
 
-    def __init__(self, job: str, *, steps: int) -> None:
+    def __init__(self, job: str, *, steps: int | None = None) -> None:
+        """`steps` of the run, where they are known before it begins."""
         self.registry = CollectorRegistry()
         self.label_names: dict[str, tuple[str, ...]] = {}
         """Of each, by its whole name."""
 
         self._job = job
-        wanted = self._gauge("steps_wanted", "Optimizer steps that the run is to have.")
-        wanted.labels(job).set(steps)
+        self._wanted = self._gauge("steps_wanted", "Optimizer steps that the run is to have.")
+        if steps is not None:
+            self._wanted.labels(job).set(steps)
         self._step = self._gauge("step", "Optimizer steps done, those before a restart too.")
         self._last_step = self._gauge(
             "last_step_timestamp_seconds", "When the last step ended, or the run began, in Unix time."
@@ -86,8 +88,9 @@ class Metrics:
         self._not_finite = self._counter("not_finite_steps", "Steps whose loss or weights were not finite.")
         self._not_finite.labels(job)
 
-    def started(self, first_step: int) -> None:
-        """The run begins, or goes on, after `first_step` steps: one that hangs in its first step shows, too."""
+    def started(self, first_step: int, steps: int) -> None:
+        """The run begins, or goes on, after `first_step` of `steps`: one that hangs in its first step shows, too."""
+        self._wanted.labels(self._job).set(steps)
         self._step.labels(self._job).set(first_step)
         self._last_step.labels(self._job).set(time.time())
 

@@ -18,6 +18,7 @@ from kdmesh_trainer import config
 from kdmesh_trainer.build import Checked, check
 from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
 from kdmesh_trainer.objective_config import Distill
+from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sources.order import step_order
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sides import Addressed, teacher_side
@@ -244,7 +245,7 @@ def _sequences(cfg: config.TrainerConfig, checked: Checked) -> Iterator[TokenSeq
     if isinstance(cfg.objective, Distill):
         train = checked.train.sequences()
         order = step_order(train, per_step=cfg.batch.sequences, seed=cfg.seed)
-        for step in range(min(cfg.steps, order.first_pass_steps)):  # these have them all
+        for step in range(min(num_steps(cfg, len(train)), order.first_pass_steps)):  # these have them all
             for index in order.of_step(step):
                 yield from teacher_side([train[index]])
 

@@ -68,11 +68,12 @@ def refuse_other_configuration(cfg: TrainerConfig) -> None:
 
 
 def refuse_other_run(
-    checkpoint: Path, identity: Mapping[str, str], *, steps: int, among: Collection[str] | None = None
+    checkpoint: Path, identity: Mapping[str, str], *, steps: int | None, among: Collection[str] | None = None
 ) -> None:
     """Return when a run with this identity and so many steps can continue it.
 
     Args:
+        steps: None while nobody knows them.
         among: the keys that `identity` would have by now; None: all.
 
     Raises:
@@ -90,5 +91,8 @@ def refuse_other_run(
             f"{checkpoint} belongs to another run: {'; '.join(differing)}. "
             "Restore the configuration, or give this run another `output`"
         )
-    if saved.next_step > steps:
-        raise CheckpointError(f"{checkpoint} is after {saved.next_step} steps, and `steps` is only {steps}")
+    if steps is not None and saved.next_step > steps:
+        raise CheckpointError(
+            f"{checkpoint} is after {saved.next_step} steps, and the run is to have only {steps}: raise `steps`, or "
+            "`epochs`"
+        )

@@ -61,7 +61,6 @@ def open_telemetry(
         server = None if cfg.metrics is None else stack.enter_context(serving(cfg.metrics, metrics.registry))
         telemetry = RunTelemetry(
             record=cfg.output / "metrics.jsonl",
-            steps=cfg.steps,
             progress=progress,
             trackers=build_trackers(cfg),
             metrics=metrics,
@@ -75,7 +74,7 @@ def open_telemetry(
 class SilentTelemetry:
     """Says nothing."""
 
-    def start(self, first_step: int, *, is_judged: bool = True) -> None:
+    def start(self, first_step: int, steps: int, *, is_judged: bool = True) -> None:
         """Nothing."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -106,7 +105,6 @@ class RunTelemetry:
         self,
         *,
         record: Path,
-        steps: int,
         progress: Progress,
         trackers: list[Tracker],
         metrics: Metrics,
@@ -117,7 +115,6 @@ class RunTelemetry:
         self._path = record
         self._metrics = metrics
         self._metrics_server = metrics_server
-        self._steps = steps
         self._progress = progress
         self._trackers = trackers
         self._doors = doors
@@ -126,7 +123,7 @@ class RunTelemetry:
         self._recent: deque[tuple[StepStats, float]] = deque(maxlen=_RECENT_STEPS)
         self._totals = _Totals()
 
-    def start(self, first_step: int, *, is_judged: bool = True) -> None:
+    def start(self, first_step: int, steps: int, *, is_judged: bool = True) -> None:
         """What an earlier attempt wrote from `first_step` on is dropped, but for a judgement that is not made again.
 
         That is of the student before the step: the last of a run whose `steps` were fewer.
@@ -144,8 +141,8 @@ class RunTelemetry:
             if line["step"] == first_step:  # which trackers take for superseded
                 figures = {name: value for name, value in line.items() if name not in _NO_FIGURES}
                 self._track(_GROUPS[line["kind"]], first_step, figures)
-        self._metrics.started(first_step)
-        self._progress.start(first_step, self._steps)
+        self._metrics.started(first_step, steps)
+        self._progress.start(first_step, steps)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

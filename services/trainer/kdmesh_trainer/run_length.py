@@ -1,0 +1,35 @@
+"""How many steps a run has."""
+
+from __future__ import annotations
+
+import logging
+import math
+from fractions import Fraction
+
+from kdmesh.errors import ConfigError
+from kdmesh_trainer.config import OnPolicy, TrainerConfig
+
+log = logging.getLogger(__name__)
+
+
+def num_steps(cfg: TrainerConfig, num_items: int) -> int:
+    """Optimizer steps in all: those of the configuration, or those that its epochs make.
+
+    Args:
+        num_items: sequences that are trained on, of all datasets of a blend; on-policy, prompts that are sampled from.
+
+    Raises:
+        ConfigError: the epochs make too few steps for what else is configured.
+    """
+    if cfg.steps is not None:
+        return cfg.steps
+    assert cfg.epochs is not None  # the configuration's
+    what, per_step = "sequences", cfg.batch.sequences
+    if isinstance(cfg.source, OnPolicy):
+        what, per_step = "prompts", cfg.source.prompts_of(per_step)
+    # As a decimal fraction, as it is written: 0.1 of 30 is 3.
+    steps = math.ceil(Fraction(str(cfg.epochs)) * num_items / per_step)
+    if (why := cfg.too_short(steps)) is not None:
+        raise ConfigError(f"epochs ({cfg.epochs:g}) of {num_items} {what}, {per_step} in a step: {why}")
+    log.info("epochs counted", extra={"epochs": cfg.epochs, what: num_items, "per_step": per_step, "steps": steps})
+    return steps
