@@ -154,6 +154,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     [
         ("teacher: null", "objective distill needs a `teacher` section"),
         ("optimizer: {warmup_steps: 100}", r"warmup_steps \(100\) must be less than steps \(100\)"),
+        (
+            "optimizer: {warmup_fraction: 0.5, schedule: {name: wsd, decay_fraction: 0.6}}",
+            r"optimizer: warm-up \(50 steps\) and decay \(60\) must be no more than steps \(100\)",
+        ),
         ("epochs: 2", "give steps or epochs, and not both"),
         ("steps: null", "give steps or epochs, and not both"),
         ("data: {max_tokens: 9000, train: {format: chat, path: x.jsonl}}", "must not exceed batch.max_tokens"),

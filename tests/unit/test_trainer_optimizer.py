@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from kdmesh_trainer.optimizer import build_adamw, learning_rate, set_learning_rate
 from kdmesh_trainer.optimizer_config import OptimizerConfig
+
+Array: TypeAlias = npt.NDArray[np.float64]
 
 
 def rates(steps: int, **values: object) -> list[float]:
@@ -30,19 +38,105 @@ def test_cosine_is_half_way_in_the_middle() -> None:
     assert values == pytest.approx([2.0, 2.0 * (0.5 + 0.5 * 0.5**0.5), 1.0, 2.0 * (0.5 - 0.5 * 0.5**0.5), 0.0])
 
 
+FALLING = ["cosine", "linear", {"name": "polynomial", "power": 3}]
+ENDLESS = ["constant", {"name": "inverse_sqrt", "timescale": 5}]
+FALL: dict[str, Callable[[Array], Array]] = {
+    "linear": lambda way: 1 - way,
+    "cosine": lambda way: (1 + np.cos(np.pi * way)) / 2,
+    "1-sqrt": lambda way: 1 - way**0.5,
+}
+
+
 @settings(deadline=None)
 @given(
     steps=st.integers(2, 300),
     warmup=st.integers(0, 298),
-    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    schedule=st.sampled_from([*FALLING, *ENDLESS]),
     final=st.floats(0, 1),
 )
-def test_every_schedule_stays_between_zero_and_the_peak(steps: int, warmup: int, schedule: str, final: float) -> None:
-    values = rates(steps, warmup_steps=min(warmup, steps - 1), schedule=schedule, final_fraction=final)
+def test_every_schedule_stays_between_zero_and_the_peak(
+    steps: int, warmup: int, schedule: str | dict[str, object], final: float
+) -> None:
+    end = {"final_fraction": final} if schedule in FALLING else {}
+    values = rates(steps, warmup_steps=min(warmup, steps - 1), schedule=schedule, **end)
     assert all(0 <= value <= 2.0 + 1e-12 for value in values)
     assert max(values) == pytest.approx(2.0)
-    if schedule != "constant" and warmup < steps - 2:
+    if schedule in FALLING and warmup < steps - 2:
         assert values[-1] == pytest.approx(2.0 * final)
+
+
+@pytest.mark.parametrize("shape", FALL)
+@pytest.mark.parametrize(
+    ("steps", "warmup", "fraction", "decay"), [(40, 5, 0.2, 8), (40, 0, 0.33, 14), (10, 6, 0.4, 4)]
+)
+def test_wsd_is_at_the_peak_between_warm_up_and_the_decay_that_ends_in_the_last_step(
+    shape: str, steps: int, warmup: int, fraction: float, decay: int
+) -> None:
+    found = rates(
+        steps,
+        warmup_steps=warmup,
+        final_fraction=0.05,
+        schedule={"name": "wsd", "decay_fraction": fraction, "shape": shape},
+    )
+    rise = np.linspace(0, 2.0, warmup + 2)[1:-1]
+    fall = 0.1 + 1.9 * FALL[shape](np.linspace(0, 1, decay + 1)[1:])
+    stable = np.full(steps - warmup - decay, 2.0)
+    np.testing.assert_allclose(found, np.concatenate([rise, stable, fall]), rtol=1e-14, atol=1e-15)
+    assert found[-1] == 2.0 * 0.05
+
+
+def test_wsd_decays_by_one_minus_the_root_over_the_last_fifth_unless_told_otherwise() -> None:
+    told = {"name": "wsd", "decay_fraction": 0.2, "shape": "1-sqrt"}
+    assert rates(50, schedule="wsd") == rates(50, schedule=told)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_polynomial_is_a_power_of_the_way_that_is_left(power: float) -> None:
+    found = rates(21, warmup_steps=4, final_fraction=0.25, schedule={"name": "polynomial", "power": power})
+    left = np.linspace(1, 0, 17)
+    np.testing.assert_allclose(found[4:], 0.5 + 1.5 * left**power, rtol=1e-14)
+
+
+@pytest.mark.parametrize(("warmup", "timescale"), [(8, None), (8, 3), (0, 20)])
+def test_inverse_sqrt_falls_with_the_root_of_the_steps_since_the_peak_however_many_there_are(
+    warmup: int, timescale: int | None
+) -> None:
+    schedule = {"name": "inverse_sqrt", "timescale": timescale}
+    found = rates(200, warmup_steps=warmup, schedule=schedule)
+    scale = timescale or warmup
+    since = np.arange(200 - warmup)
+    np.testing.assert_allclose(found[warmup:], 2.0 / np.sqrt(1 + since / scale), rtol=1e-14)
+    assert found[:50] == rates(50, warmup_steps=warmup, schedule=schedule)
+    if timescale is None:  # as Vaswani et al. 2017 have it, whose warm-up ends where the two curves meet
+        np.testing.assert_allclose(found[warmup:], 2.0 * np.sqrt(warmup / np.arange(warmup, 200)), rtol=1e-14)
+
+
+@pytest.mark.parametrize(("fraction", "steps", "warmup"), [(0.03, 100, 3), (0.03, 101, 4), (0.1, 30, 3), (0.9, 1, 0)])
+def test_warm_up_may_be_a_part_of_all_steps_rounded_up(fraction: float, steps: int, warmup: int) -> None:
+    assert rates(steps, warmup_fraction=fraction) == rates(steps, warmup_steps=warmup)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"warmup_steps": 3, "warmup_fraction": 0.1}, "give warmup_steps or warmup_fraction, and not both"),
+        ({"schedule": "inverse_sqrt"}, "inverse_sqrt without warm-up needs its timescale"),
+        ({"schedule": "constant", "final_fraction": 0.1}, "constant goes nowhere by the last step"),
+        ({"schedule": {"name": "inverse_sqrt", "timescale": 9}, "final_fraction": 0}, "leave out final_fraction"),
+        ({"schedule": "polynomial"}, "power"),
+        ({"schedule": {"name": "cosine", "decay_fraction": 0.1}}, "decay_fraction"),
+        ({"schedule": "warmup_stable_decay"}, "'wsd'"),
+    ],
+)
+def test_what_says_too_little_or_has_no_effect_is_refused(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        OptimizerConfig.model_validate(values)
+
+
+def test_warm_up_and_decay_must_not_overlap() -> None:
+    config = OptimizerConfig.model_validate({"warmup_steps": 6, "schedule": {"name": "wsd", "decay_fraction": 0.4}})
+    assert config.too_short(10) is None
+    assert config.too_short(9) == "optimizer: warm-up (6 steps) and decay (4) must be no more than steps (9)"
 
 
 def test_norms_and_biases_do_not_decay() -> None:

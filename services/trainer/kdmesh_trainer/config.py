@@ -219,8 +219,8 @@ class TrainerConfig(StrictModel):
 
     def too_short(self, steps: int) -> str | None:
         """Why a run cannot have so few steps; None: it can."""
-        if (warmup_steps := self.optimizer.warmup_steps) >= steps:
-            return f"optimizer.warmup_steps ({warmup_steps}) must be less than steps ({steps})"
+        if (why := self.optimizer.too_short(steps)) is not None:
+            return why
         if self.profile is not None and (step := max(self.profile.steps)) >= steps:
             return f"profile.steps has {step}; steps are counted from 0, and the last is {steps - 1}"
         return None

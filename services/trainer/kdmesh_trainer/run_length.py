@@ -27,8 +27,7 @@ def num_steps(cfg: TrainerConfig, num_items: int) -> int:
     what, per_step = "sequences", cfg.batch.sequences
     if isinstance(cfg.source, OnPolicy):
         what, per_step = "prompts", cfg.source.prompts_of(per_step)
-    # As a decimal fraction, as it is written: 0.1 of 30 is 3.
-    steps = math.ceil(Fraction(str(cfg.epochs)) * num_items / per_step)
+    steps = math.ceil(Fraction(str(cfg.epochs)) * num_items / per_step)  # 0.1 as it is written: 3 of 30
     if (why := cfg.too_short(steps)) is not None:
         raise ConfigError(f"epochs ({cfg.epochs:g}) of {num_items} {what}, {per_step} in a step: {why}")
     log.info("epochs counted", extra={"epochs": cfg.epochs, what: num_items, "per_step": per_step, "steps": steps})
