@@ -267,8 +267,8 @@ def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
 
 
 def _judging(cfg: TrainerConfig) -> Iterator[str]:
-    if cfg.data.held_out is not None:
-        yield from _dataset("data.held_out", cfg.data.held_out)
+    if cfg.data.held_out_dataset is not None:
+        yield from _dataset("data.held_out", cfg.data.held_out_dataset)
     if cfg.evaluation.questions is not None:
         yield from _questions("evaluation.questions", cfg.evaluation.questions)
 

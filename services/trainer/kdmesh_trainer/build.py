@@ -216,6 +216,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     needs_boundaries = isinstance(cfg.objective, Distill) and cfg.objective.needs_boundaries
     read = partial(open_dataset, teacher=columns, images=None if reader is None else cfg.data.images)
     fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
+    train = TrainingData(cfg.data, encoder, _token_cache(cfg, recipe, encoder, tokenizer, reader), read)
     return Checked(
         tokenizer=tokenizer,
         tokenizer_fingerprint=fingerprint,
@@ -226,8 +227,8 @@ def check(cfg: config.TrainerConfig) -> Checked:
         encoder=encoder,
         judge_encoder=encoder.of_single_tokens() if isinstance(encoder, OtherTokenizerEncoder) else encoder,
         image_reader=reader,
-        train=TrainingData(cfg.data, encoder, _token_cache(cfg, recipe, encoder, tokenizer, reader), read),
-        held_out=None if cfg.data.held_out is None else read(cfg.data.held_out),
+        train=train,
+        held_out=train.held_out() if cfg.data.held_out_dataset is None else read(cfg.data.held_out_dataset),
         exam=read_questions_of(cfg, tokenizer, reader),
         divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
         build_algorithm=resolve_algorithm(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else None,

@@ -59,6 +59,8 @@ def read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | 
 
 def _read(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None) -> Data:
     train, identity = _read_train(cfg, checked, teachers)
+    if cfg.data.held_out_share is not None:
+        identity["data.held_out"] = str(cfg.data.held_out_share)
     held_out = None
     if checked.held_out is not None:
         limit = cfg.evaluation.max_sequences

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
 from kdmesh.chat_template import TemplateSetting
 from kdmesh.config import StrictModel
@@ -86,6 +86,11 @@ class CustomDataset(StrictModel):
 
 
 DatasetConfig = Annotated[ChatFile | TextFile | CustomDataset, Field(discriminator="format")]
+
+HeldOutConfig = Annotated[
+    Annotated[float, Field(gt=0, lt=1), Tag("share")] | Annotated[DatasetConfig, Tag("dataset")],
+    Discriminator(lambda given: "share" if isinstance(given, float | int) else "dataset"),
+]
 
 DatasetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 """Of a dataset among several; also in the names of figures."""
@@ -198,8 +203,9 @@ class DataConfig(StrictModel):
     train: TrainingDataConfig
     """Chats, or plain texts, to train on."""
 
-    held_out: DatasetConfig | None = None
-    """Chats, or plain texts, to evaluate on; unset evaluates nothing."""
+    held_out: HeldOutConfig | None = None
+    """Chats, or plain texts, to evaluate on, or a share of the rows of `train`, which are then not trained on
+    (docs/data.md); unset evaluates nothing."""
 
     max_tokens: int = Field(4096, ge=8)
     """Longest sequence; a plain text is cut into as many as it needs. The student must have positions for it, but for
@@ -260,8 +266,18 @@ class DataConfig(StrictModel):
 
     @property
     def _every(self) -> Sequence[ChatFile | TextFile | CustomDataset]:
-        judged = [] if self.held_out is None else [self.held_out]
+        judged = [] if self.held_out_dataset is None else [self.held_out_dataset]
         return [*self.train_datasets.values(), *judged]
+
+    @property
+    def held_out_share(self) -> float | None:
+        """Of the rows of `train`; None: they are all trained on."""
+        return self.held_out if isinstance(self.held_out, float) else None
+
+    @property
+    def held_out_dataset(self) -> ChatFile | TextFile | CustomDataset | None:
+        """What is evaluated on beside `train`; None: nothing."""
+        return None if isinstance(self.held_out, float) else self.held_out
 
     @model_validator(mode="after")
     def _tokens_can_be_kept(self) -> DataConfig:

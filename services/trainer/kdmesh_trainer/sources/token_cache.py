@@ -26,6 +26,7 @@ from kdmesh_trainer.files import replacing
 from kdmesh_trainer.reading_progress import reading_shown
 from kdmesh_trainer.sources.file_digests import FileDigests
 from kdmesh_trainer.sources.forms import Form
+from kdmesh_trainer.sources.held_out_rows import all_held_out
 from kdmesh_trainer.sources.pieces import size_of
 from kdmesh_trainer.sources.prompts import PromptPolicy, PromptReport
 from kdmesh_trainer.sources.readers import ChatFiles
@@ -214,6 +215,9 @@ class TokenCache:
                 report = taken.report if report is None else report.plus(taken.report)
                 done_bytes += piece.size_bytes
                 show(done_bytes, report.rows)
+        share = self._recipe.data.held_out_share
+        if share is not None and report is not None and not report.rows:
+            raise all_held_out(name, share)
         if report is None or not report.rows:
             raise DataError(f"dataset {work.chats.name} is empty")
         found: DataReport | PromptReport = report
@@ -226,6 +230,7 @@ class TokenCache:
         if None in digests:
             return None
         columns = product.work.chats.columns
+        share = self._recipe.data.held_out_share
         return {
             "format": _FORMAT,
             "files": [[file.suffix, digest] for file, digest in zip(files, digests, strict=True)],
@@ -235,7 +240,7 @@ class TokenCache:
                 "teacher": asdict(columns.teacher),
                 "text": columns.text,
             },
-            "policy": product.policy,
+            "policy": product.policy if share is None else {**product.policy, "held_out": share},
             **self._ingredients,
         }
 

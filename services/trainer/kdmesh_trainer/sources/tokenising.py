@@ -19,6 +19,7 @@ from kdmesh import log
 from kdmesh.errors import DataError, KdmeshError
 from kdmesh.types import Int32Array
 from kdmesh_trainer.sources.forms import PromptForm, SequenceForm, sequence_form
+from kdmesh_trainer.sources.held_out_rows import trained_rows
 from kdmesh_trainer.sources.pieces import Piece
 from kdmesh_trainer.sources.prompts import PromptPolicy, PromptReport, encode_prompts
 from kdmesh_trainer.sources.readers import ChatFiles
@@ -65,7 +66,7 @@ class Taken:
 
 def take(work: Work, encoder: Encoder, piece: Piece) -> Taken:
     """Read and encode one piece. Raises DataError as load_sequences and load_prompts."""
-    chats = work.chats.read(piece)
+    chats = trained_rows(work.chats.read(piece), work.recipe.data.held_out_share)
     if work.prompts is None:
         dataset = encode_chats(chats, encoder, work.recipe.data)
         form = work.sequence_form

@@ -8,6 +8,7 @@ from typing import TypeVar
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import Blend, DataConfig, DatasetConfig
 from kdmesh_trainer.sources.blend import Blended, Part
+from kdmesh_trainer.sources.held_out_rows import held_out_reader, trained_reader
 from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
 from kdmesh_trainer.sources.readers import ChatFiles, Reader
 from kdmesh_trainer.sources.recipe import Encoder
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 
 class TrainingData:
-    """The chats of `data.train`, of which nothing is read until sequences or prompts are asked for.
+    """The chats of `data.train` that are trained on, of which nothing is read until sequences or prompts are asked for.
 
     Attributes:
         cache: where token ids lie; None: in memory.
@@ -34,6 +35,7 @@ class TrainingData:
     ) -> None:
         """`read` opens a dataset."""
         self._data = data
+        self._share = data.held_out_share
         self._encoder = encoder
         self.cache = cache
         self._readers = {name: read(dataset) for name, dataset in data.train_datasets.items()}
@@ -45,6 +47,10 @@ class TrainingData:
     def prompts(self, policy: PromptPolicy) -> Sequence[Prompt]:
         """Those of all chats. Raises DataError as load_prompts, and TokenCache."""
         return self._each(lambda name, reader: self._prompts(name, reader, policy))
+
+    def held_out(self) -> Reader | None:
+        """The rows of all datasets that are judged instead of trained on; None: no share of them is."""
+        return None if self._share is None else held_out_reader(list(self._readers.values()), self._share)
 
     def _each(self, get: Callable[[str, Reader], Sequence[T]]) -> Sequence[T]:
         if not isinstance(self._data.train, Blend):
@@ -58,12 +64,16 @@ class TrainingData:
 
     def _sequences(self, name: str, reader: Reader) -> Sequence[TokenSequence]:
         if self.cache is None:
-            return load_sequences(name, reader, self._encoder, self._data).sequences
+            return load_sequences(name, self._trained(name, reader), self._encoder, self._data).sequences
         assert isinstance(reader, ChatFiles)  # the configuration's
         return self.cache.sequences(name, reader)
 
     def _prompts(self, name: str, reader: Reader, policy: PromptPolicy) -> Sequence[Prompt]:
         if self.cache is None:
-            return load_prompts(name, reader, self._encoder, policy).prompts
+            return load_prompts(name, self._trained(name, reader), self._encoder, policy).prompts
         assert isinstance(reader, ChatFiles)
         return self.cache.prompts(name, reader, policy)
+
+    def _trained(self, name: str, reader: Reader) -> Reader:
+        """Without the rows that are held out."""
+        return reader if self._share is None else trained_reader(name, reader, self._share)
