@@ -7,15 +7,18 @@ from typing import Any
 
 from kdmesh.errors import DataError
 
-UNSUPPORTED_COLUMNS = ("tools", "functions", "chat_template_kwargs")
+UNSUPPORTED_COLUMNS = ("functions", "chat_template_kwargs")
 """They change what a template renders: a row that has one is refused."""
+
+TOOLS_COLUMN = "tools"
+"""Likewise, by who does not take it."""
 
 _NOTHING = (None, "", [], {}, "[]", "{}", "null")  # a column may hold JSON as a text
 
 
-def refuse_unsupported_columns(row: Mapping[Any, Any], origin: str) -> None:
-    """Raises DataError when one of UNSUPPORTED_COLUMNS holds something."""
-    for name in UNSUPPORTED_COLUMNS:
+def refuse_unsupported_columns(row: Mapping[Any, Any], origin: str, *, takes_tools: bool) -> None:
+    """Raises DataError when one of UNSUPPORTED_COLUMNS, or what else is not taken, holds something."""
+    for name in (*UNSUPPORTED_COLUMNS, *([] if takes_tools else [TOOLS_COLUMN])):
         value = row.get(name) or None
         # Of Parquet every row has all keys of a column that holds objects.
         if any(each not in _NOTHING for each in (value.values() if isinstance(value, Mapping) else [value])):

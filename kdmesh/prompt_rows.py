@@ -94,7 +94,7 @@ def _row(line: str, place: str) -> tuple[dict[str, Any], list[Message]]:
         raise DataError(f"{place} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{place} is no object")
-    refuse_unsupported_columns(row, place)
+    refuse_unsupported_columns(row, place, takes_tools=False)
     messages = _turns(row, place)
     system = system_text(row, [(message.get("role"), message.get("content")) for message in messages], place)
     messages = [{"role": "system", "content": system}, *messages] if system else messages

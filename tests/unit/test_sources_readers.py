@@ -155,12 +155,6 @@ def test_what_an_assistant_thought_is_known_by_any_of_its_names(tmp_path: Path, 
     assert [m.reasoning for m in chat.messages] == ["", "hm"]
 
 
-def test_tools_of_a_parquet_row_are_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist([{**ROW, "tools": '[{"name": "f"}]', "score": 1}]), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="row 1: `tools` is not supported"):
-        read(tmp_path / "a.parquet")
-
-
 def test_parquet_rows_of_other_forms_are_recognised(tmp_path: Path) -> None:
     alpaca = pa.table({"instruction": ["Hi"], "input": [""], "output": ["Hello"], "score": [0.5]})
     pq.write_table(alpaca, tmp_path / "a.parquet")
@@ -206,7 +200,8 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
             r"messages\[0\]\.content\[0\] is an image, and the student reads text alone",
         ),
         (lines({"messages": [{"role": "user", "content": [{"type": "text"}]}]}), r"\.text must be a string, not null"),
-        (lines({"messages": [{**ASSISTANT, "tool_calls": [{"id": 1}]}]}), r"'tool_calls' is not supported"),
+        (lines({"messages": [{**ASSISTANT, "tool_calls": [{"id": 1}]}]}), r"\.tool_calls\[0\] must be a function with"),
+        (lines({"messages": [{**ASSISTANT, "function_call": {"name": "f"}}]}), r"'function_call' is not supported"),
         (
             lines({"messages": [{**ASSISTANT, "reasoning_content": 3}]}),
             r"\[0\]\.reasoning_content must be a string, no",
@@ -220,11 +215,11 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
         (lines({"messages": [USER, {**ASSISTANT, "train": "no"}]}), r"messages\[1\]: 'train' is 'no'; it must be"),
         (lines({"messages": [{**USER, "train": True}]}), r"'train' is true, and a turn of the user is never trained"),
         (lines({"messages": [{**USER, "loss": 1}]}), r"messages\[0\]: 'loss' is 1; it must be true or false"),
-        (lines({**ROW, "tools": [{"name": "f"}]}), r"a\.jsonl:1: `tools` is not supported"),
         (
             lines({**ROW, "chat_template_kwargs": {"enable_thinking": False}}),
             r"`chat_template_kwargs` is not supported",
         ),
+        (lines({**ROW, "tools": [{"title": "f"}]}), r"a\.jsonl:1: tools\[0\] must be a function with a name"),
         (lines({"instruction": "x", "output": "y", "functions": [{"name": "f"}]}), r"`functions` is not supported"),
         (
             lines({"messages": [{"role": "system", "content": "a"}, USER], "system": "b"}),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdmesh.chat_rows import unicode_text
+from kdmesh.chat_rows import refuse_unsupported_columns, unicode_text
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn
 from kdmesh_trainer.questions_config import QuestionsConfig
@@ -58,6 +58,7 @@ def _question(line: str, cfg: QuestionsConfig, origin: str, images: ImageColumn)
         raise DataError(f"{origin}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{origin}: a row must be an object, not {type(row).__name__}")
+    refuse_unsupported_columns(row, origin, takes_tools=False)
     messages = _chat(row, cfg, origin, images).messages
     asked = without_answers(messages)
     if not asked:

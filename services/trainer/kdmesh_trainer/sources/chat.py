@@ -20,6 +20,7 @@ from kdmesh.types import Image, TokenSequence
 from kdmesh_trainer.sources.image_tokens import expanded
 from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import Prompt
+from kdmesh_trainer.sources.tool_rows import Tool, name_of
 from kdmesh_trainer.sources.turns import (
     EncodedText,
     Reason,
@@ -87,6 +88,7 @@ class ChatEncoder:
         self._images = images
         self._only_last = only_last
         self._has_warned = False
+        self._plain_end = functools.cache(self._find_end_of_turn)
         self._check_syntax()
 
     def encode(self, chats: Sequence[Chat]) -> list[list[TokenSequence] | Unusable]:
@@ -131,6 +133,9 @@ class ChatEncoder:
 
     def end_of_turn(self) -> int | None:
         """The special token that ends an assistant turn; None where the template has none, or cannot be asked."""
+        return self._plain_end()
+
+    def _find_end_of_turn(self) -> int | None:
         shortest = (Message(role="user", content="x"), Message(role="assistant", content="y"))
         [encoded] = self.encode([Chat(messages=shortest, origin="the shortest chat")])
         if isinstance(encoded, Unusable):
@@ -164,25 +169,26 @@ class ChatEncoder:
         if turns[0] == 0:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before the first one")
         for number in turns:
-            if not chat.messages[number].content.strip():
+            if not chat.messages[number].content.strip() and not chat.messages[number].tool_calls:
                 return Unusable(reason=Reason.EMPTY, detail=f"message {number}")
         try:
             rendered = [
                 RenderedTurn(
-                    prompt=self._render(chat.messages[:number], is_prompt=True),
-                    text=self._render(chat.messages[: number + 1], is_prompt=False),
+                    prompt=self._render(chat.messages[:number], tools=chat.tools, is_prompt=True),
+                    text=self._render(chat.messages[: number + 1], tools=chat.tools, is_prompt=False),
                     content=chat.messages[number].content,
                     images=_images_of(chat.messages[:number]),
+                    has_calls=bool(chat.messages[number].tool_calls),
+                    plain_end=self.end_of_turn() if chat.messages[number].tool_calls else None,
                 )
                 for number in turns
             ]
         except (TemplateError, TypeError, ValueError) as error:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
         for number, turn in zip(turns, rendered, strict=True):
-            message = chat.messages[number]
-            # A template that knows of no reasoning leaves it out without a word.
-            if message.reasoning.strip() not in turn.text[common_length(turn.text, turn.prompt) :]:
-                return Unusable(reason=Reason.NO_REASONING, detail=f"message {number}")
+            refused = _left_out(chat, number, turn)
+            if refused is not None:
+                return refused
         return rendered
 
     def _render_prompt(self, chat: Chat) -> str | Unusable:
@@ -190,7 +196,7 @@ class ChatEncoder:
         if not messages:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before it")
         try:
-            return self._render(messages, is_prompt=True)
+            return self._render(messages, tools=chat.tools, is_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
 
@@ -203,9 +209,10 @@ class ChatEncoder:
         found = expanded(ids, ids[:0], _images_of(without_answers(chat.messages)), self._images)
         return found if isinstance(found, Unusable) else Prompt(token_ids=found[0], images=found[2])
 
-    def _render(self, messages: Sequence[Message], *, is_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, is_prompt: bool, tools: Sequence[Tool] = ()) -> str:
         text: str = self._tokenizer.apply_chat_template(
             list(map(_told, messages)),
+            tools=[dict(tool) for tool in tools] or None,
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=is_prompt,
@@ -260,7 +267,20 @@ def _told(message: Message) -> dict[str, object]:
     """As templates want it."""
     # By the names that templates know it by: most by the first, gpt-oss's by the second.
     reasoning = dict.fromkeys(("reasoning_content", "thinking"), message.reasoning) if message.reasoning else {}
-    return {"role": message.role, "content": _content(message), **reasoning}
+    calls = {"tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else {}
+    return {"role": message.role, "content": _content(message), **reasoning, **calls, **message.answer_to}
+
+
+def _left_out(chat: Chat, number: int, turn: RenderedTurn) -> Unusable | None:
+    """What a template that does not know of it leaves out without a word, if it does."""
+    message, own = chat.messages[number], turn.text[common_length(turn.text, turn.prompt) :]
+    if message.reasoning.strip() not in own:
+        return Unusable(reason=Reason.NO_REASONING, detail=f"message {number}")
+    if not all(name_of(call) in own for call in message.tool_calls):
+        return Unusable(reason=Reason.NO_CALLS, detail=f"message {number}")
+    if not all(name_of(tool) in turn.prompt for tool in chat.tools):
+        return Unusable(reason=Reason.NO_TOOLS, detail=f"{len(chat.tools)} tools")
+    return None
 
 
 def _content(message: Message) -> object:

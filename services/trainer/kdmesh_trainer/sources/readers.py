@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from kdmesh.chat_rows import UNSUPPORTED_COLUMNS
+from kdmesh.chat_rows import TOOLS_COLUMN, UNSUPPORTED_COLUMNS
 from kdmesh.errors import DataError
 from kdmesh.extension import resolve
 from kdmesh.image_files import ImageColumn, ImageSource, NoImages
@@ -49,7 +49,7 @@ class Columns:
             return list(names)  # whole rows, so that the refusal can name their columns
         asked = (self.answers.prompt, self.answers.completion)
         named = (self.chat, *asked, self.teacher.messages, self.teacher.name, self.images.name)
-        used = {*named, *CHAT_COLUMNS, *UNSUPPORTED_COLUMNS}
+        used = {*named, *CHAT_COLUMNS, TOOLS_COLUMN, *UNSUPPORTED_COLUMNS}
         return [name for name in names if name in used]
 
 

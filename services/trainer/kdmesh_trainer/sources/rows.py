@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdmesh.chat_rows import refuse_unsupported_columns, system_text, unicode_text
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn, ImageSource, NoImages, RowImages
 from kdmesh.types import Image
+from kdmesh_trainer.sources.tool_rows import Tool, answer_keys, calls_of, tools_of
 
 CHAT_COLUMNS = ("conversations", "instruction", "input", "output", "system", "history")
 """Columns that ShareGPT and Alpaca rows are made of."""
@@ -18,7 +19,7 @@ _TEXT = "text"  # no row can name it
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 # They change what the template renders or what carries loss: ignoring them would train on something else.
-_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "train_detail")
+_UNSUPPORTED_KEYS = ("function_call", "train_detail")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 # By which formats say whether a turn carries loss.
@@ -34,6 +35,8 @@ class Message:
     parts: tuple[str | Image, ...] = ()  # its text and images in order; empty: it is text alone
     is_trained: bool = True  # whether it carries loss, if it is the assistant's
     reasoning: str = ""  # what the assistant thought before it, which the template writes; empty: nothing is told
+    tool_calls: tuple[Tool, ...] = ()  # of the assistant, behind its text
+    answer_to: Mapping[str, str] = field(default_factory=dict)  # of a tool: what tells which call it answers
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -49,6 +52,7 @@ class Chat:
     origin: str  # "file:line", for people
     teacher_messages: tuple[Message, ...] = ()  # what leads up to the same response for the teacher; empty: no column
     teacher_name: str = ""  # of the one that is asked; empty: no column
+    tools: tuple[Tool, ...] = ()  # that the assistant may call
 
     @property
     def text(self) -> str | None:
@@ -101,7 +105,7 @@ def chat_from_row(
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
-    refuse_unsupported_columns(row, origin)
+    refuse_unsupported_columns(row, origin, takes_tools=True)
     found_images = RowImages(images, row, origin)
     if row.get(column) is not None:
         messages = _messages(row[column], f"{origin}: {column}", found_images)
@@ -125,6 +129,7 @@ def chat_from_row(
         if teacher.messages is None
         else tuple(_teacher_messages(row, teacher.messages, origin, RowImages(images, row, origin))),
         teacher_name="" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin),
+        tools=tools_of(row, origin),
     )
 
 
@@ -181,17 +186,20 @@ def _message(value: object, origin: str, images: RowImages) -> Message:
     role = value.get(role_key)
     if role is None:
         raise DataError(f"{origin}: no `role` (or `from`); keys found: {', '.join(map(str, value)) or 'none'}")
-    if value.get(content_key) is None:
+    calls = calls_of(value, str(role), origin)
+    if value.get(content_key) is None and not calls:
         raise DataError(f"{origin}: `{content_key}` is missing or null; keys found: {', '.join(map(str, value))}")
     roles = {name: name for name in _ROLES} if role_key == "role" else _SHAREGPT_ROLES
     if not isinstance(role, str) or role not in roles:
         raise DataError(f"{origin}: unknown role {role!r}; known: {', '.join(roles)}")
-    content, where = value[content_key], f"{origin}.{content_key}"
+    content, where = "" if value.get(content_key) is None else value[content_key], f"{origin}.{content_key}"
     said = Message(
         role=roles[role],
         content="",
         is_trained=_is_trained(value, roles[role], origin),
         reasoning=_reasoning(value, roles[role], origin),
+        tool_calls=calls,
+        answer_to=answer_keys(value, roles[role]),
     )
     if not isinstance(content, list | tuple):
         return replace(said, content=_text(content, where))
@@ -206,7 +214,7 @@ def _message(value: object, origin: str, images: RowImages) -> Message:
 def _refuse_unsupported_keys(message: Mapping[Any, Any], origin: str) -> None:
     for key in _UNSUPPORTED_KEYS:
         if message.get(key):
-            raise DataError(f"{origin}: {key!r} is not supported; a message is a role, a text and its reasoning")
+            raise DataError(f"{origin}: {key!r} is not supported; a message is a role, a text, its reasoning and calls")
 
 
 def _reasoning(message: Mapping[Any, Any], role: str, origin: str) -> str:

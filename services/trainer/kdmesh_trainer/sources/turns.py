@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,6 +19,8 @@ class Reason(StrEnum):
     NO_TEXT = "a text with nothing to predict"
     NO_PROMPT = "begins with an assistant turn"
     TEMPLATE = "refused by the chat template"
+    NO_TOOLS = "the chat template leaves out tools"
+    NO_CALLS = "the chat template leaves out calls of tools"
     NO_REASONING = "the chat template leaves out the reasoning"
     NOT_A_PREFIX = "the prompt is not a prefix of the rendered chat"
     RETOKENISED = "the tokens of a prompt change when its turn follows"
@@ -44,6 +46,8 @@ class RenderedTurn:
     text: str  # everything up to it, itself included
     content: str
     images: tuple[Image, ...] = ()  # of what comes before it
+    has_calls: bool = False  # whether it calls tools behind its content, perhaps in special tokens
+    plain_end: int | None = None  # if so: the special token that ends turns without calls; None: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +113,11 @@ def _last_token(encoded: EncodedText, turn: RenderedTurn, special: frozenset[int
     content, start = turn.content.strip(), len(turn.prompt)
     agreed = common_length(encoded.text, turn.text)
     at = encoded.text.find(content, start, agreed)
-    end_token = _end_token(encoded, start if at < 0 else at + len(content), agreed, special)
+    ends = _end_tokens(encoded, start if at < 0 else at + len(content), agreed, special)
     plain_end = len(turn.text.rstrip())
     is_complete = plain_end <= agreed
-    if end_token is not None and (is_complete or at >= 0):
-        return end_token, True
+    if ends and (is_complete or (at >= 0 and not turn.has_calls)):
+        return _end_token(encoded, turn, ends), True
     if not is_complete:
         return -1, False
     # Space that the template adds is not part of the turn, space of the content is.
@@ -122,18 +126,25 @@ def _last_token(encoded: EncodedText, turn: RenderedTurn, special: frozenset[int
     return bisect_left(encoded.begins, max(plain_end, content_end)) - 1, False
 
 
-def _end_token(encoded: EncodedText, lower: int, upper: int, special: frozenset[int]) -> int | None:
-    """The first of the special tokens that, with nothing but space between them, end text[lower:upper].
+def _end_token(encoded: EncodedText, turn: RenderedTurn, ends: Sequence[int]) -> int:
+    """Which of the special tokens at the end of a turn, in their order, is the last that a model says.
 
-    The first, because some templates end the last turn twice (end of turn, end of text), and
-    only the first is what a model says.
+    The first, because some templates end the last turn twice (end of turn, end of text). Calls of tools may end in
+    special tokens of their own: then the one that ends other turns, too, or the last.
     """
-    found = None
+    if not turn.has_calls:
+        return ends[0]
+    return next((token for token in ends if encoded.ids[token] == turn.plain_end), ends[-1])
+
+
+def _end_tokens(encoded: EncodedText, lower: int, upper: int, special: frozenset[int]) -> list[int]:
+    """The special tokens that, with nothing but space between them, end text[lower:upper]."""
+    found: list[int] = []
     for token in range(bisect_right(encoded.ends, upper) - 1, -1, -1):
         if encoded.begins[token] < lower:
             break
         if encoded.ids[token] in special:
-            found = token
+            found.insert(0, token)
         elif encoded.text[encoded.begins[token] : encoded.ends[token]].strip():
             break
     return found

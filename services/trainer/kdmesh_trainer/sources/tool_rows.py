@@ -1,0 +1,87 @@
+"""What a row says of tools: which there are, which an assistant calls, and what they answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kdmesh.errors import DataError
+
+Tool = Mapping[str, Any]
+"""As chat templates take it: {"type": "function", "function": {"name": ...}}, or what stands in `function` alone."""
+
+_ANSWER_KEYS = ("name", "tool_call_id")
+
+
+def tools_of(row: Mapping[Any, Any], origin: str) -> tuple[Tool, ...]:
+    """Those in the column `tools`, which may be JSON as a text. Raises DataError when they are none."""
+    return _functions(row.get("tools"), f"{origin}: tools")
+
+
+def calls_of(message: Mapping[Any, Any], role: str, origin: str) -> tuple[Tool, ...]:
+    """The calls in a message's `tool_calls`, their arguments as an object where they are one as JSON.
+
+    Raises:
+        DataError: they are none, or not the assistant's.
+    """
+    calls = _functions(message.get("tool_calls"), f"{origin}.tool_calls")
+    if calls and role != "assistant":
+        raise DataError(f"{origin}: 'tool_calls' at a turn of the {role}; only the assistant calls tools")
+    return tuple(_with_read_arguments(call) for call in calls)
+
+
+def answer_keys(message: Mapping[Any, Any], role: str) -> dict[str, str]:
+    """What a tool's answer says of the call that it is to, beside its text."""
+    if role != "tool":
+        return {}
+    return {key: str(message[key]) for key in _ANSWER_KEYS if message.get(key) is not None}
+
+
+def name_of(tool: Tool) -> str:
+    """Of the function."""
+    return str(_function(tool)["name"])
+
+
+def _functions(value: object, origin: str) -> tuple[Tool, ...]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{origin} is a text that is not JSON: {error}") from None
+    if not value:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{origin} must be a list, not {type(value).__name__}")
+    found = [_without_null(tool) for tool in value]
+    for number, tool in enumerate(found):
+        if not isinstance(tool, dict) or not isinstance(_function(tool).get("name"), str):
+            raise DataError(f"{origin}[{number}] must be a function with a name, as OpenAI has it")
+    return tuple(found)
+
+
+def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = tool.get("function", tool)
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _with_read_arguments(call: Tool) -> Tool:
+    """OpenAI has arguments as JSON in a text, which templates would write as a text in a text."""
+    arguments = _function(call).get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        read = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(read, dict):
+        return call
+    function = {**_function(call), "arguments": read}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _without_null(value: Any) -> Any:
+    """Without keys that hold nothing: Parquet has every key of any row in each of them."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_null(inner) for key, inner in value.items() if inner is not None}
+    return [_without_null(inner) for inner in value] if isinstance(value, list | tuple) else value
