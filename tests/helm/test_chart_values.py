@@ -69,6 +69,8 @@ def test_the_schema_refuses(setting: str, sentence: str) -> None:
             ['teacher.jobs={"existingConfigMap":"mine","overrides":{"a":{"weight":2}}}'],
             "teacher.jobs.overrides and existingConfigMap are both set",
         ),
+        (['nameOverride="qwen2.5"'], "all names begin with qwen2.5, and that of a Service"),
+        (['nameOverride="7b"'], "all names begin with 7b, and that of a Service"),
         (["auth.allowAnonymous=false"], "nothing says who may use the servers"),
         (['auth.tokensSecret.name="tokens"'], "contradict each other"),
         (['teacher.model.uri=""'], "teacher.model.uri is empty: give hf://ORG/NAME"),

@@ -2,6 +2,10 @@
 
 {{- define "kdmesh.check" -}}
 {{- $values := .Values -}}
+{{- $first := include "kdmesh.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $first) -}}
+{{- fail (printf "all names begin with %s, and that of a Service holds only lower-case letters, digits and dashes, of which a letter is first: choose another release name, or set nameOverride" $first) -}}
+{{- end -}}
 {{- if not (or $values.teacher.enabled $values.rollout.enabled) -}}
 {{- fail "neither teacher.enabled nor rollout.enabled: there is nothing to install" -}}
 {{- end -}}
