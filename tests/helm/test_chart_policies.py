@@ -152,7 +152,14 @@ def test_jobs_that_are_submitted_are_let_in_and_run_as_the_user_that_memory_is_s
 
 @pytest.mark.parametrize(
     ("endpoint", "port"),
-    [("", 443), ("https://hub.example", 443), ("http://hub.example/api", 80), ("http://hub.example:8080", 8080)],
+    [
+        ("", 443),
+        ("https://hub.example", 443),
+        ("http://hub.example/api", 80),
+        ("http://hub.example:8080", 8080),
+        ("https://[2001:db8::1]", 443),
+        ("http://[2001:db8:0:1::2]:8080/api", 8080),
+    ],
 )
 def test_what_fetches_a_model_reaches_the_hub(endpoint: str, port: int) -> None:
     model = json.dumps({"uri": "hf://Qwen/Qwen3-8B", "endpoint": endpoint})
