@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ def test_policies_deny_what_they_do_not_list() -> None:
     )
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert policy["spec"]["ingress"] is None  # nobody
-    assert [rule["ports"][0]["port"] for rule in policy["spec"]["egress"]] == [53]
+    (names,) = policy["spec"]["egress"]
+    assert {(one["protocol"], one["port"]) for one in names["ports"]} == set(product(("UDP", "TCP"), (53, 5353)))
 
 
 def test_jobs_that_are_submitted_are_let_in_and_run_as_the_user_that_memory_is_shared_with() -> None:

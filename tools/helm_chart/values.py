@@ -111,8 +111,8 @@ class NetworkPolicy(ChartModel):
     for teachers with config.server.groups."""
 
     egress: Objects = Field(default_factory=list)
-    """Further rules of `egress`, as to a proxy, or to an issuer's keys. Names can always be looked up, and hf:// models
-    be fetched."""
+    """Further rules of `egress`, as to a proxy, or to an issuer's keys. Names can always be looked up at ports 53 and
+    5353, and hf:// models be fetched."""
 
 
 class ServiceAccount(ChartModel):
