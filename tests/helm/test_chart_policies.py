@@ -220,6 +220,20 @@ def test_by_default_a_teacher_needs_nothing_that_restricted_pod_security_forbids
                 assert volume.keys() - {"name"} <= allowed
 
 
+@pytest.mark.parametrize(
+    ("values", "kind", "name"),
+    [
+        ("several-nodes", "LeaderWorkerSet", "teacher"),
+        ("shared-node", "StatefulSet", "teacher"),
+        ("rollouts", "Deployment", "rollout"),
+    ],
+)
+def test_a_queue_is_named_on_the_object_where_kueue_looks_for_it(values: str, kind: str, name: str) -> None:
+    label = {"kueue.x-k8s.io/queue-name": "serving"}
+    (made,) = of_kind(rendered_with(f"{name}.podLabels={json.dumps(label)}", values=values), kind)
+    assert label.items() <= made["metadata"]["labels"].items()
+
+
 def test_replicas_are_left_to_what_scales_them() -> None:
     (group,) = of_kind(rendered(_values("several-nodes")), "LeaderWorkerSet")
     (scaled,) = of_kind(rendered(_values("several-nodes")), "ScaledObject")

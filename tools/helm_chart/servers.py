@@ -157,7 +157,7 @@ class Server(ChartModel):
     """Environment from Secrets, as {NAME: {name: SECRET, key: KEY}}."""
 
     pod_labels: dict[str, str] = Field(default_factory=dict)
-    """Further labels, as kueue.x-k8s.io/queue-name."""
+    """Further labels of the pods and of what makes them, where Kueue looks for kueue.x-k8s.io/queue-name."""
 
     pod_annotations: dict[str, str] = Field(default_factory=dict)
     """Further annotations."""
