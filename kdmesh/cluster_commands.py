@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -158,8 +159,11 @@ def logs(name: str, follow: bool, node: int, tail: int | None, context: str | No
     from kdmesh.cluster import logs as reading
 
     with _cluster(context, namespace) as cluster:
-        read = reading.followed if follow else reading.lines
-        for line in read(cluster, name, node=node, tail=tail):
+        if follow:
+            said = reading.followed(cluster, name, node=node, tail=tail, warn=partial(click.echo, err=True))
+        else:
+            said = reading.lines(cluster, name, node=node, tail=tail)
+        for line in said:
             click.echo(line)
 
 

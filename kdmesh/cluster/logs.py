@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kdmesh.cluster.client import Cluster
 from kdmesh.cluster.jobs import Pod, find_job, find_pods, wait_for_pods
-from kdmesh.cluster.refusals import Missing
+from kdmesh.cluster.refusals import Forbidden, Missing
 from kdmesh.errors import ClusterError
 
 
@@ -22,17 +22,31 @@ def lines(cluster: Cluster, name: str, *, node: int, tail: int | None) -> Iterat
         yield from said
 
 
-def followed(cluster: Cluster, name: str, *, node: int, tail: int | None) -> Iterator[str]:
-    """What a node says, until its job is over or gone; goes on with the next attempt when one ends."""
+def followed(cluster: Cluster, name: str, *, node: int, tail: int | None, warn: Callable[[str], None]) -> Iterator[str]:
+    """What a node says, until its job is over or gone; goes on with the next attempt when one ends.
+
+    Args:
+        warn: is told why a log cannot be read, as when its machine is lost; once for each attempt.
+    """
     find_job(cluster, name)
     read: dict[str, int] = {}  # lines of each pod that were told
     done: set[str] = set()
+    unread: set[str] = set()
     while True:
         pod = next((pod for pod in _of(cluster, name, node) if pod.name not in done and pod.has_started), None)
         if pod is not None:
-            yield from _rest(cluster, pod.name, read, tail=tail)
+            try:
+                yield from _rest(cluster, pod.name, read, tail=tail)
+            except Forbidden:
+                raise
+            except ClusterError as error:
+                if pod.name not in unread:
+                    warn(str(error))
+                unread.add(pod.name)
             if not _runs(cluster, name, node, pod.name):  # else the connection was cut
                 done.add(pod.name)
+            elif pod.name in unread:
+                wait_for_pods(cluster, name)
         elif _is_over(cluster, name):
             return
         else:

@@ -18,6 +18,10 @@ class AlreadyExists(ClusterError):
     """There is an object of that name."""
 
 
+class Forbidden(ClusterError):
+    """Our account may not, or is not known."""
+
+
 def unreachable(server: str, error: Exception) -> ClusterError:
     """Nobody answers there."""
     reason = getattr(error, "reason", None) or error
@@ -40,9 +44,9 @@ def refusal(
     start = f"cannot {what} in namespace {namespace}"
     match status:
         case 401:
-            return ClusterError(f"{start}: the cluster does not know who you are; log in to it again")
+            return Forbidden(f"{start}: the cluster does not know who you are; log in to it again")
         case 403:
-            return ClusterError(f"{start}: {_forbidden(message)}")
+            return Forbidden(f"{start}: {_forbidden(message)}")
         case 404 if said.get("details", {}).get("kind") == "namespaces" or f'namespaces "{namespace}"' in message:
             return Missing(f"{start}: there is no such namespace")
         case 404 if kind is not None and kind.project and "details" not in said:

@@ -303,7 +303,7 @@ def test_a_log_is_followed_over_a_restart_until_the_job_is_over(cluster: FakeClu
     opened = Cluster("here")
 
     def follow() -> None:
-        for line in followed(opened, "my-student", node=0, tail=None):
+        for line in followed(opened, "my-student", node=0, tail=None, warn=pytest.fail):
             with is_told:
                 told.append(line)
                 is_told.notify_all()
@@ -327,6 +327,33 @@ def test_a_log_is_followed_over_a_restart_until_the_job_is_over(cluster: FakeClu
     assert not reader.is_alive()
     assert told == ["first attempt", "second attempt"]
     opened.close()
+
+
+@pytest.mark.parametrize("phase", ["Failed", "Running"])
+def test_a_log_that_went_with_its_machine_does_not_end_following(cluster: FakeCluster, phase: str) -> None:
+    run(*SUBMIT)
+    cluster.put("pods", pod("my-student", 0, phase))
+    cluster.unreadable["my-student-node-0-0-a"] = "dial tcp 10.0.0.7:10250: connect: no route to host"
+    warnings: list[str] = []
+
+    def replace(warning: str) -> None:
+        warnings.append(warning)
+        cluster.put("pods", pod("my-student", 0, "Failed"))
+        cluster.put("pods", pod("my-student", 0, "Succeeded", attempt="b"))
+        cluster.say("my-student-node-0-0-b", "second attempt")
+        cluster.set_status("jobs", "my-student", {"conditions": [{"type": "Complete", "status": "True"}]})
+
+    opened = Cluster("here")
+    assert list(followed(opened, "my-student", node=0, tail=None, warn=replace)) == ["second attempt"]
+    opened.close()
+    assert [warning.rpartition(": ")[2] for warning in warnings] == ["no route to host"]
+
+
+def test_who_may_not_read_logs_is_told_and_does_not_wait(cluster: FakeCluster) -> None:
+    run(*SUBMIT)
+    cluster.put("pods", pod("my-student", 0, "Running"))
+    cluster.forbidden.add(("get", "pods/log"))
+    assert "your account may not" in run("logs", "-f", "my-student", code=2).output
 
 
 def test_following_a_job_that_is_gone_ends(cluster: FakeCluster) -> None:

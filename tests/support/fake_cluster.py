@@ -61,6 +61,7 @@ class FakeCluster:
         quotas: plural -> what the quota says when one is created.
         requests: method and path of everything that was asked.
         logs: lines by pod.
+        unreadable: why a pod's log cannot be had, by pod.
     """
 
     served: Mapping[str, list[str]]
@@ -69,6 +70,7 @@ class FakeCluster:
     quotas: dict[str, str] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     logs: dict[str, list[str]] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
     version: int = 1
     oldest: int = 0  # changes up to this version are forgotten
     address: str = ""
@@ -190,6 +192,8 @@ class FakeCluster:
         self.check(namespace, "get", "pods/log")
         if ("pods", namespace, pod) not in self._objects:
             raise _not_found("pods", pod)
+        if pod in self.unreadable:
+            raise Refused(500, "InternalError", self.unreadable[pod])
         return self._lines(namespace, pod, query)
 
     def _lines(self, namespace: str, pod: str, query: Mapping[str, str]) -> Iterator[str]:
