@@ -183,12 +183,11 @@ def cancel(name: str, is_awaited: bool, context: str | None, namespace: str | No
         job = jobs.cancel(cluster, name)
         if is_awaited:
             jobs.wait_for_pods_to_end(cluster, name)
+    end = "has ended" if is_awaited else "ends"
     if job is None:
-        click.echo(f"Removed what was left of {name}.")
+        click.echo(f"What was left of {name} {end}.")
         return
-    click.echo(
-        f"{job.kind} {name} {'has ended' if is_awaited else 'ends'}; {job.output} on the claim {job.claim} stays."
-    )
+    click.echo(f"{job.kind} {name} {end}; {job.output} on the claim {job.claim} stays.")
 
 
 @click.command()

@@ -55,7 +55,12 @@ class Pod:
     @property
     def has_started(self) -> bool:
         """Whether it has a log."""
-        return self.phase in ("Running", "Succeeded", "Failed")
+        return self.phase == "Running" or self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it does nothing any more."""
+        return self.phase in ("Succeeded", "Failed")
 
 
 def find_jobs(cluster: Cluster, *, everywhere: bool = False) -> list[Job]:
@@ -103,7 +108,7 @@ def cancel(cluster: Cluster, name: str) -> Job | None:
     try:
         kind, thing = _find(cluster, name)
     except Missing:
-        if not _remove_parts(cluster, name):
+        if not _remove_parts(cluster, name) and not find_pods(cluster, name):
             raise
         return None
     job = _job(kind, thing)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdmesh.cluster.client import Cluster
+from kdmesh.cluster.jobs import find_pods
 from kdmesh.cluster.kinds import JOB, JOB_SET, KINDS, TRAIN_JOB, TRAINING
 from kdmesh.cluster.manifests import Manifests
 from kdmesh.cluster.plan import JobKind
@@ -73,6 +74,11 @@ def _refuse_taken(cluster: Cluster, name: str) -> None:
                 f"there is a {kind.name} {name} in namespace {cluster.namespace} already: end it with "
                 f"`kdmesh cancel {name}`, or take another --name"
             )
+    if ending := [pod.name for pod in find_pods(cluster, name) if not pod.is_over]:
+        raise AlreadyExists(
+            f"pods of an earlier job {name} in namespace {cluster.namespace} still end: "
+            f"{', '.join(ending)}; `kdmesh cancel {name} --wait` returns when they have"
+        )
 
 
 def _create_claim(cluster: Cluster, claim: dict[str, Any]) -> str | None:

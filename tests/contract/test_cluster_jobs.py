@@ -378,17 +378,18 @@ def test_what_an_interrupted_submission_left_is_removed(cluster: FakeCluster) ->
     del cluster.get("configmaps", "my-student-config")["metadata"]["ownerReferences"]
     cluster.remove("jobs", job["metadata"]["name"])
     assert "ConfigMap my-student-config in namespace ml: it exists already" in run(*SUBMIT, code=2).output
-    assert run("cancel", "my-student").output == "Removed what was left of my-student.\n"
+    assert run("cancel", "my-student").output == "What was left of my-student ends.\n"
     run(*SUBMIT)
 
 
 def test_cancel_waits_until_no_pod_runs(cluster: FakeCluster) -> None:
     run(*SUBMIT)
     cluster.put("pods", pod("my-student", 0, "Running"))
+    asked_before = cluster.num_asked("GET", "/pods")
 
     def end() -> None:
         deadline_s = time.monotonic() + 20
-        while cluster.num_asked("GET", "/pods") < 1 and time.monotonic() < deadline_s:
+        while cluster.num_asked("GET", "/pods") <= asked_before and time.monotonic() < deadline_s:
             with cluster.changed:
                 cluster.changed.wait(0.02)
         cluster.remove("pods", "my-student-node-0-0-a")
@@ -398,3 +399,14 @@ def test_cancel_waits_until_no_pod_runs(cluster: FakeCluster) -> None:
     assert "Job my-student has ended" in run("cancel", "my-student", "--wait").output
     ending.join()
     assert cluster.names("pods") == []
+
+
+def test_a_job_does_not_begin_while_the_last_one_of_its_name_still_writes(cluster: FakeCluster) -> None:
+    run(*SUBMIT)
+    cluster.put("pods", pod("my-student", 0, "Running"))
+    run("cancel", "my-student")
+    said = run(*SUBMIT, code=2).output
+    assert "pods of an earlier job my-student in namespace ml still end: my-student-node-0-0-a" in said
+    assert run("cancel", "my-student").output == "What was left of my-student ends.\n"
+    cluster.put("pods", pod("my-student", 0, "Failed"))
+    run(*SUBMIT)
