@@ -25,6 +25,8 @@ from tests.support.trainer_jobs import write_config
 from tests.system.processes import Processes, free_port
 from tests.system.training import KDMESH
 
+IPV6 = Path("/proc/net/if_inet6")
+
 STATS = StepStats(
     loss_nats_per_token=2.0,
     divergence_nats_per_token=1.5,
@@ -39,10 +41,10 @@ STATS = StepStats(
 )
 
 
-def read(port: int) -> dict[str, float]:
+def read(port: int, host: str = "127.0.0.1") -> dict[str, float]:
     """Values by name, and by the labels that are not the job."""
     found = {}
-    for family in text_string_to_metric_families(httpx.get(f"http://127.0.0.1:{port}/metrics").text):
+    for family in text_string_to_metric_families(httpx.get(f"http://{host}:{port}/metrics").text):
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("kdmesh_job") == "student-a"
@@ -107,6 +109,13 @@ def test_a_figure_that_is_not_known_any_more_keeps_its_last_value() -> None:
         metrics.step_done(1, stats, phase_s={}, bound_s={}, step_s=1.0)
     with serving(MetricsConfig(port=0), metrics.registry) as server:
         assert read(server.port)["top1_agreement"] == 0.5
+
+
+@pytest.mark.skipif(not IPV6.exists() or f"{1:032x}" not in IPV6.read_text(), reason="there is no IPv6 here")
+@pytest.mark.parametrize("host", ["::", "::1"])
+def test_who_has_ipv6_reads_too(host: str) -> None:
+    with serving(MetricsConfig(port=0, host=host), Metrics("student-a", steps=7).registry) as server:
+        assert read(server.port, "[::1]")["steps_wanted"] == 7
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -14,7 +14,7 @@ class MetricsConfig(StrictModel):
     """Port of /metrics; 0 takes any free one, which the log names."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines read."""
+    """Address to listen on; 0.0.0.0 lets other machines read, and :: those with IPv6, too."""
 
     linger_s: float = Field(30.0, ge=0)
     """How long a run whose loss is not finite waits with its end until Prometheus has read that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,10 @@ def serving(cfg: MetricsConfig, registry: CollectorRegistry) -> Iterator[Metrics
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is none of ours."""
         log.debug("a reader of the metrics was let go", exc_info=True)
