@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,10 @@ def tracing(service: str, cfg: TracingConfig | None, *, rank: int = 0) -> Iterat
         yield
     finally:
         _tracer = None
-        provider.shutdown()
+        # In a thread, since it tries to send every batch that is left, however long each one takes.
+        ending = threading.Thread(target=provider.shutdown, name="send what is left", daemon=True)
+        ending.start()
+        ending.join(_SEND_S)
 
 
 @contextlib.contextmanager

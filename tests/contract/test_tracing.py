@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.tracing import spans
 from kdmesh.tracing.config import TracingConfig
 from kdmesh.tracing.spans import current, span, tracing
 from kdmesh.types import Sampling
@@ -103,6 +106,25 @@ def test_steps_that_are_not_sampled_are_not_traced_anywhere() -> None:
         with tracing("trainer", rarely), span("step", step=1):
             assert int(current()[-2:], 16) & 1 == 0  # what servers are told: do not trace
         assert collector.all() == {}
+
+
+def test_a_collector_that_does_not_answer_keeps_nobody_for_every_batch_that_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spans, "_SEND_S", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces"
+        with tracing("trainer", TracingConfig(endpoint=url)):
+            for step in range(2000):  # in four batches
+                with span("step", step=step):
+                    pass
+        asked = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                asked += 1
+        assert 1 <= asked < 4
 
 
 def test_without_a_collector_there_are_no_spans_and_no_fields_in_the_log() -> None:
