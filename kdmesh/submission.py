@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from kdmesh import check, config
 from kdmesh.auth.config import is_loopback
 from kdmesh.cluster.plan import WORK, JobKind, JobPlan, Mount, Output, Resources, SecretVariable, Taint
+from kdmesh.cluster.pods import RENDEZVOUS_PORT
 from kdmesh.errors import ConfigError
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.objective_config import Distill
@@ -141,6 +142,8 @@ def _unread(cfg: TrainerConfig) -> Iterator[str]:
         yield f"metrics.host is {cfg.metrics.host}, which nobody reaches from outside the pod: set 0.0.0.0"
     if cfg.metrics is not None and cfg.metrics.port == 0:
         yield "metrics.port is 0, any free one: in a cluster it must be known"
+    if cfg.metrics is not None and cfg.metrics.port == RENDEZVOUS_PORT:
+        yield f"metrics.port is {RENDEZVOUS_PORT}, where the ranks of a job in a cluster meet: choose another"
 
 
 def _unreachable(cfg: TrainerConfig) -> Iterator[str]:
