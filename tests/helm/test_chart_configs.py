@@ -88,7 +88,8 @@ def test_nodes_of_a_group_know_their_place(tmp_path: Path) -> None:
         assert isinstance(loaded, TeacherConfig) and isinstance(loaded.engine, SglangEngine)
         assert (loaded.engine.num_nodes, loaded.engine.node_rank) == (2, 1)
         assert loaded.engine.dist_init_address == "demo-teacher-0.demo-teacher-0.research:20000"
-        assert loaded.server.runtime_dir == Path("/run/kdmesh/demo-teacher-0")
+        # A node may have a pod of the same name in another namespace, and the same directory mounted in both.
+        assert loaded.server.runtime_dir == Path("/run/kdmesh/research.demo-teacher-0")
 
 
 def test_large_numbers_stay_whole_numbers(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ capabilities:
 - /etc/kdmesh/config/{{ .name }}.yaml
 {{- if eq .name "teacher" }}
 - --set
-- server.runtime_dir=/run/kdmesh/$(POD_NAME)
+- server.runtime_dir=/run/kdmesh/{{ .root.Release.Namespace }}.$(POD_NAME)
 {{- if gt (int .values.nodes) 1 }}
 - --set
 - engine.num_nodes=$(LWS_GROUP_SIZE)
