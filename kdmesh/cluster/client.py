@@ -162,16 +162,22 @@ class Cluster:
             return found["items"], found["metadata"]["resourceVersion"]
 
     @contextmanager
-    def log(self, pod: str, *, follow: bool, tail: int | None = None) -> Iterator[Iterator[str]]:
+    def log(
+        self, pod: str, *, follow: bool, tail: int | None = None, timestamps: bool = False
+    ) -> Iterator[Iterator[str]]:
         """The lines that a pod's container has written, and with `follow` those that it goes on to write.
 
-        They end where the connection does.
+        They end where the connection does, and begin where the machine's last file of them does.
+
+        Args:
+            timestamps: have before each line when it was written, RFC 3339, and a space.
         """
         with self._told(f"read the log of pod {pod}"):
             raw = self._core.read_namespaced_pod_log(
                 pod,
                 self.namespace,
                 follow=follow,
+                timestamps=timestamps,
                 **({} if tail is None else {"tail_lines": tail}),
                 _preload_content=False,
                 _request_timeout=(_ANSWER_S, _SILENCE_S) if follow else _ANSWER_S,

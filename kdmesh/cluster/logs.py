@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import datetime
 
 from kdmesh.cluster.client import Cluster
 from kdmesh.cluster.jobs import Pod, find_job, find_pods, wait_for_pods
@@ -29,14 +30,15 @@ def followed(cluster: Cluster, name: str, *, node: int, tail: int | None, warn: 
         warn: is told why a log cannot be read, as when its machine is lost; once for each attempt.
     """
     find_job(cluster, name)
-    read: dict[str, int] = {}  # lines of each pod that were told
+    told: dict[str, datetime | None] = {}
     done: set[str] = set()
     unread: set[str] = set()
     while True:
         pod = next((pod for pod in _of(cluster, name, node) if pod.name not in done and pod.has_started), None)
         if pod is not None:
+            before = told.get(pod.name)
             try:
-                yield from _rest(cluster, pod.name, read, tail=tail)
+                yield from _rest(cluster, pod.name, told, tail=tail)
             except Forbidden:
                 raise
             except ClusterError as error:
@@ -45,7 +47,7 @@ def followed(cluster: Cluster, name: str, *, node: int, tail: int | None, warn: 
                 unread.add(pod.name)
             if not _runs(cluster, name, node, pod.name):  # else the connection was cut
                 done.add(pod.name)
-            elif pod.name in unread:
+            elif told.get(pod.name) == before:  # nothing came of it
                 wait_for_pods(cluster, name)
         elif _is_over(cluster, name):
             return
@@ -53,20 +55,33 @@ def followed(cluster: Cluster, name: str, *, node: int, tail: int | None, warn: 
             wait_for_pods(cluster, name)
 
 
-def _rest(cluster: Cluster, pod: str, read: dict[str, int], *, tail: int | None) -> Iterator[str]:
-    """The lines after those that were told."""
-    is_cut = tail is not None and (not read or pod in read)  # the first look, or what came after it
-    skipped = 0 if is_cut else read.get(pod, 0)
-    last = None if not is_cut else 0 if pod in read else tail
-    read.setdefault(pod, 0)
+def _rest(cluster: Cluster, pod: str, told: dict[str, datetime | None], *, tail: int | None) -> Iterator[str]:
+    """The lines after those that were told, by their times: counted they cannot be, once the machine began a new file.
+
+    Args:
+        told: when the last line of each pod that was told was written; None before the first.
+        tail: how many of the first pod that is looked at were said before; None for all.
+    """
+    since = told.setdefault(pod, None)
+    is_first = since is None and len(told) == 1
     try:
-        with cluster.log(pod, follow=True, tail=last) as said:
-            for index, line in enumerate(said):
-                if index >= skipped:
-                    read[pod] += 1
-                    yield line
+        with cluster.log(pod, follow=True, tail=tail if is_first else None, timestamps=True) as said:
+            for line in said:
+                written, text = _dated(line)
+                if since is None or written is None or written > since:
+                    told[pod] = written or told[pod]
+                    yield text
     except Missing:  # removed meanwhile
         return
+
+
+def _dated(line: str) -> tuple[datetime | None, str]:
+    """When it was written, and what; None for what the machine says of itself, as that there is no log."""
+    stamp, _, text = line.partition(" ")
+    try:
+        return datetime.fromisoformat(stamp), text
+    except ValueError:
+        return None, line
 
 
 def _of(cluster: Cluster, name: str, node: int) -> list[Pod]:

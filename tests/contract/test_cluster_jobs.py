@@ -356,6 +356,29 @@ def test_who_may_not_read_logs_is_told_and_does_not_wait(cluster: FakeCluster) -
     assert "your account may not" in run("logs", "-f", "my-student", code=2).output
 
 
+@pytest.mark.parametrize(("tail", "first"), [(None, ["one", "two"]), (1, ["two"])])
+def test_what_follows_in_a_new_file_of_the_log_is_told(
+    cluster: FakeCluster, tail: int | None, first: list[str]
+) -> None:
+    run(*SUBMIT)
+    cluster.put("pods", pod("my-student", 0, "Running"))
+    name = "my-student-node-0-0-a"
+    cluster.say(name, "one", "two")
+    opened = Cluster("here")
+    said = followed(opened, "my-student", node=0, tail=tail, warn=pytest.fail)
+    assert [next(said) for _ in first] == first
+    cluster.rotate(name)
+    cluster.logs[name].append("what the machine says has no time")
+    cluster.say(name, "three")
+    assert [next(said), next(said)] == ["what the machine says has no time", "three"]
+    cluster.say(name, "four")
+    assert next(said) == "four"
+    cluster.set_status("jobs", "my-student", {"conditions": [{"type": "Complete", "status": "True"}]})
+    cluster.put("pods", pod("my-student", 0, "Succeeded"))
+    assert list(said) == []
+    opened.close()
+
+
 def test_following_a_job_that_is_gone_ends(cluster: FakeCluster) -> None:
     assert "there is no job gone in namespace ml" in run("logs", "-f", "gone", code=2).output
 

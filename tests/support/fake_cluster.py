@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class FakeCluster:
         forbidden: (verb, plural) that the caller's account may not.
         quotas: plural -> what the quota says when one is created.
         requests: method and path of everything that was asked.
-        logs: lines by pod.
+        logs: lines by pod, each after its time.
         unreadable: why a pod's log cannot be had, by pod.
     """
 
@@ -79,6 +79,7 @@ class FakeCluster:
     def __post_init__(self) -> None:
         self.changed = threading.Condition()
         self._watches_since = 0
+        self._rotated: dict[str, int] = {}  # how often a pod's log was
         self._objects: dict[tuple[str, str, str], Object] = {}  # by plural, namespace, name
         self._changes: list[tuple[int, str, str, Object]] = []  # version, plural, kind of change, object
 
@@ -109,7 +110,17 @@ class FakeCluster:
     def say(self, pod: str, *lines: str) -> None:
         """A pod writes to its log."""
         with self.changed:
-            self.logs.setdefault(pod, []).extend(lines)
+            for line in lines:
+                self.version += 1
+                time = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(milliseconds=self.version)
+                self.logs.setdefault(pod, []).append(f"{time:%Y-%m-%dT%H:%M:%S.%f}000Z {line}")
+            self.changed.notify_all()
+
+    def rotate(self, pod: str) -> None:
+        """Put what a pod has written into another file, which nobody reads; whoever follows is cut off."""
+        with self.changed:
+            self.logs[pod] = []
+            self._rotated[pod] = self._rotated.get(pod, 0) + 1
             self.changed.notify_all()
 
     def forget(self) -> None:
@@ -197,7 +208,7 @@ class FakeCluster:
         return self._lines(namespace, pod, query)
 
     def _lines(self, namespace: str, pod: str, query: Mapping[str, str]) -> Iterator[str]:
-        told = 0
+        told, begun = 0, self._rotated.get(pod)
         if "tailLines" in query:
             told = max(0, len(self.logs.get(pod, [])) - int(query["tailLines"]))
         while True:
@@ -205,11 +216,14 @@ class FakeCluster:
                 lines = self.logs.get(pod, [])[told:]
                 thing = self._objects.get(("pods", namespace, pod))
                 is_over = thing is None or thing["status"]["phase"] in ("Succeeded", "Failed") or self.is_closed
+                is_over |= self._rotated.get(pod) != begun
                 if not lines and not is_over and query.get("follow") == "true":
                     self.changed.wait(0.5)
                     continue
             told += len(lines)
-            yield from lines
+            yield from (
+                lines if query.get("timestamps") in ("true", "True") else (one.partition(" ")[2] for one in lines)
+            )
             if is_over or query.get("follow") != "true":
                 return
 
