@@ -519,7 +519,7 @@ class FindCachedRequest(google.protobuf.message.Message):
     """The weights that must have made the rows; 0 takes those that are served now."""
     @property
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.TokenSequence]:
-        """At least one; as many as a message holds."""
+        """At least one, and at most max_request_tokens / 2, as of a PrefillRequest."""
 
     def __init__(
         self,
@@ -580,7 +580,7 @@ class ReleaseRequest(google.protobuf.message.Message):
     """Whether their bytes were read by RDMA; only for the server's metrics."""
     @property
     def handles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.Handle]:
-        """Any number."""
+        """At most 8192."""
 
     def __init__(
         self,

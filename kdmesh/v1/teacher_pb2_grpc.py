@@ -216,7 +216,7 @@ class TeacherServicer(object):
         Cost: a digest of the ids; no row is read, no slot taken. Idempotent.
 
         Errors:
-        INVALID_ARGUMENT    no sequence, or a bad id or position
+        INVALID_ARGUMENT    no sequence, too many, or a bad id or position
         FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
         served are not those of weight_version
         NOT_FOUND           the session is unknown or its lease has ended
@@ -232,7 +232,8 @@ class TeacherServicer(object):
         Idempotent: releasing what is already gone succeeds, and the reply says so.
 
         Errors:
-        NOT_FOUND the session is unknown or its lease has ended
+        INVALID_ARGUMENT a field of a handle is out of range, or there are too many
+        NOT_FOUND        the session is unknown or its lease has ended
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -500,7 +500,7 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     Cost: a digest of the ids; no row is read, no slot taken. Idempotent.
 
     Errors:
-      INVALID_ARGUMENT    no sequence, or a bad id or position
+      INVALID_ARGUMENT    no sequence, too many, or a bad id or position
       FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
                           served are not those of weight_version
       NOT_FOUND           the session is unknown or its lease has ended
@@ -513,7 +513,8 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     Idempotent: releasing what is already gone succeeds, and the reply says so.
 
     Errors:
-      NOT_FOUND the session is unknown or its lease has ended
+      INVALID_ARGUMENT a field of a handle is out of range, or there are too many
+      NOT_FOUND        the session is unknown or its lease has ended
     """
 
     GetHead: _TeacherGetHeadType
@@ -801,7 +802,7 @@ class TeacherServicer(metaclass=abc.ABCMeta):
         Cost: a digest of the ids; no row is read, no slot taken. Idempotent.
 
         Errors:
-          INVALID_ARGUMENT    no sequence, or a bad id or position
+          INVALID_ARGUMENT    no sequence, too many, or a bad id or position
           FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
                               served are not those of weight_version
           NOT_FOUND           the session is unknown or its lease has ended
@@ -819,7 +820,8 @@ class TeacherServicer(metaclass=abc.ABCMeta):
         Idempotent: releasing what is already gone succeeds, and the reply says so.
 
         Errors:
-          NOT_FOUND the session is unknown or its lease has ended
+          INVALID_ARGUMENT a field of a handle is out of range, or there are too many
+          NOT_FOUND        the session is unknown or its lease has ended
         """
 
     @abc.abstractmethod

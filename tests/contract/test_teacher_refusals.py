@@ -95,6 +95,24 @@ async def test_bad_sequences_are_refused(asker: Asker, bad: list[common_pb2.Toke
     assert failure.retry_after_ms == 0
 
 
+async def test_too_many_sequences_are_refused_before_any_is_looked_at(asker: Asker) -> None:
+    """Looking at all that a message holds would hold up everybody's calls for minutes."""
+    too_many = [raw([], [])] * 129  # of which each one is bad
+    sentence = "129 sequences of at least 2 tokens each; the most tokens allowed are 256"
+    failure = await asker.failure(*too_many)
+    assert (failure.code, sentence in failure.message) == (INVALID.value[0], True)
+    find = pb.FindCachedRequest(session=asker.session, sequences=too_many, model_fingerprint=FINGERPRINT)
+    with pytest.raises(grpc.aio.AioRpcError, match=sentence):
+        await asker.stub.FindCached(find)
+
+
+async def test_more_handles_than_a_slab_can_have_are_refused_before_any_is_looked_at(asker: Asker) -> None:
+    bad = [common_pb2.Handle()] * 8193
+    with pytest.raises(grpc.aio.AioRpcError, match="8193 handles are released at once") as refused:
+        await asker.stub.Release(pb.ReleaseRequest(session=asker.session, handles=bad))
+    assert refused.value.code() is INVALID
+
+
 async def test_more_rows_than_a_slot_holds_are_refused(tmp_path: Path) -> None:
     async with running_teacher(tmp_path, slab={"slot_mib": 0.004}) as teacher:
         async with open_channel(teacher.addresses.grpc) as channel:

@@ -8,10 +8,23 @@ from kdmesh.errors import InvalidRequest, ModelMismatch
 from kdmesh.types import ModelDescription, TokenSequence
 
 
+def check_number(num_sequences: int, model: ModelDescription) -> None:
+    """For sequences that are not decoded yet: so many of them would take long, and hold up everybody's calls.
+
+    Raises:
+        InvalidRequest: they have more tokens than the model takes, since each has at least 2; or there is none.
+    """
+    if not num_sequences:
+        raise InvalidRequest("the request holds no sequence; it needs at least one")
+    if 2 * num_sequences > model.max_request_tokens:
+        raise InvalidRequest(
+            f"the request has {num_sequences} sequences of at least 2 tokens each; the most tokens allowed are "
+            f"{model.max_request_tokens}"
+        )
+
+
 def check_sequences(sequences: Sequence[TokenSequence], model: ModelDescription) -> None:
     """Raises InvalidRequest, with the value and the limit, when the model cannot answer the request."""
-    if not sequences:
-        raise InvalidRequest("the request holds no sequence; it needs at least one")
     limit = model.head.padded_vocabulary_size
     for index, sequence in enumerate(sequences):
         if sequence.num_tokens > model.max_sequence_tokens:

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 # Open requests of one stream; more are not read until some are answered.
 _MAX_OPEN_REQUESTS = 1024
+# Handles of one Release, which holds up everybody's calls; a slab has at most 4096 slots.
+_MAX_RELEASED = 8192
 _NO_SESSION = b""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -156,6 +158,7 @@ class Servicer(TeacherServicer):
         model = parts.model
         admission.check_model(request.model_fingerprint, model.model_fingerprint)
         admission.check_version(request.weight_version, model.weight_version)
+        admission.check_number(len(request.sequences), model)
         sequences = codec.sequences_from_wire(request.sequences)
         admission.check_sequences(sequences, model)
         if parts.images is not None:
@@ -186,15 +189,16 @@ class Servicer(TeacherServicer):
         job, model = _job(parts.store, request.session), parts.model
         admission.check_model(request.model_fingerprint, model.model_fingerprint)
         admission.check_version(request.weight_version, model.weight_version)
+        admission.check_number(len(request.sequences), model)
         sequences = codec.sequences_from_wire(request.sequences)
-        if not sequences:
-            raise InvalidRequest("the request holds no sequence; it needs at least one")
         return codec.cache_answer_to_wire(parts.find_cached(job, model.weight_version, sequences))
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         """See teacher.proto."""
         store = self._gate.parts().store
         _job(store, request.session)
+        if (count := len(request.handles)) > _MAX_RELEASED:
+            raise InvalidRequest(f"{count} handles are released at once; the most allowed are {_MAX_RELEASED}")
         handles = [codec.handle_from_wire(m) for m in request.handles]
         gone = [index for index, handle in enumerate(handles) if not store.release(request.session, handle)]
         if request.by_rdma:
