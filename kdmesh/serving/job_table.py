@@ -44,7 +44,6 @@ class JobBook:
     heard_s: float
     tokens_in_flight: int = 0
     tokens: int = 0  # computed
-    requests: int = 0  # started
     abandoned_slots: int = 0
     refusals: Counter[Shortage] = field(default_factory=Counter)
     waits_s: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_WAITS))  # from arrival to start
@@ -165,11 +164,14 @@ class JobTable(Generic[T]):
         """A request of the job has started."""
         book = self._hear(job)
         book.tokens_in_flight += num_tokens
-        book.requests += 1
         book.waits_s.append(waited_s)
         rate = self.terms(job).max_requests_per_s
         if rate is not None:
             book.bucket.take(rate=rate, now_s=self._clock())
+
+    def waits_again(self, job: str) -> None:
+        """A request that had started is to start once more: it has paid."""
+        self._hear(job).bucket.give_back()
 
     def ended(self, job: str, num_tokens: int) -> None:
         """The engine works on it no longer."""

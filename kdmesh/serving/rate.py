@@ -23,6 +23,11 @@ class TokenBucket:
         self._level = self._refilled(rate, now_s) - 1
         self._at_s = now_s
 
+    def give_back(self) -> None:
+        """One that was taken did not happen."""
+        if self._level is not None:
+            self._level += 1
+
     def _refilled(self, rate: float, now_s: float) -> float:
         burst = max(1.0, rate)
         return burst if self._level is None else min(burst, self._level + (now_s - self._at_s) * rate)

@@ -241,6 +241,26 @@ async def test_a_damaged_file_is_computed_again_without_anybody_noticing(tmp_pat
         assert teacher.engine.batches == [1]
 
 
+async def test_a_request_whose_kept_rows_are_gone_counts_once_for_its_jobs_rate(tmp_path: Path) -> None:
+    kept = directory(tmp_path) | {"shared": True}
+    jobs = {"overrides": {"seldom": {"max_requests_per_s": 0.001}}}
+    async with (
+        running_teacher(tmp_path, cache=kept, jobs=jobs, queue={"max_wait_s": 2}) as teacher,
+        teacher.client() as client,
+        teacher.client(job="seldom") as seldom,
+    ):
+        await ask(client, sequence(30))
+        async with asyncio.timeout(10):
+            while not (files := [file for file in (tmp_path / "cache").glob("??/*") if file.suffix != ".part"]):
+                await get(teacher.addresses.rest, "/v1/cache")
+        files[0].unlink()
+        teacher.engine.batches.clear()
+        await ask(seldom, sequence(30))
+        assert teacher.engine.batches == [1]
+        with pytest.raises(errors.Unavailable, match=r"may start 0\.001 requests a second"):
+            await ask(seldom, sequence(30))
+
+
 async def test_a_disk_that_fails_fails_no_request_and_is_seen(tmp_path: Path) -> None:
     async with running_teacher(tmp_path, cache=directory(tmp_path)) as teacher, teacher.client() as client:
         for prefix in range(256):

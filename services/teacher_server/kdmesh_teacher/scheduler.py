@@ -144,6 +144,7 @@ class Scheduler:
             )
             with contextlib.suppress(RowsGone):
                 return await self._answer(work, left_s)
+            self.jobs.waits_again(job)
             may_begin_again()  # the engine may have gone to sleep, which nothing held up while the cache was read
             left_s = deadline_s - (loop.time() - began_s)
 
