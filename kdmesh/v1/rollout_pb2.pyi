@@ -157,11 +157,13 @@ class SamplingParameters(google.protobuf.message.Message):
     """Most tokens of a response; at least 1."""
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Tokens that end a response; each ends it as its last token. Empty: only the length ends it."""
+        """Tokens that end a response; each ends it as its last token. At most 1024; empty: only the length ends it."""
 
     @property
     def stop_strings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Texts that end a response: it is cut after the token that completes one. Needs the server to have a tokenizer."""
+        """Texts that end a response: it is cut after the token that completes one. Needs the server to have a tokenizer.
+        At most 256, of at most 1024 bytes each.
+        """
 
     def __init__(
         self,

@@ -179,6 +179,9 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({}, {"stop_token_ids": [60]}, "stop_token_ids has token id 60; ids must be below 60"),
     ({}, {"stop_strings": [""]}, "stop_strings holds an empty text"),
+    ({}, {"stop_token_ids": [1] * 1025}, "stop_token_ids are 1025; at most 1024 are allowed"),
+    ({}, {"stop_strings": ["a"] * 257}, "stop_strings are 257; at most 256 are allowed"),
+    ({}, {"stop_strings": ["a", "é" * 513]}, "the bytes of a stop string are 1026; at most 1024 are allowed"),
 ]
 
 

@@ -7,6 +7,8 @@ from kdmesh.types import RolloutDescription, Sampling
 from kdmesh_rollout.work import SampleRequest
 
 _MAX_SAMPLES = 4096  # of one request
+# After every token of a sample they are looked for, while the others' samples wait.
+_MAX_STOP_TOKENS, _MAX_STOP_STRINGS, _MAX_STOP_BYTES = 1024, 256, 1024
 
 
 def check_request(request: SampleRequest, model: RolloutDescription) -> None:
@@ -42,10 +44,22 @@ def check_model(architecture_fingerprint: str, min_weight_version: int, model: R
 
 
 def _check_stops(sampling: Sampling, model: RolloutDescription) -> None:
+    _check_count("stop_token_ids", len(sampling.stop_token_ids), _MAX_STOP_TOKENS)
+    _check_count("stop_strings", len(sampling.stop_strings), _MAX_STOP_STRINGS)
+    _check_count("the bytes of a stop string", max(map(_bytes, sampling.stop_strings), default=0), _MAX_STOP_BYTES)
     if sampling.stop_token_ids:
         _check_ids("stop_token_ids", max(sampling.stop_token_ids), model)
     if sampling.stop_strings and not model.tokenizer_fingerprint:
         raise InvalidRequest("stop_strings need a tokenizer, and this model has none; give stop_token_ids")
+
+
+def _check_count(what: str, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidRequest(f"{what} are {count}; at most {most} are allowed")
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode())
 
 
 def _check_ids(what: str, largest: int, model: RolloutDescription) -> None:
