@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
+from kdmesh.errors import InvalidRequest
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.discovery import Discovery
@@ -235,7 +236,14 @@ class TeacherPool:
         return arrived
 
     async def _ask(self, sequences: Sequence[TokenSequence], deadline: Deadline, version: int) -> TeacherRows:
-        rows = await self._fleet.ask(sequences, deadline, version)
+        try:
+            rows = await self._fleet.ask(sequences, deadline, version)
+        except InvalidRequest:
+            parts = split(sequences, self._fleet.model)
+            if len(parts) == 1:
+                raise
+            # A teacher has come, or come back, that takes less at once.
+            return await self._joined(parts, deadline, version)
         self._requests += 1
         return rows
 

@@ -206,6 +206,19 @@ def test_request_waits_for_the_restart_of_the_only_teacher(tmp_path: Path) -> No
                 assert pool.stats().retries > 0
 
 
+def test_requests_under_way_are_cut_to_what_a_teacher_takes_that_came_back_narrower(tmp_path: Path) -> None:
+    group = [sequence(60, seed=seed) for seed in range(4)]
+    with teacher_process(tmp_path) as first:
+        port = int(first.grpc.split(":")[1])
+        with TeacherPool([first.grpc], job="test", deadline_s=30) as pool:
+            first.signal(signal.SIGKILL)
+            first.process.wait()
+            pending = pool.submit(group)  # one request
+            with teacher_process(tmp_path, server={"port": port}, engine={"max_batch_tokens": 128}):
+                assert torch.equal(pending.wait().rows_RD, expected_rows(group))
+                assert pool.stats().requests == 2
+
+
 def test_lost_session_is_opened_again(teacher: TeacherProcess) -> None:
     with TeacherPool([teacher.grpc], job="test", deadline_s=10) as pool:
         (replica,) = pool._fleet._replicas._replicas
