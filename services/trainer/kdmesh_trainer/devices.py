@@ -7,6 +7,7 @@ from collections.abc import Callable, Set
 from typing import Protocol
 
 from kdmesh.errors import KdmeshError
+from kdmesh.models.resting_weights import give_back_memory
 from kdmesh.types import EVERY_TAG, SleepTag
 from kdmesh_trainer.loop import Evaluator, Publisher, Stop
 from kdmesh_trainer.mesh import Mesh
@@ -66,7 +67,10 @@ class OwnDevices:
 
 
 class SharedDevices:
-    """Who has no turn sleeps; before somebody is woken, the others have gone to sleep."""
+    """Who has no turn sleeps; before somebody is woken, the others have gone to sleep.
+
+    Ranks keep the student and its optimizer, and give back what torch would keep of a step for the next one.
+    """
 
     are_shared = True
 
@@ -101,6 +105,8 @@ class SharedDevices:
             for call in calls:
                 call()
 
+        give_back_memory(self._mesh.device)
+        self._mesh.gather(None)  # until every rank has: servers lie on the devices of all
         self._mesh.on_first(call_all)
 
 
