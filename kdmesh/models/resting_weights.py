@@ -51,6 +51,7 @@ class RestingWeights:
         try:
             restored = [restore() for restore in self._restores]
         except _NO_ROOM as error:
+            give_back_memory(self._model.device)  # what had come back already has gone again, but not to the device
             raise Unavailable(f"the weights cannot come back: {error}") from error
         for parameter, tensor in zip(self._parameters, restored, strict=True):
             parameter.data = tensor

@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from kdmesh.errors import Unavailable
+from kdmesh.models import resting_weights
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.resting_weights import RestingWeights
 from kdmesh.types import EVERY_TAG, Sampling, SleepTag, TokenSequence
@@ -135,13 +138,20 @@ def test_weights_for_which_there_is_no_memory_go_on_resting(
     resting = RestingWeights(model)
     assert {p.numel() for p in model.parameters()} == {0}
 
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("none left")
+    empty, taken, left = torch.empty, weakref.WeakSet[torch.Tensor](), list[int]()
+
+    def full_soon(*arguments: Any, **options: Any) -> torch.Tensor:
+        if len(taken) == 3:
+            raise torch.OutOfMemoryError("none left")
+        taken.add(tensor := empty(*arguments, **options))
+        return tensor
 
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", full)
+        patched.setattr(torch, "empty", full_soon)
+        patched.setattr(resting_weights, "give_back_memory", lambda device: left.append(len(taken)))
         with pytest.raises(Unavailable, match="cannot come back: none left"):
             resting.restore()
+    assert left == [0]  # tensors that hold memory when it is given back
     assert {p.numel() for p in model.parameters()} == {0}
     resting.restore()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
