@@ -202,6 +202,20 @@ def test_sampled_tokens_are_looked_at_without_a_wait(mesh: Mesh, gpu: torch.devi
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_tokens_of_rows_are_looked_up_without_a_wait(gpu: torch.device) -> None:
+    pytest.importorskip("PIL")
+    from kdmesh_trainer.algorithms.dskd_attention import _tokens
+
+    head = OutputHead(weight_VD=torch.randn(SCALE.vocabulary, 8, device=gpu))
+    sequences = tuple(random_sequences())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens = _tokens(sequences, head, 2.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert tokens.shape == (sum(sequence.num_rows for sequence in sequences), 16)
+
+
 @pytest.mark.parametrize("before", [0, 30])
 @pytest.mark.parametrize("window", [None, 5])
 def test_one_call_for_all_sequences_attends_as_each_alone(gpu: torch.device, window: int | None, before: int) -> None:

@@ -16,6 +16,7 @@ from kdmesh.losses import (
     fused_linear_divergence,
     likeliest_tokens,
 )
+from kdmesh.models.packing import moved
 from kdmesh_trainer.algorithms.data_tokens import with_cross_entropy
 from kdmesh_trainer.algorithms.projection import FollowingMap, logit_preserving_map
 from kdmesh_trainer.algorithms.seam import LossRows, Setup, Terms
@@ -65,7 +66,7 @@ class DualSpaceKD(nn.Module):
         (teacher,) = target.teachers
         student_AD, labels_A = rows.hidden_RD, rows.labels_R
         if target.index_R is not None:
-            index_A = target.index_R.to(student_AD.device)
+            index_A = moved(target.index_R, student_AD.device)
             student_AD, labels_A = student_AD.index_select(0, index_A), labels_A[index_A]
         head = rows.head.detached()
         projected_AD = linear(teacher.hidden_RE.to(self.teacher_to_student.dtype), self.teacher_to_student)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from kdmesh.losses import FusedLoss, MixedTeacher, OutputHead, fused_linear_cross_entropy
+from kdmesh.models.packing import moved
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.data_tokens import with_cross_entropy
 from kdmesh_trainer.algorithms.dskd import lift, trained
@@ -89,7 +90,7 @@ class AttendingDualSpaceKD(nn.Module):
 def _tokens(sequences: tuple[TokenSequence, ...], head: OutputHead, spread: float) -> Tensor:
     """[R, 2 D] of every row: the token at its position and the next one, as rows of the head."""
     pairs = [np.stack([s.token_ids[s.positions], s.labels], axis=1) for s in sequences]
-    pairs_R2 = torch.from_numpy(np.concatenate(pairs).astype(np.int64)).to(head.weight_VD.device)
+    pairs_R2 = moved(torch.from_numpy(np.concatenate(pairs).astype(np.int64)), head.weight_VD.device)
     return head.weight_VD[pairs_R2].flatten(1) / spread
 
 

@@ -283,4 +283,4 @@ class _HandedRows:
         if (np.diff(numbers) > 0).all():
             return rows_RD, numbers
         order = np.argsort(numbers)
-        return rows_RD.index_select(0, torch.from_numpy(order).to(self._device)), numbers[order]
+        return rows_RD.index_select(0, moved(torch.from_numpy(order), self._device)), numbers[order]
