@@ -96,17 +96,19 @@ def _attend(
     query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """[B, heads, 1, value dim] of queries [B, heads, 1, dim]."""
-    if softcap is None:
-        return scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale, enable_gqa=True)
     rows, heads, _, _ = query.shape
     key_heads = keys.shape[1]
-    # Query heads that share a key head become more queries of it: nothing is repeated.
+    # Query heads that share a key head become more queries of it: nothing is repeated. With `enable_gqa` and a mask a
+    # GPU, up to torch 2.13, would repeat all keys and values for each query head, in float32.
     grouped = query.reshape(rows, key_heads, heads // key_heads, -1)
-    scores = torch.tanh(grouped @ keys.transpose(2, 3) * scale / softcap) * softcap
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ values).reshape(rows, heads, 1, -1)
+    if softcap is None:
+        outputs = scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=scale)
+    else:
+        scores = torch.tanh(grouped @ keys.transpose(2, 3) * scale / softcap) * softcap
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
+        outputs = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
+    return outputs.reshape(rows, heads, 1, -1)
 
 
 # No mask function is registered under this name: transformers then makes no mask at all.
