@@ -117,10 +117,11 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     ranks: list[local.Child] = []
     try:
         with ExitStack() as stack:
-            logs = {service: _log(cfg.output / f"{service.name}.log", stack) for service in serve}
+            logs = {service: _log(_log_of(cfg, service), stack) for service in serve}
             processes = stack.enter_context(local.Processes())
             for service, file in serve.items():
                 command = server_command(service, file, servers[service], threads=threads.server, on_line=logs[service])
+                _echo(f"Starting the server of {file}; the run waits for its model. Its log: {_log_of(cfg, service)}")
                 overrides = [*overrides, *served(service, start_server(processes, command))]
             commands = rank_commands(path, overrides, ranks=num_ranks(cfg), threads=threads.rank, place=here)
             ranks = processes.start(*commands)
@@ -134,6 +135,10 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
         if stopped is not None and any(rank.exit_code == stopped for rank in ranks):
             raise local.ChildFailed(f"stopped, with a checkpoint in {cfg.output}", exit_code=stopped) from None
         click.echo(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.", err=True)
+
+
+def _log_of(cfg: TrainerConfig, service: Service) -> Path:
+    return cfg.output / f"{service.name}.log"
 
 
 def _log(path: Path, stack: ExitStack) -> Callable[[str], None]:

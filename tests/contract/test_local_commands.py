@@ -147,6 +147,9 @@ def test_a_stopped_training_continues_and_leaves_nothing(
         argv += ["--serve-rollout", str(rollout), "--set", f"source={SAMPLED}"]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        first = process.stderr.readline()
+        assert first.startswith(f"Starting the server of {teacher};")
+        assert first.rstrip().endswith(f"Its log: {tmp_path / 'run' / 'teacher.log'}")
         line = next(line for line in process.stderr if '"progress"' in line)
         children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         assert len(children) == 3 + is_sampled, line
