@@ -1,0 +1,40 @@
+"""Holds what the help pages of the command line show."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kdmesh import cli
+
+COMMANDS = sorted(cli.main.commands)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, arguments)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: kdmesh {command}" in result.output
+
+
+def test_the_first_help_page_names_every_command() -> None:
+    output = run("--help").output
+    assert all(f"kdmesh {command} " in output or f"kdmesh {command}\n" in output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_help_pages_show_lacks_nothing_that_is_required(command: str) -> None:
+    made = cli.main.commands[command]
+    pages = [inspect.cleandoc(page.help or "").replace("\\\n", " ") for page in (cli.main, made)]
+    shown = re.findall(rf"\bkdmesh {command}\b([^|\n]*)", "\n".join(pages))
+    assert shown
+    for arguments in shown:
+        made.make_context(command, shlex.split(arguments))  # an error of click's own says what is missing
