@@ -1,13 +1,29 @@
-"""The option of commands that call a server which asks who calls."""
+"""The options of commands that call servers."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from kdmesh import config
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
+from kdmesh_trainer.replicas_config import checked_address
+
+
+class _Address(click.ParamType):
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return checked_address(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+ADDRESS = _Address()
+"""Where a server is, or several behind a name, as in the configuration of a trainer."""
 
 access_option = click.option(
     "--access",

@@ -104,7 +104,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
         raise ConfigError(f"--serve starts a server on each machine, so it does not go with a job of {here.nodes}")
     servers = {service: _checked_server(service, file) for service, file in serve.items()}
     _refuse_same_port([(serve[service], server.server) for service, server in servers.items()])
-    later = [override for service in serve for override in served(service, "later:0")]
+    later = [override for service in serve for override in served(service, "later:1")]
     cfg = _checked_trainer(path, [*overrides, *later])
     refuse_unfit_machine(cfg, ranks=num_ranks(cfg) * (1 if here is None else here.nodes))
     for server in servers.values():

@@ -361,10 +361,12 @@ def test_a_served_rollout_server_is_checked_too(good: Path) -> None:
     assert "engine.model: there is no directory nowhere" in result.output
 
 
-def test_an_address_of_a_rollout_server_has_a_port(good: Path) -> None:
-    wrong = [*SAMPLED, "source.rollouts.addresses=[somewhere]"]
-    result = run("check", "train.yaml", *jobs.set_arguments(wrong))
-    assert "source.rollouts.addresses: 'somewhere' is not of the form host:port" in result.output
+@pytest.mark.parametrize("option", ["probe --teacher", "generate --rollout", "generate --teacher"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:50051", "127.0.0.1"])
+def test_an_address_without_a_port_is_refused_before_a_server_is_waited_for(option: str, address: str) -> None:
+    result = run(*option.split(), address)
+    assert result.exit_code == 2
+    assert f"'{address}' is not of the form host:port" in result.output
 
 
 def test_serving_under_torchrun_is_refused(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("student: {model: x, lora: {target_modules: q_proj}}", "student.lora.target_modules"),
         ("teacher: {addresses: ['k8s:///a.b.c:grpc']}", "is not of the form k8s:///service:port or k8s:///service.nam"),
         ("teacher: {addresses: ['dns:///teachers']}", "'dns:///teachers' is not of the form dns:///name:port"),
+        ("teacher: {addresses: ['http://teacher:50051']}", "'http://teacher:50051' is not of the form host:port"),
+        ("teacher: {addresses: [teacher]}", "'teacher' is not of the form host:port"),
+        ("teacher: {addresses: ['::1']}", "'::1' is not of the form host:port"),
+        ("teacher: {addresses: ['teacher:99999']}", "'teacher:99999' is not of the form host:port"),
+        ("teacher: {addresses: ['teacher:0']}", "'teacher:0' is not of the form host:port"),
+        ("source: {kind: on_policy, rollouts: {addresses: ['a b:1']}}", "'a b:1' is not of the form host:port"),
         ("teacher: {addresses: ['dns:///a:1'], follows_student: {}}", "needs every address as host:port"),
         ("source: {kind: on_policy, rollouts: {addresses: ['dns:///a']}}", "'dns:///a' is not of the form dns:///na"),
         (

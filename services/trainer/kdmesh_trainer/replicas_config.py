@@ -11,19 +11,26 @@ from pydantic import AfterValidator, Field
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 
+_SERVER = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^:/\s\[\]]+):([0-9]{1,5})")
+_MOST_PORT = 65535
 _NAME = re.compile(r"dns:///[^:/\s]+:[0-9]+")
 _SERVICE = re.compile(r"k8s:///[a-z0-9-]+(\.[a-z0-9-]+)?:[a-z0-9-]+")
 
 
-def _address(value: str) -> str:
+def checked_address(value: str) -> str:
+    """The same, host:port of one server or a name of several. Raises ValueError when it has another form."""
     if value.startswith("dns:") and not _NAME.fullmatch(value):
         raise ValueError(f"{value!r} is not of the form dns:///name:port")
     if value.startswith("k8s:") and not _SERVICE.fullmatch(value):
         raise ValueError(f"{value!r} is not of the form k8s:///service:port or k8s:///service.namespace:port")
+    if not value.startswith(("dns:", "k8s:")):
+        server = _SERVER.fullmatch(value)
+        if server is None or not 0 < int(server[1]) <= _MOST_PORT:
+            raise ValueError(f"{value!r} is not of the form host:port")
     return value
 
 
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(checked_address)]
 """host:port of one server, or a name of several."""
 
 
