@@ -62,7 +62,8 @@ class PromptReport:
         """Log it as that of dataset `name`. Raises DataError when there is no prompt."""
         log.info("prompts read", extra={"dataset": name, **asdict(self), **facts})
         if not self.prompts:
-            counts = {**self.unusable, "too long": self.dropped_too_long}
+            too_long = "too long for source.sampling.max_new_tokens to be within data.max_tokens too"
+            counts = {**self.unusable, too_long: self.dropped_too_long}
             losses = ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)
             raise DataError(f"dataset {name}: none of {self.rows} rows gives a prompt: {losses}")
 

@@ -51,7 +51,7 @@ class DataReport:
         """Log it as that of dataset `name`. Raises DataError when nothing is left to train on."""
         log.info("dataset read", extra={"dataset": name, **asdict(self), **facts})
         if not self.sequences:
-            counts = {**self.unusable, "too long": self.dropped_too_long}
+            counts = {**self.unusable, "too long for data.max_tokens": self.dropped_too_long}
             losses = ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)
             raise DataError(f"dataset {name}: none of {self.rows} rows can be trained on: {losses}")
 
