@@ -36,6 +36,7 @@ from kdmesh.sampling.seeds import seed_of
 from kdmesh.sampling.stops import before_stop
 from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.tokens import tokenizer_fingerprint
+from kdmesh.tool_rows import name_of
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling, VisionSpec
 from kdmesh_trainer.data_config import ImagesConfig
 
@@ -253,12 +254,18 @@ class ChatTokens:
         """
         try:
             text: str = self._tokenizer.apply_chat_template(
-                asked.shown, chat_template=self._template, tokenize=False, add_generation_prompt=True
+                asked.shown,
+                tools=[dict(tool) for tool in asked.tools] or None,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(
                 f"{asked.origin}: the chat template refuses {json.dumps(asked.shown)[:200]}: {error}"
             ) from None
+        if not all(name_of(tool) in text for tool in asked.tools):
+            raise DataError(f"{asked.origin}: the chat template leaves out its tools")
         # The template writes the special tokens itself.
         ids = np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         if self._reader is None:
@@ -377,4 +384,4 @@ def _tell(sentence: str) -> None:
 def _answered(asked: Asked, answer: str) -> dict[str, Any]:
     """The row of an answer."""
     messages = [*asked.messages, {"role": "assistant", "content": answer}]
-    return {"messages": messages, **asked.column}
+    return {"messages": messages, **asked.columns}

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdmesh.chat_rows import refuse_unsupported_columns, system_text, unicode_text
+from kdmesh.chat_rows import ASSISTANTS, chat_from_row
 from kdmesh.errors import DataError
-from kdmesh.image_files import ImageColumn, RowImages
+from kdmesh.image_files import ImageColumn
+from kdmesh.tool_rows import TOOLS_COLUMN, Tool
 from kdmesh.types import Image
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,18 +21,19 @@ class Asked:
     """A row's chat up to what the assistant shall answer."""
 
     origin: str  # "FILE, line N", for people
-    messages: list[Message]  # as the row has them
-    shown: list[Message]  # as the template takes them: an image is a part that names none
+    messages: list[dict[str, Any]]  # as the row has them
+    shown: list[dict[str, object]]  # as the template takes them: an image is a part that names none
+    tools: tuple[Tool, ...]  # that the assistant may call
     images: tuple[Image, ...]  # in their order
-    column: dict[str, Any]  # the row's column of images, if it has one
+    columns: dict[str, Any]  # the row's columns of images and of tools, if it has them
 
 
 class Prompts:
     """The rows of a file, which is read once.
 
-    A row has `messages`, whose last one is dropped when it is the assistant's, or `prompt`: a text for the user's turn,
-    or messages.
-    A text in its `system` is the first turn.
+    A row has `messages`, in which the assistant's at their end are dropped, or `prompt`, a text for the user's turn or
+    messages. A text in its `system` is the first turn, and `tools` are shown to the model. What is asked is held to the
+    rules of datasets: kdmesh.chat_rows.
 
     Raises:
         DataError: the file cannot be read.
@@ -55,78 +55,49 @@ class Prompts:
         """Those from row `begin` on.
 
         Raises:
-            DataError: one is not JSON, has no turn to answer, or an image that is not to be had; the message names the
-                line.
+            DataError: one is not JSON, has no turn to answer, a turn that no dataset may have, or an image that is not
+                to be had; the message names the line.
         """
         for place, line in self._lines[begin:]:
             yield _asked(line, place, images)
 
 
 def _asked(line: str, place: str, images: ImageColumn) -> Asked:
-    row, messages = _row(line, place)
-    found = RowImages(images, row, place)
-    pictures: list[Image] = []
-
-    def shown(message: Message, number: int) -> Message:
-        content = message.get("content")
-        if not isinstance(content, list):
-            return message
-        parts: list[object] = []
-        for part in content:
-            if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
-                pictures.append(found.of_part(part, f"{place}: messages[{number}]"))
-                parts.append({"type": "image"})
-            else:
-                parts.append(part)
-        return {**message, "content": parts}
-
-    told = [shown(message, number) for number, message in enumerate(messages)]
-    found.check_all_used()
-    column = {images.name: row[images.name]} if images.name is not None and row.get(images.name) else {}
-    return Asked(origin=place, messages=messages, shown=told, images=tuple(pictures), column=column)
+    row = _row(line, place)
+    turns = _turns(row, place)
+    chat = chat_from_row({**row, "messages": turns}, column="messages", origin=place, images=images)
+    of_column = chat.messages[: len(chat.messages) - len(turns)]  # the system turn, if the row has one beside its turns
+    return Asked(
+        origin=place,
+        messages=[*({"role": message.role, "content": message.content} for message in of_column), *turns],
+        shown=[message.for_template() for message in chat.messages],
+        tools=chat.tools,
+        images=tuple(image for message in chat.messages for image in message.images),
+        columns={name: row[name] for name in (images.name, TOOLS_COLUMN) if name is not None and row.get(name)},
+    )
 
 
-def _row(line: str, place: str) -> tuple[dict[str, Any], list[Message]]:
-    """A row, and its messages without an answer at their end."""
+def _row(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # no JSON, or an integer too long or a nesting too deep for Python
         raise DataError(f"{place} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{place} is no object")
-    refuse_unsupported_columns(row, place, takes_tools=False)
-    messages = _turns(row, place)
-    system = system_text(row, [(message.get("role"), message.get("content")) for message in messages], place)
-    messages = [{"role": "system", "content": system}, *messages] if system else messages
-    for number, message in enumerate(messages):
-        for text in _texts(message):
-            unicode_text(text, f"{place}: messages[{number}]")
-    return row, messages
+    return row
 
 
-def _texts(value: object) -> Iterator[str]:
-    """Every text in a value of JSON, names included, however deep it lies."""
-    left = [value]
-    while left:
-        match left.pop():
-            case str() as text:
-                yield text
-            case list() as items:
-                left += items
-            case dict() as entries:
-                left += [*entries, *entries.values()]
-
-
-def _turns(row: dict[str, Any], place: str) -> list[Message]:
-    prompt, messages = row.get("prompt"), row.get("messages")
+def _turns(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """The row's turns as it has them, without answers at their end."""
+    prompt, turns = row.get("prompt"), row.get("messages")
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
-        messages = prompt
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        turns = prompt
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(f"{place} has neither `messages`, a list of turns, nor `prompt`, a text or a list of turns")
-    if messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    if not messages:
+    while turns and (turns[-1].get("role") or turns[-1].get("from")) in ASSISTANTS:
+        turns = turns[:-1]
+    if not turns:
         raise DataError(f"{place} has no turn to answer")
-    return messages
+    return turns

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kdmesh.chat_rows import NO_COLUMNS, TeacherColumns
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import ChatFile, DataConfig
 from kdmesh_trainer.sources import pieces, token_cache
 from kdmesh_trainer.sources.pieces import Piece
 from kdmesh_trainer.sources.readers import ChatFiles, open_files
 from kdmesh_trainer.sources.recipe import Encoder, EncoderRecipe
-from kdmesh_trainer.sources.rows import NO_COLUMNS, TeacherColumns
 from kdmesh_trainer.sources.token_cache import TokenCache
 from kdmesh_trainer.sources.tokenising import Taken, Work, tokenised
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.chat_template import TemplateSetting, with_settings
 from kdmesh.errors import ConfigError
 from kdmesh.generate import ChatTokens
 from kdmesh.prompt_rows import Asked
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import ChatFile, DataConfig, OtherTokenizer
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.teacher_context import build_encoder
 from kdmesh_trainer.sources.templated import student_tokenizer, teacher_tokenizer
 from tests.support.chat_tokenizers import chat_tokenizer

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.generate import ChatTokens
 from kdmesh.models.ends import stop_token_ids
 from kdmesh.prompt_rows import Asked
 from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.turns import Unusable
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 

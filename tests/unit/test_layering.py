@@ -40,6 +40,7 @@ LAYER = {
     "kdmesh.log": 1,
     "kdmesh.outputs": 1,
     "kdmesh.tokens": 1,
+    "kdmesh.tool_rows": 1,
     "kdmesh.tracing": 1,
     "kdmesh.unix_path": 1,
     "kdmesh.v1": 1,

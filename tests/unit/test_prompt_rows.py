@@ -22,17 +22,52 @@ def read(tmp_path: Path, line: str) -> Asked:
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "place"),
     [
-        {"prompt": "a\ud83d"},
-        {"prompt": "a", "system": "a\udc00"},
-        {"messages": [{"role": "user", "content": "a\ud83d"}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a\ud83d"}]}]},
+        ({"prompt": "a\ud83d"}, r"messages\[0\]\.content"),
+        ({"prompt": "a", "system": "a\udc00"}, "system"),
+        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, r"messages\[0\]\.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a\ud83d"}]}]},
+            r"messages\[0\]\.content\[0\]\.text",
+        ),
     ],
 )
-def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path: Path, row: object) -> None:
-    with pytest.raises(DataError, match=r"prompts\.jsonl, line 2: messages\[0\] is not Unicode text: half .* 1"):
+def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path: Path, row: object, place: str) -> None:
+    with pytest.raises(DataError, match=rf"prompts\.jsonl, line 2: {place} is not Unicode text: half .* 1"):
         read(tmp_path, json.dumps(row))
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"role": "human", "content": "Hi"}, "unknown role 'human'"),
+        ({"role": "user", "content": None}, "`content` is missing or null"),
+        ({"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, "only parts of type 'text' and 'image'"),
+        ({"role": "user", "content": "Hi", "tool_calls": [{"name": "f"}]}, "only the assistant calls tools"),
+        ({"role": "user", "content": "Hi", "function_call": {"name": "f"}}, "'function_call' is not supported"),
+    ],
+)
+def test_what_no_dataset_may_hold_is_refused_before_it_is_answered(tmp_path: Path, turn: object, said: str) -> None:
+    with pytest.raises(DataError, match=rf"prompts\.jsonl, line 2: messages\[0\].*{said}"):
+        read(tmp_path, json.dumps({"messages": [turn]}))
+
+
+def test_turns_are_shown_to_the_template_as_a_trainer_shows_them_and_kept_as_they_are(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "Hi"},
+        {"role": "assistant", "content": [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]},
+        {"role": "user", "content": "And?"},
+    ]
+    answers = [{"role": "assistant", "content": None, "reasoning": "why"}, {"from": "gpt", "value": "forget this"}]
+    asked = read(tmp_path, json.dumps({"messages": [*turns, *answers], "system": "Be brief."}))
+    assert asked.messages == [{"role": "system", "content": "Be brief."}, *turns]
+    assert asked.shown == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "And?"},
+    ]
 
 
 @pytest.mark.parametrize("line", ["{", "9" * 5000, "[" * 200_000])
@@ -51,3 +86,19 @@ def test_a_prompt_may_be_turns_as_in_datasets(tmp_path: Path) -> None:
     assert asked.messages == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     with pytest.raises(DataError, match=r"line 2 has neither `messages`.* nor `prompt`, a text or a list of turns"):
         read(tmp_path, '{"prompt": ["u"]}')
+
+
+def test_tools_are_shown_as_objects_and_kept_as_the_row_has_them(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+    ]
+    asked = read(tmp_path, json.dumps({"messages": turns, "tools": '[{"name": "f"}]'}))
+    assert asked.messages == turns
+    assert asked.shown[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+    assert asked.tools == ({"name": "f"},)
+    assert asked.columns == {"tools": '[{"name": "f"}]'}
+    with pytest.raises(DataError, match=r"line 2: tools is not Unicode text"):
+        read(tmp_path, json.dumps({"prompt": "Hi", "tools": [{"name": "a\ud83d"}]}))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.errors import CheckpointError, DeadlineExpired, ModelMismatch
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
 from kdmesh_trainer.devices import OwnDevices
@@ -22,7 +23,6 @@ from kdmesh_trainer.questions.examiner import Examiner, ServedWeights, StudentWe
 from kdmesh_trainer.questions.reader import Question
 from kdmesh_trainer.questions.scores import Answered
 from kdmesh_trainer.sources.prompts import StepPrompt
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.stop import Stopping
 
 LONGEST = 5

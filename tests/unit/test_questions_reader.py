@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from kdmesh.chat_rows import TEXT_ALONE
 from kdmesh.errors import DataError
 from kdmesh_trainer.questions.exam import Exam, read_exam
 from kdmesh_trainer.questions.reader import read_questions
 from kdmesh_trainer.questions_config import QuestionsConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.rows import TEXT_ALONE
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from tests.support.tiny_models import save_tokenizer
 
@@ -50,8 +50,8 @@ def test_what_a_row_says_beside_its_question_is_heeded_as_in_a_dataset(tmp_path:
     row = {"question": "two?", "answer": "2", "system": "Be brief."}
     (question,) = read_questions(config(write(tmp_path, row)))
     assert [(turn.role, turn.content) for turn in question.chat.messages] == [("system", "Be brief."), ("user", "two?")]
-    with pytest.raises(DataError, match=r"questions.jsonl:1: `tools` is not supported"):
-        read_questions(config(write(tmp_path, {**row, "tools": [{"name": "search"}]})))
+    (question,) = read_questions(config(write(tmp_path, {**row, "tools": [{"name": "search"}]})))
+    assert question.chat.tools == ({"name": "search"},)
 
 
 def test_only_the_first_questions_are_read(tmp_path: Path) -> None:

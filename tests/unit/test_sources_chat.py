@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.turns import Reason, Unusable
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 

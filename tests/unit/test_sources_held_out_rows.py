@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kdmesh import config
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import Image, TokenSequence
 from kdmesh_trainer.config import TrainerConfig
@@ -19,7 +20,6 @@ from kdmesh_trainer.sources.held_out_rows import is_held_out
 from kdmesh_trainer.sources.prompts import PromptPolicy
 from kdmesh_trainer.sources.readers import open_dataset
 from kdmesh_trainer.sources.recipe import Encoder
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.training_data import TrainingData
 from tests.support.chat_tokenizers import chat_tokenizer

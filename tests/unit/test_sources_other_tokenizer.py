@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kdmesh.alignment.token_bytes import token_bytes
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError, InvalidRequest
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.fit import refuse_unlike
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import (
     Aligned,
     InChunks,

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdmesh.chat_rows import TeacherColumns
 from kdmesh.errors import DataError, Unavailable
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import ChatFile
@@ -23,7 +24,6 @@ from kdmesh_trainer.sources.batches import PanelRows
 from kdmesh_trainer.sources.early_rows import EarlyRows
 from kdmesh_trainer.sources.panel import EarlyPanel, Panel
 from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.rows import TeacherColumns
 from kdmesh_trainer.sources.sides import Addressed, InContext, addressed, first_rows, teacher_side
 
 

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdmesh.chat_rows import Chat, TeacherColumns, text_from_row
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import DataConfig, TextFile
 from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
 from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.rows import Chat, TeacherColumns, text_from_row
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sides import Addressed
 from kdmesh_trainer.sources.teacher_context import build_encoder

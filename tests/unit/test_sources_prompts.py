@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.errors import DataError
 from kdmesh_trainer.data_config import ChatFile
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.prompts import PromptOrder, PromptPolicy, PromptSet, digest_prompts, load_prompts
 from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.sources.turns import Reason, Unusable
 from tests.support.chat_tokenizers import chat_tokenizer

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError
 from kdmesh_trainer.data_config import ChatFile, DataConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sequences import Dataset, load_sequences
 from kdmesh_trainer.sources.sides import teacher_side
 from kdmesh_trainer.sources.teacher_context import build_encoder

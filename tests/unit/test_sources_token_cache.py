@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kdmesh.chat_rows import NO_COLUMNS, TeacherColumns
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.tokens import digest
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.sources import pieces, token_cache
 from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
-from kdmesh_trainer.sources.rows import NO_COLUMNS, TeacherColumns
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sides import Addressed, Aligned, InChunks, InContext, teacher_side
 from kdmesh_trainer.sources.stored import longest_of, measured, measured_prompts, sequence_facts

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kdmesh.chat_rows import Chat, chat_from_row
 from kdmesh.errors import DataError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import ChatFile, DataConfig
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.rows import Chat, chat_from_row
 from kdmesh_trainer.sources.sides import InContext
 from kdmesh_trainer.sources.teacher_context import build_encoder
 from kdmesh_trainer.sources.turns import Reason, Unusable
@@ -161,3 +161,12 @@ def test_a_teacher_that_is_told_more_has_the_tools_too() -> None:
 def test_what_is_no_tool_and_no_call_is_refused(row: dict[str, Any], refused: str) -> None:
     with pytest.raises(DataError, match=refused):
         chat(row)
+
+
+def test_a_template_that_leaves_tools_out_gives_no_prompt() -> None:
+    chat = chat_from_row({"tools": [TOOL], "messages": [USER]}, column="messages", origin="a:1")
+    [prompt] = ChatEncoder(chat_tokenizer("chatml")).encode_prompts([chat])
+    assert prompt == Unusable(reason=Reason.NO_TOOLS, detail="1 tools")
+    [prompt] = ChatEncoder(chat_tokenizer(None), TEMPLATE).encode_prompts([chat])
+    assert not isinstance(prompt, Unusable)
+    assert "add" in chat_tokenizer(None).decode(prompt.token_ids)

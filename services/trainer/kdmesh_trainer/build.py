@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from kdmesh.chat_rows import TeacherColumns
 from kdmesh.errors import ConfigError, NotFinite
 from kdmesh.file_lock import claimed
 from kdmesh.losses import Divergence, SampledDivergence
@@ -52,7 +53,6 @@ from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.readers import Reader, open_dataset
 from kdmesh_trainer.sources.recipe import Encoder, EncoderRecipe
-from kdmesh_trainer.sources.rows import TeacherColumns
 from kdmesh_trainer.sources.sft import SftSource
 from kdmesh_trainer.sources.token_cache import TokenCache
 from kdmesh_trainer.sources.tokenizer import TeacherTokens, vocabulary_size

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from kdmesh.chat_rows import TEXT_ALONE
 from kdmesh.image_files import ImageColumn
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.rpc.rollout_pool import RolloutPool
@@ -27,7 +28,6 @@ from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.images import dataset_images
 from kdmesh_trainer.sources.on_policy import OnPolicySource
-from kdmesh_trainer.sources.rows import TEXT_ALONE
 
 
 def build_evaluator(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from kdmesh.chat_rows import refuse_unsupported_columns, unicode_text
+from kdmesh.chat_rows import TEXT_ALONE, Chat, chat_from_row, unicode_text
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn
 from kdmesh_trainer.questions_config import QuestionsConfig
 from kdmesh_trainer.sources.chat import without_answers
-from kdmesh_trainer.sources.rows import TEXT_ALONE, Chat, chat_from_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,8 +57,8 @@ def _question(line: str, cfg: QuestionsConfig, origin: str, images: ImageColumn)
         raise DataError(f"{origin}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{origin}: a row must be an object, not {type(row).__name__}")
-    refuse_unsupported_columns(row, origin, takes_tools=False)
-    messages = _chat(row, cfg, origin, images).messages
+    chat = _chat(row, cfg, origin, images)
+    messages = chat.messages
     asked = without_answers(messages)
     if not asked:
         raise DataError(f"{origin}: there is no turn to answer")
@@ -72,7 +71,7 @@ def _question(line: str, cfg: QuestionsConfig, origin: str, images: ImageColumn)
             f"{origin}: {cfg.messages} ends with a turn of the {messages[-1].role}, and evaluation.questions.answer "
             "is null: the last turn must be the assistant's, which is then the answer"
         )
-    return Question(chat=Chat(messages=asked, origin=origin), answers=answers, row=row)
+    return Question(chat=replace(chat, messages=asked), answers=answers, row=row)
 
 
 def _chat(row: Mapping[str, Any], cfg: QuestionsConfig, origin: str, images: ImageColumn) -> Chat:

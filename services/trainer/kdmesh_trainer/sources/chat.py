@@ -13,14 +13,14 @@ import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Encoding, Tokenizer, processors
 
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.chat_template import dated_alike
 from kdmesh.errors import ConfigError
 from kdmesh.images import ImageTokens
+from kdmesh.tool_rows import Tool, name_of
 from kdmesh.types import Image, TokenSequence
 from kdmesh_trainer.sources.image_tokens import expanded
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import Prompt
-from kdmesh_trainer.sources.tool_rows import Tool, name_of
 from kdmesh_trainer.sources.turns import (
     EncodedText,
     Reason,
@@ -196,9 +196,10 @@ class ChatEncoder:
         if not messages:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before it")
         try:
-            return self._render(messages, tools=chat.tools, is_prompt=True)
+            text = self._render(messages, tools=chat.tools, is_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
+        return _without_tools(chat, text) or text
 
     def _prompt(self, encoding: Encoding, chat: Chat) -> Prompt | Unusable:
         if not encoding.ids:
@@ -211,7 +212,7 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], *, is_prompt: bool, tools: Sequence[Tool] = ()) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            list(map(_told, messages)),
+            [message.for_template() for message in messages],
             tools=[dict(tool) for tool in tools] or None,
             chat_template=self._template,
             tokenize=False,
@@ -263,14 +264,6 @@ class ChatEncoder:
             )
 
 
-def _told(message: Message) -> dict[str, object]:
-    """As templates want it."""
-    # By the names that templates know it by: most by the first, gpt-oss's by the second.
-    reasoning = dict.fromkeys(("reasoning_content", "thinking"), message.reasoning) if message.reasoning else {}
-    calls = {"tool_calls": [dict(call) for call in message.tool_calls]} if message.tool_calls else {}
-    return {"role": message.role, "content": _content(message), **reasoning, **calls, **message.answer_to}
-
-
 def _left_out(chat: Chat, number: int, turn: RenderedTurn) -> Unusable | None:
     """What a template that does not know of it leaves out without a word, if it does."""
     message, own = chat.messages[number], turn.text[common_length(turn.text, turn.prompt) :]
@@ -278,16 +271,14 @@ def _left_out(chat: Chat, number: int, turn: RenderedTurn) -> Unusable | None:
         return Unusable(reason=Reason.NO_REASONING, detail=f"message {number}")
     if not all(name_of(call) in own for call in message.tool_calls):
         return Unusable(reason=Reason.NO_CALLS, detail=f"message {number}")
-    if not all(name_of(tool) in turn.prompt for tool in chat.tools):
-        return Unusable(reason=Reason.NO_TOOLS, detail=f"{len(chat.tools)} tools")
-    return None
+    return _without_tools(chat, turn.prompt)
 
 
-def _content(message: Message) -> object:
-    """As templates want it: text, or a list of parts where there are images."""
-    if not message.parts:
-        return message.content
-    return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts]
+def _without_tools(chat: Chat, prompt: str) -> Unusable | None:
+    """Why a model that is prompted so does not see the chat's tools, if it does not."""
+    if all(name_of(tool) in prompt for tool in chat.tools):
+        return None
+    return Unusable(reason=Reason.NO_TOOLS, detail=f"{len(chat.tools)} tools")
 
 
 def _images_of(messages: Sequence[Message]) -> tuple[Image, ...]:

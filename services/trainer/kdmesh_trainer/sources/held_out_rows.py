@@ -6,9 +6,9 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+from kdmesh.chat_rows import Chat
 from kdmesh.errors import DataError
 from kdmesh_trainer.sources.readers import Reader
-from kdmesh_trainer.sources.rows import Chat
 
 _ALL = 2**64
 

@@ -14,11 +14,11 @@ from kdmesh.alignment.chunks import align
 from kdmesh.alignment.spans import Spans, spans_of_ids
 from kdmesh.alignment.token_bytes import token_bytes
 from kdmesh.alignment.vocabularies import shared_tokens
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import Int32Array, TokenSequence
 from kdmesh_trainer.sources.chat import ChatEncoder, without_answers
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import Aligned, Chunks, InChunks, Prompt, first_rows
 from kdmesh_trainer.sources.tokenizer import TeacherTokens, vocabulary_size
 from kdmesh_trainer.sources.turns import Reason, Unusable

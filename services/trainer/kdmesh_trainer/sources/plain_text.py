@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdmesh.chat_rows import Chat
 from kdmesh.images import ImageTokens
 from kdmesh.types import Int32Array, TokenSequence
 from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.rows import Chat
 from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.sources.turns import Reason, Unusable
 

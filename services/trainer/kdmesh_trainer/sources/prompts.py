@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Literal, Protocol
 
+from kdmesh.chat_rows import Chat
 from kdmesh.errors import DataError
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.tokens import DIGEST_BYTES
 from kdmesh_trainer.sources.order import step_order
 from kdmesh_trainer.sources.readers import Reader
-from kdmesh_trainer.sources.rows import Chat
 from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.sources.turns import Unusable
 

@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from kdmesh.chat_rows import TOOLS_COLUMN, UNSUPPORTED_COLUMNS
-from kdmesh.errors import DataError
-from kdmesh.extension import resolve
-from kdmesh.image_files import ImageColumn, ImageSource, NoImages
-from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig, ImagesConfig, TextFile
-from kdmesh_trainer.sources.images import dataset_images
-from kdmesh_trainer.sources.pieces import Piece, find_files, pieces_of, rows_of
-from kdmesh_trainer.sources.rows import (
+from kdmesh.chat_rows import (
     CHAT_COLUMNS,
     NO_COLUMNS,
     PROMPT_AND_COMPLETION,
@@ -25,6 +18,12 @@ from kdmesh_trainer.sources.rows import (
     chat_from_row,
     text_from_row,
 )
+from kdmesh.errors import DataError
+from kdmesh.extension import resolve
+from kdmesh.image_files import ImageColumn, ImageSource, NoImages
+from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig, ImagesConfig, TextFile
+from kdmesh_trainer.sources.images import dataset_images
+from kdmesh_trainer.sources.pieces import Piece, find_files, pieces_of, rows_of
 
 Reader = Callable[[], Iterator[Chat]]
 """Starts one pass over a dataset."""
@@ -49,7 +48,7 @@ class Columns:
             return list(names)  # whole rows, so that the refusal can name their columns
         asked = (self.answers.prompt, self.answers.completion)
         named = (self.chat, *asked, self.teacher.messages, self.teacher.name, self.images.name)
-        used = {*named, *CHAT_COLUMNS, TOOLS_COLUMN, *UNSUPPORTED_COLUMNS}
+        used = {*named, *CHAT_COLUMNS}
         return [name for name in names if name in used]
 
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Protocol
 
+from kdmesh.chat_rows import Chat
 from kdmesh.errors import DataError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.sources.readers import Reader
-from kdmesh_trainer.sources.rows import Chat
 from kdmesh_trainer.sources.sides import addressed, first_rows
 from kdmesh_trainer.sources.turns import Unusable
 

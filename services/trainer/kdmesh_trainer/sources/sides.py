@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from kdmesh.chat_rows import Chat
 from kdmesh.errors import InvalidRequest
 from kdmesh.types import Int32Array, PlacedImage, TokenSequence
 from kdmesh_trainer.sources.lazy import Lazy
-from kdmesh_trainer.sources.rows import Chat
 
 Int64Array = npt.NDArray[np.int64]
 

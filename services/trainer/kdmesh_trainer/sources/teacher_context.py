@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 
+from kdmesh.chat_rows import Chat, Message
 from kdmesh.images import ImageTokens
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import (
@@ -20,7 +21,6 @@ from kdmesh_trainer.data_config import (
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template, without_answers
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.plain_text import TextEncoder
-from kdmesh_trainer.sources.rows import Chat, Message
 from kdmesh_trainer.sources.sides import InContext, Prompt
 from kdmesh_trainer.sources.templated import teacher_tokenizer
 from kdmesh_trainer.sources.turns import Reason, Unusable

@@ -11,12 +11,16 @@ from kdmesh.errors import DataError
 Tool = Mapping[str, Any]
 """As chat templates take it: {"type": "function", "function": {"name": ...}}, or what stands in `function` alone."""
 
+TOOLS_COLUMN = "tools"
+
 _ANSWER_KEYS = ("name", "tool_call_id")
 
 
 def tools_of(row: Mapping[Any, Any], origin: str) -> tuple[Tool, ...]:
     """Those in the column `tools`, which may be JSON as a text. Raises DataError when they are none."""
-    return _functions(row.get("tools"), f"{origin}: tools")
+    tools = _functions(row.get(TOOLS_COLUMN), f"{origin}: {TOOLS_COLUMN}")
+    _refuse_half_pairs(tools, f"{origin}: {TOOLS_COLUMN}")
+    return tools
 
 
 def calls_of(message: Mapping[Any, Any], role: str, origin: str) -> tuple[Tool, ...]:
@@ -28,7 +32,9 @@ def calls_of(message: Mapping[Any, Any], role: str, origin: str) -> tuple[Tool, 
     calls = _functions(message.get("tool_calls"), f"{origin}.tool_calls")
     if calls and role != "assistant":
         raise DataError(f"{origin}: 'tool_calls' at a turn of the {role}; only the assistant calls tools")
-    return tuple(_with_read_arguments(call) for call in calls)
+    read = tuple(_with_read_arguments(call) for call in calls)
+    _refuse_half_pairs(read, f"{origin}.tool_calls")
+    return read
 
 
 def answer_keys(message: Mapping[Any, Any], role: str) -> dict[str, str]:
@@ -58,6 +64,14 @@ def _functions(value: object, origin: str) -> tuple[Tool, ...]:
         if not isinstance(tool, dict) or not isinstance(_function(tool).get("name"), str):
             raise DataError(f"{origin}[{number}] must be a function with a name, as OpenAI has it")
     return tuple(found)
+
+
+def _refuse_half_pairs(tools: tuple[Tool, ...], origin: str) -> None:
+    """Raises DataError where a text in them is one that no file can hold."""
+    try:
+        json.dumps(tools, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{origin} is not Unicode text: there is half a surrogate pair in it") from None
 
 
 def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
