@@ -7,13 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kdmesh.types import DType, Handle
-
-_TORCH: dict[DType, torch.dtype] = {
-    DType.FLOAT32: torch.float32,
-    DType.BFLOAT16: torch.bfloat16,
-    DType.FLOAT16: torch.float16,
-}
+from kdmesh.types import Handle
 
 
 class Door(Protocol):
@@ -46,13 +40,8 @@ class Door(Protocol):
         """Fetch no more; fetches under way fail. Tensors stay good."""
 
 
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """The same type as torch knows it."""
-    return _TORCH[dtype]
-
-
 def matrix_over(exporter: Any, handle: Handle, *, offset_bytes: int) -> Tensor:
     """[rows, cols] over a writable buffer, which lives as long as the tensor and its views."""
-    count = handle.rows * handle.cols
-    flat = torch.frombuffer(exporter, dtype=_TORCH[handle.dtype], count=count, offset=offset_bytes)
+    dtype = getattr(torch, handle.dtype.value)
+    flat = torch.frombuffer(exporter, dtype=dtype, count=handle.rows * handle.cols, offset=offset_bytes)
     return flat.view(handle.rows, handle.cols)

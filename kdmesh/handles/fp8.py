@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kdmesh.errors import EngineFailure
 from kdmesh.groups.octets import octets
-from kdmesh.handles.door import torch_dtype
 from kdmesh.types import DType
 
 _LARGEST = 448.0  # of e4m3
@@ -30,7 +29,7 @@ def rows_of(chunk_bytes: int, cols: int) -> int:
 
 def encode(rows: memoryview, *, cols: int, dtype: DType) -> bytes:
     """Whole rows as their scales, and then their elements."""
-    rows_RD = octets(rows).view(torch_dtype(dtype)).view(-1, cols)
+    rows_RD = octets(rows).view(getattr(torch, dtype.value)).view(-1, cols)
     parts = [_encoded(part_RD.float()) for part_RD in torch.split(rows_RD, _rows_at_once(cols))]
     return b"".join([scale_R.numpy().data for scale_R, _ in parts] + [codes_RD.numpy().data for _, codes_RD in parts])
 

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from kdmesh.sglang.segments import Segments
-from kdmesh.types import DType
 from kdmesh_teacher.sglang_ask import Ask
-
-_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16}
 
 
 class RowProgress:
@@ -49,6 +46,6 @@ class RowProgress:
         mapping = self._segments.mapping(ask.segment)
         if mapping is None:
             return None
-        rows = len(ask.positions)
-        flat = torch.frombuffer(mapping, dtype=_DTYPES[ask.dtype], count=rows * columns, offset=ask.offset_bytes)
+        rows, dtype = len(ask.positions), getattr(torch, ask.dtype.value)
+        flat = torch.frombuffer(mapping, dtype=dtype, count=rows * columns, offset=ask.offset_bytes)
         return flat.view(rows, columns)
