@@ -58,19 +58,18 @@ class Lender(Protocol):
 
 
 class Broker:
-    """Listens at `path` until closed. Only users in `allowed_uids` are heard."""
+    """Listens at `path` until closed. Only this process's own user is heard."""
 
-    def __init__(self, lender: Lender, *, nonce: bytes, path: Path, allowed_uids: frozenset[int]) -> None:
+    def __init__(self, lender: Lender, *, nonce: bytes, path: Path) -> None:
         """Raises ConfigError when the socket cannot be made, or a live server has it."""
         self.lender = lender
         self.nonce = nonce
         self._path = path
-        self._allowed_uids = allowed_uids
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count(1)
         self._connections: set[_Connection] = set()
         self._by_session: dict[bytes, set[_Connection]] = {}
-        self._listener = _listen(path, is_private=allowed_uids == {os.getuid()})
+        self._listener = _listen(path)
         self._inode = path.stat().st_ino
         self._loop.add_reader(self._listener, self._accept)
 
@@ -124,7 +123,7 @@ class Broker:
             return
         sock.setblocking(False)
         pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid not in self._allowed_uids:
+        if uid != os.getuid():
             log.warning("broker turned a user away", extra={"uid": uid, "pid": pid})
             sock.close()
             return
@@ -243,7 +242,7 @@ class _Connection:
             self._sent[request.segment] = request.epoch
 
 
-def _listen(path: Path, *, is_private: bool) -> socket.socket:
+def _listen(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -251,8 +250,7 @@ def _listen(path: Path, *, is_private: bool) -> socket.socket:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)  # servers that start at the same time take turns
             _remove_stale(path)
-            # Before bind, so that the socket never exists with other rights. Others' uids are checked on connection.
-            os.fchmod(sock.fileno(), 0o600 if is_private else 0o666)
+            os.fchmod(sock.fileno(), 0o600)  # before bind, so that the socket never exists with other rights
             with unix_address(path) as address:
                 sock.bind(address)
             sock.listen(_BACKLOG)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,21 +88,13 @@ class SlabStore:
         on_session_end: called after a session ended, for whatever reason.
     """
 
-    def __init__(
-        self,
-        limits: SlabLimits,
-        *,
-        socket_path: Path,
-        writer: SegmentWriter | None = None,
-        allowed_uids: frozenset[int] | None = None,
-    ) -> None:
+    def __init__(self, limits: SlabLimits, *, socket_path: Path, writer: SegmentWriter | None = None) -> None:
         """A store that is not entered yet.
 
         Args:
             limits: how much is lent, and for how long.
             socket_path: where the broker is to listen.
             writer: other processes that write the slots; it is shown every new one.
-            allowed_uids: users that are not turned away; None: this process's own.
         """
         self.limits = limits
         self.slot_bytes = whole_pages(limits.slot_bytes)
@@ -112,7 +103,6 @@ class SlabStore:
         self.on_free: Callable[[], None] = lambda: None
         self.on_session_end: Callable[[SessionEnd], None] = lambda end: None
         self._writer = writer
-        self._allowed_uids = frozenset({os.getuid()}) if allowed_uids is None else allowed_uids
         self._ledger = Ledger(limits, time.monotonic, self._freed)
         self.slots: list[Segment] = []
         self._shared = SharedSegments(first_number=limits.slots)
@@ -137,7 +127,7 @@ class SlabStore:
                 raise ConfigError(
                     f"cannot make {self.limits.slots} slots of {self.slot_bytes} bytes: {error.strerror or error}"
                 ) from None
-            self._broker = Broker(self, nonce=self.nonce, path=self.socket_path, allowed_uids=self._allowed_uids)
+            self._broker = Broker(self, nonce=self.nonce, path=self.socket_path)
             stack.callback(self._broker.close)
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             stack.callback(tasks.create_task(self._sweep_forever()).cancel)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import os
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -102,6 +101,6 @@ async def bucket_memory(socket_path: Path, *, buffers: int, buffer_bytes: int) -
                 raise ConfigError(f"cannot make {buffers} buffers of {buffer_bytes} bytes: {error.strerror}") from None
             stack.callback(segments[-1].close)
         memory = BucketMemory(segments, socket_path)
-        broker = Broker(memory, nonce=memory.nonce, path=socket_path, allowed_uids=frozenset({os.getuid()}))
+        broker = Broker(memory, nonce=memory.nonce, path=socket_path)
         stack.callback(broker.close)
         yield memory

@@ -114,8 +114,9 @@ async def test_socket_may_lie_deeper_than_its_address_may_be_long(tmp_path: Path
 # The same node
 
 
-async def test_other_users_are_turned_away(tmp_path: Path) -> None:
-    async with slab(tmp_path, allowed_uids=frozenset({os.getuid() + 1})) as store:
+async def test_other_users_are_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with slab(tmp_path) as store:
+        monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
         with pytest.raises(Unavailable):
             await door_to(store)
         assert store.snapshot().connections == 0

@@ -25,7 +25,6 @@ async def slab(
     claim_s: float = 60,
     max_abandoned: int = 1,
     writer: SegmentWriter | None = None,
-    allowed_uids: frozenset[int] | None = None,
 ) -> AsyncIterator[SlabStore]:
     """A slab that any one session may have whole."""
     limits = SlabLimits(
@@ -36,9 +35,7 @@ async def slab(
         claim_s=claim_s,
         max_abandoned=max_abandoned,
     )
-    async with SlabStore(
-        limits, socket_path=tmp_path / "broker.sock", writer=writer, allowed_uids=allowed_uids
-    ) as store:
+    async with SlabStore(limits, socket_path=tmp_path / "broker.sock", writer=writer) as store:
         yield store
 
 
