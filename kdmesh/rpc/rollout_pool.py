@@ -11,7 +11,7 @@ from typing import Self
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.discovery import Discovery
-from kdmesh.rpc.pending_samples import ArrivedSamples, PendingSamples
+from kdmesh.rpc.pending_samples import PendingSamples
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask
 from kdmesh.rpc.rollout_fleet import RolloutFleet
@@ -108,7 +108,7 @@ class RolloutPool:
         seed: int | None,
         min_weight_version: int = 0,
         images: tuple[PlacedImage, ...] = (),
-        on_sample: Callable[[Sample], None] | None = None,
+        on_sample: Callable[[Sample], None] = lambda sample: None,
     ) -> PendingSamples:
         """Ask for samples of one prompt, sample i drawn from seed + i. Does not block.
 
@@ -129,8 +129,7 @@ class RolloutPool:
             min_weight_version=min_weight_version,
             images=images,
         )
-        arrived = ArrivedSamples()
-        return PendingSamples(self._loop.start(self._sample, ask, arrived, on_sample), arrived)
+        return PendingSamples(self._loop.start(self._sample, ask, on_sample))
 
     def sleep(self, tags: Set[SleepTag] = EVERY_TAG) -> None:
         """Have every rollout server give these back, and nothing else; also those that connect later. Blocks.
@@ -209,11 +208,14 @@ class RolloutPool:
         if not self._outdated.done():
             self._outdated.set_result(None)
 
-    async def _sample(self, ask: Ask, arrived: ArrivedSamples, on_sample: Callable[[Sample], None] | None) -> None:
+    async def _sample(self, ask: Ask, on_sample: Callable[[Sample], None]) -> list[Sample]:
+        """All of them, by index."""
+        samples: dict[int, Sample] = {}
+
         def arrive(index: int, sample: Sample) -> None:
             self._samples += 1
-            arrived.add(index, sample)
-            if on_sample is not None:
-                on_sample(sample)
+            samples[index] = sample
+            on_sample(sample)
 
         await self._fleet.sample(ask, arrive, Deadline.after(self._sample_s))
+        return [samples[index] for index in sorted(samples)]

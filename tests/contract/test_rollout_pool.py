@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import queue
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,20 +54,16 @@ def test_samples_come_in_the_order_of_their_seeds(server: TeacherProcess) -> Non
         assert (stats.samples, stats.retries) == (20, 0)
 
 
-def test_polling_gives_every_sample_once_as_it_comes(slow_server: TeacherProcess) -> None:
+def test_every_sample_is_told_of_once_as_it_comes(slow_server: TeacherProcess) -> None:
     ids = prompt()
     short = Sampling(max_new_tokens=12, stop_token_ids=(expected_tokens(ids, 0, 1)[0],))
     with RolloutPool([slow_server.grpc], job="test", deadline_s=10) as pool:
-        pending = pool.submit(ids, short, num_samples=2, seed=0)
-        polled: list[tuple[int, Sample]] = []
-        while not polled:
-            polled += pending.poll()
+        told: queue.Queue[Sample] = queue.Queue()
+        pending = pool.submit(ids, short, num_samples=2, seed=0, on_sample=told.put)
+        first = told.get()
         assert not pending.is_done  # the other one is longer
-        samples = pending.wait()
-        polled += pending.poll()
-        assert [index for index, _ in polled] == [0, 1]
-        assert [sample for _, sample in polled] == samples
-        assert pending.poll() == []
+        assert pending.wait() == [first, told.get()]
+        assert told.empty()
 
 
 async def test_samples_that_are_asked_for_ahead_have_the_time_of_those_before_them() -> None:
@@ -108,9 +105,8 @@ def test_a_killed_server_loses_no_sample_and_none_comes_twice(tmp_path: Path) ->
             pool.submit(prompt(seed=n), SAMPLING, num_samples=24, seed=100 * n, on_sample=told[n].append)
             for n in range(4)
         ]
-        arrived = []
-        while len(arrived) < 4:  # of the victim's, some have come and some have not
-            arrived += [index for one in pending[::2] for index, _ in one.poll()]
+        while sum(map(len, told[::2])) < 4:  # of the victim's, some have come and some have not
+            pass
         victim.signal(signal.SIGKILL)
         for n, one in enumerate(pending):
             expected = [expected_tokens(prompt(seed=n), 100 * n + i, 6) for i in range(24)]
