@@ -217,7 +217,6 @@ class Ledger:
             dtype=dtype,
             is_claimed=holder is not None,
         )
-        self.counters.published += 1
         if holder is not None:
             self._hold(slot, slot.handle, holder)
         return slot.handle
@@ -226,7 +225,6 @@ class Ledger:
         """Give a FILLING slot back; nobody writes it any more."""
         assert self._slots[index].state is SlotState.FILLING
         self._end_handle(index)
-        self.counters.cancelled += 1
 
     # Reading
 

@@ -15,8 +15,6 @@ class Counters:
     """Events since the start; each only grows."""
 
     acquired: int = 0
-    published: int = 0
-    cancelled: int = 0
     claimed: int = 0  # through shared memory
     claimed_bytes: int = 0
     streamed: int = 0  # reads through a stream

@@ -172,7 +172,7 @@ def sweep(
             gradient_BV = None if gradient_CV is None else gradient_CV[block]
             values += _block(rows, block_products, gradient_BV, maths, sizes.tile_rows)
         if gradient_CV is not None:
-            _chain_rule(student, chunk, gradient_CV[: chunk.stop - chunk.start], gradients, workspace)
+            _chain_rule(student, chunk, gradient_CV[: chunk.stop - chunk.start], gradients)
     return values
 
 
@@ -208,7 +208,7 @@ def _share(
     return maths.end_block(products)
 
 
-def _chain_rule(student: Side, rows: slice, gradient_CV: Tensor, gradients: Gradients, workspace: Workspace) -> None:
+def _chain_rule(student: Side, rows: slice, gradient_CV: Tensor, gradients: Gradients) -> None:
     """From the gradient of a chunk's products to that of its rows and of the weight."""
     if gradients.hidden_RD is not None:
         hidden_gradient_into(gradients.hidden_RD[rows], gradient_CV, student.head.weight_VD)

@@ -18,7 +18,6 @@ from kdmesh.errors import ConfigError
 from kdmesh.losses.head import OutputHead
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.head import output_head
-from kdmesh.models.positions import stated_limit
 from kdmesh.models.vision import auto_class
 
 _INDEX = "model.safetensors.index.json"
@@ -33,11 +32,6 @@ class Checkpoint:
     path: Path
     skeleton: PreTrainedModel  # without storage: shapes, names and constants
     dtype: torch.dtype  # that the configuration names
-
-    @property
-    def max_tokens(self) -> int | None:
-        """Longest sequence; None when the model states no limit."""
-        return stated_limit(self.skeleton.config)
 
     @property
     def size_bytes(self) -> int:

@@ -31,7 +31,6 @@ class RestingWeights:
         Raises:
             Unavailable: there is no room for them; nothing has changed.
         """
-        self._model = model
         self._parameters = list(model.parameters())
         self._closing = contextlib.ExitStack()
         try:

@@ -41,7 +41,7 @@ def check_reference(
     Raises:
         EngineFailure: they are further apart than rounding.
     """
-    sequences, samples = _draw(engine, model, _prompts(model, reader))
+    sequences, samples = _draw(engine, _prompts(model, reader))
     expected_R, source = _transformers_R(model, runtime, sequences, reader), "transformers"
     if expected_R is None:
         texts = [number for number, sequence in enumerate(sequences) if not sequence.images]
@@ -69,7 +69,7 @@ def _prompts(model: EngineDescription, reader: ImageReader | None) -> list[tuple
 
 
 def _draw(
-    engine: Engine, model: EngineDescription, prompts: list[tuple[Int32Array, tuple[PlacedImage, ...]]]
+    engine: Engine, prompts: list[tuple[Int32Array, tuple[PlacedImage, ...]]]
 ) -> tuple[list[TokenSequence], list[Sample]]:
     keys = range(-len(prompts), 0)  # orders have keys from 0 on
     for key, (ids, images) in zip(keys, prompts, strict=True):

@@ -102,11 +102,6 @@ class Plan:
         """Where most is held."""
         return max(self.phases, key=lambda name: self.phases[name].total())
 
-    @property
-    def peak_bytes(self) -> int:
-        """Most that is held at once."""
-        return self.phases[self.worst_phase].total()
-
 
 def plan(job: Job) -> Plan:
     """Run two steps of the job's largest micro-batch without memory. The process must be in no process group.
