@@ -91,7 +91,7 @@ def whole(x: Inputs, workspace: Workspace | None) -> None:
 def spread(x: Inputs, workspace: Workspace | None) -> None:
     """The rows travel, and the head does not."""
     teacher = OutputHead(weight_VD=x.teacher_VE).part(x.share.first, x.share.num_tokens)
-    mix = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, with_entropies=False, top_k=0)
+    mix = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
     loss = fused_linear_across_ranks(
         OwnRows(student_hidden_RD=x.student_RD, teacher_hidden_RE=x.teacher_RE, labels_R=x.labels_R),
         OutputHead(weight_VD=x.weight_VD),

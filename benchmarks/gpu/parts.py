@@ -95,7 +95,7 @@ def measure_kernel(scale: Scale) -> dict[str, object]:
 def _kernel_rows(op: Op, rows: int, columns: int, device: torch.device) -> KernelRows:
     head = OutputHead(weight_VD=torch.empty(columns, 1, device=device))
     side = StudentSide(head=head, token_weight_R=None, bias_gradient_V=None)
-    mix = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, with_entropies=False, top_k=0)
+    mix = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
     return KernelRows(side, head, KernelForm(op=op, first=0.5), mix, None)
 
 

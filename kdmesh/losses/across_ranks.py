@@ -22,7 +22,7 @@ from kdmesh.losses.vocabulary_share import VocabularyShare
 from kdmesh.losses.workspace import Workspace, default_workspace
 
 # Without a teacher; the divergence is never asked.
-CROSS_ENTROPY = Mix(divergence=forward_kl, temperature=1.0, kd_weight=0.0, ce_weight=1.0, with_entropies=False, top_k=0)
+CROSS_ENTROPY = Mix(divergence=forward_kl, temperature=1.0, kd_weight=0.0, ce_weight=1.0)
 
 
 def fused_linear_across_ranks(

@@ -80,8 +80,8 @@ class Mix:
     temperature: float
     kd_weight: float
     ce_weight: float
-    with_entropies: bool
-    top_k: int  # compared tokens of each row; 0 compares none
+    with_entropies: bool = False
+    top_k: int = 0  # compared tokens of each row; 0 compares none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -27,7 +27,7 @@ def test_a_gradient_written_over_the_logits_is_the_one_written_beside_them(
     teacher_CV = torch.randn(rows, padded, device=device)[:, :columns]
     head = OutputHead(weight_VD=torch.empty(columns, 1, device=device))
     side = StudentSide(head=head, token_weight_R=None, bias_gradient_V=None)
-    mix = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, with_entropies=False, top_k=0)
+    mix = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
     maths = KernelRows(side, head, KernelForm(op=op, first=0.5), mix, None)
     beside_CV = torch.empty(rows, padded, dtype=torch.bfloat16, device=device)[:, :columns]
     kernel_rows._run(maths.launch(slice(0, rows), logits_CP[:, :columns], teacher_CV, beside_CV))

@@ -19,7 +19,7 @@ from kdmesh.losses import ChunkRows, FusedLoss, LabelledRows, MixedTeacher, Outp
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithm_config import AlgorithmConfig, ByRank, ChunkLikelihood, Hybrid
 from kdmesh_trainer.algorithms.build import resolve_algorithm
-from kdmesh_trainer.algorithms.seam import Setup
+from kdmesh_trainer.algorithms.seam import Setup, StudentRows, Terms
 from kdmesh_trainer.head import Target
 from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
@@ -144,11 +144,8 @@ def objective(world: World, algorithm: AlgorithmConfig, *, temperature: float = 
         )
     )
     return Distillation(
+        terms=Terms(divergence=forward_kl, temperature=temperature, kd_weight=0.7, ce_weight=0.2),
         algorithm=built,
-        divergence=forward_kl,
-        temperature=temperature,
-        kd_weight=0.7,
-        ce_weight=0.2,
         teacher_head=WholeHeads(made.teacher.head),
     )
 
@@ -156,7 +153,14 @@ def objective(world: World, algorithm: AlgorithmConfig, *, temperature: float = 
 def loss_of(world: World, objective: Distillation, *, num_sampled: int = 0) -> FusedLoss:
     student, rows = world.made.student, Rows(rows_RD=world.made.teacher.hidden_RD)
     return objective(
-        student.hidden_RD, student.head, student.labels_R, rows, num_sampled=num_sampled, sequences=world.sequences
+        StudentRows(
+            hidden_RD=student.hidden_RD,
+            head=student.head,
+            labels_R=student.labels_R,
+            num_sampled=num_sampled,
+            sequences=world.sequences,
+        ),
+        rows,
     )
 
 

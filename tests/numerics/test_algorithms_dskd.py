@@ -13,7 +13,7 @@ from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, reverse_kl
 from kdmesh_trainer.algorithms.dskd import DualSpaceKD
 from kdmesh_trainer.algorithms.projection import logit_preserving_map
-from kdmesh_trainer.algorithms.seam import Setup
+from kdmesh_trainer.algorithms.seam import Setup, StudentRows, Terms
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.sources.batches import PanelPart, PanelRows
@@ -107,17 +107,16 @@ def loss_of(
     pair: Pair, algorithm: nn.Module, shared: SharedTokens | None, *, ce_weight: float, num_sampled: int = 0
 ) -> FusedLoss:
     objective = Distillation(
-        divergence=reverse_kl,
-        temperature=TEMPERATURE,
-        kd_weight=KD_WEIGHT,
-        ce_weight=ce_weight,
+        terms=Terms(divergence=reverse_kl, temperature=TEMPERATURE, kd_weight=KD_WEIGHT, ce_weight=ce_weight),
         teacher_head=TeacherHead(Service(pair), vocabulary_size=len(pair.teacher_UE), device=CPU, shared=shared),
         algorithm=algorithm,
     )
     rows = Rows(rows_RD=pair.teacher_AE)
     part = PanelPart(name="", rows=rows, index_R=pair.index_A, num_tokens=50, wait_s=0.0)
     teacher = rows if shared is None else PanelRows(parts=(part,))
-    return objective(pair.hidden_RD, pair.head, pair.labels_R, teacher, num_sampled=num_sampled)
+    return objective(
+        StudentRows(hidden_RD=pair.hidden_RD, head=pair.head, labels_R=pair.labels_R, num_sampled=num_sampled), teacher
+    )
 
 
 def lift_of(pair: Pair, algorithm: DualSpaceKD, shared: SharedTokens | None) -> Tensor:
@@ -235,16 +234,13 @@ def test_what_is_reported_is_of_the_models_and_not_of_their_projections() -> Non
     pair = pair_of(vocabularies=(25, 25), num_answers=ROWS)
     algorithm = dskd(pair, None)
     objective = Distillation(
-        divergence=reverse_kl,
-        temperature=1.0,
-        kd_weight=1.0,
-        ce_weight=0.0,
+        terms=Terms(divergence=reverse_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, with_entropies=True, top_k=3),
         teacher_head=TeacherHead(Service(pair), vocabulary_size=25, device=CPU),
         algorithm=algorithm,
-        with_entropies=True,
-        top_k=3,
     )
-    loss = objective(pair.hidden_RD, pair.head, pair.labels_R, Rows(rows_RD=pair.teacher_AE))
+    loss = objective(
+        StudentRows(hidden_RD=pair.hidden_RD, head=pair.head, labels_R=pair.labels_R), Rows(rows_RD=pair.teacher_AE)
+    )
     z_s, z_t = pair.head.logits(pair.hidden_RD).detach(), pair.teacher_head.logits(pair.teacher_AE)
     q, p = textbook.softmax(z_s), textbook.softmax(z_t)
     torch.testing.assert_close(loss.student_entropy_R, -(q * q.log()).sum(-1))
@@ -272,15 +268,12 @@ def test_no_matrix_of_rows_by_vocabulary_is_made_or_kept() -> None:
         )
     )
     objective = Distillation(
-        divergence=forward_kl,
-        temperature=1.0,
-        kd_weight=1.0,
-        ce_weight=0.5,
+        terms=Terms(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.5),
         teacher_head=TeacherHead(_Fixed(teacher_VE), vocabulary_size=2000, device=CPU),
         algorithm=algorithm,
     )
     with TensorWatch() as watch, SavedTensors() as saved:
-        loss = objective(hidden_RD, head, labels_R, Rows(rows_RD=teacher_RE))
+        loss = objective(StudentRows(hidden_RD=hidden_RD, head=head, labels_R=labels_R), Rows(rows_RD=teacher_RE))
         loss.loss_sum.backward()  # type: ignore[no-untyped-call]
     assert max(saved.numels) <= 4096 * 12
     assert watch.largest_bytes <= 4 * 2048 * 2000  # a chunk's gradient, in float32

@@ -127,14 +127,7 @@ def test_value_and_every_gradient_are_the_textbooks(ce_weight: float, trains_lif
         teacher=PanelRows(parts=(part,)),
         heads=TeacherHead(Service(weight_UE), vocabulary_size=THEIRS, device=CPU, shared=SHARED),
     )
-    terms = Terms(
-        divergence=reverse_kl,
-        temperature=TEMPERATURE,
-        kd_weight=KD_WEIGHT,
-        ce_weight=ce_weight,
-        with_entropies=False,
-        top_k=0,
-    )
+    terms = Terms(divergence=reverse_kl, temperature=TEMPERATURE, kd_weight=KD_WEIGHT, ce_weight=ce_weight)
     loss = algorithm(rows, terms)
     should = textbook_loss(sequences, (hidden_RD, weight_VD), (teacher_AE, weight_UE), algorithm, ce_weight)
     torch.testing.assert_close(loss.loss_sum, should)

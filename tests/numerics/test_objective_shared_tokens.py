@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.losses import OutputHead, forward_kl
+from kdmesh_trainer.algorithms.seam import StudentRows, Terms
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.objective import Distillation
 from kdmesh_trainer.sources.batches import PanelPart, PanelRows
@@ -51,11 +52,16 @@ def test_values_and_gradients_are_the_textbooks(ce_weight: float, num_sampled: i
     labels_R = torch.randint(25, (12,), generator=generator)
     head = TeacherHead(Service(weight_VE), vocabulary_size=31, device=torch.device("cpu"), shared=SHARED)
     objective = Distillation(
-        divergence=forward_kl, temperature=2.0, kd_weight=0.7, ce_weight=ce_weight, teacher_head=head
+        terms=Terms(divergence=forward_kl, temperature=2.0, kd_weight=0.7, ce_weight=ce_weight), teacher_head=head
     )
     part = PanelPart(name="", rows=Rows(teacher_RE), index_R=index_R, num_tokens=20, wait_s=0.0)
     rows = PanelRows(parts=(part,))
-    loss = objective(hidden_RD, OutputHead(weight_VD=weight_VD), labels_R, rows, num_sampled=num_sampled)
+    loss = objective(
+        StudentRows(
+            hidden_RD=hidden_RD, head=OutputHead(weight_VD=weight_VD), labels_R=labels_R, num_sampled=num_sampled
+        ),
+        rows,
+    )
 
     z_RV = hidden_RD @ weight_VD.T
     teacher_RV = teacher_RE @ weight_VE.T + torch.linspace(-1, 1, 40).double()
@@ -75,8 +81,15 @@ def test_without_rows_there_is_no_loss_and_a_gradient_of_zeros() -> None:
     head = TeacherHead(
         Service(torch.randn(40, 9).double()), vocabulary_size=31, device=torch.device("cpu"), shared=SHARED
     )
-    objective = Distillation(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, teacher_head=head)
-    loss = objective(hidden_RD, OutputHead(weight_VD=weight_VD), torch.zeros(0, dtype=torch.int64), None)
+    objective = Distillation(
+        terms=Terms(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0), teacher_head=head
+    )
+    loss = objective(
+        StudentRows(
+            hidden_RD=hidden_RD, head=OutputHead(weight_VD=weight_VD), labels_R=torch.zeros(0, dtype=torch.int64)
+        ),
+        None,
+    )
     loss.loss_sum.backward()  # type: ignore[no-untyped-call]
     assert loss.loss_sum.item() == 0
     assert weight_VD.grad is not None and weight_VD.grad.abs().max() == 0

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.losses import OutputHead, forward_kl
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.algorithms.seam import StudentRows, Terms
 from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import Heads, TeacherHead
@@ -59,7 +60,7 @@ def gradients_of_layouts(mesh: Mesh, *, student: str, teachers: dict[str, str], 
         weights=WEIGHTS if is_mixed else None,
     )
     objective = Distillation(
-        divergence=forward_kl, temperature=TEMPERATURE, kd_weight=1.0, ce_weight=0.3, teacher_head=heads
+        terms=Terms(divergence=forward_kl, temperature=TEMPERATURE, kd_weight=1.0, ce_weight=0.3), teacher_head=heads
     )
     config = OptimizerConfig()
     stepper = GradientStepper(
@@ -135,7 +136,7 @@ def losses_and_weights(mesh: Mesh, student: Path, panel: RowService, heads: Head
     """Of two steps and an evaluation of a fresh student."""
     model = build_student(student, mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
     objective = Distillation(
-        divergence=forward_kl, temperature=TEMPERATURE, kd_weight=1.0, ce_weight=0.3, teacher_head=heads
+        terms=Terms(divergence=forward_kl, temperature=TEMPERATURE, kd_weight=1.0, ce_weight=0.3), teacher_head=heads
     )
     config = OptimizerConfig(learning_rate=1e-2)
     stepper = GradientStepper(
@@ -189,12 +190,8 @@ def test_rows_are_in_the_micro_batchs_order_and_sampled_ones_are_not_imitated(ti
         for name, one in local.items()
     }
     objective = Distillation(
-        divergence=forward_kl,
-        temperature=1.0,
-        kd_weight=1.0,
-        ce_weight=0.5,
+        terms=Terms(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.5, with_entropies=True),
         teacher_head=PanelHeads(heads, weights=None),
-        with_entropies=True,
     )
     sequences = batch_sequences()
     labels_R = torch.from_numpy(np.concatenate([sequence.labels for sequence in sequences])).long()
@@ -203,7 +200,8 @@ def test_rows_are_in_the_micro_batchs_order_and_sampled_ones_are_not_imitated(ti
     head = OutputHead(weight_VD=torch.randn(VOCABULARY_SIZE, 12, generator=generator))
     num_sampled = sum(sequence.num_rows for sequence in sequences[:3])
     loss = objective(
-        hidden_RD, head, labels_R, Panel(local, asks_all=False).submit(sequences).wait(), num_sampled=num_sampled
+        StudentRows(hidden_RD=hidden_RD, head=head, labels_R=labels_R, num_sampled=num_sampled),
+        Panel(local, asks_all=False).submit(sequences).wait(),
     )
     begin, loss_sum = 0, 0.0
     for sequence, name in zip(sequences, NAMES, strict=True):

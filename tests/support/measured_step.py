@@ -42,7 +42,7 @@ from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 TEACHER_SIZE = 64
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
-_MIX = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0, with_entropies=False, top_k=0)
+_MIX = Mix(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import load_image_reader
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.dskd import DualSpaceKD
-from kdmesh_trainer.algorithms.seam import Setup
+from kdmesh_trainer.algorithms.seam import Setup, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.compiled_layers import compile_layers
 from kdmesh_trainer.head import TeacherHead
@@ -197,13 +197,15 @@ def build_stepper(
 ) -> GradientStepper:
     """A stepper that distils from `teacher` by forward KL, some cross-entropy, and the student's algorithm."""
     objective: Objective = Distillation(
-        divergence=forward_kl,
-        temperature=1.0,
-        kd_weight=1.0,
-        ce_weight=ce_weight,
+        terms=Terms(
+            divergence=forward_kl,
+            temperature=1.0,
+            kd_weight=1.0,
+            ce_weight=ce_weight,
+            with_entropies=is_sampled,
+            top_k=8 if is_sampled else 0,
+        ),
         algorithm=student.algorithm or vanilla_kd,
-        with_entropies=is_sampled,
-        top_k=8 if is_sampled else 0,
         teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
     )
     return GradientStepper(

@@ -18,7 +18,7 @@ from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_cross_entropy
 from kdmesh_trainer.algorithm_config import AlgorithmConfig, CustomAlgorithm, VanillaKD
 from kdmesh_trainer.algorithms.build import resolve_algorithm
-from kdmesh_trainer.algorithms.seam import LossRows, Setup, Terms
+from kdmesh_trainer.algorithms.seam import LossRows, Setup, StudentRows, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.head import TeacherHead
@@ -140,10 +140,7 @@ class Service:
 
 def objective(algorithm: Any) -> Distillation:
     return Distillation(
-        divergence=forward_kl,
-        temperature=1.0,
-        kd_weight=1.0,
-        ce_weight=0.0,
+        terms=Terms(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0),
         teacher_head=TeacherHead(Service(), vocabulary_size=5, device=torch.device("cpu")),
         algorithm=algorithm,
     )
@@ -156,7 +153,7 @@ def test_every_parameter_of_an_algorithm_has_a_gradient_whether_it_has_a_part_or
     algorithm = ScaledModule(setup)
     hidden_RD, labels_R = torch.ones(num_rows, 2), torch.zeros(num_rows, dtype=torch.int64)
     rows = Rows(rows_RD=torch.ones(num_rows, 3)) if num_rows else None
-    loss = objective(algorithm)(hidden_RD, setup.student_head, labels_R, rows)
+    loss = objective(algorithm)(StudentRows(hidden_RD=hidden_RD, head=setup.student_head, labels_R=labels_R), rows)
     loss.loss_sum.backward()  # type: ignore[no-untyped-call]
     expected = num_rows * torch.tensor(5.0).log()
     assert loss.loss_sum.item() == pytest.approx(2 * expected.item())
@@ -168,10 +165,14 @@ def test_every_parameter_of_an_algorithm_has_a_gradient_whether_it_has_a_part_or
 def test_an_algorithm_that_returns_no_loss_of_its_rows_is_refused(setup: Setup) -> None:
     hidden_RD, labels_R, rows = torch.ones(3, 2), torch.zeros(3, dtype=torch.int64), Rows(rows_RD=torch.ones(3, 3))
     with pytest.raises(InvalidRequest, match="returned Tensor"):
-        objective(lambda rows, terms: rows.hidden_RD.sum())(hidden_RD, setup.student_head, labels_R, rows)
+        objective(lambda rows, terms: rows.hidden_RD.sum())(
+            StudentRows(hidden_RD=hidden_RD, head=setup.student_head, labels_R=labels_R), rows
+        )
     one_less = fused_linear_cross_entropy(hidden_RD[1:], setup.student_head, labels_R[1:])
     with pytest.raises(InvalidRequest, match="2 cross-entropies of 3 rows"):
-        objective(lambda rows, terms: one_less)(hidden_RD, setup.student_head, labels_R, rows)
+        objective(lambda rows, terms: one_less)(
+            StudentRows(hidden_RD=hidden_RD, head=setup.student_head, labels_R=labels_R), rows
+        )
 
 
 @pytest.mark.parametrize(

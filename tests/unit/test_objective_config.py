@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses import MixedTeacher, OutputHead, SampledDivergence, build_divergence
+from kdmesh_trainer.algorithms.seam import StudentRows, Terms
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.head import Target
 from kdmesh_trainer.objective import Distillation
@@ -106,9 +107,9 @@ def test_an_objective_of_a_step_minimises_with_the_numbers_of_that_step() -> Non
     divergence = build_divergence(cfg.divergence.name)
     head = OutputHead(weight_VD=weight_VD)
     objective = Distillation(
-        divergence=divergence, teacher_head=_Heads(head), numbers_at=cfg.numbers_at, **cfg.numbers_at(0)
+        terms=Terms(divergence=divergence, **cfg.numbers_at(0)), teacher_head=_Heads(head), numbers_at=cfg.numbers_at
     )
-    loss = objective.at(2)(hidden_RD, head, labels_R, _Rows(teacher_RD))
+    loss = objective.at(2)(StudentRows(hidden_RD=hidden_RD, head=head, labels_R=labels_R), _Rows(teacher_RD))
     log_q_R, log_p_R = (
         (rows_RD @ weight_VD.T / 3.0).log_softmax(-1)[range(6), labels_R] for rows_RD in (hidden_RD, teacher_RD)
     )

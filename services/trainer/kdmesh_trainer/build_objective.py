@@ -19,7 +19,7 @@ from kdmesh.losses import (
 from kdmesh.models.head import output_head
 from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, rate_factor
-from kdmesh_trainer.algorithms.seam import Algorithm, Setup
+from kdmesh_trainer.algorithms.seam import Algorithm, Setup, Terms
 from kdmesh_trainer.build_teachers import Teachers
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
@@ -102,13 +102,15 @@ def _with_whole_heads(
         case Distill():
             assert divergence is not None and algorithm is not None and teachers is not None
             return Distillation(
-                algorithm=algorithm,
-                divergence=divergence,
-                **cfg.objective.numbers_at(0),
-                numbers_at=cfg.objective.numbers_at,
+                terms=Terms(
+                    divergence=divergence,
+                    **cfg.objective.numbers_at(0),
+                    with_entropies=isinstance(cfg.source, config.OnPolicy),
+                    top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
+                ),
                 teacher_head=teachers.heads,
-                with_entropies=isinstance(cfg.source, config.OnPolicy),
-                top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
+                algorithm=algorithm,
+                numbers_at=cfg.objective.numbers_at,
             )
         case Sft():
             return CrossEntropy()

@@ -10,6 +10,7 @@ import torch
 from kdmesh.batching import plan_step
 from kdmesh.losses import forward_kl
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.algorithms.seam import Terms
 from kdmesh_trainer.head import Heads
 from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
@@ -114,10 +115,5 @@ def _shares(sequences: Sequence[TokenSequence], max_tokens: int, mesh: Mesh) -> 
 def _judge(teacher_head: Heads | None) -> Objective:
     if teacher_head is None:
         return CrossEntropy()
-    return Distillation(
-        divergence=forward_kl,
-        temperature=1.0,
-        kd_weight=1.0,
-        ce_weight=0.0,
-        teacher_head=teacher_head,
-    )
+    terms = Terms(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.0)
+    return Distillation(terms=terms, teacher_head=teacher_head)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.losses import Divergence, FusedLoss, OutputHead, SampledDivergence, fused_linear_cross_entropy
-from kdmesh.types import TokenSequence
-from kdmesh_trainer.algorithms.seam import Algorithm, LossRows, Terms
+from kdmesh.losses import FusedLoss, fused_linear_cross_entropy
+from kdmesh_trainer.algorithms.seam import Algorithm, LossRows, StudentRows, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.head import Heads
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
@@ -24,22 +23,12 @@ class Objective(Protocol):
         """What is minimised in optimizer step `step`, counted from 0."""
         ...
 
-    def __call__(
-        self,
-        student_hidden_RD: Tensor,
-        student_head: OutputHead,
-        labels_R: Tensor,
-        teacher: TeacherRows | PanelRows | None,
-        *,
-        num_sampled: int = 0,
-        sequences: tuple[TokenSequence, ...] = (),
-    ) -> FusedLoss:
+    def __call__(self, rows: StudentRows, teacher: TeacherRows | PanelRows | None) -> FusedLoss:
         """Summed over rows, never averaged.
 
         Args:
+            rows: of the student; there may be none.
             teacher: rows of the same positions; None where the source asks no teacher, or R is 0.
-            num_sampled: the first rows, whose labels the student drew, so that they are not imitated.
-            sequences: that the rows are of.
         """
         ...
 
@@ -48,60 +37,41 @@ class Objective(Protocol):
 class Distillation:
     """What an algorithm makes of the student's rows and the teacher's."""
 
-    divergence: Divergence | SampledDivergence
-    temperature: float
-    kd_weight: float
-    ce_weight: float
+    terms: Terms
     teacher_head: Heads
     algorithm: Algorithm = vanilla_kd
     numbers_at: Callable[[int], Mapping[str, float]] | None = None  # temperature and weights by step; None: constant
-    with_entropies: bool = False
-    top_k: int = 0  # compared tokens; 0 compares none
 
     def at(self, step: int) -> Distillation:
         """See Objective."""
         if self.numbers_at is None:
             return self
         now = self.numbers_at(step)
-        return replace(self, temperature=now["temperature"], kd_weight=now["kd_weight"], ce_weight=now["ce_weight"])
+        terms = replace(
+            self.terms, temperature=now["temperature"], kd_weight=now["kd_weight"], ce_weight=now["ce_weight"]
+        )
+        return replace(self, terms=terms)
 
-    def __call__(
-        self,
-        student_hidden_RD: Tensor,
-        student_head: OutputHead,
-        labels_R: Tensor,
-        teacher: TeacherRows | PanelRows | None,
-        *,
-        num_sampled: int = 0,
-        sequences: tuple[TokenSequence, ...] = (),
-    ) -> FusedLoss:
+    def __call__(self, rows: StudentRows, teacher: TeacherRows | PanelRows | None) -> FusedLoss:
         """What the algorithm says; without teacher rows there is nothing to learn from, so R must be 0.
 
         Raises:
             InvalidRequest: an algorithm of the user's own returns something else than a loss of these rows.
         """
         if teacher is None:
-            assert len(labels_R) == 0
-            return self._with_all_parameters(fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R))
-        rows = LossRows(
-            hidden_RD=student_hidden_RD,
-            head=student_head,
-            labels_R=labels_R,
-            num_sampled=num_sampled,
-            sequences=sequences,
+            assert len(rows.labels_R) == 0
+            return self._with_all_parameters(fused_linear_cross_entropy(rows.hidden_RD, rows.head, rows.labels_R))
+        answered = LossRows(
+            hidden_RD=rows.hidden_RD,
+            head=rows.head,
+            labels_R=rows.labels_R,
+            num_sampled=rows.num_sampled,
+            sequences=rows.sequences,
             teacher=teacher,
             heads=self.teacher_head,
         )
-        terms = Terms(
-            divergence=self.divergence,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            with_entropies=self.with_entropies,
-            top_k=self.top_k,
-        )
-        loss = self.algorithm(rows, terms)
-        _refuse_other_than_loss(loss, num_rows=len(labels_R))
+        loss = self.algorithm(answered, self.terms)
+        _refuse_other_than_loss(loss, num_rows=len(rows.labels_R))
         return self._with_all_parameters(loss)
 
     def _with_all_parameters(self, loss: FusedLoss) -> FusedLoss:
@@ -123,18 +93,9 @@ class CrossEntropy:
         """See Objective."""
         return self
 
-    def __call__(
-        self,
-        student_hidden_RD: Tensor,
-        student_head: OutputHead,
-        labels_R: Tensor,
-        teacher: TeacherRows | PanelRows | None,
-        *,
-        num_sampled: int = 0,
-        sequences: tuple[TokenSequence, ...] = (),
-    ) -> FusedLoss:
+    def __call__(self, rows: StudentRows, teacher: TeacherRows | PanelRows | None) -> FusedLoss:
         """The teacher's rows, if any, are not looked at."""
-        return fused_linear_cross_entropy(student_hidden_RD, student_head, labels_R)
+        return fused_linear_cross_entropy(rows.hidden_RD, rows.head, rows.labels_R)
 
 
 def _refuse_other_than_loss(loss: object, *, num_rows: int) -> None:

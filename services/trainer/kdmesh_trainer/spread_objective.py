@@ -11,15 +11,12 @@ from kdmesh.errors import ModelMismatch
 from kdmesh.losses import (
     CROSS_ENTROPY,
     FusedLoss,
-    Mix,
-    OutputHead,
     OwnRows,
-    SampledDivergence,
     VocabularyShare,
     fused_linear_across_ranks,
 )
 from kdmesh.models.packing import moved
-from kdmesh.types import TokenSequence
+from kdmesh_trainer.algorithms.seam import StudentRows
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
@@ -29,7 +26,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def spread(objective: Objective, share: VocabularyShare) -> Objective:
-    """The same with a head of which every rank has the tokens of `share`: `student_head` is these.
+    """The same with a head of which every rank has the tokens of `share`: the head of its rows is these.
 
     Its calls are collective, also on ranks without rows.
 
@@ -54,20 +51,11 @@ class SpreadCrossEntropy:
         """See Objective."""
         return self
 
-    def __call__(
-        self,
-        student_hidden_RD: Tensor,
-        student_head: OutputHead,
-        labels_R: Tensor,
-        teacher: TeacherRows | PanelRows | None,
-        *,
-        num_sampled: int = 0,
-        sequences: tuple[TokenSequence, ...] = (),
-    ) -> FusedLoss:
+    def __call__(self, rows: StudentRows, teacher: TeacherRows | PanelRows | None) -> FusedLoss:
         """The teacher's rows, if any, are not looked at."""
-        counts = [count for (count,) in self.share.numbers(len(labels_R))]
-        rows = OwnRows(student_hidden_RD=student_hidden_RD, teacher_hidden_RE=None, labels_R=labels_R)
-        return fused_linear_across_ranks(rows, student_head, None, CROSS_ENTROPY, self.share, counts=counts)
+        counts = [count for (count,) in self.share.numbers(len(rows.labels_R))]
+        own = OwnRows(student_hidden_RD=rows.hidden_RD, teacher_hidden_RE=None, labels_R=rows.labels_R)
+        return fused_linear_across_ranks(own, rows.head, None, CROSS_ENTROPY, self.share, counts=counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +70,7 @@ class SpreadDistillation:
         """See Objective."""
         return replace(self, whole=self.whole.at(step))
 
-    def __call__(
-        self,
-        student_hidden_RD: Tensor,
-        student_head: OutputHead,
-        labels_R: Tensor,
-        teacher: TeacherRows | PanelRows | None,
-        *,
-        num_sampled: int = 0,
-        sequences: tuple[TokenSequence, ...] = (),
-    ) -> FusedLoss:
+    def __call__(self, rows: StudentRows, teacher: TeacherRows | PanelRows | None) -> FusedLoss:
         """See Objective.
 
         Raises:
@@ -100,29 +79,21 @@ class SpreadDistillation:
         assert not isinstance(teacher, PanelRows)
         counts, version, dtype = self._agree(teacher)
         if version is None:  # no rank has a row
-            return SpreadCrossEntropy(share=self.share)(student_hidden_RD, student_head, labels_R, None)
+            return SpreadCrossEntropy(share=self.share)(rows, None)
         head = self.head.at(version)
         hidden_RE = (
-            torch.empty(0, head.hidden_size, dtype=dtype, device=student_hidden_RD.device)
+            torch.empty(0, head.hidden_size, dtype=dtype, device=rows.hidden_RD.device)
             if teacher is None
-            else moved(teacher.rows_RD, student_hidden_RD.device).to(dtype)
+            else moved(teacher.rows_RD, rows.hidden_RD.device).to(dtype)
         )
-        whole = self.whole
-        rows = OwnRows(
-            student_hidden_RD=student_hidden_RD,
+        terms = self.whole.terms
+        own = OwnRows(
+            student_hidden_RD=rows.hidden_RD,
             teacher_hidden_RE=hidden_RE,
-            labels_R=labels_R if self._needs_labels() else None,
-            ce_weight_R=_imitated(labels_R, whole.ce_weight, num_sampled) if whole.ce_weight > 0 else None,
+            labels_R=rows.labels_R if terms.needs_labels else None,
+            ce_weight_R=_imitated(rows, terms.ce_weight) if terms.ce_weight > 0 else None,
         )
-        mix = Mix(
-            divergence=whole.divergence,
-            temperature=whole.temperature,
-            kd_weight=whole.kd_weight,
-            ce_weight=whole.ce_weight,
-            with_entropies=whole.with_entropies,
-            top_k=whole.top_k,
-        )
-        return fused_linear_across_ranks(rows, student_head, head, mix, self.share, counts=counts)
+        return fused_linear_across_ranks(own, rows.head, head, terms, self.share, counts=counts)
 
     def _agree(self, teacher: TeacherRows | None) -> tuple[list[int], int | None, torch.dtype]:
         """Rows of each rank, their weight version and their type. Collective."""
@@ -143,14 +114,9 @@ class SpreadDistillation:
         version, dtype = max(known)  # the widest type
         return counts, version, _DTYPES[dtype]
 
-    def _needs_labels(self) -> bool:
-        """At another temperature cross-entropy costs a second sum: only where it is learnt from."""
-        whole = self.whole
-        return whole.ce_weight > 0 or whole.temperature == 1 or isinstance(whole.divergence, SampledDivergence)
 
-
-def _imitated(labels_R: Tensor, ce_weight: float, num_sampled: int) -> Tensor:
+def _imitated(rows: StudentRows, ce_weight: float) -> Tensor:
     """[R] the weight of cross-entropy, 0 on the rows that the student drew itself."""
-    weight_R = torch.full(labels_R.shape, ce_weight, dtype=torch.float32, device=labels_R.device)
-    weight_R[:num_sampled] = 0
+    weight_R = torch.full(rows.labels_R.shape, ce_weight, dtype=torch.float32, device=rows.labels_R.device)
+    weight_R[: rows.num_sampled] = 0
     return weight_R

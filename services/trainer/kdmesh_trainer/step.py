@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from kdmesh.errors import NotFinite
 from kdmesh.losses import FusedLoss, OutputHead
+from kdmesh_trainer.algorithms.seam import StudentRows
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals, Student, begin_micro_batch
 from kdmesh_trainer.objective import Objective
@@ -131,17 +132,17 @@ def forward(
         # Only here are the rows held: their memory is the teacher's again before the backward pass.
         with record_function("wait for the teacher"):
             # Also where none of the rows is this rank's: others may need those that it asked for.
-            rows = tally.wait(micro_batch)
+            answered = tally.wait(micro_batch)
         with record_function("head and loss"):
             sequences = micro_batch.sequences if micro_batch.held is None else micro_batch.held
-            loss = objective(
-                hidden_RD,
-                head,
-                labels_R,
-                rows if len(labels_R) else None,
+            rows = StudentRows(
+                hidden_RD=hidden_RD,
+                head=head,
+                labels_R=labels_R,
                 num_sampled=micro_batch.num_sampled_rows,
                 sequences=sequences,
             )
+            loss = objective(rows, answered if len(labels_R) else None)
             tally.look_at_samples(loss, micro_batch.rollout_logprobs_S, answered_A=answered_rows(sequences))
         return loss
 

@@ -11,32 +11,31 @@ from torch import Tensor
 
 from kdmesh.alignment.boundaries import BoundaryTokens
 from kdmesh.alignment.vocabularies import SharedTokens
-from kdmesh.losses import (
-    Divergence,
-    FusedLoss,
-    MixedTeacher,
-    OutputHead,
-    SampledDivergence,
-    fused_linear_divergence,
-)
+from kdmesh.losses import FusedLoss, Mix, MixedTeacher, OutputHead, SampledDivergence, fused_linear_divergence
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.head import Heads, Target
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LossRows:
-    """The loss tokens of one micro-batch on this rank, as student and teacher see them; at least one.
-
-    Valid within one call only: the teacher's memory is its own again when nobody holds what `targets` gave.
-    """
+class StudentRows:
+    """The loss tokens of one micro-batch on this rank, as the student sees them."""
 
     hidden_RD: Tensor  # the student's, after its final norm; carries a gradient
     head: OutputHead  # the student's as it is in this step, over its real tokens; carries a gradient
     labels_R: Tensor  # int64 next tokens
-    num_sampled: int  # the first rows, whose labels the student drew, so that they are not imitated
+    num_sampled: int = 0  # the first rows, whose labels the student drew, so that they are not imitated
     # that the rows are of, in order, with the positions of these rows; what the teacher reads of them included
-    sequences: tuple[TokenSequence, ...]
+    sequences: tuple[TokenSequence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossRows(StudentRows):
+    """The same, at least one, with what the teacher answered.
+
+    Valid within one call only: the teacher's memory is its own again when nobody holds what `targets` gave.
+    """
+
     teacher: TeacherRows | PanelRows
     heads: Heads
 
@@ -57,15 +56,13 @@ class LossRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class Terms(Mix):
     """What `objective` says about the loss of a row in this step."""
 
-    divergence: Divergence | SampledDivergence
-    temperature: float
-    kd_weight: float
-    ce_weight: float
-    with_entropies: bool
-    top_k: int  # compared tokens; 0 compares none
+    @property
+    def needs_labels(self) -> bool:
+        """At another temperature cross-entropy costs a second sum: only where it is learnt from."""
+        return self.ce_weight > 0 or self.temperature == 1 or isinstance(self.divergence, SampledDivergence)
 
     def compare(
         self,
@@ -85,7 +82,6 @@ class Terms:
             token_weight_R: of each row; 1 when None.
         """
         first, *others = teachers
-        is_sampled = isinstance(self.divergence, SampledDivergence)
         return fused_linear_divergence(
             hidden_RD,
             head,
@@ -94,8 +90,7 @@ class Terms:
             divergence=self.divergence,
             mixed_with=others,
             temperature=self.temperature,
-            # At another temperature cross-entropy costs a second softmax: only where it is learnt from.
-            labels_R=labels_R if self.ce_weight > 0 or self.temperature == 1 or is_sampled else None,
+            labels_R=labels_R if self.needs_labels else None,
             kd_weight=self.kd_weight,
             ce_weight=ce_weight,
             token_weight_R=token_weight_R,
