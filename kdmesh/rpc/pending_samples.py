@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import weakref
+from typing import Any
 
 from kdmesh.errors import Unavailable
 from kdmesh.types import Sample
@@ -23,7 +24,8 @@ class PendingSamples:
 
     def is_done_before(self, other: concurrent.futures.Future[None]) -> bool:
         """Block until this or `other` is done; whether this is."""
-        concurrent.futures.wait((self._future, other), return_when=concurrent.futures.FIRST_COMPLETED)
+        both: tuple[concurrent.futures.Future[Any], ...] = (self._future, other)
+        concurrent.futures.wait(both, return_when=concurrent.futures.FIRST_COMPLETED)
         return self.is_done
 
     def wait(self) -> list[Sample]:
