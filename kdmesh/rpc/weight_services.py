@@ -27,7 +27,6 @@ class ServedWeights:
     address: str
     version: int
     dtype: DType
-    architecture_fingerprint: str
 
 
 class WeightService(Protocol):
@@ -50,12 +49,7 @@ class _Rollouts:
     async def describe(self, channel: grpc.aio.Channel, address: str) -> ServedWeights:
         """See WeightService."""
         described = await RolloutStub(channel).Describe(rollout_pb2.DescribeRolloutRequest(), timeout=UNARY_TIMEOUT_S)
-        return ServedWeights(
-            address=address,
-            version=described.weight_version,
-            dtype=codec.dtype_from_wire(described.dtype),
-            architecture_fingerprint=described.architecture_fingerprint,
-        )
+        return _served(address, described)
 
 
 class _Teachers:
@@ -66,12 +60,14 @@ class _Teachers:
     async def describe(self, channel: grpc.aio.Channel, address: str) -> ServedWeights:
         """See WeightService."""
         described = await TeacherStub(channel).Describe(teacher_pb2.DescribeRequest(), timeout=UNARY_TIMEOUT_S)
-        return ServedWeights(
-            address=address,
-            version=described.weight_version,
-            dtype=codec.dtype_from_wire(described.dtype),
-            architecture_fingerprint=described.architecture_fingerprint,
-        )
+        return _served(address, described)
+
+
+def _served(
+    address: str, described: rollout_pb2.DescribeRolloutResponse | teacher_pb2.DescribeResponse
+) -> ServedWeights:
+    dtype = codec.dtype_from_wire(described.dtype)
+    return ServedWeights(address=address, version=described.weight_version, dtype=dtype)
 
 
 ROLLOUTS: WeightService = _Rollouts()

@@ -195,7 +195,7 @@ class _FailingSender:
     """Has two tensors made twice, and fails."""
 
     def describe(self) -> tuple[ServedWeights, ...]:
-        return (ServedWeights(address="a", version=7, dtype=DType.BFLOAT16, architecture_fingerprint=""),)
+        return (ServedWeights(address="a", version=7, dtype=DType.BFLOAT16),)
 
     def outdated(self, version: int, *, among: Collection[str] = ()) -> frozenset[str]:
         return frozenset()
