@@ -25,7 +25,7 @@ from kdmesh.sglang.staged_weights import LOADER
 from kdmesh.sglang.weights import SglangWeights
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import FinishReason, Sample, Sampling, SleepTag
-from kdmesh.weights.manifest import TensorSpec
+from kdmesh.weights.target import StagesInWeights
 from kdmesh_rollout.engine import EngineDescription, Finished, Order
 from kdmesh_rollout.sglang_ask import Ask
 from kdmesh_rollout.sglang_config import SglangEngine as SglangEngineConfig
@@ -49,7 +49,7 @@ class _Drawing:
     task: asyncio.Task[None] | None = None  # None: it begins with the next step
 
 
-class SglangEngine:
+class SglangEngine(StagesInWeights):
     """One `sglang.Engine`; a `ProcessEngine`.
 
     SGLang decodes without pause. A step waits until a sample has finished, or until it is interrupted.
@@ -244,25 +244,9 @@ class SglangEngine:
 
     # Weights
 
-    def tensor_specs(self) -> tuple[TensorSpec, ...]:
-        """Every tensor of the model, tied ones once."""
-        return self._weights.tensor_specs()
-
-    def begin(self) -> None:
-        """See SglangWeights."""
-        self._weights.begin()
-
-    def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
-        """See SglangWeights."""
-        self._weights.write(tensor, offset_bytes, data)
-
     def commit(self, version: int) -> None:
         """Let SGLang load the second copy; what is under way is computed anew from its tokens."""
         self._runtime.run(self._commit(version))
-
-    def discard(self) -> None:
-        """See SglangWeights."""
-        self._weights.discard()
 
     async def _commit(self, version: int) -> None:
         from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput

@@ -29,7 +29,7 @@ from kdmesh.sampling.logits import sampling_logits
 from kdmesh.sampling.stops import StopStrings
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import SleepTag
-from kdmesh.weights.manifest import TensorSpec
+from kdmesh.weights.target import StagesInWeights
 from kdmesh_rollout.config import TransformersEngine as TransformersEngineConfig
 from kdmesh_rollout.engine import EngineDescription, Finished, Order
 
@@ -47,7 +47,7 @@ class _Group:
         self.samples.pop()
 
 
-class TransformersEngine:
+class TransformersEngine(StagesInWeights):
     """Decodes what is under way in one batch: new samples join between steps, finished ones leave.
 
     When deterministic, every sample is decoded alone: its kernels then see the same shapes, and it
@@ -245,28 +245,12 @@ class TransformersEngine:
 
     # Weights
 
-    def tensor_specs(self) -> tuple[TensorSpec, ...]:
-        """Every tensor of the model, tied ones once."""
-        return self._weights.tensor_specs()
-
-    def begin(self) -> None:
-        """Make room for a second copy, in ordinary memory."""
-        self._weights.begin()
-
-    def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
-        """Copy bytes to that room."""
-        self._weights.write(tensor, offset_bytes, data)
-
     def commit(self, version: int) -> None:
         """Copy the new values over the old ones; what is under way is computed anew from its tokens."""
         self._weights.commit(version)
         self._version = version
         self._waiting = [sample for group in self._groups for sample in group.samples] + self._waiting
         self._groups = []
-
-    def discard(self) -> None:
-        """Give the second copy up."""
-        self._weights.discard()
 
     # Sleep
 

@@ -25,7 +25,7 @@ from kdmesh.sglang.staged_weights import LOADER
 from kdmesh.sglang.weights import SglangWeights
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import SleepTag, TokenSequence
-from kdmesh.weights.manifest import TensorSpec
+from kdmesh.weights.target import StagesInWeights
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 from kdmesh_teacher.sglang_ask import Ask
 from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
@@ -40,7 +40,7 @@ _ARGUMENTS = {
 }
 
 
-class SglangEngine:
+class SglangEngine(StagesInWeights):
     """One `sglang.Engine`; a `ProcessEngine`.
 
     A request's rows are counted on the way, and must be those asked for. Without SGLang's own
@@ -92,26 +92,10 @@ class SglangEngine:
 
     # Weights
 
-    def tensor_specs(self) -> tuple[TensorSpec, ...]:
-        """See SglangWeights."""
-        return self._weights.tensor_specs()
-
-    def begin(self) -> None:
-        """See SglangWeights."""
-        self._weights.begin()
-
-    def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
-        """See SglangWeights."""
-        self._weights.write(tensor, offset_bytes, data)
-
     def commit(self, version: int) -> None:
         """Let SGLang load the second copy; nothing is under way between two prefills."""
         self._runtime.run(self._weights.load(version))
         self._has_new_weights = True
-
-    def discard(self) -> None:
-        """See SglangWeights."""
-        self._weights.discard()
 
     # Sleep
 

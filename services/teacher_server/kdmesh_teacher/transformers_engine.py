@@ -24,7 +24,7 @@ from kdmesh.models.verify import check_images
 from kdmesh.processor import warn_if_slow
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import HeadSpec, SleepTag, TokenSequence
-from kdmesh.weights.manifest import TensorSpec
+from kdmesh.weights.target import StagesInWeights
 from kdmesh_teacher.config import TransformersEngine as TransformersEngineConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 
@@ -36,7 +36,7 @@ _CPU_ROW_TOKENS = 2048
 _Target = tuple[TokenSequence, Tensor]
 
 
-class TransformersEngine:
+class TransformersEngine(StagesInWeights):
     """Lays sequences end to end, without padding, and stops before the lm_head.
 
     When deterministic, every sequence is computed alone: its kernels then see the same
@@ -110,25 +110,9 @@ class TransformersEngine:
 
     # Weights
 
-    def tensor_specs(self) -> tuple[TensorSpec, ...]:
-        """See WeightTarget."""
-        return self._weights.tensor_specs()
-
-    def begin(self) -> None:
-        """See WeightTarget."""
-        self._weights.begin()
-
-    def write(self, tensor: int, offset_bytes: int, data: memoryview) -> None:
-        """See WeightTarget."""
-        self._weights.write(tensor, offset_bytes, data)
-
     def commit(self, version: int) -> None:
         """Compute with the new weights from the next prefill on."""
         self._weights.commit(version)
-
-    def discard(self) -> None:
-        """See WeightTarget."""
-        self._weights.discard()
 
     # Loading
 
