@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.errors import EngineFailure, InvalidRequest, ModelMismatch, RpcError, Unavailable
-from kdmesh.rpc import codec, rollout_codec, sleep_calls
+from kdmesh.errors import EngineFailure, InvalidRequest, ModelMismatch
+from kdmesh.rpc import codec, rollout_codec
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
-from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.generate_stream import GenerateStream
 from kdmesh.rpc.missing_images import with_images
 from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.server_client import ServerClient
 from kdmesh.tracing import spans
-from kdmesh.types import Int32Array, PlacedImage, RolloutDescription, Sample, Sampling, SleepTag
+from kdmesh.types import Int32Array, PlacedImage, RolloutDescription, Sample, Sampling
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import rollout_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
+
+if TYPE_CHECKING:
+    from kdmesh.v1.rollout_pb2_grpc import RolloutAsyncStub
 
 _MAX_REQUESTS = 4096  # the server bounds them by tokens
 
@@ -42,7 +43,7 @@ class Ask:
         return self.num_samples * (len(self.prompt_ids) + self.sampling.max_new_tokens)
 
 
-class RolloutClient:
+class RolloutClient(ServerClient):
     """Lost for good when its stream ends. Belongs to the event loop that connected it.
 
     Attributes:
@@ -53,14 +54,12 @@ class RolloutClient:
 
     model: RolloutDescription
     weight_version: int
+    _stub: RolloutAsyncStub
 
-    def __init__(self, address: str, access: AccessConfig = OPEN_ACCESS) -> None:
+    def __init__(self, address: str, access: AccessConfig) -> None:
         """Use `connect`."""
-        self.address = address
-        self._channel = open_channel(address, access)
+        super().__init__(address, access)
         self._stub = RolloutStub(self._channel)
-        self._lost: asyncio.Future[RpcError] = asyncio.get_running_loop().create_future()
-        self._closing = contextlib.AsyncExitStack()
 
     @classmethod
     async def connect(
@@ -82,7 +81,6 @@ class RolloutClient:
             EngineFailure: something else answers there.
         """
         client = cls(address, access)
-        client._closing.push_async_callback(client._channel.close)
         try:
             await client._open(job, architecture_fingerprint)
         except BaseException:
@@ -149,28 +147,3 @@ class RolloutClient:
         await with_images(
             lambda: self._stream.ask(request, ask.prompt_ids, on_sample, images=ask.images), put, ask.images
         )
-
-    async def sleep(self, tags: Set[SleepTag], *, drain_s: float) -> None:
-        """Have the server give these back, after what it computes now.
-
-        Raises:
-            RpcError: as the proto says of Sleep.
-        """
-        await sleep_calls.sleep(self._stub, self.address, tags, drain_s=drain_s)
-
-    async def wake(self, tags: Set[SleepTag]) -> None:
-        """Have the server take these again. Raises RpcError as the proto says of Wake."""
-        await sleep_calls.wake(self._stub, self.address, tags)
-
-    async def wait_lost(self) -> RpcError:
-        """Return when this client cannot be used any more, with the reason."""
-        return await asyncio.shield(self._lost)
-
-    async def close(self) -> None:
-        """End the stream and the connection; requests under way fail as Unavailable."""
-        self._lose(Unavailable(f"the connection to {self.address} was closed", retry_after_s=0.0))
-        await self._closing.aclose()
-
-    def _lose(self, reason: RpcError) -> None:
-        if not self._lost.done():
-            self._lost.set_result(reason)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 import torch
@@ -20,21 +20,24 @@ from kdmesh.groups.pair_group import Backend
 from kdmesh.handles.door import Door
 from kdmesh.handles.rdma_agent import RemoteMemory
 from kdmesh.losses.head import OutputHead
-from kdmesh.rpc import codec, raw_chunk, sleep_calls
+from kdmesh.rpc import codec, raw_chunk
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
-from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.checked_answer import checked_handle
 from kdmesh.rpc.doors import DoorChoice, Doorway, Wire, open_door
 from kdmesh.rpc.missing_images import with_images
 from kdmesh.rpc.prefill_stream import PrefillStream
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.row_group import Membership, RowGroup
+from kdmesh.rpc.server_client import ServerClient
 from kdmesh.tracing import spans
-from kdmesh.types import CacheAnswer, Handle, ModelDescription, ServerLoad, SleepTag, TokenSequence
+from kdmesh.types import CacheAnswer, Handle, ModelDescription, ServerLoad, TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
+
+if TYPE_CHECKING:
+    from kdmesh.v1.teacher_pb2_grpc import TeacherAsyncStub
 
 T = TypeVar("T")
 
@@ -51,7 +54,7 @@ class TeacherRows:
     is_borrowed: bool  # the memory is a slot of the teacher's slab, which is short
 
 
-class TeacherClient:
+class TeacherClient(ServerClient):
     """Keeps its session alive by itself; when it cannot, it is lost for good, and another must be connected.
 
     Belongs to the event loop that connected it. The slot under rows that came through shared
@@ -65,11 +68,11 @@ class TeacherClient:
         door_reason: why through that one.
     """
 
-    address: str
     model: ModelDescription
     max_requests: int
     door: Door
     door_reason: str
+    _stub: TeacherAsyncStub
 
     def __init__(
         self,
@@ -81,19 +84,16 @@ class TeacherClient:
         on_load: Callable[[ServerLoad], None],
     ) -> None:
         """Use `connect`."""
-        self.address = address
+        super().__init__(address, access)
         self._on_load = on_load
         self._wire = wire
         self._gpu = gpu
-        self._channel = open_channel(address, access)
         self._stub = TeacherStub(self._channel)
         # The generated stub would parse each chunk, which copies it once more.
         self._read_handle: grpc.aio.UnaryStreamMultiCallable[pb.ReadHandleRequest, bytes] = self._channel.unary_stream(
             _READ_HANDLE, request_serializer=pb.ReadHandleRequest.SerializeToString
         )
-        self._lost: asyncio.Future[RpcError] = asyncio.get_running_loop().create_future()
         self._tasks = BackgroundTasks()
-        self._closing = contextlib.AsyncExitStack()
         self._head: Handle | None = None  # to the weight of the head that was fetched last
 
     @classmethod
@@ -130,7 +130,6 @@ class TeacherClient:
             EngineFailure: something else answers there.
         """
         client = cls(address, access, wire=wire, gpu=gpu, on_load=on_load)
-        client._closing.push_async_callback(client._channel.close)
         try:
             await client._open(job, door, model_fingerprint)
         except BaseException:
@@ -270,27 +269,6 @@ class TeacherClient:
         """What the server has to do now. Raises Unavailable when it is not there."""
         return await self._extend_lease(UNARY_TIMEOUT_S)
 
-    async def sleep(self, tags: Set[SleepTag], *, drain_s: float) -> None:
-        """Have the server give these back, after what it computes now.
-
-        Raises:
-            RpcError: as the proto says of Sleep.
-        """
-        await sleep_calls.sleep(self._stub, self.address, tags, drain_s=drain_s)
-
-    async def wake(self, tags: Set[SleepTag]) -> None:
-        """Have the server take these again. Raises RpcError as the proto says of Wake."""
-        await sleep_calls.wake(self._stub, self.address, tags)
-
-    async def wait_lost(self) -> RpcError:
-        """Return when this client cannot be used any more, with the reason."""
-        return await asyncio.shield(self._lost)
-
-    async def close(self) -> None:
-        """End the session and the connection; requests under way fail as Unavailable. Tensors stay good."""
-        self._lose(Unavailable(f"the connection to {self.address} was closed", retry_after_s=0.0))
-        await self._closing.aclose()
-
     # Inside
 
     async def _call(
@@ -298,10 +276,6 @@ class TeacherClient:
     ) -> T:
         with our_errors(self.address):
             return await method(request, timeout=timeout_s)
-
-    def _lose(self, reason: RpcError) -> None:
-        if not self._lost.done():
-            self._lost.set_result(reason)
 
     async def _put_images(self, images: Sequence[bytes], deadline: Deadline) -> None:
         request = common_pb2.PutImagesRequest(session=self._session, images=images)
