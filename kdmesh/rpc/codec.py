@@ -22,16 +22,12 @@ from kdmesh.types import (
 )
 from kdmesh.v1 import common_pb2, teacher_pb2
 
-_DTYPE: dict[int, DType] = {
-    common_pb2.DTYPE_FLOAT32: DType.FLOAT32,
-    common_pb2.DTYPE_BFLOAT16: DType.BFLOAT16,
-    common_pb2.DTYPE_FLOAT16: DType.FLOAT16,
-}
 _WIRE: dict[DType, common_pb2.DType.ValueType] = {
     DType.FLOAT32: common_pb2.DTYPE_FLOAT32,
     DType.BFLOAT16: common_pb2.DTYPE_BFLOAT16,
     DType.FLOAT16: common_pb2.DTYPE_FLOAT16,
 }
+_DTYPE: dict[int, DType] = {wire: dtype for dtype, wire in _WIRE.items()}
 _MAX_ID = 2**31 - 1
 
 

@@ -15,14 +15,11 @@ from kdmesh.v1 import rollout_pb2 as pb
 
 _JOB = "kdmesh-job"  # metadata, which is ASCII
 
-_REASON: dict[int, FinishReason] = {
-    pb.FINISH_REASON_STOP: FinishReason.STOP,
-    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-}
 _WIRE: dict[FinishReason, pb.FinishReason.ValueType] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
+_REASON: dict[int, FinishReason] = {wire: reason for reason, wire in _WIRE.items()}
 
 
 def job_to_metadata(job: str) -> tuple[tuple[str, str], ...]:

@@ -19,28 +19,19 @@ MAX_INLINE_BYTES = 2**20
 MAX_GROUP_BYTES = 2**30
 """Most bytes of a bucket that comes through a group: the server holds them once more."""
 
-_DOOR: dict[int, Door] = {
-    pb.WEIGHT_DOOR_INLINE: Door.INLINE,
-    pb.WEIGHT_DOOR_SHARED_MEMORY: Door.SHM,
-    pb.WEIGHT_DOOR_GLOO: Door.GLOO,
-    pb.WEIGHT_DOOR_NCCL: Door.NCCL,
-}
 _WIRE_DOOR: dict[Door, pb.WeightDoor.ValueType] = {
     Door.INLINE: pb.WEIGHT_DOOR_INLINE,
     Door.SHM: pb.WEIGHT_DOOR_SHARED_MEMORY,
     Door.GLOO: pb.WEIGHT_DOOR_GLOO,
     Door.NCCL: pb.WEIGHT_DOOR_NCCL,
 }
-_POLICY: dict[int, UpdatePolicy] = {
-    pb.UPDATE_POLICY_FINISH: UpdatePolicy.FINISH,
-    pb.UPDATE_POLICY_ABORT: UpdatePolicy.ABORT,
-    pb.UPDATE_POLICY_CONTINUE: UpdatePolicy.CONTINUE,
-}
+_DOOR: dict[int, Door] = {wire: door for door, wire in _WIRE_DOOR.items()}
 _WIRE: dict[UpdatePolicy, pb.UpdatePolicy.ValueType] = {
     UpdatePolicy.FINISH: pb.UPDATE_POLICY_FINISH,
     UpdatePolicy.ABORT: pb.UPDATE_POLICY_ABORT,
     UpdatePolicy.CONTINUE: pb.UPDATE_POLICY_CONTINUE,
 }
+_POLICY: dict[int, UpdatePolicy] = {wire: policy for policy, wire in _WIRE.items()}
 
 
 def manifest_from_wire(m: pb.BeginUpdate) -> Manifest:
