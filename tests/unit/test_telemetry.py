@@ -470,37 +470,34 @@ class FakeService(ModuleType):
         return call
 
 
-def test_wandb_continues_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = FakeService("wandb")
-    monkeypatch.setitem(sys.modules, "wandb", service)
-    cfg = config(tmp_path, "wandb")
+def calls_of_a_run_that_is_continued(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    service = FakeService(name)
+    monkeypatch.setitem(sys.modules, name, service)
+    cfg = config(tmp_path, name)
     cfg.output.mkdir()
     for first_step in (0, 2):
         (tracker,) = trackers.build_trackers(cfg)
         tracker.start(first_step)
         tracker.log(first_step, {"train/loss": 1.0})
         tracker.close()
-    opened = [call for name, call in service.calls if name == "init"]
+    return service.calls
+
+
+def test_wandb_continues_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_of_a_run_that_is_continued("wandb", tmp_path, monkeypatch)
+    opened = [call for name, call in calls if name == "init"]
     assert [(call["id"], call["name"], call["resume"]) for call in opened] == [
         (None, "my-run", "allow"),
         ("r1", "my-run", "allow"),
     ]
     assert opened[0]["config"]["steps"] == 10
-    assert [name for name, _ in service.calls] == ["init", "log", "finish"] * 2
+    assert [name for name, _ in calls] == ["init", "log", "finish"] * 2
 
 
 def test_mlflow_continues_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = FakeService("mlflow")
-    monkeypatch.setitem(sys.modules, "mlflow", service)
-    cfg = config(tmp_path, "mlflow")
-    cfg.output.mkdir()
-    for first_step in (0, 2):
-        (tracker,) = trackers.build_trackers(cfg)
-        tracker.start(first_step)
-        tracker.log(first_step, {"train/loss": 1.0})
-        tracker.close()
-    assert [call for name, call in service.calls if name == "start_run"] == [{"run_name": "my-run"}, {"run_id": "r1"}]
-    assert [name for name, _ in service.calls][-3:] == ["start_run", "log_metrics", "end_run"]
+    calls = calls_of_a_run_that_is_continued("mlflow", tmp_path, monkeypatch)
+    assert [call for name, call in calls if name == "start_run"] == [{"run_name": "my-run"}, {"run_id": "r1"}]
+    assert [name for name, _ in calls][-3:] == ["start_run", "log_metrics", "end_run"]
 
 
 @pytest.mark.parametrize(
