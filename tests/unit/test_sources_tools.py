@@ -155,7 +155,7 @@ def test_a_teacher_that_is_told_more_has_the_tools_too() -> None:
         ({**ROW, "tools": ["add"]}, r"here: tools\[0\] must be a function with a name"),
         ({**ROW, "messages": [{**USER, "tool_calls": [CALL]}]}, "'tool_calls' at a turn of the user"),
         ({**ROW, "messages": [USER, {**CALLING, "tool_calls": []}]}, "`content` is missing or null"),
-        ({**ROW, "functions": [TOOL]}, "`functions` is not supported; `tools` is"),
+        ({**ROW, "functions": [TOOL]}, "`functions` is not supported; a chat is messages and `tools`"),
     ],
 )
 def test_what_is_no_tool_and_no_call_is_refused(row: dict[str, Any], refused: str) -> None:

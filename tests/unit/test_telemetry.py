@@ -231,7 +231,7 @@ def test_resuming_leaves_one_line_per_step(tmp_path: Path, unfinished: str) -> N
 
 def test_a_run_that_goes_on_after_its_end_keeps_how_it_was_judged_there(tmp_path: Path) -> None:
     record, _, tracker = run(tmp_path)
-    record.start(0)
+    record.start(0, 1)
     record.report(0, stats())
     with record.phase("evaluate"):
         pass
@@ -241,12 +241,12 @@ def test_a_run_that_goes_on_after_its_end_keeps_how_it_was_judged_there(tmp_path
     told, before = [call for call in tracker.calls if call[0] == "log"][1:], lines(tmp_path)
 
     again, _, tracker = run(tmp_path)
-    again.start(1, is_judged=False)
+    again.start(1, 2, is_judged=False)
     assert tracker.calls == [("start", 1), *told]
     assert lines(tmp_path) == before
 
     anew, _, tracker = run(tmp_path)
-    anew.start(1, is_judged=True)
+    anew.start(1, 2, is_judged=True)
     assert tracker.calls == [("start", 1)]
     assert lines(tmp_path) == before[:1]
 
