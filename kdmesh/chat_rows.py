@@ -23,7 +23,7 @@ CHAT_COLUMNS = (
 ASSISTANTS = ("assistant", "gpt")
 """What a turn of the assistant is called, in a message's `role` or `from`."""
 
-_NOTHING = (None, "", [], {}, "[]", "{}", "null")  # a column may hold JSON as a text
+_NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")  # a column may hold JSON as a text
 
 _TEXT = "text"  # no row can name it
 _ROLES = ("system", "developer", "user", "assistant", "tool")
