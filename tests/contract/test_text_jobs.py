@@ -72,6 +72,9 @@ def test_sft_on_texts_minimises_the_cross_entropy_of_all_of_their_tokens(tmp_pat
             for ids in sequences
         ]
     expected = float(sum(each)) / sum(len(ids) - 1 for ids in sequences)
+    [start] = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert (start["ranks"], start["config"]["seed"], start["versions"]["torch"]) == (2, 0, torch.__version__)
+    assert len(start["identity"]["data.train (digest)"]) > 8
     assert losses(tmp_path / "run") == {0: pytest.approx(expected, rel=1e-5)}
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").chat_template is None
 

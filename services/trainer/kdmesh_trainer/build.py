@@ -57,6 +57,7 @@ from kdmesh_trainer.sources.sft import SftSource
 from kdmesh_trainer.sources.token_cache import TokenCache
 from kdmesh_trainer.sources.tokenizer import TeacherTokens, vocabulary_size
 from kdmesh_trainer.sources.training_data import TrainingData
+from kdmesh_trainer.start_record import record_start
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
 from kdmesh_trainer.student_length import refuse_short_student, warn_of_new_positions
@@ -109,6 +110,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         lm = load_student(cfg, vocabulary_size)
         identity = _identity(cfg, lm, data, teachers)
         _refuse_unequal_ranks(identity, mesh)
+        mesh.on_first(lambda: record_start(cfg, identity, ranks=mesh.world_size, device=mesh.device))
         adapter = None if cfg.student.lora is None else add_adapter(lm, cfg.student.lora, seed=cfg.seed)
         algorithm = build_algorithm(
             checked.build_algorithm,

@@ -1,0 +1,61 @@
+"""Writes down what a run was started with, so that it can be understood and done again."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from kdmesh_trainer import config
+from kdmesh_trainer.files import append_line
+
+_PACKAGES = (
+    "kdmesh",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "triton",
+    "peft",
+    "torchao",
+    "liger-kernel",
+)
+
+
+def record_start(cfg: config.TrainerConfig, identity: Mapping[str, str], *, ranks: int, device: torch.device) -> None:
+    """Add a line to OUTPUT/starts.jsonl, which has one for each time that the run was started or continued.
+
+    Args:
+        identity: what a checkpoint can only be continued with: the student, the data and the teacher by content.
+        ranks: of the whole job.
+        device: of this rank.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    append_line(
+        cfg.output / "starts.jsonl",
+        {
+            "time": time.time(),
+            "ranks": ranks,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "versions": {"python": platform.python_version(), **_versions()},
+            "identity": dict(identity),
+            "config": cfg.model_dump(mode="json"),
+        },
+    )
+
+
+def _versions() -> dict[str, str]:
+    """Of each package that is installed."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
