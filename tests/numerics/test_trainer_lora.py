@@ -225,10 +225,10 @@ def test_a_run_continues_on_another_number_of_ranks_from_adapters_alone(
     assert len(of_model) == len(names) * (1 + 3)  # with two moments and a count of steps
 
 
-def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str, use_dora: bool) -> None:
+def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str, **options: bool) -> None:
     """Trains three steps, and writes both the model and the adapter after each."""
     path = Path(student)
-    lora = LoraConfig(rank=4, alpha=16, use_dora=use_dora)
+    lora = LoraConfig.model_validate({"rank": 4, "alpha": 16, **options})
     model = build_student(path, mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=lora)
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=RATE, steps=3)
@@ -251,19 +251,20 @@ def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str, use
 # peft asks transformers for a name that it will drop.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("is_tied", "dtype", "use_dora"),
+    ("is_tied", "dtype", "options"),
     [
-        (True, torch.float32, False),
-        pytest.param(False, torch.bfloat16, False, marks=pytest.mark.slow),
-        pytest.param(True, torch.float32, True, marks=pytest.mark.slow),
+        (True, torch.float32, {}),
+        pytest.param(True, torch.float32, {"use_rslora": True}, marks=pytest.mark.slow),
+        pytest.param(False, torch.bfloat16, {}, marks=pytest.mark.slow),
+        pytest.param(True, torch.float32, {"use_dora": True}, marks=pytest.mark.slow),
     ],
 )
 def test_the_written_model_and_the_written_adapter_are_the_trained_student(
-    tiny_models: TinyModels, tmp_path: Path, is_tied: bool, dtype: torch.dtype, use_dora: bool
+    tiny_models: TinyModels, tmp_path: Path, is_tied: bool, dtype: torch.dtype, options: dict[str, bool]
 ) -> None:
     student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied, dtype=dtype)
     paths = {"student": str(student), "teacher": str(tiny_models.path("qwen3", seed=2)), "output": str(tmp_path)}
-    run_ranks(f"{HERE}:train_and_export", ranks=2, **paths, use_dora=use_dora)
+    run_ranks(f"{HERE}:train_and_export", ranks=2, **paths, **options)
     trained = torch.load(tmp_path / "trained.pt")
     base = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     for name, parameter in base.named_parameters():

@@ -116,6 +116,7 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
         target_modules=sorted(layers),
         task_type=peft.TaskType.CAUSAL_LM,
     )
@@ -130,7 +131,7 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
     log.info(
         "adapter added", extra={"modules": len(layers), "adapter_rank": config.rank, "trained_parameters": trained}
     )
-    return Adapter(config=told, layers=frozenset(layers), scaling=config.alpha / config.rank)
+    return Adapter(config=told, layers=frozenset(layers), scaling=config.scale)
 
 
 def _targets(lm: PreTrainedModel, config: LoraConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -13,10 +14,13 @@ class LoraConfig(StrictModel):
     """Low-rank adapters on some of the student's linear modules; everything else is frozen. Needs kdmesh[lora]."""
 
     rank: int = Field(16, ge=1)
-    """Inner size of an adapter: a matrix W becomes W + alpha / rank * B A, with rank rows in A."""
+    """Inner size of an adapter: a matrix W becomes W + scale * B A, with rank rows in A."""
 
     alpha: int = Field(32, ge=1)
-    """Numerator of the adapter's scale."""
+    """Numerator of the adapter's scale, which is alpha / rank."""
+
+    use_rslora: bool = False
+    """rsLoRA: the scale is alpha / sqrt(rank), so that adapters of a large rank do not learn more slowly."""
 
     dropout: float = Field(0.0, ge=0, lt=1)
     """Fraction of an adapter's inputs that are zeroed in training."""
@@ -27,6 +31,11 @@ class LoraConfig(StrictModel):
 
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names, or last parts of names, of linear modules of the body; all-linear takes all of them."""
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's matrices is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @model_validator(mode="after")
     def _some_module(self) -> LoraConfig:
