@@ -238,6 +238,7 @@ def _connect(context: str | None) -> tuple[ApiClient, str]:
     try:
         if not has_file and context is None and "KUBERNETES_SERVICE_HOST" in os.environ:
             config.load_incluster_config(configuration)
+            configuration.proxy = None  # one from the environment does not lead to the pod's own cluster
             namespace = (_SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
         elif not has_file:
             raise ConfigError(f"there is no kubeconfig {file}: set KUBECONFIG to the file that your cluster gave you")

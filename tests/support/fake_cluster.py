@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from tests.support.certificates import Pair
 from tests.support.cluster_schemas import problems
 
 Object = dict[str, Any]
@@ -280,14 +282,20 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def fake_cluster(directory: Path, *, served: Mapping[str, list[str]] | None = None) -> Iterator[FakeCluster]:
+def fake_cluster(
+    directory: Path, *, served: Mapping[str, list[str]] | None = None, certificate: Pair | None = None
+) -> Iterator[FakeCluster]:
     """A server with a kubeconfig in `directory`/kubeconfig, of the contexts here (namespace ml) and other (default)."""
     wanted = {**JOB_SETS, **TRAINER} if served is None else served
     cluster = FakeCluster(served={**_BUILT_IN, **wanted})
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"cluster": cluster}))
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate.cert, certificate.key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
-    cluster.address = f"http://127.0.0.1:{server.server_address[1]}"
+    cluster.address = f"http{'' if certificate is None else 's'}://127.0.0.1:{server.server_address[1]}"
     write_kubeconfig(directory / "kubeconfig", cluster.address)
     try:
         yield cluster
@@ -336,7 +344,8 @@ class _Handler(BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(size)) if size else {}
         try:
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+            if (scheme.lower(), token) != ("bearer", TOKEN):
                 raise Refused(401, "Unauthorized", "Unauthorized")
             self.route(url.path.strip("/").split("/"), query, body)
         except NoSuchPath as refused:
