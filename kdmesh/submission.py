@@ -93,7 +93,7 @@ def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) ->
     )
     lines = [
         *_unservable(cfg),
-        *_unread(cfg),
+        *_unread(cfg, made),
         *_unreachable(cfg),
         *_unfit_ranks(cfg, made),
         *_misplaced(cfg, made, wishes.in_image),
@@ -136,14 +136,14 @@ def _unservable(cfg: TrainerConfig) -> Iterator[str]:
         yield "evaluation.rollouts.addresses is empty: name a running rollout server there"
 
 
-def _unread(cfg: TrainerConfig) -> Iterator[str]:
+def _unread(cfg: TrainerConfig, made: JobPlan) -> Iterator[str]:
     """Metrics that Prometheus, which is elsewhere, could not read."""
     if cfg.metrics is not None and is_loopback(cfg.metrics.host):
         yield f"metrics.host is {cfg.metrics.host}, which nobody reaches from outside the pod: set 0.0.0.0"
     if cfg.metrics is not None and cfg.metrics.port == 0:
         yield "metrics.port is 0, any free one: in a cluster it must be known"
-    if cfg.metrics is not None and cfg.metrics.port == RENDEZVOUS_PORT:
-        yield f"metrics.port is {RENDEZVOUS_PORT}, where the ranks of a job in a cluster meet: choose another"
+    if cfg.metrics is not None and cfg.metrics.port == RENDEZVOUS_PORT and made.nodes > 1:
+        yield f"metrics.port is {RENDEZVOUS_PORT}, where the nodes of a job meet: choose another"
 
 
 def _unreachable(cfg: TrainerConfig) -> Iterator[str]:

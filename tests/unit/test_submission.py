@@ -90,7 +90,10 @@ def test_metrics_must_be_readable_from_outside_the_pod(config: Path) -> None:
     said = refused(config, "metrics={port: 0}")
     assert "metrics.host is 127.0.0.1, which nobody reaches from outside the pod" in said
     assert "metrics.port is 0" in said
-    assert "metrics.port is 29500, where the ranks" in refused(config, "metrics={port: 29500, host: 0.0.0.0}")
+    taken = ("metrics={port: 29500, host: 0.0.0.0}",)
+    with pytest.raises(ConfigError, match="29500, where the nodes of a job meet"):
+        submission.plan(config, taken, Wishes(**{**WISHES, "nodes": 2}), "JobSet")
+    assert submission.plan(config, taken, Wishes(**WISHES), "Job").metrics_port == 29500
     made = submission.plan(config, ("metrics={port: 8071, host: 0.0.0.0}",), Wishes(**WISHES), "Job")
     assert made.metrics_port == 8071
     assert submission.plan(config, (), Wishes(**WISHES), "Job").metrics_port is None
