@@ -94,6 +94,7 @@ class SglangEngine(StagesInWeights):
 
     def commit(self, version: int) -> None:
         """Let SGLang load the second copy; nothing is under way between two prefills."""
+        self._runtime.run(sleep.until_idle(self._runtime.engine))
         self._runtime.run(self._weights.load(version))
         self._has_new_weights = True
 
