@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from kdmesh.counting import clock
 from kdmesh.log import can_redraw, console
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,19 @@ def reading_shown(name: str, *, size_bytes: int) -> Iterator[ShowReading]:
             yield show
     else:
         yield _Events(name, size_bytes).show
+
+
+def reading_told(name: str, rows: Iterable[T]) -> Iterator[T]:
+    """The rows of dataset `name`, of an unknown number; as long as they are taken, an event says how many were."""
+    began_s = time.monotonic()
+    next_at_s = began_s + _EVERY_S
+    for number, row in enumerate(rows):
+        now_s = time.monotonic()
+        if now_s >= next_at_s:
+            next_at_s = now_s + _EVERY_S
+            pace = round(number / (now_s - began_s), 1)
+            log.info("tokenising", extra={"dataset": name, "rows": number, "rows_per_second": pace})
+        yield row
 
 
 class _Pace:

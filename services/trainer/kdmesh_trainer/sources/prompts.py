@@ -14,6 +14,7 @@ from kdmesh.chat_rows import Chat
 from kdmesh.errors import DataError
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.tokens import DIGEST_BYTES
+from kdmesh_trainer.reading_progress import reading_told
 from kdmesh_trainer.sources.order import step_order
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.sides import Prompt
@@ -94,7 +95,7 @@ def load_prompts(name: str, reader: Reader, encoder: PromptEncoder, policy: Prom
         DataError: a row is refused, or one is too long or unusable and the policy says fail,
             or nothing is left.
     """
-    found = encode_prompts(reader(), encoder, policy)
+    found = encode_prompts(reading_told(name, reader()), encoder, policy)
     found.report.tell(name)
     return found
 

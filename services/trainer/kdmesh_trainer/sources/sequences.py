@@ -13,6 +13,7 @@ from kdmesh.chat_rows import Chat
 from kdmesh.errors import DataError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import DataConfig
+from kdmesh_trainer.reading_progress import reading_told
 from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.sides import addressed, first_rows
 from kdmesh_trainer.sources.turns import Unusable
@@ -90,7 +91,7 @@ def load_sequences(
         DataError: a row is refused, or one is too long or unusable and the policy says fail,
             or nothing is left.
     """
-    dataset = encode_chats(reader(), encoder, policy, max_sequences=max_sequences)
+    dataset = encode_chats(reading_told(name, reader()), encoder, policy, max_sequences=max_sequences)
     dataset.report.tell(name)
     return dataset
 
