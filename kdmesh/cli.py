@@ -152,7 +152,7 @@ def teacher(config: Path, overrides: tuple[str, ...]) -> None:
     /metrics and /v1 are served over HTTP on `server.rest_port`.
 
     \b
-    Example: kdmesh teacher examples/teacher.yaml --set server.port=50052
+    Example: kdmesh teacher examples/teacher.yaml --set server.port=50052 --set server.rest_port=8052
     """
     _serve(TeacherConfig, "kdmesh_teacher", config, overrides)
 
@@ -167,7 +167,7 @@ def rollout(config: Path, overrides: tuple[str, ...]) -> None:
     `source.rollouts.addresses`. /readyz, /metrics and /v1 are served over HTTP on `server.rest_port`.
 
     \b
-    Example: kdmesh rollout examples/rollout.yaml --set server.port=50062
+    Example: kdmesh rollout examples/rollout.yaml --set server.port=50062 --set server.rest_port=8062
     """
     _serve(RolloutConfig, "kdmesh_rollout", config, overrides)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from kdmesh import cli
+from kdmesh import cli, config
 
 COMMANDS = sorted(cli.main.commands)
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> Result:
@@ -38,3 +40,12 @@ def test_what_help_pages_show_lacks_nothing_that_is_required(command: str) -> No
     assert shown
     for arguments in shown:
         made.make_context(command, shlex.split(arguments))  # an error of click's own says what is missing
+
+
+@pytest.mark.parametrize("command", ["teacher", "rollout"])
+def test_the_server_that_help_starts_runs_beside_one_of_the_file_as_it_is(command: str) -> None:
+    shown = re.search(rf"Example: kdmesh {command} (.*)", inspect.cleandoc(cli.main.commands[command].help or ""))
+    assert shown is not None
+    file, *options = shlex.split(shown[1])
+    first, second = (config.read_tree(ROOT / file, overrides)["server"] for overrides in ([], options[1::2]))
+    assert not {first["port"], first["rest_port"]} & {second["port"], second["rest_port"]}
