@@ -133,10 +133,9 @@ def chat_from_row(
     elif row.get(answers.prompt) is not None:
         messages = _prompt_and_completion(row, answers, origin, found_images)
     else:
-        found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
         raise DataError(
             f"{origin}: no column {column!r}, and neither `conversations` (ShareGPT), `instruction` with `output` "
-            f"(Alpaca) nor {answers.prompt!r}; columns found: {found}"
+            f"(Alpaca) nor {answers.prompt!r}; columns found: {columns_found(row)}"
         )
     found_images.check_all_used()
     return Chat(
@@ -155,8 +154,7 @@ def text_from_row(row: object, *, column: str, origin: str, teacher: TeacherColu
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
     if row.get(column) is None:
-        found = ", ".join(str(name) for name, value in row.items() if value is not None) or "none"
-        raise DataError(f"{origin}: no column {column!r} with a text; columns found: {found}")
+        raise DataError(f"{origin}: no column {column!r} with a text; columns found: {columns_found(row)}")
     message = Message(role=_TEXT, content=_text(row[column], f"{origin}: {column}"))
     name = "" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin)
     return Chat(messages=(message,), origin=origin, teacher_name=name)
@@ -170,6 +168,11 @@ def chat_from_messages(value: object, *, origin: str, images: ImageSource = TEXT
     """
     found = RowImages(ImageColumn(source=images, name=None), {}, origin)
     return Chat(messages=tuple(_messages(value, origin, found)), origin=origin)
+
+
+def columns_found(row: Mapping[Any, Any]) -> str:
+    """The names of a row's columns, for people."""
+    return ", ".join(f"{name} (null)" if value is None else str(name) for name, value in row.items()) or "none"
 
 
 def unicode_text(text: str, origin: str) -> str:

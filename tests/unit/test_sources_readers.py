@@ -181,6 +181,7 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
         (lines(ROW, None), r"a\.jsonl:2: a row must be an object, not null"),
         (lines({"text": "x", "id": 1}), r"a\.jsonl:1: no column 'messages'.*columns found: text, id"),
         (lines({}), r"columns found: none"),
+        (lines({"messages": None, "id": 1}), r"a\.jsonl:1: no column 'messages'.*columns found: messages \(null\), id"),
         (lines({"instruction": "x"}), r"columns found: instruction"),
         (lines({"messages": "Hi"}), r"a\.jsonl:1: messages must be a list of messages, not str"),
         (lines({"messages": []}), r"a\.jsonl:1: messages has no message"),

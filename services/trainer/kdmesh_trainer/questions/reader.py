@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdmesh.chat_rows import TEXT_ALONE, Chat, chat_from_row, unicode_text
+from kdmesh.chat_rows import TEXT_ALONE, Chat, chat_from_row, columns_found, unicode_text
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn
 from kdmesh_trainer.questions_config import QuestionsConfig
@@ -87,8 +87,9 @@ def _chat(row: Mapping[str, Any], cfg: QuestionsConfig, origin: str, images: Ima
 
 def _column(row: Mapping[str, Any], name: str, key: str, origin: str) -> Any:
     if row.get(name) is None:
-        found = ", ".join(name for name, value in row.items() if value is not None) or "none"
-        raise DataError(f"{origin}: no column {name!r}, which evaluation.questions.{key} names; columns found: {found}")
+        raise DataError(
+            f"{origin}: no column {name!r}, which evaluation.questions.{key} names; columns found: {columns_found(row)}"
+        )
     return row[name]
 
 
