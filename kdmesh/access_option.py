@@ -12,7 +12,7 @@ from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh_trainer.replicas_config import checked_address
 
 
-class _Address(click.ParamType):
+class _Address(click.ParamType):  # type: ignore[type-arg]  # generic in new versions alone
     name = "address"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:

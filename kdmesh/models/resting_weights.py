@@ -31,6 +31,7 @@ class RestingWeights:
         Raises:
             Unavailable: there is no room for them; nothing has changed.
         """
+        self._device = model.device
         self._parameters = list(model.parameters())
         self._closing = contextlib.ExitStack()
         try:
@@ -43,14 +44,14 @@ class RestingWeights:
             raise Unavailable(f"there is no room to keep the weights: {error}") from error
         for parameter in self._parameters:
             parameter.data = parameter.data.new_empty(0)
-        give_back_memory(model.device)
+        give_back_memory(self._device)
 
     def restore(self) -> None:
         """Bring them back, the same bits. Raises Unavailable when there is no memory; then they go on resting."""
         try:
             restored = [restore() for restore in self._restores]
         except _NO_ROOM as error:
-            give_back_memory(self._model.device)  # what had come back already has gone again, but not to the device
+            give_back_memory(self._device)  # what had come back already has gone again, but not to the device
             raise Unavailable(f"the weights cannot come back: {error}") from error
         for parameter, tensor in zip(self._parameters, restored, strict=True):
             parameter.data = tensor
