@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import click
 
@@ -11,19 +11,18 @@ from kdmesh import config
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh_trainer.replicas_config import checked_address
 
+Addresses = TypeVar("Addresses", str, tuple[str, ...])
 
-class _Address(click.ParamType):  # type: ignore[type-arg]  # generic in new versions alone
-    name = "address"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+def checked_addresses(context: click.Context, parameter: click.Parameter, value: Addresses) -> Addresses:
+    """A callback of options that say where servers are, in the forms that a trainer's configuration takes."""
+    for address in (value,) if isinstance(value, str) else value:
         try:
-            return checked_address(value)
+            checked_address(address)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            raise click.BadParameter(str(error)) from None
+    return value
 
-
-ADDRESS = _Address()
-"""Where a server is, or several behind a name, as in the configuration of a trainer."""
 
 access_option = click.option(
     "--access",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from kdmesh import check, cluster_commands, evaluation, generation, harness, jobs, local, planning, token_files
-from kdmesh.access_option import ADDRESS, access_option, read_access
+from kdmesh.access_option import access_option, checked_addresses, read_access
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.log import can_redraw
@@ -191,7 +191,12 @@ def check_command(config: Path, overrides: tuple[str, ...]) -> None:
 
 @main.command()
 @click.option(
-    "--teacher", "address", type=ADDRESS, required=True, metavar="HOST:PORT", help="The teacher server to judge."
+    "--teacher",
+    "address",
+    callback=checked_addresses,
+    required=True,
+    metavar="HOST:PORT",
+    help="The teacher server to judge.",
 )
 @click.option(
     "--model",

@@ -13,7 +13,7 @@ import click
 import yaml
 
 from kdmesh import log
-from kdmesh.access_option import ADDRESS, access_option, read_access
+from kdmesh.access_option import access_option, checked_addresses, read_access
 from kdmesh.chat_template import TemplateSetting
 from kdmesh.errors import ConfigError
 from kdmesh.local import Stopped
@@ -24,11 +24,13 @@ _GENERATE_S = 3600.0  # for the answers to one prompt
 
 
 @click.command()
-@click.option("--rollout", "rollouts", type=ADDRESS, multiple=True, metavar="HOST:PORT", help="A rollout server.")
+@click.option(
+    "--rollout", "rollouts", callback=checked_addresses, multiple=True, metavar="HOST:PORT", help="A rollout server."
+)
 @click.option(
     "--teacher",
     "teachers",
-    type=ADDRESS,
+    callback=checked_addresses,
     multiple=True,
     metavar="HOST:PORT",
     help="A teacher, instead of rollout servers.",
