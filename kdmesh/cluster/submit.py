@@ -7,7 +7,7 @@ from typing import Any
 
 from kdmesh.cluster.client import Cluster
 from kdmesh.cluster.jobs import find_pods
-from kdmesh.cluster.kinds import JOB, JOB_SET, KINDS, TRAIN_JOB, TRAINING
+from kdmesh.cluster.kinds import CLAIM, JOB, JOB_SET, KINDS, TRAIN_JOB, TRAINING
 from kdmesh.cluster.manifests import Manifests
 from kdmesh.cluster.plan import JobKind
 from kdmesh.cluster.refusals import AlreadyExists
@@ -82,11 +82,18 @@ def _refuse_taken(cluster: Cluster, name: str) -> None:
 
 
 def _create_claim(cluster: Cluster, claim: dict[str, Any]) -> str | None:
-    """Its name, where it is there already."""
+    """Its name, where it is there already. Raises ClusterError where not all nodes could mount that one."""
     try:
         cluster.create(claim)
     except AlreadyExists:
         name: str = claim["metadata"]["name"]
+        found = cluster.get(CLAIM, name) or claim  # the second: it went meanwhile
+        wanted, modes = claim["spec"]["accessModes"], found["spec"]["accessModes"]
+        if "ReadWriteMany" in wanted and "ReadWriteMany" not in modes:
+            raise ClusterError(
+                f"the claim {name} in namespace {cluster.namespace} is {', '.join(modes)}, which one machine mounts, "
+                "and the job has several nodes: take --nodes 1, another --name, or a --claim that is ReadWriteMany"
+            ) from None
         return name
     return None
 

@@ -144,6 +144,20 @@ def test_a_claim_that_is_there_is_continued(cluster: FakeCluster) -> None:
     assert "the claim my-student-output is there already, and is continued" in said
 
 
+def test_a_claim_that_one_machine_can_mount_is_not_continued_on_several(cluster: FakeCluster) -> None:
+    run(*SUBMIT)
+    run("cancel", "my-student")
+    said = run(*SUBMIT, "--nodes", "2", code=2).output
+    assert "the claim my-student-output in namespace ml is ReadWriteOnce, which one machine mounts" in said
+    assert [cluster.names(plural) for plural in ("trainjobs", "trainingruntimes", "configmaps")] == [[], [], []]
+    run(*SUBMIT)
+    run("cancel", "my-student")
+    cluster.remove("persistentvolumeclaims", "my-student-output")
+    run(*SUBMIT, "--nodes", "2")
+    run("cancel", "my-student")
+    run(*SUBMIT)
+
+
 def test_a_name_stands_for_one_job(cluster: FakeCluster) -> None:
     run(*SUBMIT)
     said = run(*SUBMIT, "--nodes", "2", code=2).output
