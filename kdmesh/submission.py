@@ -20,6 +20,7 @@ from kdmesh_trainer.objective_config import Distill
 
 _CPUS_PER_RANK = 4
 _MEMORY_GIB_PER_RANK = 32
+_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")  # as the chart has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) ->
         user=wishes.user,
         mounts=mounts,
         secrets=tuple(map(_secret_variable, wishes.secret_variables)),
-        variables=tuple(_pair(text, "--env", "NAME=VALUE") for text in wishes.variables),
+        variables=tuple(map(_variable, wishes.variables)),
         queue=wishes.queue,
         service_account=wishes.service_account,
         asks_cluster=any(address.startswith("k8s:") for address in _addresses(cfg)),
@@ -240,6 +241,16 @@ def _secret_variable(text: str) -> SecretVariable:
     if not (secret and slash and key):
         raise ConfigError(f"--secret-env {text!r} is not of the form {form}")
     return SecretVariable(name=name, secret=secret, key=key)
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, value = _pair(text, "--env", "NAME=VALUE")
+    if _SECRET.search(name):
+        raise ConfigError(
+            f"--env {name} looks like a secret, which whoever may look at the job would read: put it in a Secret, and "
+            f"say --secret-env {name}=SECRET/KEY"
+        )
+    return name, value
 
 
 def _taint(text: str) -> Taint:

@@ -93,6 +93,7 @@ def test_the_schema_refuses(setting: str, sentence: str) -> None:
         ),
         (["teacher.config.slab.slots=64"], "takes 64 x 64 MiB, which is all of resources.limits.memory (4Gi) or more"),
         (['teacher.env={"HF_TOKEN":"hf_abc"}'], "teacher.env.HF_TOKEN looks like a secret"),
+        (['teacher.env={"AWS_SECRET_ACCESS_KEY":"a"}'], "teacher.env.AWS_SECRET_ACCESS_KEY looks like a secret"),
         (["teacher.nodes=2"], "teacher.nodes is 2, but an engine of kind transformers works on one"),
         (["teacher.rowCache.enabled=true"], "teacher.config.cache.directory_mib go together"),
         (['teacher.config.cache={"directory_mib":5}'], "teacher.config.cache.directory_mib go together"),

@@ -113,6 +113,8 @@ def test_what_configures_a_server_is_not_submitted(tmp_path: Path) -> None:
         ("secrets", "token", "--secret 'token' is not of the form SECRET:/path"),
         ("secret_variables", "KEY=secret", "--secret-env 'KEY=secret' is not of the form NAME=SECRET/KEY"),
         ("variables", "KEY", "--env 'KEY' is not of the form NAME=VALUE"),
+        ("variables", "WANDB_API_KEY=a", "say --secret-env WANDB_API_KEY=SECRET/KEY"),
+        ("variables", "AWS_SECRET_ACCESS_KEY=a", "--env AWS_SECRET_ACCESS_KEY looks like a secret"),
         ("resources", "rdma/ib", "--resource 'rdma/ib' is not of the form NAME=AMOUNT"),
     ],
 )

@@ -116,7 +116,7 @@
 
 {{- define "kdmesh.checkEnvironment" -}}
 {{- range $key, $_ := .values.env -}}
-{{- if regexMatch "(TOKEN|SECRET|PASSWORD|API_KEY)$" $key -}}
+{{- if regexMatch "(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$" $key -}}
 {{- fail (printf "%s.env.%s looks like a secret, which Helm would keep in the release: put it in a Secret and name that in %s.secretEnv" $.name $key $.name) -}}
 {{- end -}}
 {{- end -}}
