@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
 from kdmesh.models.placement import DTYPES
 from kdmesh.models.vision import reads_images
 from kdmesh.serving.revival import RestartLimits
+from kdmesh.sglang import shared_files
 from kdmesh.sglang.arguments import num_schedulers, server_arguments
 from kdmesh.sglang.config import SglangModel
 from kdmesh.sglang.schedulers import Schedulers
@@ -56,6 +58,7 @@ class SglangRuntime:
         self._socket_variable = socket_variable
         self._arguments = arguments
         self._stack = contextlib.ExitStack()
+        self._shared_files: Iterable[Path] = ()
         self._death: asyncio.Future[str]
         self._reason: str | None = None  # why it is dead
         self._on_death: Callable[[str], None] = lambda reason: None
@@ -85,6 +88,7 @@ class SglangRuntime:
         with surroundings(directory=str(directory), variables=variables):
             self._start_engine()
         self.schedulers.wait_reports(num_schedulers(config), _REPORT_S)
+        self._shared_files = shared_files.mapped_by(self.schedulers.pids)  # while they live
         self.schedulers.watch(self._died)
         if config.node_rank > 0:
             raise EngineFailure(self.loop.run_until_complete(self._death))
@@ -105,7 +109,7 @@ class SglangRuntime:
             on_death(self._reason)
 
     def close(self) -> None:
-        """Kill SGLang's processes, all of which are this process's children."""
+        """Kill SGLang's processes, all of which are this process's children, and remove what they leave."""
         from sglang.srt.utils import kill_process_tree
 
         self._stack.close()
@@ -113,6 +117,7 @@ class SglangRuntime:
             self.engine.shutdown()
         else:
             kill_process_tree(os.getpid(), include_parent=False)
+        shared_files.remove(self._shared_files)
 
     def _start_engine(self) -> None:
         # Not at the top: the environment must be set before.

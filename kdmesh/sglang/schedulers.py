@@ -76,6 +76,11 @@ class Schedulers:
                     f"the SGLang scheduler {scheduler.hello.rank} could not hook {', '.join(scheduler.hello.unhooked)}"
                 )
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of those that have reported."""
+        return tuple(scheduler.pid for scheduler in self._schedulers)
+
     def watch(self, on_death: Callable[[str], None]) -> None:
         """From now on call `on_death` with the reason, once and from a thread, when a scheduler dies."""
         self._watcher = threading.Thread(target=self._watch, args=(on_death,), name="sglang-schedulers", daemon=True)

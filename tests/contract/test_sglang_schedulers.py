@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import create_segment, map_readonly
+from kdmesh.sglang import shared_files
 from kdmesh.sglang.schedulers import Schedulers
 
 SIZE = 1 << 16
@@ -139,3 +141,35 @@ def test_a_scheduler_without_a_hook_is_refused(tmp_path: Path) -> None:
         reported(tmp_path, hello(), hello(unhooked=["a.b"])),
     ):
         pass
+
+
+_MAPS = """
+import mmap, sys
+files = [open(path, "r+b") for path in sys.argv[1:]]
+mappings = [mmap.mmap(file.fileno(), 0) for file in files]
+print(len(mappings), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_named_memory_that_a_killed_process_made_is_removed_and_nothing_else() -> None:
+    files = [Path("/dev/shm", f"{prefix}{secrets.token_hex(8)}") for prefix in ("sgl_shm_mq_", "sem.mp-", "cuda.shm.")]
+    unmapped = Path("/dev/shm", f"sgl_shm_mq_{secrets.token_hex(8)}")
+    try:
+        for file in (*files, unmapped):
+            file.write_bytes(b"12345678")
+        arguments = [sys.executable, "-c", _MAPS, *map(str, files)]
+        with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"3\n"
+            files[1] = files[1].rename(f"{files[1]}x")  # as a semaphore gets its name
+            found = shared_files.mapped_by([process.pid])
+            process.kill()
+        assert found == set(files[:2])
+        assert not shared_files.mapped_by([process.pid])
+        shared_files.remove(found)
+        shared_files.remove(found)
+        assert [file.exists() for file in (*files, unmapped)] == [False, False, True, True]
+    finally:
+        for file in (*files, unmapped):
+            file.unlink(missing_ok=True)

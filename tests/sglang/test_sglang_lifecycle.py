@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import httpx
@@ -110,15 +111,27 @@ def test_an_engine_that_was_not_made_for_it_does_not_sleep(tiny_models: TinyMode
         assert teacher.get("/readyz") == {"status": "ready"}
 
 
+def named_memory(processes: Iterable[psutil.Process]) -> list[str]:
+    """Files of /dev/shm that these processes have mapped, by whatever name."""
+    maps = [
+        line.split() for process in processes for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    ]
+    inodes = {int(fields[4]) for fields in maps if len(fields) > 5 and fields[5].startswith("/dev/shm/")}
+    return [file.path for file in os.scandir("/dev/shm") if file.inode() in inodes]
+
+
 def test_sigterm_leaves_no_process_and_no_file(tiny_models: TinyModels, directory: Path) -> None:
     with sglang_teacher(directory, tiny_models.path("qwen3")) as teacher:
         family = children(teacher)
+        named = named_memory(family)
+        assert named
         teacher.signal(signal.SIGTERM)
         _, errors = teacher.process.communicate(timeout=30)
         assert teacher.process.returncode == 0, errors
         psutil.wait_procs(family, timeout=10)
         assert not [child for child in family if child.is_running()]
         assert os.listdir(directory) == ["teacher.yaml"]
+        assert not list(filter(os.path.exists, named))
 
 
 def test_another_version_is_refused(tiny_models: TinyModels, directory: Path) -> None:
