@@ -80,6 +80,7 @@ def test_a_failure_that_was_told_is_one_for_the_other_ranks_too(
         steps=1,
         evaluation=SimpleNamespace(rollouts=None, every=1),
         checkpoint=SimpleNamespace(every=1),
+        export=SimpleNamespace(every=None),
         tracing=None,
     )
     assert command._join(cfg) == status  # type: ignore[arg-type]
