@@ -53,6 +53,7 @@ def engine(**members: object) -> SglangEngine:
         ({"arguments": {"max_running_requests": 2}}, "max_running_requests cannot be given; set engine.max_running"),
         ({"arguments": {"weight_version": "x"}}, "weight_version cannot be given; the server decides it"),
         ({"arguments": {"speculative_algorithm": "EAGLE"}}, "a drafted token has no log-probability here"),
+        ({"arguments": {"enable_hierarchical_cache": True}}, "new weights would be refused while it copies prefixes"),
         ({"arguments": {"tp_size": 2}}, "tp_size cannot be given; set engine.tensor_parallel instead"),
         ({"data_parallel": 2}, "Input should be 1"),
         ({"num_nodes": 2}, "Input should be 1"),

@@ -14,6 +14,8 @@ _DECIDED = {
     "weight_version": "the server decides it",
     "max_running_requests": "set engine.max_running instead",
     "speculative_algorithm": "a drafted token has no log-probability here",
+    # SGLang 0.5.23 notices that a copy is done only while it is not paused, and refuses new weights until it has.
+    "enable_hierarchical_cache": "new weights would be refused while it copies prefixes to the host",
 }
 
 
