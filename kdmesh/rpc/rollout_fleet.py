@@ -14,7 +14,8 @@ from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask, RolloutClient
 from kdmesh.rpc.routing import RoutingPolicy
-from kdmesh.types import RolloutDescription, Sample, SleepTag
+from kdmesh.rpc.server_fleet import ServerFleet
+from kdmesh.types import RolloutDescription, Sample
 
 # One job has these servers for itself: what it has sent is all they have to do. How long an answer takes says little:
 # it goes by the lengths of the responses.
@@ -22,7 +23,7 @@ _ROUTING = RoutingPolicy(choices=1000, slow_start_s=0, slow_factor=math.inf)
 _SAME = ("architecture_fingerprint", "tokenizer_fingerprint", "vocabulary_size", "dtype")
 
 
-class RolloutFleet:
+class RolloutFleet(ServerFleet[RolloutClient]):
     """Belongs to one event loop.
 
     Args:
@@ -56,28 +57,10 @@ class RolloutFleet:
         assert self._model is not None
         return self._model
 
-    @property
-    def retries(self) -> int:
-        """Requests that were sent once more."""
-        return self._replicas.retries
-
     async def start(self, deadline: Deadline) -> None:
-        """Connect. Returns when every server has been tried and one answers.
-
-        Raises:
-            ConfigError, ModelMismatch, Unauthenticated, PermissionDenied: a server that answers is of no use.
-            DeadlineExpired: none answers.
-        """
-        await self._replicas.start(deadline)
+        """See ServerFleet."""
+        await super().start(deadline)
         self._has_started = True
-
-    async def set_asleep(self, tags: frozenset[SleepTag], deadline: Deadline) -> None:
-        """See Replicas."""
-        await self._replicas.set_asleep(tags, deadline)
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await self._replicas.close()
 
     @property
     def addresses(self) -> tuple[str, ...]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.pending_samples import PendingSamples
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import Ask
 from kdmesh.rpc.rollout_fleet import RolloutFleet
-from kdmesh.types import EVERY_TAG, Int32Array, PlacedImage, RolloutDescription, Sample, Sampling, SleepTag
+from kdmesh.rpc.server_pool import ServerPool
+from kdmesh.types import Int32Array, PlacedImage, RolloutDescription, Sample, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +24,7 @@ class RolloutStats:
     retries: int  # requests that were sent once more, for the samples that were missing
 
 
-class RolloutPool:
+class RolloutPool(ServerPool[RolloutFleet]):
     """Asks for samples ahead of their use; one background thread does the rest. A context manager.
 
     Requests go to the server with the fewest outstanding tokens. When a server dies, the samples that it still owed
@@ -63,34 +61,20 @@ class RolloutPool:
             connect_s: longest wait for the first server; None: as long as for a request.
         """
         assert addresses
-        self._deadline_s = deadline_s
-        self._connect_s = deadline_s if connect_s is None else connect_s
         self._sample_s = deadline_s * (requests_ahead + 1)
         self._samples = 0
         self._outdated: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._loop = BackgroundLoop()
-        try:
-            self._fleet = self._loop.run(
-                self._open,
-                lambda: RolloutFleet(
-                    Discovery(addresses),
-                    job=job,
-                    architecture_fingerprint=architecture_fingerprint,
-                    on_outdated=self._tell_outdated,
-                    access=access,
-                ),
-            )
-        except BaseException:
-            self._loop.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        super().__init__(
+            lambda: RolloutFleet(
+                Discovery(addresses),
+                job=job,
+                architecture_fingerprint=architecture_fingerprint,
+                on_outdated=self._tell_outdated,
+                access=access,
+            ),
+            deadline_s=deadline_s,
+            connect_s=connect_s,
+        )
 
     def describe(self) -> RolloutDescription:
         """The model that every server serves; limits are those of the narrowest.
@@ -131,26 +115,6 @@ class RolloutPool:
         )
         return PendingSamples(self._loop.start(self._sample, ask, on_sample))
 
-    def sleep(self, tags: Set[SleepTag] = EVERY_TAG) -> None:
-        """Have every rollout server give these back, and nothing else; also those that connect later. Blocks.
-
-        Nothing should be under way: what waits there fails and is tried again, what is computed is waited for.
-
-        Raises:
-            DeadlineExpired: a rollout server did not finish what it computes in time.
-            InvalidRequest: a rollout server's engine cannot sleep.
-        """
-        self._loop.run(self._fleet.set_asleep, frozenset(tags), Deadline.after(self._deadline_s))
-
-    def wake(self, *, within_s: float | None = None) -> None:
-        """Have every rollout server take everything again; also those that connect later. Blocks.
-
-        Raises:
-            DeadlineExpired: a rollout server did not get the memory in time: `within_s`, or this pool's deadline.
-        """
-        deadline = Deadline.after(self._deadline_s if within_s is None else within_s)
-        self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), deadline)
-
     def note_weights(self, version: int, *, behind: Collection[str]) -> None:
         """Every server but those at the addresses `behind` serves this version now. Blocks, shortly."""
         self._loop.run(self._note, version, behind)
@@ -179,22 +143,7 @@ class RolloutPool:
         """What was done so far."""
         return RolloutStats(samples=self._samples, retries=self._fleet.retries)
 
-    def close(self) -> None:
-        """Abort what is under way and end the thread; whoever still waits gets Unavailable."""
-        if not self._loop.is_closed:
-            self._loop.run(self._fleet.close)
-            self._loop.close()
-
     # On the loop
-
-    async def _open(self, make: Callable[[], RolloutFleet]) -> RolloutFleet:
-        fleet = make()
-        try:
-            await fleet.start(Deadline.after(self._connect_s))
-        except BaseException:
-            await fleet.close()
-            raise
-        return fleet
 
     async def _note(self, version: int, behind: Collection[str]) -> None:
         await self._fleet.note_weights(version, behind)

@@ -5,26 +5,24 @@ from __future__ import annotations
 import asyncio
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import torch
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import InvalidRequest
 from kdmesh.losses.head import OutputHead
-from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.doors import DoorChoice, Wire
-from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.pending_rows import ArrivedRows, PendingRows
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import DEFAULT_ROUTING, RoutingPolicy
+from kdmesh.rpc.server_pool import ServerPool
 from kdmesh.rpc.splitting import split
 from kdmesh.rpc.teacher_client import TeacherRows
-from kdmesh.types import EVERY_TAG, CacheAnswer, ModelDescription, SleepTag, TokenSequence
+from kdmesh.rpc.teacher_fleet import TeacherFleet
+from kdmesh.types import CacheAnswer, ModelDescription, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +44,7 @@ class ClientStats:
 _KEPT_S = 24 * 3600.0  # of a request that nobody waits for yet
 
 
-class TeacherPool:
+class TeacherPool(ServerPool[TeacherFleet]):
     """Asks for rows ahead of their use; one background thread does the rest. A context manager.
 
     Requests go to the replica that answers first, by what the replicas say they have to do. When a replica dies, its
@@ -59,7 +57,7 @@ class TeacherPool:
 
     Raises, when opened:
         DeadlineExpired: no teacher answers within `connect_s`.
-        ModelMismatch: the teachers serve different models, or another than `model_fingerprint`.
+        ModelMismatch: the teachers serve different models.
         Unauthenticated, PermissionDenied: a teacher does not let this job in.
         ConfigError: `door` is shm, and a teacher is not on this node; or `access` cannot be used.
     """
@@ -71,7 +69,6 @@ class TeacherPool:
         job: str,
         door: DoorChoice = "auto",
         deadline_s: float = 300.0,
-        model_fingerprint: str = "",
         move_after_s: float = 2.0,
         access: AccessConfig = OPEN_ACCESS,
         routing: RoutingPolicy = DEFAULT_ROUTING,
@@ -87,7 +84,6 @@ class TeacherPool:
             job: name for the logs and metrics of teachers that ask nobody who they are.
             door: how rows come; auto takes shared memory where a teacher is on this node.
             deadline_s: longest wait for one request, retries and a teacher's restart included.
-            model_fingerprint: the model that is wanted; empty takes the first teacher's.
             move_after_s: see above.
             access: how to get in.
             routing: which replica gets a request.
@@ -97,37 +93,22 @@ class TeacherPool:
             connect_s: longest wait for the first server; None: as long as for a request.
         """
         assert addresses
-        self._deadline_s = deadline_s
-        self._connect_s = deadline_s if connect_s is None else connect_s
         self._move_after_s = move_after_s
         self._requests = self._moved = 0
-        self._loop = BackgroundLoop()
-        try:
-            self._fleet = self._loop.run(
-                self._open,
-                lambda: Fleet(
-                    Discovery(addresses),
-                    job=job,
-                    door=door,
-                    model_fingerprint=model_fingerprint,
-                    access=access,
-                    routing=routing,
-                    wire=wire,
-                    gpu=gpu,
-                    uses_cache=uses_cache,
-                ),
-            )
-        except BaseException:
-            self._loop.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        super().__init__(
+            lambda: TeacherFleet(
+                Discovery(addresses),
+                job=job,
+                door=door,
+                access=access,
+                routing=routing,
+                wire=wire,
+                gpu=gpu,
+                uses_cache=uses_cache,
+            ),
+            deadline_s=deadline_s,
+            connect_s=connect_s,
+        )
 
     def describe(self) -> ModelDescription:
         """The model that every teacher serves; limits are those of the narrowest."""
@@ -175,26 +156,6 @@ class TeacherPool:
         """
         return self._loop.run(self._fleet.head, Deadline.after(self._deadline_s))
 
-    def sleep(self, tags: Set[SleepTag] = EVERY_TAG) -> None:
-        """Have every teacher give these back, and nothing else; also those that connect later. Blocks.
-
-        Nothing should be under way: what waits there fails and is tried again, what is computed is waited for.
-
-        Raises:
-            DeadlineExpired: a teacher did not finish what it computes in time.
-            InvalidRequest: a teacher's engine cannot sleep.
-        """
-        self._loop.run(self._fleet.set_asleep, frozenset(tags), Deadline.after(self._deadline_s))
-
-    def wake(self, *, within_s: float | None = None) -> None:
-        """Have every teacher take everything again; also those that connect later. Blocks.
-
-        Raises:
-            DeadlineExpired: a teacher did not get the memory in time: `within_s`, or this pool's deadline.
-        """
-        deadline = Deadline.after(self._deadline_s if within_s is None else within_s)
-        self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), deadline)
-
     def stats(self) -> ClientStats:
         """What was done so far."""
         return ClientStats(
@@ -205,22 +166,7 @@ class TeacherPool:
             imbalance=self._fleet.imbalance,
         )
 
-    def close(self) -> None:
-        """Close the sessions and end the thread; whoever still waits gets Unavailable. Tensors stay good."""
-        if not self._loop.is_closed:
-            self._loop.run(self._fleet.close)
-            self._loop.close()
-
     # On the loop
-
-    async def _open(self, make: Callable[[], Fleet]) -> Fleet:
-        fleet = make()
-        try:
-            await fleet.start(Deadline.after(self._connect_s))
-        except BaseException:
-            await fleet.close()
-            raise
-        return fleet
 
     async def _answer(
         self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline, version: int, keep: bool

@@ -12,10 +12,10 @@ import torch
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import DeadlineExpired, InvalidRequest, PermissionDenied, Unauthenticated
 from kdmesh.rpc.discovery import Discovery
-from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollout_client import RolloutClient
 from kdmesh.rpc.rollout_fleet import RolloutFleet
+from kdmesh.rpc.teacher_fleet import TeacherFleet
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.types import EVERY_TAG, DType
 from kdmesh.weights.manifest import TensorSpec
@@ -28,8 +28,8 @@ from tests.support.teacher_server import running_teacher
 FINGERPRINT = "fa4e0000003cfloat32"  # of the fake engine
 
 
-def fleet(address: str, access: AccessConfig) -> Fleet:
-    return Fleet(Discovery([address]), job="label", door="stream", model_fingerprint="", access=access)
+def fleet(address: str, access: AccessConfig) -> TeacherFleet:
+    return TeacherFleet(Discovery([address]), job="label", door="stream", access=access)
 
 
 async def test_a_job_that_was_never_let_in_is_told_at_once(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ async def test_a_server_that_ends_the_stream_for_want_of_a_role_is_left_at_once(
 
 async def test_a_name_that_no_server_takes_is_told_at_once(tmp_path: Path) -> None:
     async with running_teacher(tmp_path) as teacher:
-        teachers = Fleet(Discovery([teacher.addresses.grpc]), job="x" * 130, door="stream", model_fingerprint="")
+        teachers = TeacherFleet(Discovery([teacher.addresses.grpc]), job="x" * 130, door="stream")
         with pytest.raises(InvalidRequest, match="has 130 characters"):
             await teachers.start(Deadline.after(60))
         await teachers.close()

@@ -13,9 +13,9 @@ import torch
 
 from kdmesh.cluster.client import Cluster
 from kdmesh.rpc.discovery import Discovery
-from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import RoutingPolicy
+from kdmesh.rpc.teacher_fleet import TeacherFleet
 from tests.support.fake_cluster import FakeCluster, fake_cluster
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
@@ -49,8 +49,8 @@ def port_of(teacher: RunningTeacher) -> int:
 
 
 @contextlib.asynccontextmanager
-async def fleet(discovery: Discovery) -> AsyncIterator[Fleet]:
-    opened = Fleet(discovery, job="test", door="stream", model_fingerprint="", routing=PROMPT)
+async def fleet(discovery: Discovery) -> AsyncIterator[TeacherFleet]:
+    opened = TeacherFleet(discovery, job="test", door="stream", routing=PROMPT)
     try:
         await opened.start(Deadline.after(20))
         yield opened
@@ -58,13 +58,13 @@ async def fleet(discovery: Discovery) -> AsyncIterator[Fleet]:
         await opened.close()
 
 
-async def ask(opened: Fleet, seed: int = 0) -> None:
+async def ask(opened: TeacherFleet, seed: int = 0) -> None:
     asked = sequence(9, seed=seed)
     rows = await opened.ask([asked], Deadline.after(20), weight_version=1)
     assert torch.equal(rows.rows_RD, expected_rows([asked]))
 
 
-async def until(opened: Fleet, *teachers: RunningTeacher) -> None:
+async def until(opened: TeacherFleet, *teachers: RunningTeacher) -> None:
     """Return when exactly these are wanted."""
     while opened._replicas.addresses != {teacher.addresses.grpc for teacher in teachers}:
         await opened._replicas._change()

@@ -249,11 +249,6 @@ def test_teachers_of_different_models_are_refused(teacher: TeacherProcess, tmp_p
         TeacherPool([teacher.grpc, other.grpc], job="test", deadline_s=10)
 
 
-def test_another_model_than_the_wanted_is_refused(teacher: TeacherProcess) -> None:
-    with pytest.raises(errors.ModelMismatch, match="the request is for model 1234; this server has fa4e"):
-        TeacherPool([teacher.grpc], job="test", deadline_s=10, model_fingerprint="1234")
-
-
 def test_teacher_that_never_answers_is_named() -> None:
     with pytest.raises(errors.DeadlineExpired, match=r"no teacher is ready within 0\.3 s \(127\.0\.0\.1:1: "):
         TeacherPool(["127.0.0.1:1"], job="test", deadline_s=0.3)

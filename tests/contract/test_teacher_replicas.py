@@ -14,11 +14,11 @@ import torch
 from kdmesh.errors import DeadlineExpired, EngineFailure, ModelMismatch
 from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.doors import DoorChoice
-from kdmesh.rpc.fleet import Fleet
 from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import RoutingPolicy
 from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
+from kdmesh.rpc.teacher_fleet import TeacherFleet
 from kdmesh.types import ServerLoad
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
@@ -44,8 +44,8 @@ class Names:
 @contextlib.asynccontextmanager
 async def fleet(
     discovery: Discovery, *, door: DoorChoice = "stream", routing: RoutingPolicy = PROMPT, deadline_s: float = 20
-) -> AsyncIterator[Fleet]:
-    opened = Fleet(discovery, job="test", door=door, model_fingerprint="", routing=routing)
+) -> AsyncIterator[TeacherFleet]:
+    opened = TeacherFleet(discovery, job="test", door=door, routing=routing)
     try:
         await opened.start(Deadline.after(deadline_s))
         yield opened
@@ -61,14 +61,14 @@ def listed(*teachers: RunningTeacher) -> Discovery:
     return Discovery([one.addresses.grpc for one in teachers])
 
 
-async def ask(opened: Fleet, num_tokens: int = 9, *, seed: int = 0) -> TeacherRows:
+async def ask(opened: TeacherFleet, num_tokens: int = 9, *, seed: int = 0) -> TeacherRows:
     asked = sequence(num_tokens, seed=seed)
     rows = await opened.ask([asked], Deadline.after(20), weight_version=1)
     assert torch.equal(rows.rows_RD, expected_rows([asked]))
     return rows
 
 
-async def until_answered_by(opened: Fleet, teacher: RunningTeacher) -> None:
+async def until_answered_by(opened: TeacherFleet, teacher: RunningTeacher) -> None:
     before = len(teacher.engine.batches)
     while len(teacher.engine.batches) == before:
         await ask(opened)

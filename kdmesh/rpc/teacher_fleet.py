@@ -16,11 +16,12 @@ from kdmesh.rpc.doors import DoorChoice, Wire
 from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import DEFAULT_ROUTING, RoutingPolicy
+from kdmesh.rpc.server_fleet import ServerFleet
 from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
-from kdmesh.types import CacheAnswer, ModelDescription, SleepTag, TokenSequence
+from kdmesh.types import CacheAnswer, ModelDescription, TokenSequence
 
 
-class Fleet:
+class TeacherFleet(ServerFleet[TeacherClient]):
     """Replicas of one model. Belongs to one event loop.
 
     Attributes:
@@ -33,7 +34,6 @@ class Fleet:
         *,
         job: str,
         door: DoorChoice,
-        model_fingerprint: str,
         access: AccessConfig = OPEN_ACCESS,
         routing: RoutingPolicy = DEFAULT_ROUTING,
         wire: Wire = "exact",
@@ -49,7 +49,7 @@ class Fleet:
         self._model: ModelDescription | None = None
         self.weight_version = 0
         self._is_following = False
-        self._fingerprint = model_fingerprint
+        self._fingerprint = ""  # of the first one's model
         self._outdated: set[str] = set()  # addresses of replicas that were found without the weights that are wanted
         self._replicas = Replicas(
             "teacher",
@@ -71,31 +71,9 @@ class Fleet:
         return {client.door.name: client.door_reason for client in self._replicas.clients}
 
     @property
-    def retries(self) -> int:
-        """Requests that were sent once more."""
-        return self._replicas.retries
-
-    @property
     def imbalance(self) -> float | None:
         """See Replicas."""
         return self._replicas.imbalance
-
-    async def start(self, deadline: Deadline) -> None:
-        """Connect. Returns when every replica has been tried and one answers.
-
-        Raises:
-            ConfigError, ModelMismatch, Unauthenticated, PermissionDenied: a replica that answers is of no use.
-            DeadlineExpired: none answers.
-        """
-        await self._replicas.start(deadline)
-
-    async def set_asleep(self, tags: frozenset[SleepTag], deadline: Deadline) -> None:
-        """See Replicas."""
-        await self._replicas.set_asleep(tags, deadline)
-
-    async def close(self) -> None:
-        """Close every session."""
-        await self._replicas.close()
 
     def follow(self, weight_version: int) -> None:
         """Every replica has new weights, of this version; a replica that is found without them is not used."""
