@@ -6,10 +6,11 @@ import contextlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.rendered_chart import Manifest, of_kind
+from tests.support.teacher_process import started
 
 Secrets = Mapping[str, Mapping[str, str]]
 """By name: the keys and their values."""
@@ -38,25 +39,11 @@ def here(text: str, root: Path, variables: Mapping[str, str] | None = None) -> s
     return re.sub(r"\$\((\w+)\)", lambda match: (variables or {})[match[1]], moved)
 
 
-@contextlib.contextmanager
 def running(
     pod: Manifest, root: Path, *more: str, variables: Mapping[str, str], environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen[str]]:
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     """The first container's command, with `more` arguments; killed on exit if it still runs."""
     container = pod["spec"]["containers"][0]
     (program,) = container["command"]
     arguments = [here(argument, root, variables) for argument in container["args"]]
-    process = subprocess.Popen(
-        [sys.executable, str(Path(sys.executable).with_name(program)), *arguments, *more],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**environment, "TMPDIR": str(root)},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
+    return started(root, str(Path(sys.executable).with_name(program)), *arguments, *more, environment=environment)

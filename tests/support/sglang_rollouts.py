@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import psutil
 import yaml
 
 from tests.support.sglang_teachers import sglang_environment
-from tests.support.teacher_process import TeacherProcess, await_ready
+from tests.support.teacher_process import TeacherProcess, await_ready, started
 
 # SGLang on a CPU needs to be told how much memory its KV cache may take.
 _ARGUMENTS = {"max_total_tokens": 16384}
@@ -35,10 +34,9 @@ def rollout_tree(model: Path, **engine: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-@contextlib.contextmanager
 def starting(
     directory: Path, model: Path, *, variables: Mapping[str, str] | None = None, **engine: Any
-) -> Iterator[subprocess.Popen[str]]:
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     """A server that may not be ready yet; killed on exit if it still runs.
 
     Args:
@@ -49,20 +47,7 @@ def starting(
     """
     path = directory / "rollout.yaml"
     path.write_text(yaml.safe_dump(rollout_tree(model, **engine)), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kdmesh_rollout", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=sglang_environment(TMPDIR=str(directory), **(variables or {})),
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
+    return started(directory, "-m", "kdmesh_rollout", str(path), environment=sglang_environment(**(variables or {})))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.support.teacher_process import TeacherProcess, await_ready
+from tests.support.teacher_process import TeacherProcess, await_ready, started
 
 STANDIN = Path(__file__).parent / "sglang_standin"
 CHUNK_TOKENS = 128
@@ -51,10 +50,9 @@ def teacher_tree(model: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@contextlib.contextmanager
 def starting(
     directory: Path, model: Path, *, variables: Mapping[str, str] | None = None, **sections: dict[str, Any]
-) -> Iterator[subprocess.Popen[str]]:
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     """A server that may not be ready yet; killed on exit if it still runs.
 
     Args:
@@ -68,20 +66,7 @@ def starting(
         tree[name] = tree.get(name, {}) | keys
     path = directory / "teacher.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kdmesh_teacher", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=sglang_environment(TMPDIR=str(directory), **(variables or {})),
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
+    return started(directory, "-m", "kdmesh_teacher", str(path), environment=sglang_environment(**(variables or {})))
 
 
 @contextlib.contextmanager

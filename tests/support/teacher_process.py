@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,16 @@ def write_config(directory: Path, **sections: dict[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def started(directory: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    directory: Path, *command: str, environment: Mapping[str, str] = os.environ
+) -> Iterator[subprocess.Popen[str]]:
     """A Python process, killed on exit if it still runs. Its temporary files lie in `directory`."""
     process = subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TMPDIR": str(directory)},
+        env={**environment, "TMPDIR": str(directory)},
     )
     try:
         yield process
