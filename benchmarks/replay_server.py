@@ -54,7 +54,6 @@ class ReplayEngine:
                 padded_vocabulary_size=VOCABULARY_SIZE,
                 has_bias=False,
             ),
-            weight_version=1,
             max_sequence_tokens=NUM_ROWS + 1,
             max_batch_tokens=NUM_ROWS + 1,
             is_deterministic=True,

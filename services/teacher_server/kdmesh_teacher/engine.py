@@ -25,7 +25,6 @@ class EngineDescription:
     hidden_size: int
     dtype: DType  # of the rows
     head: HeadSpec
-    weight_version: int  # starts at 1
     max_sequence_tokens: int  # longest sequence the model takes, at most max_batch_tokens
     max_batch_tokens: int  # tokens of one prefill call, over all its jobs
     is_deterministic: bool

@@ -51,7 +51,6 @@ class FakeEngine:
                 padded_vocabulary_size=-(-config.vocabulary_size // 8) * 8,
                 has_bias=True,
             ),
-            weight_version=1,
             max_sequence_tokens=config.max_batch_tokens,
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=True,

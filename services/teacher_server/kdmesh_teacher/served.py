@@ -11,6 +11,9 @@ from kdmesh.handles.store import SlabStore
 from kdmesh.types import Handle
 from kdmesh_teacher.engine import EngineDescription, HeadParts
 
+FIRST_VERSION = 1
+"""Of the weights that an engine loads."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedWeights:
@@ -26,7 +29,7 @@ async def first_weights(store: SlabStore, parts: HeadParts, model: EngineDescrip
     matrices = [Matrix(data=parts.weight, rows=rows, cols=model.hidden_size, dtype=parts.dtype)]
     if parts.bias is not None:
         matrices.append(Matrix(data=parts.bias, rows=1, cols=rows, dtype=parts.dtype))
-    return ServedWeights(version=model.weight_version, head=await store.add_shared_segment(matrices))
+    return ServedWeights(version=FIRST_VERSION, head=await store.add_shared_segment(matrices))
 
 
 async def room_for_another_head(store: SlabStore, served: ServedWeights) -> tuple[Handle, ...]:

@@ -164,7 +164,6 @@ class SglangEngine(StagesInWeights):
             hidden_size=checkpoint.skeleton.config.get_text_config().hidden_size,
             dtype=dtype,
             head=head_spec(checkpoint.skeleton, tokens),
-            weight_version=1,
             max_sequence_tokens=min(self._runtime.max_input_tokens - 1, config.max_batch_tokens),
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=config.deterministic,

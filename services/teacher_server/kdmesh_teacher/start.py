@@ -33,7 +33,7 @@ from kdmesh_teacher.followed import FollowedJob
 from kdmesh_teacher.metrics import Metrics
 from kdmesh_teacher.parts import Parts
 from kdmesh_teacher.scheduler import QueueLimits, Scheduler
-from kdmesh_teacher.served import first_weights
+from kdmesh_teacher.served import FIRST_VERSION, first_weights
 
 if TYPE_CHECKING:
     from kdmesh.rpc.row_carrier import RowCarrier
@@ -136,7 +136,7 @@ def _updates(
         engine,
         architecture_fingerprint=model.architecture_fingerprint,
         apply=scheduler.apply,
-        version=model.weight_version,
+        version=FIRST_VERSION,
         policies=(UpdatePolicy.FINISH,),
         device=gpu(cfg.device) if isinstance(cfg, TransformersEngine) else None,
         admit=FollowedJob(lambda: {session.job for session in store.snapshot().sessions}).admit,
@@ -180,7 +180,7 @@ def _limited(model: EngineDescription, slab: SlabLimits, images: ImageStore | No
         hidden_size=model.hidden_size,
         dtype=model.dtype,
         head=model.head,
-        weight_version=model.weight_version,
+        weight_version=FIRST_VERSION,
         max_sequence_tokens=model.max_sequence_tokens,
         max_request_tokens=min(model.max_batch_tokens, _MAX_REQUEST_TOKENS),
         max_request_rows=max_rows,

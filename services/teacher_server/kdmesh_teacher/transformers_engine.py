@@ -130,7 +130,6 @@ class TransformersEngine(StagesInWeights):
             hidden_size=output_head(model).hidden_size,
             dtype=DTYPES[model.dtype],
             head=head,
-            weight_version=1,
             max_sequence_tokens=min(limit, config.max_batch_tokens),
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=config.deterministic,
