@@ -205,10 +205,10 @@ class RdmaDoor:
             if any(memory.overlaps(loaded) and memory != loaded for loaded in self._loaded):
                 # Memory that was there before is gone. NIXL would go on to use its keys.
                 await self._is_idle.wait()
-                await self._call(self._agent.remove_peer, self._peer, within_s=_CONNECT_S)
+                await self._call(self._agent.remove_peer, self._peer)
                 self._known.clear()
                 self._loaded.clear()
-            await self._call(self._agent.add_peer, memory, within_s=_CONNECT_S)
+            await self._call(self._agent.add_peer, memory)
         except Unavailable as error:
             self._fail(error)
             raise
@@ -216,7 +216,7 @@ class RdmaDoor:
 
     async def _read(self, source: RemoteMemory, *, offset_bytes: int, size_bytes: int) -> Buffer:
         """A buffer that begins with those bytes of the server."""
-        buffer = await self._call(self._buffers.take, size_bytes, within_s=_CONNECT_S)
+        buffer = await self._call(self._buffers.take, size_bytes)
         within_s = self._read_s + size_bytes / _SLOWEST_BYTES_PER_S
         try:
             async with asyncio.timeout(within_s):
@@ -243,13 +243,13 @@ class RdmaDoor:
             transfer = await asyncio.wrap_future(run(self._agent.poll, transfer))
         await asyncio.wrap_future(run(self._agent.end, transfer))
 
-    async def _call(self, call: Callable[[P], T], argument: P, *, within_s: float) -> T:
+    async def _call(self, call: Callable[[P], T], argument: P) -> T:
         """In the door's thread."""
         try:
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout(_CONNECT_S):
                 return await asyncio.wrap_future(self._thread.submit(call, argument))
         except TimeoutError:
-            raise Unavailable(f"RDMA: NIXL did not answer within {within_s} s") from None
+            raise Unavailable(f"RDMA: NIXL did not answer within {_CONNECT_S} s") from None
 
     def _fail(self, error: RpcError) -> None:
         if self._failure is None:

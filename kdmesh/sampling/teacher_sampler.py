@@ -14,7 +14,7 @@ from kdmesh.sampling.drawing import draw
 from kdmesh.sampling.growing import GrowingSample
 from kdmesh.sampling.logits import sampling_logits
 from kdmesh.sampling.stops import StopStrings
-from kdmesh.types import Int32Array, ModelDescription, PlacedImage, Sample, Sampling, TokenSequence
+from kdmesh.types import Int32Array, PlacedImage, Sample, Sampling, TokenSequence
 
 _TOGETHER = 256  # samples that get their next token at the same time
 _NEXT = 0  # stands behind the tokens so far, because a sequence's last one is never a position
@@ -45,10 +45,6 @@ class TeacherSampler:
         self._running: list[GrowingSample] = []
         self._finished: dict[int, Sample] = {}
         self._num_samples = 0
-
-    def describe(self) -> ModelDescription:
-        """The model that is sampled from."""
-        return self._pool.describe()
 
     def submit(
         self,
