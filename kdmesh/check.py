@@ -263,8 +263,8 @@ def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
 
 
 def _judging(cfg: TrainerConfig) -> Iterator[str]:
-    if cfg.data.held_out_dataset is not None:
-        yield from _dataset("data.held_out", cfg.data.held_out_dataset)
+    for name, dataset in cfg.data.held_out_datasets.items():
+        yield from _dataset(f"data.held_out.datasets.{name}" if name else "data.held_out", dataset)
     if cfg.evaluation.questions is not None:
         yield from _questions("evaluation.questions", cfg.evaluation.questions)
 

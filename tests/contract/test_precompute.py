@@ -118,10 +118,13 @@ async def test_an_interrupted_one_goes_on_where_it_was(tmp_path: Path, tiny_mode
         assert total < sum(server.prefilled)
 
 
-async def test_a_short_run_is_given_only_what_it_will_ask_for(tmp_path: Path, tiny_models: TinyModels) -> None:
+@pytest.mark.parametrize("length", [("steps=2",), ("steps=null", "epochs=0.25")])
+async def test_a_short_run_is_given_only_what_it_will_ask_for(
+    tmp_path: Path, tiny_models: TinyModels, length: tuple[str, ...]
+) -> None:
     model = tiny_models.path()
     async with teacher(tmp_path, model, memory_mib=8) as server:
-        cfg = trainer(tmp_path, model, server.address, "steps=2")
+        cfg = trainer(tmp_path, model, server.address, *length)
         assert await Told().precompute(cfg) == (13, 13)  # 2 steps of 4, 5 held out
 
 

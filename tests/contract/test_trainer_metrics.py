@@ -81,16 +81,15 @@ def test_steps_evaluations_and_doors_are_shown_with_the_jobs_name() -> None:
             )
         metrics.rows_came({"stream"}, None)
         metrics.rows_came({"shm"}, 1.25)
-        metrics.evaluated(
-            Scores(
-                kl_nats_per_token=None,
-                cross_entropy_nats_per_token=3.0,
-                top1_agreement=None,
-                num_loss_tokens=1,
-                num_sequences=1,
-            ),
-            seconds=2.0,
+        scores = Scores(
+            kl_nats_per_token=None,
+            cross_entropy_nats_per_token=3.0,
+            top1_agreement=None,
+            num_loss_tokens=1,
+            num_sequences=1,
         )
+        code = replace(scores, cross_entropy_nats_per_token=4.0)
+        metrics.evaluated(replace(scores, datasets={"code": code}), seconds=2.0)
         found = read(server.port)
     assert (found["step"], found["steps_total"], found["steps_wanted"]) == (4, 2, 7)
     assert (found["tokens_total"], found["loss_tokens_total"], found["step_seconds_count"]) == (200, 20, 2)
@@ -99,6 +98,7 @@ def test_steps_evaluations_and_doors_are_shown_with_the_jobs_name() -> None:
     assert (found["phase_seconds_total batch"], found["phase_seconds_total evaluate"]) == (1.0, 2.0)
     assert found["teacher_wait_seconds_total small"] == 0.5
     assert (found["held_out_cross_entropy_nats_per_token"], found["teacher_imbalance"]) == (3.0, 1.25)
+    assert found["held_out_dataset_cross_entropy_nats_per_token code"] == 4.0
     assert found["door shm"] == 1
     assert not found.keys() & {"door stream", "cross_entropy_nats_per_token", "held_out_kl_nats_per_token"}
 

@@ -19,7 +19,6 @@ from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.stop import AgreedStop, Stopping, StopSignals
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
@@ -33,7 +32,13 @@ def held_out() -> list[TokenSequence]:
     return random_sequences(5, seed=9, vocabulary_size=VOCABULARY_SIZE)
 
 
-def build_evaluator(student: Student, teacher: LocalTeacher | None, mesh: Mesh, max_tokens: int) -> HeldOutEvaluator:
+def build_evaluator(
+    student: Student,
+    teacher: LocalTeacher | None,
+    mesh: Mesh,
+    max_tokens: int,
+    parts: dict[str, int] | None = None,
+) -> HeldOutEvaluator:
     head = None
     if teacher is not None:
         head = TeacherHead(teacher, vocabulary_size=VOCABULARY_SIZE, device=mesh.device)
@@ -45,29 +50,31 @@ def build_evaluator(student: Student, teacher: LocalTeacher | None, mesh: Mesh, 
         max_tokens=max_tokens,
         prefetch=1,
         mesh=mesh,
+        parts=parts,
     )
 
 
-def evaluate(mesh: Mesh, *, student: str, teacher: str | None, max_tokens: int = 64) -> dict[str, float | None]:
+def evaluate(
+    mesh: Mesh, *, student: str, teacher: str | None, max_tokens: int = 64, parts: dict[str, int] | None = None
+) -> dict[str, float | None]:
     model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
     local_teacher = None if teacher is None else LocalTeacher(Path(teacher))
-    scores = build_evaluator(model, local_teacher, mesh, max_tokens).evaluate()
-    return {name: getattr(scores, name) for name in Scores.__slots__} | {"perplexity": scores.perplexity}
+    return build_evaluator(model, local_teacher, mesh, max_tokens, parts).evaluate().figures()
 
 
-def textbook_scores(student: Path, teacher: Path) -> tuple[float, float, float]:
+def textbook_scores(student: Path, teacher: Path, which: slice = slice(None)) -> tuple[float, float, float]:
     """KL, cross-entropy and top-1 agreement from whole logits of Hugging Face's own forward in float64."""
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
     other = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
     kl = entropy = agreement = 0.0
-    for sequence in held_out():
+    for sequence in held_out()[which]:
         ids, positions = torch.from_numpy(sequence.token_ids).long()[None], torch.from_numpy(sequence.positions).long()
         with torch.no_grad():
             q_RV, p_RV = (m(ids).logits[0, positions, :VOCABULARY_SIZE].log_softmax(-1) for m in (model, other))
         kl += float((p_RV.exp() * (p_RV - q_RV)).sum())
         entropy += float(cross_entropy(q_RV, torch.from_numpy(sequence.labels).long(), reduction="sum"))
         agreement += float((q_RV.argmax(-1) == p_RV.argmax(-1)).sum())
-    count = sum(sequence.num_rows for sequence in held_out())
+    count = sum(sequence.num_rows for sequence in held_out()[which])
     return kl / count, entropy / count, agreement / count
 
 
@@ -83,6 +90,24 @@ def test_scores_are_per_token_averages_over_all_ranks(tiny_models: TinyModels) -
         assert scores["top1_agreement"] == pytest.approx(agreement, abs=1e-12)
         assert scores["num_loss_tokens"] == sum(sequence.num_rows for sequence in held_out())
         assert scores["num_sequences"] == 5
+
+
+def test_several_datasets_are_scored_apart_and_together(tiny_models: TinyModels) -> None:
+    student, teacher = tiny_models.path("qwen3", seed=1), tiny_models.path("qwen3", seed=2)
+    for ranks in (1, 2):
+        scores = run_ranks(
+            f"{HERE}:evaluate",
+            ranks=ranks,
+            student=str(student),
+            teacher=str(teacher),
+            parts={"code": 2, "talk": 3},
+        )[-1]
+        for name, which in {"": slice(None), ".code": slice(2), ".talk": slice(2, None)}.items():
+            kl, entropy, agreement = textbook_scores(student, teacher, which)
+            assert scores[f"kl_nats_per_token{name}"] == pytest.approx(kl, rel=1e-5)
+            assert scores[f"cross_entropy_nats_per_token{name}"] == pytest.approx(entropy, rel=1e-5)
+            assert scores[f"top1_agreement{name}"] == pytest.approx(agreement, abs=1e-12)
+            assert scores[f"num_sequences{name}"] == len(held_out()[which])
 
 
 def test_a_model_distilled_from_itself_starts_at_zero(tiny_models: TinyModels) -> None:

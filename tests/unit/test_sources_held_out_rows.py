@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdmesh import config
+from kdmesh import check, config
 from kdmesh.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import Image, TokenSequence
@@ -25,6 +25,7 @@ from kdmesh_trainer.sources.training_data import TrainingData
 from tests.support.chat_tokenizers import chat_tokenizer
 from tests.support.token_caches import SMALL_PIECES_BYTES, make_cache
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train.yaml"
 TOKENIZER = chat_tokenizer("chatml")
 POLICY = PromptPolicy(max_tokens=30, too_long="drop", unusable="drop")
 
@@ -83,8 +84,7 @@ class Read:
         return sorted(_numbered(TOKENIZER.decode(prompt.token_ids)) for prompt in self._training.prompts(POLICY))
 
     def judged(self, most: int | None = None) -> list[int]:
-        reader = self._training.held_out()
-        assert reader is not None
+        (reader,) = self._training.held_out().values()
         found = load_sequences("held_out", reader, self._encoder, self._config, max_sequences=most)
         return list(map(_number, found.sequences))
 
@@ -177,17 +177,24 @@ def test_a_readers_own_rows_are_held_out_too(student: Path, monkeypatch: pytest.
     assert own.judged() == Read(student, in_file, 0.2).judged()
 
 
+def test_a_missing_file_of_several_is_named_by_its_dataset() -> None:
+    several = "{format: several, datasets: {code: {format: chat, path: nowhere.jsonl}}}"
+    lines = check.missing(check.load_any(EXAMPLE, [f"data.held_out={several}"]))
+    assert "data.held_out.datasets.code.path: there is no file or directory nowhere.jsonl" in lines
+    assert not any("held_out" in line for line in check.missing(check.load_any(EXAMPLE, ["data.held_out=0.1"])))
+
+
 @pytest.mark.parametrize(
     ("held_out", "words"),
     [
         ("0", "data.held_out.share: Input should be greater than 0"),
         ("500", "data.held_out.share: Input should be less than 1 .got 500"),
         ("x.jsonl", "data.held_out"),
+        ("{format: several, datasets: {}}", "data.held_out.*at least 1 item"),
         ("{format: char, path: x}", "data.held_out.*'chat', 'custom'"),
     ],
 )
 def test_what_is_neither_a_share_nor_a_dataset_is_refused(held_out: str, words: str) -> None:
-    example = Path(__file__).parents[2] / "examples" / "train.yaml"
-    assert config.load(TrainerConfig, example, ["data.held_out=0.02"]).data.held_out_share == 0.02
+    assert config.load(TrainerConfig, EXAMPLE, ["data.held_out=0.02"]).data.held_out_share == 0.02
     with pytest.raises(ConfigError, match=words):
-        config.load(TrainerConfig, example, [f"data.held_out={held_out}"])
+        config.load(TrainerConfig, EXAMPLE, [f"data.held_out={held_out}"])

@@ -139,6 +139,30 @@ def test_every_step_and_evaluation_is_one_line_that_is_there_at_once(tmp_path: P
     record.close()
 
 
+def test_several_held_out_datasets_have_figures_of_their_own_in_files_logs_and_trackers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record, _, tracker = run(tmp_path)
+    several = replace(scores(), datasets={"code": scores(0.5), "talk": scores(1.5)})
+    with caplog.at_level(logging.INFO):
+        record.start(0, 10)
+        record.report(0, stats())
+        record.report_scores(1, several)
+        record.close()
+    (line,) = [line for line in lines(tmp_path) if line["kind"] == "evaluation"]
+    assert [line[f"cross_entropy_nats_per_token{name}"] for name in ("", ".code", ".talk")] == [1.0, 0.5, 1.5]
+    assert line["perplexity.code"] == pytest.approx(math.exp(0.5))
+    (tracked,) = [values for kind, (_, values) in tracker.calls[2:3] if kind == "log"]
+    assert tracked["held_out/cross_entropy_nats_per_token.talk"] == 1.5
+    told = [entry.__dict__ for entry in caplog.records if entry.getMessage() == "held-out data evaluated"]
+    assert [(each.get("dataset"), each["cross_entropy_nats_per_token"]) for each in told] == [
+        *[(None, 1.0), ("code", 0.5), ("talk", 1.5)]
+    ]
+    (summary,) = [entry.__dict__ for entry in caplog.records if entry.getMessage() == "run ended"]
+    assert summary["held_out_cross_entropy_nats_per_token"] == 1.0
+    assert not [name for name in summary if name.startswith("held_out") and "." in name]
+
+
 def test_answers_are_a_line_of_their_own_for_people_files_trackers_and_prometheus(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

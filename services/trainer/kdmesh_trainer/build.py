@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +77,7 @@ class Checked:
     judge_encoder: Encoder  # of held-out data
     image_reader: ImageReader | None  # None: the student reads text alone
     train: TrainingData
-    held_out: Reader | None
+    held_out: Mapping[str, Reader]  # by name; that of the only one is empty; no entry: nothing is judged on data
     exam: Exam | None  # None: no questions are asked
     divergence: Divergence | SampledDivergence | None  # None: the objective has none
     build_algorithm: BuildAlgorithm | None  # None: the objective has none
@@ -230,7 +230,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
         judge_encoder=encoder.of_single_tokens() if isinstance(encoder, OtherTokenizerEncoder) else encoder,
         image_reader=reader,
         train=train,
-        held_out=train.held_out() if cfg.data.held_out_dataset is None else read(cfg.data.held_out_dataset),
+        held_out=train.held_out() | {name: read(dataset) for name, dataset in cfg.data.held_out_datasets.items()},
         exam=read_questions_of(cfg, tokenizer, reader),
         divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
         build_algorithm=resolve_algorithm(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else None,

@@ -27,7 +27,7 @@ class Data:
     """What is trained on, and what it is judged by."""
 
     train: Sequence[TokenSequence] | Task
-    held_out: Sequence[TokenSequence] | None
+    held_out: Mapping[str, Sequence[TokenSequence]]  # by name; that of the only dataset is empty
     identity: Mapping[str, str]  # what a checkpoint can only be continued with, by configuration key
     steps: int  # of the whole run
 
@@ -35,7 +35,7 @@ class Data:
     def num_images(self) -> int:
         """Over all that is trained on, and judged by."""
         seen = (self.train.prompts, self.train.answers) if isinstance(self.train, Task) else (self.train,)
-        return sum(1 for items in (*seen, self.held_out or ()) for _ in images_of(items))
+        return sum(1 for items in (*seen, *self.held_out.values()) for _ in images_of(items))
 
 
 def read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None, mesh: Mesh) -> Data:
@@ -61,16 +61,26 @@ def _read(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None
     train, identity = _read_train(cfg, checked, teachers)
     if cfg.data.held_out_share is not None:
         identity["data.held_out"] = str(cfg.data.held_out_share)
-    held_out = None
-    if checked.held_out is not None:
-        limit = cfg.evaluation.max_sequences
-        held_out = load_sequences(
-            "held_out", checked.held_out, checked.judge_encoder, cfg.data, max_sequences=limit
-        ).sequences
-        if teachers is not None:
-            teachers.check_requests("held_out", held_out)
+    held_out = read_held_out(cfg, checked)
+    if teachers is not None:
+        for name, sequences in held_out.items():
+            teachers.check_requests(_held_out_name(name), sequences)
     steps = num_steps(cfg, len(train.prompts if isinstance(train, Task) else train))
     return Data(train=train, held_out=held_out, identity=identity, steps=steps)
+
+
+def read_held_out(cfg: config.TrainerConfig, checked: Checked) -> dict[str, Sequence[TokenSequence]]:
+    """What the student is judged on, by name, as Data has it. Raises DataError when it cannot be used."""
+    return {
+        name: load_sequences(
+            _held_out_name(name), reader, checked.judge_encoder, cfg.data, max_sequences=cfg.evaluation.max_sequences
+        ).sequences
+        for name, reader in checked.held_out.items()
+    }
+
+
+def _held_out_name(name: str) -> str:
+    return f"held_out.{name}" if name else "held_out"
 
 
 def _read_train(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
@@ -33,17 +33,18 @@ from kdmesh_trainer.sources.on_policy import OnPolicySource
 def build_evaluator(
     cfg: config.TrainerConfig,
     student: Student,
-    held_out: Sequence[TokenSequence] | None,
+    held_out: Mapping[str, Sequence[TokenSequence]],
     teachers: Teachers | None,
     source: Source,
     mesh: Mesh,
 ) -> Evaluator | None:
-    """On held-out data; on devices that it may have to wait for. None: there is none."""
-    if held_out is None:
+    """On held-out data, as Data has it; on devices that it may have to wait for. None: there is none."""
+    if not held_out:
         return None
     evaluator = HeldOutEvaluator(
         student,
-        held_out,
+        [sequence for sequences in held_out.values() for sequence in sequences],
+        parts={name: len(sequences) for name, sequences in held_out.items() if name},
         teacher=None if teachers is None else teachers.rows,
         teacher_head=None if teachers is None else teachers.heads,
         max_tokens=cfg.batch.max_tokens,

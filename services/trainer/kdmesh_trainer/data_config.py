@@ -87,13 +87,24 @@ class CustomDataset(StrictModel):
 
 DatasetConfig = Annotated[ChatFile | TextFile | CustomDataset, Field(discriminator="format")]
 
-HeldOutConfig = Annotated[
-    Annotated[float, Field(gt=0, lt=1), Tag("share")] | Annotated[DatasetConfig, Tag("dataset")],
-    Discriminator(lambda given: "share" if isinstance(given, float | int) else "dataset"),
-]
-
 DatasetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 """Of a dataset among several; also in the names of figures."""
+
+
+class SeveralDatasets(StrictModel):
+    """Datasets that are judged apart, each with figures of its own."""
+
+    format: Literal["several"]
+
+    datasets: dict[DatasetName, DatasetConfig] = Field(min_length=1)
+    """By name: each as `train` takes it."""
+
+
+HeldOutConfig = Annotated[
+    Annotated[float, Field(gt=0, lt=1), Tag("share")]
+    | Annotated[ChatFile | TextFile | CustomDataset | SeveralDatasets, Field(discriminator="format"), Tag("dataset")],
+    Discriminator(lambda given: "share" if isinstance(given, float | int) else "dataset"),
+]
 
 # A rarer dataset would make the blocks long within which the proportions are kept.
 _LEAST_SHARE = Fraction(1, 100_000)
@@ -204,8 +215,8 @@ class DataConfig(StrictModel):
     """Chats, or plain texts, to train on."""
 
     held_out: HeldOutConfig | None = None
-    """Chats, or plain texts, to evaluate on, or a share of the rows of `train`, which are then not trained on
-    (docs/data.md); unset evaluates nothing."""
+    """Chats, or plain texts, to evaluate on, in one dataset or in several; or a share of the rows of `train`, which are
+    then not trained on (docs/data.md). Unset evaluates nothing."""
 
     max_tokens: int = Field(4096, ge=8)
     """Longest sequence; a plain text is cut into as many as it needs. The student must have positions for it, but for
@@ -266,8 +277,7 @@ class DataConfig(StrictModel):
 
     @property
     def _every(self) -> Sequence[ChatFile | TextFile | CustomDataset]:
-        judged = [] if self.held_out_dataset is None else [self.held_out_dataset]
-        return [*self.train_datasets.values(), *judged]
+        return [*self.train_datasets.values(), *self.held_out_datasets.values()]
 
     @property
     def held_out_share(self) -> float | None:
@@ -275,9 +285,11 @@ class DataConfig(StrictModel):
         return self.held_out if isinstance(self.held_out, float) else None
 
     @property
-    def held_out_dataset(self) -> ChatFile | TextFile | CustomDataset | None:
-        """What is evaluated on beside `train`; None: nothing."""
-        return None if isinstance(self.held_out, float) else self.held_out
+    def held_out_datasets(self) -> Mapping[str, ChatFile | TextFile | CustomDataset]:
+        """What is evaluated on beside `train`, by name; that of the only dataset is empty."""
+        if self.held_out is None or isinstance(self.held_out, float):
+            return {}
+        return self.held_out.datasets if isinstance(self.held_out, SeveralDatasets) else {"": self.held_out}
 
     @model_validator(mode="after")
     def _tokens_can_be_kept(self) -> DataConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -24,7 +26,7 @@ from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.step import forward
 from kdmesh_trainer.stop import NEVER, Stopping
-from kdmesh_trainer.tally import Tally
+from kdmesh_trainer.tally import Tally, Totals
 
 _PLANNED_TOGETHER = 4096
 
@@ -42,15 +44,22 @@ class HeldOutEvaluator:
         max_tokens: int,
         prefetch: int,
         mesh: Mesh,
+        parts: Mapping[str, int] | None = None,
     ) -> None:
         """
         Args:
             sequences: the same on every rank; at least one.
             max_tokens: of one micro-batch.
             prefetch: micro-batches to ask the teacher for ahead of the one that is judged.
+            parts: how many of the sequences are of each of several datasets, in order, by name; None: they are of one.
         """
-        self._shares = list(_shares(sequences, max_tokens, mesh))
-        self._num_sequences = len(sequences)
+        self._sizes = {"": len(sequences), **(parts or {})}
+        rest = iter(sequences)
+        self._shares = [
+            (name, share)
+            for name, size in (parts or self._sizes).items()
+            for share in _shares(list(itertools.islice(rest, size)), max_tokens, mesh)
+        ]
         self._student = student
         self._teacher = teacher
         self._names = ("",) if teacher_head is None else teacher_head.names
@@ -69,30 +78,36 @@ class HeldOutEvaluator:
             RpcError: rows of the teacher did not come.
         """
         self._student.eval()
-        tally = Tally(self._mesh, teachers=self._names)
-        for micro_batch in self._micro_batches():
+        tallies = {name: Tally(self._mesh, teachers=self._names) for name in self._sizes}
+        for name, micro_batch in self._micro_batches():
             if stop.is_wanted():
                 raise Stopping
-            tally.add(forward(self._student, self._objective, micro_batch, tally, self._mesh.device))
+            totals = forward(self._student, self._objective, micro_batch, tallies[""], self._mesh.device)
+            for each in {"", name}:
+                tallies[each].add(totals)
         release(self._student)
-        totals, _ = tally.over_all_ranks()
+        whole, *parts = (self._scores(name, tally.over_all_ranks()[0]) for name, tally in tallies.items())
+        return replace(whole, datasets=dict(zip(list(self._sizes)[1:], parts, strict=True)))
+
+    def _scores(self, name: str, totals: Totals) -> Scores:
         return Scores(
             kl_nats_per_token=totals.divergence_nats_per_token,
             cross_entropy_nats_per_token=totals.cross_entropy / totals.num_labelled,
             top1_agreement=totals.top1_agreement_per_token,
             num_loss_tokens=totals.num_labelled,
-            num_sequences=self._num_sequences,
+            num_sequences=self._sizes[name],
         )
 
-    def _micro_batches(self) -> Iterator[MicroBatch]:
-        """This rank's share; the teacher is asked for each one `prefetch` places before its turn."""
-        ahead: deque[MicroBatch] = deque()
+    def _micro_batches(self) -> Iterator[tuple[str, MicroBatch]]:
+        """This rank's share, by dataset; the teacher is asked for each one `prefetch` places before its turn."""
+        ahead: deque[tuple[str, MicroBatch]] = deque()
         context = ContextRows.of(self._mesh, self._names)
-        for sequences in self._shares:
+        for name, sequences in self._shares:
             is_asked = self._teacher is not None
-            ahead.append(
+            micro_batch = (
                 asking(sequences, self._ask, context) if is_asked else MicroBatch(sequences=sequences, teacher=None)
             )
+            ahead.append((name, micro_batch))
             if len(ahead) > self._prefetch:
                 yield ahead.popleft()
         while ahead:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Set
-from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -80,6 +79,12 @@ class Metrics:
         )
         self._figures = {name: self._gauge(name, text) for name, text in _FIGURES.items()}
         self._scores = {name: self._gauge(f"held_out_{name}", text) for name, text in _SCORES.items()}
+        self._dataset_scores = {
+            name: self._gauge(
+                f"held_out_dataset_{name}", f"As held_out_{name}, of each of several datasets.", "dataset"
+            )
+            for name in _SCORES
+        }
         self._answers = {name: self._gauge(f"questions_{name}", text) for name, text in _ANSWERS.items()}
         self._pass_at = self._gauge("questions_pass_at", "Part of questions of which one of k answers is right.", "k")
         self._pass_at_error = self._gauge("questions_pass_at_standard_error", "Of that part of the questions.", "k")
@@ -133,9 +138,11 @@ class Metrics:
     def evaluated(self, scores: Scores, seconds: float) -> None:
         """The student has been judged on held-out data, which took so long."""
         self._phase_seconds.labels(self._job, "evaluate").inc(seconds)
-        for name, value in asdict(scores).items():
-            if name in self._scores and value is not None:
-                self._scores[name].labels(self._job).set(value)
+        for dataset, each in {"": scores, **scores.datasets}.items():
+            gauges, labels = (self._dataset_scores, (dataset,)) if dataset else (self._scores, ())
+            for name, value in each.figures().items():
+                if name in gauges and value is not None:
+                    gauges[name].labels(self._job, *labels).set(value)
 
     def examined(self, scores: AnswerScores, seconds: float) -> None:
         """The student has answered questions, which took so long."""

@@ -16,11 +16,11 @@ from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.build import Checked, check
+from kdmesh_trainer.build_data import read_held_out
 from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
 from kdmesh_trainer.objective_config import Distill
 from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sources.order import step_order
-from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.sides import Addressed, teacher_side
 
 _MIB = 2**20
@@ -237,11 +237,8 @@ def _refuse_unknown(cfg: config.TrainerConfig) -> None:
 
 def _sequences(cfg: config.TrainerConfig, checked: Checked) -> Iterator[TokenSequence]:
     """All that the run asks for, as the teacher reads it: held-out data, then what is trained on, in its order."""
-    if checked.held_out is not None:
-        held_out = load_sequences(
-            "held_out", checked.held_out, checked.judge_encoder, cfg.data, max_sequences=cfg.evaluation.max_sequences
-        )
-        yield from teacher_side(held_out.sequences)
+    for sequences in read_held_out(cfg, checked).values():
+        yield from teacher_side(sequences)
     if isinstance(cfg.objective, Distill):
         train = checked.train.sequences()
         order = step_order(train, per_step=cfg.batch.sequences, seed=cfg.seed)

@@ -16,7 +16,7 @@ class EvaluationConfig(StrictModel):
     """Steps between evaluations; null evaluates only at the start and the end."""
 
     max_sequences: int | None = Field(None, ge=1)
-    """Only this many held-out sequences, from the first on; null takes all."""
+    """Only this many held-out sequences, of each dataset of several, from the first on; null takes all."""
 
     questions: QuestionsConfig | None = None
     """Questions that the student answers (docs/evaluation.md); null asks none."""

@@ -92,6 +92,16 @@ class Scores:
     top1_agreement: float | None  # None without a teacher
     num_loss_tokens: int
     num_sequences: int
+    datasets: Mapping[str, Scores] = field(default_factory=dict)  # of each of several datasets; empty: it is one
+
+    def figures(self) -> dict[str, float | None]:
+        """Every figure by its name, in one level; those of several datasets with their names behind."""
+        whole = {**asdict(self), "perplexity": self.perplexity}
+        del whole["datasets"]
+        apart = {
+            f"{key}.{name}": value for name, scores in self.datasets.items() for key, value in scores.figures().items()
+        }
+        return {**whole, **apart}
 
     @property
     def perplexity(self) -> float:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,25 +185,26 @@ class RunTelemetry:
     def report_scores(self, step: int, scores: Scores) -> None:
         """Write the evaluation's line and say it."""
         seconds = self._phase_s.pop("evaluate", 0.0)
-        figures = {**asdict(scores), "perplexity": scores.perplexity}
-        self._totals.scores = {name: value for name, value in figures.items() if value is not None}
+        figures = scores.figures()
+        self._totals.scores = _known(replace(scores, datasets={}).figures())
         self._write("evaluation", step, {**figures, "evaluate_s": seconds})
         self._track(_GROUPS["evaluation"], step, figures)
         self._metrics.evaluated(scores, seconds)
         log.info("held-out data evaluated", extra={"step": step, **self._totals.scores})
+        for name, each in scores.datasets.items():
+            log.info("held-out data evaluated", extra={"step": step, "dataset": name, **_known(each.figures())})
 
     def report_answers(self, step: int, scores: AnswerScores) -> None:
         """Write the line of the questions and say it."""
         seconds = self._phase_s.pop("examine", 0.0)
         figures = scores.figures()
-        known = {name: value for name, value in figures.items() if value is not None}
         self._totals.answers = {"accuracy": scores.accuracy.mean} | {
             f"pass_at_{k}": each.mean for k, each in scores.pass_at.items()
         }
         self._write("questions", step, {**figures, "examine_s": seconds})
         self._track(_GROUPS["questions"], step, figures)
         self._metrics.examined(scores, seconds)
-        log.info("questions answered", extra={"step": step, **known})
+        log.info("questions answered", extra={"step": step, **_known(figures)})
 
     def report_not_finite(self) -> None:
         """The run ends because a loss is not finite; wait until Prometheus knows."""
@@ -299,6 +300,10 @@ def _rates(stats: StepStats, seconds: Mapping[str, float]) -> dict[str, float | 
     return {
         name: number / seconds[name] if seconds[name] > _SHORTEST_WAIT_S else None for name, number in tokens.items()
     }
+
+
+def _known(figures: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _or_null(value: Any) -> Any:

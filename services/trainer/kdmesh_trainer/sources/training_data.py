@@ -48,9 +48,9 @@ class TrainingData:
         """Those of all chats. Raises DataError as load_prompts, and TokenCache."""
         return self._each(lambda name, reader: self._prompts(name, reader, policy))
 
-    def held_out(self) -> Reader | None:
-        """The rows of all datasets that are judged instead of trained on; None: no share of them is."""
-        return None if self._share is None else held_out_reader(list(self._readers.values()), self._share)
+    def held_out(self) -> dict[str, Reader]:
+        """The rows of all datasets that are judged instead of trained on, by an empty name; no entry: none are."""
+        return {} if self._share is None else {"": held_out_reader(list(self._readers.values()), self._share)}
 
     def _each(self, get: Callable[[str, Reader], Sequence[T]]) -> Sequence[T]:
         if not isinstance(self._data.train, Blend):
