@@ -227,8 +227,10 @@ class TrainerConfig(StrictModel):
 
     @model_validator(mode="after")
     def _ends(self) -> TrainerConfig:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give steps or epochs, and not both")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("how long is the run? give steps or epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"give steps ({self.steps}) or epochs ({self.epochs:g}), not both; null leaves one out")
         if self.steps is not None and (why := self.too_short(self.steps)) is not None:
             raise ValueError(why)
         return self
