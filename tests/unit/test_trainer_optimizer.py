@@ -85,6 +85,14 @@ def test_wsd_is_at_the_peak_between_warm_up_and_the_decay_that_ends_in_the_last_
     assert found[-1] == 2.0 * 0.05
 
 
+def test_wsd_may_decay_over_so_many_steps_whatever_the_number_of_all() -> None:
+    schedule = {"name": "wsd", "decay_steps": 4, "shape": "linear"}
+    short, long = (rates(steps, warmup_steps=2, final_fraction=0.0, schedule=schedule) for steps in (10, 25))
+    assert short[6:] == long[21:] == pytest.approx([1.5, 1.0, 0.5, 0.0])
+    assert short[:6] == long[:6]
+    assert long[2:21] == [2.0] * 19
+
+
 def test_wsd_decays_by_one_minus_the_root_over_the_last_fifth_unless_told_otherwise() -> None:
     told = {"name": "wsd", "decay_fraction": 0.2, "shape": "1-sqrt"}
     assert rates(50, schedule="wsd") == rates(50, schedule=told)
@@ -124,6 +132,7 @@ def test_warm_up_may_be_a_part_of_all_steps_rounded_up(fraction: float, steps: i
         ({"schedule": "constant", "final_fraction": 0.1}, "constant goes nowhere by the last step"),
         ({"schedule": {"name": "inverse_sqrt", "timescale": 9}, "final_fraction": 0}, "leave out final_fraction"),
         ({"schedule": "polynomial"}, "power"),
+        ({"schedule": {"name": "wsd", "decay_steps": 9, "decay_fraction": 0.2}}, "decay_fraction or decay_steps, and"),
         ({"schedule": {"name": "cosine", "decay_fraction": 0.1}}, "decay_fraction"),
         ({"schedule": "warmup_stable_decay"}, "'wsd'"),
     ],

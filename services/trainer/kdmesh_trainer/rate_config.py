@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from kdmesh.config import StrictModel
 
@@ -40,12 +40,21 @@ class WarmupStableDecay(StrictModel):
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """That part of all steps, rounded up."""
 
+    decay_steps: int | None = Field(None, ge=1)
+    """So many steps, instead of a part of them; null: it is the part."""
+
     shape: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt"
     """How it falls."""
 
     def decay_of(self, steps: int) -> int:
         """Steps below the peak at the end of a run with so many."""
-        return share_of(steps, self.decay_fraction)
+        return share_of(steps, self.decay_fraction) if self.decay_steps is None else self.decay_steps
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> WarmupStableDecay:
+        if self.decay_steps is not None and "decay_fraction" in self.model_fields_set:
+            raise ValueError("give decay_fraction or decay_steps, and not both")
+        return self
 
 
 class InverseSqrt(StrictModel):
