@@ -67,6 +67,8 @@ class Task:
         told = self.source.model_dump(
             mode="json", exclude={"rollouts", "too_long", "colocated", "early_rows_mib", *shown}
         )
+        if not self.source.sampling.stop_strings:
+            del told["sampling"]["stop_strings"]  # runs begun before there was this key go on
         identity = {**blend_identity(self.prompts), "source": json.dumps(told, sort_keys=True)}
         identity |= {digest_key("data.train", name): facts.digest for name, facts in self.facts.items()}
         if not self.answers:

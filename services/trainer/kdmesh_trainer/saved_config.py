@@ -53,7 +53,10 @@ def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
         "seed": str(cfg.seed),
     }
     if cfg.student.lora is not None:
-        identity["student.lora"] = json.dumps(cfg.student.lora.model_dump(mode="json"), sort_keys=True)
+        lora = cfg.student.lora.model_dump(mode="json")
+        if not cfg.student.lora.use_rslora:
+            del lora["use_rslora"]  # runs begun before there was this key go on
+        identity["student.lora"] = json.dumps(lora, sort_keys=True)
     if cfg.student.freeze_vision:
         identity["student.freeze_vision"] = "true"
     if cfg.optimizer.moments != "float32":
