@@ -123,7 +123,7 @@ def test_an_interrupted_dataset_is_continued_where_it_was(
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "x", "tools": [{"name": "f"}]}, "line 3: `tools` is not supported"),
+        ({"prompt": "x", "tools": [{"name": "f"}]}, "line 3: the chat template leaves out its tools"),
         ({"prompt": "so " * 600}, r"line 3: the prompt has \d+ tokens; with a response, the servers take at most 256"),
         ({"messages": []}, "line 3 has no turn to answer"),
     ],

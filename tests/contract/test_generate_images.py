@@ -100,7 +100,7 @@ def test_answers_to_images_are_a_dataset_that_a_trainer_reads(
 @pytest.mark.parametrize(
     ("part", "more", "words"),
     [
-        ({"type": "image", "image": "absent.png"}, {}, "line 1: messages[0]: cannot read the image"),
+        ({"type": "image", "image": "absent.png"}, {}, "line 1: messages[0].content[0]: cannot read the image"),
         ({"type": "image", "image": "../one.png"}, {}, "--image-root may name another directory"),
         ({"type": "image", "image": "http://127.0.0.1/one.png"}, {}, "is on the web, and nothing is fetched here"),
         ({"type": "image"}, {}, "names no image, and the row has 0"),

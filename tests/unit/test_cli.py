@@ -237,7 +237,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_before_a_teacher_is_se
     for change, says in (
         ("seed=1", "belongs to another run: seed is 1 now and was 0. Restore"),
         ("student.lora.rank=4", "student.lora is "),
-        ("steps=3", "is after 4 steps, and `steps` is only 3"),
+        ("steps=3", "is after 4 steps, and the run is to have only 3: raise `steps`"),
     ):
         result = run("train", "train.yaml", "--serve", "teacher.yaml", "--set", change)
         assert (result.exit_code, says in result.output) == (2, True), result.output

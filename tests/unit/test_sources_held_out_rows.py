@@ -191,7 +191,7 @@ def test_a_missing_file_of_several_is_named_by_its_dataset() -> None:
         ("500", "data.held_out.share: Input should be less than 1 .got 500"),
         ("x.jsonl", "data.held_out"),
         ("{format: several, datasets: {}}", "data.held_out.*at least 1 item"),
-        ("{format: char, path: x}", "data.held_out.*'chat', 'custom'"),
+        ("{format: char, path: x}", "data.held_out.*'chat', 'text', 'custom', 'several'"),
     ],
 )
 def test_what_is_neither_a_share_nor_a_dataset_is_refused(held_out: str, words: str) -> None:

@@ -128,7 +128,7 @@ def test_each_row_may_name_its_teacher(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "refused"),
     [
-        (None, r"texts\.jsonl:1: no column 'text' with a text; columns found: id"),
+        (None, r"texts\.jsonl:1: no column 'text' with a text; columns found: text \(null\), id"),
         (3, r"texts\.jsonl:1: text must be a string, not int"),
         ("", r"texts\.jsonl:1: a text with nothing to predict"),
     ],

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from kdmesh_trainer.optimizer import build_adamw, learning_rate, set_learning_rate
+from kdmesh_trainer.learning_rate import learning_rate
+from kdmesh_trainer.optimizer import build_adamw, set_learning_rate
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 
 Array: TypeAlias = npt.NDArray[np.float64]

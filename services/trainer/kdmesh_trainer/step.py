@@ -14,10 +14,11 @@ from torch.profiler import record_function
 from kdmesh.errors import NotFinite
 from kdmesh.losses import FusedLoss, OutputHead
 from kdmesh_trainer.algorithms.seam import StudentRows
+from kdmesh_trainer.learning_rate import learning_rate
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import LossTotals, Student, begin_micro_batch
 from kdmesh_trainer.objective import Objective
-from kdmesh_trainer.optimizer import learning_rate, set_learning_rate
+from kdmesh_trainer.optimizer import set_learning_rate
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.shards import norm_over_ranks
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
