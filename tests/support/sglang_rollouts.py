@@ -60,5 +60,13 @@ def sglang_rollout(directory: Path, model: Path, **options: Any) -> Iterator[Tea
 def scheduler(server: TeacherProcess) -> psutil.Process:
     """The process of SGLang that computes."""
     children = psutil.Process(server.process.pid).children(recursive=True)
-    (found,) = [child for child in children if "scheduler" in " ".join(child.cmdline())]
+    (found,) = [child for child in children if "scheduler" in _command(child)]
     return found
+
+
+def _command(process: psutil.Process) -> str:
+    """Empty of one that is dead, and perhaps not yet buried."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
