@@ -13,6 +13,8 @@ from kdmesh.rpc import status
 
 UNARY_TIMEOUT_S = 10.0
 
+_HUNG_UP = "Socket closed"  # gRPC's words of a server that ends the connection instead of greeting
+
 
 @contextlib.contextmanager
 def our_errors(address: str, *, wanted: str = "") -> Iterator[None]:
@@ -33,6 +35,8 @@ def our_errors(address: str, *, wanted: str = "") -> Iterator[None]:
         if wanted and error.code() is grpc.StatusCode.UNIMPLEMENTED:
             raise ConfigError(f"{address} is not a {wanted}: the server there is of another kind") from None
         failure = status.from_grpc(error)
+        if wanted and str(failure).endswith(_HUNG_UP):
+            failure = Unavailable(f"{failure}, as by a server that asks for TLS: see `access.tls`", retry_after_s=0.0)
         failure.add_note(f"from {address}")
         raise failure from None
     except (grpc.aio.UsageError, asyncio.InvalidStateError):
