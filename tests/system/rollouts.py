@@ -19,7 +19,15 @@ class Rollouts:
     It decodes one sample after the other.
     """
 
-    def __init__(self, processes: Processes, directory: Path, model: Path, **sections: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        directory: Path,
+        model: Path,
+        *,
+        can_be_held: bool = False,
+        **sections: Mapping[str, Any],
+    ) -> None:
         """Start nothing yet. `sections` are laid over a small deterministic configuration."""
         self.address = f"127.0.0.1:{free_port()}"
         self.rest = f"http://127.0.0.1:{free_port()}"
@@ -37,11 +45,24 @@ class Rollouts:
             tree[name] = tree.get(name, {}) | keys
         directory.mkdir(parents=True)
         (directory / "rollout.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+        self._hold = directory / "hold" if can_be_held else None
         self.process: Process
+
+    def hold(self) -> None:
+        """It is ready, and from now on draws nothing, until `let_go`."""
+        assert self._hold is not None
+        self._hold.touch()
+
+    def let_go(self) -> None:
+        """Let it draw."""
+        assert self._hold is not None
+        self._hold.unlink()
 
     def start(self) -> None:
         """Start the server; it takes requests later."""
-        command = (sys.executable, "-m", "kdmesh_rollout", str(self._directory / "rollout.yaml"))
+        command = [sys.executable, "-m", "kdmesh_rollout", str(self._directory / "rollout.yaml")]
+        if self._hold is not None:
+            command[2:] = ["tests.system.held_rollouts", command[-1], str(self._hold)]
         self.process = self._processes.start("rollout", self._directory, *command)
 
     def wait_ready(self) -> None:

@@ -99,9 +99,10 @@ def learning_by_heart(processes: Processes, directory: Path, recipe: Recipe, **s
 @pytest.fixture(scope="module")
 def story(recipe: Recipe, processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Story:
     root = tmp_path_factory.mktemp("q")  # short: Unix sockets have short names
-    rollouts = Rollouts(processes, root / "rollouts", recipe.student)
+    rollouts = Rollouts(processes, root / "rollouts", recipe.student, can_be_held=True)
     rollouts.start()
     rollouts.wait_ready()
+    rollouts.hold()
     served = root / "rollout.yaml"
     engine = {"kind": "transformers", "model": str(recipe.student), "device": "cpu", "deterministic": True}
     served.write_text(yaml.safe_dump({"engine": engine}), encoding="utf-8")
@@ -115,6 +116,7 @@ def story(recipe: Recipe, processes: Processes, tmp_path_factory: pytest.TempPat
     first = disturbed.start_ranks(2)
     first.until(lambda: rollouts.num_waiting() >= 8)  # in the middle of an evaluation
     rollouts.process.signal(signal.SIGKILL)
+    rollouts.let_go()
     rollouts.start()
     first.until(lambda: len(disturbed.steps()) >= 25)
     first.signal(signal.SIGKILL)
@@ -222,12 +224,13 @@ def closely(response: str, row: Mapping[str, Any], *, distance: int) -> bool:
 def test_a_job_whose_questions_nobody_answers_ends_with_the_reason_on_every_rank(
     recipe: Recipe, processes: Processes, tmp_path: Path
 ) -> None:
-    rollouts = Rollouts(processes, tmp_path / "rollouts", recipe.student)
+    rollouts = Rollouts(processes, tmp_path / "rollouts", recipe.student, can_be_held=True)
     section = evaluation(recipe.data, [rollouts.address])
     section["rollouts"]["deadline_s"] = 8
     job = learning_by_heart(processes, tmp_path / "job", recipe, evaluation=section)
     rollouts.start()
     rollouts.wait_ready()
+    rollouts.hold()
     trainer = job.start_ranks(2)
     trainer.until(lambda: rollouts.num_waiting() >= 8)
     rollouts.process.signal(signal.SIGKILL)
@@ -239,13 +242,14 @@ def test_a_job_whose_questions_nobody_answers_ends_with_the_reason_on_every_rank
 def test_another_server_answers_for_one_that_is_gone(
     story: Story, recipe: Recipe, processes: Processes, tmp_path: Path
 ) -> None:
-    gone, stays = (Rollouts(processes, tmp_path / name, recipe.student) for name in ("gone", "stays"))
+    gone, stays = (Rollouts(processes, tmp_path / name, recipe.student, can_be_held=True) for name in ("gone", "stays"))
     section = evaluation(recipe.data, [gone.address, stays.address])
     job = learning_by_heart(processes, tmp_path / "job", recipe, evaluation=section, steps=2)
     for server in (gone, stays):
         server.start()
     for server in (gone, stays):
         server.wait_ready()
+    gone.hold()
     trainer = job.start_ranks(2)
     trainer.until(lambda: gone.num_waiting() >= 4)
     gone.process.signal(signal.SIGKILL)
