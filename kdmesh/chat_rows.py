@@ -236,7 +236,7 @@ def _message(value: object, origin: str, images: RowImages) -> Message:
         is_trained=_is_trained(value, roles[role], origin),
         reasoning=_reasoning(value, roles[role], origin),
         tool_calls=calls,
-        answer_to=answer_keys(value, roles[role]),
+        answer_to=answer_keys(value, roles[role], origin),
     )
     if not isinstance(content, list | tuple):
         return replace(said, content=_text(content, where))
@@ -329,7 +329,8 @@ def _prompt_and_completion(
             return _messages(value, where, images)
         return [Message(role=role, content=_text(value, where))]
 
-    return [*turns(columns.prompt, "user"), *turns(columns.completion, "assistant")]
+    asked = [replace(message, is_trained=False) for message in turns(columns.prompt, "user")]
+    return [*asked, *turns(columns.completion, "assistant")]
 
 
 def _kind(value: object) -> str:

@@ -37,11 +37,13 @@ def calls_of(message: Mapping[Any, Any], role: str, origin: str) -> tuple[Tool, 
     return read
 
 
-def answer_keys(message: Mapping[Any, Any], role: str) -> dict[str, str]:
-    """What a tool's answer says of the call that it is to, beside its text."""
+def answer_keys(message: Mapping[Any, Any], role: str, origin: str) -> dict[str, str]:
+    """What a tool's answer says of the call that it is to, beside its text. Raises DataError as tools_of."""
     if role != "tool":
         return {}
-    return {key: str(message[key]) for key in _ANSWER_KEYS if message.get(key) is not None}
+    said = {key: str(message[key]) for key in _ANSWER_KEYS if message.get(key) is not None}
+    _refuse_half_pairs((said,), f"{origin}: {' or '.join(_ANSWER_KEYS)}")
+    return said
 
 
 def name_of(tool: Tool) -> str:

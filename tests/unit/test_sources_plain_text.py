@@ -53,7 +53,7 @@ def test_a_text_is_what_the_tokenizer_makes_of_it_and_its_end(tmp_path: Path) ->
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(min_size=1, max_size=120), st.integers(8, 24))
+@given(st.text(min_size=1, max_size=120).filter(str.strip), st.integers(8, 24))
 def test_every_token_but_the_first_is_predicted_once(text: str, max_tokens: int) -> None:
     data = DataConfig(train=TextFile(format="text", path=Path("a.jsonl")), max_tokens=max_tokens)
     [found] = build_encoder(BASE, data).encode([row(text)])
@@ -82,6 +82,14 @@ def test_an_empty_text_has_nothing_to_predict(tmp_path: Path) -> None:
     assert isinstance(nothing, Unusable)
     assert nothing.reason is Reason.NO_TEXT
     assert len(load_sequences("train", open_dataset(data.train), build_encoder(bare, data), data).sequences) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_of_an_empty_text_the_end_behind_bos_is_not_learnt(tmp_path: Path, text: str) -> None:
+    data = data_of(tmp_path, [text, "yes"], unusable="drop")
+    assert [s.token_ids.tolist() for s in sequences(data)] == [whole_ids("yes")]
+    with pytest.raises(DataError, match=r"texts\.jsonl:1: a text with nothing to predict"):
+        sequences(data.model_copy(update={"unusable": "fail"}))
 
 
 def test_texts_and_chats_are_trained_on_together_each_in_its_way(tmp_path: Path) -> None:

@@ -148,6 +148,14 @@ def test_a_row_says_which_turns_carry_loss(tmp_path: Path, suffix: str) -> None:
     assert chats == [[True, False, True, False, True], [False]]
 
 
+@pytest.mark.parametrize("completion", ["Hello", [ASSISTANT], None])
+def test_the_completion_carries_loss_and_no_turn_of_its_prompt(tmp_path: Path, completion: object) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"prompt": [USER, ASSISTANT, USER], "completion": completion}))
+    [chat] = open_dataset(ChatFile(path=path))()
+    trained = [message.is_trained for message in chat.messages if message.role == "assistant"]
+    assert trained == ([False] if completion is None else [False, True])
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_what_an_assistant_thought_is_known_by_any_of_its_names(tmp_path: Path, key: str) -> None:
     path = write(tmp_path / "a.jsonl", lines({"messages": [{**USER, key: None}, {**ASSISTANT, key: "hm"}]}))

@@ -122,6 +122,23 @@ def test_what_a_template_leaves_out_makes_a_chat_unusable(row: dict[str, Any], t
     assert found.reason is reason
 
 
+@pytest.mark.parametrize(
+    "template",
+    [TEMPLATES["chatml"], TEMPLATE.replace("{% for call in m.tool_calls or [] %}", "{% for call in [] %}")],
+    ids=["tools and calls", "calls alone"],
+)
+def test_calls_before_the_turn_that_is_trained_or_asked_for_are_missed_too(template: str) -> None:
+    row = {**({} if template == TEMPLATES["chatml"] else {"tools": [TOOL]}), "messages": ROW["messages"]}
+    left_out = Unusable(reason=Reason.NO_CALLS, detail="message 1")
+    tokenizer = chat_tokenizer(None)
+    [last] = ChatEncoder(tokenizer, template, only_last=True).encode([chat(row)])
+    assert last == left_out
+    [prompt] = ChatEncoder(tokenizer, template).encode_prompts([chat(row)])
+    assert prompt == left_out
+    [seen] = ChatEncoder(tokenizer, TEMPLATE, only_last=True).encode([chat(ROW)])
+    assert isinstance(seen, list)
+
+
 def test_a_turn_that_a_template_ends_twice_ends_with_what_ends_other_turns() -> None:
     twice = TEMPLATE.replace(
         "<|im_end|>\n{% endfor %}{% if add",
@@ -155,6 +172,7 @@ def test_a_teacher_that_is_told_more_has_the_tools_too() -> None:
         ({**ROW, "tools": ["add"]}, r"here: tools\[0\] must be a function with a name"),
         ({**ROW, "messages": [{**USER, "tool_calls": [CALL]}]}, "'tool_calls' at a turn of the user"),
         ({**ROW, "messages": [USER, {**CALLING, "tool_calls": []}]}, "`content` is missing or null"),
+        ({**ROW, "messages": [USER, CALLING, {**TOLD, "tool_call_id": "\ud800"}]}, r"messages\[2\].* half a surrogate"),
         ({**ROW, "functions": [TOOL]}, "`functions` is not supported; a chat is messages and `tools`"),
     ],
 )

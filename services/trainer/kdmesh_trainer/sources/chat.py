@@ -165,7 +165,7 @@ class ChatEncoder:
             turns = turns[-1:]
         turns = [number for number in turns if chat.messages[number].is_trained]
         if not turns:
-            return Unusable(reason=Reason.UNTRAINED, detail="`weight` 0 or `train` false")
+            return Unusable(reason=Reason.UNTRAINED, detail="`weight` 0, `train` false, or turns of a prompt")
         if turns[0] == 0:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before the first one")
         for number in turns:
@@ -199,7 +199,7 @@ class ChatEncoder:
             text = self._render(messages, tools=chat.tools, is_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
-        return _without_tools(chat, text) or text
+        return _untold(chat, messages, text) or text
 
     def _prompt(self, encoding: Encoding, chat: Chat) -> Prompt | Unusable:
         if not encoding.ids:
@@ -271,14 +271,19 @@ def _left_out(chat: Chat, number: int, turn: RenderedTurn) -> Unusable | None:
         return Unusable(reason=Reason.NO_REASONING, detail=f"message {number}")
     if not all(name_of(call) in own for call in message.tool_calls):
         return Unusable(reason=Reason.NO_CALLS, detail=f"message {number}")
-    return _without_tools(chat, turn.prompt)
+    return _untold(chat, chat.messages[:number], turn.prompt)
 
 
-def _without_tools(chat: Chat, prompt: str) -> Unusable | None:
-    """Why a model that is prompted so does not see the chat's tools, if it does not."""
-    if all(name_of(tool) in prompt for tool in chat.tools):
-        return None
-    return Unusable(reason=Reason.NO_TOOLS, detail=f"{len(chat.tools)} tools")
+def _untold(chat: Chat, leading: Sequence[Message], prompt: str) -> Unusable | None:
+    """Why a model that is prompted so does not see the chat's tools, or what `leading` calls, if it does not."""
+    if not all(name_of(tool) in prompt for tool in chat.tools):
+        return Unusable(reason=Reason.NO_TOOLS, detail=f"{len(chat.tools)} tools")
+    listed = [name_of(tool) for tool in chat.tools]
+    for number, message in enumerate(leading):
+        listed += map(name_of, message.tool_calls)
+        if any(prompt.count(name_of(call)) < listed.count(name_of(call)) for call in message.tool_calls):
+            return Unusable(reason=Reason.NO_CALLS, detail=f"message {number}")
+    return None
 
 
 def _images_of(messages: Sequence[Message]) -> tuple[Image, ...]:

@@ -53,7 +53,7 @@ class TextEncoder:
 
     def encode(self, chats: Sequence[Chat]) -> list[list[TokenSequence] | Unusable]:
         """For each row its sequences, or why there are none."""
-        texts = map(self._sequences, self._encoded(chats))
+        texts = map(self._sequences, _texts(chats), self._encoded(chats))
         others = iter(() if self._chats is None else self._chats.encode(_others(chats)))
         return [next(others) if chat.text is None else next(texts) for chat in chats]
 
@@ -69,14 +69,13 @@ class TextEncoder:
 
     def _encoded(self, chats: Sequence[Chat]) -> Iterator[list[int]]:
         """The tokens of each text, without the end."""
-        texts = [chat.text for chat in chats if chat.text is not None]
-        for encoding in self._backend.encode_batch(texts, add_special_tokens=True):
+        for encoding in self._backend.encode_batch(_texts(chats), add_special_tokens=True):
             ids: list[int] = encoding.ids
             yield ids[:-1] if ids and ids[-1] == self._end else ids
 
-    def _sequences(self, ids: list[int]) -> list[TokenSequence] | Unusable:
+    def _sequences(self, text: str, ids: list[int]) -> list[TokenSequence] | Unusable:
         whole = np.array(ids if self._end is None else [*ids, self._end], np.int32)
-        if not ids or len(whole) < 2:
+        if not text.strip() or len(whole) < 2:  # of an empty one the end alone would be learnt, behind BOS
             return Unusable(reason=Reason.NO_TEXT, detail=f"{len(ids)} tokens")
         if self._has_image_tokens(ids):
             return _NO_IMAGE
@@ -94,6 +93,10 @@ class TextEncoder:
 
 def _all_of(token_ids: Int32Array) -> TokenSequence:
     return TokenSequence(token_ids=token_ids.copy(), positions=np.arange(len(token_ids) - 1, dtype=np.int32))
+
+
+def _texts(chats: Sequence[Chat]) -> list[str]:
+    return [chat.text for chat in chats if chat.text is not None]
 
 
 def _others(chats: Sequence[Chat]) -> list[Chat]:

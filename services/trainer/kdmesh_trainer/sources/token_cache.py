@@ -40,7 +40,7 @@ from kdmesh_trainer.sources.tokenising import Work, tokenised
 log = logging.getLogger(__name__)
 
 # Part of every name: raise it when chats become other tokens than before, or files are written otherwise.
-_FORMAT = 3
+_FORMAT = 4
 
 
 class _Facts(Protocol):
