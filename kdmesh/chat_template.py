@@ -7,10 +7,23 @@ import re
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from jinja2 import TemplateError
+
 from kdmesh.errors import ConfigError
 
 TemplateSetting: TypeAlias = bool | int | float | str
 """What a variable of a chat template may be given."""
+
+TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What rendering a chat may raise: a template is a program."""
 
 # Some templates print today's date (Llama and gpt-oss, in these two forms). With a fixed one a resumed run sees the
 # tokens it saw before, and an answer the prompt it was given to. A macro, because transformers passes no callables on.

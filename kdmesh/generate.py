@@ -14,11 +14,10 @@ from typing import Any, Literal, Protocol
 
 import click
 import numpy as np
-from jinja2 import TemplateError
 
 from kdmesh.answer_report import Report
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.chat_template import TemplateSetting, dated_alike, with_settings
+from kdmesh.chat_template import TEMPLATE_ERRORS, TemplateSetting, dated_alike, with_settings
 from kdmesh.counting import Pace, Show, clock, counted
 from kdmesh.errors import ConfigError, DataError, InvalidRequest, KdmeshError, ModelMismatch
 from kdmesh.image_files import ImageColumn, ImageFiles, ImageRules, NoImages
@@ -36,7 +35,7 @@ from kdmesh.sampling.seeds import seed_of
 from kdmesh.sampling.stops import before_stop
 from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh.tool_rows import name_of
+from kdmesh.tool_rows import are_written
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling, VisionSpec
 from kdmesh_trainer.data_config import ImagesConfig
 
@@ -197,7 +196,7 @@ class ChatTokens:
         chat = [{"role": "user", "content": "what"}, {"role": "assistant", "content": _ANSWER}]
         try:
             text = str(self._tokenizer.apply_chat_template(chat, chat_template=self._template, tokenize=False))
-        except (TemplateError, TypeError, ValueError):
+        except TEMPLATE_ERRORS:
             return None
         _, found, behind = text.rpartition(_ANSWER)
         if not found:
@@ -260,12 +259,12 @@ class ChatTokens:
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             raise DataError(
                 f"{asked.origin}: the chat template refuses {json.dumps(asked.shown)[:200]}: {error}"
             ) from None
-        if not all(name_of(tool) in text for tool in asked.tools):
-            raise DataError(f"{asked.origin}: the chat template leaves out its tools")
+        if not are_written((*asked.tools, *asked.calls), text):
+            raise DataError(f"{asked.origin}: the chat template leaves out its tools, or calls of them")
         # The template writes the special tokens itself.
         ids = np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         if self._reader is None:

@@ -24,6 +24,7 @@ class Asked:
     messages: list[dict[str, Any]]  # as the row has them
     shown: list[dict[str, object]]  # as the template takes them: an image is a part that names none
     tools: tuple[Tool, ...]  # that the assistant may call
+    calls: tuple[Tool, ...]  # that it has made
     images: tuple[Image, ...]  # in their order
     columns: dict[str, Any]  # the row's columns of images and of tools, if it has them
 
@@ -72,6 +73,7 @@ def _asked(line: str, place: str, images: ImageColumn) -> Asked:
         messages=[*({"role": message.role, "content": message.content} for message in of_column), *turns],
         shown=[message.for_template() for message in chat.messages],
         tools=chat.tools,
+        calls=tuple(call for message in chat.messages for call in message.tool_calls),
         images=tuple(image for message in chat.messages for image in message.images),
         columns={name: row[name] for name in (images.name, TOOLS_COLUMN) if name is not None and row.get(name)},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdmesh.errors import DataError
@@ -49,6 +49,12 @@ def answer_keys(message: Mapping[Any, Any], role: str, origin: str) -> dict[str,
 def name_of(tool: Tool) -> str:
     """Of the function."""
     return str(_function(tool)["name"])
+
+
+def are_written(functions: Sequence[Tool], text: str) -> bool:
+    """Whether a text names these, tools and calls of them, as often as they are there."""
+    names = [name_of(function) for function in functions]
+    return all(text.count(name) >= names.count(name) for name in names)
 
 
 def _functions(value: object, origin: str) -> tuple[Tool, ...]:

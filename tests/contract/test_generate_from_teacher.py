@@ -124,6 +124,10 @@ def test_an_interrupted_dataset_is_continued_where_it_was(
     ("row", "words"),
     [
         ({"prompt": "x", "tools": [{"name": "f"}]}, "line 3: the chat template leaves out its tools"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "2"}]},
+            "line 3: the chat template leaves out its tools, or calls of them",
+        ),
         ({"prompt": "so " * 600}, r"line 3: the prompt has \d+ tokens; with a response, the servers take at most 256"),
         ({"messages": []}, "line 3 has no turn to answer"),
     ],

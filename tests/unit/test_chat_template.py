@@ -77,7 +77,7 @@ def test_a_teacher_with_another_tokenizer_has_settings_of_its_own(tmp_path: Path
 
 def test_generate_prompts_with_it(tmp_path: Path) -> None:
     own = hybrid(tmp_path)
-    asked = Asked(origin="line 1", messages=ASKED, shown=ASKED, tools=(), images=(), columns={})
+    asked = Asked(origin="line 1", messages=ASKED, shown=ASKED, tools=(), calls=(), images=(), columns={})
     ids, _ = ChatTokens(tmp_path, {"enable_thinking": False}).prompt(asked)
     text = own.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     assert ids.tolist() == own(text, add_special_tokens=False)["input_ids"]

@@ -42,7 +42,7 @@ def test_a_prompt_is_dated_as_a_trainers_is(form: str, tmp_path: Path) -> None:
     turn = Message(role="user", content="why")
     shown = [{"role": "user", "content": "why"}]
     ids, _ = ChatTokens(tmp_path).prompt(
-        Asked(origin="line 1", messages=shown, shown=shown, tools=(), images=(), columns={})
+        Asked(origin="line 1", messages=shown, shown=shown, tools=(), calls=(), images=(), columns={})
     )
     [prompt] = ChatEncoder(tokenizer).encode_prompts([Chat(messages=(turn,), origin="line 1")])
     assert not isinstance(prompt, Unusable)

@@ -326,6 +326,26 @@ def test_a_bad_template_is_refused_before_any_row(tmp_path: Path) -> None:
         ChatEncoder(chat_tokenizer(None), "{% for m in messages %}\n{% if %}")
 
 
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        ("{{ raise_exception('I never render') }}", "I never render"),
+        ("{{ 1 // 0 }}", "division"),
+        ("{{ 'a' | dictsort }}", "items"),
+        ("{{ '{}'.format() }}", "index"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ],
+)
+def test_whatever_a_template_raises_makes_the_row_unusable(broken: str, why: str) -> None:
+    encoder = ChatEncoder(chat_tokenizer(None), broken)
+    [refused] = encoder.encode([chat(CHATS["one turn"])])
+    [prompt] = encoder.encode_prompts([chat(CHATS["one turn"])])
+    for found in (refused, prompt):
+        assert isinstance(found, Unusable)
+        assert found.reason is Reason.TEMPLATE
+        assert why in found.detail
+
+
 @pytest.mark.parametrize(("form", "date"), [("%d %b %Y", "26 Jul 2024"), ("%Y-%m-%d", "2024-07-26")])
 def test_todays_date_does_not_change_the_tokens(form: str, date: str) -> None:
     dated = "  {% if strftime_now is defined %}{{ strftime_now('" + form + "') }}{% endif %}" + TEMPLATES["chatml"]

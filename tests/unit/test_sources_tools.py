@@ -129,7 +129,7 @@ def test_what_a_template_leaves_out_makes_a_chat_unusable(row: dict[str, Any], t
 )
 def test_calls_before_the_turn_that_is_trained_or_asked_for_are_missed_too(template: str) -> None:
     row = {**({} if template == TEMPLATES["chatml"] else {"tools": [TOOL]}), "messages": ROW["messages"]}
-    left_out = Unusable(reason=Reason.NO_CALLS, detail="message 1")
+    left_out = Unusable(reason=Reason.NO_CALLS, detail="1 calls before it")
     tokenizer = chat_tokenizer(None)
     [last] = ChatEncoder(tokenizer, template, only_last=True).encode([chat(row)])
     assert last == left_out

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from tokenizers import Encoding, Tokenizer, processors
 
 from kdmesh.chat_rows import Chat, Message
-from kdmesh.chat_template import dated_alike
+from kdmesh.chat_template import TEMPLATE_ERRORS, dated_alike
 from kdmesh.errors import ConfigError
 from kdmesh.images import ImageTokens
-from kdmesh.tool_rows import Tool, name_of
+from kdmesh.tool_rows import Tool, are_written, name_of
 from kdmesh.types import Image, TokenSequence
 from kdmesh_trainer.sources.image_tokens import expanded
 from kdmesh_trainer.sources.sides import Prompt
@@ -128,7 +128,7 @@ class ChatEncoder:
         prompt = self._render(messages, is_prompt=True)
         try:
             return prompt[common_length(prompt, self._render(messages, is_prompt=False)) :]
-        except (TemplateError, TypeError, ValueError):
+        except TEMPLATE_ERRORS:
             return ""  # a template that renders whole chats only, and prompts alike
 
     def end_of_turn(self) -> int | None:
@@ -183,7 +183,7 @@ class ChatEncoder:
                 )
                 for number in turns
             ]
-        except (TemplateError, TypeError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
         for number, turn in zip(turns, rendered, strict=True):
             refused = _left_out(chat, number, turn)
@@ -197,7 +197,7 @@ class ChatEncoder:
             return Unusable(reason=Reason.NO_PROMPT, detail="nothing comes before it")
         try:
             text = self._render(messages, tools=chat.tools, is_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             return Unusable(reason=Reason.TEMPLATE, detail=str(error))
         return _untold(chat, messages, text) or text
 
@@ -225,7 +225,7 @@ class ChatEncoder:
             self._render([Message(role="user", content="x")], is_prompt=True)
         except TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is not Jinja: {error.message}, line {error.lineno}") from None
-        except (TemplateError, TypeError, ValueError):
+        except TEMPLATE_ERRORS:
             log.debug("chat template refuses the shortest chat")  # its own rule; every row will tell
 
     def _sequences(self, texts: Sequence[tuple[str, list[RenderedTurn]]]) -> Iterator[TokenSequence | Unusable]:
@@ -276,13 +276,11 @@ def _left_out(chat: Chat, number: int, turn: RenderedTurn) -> Unusable | None:
 
 def _untold(chat: Chat, leading: Sequence[Message], prompt: str) -> Unusable | None:
     """Why a model that is prompted so does not see the chat's tools, or what `leading` calls, if it does not."""
-    if not all(name_of(tool) in prompt for tool in chat.tools):
+    if not are_written(chat.tools, prompt):
         return Unusable(reason=Reason.NO_TOOLS, detail=f"{len(chat.tools)} tools")
-    listed = [name_of(tool) for tool in chat.tools]
-    for number, message in enumerate(leading):
-        listed += map(name_of, message.tool_calls)
-        if any(prompt.count(name_of(call)) < listed.count(name_of(call)) for call in message.tool_calls):
-            return Unusable(reason=Reason.NO_CALLS, detail=f"message {number}")
+    calls = [call for message in leading for call in message.tool_calls]
+    if not are_written((*chat.tools, *calls), prompt):
+        return Unusable(reason=Reason.NO_CALLS, detail=f"{len(calls)} calls before it")
     return None
 
 
