@@ -48,7 +48,15 @@ def test_a_job_writes_students_on_the_way_and_keeps_the_best_of_those_that_were_
     best = min(judged, key=lambda done: judged[done])
     assert best != 5
     note = json.loads((run / "best" / "kdmesh.json").read_text())
-    assert note == {"step": best, "cross_entropy_nats_per_token": judged[best]}
+    assert note == {"step": best, "cross_entropy_nats_per_token": judged[best], "judged_by": note["judged_by"]}
     if best in (2, 4):
         same = [AutoModelForCausalLM.from_pretrained(run / name) for name in ("best", f"models/step-{best:08d}")]
         assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in same), strict=True))
+    # The same run judged on other data: what it kept is nothing to compare with.
+    others = write_chats(tmp_path / "others.jsonl", 3, seed=4)
+    (outcome,) = run_job(config, f"data.held_out.path={others}", "steps=6", "export.every=null")
+    assert outcome.exit_code == 0, outcome.errors
+    found = json.loads((run / "best" / "kdmesh.json").read_text())
+    again = {done: scores["cross_entropy_nats_per_token"] for done, scores in evaluations(run).items() if done >= 5}
+    assert found["cross_entropy_nats_per_token"] == min(again.values())
+    assert found["judged_by"] != note["judged_by"]

@@ -38,9 +38,11 @@ class OneRank:
         return call()
 
 
-def snapshots(output: Path, best: BestFigure | None) -> tuple[ModelSnapshots, Exporter]:
+def snapshots(output: Path, best: BestFigure | None, judged_by: str = "a") -> tuple[ModelSnapshots, Exporter]:
     exporter = Exporter()
-    found = ModelSnapshots(cast(HuggingFaceExporter, exporter), output, best=best, mesh=cast(Mesh, OneRank()))
+    found = ModelSnapshots(
+        cast(HuggingFaceExporter, exporter), output, best=best, judged_by=judged_by, mesh=cast(Mesh, OneRank())
+    )
     return found, exporter
 
 
@@ -71,9 +73,9 @@ def note(output: Path) -> dict[str, Any]:
     return found
 
 
-def judge(output: Path, best: BestFigure, values: Mapping[int, float]) -> list[str]:
+def judge(output: Path, best: BestFigure, values: Mapping[int, float], judged_by: str = "a") -> list[str]:
     """What one attempt at a run writes."""
-    found, exporter = snapshots(output, best)
+    found, exporter = snapshots(output, best, judged_by)
     for done, value in values.items():
         match best:
             case "accuracy":
@@ -98,11 +100,12 @@ def test_the_first_of_the_best_students_is_kept(
     best: BestFigure, values: dict[int, float], kept: dict[str, float], tmp_path: Path
 ) -> None:
     judge(tmp_path, best, values)
-    assert note(tmp_path) == kept
+    assert note(tmp_path) == {**kept, "judged_by": "a"}
 
 
 def test_what_an_earlier_attempt_kept_counts(tmp_path: Path) -> None:
     assert judge(tmp_path, "kl_nats_per_token", {2: 1.0}) == ["best"]
+    checkpoint(tmp_path)
     assert judge(tmp_path, "kl_nats_per_token", {2: 1.0, 4: 1.2}) == []
     assert judge(tmp_path, "kl_nats_per_token", {6: 0.9}) == ["best"]
     assert note(tmp_path)["step"] == 6
@@ -110,7 +113,28 @@ def test_what_an_earlier_attempt_kept_counts(tmp_path: Path) -> None:
     assert judge(tmp_path, "accuracy", {8: 0.1}) == ["best"]
 
 
+def checkpoint(output: Path) -> None:
+    (output / "checkpoints" / "step-00000002").mkdir(parents=True)
+
+
+def test_what_was_judged_by_something_else_does_not_count(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    assert judge(tmp_path, "kl_nats_per_token", {2: 1.0}) == ["best"]
+    assert judge(tmp_path, "kl_nats_per_token", {4: 2.0, 6: 2.1, 8: 1.9}, judged_by="b") == ["best", "best"]
+    assert note(tmp_path) == {"step": 8, "kl_nats_per_token": 1.9, "judged_by": "b"}
+    path = tmp_path / "best" / "kdmesh.json"
+    path.write_text(json.dumps({"step": 8, "kl_nats_per_token": 1.9}))  # of a run that did not write it down
+    assert judge(tmp_path, "kl_nats_per_token", {10: 2.0}) == []
+
+
+def test_what_a_run_kept_of_which_no_checkpoint_is_there_does_not_count(tmp_path: Path) -> None:
+    assert judge(tmp_path, "kl_nats_per_token", {2: 1.0}) == ["best"]
+    assert judge(tmp_path, "kl_nats_per_token", {1: 3.0, 2: 4.0, 3: 2.0}) == ["best", "best"]
+    assert note(tmp_path)["step"] == 3
+
+
 def test_a_record_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
     judge(tmp_path, "accuracy", {1: 0.5})
     (tmp_path / "best" / "kdmesh.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"best/kdmesh\.json, which says how good .* cannot be read"):

@@ -23,7 +23,7 @@ from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
 from kdmesh_trainer.build_context import refuse_unfit_student
 from kdmesh_trainer.build_data import Data, read_data
-from kdmesh_trainer.build_evaluation import build_evaluator, build_examiner, read_questions_of
+from kdmesh_trainer.build_evaluation import build_evaluator, build_examiner, digest_of_judge, read_questions_of
 from kdmesh_trainer.build_objective import build_algorithm, build_objective, build_optimizer, resolve_divergence
 from kdmesh_trainer.build_on_policy import Task, build_source
 from kdmesh_trainer.build_rollouts import Rollouts, open_rollouts
@@ -176,7 +176,13 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             exporters=exporters,
             snapshots=None
             if cfg.export.every is None and cfg.export.best is None
-            else ModelSnapshots(exporters[0], cfg.output, best=cfg.export.best, mesh=mesh),
+            else ModelSnapshots(
+                exporters[0],
+                cfg.output,
+                best=cfg.export.best,
+                judged_by=digest_of_judge(cfg, data.held_out, teachers, checked.exam),
+                mesh=mesh,
+            ),
             stop=AgreedStop(signals, mesh),
             telemetry=telemetry,
             profiler=NoProfiler() if cfg.profile is None else TraceWriter(cfg.profile, output=cfg.output, mesh=mesh),

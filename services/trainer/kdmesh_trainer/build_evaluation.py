@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerFast
@@ -28,6 +30,8 @@ from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.chat import ChatEncoder
 from kdmesh_trainer.sources.images import dataset_images
 from kdmesh_trainer.sources.on_policy import OnPolicySource
+from kdmesh_trainer.sources.prompts import digest_prompts
+from kdmesh_trainer.sources.stored import sequence_facts
 
 
 def build_evaluator(
@@ -52,6 +56,25 @@ def build_evaluator(
         mesh=mesh,
     )
     return ScoringEvaluator(evaluator, source.devices) if isinstance(source, OnPolicySource) else evaluator
+
+
+def digest_of_judge(
+    cfg: config.TrainerConfig,
+    held_out: Mapping[str, Sequence[TokenSequence]],
+    teachers: Teachers | None,
+    exam: Exam | None,
+) -> str:
+    """Of all that the figure of `export.best` depends on beside the student."""
+    judge: dict[str, object]
+    if cfg.export.best == "accuracy":
+        assert exam is not None and cfg.evaluation.questions is not None  # the configuration's
+        prompts = digest_prompts(exam.prompts).hex()
+        rules = cfg.evaluation.questions.model_dump(mode="json", exclude={"path"})
+        judge = {"prompts": prompts, "answers": [question.answers for question in exam.questions], "rules": rules}
+    else:
+        data = {name: sequence_facts(sequences).tree() for name, sequences in held_out.items()}
+        judge = {"held_out": data, "teachers": {} if teachers is None else teachers.identity()}
+    return hashlib.blake2b(json.dumps(judge, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read_questions_of(
