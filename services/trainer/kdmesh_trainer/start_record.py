@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from kdmesh_trainer import config
-from kdmesh_trainer.files import append_line
+from kdmesh_trainer.files import append_line, keep_lines
 
 _PACKAGES = (
     "kdmesh",
@@ -37,8 +37,10 @@ def record_start(cfg: config.TrainerConfig, identity: Mapping[str, str], *, rank
     Raises:
         CheckpointError: it cannot be written.
     """
+    path = cfg.output / "starts.jsonl"
+    keep_lines(path, lambda _: True)  # all but one that a full disk, or a kill, cut
     append_line(
-        cfg.output / "starts.jsonl",
+        path,
         {
             "time": time.time(),
             "ranks": ranks,
