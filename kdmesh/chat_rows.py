@@ -96,6 +96,7 @@ class AnswerColumns:
 
     prompt: str = "prompt"  # a text, or messages
     completion: str = "completion"  # likewise; a row without one ends with its prompt
+    comes_first: bool = False  # whether a row that has them is read so, whatever else it has
 
 
 PROMPT_AND_COMPLETION = AnswerColumns()
@@ -114,6 +115,8 @@ def chat_from_row(
 ) -> Chat:
     """The chat in a row: OpenAI messages (or ShareGPT ones) in `column`, else ShareGPT, else Alpaca, else `answers`.
 
+    Where `answers` come first, they do.
+
     A text in the row's `system` is its first turn, whichever form it has.
 
     Raises:
@@ -124,7 +127,9 @@ def chat_from_row(
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
     _refuse_unsupported_columns(row, origin)
     found_images = RowImages(images, row, origin)
-    if row.get(column) is not None:
+    if answers.comes_first and row.get(answers.prompt) is not None:
+        messages = _prompt_and_completion(row, answers, origin, found_images)
+    elif row.get(column) is not None:
         messages = _messages(row[column], f"{origin}: {column}", found_images)
     elif row.get("conversations") is not None:
         messages = _messages(row["conversations"], f"{origin}: conversations", found_images)

@@ -121,6 +121,26 @@ def test_the_columns_of_question_and_answer_may_have_other_names(tmp_path: Path,
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_columns_that_are_named_are_read_whatever_else_a_row_has(tmp_path: Path, suffix: str) -> None:
+    other = [{"role": "user", "content": "not"}, {"role": "assistant", "content": "this"}]
+    row = {"messages": other, "conversations": other, "instruction": "nor", "output": "this"}
+    named = row | {"question": "Hi", "answer": "Hello"}
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        write(path, lines(named))
+    else:
+        pq.write_table(pa.Table.from_pylist([named]), path)
+    keys = {"prompt_column": "question", "completion_column": "answer"}
+    [chat] = open_dataset(ChatFile(path=path, **keys))()
+    assert [(m.role, m.content) for m in chat.messages] == TURNS
+    [chat] = open_dataset(ChatFile(path=path, column="conversations", **keys))()
+    assert [m.content for m in chat.messages] == ["not", "this"]
+    path = write(tmp_path / "b.jsonl", lines({**named, "question": None}))
+    [chat] = open_dataset(ChatFile(path=path, **keys))()
+    assert [m.content for m in chat.messages] == ["not", "this"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_system_text_beside_the_chat_is_its_first_turn_in_whichever_column(tmp_path: Path, suffix: str) -> None:
     row = {"chat": [USER, ASSISTANT], "system": "Be brief"}
     path = tmp_path / f"a.{suffix}"

@@ -55,10 +55,16 @@ class ChatFile(StrictModel):
     """Column that holds the messages; rows of the other forms are recognised without it."""
 
     prompt_column: str = "prompt"
-    """Column of the user's turn, or of messages, in rows that have neither messages nor the form of the others."""
+    """Column of the user's turn, or of messages, in rows that have neither messages nor the form of the others; where
+    this or the next one is named, and `column` is not, in all rows that have it."""
 
     completion_column: str = "completion"
     """Column of the assistant's answer to it, or of messages; a row without one ends with its prompt."""
+
+    @property
+    def names_answers(self) -> bool:
+        """Whether rows are asked for that are a prompt with its completion, and no others."""
+        return self.column == "messages" and (self.prompt_column, self.completion_column) != ("prompt", "completion")
 
 
 class TextFile(StrictModel):

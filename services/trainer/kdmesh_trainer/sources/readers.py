@@ -124,7 +124,11 @@ def open_files(
                 chat="", answers=PROMPT_AND_COMPLETION, teacher=teacher, images=image_column, text=config.column
             )
         case ChatFile():
-            answers = AnswerColumns(prompt=config.prompt_column, completion=config.completion_column)
+            answers = AnswerColumns(
+                prompt=config.prompt_column,
+                completion=config.completion_column,
+                comes_first=config.names_answers,
+            )
             columns = Columns(chat=config.column, answers=answers, teacher=teacher, images=image_column)
         case _:
             assert_never(config)
