@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdmesh import config as kdmesh_config
@@ -387,6 +389,33 @@ def test_progress_is_logged_at_the_first_and_the_last_step(caplog: pytest.LogCap
             )
     assert [(entry.__dict__["done"], entry.__dict__["steps"]) for entry in caplog.records] == [(1, 5), (5, 5)]
     assert caplog.records[-1].__dict__["eta_s"] == 0
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_terminal_shows_step_loss_and_time_left_whatever_its_width(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    drawn = io.StringIO()
+    terminal = Console(file=drawn, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(progress, "console", lambda: terminal)
+    display = progress.TerminalProgress()
+    display.start(0, 100_000)
+    display.show(
+        progress.Reading(
+            done=50_000,
+            loss_nats_per_token=1.25,
+            tokens_per_second=123_456.0,
+            teacher_wait_fraction=0.1,
+            sampling_wait_fraction=0.2,
+            response_tokens_mean=4321.0,
+            bounded_by="sampling",
+        )
+    )
+    display.close()
+    last = [line for line in drawn.getvalue().splitlines() if "step" in line][-1]
+    assert "step 50000/100000" in last
+    assert "loss 1.2500   0:00 left" in last
+    assert ("4,321 tokens/response" in last) is (width == 200)
 
 
 def config(tmp_path: Path, *names: str) -> TrainerConfig:

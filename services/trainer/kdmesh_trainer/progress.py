@@ -12,6 +12,9 @@ from kdmesh.log import console
 
 log = logging.getLogger(__name__)
 
+_WIDE = 160
+"""Columns of a terminal that has room for a bar beside the longest figures."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
@@ -76,19 +79,24 @@ class LogProgress:
 
 
 class TerminalProgress:
-    """One live line: step, loss, tokens per second, waits, what takes most of a step, time left."""
+    """One live line: step, loss, time left, tokens per second, waits, what takes most of a step.
+
+    A narrow terminal shows as many of them as it has room for, and no bar.
+    """
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._pace = _Pace()
-        self._line = Progress(
-            TextColumn("{task.fields[phase]:<10}", style="cyan"),
-            TextColumn("step [bold]{task.completed}[/]/{task.total}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}"),
-            console=console(),
+        terminal = console()
+        texts = (
+            "[cyan]{task.fields[phase]:<10}[/] step [bold]{task.completed}[/]/{task.total}",
+            "{task.fields[figures]}",
         )
+        if terminal.width < _WIDE:  # rich shortens all columns alike, so that the step would go first
+            self._line = Progress(TextColumn("  ".join(texts)), console=terminal)
+        else:
+            self._line = Progress(TextColumn(texts[0]), BarColumn(bar_width=24), TextColumn(texts[1]), console=terminal)
         self._task = self._line.add_task("", phase="starting", figures="", start=False)
 
     def start(self, first_step: int, steps: int) -> None:
@@ -105,9 +113,9 @@ class TerminalProgress:
     def show(self, reading: Reading) -> None:
         """Redraw the line."""
         figures = (
-            f"loss [bold]{reading.loss_nats_per_token:.4f}[/]   {reading.tokens_per_second:,.0f} tokens/s   "
-            f"teacher wait {reading.teacher_wait_fraction:.0%}   {_sampling(reading)}"
-            f"bounded by {reading.bounded_by}   {clock(self._pace.eta_s(reading.done))} left"
+            f"loss [bold]{reading.loss_nats_per_token:.4f}[/]   {clock(self._pace.eta_s(reading.done))} left   "
+            f"{reading.tokens_per_second:,.0f} tokens/s   bounded by {reading.bounded_by}   "
+            f"teacher wait {reading.teacher_wait_fraction:.0%}{_sampling(reading)}"
         )
         self._line.update(self._task, completed=reading.done, figures=figures)
 
@@ -120,7 +128,7 @@ def _sampling(reading: Reading) -> str:
     if reading.sampling_wait_fraction is None or reading.response_tokens_mean is None:
         return ""
     return (
-        f"sampling wait {reading.sampling_wait_fraction:.0%}   {reading.response_tokens_mean:,.0f} tokens/response   "
+        f"   sampling wait {reading.sampling_wait_fraction:.0%}   {reading.response_tokens_mean:,.0f} tokens/response"
     )
 
 
