@@ -21,6 +21,8 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime
 _DUMB = ("dumb", "unknown")  # rich's own list: it draws nothing live there, and says nothing of it
 _OURS = ("kdmesh", "kdmesh_teacher", "kdmesh_rollout", "kdmesh_trainer")
 _ALIKE = ("kdmesh.rpc.told_waiting",)  # whose warnings all ranks have at the same time
+_OF_EVERY_STEP = {"weights on their way": ("address", "door"), "weights published": ()}
+"""Event -> fields: a terminal, which has a live line, shows it once for each value of these."""
 
 
 def configure(service: str, *, rank: int = 0, pretty: bool | None = None) -> None:
@@ -108,6 +110,20 @@ class _ConsoleHandler(logging.Handler):
     """Time, event and fields on one line; colour says the level."""
 
     _STYLES = ((logging.ERROR, "bold red"), (logging.WARNING, "yellow"), (0, "default"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[tuple[object, ...]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Not what comes with every step, once it was shown."""
+        fields = _OF_EVERY_STEP.get(record.msg)
+        if fields is not None:
+            told = (record.msg, *(record.__dict__[name] for name in fields))
+            if told in self._shown:
+                return False
+            self._shown.add(told)
+        return bool(super().filter(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record on the shared terminal."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
 from kdmesh import log
 
@@ -94,6 +95,20 @@ def test_a_terminal_gets_the_same_event_for_a_person(monkeypatch: pytest.MonkeyP
     assert "step done" in shown
     assert "0.1235" in shown
     assert "{" not in shown
+
+
+def test_a_terminal_shows_once_what_comes_with_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(log, "console", lambda: Console(file=terminal, width=200, color_system=None))
+    log.configure("trainer", pretty=True)
+    ours = logging.getLogger("kdmesh_trainer")
+    for step in range(3):
+        for address in ("a:1", "b:1"):
+            ours.info("weights on their way", extra={"address": address, "door": "shm" if step < 2 else "inline"})
+        ours.info("weights published", extra={"steps_done": step, "weight_version": step + 1})
+        ours.info("checkpoint written", extra={"step": step})
+    shown = terminal.getvalue()
+    assert [shown.count(event) for event in ("weights on", "weights published", "checkpoint written")] == [4, 1, 3]
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,16 @@ def test_the_end_is_summarised_with_the_last_scores(tmp_path: Path, caplog: pyte
     assert display.calls[-1] == tracker.calls[-1] == ("close", None)
 
 
+def test_a_run_without_steps_left_says_what_to_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="kdmesh_trainer")
+    for first_step in (9, 10):
+        with telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict, imbalance=lambda: None) as record:
+            record.start(first_step, 10)
+    (said,) = [entry.__dict__ for entry in caplog.records if entry.msg == "all steps were done before"]
+    assert said["steps"] == 10
+    assert said["next"].startswith("raise `steps`, or `epochs`")
+
+
 def test_progress_is_logged_at_the_first_and_the_last_step(caplog: pytest.LogCaptureFixture) -> None:
     display = progress.LogProgress(every_s=3600)
     with caplog.at_level(logging.INFO):

@@ -31,6 +31,7 @@ _RECENT_STEPS = 10
 _STEP_PHASES = ("batch", "update", "publish")
 _GROUPS = {"evaluation": "held_out", "questions": "questions"}
 _NO_FIGURES = ("kind", "step", "time", "evaluate_s", "examine_s")
+_WHEN_ALL_IS_DONE = "raise `steps`, or `epochs`, to train on, or give another `output` to begin anew"
 _SHORTEST_WAIT_S = 1e-3  # a shorter one says nothing of how fast the other side is
 
 
@@ -141,6 +142,8 @@ class RunTelemetry:
             if line["step"] == first_step:  # which trackers take for superseded
                 figures = {name: value for name, value in line.items() if name not in _NO_FIGURES}
                 self._track(_GROUPS[line["kind"]], first_step, figures)
+        if first_step == steps:
+            log.info("all steps were done before", extra={"steps": steps, "next": _WHEN_ALL_IS_DONE})
         self._metrics.started(first_step, steps)
         self._progress.start(first_step, steps)
 
