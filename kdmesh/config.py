@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -56,6 +57,8 @@ _Loader.add_implicit_resolver(
 
 M = TypeVar("M", bound=StrictModel)
 
+_MOST_GUESSES = 3
+
 
 def config_parser(module: str, description: str) -> argparse.ArgumentParser:
     """Of `python -m module`, which takes a configuration's path as `config` and overrides as `set`, for `load`."""
@@ -90,7 +93,7 @@ def parse(model: type[M], tree: dict[str, Any], *, source: Path) -> M:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_line(details) for details in error.errors()]
+        lines = [_line(details, tree, model) for details in error.errors()]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError("\n".join([f"{source}: {count}", *lines])) from None
 
@@ -125,17 +128,72 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _line(details: ErrorDetails) -> str:
-    message, value = details["msg"].removeprefix("Value error, "), details["input"]
+def _line(details: ErrorDetails, tree: dict[str, Any], model: type[BaseModel]) -> str:
+    message, value, kind = details["msg"].removeprefix("Value error, "), details["input"], details["type"]
     if not details["loc"]:  # a rule of several keys, which it names
         return f"  {message}"
-    dotted = ".".join(str(part) for part in details["loc"])
-    if details["type"] == "tuple_type":
+    keys, choice = _keys_and_choice(details["loc"], tree, is_missing=kind == "missing")
+    if kind == "tuple_type":
         message = "give a list, as [first, second]"
-    if details["type"] == "union_tag_not_found":
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = "give a section, as {key: value}"
+    if kind == "missing":
+        message = "is required"
+    if kind == "union_tag_not_found":
         message = f"says no {details['ctx']['discriminator']}, which decides what else belongs here"
-    if details["type"] == "extra_forbidden":
-        message = "there is no such key"
-    if isinstance(value, dict | list):
-        return f"  {dotted}: {message}"
-    return f"  {dotted}: {message} (got {value!r})"
+    if kind == "union_tag_invalid":
+        keys, value = [*keys, details["ctx"]["discriminator"].strip("'")], details["ctx"]["tag"]
+        message = f"must be one of {details['ctx']['expected_tags']}"
+    if kind == "extra_forbidden":
+        message = "there is no such key" + (f" for {choice}" if choice else "") + _meant(keys, model)
+    if kind == "extra_forbidden" or isinstance(value, dict | list):
+        return f"  {'.'.join(keys)}: {message}"
+    return f"  {'.'.join(keys)}: {message} (got {value!r})"
+
+
+def _keys_and_choice(
+    location: Sequence[str | int], tree: dict[str, Any], *, is_missing: bool
+) -> tuple[list[str], str | None]:
+    """The keys in `location` as the file has them, and the choice of a union that stands before the last one.
+
+    pydantic's locations also name the choices of unions, which are no keys.
+    """
+    keys: list[str] = []
+    node: Any = tree
+    choice = None
+    for place, part in enumerate(location):
+        is_there = part in node if isinstance(node, dict) else isinstance(part, int) and isinstance(node, list)
+        if not is_there and not (is_missing and place == len(location) - 1):
+            choice = str(part)
+            continue
+        choice = None if place < len(location) - 1 else choice
+        keys.append(str(part))
+        node = node[part] if is_there else None
+    return keys, choice
+
+
+def _meant(keys: Sequence[str], model: type[BaseModel]) -> str:
+    """What to write in place of a key that there is not, where that can be guessed."""
+    known = _paths(model)
+    *parent, last = keys
+    beside = {path[-1] for path in known if list(path[:-1]) == parent}
+    if last in beside:  # with another choice
+        return ""
+    close = get_close_matches(last, beside, n=1)
+    meant = [".".join([*parent, *close])] if close else sorted(".".join(path) for path in known if path[-1] == last)
+    return f"; did you mean {' or '.join(meant)}?" if 0 < len(meant) <= _MOST_GUESSES else ""
+
+
+def _paths(annotation: Any, *, within: tuple[Any, ...] = ()) -> set[tuple[str, ...]]:
+    """All keys of what is annotated so, each with those of the sections that it is in; not those of named sections."""
+    if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        choices = () if get_origin(annotation) in (dict, tuple, list) else get_args(annotation)
+        return {path for choice in choices for path in _paths(choice, within=within)}
+    if annotation in within:
+        return set()
+    fields = annotation.model_fields.items()
+    return {
+        (name, *path)
+        for name, field in fields
+        for path in ((), *_paths(field.annotation, within=(*within, annotation)))
+    }

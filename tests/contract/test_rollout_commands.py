@@ -230,4 +230,4 @@ def test_a_port_in_use_and_a_bad_configuration_are_named(tmp_path: Path, model: 
     with started(tmp_path, "-m", "kdmesh_rollout", path, "--check", "--set", "engine.max_runing=1") as process:
         stderr = process.communicate(timeout=30)[1]
     assert process.returncode == 2
-    assert "engine.transformers.max_runing: there is no such key" in stderr
+    assert "engine.max_runing: there is no such key for transformers" in stderr

@@ -80,7 +80,7 @@ def test_a_tracker_that_is_named_twice_is_refused(tmp_path: Path) -> None:
 
 def test_a_parameter_of_another_divergence_is_refused(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + "objective: {name: distill, divergence: {name: forward_kl, beta: 0.1}}\n")
-    assert re.search(r"objective\.distill\.divergence\.forward_kl\.beta: there is no such key", said)
+    assert said.splitlines()[1:] == ["  objective.divergence.beta: there is no such key for forward_kl"]
 
 
 def test_a_choice_without_its_name_says_which_key_decides(tmp_path: Path) -> None:
@@ -90,7 +90,31 @@ def test_a_choice_without_its_name_says_which_key_decides(tmp_path: Path) -> Non
 
 def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + "objective: {name: distil}\n")
-    assert "'distill', 'sft'" in said
+    assert said.splitlines()[1:] == ["  objective.name: must be one of 'distill', 'sft' (got 'distil')"]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("learning_rate=1", "learning_rate: there is no such key; did you mean optimizer.learning_rate?"),
+        (
+            "optimizer.learning_rat=1",
+            "optimizer.learning_rat: there is no such key; did you mean optimizer.learning_rate?",
+        ),
+        ("max_tokens=1", "max_tokens: there is no such key; did you mean batch.max_tokens or data.max_tokens?"),
+        ("optimizer.lr=1", "optimizer.lr: there is no such key"),
+        ("objective.temperature=0", "objective.temperature: Input should be greater than 0 (got 0)"),
+        ("objective.divergence=forward_kl", "objective.divergence: give a section, as {key: value} (got 'forward_kl')"),
+        ("batch=3", "batch: give a section, as {key: value} (got 3)"),
+        (
+            "data.train={format: blend, datasets: {code: {format: chat, path: code.jsonl}}}",
+            "data.train.datasets.code.weight: is required",
+        ),
+        ("objective.ce_weight={start: 1, steps: 2}", "objective.ce_weight.end: is required"),
+    ],
+)
+def test_a_bad_key_is_named_as_the_file_has_it_with_what_may_be_meant(tmp_path: Path, override: str, line: str) -> None:
+    assert refusal(tmp_path, GOOD + "objective: {name: distill}\n", override).splitlines()[1:] == [f"  {line}"]
 
 
 def test_a_teacher_is_told_more_only_where_it_is_learnt_from(tmp_path: Path) -> None:
@@ -244,10 +268,13 @@ def test_the_data_s_own_answers_are_the_default(tmp_path: Path) -> None:
         ("source.sampled_fraction=0.99", r"sampled_fraction \(0.99\) makes 32 samples of batch.sequences \(32\)"),
         ("batch.sequences=30", r"batch.sequences \(30\) must be a multiple of source.samples_per_prompt \(4\)"),
         ("data.max_tokens=64", r"max_new_tokens \(64\) must be less than data.max_tokens \(64\)"),
-        ("source.sampling.top_p=0", "source.on_policy.sampling.top_p: Input should be greater than 0"),
+        ("source.sampling.top_p=0", "source.sampling.top_p: Input should be greater than 0"),
         ("source={kind: on_policy, colocated: true, max_staleness: 1}", "colocated needs max_staleness 0, not 1"),
-        ("source.max_staleness=-1", "source.on_policy.max_staleness: Input should be greater than or equal to 0"),
-        ("source.rollouts.address=a:1", "source.on_policy.rollouts.address: there is no such key"),
+        ("source.max_staleness=-1", "source.max_staleness: Input should be greater than or equal to 0"),
+        (
+            "source.rollouts.address=a:1",
+            "source.rollouts.address: there is no such key; did you mean source.rollouts.addresses",
+        ),
         ("source.kind=on-policy", "'off_policy', 'on_policy'"),
     ],
 )
@@ -264,7 +291,7 @@ def test_some_of_a_step_may_be_the_data_s_own_answers_and_imitated(tmp_path: Pat
 
 def test_a_source_without_samples_takes_no_sampling(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + "source: {kind: off_policy, max_staleness: 1}\n")
-    assert "source.off_policy.max_staleness: there is no such key" in said
+    assert "source.max_staleness: there is no such key for off_policy" in said
 
 
 def sections(module: object) -> Iterator[type[BaseModel]]:
