@@ -229,8 +229,10 @@ def probe(
     \b
     Example: kdmesh probe --teacher 127.0.0.1:50051 --model models/teacher
     """
+    from kdmesh import log
     from kdmesh import probe as probing
 
+    log.configure_command("probe")
     texts = probing.read_prompts(prompts)
     verdict = probing.compare(address, model, texts, bound=bound, door=door, access=read_access(access_file))
     click.echo(verdict.sentence())

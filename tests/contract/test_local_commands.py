@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +128,34 @@ def test_a_probe_without_a_teacher_says_so(tiny_models: TinyModels, monkeypatch:
     assert result.exit_code == 2
     assert "no teacher" in result.output
     assert "Traceback" not in result.output
+
+
+class Website(socketserver.BaseRequestHandler):
+    """Answers a connection as a server of HTTP/1.1 does that cannot read what it is sent."""
+
+    def handle(self) -> None:
+        """Once."""
+        self.request.recv(4096)
+        self.request.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_a_probe_of_the_rest_port_guesses_so_while_it_waits(tiny_models: TinyModels) -> None:
+    command = "from kdmesh import cli, probe; probe._DEADLINE_S = 5.0; cli.main()"
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Website) as http:
+        serving = threading.Thread(target=http.serve_forever)
+        serving.start()
+        address = f"127.0.0.1:{http.server_address[1]}"
+        argv = [sys.executable, "-c", command, "probe", "--teacher", address, "--model", str(tiny_models.path(seed=1))]
+        try:
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        finally:
+            http.shutdown()
+            serving.join()
+    assert done.returncode == 2
+    said = f"{address} answers, but not gRPC: is it `server.rest_port` instead of `server.port`?"
+    waits, *_, refusal = done.stderr.splitlines()
+    assert waits.endswith(f"waiting for a server  kind=teacher  address={address}  reason={said}")
+    assert refusal == f"Error: no teacher is ready within 5 s ({address}: {said})"
 
 
 SAMPLED = "{kind: on_policy, samples_per_prompt: 2, sampling: {max_new_tokens: 8}, max_staleness: 1}"

@@ -146,7 +146,9 @@ def refuse_unasked_questions(cfg: TrainerConfig) -> None:
     is_sampled = cfg.source.kind == "on_policy"
     if asked.questions is None:
         if asked.rollouts is not None:
-            raise ValueError("evaluation.rollouts needs evaluation.questions: nobody else asks these servers")
+            raise ValueError(
+                "evaluation.rollouts needs evaluation.questions: source is not on_policy, so nobody else asks rollout servers"
+            )
         return
     if is_sampled and asked.rollouts is not None:
         raise ValueError(
