@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdmesh.errors import ConfigError
+from kdmesh.handles import named_memory
 
 _PREFIX = "kdmesh-broker-"
 _UNLOCKED_PREFIX = "kdmesh-new-broker-"  # nobody takes one for abandoned
@@ -35,7 +36,7 @@ class RuntimeDir:
 def runtime_dir(configured: Path | None) -> Iterator[RuntimeDir]:
     """The configured directory, made if it is missing, or a private one; removed on exit if it was made here.
 
-    Private directories of this user's servers that were killed are removed too.
+    Private directories of this user's servers that were killed are removed too, with the named memory noted there.
 
     Raises:
         ConfigError: it cannot be made.
@@ -68,7 +69,8 @@ def _remove_abandoned(parent: Path) -> None:
         with contextlib.suppress(OSError):
             if lock.stat().st_uid == os.getuid():
                 with _locked(lock):
-                    shutil.rmtree(lock.parent)
+                    if named_memory.remove_noted(lock.parent):
+                        shutil.rmtree(lock.parent)
 
 
 def _private(stack: contextlib.ExitStack) -> RuntimeDir:

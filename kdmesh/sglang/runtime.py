@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from kdmesh.errors import ConfigError, EngineFailure
+from kdmesh.handles import named_memory
 from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
 from kdmesh.models.placement import DTYPES
@@ -79,6 +80,7 @@ class SglangRuntime:
             raise ConfigError(f"{config.model} has weights of {dtype}; set engine.dtype to bfloat16")
         self.dtype = DTYPES[dtype]
         directory = self._stack.enter_context(runtime_dir(None)).path
+        self._stack.callback(self._end_processes)  # before the directory goes that notes what they leave
         self.schedulers = Schedulers(directory / "schedulers.sock")
         self._stack.callback(self.schedulers.close)
         self.loop = asyncio.new_event_loop()
@@ -89,6 +91,7 @@ class SglangRuntime:
             self._start_engine()
         self.schedulers.wait_reports(num_schedulers(config), _REPORT_S)
         self._shared_files = shared_files.mapped_by(self.schedulers.pids)  # while they live
+        named_memory.note(directory, self._shared_files)
         self.schedulers.watch(self._died)
         if config.node_rank > 0:
             raise EngineFailure(self.loop.run_until_complete(self._death))
@@ -110,14 +113,7 @@ class SglangRuntime:
 
     def close(self) -> None:
         """Kill SGLang's processes, all of which are this process's children, and remove what they leave."""
-        from sglang.srt.utils import kill_process_tree
-
         self._stack.close()
-        if self.engine is not None:
-            self.engine.shutdown()
-        else:
-            kill_process_tree(os.getpid(), include_parent=False)
-        shared_files.remove(self._shared_files)
 
     def _start_engine(self) -> None:
         # Not at the top: the environment must be set before.
@@ -130,6 +126,15 @@ class SglangRuntime:
             self.engine = Engine(**arguments | dict(self._arguments))
         except Exception as error:
             raise ConfigError(f"SGLang did not start: {type(error).__name__}: {error}") from error
+
+    def _end_processes(self) -> None:
+        from sglang.srt.utils import kill_process_tree
+
+        if self.engine is not None:
+            self.engine.shutdown()
+        else:
+            kill_process_tree(os.getpid(), include_parent=False)
+        shared_files.remove(self._shared_files)
 
     async def _unless_dead(self, call: Coroutine[Any, Any, T]) -> T:
         running = asyncio.ensure_future(call)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from kdmesh.errors import RpcError
+from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.rpc.teacher_pool import TeacherPool
 from tests.support.sequences import random_sequences
 from tests.support.sglang_teachers import sglang_environment, sglang_teacher, starting
@@ -132,6 +134,21 @@ def test_sigterm_leaves_no_process_and_no_file(tiny_models: TinyModels, director
         assert not [child for child in family if child.is_running()]
         assert os.listdir(directory) == ["teacher.yaml"]
         assert not list(filter(os.path.exists, named))
+
+
+def test_what_a_killed_server_left_goes_when_another_one_starts(
+    tiny_models: TinyModels, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sglang_teacher(directory, tiny_models.path("qwen3")) as teacher:
+        family = children(teacher)
+        named = named_memory(family)
+        teacher.process.kill()
+        psutil.wait_procs(family, timeout=60)
+    assert list(filter(os.path.exists, named))
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))  # where that server had its own
+    with runtime_dir(None) as started:
+        assert set(os.listdir(directory)) == {"teacher.yaml", started.path.name}
+    assert not list(filter(os.path.exists, named))
 
 
 def test_another_version_is_refused(tiny_models: TinyModels, directory: Path) -> None:
