@@ -241,6 +241,23 @@ async def test_a_damaged_file_is_computed_again_without_anybody_noticing(tmp_pat
         assert teacher.engine.batches == [1]
 
 
+async def test_a_file_that_cannot_be_read_now_is_computed_again_and_answers_later(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path, cache=directory(tmp_path)) as teacher, teacher.client() as client:
+        await ask(client, sequence(30))
+        await until_kept(teacher, 1)
+        (file,) = (tmp_path / "cache").glob("??/*")
+        file.rename(away := tmp_path / "away")
+        file.mkdir()  # cannot be read, even by root
+        teacher.engine.batches.clear()
+        await ask(client, sequence(30))
+        assert teacher.engine.batches == [1]
+        file.rmdir()
+        away.rename(file)
+        await ask(client, sequence(30))
+        assert teacher.engine.batches == [1]
+        assert (await metrics(teacher.addresses.rest))["cache_corrupt_total"] == 0
+
+
 async def test_a_request_whose_kept_rows_are_gone_counts_once_for_its_jobs_rate(tmp_path: Path) -> None:
     kept = directory(tmp_path) | {"shared": True}
     jobs = {"overrides": {"seldom": {"max_requests_per_s": 0.001}}}

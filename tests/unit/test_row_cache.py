@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from kdmesh_teacher.cache.row_cache import RowCache
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
 from kdmesh_teacher.engine import EngineDescription
 from kdmesh_teacher.fake_engine import FakeEngine as FakeModel
+from tests.support.few_descriptors import no_more_descriptors
 from tests.support.teacher_requests import sequence
 
 MIB = 2**20
@@ -206,6 +207,31 @@ async def test_a_file_that_somebody_deleted_is_a_miss_and_no_damage(tmp_path: Pa
             assert await recall(cache, 3) is None
             state = cache.state()
             assert (state.corrupt, state.directory and state.directory.entries) == (0, 0)
+
+
+@pytest.mark.parametrize("failing", ["open", "read"])
+async def test_a_file_that_cannot_be_read_now_is_a_miss_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.EIO, "the disk does not answer")
+
+    with opened(tmp_path / "cache", MIB) as files:
+        async with cache_of(directory=files) as cache:
+            await keep(cache, 3, rows(3))
+            await files.wait_written()
+            with monkeypatch.context() as patch, ExitStack() as stack:
+                if failing == "open":
+                    stack.enter_context(no_more_descriptors())
+                else:
+                    patch.setattr(os, "readv", fail)
+                assert await recall(cache, 3) is None
+            assert not any(cache.find("job", 1, [sequence(9, seed=3)]).is_kept)  # or it would be read again at once
+            await keep(cache, 3, rows(3))
+            assert await recall(cache, 3) == rows(3)
+            state = cache.state()
+            assert (state.corrupt, state.skipped, state.directory and state.directory.entries) == (0, 0, 1)
+    assert len(stored(tmp_path)) == 1
 
 
 async def test_files_are_for_their_user_alone(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class RowDirectory:
         self._path = path
         self._files = LeastRecentlyUsed[None](budget_bytes)
         self._unwritten: dict[bytes, KeptRows] = {}  # they wait to be written
+        self._unread = set[bytes]()  # a read failed, and they were not computed since
         self._clock = clock
         self._rest_s = rest_s
         self._rests_until = 0.0
@@ -56,7 +57,7 @@ class RowDirectory:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="cache-writer")
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._files
+        return key in self._files and key not in self._unread
 
     @property
     def refusal(self) -> str:
@@ -71,7 +72,8 @@ class RowDirectory:
         )
 
     def put(self, key: bytes, rows: KeptRows) -> None:
-        """Have rows written, in place of the files that were not used for longest."""
+        """Have rows written, in place of the files that were not used for longest; one that is there stays."""
+        self._unread.discard(key)
         if key in self._files or key in self._unwritten:
             return
         size_bytes = len(rows.data)
@@ -80,6 +82,7 @@ class RowDirectory:
         if gone is None:
             self.skipped += 1
             return
+        self._unread.difference_update(gone)
         self._unwritten[key] = rows
         writing = asyncio.get_running_loop().run_in_executor(self._writer, self._write, gone, key, rows)
         writing.add_done_callback(partial(self._written, key))
@@ -95,7 +98,12 @@ class RowDirectory:
     def drop(self, key: bytes) -> None:
         """Delete a file, or forget one that is gone."""
         self._files.discard(key)
+        self._unread.discard(key)
         asyncio.get_running_loop().run_in_executor(self._writer, self._delete, [key])
+
+    def pass_over(self, key: bytes) -> None:
+        """Keep a file that could not be read, and have its rows computed once before it is tried again."""
+        self._unread.add(key)
 
     def read(self, key: bytes, out: memoryview) -> None:
         """As entry_file.read; marks the file as used. From any thread; blocks."""

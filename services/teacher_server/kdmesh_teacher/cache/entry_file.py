@@ -51,24 +51,20 @@ def read(path: Path, key: bytes, out: memoryview) -> None:
     """Fill `out` with the rows. Blocks.
 
     Raises:
+        BadEntry: it holds other rows, or not so many; `out` may have been written.
         FileNotFoundError: there is no such file.
-        BadEntry: it cannot be read, or holds other rows, or not so many; `out` may have been written.
+        OSError: it cannot be read now, which says nothing of what it holds; `out` may have been written.
     """
-    try:
-        with path.open("rb", buffering=0) as file:
-            header = file.read(HEADER_BYTES)
-            if len(header) != HEADER_BYTES:
-                raise BadEntry(f"a header of {len(header)} bytes")
-            magic, named, size_bytes, digest = _HEADER.unpack(header)
-            if (magic, named, size_bytes) != (_MAGIC, key, len(out)):
-                raise BadEntry(f"a header for other rows: {size_bytes} bytes, where {len(out)} are wanted")
-            _read_all(file.fileno(), out)
-            if file.read(1):
-                raise BadEntry("more bytes than the header says")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise BadEntry(str(error)) from None
+    with path.open("rb", buffering=0) as file:
+        header = file.read(HEADER_BYTES)
+        if len(header) != HEADER_BYTES:
+            raise BadEntry(f"a header of {len(header)} bytes")
+        magic, named, size_bytes, digest = _HEADER.unpack(header)
+        if (magic, named, size_bytes) != (_MAGIC, key, len(out)):
+            raise BadEntry(f"a header for other rows: {size_bytes} bytes, where {len(out)} are wanted")
+        _read_all(file.fileno(), out)
+        if file.read(1):
+            raise BadEntry("more bytes than the header says")
     if digests.digest(out) != digest:
         raise BadEntry("rows with another digest")
 

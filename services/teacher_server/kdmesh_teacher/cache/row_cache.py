@@ -42,6 +42,7 @@ class _Recalled(Enum):
 
     GONE = auto()  # they had to go meanwhile
     CORRUPT = auto()
+    UNREADABLE = auto()  # for a reason that may pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,7 +83,8 @@ class RowCache:
             outs: each sequence's share of the slot.
 
         Returns:
-            Whether all rows are there. False: something was gone or corrupt, and is not kept any more.
+            Whether all rows are there. False: something was gone or corrupt, and is not kept any more, or could
+            not be read, and is not found until it was computed.
         """
         parts = [
             _Part(key=key, is_kept=is_kept, out=out, kept=self._in_memory(key))
@@ -137,11 +139,17 @@ class RowCache:
         except entry_file.BadEntry as error:
             log.warning("cache entry is corrupt", extra={"key": part.key.hex(), "reason": str(error)})
             return _Recalled.CORRUPT
+        except OSError as error:
+            log.warning("cache entry cannot be read now", extra={"key": part.key.hex(), "reason": str(error)})
+            return _Recalled.UNREADABLE
         return None if self._memory is None else copy_of(part.out)
 
     # Afterwards, on the loop
 
     def _settle(self, part: _Part, result: KeptRows | _Recalled | None) -> bool:
+        if result is _Recalled.UNREADABLE and self._directory is not None:
+            self._directory.pass_over(part.key)
+            return False
         if isinstance(result, _Recalled):
             self._drop(part.key)
             self._corrupt += result is _Recalled.CORRUPT
