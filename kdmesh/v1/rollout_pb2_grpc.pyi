@@ -232,7 +232,9 @@ class RolloutStub(typing.Generic[_RolloutDescribeType, _RolloutGenerateType, _Ro
       INTERNAL            the engine failed on it
     A request that names an image which the server does not have is answered with MissingImages, at once and at no
     cost; a server that was started anew has none.
-    The stream itself ends with: nothing of its own.
+    While many replies wait for the client to read them, no request is taken in.
+    The stream itself ends with:
+      UNAVAILABLE the client has not read a reply for a minute
     """
 
     PutImages: _RolloutPutImagesType
@@ -359,7 +361,9 @@ class RolloutServicer(metaclass=abc.ABCMeta):
           INTERNAL            the engine failed on it
         A request that names an image which the server does not have is answered with MissingImages, at once and at no
         cost; a server that was started anew has none.
-        The stream itself ends with: nothing of its own.
+        While many replies wait for the client to read them, no request is taken in.
+        The stream itself ends with:
+          UNAVAILABLE the client has not read a reply for a minute
         """
 
     @abc.abstractmethod

@@ -188,7 +188,8 @@ class TeacherServicer(object):
         A request that names an image which the server does not have is answered with MissingImages, at once and at no
         cost; a server that was started anew has none.
         The stream itself ends with:
-        NOT_FOUND the session is unknown or its lease has ended
+        NOT_FOUND   the session is unknown or its lease has ended
+        UNAVAILABLE the client has not read a reply for a minute
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -478,7 +478,8 @@ class TeacherStub(typing.Generic[_TeacherDescribeType, _TeacherOpenSessionType, 
     A request that names an image which the server does not have is answered with MissingImages, at once and at no
     cost; a server that was started anew has none.
     The stream itself ends with:
-      NOT_FOUND the session is unknown or its lease has ended
+      NOT_FOUND   the session is unknown or its lease has ended
+      UNAVAILABLE the client has not read a reply for a minute
     """
 
     PutImages: _TeacherPutImagesType
@@ -770,7 +771,8 @@ class TeacherServicer(metaclass=abc.ABCMeta):
         A request that names an image which the server does not have is answered with MissingImages, at once and at no
         cost; a server that was started anew has none.
         The stream itself ends with:
-          NOT_FOUND the session is unknown or its lease has ended
+          NOT_FOUND   the session is unknown or its lease has ended
+          UNAVAILABLE the client has not read a reply for a minute
         """
 
     @abc.abstractmethod

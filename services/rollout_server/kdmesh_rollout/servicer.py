@@ -58,9 +58,11 @@ class Servicer(RolloutServicer):
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: Context
     ) -> None:
         """See rollout.proto."""
-        stream = _Generation(self._gate, self._metrics, ReplyStream(context), job=_job(context))
-        async with asyncio.TaskGroup() as requests:
+        replies = ReplyStream(context)
+        stream = _Generation(self._gate, self._metrics, replies, job=_job(context))
+        async with replies, asyncio.TaskGroup() as requests:
             async for request in request_iterator:
+                await replies.wait_room()
                 if request.is_abort:
                     stream.abort(request.request_id)
                 else:

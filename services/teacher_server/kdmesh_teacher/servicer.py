@@ -102,7 +102,7 @@ class Servicer(TeacherServicer):
         parts = self._gate.parts()
         stream = ReplyStream(context)
         may_read = asyncio.Semaphore(_MAX_OPEN_REQUESTS)
-        async with asyncio.TaskGroup() as requests:
+        async with stream, asyncio.TaskGroup() as requests:
             async for request in request_iterator:
                 job = _job(parts.store, request.session)
                 await may_read.acquire()
