@@ -77,12 +77,12 @@ class Revival:
         work: Work,
         gate: Gate[Any],
         *,
-        before: Callable[[], Awaitable[None]],
+        before: Callable[[str], Awaitable[None]],
         after: Callable[[], Awaitable[None]],
     ) -> None:
         """
         Args:
-            before: returns when nothing uses the dead engine any more.
+            before: lets fail what uses the dead engine, for the reason that it is given; returns when nothing does.
             after: returns when the server has brought the new processes to where the old ones were, and they compute
                 as they must.
         """
@@ -122,7 +122,7 @@ class Revival:
             log.warning("engine is started again", extra={"reason": str(failure)})
             began_s = time.monotonic()
             try:
-                await self._before()
+                await self._before(_REFUSAL)
                 # Whatever dies from now on is a new death.
                 self._work.engine_is_replaced()
                 await self._thread.run(self._engine.restart)

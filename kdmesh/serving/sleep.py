@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from kdmesh.errors import DeadlineExpired, InvalidRequest, Unavailable
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
-from kdmesh.serving.outstanding import Outstanding
+from kdmesh.serving.updating import Updating
 from kdmesh.types import EVERY_TAG, SleepTag
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Pausable(Protocol):
 class WorkAndUpdates:
     """What needs the engine of a server whose weights are replaced: its work, and updates that are being received."""
 
-    def __init__(self, work: Pausable, updating: Outstanding) -> None:
+    def __init__(self, work: Pausable, updating: Updating) -> None:
         self._work = work
         self._updating = updating
 

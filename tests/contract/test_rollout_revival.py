@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
+import grpc
 import httpx
 import pytest
 
 from kdmesh import errors
+from kdmesh.v1 import weights_pb2
+from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.manifest import UpdatePolicy
-from tests.contract.test_rollout_weights import publish, until_verified, weights
+from tests.contract.test_rollout_weights import begin, publish, until_verified, weights
 from tests.support.rollout_engines import MortalEngine
 from tests.support.rollout_samples import ask, expected_tokens, generate, generating, prompt
 from tests.support.rollout_server import RunningRollout, running_rollout
@@ -72,3 +76,42 @@ async def test_an_update_that_the_dead_engine_was_to_take_is_sent_to_the_new_one
         (sample,) = await generate(client, ask(prompt(), newest=1))
         assert sample.token_ids.tolist() == expected_tokens(prompt(), 7, 6, salt=salt)
         assert engine_of(server).num_starts == 2
+
+
+async def test_a_dead_engine_does_not_wait_for_the_weights_that_it_is_being_given() -> None:
+    async with running_rollout(MortalEngine) as server, server.client() as client:
+        async with grpc.aio.insecure_channel(server.addresses.grpc) as channel:
+            silent = RolloutStub(channel).UpdateWeights()
+            await silent.write(weights_pb2.UpdateWeightsRequest(begin=begin(version=1)))
+            await silent.read()
+            engine_of(server).kill()
+            with pytest.raises(grpc.aio.AioRpcError, match="the server's engine died") as ended:
+                await silent.read()
+            assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+        await until_ready(server)
+        new, salt = weights(1)
+        await publish(server, 1, new, UpdatePolicy.FINISH)
+        (sample,) = await generate(client, ask(prompt(), newest=1))
+        assert sample.token_ids.tolist() == expected_tokens(prompt(), 7, 6, salt=salt)
+
+
+async def test_no_weights_are_taken_while_an_engine_is_started() -> None:
+    starting, may_start = threading.Event(), threading.Event()
+
+    class SlowEngine(MortalEngine):
+        def restart(self) -> None:
+            starting.set()
+            assert may_start.wait(10)
+            super().restart()
+
+    async with running_rollout(SlowEngine) as server:
+        engine_of(server).kill()
+        await asyncio.to_thread(starting.wait, 10)
+        async with grpc.aio.insecure_channel(server.addresses.grpc) as channel:
+            early = RolloutStub(channel).UpdateWeights()
+            await early.write(weights_pb2.UpdateWeightsRequest(begin=begin(version=1)))
+            with pytest.raises(grpc.aio.AioRpcError, match="the server's engine died"):
+                await early.read()
+        may_start.set()
+        await until_ready(server)
+        await publish(server, 1, weights(1)[0], UpdatePolicy.FINISH)

@@ -11,9 +11,9 @@ from kdmesh.serving.images import ImageStore
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_state import JobState, job_states
 from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
 from kdmesh.serving.status import Working
+from kdmesh.serving.updating import Updating
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout.scheduler import Scheduler
 
@@ -25,7 +25,7 @@ class Parts:
     model_at_start: RolloutDescription
     scheduler: Scheduler
     updates: WeightUpdates
-    updating: Outstanding  # updates that are being received
+    updating: Updating
     sleep: Sleep
     images: ImageStore | None  # None: the model reads none
     run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service

@@ -86,10 +86,9 @@ class Servicer(RolloutServicer):
         """See rollout.proto."""
         parts = self._gate.parts_for_new_clients()
         parts.sleep.require_weights()
-        with parts.updating:
-            async with aclosing(parts.updates.answer(request_iterator)) as replies:
-                async for reply in replies:
-                    await context.write(reply)
+        async with parts.updating.receiving(), aclosing(parts.updates.answer(request_iterator)) as replies:
+            async for reply in replies:
+                await context.write(reply)
 
     async def Sleep(self, request: common_pb2.SleepRequest, context: Context) -> common_pb2.SleepResponse:
         """See rollout.proto."""

@@ -15,9 +15,9 @@ from kdmesh.serving.gate import Gate
 from kdmesh.serving.images import ImageStore
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.revival import Revival
 from kdmesh.serving.sleep import Sleep, WorkAndUpdates
+from kdmesh.serving.updating import Updating
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout import probe
 from kdmesh_rollout.config import RolloutConfig, TransformersEngine
@@ -73,7 +73,7 @@ async def start(
         dtype=model.dtype,
         vision=None if images is None else images.spec,
     )
-    updating = Outstanding()
+    updating = Updating()
     sleep = Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate)
     run = scheduler.run
     if isinstance(engine, ProcessEngine):
@@ -82,8 +82,9 @@ async def start(
             updates.start_over()
             await thread.run(check)
             await sleep.sleep_again()
+            updating.accept()
 
-        run = Revival(engine, thread, scheduler, gate, before=updating.wait_none, after=bring_back).run
+        run = Revival(engine, thread, scheduler, gate, before=updating.hold_off, after=bring_back).run
     parts = Parts(
         model_at_start=described,
         scheduler=scheduler,

@@ -11,9 +11,9 @@ from kdmesh.handles.store import SlabStore
 from kdmesh.serving.images import ImageStore
 from kdmesh.serving.job_state import Holdings, JobState, job_states
 from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.sleep import Sleep
 from kdmesh.serving.status import SlabStatus, Working
+from kdmesh.serving.updating import Updating
 from kdmesh.types import CacheAnswer, ModelDescription, TokenSequence
 from kdmesh_teacher.cache import entry_file
 from kdmesh_teacher.cache.row_cache import RowCache
@@ -35,7 +35,7 @@ class Parts:
     scheduler: Scheduler
     updates: WeightUpdates | None  # None: the weights are frozen
     carrier: RowCarrier | None  # None: no groups are made
-    updating: Outstanding  # updates that are being received
+    updating: Updating
     sleep: Sleep
     run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service
     cached_tokens: Callable[[], int]  # so far, over all requests

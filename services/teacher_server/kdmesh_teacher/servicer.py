@@ -290,10 +290,9 @@ class Servicer(TeacherServicer):
                 "engine.updatable takes new ones"
             )
         parts.sleep.require_weights()
-        with parts.updating:
-            async with aclosing(parts.updates.answer(request_iterator)) as replies:
-                async for reply in replies:
-                    await context.write(reply)
+        async with parts.updating.receiving(), aclosing(parts.updates.answer(request_iterator)) as replies:
+            async for reply in replies:
+                await context.write(reply)
 
 
 def _job(store: SlabStore, session: bytes) -> str:

@@ -19,9 +19,9 @@ from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.images import ImageStore
 from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.outstanding import Outstanding
 from kdmesh.serving.revival import Revival
 from kdmesh.serving.sleep import Sleep, WorkAndUpdates
+from kdmesh.serving.updating import Updating
 from kdmesh.types import ModelDescription
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_teacher import probe
@@ -89,7 +89,7 @@ async def start(
     loaded = LoadedEngine(engine=engine, thread=thread, model=described, check=check)
     limits = QueueLimits(max_tokens=config.queue.max_tokens, max_wait_s=config.queue.max_wait_s)
     scheduler = Scheduler(loaded, store, limits, jobs, metrics, weights, answering)
-    updating = Outstanding()
+    updating = Updating()
     sleep = Sleep(engine, thread, WorkAndUpdates(scheduler, updating), gate)
     run = scheduler.run
     if isinstance(engine, ProcessEngine):
@@ -99,8 +99,9 @@ async def start(
             await store.replace_memory()
             await thread.run(check)
             await sleep.sleep_again()
+            updating.accept()
 
-        run = Revival(engine, thread, scheduler, gate, before=updating.wait_none, after=bring_back).run
+        run = Revival(engine, thread, scheduler, gate, before=updating.hold_off, after=bring_back).run
     return Parts(
         model_at_start=model,
         store=store,
