@@ -64,6 +64,12 @@ def build_app(title: str, gate: Gate[Any], registry: CollectorRegistry, authorit
 def add_sleep_routes(app: FastAPI, sleep: Callable[[], Sleep]) -> None:
     """What the rpcs Sleep and Wake do. `sleep` raises Unavailable while the model loads."""
 
+    @app.get("/reachz")
+    async def reachz() -> Json:
+        """Whether clients should find the server: it takes new work, or sleeps until one of them wakes it."""
+        sleep().require_reachable()
+        return {"status": "reachable"}
+
     @app.post("/v1/sleep")
     async def fall_asleep(
         tags: Annotated[list[SleepTag], Body()], drain_s: Annotated[float, Body(gt=0)] = DRAIN_S

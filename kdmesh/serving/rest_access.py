@@ -13,7 +13,7 @@ from kdmesh.auth.authority import Authority
 from kdmesh.auth.identity import Role
 from kdmesh.errors import PermissionDenied, Unauthenticated, Unavailable
 
-_OPEN = frozenset({"/healthz", "/readyz"})  # whoever looks after processes need not be known to them
+_OPEN = frozenset({"/healthz", "/readyz", "/reachz"})  # whoever looks after processes need not be known to them
 _READING = frozenset({"GET", "HEAD"})
 _ASK = 'Bearer, Basic realm="kdmesh: any user, the token as password"'
 

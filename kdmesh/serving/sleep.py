@@ -124,6 +124,11 @@ class Sleep:
         if refusal is not None:
             raise Unavailable(refusal, retry_after_s=_RETRY_S)
 
+    def require_reachable(self) -> None:
+        """For who says where servers are. Raises Unavailable when work is refused for another reason than sleep."""
+        if (refusal := self._gate.refusal_of_others(self)) is not None:
+            raise Unavailable(refusal, retry_after_s=_RETRY_S)
+
     async def sleep_again(self) -> None:
         """Let an engine that was started anew give back what the old one had given back."""
         if self._asleep:

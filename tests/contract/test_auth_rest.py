@@ -39,7 +39,7 @@ def bearer(token: str) -> dict[str, str]:
 @pytest.mark.parametrize("kind", ["teacher", "rollout"])
 async def test_only_probes_are_asked_nothing(tmp_path: Path, kind: str) -> None:
     async with guarded(tmp_path, kind) as http:
-        for path in ("/healthz", "/readyz"):
+        for path in ("/healthz", "/readyz", "/reachz"):
             assert (await http.get(path)).status_code == 200
         for path in ("/", "/metrics", "/v1/model", "/openapi.json", "/no/such/page", "/healthz/"):
             answer = await http.get(path)

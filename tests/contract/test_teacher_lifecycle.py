@@ -133,7 +133,7 @@ async def test_rest_says_why_it_is_not_ready(tmp_path: Path) -> None:
     async with running_teacher(tmp_path, wait_ready=False, held=True) as teacher, httpx.AsyncClient() as http:
         base = f"http://{teacher.addresses.rest}"
         assert (await http.get(f"{base}/healthz")).status_code == 200
-        for path in ("/readyz", "/v1/model", "/v1/slab", "/v1/sessions"):
+        for path in ("/readyz", "/reachz", "/v1/model", "/v1/slab", "/v1/sessions"):
             answer = await http.get(base + path)
             assert (answer.status_code, answer.json()) == (503, {"reason": "the server is loading the model"})
         assert "kdmesh_teacher_ready 0.0" in (await http.get(f"{base}/metrics")).text

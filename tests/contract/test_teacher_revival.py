@@ -76,7 +76,8 @@ async def test_requests_of_a_dead_engine_are_answered_by_the_next_one(tmp_path: 
             pass
         server.engine.kill()
         reason = "the server's engine died; ask again in a while, or elsewhere"
-        assert await server.get("/readyz") == (503, {"reason": reason})
+        for path in ("/readyz", "/reachz"):
+            assert await server.get(path) == (503, {"reason": reason})
         assert (await server.get("/healthz"))[0] == 200
         with pytest.raises(errors.Unavailable, match="the server's engine died"):
             await client.prefill([sequence(6)], Deadline.after(10))

@@ -47,7 +47,8 @@ async def test_a_sleeping_teacher_refuses_at_once_with_the_reason_and_answers_wh
         assert refusal.value.retry_after_s == 1.0
         ready = await http.get(f"{base}/readyz")
         assert (ready.status_code, ready.json()) == (503, {"reason": ASLEEP})
-        assert (await http.get(f"{base}/healthz")).status_code == 200
+        for path in ("healthz", "reachz"):
+            assert (await http.get(f"{base}/{path}")).status_code == 200
         assert not await is_healthy(teacher)
         async with teacher.client() as other:  # whoever wakes it must be able to connect
             await other.wake(frozenset({SleepTag.WEIGHTS}))

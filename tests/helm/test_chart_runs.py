@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -48,13 +49,11 @@ def test_a_server_runs_as_its_pod_says_and_the_release_s_test_finds_it_ready(tmp
         done = _ask(asking, tmp_path, f"https://{rest}", grpc)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"https://{rest}/readyz: 200\n{grpc}: serving\n"
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            target = container[probe]["httpGet"]
-            url = f"{target['scheme'].lower()}://{rest}{target['path']}"
-            assert httpx.get(url, verify=False).status_code == 200
+        assert _probed(container, rest) == [200, 200, 200]
         sleep = {"tags": ["weights"], "drain_s": 10}
         asked = httpx.post(f"https://{rest}/v1/sleep", json=sleep, headers=_OPERATOR, verify=False)
         assert asked.status_code == 200
+        assert _probed(container, rest) == [200, 200, 200]  # or no job would find it to wake it
         done = _ask(asking, tmp_path, f"https://{rest}", grpc)
         assert done.returncode != 0 and "503" in done.stderr
         process.send_signal(signal.SIGTERM)
@@ -90,6 +89,13 @@ def _secrets(root: Path) -> dict[str, dict[str, str]]:
         "tokens": {"tokens.yaml": f"tokens: [{{name: ann, role: operator, token: {_TOKEN}}}]"},
         "certificate": {key: path.read_text("utf-8") for key, path in files.items()},
     }
+
+
+def _probed(container: dict[str, Any], rest: str) -> list[int]:
+    """What Kubernetes is answered."""
+    asked = [container[probe]["httpGet"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")]
+    urls = [f"{target['scheme'].lower()}://{rest}{target['path']}" for target in asked]
+    return [httpx.get(url, verify=False).status_code for url in urls]
 
 
 def _ask(pod: Manifest, root: Path, *places: str) -> subprocess.CompletedProcess[str]:

@@ -150,12 +150,12 @@ capabilities:
 {{- $scheme := ternary "HTTPS" "HTTP" (not (not (include "kdmesh.tlsSecret" .))) -}}
 {{- $period := 10 -}}
 startupProbe:
-  httpGet: {path: /readyz, port: rest, scheme: {{ $scheme }}}
+  httpGet: {path: /reachz, port: rest, scheme: {{ $scheme }}}
   periodSeconds: {{ $period }}
   timeoutSeconds: 5
   failureThreshold: {{ div (mul (int .values.startupMinutes) 60) $period }}
 readinessProbe:
-  httpGet: {path: /readyz, port: rest, scheme: {{ $scheme }}}
+  httpGet: {path: /reachz, port: rest, scheme: {{ $scheme }}}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 2
