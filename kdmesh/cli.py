@@ -13,6 +13,7 @@ from kdmesh import check, cluster_commands, evaluation, generation, harness, job
 from kdmesh.access_option import access_option, checked_addresses, read_access
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.interrupt import INTERRUPTED
 from kdmesh.log import can_redraw
 from kdmesh.place import exit_when_stopped
 from kdmesh_rollout.config import RolloutConfig
@@ -49,6 +50,8 @@ class _Commands(click.Group):
             _fail(error, local.USER_ERROR)
         except local.Stopped as stopped:
             sys.exit(128 + stopped.signum)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from kdmesh import log
 from kdmesh.config import StrictModel, config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.interrupt import INTERRUPTED
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 
@@ -38,7 +39,8 @@ class Run(Protocol[M_contra]):
 def main(model: type[M], run: Run[M], *, package: str, service: str, description: str) -> None:
     """Parse, validate, serve until SIGTERM or SIGINT.
 
-    Exit status: 0 after a drain, 1 when the server failed, 2 when the configuration was refused.
+    Exit status: 0 after a drain, 1 when the server failed, 2 when the configuration was refused, 130 when Ctrl-C came
+    before it served.
 
     Args:
         model: of the configuration.
@@ -56,6 +58,8 @@ def main(model: type[M], run: Run[M], *, package: str, service: str, description
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(_BAD_CONFIG)
+    except KeyboardInterrupt:  # before it serves
+        sys.exit(INTERRUPTED)
     except KdmeshError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(_FAILED)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kdmesh.serving import command
-from kdmesh.serving.addresses import Addresses
-from kdmesh.serving.engine_thread import EngineThread
-from kdmesh_rollout.config import RolloutConfig
+from kdmesh.interrupt import quiet_interrupt
+
+with quiet_interrupt():
+    from kdmesh.serving import command
+    from kdmesh.serving.addresses import Addresses
+    from kdmesh.serving.engine_thread import EngineThread
+    from kdmesh_rollout.config import RolloutConfig
 
 
 def main() -> None:

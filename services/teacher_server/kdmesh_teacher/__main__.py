@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kdmesh.allocator import keep_freed_memory
-from kdmesh.serving import command
-from kdmesh.serving.addresses import Addresses
-from kdmesh.serving.engine_thread import EngineThread
-from kdmesh_teacher.config import TeacherConfig
+from kdmesh.interrupt import quiet_interrupt
+
+with quiet_interrupt():
+    from kdmesh.allocator import keep_freed_memory
+    from kdmesh.serving import command
+    from kdmesh.serving.addresses import Addresses
+    from kdmesh.serving.engine_thread import EngineThread
+    from kdmesh_teacher.config import TeacherConfig
 
 _KEPT_BYTES = 256 * 2**20  # for the messages of the stream door, and the engine's small tensors
 

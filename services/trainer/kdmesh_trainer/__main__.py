@@ -8,10 +8,13 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from kdmesh import log
-from kdmesh.config import config_parser, load
-from kdmesh.errors import KdmeshError
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
+
+with quiet_interrupt():
+    from kdmesh import log
+    from kdmesh.config import config_parser, load
+    from kdmesh.errors import KdmeshError
+    from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
     from kdmesh_trainer.mesh import Mesh
@@ -20,7 +23,6 @@ logger = logging.getLogger("kdmesh_trainer")  # not __name__, which is "__main__
 
 _REFUSED = 2
 _BROKEN = 1
-_INTERRUPTED = 130
 
 
 class _Failed(Exception):
@@ -57,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _join(cfg: TrainerConfig) -> int:
     # Not at the top: a bad configuration must not wait for torch.
-    from kdmesh_trainer.mesh import joined
+    with quiet_interrupt():
+        from kdmesh_trainer.mesh import joined
 
     try:
         wait_s, parallel = _longest_wait_s(cfg), cfg.parallel
@@ -100,7 +103,7 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
     except KdmeshError as error:
         raise _Failed(_refused(error, is_speaker=mesh.is_first_to_fail())) from error
     except KeyboardInterrupt as error:  # before the first step, where there is nothing to save
-        raise _Failed(_INTERRUPTED) from error
+        raise _Failed(INTERRUPTED) from error
     except RuntimeError as error:
         # A collective fails when another rank has gone: that one has said why, or was killed.
         if mesh.is_first_to_fail():

@@ -10,18 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdmesh import log
-from kdmesh.config import config_parser, load
-from kdmesh.errors import ConfigError, KdmeshError
-from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
+
+with quiet_interrupt():
+    from kdmesh import log
+    from kdmesh.config import config_parser, load
+    from kdmesh.errors import ConfigError, KdmeshError
+    from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace
+    from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
     from kdmesh_trainer.questions.reader import Question
     from kdmesh_trainer.questions.scores import Answered, AnswerScores
 
 _REFUSED = 2
-_INTERRUPTED = 130
 
 
 def main() -> int:
@@ -42,7 +44,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return _REFUSED
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     return 0
 
 

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdmesh.config import config_parser, load
-from kdmesh.errors import KdmeshError
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh.interrupt import quiet_interrupt
+
+with quiet_interrupt():
+    from kdmesh.config import config_parser, load
+    from kdmesh.errors import KdmeshError
+    from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
     from kdmesh_trainer.memory_plan import Job, Plan

@@ -6,17 +6,19 @@ import argparse
 import logging
 import sys
 
-from kdmesh import log
-from kdmesh.config import config_parser, load
-from kdmesh.counting import counted
-from kdmesh.errors import KdmeshError
-from kdmesh_trainer.config import TrainerConfig
+from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
+
+with quiet_interrupt():
+    from kdmesh import log
+    from kdmesh.config import config_parser, load
+    from kdmesh.counting import counted
+    from kdmesh.errors import KdmeshError
+    from kdmesh_trainer.config import TrainerConfig
 
 logger = logging.getLogger("kdmesh_trainer.precompute")
 
 _REFUSED = 2
 _INCOMPLETE = 1
-_INTERRUPTED = 130
 
 
 def main() -> int:
@@ -39,7 +41,7 @@ def main() -> int:
         return _REFUSED
     except KeyboardInterrupt:
         sys.stderr.write("Stopped; what was computed is kept, and the same command goes on from there.\n")
-        return _INTERRUPTED
+        return INTERRUPTED
     _tell(f"{kept:,} of {wanted:,} sequences are kept")
     return 0 if kept == wanted else _INCOMPLETE
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from kdmesh import log
-from kdmesh.config import config_parser, load
-from kdmesh.errors import ConfigError, KdmeshError
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
+
+with quiet_interrupt():
+    from kdmesh import log
+    from kdmesh.config import config_parser, load
+    from kdmesh.errors import ConfigError, KdmeshError
+    from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 _REFUSED = 2
-_INTERRUPTED = 130
 
 
 def main() -> int:
@@ -30,7 +32,7 @@ def main() -> int:
         return _REFUSED
     except KeyboardInterrupt:
         sys.stderr.write("Stopped; datasets that were complete are kept.\n")
-        return _INTERRUPTED
+        return INTERRUPTED
     return 0
 
 

@@ -1,0 +1,12 @@
+"""Where the `kdmesh` command begins."""
+
+from __future__ import annotations
+
+from kdmesh.interrupt import quiet_interrupt
+
+
+def main() -> None:
+    """The command; what it consists of is imported only now."""
+    with quiet_interrupt():
+        from kdmesh.cli import main as command
+    command()
