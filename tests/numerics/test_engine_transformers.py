@@ -69,7 +69,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("row_tokens", [1, 70, 2048])
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral", "qwen3_moe", "deepseek_v3"])
 def test_rows_equal_hugging_face_alone_or_together(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, family: str, row_tokens: int
 ) -> None:
@@ -97,7 +97,7 @@ def test_bfloat16_stays_bfloat16(tiny_models: TinyModels, is_deterministic: bool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "qwen3_moe"])
 def test_deterministic_rows_are_the_same_bits_whatever_else_is_served(
     tiny_models: TinyModels, family: str, dtype: torch.dtype
 ) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdmesh.errors import ConfigError
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.memory_plan import Job, TeacherHead, plan
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.plan_command import at_worst
 from tests.support.measured_step import TEACHER_SIZE, Step
+from tests.support.tiny_models import FAMILIES, MIXTURES, VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_ranks import finish, start_ranks
 
 TINY: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -26,16 +28,17 @@ WIDE: dict[str, Any] = {"vocab_size": 64_000, "hidden_size": 256, "intermediate_
 
 
 def saved(directory: Path, shape: dict[str, Any], *, is_tied: bool) -> Path:
-    """The configuration of a Qwen3, without weights."""
+    """The configuration of a Qwen3, of its mixture where `shape` has experts, without weights."""
+    has_experts = "num_experts" in shape
     config = AutoConfig.for_model(
-        "qwen3",
+        "qwen3_moe" if has_experts else "qwen3",
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=shape["hidden_size"] // 4,
         tie_word_embeddings=is_tied,
         **shape,
     )
-    config.architectures = ["Qwen3ForCausalLM"]
+    config.architectures = ["Qwen3MoeForCausalLM" if has_experts else "Qwen3ForCausalLM"]
     config.save_pretrained(directory)
     return directory
 
@@ -153,6 +156,38 @@ def test_what_is_frozen_beside_adapters_has_no_moments_and_rests_as_in_its_files
     assert found.resident["parameters"] == pytest.approx(all_in_float32 * frozen.itemsize / 4 + 4 * trained, rel=1e-2)
 
 
+MIXTURE: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_is_counted_with_all_its_experts_and_what_each_token_takes_of_them(
+    tiny_models: TinyModels, family: str, dtype: torch.dtype
+) -> None:
+    model = tiny_models.path(family)
+    alone = replace(job(model, VOCABULARY_SIZE, [64]), compute_dtype=dtype)
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+    found, of_two = plan(alone), plan(replace(alone, ranks=2))
+    assert found.resident["AdamW"] == pytest.approx(8 * parameters, rel=5e-3)
+    assert of_two.resident["AdamW"] == pytest.approx(found.resident["AdamW"] / 2, rel=1e-2)
+    # However many experts there are, each token goes to two.
+    more = {name: 2 * count for name, count in MIXTURES[family].items() if name in _COUNTS_OF_EXPERTS}
+    twice = replace(alone, student=tiny_models.path(family, **more))
+    activations = plan(twice).phases["forward"]["activations"]
+    assert activations == pytest.approx(found.phases["forward"]["activations"], rel=0.05)
+
+
+_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def test_a_mixture_whose_experts_come_one_after_the_other_cannot_be_planned(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "jetmoe", {"num_local_experts": 4})
+    with pytest.raises(ConfigError, match=r"jetmoe.* cannot be planned without memory: its layers look at values"):
+        plan(job(tiny_models.path("jetmoe"), VOCABULARY_SIZE, [64]))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -163,6 +198,8 @@ def test_what_is_frozen_beside_adapters_has_no_moments_and_rests_as_in_its_files
         (WIDE, True, Step(vocabulary=64_000, length=256, sequences=12, micro_batches=2)),
         (DEEP, False, Step(vocabulary=4000, length=512, sequences=4, checkpointed_every=1, returns_freed=True)),
         (DEEP, False, Step(vocabulary=4000, length=512, sequences=4, lora_rank=16, returns_freed=True)),
+        # What the allocator keeps between blocks of every size, as experts take them, is not said.
+        (DEEP | MIXTURE, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
     ],
 )
 def test_a_step_on_a_cpu_takes_what_was_said_within_a_tenth(

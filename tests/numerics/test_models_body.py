@@ -20,7 +20,7 @@ from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
 from tests.support.sequences import random_sequences
-from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
+from tests.support.tiny_models import FAMILIES, MIXTURES, VOCABULARY_SIZE, TinyModels
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 40, 17, 40, 2)
@@ -71,7 +71,7 @@ def test_bfloat16_rows_equal_hugging_face_within_one_rounding(tiny_models: TinyM
     assert relative_error(actual_TD, expected_TD) < 2**-8
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral", "qwen3_moe", "deepseek_v3"])
 def test_gradients_equal_hugging_face(tiny_models: TinyModels, family: str) -> None:
     path = tiny_models.path(family)
     model, own = load_causal_lm(path, "auto", CPU), hugging_face(path, "eager")
@@ -89,7 +89,8 @@ def test_gradients_equal_hugging_face(tiny_models: TinyModels, family: str) -> N
     assert reached > 10
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# In a mixture neighbours decide how many tokens an expert multiplies at once, and so how it rounds.
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - MIXTURES))
 def test_a_neighbour_changes_no_bit(tiny_models: TinyModels, family: str) -> None:
     model = load_causal_lm(tiny_models.path(family), "auto", CPU)
     mine, *others = sequences()

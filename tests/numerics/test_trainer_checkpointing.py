@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,8 +50,11 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str) -> None:
             save_file({**results, "kept": torch.tensor([kept])}, Path(output) / f"{name}.safetensors")
 
 
-def test_the_gradient_is_the_same_to_the_bit_and_less_is_kept(tiny_models: TinyModels, tmp_path: Path) -> None:
-    student = tiny_models.path("qwen3", seed=1, num_hidden_layers=4)
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_the_gradient_is_the_same_to_the_bit_and_less_is_kept(
+    tiny_models: TinyModels, tmp_path: Path, family: str
+) -> None:
+    student = tiny_models.path(family, seed=1, num_hidden_layers=4)
     teacher = tiny_models.path("qwen3", seed=2, vocab_size=320)
     target = "tests.numerics.test_trainer_checkpointing:gradients"
     run_ranks(target, ranks=2, student=str(student), teacher=str(teacher), output=str(tmp_path))

@@ -104,6 +104,8 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         ("qwen3", {"every": 2, "lora": True}),
         ("gemma2", {"gather": "step"}),  # layers with and without a window
         ("llama", {"gather": "step"}),
+        ("deepseek_v3", {"gather": "step"}),
+        ("qwen3_moe", {"every": 2}),
         ("qwen3", {"gather": "step", "together": True}),
         ("qwen3", {"every": 2, "together": True}),
     ],

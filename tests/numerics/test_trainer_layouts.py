@@ -84,8 +84,11 @@ def gradients_of_layouts(
 
 
 def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
-    """Gradient and summed losses in float64: whole logits of Hugging Face's own forward, one sequence at a time."""
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
+    """Gradient and summed losses in float64: whole logits of Hugging Face's own forward, one sequence at a time.
+
+    Experts of a mixture come one after the other: together they are multiplied in float32 at most.
+    """
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64, experts_implementation="eager")
     other = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
     sequences = batch_sequences()
     divergence = cross_entropy = torch.zeros((), dtype=torch.float64)
@@ -105,22 +108,29 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
 
 # Small students are kept whole throughout a step, large ones gathered and reduced with every micro-batch.
 @pytest.mark.parametrize(
-    ("is_tied", "gather", "spreads_head"),
+    ("family", "is_tied", "gather", "spreads_head"),
     [
-        (False, "micro_batch", False),
-        (True, "step", False),
-        pytest.param(True, "micro_batch", True, marks=pytest.mark.slow),
-        pytest.param(False, "step", True, marks=pytest.mark.slow),
+        ("qwen3", False, "micro_batch", False),
+        ("qwen3", True, "step", False),
+        pytest.param("qwen3", True, "micro_batch", True, marks=pytest.mark.slow),
+        pytest.param("qwen3", False, "step", True, marks=pytest.mark.slow),
+        # Mixtures, some experts of which get no token of a micro-batch; the second has a layer without experts.
+        ("qwen2_moe", False, "micro_batch", False),
+        ("deepseek_v3", True, "step", False),
+        pytest.param("mixtral", True, "micro_batch", True, marks=pytest.mark.slow),
+        pytest.param("glm4_moe", False, "micro_batch", False, marks=pytest.mark.slow),
+        pytest.param("deepseek_v2", True, "step", False, marks=pytest.mark.slow),
     ],
 )
 def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
     tiny_models: TinyModels,
     tmp_path: Path,
+    family: str,
     is_tied: bool,
     gather: Gather,
     spreads_head: bool,
 ) -> None:
-    student = tiny_models.path("qwen3", seed=1, tie_word_embeddings=is_tied)
+    student = tiny_models.path(family, seed=1, tie_word_embeddings=is_tied)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
     for ranks in (1, 2):
         run_ranks(
@@ -138,18 +148,21 @@ def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "context"),
+    ("family", "ranks", "context"),
     [
-        (2, 2),
-        (3, 3),  # of 4 heads, so that they exchange keys
-        pytest.param(4, 2, marks=pytest.mark.slow),
-        pytest.param(4, 4, marks=pytest.mark.slow),
+        ("qwen3", 2, 2),
+        ("qwen3", 3, 3),  # of 4 heads, so that they exchange keys
+        ("qwen3_moe", 2, 2),
+        pytest.param("deepseek_v3", 2, 2, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 3, 3, marks=pytest.mark.slow),
+        pytest.param("qwen3", 4, 2, marks=pytest.mark.slow),
+        pytest.param("qwen3", 4, 4, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_that_hold_each_row_together_have_the_textbook_loss_and_gradient(
-    tiny_models: TinyModels, tmp_path: Path, ranks: int, context: int
+    tiny_models: TinyModels, tmp_path: Path, family: str, ranks: int, context: int
 ) -> None:
-    student = tiny_models.path("qwen3", seed=1)
+    student = tiny_models.path(family, seed=1)
     teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
     run_ranks(
         "tests.numerics.test_trainer_layouts:gradients_of_layouts",

@@ -36,6 +36,40 @@ _SHAPE = {
     "pad_token_id": None,
 }
 
+_MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, **_MLA},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        **_MLA,
+    },
+}
+"""Mixtures of experts: model type -> what makes this family special. Each is one of FAMILIES too."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen2": {},
@@ -62,6 +96,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.7,
     },
     "phi": {"partial_rotary_factor": 0.5},  # its head has a bias
+    **MIXTURES,
 }
 """Model type -> what makes this family special."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -24,7 +24,9 @@ from torch.optim import Optimizer
 # The only backend that needs no other rank; torch keeps it among its tests.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
+from transformers.integrations import moe
 
+from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
 from kdmesh.losses.footprint import Footprint, loss_footprint, slice_footprint
 from kdmesh.models.body import empty_causal_lm
@@ -107,12 +109,28 @@ def plan(job: Job) -> Plan:
     """Run two steps of the job's largest micro-batch without memory. The process must be in no process group.
 
     Raises:
-        ConfigError: the student's directory is not a model that can be trained, or its optimizer is not installed.
+        ConfigError: the student's directory is not a model that can be trained, its optimizer is not installed, or
+            what its layers take depends on the values of their inputs.
     """
     check_optimizer(job.optimizer)
+    try:
+        return _plan(job)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            f"{job.student} cannot be planned without memory: its layers look at values, as mixtures do whose experts "
+            f"come one after the other ({error})"
+        ) from error
+
+
+def _plan(job: Job) -> Plan:
     live = LiveBytes(copies_exchanged=job.device.type == "cpu")
     row = _packed(job)  # before tensors have no values
-    with _ranks(job) as (mesh, context), FakeTensorMode(allow_non_fake_inputs=True) as fake, live.watching():
+    with (
+        _ranks(job) as (mesh, context),
+        _experts_in_every_type(),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        live.watching(),
+    ):
         with live.counted_as("parameters"):
             lm = _lm(job)
             unit_parameters = default_unit(job.device.type)
@@ -172,6 +190,16 @@ def _ranks(job: Job) -> Iterator[tuple[DeviceMesh, ContextGroup | None]]:
         yield mesh, None if context is None else replace(context, place=job.place)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _experts_in_every_type() -> Iterator[None]:
+    """Have experts multiplied by transformers' own operator, which keeps and makes what torch's does.
+
+    Without memory torch's multiplies bfloat16 alone, though a CPU and a GPU multiply float32 with it too.
+    """
+    with mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False):
+        yield
 
 
 def _give_to_host(student: Student, live: LiveBytes, gathered: list[list[nn.Module]]) -> int:
