@@ -11,22 +11,27 @@ from kdmesh.errors import ModelMismatch
 # transformers holds the experts of a layer in two tensors; files have three for each expert.
 _GATE_UP = ".experts.gate_up_proj"  # [experts, gate rows and then up rows, columns]
 _DOWN = ".experts.down_proj"
+_GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+# Mixtral's files, and MiniMax's, call a layer's mixture otherwise, and what is in it.
+_MIXTURE, _MIXTRAL = ".mlp.", ".block_sparse_moe."
+_MIXTRAL_GATE_UP_DOWN = ("w1", "w3", "w2")
 # Files of models that read images may have older names, without transformers' own prefixes.
 _OLDER = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 
 def file_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What files hold in place of one tensor of transformers' state dict; views of it."""
+    """What files hold in place of one tensor of transformers' state dict, named as they begin it; views of it."""
+    gate_name, up_name, down_name = _MIXTRAL_GATE_UP_DOWN if _MIXTRAL in name else _GATE_UP_DOWN
     if name.endswith(_GATE_UP):
         stem = name.removesuffix("gate_up_proj")
         for expert, gate_up in enumerate(tensor):
             gate, up = gate_up.chunk(2)
-            yield f"{stem}{expert}.gate_proj.weight", gate
-            yield f"{stem}{expert}.up_proj.weight", up
+            yield f"{stem}{expert}.{gate_name}.weight", gate
+            yield f"{stem}{expert}.{up_name}.weight", up
     elif name.endswith(_DOWN):
         stem = name.removesuffix("down_proj")
         for expert, down in enumerate(tensor):
-            yield f"{stem}{expert}.down_proj.weight", down
+            yield f"{stem}{expert}.{down_name}.weight", down
     else:
         yield name, tensor
 
@@ -55,7 +60,7 @@ def names_in_files(tensors: Mapping[str, Tensor], in_files: Mapping[str, Sequenc
 
 def _name_in_files(name: str, tensor: Tensor, in_files: Mapping[str, Sequence[int]]) -> str | None:
     older = [old + name.removeprefix(new) for new, old in _OLDER if name.startswith(new)]
-    for known in (name, *older):
+    for known in (name, *older, name.replace(_MIXTURE, _MIXTRAL)):
         if all(tuple(in_files.get(own, ())) == tuple(part.shape) for own, part in file_tensors(known, tensor)):
             return known
     return None

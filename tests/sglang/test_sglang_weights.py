@@ -23,7 +23,7 @@ from tests.support.rollout_samples import prompt
 from tests.support.sglang_rollouts import sglang_rollout
 from tests.support.sglang_weights import all_weights, changed, failing_weights, publish, random_changes
 from tests.support.teacher_process import TeacherProcess
-from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels, save_model, save_tokenizer
+from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels, save_model, save_tokenizer
 
 pytestmark = pytest.mark.sglang
 
@@ -170,14 +170,11 @@ def test_processes_that_share_a_model_all_take_new_weights(
         assert distance(student(first), samples) > FAR
 
 
-def test_a_mixture_takes_new_weights_for_its_experts(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    monkeypatch.setitem(FAMILIES, "qwen3_moe", mixture)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_a_mixture_takes_new_weights_for_its_experts(tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
     first, new = (tmp_path_factory.mktemp("m") for _ in range(2))
     for seed, directory in enumerate((first, new)):
-        save_model(directory, "qwen3_moe", seed=seed, dtype=torch.float32)
+        save_model(directory, family, seed=seed, dtype=torch.float32)
         save_tokenizer(directory)
     with (
         sglang_rollout(tmp_path_factory.mktemp("s"), first) as server,
