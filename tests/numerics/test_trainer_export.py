@@ -19,7 +19,7 @@ from kdmesh_trainer.mesh import joined
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from tests.support.full_disk import files_limited_to
-from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, save_model, save_tokenizer
+from tests.support.tiny_models import FAMILIES, MIXTURES, VOCABULARY_SIZE, save_model, save_tokenizer
 
 TOKENS = torch.arange(3, 40)[None]
 
@@ -87,6 +87,17 @@ def test_routers_are_written_in_float32(tmp_path: Path, monkeypatch: pytest.Monk
     written = load_file(final / "model.safetensors")
     assert all(torch.equal(written[name], value) for name, value in biases.items())
     assert {tensor.dtype for name, tensor in written.items() if ".gate." not in name} == {torch.bfloat16}
+    assert torch.equal(logits(final), logits(origin))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_written_as_the_files_that_they_came_from_hold_them(tmp_path: Path, family: str) -> None:
+    origin = model(tmp_path / "origin", family, torch.bfloat16)
+    final = exported(origin)
+    before, after = (load_file(path / "model.safetensors") for path in (origin, final))
+    assert after.keys() == before.keys()
+    assert sum(".experts." in name for name in after) >= 3 * 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert torch.equal(logits(final), logits(origin))
 
 

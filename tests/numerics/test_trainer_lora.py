@@ -225,7 +225,7 @@ def test_a_run_continues_on_another_number_of_ranks_from_adapters_alone(
     assert len(of_model) == len(names) * (1 + 3)  # with two moments and a count of steps
 
 
-def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str, **options: bool) -> None:
+def train_and_export(mesh: Mesh, *, student: str, teacher: str, output: str, **options: Any) -> None:
     """Trains three steps, and writes both the model and the adapter after each."""
     path = Path(student)
     lora = LoraConfig.model_validate({"rank": 4, "alpha": 16, **options})
@@ -301,6 +301,24 @@ def test_a_target_that_can_have_no_adapter_is_refused_with_what_there_is(
     with pytest.raises(ConfigError, match=f"^student.lora.target_modules: {why}"):
         add_adapter(lm, LoraConfig(target_modules=targets), seed=0)
     assert all(parameter.requires_grad for parameter in lm.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(("family", "targets"), [("qwen2_moe", "all-linear"), ("deepseek_v3", ["q_b_proj", "o_proj"])])
+def test_a_mixture_is_written_whole_and_as_an_adapter_that_say_the_same(
+    tiny_models: TinyModels, tmp_path: Path, family: str, targets: Any
+) -> None:
+    student, teacher = tiny_models.path(family, seed=1), tiny_models.path("qwen3", seed=2)
+    paths = {"student": str(student), "teacher": str(teacher), "output": str(tmp_path)}
+    run_ranks(f"{HERE}:train_and_export", ranks=2, **paths, target_modules=targets)
+    base, final = (AutoModelForCausalLM.from_pretrained(path) for path in (student, tmp_path / "final"))
+    token_ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before, written = base(token_ids).logits, final(token_ids).logits
+        adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()(token_ids).logits
+    torch.testing.assert_close(adapted, written, rtol=1e-4, atol=1e-5)
+    assert (written - before).norm() > 0.1 * before.norm()
 
 
 _MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
