@@ -71,6 +71,8 @@ def packed_attention(
         raise ConfigError(f"{_name(module)} was not told packed_lengths: sequences in one row would see each other")
     if attention_mask is not None:
         raise ConfigError(f"{_name(module)} passes an attention mask: packed attention takes none")
+    if kwargs.get("s_aux") is not None:
+        raise ConfigError(f"{_name(module)} has attention sinks (s_aux): packed attention has none")
     if dropout:
         raise ConfigError(f"{_name(module)} has attention dropout {dropout}: packed attention has none; set it to 0")
     window = window_of(module, kwargs)

@@ -17,7 +17,7 @@ from kdmesh.models.attention import PACKED_ATTENTION
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.quiet import quiet
-from kdmesh.models.verify import check_head, check_packing
+from kdmesh.models.verify import check_head, check_layer_types, check_packing
 from kdmesh.models.vision import attention_of, auto_class
 
 __all__ = ["empty_causal_lm", "hidden_states_TD", "load_causal_lm"]
@@ -58,6 +58,7 @@ def load_causal_lm(
     check_model_directory(path, needs_weights=weights == "pretrained")
     with _refusing(path, "loaded"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        check_layer_types(config, path)
         model = _read(path, config, dtype) if weights == "pretrained" else _initialise(config, dtype)
     model = model.to(device).eval()
     check_packing(model)
@@ -74,6 +75,7 @@ def empty_causal_lm(path: Path) -> PreTrainedModel:
     check_model_directory(path, needs_weights=False)
     with _refusing(path, "built"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        check_layer_types(config, path)
         return _initialise(config, torch.float32, moves=False).eval()
 
 

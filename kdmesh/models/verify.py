@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.images import after_first_token, noise_image
@@ -34,6 +35,21 @@ _TOLERANCE_16_BITS = 0.1
 """Largest relative error, |a - b| / |b| over all values. Rounding makes 1e-6 and 1e-2, a neighbour's tokens 0.8."""
 
 
+def check_layer_types(config: PretrainedConfig, path: Path) -> None:
+    """Refuses layers that are no attention over all tokens or a window, before anything is read.
+
+    Args:
+        config: of the model in directory `path`.
+
+    Raises:
+        ConfigError: naming the model type and the types of layers.
+    """
+    other = set(getattr(config.get_text_config(), "layer_types", None) or []) - _LAYER_TYPES
+    if other:
+        what = f"it has layers of type {sorted(other)}; known are {sorted(_LAYER_TYPES)}"
+        raise ConfigError(f"model type {config.model_type} of {path} is not supported: {what}")
+
+
 def check_packing(model: PreTrainedModel) -> None:
     """Compares two short sequences in one packed row with each alone under transformers' own attention.
 
@@ -44,9 +60,6 @@ def check_packing(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: naming the model type and the error found.
     """
-    other = set(_layer_types(model)) - _LAYER_TYPES
-    if other:
-        raise _refusal(model, f"it has layers of type {sorted(other)}; known are {sorted(_LAYER_TYPES)}")
     _check_alone_and_together(model, "two sequences in one row and each alone give hidden states")
     with _short_windows(model) as windows:
         if windows:
@@ -160,10 +173,6 @@ def _short_windows(model: PreTrainedModel) -> Iterator[set[int]]:
     finally:
         for holder, window in long:
             holder.sliding_window = window
-
-
-def _layer_types(model: PreTrainedModel) -> list[str]:
-    return getattr(model.config.get_text_config(), "layer_types", None) or []
 
 
 def _probe_sequences(model: PreTrainedModel) -> list[TokenSequence]:

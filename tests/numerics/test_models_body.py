@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from kdmesh.errors import ConfigError
 from kdmesh.models import verify
 from kdmesh.models.attention import PACKED_ATTENTION, packed_attention
-from kdmesh.models.body import hidden_states_TD, load_causal_lm
+from kdmesh.models.body import empty_causal_lm, hidden_states_TD, load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
 from tests.support.sequences import random_sequences
@@ -178,7 +179,7 @@ def test_a_model_whose_sequences_see_each_other_is_refused(tiny_models: TinyMode
     [
         ("bloom", {"n_head": 4, "n_layer": 2}, "apart"),  # ignores our attention
         ("rwkv", {}, "apart"),  # a recurrent state
-        ("gpt_oss", {"num_local_experts": 4}, "apart"),  # attention sinks, which packed attention lacks
+        ("gpt_oss", {"num_local_experts": 4}, "GptOssAttention has attention sinks .s_aux.: packed attention has none"),
         ("stablelm", {}, "packed_lengths"),  # passes nothing on to its attention
         ("mamba", {}, "linear_attention"),
         ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 64}, "chunked_attention"),
@@ -198,6 +199,17 @@ def test_an_unsupported_architecture_is_refused_by_name(
     monkeypatch.setitem(FAMILIES, family, config)
     with pytest.raises(ConfigError, match=f"model type {family} of .*{reason}"):
         load_causal_lm(tiny_models.path(family, tokenizer=False), "auto", CPU)
+
+
+def test_layers_of_a_kind_that_is_not_known_are_refused_before_weights_are_read(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(FAMILIES, "qwen3_next", {"num_experts": 4})
+    shutil.copytree(tiny_models.path("qwen3_next", tokenizer=False), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
+    for load in (lambda path: load_causal_lm(path, "auto", CPU), empty_causal_lm):
+        with pytest.raises(ConfigError, match=r"qwen3_next of .*: it has layers of type .'linear_attention'"):
+            load(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_refused_as_such(tiny_models: TinyModels, tmp_path: Path) -> None:
