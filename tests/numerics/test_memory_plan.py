@@ -188,6 +188,23 @@ def test_a_mixture_whose_experts_come_one_after_the_other_cannot_be_planned(
         plan(job(tiny_models.path("jetmoe"), VOCABULARY_SIZE, [64]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_frozen_by_name_has_neither_gradient_nor_moments(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = job(saved(tmp_path, TINY, is_tied=False), 300, [40, 24])
+    found = plan(replace(whole, freeze=("model.embed_tokens", "model.layers"), frozen_dtype=dtype))
+    head, layers = 300 * 64, 2 * (2 * 64 + 2 * 16 + 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128)
+    trained = head + 64
+    assert found.resident["AdamW"] == pytest.approx(8 * trained, rel=1e-2)
+    assert found.resident["parameters"] == pytest.approx(4 * trained + dtype.itemsize * (head + layers), rel=1e-2)
+    assert found.phases["AdamW"]["gradients"] == pytest.approx(4 * trained, rel=2e-2)
+    headless = plan(replace(whole, freeze=("lm_head",))).phases["forward"]["loss"]
+    assert plan(whole).phases["forward"]["loss"] - headless == 4 * head  # the fused loss makes it in the forward pass
+    for ranks in (2, 4):
+        assert plan(replace(whole, freeze=("model.layers",), ranks=ranks)).resident["AdamW"] == pytest.approx(
+            8 * (2 * head + 64) / ranks, rel=1e-2
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -200,6 +217,7 @@ def test_a_mixture_whose_experts_come_one_after_the_other_cannot_be_planned(
         (DEEP, False, Step(vocabulary=4000, length=512, sequences=4, lora_rank=16, returns_freed=True)),
         # What the allocator keeps between blocks of every size, as experts take them, is not said.
         (DEEP | MIXTURE, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
+        (WIDE, False, Step(vocabulary=64_000, length=512, sequences=4, frozen=("model.embed_tokens", "lm_head"))),
     ],
 )
 def test_a_step_on_a_cpu_takes_what_was_said_within_a_tenth(
@@ -212,6 +230,7 @@ def test_a_step_on_a_cpu_takes_what_was_said_within_a_tenth(
         job(model, step.vocabulary, [step.length] * step.sequences, accumulates=step.micro_batches > 1),
         checkpointed_every=step.checkpointed_every,
         lora=None if step.lora_rank is None else LoraConfig(rank=step.lora_rank),
+        freeze=step.frozen,
     )
     found = plan(wanted)
     at_once = found.phases[found.worst_phase] if step.returns_freed else at_worst(found, "cpu")

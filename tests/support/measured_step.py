@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from kdmesh.losses import (
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.freezing import freeze, rest_in_bfloat16
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh, joined
@@ -57,6 +59,7 @@ class Step:
     shard_ranks: int | None = None  # that hold one copy of the student; None: all of them
     checkpointed_every: int | None = None
     lora_rank: int | None = None
+    frozen: Sequence[str] = ()  # names of parameters
     returns_freed: bool = False  # to the kernel at once, which trainers do not do on a CPU
 
 
@@ -67,6 +70,9 @@ def train(mesh: Mesh, model: Path, step: Step, *, steps: int) -> None:
     adapter = None
     if step.lora_rank is not None:
         adapter = add_adapter(lm, LoraConfig(rank=step.lora_rank), seed=0)
+    if step.frozen:
+        freeze(lm, step.frozen)
+        rest_in_bfloat16(lm)
     if step.checkpointed_every is not None:
         checkpoint_activations(lm, every=step.checkpointed_every)
     student = Student(lm, vocabulary_size=vocabulary, adapter=adapter)

@@ -22,6 +22,7 @@ from kdmesh_trainer.algorithms.dskd import DualSpaceKD
 from kdmesh_trainer.algorithms.seam import Setup, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.compiled_layers import compile_layers
+from kdmesh_trainer.freezing import freeze, rest_in_bfloat16
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
@@ -135,6 +136,7 @@ def build_student(
     vocabulary_size: int,
     compute_dtype: torch.dtype,
     lora: LoraConfig | None = None,
+    frozen: Sequence[str] = (),
     dual_space_with: LocalTeacher | None = None,
     checkpointed_every: int | None = None,
     gather: Gather = "auto",
@@ -144,9 +146,15 @@ def build_student(
     spreads_head: bool = False,
     is_varlen: bool = False,
 ) -> Student:
-    """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for."""
+    """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for.
+
+    Parameters that `frozen` names do not learn.
+    """
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
     adapter = None if lora is None else add_adapter(lm, lora, seed=7)
+    if frozen:
+        freeze(lm, frozen)
+        rest_in_bfloat16(lm)
     algorithm = None
     if dual_space_with is not None:
         teacher_head = dual_space_with.head()[0].sliced(vocabulary_size)

@@ -188,6 +188,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("objective: {name: distill, kd_weight: 0}", "nothing would be learnt"),
         ("objective: {name: distill, kd_weight: {start: 0, end: 0, steps: 9}}", "nothing would be learnt"),
         ("student: {model: x, weights: random, lora: {}}", "lora needs weights pretrained"),
+        ("student: {model: x, freeze: [lm_head], lora: {}}", "freeze does not go with lora"),
+        ("student: {model: x, freeze: ['']}", "student.freeze.0: String should have at least 1 character"),
         ("student: {model: x, attention: varlen}", "attention varlen needs a GPU and compute_dtype bfloat16"),
         ("student: {model: x, compile: layers, liger_kernels: true}", "liger_kernels does not go with compile layers"),
         ("profile: {steps: []}", "profile.steps"),

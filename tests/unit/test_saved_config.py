@@ -9,19 +9,32 @@ from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.saved_config import configured_identity
 
 
-def lora_of(**keys: Any) -> dict[str, Any]:
-    """What a checkpoint of a run with this adapter would say of it."""
+def identity_of(**student: Any) -> dict[str, str]:
+    """What a checkpoint of a run with such a student would say of it."""
     cfg = TrainerConfig.model_validate(
         {
             "output": "run",
-            "student": {"model": "student", "lora": {"rank": 4, **keys}},
+            "student": {"model": "student", **student},
             "objective": {"name": "sft"},
             "data": {"train": {"format": "chat", "path": "chats.jsonl"}},
             "steps": 1,
         }
     )
-    told: dict[str, Any] = json.loads(configured_identity(cfg)["student.lora"])
+    return configured_identity(cfg)
+
+
+def lora_of(**keys: Any) -> dict[str, Any]:
+    """The same of its adapter."""
+    told: dict[str, Any] = json.loads(identity_of(lora={"rank": 4, **keys})["student.lora"])
     return told
+
+
+def test_a_checkpoint_belongs_to_what_was_frozen_in_any_order() -> None:
+    told = [
+        identity_of(freeze=names)["student.freeze"] for names in (["lm_head", "model.norm"], ["model.norm", "lm_head"])
+    ]
+    assert told == ["lm_head, model.norm"] * 2
+    assert "student.freeze" not in identity_of()
 
 
 def test_a_run_begun_before_adapters_could_be_scaled_otherwise_goes_on() -> None:

@@ -36,6 +36,7 @@ from kdmesh_trainer.data_config import TeacherMessages
 from kdmesh_trainer.devices import ScoringPublisher
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
+from kdmesh_trainer.freezing import check_freeze, freeze, rest_in_bfloat16
 from kdmesh_trainer.loop import Exporter, Parts, Publisher, Schedule
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.mesh import Mesh
@@ -123,6 +124,9 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         )
         beside = algorithm if isinstance(algorithm, nn.Module) else None
         packer = build_packer(lm, checked.image_reader, data.num_images, freeze_vision=cfg.student.freeze_vision)
+        if cfg.student.freeze:
+            freeze(lm, cfg.student.freeze)
+            rest_in_bfloat16(lm)
         student = Student(
             lm,
             vocabulary_size=vocabulary_size,
@@ -214,6 +218,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     check_speed(cfg)
     reader = load_reader(cfg)
     refuse_short_student(cfg)
+    check_freeze(cfg.student.freeze, cfg.student.model)
     encoder = recipe.encoder(tokenizer, reader)
     context = cfg.data.teacher_context
     columns = TeacherColumns(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
+from kdmesh_trainer.freezing import rest_in_bfloat16
 
 if TYPE_CHECKING:
     import peft
@@ -85,10 +86,7 @@ class Adapter:
 def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
     """As inject_adapter; frozen weights that bfloat16 holds exactly, as those of most checkpoints, are kept in it."""
     adapter = inject_adapter(lm, config, seed=seed)
-    for parameter in lm.parameters():
-        rounded = parameter.detach().bfloat16()
-        if not parameter.requires_grad and torch.equal(rounded.to(parameter.dtype), parameter):
-            parameter.data = rounded
+    rest_in_bfloat16(lm)
     return adapter
 
 

@@ -34,6 +34,7 @@ from kdmesh.models.context import ContextGroup, Exchange
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens, pack, slice_of
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.freezing import freeze
 from kdmesh_trainer.live_bytes import LiveBytes
 from kdmesh_trainer.lora import inject_adapter
 from kdmesh_trainer.lora_config import LoraConfig
@@ -77,6 +78,7 @@ class Job:
     context: int = 1  # ranks that hold the largest micro-batch together
     exchange: Exchange = "heads"  # what those exchange in attention
     lora: LoraConfig | None = None
+    freeze: Sequence[str] = ()  # names of parameters without a gradient
     frozen_dtype: torch.dtype = torch.float32  # that weights without a gradient rest in
     checkpointed_every: int | None = None  # of which decoder layers only the inputs are kept; None: of none
 
@@ -109,8 +111,8 @@ def plan(job: Job) -> Plan:
     """Run two steps of the job's largest micro-batch without memory. The process must be in no process group.
 
     Raises:
-        ConfigError: the student's directory is not a model that can be trained, its optimizer is not installed, or
-            what its layers take depends on the values of their inputs.
+        ConfigError: the student's directory is not a model that can be trained, its optimizer is not installed,
+            `freeze` names nothing, or everything, or what its layers take depends on the values of their inputs.
     """
     check_optimizer(job.optimizer)
     try:
@@ -172,9 +174,11 @@ def _lm(job: Job) -> PreTrainedModel:
         # peft moves what it makes to where the model is; tensors without memory cannot be moved, and are there.
         with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
             inject_adapter(lm, job.lora, seed=0)
-        for parameter in lm.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.detach().to(job.frozen_dtype)
+    if job.freeze:
+        freeze(lm, job.freeze)
+    for parameter in lm.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.detach().to(job.frozen_dtype)
     if job.checkpointed_every is not None:
         checkpoint_activations(lm, every=job.checkpointed_every)
     return lm

@@ -120,6 +120,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         context=context,
         exchange=cfg.parallel.exchange(student.get_text_config().num_attention_heads),
         lora=cfg.student.lora,
+        freeze=cfg.student.freeze,
         frozen_dtype=torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32,
         checkpointed_every=cfg.student.checkpointed_every,
     )

@@ -18,6 +18,7 @@ _CONFIGURED = (
     "objective",
     "optimizer.moments",
     "seed",
+    "student.freeze",
     "student.freeze_vision",
     "student.lora",
 )
@@ -57,6 +58,8 @@ def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
         if not cfg.student.lora.use_rslora:
             del lora["use_rslora"]  # runs begun before there was this key go on
         identity["student.lora"] = json.dumps(lora, sort_keys=True)
+    if cfg.student.freeze:
+        identity["student.freeze"] = ", ".join(sorted(cfg.student.freeze))
     if cfg.student.freeze_vision:
         identity["student.freeze_vision"] = "true"
     if cfg.optimizer.moments != "float32":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
 from kdmesh_trainer.lora_config import LoraConfig
@@ -22,6 +22,10 @@ class StudentConfig(StrictModel):
 
     lora: LoraConfig | None = None
     """Train adapters and freeze the rest; null trains every weight."""
+
+    freeze: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Parameters that stay as they are, each by its name or by the beginning of one up to a dot: `model.embed_tokens`,
+    `model.layers.0`; `*`, `?` and `[0-3]` stand for characters between dots. A tied head is its embedding."""
 
     freeze_vision: bool = False
     """Train the language model alone, and not the vision tower with its projector, of a model that reads images."""
@@ -57,6 +61,8 @@ class StudentConfig(StrictModel):
     def _options_fit(self) -> StudentConfig:
         if self.lora is not None and self.weights == "random":
             raise ValueError("lora needs weights pretrained: adapters of a random model teach nothing")
+        if self.lora is not None and self.freeze:
+            raise ValueError("freeze does not go with lora, which freezes every weight: leave freeze out")
         if self.attention == "varlen" and (self.compute_dtype == "float32" or self.device == "cpu"):
             raise ValueError("attention varlen needs a GPU and compute_dtype bfloat16")
         if self.liger_kernels and self.compile != "none":

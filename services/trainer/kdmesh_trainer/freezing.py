@@ -1,0 +1,85 @@
+"""Parameters that are not trained, by their names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kdmesh.errors import ConfigError
+from kdmesh.models.body import empty_causal_lm
+
+log = logging.getLogger(__name__)
+
+_TOLD = 8  # names in an error
+
+
+def check_freeze(patterns: Sequence[str], model: Path) -> None:
+    """As `freeze` on a model without memory.
+
+    Raises:
+        ConfigError: as `freeze`, or the directory is no model that transformers builds.
+    """
+    if patterns:
+        with FakeTensorMode():
+            freeze(empty_causal_lm(model), patterns)
+
+
+def freeze(lm: nn.Module, patterns: Sequence[str]) -> None:
+    """Train no parameter that one of `patterns` names, in place.
+
+    A pattern is the name of a parameter or of a module, which stands for all of its parameters. `*`, `?` and `[0-9]`
+    stand for characters between two dots. A parameter that has two names, as a tied head, is frozen by either.
+
+    Args:
+        lm: whole, not sharded; its own names count, which are those of its files but for a few mixtures and models
+            that read images.
+
+    Raises:
+        ConfigError: a pattern names nothing, or nothing would be left to train.
+    """
+    named = dict(lm.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        chosen = [parameter for name, parameter in named.items() if _is_meant(pattern, name)]
+        if not chosen:
+            raise ConfigError(f"student.freeze: {pattern} names no parameter; {_nearest(pattern, named)}")
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+    trained, frozen = (
+        sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad is is_trained)
+        for is_trained in (True, False)
+    )
+    if not trained:
+        raise ConfigError(f"student.freeze: [{', '.join(patterns)}] leaves no parameter to train")
+    log.info("parameters frozen", extra={"frozen_parameters": frozen, "trained_parameters": trained})
+
+
+def rest_in_bfloat16(lm: nn.Module) -> None:
+    """Keep frozen parameters that bfloat16 holds exactly, as those of most checkpoints, in it."""
+    for parameter in lm.parameters():
+        rounded = parameter.detach().bfloat16()
+        if not parameter.requires_grad and torch.equal(rounded.to(parameter.dtype), parameter):
+            parameter.data = rounded
+
+
+def _is_meant(pattern: str, name: str) -> bool:
+    wanted, parts = pattern.split("."), name.split(".")
+    return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
+
+
+def _nearest(pattern: str, names: Collection[str]) -> str:
+    """What there is where `pattern` leads nowhere."""
+    inside, _, _ = pattern.rpartition(".")
+    depth = len(inside.split(".")) if inside else 0
+    found = dict.fromkeys(
+        name.split(".")[depth] for name in names if name.count(".") >= depth and (not inside or _is_meant(inside, name))
+    )
+    if not found:
+        return _nearest(inside, names)
+    told = ", ".join(list(found)[:_TOLD]) + (", ..." if len(found) > _TOLD else "")
+    return f"{inside or 'the model'} has {told}"
