@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,6 +71,7 @@ class Chat:
     teacher_messages: tuple[Message, ...] = ()  # what leads up to the same response for the teacher; empty: no column
     teacher_name: str = ""  # of the one that is asked; empty: no column
     tools: tuple[Tool, ...] = ()  # that the assistant may call
+    weight: float = 1.0  # of its loss, finite, >= 0
 
     @property
     def text(self) -> str | None:
@@ -112,6 +114,7 @@ def chat_from_row(
     answers: AnswerColumns = PROMPT_AND_COMPLETION,
     teacher: TeacherColumns = NO_COLUMNS,
     images: ImageColumn = TEXT_ALONE,
+    weight: str | None = None,
 ) -> Chat:
     """The chat in a row: OpenAI messages (or ShareGPT ones) in `column`, else ShareGPT, else Alpaca, else `answers`.
 
@@ -119,9 +122,12 @@ def chat_from_row(
 
     A text in the row's `system` is its first turn, whichever form it has.
 
+    Args:
+        weight: column of its weight; None: it is 1.
+
     Raises:
-        DataError: it is none of these, has what is not supported, or lacks what `teacher` names; the message names the
-            origin, what was found and the rule.
+        DataError: it is none of these, has what is not supported, or lacks what `teacher` or `weight` names; the
+            message names the origin, what was found and the rule.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
@@ -151,10 +157,13 @@ def chat_from_row(
         else tuple(_teacher_messages(row, teacher.messages, origin, RowImages(images, row, origin))),
         teacher_name="" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin),
         tools=tools_of(row, origin),
+        weight=1.0 if weight is None else _weight(row, weight, origin),
     )
 
 
-def text_from_row(row: object, *, column: str, origin: str, teacher: TeacherColumns = NO_COLUMNS) -> Chat:
+def text_from_row(
+    row: object, *, column: str, origin: str, teacher: TeacherColumns = NO_COLUMNS, weight: str | None = None
+) -> Chat:
     """The plain text in `column` of a row. Raises DataError as chat_from_row."""
     if not isinstance(row, Mapping):
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
@@ -162,7 +171,8 @@ def text_from_row(row: object, *, column: str, origin: str, teacher: TeacherColu
         raise DataError(f"{origin}: no column {column!r} with a text; columns found: {columns_found(row)}")
     message = Message(role=_TEXT, content=_text(row[column], f"{origin}: {column}"))
     name = "" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin)
-    return Chat(messages=(message,), origin=origin, teacher_name=name)
+    own = 1.0 if weight is None else _weight(row, weight, origin)
+    return Chat(messages=(message,), origin=origin, teacher_name=name, weight=own)
 
 
 def chat_from_messages(value: object, *, origin: str, images: ImageSource = TEXT_ALONE.source) -> Chat:
@@ -210,6 +220,19 @@ def _teacher_name(row: Mapping[Any, Any], column: str, known: tuple[str, ...], o
     if name not in known:
         raise DataError(f"{origin}: {column}: there is no teacher {name!r}; known: {', '.join(known)}")
     return str(name)
+
+
+def _weight(row: Mapping[Any, Any], column: str, origin: str) -> float:
+    value = row.get(column)
+    if value is None:
+        raise DataError(
+            f"{origin}: no column {column!r}, which weight_column names; columns found: {columns_found(row)}"
+        )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{origin}: {column} is {value!r}; a weight must be a number, not {_kind(value)}")
+    if not 0 <= value < math.inf:
+        raise DataError(f"{origin}: {column} is {value}; a weight must be finite and not negative")
+    return float(value)
 
 
 def _messages(value: object, origin: str, images: RowImages) -> list[Message]:

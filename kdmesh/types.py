@@ -108,9 +108,12 @@ class TokenSequence:
     token_ids: Int32Array  # [T], each >= 0, T >= 2
     positions: Int32Array  # [R], strictly increasing, 0 <= each <= T - 2, R >= 1
     images: tuple[PlacedImage, ...] = ()  # in the order of their tokens, which no two share
+    weight: float = 1.0  # of each position's loss, finite, > 0; nobody but who trains is told
 
     def __post_init__(self) -> None:
         self._check_images()
+        if not 0 < self.weight < math.inf:
+            raise InvalidRequest(f"a sequence has weight {self.weight}; it must be positive and finite")
         tokens, positions = self.token_ids, self.positions
         if tokens.ndim != 1 or len(tokens) < 2:
             raise InvalidRequest(f"a sequence has shape {tokens.shape}; it needs one axis and at least 2 tokens")

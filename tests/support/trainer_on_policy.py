@@ -179,6 +179,7 @@ def serial_losses(mesh: Mesh, *, student: str, teacher: str, steps: int) -> dict
             micro_batches=tuple(micro_batches),
             num_loss_tokens=sum(r.sequence.num_rows for r in rollouts),
             num_tokens=sum(r.sequence.num_tokens for r in rollouts),
+            loss_weight=sum(r.sequence.num_rows for r in rollouts),
         )
         result["losses"].append(run.stepper.update(batch).loss_nats_per_token)
         result["sequences"].append(sorted(digest([r.sequence]).hex() for r in rollouts))

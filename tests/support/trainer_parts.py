@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -118,6 +119,7 @@ def step_batch(
         micro_batches=tuple(micro_batches),
         num_loss_tokens=sum(sequence.num_rows for sequence in sequences),
         num_tokens=sum(sequence.num_tokens for sequence in sequences),
+        loss_weight=math.fsum(sequence.weight * sequence.num_rows for sequence in sequences),
     )
 
 

@@ -188,6 +188,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("objective: {name: distill, kd_weight: 0}", "nothing would be learnt"),
         ("objective: {name: distill, kd_weight: {start: 0, end: 0, steps: 9}}", "nothing would be learnt"),
         ("student: {model: x, weights: random, lora: {}}", "lora needs weights pretrained"),
+        (
+            "data: {train: {format: chat, path: x}, held_out: {format: text, path: y, weight_column: w}}",
+            "weight_column is for training: every held-out row counts alike",
+        ),
+        (
+            "data: {train: {format: chat, path: x, weight_column: w}, teacher_tokenizer: {path: t}}",
+            "weight_column does not go with teacher_tokenizer",
+        ),
         ("student: {model: x, freeze: [lm_head], lora: {}}", "freeze does not go with lora"),
         ("student: {model: x, freeze: ['']}", "student.freeze.0: String should have at least 1 character"),
         ("student: {model: x, attention: varlen}", "attention varlen needs a GPU and compute_dtype bfloat16"),
@@ -242,6 +250,17 @@ source:
   sampling: {max_new_tokens: 64}
 """
 )
+
+
+def test_weights_of_rows_are_refused_where_they_would_not_be_heeded(tmp_path: Path) -> None:
+    weighted = "data.train.weight_column=w"
+    for override, words in {
+        "objective={name: distill, algorithm: {name: dskd}}": "does not go with objective.algorithm dskd",
+        "parallel={context: 2}": "parallel.context is 2, which does not go with data.train.weight_column",
+    }.items():
+        assert words in refusal(tmp_path, GOOD, weighted, override)
+    assert "does not go with source on_policy" in refusal(tmp_path, ON_POLICY, weighted)
+    assert config.load(TrainerConfig, written(tmp_path, GOOD), [weighted]).data.has_weights
 
 
 def test_a_teacher_that_follows_the_student_needs_somebody_who_learns_from_it(tmp_path: Path) -> None:

@@ -46,6 +46,25 @@ def test_json_lines_arrays_and_parquet_give_the_same_chats(tmp_path: Path) -> No
     assert read(tmp_path / "c.parquet") == expected
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_row_weighs_what_its_column_says(tmp_path: Path, suffix: str) -> None:
+    rows = [{**ROW, "score": weight, "more": "x"} for weight in (2, 0.5, 0, 1e-9)]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([{**row, "score": float(row["score"])} for row in rows]), path)
+    else:
+        write(path, lines(*rows))
+    assert [chat.weight for chat in open_dataset(ChatFile(path=path, weight_column="score"))()] == [2, 0.5, 0, 1e-9]
+    assert {chat.weight for chat in open_dataset(ChatFile(path=path))()} == {1.0}
+
+
+@pytest.mark.parametrize("value", ["-1", "true", "NaN", "Infinity", '"1"', "[1]", "null", "1e999"])
+def test_a_weight_that_is_no_finite_number_of_at_least_0_is_refused(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path / "a.jsonl", lines({**ROW, "score": 1}) + json.dumps(ROW)[:-1] + f', "score": {value}}}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*score.*(a weight must be|which weight_column names)"):
+        list(open_dataset(ChatFile(path=path, weight_column="score"))())
+
+
 def test_a_directory_is_read_in_the_order_of_its_file_names(tmp_path: Path) -> None:
     for name in ("b.json", "a.jsonl"):
         write(tmp_path / name, lines({"messages": [{"role": "user", "content": name}]}))

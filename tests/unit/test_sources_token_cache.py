@@ -120,6 +120,26 @@ def test_stored_sequences_are_those_of_memory(
     assert plain(found[-1]) == plain(expected[-1])
 
 
+@pytest.mark.parametrize("columns", [NO_COLUMNS, WHO])
+def test_stored_sequences_have_their_weights(tmp_path: Path, student: Path, columns: TeacherColumns) -> None:
+    file = write_rows(tmp_path / "a.jsonl")
+    rows = [{**json.loads(line), "w": n % 4 / 3} for n, line in enumerate(file.read_text().splitlines())]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"format": "chat", "path": str(file)}
+    plain_data, data = data_of(tmp_path), data_of(tmp_path, train={**train, "weight_column": "w"})
+    cache, encoder = make_cache(student, data)
+    expected = load_sequences("train", files_of(data, columns), encoder, data)
+    assert (expected.report.rows, expected.report.of_weight_0) == (60, 15)
+    assert {s.weight for s in expected.sequences} == {1 / 3, 2 / 3, 1.0}
+    for found in (cache.sequences("train", files_of(data, columns)) for _ in range(2)):
+        assert [(s.weight, *plain(s)) for s in found] == [(s.weight, *plain(s)) for s in expected.sequences]
+        assert sequence_facts(found) == measured(expected.sequences)
+        assert found.facts.weights
+    unweighted, _ = make_cache(student, plain_data)
+    assert unweighted.sequences("train", files_of(plain_data, columns)).facts.weights == ""
+    assert len(entries(tmp_path / "cache")) == 2
+
+
 @pytest.mark.parametrize("context", [None, {"kind": "system_prompt", "text": "Be brief."}])
 @pytest.mark.parametrize("columns", [NO_COLUMNS, WHO])
 def test_stored_prompts_are_those_of_memory(

@@ -55,7 +55,7 @@ class Recorder:
         self.told_steps = steps
 
     def next_batch(self) -> StepBatch:
-        return StepBatch(step=self._done, micro_batches=(), num_loss_tokens=1, num_tokens=2)
+        return StepBatch(step=self._done, micro_batches=(), num_loss_tokens=1, num_tokens=2, loss_weight=1)
 
     def update(self, batch: StepBatch) -> StepStats:
         self.events.append(f"update {batch.step}")

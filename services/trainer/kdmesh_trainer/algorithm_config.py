@@ -102,6 +102,11 @@ AlgorithmConfig = Annotated[
 
 def refuse_unfit_algorithm(cfg: TrainerConfig, objective: Distill) -> None:
     """Raises ValueError when the algorithm cannot have what the rest of the configuration gives it."""
+    if cfg.data.has_weights and not isinstance(objective.algorithm, VanillaKD):
+        raise ValueError(
+            f"data.train.weight_column does not go with objective.algorithm {objective.algorithm.name}; it must be "
+            "vanilla_kd"
+        )
     if not isinstance(objective.algorithm, DualSpace):
         return
     if objective.algorithm.token_alignment == "cma" and cfg.data.teacher_tokenizer is None:

@@ -122,6 +122,8 @@ def _identity(train: Sequence[TokenSequence], facts: Mapping[str, SequenceFacts]
         if part.teacher_digest != part.digest:
             why = "teacher_tokenizer" if part.has_other_tokenizer else "teacher_context"
             identity[digest_key(f"data.{why}", name)] = part.teacher_digest
+        if part.weights:
+            identity[digest_key("data.weight_column", name)] = part.weights
         if part.teacher_names:
             identity[digest_key("data.teacher_column", name)] = part.teacher_names
     return identity

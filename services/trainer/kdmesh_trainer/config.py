@@ -326,6 +326,8 @@ class TrainerConfig(StrictModel):
             return self
         if not isinstance(self.objective, Distill):
             raise ValueError("source on_policy needs objective distill: its samples are nothing to imitate")
+        if self.data.has_weights:
+            raise ValueError("data.train.weight_column does not go with source on_policy: weights are of given answers")
         if self.objective.imitates_data and self.source.sampled_fraction == 1:
             raise ValueError(
                 f"objective.ce_weight ({self.objective.ce_weight}) must be 0 with source on_policy, whose tokens are "

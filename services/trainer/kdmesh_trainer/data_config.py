@@ -61,6 +61,9 @@ class ChatFile(StrictModel):
     completion_column: str = "completion"
     """Column of the assistant's answer to it, or of messages; a row without one ends with its prompt."""
 
+    weight_column: str | None = None
+    """Column of a number that each row's loss is multiplied by, in training (docs/data.md); null: all count alike."""
+
     @property
     def names_answers(self) -> bool:
         """Whether rows are asked for that are a prompt with its completion, and no others."""
@@ -77,6 +80,9 @@ class TextFile(StrictModel):
 
     column: str = "text"
     """Column that holds the text."""
+
+    weight_column: str | None = None
+    """As that of chats."""
 
 
 class CustomDataset(StrictModel):
@@ -272,6 +278,11 @@ class DataConfig(StrictModel):
         return self.train.datasets if isinstance(self.train, Blend) else {"": self.train}
 
     @property
+    def has_weights(self) -> bool:
+        """Whether some rows that are trained on say how much they count."""
+        return any(_weight_column(dataset) is not None for dataset in self.train_datasets.values())
+
+    @property
     def has_texts(self) -> bool:
         """Whether some of it is plain text."""
         return any(isinstance(dataset, TextFile) for dataset in self._every)
@@ -320,3 +331,15 @@ class DataConfig(StrictModel):
         if self.teacher_column is not None and custom:
             raise ValueError("teacher_column needs files: a reader of your own gives chats alone")
         return self
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> DataConfig:
+        if any(_weight_column(dataset) is not None for dataset in self.held_out_datasets.values()):
+            raise ValueError("weight_column is for training: every held-out row counts alike")
+        if self.has_weights and self.teacher_tokenizer is not None:
+            raise ValueError("weight_column does not go with teacher_tokenizer")
+        return self
+
+
+def _weight_column(dataset: ChatFile | TextFile | CustomDataset) -> str | None:
+    return None if isinstance(dataset, CustomDataset) else dataset.weight_column

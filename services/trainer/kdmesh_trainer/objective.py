@@ -67,6 +67,7 @@ class Distillation:
             labels_R=rows.labels_R,
             num_sampled=rows.num_sampled,
             sequences=rows.sequences,
+            weight_R=rows.weight_R,
             teacher=teacher,
             heads=self.teacher_head,
         )
@@ -95,7 +96,7 @@ class CrossEntropy:
 
     def __call__(self, rows: StudentRows, teacher: TeacherRows | PanelRows | None) -> FusedLoss:
         """The teacher's rows, if any, are not looked at."""
-        return fused_linear_cross_entropy(rows.hidden_RD, rows.head, rows.labels_R)
+        return fused_linear_cross_entropy(rows.hidden_RD, rows.head, rows.labels_R, token_weight_R=rows.weight_R)
 
 
 def _refuse_other_than_loss(loss: object, *, num_rows: int) -> None:

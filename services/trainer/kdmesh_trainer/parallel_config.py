@@ -94,6 +94,10 @@ def refuse_unfit_context(cfg: TrainerConfig) -> None:
         raise ValueError(
             f"parallel.context is {context}, which does not go with parallel.head vocabulary; it must be 1"
         )
+    if context > 1 and cfg.data.has_weights:
+        raise ValueError(
+            f"parallel.context is {context}, which does not go with data.train.weight_column; it must be 1"
+        )
     if context > 1 and cfg.student.compile != "none":
         raise ValueError(f"parallel.context is {context}, which does not go with student.compile; it must be 1")
     if context > 1 and cfg.data.teacher_tokenizer is not None:

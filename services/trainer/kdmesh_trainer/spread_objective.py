@@ -53,8 +53,14 @@ class SpreadCrossEntropy:
 
     def __call__(self, rows: StudentRows, teacher: TeacherRows | PanelRows | None) -> FusedLoss:
         """The teacher's rows, if any, are not looked at."""
-        counts = [count for (count,) in self.share.numbers(len(rows.labels_R))]
-        own = OwnRows(student_hidden_RD=rows.hidden_RD, teacher_hidden_RE=None, labels_R=rows.labels_R)
+        everyone = self.share.numbers(len(rows.labels_R), rows.weight_R is not None)
+        counts = [count for count, _ in everyone]
+        own = OwnRows(
+            student_hidden_RD=rows.hidden_RD,
+            teacher_hidden_RE=None,
+            labels_R=rows.labels_R,
+            token_weight_R=_weights(rows, any(has_weights for _, has_weights in everyone)),
+        )
         return fused_linear_across_ranks(own, rows.head, None, CROSS_ENTROPY, self.share, counts=counts)
 
 
@@ -77,7 +83,7 @@ class SpreadDistillation:
             ModelMismatch: ranks have rows of different weight versions, or the teacher has another by now.
         """
         assert not isinstance(teacher, PanelRows)
-        counts, version, dtype = self._agree(teacher)
+        counts, version, dtype, have_weights = self._agree(rows, teacher)
         if version is None:  # no rank has a row
             return SpreadCrossEntropy(share=self.share)(rows, None)
         head = self.head.at(version)
@@ -92,27 +98,36 @@ class SpreadDistillation:
             teacher_hidden_RE=hidden_RE,
             labels_R=rows.labels_R if terms.needs_labels else None,
             ce_weight_R=_imitated(rows, terms.ce_weight) if terms.ce_weight > 0 else None,
+            token_weight_R=_weights(rows, have_weights),
         )
         return fused_linear_across_ranks(own, rows.head, head, terms, self.share, counts=counts)
 
-    def _agree(self, teacher: TeacherRows | None) -> tuple[list[int], int | None, torch.dtype]:
-        """Rows of each rank, their weight version and their type. Collective."""
+    def _agree(self, rows: StudentRows, teacher: TeacherRows | None) -> tuple[list[int], int | None, torch.dtype, bool]:
+        """Rows of each rank, their weight version and their type; whether some rows have weights. Collective."""
         own = (0, 0, 0)
         if teacher is not None:
             own = (len(teacher.rows_RD), teacher.weight_version, _DTYPES.index(teacher.rows_RD.dtype))
-        everyone = self.share.numbers(*own)
-        known = {(version, dtype) for count, version, dtype in everyone if count > 0}
+        everyone = self.share.numbers(*own, rows.weight_R is not None)
+        known = {(version, dtype) for count, version, dtype, _ in everyone if count > 0}
         if len({version for version, _ in known}) > 1:
             versions = sorted({version for version, _ in known})
             raise ModelMismatch(
                 f"the teacher's rows of one step have weight versions {versions} on different ranks; a step never "
                 "mixes versions"
             )
-        counts = [count for count, _, _ in everyone]
+        counts = [count for count, *_ in everyone]
+        have_weights = any(has_weights for *_, has_weights in everyone)
         if not known:
-            return counts, None, _DTYPES[0]
+            return counts, None, _DTYPES[0], have_weights
         version, dtype = max(known)  # the widest type
-        return counts, version, _DTYPES[dtype]
+        return counts, version, _DTYPES[dtype], have_weights
+
+
+def _weights(rows: StudentRows, have_weights: bool) -> Tensor | None:
+    """[R] that of each row, on every rank where one has any."""
+    if not have_weights:
+        return None
+    return torch.ones(len(rows.labels_R), device=rows.labels_R.device) if rows.weight_R is None else rows.weight_R
 
 
 def _imitated(rows: StudentRows, ce_weight: float) -> Tensor:

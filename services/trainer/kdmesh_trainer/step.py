@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
@@ -13,6 +14,8 @@ from torch.profiler import record_function
 
 from kdmesh.errors import NotFinite
 from kdmesh.losses import FusedLoss, OutputHead
+from kdmesh.models.packing import moved
+from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.seam import StudentRows
 from kdmesh_trainer.learning_rate import learning_rate
 from kdmesh_trainer.mesh import Mesh
@@ -66,7 +69,7 @@ class GradientStepper:
             norms = [_gradient_norm(parameters) for parameters in trained]
         with record_function("figures of all ranks"):
             totals, (gradient_norm, *others) = tally.over_all_ranks(*norms)
-        loss = totals.loss / batch.num_loss_tokens
+        loss = totals.loss / batch.loss_weight
         if not all(math.isfinite(number) for number in (loss, gradient_norm, *others)):
             raise NotFinite(
                 f"step {batch.step} has loss {loss} and gradient norm {gradient_norm}, which must be finite; "
@@ -97,8 +100,8 @@ class GradientStepper:
     def accumulate(self, batch: StepBatch) -> Tally:
         """Leave the batch's gradient in the student's parameters, in place of any other. Collective.
 
-        The objective is (sum of per-token loss over all ranks) / (loss tokens of all ranks), so it
-        does not depend on how tokens were split. FSDP averages gradients over ranks, hence the
+        The objective is (sum of weight * per-token loss over all ranks) / (weight of the loss tokens of all
+        ranks), so it does not depend on how tokens were split. FSDP averages gradients over ranks, hence the
         factor world_size. Every rank must pass the same number of micro-batches.
         """
         if not self._student.training:  # an evaluation came before
@@ -106,7 +109,7 @@ class GradientStepper:
         self.optimizer.zero_grad(set_to_none=True)
         tally = Tally(self._mesh, teachers=self._teachers)
         objective = self._objective.at(batch.step)
-        scale = self._mesh.world_size / batch.num_loss_tokens
+        scale = self._mesh.world_size / batch.loss_weight
         for micro_batch in batch.micro_batches:
             begin_micro_batch(self._student, is_last=micro_batch is batch.micro_batches[-1])
             totals = forward(self._student, objective, micro_batch, tally, self._mesh.device)
@@ -142,6 +145,7 @@ def forward(
                 labels_R=labels_R,
                 num_sampled=micro_batch.num_sampled_rows,
                 sequences=sequences,
+                weight_R=_weights(sequences, hidden_RD.device),
             )
             loss = objective(rows, answered if len(labels_R) else None)
             tally.look_at_samples(loss, micro_batch.rollout_logprobs_S, answered_A=answered_rows(sequences))
@@ -151,6 +155,14 @@ def forward(
         packed = student.pack(micro_batch.sequences).to(device)
     totals: LossTotals = student(packed, row_loss)
     return totals
+
+
+def _weights(sequences: Sequence[TokenSequence], device: torch.device) -> Tensor | None:
+    """[R] that of each row; None: all are 1."""
+    if all(sequence.weight == 1 for sequence in sequences):
+        return None
+    weights = [sequence.weight for sequence in sequences]
+    return moved(torch.from_numpy(np.repeat(np.array(weights, np.float32), [s.num_rows for s in sequences])), device)
 
 
 def _gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -27,6 +27,7 @@ class StudentRows:
     num_sampled: int = 0  # the first rows, whose labels the student drew, so that they are not imitated
     # that the rows are of, in order, with the positions of these rows; what the teacher reads of them included
     sequences: tuple[TokenSequence, ...] = ()
+    weight_R: Tensor | None = None  # float32, of each row's loss; None: 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

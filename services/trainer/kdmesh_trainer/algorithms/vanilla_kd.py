@@ -34,6 +34,7 @@ def vanilla_kd(rows: LossRows, terms: Terms) -> FusedLoss:
                 rows,
                 hidden_RD=rows.hidden_RD.index_select(0, there_R),
                 labels_R=rows.labels_R[there_R],
+                weight_R=None if rows.weight_R is None else rows.weight_R[there_R],
                 num_sampled=int((index_R < rows.num_sampled).sum()),
             ),
             terms,
@@ -55,7 +56,14 @@ def _over_shared_tokens(target: Target, tokens_S: Tensor, rows: LossRows, terms:
 def _against(target: Target, rows: LossRows, terms: Terms) -> FusedLoss:
     """The loss of the rows of one target, which are all of `rows`."""
     if rows.num_sampled == 0 or terms.ce_weight == 0:
-        return terms.compare(rows.hidden_RD, rows.head, target.teachers, rows.labels_R, ce_weight=terms.ce_weight)
+        return terms.compare(
+            rows.hidden_RD,
+            rows.head,
+            target.teachers,
+            rows.labels_R,
+            ce_weight=terms.ce_weight,
+            token_weight_R=rows.weight_R,
+        )
     weights = ((slice(0, rows.num_sampled), 0.0), (slice(rows.num_sampled, None), terms.ce_weight))
     parts = [
         terms.compare(
@@ -64,6 +72,7 @@ def _against(target: Target, rows: LossRows, terms: Terms) -> FusedLoss:
             [replace(teacher, hidden_RE=teacher.hidden_RE[some]) for teacher in target.teachers],
             rows.labels_R[some],
             ce_weight=weight,
+            token_weight_R=None if rows.weight_R is None else rows.weight_R[some],
         )
         for some, weight in weights
         if len(rows.labels_R[some]) > 0

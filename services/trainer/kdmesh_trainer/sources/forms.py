@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Protocol, TypeVar, assert_never
 
 import numpy as np
@@ -47,16 +48,21 @@ class Form(Protocol[T]):
 class SequenceForm:
     """A Form of sequences, all of one kind."""
 
-    def __init__(self, kind: SequenceKind, teacher_names: tuple[str, ...]) -> None:
-        """`teacher_names` are those of the teachers that each sequence has one of; empty: none is named."""
+    def __init__(self, kind: SequenceKind, teacher_names: tuple[str, ...], *, has_weights: bool = False) -> None:
+        """
+        Args:
+            teacher_names: those of the teachers that each sequence has one of; empty: none is named.
+            has_weights: whether some weigh another than 1.
+        """
         self._kind = kind
         self._names = teacher_names
+        self._has_weights = has_weights
 
     @property
     def num_arrays(self) -> int:
         """See Form."""
         own = {"plain": 2, "in context": 4, "aligned": 5, "in chunks": 4 + len(_EDGES)}[self._kind]
-        return own + bool(self._names)
+        return own + self._has_weights + bool(self._names)
 
     def arrays(self, item: TokenSequence) -> list[Int32Array]:
         """See Form."""
@@ -69,11 +75,16 @@ class SequenceForm:
             arrays.append(item.rows_A)
         elif isinstance(item, InChunks):
             arrays += [getattr(item.chunks, edge) for edge in _EDGES]
+        if self._has_weights:
+            arrays.append(np.array([item.weight], np.float64).view(np.int32))
         return arrays + _named(self._names, theirs.teacher_name if isinstance(theirs, Addressed) else "")
 
     def item(self, arrays: Sequence[Int32Array]) -> TokenSequence:
         """See Form."""
         sequence = self._sequence(arrays)
+        if self._has_weights:
+            stored = np.array(arrays[-1 - bool(self._names)], np.int32)  # a copy lies where a double may lie
+            sequence = replace(sequence, weight=float(stored.view(np.float64)[0]))
         return addressed(sequence, self._names[int(arrays[-1][0])]) if self._names else sequence
 
     def _sequence(self, arrays: Sequence[Int32Array]) -> TokenSequence:
@@ -122,14 +133,16 @@ class PromptForm:
         )
 
 
-def sequence_form(data: DataConfig, *, takes_chunks: bool, teacher_names: tuple[str, ...]) -> SequenceForm:
+def sequence_form(
+    data: DataConfig, *, takes_chunks: bool, teacher_names: tuple[str, ...], has_weights: bool
+) -> SequenceForm:
     """That of what an encoder makes of `data`."""
     kind: SequenceKind = "plain"
     if data.teacher_tokenizer is not None:
         kind = "in chunks" if takes_chunks else "aligned"
     elif data.teacher_context is not None:
         kind = "in context"
-    return SequenceForm(kind, teacher_names)
+    return SequenceForm(kind, teacher_names, has_weights=has_weights)
 
 
 def _named(names: tuple[str, ...], name: str) -> list[Int32Array]:

@@ -77,6 +77,7 @@ class OffPolicySource:
                 micro_batches=micro_batches,
                 num_loss_tokens=share.num_loss_tokens,
                 num_tokens=share.num_tokens,
+                loss_weight=share.loss_weight,
                 teacher_age_steps=self._rows.teacher_age(self._next_planned),
                 datasets=share.datasets,
             )

@@ -192,6 +192,7 @@ class OnPolicySource:
                 micro_batches=tuple(micro_batches),
                 num_loss_tokens=sum(s.num_rows for s in sequences),
                 num_tokens=sum(s.num_tokens for s in sequences),
+                loss_weight=sum(s.num_rows for s in sequences),
                 teacher_age_steps=self._rows.teacher_age(step),
                 datasets=dict(datasets),
                 rollouts=figures_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ class StepShare:
     micro_batches: tuple[tuple[TokenSequence, ...], ...]  # at least one; as many on every rank; each may be empty
     num_loss_tokens: int  # over all ranks
     num_tokens: int  # over all ranks
+    loss_weight: float  # of all loss tokens, over all ranks
     datasets: Mapping[str, int]  # sequences of each dataset of a blend over all ranks, by name; empty: it is none
 
 
@@ -48,5 +50,6 @@ class StepPlanner:
             micro_batches=tuple(tuple(chosen[index] for index in members) for members in plan[self._rank]),
             num_loss_tokens=sum(s.num_rows for s in chosen),
             num_tokens=sum(s.num_tokens for s in chosen),
+            loss_weight=math.fsum(s.weight * s.num_rows for s in chosen),
             datasets=self._order.counts(step),
         )

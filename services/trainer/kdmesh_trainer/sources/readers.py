@@ -38,16 +38,17 @@ class Columns:
     teacher: TeacherColumns
     images: ImageColumn
     text: str | None = None  # of a plain text, of which each row is one; None: each is a chat
+    weight: str | None = None  # of its loss; None: all count alike
 
     def of_parquet(self, names: Sequence[str]) -> list[str]:
         """Those of a file's columns that are read."""
         if self.text is not None:
-            used = {self.text, self.teacher.name}
+            used = {self.text, self.teacher.name, self.weight}
             return [name for name in names if name in used] if self.text in names else list(names)
         if not {self.chat, "conversations", "instruction", self.answers.prompt} & set(names):
             return list(names)  # whole rows, so that the refusal can name their columns
         asked = (self.answers.prompt, self.answers.completion)
-        named = (self.chat, *asked, self.teacher.messages, self.teacher.name, self.images.name)
+        named = (self.chat, *asked, self.teacher.messages, self.teacher.name, self.images.name, self.weight)
         used = {*named, *CHAT_COLUMNS}
         return [name for name in names if name in used]
 
@@ -71,17 +72,21 @@ class ChatFiles:
 
     def read(self, piece: Piece) -> Iterator[Chat]:
         """The chats of one piece. Raises DataError at the first row that cannot be used."""
-        for origin, row in rows_of(piece, self.columns.of_parquet):
-            if self.columns.text is not None:
-                yield text_from_row(row, column=self.columns.text, origin=origin, teacher=self.columns.teacher)
+        columns = self.columns
+        for origin, row in rows_of(piece, columns.of_parquet):
+            if columns.text is not None:
+                yield text_from_row(
+                    row, column=columns.text, origin=origin, teacher=columns.teacher, weight=columns.weight
+                )
                 continue
             yield chat_from_row(
                 row,
-                column=self.columns.chat,
+                column=columns.chat,
                 origin=origin,
-                answers=self.columns.answers,
-                teacher=self.columns.teacher,
-                images=self.columns.images,
+                answers=columns.answers,
+                teacher=columns.teacher,
+                images=columns.images,
+                weight=columns.weight,
             )
 
 
@@ -121,7 +126,12 @@ def open_files(
     match config:
         case TextFile():
             columns = Columns(
-                chat="", answers=PROMPT_AND_COMPLETION, teacher=teacher, images=image_column, text=config.column
+                chat="",
+                answers=PROMPT_AND_COMPLETION,
+                teacher=teacher,
+                images=image_column,
+                text=config.column,
+                weight=config.weight_column,
             )
         case ChatFile():
             answers = AnswerColumns(
@@ -129,7 +139,13 @@ def open_files(
                 completion=config.completion_column,
                 comes_first=config.names_answers,
             )
-            columns = Columns(chat=config.column, answers=answers, teacher=teacher, images=image_column)
+            columns = Columns(
+                chat=config.column,
+                answers=answers,
+                teacher=teacher,
+                images=image_column,
+                weight=config.weight_column,
+            )
         case _:
             assert_never(config)
     return ChatFiles(name=str(config.path), files=files, columns=columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -35,6 +35,7 @@ class DataReport:
     unusable: dict[str, int]  # rows left out, by reason
     tokens: int
     loss_tokens: int
+    of_weight_0: int = 0  # rows left out for that
 
     def plus(self, other: DataReport) -> DataReport:
         """That of both."""
@@ -46,13 +47,18 @@ class DataReport:
             unusable=dict(Counter(self.unusable) + Counter(other.unusable)),
             tokens=self.tokens + other.tokens,
             loss_tokens=self.loss_tokens + other.loss_tokens,
+            of_weight_0=self.of_weight_0 + other.of_weight_0,
         )
 
     def tell(self, name: str, **facts: object) -> None:
         """Log it as that of dataset `name`. Raises DataError when nothing is left to train on."""
         log.info("dataset read", extra={"dataset": name, **asdict(self), **facts})
         if not self.sequences:
-            counts = {**self.unusable, "too long for data.max_tokens": self.dropped_too_long}
+            counts = {
+                **self.unusable,
+                "too long for data.max_tokens": self.dropped_too_long,
+                "of weight 0": self.of_weight_0,
+            }
             losses = ", ".join(f"{count} x {reason}" for reason, count in counts.items() if count)
             raise DataError(f"dataset {name}: none of {self.rows} rows can be trained on: {losses}")
 
@@ -124,11 +130,14 @@ class _Intake:
         self._truncated = 0
         self._dropped_too_long = 0
         self._unusable: Counter[str] = Counter()
+        self._of_weight_0 = 0
 
     def add(self, chat: Chat, encoded: list[TokenSequence] | Unusable) -> None:
         """Take what can be taken of a row."""
         self.rows += 1
-        if not isinstance(encoded, Unusable):
+        if chat.weight == 0:
+            self._of_weight_0 += 1
+        elif not isinstance(encoded, Unusable):
             for sequence in encoded:
                 self._add_sequence(chat, sequence)
         elif self._policy.unusable == "fail":
@@ -149,6 +158,7 @@ class _Intake:
             unusable=dict(self._unusable),
             tokens=sum(sequence.num_tokens for sequence in sequences),
             loss_tokens=sum(sequence.num_rows for sequence in sequences),
+            of_weight_0=self._of_weight_0,
         )
         return Dataset(sequences=sequences, report=report)
 
@@ -174,4 +184,6 @@ class _Intake:
         self._take(chat, shorter)
 
     def _take(self, chat: Chat, sequence: TokenSequence) -> None:
+        if chat.weight != 1:
+            sequence = replace(sequence, weight=chat.weight)
         self.sequences.append(addressed(sequence, chat.teacher_name) if chat.teacher_name else sequence)

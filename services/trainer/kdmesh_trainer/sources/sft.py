@@ -26,5 +26,6 @@ class SftSource:
             micro_batches=tuple(MicroBatch(sequences=group, teacher=None) for group in share.micro_batches),
             num_loss_tokens=share.num_loss_tokens,
             num_tokens=share.num_tokens,
+            loss_weight=share.loss_weight,
             datasets=share.datasets,
         )

@@ -238,5 +238,6 @@ def addressed(sequence: TokenSequence, teacher_name: str) -> TokenSequence:
         token_ids=sequence.token_ids,
         positions=sequence.positions,
         images=sequence.images,
+        weight=sequence.weight,
         teacher_name=teacher_name,
     )

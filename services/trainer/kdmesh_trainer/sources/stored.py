@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from kdmesh.tokens import digest
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.sources.blend import parts_of
@@ -59,6 +61,7 @@ class SequenceFacts:
     longest: Mapping[str, Longest]  # as the teacher reads them, by the name of the one that is asked, empty for all
     rows: int
     aligned_rows: int  # that are compared with the teacher's
+    weights: str = ""  # of each one, as a digest; empty: all are 1
 
     def tree(self) -> dict[str, Any]:
         """As plain values."""
@@ -101,6 +104,7 @@ def measured(sequences: Sequence[TokenSequence]) -> SequenceFacts:
     """Looks at every sequence, one after the other, and keeps none."""
     theirs = TeacherSide(sequences)
     names = [s.teacher_name for s in theirs if isinstance(s, Addressed)]
+    weights = np.array([sequence.weight for sequence in sequences], "<f8")
     return SequenceFacts(
         digest=digest(sequences).hex(),
         teacher_digest=digest(theirs).hex(),
@@ -109,6 +113,7 @@ def measured(sequences: Sequence[TokenSequence]) -> SequenceFacts:
         longest=_most(_lengths(theirs)),
         rows=sum(sequence.num_rows for sequence in sequences),
         aligned_rows=sum(map(aligned_rows, sequences)),
+        weights="" if (weights == 1).all() else hashlib.blake2b(weights.tobytes()).hexdigest(),
     )
 
 

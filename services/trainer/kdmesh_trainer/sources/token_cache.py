@@ -231,6 +231,7 @@ class TokenCache:
             return None
         columns = product.work.chats.columns
         share = self._recipe.data.held_out_share
+        weight = {} if columns.weight is None else {"weight": columns.weight}
         return {
             "format": _FORMAT,
             "files": [[file.suffix, digest] for file, digest in zip(files, digests, strict=True)],
@@ -239,6 +240,7 @@ class TokenCache:
                 "answers": asdict(columns.answers),
                 "teacher": asdict(columns.teacher),
                 "text": columns.text,
+                **weight,
             },
             "policy": product.policy if share is None else {**product.policy, "held_out": share},
             **self._ingredients,

@@ -42,7 +42,12 @@ class Work:
     @property
     def sequence_form(self) -> SequenceForm:
         """Of the sequences."""
-        return sequence_form(self.recipe.data, takes_chunks=self.recipe.takes_chunks, teacher_names=self._names)
+        return sequence_form(
+            self.recipe.data,
+            takes_chunks=self.recipe.takes_chunks,
+            teacher_names=self._names,
+            has_weights=self.chats.columns.weight is not None,
+        )
 
     @property
     def prompt_form(self) -> PromptForm:

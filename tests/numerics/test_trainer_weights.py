@@ -1,0 +1,118 @@
+"""Rows that weigh more count more: one weighted mean of all loss tokens, however they are spread."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kdmesh.types import TokenSequence
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objective import CrossEntropy
+from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.spread_objective import spread
+from kdmesh_trainer.step import GradientStepper
+from kdmesh_trainer.weights import whole
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
+from tests.support.trainer_ranks import run_ranks
+
+VOCABULARY_SIZE = 310
+WEIGHTS = (0.3, 1.0, 1.0, 2.5, 1.0, 1e-3)
+# Ranks -> layouts -> rank -> micro-batches -> sequences; in some micro-batches all weigh 1, and one is a blank.
+LAYOUTS = {
+    1: [[[[0, 1, 2, 3, 4, 5]]], [[[0, 5], [1, 2], [3, 4]]]],
+    2: [[[[1, 2, 4]], [[0, 3, 5]]], [[[0], [1, 2]], [[3, 4, 5], []]]],
+}
+
+
+def batch_sequences() -> list[TokenSequence]:
+    plain = random_sequences(len(WEIGHTS), seed=11, vocabulary_size=VOCABULARY_SIZE)
+    return [replace(sequence, weight=weight) for sequence, weight in zip(plain, WEIGHTS, strict=True)]
+
+
+def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, spreads_head: bool, is_sft: bool) -> None:
+    """Writes every layout's loss and whole gradient to `output`; runs on every rank."""
+    model = build_student(
+        Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, spreads_head=spreads_head
+    )
+    local_teacher = LocalTeacher(Path(teacher))
+    stepper = build_stepper(model, local_teacher, mesh, config=OptimizerConfig(), steps=1)
+    if is_sft:
+        objective = CrossEntropy() if model.share is None else spread(CrossEntropy(), model.share)
+        stepper = GradientStepper(model, objective, stepper.optimizer, config=OptimizerConfig(), steps=1, mesh=mesh)
+    for number, plan in enumerate(LAYOUTS[mesh.world_size]):
+        batch = step_batch(batch_sequences(), plan[mesh.rank], None if is_sft else local_teacher)
+        stepper.accumulate(batch)
+        results = {name: whole(p.grad, None).clone() for name, p in model.lm.named_parameters()}
+        results["loss"] = torch.tensor([stepper.update(batch).loss_nats_per_token])
+        if mesh.is_first:
+            save_file(results, Path(output) / f"{mesh.world_size}-{number}.safetensors")
+        return_to = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).state_dict()
+        with torch.no_grad():
+            for name, parameter in model.lm.named_parameters():
+                parameter.copy_(_like(return_to[name], parameter))
+
+
+def _like(value: Tensor, shard: Tensor) -> Tensor:
+    if not isinstance(shard, torch.distributed.tensor.DTensor):
+        return value
+    return torch.distributed.tensor.distribute_tensor(value, shard.device_mesh, shard.placements)
+
+
+def textbook(student: Path, teacher: Path, *, is_sft: bool) -> dict[str, Tensor]:
+    """In float64: sum of weight * loss over all loss tokens, divided by the sum of their weights."""
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64)
+    other = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    weights = 0.0
+    for sequence, weight in zip(batch_sequences(), WEIGHTS, strict=True):
+        token_ids = torch.from_numpy(sequence.token_ids).long()[None]
+        positions = torch.from_numpy(sequence.positions).long()
+        log_q_RV = model(token_ids).logits[0, positions, :VOCABULARY_SIZE].log_softmax(-1)
+        log_p_RV = other(token_ids).logits[0, positions, :VOCABULARY_SIZE].log_softmax(-1).detach()
+        cross_entropy_R = -log_q_RV.gather(1, torch.from_numpy(sequence.labels).long()[:, None]).squeeze(1)
+        loss_R = cross_entropy_R if is_sft else (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(1) + 0.3 * cross_entropy_R
+        total = total + weight * loss_R.sum()
+        weights += weight * len(positions)
+    loss = total / weights
+    loss.backward()
+    return {"loss": loss.detach()[None], **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize(
+    ("is_sft", "spreads_head"),
+    [
+        (False, False),
+        (True, False),
+        (False, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_loss_is_the_weighted_mean_of_all_loss_tokens_in_every_layout(
+    tiny_models: TinyModels, tmp_path: Path, is_sft: bool, spreads_head: bool
+) -> None:
+    student = tiny_models.path("qwen3", seed=1)
+    teacher = tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)
+    expected = textbook(student, teacher, is_sft=is_sft)
+    for ranks, layouts in LAYOUTS.items():
+        run_ranks(
+            "tests.numerics.test_trainer_weights:gradients",
+            ranks=ranks,
+            student=str(student),
+            teacher=str(teacher),
+            output=str(tmp_path),
+            spreads_head=spreads_head and ranks > 1,
+            is_sft=is_sft,
+        )
+        for number in range(len(layouts)):
+            found = load_file(tmp_path / f"{ranks}-{number}.safetensors")
+            assert found.keys() == expected.keys()
+            for name, wanted in expected.items():
+                error = (found[name] - wanted).norm() / wanted.norm()
+                assert error < 1e-5, f"{ranks} ranks, layout {number}: {name} is off by {error}"
