@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -228,6 +229,9 @@ def _weight(row: Mapping[Any, Any], column: str, origin: str) -> float:
         raise DataError(
             f"{origin}: no column {column!r}, which weight_column names; columns found: {columns_found(row)}"
         )
+    if isinstance(value, str):  # as all that a CSV file holds
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{origin}: {column} is {value!r}; a weight must be a number, not {_kind(value)}")
     if not 0 <= value < math.inf:

@@ -28,7 +28,7 @@ from kdmesh_trainer.data_config import CustomDataset, DataConfig, DatasetConfig,
 from kdmesh_trainer.objective_config import CustomDivergence, Distill
 from kdmesh_trainer.questions_config import CustomMatch, QuestionsConfig
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 _SERVICES: dict[str, type[StrictModel]] = {
     "trainer": TrainerConfig,
     "teacher": TeacherConfig,

@@ -19,6 +19,7 @@ import pytest
 from kdmesh.errors import DataError
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.sources import pieces, token_cache, tokenising
+from kdmesh_trainer.sources.piece import Piece
 from tests.support.chat_tokenizers import chat_tokenizer
 from tests.support.token_caches import SMALL_PIECES_BYTES, entries, files_of, make_cache, octets
 from tests.support.trainer_jobs import write_chats
@@ -46,7 +47,7 @@ def data_of(path: Path, *, workers: int = 0, cache: str = "cache", count: int = 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "_LINES_BYTES", SMALL_PIECES_BYTES)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", SMALL_PIECES_BYTES)
 
 
 @contextlib.contextmanager
@@ -167,7 +168,7 @@ def test_a_worker_that_dies_ends_it_with_a_sentence(
     data, before = data_of(tmp_path, workers=2), _children()
     taken = tokenising._Worker.taken
 
-    def killing(worker: tokenising._Worker, piece: pieces.Piece) -> tokenising.Taken:
+    def killing(worker: tokenising._Worker, piece: Piece) -> tokenising.Taken:
         found = taken(worker, piece)
         for child in _children():
             if child not in before:

@@ -17,7 +17,7 @@ from kdmesh.chat_rows import NO_COLUMNS, TeacherColumns
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import ChatFile, DataConfig
 from kdmesh_trainer.sources import pieces, token_cache
-from kdmesh_trainer.sources.pieces import Piece
+from kdmesh_trainer.sources.piece import Piece
 from kdmesh_trainer.sources.readers import ChatFiles, open_files
 from kdmesh_trainer.sources.recipe import Encoder, EncoderRecipe
 from kdmesh_trainer.sources.token_cache import TokenCache
@@ -80,7 +80,7 @@ def main() -> None:
     arguments: dict[str, Any] = json.loads(sys.argv[1])
     pause_at = arguments.get("pause_at")
     if arguments.get("has_small_pieces"):
-        pieces._LINES_BYTES = SMALL_PIECES_BYTES
+        pieces.PIECE_BYTES = SMALL_PIECES_BYTES
     data = DataConfig.model_validate(arguments["data"])
     most_bytes = 0
 

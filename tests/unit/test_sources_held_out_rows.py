@@ -121,7 +121,7 @@ def test_only_what_a_row_says_decides() -> None:
 def test_every_row_is_trained_on_or_judged_and_never_both(
     student: Path, tmp_path: Path, workers: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "_LINES_BYTES", SMALL_PIECES_BYTES)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", SMALL_PIECES_BYTES)
     train = file_of(tmp_path / "a.jsonl", rows(0, 200))
     read = Read(student, train, 0.2, cache=None if workers is None else tmp_path / "cache", workers=workers or 0)
     assert sorted([*read.trained(), *read.judged()]) == list(range(200))

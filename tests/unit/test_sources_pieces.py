@@ -22,7 +22,7 @@ def rows(path: Path) -> list[tuple[str, object]]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "_LINES_BYTES", 16)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
 
 
 # The fixture is the same for every example.

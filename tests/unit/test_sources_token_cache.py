@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from kdmesh_trainer.sources.sides import Addressed, Aligned, InChunks, InContext
 from kdmesh_trainer.sources.stored import longest_of, measured, measured_prompts, sequence_facts
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 from tests.support.other_tokenizers import save_sentence_piece
+from tests.support.saved_datasets import save_to_disk
 from tests.support.token_caches import SMALL_PIECES_BYTES, entries, files_of, make_cache, octets, plain
 
 WHO = TeacherColumns(name="who", known_names=("maths", "code"))
@@ -46,7 +48,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "_LINES_BYTES", SMALL_PIECES_BYTES)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", SMALL_PIECES_BYTES)
 
 
 def write_rows(path: Path, count: int = 60) -> Path:
@@ -138,6 +140,27 @@ def test_stored_sequences_have_their_weights(tmp_path: Path, student: Path, colu
     unweighted, _ = make_cache(student, plain_data)
     assert unweighted.sequences("train", files_of(plain_data, columns)).facts.weights == ""
     assert len(entries(tmp_path / "cache")) == 2
+
+
+@pytest.mark.parametrize("form", ["csv", "arrow"])
+def test_tables_are_stored_as_memory_has_them_however_many_processes_read_them(
+    tmp_path: Path, student: Path, form: str
+) -> None:
+    rows = [{"prompt": f"what is {n}?", "completion": "the answer\nis " + "yes " * (1 + n % 13)} for n in range(40)]
+    if form == "csv":
+        with (tmp_path / "a.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(rows)
+        path = tmp_path / "a.csv"
+    else:
+        path = save_to_disk(tmp_path / "saved", [rows[:15], rows[15:]], batch_rows=4)
+    cache = {"directory": tmp_path / "cache", "workers": 2}
+    data = data_of(tmp_path, train={"format": "chat", "path": str(path)}, token_cache=cache)
+    stored, encoder = make_cache(student, data)
+    expected = load_sequences("train", files_of(data), encoder, data).sequences
+    assert len(expected) == 40
+    assert [plain(s) for s in stored.sequences("train", files_of(data))] == [plain(s) for s in expected]
 
 
 @pytest.mark.parametrize("context", [None, {"kind": "system_prompt", "text": "Be brief."}])

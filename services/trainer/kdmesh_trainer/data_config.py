@@ -44,12 +44,12 @@ TeacherContextConfig = Annotated[TeacherMessages | TeacherSystemPrompt | Teacher
 
 
 class ChatFile(StrictModel):
-    """A JSON, JSONL or Parquet file of chats: rows of messages, ShareGPT, Alpaca, or a prompt with its completion."""
+    """A JSON, JSONL, CSV, Parquet or Arrow file of messages, ShareGPT, Alpaca, or of prompts with completions."""
 
     format: Literal["chat"] = "chat"
 
     path: Path
-    """The file, or a directory of such files."""
+    """The file, or a directory of such files, or one that `save_to_disk` of the package datasets wrote."""
 
     column: str = "messages"
     """Column that holds the messages; rows of the other forms are recognised without it."""
@@ -71,12 +71,12 @@ class ChatFile(StrictModel):
 
 
 class TextFile(StrictModel):
-    """A JSON, JSONL or Parquet file of plain texts, of which every token carries loss (docs/data.md)."""
+    """A file of plain texts, of the same kinds, of which every token carries loss (docs/data.md)."""
 
     format: Literal["text"]
 
     path: Path
-    """The file, or a directory of such files."""
+    """The file, or a directory of such files, or one that `save_to_disk` of the package datasets wrote."""
 
     column: str = "text"
     """Column that holds the text."""

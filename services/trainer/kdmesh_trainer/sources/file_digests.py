@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from kdmesh.weights.digests import Running
-from kdmesh_trainer.sources.pieces import reading
+from kdmesh_trainer.sources.piece import reading
 
 _READ_BYTES = 4 * 2**20
 

@@ -5,38 +5,28 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, assert_never
+from typing import IO, Any, assert_never
 
 from kdmesh.errors import DataError
+from kdmesh_trainer.sources.arrow_files import arrow_pieces, arrow_rows, saved_files
+from kdmesh_trainer.sources.csv_files import csv_pieces, csv_rows
+from kdmesh_trainer.sources.piece import PIECE_BYTES, ChooseColumns, Piece, reading, text_of
 
-_SUFFIXES = (".json", ".jsonl", ".parquet")
-
-# Little enough that processes which share a file are busy to its end, enough that handing one out costs nothing.
-_LINES_BYTES = 2**20
-
-ChooseColumns = Callable[[Sequence[str]], list[str]]
-"""Which columns of a Parquet file to read, of those that it has."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """Some rows of a file, in its order."""
-
-    path: Path
-    kind: Literal["lines", "array", "row group"]
-    first: int = 1  # number of its first line, or of its first row
-    begin: int = 0  # of lines: the first byte; of a row group: its number
-    size_bytes: int  # of lines: exactly; of a row group: of its columns, not compressed
+_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
 
 def find_files(path: Path) -> tuple[Path, ...]:
-    """The file at `path`, or those of that directory by name. Raises DataError when there is none of a known kind."""
+    """The file at `path`, or those of that directory: as it tells their order itself, or by name.
+
+    Raises:
+        DataError: there is none of a known kind, or it is not clear which are meant.
+    """
     known = ", ".join(_SUFFIXES)
     if path.is_dir():
+        if (saved := saved_files(path)) is not None:
+            return saved
         files = tuple(sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file()))
         if not files:
             raise DataError(f"no dataset in directory {path}: it holds no file of the kinds {known}")
@@ -51,13 +41,13 @@ def find_files(path: Path) -> tuple[Path, ...]:
 def size_of(path: Path) -> int:
     """What the sizes of a file's pieces add up to. Raises DataError when it cannot be read."""
     with reading(path):
-        if path.suffix == ".parquet":
-            return sum(group.size_bytes for group in _row_groups(path))
+        if path.suffix in (".parquet", ".arrow"):
+            return sum(piece.size_bytes for piece in pieces_of(path))
         return path.stat().st_size
 
 
 def pieces_of(path: Path) -> Iterator[Piece]:
-    """All of a file: JSON lines by the megabyte, Parquet by the row group, a JSON array as a whole.
+    """All of a file: lines and CSV by the megabyte, Parquet by the row group, Arrow by the batch, an array as a whole.
 
     Raises:
         DataError: it cannot be read.
@@ -65,6 +55,10 @@ def pieces_of(path: Path) -> Iterator[Piece]:
     with reading(path):
         if path.suffix == ".parquet":
             yield from _row_groups(path)
+        elif path.suffix == ".arrow":
+            yield from arrow_pieces(path)
+        elif path.suffix == ".csv":
+            yield from csv_pieces(path)
         elif path.suffix == ".json" and _is_array(path):
             yield Piece(path=path, kind="array", size_bytes=path.stat().st_size)
         else:
@@ -81,23 +75,18 @@ def rows_of(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, object]]
         match piece.kind:
             case "row group":
                 yield from _parquet_rows(piece, choose)
+            case "batch" | "messages":
+                yield from arrow_rows(piece, choose)
+            case "table":
+                yield from csv_rows(piece, choose)
             case "array":
-                rows: Any = _parse(_text(piece, piece.path.read_bytes()), piece.path, first_line=1)
+                rows: Any = _parse(text_of(piece.path, piece.path.read_bytes(), begin=0), piece.path, first_line=1)
                 for number, row in enumerate(rows, start=1):
                     yield f"{piece.path}: row {number}", row
             case "lines":
                 yield from _json_lines(piece)
             case _:
                 assert_never(piece.kind)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Say of a file that it cannot be read: a DataError with its name and why."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _is_array(path: Path) -> bool:
@@ -114,7 +103,7 @@ def _is_array(path: Path) -> bool:
 def _lines(path: Path) -> Iterator[Piece]:
     with path.open("rb") as file:
         begin, first = 0, 1
-        while chunk := file.read(_LINES_BYTES):
+        while chunk := file.read(PIECE_BYTES):
             chunk += file.readline()  # to the end of the line
             yield Piece(path=path, kind="lines", first=first, begin=begin, size_bytes=len(chunk))
             begin += len(chunk)
@@ -127,18 +116,10 @@ def _json_lines(piece: Piece) -> Iterator[tuple[str, object]]:
         data = file.read(piece.size_bytes)
     if len(data) < piece.size_bytes:
         raise DataError(f"{piece.path} has changed while it was read")
-    lines: IO[str] = io.StringIO(_text(piece, data), newline=None)
+    lines: IO[str] = io.StringIO(text_of(piece.path, data, begin=piece.begin), newline=None)
     for number, line in enumerate(lines, start=piece.first):
         if line.strip():
             yield f"{piece.path}:{number}", _parse(line.rstrip(), piece.path, first_line=number)
-
-
-def _text(piece: Piece, data: bytes) -> str:
-    try:
-        # A byte order mark is not part of the first line.
-        return data.decode("utf-8-sig" if piece.begin == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{piece.path} is not UTF-8: {error.reason} at byte {piece.begin + error.start}") from error
 
 
 def _parse(text: str, path: Path, *, first_line: int) -> object:

@@ -23,7 +23,8 @@ from kdmesh.extension import resolve
 from kdmesh.image_files import ImageColumn, ImageSource, NoImages
 from kdmesh_trainer.data_config import ChatFile, CustomDataset, DatasetConfig, ImagesConfig, TextFile
 from kdmesh_trainer.sources.images import dataset_images
-from kdmesh_trainer.sources.pieces import Piece, find_files, pieces_of, rows_of
+from kdmesh_trainer.sources.piece import Piece
+from kdmesh_trainer.sources.pieces import find_files, pieces_of, rows_of
 
 Reader = Callable[[], Iterator[Chat]]
 """Starts one pass over a dataset."""
@@ -40,7 +41,7 @@ class Columns:
     text: str | None = None  # of a plain text, of which each row is one; None: each is a chat
     weight: str | None = None  # of its loss; None: all count alike
 
-    def of_parquet(self, names: Sequence[str]) -> list[str]:
+    def chosen(self, names: Sequence[str]) -> list[str]:
         """Those of a file's columns that are read."""
         if self.text is not None:
             used = {self.text, self.teacher.name, self.weight}
@@ -73,7 +74,7 @@ class ChatFiles:
     def read(self, piece: Piece) -> Iterator[Chat]:
         """The chats of one piece. Raises DataError at the first row that cannot be used."""
         columns = self.columns
-        for origin, row in rows_of(piece, columns.of_parquet):
+        for origin, row in rows_of(piece, columns.chosen):
             if columns.text is not None:
                 yield text_from_row(
                     row, column=columns.text, origin=origin, teacher=columns.teacher, weight=columns.weight

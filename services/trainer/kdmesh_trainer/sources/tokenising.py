@@ -20,7 +20,7 @@ from kdmesh.errors import DataError, KdmeshError
 from kdmesh.types import Int32Array
 from kdmesh_trainer.sources.forms import PromptForm, SequenceForm, sequence_form
 from kdmesh_trainer.sources.held_out_rows import trained_rows
-from kdmesh_trainer.sources.pieces import Piece
+from kdmesh_trainer.sources.piece import Piece
 from kdmesh_trainer.sources.prompts import PromptPolicy, PromptReport, encode_prompts
 from kdmesh_trainer.sources.readers import ChatFiles
 from kdmesh_trainer.sources.recipe import Encoder, EncoderRecipe
