@@ -188,6 +188,19 @@ def test_a_mixture_whose_experts_come_one_after_the_other_cannot_be_planned(
         plan(job(tiny_models.path("jetmoe"), VOCABULARY_SIZE, [64]))
 
 
+def test_muon_keeps_one_moment_of_a_matrix_and_takes_one_whole_matrix_at_a_time(tmp_path: Path) -> None:
+    shape = {**TINY, "hidden_size": 128, "intermediate_size": 4096}
+    alone = replace(job(saved(tmp_path, shape, is_tied=False), 300, [40]), optimizer=OptimizerConfig(name="muon"))
+    matrices = 2 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 4096)
+    rest = 2 * 300 * 128 + 128 + 2 * (2 * 128 + 2 * 32)
+    for ranks in (1, 4):
+        found = plan(replace(alone, ranks=ranks))
+        resident = found.resident["Muon"]
+        assert resident == pytest.approx((4 * matrices + 8 * rest) / ranks, rel=1e-2)
+        whole = 4 * 128 * 4096
+        assert 2 * whole <= found.phases["Muon"]["Muon"] - resident < 6 * whole
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_frozen_by_name_has_neither_gradient_nor_moments(tmp_path: Path, dtype: torch.dtype) -> None:
     whole = job(saved(tmp_path, TINY, is_tied=False), 300, [40, 24])

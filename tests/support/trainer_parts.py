@@ -30,7 +30,7 @@ from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh, device_mesh
 from kdmesh_trainer.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.objective import Distillation, Objective
-from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.optimizer import optimizer_over
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather, ParallelConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
@@ -221,7 +221,7 @@ def build_stepper(
     return GradientStepper(
         student,
         objective if student.share is None else spread(objective, student.share),
-        build_adamw(student, config, algorithm=student.algorithm, rate_factor=3.0),
+        optimizer_over(student, config, algorithm=student.algorithm, rate_factor=3.0),
         config=config,
         steps=steps,
         mesh=mesh,

@@ -188,6 +188,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("objective: {name: distill, kd_weight: 0}", "nothing would be learnt"),
         ("objective: {name: distill, kd_weight: {start: 0, end: 0, steps: 9}}", "nothing would be learnt"),
         ("student: {model: x, weights: random, lora: {}}", "lora needs weights pretrained"),
+        ("optimizer: {momentum: 0.9}", "momentum is muon's; adamw has betas"),
+        ("optimizer: {name: muon, moments: 8bit}", "moments 8bit does not go with muon"),
+        ("optimizer: {name: muon, momentum: 1.0}", "optimizer.momentum: Input should be less than 1"),
         (
             "data: {train: {format: chat, path: x}, held_out: {format: text, path: y, weight_column: w}}",
             "weight_column is for training: every held-out row counts alike",
@@ -250,6 +253,13 @@ source:
   sampling: {max_new_tokens: 64}
 """
 )
+
+
+def test_muon_is_refused_where_it_has_no_whole_matrices(tmp_path: Path) -> None:
+    muon = "optimizer.name=muon"
+    assert config.load(TrainerConfig, written(tmp_path, GOOD), [muon]).optimizer.momentum == 0.95
+    assert "muon does not go with student.lora" in refusal(tmp_path, GOOD, muon, "student.lora={}")
+    assert "muon does not go with parallel.offload all" in refusal(tmp_path, GOOD, muon, "parallel.offload=all")
 
 
 def test_weights_of_rows_are_refused_where_they_would_not_be_heeded(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from kdmesh_trainer.build_teachers import Teachers
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.objective_config import CustomDivergence, Distill, Sft
-from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.optimizer import optimizer_over
 from kdmesh_trainer.sources.tokenizer import TeacherTokens
 from kdmesh_trainer.spread_objective import spread
 
@@ -71,9 +71,9 @@ def build_algorithm(
 
 
 def build_optimizer(cfg: config.TrainerConfig, student: Student) -> Optimizer:
-    """AdamW over the sharded student, with an algorithm's own parameters."""
+    """Over the sharded student, with an algorithm's own parameters."""
     factor = rate_factor(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else 1.0
-    return build_adamw(student, cfg.optimizer, algorithm=student.algorithm, rate_factor=factor)
+    return optimizer_over(student, cfg.optimizer, algorithm=student.algorithm, rate_factor=factor)
 
 
 def build_objective(

@@ -241,6 +241,12 @@ class TrainerConfig(StrictModel):
             raise ValueError("objective distill needs a `teacher` section, or `teachers`")
         if self.teacher_update_every is not None and not isinstance(self.objective, Distill):
             raise ValueError("teacher.follows_student needs objective distill: nobody else learns from the teacher")
+        if self.optimizer.name == "muon" and self.student.lora is not None:
+            raise ValueError(
+                "optimizer.name muon does not go with student.lora, whose factors are no maps of their own"
+            )
+        if self.optimizer.name == "muon" and self.parallel.offload == "all":
+            raise ValueError("optimizer.name muon does not go with parallel.offload all: it multiplies whole matrices")
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers names one twice: {', '.join(self.trackers)}")
         if (longest := self.data.max_tokens) > self.batch.max_tokens:

@@ -40,7 +40,7 @@ from kdmesh_trainer.lora import inject_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import context_group, device_mesh
 from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, checkpoint_activations, default_unit, shard, units
-from kdmesh_trainer.optimizer import build_adamw, check_optimizer
+from kdmesh_trainer.optimizer import check_optimizer, optimizer_over
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
 
@@ -151,7 +151,7 @@ def _plan(job: Job) -> Plan:
         for copy in () if student.compute_copy is None else student.compute_copy.copies:
             live.rename(copy, "gathered parameters")
         copies = _give_to_host(student, live, gathered) if job.uses_host else 0
-        optimizer = build_adamw(student, job.optimizer)
+        optimizer = optimizer_over(student, job.optimizer)
         packed = _without_memory(row, fake)
         footprint = _footprint(job, student, packed)
         with live.counted_as("teacher's head"):
@@ -254,11 +254,12 @@ def _step(
     live.device.begin_phase()
     with live.counted_as("gradients", on_host=job.uses_host):
         clip_grad_norm_(student.parameters(), 1.0)
-    with live.counted_as("AdamW", on_host=job.uses_host):
+    name = {"adamw": "AdamW", "muon": "Muon"}[job.optimizer.name]
+    with live.counted_as(name, on_host=job.uses_host):
         optimizer.step()
     if job.optimizer.moments == "8bit":
         live.device.begin_phase()  # what the update takes and gives back is not known: on a GPU it is compiled
-    phases["AdamW"] = +live.device.worst
+    phases[name] = +live.device.worst
     optimizer.zero_grad(set_to_none=True)
     return phases
 

@@ -1,4 +1,4 @@
-"""AdamW over the student's shards."""
+"""The optimizer over the student's shards: AdamW, or Muon with it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ def check_optimizer(config: OptimizerConfig) -> None:
         import kdmesh_trainer.eight_bit  # noqa: F401  # not at the top: it needs an extra
 
 
+def optimizer_over(
+    student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None = None, rate_factor: float = 1.0
+) -> Optimizer:
+    """What `config` names; arguments and errors as build_adamw."""
+    match config.name:
+        case "adamw":
+            return build_adamw(student, config, algorithm=algorithm, rate_factor=rate_factor)
+        case "muon":
+            from kdmesh_trainer.muon import build_muon  # not at the top: it is made of what is here
+
+            return build_muon(student, config, algorithm=algorithm, rate_factor=rate_factor)
+        case _:
+            assert_never(config.name)
+
+
 def build_adamw(
     student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None = None, rate_factor: float = 1.0
 ) -> Optimizer:
@@ -33,18 +48,10 @@ def build_adamw(
     Raises:
         ConfigError: `config.moments` needs what is not installed.
     """
-    beside = [] if algorithm is None else list(algorithm.parameters())
-    apart = {id(p) for p in beside}
-    trained = [p for p in student.parameters() if p.requires_grad and id(p) not in apart]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay, "rate_factor": 1.0},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "rate_factor": 1.0},
-        {"params": [p for p in beside if p.requires_grad], "weight_decay": 0.0, "rate_factor": rate_factor},
-    ]
-    used = [group for group in groups if group["params"]]
+    used = parameter_groups(student, config, algorithm=algorithm, rate_factor=rate_factor)
     match config.moments:
         case "float32":
-            return _ShardedAdamW(used, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+            return ShardedAdamW(used, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
         case "8bit":
             from kdmesh_trainer.eight_bit import eight_bit_adamw
 
@@ -53,7 +60,22 @@ def build_adamw(
             assert_never(config.moments)
 
 
-class _ShardedAdamW(AdamW):
+def parameter_groups(
+    student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None, rate_factor: float
+) -> list[dict[str, Any]]:
+    """What is trained, by how much it decays, and by how fast it learns; arguments as build_adamw."""
+    beside = [] if algorithm is None else list(algorithm.parameters())
+    apart = {id(p) for p in beside}
+    trained = [p for p in student.parameters() if p.requires_grad and id(p) not in apart]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay, "rate_factor": 1.0},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "rate_factor": 1.0},
+        {"params": [p for p in beside if p.requires_grad], "weight_decay": 0.0, "rate_factor": rate_factor},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class ShardedAdamW(AdamW):
     """Updates shards as the plain tensors that they are.
 
     By way of DTensor, finding out that each of them may be updated where it lies takes the host longer than the update.

@@ -13,16 +13,23 @@ Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW and its schedule."""
+    """How the student is updated, and the schedule of its learning rate."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon moves matrices by their momentum made orthogonal, and everything else as adamw does
+    (docs/student_speed.md)."""
 
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate."""
 
     betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay of the two moments."""
+    """Decay of AdamW's two moments."""
 
     epsilon: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
+
+    momentum: Decay = 0.95
+    """Of matrices, with muon."""
 
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled; norms and biases are exempt."""
@@ -63,6 +70,10 @@ class OptimizerConfig(StrictModel):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> OptimizerConfig:
+        if self.name == "adamw" and "momentum" in self.model_fields_set:
+            raise ValueError("momentum is muon's; adamw has betas")
+        if self.name == "muon" and self.moments != "float32":
+            raise ValueError(f"moments {self.moments} does not go with muon")
         if self.warmup_steps > 0 and self.warmup_fraction > 0:
             raise ValueError("give warmup_steps or warmup_fraction, and not both")
         if isinstance(self.schedule, Constant | InverseSqrt) and "final_fraction" in self.model_fields_set:

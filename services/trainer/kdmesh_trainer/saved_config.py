@@ -17,6 +17,7 @@ _CONFIGURED = (
     "batch.sequences",
     "objective",
     "optimizer.moments",
+    "optimizer.name",
     "seed",
     "student.freeze",
     "student.freeze_vision",
@@ -62,6 +63,8 @@ def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
         identity["student.freeze"] = ", ".join(sorted(cfg.student.freeze))
     if cfg.student.freeze_vision:
         identity["student.freeze_vision"] = "true"
+    if cfg.optimizer.name != "adamw":
+        identity["optimizer.name"] = cfg.optimizer.name
     if cfg.optimizer.moments != "float32":
         identity["optimizer.moments"] = cfg.optimizer.moments
     return identity

@@ -15,6 +15,23 @@ def own_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def like_shard(own: Tensor, other: Tensor) -> Tensor:
+    """This rank's part of a tensor that is spread as `other` is, which has its shape."""
+    if not isinstance(other, DTensor):
+        return own
+    return DTensor.from_local(
+        own, other.device_mesh, other.placements, run_check=False, shape=other.shape, stride=other.stride()
+    )
+
+
+def own_part(whole: Tensor, other: Tensor) -> Tensor:
+    """What this rank has of a tensor that it has whole, if that were spread as `other` is."""
+    if not isinstance(other, DTensor):
+        return whole
+    everywhere = DTensor.from_local(whole, other.device_mesh, [Replicate()] * other.device_mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=other.placements).to_local()
+
+
 @torch.no_grad()
 def norm_over_ranks(tensors: Sequence[Tensor]) -> Tensor:
     """[] the norm of all elements of all ranks. Collective.
