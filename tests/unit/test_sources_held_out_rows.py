@@ -187,8 +187,8 @@ def test_a_missing_file_of_several_is_named_by_its_dataset() -> None:
 @pytest.mark.parametrize(
     ("held_out", "words"),
     [
-        ("0", "data.held_out.share: Input should be greater than 0"),
-        ("500", "data.held_out.share: Input should be less than 1 .got 500"),
+        ("0", "data.held_out: Input should be greater than 0"),
+        ("500", "data.held_out: Input should be less than 1 .got 500"),
         ("x.jsonl", "data.held_out"),
         ("{format: several, datasets: {}}", "data.held_out.*at least 1 item"),
         ("{format: char, path: x}", "data.held_out.*'chat', 'text', 'custom', 'several'"),
