@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from kdmesh.losses import MixedTeacher, OutputHead, forward_kl
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.algorithms.seam import LossRows, Terms
+from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
+from kdmesh_trainer.head import Target
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objective import CrossEntropy
 from kdmesh_trainer.optimizer_config import OptimizerConfig
@@ -116,3 +122,26 @@ def test_the_loss_is_the_weighted_mean_of_all_loss_tokens_in_every_layout(
             for name, wanted in expected.items():
                 error = (found[name] - wanted).norm() / wanted.norm()
                 assert error < 1e-5, f"{ranks} ranks, layout {number}: {name} is off by {error}"
+
+
+def test_rows_keep_their_weights_when_several_teachers_share_them() -> None:
+    random = torch.Generator().manual_seed(5)
+    hidden_RD, weight_R = torch.randn(7, 6, generator=random), torch.rand(7, generator=random)
+    head, *heads = (OutputHead(weight_VD=torch.randn(11, 6, generator=random)) for _ in range(3))
+    labels_R, places = torch.arange(7), (torch.tensor([0, 3, 6]), torch.tensor([1, 2, 4, 5]))
+    theirs = [torch.randn(len(index_R), 6, generator=random) for index_R in places]
+    targets = tuple(
+        Target(index_R=index_R, teachers=(MixedTeacher(hidden_RE=rows_RE, head=other, weight=1.0),))
+        for index_R, rows_RE, other in zip(places, theirs, heads, strict=True)
+    )
+    answered: Any = SimpleNamespace(targets=lambda _: targets)  # Heads
+    rows = LossRows(
+        hidden_RD=hidden_RD, head=head, labels_R=labels_R, weight_R=weight_R, teacher=answered, heads=answered
+    )
+    terms = Terms(divergence=forward_kl, temperature=1.0, kd_weight=1.0, ce_weight=0.3)
+    log_q_RV = (hidden_RD.double() @ head.weight_VD.double().T).log_softmax(-1)
+    loss_R = -0.3 * log_q_RV[torch.arange(7), labels_R]
+    for index_R, rows_RE, other in zip(places, theirs, heads, strict=True):
+        log_p_RV = (rows_RE.double() @ other.weight_VD.double().T).log_softmax(-1)
+        loss_R[index_R] += (log_p_RV.exp() * (log_p_RV - log_q_RV[index_R])).sum(-1)
+    assert vanilla_kd(rows, terms).loss_sum.item() == pytest.approx(float((weight_R.double() * loss_R).sum()), rel=1e-5)
