@@ -93,6 +93,8 @@ def test_more_epochs_extend_a_finished_run_and_fewer_are_refused(student: Path, 
     (outcome,) = run_job(config, *sets(1))
     assert outcome.exit_code == 2
     assert "is after 11 steps, and the run is to have only 8: raise `steps`, or `epochs`" in outcome.errors
+    starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert [start["config"]["epochs"] for start in starts] == [1, 1.5]  # what was refused has not been started
 
 
 def test_epochs_too_short_for_the_warm_up_are_refused_before_weights_are_looked_at(

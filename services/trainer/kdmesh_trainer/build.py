@@ -44,7 +44,7 @@ from kdmesh_trainer.model import Student
 from kdmesh_trainer.objective_config import Distill, Sft
 from kdmesh_trainer.profiler import NoProfiler, TraceWriter
 from kdmesh_trainer.questions.exam import Exam
-from kdmesh_trainer.saved_config import configured_identity, refuse_other_configuration
+from kdmesh_trainer.saved_config import configured_identity, refuse_other_configuration, refuse_other_output
 from kdmesh_trainer.snapshots import ModelSnapshots
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.context_rows import ContextRows
@@ -111,6 +111,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         lm = load_student(cfg, vocabulary_size)
         identity = _identity(cfg, lm, data, teachers)
         _refuse_unequal_ranks(identity, mesh)
+        mesh.on_first(lambda: refuse_other_output(cfg.output, identity, steps=data.steps))
         mesh.on_first(lambda: record_start(cfg, identity, ranks=mesh.world_size, device=mesh.device))
         adapter = None if cfg.student.lora is None else add_adapter(lm, cfg.student.lora, seed=cfg.seed)
         algorithm = build_algorithm(

@@ -72,8 +72,15 @@ def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
 
 def refuse_other_configuration(cfg: TrainerConfig) -> None:
     """Raises CheckpointError when `output` holds a checkpoint that this configuration cannot continue."""
-    if checkpoints := checkpoints_in(cfg.output / "checkpoints"):
-        refuse_other_run(checkpoints[-1], configured_identity(cfg), steps=cfg.steps, among=_CONFIGURED)
+    refuse_other_output(cfg.output, configured_identity(cfg), steps=cfg.steps, among=_CONFIGURED)
+
+
+def refuse_other_output(
+    output: Path, identity: Mapping[str, str], *, steps: int | None, among: Collection[str] | None = None
+) -> None:
+    """As refuse_other_run, of the newest checkpoint in a run's directory, if there is one."""
+    if checkpoints := checkpoints_in(output / "checkpoints"):
+        refuse_other_run(checkpoints[-1], identity, steps=steps, among=among)
 
 
 def refuse_other_run(
