@@ -136,6 +136,23 @@ def test_turns_that_carry_no_loss_are_matched_with_nothing(
     assert student.decode(found.labels) == TURNS[turns[-1]] + str(student.eos_token)
 
 
+def test_of_templates_that_differ_the_last_turn_that_carries_loss_is_matched(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+) -> None:
+    student, teacher = tokenizers
+    forgetful = templated(
+        teacher,
+        "{% for m in messages %}[{{ m.role }}]{{ m.content if m.role == 'user' or loop.last else '' }}"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+    )
+    words = ["why?", "because of it", "how?", "by hand", "when?", "a mistake"]
+    said = chat(*words)
+    marked = replace(said, messages=(*said.messages[:-1], replace(said.messages[-1], is_trained=False)))
+    found = only(OtherTokenizerEncoder(student, forgetful).encode([marked]))
+    assert student.decode(found.labels) == "by hand" + str(student.eos_token)
+    assert teacher.decode(teacher_side([found])[0].token_ids).count("mistake") == 0
+
+
 def test_a_chat_without_a_token_in_common_is_unusable(
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
 ) -> None:

@@ -98,7 +98,7 @@ class OtherTokenizerEncoder:
         )
 
     def encode(self, chats: Sequence[Chat]) -> list[list[TokenSequence] | Unusable]:
-        """For each chat its sequences, or why there are none; the last turn alone where the templates differ in more.
+        """For each chat its sequences, or why there are none; its last one alone where the templates differ in more.
 
         (One may leave out the thinking of earlier turns, so that the chat is several sequences for it.)
         """
@@ -106,7 +106,7 @@ class OtherTokenizerEncoder:
             self._pair(*each) for each in zip(self._student.encode(chats), self._teacher.encode(chats), strict=True)
         ]
         again = [number for number, found in enumerate(whole) if found is None]
-        some = [chats[number] for number in again]
+        some = [_to_last_trained(chats[number]) for number in again]
         last = zip(self._student.encode_last_turns(some), self._teacher.encode_last_turns(some), strict=True)
         for number, (own, theirs) in zip(again, last, strict=True):
             whole[number] = self._pair(_listed(own), _listed(theirs))
@@ -314,6 +314,12 @@ def _turns(sequence: TokenSequence) -> list[_Turn]:
     begins = np.flatnonzero(np.diff(sequence.positions, prepend=-2) != 1)
     parts = np.split(sequence.labels, begins[1:])
     return [_Turn(first_row=int(begin), labels=labels) for begin, labels in zip(begins, parts, strict=True)]
+
+
+def _to_last_trained(chat: Chat) -> Chat:
+    """Up to the last turn that carries loss; there is one."""
+    last = max(n for n, message in enumerate(chat.messages) if message.role == "assistant" and message.is_trained)
+    return replace(chat, messages=chat.messages[: last + 1])
 
 
 def _listed(found: TokenSequence | Unusable) -> list[TokenSequence] | Unusable:
