@@ -117,6 +117,27 @@ def checkpoint(output: Path) -> None:
     (output / "checkpoints" / "step-00000002").mkdir(parents=True)
 
 
+@pytest.mark.parametrize(
+    ("left", "step", "writes"),
+    [
+        ({"best": 2, "best.writing": 4}, 2, []),  # killed while it wrote
+        ({"best.replaced": 2, "best.writing": 4}, 4, []),  # between two names
+        ({"best": 4, "best.replaced": 2}, 4, []),  # before the old one was removed
+        ({"best.writing": 4}, 6, ["best"]),  # while it wrote the first one
+    ],
+)
+def test_of_what_a_kill_left_the_newest_that_is_whole_counts(
+    left: dict[str, int], step: int, writes: list[str], tmp_path: Path
+) -> None:
+    checkpoint(tmp_path)
+    for name, of_step in left.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kdmesh.json").write_text(json.dumps({"step": of_step, "kl_nats_per_token": 1.0}))
+    assert judge(tmp_path, "kl_nats_per_token", {6: 1.5}) == writes
+    assert note(tmp_path)["step"] == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoints"]
+
+
 def test_what_was_judged_by_something_else_does_not_count(tmp_path: Path) -> None:
     checkpoint(tmp_path)
     assert judge(tmp_path, "kl_nats_per_token", {2: 1.0}) == ["best"]

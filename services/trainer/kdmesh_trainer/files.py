@@ -80,11 +80,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     When the context fails, an older one at `path` is untouched, and nothing else is left.
     """
-    writing = path.with_name(f"{path.name}.writing")
-    replaced = path.with_name(f"{path.name}.replaced")
+    writing, replaced = _beside(path)
+    settle(path)
     try:
-        for left in (writing, replaced):
-            shutil.rmtree(left, ignore_errors=True)
         yield writing
         for written in writing.iterdir():
             # safetensors 0.8.0 lets nobody else read what it writes, and a server may be another user.
@@ -99,3 +97,17 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
+
+
+def settle(path: Path) -> None:
+    """Finish what `replacing` had begun at `path` when it was killed, if all of it was there, or else undo it."""
+    writing, replaced = _beside(path)
+    if replaced.exists() and not path.exists():  # killed between two names, when the new one was complete
+        (writing if writing.exists() else replaced).rename(path)
+    for left in (writing, replaced):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where a directory is made, and where the one that it replaces goes."""
+    return path.with_name(f"{path.name}.writing"), path.with_name(f"{path.name}.replaced")

@@ -10,6 +10,7 @@ from typing import assert_never
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_config import BestFigure
+from kdmesh_trainer.files import settle
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.saved_config import checkpoints_in
@@ -35,6 +36,7 @@ class ModelSnapshots:
         self._output = output
         self._best = best
         self._judged_by = judged_by
+        mesh.on_first(lambda: settle(output / "best"))  # perhaps no better one comes, whose writing would do it
         # Without a checkpoint this is another run, or one that does everything again.
         self._is_one_kept = bool(checkpoints_in(output / "checkpoints"))
         self._mesh = mesh
