@@ -26,10 +26,11 @@ def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spreads_head", [False, True])
+@pytest.mark.parametrize(("family", "spreads_head"), [("qwen3", False), ("qwen3", True), ("deepseek_v3", False)])
 def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
-    arguments: dict[str, Any], tmp_path: Path, spreads_head: bool
+    arguments: dict[str, Any], tiny_models: TinyModels, tmp_path: Path, family: str, spreads_head: bool
 ) -> None:
+    arguments["student"] = str(tiny_models.path(family, seed=1, tie_word_embeddings=True))
     arguments["spreads_head"] = spreads_head
     killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=3, kill_at=5))
     assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
@@ -41,11 +42,23 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(4, {"shard_ranks": 2}), (2, {"offloads": True}), (4, {"shard_ranks": 2, "offloads": True})]
+    ("family", "ranks", "parallel"),
+    [
+        ("qwen3", 4, {"shard_ranks": 2}),
+        ("qwen3", 2, {"offloads": True}),
+        ("qwen3", 4, {"shard_ranks": 2, "offloads": True}),
+        ("qwen2_moe", 4, {"shard_ranks": 2, "offloads": True}),
+    ],
 )
 def test_a_student_in_copies_or_on_the_host_goes_on_exactly_after_sigkill(
-    arguments: dict[str, Any], tmp_path: Path, ranks: int, parallel: dict[str, Any]
+    arguments: dict[str, Any],
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    family: str,
+    ranks: int,
+    parallel: dict[str, Any],
 ) -> None:
+    arguments["student"] = str(tiny_models.path(family, seed=1, tie_word_embeddings=True))
     arguments |= {"until": STEPS, "num_sequences": [14], **parallel}
     killed = finish(start_ranks_of(f"{RUNS}:train", ranks=ranks, **arguments, save_at=3, kill_at=5))
     assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * ranks
