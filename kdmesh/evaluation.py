@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 
 from kdmesh import jobs
+from kdmesh.config import read_tree
+from kdmesh.errors import ConfigError
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -30,6 +32,9 @@ def evaluate(
     \b
     Example: kdmesh evaluate examples/train-evaluate.yaml --rollout 127.0.0.1:50061
     """
+    asked = read_tree(config, overrides).get("evaluation") or {}
+    if isinstance(asked, dict) and asked.get("questions") is None:
+        raise ConfigError(f"{config}: evaluation.questions is not set, so there is nothing to ask")
     if rollouts:
         key = jobs.rollout_to_serve(config, overrides).addresses
         overrides = (*overrides, f"{key}={list(rollouts)}")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -346,12 +347,20 @@ def test_questions_that_cannot_be_asked_are_named(good: Path, overrides: list[st
 def test_a_served_model_is_asked_by_the_trainers_own_command(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     became: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, argv: became.append(argv[1:]))
-    for overrides, key in (((), "evaluation"), (SAMPLED, "source")):
+    for more, key in (((), "evaluation"), (SAMPLED, "source")):
+        overrides = [*QUESTIONS[:1], *more]
         run("evaluate", "train.yaml", "--rollout", "a:1", "--output", "o.jsonl", *jobs.set_arguments(overrides))
         sets = jobs.set_arguments([*overrides, f"{key}.rollouts.addresses=['a:1']"])
         assert became[-1] == [
             *("-m", "kdmesh_trainer.evaluate_command", "train.yaml", *sets, "--output", "o.jsonl"),
         ]
+
+
+@pytest.mark.parametrize("overrides", [(), SAMPLED, ("evaluation.every=5",)])
+def test_a_run_without_questions_says_so_when_it_is_asked(good: Path, overrides: Sequence[str]) -> None:
+    result = run("evaluate", "train.yaml", "--rollout", "a:1", *jobs.set_arguments(overrides))
+    assert result.exit_code == 2
+    assert result.output == "Error: train.yaml: evaluation.questions is not set, so there is nothing to ask\n"
 
 
 def test_a_served_rollout_server_is_checked_too(good: Path) -> None:
