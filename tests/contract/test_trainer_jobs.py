@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -157,3 +158,16 @@ def test_a_model_distilled_from_itself_starts_at_zero(pair: Pair, tmp_path: Path
     assert abs(before["kl_nats_per_token"]) < 1e-6
     assert before["top1_agreement"] == 1
     assert abs(losses(tmp_path / "run")[0]) < 1e-6
+
+
+@pytest.mark.parametrize(("ce_weight", "is_told"), [({"start": 1.0, "end": 0.0, "steps": 2}, True), (0.0, False)])
+def test_cross_entropy_is_told_of_to_the_end_where_it_was_once_learnt_from(
+    pair: Pair, tmp_path: Path, ce_weight: object, is_told: bool
+) -> None:
+    objective = {"name": "distill", "temperature": 2.0, "ce_weight": ce_weight}
+    config = write_config(tmp_path, student=pair.student, teacher=pair.teacher, steps=4, objective=objective)
+    (outcome,) = run_job(config)
+    assert outcome.exit_code == 0, outcome.errors
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = [line["cross_entropy_nats_per_token"] is not None for line in lines if line["kind"] == "step"]
+    assert told == 4 * [is_told]

@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kdmesh.errors import ConfigError
-from kdmesh.losses import MixedTeacher, OutputHead, SampledDivergence, build_divergence
+from kdmesh.losses import FusedLoss, MixedTeacher, OutputHead, SampledDivergence, build_divergence
 from kdmesh_trainer.algorithms.seam import StudentRows, Terms
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.head import Target
@@ -115,6 +115,35 @@ def test_an_objective_of_a_step_minimises_with_the_numbers_of_that_step() -> Non
     )
     torch.testing.assert_close(loss.divergence_R, log_q_R - log_p_R)
     torch.testing.assert_close(loss.loss_sum, 0.5 * (log_q_R - log_p_R).sum())
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl"])
+def test_cross_entropy_without_a_weight_any_more_is_told_and_changes_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    head = OutputHead(weight_VD=torch.randn(9, 4))
+    teacher_RD, labels_R = torch.randn(6, 4), torch.arange(6)
+
+    def loss_and_gradient(ce_weight: object) -> tuple[FusedLoss, torch.Tensor]:
+        cfg = distill(divergence={"name": name}, temperature=2.0, ce_weight=ce_weight)
+        divergence = build_divergence(cfg.divergence.name)
+        terms = Terms(divergence=divergence, **cfg.numbers_at(0), imitates_data=cfg.imitates_data)
+        objective = Distillation(terms=terms, teacher_head=_Heads(head), numbers_at=cfg.numbers_at)
+        hidden_RD = torch.arange(24.0).reshape(6, 4).sin().requires_grad_()
+        loss = objective.at(5)(StudentRows(hidden_RD=hidden_RD, head=head, labels_R=labels_R), _Rows(teacher_RD))
+        loss.loss_sum.backward()
+        assert hidden_RD.grad is not None
+        return loss, hidden_RD.grad
+
+    (ramped, gradient_RD), (without, expected_RD) = (
+        loss_and_gradient(weight) for weight in ({"start": 1.0, "end": 0.0, "steps": 5}, 0.0)
+    )
+    assert len(without.cross_entropy_R) == 0
+    logits_RV = torch.arange(24.0).reshape(6, 4).sin() @ head.weight_VD.T
+    torch.testing.assert_close(
+        ramped.cross_entropy_R, torch.nn.functional.cross_entropy(logits_RV, labels_R, reduction="none")
+    )
+    torch.testing.assert_close(ramped.loss_sum, without.loss_sum)
+    torch.testing.assert_close(gradient_RD, expected_RD)
 
 
 class _Rows:

@@ -105,6 +105,7 @@ def _with_whole_heads(
                 terms=Terms(
                     divergence=divergence,
                     **cfg.objective.numbers_at(0),
+                    imitates_data=cfg.objective.imitates_data,
                     with_entropies=isinstance(cfg.source, config.OnPolicy),
                     top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
                 ),

@@ -60,10 +60,13 @@ class LossRows(StudentRows):
 class Terms(Mix):
     """What `objective` says about the loss of a row in this step."""
 
+    imitates_data: bool = False  # in some step of the run cross-entropy has a weight
+
     @property
     def needs_labels(self) -> bool:
-        """At another temperature cross-entropy costs a second sum: only where it is learnt from."""
-        return self.ce_weight > 0 or self.temperature == 1 or isinstance(self.divergence, SampledDivergence)
+        """At another temperature cross-entropy costs a second sum: only in runs that learn from it."""
+        is_imitated = self.imitates_data or self.ce_weight > 0
+        return is_imitated or self.temperature == 1 or isinstance(self.divergence, SampledDivergence)
 
     def compare(
         self,
