@@ -174,7 +174,7 @@ def _keys_and_choice(
 
 def _meant(keys: Sequence[str], model: type[BaseModel]) -> str:
     """What to write in place of a key that there is not, where that can be guessed."""
-    known = _paths(model)
+    known = key_paths(model)
     *parent, last = keys
     beside = {path[-1] for path in known if list(path[:-1]) == parent}
     if last in beside:  # with another choice
@@ -184,16 +184,16 @@ def _meant(keys: Sequence[str], model: type[BaseModel]) -> str:
     return f"; did you mean {' or '.join(meant)}?" if 0 < len(meant) <= _MOST_GUESSES else ""
 
 
-def _paths(annotation: Any, *, within: tuple[Any, ...] = ()) -> set[tuple[str, ...]]:
+def key_paths(annotation: Any, *, within: tuple[Any, ...] = ()) -> set[tuple[str, ...]]:
     """All keys of what is annotated so, each with those of the sections that it is in; not those of named sections."""
     if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         choices = () if get_origin(annotation) in (dict, tuple, list) else get_args(annotation)
-        return {path for choice in choices for path in _paths(choice, within=within)}
+        return {path for choice in choices for path in key_paths(choice, within=within)}
     if annotation in within:
         return set()
     fields = annotation.model_fields.items()
     return {
         (name, *path)
         for name, field in fields
-        for path in ((), *_paths(field.annotation, within=(*within, annotation)))
+        for path in ((), *key_paths(field.annotation, within=(*within, annotation)))
     }

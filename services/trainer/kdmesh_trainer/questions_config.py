@@ -147,8 +147,7 @@ def refuse_unasked_questions(cfg: TrainerConfig) -> None:
     if asked.questions is None:
         if asked.rollouts is not None:
             raise ValueError(
-                "evaluation.rollouts needs evaluation.questions: source is not on_policy, "
-                "so nobody else asks rollout servers"
+                "evaluation.rollouts needs evaluation.questions: nobody else asks these, as source is not on_policy"
             )
         return
     if is_sampled and asked.rollouts is not None:

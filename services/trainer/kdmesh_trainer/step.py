@@ -73,7 +73,7 @@ class GradientStepper:
         if not all(math.isfinite(number) for number in (loss, gradient_norm, *others)):
             raise NotFinite(
                 f"step {batch.step} has loss {loss} and gradient norm {gradient_norm}, which must be finite; "
-                "nothing was updated. A lower optimizer.learning_rate or compute_dtype float32 may help"
+                "nothing was updated. A lower optimizer.learning_rate or student.compute_dtype float32 may help"
             )
         assert max(totals.num_diverging, totals.num_labelled) == batch.num_loss_tokens, "not the whole step"
         rate = learning_rate(self._config, step=batch.step, steps=self._steps)
