@@ -78,7 +78,11 @@ def _cluster_options(command: F) -> F:
     help="Seconds to write a checkpoint in when the job is stopped or preempted.",
 )
 @click.option("--user", type=int, default=10001, show_default=True, help="Number of the user that it runs as.")
-@click.option("--dry-run", is_flag=True, help="Print the manifests and send nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the manifests and send nothing; of several nodes without --kind, the cluster is asked for the kind.",
+)
 @_cluster_options
 def submit(
     config: Path,

@@ -136,3 +136,14 @@ def _expanded(argument: str) -> str:
 def _told(name: str, said: dict[str, Any]) -> dict[str, Any] | None:
     found: dict[str, Any] | None = said.get("source", said).get(name)
     return found
+
+
+def test_the_page_s_values_make_the_account_that_its_job_runs_as(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/kubernetes.md").read_text(encoding="utf-8")
+    section = page.partition("## Ten minutes")[2].partition("\n## ")[0]
+    (text,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    (account,) = re.findall(r"--service-account qwen(\S+)", section)
+    values = tmp_path / "teacher-values.yaml"
+    values.write_text(text, encoding="utf-8")
+    names = [made["metadata"]["name"] for made in of_kind(rendered(values), "ServiceAccount")]
+    assert any(name.endswith(account) for name in names)
