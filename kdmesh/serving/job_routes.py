@@ -75,4 +75,6 @@ def _only(server: Shared, job: str) -> Json:
 
 def _sentence(details: Any) -> str:
     key = ".".join(map(str, details["loc"]))
+    if details["type"] == "extra_forbidden":
+        return f"{key}: there is no such key"
     return f"{key}: {details['msg']} (got {details['input']!r})"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import ssl
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from cryptography import x509
 from prometheus_client.parser import text_string_to_metric_families as families
 
+from kdmesh import config
 from kdmesh.auth.config import AccessConfig, ClientTlsConfig
 from kdmesh.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
 from kdmesh.rpc.retry import Deadline
@@ -196,3 +199,28 @@ async def test_a_server_does_not_start_with_files_of_no_use(tmp_path: Path, dama
     with pytest.raises(ConfigError, match=str(tmp_path)):
         async with running_teacher(tmp_path, server={"tls": shown(server)}):
             pass
+
+
+@pytest.fixture
+def secrets_of_page(tmp_path: Path) -> Path:
+    """The directory that the commands of docs/security.md make, with a file for `--access` beside it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    page = (Path(__file__).resolve().parents[2] / "docs/security.md").read_text(encoding="utf-8")
+    (commands,) = [block for block in page.split("```\n") if block.startswith("mkdir -m 700 secrets")]
+    script = commands.partition("kdmesh teacher")[0]
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+    return tmp_path / "secrets"
+
+
+async def test_the_page_s_secrets_let_its_job_in(
+    secrets_of_page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = config.load(AccessConfig, Path("access.yaml"))
+    section = {
+        "tls": {"cert": str(secrets_of_page / "tls.crt"), "key": str(secrets_of_page / "tls.key")},
+        "auth": {"tokens": str(secrets_of_page / "tokens.yaml")},
+    }
+    async with running_teacher(tmp_path, server=section) as teacher, teacher_client(teacher.addresses.grpc, given) as c:
+        await c.prefill([sequence(9)], Deadline.after(10))
