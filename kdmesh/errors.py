@@ -5,6 +5,7 @@ KdmeshError
   DataError              a dataset that cannot be used; only before the first step
   CheckpointError        a checkpoint that cannot be written or read
   ClusterError           a Kubernetes cluster that does not do what it is asked
+  OutOfMemory            training takes more memory than its device has
   NotFinite              training went wrong: a loss, gradient or weight is infinite or not a number
   RpcError               has exactly one gRPC status (kdmesh/rpc/status.py)
     InvalidRequest       INVALID_ARGUMENT     caller's fault; never retried
@@ -42,6 +43,10 @@ class CheckpointError(KdmeshError):
 
 class ClusterError(KdmeshError):
     """A Kubernetes cluster cannot be reached, or refuses what it is asked."""
+
+
+class OutOfMemory(KdmeshError):
+    """A device has no memory left for the next tensor; the last checkpoint is untouched."""
 
 
 class NotFinite(KdmeshError):

@@ -16,6 +16,17 @@ from kdmesh_trainer.mesh import joined, leave
 from kdmesh_trainer.parallel_config import ParallelConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CONFIG = SimpleNamespace(
+    student=SimpleNamespace(device="cpu"),
+    parallel=ParallelConfig(),
+    all_teachers={},
+    source=None,
+    steps=1,
+    evaluation=SimpleNamespace(rollouts=None, every=1),
+    checkpoint=SimpleNamespace(every=1),
+    export=SimpleNamespace(every=None),
+    tracing=None,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,19 +83,27 @@ def test_a_failure_that_was_told_is_one_for_the_other_ranks_too(
 
     monkeypatch.setattr(build, "built", fails)
     monkeypatch.setattr("kdmesh_trainer.mesh.Mesh.is_first_to_fail", lambda mesh: False)
-    cfg = SimpleNamespace(
-        student=SimpleNamespace(device="cpu"),
-        parallel=ParallelConfig(),
-        all_teachers={},
-        source=None,
-        steps=1,
-        evaluation=SimpleNamespace(rollouts=None, every=1),
-        checkpoint=SimpleNamespace(every=1),
-        export=SimpleNamespace(every=None),
-        tracing=None,
-    )
-    assert command._join(cfg) == status  # type: ignore[arg-type]
+    assert command._join(CONFIG) == status  # type: ignore[arg-type]
     assert left == [True]
+
+
+def test_a_full_device_is_told_in_a_sentence_that_says_what_helps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.02 GiB is "
+        "free. Process 7 has 78.00 GiB memory in use. If reserved but unallocated memory is large try setting X"
+    )
+
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr(build, "built", fails)
+    assert command._join(CONFIG) == 2  # type: ignore[arg-type]
+    told = capsys.readouterr().err
+    assert told.startswith("rank 0 has no memory left on its device: CUDA out of memory. Tried to allocate 2.00 GiB. ")
+    assert "1.02 GiB is free. `kdmesh plan` says what takes most" in told
+    assert "Process 7" not in told and "Traceback" not in told
 
 
 def test_an_error_that_nobody_caught_is_told_before_the_process_leaves(

@@ -13,7 +13,7 @@ from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
 with quiet_interrupt():
     from kdmesh import log
     from kdmesh.config import config_parser, load
-    from kdmesh.errors import KdmeshError
+    from kdmesh.errors import KdmeshError, OutOfMemory
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def _longest_wait_s(cfg: TrainerConfig) -> float:
 
 
 def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from kdmesh.tracing.spans import tracing
@@ -104,6 +105,8 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
         raise _Failed(_refused(error, is_speaker=mesh.is_first_to_fail())) from error
     except KeyboardInterrupt as error:  # before the first step, where there is nothing to save
         raise _Failed(INTERRUPTED) from error
+    except torch.OutOfMemoryError as error:
+        raise _Failed(_refused(_too_large(error, mesh.rank), is_speaker=mesh.is_first_to_fail())) from error
     except RuntimeError as error:
         # A collective fails when another rank has gone: that one has said why, or was killed.
         if mesh.is_first_to_fail():
@@ -116,6 +119,15 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
         logger.info("stopped", extra={"steps_done": done, "next": "run the same command to continue"})
         return int(os.environ.get("KDMESH_EXIT_WHEN_STOPPED", "0"))
     return 0
+
+
+def _too_large(error: RuntimeError, rank: int) -> OutOfMemory:
+    """In a sentence: torch's own also tells of other processes, and of settings of its allocator."""
+    said = ". ".join(str(error).split(". ")[:3])
+    return OutOfMemory(
+        f"rank {rank} has no memory left on its device: {said}. `kdmesh plan` says what takes most; a lower "
+        "batch.max_tokens takes less at once, and student.activation_checkpointing less again (docs/troubleshooting.md)"
+    )
 
 
 def _refused(error: KdmeshError, *, is_speaker: bool) -> int:
