@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kdmesh.rpc.doors import DoorChoice
 
 _ERROR = 1
+_SENTENCE = 300  # letters, more than any has
 _YAML = click.Path(path_type=Path, dir_okay=False)
 _set_option = click.option(
     "--set",
@@ -52,6 +53,12 @@ class _Commands(click.Group):
             sys.exit(128 + stopped.signum)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List each with its whole first sentence, which click would cut at the end of a line."""
+        commands = {name: self.commands[name] for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.get_short_help_str(limit=_SENTENCE)) for name, each in commands.items()])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -32,6 +32,14 @@ def test_the_first_help_page_names_every_command() -> None:
     assert all(f"kdmesh {command} " in output or f"kdmesh {command}\n" in output for command in COMMANDS)
 
 
+def test_the_first_help_page_has_whole_sentences() -> None:
+    listed = run("--help").output.partition("Commands:\n")[2]
+    words = " ".join(listed.split())
+    for command in COMMANDS:
+        sentence = inspect.cleandoc(cli.main.commands[command].help or "").partition(".\n")[0].partition(". ")[0]
+        assert " ".join(sentence.split()) in words.replace("fine- ", "fine-")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_help_pages_show_lacks_nothing_that_is_required(command: str) -> None:
     made = cli.main.commands[command]
