@@ -73,6 +73,7 @@ class Chat:
     teacher_name: str = ""  # of the one that is asked; empty: no column
     tools: tuple[Tool, ...] = ()  # that the assistant may call
     weight: float = 1.0  # of its loss, finite, >= 0
+    row: Mapping[str, Any] | None = None  # all that was read of it; None: nobody wants it
 
     @property
     def text(self) -> str | None:

@@ -25,6 +25,7 @@ from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.algorithm_config import CustomAlgorithm
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.data_config import CustomDataset, DataConfig, DatasetConfig, OtherTokenizer
+from kdmesh_trainer.judge_config import CustomJudge, JudgeConfig, MatchJudge
 from kdmesh_trainer.objective_config import CustomDivergence, Distill
 from kdmesh_trainer.questions_config import CustomMatch, QuestionsConfig
 
@@ -135,6 +136,8 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     yield from _images(cfg)
     yield from _data(cfg.data)
     yield from _judging(cfg)
+    if isinstance(cfg.source, OnPolicy) and cfg.source.judge is not None:
+        yield from _judge("source.judge", cfg.source.judge)
     if isinstance(cfg.objective, Distill):
         yield from _own_code(cfg.objective)
     for key, access, addresses in _servers(cfg):
@@ -179,6 +182,13 @@ def _own_code(objective: Distill) -> Iterator[str]:
     if isinstance(algorithm := objective.algorithm, CustomAlgorithm):
         key = "objective.algorithm"
         yield from _function(key, algorithm.target, algorithm.params, positional=1, is_class=True)
+
+
+def _judge(key: str, judge: JudgeConfig) -> Iterator[str]:
+    if isinstance(judge, CustomJudge):
+        yield from _function(key, judge.target, judge.params, positional=3)
+    elif isinstance(judge, MatchJudge) and isinstance(match := judge.match, CustomMatch):
+        yield from _function(f"{key}.match", match.target, match.params, positional=2)
 
 
 def wrong_addresses(cfg: TrainerConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ KdmeshError
   ClusterError           a Kubernetes cluster that does not do what it is asked
   OutOfMemory            training takes more memory than its device has
   NotFinite              training went wrong: a loss, gradient or weight is infinite or not a number
+  JudgeFailed            a judge of samples that failed on every one of a step
   RpcError               has exactly one gRPC status (kdmesh/rpc/status.py)
     InvalidRequest       INVALID_ARGUMENT     caller's fault; never retried
     Unauthenticated      UNAUTHENTICATED      no token or certificate that counts; a client that was let in tries again
@@ -51,6 +52,10 @@ class OutOfMemory(KdmeshError):
 
 class NotFinite(KdmeshError):
     """A loss, gradient or weight is infinite or not a number; where it went on to others, it changed nothing."""
+
+
+class JudgeFailed(KdmeshError):
+    """What says how much samples count has failed on every sample of a step."""
 
 
 class RpcError(KdmeshError):

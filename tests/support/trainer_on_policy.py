@@ -20,6 +20,7 @@ from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.early_rows import EarlyRows
+from kdmesh_trainer.sources.judge import Judge
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.prompts import PromptOrder
@@ -96,6 +97,7 @@ class Run:
         prefetch: int = 1,
         early_rows: int = 10**6,
         devices: Devices | None = None,
+        judge: Judge | None = None,
     ) -> OnPolicySource:
         """A source of this run."""
         return OnPolicySource(
@@ -106,6 +108,7 @@ class Run:
                 samples_per_prompt=SAMPLES_PER_PROMPT,
                 rank=self.mesh.rank,
                 ranks=self.mesh.world_size,
+                judge=judge,
             ),
             self.copy,
             EarlyRows(

@@ -17,6 +17,7 @@ from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
 from kdmesh_trainer import (
     data_config,
+    judge_config,
     lora_config,
     optimizer_config,
     parallel_config,
@@ -269,8 +270,40 @@ def test_weights_of_rows_are_refused_where_they_would_not_be_heeded(tmp_path: Pa
         "parallel={context: 2}": "parallel.context is 2, which does not go with data.train.weight_column",
     }.items():
         assert words in refusal(tmp_path, GOOD, weighted, override)
-    assert "does not go with source on_policy" in refusal(tmp_path, ON_POLICY, weighted)
+    assert "weight_column needs source.sampled_fraction below 1" in refusal(tmp_path, ON_POLICY, weighted)
     assert config.load(TrainerConfig, written(tmp_path, GOOD), [weighted]).data.has_weights
+    assert config.load(TrainerConfig, written(tmp_path, ON_POLICY), [weighted, "source.sampled_fraction=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("judge", "override", "words"),
+    [
+        ("{name: exact}", "seed=1", "'finished', 'match', 'custom'"),
+        ("{name: match}", "seed=1", "source.judge.match: is required"),
+        ("{name: match, match: {name: exact}, right: 0}", "seed=1", "right and wrong are both 0"),
+        ("{name: finished, cut: -1}", "seed=1", "source.judge.cut: Input should be greater than or equal to 0"),
+        ("{name: finished, cut: .inf}", "seed=1", "source.judge.cut: Input should be a finite number"),
+        ("{name: custom, target: mine}", "seed=1", "source.judge.target"),
+        ("{name: finished}", "parallel.context=2", "parallel.context is 2, which does not go with source.judge"),
+        ("{name: finished}", "objective.algorithm={name: dskd}", "does not go with objective.algorithm dskd"),
+        ("{name: finished}", "data.teacher_tokenizer={path: a}", "does not go with data.teacher_tokenizer"),
+        (
+            "{name: custom, target: 'mine:weigh'}",
+            "data.token_cache={directory: tokens}",
+            "data.token_cache does not go with source.judge custom, which needs the rows",
+        ),
+    ],
+)
+def test_judges_are_refused_that_would_not_be_heeded(tmp_path: Path, judge: str, override: str, words: str) -> None:
+    judged = f"source.judge={judge}"
+    assert words in refusal(tmp_path, ON_POLICY, judged, "objective={name: distill}", override)
+
+
+def test_a_judge_of_ends_alone_goes_with_files_of_tokens(tmp_path: Path) -> None:
+    overrides = ["source.judge={name: finished}", "data.token_cache={directory: tokens}"]
+    cfg = config.load(TrainerConfig, written(tmp_path, ON_POLICY), overrides)
+    assert isinstance(cfg.source, trainer_config.OnPolicy)
+    assert cfg.source.judge == judge_config.FinishedJudge(name="finished", cut=0)
 
 
 def test_a_teacher_that_follows_the_student_needs_somebody_who_learns_from_it(tmp_path: Path) -> None:
@@ -338,6 +371,7 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
         teacher_config,
         trainer_config,
         data_config,
+        judge_config,
         lora_config,
         optimizer_config,
         parallel_config,

@@ -48,6 +48,7 @@ from kdmesh_trainer.saved_config import configured_identity, refuse_other_config
 from kdmesh_trainer.snapshots import ModelSnapshots
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.context_rows import ContextRows
+from kdmesh_trainer.sources.judge import Opinion, question_of, resolve_judge
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
@@ -80,6 +81,7 @@ class Checked:
     train: TrainingData
     held_out: Mapping[str, Reader]  # by name; that of the only one is empty; no entry: nothing is judged on data
     exam: Exam | None  # None: no questions are asked
+    opinion: Opinion | None  # None: nobody judges samples
     divergence: Divergence | SampledDivergence | None  # None: the objective has none
     build_algorithm: BuildAlgorithm | None  # None: the objective has none
 
@@ -230,7 +232,9 @@ def check(cfg: config.TrainerConfig) -> Checked:
     needs_boundaries = isinstance(cfg.objective, Distill) and cfg.objective.needs_boundaries
     read = partial(open_dataset, teacher=columns, images=None if reader is None else cfg.data.images)
     fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
-    train = TrainingData(cfg.data, encoder, _token_cache(cfg, recipe, encoder, tokenizer, reader), read)
+    judge = cfg.source.judge if isinstance(cfg.source, config.OnPolicy) else None
+    read_whole = partial(read, keeps_rows=judge is not None and question_of(judge) is not None)
+    train = TrainingData(cfg.data, encoder, _token_cache(cfg, recipe, encoder, tokenizer, reader), read_whole)
     return Checked(
         tokenizer=tokenizer,
         tokenizer_fingerprint=fingerprint,
@@ -244,6 +248,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
         train=train,
         held_out=train.held_out() | {name: read(dataset) for name, dataset in cfg.data.held_out_datasets.items()},
         exam=read_questions_of(cfg, tokenizer, reader),
+        opinion=None if judge is None else resolve_judge(judge),
         divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
         build_algorithm=resolve_algorithm(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else None,
     )

@@ -109,6 +109,7 @@ def _read_train(
                 tokenizer=checked.tokenizer,
                 teachers=teachers,
                 tokens=checked.teacher_tokens,
+                opinion=checked.opinion,
             )
             return task, task.identity()
         case _:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdmesh.models.ends import stop_token_ids
 from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.types import PlacedImage, Sampling, TokenSequence
+from kdmesh.types import Int32Array, PlacedImage, Sampling, TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.build_rollouts import Rollouts
 from kdmesh_trainer.build_teacher import Teacher
@@ -28,9 +28,11 @@ from kdmesh_trainer.fit import (
 )
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
+from kdmesh_trainer.questions.exam import response_text
 from kdmesh_trainer.sources.blend import blend_identity, digest_key, parts_of
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
+from kdmesh_trainer.sources.judge import Judge, Opinion, digest_questions, question_of
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder
 from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
@@ -60,6 +62,7 @@ class Task:
     tokenizer: PreTrainedTokenizerFast
     teacher_tokenizer: PreTrainedTokenizerFast
     read: ReadResponse | None  # None: the teacher has the student's tokenizer
+    judge: Judge | None  # None: all samples count alike
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
@@ -69,13 +72,20 @@ class Task:
         )
         if not self.source.sampling.stop_strings:
             del told["sampling"]["stop_strings"]  # runs begun before there was this key go on
+        if self.source.judge is None:
+            del told["judge"]
         identity = {**blend_identity(self.prompts), "source": json.dumps(told, sort_keys=True)}
         identity |= {digest_key("data.train", name): facts.digest for name, facts in self.facts.items()}
+        if self.judge is not None:
+            judged = {name: digest_questions(part) for name, part in parts_of(self.prompts).items()}
+            identity |= {digest_key("source.judge's rows", name): digest for name, digest in judged.items() if digest}
         if not self.answers:
             return identity
         for name, answers in parts_of(self.answers).items():
             facts = sequence_facts(answers)
             identity[digest_key("data.train's answers", name)] = f"{facts.digest} {facts.teacher_digest}"
+            if facts.weights:
+                identity[digest_key("data.weight_column", name)] = facts.weights
         return identity
 
 
@@ -88,14 +98,18 @@ def read_task(
     tokenizer: PreTrainedTokenizerFast,
     teachers: Teachers,
     tokens: TeacherTokens,
+    opinion: Opinion | None,
 ) -> Task:
     """Read the prompts, and check that their teachers take every response to them.
+
+    Args:
+        opinion: of the judge of `source`; None: it has none.
 
     Raises:
         DataError: the data cannot be used, or does not fit the teacher, or its tokenizer has too little in common.
     """
     drawn = source.sampling
-    prompts = data.prompts(prompt_policy(cfg, source))
+    prompts = data.prompts(prompt_policy(cfg, source), None if source.judge is None else question_of(source.judge))
     facts = {name: prompt_facts(part) for name, part in parts_of(prompts).items()}
     for name, teacher in teachers.by_name.items():
         longest_read = max(each.longest_read.get(asked, 0) for each in facts.values() for asked in {"", name})
@@ -121,7 +135,12 @@ def read_task(
         read=_reader_of_responses(cfg, prompts, encoder, teachers, tokens)
         if isinstance(encoder, OtherTokenizerEncoder)
         else None,
+        judge=None if opinion is None else Judge(opinion, _decoder(tokenizer, sampling)),
     )
+
+
+def _decoder(tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> Callable[[Int32Array], str]:
+    return partial(response_text, tokenizer, ends=sampling.stop_token_ids, stop_strings=sampling.stop_strings)
 
 
 def prompt_policy(cfg: config.TrainerConfig, source: config.OnPolicy) -> PromptPolicy:
@@ -244,6 +263,7 @@ def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mes
         rank=mesh.rank,
         ranks=mesh.world_size,
         read=task.read,
+        judge=task.judge,
     )
 
 

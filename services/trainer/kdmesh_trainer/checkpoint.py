@@ -112,7 +112,8 @@ class CheckpointDirectory:
         Raises:
             CheckpointError: it could not be written; nothing of it is left and earlier ones are untouched.
         """
-        state = {**self._trained_state(), "random": self._random_state()}
+        has_moments = bool(self._optimizer.state)  # else asking for them would make some, and count a step
+        state = {**self._trained_state(has_moments=has_moments), "random": self._random_state()}
         needed_bytes = _size_bytes(state) + _SLACK_BYTES
         writing = self._path / f"{_WRITING}{next_step:08d}"
         self._mesh.on_first(lambda: self._begin(writing, needed_bytes))
@@ -167,7 +168,7 @@ class CheckpointDirectory:
     def _directory(self, next_step: int) -> Path:
         return self._path / f"{COMPLETE}{next_step:08d}"
 
-    def _trained_state(self) -> dict[str, Any]:
+    def _trained_state(self, *, has_moments: bool = True) -> dict[str, Any]:
         """This rank's shards of what changes: trained weights and their moments by name, shared weights once, and a
         teacher's copy of them.
         """
@@ -175,7 +176,7 @@ class CheckpointDirectory:
         trained = {name for name, parameter in self._student.named_parameters() if parameter.requires_grad}
         others = {name for name, _ in self._student.named_parameters(remove_duplicate=False)} - trained
         model = get_model_state_dict(self._student)
-        optimizer = get_optimizer_state_dict(self._student, self._optimizer)
+        optimizer = get_optimizer_state_dict(self._student, self._optimizer) if has_moments else {"state": {}}
         return {
             "model": {name: value for name, value in model.items() if name not in others},
             # Rates and decays are the configuration's, which may have changed since.

@@ -13,6 +13,7 @@ from kdmesh.tracing.config import TracingConfig
 from kdmesh_trainer.algorithm_config import refuse_unfit_algorithm
 from kdmesh_trainer.data_config import DataConfig
 from kdmesh_trainer.export_config import ExportConfig, refuse_unknown_best
+from kdmesh_trainer.judge_config import JudgeConfig, refuse_unfit_judge
 from kdmesh_trainer.metrics_config import MetricsConfig
 from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.optimizer_config import OptimizerConfig
@@ -89,6 +90,9 @@ class OnPolicy(StrictModel):
 
     sampling: SamplingConfig = SamplingConfig()
     """How they are drawn."""
+
+    judge: JudgeConfig | None = None
+    """How much each sample counts (docs/on_policy.md); null: all count alike."""
 
     max_staleness: int = Field(0, ge=0)
     """Updates of the student that a sample's weights may be behind those it trains; 0 samples and trains in turn."""
@@ -332,8 +336,13 @@ class TrainerConfig(StrictModel):
             return self
         if not isinstance(self.objective, Distill):
             raise ValueError("source on_policy needs objective distill: its samples are nothing to imitate")
-        if self.data.has_weights:
-            raise ValueError("data.train.weight_column does not go with source on_policy: weights are of given answers")
+        if self.source.judge is not None:
+            refuse_unfit_judge(self, self.source.judge)
+        if self.data.has_weights and self.source.sampled_fraction == 1:
+            raise ValueError(
+                "data.train.weight_column needs source.sampled_fraction below 1 with source on_policy: weights are of "
+                "the data's own answers"
+            )
         if self.objective.imitates_data and self.source.sampled_fraction == 1:
             raise ValueError(
                 f"objective.ce_weight ({self.objective.ce_weight}) must be 0 with source on_policy, whose tokens are "

@@ -24,6 +24,10 @@ _FIGURES = {
     "teacher_age_steps": "Steps since the teacher got the student's weights.",
     "response_tokens_mean": "Of the last step's samples.",
     "cut_off_fraction": "Part of the last step's samples that ended at a limit of length.",
+    "sample_weight_mean": "What source.judge gave the last step's samples, on average.",
+    "left_out_fraction": "Part of the last step's samples to which source.judge gave weight 0.",
+    "right_fraction": "Part of the last step's samples that source.judge found right.",
+    "judge_errors": "Samples of the last step on which source.judge failed.",
     "staleness_steps_max": "Most updates of the student between a sample's first token and its use, in the last step.",
     "sampler_kl_k1_nats": "Estimate of KL(sampler || student) over the last step's samples.",
     "aligned_fraction": "Part of the last step's response tokens that are compared with another tokenizer's.",
@@ -92,6 +96,8 @@ class Metrics:
         self._door = self._gauge("door", "Always 1; says through which doors rows come now.", "door")
         self._not_finite = self._counter("not_finite_steps", "Steps whose loss or weights were not finite.")
         self._not_finite.labels(job)
+        self._skipped = self._counter("skipped_steps", "Steps without a sample that had weight: nothing was learnt.")
+        self._skipped.labels(job)
 
     def started(self, first_step: int, steps: int) -> None:
         """The run begins, or goes on, after `first_step` of `steps`: one that hangs in its first step shows, too."""
@@ -112,6 +118,7 @@ class Metrics:
         self._step.labels(job).set(done)
         self._last_step.labels(job).set(time.time())
         self._steps.labels(job).inc()
+        self._skipped.labels(job).inc(stats.loss_nats_per_token is None)
         self._tokens.labels(job).inc(stats.num_tokens)
         self._loss_tokens.labels(job).inc(stats.num_loss_tokens)
         self._step_seconds.labels(job).observe(step_s)

@@ -20,6 +20,10 @@ class RolloutFigures:
     sampling_wait_s: float  # mean over ranks of the time spent waiting for samples
     sampling_s: float  # that drawing them took, on the rank that had to wait for longest; waited for or not
     aligned_fraction: float | None = None  # of response tokens that the teacher's are compared with; None: all
+    sample_weight_mean: float | None = None  # None: nobody judges
+    left_out_fraction: float | None = None  # of samples whose weight is 0
+    right_fraction: float | None = None  # of samples that are right; None: nobody knows
+    judge_errors: int | None = None  # samples on which the judge failed, which are left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +54,14 @@ class TeacherFigures:
 class StepStats:
     """What one optimizer step measured, before its update; equal on every rank."""
 
-    loss_nats_per_token: float  # what was minimised
+    loss_nats_per_token: float | None  # what was minimised; None: nothing had weight, and the step changed nothing
     divergence_nats_per_token: float | None  # None: the objective has no teacher
     cross_entropy_nats_per_token: float | None  # None: the objective does not compute it
     top1_agreement: float | None  # fraction of loss tokens where student and teacher prefer the same token
     topk_overlap: float | None = (
         None  # part of the teacher's k likeliest tokens among the student's; None: not asked for
     )
-    gradient_norm: float  # before clipping
+    gradient_norm: float | None  # before clipping; None where there is no loss
     learning_rate: float
     num_loss_tokens: int
     num_tokens: int  # loss tokens and all others
@@ -69,18 +73,19 @@ class StepStats:
     datasets: Mapping[str, int] = field(default_factory=dict)  # sequences of each one of a blend; empty: it is none
 
     def figures(self) -> dict[str, float | None]:
-        """Every figure by its name, in one level; a teacher's age and what is aligned only where there is such."""
+        """Every figure by its name, in one level; a teacher's age, what is aligned and what a judge says only where
+        there is such.
+        """
         figures = asdict(self)
         if self.teacher_age_steps is None:
             del figures["teacher_age_steps"]
         rollouts, samples, teachers, datasets = (
             figures.pop(name) for name in ("rollouts", "samples", "teachers", "datasets")
         )
-        if rollouts is not None and rollouts["aligned_fraction"] is None:
-            del rollouts["aligned_fraction"]
+        sampled = {name: value for name, value in (rollouts or {}).items() if value is not None}
         each = {f"teacher_{key}.{name}": value for name, own in teachers.items() for key, value in own.items()}
         drawn = {f"dataset_sequences.{name}": count for name, count in datasets.items()}
-        return {**figures, **(rollouts or {}), **(samples or {}), **each, **drawn}
+        return {**figures, **sampled, **(samples or {}), **each, **drawn}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -28,6 +29,8 @@ from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.sides import answered_rows
 from kdmesh_trainer.stats import StepStats
 from kdmesh_trainer.tally import Tally
+
+log = logging.getLogger(__name__)
 
 
 class GradientStepper:
@@ -62,7 +65,12 @@ class GradientStepper:
             RpcError: rows of the teacher did not come.
 
             After any of these the weights are as they were before, and the run is over.
+
+        A batch without weight, of which every rank has the same, changes nothing.
         """
+        rate = learning_rate(self._config, step=batch.step, steps=self._steps)
+        if batch.loss_weight == 0:
+            return self._skipped(batch, rate)
         tally = self.accumulate(batch)
         trained = self._student.parameters_apart()
         with record_function("gradient norm"):
@@ -76,7 +84,6 @@ class GradientStepper:
                 "nothing was updated. A lower optimizer.learning_rate or student.compute_dtype float32 may help"
             )
         assert max(totals.num_diverging, totals.num_labelled) == batch.num_loss_tokens, "not the whole step"
-        rate = learning_rate(self._config, step=batch.step, steps=self._steps)
         with record_function("optimizer"):
             self._descend(trained, norms, rate)
         return StepStats(
@@ -117,6 +124,25 @@ class GradientStepper:
                 (totals.loss_sum * scale).backward()  # type: ignore[no-untyped-call]
             tally.add(totals)
         return tally
+
+    def _skipped(self, batch: StepBatch, rate: float) -> StepStats:
+        """Not even by the optimizer's decay."""
+        if self._mesh.is_first:
+            log.warning("no sample of this step has weight, so it is skipped", extra={"step": batch.step})
+        return StepStats(
+            loss_nats_per_token=None,
+            divergence_nats_per_token=None,
+            cross_entropy_nats_per_token=None,
+            top1_agreement=None,
+            gradient_norm=None,
+            learning_rate=rate,
+            num_loss_tokens=0,
+            num_tokens=0,
+            teacher_wait_s=0.0,
+            teacher_age_steps=batch.teacher_age_steps,
+            rollouts=batch.rollouts,
+            datasets=batch.datasets,
+        )
 
     def _descend(self, trained: Sequence[Sequence[nn.Parameter]], norms: Sequence[Tensor], rate: float) -> None:
         if self._config.max_gradient_norm is not None:

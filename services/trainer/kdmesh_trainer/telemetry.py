@@ -233,7 +233,7 @@ class RunTelemetry:
         sampling_wait_s = sum(recent.sampling_wait_s for recent in rollouts)
         return Reading(
             done=done,
-            loss_nats_per_token=stats.loss_nats_per_token,
+            loss_nats_per_token=self._totals.loss_nats_per_token,
             tokens_per_second=sum(recent.num_tokens for recent, _ in self._recent) / seconds if seconds else 0.0,
             teacher_wait_fraction=sum(recent.teacher_wait_s for recent, _ in self._recent) / seconds if seconds else 0,
             sampling_wait_fraction=sampling_wait_s / seconds if rollouts and seconds else None,
@@ -259,7 +259,8 @@ class _Totals:
         self.num_tokens = 0
         self.seconds = 0.0
         self.teacher_wait_s = 0.0
-        self.loss_nats_per_token = math.nan
+        self.num_skipped = 0
+        self.loss_nats_per_token = math.nan  # of the last one that had one
         self.scores: dict[str, float] = {}
         self.answers: dict[str, float] = {}
 
@@ -268,7 +269,10 @@ class _Totals:
         self.num_tokens += stats.num_tokens
         self.seconds += step_s
         self.teacher_wait_s += stats.teacher_wait_s
-        self.loss_nats_per_token = stats.loss_nats_per_token
+        if stats.loss_nats_per_token is None:
+            self.num_skipped += 1
+        else:
+            self.loss_nats_per_token = stats.loss_nats_per_token
 
     def summary(self) -> dict[str, float]:
         return {
@@ -278,6 +282,7 @@ class _Totals:
             "tokens_per_second": round(self.num_tokens / self.seconds, 1) if self.seconds else 0.0,
             "teacher_wait_fraction": round(self.teacher_wait_s / self.seconds, 4) if self.seconds else 0.0,
             "loss_nats_per_token": self.loss_nats_per_token,
+            **({"skipped_steps": self.num_skipped} if self.num_skipped else {}),
             **{f"held_out_{name}": value for name, value in self.scores.items()},
             **{f"questions_{name}": value for name, value in self.answers.items()},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -70,13 +71,6 @@ def read_exam(
     refuse_unfit_answers(cfg.match, questions)
     prompts = _prompts(questions, encoder, cfg.seed)
     ends = stop_token_ids(model, tokenizer, encoder)
-
-    def decode(token_ids: Int32Array) -> str:
-        ids = token_ids.tolist()
-        kept = ids[:-1] if ids[-1] in ends else ids
-        text = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        return before_stop(text, cfg.sampling.stop_strings)
-
     log.info("questions read", extra={"questions": len(questions), "samples_of_each": cfg.samples})
     return Exam(
         questions=questions,
@@ -85,8 +79,18 @@ def read_exam(
         samples=cfg.samples,
         ks=tuple(sorted(cfg.pass_at)),
         is_right=is_right,
-        decode=decode,
+        decode=partial(response_text, tokenizer, ends=ends, stop_strings=cfg.sampling.stop_strings),
     )
+
+
+def response_text(
+    tokenizer: PreTrainedTokenizerFast, token_ids: Int32Array, *, ends: Sequence[int], stop_strings: Sequence[str]
+) -> str:
+    """What a response says, without special tokens and without what ended it: one of `ends`, or of the texts."""
+    ids = token_ids.tolist()
+    kept = ids[:-1] if ids[-1] in ends else ids
+    text = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return before_stop(text, stop_strings)
 
 
 def _prompts(questions: Sequence[Question], encoder: ChatEncoder, seed: int) -> list[StepPrompt]:

@@ -24,8 +24,8 @@ _NUMBER = re.compile(
 )
 
 
-def build_matcher(cfg: MatchConfig) -> Matcher:
-    """The matcher that `cfg` names.
+def build_matcher(cfg: MatchConfig, *, key: str = "evaluation.questions.match") -> Matcher:
+    """The matcher that `cfg`, the configuration's `key`, names.
 
     Raises:
         ConfigError: a custom one cannot be found, or called in the way that is said.
@@ -42,7 +42,7 @@ def build_matcher(cfg: MatchConfig) -> Matcher:
             found = partial(_is_found, re.compile(cfg.pattern, flags), ignore_case=cfg.ignore_case)
             return partial(_any_answer, found)
         case CustomMatch():
-            return _custom(cfg)
+            return _custom(cfg, key)
         case _:
             assert_never(cfg)
 
@@ -94,11 +94,11 @@ def _plain(text: str, ignore_case: bool) -> str:
     return text.strip().casefold() if ignore_case else text.strip()
 
 
-def _custom(cfg: CustomMatch) -> Matcher:
+def _custom(cfg: CustomMatch, key: str) -> Matcher:
     try:
         function = resolve(cfg.target, cfg.params, num_arguments=2)
     except ConfigError as error:
-        raise ConfigError(f"evaluation.questions.match: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
 
     def is_right(response: str, question: Question) -> bool:
         verdict = function(response, dict(question.row))

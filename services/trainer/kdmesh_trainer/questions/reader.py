@@ -19,7 +19,7 @@ class Question:
     """What is asked, and what is right."""
 
     chat: Chat  # up to the turn that is wanted: no answer is in it
-    answers: tuple[str, ...]  # at least one, none of them blank; any is right
+    answers: tuple[str, ...]  # none of them blank; any is right; empty where nothing is held against them
     row: Mapping[str, Any]  # all that the file says of it
 
 
@@ -63,9 +63,9 @@ def _question(line: str, cfg: QuestionsConfig, origin: str, images: ImageColumn)
     if not asked:
         raise DataError(f"{origin}: there is no turn to answer")
     if cfg.answer is not None:
-        answers = _answers(_column(row, cfg.answer, "answer", origin), f"{origin}: {cfg.answer}")
+        answers = answers_in(_column(row, cfg.answer, "answer", origin), f"{origin}: {cfg.answer}")
     elif len(asked) < len(messages):
-        answers = _answers(messages[-1].content, f"{origin}: {cfg.messages}[-1]")
+        answers = answers_in(messages[-1].content, f"{origin}: {cfg.messages}[-1]")
     else:
         raise DataError(
             f"{origin}: {cfg.messages} ends with a turn of the {messages[-1].role}, and evaluation.questions.answer "
@@ -93,7 +93,8 @@ def _column(row: Mapping[str, Any], name: str, key: str, origin: str) -> Any:
     return row[name]
 
 
-def _answers(value: object, origin: str) -> tuple[str, ...]:
+def answers_in(value: object, origin: str) -> tuple[str, ...]:
+    """Of which any is right: a text, a number or a list of these. Raises DataError when it is neither, or blank."""
     values = value if isinstance(value, list) else [value]
     for each in values:
         if isinstance(each, bool) or not isinstance(each, str | int | float):

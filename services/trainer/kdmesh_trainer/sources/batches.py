@@ -88,7 +88,7 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]  # at least one
     num_loss_tokens: int  # over all ranks
     num_tokens: int  # over all ranks
-    loss_weight: float  # of all loss tokens, over all ranks: their number where all weigh 1; > 0
+    loss_weight: float  # of all loss tokens, over all ranks: their number where all weigh 1; 0: there are none
     teacher_age_steps: int | None = None  # steps since the teacher got the student's weights; None: it is frozen
     rollouts: RolloutFigures | None = None  # None: nothing was sampled
     # Sequences of each dataset of a blend over all ranks, by name; empty: it is none.

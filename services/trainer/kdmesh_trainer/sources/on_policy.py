@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import math
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 
 from kdmesh.batching import plan_step, shortest_first
-from kdmesh.errors import ModelMismatch
+from kdmesh.errors import JudgeFailed, ModelMismatch
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.devices import Devices, OwnDevices
 from kdmesh_trainer.mesh import Mesh
@@ -25,6 +27,8 @@ from kdmesh_trainer.sources.row_queue import RowQueue
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.sources.show import Showcase
 from kdmesh_trainer.sources.sides import teacher_side
+
+log = logging.getLogger(__name__)
 
 
 class OnPolicySource:
@@ -41,6 +45,9 @@ class OnPolicySource:
 
     A step may hold answers of the data as well. They are planned together with the samples, which come first in every
     micro-batch.
+
+    A sample that its judge gives weight 0 is left out: the teacher is not asked for it, and it is in no micro-batch. A
+    step that nothing is left of has no loss tokens, and blank micro-batches.
 
     On shared devices nothing is asked for before its turn: samples when a batch is wanted, rows when all of them are
     here. That needs `max_staleness` 0.
@@ -118,6 +125,7 @@ class OnPolicySource:
         Raises:
             ModelMismatch: a sample began on weights that its step does not allow.
             EngineFailure: what a server sent is not what was asked for.
+            JudgeFailed: on every sample of a step.
             RpcError: samples did not come.
         """
         self._early.allow(self._rows.begin(self._next_given))
@@ -164,12 +172,16 @@ class OnPolicySource:
         rollouts = self._sampler.assemble(step, shares)
         if self._showcase is not None:
             self._showcase.show(step, rollouts)
+        self._look_at_verdicts(step, rollouts)
+        counting = [index for index, rollout in enumerate(rollouts) if rollout.counts]
+        trained = [rollouts[index] for index in counting]
         staleness = [self._staleness(step, rollout) for rollout in rollouts]
         answers = [] if self._answers is None else self._answers.of_step(step)
         datasets = Counter(self._sampler.counts(step))
         datasets.update({} if self._answers is None else self._answers.counts(step))
-        sequences = [*(rollout.sequence for rollout in rollouts), *answers]
-        homes = [*map(self._mesh.place_of, self._sampler.homes(step)), *(None for _ in answers)]
+        sequences = [*(rollout.sequence for rollout in trained), *answers]
+        asked_by = self._sampler.homes(step)
+        homes = [*(self._mesh.place_of(asked_by[index]) for index in counting), *(None for _ in answers)]
         plan = plan_step(
             [s.num_tokens for s in sequences],
             ranks=self._mesh.num_data_groups,
@@ -177,10 +189,10 @@ class OnPolicySource:
             homes=[None if home is None else home[0] for home in homes],
         )
         # A sample of few tokens is drawn, and scored, before a long one, and one of the first prompts before others.
-        drawn = [*(rollout.sequence.num_rows for rollout in rollouts), *(0 for _ in answers)]
+        drawn = [*(rollout.sequence.num_rows for rollout in trained), *(0 for _ in answers)]
         micro_batches = []
         for members in shortest_first(plan, drawn)[self._mesh.data_group]:
-            own = [rollouts[index] for index in members if index < len(rollouts)]
+            own = [trained[index] for index in members if index < len(trained)]
             micro_batches.append(
                 self._micro_batch(step, own, tuple(sequences[index] for index in members), [homes[i] for i in members])
             )
@@ -192,7 +204,7 @@ class OnPolicySource:
                 micro_batches=tuple(micro_batches),
                 num_loss_tokens=sum(s.num_rows for s in sequences),
                 num_tokens=sum(s.num_tokens for s in sequences),
-                loss_weight=sum(s.num_rows for s in sequences),
+                loss_weight=math.fsum(s.weight * s.num_rows for s in sequences),
                 teacher_age_steps=self._rows.teacher_age(step),
                 datasets=dict(datasets),
                 rollouts=figures_of(
@@ -233,6 +245,17 @@ class OnPolicySource:
         if self._context is not None:
             logprobs_S = logprobs_S[self._context.held(sequences)]
         return replace(micro_batch, rollout_logprobs_S=torch.from_numpy(logprobs_S))
+
+    def _look_at_verdicts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        errors = [rollout.verdict.error for rollout in rollouts if rollout.verdict and rollout.verdict.error]
+        if len(errors) == len(rollouts):
+            raise JudgeFailed(
+                f"source.judge failed on all {len(rollouts)} samples of step {step}, so that there is nothing to learn "
+                f"from: {errors[0]}"
+            )
+        if errors and self._mesh.is_first:
+            facts = {"step": step, "samples": len(errors), "why": errors[0]}
+            log.warning("the judge failed, so these samples are left out", extra=facts)
 
     def _staleness(self, step: int, rollout: Rollout) -> int:
         """Updates of the student between the weights that began a rollout and those it trains."""

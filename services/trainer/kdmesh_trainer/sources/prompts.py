@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from kdmesh.chat_rows import Chat
 from kdmesh.errors import DataError
@@ -20,7 +20,13 @@ from kdmesh_trainer.sources.readers import Reader
 from kdmesh_trainer.sources.sides import Prompt
 from kdmesh_trainer.sources.turns import Unusable
 
+if TYPE_CHECKING:
+    from kdmesh_trainer.questions.reader import Question
+
 log = logging.getLogger(__name__)
+
+# What responses to the prompt of a chat are judged by. Raises DataError when the chat does not say it.
+QuestionOf: TypeAlias = "Callable[[Chat], Question]"
 
 _CHATS_PER_CALL = 256
 # Seeds are added to, and some engines keep them in a signed word.
@@ -85,24 +91,29 @@ class PromptEncoder(Protocol):
         ...
 
 
-def load_prompts(name: str, reader: Reader, encoder: PromptEncoder, policy: PromptPolicy) -> PromptSet:
+def load_prompts(
+    name: str, reader: Reader, encoder: PromptEncoder, policy: PromptPolicy, question_of: QuestionOf | None = None
+) -> PromptSet:
     """Read and encode the prompts of a dataset; what was left out is counted and logged.
 
     Args:
         name: for logs and errors.
+        question_of: None: nobody judges responses by their row.
 
     Raises:
         DataError: a row is refused, or one is too long or unusable and the policy says fail,
             or nothing is left.
     """
-    found = encode_prompts(reading_told(name, reader()), encoder, policy)
+    found = encode_prompts(reading_told(name, reader()), encoder, policy, question_of)
     found.report.tell(name)
     return found
 
 
-def encode_prompts(chats: Iterable[Chat], encoder: PromptEncoder, policy: PromptPolicy) -> PromptSet:
+def encode_prompts(
+    chats: Iterable[Chat], encoder: PromptEncoder, policy: PromptPolicy, question_of: QuestionOf | None = None
+) -> PromptSet:
     """The prompts of some chats, of which there may be none; errors are those of load_prompts."""
-    intake = _Intake(policy)
+    intake = _Intake(policy, question_of)
     rest = iter(chats)
     while group := list(islice(rest, _CHATS_PER_CALL)):
         for chat, encoded in zip(group, encoder.encode_prompts(group), strict=True):
@@ -160,6 +171,7 @@ class PromptOrder:
                 images=prompt.images,
                 teacher_images=prompt.teacher_images,
                 chat=prompt.chat,
+                question=prompt.question,
                 seed=seed_of("training", self._seed, step, place),
             )
             for place, prompt in enumerate(prompts)
@@ -173,8 +185,9 @@ class PromptOrder:
 class _Intake:
     """Applies the policy to one row after the other."""
 
-    def __init__(self, policy: PromptPolicy) -> None:
+    def __init__(self, policy: PromptPolicy, question_of: QuestionOf | None) -> None:
         self._policy = policy
+        self._question_of = question_of
         self._rows = 0
         self._prompts: list[Prompt] = []
         self._dropped_too_long = 0
@@ -190,7 +203,8 @@ class _Intake:
                 )
             self._unusable[encoded.reason.value] += 1
         elif len(encoded.token_ids) <= self._policy.max_tokens:
-            self._prompts.append(replace(encoded, teacher_name=chat.teacher_name))
+            question = None if self._question_of is None else self._question_of(chat)
+            self._prompts.append(replace(encoded, teacher_name=chat.teacher_name, question=question))
         elif self._policy.too_long == "fail":
             raise DataError(
                 f"{chat.origin}: a prompt of {len(encoded.token_ids)} tokens, and {self._policy.max_tokens} leave room "

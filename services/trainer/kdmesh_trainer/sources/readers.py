@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
@@ -40,9 +40,12 @@ class Columns:
     images: ImageColumn
     text: str | None = None  # of a plain text, of which each row is one; None: each is a chat
     weight: str | None = None  # of its loss; None: all count alike
+    keeps_rows: bool = False  # whether each chat has its whole row
 
     def chosen(self, names: Sequence[str]) -> list[str]:
         """Those of a file's columns that are read."""
+        if self.keeps_rows:
+            return list(names)
         if self.text is not None:
             used = {self.text, self.teacher.name, self.weight}
             return [name for name in names if name in used] if self.text in names else list(names)
@@ -73,26 +76,34 @@ class ChatFiles:
 
     def read(self, piece: Piece) -> Iterator[Chat]:
         """The chats of one piece. Raises DataError at the first row that cannot be used."""
+        for origin, row in rows_of(piece, self.columns.chosen):
+            chat = self._chat(row, origin)
+            assert isinstance(row, Mapping)  # else there is no chat
+            yield replace(chat, row=row) if self.columns.keeps_rows else chat
+
+    def _chat(self, row: object, origin: str) -> Chat:
         columns = self.columns
-        for origin, row in rows_of(piece, columns.chosen):
-            if columns.text is not None:
-                yield text_from_row(
-                    row, column=columns.text, origin=origin, teacher=columns.teacher, weight=columns.weight
-                )
-                continue
-            yield chat_from_row(
-                row,
-                column=columns.chat,
-                origin=origin,
-                answers=columns.answers,
-                teacher=columns.teacher,
-                images=columns.images,
-                weight=columns.weight,
+        if columns.text is not None:
+            return text_from_row(
+                row, column=columns.text, origin=origin, teacher=columns.teacher, weight=columns.weight
             )
+        return chat_from_row(
+            row,
+            column=columns.chat,
+            origin=origin,
+            answers=columns.answers,
+            teacher=columns.teacher,
+            images=columns.images,
+            weight=columns.weight,
+        )
 
 
 def open_dataset(
-    config: DatasetConfig, *, teacher: TeacherColumns = NO_COLUMNS, images: ImagesConfig | None = None
+    config: DatasetConfig,
+    *,
+    teacher: TeacherColumns = NO_COLUMNS,
+    images: ImagesConfig | None = None,
+    keeps_rows: bool = False,
 ) -> Reader:
     """The reader of a dataset; nothing of the data is read until it is called.
 
@@ -102,6 +113,7 @@ def open_dataset(
     Args:
         teacher: columns of a file.
         images: how they are found; None refuses them.
+        keeps_rows: each chat has the whole row that it was read from; one of a custom reader has its `messages`.
 
     Raises:
         ConfigError: a custom reader cannot be found or does not take its params.
@@ -109,11 +121,12 @@ def open_dataset(
     """
     match config:
         case ChatFile() | TextFile():
-            return open_files(config, teacher=teacher, images=images)
+            files = open_files(config, teacher=teacher, images=images)
+            return replace(files, columns=replace(files.columns, keeps_rows=keeps_rows))
         case CustomDataset():
             function = resolve(config.target, config.params)
             source = _image_column(images, None).source
-            return lambda: _not_empty(_read_custom(function, config.target, source), config.target)
+            return lambda: _not_empty(_read_custom(function, config.target, source, keeps_rows), config.target)
         case _:
             assert_never(config)
 
@@ -168,9 +181,12 @@ def _not_empty(chats: Iterable[Chat], name: str) -> Iterator[Chat]:
         raise DataError(f"dataset {name} is empty")
 
 
-def _read_custom(function: Callable[[], Iterable[object]], target: str, images: ImageSource) -> Iterator[Chat]:
+def _read_custom(
+    function: Callable[[], Iterable[object]], target: str, images: ImageSource, keeps_rows: bool
+) -> Iterator[Chat]:
     chats = function()
     if not isinstance(chats, Iterable):
         raise DataError(f"{target} must return an iterable of chats, not {type(chats).__name__}")
     for number, messages in enumerate(chats, start=1):
-        yield chat_from_messages(messages, origin=f"{target}: chat {number}", images=images)
+        chat = chat_from_messages(messages, origin=f"{target}: chat {number}", images=images)
+        yield replace(chat, row={"messages": messages}) if keeps_rows else chat

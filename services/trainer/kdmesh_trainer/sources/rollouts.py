@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,6 +100,15 @@ class WeightPublisher(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a judge says of one sample."""
+
+    weight: float  # of its tokens' loss, finite, >= 0; 0 leaves it out
+    is_right: bool | None = None  # None: that is not asked
+    error: str = ""  # why the judge failed on it, and it is left out; empty: it did not
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:
     """A prompt with one response; every token that was drawn carries loss, and nothing was appended."""
@@ -108,6 +117,17 @@ class Rollout:
     logprobs: Float32Array  # [R] of each drawn token, at temperature 1
     is_cut_off: bool  # ended at a limit of length
     weight_version: int  # of its first token
+    verdict: Verdict | None = None  # None: nobody judges
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is trained on."""
+        return self.verdict is None or self.verdict.weight > 0
+
+    def judged(self, verdict: Verdict) -> Rollout:
+        """The same with its weight, if it has one."""
+        sequence = replace(self.sequence, weight=verdict.weight) if verdict.weight > 0 else self.sequence
+        return replace(self, sequence=sequence, verdict=verdict)
 
     @classmethod
     def of(
@@ -173,7 +193,21 @@ def figures_of(
         sampling_wait_s=sum(waits_s) / len(waits_s),
         sampling_s=drawing_s,
         aligned_fraction=_aligned_fraction([rollout.sequence for rollout in rollouts]),
+        **_judgement([rollout.verdict for rollout in rollouts if rollout.verdict is not None]),
     )
+
+
+def _judgement(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """The figures of a judge; empty: there is none."""
+    if not verdicts:
+        return {}
+    known = [verdict.is_right for verdict in verdicts if verdict.is_right is not None]
+    return {
+        "sample_weight_mean": sum(verdict.weight for verdict in verdicts) / len(verdicts),
+        "left_out_fraction": sum(verdict.weight == 0 for verdict in verdicts) / len(verdicts),
+        "right_fraction": sum(known) / len(known) if known else None,
+        "judge_errors": sum(bool(verdict.error) for verdict in verdicts),
+    }
 
 
 def _aligned_fraction(sequences: Sequence[TokenSequence]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,8 +14,9 @@ import numpy as np
 from kdmesh.errors import DeadlineExpired, EngineFailure, ModelMismatch, RpcError
 from kdmesh.tokens import digest
 from kdmesh.types import FinishReason, Sample, Sampling, TokenSequence
+from kdmesh_trainer.sources.judge import Judge
 from kdmesh_trainer.sources.prompts import StepPrompt
-from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService
+from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService, Verdict
 from kdmesh_trainer.sources.sides import Prompt, teacher_side
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Share:
     logprobs: bytes  # of all response tokens, float32
     is_cut_off: tuple[bool, ...]  # of each response
     weight_versions: tuple[int, ...]  # of each response
+    verdicts: tuple[Verdict, ...]  # on each response; empty: nobody judges
     digest: bytes  # of the sequences that prompts and responses make
     wait_s: float
     drawing_s: float  # from the first of them asked for, or the step before complete, to the last one here
@@ -69,16 +72,19 @@ class Sampler:
         rank: int,
         ranks: int,
         read: ReadResponse | None = None,
+        judge: Judge | None = None,
         asks_late_again: bool = False,
     ) -> None:
         """
         Args:
             read: None where the teacher has the student's tokenizer.
+            judge: None: all samples count alike.
             asks_late_again: ask once more for what does not come by the service's deadline while other requests are
                 answered: it waited behind them.
         """
         self._asks_late_again = asks_late_again
         self._read = read
+        self._judge = judge
         self._order = order
         self._service = service
         self._sampling = sampling
@@ -92,11 +98,12 @@ class Sampler:
         """Ask for this rank's share of `step`. Does not block.
 
         Args:
-            on_sample: called in any thread with each sample as it comes, as the teacher reads it; must not block. What
-                it was called with need not be what `collect` gives: a sample may be drawn again, or be refused there.
+            on_sample: called in any thread with each sample that counts as it comes, as the teacher reads it; must not
+                block. What it was called with need not be what `collect` gives: a sample may be drawn again, or be
+                refused there.
         """
         mine = self._order.of_step(step)[self._rank :: self._ranks]
-        self._asked[step] = [_Ask(prompt, min_weight_version, on_sample, self._rollout) for prompt in mine]
+        self._asked[step] = [_Ask(prompt, min_weight_version, on_sample, self._rollout, self._judge) for prompt in mine]
         self._send(step)
 
     def homes(self, step: int) -> list[int]:
@@ -113,7 +120,7 @@ class Sampler:
         return all(ask.is_done for ask in self._asked[step])
 
     def collect(self, step: int) -> Share:
-        """Block until every answer of this rank's share has come.
+        """Block until every answer of this rank's share has come, and is judged.
 
         When servers refuse because their weights are too old, or one came back with old ones, the share is not whole.
         Then they need newer ones, after which `ask_again` asks for what was refused, and this for the share once more.
@@ -219,7 +226,9 @@ class Sampler:
                 f"the tokens that rank {rank} sampled are not those that rank {self._rank} has from it; "
                 "every rank must have the same prompts in the same order"
             )
-        return rollouts
+        if not share.verdicts:
+            return rollouts
+        return [rollout.judged(verdict) for rollout, verdict in zip(rollouts, share.verdicts, strict=True)]
 
 
 class _Ask:
@@ -231,10 +240,14 @@ class _Ask:
         min_weight_version: int,
         on_sample: Callable[[TokenSequence], None],
         rollout: Callable[[StepPrompt, Sample], Rollout],
+        judge: Judge | None,
     ) -> None:
         self._rollout = rollout
+        self._judge = judge
+        self._verdicts: dict[tuple[bytes, FinishReason], Future[Verdict]] = {}  # by what was drawn
         self.prompt = prompt
         self.samples: list[Sample] = []  # when they are here
+        self.verdicts: list[Verdict] = []  # on them; empty: nobody judges
         self.pending: PendingSamples | None = None  # while they are not
         self.asked_s = self.arrived_s = time.perf_counter()  # the first time; the last sample
         self.sent_s = self.asked_s  # the last time that it was late, if it was
@@ -244,7 +257,8 @@ class _Ask:
     @property
     def is_done(self) -> bool:
         """Whether `collect` would not block."""
-        return self.pending is None or self.pending.is_done
+        is_here = self.pending is None or self.pending.is_done
+        return is_here and all(verdict.done() for verdict in self._verdicts.values())
 
     @property
     def is_answered(self) -> bool:
@@ -282,10 +296,31 @@ class _Ask:
             self.samples = pending.wait()
         except ModelMismatch as error:
             return str(error)
+        if self._judge is not None:
+            self.verdicts = [self._verdict(self._judge, sample).result() for sample in self.samples]
         return ""
 
     def _tell(self, sample: Sample) -> None:
         self.arrived_s = time.perf_counter()
+        if self._judge is None:
+            self._pass_on(sample)
+            return
+
+        def pass_on_what_counts(verdict: Future[Verdict]) -> None:
+            if verdict.result().weight > 0:
+                self._pass_on(sample)
+
+        self._verdict(self._judge, sample).add_done_callback(pass_on_what_counts)
+
+    def _verdict(self, judge: Judge, sample: Sample) -> Future[Verdict]:
+        """One for each response: whoever says it again is judged as before."""
+        key = (sample.token_ids.tobytes(), sample.finish_reason)
+        # No two threads come here at once: `collect` waits until the last sample was told.
+        if key not in self._verdicts:
+            self._verdicts[key] = judge.submit(self.prompt, sample)
+        return self._verdicts[key]
+
+    def _pass_on(self, sample: Sample) -> None:
         [sequence] = teacher_side([self._rollout(self.prompt, sample).sequence])
         self._on_sample(sequence)
 
@@ -308,6 +343,7 @@ def _share(asks: Sequence[_Ask], *, wait_s: float, drawing_s: float) -> Share:
         logprobs=b"".join(sample.logprobs.astype(np.float32).tobytes() for sample in samples),
         is_cut_off=tuple(sample.finish_reason is FinishReason.LENGTH for sample in samples),
         weight_versions=tuple(sample.min_weight_version for sample in samples),
+        verdicts=tuple(verdict for ask in asks for verdict in ask.verdicts),
         digest=digest(sequences),
         wait_s=wait_s,
         drawing_s=drawing_s,

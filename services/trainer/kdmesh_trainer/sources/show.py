@@ -53,11 +53,17 @@ class Showcase:
         if theirs is not first:
             facts["teacher_prompt"] = self._decode_teacher(_prompt(theirs))
         responses = [
-            {"text": self._decode(rollout.sequence.labels), "is_cut_off": rollout.is_cut_off} for rollout in shown
+            {
+                "text": self._decode(rollout.sequence.labels),
+                "is_cut_off": rollout.is_cut_off,
+                **({} if rollout.verdict is None else {"weight": rollout.verdict.weight}),
+            }
+            for rollout in shown
         ]
         append_line(self._path, {**facts, "responses": responses})
         for response in responses:
-            log.info("sample", extra={**facts, "response": response["text"], "is_cut_off": response["is_cut_off"]})
+            text = response.pop("text")
+            log.info("sample", extra={**facts, "response": text, **response})
 
 
 def _prompt(sequence: TokenSequence) -> Int32Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ from kdmesh.chat_rows import Chat
 from kdmesh.errors import InvalidRequest
 from kdmesh.types import Int32Array, PlacedImage, TokenSequence
 from kdmesh_trainer.sources.lazy import Lazy
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.questions.reader import Question
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -151,6 +155,7 @@ class Prompt:
     teacher_images: tuple[PlacedImage, ...] = ()  # where there are teacher_ids
     teacher_name: str = ""  # of the one of several that is asked; empty: all are, or there is one
     chat: Chat | None = None  # that the prompt is of, where the teacher's template renders it with the response
+    question: Question | None = None  # what responses are judged by; None: nobody judges them by their row
 
 
 def teacher_side(sequences: Sequence[TokenSequence]) -> tuple[TokenSequence, ...]:

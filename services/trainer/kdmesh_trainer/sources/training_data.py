@@ -9,7 +9,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import Blend, DataConfig, DatasetConfig
 from kdmesh_trainer.sources.blend import Blended, Part
 from kdmesh_trainer.sources.held_out_rows import held_out_reader, trained_reader
-from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
+from kdmesh_trainer.sources.prompts import PromptPolicy, QuestionOf, load_prompts
 from kdmesh_trainer.sources.readers import ChatFiles, Reader
 from kdmesh_trainer.sources.recipe import Encoder
 from kdmesh_trainer.sources.sequences import load_sequences
@@ -44,9 +44,9 @@ class TrainingData:
         """Those of all chats. Raises DataError as load_sequences, and TokenCache."""
         return self._each(self._sequences)
 
-    def prompts(self, policy: PromptPolicy) -> Sequence[Prompt]:
-        """Those of all chats. Raises DataError as load_prompts, and TokenCache."""
-        return self._each(lambda name, reader: self._prompts(name, reader, policy))
+    def prompts(self, policy: PromptPolicy, question_of: QuestionOf | None = None) -> Sequence[Prompt]:
+        """Those of all chats. Raises DataError as load_prompts, and TokenCache, which keeps no questions."""
+        return self._each(lambda name, reader: self._prompts(name, reader, policy, question_of))
 
     def held_out(self) -> dict[str, Reader]:
         """The rows of all datasets that are judged instead of trained on, by an empty name; no entry: none are."""
@@ -68,9 +68,12 @@ class TrainingData:
         assert isinstance(reader, ChatFiles)  # the configuration's
         return self.cache.sequences(name, reader)
 
-    def _prompts(self, name: str, reader: Reader, policy: PromptPolicy) -> Sequence[Prompt]:
+    def _prompts(
+        self, name: str, reader: Reader, policy: PromptPolicy, question_of: QuestionOf | None
+    ) -> Sequence[Prompt]:
         if self.cache is None:
-            return load_prompts(name, self._trained(name, reader), self._encoder, policy).prompts
+            return load_prompts(name, self._trained(name, reader), self._encoder, policy, question_of).prompts
+        assert question_of is None  # the configuration's
         assert isinstance(reader, ChatFiles)
         return self.cache.prompts(name, reader, policy)
 
