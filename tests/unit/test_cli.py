@@ -344,6 +344,21 @@ def test_questions_that_cannot_be_asked_are_named(good: Path, overrides: list[st
     assert words in result.output
 
 
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        ("{name: custom, target: 'mine:absent'}", "source.judge.target: "),
+        ("{name: custom, target: 'mine:divergence'}", "source.judge.params: divergence requires 'strength'"),
+        ("{name: custom, target: 'mine:divergence', params: {colour: red}}", "has no parameter 'colour'"),
+        ("{name: match, match: {name: custom, target: 'mine:absent'}}", "source.judge.match.target: "),
+    ],
+)
+def test_judges_that_cannot_be_called_are_named(good: Path, judge: str, words: str) -> None:
+    result = run("check", "train.yaml", *jobs.set_arguments([*SAMPLED, f"source.judge={judge}"]))
+    assert result.exit_code == 2
+    assert words in result.output
+
+
 def test_a_served_model_is_asked_by_the_trainers_own_command(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     became: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, argv: became.append(argv[1:]))

@@ -379,6 +379,23 @@ def test_the_end_is_summarised_with_the_last_scores(tmp_path: Path, caplog: pyte
     assert display.calls[-1] == tracker.calls[-1] == ("close", None)
 
 
+def test_steps_that_were_skipped_are_counted_and_have_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record, display, tracker = run(tmp_path)
+    skipped = replace(stats(), loss_nats_per_token=None, gradient_norm=None)
+    with caplog.at_level(logging.INFO):
+        record.start(0, 10)
+        for step, each in enumerate((stats(), skipped, skipped)):
+            record.report(step, each)
+        record.close()
+    assert [line["loss_nats_per_token"] for line in lines(tmp_path)] == [2.0, None, None]
+    (summary,) = [entry.__dict__ for entry in caplog.records if entry.getMessage() == "run ended"]
+    assert (summary["steps"], summary["skipped_steps"], summary["loss_nats_per_token"]) == (3, 2, 2.0)
+    shown = [call for kind, call in display.calls if kind == "show"]
+    assert [reading.loss_nats_per_token for reading in shown] == [2.0, 2.0, 2.0]
+    tracked = [call[1] for kind, call in tracker.calls if kind == "log"]
+    assert ["train/loss_nats_per_token" in figures for figures in tracked] == [True, False, False]
+
+
 def test_a_run_without_steps_left_says_what_to_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="kdmesh_trainer")
     for first_step in (9, 10):
