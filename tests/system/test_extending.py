@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from tests.system.conftest import Materials, Undisturbed
 from tests.system.processes import ROOT, Process, Processes
+from tests.system.rollouts import Rollouts
 from tests.system.training import KDMESH
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -45,6 +47,7 @@ def run(processes: Processes, directory: Path, *arguments: str) -> Process:
 
 def test_page_names_every_file_that_it_shows(directory: Path) -> None:
     names = {"my.yaml", "my_losses.py", "test_my_losses.py", "my_algorithm.py", "my_data.py", "questions.csv"}
+    names |= {"my_judge.py", "judged.yaml"}
     assert {file.name for file in directory.iterdir()} == names
     assert PAGE.read_text(encoding="utf-8").count("\n```") == 2 * len(names) + 2  # and the two commands
 
@@ -82,3 +85,29 @@ def test_files_of_the_page_train_a_student(
         "model.algorithm.projector.weight",
         *(f"optimizer.algorithm.projector.weight.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")),
     }
+
+
+def test_the_judge_of_the_page_weighs_samples(
+    directory: Path, materials: Materials, undisturbed: Undisturbed, processes: Processes, tmp_path: Path
+) -> None:
+    rollouts = Rollouts(processes, tmp_path / "rollouts", materials.plain.student)
+    rollouts.start()
+    models = ["--set", f"student.model={materials.plain.student}"]
+    check = run(processes, directory, "check", "judged.yaml", *models)
+    training = run(
+        processes,
+        directory,
+        "train",
+        "judged.yaml",
+        *models,
+        *("--set", f"teacher.addresses=['{undisturbed.teacher.address}']", "--set", "steps=2"),
+        *("--set", f"source.rollouts.addresses=['{rollouts.address}']", "--set", "source.sampling.max_new_tokens=8"),
+    )
+    check.succeed()
+    training.succeed()
+    lines = [json.loads(line) for line in (directory / "runs" / "judged" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert len(steps) == 2
+    for step in steps:
+        assert (step["judge_errors"], step["left_out_fraction"]) == (0, 0)
+        assert 0.1 <= step["sample_weight_mean"] <= 1
