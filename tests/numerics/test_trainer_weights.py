@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdmesh.losses import MixedTeacher, OutputHead, forward_kl
+from kdmesh.losses.build import build_divergence
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.seam import LossRows, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
@@ -145,3 +146,21 @@ def test_rows_keep_their_weights_when_several_teachers_share_them() -> None:
         log_p_RV = (rows_RE.double() @ other.weight_VD.double().T).log_softmax(-1)
         loss_R[index_R] += (log_p_RV.exp() * (log_p_RV - log_q_RV[index_R])).sum(-1)
     assert vanilla_kd(rows, terms).loss_sum.item() == pytest.approx(float((weight_R.double() * loss_R).sum()), rel=1e-5)
+
+
+def test_weights_of_drawn_tokens_go_with_a_divergence_that_is_estimated_from_them() -> None:
+    random = torch.Generator().manual_seed(6)
+    hidden_RD, theirs_RE = torch.randn(5, 6, generator=random), torch.randn(5, 6, generator=random)
+    head, other = (OutputHead(weight_VD=torch.randn(11, 6, generator=random)) for _ in range(2))
+    terms = Terms(divergence=build_divergence("sampled_reverse_kl"), temperature=1.0, kd_weight=1.0, ce_weight=0.0)
+
+    def gradient(weight_R: Tensor | None, rows: slice = slice(None)) -> Tensor:
+        own_RD = hidden_RD.clone().requires_grad_()
+        teachers = [MixedTeacher(hidden_RE=theirs_RE[rows], head=other, weight=1.0)]
+        loss = terms.compare(own_RD[rows], head, teachers, torch.arange(5)[rows], token_weight_R=weight_R)
+        (found_RD,) = torch.autograd.grad(loss.loss_sum, own_RD)
+        return found_RD
+
+    weight_R = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1])
+    expected_RD = sum(float(weight) * gradient(None, slice(row, row + 1)) for row, weight in enumerate(weight_R))
+    torch.testing.assert_close(gradient(weight_R), expected_RD, rtol=1e-5, atol=1e-6)

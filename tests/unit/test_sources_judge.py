@@ -18,8 +18,8 @@ from kdmesh_trainer.judge_config import JudgeConfig
 from kdmesh_trainer.questions.reader import Question
 from kdmesh_trainer.sources.judge import Judge, digest_questions, question_of, resolve_judge
 from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.rollouts import Verdict
-from kdmesh_trainer.sources.sides import Prompt
+from kdmesh_trainer.sources.rollouts import Rollout, Verdict
+from kdmesh_trainer.sources.sides import Addressed, Prompt, teacher_side
 
 CONFIG: TypeAdapter[JudgeConfig] = TypeAdapter(JudgeConfig)
 NUMBERS = {"name": "match", "match": {"name": "last_number"}}
@@ -173,3 +173,21 @@ def test_rows_are_kept_whole_for_a_judge_and_for_nobody_else(tmp_path: Path) -> 
     ):
         assert [chat.row for chat in open_dataset(dataset, keeps_rows=True)()] == [whole]
         assert [chat.row for chat in open_dataset(dataset)()] == [None]
+
+
+def test_a_weight_is_of_the_student_s_sequence_whoever_the_teacher_is_and_whatever_it_reads() -> None:
+    sample = Sample(
+        token_ids=np.array([7, 8], np.int32),
+        logprobs=np.zeros(2, np.float32),
+        finish_reason=FinishReason.STOP,
+        min_weight_version=1,
+        max_weight_version=1,
+    )
+    prompt, longer = np.array([1], np.int32), np.array([1, 2, 3], np.int32)
+    for read in (None, longer):
+        plain = Rollout.of(prompt, sample, teacher_prompt_ids=read, teacher_name="maths")
+        heavy, left_out = plain.judged(Verdict(weight=2.5)), plain.judged(Verdict(weight=0))
+        assert (heavy.sequence.weight, heavy.counts, left_out.counts, plain.counts) == (2.5, True, False, True)
+        [theirs] = teacher_side([heavy.sequence])
+        assert isinstance(theirs, Addressed)
+        assert (theirs.teacher_name, theirs.num_tokens) == ("maths", 3 if read is None else 5)
