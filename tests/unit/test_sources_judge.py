@@ -47,7 +47,10 @@ def verdict(judge: dict[str, Any], text: str, *, is_cut_off: bool = False, **row
         max_weight_version=1,
     )
     prompt = Prompt(token_ids=np.array([1], np.int32), question=question)
-    return Judge(resolve_judge(cfg), lambda ids: "".join(map(chr, ids))).submit(prompt, sample).result()
+    told: list[Verdict] = []
+    found = Judge(resolve_judge(cfg), lambda ids: "".join(map(chr, ids))).submit(prompt, sample, told.append).result()
+    assert told == [found]
+    return found
 
 
 def by_unit(response: str, row: dict[str, object], is_cut_off: bool, *, unit: str) -> float:

@@ -38,9 +38,18 @@ class Judge:
         self._decode = decode
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
 
-    def submit(self, prompt: Prompt, sample: Sample) -> Future[Verdict]:
-        """The verdict on a sample, when it is there; never an error. Any thread; does not block."""
-        return self._thread.submit(self._verdict, prompt, sample)
+    def submit(self, prompt: Prompt, sample: Sample, then: Callable[[Verdict], None]) -> Future[Verdict]:
+        """The verdict on a sample, when it is there and `then` has been called with it. Any thread; does not block.
+
+        Those that were submitted before are there by then.
+        """
+
+        def judge() -> Verdict:
+            verdict = self._verdict(prompt, sample)
+            then(verdict)
+            return verdict
+
+        return self._thread.submit(judge)
 
     def _verdict(self, prompt: Prompt, sample: Sample) -> Verdict:
         is_cut_off = sample.finish_reason is FinishReason.LENGTH

@@ -244,7 +244,7 @@ class _Ask:
     ) -> None:
         self._rollout = rollout
         self._judge = judge
-        self._verdicts: dict[tuple[bytes, FinishReason], Future[Verdict]] = {}  # by what was drawn
+        self._verdicts: dict[tuple[bytes, FinishReason], Future[Verdict]] = {}  # the last on each response
         self.prompt = prompt
         self.samples: list[Sample] = []  # when they are here
         self.verdicts: list[Verdict] = []  # on them; empty: nobody judges
@@ -297,7 +297,7 @@ class _Ask:
         except ModelMismatch as error:
             return str(error)
         if self._judge is not None:
-            self.verdicts = [self._verdict(self._judge, sample).result() for sample in self.samples]
+            self.verdicts = [self._verdicts[_response(sample)].result() for sample in self.samples]
         return ""
 
     def _tell(self, sample: Sample) -> None:
@@ -306,23 +306,20 @@ class _Ask:
             self._pass_on(sample)
             return
 
-        def pass_on_what_counts(verdict: Future[Verdict]) -> None:
-            if verdict.result().weight > 0:
+        def pass_on_what_counts(verdict: Verdict) -> None:
+            if verdict.weight > 0:
                 self._pass_on(sample)
 
-        self._verdict(self._judge, sample).add_done_callback(pass_on_what_counts)
-
-    def _verdict(self, judge: Judge, sample: Sample) -> Future[Verdict]:
-        """One for each response: whoever says it again is judged as before."""
-        key = (sample.token_ids.tobytes(), sample.finish_reason)
-        # No two threads come here at once: `collect` waits until the last sample was told.
-        if key not in self._verdicts:
-            self._verdicts[key] = judge.submit(self.prompt, sample)
-        return self._verdicts[key]
+        # Whoever collects waits for what is passed on too: when the step is planned it is too late to be early.
+        self._verdicts[_response(sample)] = self._judge.submit(self.prompt, sample, pass_on_what_counts)
 
     def _pass_on(self, sample: Sample) -> None:
         [sequence] = teacher_side([self._rollout(self.prompt, sample).sequence])
         self._on_sample(sequence)
+
+
+def _response(sample: Sample) -> tuple[bytes, FinishReason]:
+    return sample.token_ids.tobytes(), sample.finish_reason
 
 
 def _nothing(wait_s: float, *, refusal: str, outdated: tuple[str, ...]) -> Share:
