@@ -12,8 +12,9 @@ import torch
 from kdmesh.errors import JudgeFailed
 from kdmesh.tokens import digest
 from kdmesh_trainer.mesh import Mesh, joined
-from tests.support.judged_runs import gradient, judged, textbook, weight_of
+from tests.support.judged_runs import gradient, judge, judged, textbook, weight_of
 from tests.support.tiny_models import TinyModels
+from tests.support.trainer_devices import shared_losses
 from tests.support.trainer_ranks import run_ranks
 
 SUPPORT = "tests.support.judged_runs"
@@ -80,6 +81,14 @@ def test_a_step_without_weight_is_skipped_by_all_ranks_and_training_goes_on(mode
             assert figures["learning_rate"] > 0
             assert not step["trained"] or name != "none"
     assert ranks[0][-1]["figures"]["loss_nats_per_token"] == ranks[1][-1]["figures"]["loss_nats_per_token"]
+
+
+def test_on_a_shared_device_a_step_without_weight_leaves_everybody_where_they_were(
+    mesh: Mesh, models: dict[str, Any]
+) -> None:
+    run = shared_losses(mesh, steps=3, judge=judge("none"), **models)
+    assert run["losses"] == [None] * 3
+    assert run["asleep"] == [[], []]
 
 
 def test_answers_of_the_data_keep_their_weights_beside_samples_that_are_left_out(

@@ -47,25 +47,27 @@ def broken(text: str, is_cut_off: bool, question: Question | None) -> Verdict:
     raise ValueError("no row has that")
 
 
+OPINIONS = {"by_tokens": by_tokens, "none": none, "failing": failing, "broken": broken}
+
+
+def _numbers(ids: Int32Array) -> str:
+    return " ".join(map(str, ids.tolist()))
+
+
 def judge(name: str) -> Judge:
     """The one of that name here, which reads tokens as numbers."""
-    opinion = {"by_tokens": by_tokens, "none": none, "failing": failing, "broken": broken}[name]
-
-    def decode(ids: Int32Array) -> str:
-        return " ".join(map(str, ids.tolist()))
-
-    return Judge(opinion, decode)
+    return Judge(OPINIONS[name], _numbers)
 
 
-class ListedTeacher(LocalTeacher):
-    """Knows what it was asked for."""
+def _list_requests(teacher: LocalTeacher, asked: list[str]) -> None:
+    """Have `asked` hold what it was asked for."""
+    submit = teacher.submit
 
-    asked: list[str]
+    def listed(sequences: Sequence[TokenSequence], *, keep: bool = False) -> Rows:
+        asked.extend(digest([sequence]).hex() for sequence in sequences)
+        return submit(sequences, keep=keep)
 
-    def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> Rows:
-        """Their rows."""
-        self.asked += [digest([sequence]).hex() for sequence in sequences]
-        return super().submit(sequences, keep=keep)
+    teacher.submit = listed  # type: ignore[method-assign]
 
 
 def judged(
@@ -78,18 +80,25 @@ def judged(
     max_staleness: int = 0,
     answers: int = 0,
 ) -> list[dict[str, Any]]:
-    """Each step of a run, of which the first judge of `names` judges the first step, and so on."""
+    """Each step of a run, of which the first opinion of `names` judges the first step, and so on."""
     run = Run(mesh, student=student, teacher=teacher, steps=len(names), answers=answers)
-    run.teacher.__class__ = ListedTeacher
     asked: list[str] = []
-    run.teacher.asked = asked  # type: ignore[attr-defined]
-    judges = iter(names)
-    steps = []
+    _list_requests(run.teacher, asked)
+    steps: list[dict[str, Any]] = []
+
+    def opinion(text: str, is_cut_off: bool, question: Question | None) -> Verdict:
+        return OPINIONS[names[current]](text, is_cut_off, question)
+
+    current = 0
     with service_of(kind, run.copy) as service:
-        one = judge(next(judges))
-        source = run.source(service, max_staleness=max_staleness, judge=one)
-        for batch, stats in run.train(source):
-            one._opinion = judge(next(judges, names[-1]))._opinion
+        source = run.source(service, max_staleness=max_staleness, judge=Judge(opinion, _numbers))
+        source.start_at(0)
+        source.publish(version=0)
+        for step in range(len(names)):
+            batch = source.next_batch()
+            stats = run.stepper.update(batch)
+            current = min(step + 1, len(names) - 1)  # what is asked for now is of the next step
+            source.publish(version=step + 1)
             trained = [s for micro_batch in batch.micro_batches for s in micro_batch.sequences]
             steps.append(
                 {

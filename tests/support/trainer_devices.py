@@ -9,6 +9,7 @@ from kdmesh.types import EVERY_TAG, SleepTag, TokenSequence
 from kdmesh_trainer.devices import ScoringEvaluator, ScoringPublisher, SharedDevices
 from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.sources.judge import Judge
 from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.stop import NEVER
 from tests.support.trainer_on_policy import Run
@@ -68,7 +69,7 @@ class _Teachers:
         self._device.use("teachers")
 
 
-def shared_losses(mesh: Mesh, *, steps: int, **models: Any) -> dict[str, Any]:
+def shared_losses(mesh: Mesh, *, steps: int, judge: Judge | None = None, **models: Any) -> dict[str, Any]:
     """The losses of a run on a shared device, evaluated before every step, with teachers that follow the student.
 
     What happened on the device is what the first rank has seen.
@@ -80,7 +81,7 @@ def shared_losses(mesh: Mesh, *, steps: int, **models: Any) -> dict[str, Any]:
     devices = SharedDevices(Sleepers(device, "rollouts"), Sleepers(device, "teachers"), mesh)
     teachers = _Teachers(device if mesh.is_first else _asleep(Device()))
     evaluator, publisher = ScoringEvaluator(teachers, devices), ScoringPublisher(teachers, devices)
-    source = run.source(service, max_staleness=0, devices=devices)
+    source = run.source(service, max_staleness=0, devices=devices, judge=judge)
     source.start_at(0)
     publisher.publish(version=0)
     source.publish(version=0)
