@@ -17,6 +17,7 @@ from kdmesh.models.attention import PACKED_ATTENTION
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.quiet import quiet
+from kdmesh.models.recurrent import begin_with_every_sequence
 from kdmesh.models.verify import check_head, check_layer_types, check_packing
 from kdmesh.models.vision import attention_of, auto_class
 
@@ -61,6 +62,7 @@ def load_causal_lm(
         check_layer_types(config, path)
         model = _read(path, config, dtype) if weights == "pretrained" else _initialise(config, dtype)
     model = model.to(device).eval()
+    begin_with_every_sequence(model)
     check_packing(model)
     check_head(model)
     return model
@@ -76,7 +78,9 @@ def empty_causal_lm(path: Path) -> PreTrainedModel:
     with _refusing(path, "built"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_layer_types(config, path)
-        return _initialise(config, torch.float32, moves=False).eval()
+        model = _initialise(config, torch.float32, moves=False).eval()
+    begin_with_every_sequence(model)
+    return model
 
 
 @contextmanager

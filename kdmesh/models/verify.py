@@ -20,6 +20,7 @@ from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.packing import PackedTokens, pack
 from kdmesh.models.positions import stated_limit
+from kdmesh.models.recurrent import LINEAR_ATTENTION, RECURRENT_LAYERS
 from kdmesh.models.vision import attention_of
 from kdmesh.types import TokenSequence
 
@@ -36,7 +37,7 @@ _TOLERANCE_16_BITS = 0.1
 
 
 def check_layer_types(config: PretrainedConfig, path: Path) -> None:
-    """Refuses layers that are no attention over all tokens or a window, before anything is read.
+    """Refuses layers that are neither attention nor known to begin anew with a sequence, before anything is read.
 
     Args:
         config: of the model in directory `path`.
@@ -44,9 +45,11 @@ def check_layer_types(config: PretrainedConfig, path: Path) -> None:
     Raises:
         ConfigError: naming the model type and the types of layers.
     """
-    other = set(getattr(config.get_text_config(), "layer_types", None) or []) - _LAYER_TYPES
+    text = config.get_text_config()
+    known = _LAYER_TYPES | ({LINEAR_ATTENTION} if text.model_type in RECURRENT_LAYERS else set())
+    other = set(getattr(text, "layer_types", None) or []) - known
     if other:
-        what = f"it has layers of type {sorted(other)}; known are {sorted(_LAYER_TYPES)}"
+        what = f"it has layers of type {sorted(other)}; known are {sorted(known)}"
         raise ConfigError(f"model type {config.model_type} of {path} is not supported: {what}")
 
 

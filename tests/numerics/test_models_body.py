@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from kdmesh.errors import ConfigError
-from kdmesh.models import verify
+from kdmesh.models import body, verify
 from kdmesh.models.attention import PACKED_ATTENTION, packed_attention
 from kdmesh.models.body import empty_causal_lm, hidden_states_TD, load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
 from tests.support.sequences import random_sequences
-from tests.support.tiny_models import FAMILIES, MIXTURES, VOCABULARY_SIZE, TinyModels
+from tests.support.tiny_models import FAMILIES, HYBRID_MIXTURES, HYBRIDS, MIXTURES, VOCABULARY_SIZE, TinyModels
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 40, 17, 40, 2)
@@ -72,7 +73,7 @@ def test_bfloat16_rows_equal_hugging_face_within_one_rounding(tiny_models: TinyM
     assert relative_error(actual_TD, expected_TD) < 2**-8
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral", "qwen3_moe", "deepseek_v3", *HYBRIDS])
 def test_gradients_equal_hugging_face(tiny_models: TinyModels, family: str) -> None:
     path = tiny_models.path(family)
     model, own = load_causal_lm(path, "auto", CPU), hugging_face(path, "eager")
@@ -91,7 +92,7 @@ def test_gradients_equal_hugging_face(tiny_models: TinyModels, family: str) -> N
 
 
 # In a mixture neighbours decide how many tokens an expert multiplies at once, and so how it rounds.
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - MIXTURES))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {**MIXTURES, **HYBRID_MIXTURES}))
 def test_a_neighbour_changes_no_bit(tiny_models: TinyModels, family: str) -> None:
     model = load_causal_lm(tiny_models.path(family), "auto", CPU)
     mine, *others = sequences()
@@ -174,6 +175,25 @@ def test_a_model_whose_sequences_see_each_other_is_refused(tiny_models: TinyMode
         load_causal_lm(tiny_models.path(), dtype, CPU)
 
 
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_state_that_goes_on_into_the_next_sequence_is_refused(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(body, "begin_with_every_sequence", lambda model: None)
+    with pytest.raises(ConfigError, match=f"model type {family} .* apart"):
+        load_causal_lm(tiny_models.path(family), "auto", CPU)
+
+
+def test_a_copy_of_a_hybrid_model_keeps_sequences_apart_with_its_own_weights(tiny_models: TinyModels) -> None:
+    model = load_causal_lm(tiny_models.path("qwen3_5_text"), "auto", CPU)
+    other = load_causal_lm(tiny_models.path("qwen3_5_text", seed=1), "auto", CPU)
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert torch.equal(hidden_states_TD(copied, pack(sequences())), hidden_states_TD(other, pack(sequences())))
+        assert not torch.equal(hidden_states_TD(model, pack(sequences())), hidden_states_TD(other, pack(sequences())))
+
+
 @pytest.mark.parametrize(
     ("family", "config", "reason"),
     [
@@ -204,11 +224,11 @@ def test_an_unsupported_architecture_is_refused_by_name(
 def test_layers_of_a_kind_that_is_not_known_are_refused_before_weights_are_read(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(FAMILIES, "qwen3_next", {"num_experts": 4})
-    shutil.copytree(tiny_models.path("qwen3_next", tokenizer=False), tmp_path, dirs_exist_ok=True)
+    monkeypatch.setitem(FAMILIES, "mamba", {})
+    shutil.copytree(tiny_models.path("mamba", tokenizer=False), tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
     for load in (lambda path: load_causal_lm(path, "auto", CPU), empty_causal_lm):
-        with pytest.raises(ConfigError, match=r"qwen3_next of .*: it has layers of type .'linear_attention'"):
+        with pytest.raises(ConfigError, match=r"mamba of .*: it has layers of type .'linear_attention'"):
             load(tmp_path)
 
 

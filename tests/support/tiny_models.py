@@ -70,6 +70,23 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 """Mixtures of experts: model type -> what makes this family special. Each is one of FAMILIES too."""
 
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+HYBRID_MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe_text": {**MIXTURES["qwen2_moe"], **_LINEAR},
+    "qwen3_next": {**MIXTURES["qwen2_moe"], **_LINEAR},
+}
+"""Mixtures of experts among HYBRIDS."""
+
+HYBRIDS: dict[str, dict[str, Any]] = {"qwen3_5_text": _LINEAR, "olmo_hybrid": _LINEAR, **HYBRID_MIXTURES}
+"""Models with layers of linear attention: model type -> what makes this family special. Each is one of FAMILIES too."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen2": {},
@@ -97,6 +114,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi": {"partial_rotary_factor": 0.5},  # its head has a bias
     **MIXTURES,
+    **HYBRIDS,
 }
 """Model type -> what makes this family special."""
 
