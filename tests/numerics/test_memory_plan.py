@@ -19,7 +19,7 @@ from kdmesh_trainer.memory_plan import Job, TeacherHead, plan
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.plan_command import at_worst
 from tests.support.measured_step import TEACHER_SIZE, Step
-from tests.support.tiny_models import FAMILIES, MIXTURES, VOCABULARY_SIZE, TinyModels
+from tests.support.tiny_models import FAMILIES, HYBRID_MIXTURES, MIXTURES, VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_ranks import finish, start_ranks
 
 TINY: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -28,17 +28,20 @@ WIDE: dict[str, Any] = {"vocab_size": 64_000, "hidden_size": 256, "intermediate_
 
 
 def saved(directory: Path, shape: dict[str, Any], *, is_tied: bool) -> Path:
-    """The configuration of a Qwen3, of its mixture where `shape` has experts, without weights."""
-    has_experts = "num_experts" in shape
+    """The configuration of a Qwen3, of its mixture where `shape` has experts, or of a Qwen3.5 where it has linear
+    attention, without weights.
+    """
+    special = {"num_experts": ("qwen3_moe", "Qwen3Moe"), "layer_types": ("qwen3_5_text", "Qwen3_5")}
+    family, name = next((special[key] for key in special if key in shape), ("qwen3", "Qwen3"))
     config = AutoConfig.for_model(
-        "qwen3_moe" if has_experts else "qwen3",
+        family,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=shape["hidden_size"] // 4,
         tie_word_embeddings=is_tied,
         **shape,
     )
-    config.architectures = ["Qwen3MoeForCausalLM" if has_experts else "Qwen3ForCausalLM"]
+    config.architectures = [f"{name}ForCausalLM"]
     config.save_pretrained(directory)
     return directory
 
@@ -159,8 +162,17 @@ def test_what_is_frozen_beside_adapters_has_no_moments_and_rests_as_in_its_files
 MIXTURE: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
 
 
+HYBRID: dict[str, Any] = {
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", [*MIXTURES, *HYBRID_MIXTURES])
 def test_a_mixture_is_counted_with_all_its_experts_and_what_each_token_takes_of_them(
     tiny_models: TinyModels, family: str, dtype: torch.dtype
 ) -> None:
@@ -171,7 +183,7 @@ def test_a_mixture_is_counted_with_all_its_experts_and_what_each_token_takes_of_
     assert found.resident["AdamW"] == pytest.approx(8 * parameters, rel=5e-3)
     assert of_two.resident["AdamW"] == pytest.approx(found.resident["AdamW"] / 2, rel=1e-2)
     # However many experts there are, each token goes to two.
-    more = {name: 2 * count for name, count in MIXTURES[family].items() if name in _COUNTS_OF_EXPERTS}
+    more = {name: 2 * count for name, count in FAMILIES[family].items() if name in _COUNTS_OF_EXPERTS}
     twice = replace(alone, student=tiny_models.path(family, **more))
     activations = plan(twice).phases["forward"]["activations"]
     assert activations == pytest.approx(found.phases["forward"]["activations"], rel=0.05)
@@ -230,6 +242,7 @@ def test_what_is_frozen_by_name_has_neither_gradient_nor_moments(tmp_path: Path,
         (DEEP, False, Step(vocabulary=4000, length=512, sequences=4, lora_rank=16, returns_freed=True)),
         # What the allocator keeps between blocks of every size, as experts take them, is not said.
         (DEEP | MIXTURE, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
+        (DEEP | HYBRID, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
         (WIDE, False, Step(vocabulary=64_000, length=512, sequences=4, frozen=("model.embed_tokens", "lm_head"))),
     ],
 )

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.weights import whole
-from tests.support.tiny_models import TinyModels
+from tests.support.tiny_models import HYBRIDS, TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
 
@@ -50,11 +50,12 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str) -> None:
             save_file({**results, "kept": torch.tensor([kept])}, Path(output) / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3", "olmo_hybrid"])
 def test_the_gradient_is_the_same_to_the_bit_and_less_is_kept(
     tiny_models: TinyModels, tmp_path: Path, family: str
 ) -> None:
-    student = tiny_models.path(family, seed=1, num_hidden_layers=4)
+    more = {"layer_types": ["linear_attention", "full_attention"] * 2} if family in HYBRIDS else {}
+    student = tiny_models.path(family, seed=1, num_hidden_layers=4, **more)
     teacher = tiny_models.path("qwen3", seed=2, vocab_size=320)
     target = "tests.numerics.test_trainer_checkpointing:gradients"
     run_ranks(target, ranks=2, student=str(student), teacher=str(teacher), output=str(tmp_path))

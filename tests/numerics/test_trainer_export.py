@@ -19,7 +19,15 @@ from kdmesh_trainer.mesh import joined
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from tests.support.full_disk import files_limited_to
-from tests.support.tiny_models import FAMILIES, MIXTURES, VOCABULARY_SIZE, save_model, save_tokenizer
+from tests.support.tiny_models import (
+    FAMILIES,
+    HYBRID_MIXTURES,
+    HYBRIDS,
+    MIXTURES,
+    VOCABULARY_SIZE,
+    save_model,
+    save_tokenizer,
+)
 
 TOKENS = torch.arange(3, 40)[None]
 
@@ -90,13 +98,23 @@ def test_routers_are_written_in_float32(tmp_path: Path, monkeypatch: pytest.Monk
     assert torch.equal(logits(final), logits(origin))
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", [*MIXTURES, *HYBRID_MIXTURES])
 def test_experts_are_written_as_the_files_that_they_came_from_hold_them(tmp_path: Path, family: str) -> None:
     origin = model(tmp_path / "origin", family, torch.bfloat16)
     final = exported(origin)
     before, after = (load_file(path / "model.safetensors") for path in (origin, final))
     assert after.keys() == before.keys()
     assert sum(".experts." in name for name in after) >= 3 * 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert torch.equal(logits(final), logits(origin))
+
+
+@pytest.mark.parametrize("family", sorted(HYBRIDS.keys() - HYBRID_MIXTURES))
+def test_linear_attention_is_written_as_the_files_that_it_came_from_hold_it(tmp_path: Path, family: str) -> None:
+    origin = model(tmp_path / "origin", family, torch.bfloat16)
+    final = exported(origin)
+    before, after = (load_file(path / "model.safetensors") for path in (origin, final))
+    assert after.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert torch.equal(logits(final), logits(origin))
 

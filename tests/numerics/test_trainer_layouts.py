@@ -120,6 +120,11 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
         pytest.param("mixtral", True, "micro_batch", True, marks=pytest.mark.slow),
         pytest.param("glm4_moe", False, "micro_batch", False, marks=pytest.mark.slow),
         pytest.param("deepseek_v2", True, "step", False, marks=pytest.mark.slow),
+        # Layers of linear attention, one of them in a mixture.
+        ("qwen3_5_text", False, "micro_batch", False),
+        ("qwen3_next", True, "step", False),
+        pytest.param("qwen3_5_moe_text", False, "micro_batch", True, marks=pytest.mark.slow),
+        pytest.param("olmo_hybrid", False, "step", False, marks=pytest.mark.slow),
     ],
 )
 def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(

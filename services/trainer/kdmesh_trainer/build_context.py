@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from kdmesh.errors import ConfigError
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.positions import ROPE_BY_LENGTH, rope_types
+from kdmesh.models.recurrent import is_recurrent
 from kdmesh.models.vision import reads_images
 from kdmesh_trainer.config import TrainerConfig
 
@@ -31,6 +32,8 @@ def refuse_unfit_student(cfg: TrainerConfig) -> None:
         )
     if reads_images(whole):
         raise ConfigError(f"parallel.context is {context} and {path} reads images; it must be 1")
+    if is_recurrent(whole):  # a slice would need the state that the slice before it ends with
+        raise ConfigError(f"parallel.context is {context} and {path} has layers of linear attention; it must be 1")
     if unfit := rope_types(whole) & ROPE_BY_LENGTH:  # a rank sees its own slice alone
         raise ConfigError(
             f"parallel.context is {context} and {path} has rotary positions of type {', '.join(sorted(unfit))}, which "

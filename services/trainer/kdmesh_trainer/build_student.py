@@ -11,7 +11,9 @@ from kdmesh.errors import ConfigError
 from kdmesh.losses import VocabularyShare
 from kdmesh.models.attention import varlen_refusal
 from kdmesh.models.body import load_causal_lm
+from kdmesh.models.directory import check_model_directory
 from kdmesh.models.head import head_spec
+from kdmesh.models.recurrent import is_recurrent
 from kdmesh.models.verify import check_training
 from kdmesh.processor import warn_if_slow
 from kdmesh_trainer import config
@@ -31,13 +33,22 @@ def check_speed(cfg: config.TrainerConfig) -> None:
     device = torch.device("cuda" if cfg.student.device != "cpu" and torch.cuda.is_available() else "cpu")
     if cfg.student.compile == "layers":
         check_compiler(on_gpu=device.type == "cuda")
-    if cfg.student.attention == "varlen" or cfg.student.liger_kernels:
+    if cfg.student.compile == "layers" or cfg.student.attention == "varlen" or cfg.student.liger_kernels:
+        check_model_directory(cfg.student.model, needs_weights=False)
         model = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
+        _refuse_recurrent(cfg.student, model)
         is_varlen(cfg.student, model, device)
         if cfg.student.liger_kernels:
             from kdmesh_trainer.liger import check_liger  # not at the top: it needs an extra
 
             check_liger(model, device)
+
+
+def _refuse_recurrent(cfg: StudentConfig, model: PretrainedConfig) -> None:
+    wanted = {"student.compile layers": cfg.compile == "layers", "student.liger_kernels": cfg.liger_kernels}
+    unfit = [key for key, is_wanted in wanted.items() if is_wanted]
+    if unfit and is_recurrent(model):
+        raise ConfigError(f"{unfit[0]} does not go with layers of linear attention, which {cfg.model} has")
 
 
 def is_varlen(cfg: StudentConfig, model: PretrainedConfig, device: torch.device) -> bool:

@@ -1,0 +1,119 @@
+"""Students with layers of linear attention are trained, kept, adapted and written as others are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kdmesh.errors import ConfigError
+from kdmesh.models.body import load_causal_lm
+from kdmesh.models.forward import hidden_states_TD
+from kdmesh.models.packing import pack
+from kdmesh_trainer.build_context import refuse_unfit_student
+from kdmesh_trainer.build_student import check_speed
+from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.lora import add_adapter
+from kdmesh_trainer.lora_config import LoraConfig
+from kdmesh_trainer.weights import weights_of
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_parts import random_sequences
+from tests.support.trainer_ranks import run_ranks
+
+RUNS = "tests.support.trainer_runs"
+MIXER = "model.layers.0.linear_attn"
+_NAMED = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3_5_text", {"checkpointed_every": 1, "offloads": True}),
+        pytest.param("qwen3_5_text", {"frozen": [MIXER]}, marks=pytest.mark.slow),
+        pytest.param(
+            "qwen3_next", {"lora": {"rank": 4, "dropout": 0.1, "target_modules": _NAMED}}, marks=pytest.mark.slow
+        ),
+        pytest.param("qwen3_5_moe_text", {"spreads_head": True}, marks=pytest.mark.slow),
+        pytest.param("olmo_hybrid", {"checkpointed_every": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_goes_on_has_exactly_the_losses_of_one_that_was_not_interrupted(
+    tiny_models: TinyModels, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    arguments = {
+        "student": str(tiny_models.path(family, seed=1)),
+        "teacher": str(tiny_models.path("qwen3", seed=2)),
+        "checkpoints": str(tmp_path / "checkpoints"),
+        "steps": 4,
+        "compute_dtype": "bfloat16",
+        **options,
+    }
+    run_ranks(f"{RUNS}:train", ranks=2, **arguments, until=2, save_at=2)
+    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments, until=4, other=str(tmp_path / "other"))[0]
+    assert both["first"] == 2
+    assert both["rest"] == both["whole"][2:]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("qwen3_5_text", "all-linear"),
+        ("qwen3_5_moe_text", "all-linear"),
+        ("qwen3_next", _NAMED),  # all-linear is refused, as of other models with routed and shared experts
+        ("olmo_hybrid", "all-linear"),
+    ],
+)
+def test_projections_of_linear_attention_have_adapters_that_learn(
+    tiny_models: TinyModels, family: str, targets: Any
+) -> None:
+    lm = load_causal_lm(tiny_models.path(family, seed=1), torch.float32, torch.device("cpu"))
+    packed = pack(random_sequences(3, seed=5, vocabulary_size=310))
+    before_TD = hidden_states_TD(lm, packed).detach()
+    adapter = add_adapter(lm, LoraConfig(target_modules=targets), seed=0)
+    assert torch.equal(hidden_states_TD(lm, packed), before_TD)
+    linear = {
+        name.removesuffix(".weight")
+        for name, tensor in lm.state_dict().items()
+        if name.startswith(MIXER) and tensor.dim() == 2 and "lora" not in name
+    }
+    assert {name.removesuffix(".base_layer") for name in linear} <= set(adapter.layers)
+    hidden_states_TD(lm, packed).sum().backward()
+    trained = {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    assert all(parameter.grad is not None for parameter in trained.values())
+    assert all(adapter.saved_name(name) is not None for name in trained)
+    assert weights_of(lm, adapter).keys() == set(AutoModelForCausalLM.from_config(lm.config).state_dict())
+
+
+def test_an_adapter_of_a_convolution_is_refused(tiny_models: TinyModels) -> None:
+    lm = load_causal_lm(tiny_models.path("qwen3_5_text"), torch.float32, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"conv1d is not linear, .*: down_proj, gate_proj, in_proj_a"):
+        add_adapter(lm, LoraConfig(target_modules=("conv1d",)), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"student": {"compile": "layers"}}, "student.compile layers"),
+        ({"student": {"liger_kernels": True}}, "student.liger_kernels"),
+        ({"parallel": {"context": 2}}, "parallel.context is 2"),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
+def test_what_does_not_go_with_linear_attention_is_refused_before_anything_loads(
+    tiny_models: TinyModels, family: str, section: dict[str, Any], key: str
+) -> None:
+    tree: dict[str, Any] = {
+        "output": "run",
+        "teacher": {"addresses": ["127.0.0.1:1"]},
+        "data": {"train": {"format": "chat", "path": "train.jsonl"}},
+        "steps": 1,
+        **section,
+    }
+    tree["student"] = {"model": tiny_models.path(family), **section.get("student", {})}
+    cfg = TrainerConfig.model_validate(tree)
+    with pytest.raises(ConfigError, match=rf"^{key} .* linear attention"):
+        refuse_unfit_student(cfg)
+        check_speed(cfg)
