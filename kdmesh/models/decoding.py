@@ -1,4 +1,4 @@
-"""A causal LM run token by token, over keys and values that are kept."""
+"""A causal LM run token by token, over keys, values and states that are kept."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Decoder:
         ends_R = torch.tensor(np.cumsum(lengths) - 1, device=hidden_TD.device)
         return hidden_TD.index_select(0, ends_R)
 
-    def fork(self, row: int, num_tokens: int) -> None:
-        """Add a row that begins as `row` does; nothing is computed."""
-        self._cache.reserve(rows=len(self) + 1, tokens=num_tokens)
-        self._cache.copy_row(row, len(self), num_tokens)
-        self._lengths.append(num_tokens)
+    def fork(self, row: int) -> None:
+        """Add a row that has all tokens of `row`; nothing is computed."""
+        self._cache.reserve(rows=len(self) + 1, tokens=self._lengths[row])
+        self._cache.copy_row(row, len(self), self._lengths[row])
+        self._lengths.append(self._lengths[row])
         self._shifts.append(self._shifts[row])
 
     def leave(self, row: int) -> None:

@@ -1,4 +1,4 @@
-"""Keys and values of the sequences that are being decoded, one row each."""
+"""Keys and values, and states of recurrent layers, of the sequences that are being decoded, one row each."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class KvCache:
         self._rows = max(rows, 1)
         self._tokens = _rounded(tokens)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # each [rows, key heads, tokens, dim]
+        self._states: dict[int, tuple[Tensor, Tensor]] = {}  # each [rows, ...]: of the convolution, and recurrent
 
     def reserve(self, *, rows: int, tokens: int) -> None:
         """Make room for at least so many rows, of at least so many tokens each; what is too small is doubled."""
@@ -29,6 +30,9 @@ class KvCache:
         for layer, pair in self._layers.items():
             keys, values = (self._grown(states) for states in pair)
             self._layers[layer] = keys, values
+        for layer, (conv, recurrent) in self._states.items():
+            if len(conv) < self._rows:
+                self._states[layer] = _with_rows(conv, self._rows), _with_rows(recurrent, self._rows)
 
     def write(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         """Store the first tokens of a row: keys and values are [key heads, tokens, dim]."""
@@ -47,11 +51,29 @@ class KvCache:
         stored_values[rows_B, :, lengths_B] = values.transpose(0, 1)
         return stored_keys[: len(lengths_B)], stored_values[: len(lengths_B)]
 
+    def write_states(self, layer: int, row: int, conv: Tensor, recurrent: Tensor) -> None:
+        """Store the states of a recurrent layer behind a row's last token; every row's have the same shapes."""
+        if layer not in self._states:
+            self._states[layer] = (
+                conv.new_zeros(self._rows, *conv.shape),
+                recurrent.new_zeros(self._rows, *recurrent.shape),
+            )
+        for stored, new in zip(self._states[layer], (conv, recurrent), strict=True):
+            stored[row] = new
+
+    def states(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Those of the first `rows` rows, [rows, ...] each, to be changed in place."""
+        conv, recurrent = self._states[layer]
+        return conv[:rows], recurrent[:rows]
+
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
-        """Make row `target` begin with the first tokens of row `source`."""
+        """Make row `target` the same as row `source`, which has so many tokens."""
         for pair in self._layers.values():
             for states in pair:
                 states[target, :, :num_tokens] = states[source, :, :num_tokens]
+        for pair in self._states.values():
+            for states in pair:
+                states[target] = states[source]
 
     def _of(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self._layers:
@@ -67,6 +89,12 @@ class KvCache:
         grown = states.new_zeros(self._rows, heads, self._tokens, dim)
         grown[:rows, :, :tokens] = states
         return grown
+
+
+def _with_rows(states: Tensor, rows: int) -> Tensor:
+    grown = states.new_zeros(rows, *states.shape[1:])
+    grown[: len(states)] = states
+    return grown
 
 
 def _rounded(tokens: int) -> int:

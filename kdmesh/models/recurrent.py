@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kdmesh.errors import ConfigError
+from kdmesh.models.cached_attention import NextTokens, Prompts
+from kdmesh.models.cached_mixing import cached_mixing
 
 RECURRENT_LAYERS = {
     "olmo_hybrid": "OlmoHybridGatedDeltaNet",
@@ -45,10 +46,15 @@ def begin_with_every_sequence(model: PreTrainedModel) -> None:
 def _packed(layer: type[nn.Module]) -> type[nn.Module]:
     class PackedLayer(layer):  # type: ignore[misc,valid-type]
         def forward(
-            self, hidden_states: Tensor, *, packed_lengths: tuple[int, ...] | None = None, **kwargs: Any
+            self,
+            hidden_states: Tensor,
+            *,
+            packed_lengths: tuple[int, ...] | None = None,
+            decoding: Prompts | NextTokens | None = None,
+            **kwargs: Any,
         ) -> Tensor:
-            if kwargs.get("decoding") is not None:
-                raise ConfigError(f"{layer.__name__} keeps a state, and decoding has no place for one")
+            if decoding is not None:
+                return cached_mixing(partial(super().forward, **kwargs), self.layer_idx, hidden_states, decoding)
             lengths = packed_lengths or (hidden_states.shape[1],)
             parts = torch.split(hidden_states, list(lengths), dim=1)
             return torch.cat([super(PackedLayer, self).forward(part, **kwargs) for part in parts], dim=1)

@@ -23,6 +23,9 @@ from tests.support.tiny_models import FAMILIES, HYBRIDS, VOCABULARY_SIZE, TinyMo
 
 PLAIN = Sampling(max_new_tokens=20)
 
+# A linear attention computes a prompt by another formula than one token, and then divides what may be small.
+ATOL = dict.fromkeys(FAMILIES, 1e-5) | dict.fromkeys(HYBRIDS, 1e-4)
+
 
 def engine(path: Path, **settings: Any) -> TransformersEngine:
     made = TransformersEngine(config.TransformersEngine(model=path, device="cpu", **settings))
@@ -72,7 +75,7 @@ def forward_logprobs(path: Path, order: Order, sample: Sample, *, vocabulary: in
     return logits_TV.log_softmax(-1)[first - 1 : -1].gather(1, ids_T[first:, None])[:, 0]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - HYBRIDS))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_are_those_of_a_forward_pass(family: str, tiny_models: TinyModels) -> None:
     path = tiny_models.path(family)
     wanted = orders()
@@ -82,7 +85,7 @@ def test_logprobs_are_those_of_a_forward_pass(family: str, tiny_models: TinyMode
         sample = samples[order.key]
         assert sample.num_tokens == order.sampling.max_new_tokens
         expected = forward_logprobs(path, order, sample)
-        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=ATOL[family])
 
 
 def test_logprobs_of_a_bfloat16_model_are_close(tiny_models: TinyModels) -> None:
@@ -114,7 +117,7 @@ def test_temperature_zero_is_the_likeliest_token_each_time(tiny_models: TinyMode
         ids = torch.cat([ids, torch.tensor([token])])
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3", "qwen3_5_text", "qwen3_next"])
 def test_a_deterministic_seed_gives_the_same_tokens_whatever_else_is_served(
     family: str, tiny_models: TinyModels
 ) -> None:
@@ -127,8 +130,9 @@ def test_a_deterministic_seed_gives_the_same_tokens_whatever_else_is_served(
         np.testing.assert_array_equal(alone.logprobs, together[order.key].logprobs)
 
 
-def test_samples_of_one_prompt_share_its_computation(tiny_models: TinyModels) -> None:
-    path = tiny_models.path()
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+def test_samples_of_one_prompt_share_its_computation(family: str, tiny_models: TinyModels) -> None:
+    path = tiny_models.path(family)
     ids = prompt(40)
     wanted = [Order(key=key, prompt_ids=ids, sampling=PLAIN, seed=key) for key in range(6)]
     runner = engine(path)
@@ -137,7 +141,7 @@ def test_samples_of_one_prompt_share_its_computation(tiny_models: TinyModels) ->
     assert len({tuple(sample.token_ids.tolist()) for sample in samples.values()}) == 6
     for key, sample in samples.items():
         expected = forward_logprobs(path, wanted[key], sample)
-        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=ATOL[family])
 
 
 def test_long_prompts_join_over_several_steps(tiny_models: TinyModels) -> None:
@@ -157,8 +161,9 @@ def test_long_prompts_join_over_several_steps(tiny_models: TinyModels) -> None:
         torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=1e-5)
 
 
-def test_an_aborted_sample_leaves_the_others_as_they_were(tiny_models: TinyModels) -> None:
-    path = tiny_models.path()
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+def test_an_aborted_sample_leaves_the_others_as_they_were(family: str, tiny_models: TinyModels) -> None:
+    path = tiny_models.path(family)
     wanted = orders()
     runner = engine(path)
     for order in wanted:
@@ -173,7 +178,7 @@ def test_an_aborted_sample_leaves_the_others_as_they_were(tiny_models: TinyModel
     assert finished.keys() == {0, 2, 4}
     for key, sample in finished.items():
         expected = forward_logprobs(path, wanted[key], sample)
-        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=ATOL[family])
 
 
 def test_padding_rows_of_the_head_are_never_drawn_and_have_no_probability(tiny_models: TinyModels) -> None:
@@ -231,7 +236,9 @@ def other_weights(runner: TransformersEngine, path: Path, version: int) -> None:
     runner.commit(version)
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("qwen3", torch.float32), ("gemma2", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("qwen3", torch.float32), ("gemma2", torch.bfloat16), ("qwen3_5_text", torch.bfloat16)]
+)
 def test_new_weights_are_those_of_the_model_they_came_from(
     family: str, dtype: torch.dtype, tiny_models: TinyModels
 ) -> None:
@@ -258,9 +265,13 @@ def test_discarded_weights_change_nothing(tiny_models: TinyModels) -> None:
         assert sample.max_weight_version == 0
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_a_sample_that_goes_on_with_new_weights_is_computed_anew(deterministic: bool, tiny_models: TinyModels) -> None:
-    old, new = tiny_models.path(), tiny_models.path(seed=1)
+@pytest.mark.parametrize(
+    ("family", "deterministic"), [("qwen3", False), ("qwen3", True), ("qwen3_5_text", False), ("qwen3_5_text", True)]
+)
+def test_a_sample_that_goes_on_with_new_weights_is_computed_anew(
+    family: str, deterministic: bool, tiny_models: TinyModels
+) -> None:
+    old, new = tiny_models.path(family), tiny_models.path(family, seed=1)
     runner = engine(old, deterministic=deterministic)
     wanted = orders()
     for order in wanted:
@@ -274,15 +285,16 @@ def test_a_sample_that_goes_on_with_new_weights_is_computed_anew(deterministic: 
         sample = samples[order.key]
         assert (sample.min_weight_version, sample.max_weight_version) == (0, 2)
         expected = torch.cat([forward_logprobs(old, order, sample)[:7], forward_logprobs(new, order, sample)[7:]])
-        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=ATOL[family])
 
 
-def test_memory_for_keys_grows_with_what_is_decoded(tiny_models: TinyModels) -> None:
-    path = tiny_models.path()
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+def test_memory_for_keys_grows_with_what_is_decoded(family: str, tiny_models: TinyModels) -> None:
+    path = tiny_models.path(family)
     wanted = orders((3, 100, 2), Sampling(max_new_tokens=130))
     for key, sample in run(engine(path), wanted, every=50).items():
         expected = forward_logprobs(path, wanted[key], sample)
-        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=ATOL[family])
 
 
 def test_a_model_that_keeps_a_state_of_its_own_is_refused(

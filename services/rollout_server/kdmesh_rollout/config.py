@@ -36,7 +36,7 @@ class TransformersEngine(StrictModel):
     """Longest prompt and response together; the model's own limit may be lower."""
 
     max_running: int = Field(32, ge=1)
-    """Samples decoded together; their keys and values are what takes memory."""
+    """Samples decoded together; their keys and values, and states where layers have them, are what takes memory."""
 
     max_prefill_tokens: int = Field(8192, ge=16)
     """Prompt tokens computed in one step, so that long prompts do not hold up the others; at least one prompt."""

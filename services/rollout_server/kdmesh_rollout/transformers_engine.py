@@ -204,7 +204,7 @@ class TransformersEngine(StagesInWeights):
         sources = list(range(len(leaders)))
         for source, same in enumerate(alike.values()):
             for sample in same[1:]:
-                group.decoder.fork(first + source, len(sample.sequence_ids))
+                group.decoder.fork(first + source)
                 group.samples.append(sample)
                 sources.append(source)
         return self._draw(group, first, hidden_PD[sources])
@@ -260,7 +260,7 @@ class TransformersEngine(StagesInWeights):
         return ""
 
     def sleep(self, tags: Set[SleepTag]) -> None:
-        """Put the weights away; drop keys, values and scratch."""
+        """Put the weights away; drop keys, values, states and scratch."""
         if SleepTag.KV_CACHE in tags:
             self._groups = []
             self._workspace = Workspace()
