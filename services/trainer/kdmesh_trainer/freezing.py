@@ -12,7 +12,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.body import empty_causal_lm
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +24,9 @@ def check_freeze(patterns: Sequence[str], model: Path) -> None:
     Raises:
         ConfigError: as `freeze`, or the directory is no model that transformers builds.
     """
+    # Not at the top: benchmarks of the GPU take a student apart without what loads one.
+    from kdmesh.models.body import empty_causal_lm
+
     if patterns:
         with FakeTensorMode():
             freeze(empty_causal_lm(model), patterns)
