@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -134,12 +134,12 @@ def test_numbers_rise_when_a_run_goes_back_to_an_earlier_step(tiny_models: TinyM
             assert _served(address) == (versions[-1], _expected(path, DType.BFLOAT16, steps))
 
 
-def publish_adapted(mesh: Mesh, path: str, address: str, output: str, use_dora: bool) -> list[list[str]]:
+def publish_adapted(mesh: Mesh, path: str, address: str, output: str, options: dict[str, Any]) -> list[list[str]]:
     """Publishes a student three times, its adapters changed each time, and writes it as a whole model at the end.
 
     Returns the names of what was gathered each time.
     """
-    lora = LoraConfig(rank=3, alpha=12, target_modules=("k_proj", "down_proj"), use_dora=use_dora)
+    lora = LoraConfig(rank=3, alpha=12, target_modules=("k_proj", "down_proj"), **options)
     student = build_student(Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=lora)
     sender = WeightSender([address], bucket_bytes=BUCKET_BYTES, deadline_s=30) if mesh.is_first else None
     publisher = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh)
@@ -168,21 +168,22 @@ def publish_adapted(mesh: Mesh, path: str, address: str, output: str, use_dora: 
 
 # What a server in bfloat16 cannot hold exactly comes to it whole, each time; so does what is more than a sum.
 @pytest.mark.parametrize(
-    ("dtype", "use_dora", "is_apart"),
+    ("dtype", "options", "is_apart"),
     [
-        pytest.param(torch.bfloat16, False, True, marks=pytest.mark.slow),
-        pytest.param(torch.float32, False, False, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, True, False, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, {}, True, marks=pytest.mark.slow),
+        pytest.param(torch.float32, {}, False, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, {"use_dora": True}, False, marks=pytest.mark.slow),
+        pytest.param(torch.float32, {"base": "nf4"}, True, marks=pytest.mark.slow),
     ],
 )
 def test_servers_serve_matrices_with_their_adapters_and_get_the_base_once(
-    dtype: torch.dtype, use_dora: bool, is_apart: bool, tiny_models: TinyModels, tmp_path: Path
+    dtype: torch.dtype, options: dict[str, Any], is_apart: bool, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    path = tiny_models.path("qwen3", dtype=dtype)
+    path = tiny_models.path("qwen3", dtype=dtype, hidden_size=64, head_dim=16)
     specs = _specs(path, DType.BFLOAT16)
     fingerprint = architecture_fingerprint(load_causal_lm(path, "auto", torch.device("cpu")))
     with weight_server_process(tmp_path / "ready", specs, fingerprint=fingerprint) as (_, address):
-        arguments = {"path": str(path), "address": address, "output": str(tmp_path / "whole"), "use_dora": use_dora}
+        arguments = {"path": str(path), "address": address, "output": str(tmp_path / "whole"), "options": options}
         results = run_ranks("tests.contract.test_trainer_publisher:publish_adapted", ranks=2, **arguments)
         assert _served(address) == (3, _expected(tmp_path / "whole", DType.BFLOAT16, []))
         assert _served(address) != (3, _expected(path, DType.BFLOAT16, []))

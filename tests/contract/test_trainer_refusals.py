@@ -165,6 +165,9 @@ def test_adapters_go_on_with_the_same_section_and_base_alone(
     assert "target_modules: wq is unknown; linear modules" in refusals.sentence(
         config, "student.lora.target_modules=[wq]"
     )
+    assert "base nf4 keeps 64 numbers of a row together, and model.layers.0" in refusals.sentence(
+        config, "student.lora.base=nf4"
+    )
     (outcome,) = run_job(config, "student.lora.rank=2")
     assert outcome.exit_code == 0, outcome.errors
     sentence = refusals.sentence(config, "student.lora.rank=4")

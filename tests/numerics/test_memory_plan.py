@@ -240,6 +240,11 @@ def test_what_is_frozen_by_name_has_neither_gradient_nor_moments(tmp_path: Path,
         (WIDE, True, Step(vocabulary=64_000, length=256, sequences=12, micro_batches=2)),
         (DEEP, False, Step(vocabulary=4000, length=512, sequences=4, checkpointed_every=1, returns_freed=True)),
         (DEEP, False, Step(vocabulary=4000, length=512, sequences=4, lora_rank=16, returns_freed=True)),
+        (
+            DEEP,
+            False,
+            Step(vocabulary=4000, length=256, sequences=1, lora_rank=16, lora_base="nf4", returns_freed=True),
+        ),
         # What the allocator keeps between blocks of every size, as experts take them, is not said.
         (DEEP | MIXTURE, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
         (DEEP | HYBRID, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
@@ -255,7 +260,7 @@ def test_a_step_on_a_cpu_takes_what_was_said_within_a_tenth(
     wanted = replace(
         job(model, step.vocabulary, [step.length] * step.sequences, accumulates=step.micro_batches > 1),
         checkpointed_every=step.checkpointed_every,
-        lora=None if step.lora_rank is None else LoraConfig(rank=step.lora_rank),
+        lora=None if step.lora_rank is None else LoraConfig(rank=step.lora_rank, base=step.lora_base),
         freeze=step.frozen,
     )
     found = plan(wanted)

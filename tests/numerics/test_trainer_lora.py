@@ -59,9 +59,9 @@ def test_a_student_with_a_new_adapter_says_exactly_what_its_base_says(
         assert not torch.equal(hidden_states_TD(lm.to(dtype), packed), before_TD)
 
 
-def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, gather: Gather, use_dora: bool) -> None:
+def gradients(mesh: Mesh, *, student: str, teacher: str, output: str, gather: Gather, **options: Any) -> None:
     """Writes an adapter that is not zero, and its whole gradient, to `output`; runs on every rank."""
-    lora = LoraConfig.model_validate({**LORA, "use_dora": use_dora})
+    lora = LoraConfig.model_validate({**LORA, **options})
     model = build_student(
         Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, lora=lora, gather=gather
     )

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class Step:
     shard_ranks: int | None = None  # that hold one copy of the student; None: all of them
     checkpointed_every: int | None = None
     lora_rank: int | None = None
+    lora_base: Literal["full", "nf4"] = "full"
     frozen: Sequence[str] = ()  # names of parameters
     returns_freed: bool = False  # to the kernel at once, which trainers do not do on a CPU
 
@@ -69,7 +71,7 @@ def train(mesh: Mesh, model: Path, step: Step, *, steps: int) -> None:
     lm = load_causal_lm(model, torch.float32, torch.device("cpu"), weights="random")
     adapter = None
     if step.lora_rank is not None:
-        adapter = add_adapter(lm, LoraConfig(rank=step.lora_rank), seed=0)
+        adapter = add_adapter(lm, LoraConfig(rank=step.lora_rank, base=step.lora_base), seed=0)
     if step.frozen:
         freeze(lm, step.frozen)
         rest_in_bfloat16(lm)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.support.tiny_models import TinyModels
 from tests.system.conftest import Materials
 from tests.system.processes import Processes
 from tests.system.rollouts import Rollouts
@@ -32,10 +33,19 @@ class Story:
     killed: Job  # after its checkpoint, and started again
 
 
-@pytest.fixture(scope="module")
-def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    root = tmp_path_factory.mktemp("lora")
-    recipe = replace(materials.plain, is_judged=True)
+@pytest.fixture(scope="module", params=["full", "nf4"])
+def story(
+    request: pytest.FixtureRequest,
+    materials: Materials,
+    tiny_models: TinyModels,
+    processes: Processes,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Story:
+    root = tmp_path_factory.mktemp(f"lora-{request.param}")
+    # 64 divides the inputs of every matrix of it, as four bits need it.
+    even = tiny_models.path("qwen3", seed=1, hidden_size=64, head_dim=16)
+    recipe = replace(materials.plain, is_judged=True, student=even)
+    lora = {"rank": 8, "alpha": 32, "dropout": 0.0, "base": request.param}
     teacher = Teacher(processes, root / "teacher", materials.teacher)
     jobs, servers = [], []
     for name in ("undisturbed", "killed"):
@@ -46,7 +56,7 @@ def story(materials: Materials, processes: Processes, tmp_path_factory: pytest.T
             "samples_per_prompt": 2,
             "sampling": {"max_new_tokens": 24},
         }
-        student = {"model": str(recipe.student), "device": "cpu", "lora": {"rank": 8, "alpha": 32, "dropout": 0.0}}
+        student = {"model": str(recipe.student), "device": "cpu", "lora": lora}
         sections = {"source": source, "student": student, "optimizer": {"learning_rate": 2e-2, "schedule": "constant"}}
         jobs.append(Job(processes, root / name, recipe, teacher.address, steps=STEPS, **sections))
         servers.append(server)

@@ -200,6 +200,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
             "data: {train: {format: chat, path: x, weight_column: w}, teacher_tokenizer: {path: t}}",
             "weight_column does not go with teacher_tokenizer",
         ),
+        ("student: {model: x, lora: {base: nf4, use_dora: true}}", "base nf4 does not go with use_dora"),
+        ("student: {model: x, lora: {base: int8}}", "student.lora.base: Input should be 'full' or 'nf4'"),
         ("student: {model: x, freeze: [lm_head], lora: {}}", "freeze does not go with lora"),
         ("student: {model: x, freeze: ['']}", "student.freeze.0: String should have at least 1 character"),
         ("student: {model: x, attention: varlen}", "attention varlen needs a GPU and compute_dtype bfloat16"),

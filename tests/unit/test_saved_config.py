@@ -41,3 +41,9 @@ def test_a_run_begun_before_adapters_could_be_scaled_otherwise_goes_on() -> None
     assert "use_rslora" not in lora_of()
     assert "use_rslora" not in lora_of(use_rslora=False)
     assert lora_of(use_rslora=True)["use_rslora"] is True
+
+
+def test_a_run_begun_before_bases_could_be_small_goes_on_and_with_the_same_base_alone() -> None:
+    assert "base" not in lora_of()
+    assert "base" not in lora_of(base="full")
+    assert lora_of(base="nf4")["base"] == "nf4"

@@ -38,7 +38,7 @@ from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.export_adapter import AdapterExporter
 from kdmesh_trainer.freezing import check_freeze, freeze, rest_in_bfloat16
 from kdmesh_trainer.loop import Exporter, Parts, Publisher, Schedule
-from kdmesh_trainer.lora import add_adapter
+from kdmesh_trainer.lora import add_adapter, check_base
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.objective_config import Distill, Sft
@@ -222,6 +222,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     reader = load_reader(cfg)
     refuse_short_student(cfg)
     check_freeze(cfg.student.freeze, cfg.student.model)
+    check_base(cfg.student.lora, cfg.student.model)
     encoder = recipe.encoder(tokenizer, reader)
     context = cfg.data.teacher_context
     columns = TeacherColumns(

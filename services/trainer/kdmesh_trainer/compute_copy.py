@@ -24,10 +24,10 @@ class ComputeCopy:
         """
         Args:
             module: its parameters have their own type, and stay what is trained; gradients are added to theirs.
-            dtype: of the copies; what has this type already is its own.
+            dtype: of the copies; what has this type already, or holds no numbers but bytes, is its own.
         """
         self.stays = False
-        self._originals: list[Tensor] = [parameter for parameter in module.parameters() if parameter.dtype != dtype]
+        self._originals: list[Tensor] = [p for p in module.parameters() if p.is_floating_point() and p.dtype != dtype]
         self.copies: list[Tensor] = [
             nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in self._originals
         ]

@@ -94,7 +94,7 @@ class HuggingFaceExporter:
         types = element_types(self._student.lm, weights, dtype)
         for name, weight in weights.items():
             if id(weight) not in whole:
-                tensor = weight.whole(types[name] if weight.base.is_floating_point() else None).to("cpu")
+                tensor = weight.whole(types[name] if weight.is_floating_point else None).to("cpu")
                 whole[id(weight)] = tensor if self._mesh.is_first else tensor.new_empty(0)
             named[name] = whole[id(weight)]
         return named

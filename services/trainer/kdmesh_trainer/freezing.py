@@ -64,8 +64,10 @@ def freeze(lm: nn.Module, patterns: Sequence[str]) -> None:
 def rest_in_bfloat16(lm: nn.Module) -> None:
     """Keep frozen parameters that bfloat16 holds exactly, as those of most checkpoints, in it."""
     for parameter in lm.parameters():
+        if parameter.requires_grad or not parameter.is_floating_point():
+            continue
         rounded = parameter.detach().bfloat16()
-        if not parameter.requires_grad and torch.equal(rounded.to(parameter.dtype), parameter):
+        if torch.equal(rounded.to(parameter.dtype), parameter):
             parameter.data = rounded
 
 

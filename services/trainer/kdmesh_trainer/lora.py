@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
+from kdmesh.models.body import empty_causal_lm
+from kdmesh_trainer.four_bit import refuse_uneven, rest_in_four_bits
 from kdmesh_trainer.freezing import rest_in_bfloat16
 
 if TYPE_CHECKING:
@@ -83,6 +87,18 @@ class Adapter:
         return None
 
 
+def check_base(config: LoraConfig | None, model: Path) -> None:
+    """Return when the matrices of the model in this directory can rest as `config` says.
+
+    Raises:
+        ConfigError: they cannot, or the directory is no model that transformers builds.
+    """
+    if config is not None and config.base == "nf4":
+        with FakeTensorMode():
+            lm = empty_causal_lm(model)
+            refuse_uneven(lm, _linear(lm))
+
+
 def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
     """As inject_adapter; frozen weights that bfloat16 holds exactly, as those of most checkpoints, are kept in it."""
     adapter = inject_adapter(lm, config, seed=seed)
@@ -93,7 +109,7 @@ def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapte
 def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
     """Put an adapter into `lm`, in place, and freeze everything else. It begins as zero, so `lm` says what it said.
 
-    With DoRA that is so to rounding.
+    With DoRA that is so to rounding; with a base in four bits it says what that is rounded to.
 
     Args:
         lm: whole, not sharded.
@@ -101,9 +117,12 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
 
     Raises:
         ConfigError: peft is not installed, or `config.target_modules` names what cannot have an adapter, or what peft
-            would put one elsewhere for.
+            would put one elsewhere for, or `config.base` cannot hold a matrix.
     """
-    layers = _targets(lm, config)
+    linear = _linear(lm)
+    layers = _targets(lm, config, linear)
+    if config.base == "nf4":
+        refuse_uneven(lm, linear)
     try:
         import peft
         from peft.tuners.lora import LoraLayer
@@ -124,6 +143,9 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
     except ValueError as error:
         raise ConfigError(f"student.lora.target_modules: {error}") from error
     _refuse_others(lm, layers, {name for name, module in lm.named_modules() if isinstance(module, LoraLayer)})
+    if config.base == "nf4":
+        # After peft, which knows nothing of what then is there.
+        rest_in_four_bits(lm, [f"{name}{_BASE}" if name in layers else name for name in linear])
     lm.eval()
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
     log.info(
@@ -132,13 +154,18 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
     return Adapter(config=told, layers=frozenset(layers), scaling=config.scale)
 
 
-def _targets(lm: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Names of the linear modules that get an adapter."""
+def _linear(lm: PreTrainedModel) -> list[str]:
+    """Names of the linear modules of the body."""
     body = lm.get_decoder()
     prefix = next(name for name, module in lm.named_modules() if module is body)
     linear = [f"{prefix}.{name}" for name, module in body.named_modules() if _is_linear(module)]
     if not linear:
         raise ConfigError(f"student.lora: the body of {lm.config.model_type} has no linear modules (torch.nn.Linear)")
+    return linear
+
+
+def _targets(lm: PreTrainedModel, config: LoraConfig, linear: list[str]) -> list[str]:
+    """Those of `linear` that get an adapter."""
     if config.target_modules == "all-linear":
         return linear
     others = [name for name, module in lm.named_modules() if name not in linear and _own_tensors(module)]

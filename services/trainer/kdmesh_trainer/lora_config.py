@@ -29,6 +29,10 @@ class LoraConfig(StrictModel):
     """DoRA: the length of each row of an adapted matrix is learnt apart from its direction. Servers then get whole
     matrices with every version."""
 
+    base: Literal["full", "nf4"] = "full"
+    """What the body's linear matrices rest in, with an adapter or without: as they are, or in 4 bits a number and a
+    scale for each 64 (QLoRA). The student is then what they are rounded to, with its adapters."""
+
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names, or last parts of names, of linear modules of the body; all-linear takes all of them."""
 
@@ -41,4 +45,10 @@ class LoraConfig(StrictModel):
     def _some_module(self) -> LoraConfig:
         if not self.target_modules:
             raise ValueError("target_modules is empty: nothing would be learnt")
+        return self
+
+    @model_validator(mode="after")
+    def _base_fits(self) -> LoraConfig:
+        if self.base == "nf4" and self.use_dora:
+            raise ValueError("base nf4 does not go with use_dora, which measures whole matrices in every pass")
         return self

@@ -177,7 +177,7 @@ def _lm(job: Job) -> PreTrainedModel:
     if job.freeze:
         freeze(lm, job.freeze)
     for parameter in lm.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.detach().to(job.frozen_dtype)
     if job.checkpointed_every is not None:
         checkpoint_activations(lm, every=job.checkpointed_every)

@@ -199,7 +199,7 @@ def shard(
     student.is_kept_whole = is_small if gather == "auto" else gather == "step"
     if mesh.size() == 1 and gather != "micro_batch" and not offloads and head_share is None:
         # A copy of what is trained adds an eighth to what that takes; one of what is frozen would add half.
-        copied = [parameter for parameter in student.parameters() if parameter.dtype != compute_dtype]
+        copied = [p for p in student.parameters() if p.is_floating_point() and p.dtype != compute_dtype]
         if student.is_kept_whole or all(parameter.requires_grad for parameter in copied):
             if any(parameter.device.type != mesh.device_type for parameter in student.parameters()):
                 student.to(mesh.device_type)

@@ -118,7 +118,7 @@ class StudentPublisher:
         self._sent: tuple[_Sent, ...] = ()
         self._adapter: AdapterSpec | None = None  # whose factors are the last of what is sent
         for name, weight in self._weights_by_name.items():
-            if not weight.base.is_floating_point():
+            if not weight.is_floating_point:
                 raise ConfigError(f"the student's {name} is {weight.base.dtype}; servers take floating point only")
 
     def publish(self, *, version: int) -> None:
@@ -217,7 +217,7 @@ class StudentPublisher:
         self._sent = tuple(
             _Sent(
                 TensorSpec(name=name, shape=weight.shape, dtype=DTYPES[types[name]]),
-                functools.partial(whole, weight.base, types[name])
+                functools.partial(weight.whole_base, types[name])
                 if is_apart
                 else functools.partial(weight.whole, types[name]),
             )

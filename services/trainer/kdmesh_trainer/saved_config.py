@@ -56,8 +56,9 @@ def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
     }
     if cfg.student.lora is not None:
         lora = cfg.student.lora.model_dump(mode="json")
-        if not cfg.student.lora.use_rslora:
-            del lora["use_rslora"]  # runs begun before there was this key go on
+        for key, default in (("use_rslora", False), ("base", "full")):
+            if lora[key] == default:
+                del lora[key]  # runs begun before there was this key go on
         identity["student.lora"] = json.dumps(lora, sort_keys=True)
     if cfg.student.freeze:
         identity["student.freeze"] = ", ".join(sorted(cfg.student.freeze))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
+from kdmesh_trainer.four_bit import FourBitLinear, numbers_shape, unpack
 from kdmesh_trainer.lora import Adapter, LowRank
 from kdmesh_trainer.shards import own_shard
 
@@ -19,11 +20,17 @@ class StudentWeight:
 
     base: Tensor  # a shard when the student is sharded
     added: LowRank | None
+    is_packed: bool = False  # whether `base` is the bytes of a matrix in four bits
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole tensor."""
-        return tuple(self.base.shape)
+        return numbers_shape(self.base) if self.is_packed else tuple(self.base.shape)
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it has numbers that are rounded to an element type."""
+        return self.is_packed or self.base.is_floating_point()
 
     @property
     def can_change(self) -> bool:
@@ -32,7 +39,12 @@ class StudentWeight:
 
     def shard(self) -> Tensor:
         """This rank's part of the tensor as it is now, added up as the student keeps it. Collective with an adapter."""
-        return self.base.detach() if self.added is None else _sum(self.base, self.added)
+        base = self.base_shard()
+        return base if self.added is None else _sum(base, self.added)
+
+    def base_shard(self) -> Tensor:
+        """This rank's part of what an adapter is added to."""
+        return unpack(self.base.detach()) if self.is_packed else self.base.detach()
 
     def whole(self, dtype: torch.dtype | None) -> Tensor:
         """The tensor as it is now, added up as the student keeps it and then rounded to `dtype` once. Collective.
@@ -42,9 +54,13 @@ class StudentWeight:
         """
         return whole(self.shard(), dtype)
 
+    def whole_base(self, dtype: torch.dtype) -> Tensor:
+        """All of what an adapter is added to, rounded to `dtype`. Collective."""
+        return whole(self.base_shard(), dtype)
+
     def is_exact_in(self, dtype: torch.dtype) -> bool:
         """Whether rounding to `dtype` changes nothing of the base that this rank holds."""
-        base = own_shard(self.base.detach())
+        base = own_shard(self.base_shard())
         return torch.equal(base.to(dtype).to(base.dtype), base)
 
 
@@ -69,10 +85,12 @@ def weights_of(lm: PreTrainedModel, adapter: Adapter | None) -> dict[str, Studen
     tensors, added = dict(lm.state_dict(keep_vars=True)), dict[str, LowRank]()
     if adapter is not None:
         tensors, added = adapter.split(tensors)
+    packed = {id(module.weight) for module in lm.modules() if isinstance(module, FourBitLinear)}
     once: dict[int, StudentWeight] = {}
     named = {}
     for name, tensor in tensors.items():
-        weight = once.setdefault(id(tensor), StudentWeight(base=tensor, added=added.get(name)))
+        weight = StudentWeight(base=tensor, added=added.get(name), is_packed=id(tensor) in packed)
+        weight = once.setdefault(id(tensor), weight)
         named[name if adapter is None else adapter.plain_name(name)] = weight
     return named
 
@@ -86,7 +104,7 @@ def without_aliases(weights: dict[str, StudentWeight]) -> dict[str, StudentWeigh
 
 
 def _sum(base: Tensor, added: LowRank) -> Tensor:
-    base, a, b = base.detach(), added.a.detach(), added.b.detach()
+    a, b = added.a.detach(), added.b.detach()
     if isinstance(a, DTensor):
         # The others are split by rows, so each rank computes the rows that it has.
         a = a.redistribute(placements=[Replicate()] * a.device_mesh.ndim)
