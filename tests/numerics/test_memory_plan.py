@@ -243,7 +243,7 @@ def test_what_is_frozen_by_name_has_neither_gradient_nor_moments(tmp_path: Path,
         (
             DEEP,
             False,
-            Step(vocabulary=4000, length=256, sequences=1, lora_rank=16, lora_base="nf4", returns_freed=True),
+            Step(vocabulary=4000, length=512, sequences=4, lora_rank=16, lora_base="nf4", returns_freed=True),
         ),
         # What the allocator keeps between blocks of every size, as experts take them, is not said.
         (DEEP | MIXTURE, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
