@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -115,12 +115,14 @@ def test_a_copy_is_what_float64_says_and_goes_on_exactly_on_another_number_of_ra
         assert changes == STEPS // kind["every"]
 
 
+@pytest.mark.parametrize("base", ["full", "nf4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_of_a_student_with_adapters_holds_them_added_up(
-    kind: dict[str, Any], tiny_models: TinyModels, tmp_path: Path
+    kind: dict[str, Any], base: Literal["full", "nf4"], tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
-    arguments = {"path": str(tiny_models.path()), "checkpoints": str(tmp_path), "lora": LoraConfig(rank=2), **kind}
+    path = tiny_models.path(hidden_size=64, head_dim=16)  # 64 divides the inputs of every matrix
+    arguments = {"path": str(path), "checkpoints": str(tmp_path), "lora": LoraConfig(rank=2, base=base), **kind}
     [outcome] = run_ranks("tests.numerics.test_trainer_teacher_copy:follow", ranks=1, **arguments)
     assert outcome["error"] < 2e-6
     assert len(set(outcome["digests"])) == 1 + STEPS // kind["every"]
