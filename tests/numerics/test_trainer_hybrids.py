@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.packing import pack
+from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh_trainer.build_context import refuse_unfit_student
 from kdmesh_trainer.build_student import check_speed
+from kdmesh_trainer.build_vision import build_packer
 from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.model import Student, shard
+from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.weights import weights_of
+from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_parts import random_sequences
+from tests.support.tiny_vision import VOCABULARY_SIZE as VISION_VOCABULARY_SIZE
+from tests.support.tiny_vision import TinyVisionModels, png, reader_of, vision_sequence
+from tests.support.trainer_parts import LocalTeacher, build_stepper, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
 
+HERE = "tests.numerics.test_trainer_hybrids"
 RUNS = "tests.support.trainer_runs"
 MIXER = "model.layers.0.linear_attn"
 _NAMED = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
@@ -117,3 +129,38 @@ def test_what_does_not_go_with_linear_attention_is_refused_before_anything_loads
     with pytest.raises(ConfigError, match=rf"^{key} .* linear attention"):
         refuse_unfit_student(cfg)
         check_speed(cfg)
+
+
+def test_a_directory_that_reads_images_is_trained_on_texts_and_written_whole_without_what_predicts_ahead(
+    tiny_vision: TinyVisionModels, tmp_path: Path
+) -> None:
+    origin = shutil.copytree(tiny_vision.path("qwen3_5", dtype=torch.bfloat16), tmp_path / "origin")
+    own = load_file(origin / "model.safetensors")
+    save_file(own | {"mtp.fc.weight": torch.randn(8, 8)}, origin / "model.safetensors", metadata={"format": "pt"})
+    output = tmp_path / "final"
+    run_ranks(f"{HERE}:train_on_texts", ranks=2, student=str(origin), output=str(output))
+    before, after = (hugging_face_model(path, torch.float32) for path in (origin, output))
+    written = load_file(output / "model.safetensors")
+    assert written.keys() == own.keys()
+    learnt = {name for name, tensor in written.items() if not torch.equal(tensor, own[name])}
+    assert any("linear_attn" in name for name in learnt) and not any("visual" in name for name in learnt)
+    inputs = hugging_face_inputs(origin, vision_sequence(reader_of(origin), 5, png(24, 40, seed=1), 9, seed=1))
+    with torch.no_grad():
+        assert not torch.equal(before(**inputs).logits, after(**inputs).logits)
+    assert (output / "preprocessor_config.json").is_file()
+
+
+def train_on_texts(mesh: Mesh, *, student: str, output: str) -> None:
+    """One step, and the model written to `output`; runs on every rank."""
+    path = Path(student)
+    lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
+    packer = build_packer(lm, reader_of(path), 0, freeze_vision=False)
+    model = Student(lm, vocabulary_size=VISION_VOCABULARY_SIZE, packer=packer)
+    shard(model, mesh.device_mesh, compute_dtype=torch.float32)
+    teacher = LocalTeacher(path)
+    stepper = build_stepper(model, teacher, mesh, config=OptimizerConfig(learning_rate=1e-2), steps=1)
+    sequences = random_sequences(4, seed=5, vocabulary_size=VISION_VOCABULARY_SIZE)
+    stepper.update(step_batch(sequences, [[[0, 1]], [[2, 3]]][mesh.rank], teacher))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer is not None
+    HuggingFaceExporter(Path(output), model, origin=path, tokenizer=tokenizer, mesh=mesh).export()

@@ -71,10 +71,11 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
     return {"loss": loss.detach()[None], **{name: p.grad for name, p in model.named_parameters()}}
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)])
 def test_images_give_the_textbook_gradient_on_one_rank_and_on_two(
-    tiny_vision: TinyVisionModels, tmp_path: Path
+    tiny_vision: TinyVisionModels, tmp_path: Path, family: str
 ) -> None:
-    student, teacher = tiny_vision.path(seed=1), tiny_vision.path(seed=2)
+    student, teacher = tiny_vision.path(family, seed=1), tiny_vision.path(seed=2)
     # What is gathered with every micro-batch hangs unless all ranks run the same layers.
     for ranks, gather in ((1, "step"), (2, "micro_batch")):
         run_ranks(

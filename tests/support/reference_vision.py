@@ -18,7 +18,9 @@ from kdmesh.types import TokenSequence
 
 def hugging_face_model(path: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
     """The model as transformers loads it."""
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForImageTextToText.from_pretrained(
+        path, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
 
 
 def hugging_face_inputs(path: Path, sequence: TokenSequence) -> dict[str, Tensor]:

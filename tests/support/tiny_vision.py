@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from kdmesh.images import describe_image
 from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.types import PlacedImage, TokenSequence
+from tests.support.tiny_models import HYBRIDS as HYBRID_TEXTS
 
 VOCABULARY_SIZE = 320
 PATCH = 4
@@ -76,6 +77,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Model type -> what its vision tower is told beside the rest."""
 
+_QWEN3_5_TOWER = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32, "num_position_embeddings": 64}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    family: HYBRID_TEXTS[f"{family}_text"] | {"head_dim": 32}  # a quarter of which turns, by three axes
+    for family in ("qwen3_5", "qwen3_5_moe")
+}
+"""Model type -> what its language model is told beside the rest. Each is one of FAMILIES too."""
+
+FAMILIES |= dict.fromkeys(HYBRIDS, _QWEN3_5_TOWER)
+
 
 class TinyVisionModels:
     """Makes each directory once and keeps it; callers must not change what they are given."""
@@ -110,7 +120,7 @@ def save_model(path: Path, family: str, *, seed: int, dtype: torch.dtype, patch:
     """Writes a random model of `family` to `path`; every parameter is random."""
     config = AutoConfig.for_model(
         family,
-        text_config=_TEXT,
+        text_config=_TEXT | HYBRIDS.get(family, {}),
         vision_config=_VISION | FAMILIES[family] | {"patch_size": patch, "window_size": 4 * patch},
         image_token_id=IMAGE_TOKEN,
         video_token_id=VOCABULARY_SIZE - 1,
