@@ -98,11 +98,16 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 @contextmanager
-def serving_teacher(directory: Path, model: Path) -> Iterator[str]:
-    """The host:port of a deterministic teacher server in a process of its own, which ends with the context."""
+def serving_teacher(directory: Path, model: Path, **engine: Any) -> Iterator[str]:
+    """The host:port of a deterministic teacher server in a process of its own, which ends with the context.
+
+    Args:
+        engine: further keys of that section.
+    """
     config = directory / "teacher.yaml"
+    own = {"kind": "transformers", "model": str(model), "deterministic": True, "device": "cpu", "threads": 1}
     tree = {
-        "engine": {"kind": "transformers", "model": str(model), "deterministic": True, "device": "cpu", "threads": 1},
+        "engine": {**own, **engine},
         "server": {"port": 0, "rest_port": 0, "drain_s": 5},
         "slab": {"slots": 8, "slot_mib": 0.25, "slots_per_session": 4},
     }
