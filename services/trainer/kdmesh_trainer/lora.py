@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.body import empty_causal_lm
 from kdmesh_trainer.four_bit import refuse_uneven, rest_in_four_bits
 from kdmesh_trainer.freezing import rest_in_bfloat16
 
@@ -93,6 +92,9 @@ def check_base(config: LoraConfig | None, model: Path) -> None:
     Raises:
         ConfigError: they cannot, or the directory is no model that transformers builds.
     """
+    # Not at the top: benchmarks of the GPU put adapters on without what loads a model.
+    from kdmesh.models.body import empty_causal_lm
+
     if config is not None and config.base == "nf4":
         with FakeTensorMode():
             lm = empty_causal_lm(model)
