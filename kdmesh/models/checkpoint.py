@@ -40,11 +40,7 @@ class Checkpoint:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor in the files, by its name there."""
-        found: dict[str, tuple[int, ...]] = {}
-        for file in _weight_files(self.path):
-            with safe_open(file, framework="pt") as tensors:
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        return found
+        return {name: stored.shape for name, stored in stored_tensors(self.path).items()}
 
     def output_head(self, dtype: torch.dtype) -> OutputHead:
         """The head's own tensors, read from the files, in `dtype`."""
@@ -100,6 +96,27 @@ def open_checkpoint(path: Path, *, trust_remote_code: bool = False) -> Checkpoin
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     return Checkpoint(path=path, skeleton=skeleton, dtype=config.dtype or torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """What a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    is_float32: bool
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor in the files of directory `path`, by its name there; none where it has no weights."""
+    if not any((path / name).is_file() for name in (_SINGLE, _INDEX)):
+        return {}
+    found: dict[str, StoredTensor] = {}
+    for file in _weight_files(path):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                stored = tensors.get_slice(name)
+                found[name] = StoredTensor(shape=tuple(stored.get_shape()), is_float32=stored.get_dtype() == "F32")
+    return found
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
@@ -23,7 +23,7 @@ from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.lora import add_adapter
 from kdmesh_trainer.lora_config import LoraConfig
-from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.model import Student, shard
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.weights import weights_of
@@ -148,6 +148,27 @@ def test_a_directory_that_reads_images_is_trained_on_texts_and_written_whole_wit
     with torch.no_grad():
         assert not torch.equal(before(**inputs).logits, after(**inputs).logits)
     assert (output / "preprocessor_config.json").is_file()
+
+
+def test_files_with_a_layers_experts_in_two_tensors_and_decays_in_float32_are_written_so(
+    tiny_vision: TinyVisionModels, tmp_path: Path
+) -> None:
+    origin = shutil.copytree(tiny_vision.path("qwen3_5_moe", dtype=torch.bfloat16), tmp_path / "origin")
+    own = AutoModelForImageTextToText.from_pretrained(origin).state_dict()
+    own = {name: tensor.float() if "A_log" in name else tensor for name, tensor in own.items()}
+    own["model.language_model.layers.0.linear_attn.A_log"] += 1e-4  # which bfloat16 has not
+    save_file(own, origin / "model.safetensors", metadata={"format": "pt"})
+    lm = load_causal_lm(origin, torch.float32, torch.device("cpu"))
+    tokenizer = load_tokenizer(origin)
+    assert tokenizer is not None
+    with joined("cpu", longest_wait_s=60) as mesh:
+        student = Student(lm, vocabulary_size=VISION_VOCABULARY_SIZE)
+        HuggingFaceExporter(tmp_path / "final", student, origin=origin, tokenizer=tokenizer, mesh=mesh).export()
+    written = load_file(tmp_path / "final" / "model.safetensors")
+    assert written.keys() == own.keys()
+    assert sum(name.endswith(".experts.gate_up_proj") for name in written) == 2
+    for name, tensor in written.items():
+        assert tensor.dtype == own[name].dtype and torch.equal(tensor, own[name]), name
 
 
 def train_on_texts(mesh: Mesh, *, student: str, output: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdmesh.errors import CheckpointError
+from kdmesh.models.checkpoint import stored_tensors
 from kdmesh.models.element_types import element_types
 from kdmesh.models.vision import auto_class
 from kdmesh_trainer.files import replacing
@@ -35,9 +36,9 @@ _COPIED = (
 class HuggingFaceExporter:
     """Writes the student with its tokenizer, in the element type of the checkpoint it started from, or another.
 
-    What transformers keeps in float32 beside that, as routers of mixtures, is written in float32. An adapter is added
-    to the matrices that it belongs to. Where generation ends is what the student started with, and the end of a turn
-    that it has learnt.
+    What transformers keeps in float32 beside that, as routers of mixtures, is written in float32, and so is what those
+    files have in it. An adapter is added to the matrices that it belongs to. Where generation ends is what the student
+    started with, and the end of a turn that it has learnt.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class HuggingFaceExporter:
         self._mesh = mesh
         self._end_of_turn = end_of_turn
         self._dtype = dtype
+        self._stored = stored_tensors(origin)
 
     def export(self) -> None:
         """As `write`, to the exporter's own directory."""
@@ -92,6 +94,8 @@ class HuggingFaceExporter:
         named: dict[str, Tensor] = {}
         weights = self._student.weights()
         types = element_types(self._student.lm, weights, dtype)
+        if self._dtype is None:
+            types |= {name: torch.float32 for name, stored in self._stored.items() if stored.is_float32}
         for name, weight in weights.items():
             if id(weight) not in whole:
                 tensor = weight.whole(types[name] if weight.is_floating_point else None).to("cpu")
@@ -108,7 +112,9 @@ class HuggingFaceExporter:
     ) -> None:
         try:
             with replacing(path) as writing:
-                _whole_model(config, tensors).save_pretrained(writing)
+                _whole_model(config, tensors).save_pretrained(
+                    writing, save_original_format=not self._are_named_as_stored(tensors)
+                )
                 _save_tokenizer(self._tokenizer, writing)
                 for name in _COPIED:
                     if (self._origin / name).is_file():
@@ -120,6 +126,14 @@ class HuggingFaceExporter:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the trained model was not written to {path}: {error}") from error
         log.info("trained model written", extra={"path": str(path)})
+
+    def _are_named_as_stored(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether files of `origin` hold tensors as the model does: transformers would write experts one by one."""
+        once: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            once.setdefault(id(tensor), name)
+        stored = {name: tensor.shape for name, tensor in self._stored.items()}
+        return all(stored.get(name) == tuple(tensors[name].shape) for name in once.values())
 
 
 def _whole_model(config: PretrainedConfig, tensors: dict[str, Tensor]) -> PreTrainedModel:
