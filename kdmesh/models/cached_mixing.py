@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kdmesh.errors import ConfigError
 from kdmesh.models.cached_attention import NextTokens, Prompts
 
 
@@ -65,6 +66,9 @@ def cached_mixing(
     Args:
         mix: the layer's own forward, of [B, tokens, D] and a `cache`.
         hidden_states: [1, T, D], the inputs of prompts end to end, or of one token for each row.
+
+    Raises:
+        ConfigError: `mix` is that of a version of transformers with another kind of cache.
     """
     if isinstance(decoding, NextTokens):
         states = LayerStates(*decoding.cache.states(layer, hidden_states.shape[1]))
@@ -73,7 +77,9 @@ def cached_mixing(
     for row, part in zip(decoding.rows, torch.split(hidden_states, list(decoding.lengths), dim=1), strict=True):
         begun = LayerStates()
         outputs.append(mix(part, cache=begun))
-        assert begun.conv is not None
-        assert begun.recurrent is not None
+        if begun.conv is None or begun.recurrent is None:
+            raise ConfigError(
+                "its linear attention leaves no state in the cache that it is given; use transformers 5.24"
+            )
         decoding.cache.write_states(layer, row, begun.conv[0], begun.recurrent[0])
     return torch.cat(outputs, dim=1)

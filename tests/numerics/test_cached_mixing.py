@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
+from kdmesh.models.cached_attention import Prompts
+from kdmesh.models.cached_mixing import cached_mixing
 from kdmesh.models.decoding import Decoder, prepare_decoding
+from kdmesh.models.kv_cache import KvCache
 from kdmesh.types import Int32Array
 from tests.support.rollout_samples import prompt
 from tests.support.tiny_models import HYBRIDS, VOCABULARY_SIZE, TinyModels
@@ -97,3 +101,12 @@ def test_a_fork_goes_its_own_way(tiny_models: TinyModels) -> None:
         tokens = ids(2, seed=step).tolist()
         torch.testing.assert_close(together.advance(tokens), feed(rows, [[token] for token in tokens]), **TOLERANCE)
     check_states(together, rows)
+
+
+def test_a_layer_with_another_kind_of_cache_is_refused() -> None:
+    def older(hidden_states: Tensor, *, cache_params: object = None, **kwargs: object) -> Tensor:
+        return hidden_states
+
+    prompts = Prompts(cache=KvCache(rows=1, tokens=1), rows=(0,), lengths=(5,))
+    with pytest.raises(ConfigError, match=r"leaves no state in the cache that it is given; use transformers 5\.24"):
+        cached_mixing(older, 0, torch.zeros(1, 5, 8), prompts)
