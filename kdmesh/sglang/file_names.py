@@ -37,7 +37,7 @@ def file_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def names_in_files(tensors: Mapping[str, Tensor], in_files: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """By the name of each of a model's tensors the one that the files have for it, for `file_tensors`.
+    """By the name of each of a model's tensors the one that the files have for it or its parts, for `file_tensors`.
 
     Args:
         tensors: of the model; on any device.
@@ -61,6 +61,9 @@ def names_in_files(tensors: Mapping[str, Tensor], in_files: Mapping[str, Sequenc
 def _name_in_files(name: str, tensor: Tensor, in_files: Mapping[str, Sequence[int]]) -> str | None:
     older = [old + name.removeprefix(new) for new, old in _OLDER if name.startswith(new)]
     for known in (name, *older, name.replace(_MIXTURE, _MIXTRAL)):
+        # Newer files, as Qwen3.5's, hold experts as transformers does; SGLang loads those by either names.
+        if tuple(in_files.get(known, ())) == tuple(tensor.shape):
+            return known
         if all(tuple(in_files.get(own, ())) == tuple(part.shape) for own, part in file_tensors(known, tensor)):
             return known
     return None

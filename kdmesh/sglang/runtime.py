@@ -31,6 +31,9 @@ T = TypeVar("T")
 # They have reported before SGLang says that it is ready.
 _REPORT_S = 10.0
 
+# Of the inputs that linear attention keeps; unless it is set, SGLang rounds those of every model to bfloat16.
+_CONV_DTYPE = "SGLANG_MAMBA_CONV_DTYPE"
+
 
 class SglangRuntime:
     """One `sglang.Engine`, used from the thread that starts it.
@@ -87,6 +90,8 @@ class SglangRuntime:
         asyncio.set_event_loop(self.loop)
         self._death = self.loop.create_future()
         variables = {self._socket_variable: str(self.schedulers.socket_path)}
+        if _CONV_DTYPE not in os.environ:
+            variables[_CONV_DTYPE] = self.dtype.value
         with surroundings(directory=str(directory), variables=variables):
             self._start_engine()
         self.schedulers.wait_reports(num_schedulers(config), _REPORT_S)

@@ -134,8 +134,8 @@ def test_the_plugin_loads_nothing_heavy_into_processes_that_are_not_ours() -> No
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_weights_of_a_mixture_get_the_names_and_values_of_its_files(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", [*MIXTURES, "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"])
+def test_weights_get_the_names_and_values_of_their_files(tmp_path: Path, family: str) -> None:
     save_model(tmp_path, family, seed=0, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
@@ -145,6 +145,11 @@ def test_weights_of_a_mixture_get_the_names_and_values_of_its_files(tmp_path: Pa
     in_file = load_file(tmp_path / "model.safetensors")
     assert own.keys() == in_file.keys()
     assert all(torch.equal(own[name], in_file[name]) for name in own)
+
+
+def test_experts_that_files_hold_together_are_known_by_that_name() -> None:
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    assert names_in_files({name: torch.empty(4, 6, 3)}, {name: (4, 6, 3)}) == {name: name}
 
 
 @pytest.mark.parametrize("in_files", [{"a": (2, 3)}, {"a": (2, 3), "b": (1, 3)}])

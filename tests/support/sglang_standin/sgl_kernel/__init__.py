@@ -1,6 +1,7 @@
 """Stands in for SGLang's CUDA kernels, which a machine without a GPU cannot load.
 
-Every name and sub-module is there; calling one raises. Text models under the torch-native backends call none.
+Every name and sub-module is there; calling one raises. Text models under the torch-native backends call none, but for
+those of linear attention (mamba.py).
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ from typing import Any
 
 import torch
 
+from sgl_kernel.mamba import OPERATORS
+
 # Looked up when model files are imported. The signatures do not matter: a model that calls one fails, as it must.
 _OPERATORS = (
-    "fused_sigmoid_mul_cpu",
     "fused_qk_gemma_rmsnorm_cpu",
-    "fused_qk_gemma_rmsnorm_with_gate_cpu",
-    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
-    "fused_gdn_gating_cpu",
-    "fused_rmsnorm_gated_cpu",
     "causal_conv1d_fwd_cpu",
     "causal_conv1d_update_cpu",
     "fused_moe_router_cpu",
@@ -33,6 +31,8 @@ _OPERATORS = (
 _LIBRARY = torch.library.Library("sgl_kernel", "DEF")
 for _name in _OPERATORS:
     _LIBRARY.define(f"{_name}(Tensor x) -> Tensor")
+for _schema, _function in OPERATORS.items():
+    _LIBRARY.impl(_LIBRARY.define(_schema), _function, "CompositeExplicitAutograd")
 
 __version__ = "0.4.10"
 
