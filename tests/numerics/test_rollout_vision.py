@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from kdmesh.types import Sample, Sampling, TokenSequence
@@ -14,7 +15,7 @@ from kdmesh_rollout import config
 from kdmesh_rollout.engine import Order
 from kdmesh_rollout.transformers_engine import TransformersEngine
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
-from tests.support.tiny_vision import IMAGE_TOKEN, TinyVisionModels, png, reader_of, vision_sequence
+from tests.support.tiny_vision import HYBRIDS, IMAGE_TOKEN, TinyVisionModels, png, reader_of, vision_sequence
 
 
 def sampled(path: Path, prompts: list[TokenSequence], **settings: Any) -> list[Sample]:
@@ -32,8 +33,9 @@ def sampled(path: Path, prompts: list[TokenSequence], **settings: Any) -> list[S
     return [finished[key] for key in sorted(finished)]
 
 
-def test_logprobs_after_images_are_those_of_hugging_face(tiny_vision: TinyVisionModels) -> None:
-    path = tiny_vision.path()
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *HYBRIDS])
+def test_logprobs_after_images_are_those_of_hugging_face(family: str, tiny_vision: TinyVisionModels) -> None:
+    path = tiny_vision.path(family)
     reader = reader_of(path)
     prompts = [
         vision_sequence(reader, 5, png(24, 40, seed=1), 6, png(32, 32, seed=2), 4, seed=1),
