@@ -6,6 +6,7 @@ cache and loading of weights are its own.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.support.sglang_teachers import CHUNK_TOKENS, metric, sglang_teacher
 from tests.support.sglang_weights import publish
 from tests.support.teacher_process import TeacherProcess
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
+from tests.support.tiny_vision import TinyVisionModels
 
 pytestmark = pytest.mark.sglang
 
@@ -40,7 +42,8 @@ def path(models: TinyModels, family: str, seed: int) -> Path:
 
 
 def ids(num_tokens: int, seed: int = 0) -> Int32Array:
-    return prompt(num_tokens, seed=seed, vocabulary_size=VOCABULARY_SIZE)
+    """No token of an image among them."""
+    return prompt(num_tokens, seed=seed, vocabulary_size=VOCABULARY_SIZE - 20) + 10
 
 
 def check_samples(pool: RolloutPool, model: Path, *, newest: int = 0) -> None:
@@ -92,6 +95,29 @@ def test_samples_are_of_the_weights_that_came_last(
         for sample in samples:
             expected = forward_logprobs(student(first), ids(70), sample)[-20:]
             torch.testing.assert_close(torch.from_numpy(sample.logprobs)[-20:], expected, rtol=0, atol=1e-4)
+
+
+def as_published(model: Path, directory: Path) -> Path:
+    """The same model with what a published config.json has, and transformers' own does not."""
+    shutil.copytree(model, directory, dirs_exist_ok=True)
+    told = json.loads((directory / "config.json").read_text())
+    told["text_config"]["full_attention_interval"] = 2
+    told["vision_config"]["deepstack_visual_indexes"] = []
+    (directory / "config.json").write_text(json.dumps(told))
+    return directory
+
+
+def test_a_model_that_reads_images_takes_new_weights(
+    tiny_vision: TinyVisionModels, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first, new = (as_published(tiny_vision.path("qwen3_5", seed=seed), tmp_path_factory.mktemp("m")) for seed in (0, 1))
+    with (
+        sglang_rollout(tmp_path_factory.mktemp("s"), first) as server,  # it has compared samples behind an image
+        RolloutPool([server.grpc], job="test", deadline_s=150) as pool,
+    ):
+        check_samples(pool, first)
+        publish(server.grpc, student(new), 1)
+        check_samples(pool, new, newest=1)
 
 
 @pytest.fixture(scope="module")
