@@ -128,6 +128,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+_SAY_CHOICES = ("name", "kind", "format")  # keys that say which of several a section is
+
+
 def _line(details: ErrorDetails, tree: dict[str, Any], model: type[BaseModel]) -> str:
     message, value, kind = details["msg"].removeprefix("Value error, "), details["input"], details["type"]
     if not details["loc"]:  # a rule of several keys, which it names
@@ -163,6 +166,9 @@ def _keys_and_choice(
     choice = None
     for place, part in enumerate(location):
         is_there = part in node if isinstance(node, dict) else isinstance(part, int) and isinstance(node, list)
+        # A choice comes before any key of its section, one of which may be called the same.
+        if is_there and choice is None and isinstance(node, dict) and part in map(node.get, _SAY_CHOICES):
+            is_there = False
         if not is_there and not (is_missing and place == len(location) - 1):
             choice = str(part)
             continue

@@ -84,6 +84,14 @@ def test_a_parameter_of_another_divergence_is_refused(tmp_path: Path) -> None:
     assert said.splitlines()[1:] == ["  objective.divergence.beta: there is no such key for forward_kl"]
 
 
+def test_a_key_that_is_called_like_its_section_s_choice_is_told_from_it(tmp_path: Path) -> None:
+    judge = "{name: match, wrong: -1, match: {name: regex, pattern: '('}}"
+    source = f"source: {{kind: on_policy, rollouts: {{addresses: ['a:1']}}, judge: {judge}}}\n"
+    pattern, wrong = refusal(tmp_path, GOOD + source).splitlines()[1:]
+    assert pattern.startswith("  source.judge.match.pattern: ")
+    assert wrong == "  source.judge.wrong: Input should be greater than or equal to 0 (got -1)"
+
+
 def test_a_choice_without_its_name_says_which_key_decides(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD.replace("format: chat, ", ""))
     assert "data.train: says no 'format', which decides what else belongs here" in said
