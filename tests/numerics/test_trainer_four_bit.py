@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from kdmesh_trainer.weights import weights_of
 from tests.numerics.test_memory_plan import TINY, job, saved
 from tests.numerics.test_trainer_compiled import needs_compiler
 from tests.numerics.test_trainer_lora import textbook
+from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+from tests.support.trainer_ranks import run_ranks
 
 LORA = "tests.numerics.test_trainer_lora"
-RUNS = "tests.support.trainer_runs"
 # 64 divides the inputs of every matrix.
 EVEN: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
@@ -156,12 +155,7 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
         "lora": {"rank": 4, "base": "nf4"},
         **options,
     }
-    killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, save_at=3, kill_at=5), within_s=350)
-    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
-    other = str(tmp_path / "other")
-    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, within_s=350, **arguments, other=other)[0]
-    assert both["first"] == 3
-    assert both["rest"] == both["whole"][3:]
+    check_exact_continuation(arguments, tmp_path / "other", within_s=350)
 
 
 # peft asks transformers for a name that it will drop.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ from kdmesh_trainer.model import release
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.weights import weights_of, whole
+from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import FAMILIES, HYBRIDS, TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
-from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+from tests.support.trainer_ranks import run_ranks
 
 HERE = "tests.numerics.test_trainer_lora"
 RUNS = "tests.support.trainer_runs"
@@ -202,11 +202,7 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     arguments |= {"lora": {"rank": 4, "dropout": 0.1}, "compute_dtype": "bfloat16"}
-    killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, save_at=3, kill_at=5))
-    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
-    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments, other=str(tmp_path / "other"))[0]
-    assert both["first"] == 3
-    assert both["rest"] == both["whole"][3:]
+    check_exact_continuation(arguments, tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from kdmesh_trainer.muon import orthogonal
 from kdmesh_trainer.optimizer import optimizer_over, set_learning_rate
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.weights import whole
+from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import build_student, in_copies
-from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+from tests.support.trainer_ranks import run_ranks
 
 HERE = "tests.numerics.test_trainer_muon"
 RUNS = "tests.support.trainer_runs"
@@ -168,11 +168,7 @@ def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
 def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, save_at=3, kill_at=5))
-    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
-    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments, other=str(tmp_path / "other"))[0]
-    assert both["first"] == 3
-    assert both["rest"] == both["whole"][3:]
+    check_exact_continuation(arguments, tmp_path / "other")
 
 
 def test_a_run_continues_on_another_number_of_ranks(arguments: dict[str, Any], tmp_path: Path) -> None:
