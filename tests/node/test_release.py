@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.node.asking import Asking
@@ -37,6 +39,27 @@ def slots(pod: Object) -> int:
     return sum(states.values())
 
 
+@contextmanager
+def stopped(pod_name: str) -> Iterator[None]:
+    """The processes of a pod stand still."""
+    processes = [process for process in psutil.process_iter() if _host_of(process) == pod_name]
+    assert processes
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+def _host_of(process: psutil.Process) -> str | None:
+    with suppress(psutil.Error):
+        environment: dict[str, str] = process.environ()
+        return environment.get("HOSTNAME")
+    return None
+
+
 def test_an_installed_release_is_ready_and_its_test_finds_it(world: World, release: Release) -> None:
     pods = world.pods.of("teacher", release.name)
     assert [pod["metadata"]["name"] for pod in pods] == ["qwen-teacher-0", "qwen-teacher-1"]
@@ -55,15 +78,22 @@ def test_a_pod_is_ready_once_its_server_is_and_not_before(world: World, release:
         assert container["started"] is True and container["restartCount"] == 0
 
 
-def test_readiness_follows_the_server_and_the_service_follows_readiness(world: World, release: Release) -> None:
+def test_a_pod_that_sleeps_stays_in_its_service_and_one_that_answers_nobody_does_not(
+    world: World, release: Release
+) -> None:
+    names = [pod["metadata"]["name"] for pod in world.pods.of("teacher", release.name)]
     first, second = (pod["status"]["podIP"] for pod in world.pods.of("teacher", release.name))
     slept = httpx.post(f"http://{first}:8051/v1/sleep", json={"tags": ["weights"], "drain_s": 10}, timeout=60)
     assert slept.status_code == 200, slept.text
-    until(lambda: world.pods.ready_addresses(release.teacher) == {second})
+    assert httpx.get(f"http://{first}:8051/readyz").status_code == 503
+    with stopped(names[1]):
+        # By now the kubelet has asked the one that sleeps as often as the one that it took out.
+        until(lambda: world.pods.ready_addresses(release.teacher) == {first})
     woken = httpx.post(f"http://{first}:8051/v1/wake", json={"tags": ["weights"]}, timeout=60)
     assert woken.status_code == 200, woken.text
     until(lambda: world.pods.ready_addresses(release.teacher) == {first, second})
-    assert world.pods.of("teacher", release.name)[0]["status"]["containerStatuses"][0]["restartCount"] == 0
+    for pod in world.pods.of("teacher", release.name):
+        assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
 def test_an_upgrade_and_a_rollback_replace_all_pods_and_a_client_gets_every_row(world: World, release: Release) -> None:
