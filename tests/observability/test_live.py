@@ -116,6 +116,7 @@ def jobs(
         "rollouts": {"addresses": [rollouts.address], "access": access, "deadline_s": 100},
         "samples_per_prompt": 2,
         "sampling": {"max_new_tokens": 8},
+        "judge": {"name": "match", "match": {"name": "exact"}, "wrong": 0.5},
     }
     questions = {
         "path": str(write_questions(root / "questions.jsonl", 2, seed=3)),
@@ -142,6 +143,14 @@ def jobs(
             for name, address in zip(("one", "two"), addresses, strict=True)
         },
         metrics={"port": ports[1]},
+        data={
+            "max_tokens": 96,
+            "train": chats(materials, "train"),
+            "held_out": {
+                "format": "several",
+                "datasets": {one: chats(materials, "held_out") for one in ("ours", "theirs")},
+            },
+        },
         **endless,
     )
     broken = Job(
@@ -153,6 +162,10 @@ def jobs(
         metrics={"port": ports[2], "linger_s": 100},
     )
     return on_policy, panel, broken
+
+
+def chats(materials: Materials, name: str) -> dict[str, Any]:
+    return {"format": "chat", "path": str(materials.plain.data / f"{name}.jsonl")}
 
 
 def scrape(job: str, *urls: str) -> dict[str, Any]:
