@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 from collections.abc import Sequence
@@ -143,6 +144,14 @@ def encoded(image: Image) -> bytes:
     if image_digest(data) != image.digest:
         raise InvalidRequest(f"the image {image.data} has changed since the dataset was read")
     return data
+
+
+def data_url(image: Image) -> str:
+    """A URL that holds its encoded bytes. Raises InvalidRequest when its file has changed."""
+    data = encoded(image)
+    with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        name = str(opened.format).lower()
+    return f"data:image/{name};base64,{base64.b64encode(data).decode()}"
 
 
 def noise_image(width: int, height: int, *, seed: int) -> Image:

@@ -6,26 +6,36 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kdmesh.answer_report import Counts
 from kdmesh.errors import ConfigError
 from kdmesh.file_lock import lock
 
 
 class KeptAnswers:
-    """A file beside the dataset: what was asked, then a line for each prompt that is done, in their order."""
+    """A file beside the dataset: what was asked, then a line for each prompt that is done, in the order they were."""
 
     def __init__(self, path: Path, file: FileIO) -> None:
         self.path = path
-        self.prompts = 0
         self.written = 0  # answers
-        self.cut_off = 0  # answers at the length limit
-        self.blank = 0  # answers that say nothing
+        self.counts = Counts()
         self.is_needed = file.tell() > 0
         """Whether it holds an answer that is nowhere else."""
         self._file = file
+        self._places: dict[int, int] = {}  # of the line of each prompt that is done
+
+    @property
+    def prompts(self) -> int:
+        """How many are done."""
+        return len(self._places)
+
+    def __contains__(self, number: object) -> bool:
+        """Whether prompt `number` is done."""
+        return number in self._places
 
     def resume(self, asked: Mapping[str, Any]) -> None:
         """Count what is there, and drop a last line that was never finished.
@@ -48,39 +58,43 @@ class KeptAnswers:
                     )
                 end = len(own)
                 for entry, size_bytes in _entries(file):
-                    self._count(entry)
+                    self._count(entry, end)
                     end += size_bytes
         self._file.truncate(end)
         if not end:
             self._append(own)
         self.is_needed = self.prompts > 0
 
-    def add(self, rows: Sequence[Mapping[str, Any]], *, cut_off: int, blank: int) -> None:
-        """Those to the next prompt. Raises ConfigError: they cannot be written."""
-        entry = {"rows": rows, "cut_off": cut_off, "blank": blank}
+    def add(self, number: int, rows: Sequence[Mapping[str, Any]], counts: Counts) -> None:
+        """Those to prompt `number`. Raises ConfigError: they cannot be written."""
+        entry = {"prompt": number, "rows": rows, "counts": asdict(counts)}
+        place = self._file.seek(0, os.SEEK_END)
         self._append(_line(entry))
-        self._count(entry)
+        self._count(entry, place)
         self.is_needed = True
 
     def publish(self, output: Path) -> None:
-        """Make the dataset of them, whole or not at all. Raises ConfigError: it cannot be written."""
+        """Make the dataset of them, in the order of the prompts, whole or not at all.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
         whole = output.with_name(f"{output.name}.writing")
         try:
             with self.path.open("rb") as file, whole.open("wb") as rows:
-                file.readline()
-                for entry, _ in _entries(file):
-                    rows.writelines(_line(row) for row in entry["rows"])
+                for _, place in sorted(self._places.items()):
+                    file.seek(place)
+                    rows.writelines(_line(row) for row in json.loads(file.readline())["rows"])
             os.replace(whole, output)
         except OSError as error:
             whole.unlink(missing_ok=True)
             raise ConfigError(f"cannot write {output}: {error}") from None
         self.is_needed = False
 
-    def _count(self, entry: Mapping[str, Any]) -> None:
-        self.prompts += 1
+    def _count(self, entry: Mapping[str, Any], place: int) -> None:
+        self._places[entry["prompt"]] = place
         self.written += len(entry["rows"])
-        self.cut_off += entry["cut_off"]
-        self.blank += entry["blank"]
+        self.counts += Counts(**entry["counts"])
 
     def _append(self, line: bytes) -> None:
         try:
@@ -137,4 +151,4 @@ def _differences(first: bytes, own: bytes) -> str:
         theirs, ours = None, {}
     if not isinstance(theirs, dict):
         return "in no form that is known"
-    return f"{', '.join(name for name in ours if theirs.get(name) != ours[name])} differ"
+    return f"{', '.join(name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name))} differ"

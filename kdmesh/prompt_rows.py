@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdmesh.chat_rows import ASSISTANTS, chat_from_row
+from kdmesh.chat_rows import ASSISTANTS, Message, chat_from_row
 from kdmesh.errors import DataError
 from kdmesh.image_files import ImageColumn
 from kdmesh.tool_rows import TOOLS_COLUMN, Tool
@@ -20,13 +20,27 @@ from kdmesh.types import Image
 class Asked:
     """A row's chat up to what the assistant shall answer."""
 
+    number: int  # of the row, from 0
     origin: str  # "FILE, line N", for people
     messages: list[dict[str, Any]]  # as the row has them
-    shown: list[dict[str, object]]  # as the template takes them: an image is a part that names none
-    tools: tuple[Tool, ...]  # that the assistant may call
-    calls: tuple[Tool, ...]  # that it has made
-    images: tuple[Image, ...]  # in their order
-    columns: dict[str, Any]  # the row's columns of images and of tools, if it has them
+    turns: tuple[Message, ...]  # what they say
+    tools: tuple[Tool, ...] = ()  # that the assistant may call
+    columns: dict[str, Any] = field(default_factory=dict)  # the row's of images and of tools, if it has them
+
+    @property
+    def shown(self) -> list[dict[str, object]]:
+        """The turns as the template takes them: an image is a part that names none."""
+        return [turn.for_template() for turn in self.turns]
+
+    @property
+    def calls(self) -> tuple[Tool, ...]:
+        """Of tools, that the assistant has made."""
+        return tuple(call for turn in self.turns for call in turn.tool_calls)
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """In their order."""
+        return tuple(image for turn in self.turns for image in turn.images)
 
 
 class Prompts:
@@ -52,29 +66,29 @@ class Prompts:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def rows(self, images: ImageColumn, *, begin: int = 0) -> Iterator[Asked]:
-        """Those from row `begin` on.
+    def rows(self, images: ImageColumn, *, without: Container[int] = ()) -> Iterator[Asked]:
+        """All but those of the numbers in `without`.
 
         Raises:
             DataError: one is not JSON, has no turn to answer, a turn that no dataset may have, or an image that is not
                 to be had; the message names the line.
         """
-        for place, line in self._lines[begin:]:
-            yield _asked(line, place, images)
+        for number, (place, line) in enumerate(self._lines):
+            if number not in without:
+                yield _asked(number, line, place, images)
 
 
-def _asked(line: str, place: str, images: ImageColumn) -> Asked:
+def _asked(number: int, line: str, place: str, images: ImageColumn) -> Asked:
     row = _row(line, place)
     turns = _turns(row, place)
     chat = chat_from_row({**row, "messages": turns}, column="messages", origin=place, images=images)
     of_column = chat.messages[: len(chat.messages) - len(turns)]  # the system turn, if the row has one beside its turns
     return Asked(
+        number=number,
         origin=place,
         messages=[*({"role": message.role, "content": message.content} for message in of_column), *turns],
-        shown=[message.for_template() for message in chat.messages],
+        turns=chat.messages,
         tools=chat.tools,
-        calls=tuple(call for message in chat.messages for call in message.tool_calls),
-        images=tuple(image for message in chat.messages for image in message.images),
         columns={name: row[name] for name in (images.name, TOOLS_COLUMN) if name is not None and row.get(name)},
     )
 

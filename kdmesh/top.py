@@ -7,8 +7,6 @@ import dataclasses
 import http.client
 import json
 import select
-import socket
-import ssl
 import sys
 import termios
 import tty
@@ -23,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdmesh.auth.config import AccessConfig
+from kdmesh.auth.tls_context import client_context
 from kdmesh.auth.tokens import read_token
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.serving.job_state import JobState
@@ -65,7 +64,7 @@ class Server:
             raise ConfigError(refusal)
         self.address = address
         self._access = access
-        self._context = _context(access)
+        self._context = None if access.tls is None else client_context(access.tls)
         # A proxy from the environment never leads to a server, and must not see the token.
         self._opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=self._context)
@@ -190,35 +189,6 @@ def _is_quit(wait_s: float) -> bool:
     """Wait; True when q came, or nobody can press a key any more."""
     ready, _, _ = select.select([sys.stdin], [], [], wait_s)
     return bool(ready) and sys.stdin.read(1) in ("q", "Q", "")
-
-
-class _NamedContext(ssl.SSLContext):
-    """Wants a certificate of the name that was given, if one was, whatever the address is."""
-
-    server_name: str | None
-
-    def wrap_socket(self, sock: socket.socket, *args: Any, **others: Any) -> ssl.SSLSocket:
-        if self.server_name is not None:
-            others["server_hostname"] = self.server_name
-        return super().wrap_socket(sock, *args, **others)
-
-
-def _context(access: AccessConfig) -> ssl.SSLContext | None:
-    tls = access.tls
-    if tls is None:
-        return None
-    context = _NamedContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.server_name = tls.server_name
-    try:
-        if tls.ca is None:
-            context.load_default_certs()
-        else:
-            context.load_verify_locations(tls.ca)
-        if tls.cert is not None:
-            context.load_cert_chain(tls.cert, tls.key)
-    except OSError as error:
-        raise ConfigError(f"a file of access.tls cannot be used: {error}") from None
-    return context
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -16,7 +16,9 @@ import yaml
 from click.testing import CliRunner, Result
 
 from kdmesh import cli
-from kdmesh import generate as generating
+from kdmesh.answering import kdmesh_servers
+from kdmesh.answering.chat_tokens import ChatTokens
+from kdmesh.answering.kdmesh_servers import TokenAnswers
 from kdmesh.errors import InvalidRequest
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc import told_waiting
@@ -90,7 +92,7 @@ def test_an_interrupted_dataset_is_continued_where_it_was(
     assert [json.loads(line)["messages"][0] for line in written] == [{"role": "system", "content": "Be brief"}] * 12
 
     part = tmp_path / "answers.jsonl.part"
-    text = generating.ChatTokens.text
+    text = ChatTokens.text
     asked = 0
 
     def failing(chats: Any, *arguments: Any) -> str:
@@ -101,7 +103,7 @@ def test_an_interrupted_dataset_is_continued_where_it_was(
         return text(chats, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generating.ChatTokens, "text", failing)
+        patch.setattr(ChatTokens, "text", failing)
         result = run(*options, "--output", str(output))
     assert result.exit_code == 130
     assert f"The answers to 3 prompts are kept in {part}" in result.output
@@ -140,7 +142,7 @@ def test_a_bad_row_is_refused_before_anything_is_asked(
     row: dict[str, Any],
     words: str,
 ) -> None:
-    monkeypatch.setattr(generating, "_answers", lambda *arguments: pytest.fail("something was asked"))
+    monkeypatch.setattr(TokenAnswers, "answers", lambda *arguments: pytest.fail("something was asked"))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(each) + "\n" for each in ({"prompt": "a"}, {"prompt": "b"}, row)))
     output = tmp_path / "answers.jsonl"
@@ -181,7 +183,7 @@ def test_a_server_that_is_not_there_is_named_soon_and_nothing_stays(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(told_waiting, "_FIRST_S", 0.2)
-    monkeypatch.setattr(generating, "_CONNECT_S", 1.0)
+    monkeypatch.setattr(kdmesh_servers, "_CONNECT_S", 1.0)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}')
     where = ("--model", str(model), "--prompts", str(prompts), "--output", str(tmp_path / "answers.jsonl"))

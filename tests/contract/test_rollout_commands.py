@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from kdmesh import cli
-from kdmesh import generate as generating
+from kdmesh.answering.chat_tokens import ChatTokens
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.sampling.seeds import seed_of
@@ -143,7 +143,7 @@ def test_a_blank_answer_is_left_out_and_counted(
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('{"prompt": "say it"}\n')
     said = iter(["so", " \n", "", "\n", ""])
-    monkeypatch.setattr(generating.ChatTokens, "text", lambda chats, sample, stops: next(said))
+    monkeypatch.setattr(ChatTokens, "text", lambda chats, sample, stops: next(said))
     where = ("--rollout", server.grpc, "--model", str(model), "--prompts", str(prompts), "--output", str(output))
     how = ("--max-new-tokens", "4", "--keep-cut-off")
     result = run("generate", *where, *how, "--samples", "3")
@@ -151,7 +151,7 @@ def test_a_blank_answer_is_left_out_and_counted(
     assert "2 were blank and left out" in result.output
     assert [json.loads(line)["messages"][-1]["content"] for line in output.read_text().splitlines()] == ["so"]
     result = run("generate", *where, *how, "--samples", "2", "--overwrite")
-    assert (result.exit_code, "all 2 answers are blank" in result.output) == (2, True), result.output
+    assert (result.exit_code, "no answer is left: 2 were blank" in result.output) == (2, True), result.output
     assert len(output.read_text().splitlines()) == 1
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kdmesh.answering.chat_tokens import ChatTokens
 from kdmesh.chat_rows import Chat, Message
 from kdmesh.chat_template import TemplateSetting, with_settings
 from kdmesh.errors import ConfigError
-from kdmesh.generate import ChatTokens
 from kdmesh.prompt_rows import Asked
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data_config import ChatFile, DataConfig, OtherTokenizer
@@ -77,7 +77,7 @@ def test_a_teacher_with_another_tokenizer_has_settings_of_its_own(tmp_path: Path
 
 def test_generate_prompts_with_it(tmp_path: Path) -> None:
     own = hybrid(tmp_path)
-    asked = Asked(origin="line 1", messages=ASKED, shown=ASKED, tools=(), calls=(), images=(), columns={})
+    asked = Asked(number=0, origin="line 1", messages=ASKED, turns=(Message(role="user", content="why"),))
     ids, _ = ChatTokens(tmp_path, {"enable_thinking": False}).prompt(asked)
     text = own.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     assert ids.tolist() == own(text, add_special_tokens=False)["input_ids"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kdmesh.answering.chat_tokens import ChatTokens
 from kdmesh.chat_rows import Chat, Message
-from kdmesh.generate import ChatTokens
 from kdmesh.models.ends import stop_token_ids
 from kdmesh.prompt_rows import Asked
 from kdmesh_trainer.sources.chat import ChatEncoder
@@ -41,9 +41,7 @@ def test_a_prompt_is_dated_as_a_trainers_is(form: str, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     turn = Message(role="user", content="why")
     shown = [{"role": "user", "content": "why"}]
-    ids, _ = ChatTokens(tmp_path).prompt(
-        Asked(origin="line 1", messages=shown, shown=shown, tools=(), calls=(), images=(), columns={})
-    )
+    ids, _ = ChatTokens(tmp_path).prompt(Asked(number=0, origin="line 1", messages=shown, turns=(turn,)))
     [prompt] = ChatEncoder(tokenizer).encode_prompts([Chat(messages=(turn,), origin="line 1")])
     assert not isinstance(prompt, Unusable)
     assert ids.tolist() == prompt.token_ids.tolist()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kdmesh.answer_report import Counts
 from kdmesh.errors import ConfigError
 from kdmesh.kept_answers import kept_answers
 
@@ -15,18 +16,20 @@ def test_answers_are_gone_on_with_and_become_the_dataset(tmp_path: Path) -> None
     output = tmp_path / "deep" / "a.jsonl"
     with pytest.raises(RuntimeError), kept_answers(output) as kept:
         kept.resume({"seed": 0})
-        kept.add([{"n": 1}, {"n": "\u2028ü"}], cut_off=0, blank=0)
-        kept.add([], cut_off=2, blank=1)
+        kept.add(2, [{"n": 1}, {"n": "\u2028ü"}], Counts())
+        kept.add(0, [], Counts(cut_off=2, blank=1, prompt_tokens=7))
         raise RuntimeError
     part = output.with_name("a.jsonl.part")
     with part.open("ab") as file:
-        file.write(b'{"rows": [{"n": 3}], "cut_o')
+        file.write(b'{"prompt": 1, "rows": [{"n": 3}], "cou')
     with kept_answers(output) as kept:
         kept.resume({"seed": 0})
-        assert (kept.prompts, kept.written, kept.cut_off, kept.blank) == (2, 2, 2, 1)
-        kept.add([{"n": 4}], cut_off=1, blank=0)
+        assert (kept.prompts, kept.written, kept.counts) == (2, 2, Counts(cut_off=2, blank=1, prompt_tokens=7))
+        assert [number for number in range(4) if number not in kept] == [1, 3]
+        kept.add(1, [{"n": 4}], Counts(cut_off=1))
+        kept.add(3, [{"n": 5}], Counts())
         kept.publish(output)
-    assert [json.loads(line)["n"] for line in output.read_text().split("\n")[:-1]] == [1, "\u2028ü", 4]
+    assert [json.loads(line)["n"] for line in output.read_text().split("\n")[:-1]] == [4, 1, "\u2028ü", 5]
     assert list(output.parent.iterdir()) == [output]
 
 
@@ -34,7 +37,7 @@ def test_answers_to_something_else_are_neither_gone_on_with_nor_lost(tmp_path: P
     output = tmp_path / "a.jsonl"
     with kept_answers(output) as kept:
         kept.resume({"seed": 0, "samples": 1})
-        kept.add([{"n": 1}], cut_off=0, blank=0)
+        kept.add(0, [{"n": 1}], Counts())
     part = tmp_path / "a.jsonl.part"
     before = part.read_bytes()
     other = r"a\.jsonl\.part holds answers to something else \(seed differ\)"
@@ -45,7 +48,7 @@ def test_answers_to_something_else_are_neither_gone_on_with_nor_lost(tmp_path: P
         raise RuntimeError  # before it was asked whose they are
     assert part.read_bytes() == before
     part.write_text('{"messages": []}\n[]\n')
-    with pytest.raises(ConfigError, match="seed differ"), kept_answers(output) as kept:
+    with pytest.raises(ConfigError, match="seed, messages differ"), kept_answers(output) as kept:
         kept.resume({"seed": 1})
     part.write_text("oops\n")
     with pytest.raises(ConfigError, match="in no form that is known"), kept_answers(output) as kept:

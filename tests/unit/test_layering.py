@@ -60,6 +60,7 @@ LAYER = {
     # The composition root: starts services as processes, so it knows their configurations and nothing else of them.
     "kdmesh.access_option": 4,
     "kdmesh.answer_report": 4,
+    "kdmesh.answering": 4,
     "kdmesh.check": 4,
     "kdmesh.cli": 4,
     "kdmesh.cluster_commands": 4,

@@ -1,0 +1,186 @@
+"""Answers of a model behind an OpenAI API: its turns are sent, and turns come back."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kdmesh.answer_report import Counts
+from kdmesh.answering.chat_api import Choice, Reply, request_messages, request_tools
+from kdmesh.answering.endpoint import Endpoint, EndpointClient, PromptFiltered
+from kdmesh.answering.source import Answers, Plan, image_column
+from kdmesh.chat_rows import chat_from_messages
+from kdmesh.errors import ConfigError, DataError, InvalidRequest
+from kdmesh.image_files import ImageColumn
+from kdmesh.prompt_rows import Asked
+from kdmesh.rpc.background_loop import BackgroundLoop
+from kdmesh.sampling.seeds import seed_of
+
+_OWN_FIELDS = ("model", "messages", "tools", "n", "stream")
+_NUM_SEEDS = 2**31  # some servers refuse larger ones
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointServers:
+    """Servers with OpenAI's chat completions, and how they are asked.
+
+    Raises:
+        ConfigError: a field is one that every request gives.
+    """
+
+    endpoint: Endpoint
+    concurrency: int  # requests at a time
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of a request, over ours; None leaves one out
+    skips_rejected: bool = False  # whether a prompt that is refused is left out, instead of ending everything
+
+    def __post_init__(self) -> None:
+        for name in self.fields:
+            if name in _OWN_FIELDS:
+                raise ConfigError(f"--request-field: {name!r} is no field that can be set")
+
+    @contextmanager
+    def opened(self, plan: Plan, image_root: Path) -> Iterator[EndpointAnswers]:
+        """See Servers. Nothing is asked yet."""
+        with closing(BackgroundLoop()) as last:
+            client = EndpointClient(self.endpoint)
+            try:
+                with closing(BackgroundLoop()) as loop:  # its end cancels the requests, and only then the client ends
+                    yield EndpointAnswers(self, client, loop, plan, image_root)
+            finally:
+                last.run(client.close)
+
+
+class EndpointAnswers:
+    """See AnswerSource. Answers come in the order in which they are whole."""
+
+    def __init__(
+        self, servers: EndpointServers, client: EndpointClient, loop: BackgroundLoop, plan: Plan, image_root: Path
+    ) -> None:
+        self.images: ImageColumn = image_column(image_root)
+        self._servers = servers
+        self._client = client
+        self._loop = loop
+        self._plan = plan
+        self._fields = _request_fields(plan, servers.fields)
+        self._takes_n = True
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """See AnswerSource. A server may be elsewhere the next time, with the same model."""
+        return {"servers": {"kind": "openai", "model": self._servers.endpoint.model}, "request": self._fields}
+
+    def check(self, asked: Asked) -> None:
+        """See AnswerSource."""
+        try:
+            json.dumps([*asked.tools, *asked.calls], allow_nan=False)
+        except ValueError:
+            raise DataError(
+                f"{asked.origin}: its tools hold a number that is infinite or none: no JSON has it"
+            ) from None
+
+    def answers(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Answers]]:
+        """See AnswerSource."""
+        coming = iter(asked)
+        running = {self._loop.start(self._answered, one): one for one in islice(coming, self._servers.concurrency)}
+        while running:
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            failed = [future for future in done if future.exception() is not None]
+            for future in done.difference(failed):
+                yield running.pop(future), future.result()
+            for future in failed:
+                future.result()
+            for one in islice(coming, len(done)):
+                running[self._loop.start(self._answered, one)] = one
+
+    async def _answered(self, asked: Asked) -> Answers:
+        choices: list[Choice] = []
+        counts = Counts()
+        try:
+            while (missing := self._plan.samples - len(choices)) > 0:
+                reply = await self._ask(asked, missing, done=len(choices))
+                choices += reply.choices[:missing]  # one that does not know n gives fewer
+                counts += Counts(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
+        except PromptFiltered:
+            counts += Counts(filtered=self._plan.samples - len(choices))
+        except InvalidRequest as error:
+            if not self._servers.skips_rejected:
+                raise InvalidRequest(
+                    f"{asked.origin}: {error}. The prompts that a server refuses are left out with --skip-rejected"
+                ) from None
+            counts += Counts(rejected=1)
+        return self._sorted(choices, counts)
+
+    async def _ask(self, asked: Asked, number: int, *, done: int) -> Reply:
+        """For so many answers more."""
+        body = self._body(asked, done)
+        if number > 1 and self._takes_n:
+            try:
+                return await self._client.ask(body | {"n": number})
+            except PromptFiltered:
+                raise
+            except InvalidRequest as error:
+                with suppress(InvalidRequest):  # where that is refused as well, it is not for n
+                    reply = await self._client.ask(body)
+                    self._takes_n = False
+                    return reply
+                raise error
+        return await self._client.ask(body)
+
+    def _body(self, asked: Asked, done: int) -> dict[str, Any]:
+        """For further answers than those that are done."""
+        body = {
+            "model": self._servers.endpoint.model,
+            "messages": request_messages(asked.turns),
+            "tools": request_tools(asked.tools) or None,
+            "seed": (seed_of("generate", self._plan.seed, asked.number) + done) % _NUM_SEEDS,
+        }
+        return {name: value for name, value in {**body, **self._fields}.items() if value is not None}
+
+    def _sorted(self, choices: list[Choice], counts: Counts) -> Answers:
+        turns = []
+        for choice in choices:
+            counts += Counts(cut_off=choice.end == "cut_off")
+            match choice.end:
+                case "filtered":
+                    counts += Counts(filtered=1)
+                case "refused":
+                    counts += Counts(refused=1)
+                case "cut_off" if not self._plan.keeps_cut_off:
+                    pass
+                case _ if not choice.text.strip() and not choice.tool_calls:
+                    counts += Counts(blank=1)
+                case _ if not _is_usable(choice.turn):
+                    counts += Counts(malformed=1)
+                case _:
+                    turns.append(choice.turn)
+        return Answers(turns=turns, counts=counts)
+
+
+def _request_fields(plan: Plan, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a request that is the same for every prompt; None leaves a field out."""
+    sampling = plan.sampling
+    own: dict[str, Any] = {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+    }
+    if sampling.stop_strings:
+        own["stop"] = list(sampling.stop_strings)
+    if plan.template_settings:
+        own["chat_template_kwargs"] = dict(plan.template_settings)
+    return {**own, **fields}
+
+
+def _is_usable(turn: Mapping[str, Any]) -> bool:
+    """Whether a dataset may hold it."""
+    try:
+        chat_from_messages([turn], origin="answer")
+    except DataError:
+        return False
+    return True
