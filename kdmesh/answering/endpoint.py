@@ -72,9 +72,7 @@ class Endpoint:
         if not is_whole or host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
             raise ConfigError(f"--openai {url!r} is not of the form http://HOST:PORT/v1 or https://HOST/v1")
         if "@" in parts.netloc:
-            raise ConfigError(
-                f"--openai: a key belongs in {KEY_VARIABLE}, or in the token_file of --access, not in a URL"
-            )
+            raise ConfigError(f"a key belongs in {KEY_VARIABLE}, or in the token_file of --access, not in a URL")
         if parts.path.rstrip("/").endswith("/chat/completions"):
             raise ConfigError(f"--openai {url!r}: give what comes before /chat/completions")
         if parts.scheme == "https":

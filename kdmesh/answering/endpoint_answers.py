@@ -80,9 +80,7 @@ class EndpointAnswers:
         try:
             json.dumps([*asked.tools, *asked.calls], allow_nan=False)
         except ValueError:
-            raise DataError(
-                f"{asked.origin}: its tools hold a number that is infinite or none: no JSON has it"
-            ) from None
+            raise DataError(f"{asked.origin}: its tools hold a number that no JSON has") from None
 
     def answers(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Answers]]:
         """See AnswerSource."""
