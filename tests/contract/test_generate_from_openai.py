@@ -1,0 +1,470 @@
+"""`kdmesh generate --openai` writes the answers of a model behind an OpenAI API, whatever happens on the way."""
+
+from __future__ import annotations
+
+import base64
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from kdmesh import cli
+from kdmesh.answering import endpoint
+from kdmesh.images import encoded, noise_image
+from kdmesh.kept_answers import KeptAnswers
+from kdmesh.rpc.retry import RetryPolicy
+from kdmesh_trainer.data_config import ChatFile, ImagesConfig
+from kdmesh_trainer.sources.readers import open_dataset
+from tests.support.openai_server import KEY, MODEL, Answer, OpenAIServer, answer_of, openai_server, said
+from tests.support.teacher_process import started
+from tests.support.tiny_models import TinyModels
+from tests.support.trainer_jobs import evaluations, run_job, write_config
+
+CALL = {"id": "call7", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "it"}'}}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
+    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(endpoint, "_RETRIES", RetryPolicy(first_s=0.01, longest_s=0.02))
+    with openai_server() as running:
+        yield running
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write(tmp_path / "prompts.jsonl", *({"prompt": f"say {number}"} for number in range(4)))
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def words(server: OpenAIServer, prompts: Path, *options: str) -> list[str]:
+    output = prompts.with_name("answers.jsonl")
+    where = ("--openai", server.url, "--model-name", MODEL, "--prompts", str(prompts), "--output", str(output))
+    return ["generate", *where, *options]
+
+
+def run(server: OpenAIServer, prompts: Path, *options: str) -> Result:
+    return CliRunner().invoke(cli.main, words(server, prompts, *options))
+
+
+def rows(prompts: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in prompts.with_name("answers.jsonl").read_text().splitlines()]
+
+
+def answers(prompts: Path) -> list[str]:
+    return [row["messages"][-1]["content"] for row in rows(prompts)]
+
+
+def report(result: Result) -> dict[str, int]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_prompt_is_asked_once_with_all_that_it_says_and_answered_in_order(
+    server: OpenAIServer, prompts: Path
+) -> None:
+    how = ("--samples", "2", "--temperature", "0.5", "--top-p", "0.9", "--max-new-tokens", "7", "--stop", "###")
+    fields = ("--template-setting", "enable_thinking=false", "--request-field", "top_k=20")
+    result = run(server, prompts, *how, *fields, "--request-field", "top_p=null")
+    zeros = dict.fromkeys(("cut_off", "blank", "filtered", "refused", "malformed", "rejected"), 0)
+    assert report(result) == {"prompts": 4, "written": 8, **zeros, "prompt_tokens": 40, "completion_tokens": 24}
+    asked = sorted(server.asked, key=lambda body: str(body["messages"]))
+    seeds = [body.pop("seed") for body in asked]
+    assert asked == [
+        {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": f"say {number}"}],
+            "n": 2,
+            "temperature": 0.5,
+            "max_tokens": 7,
+            "stop": ["###"],
+            "chat_template_kwargs": {"enable_thinking": False},
+            "top_k": 20,
+        }
+        for number in range(4)
+    ]
+    assert len(set(seeds)) == 4
+    assert answers(prompts) == [
+        answer_of(body | {"seed": seed}, sample) for body, seed in zip(asked, seeds, strict=True) for sample in range(2)
+    ]
+    assert server.keys == {""}
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_of_a_server_that_knows_no_n_the_answers_are_asked_for_one_by_one(
+    server: OpenAIServer, prompts: Path, refuses: bool
+) -> None:
+    assert run(server, prompts, "--samples", "3").exit_code == 0
+    whole = rows(prompts)
+    server.takes_n, server.asked = False, []
+    if refuses:
+        server.next.append(Answer(400, {"error": {"message": "n must be 1"}}))
+    result = run(server, prompts, "--samples", "3", "--overwrite", "--concurrency", "1")
+    assert report(result)["prompt_tokens"] == 120
+    assert rows(prompts) == whole
+    assert [body.get("n") for body in server.asked][:4] == [3, None, None, None] if refuses else [3, 2, None, 3]
+    assert len(server.asked) == 13 if refuses else 12
+
+
+def test_a_server_that_gives_more_than_was_asked_for_is_not_believed(server: OpenAIServer, prompts: Path) -> None:
+    server.choices["say 1"] = [said("a"), said("b"), said("c")]
+    assert report(run(server, prompts, "--samples", "2"))["written"] == 8
+    assert answers(prompts)[2:4] == ["a", "b"]
+
+
+def test_what_turns_and_answers_hold_is_passed_on(server: OpenAIServer, tmp_path: Path) -> None:
+    image = noise_image(8, 6, seed=0)
+    (tmp_path / "it.png").write_bytes(encoded(image))
+    url = f"data:image/png;base64,{base64.b64encode(encoded(image)).decode()}"
+    tools = [{"name": "look_up", "parameters": {"type": "object"}}]
+    before = [
+        {"role": "user", "content": "what?"},
+        {"role": "assistant", "content": "", "reasoning": "hm", "tool_calls": [{"name": "look_up", "arguments": {}}]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "4", "tool_call_id": "call7"},
+    ]
+    seen = {"role": "user", "content": [{"type": "image", "image": "it.png"}, {"type": "text", "text": "what is it"}]}
+    prompts = write(
+        tmp_path / "prompts.jsonl",
+        {"messages": before, "system": "Be brief.", "tools": tools},
+        {"conversations": [], "messages": [{"from": "human", "value": "hi"}]},
+        {"messages": [seen]},
+    )
+    server.choices = {
+        "4": [said(None, finish_reason="tool_calls", tool_calls=[{"index": 0, **CALL}], reasoning_content="so")],
+        "hi": [said("ho", reasoning="because")],
+    }
+    assert report(run(server, prompts, "--concurrency", "1"))["written"] == 3
+    first, second, third = server.asked
+    assert first["tools"] == [{"type": "function", "function": tools[0]}]
+    own = {"id": "call00000", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    assert first["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "what?"},
+        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [own]},
+        {"role": "tool", "content": "3", "tool_call_id": "call00000"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "4", "tool_call_id": "call7"},
+    ]
+    assert (second["messages"], "tools" in second) == ([{"role": "user", "content": "hi"}], False)
+    assert third["messages"][0]["content"] == [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "what is it"},
+    ]
+    written = rows(prompts)
+    assert [row["messages"][-1] for row in written[:2]] == [
+        {"role": "assistant", "content": "", "reasoning_content": "so", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "ho", "reasoning_content": "because"},
+    ]
+    assert written[0]["messages"][1:-1] == before
+    assert written[0]["tools"] == tools
+    chats = list(open_dataset(ChatFile(path=prompts.with_name("answers.jsonl")), images=ImagesConfig())())
+    assert [chat.messages[-1].reasoning for chat in chats] == ["so", "because", ""]
+    assert chats[0].messages[-1].tool_calls[0]["function"]["arguments"] == {"word": "it"}
+    assert [found.digest for found in chats[2].messages[0].images] == [image.digest]
+
+
+def test_an_image_on_the_web_is_refused_before_anything_is_asked(server: OpenAIServer, tmp_path: Path) -> None:
+    seen = {"role": "user", "content": [{"type": "image", "image": "https://a.b/it.png"}]}
+    result = run(server, write(tmp_path / "prompts.jsonl", {"prompt": "a"}, {"messages": [seen]}))
+    assert (result.exit_code, "is on the web, and nothing is fetched here" in result.output) == (2, True)
+    assert server.asked == []
+
+
+FAULTS: dict[str, Any] = {
+    "busy": Answer(429, {"error": {"message": "slow down"}}),
+    "failure": Answer(500, {"error": {"message": "oops"}}),
+    "reset": "reset",
+    "no JSON": "garbage",
+    "hang": "hang",
+    "error in a reply": Answer(body={"error": {"message": "upstream", "code": 502}}),
+    "no choice": Answer(body={"choices": []}),
+    "given up": Answer(body={"choices": [said("half", finish_reason="abort")]}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_after_what_may_pass_a_server_is_asked_again(server: OpenAIServer, prompts: Path, fault: str) -> None:
+    assert run(server, prompts).exit_code == 0
+    whole, server.asked = rows(prompts), []
+    server.next.extend([FAULTS[fault]] * 2)
+    result = run(server, prompts, "--overwrite", *(("--timeout", "1") if fault == "hang" else ()))
+    assert report(result)["completion_tokens"] == 12
+    assert rows(prompts) == whole
+    assert len(server.asked) == 6
+    assert sum(server.times_asked().values()) == 6
+
+
+def test_a_server_is_given_the_time_that_it_asks_for(
+    server: OpenAIServer, prompts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.next.append(Answer(503, {"detail": "loading"}, {"Retry-After": "1"}))
+    assert run(server, prompts, "--concurrency", "1").exit_code == 0
+    [told] = [record.__dict__ for record in caplog.records if record.getMessage() == "asking a server again"]
+    assert (told["url"], told["reason"]) == (server.url, "answers 503: loading")
+    assert 1 <= told["wait_s"] <= 1.3
+    assert len(server.asked) == 5
+
+
+def test_what_does_not_pass_ends_with_the_servers_words(
+    server: OpenAIServer, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "_RETRY_S", 0.1)
+    server.next.extend([Answer(500, {"message": "no memory"})] * 100)
+    result = run(server, prompts, "--concurrency", "1")
+    assert result.exit_code == 2
+    assert f"{server.url}: answers 500: no memory; it was tried again for 0 s" in result.output
+    monkeypatch.setattr(endpoint, "_CONNECT_S", 0.1)
+    monkeypatch.setattr(server, "url", "http://127.0.0.1:1/v1")
+    result = run(server, prompts)
+    assert result.exit_code == 2
+    assert "http://127.0.0.1:1/v1: All connection attempts failed; it was tried again" in result.output
+    assert list(prompts.parent.iterdir()) == [prompts]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (
+            Answer(401, {"error": {"message": f"Incorrect key: {KEY}."}}),
+            "answers 401: Incorrect key: ***.; the key is that of OPENAI_API_KEY: set OPENAI_API_KEY, or token_file",
+        ),
+        (Answer(403, {"error": {"message": "not yours"}}), "answers 403: not yours"),
+        (Answer(404, {"detail": "Not Found"}), "answers 404: Not Found; --openai is what comes before /chat/completi"),
+        (
+            Answer(400, {"object": "error", "message": "This model's maximum context length is 8"}),
+            "line 1: {url} answers 400: This model's maximum context length is 8. The prompts that a server refuses",
+        ),
+        (
+            Answer(429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}),
+            "answers 429: You exceeded your quota",
+        ),
+        (Answer(308, "moved", {"Location": "https://b/v1"}), "answers 308: moved; it leads to https://b/v1, which"),
+    ],
+)
+def test_what_no_waiting_mends_ends_at_once(
+    server: OpenAIServer, prompts: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer, told: str
+) -> None:
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    server.refused = {"say 0": answer}
+    result = run(server, prompts, "--concurrency", "1")
+    assert result.exit_code == 2
+    assert told.format(url=server.url) in result.output
+    assert KEY not in result.output
+    assert len(server.asked) == 1
+    assert list(prompts.parent.iterdir()) == [prompts]
+
+
+def test_without_a_key_that_is_said(server: OpenAIServer, prompts: Path) -> None:
+    server.wants_key = True
+    result = run(server, prompts)
+    assert (result.exit_code, "there is no key: set OPENAI_API_KEY" in result.output) == (2, True), result.output
+
+
+def test_the_key_comes_from_the_environment_or_a_file(
+    server: OpenAIServer, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.wants_key = True
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    assert run(server, prompts).exit_code == 0
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, "another")
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    (tmp_path / "access.yaml").write_text(f"token_file: {tmp_path / 'key'}\n")
+    assert run(server, prompts, "--overwrite", "--access", str(tmp_path / "access.yaml")).exit_code == 0
+    assert server.keys == {f"Bearer {KEY}"}
+    assert all(KEY not in path.read_text() for path in tmp_path.iterdir() if path.name != "key")
+
+
+def test_prompts_that_are_refused_may_be_left_out(server: OpenAIServer, prompts: Path) -> None:
+    server.refused = {"say 1": Answer(400, {"message": "too long"})}
+    stopped = run(server, prompts, "--concurrency", "1", "--samples", "2")
+    assert (stopped.exit_code, "left out with --skip-rejected" in stopped.output) == (2, True)
+    asked = server.times_asked()
+    result = run(server, prompts, "--concurrency", "1", "--samples", "2", "--skip-rejected")
+    assert "Going on behind 1 prompts" in result.output
+    told = report(result)
+    assert (told["prompts"], told["written"], told["rejected"]) == (4, 6, 1)
+    assert "1 prompts were rejected" in result.stdout
+    assert server.times_asked() - asked == {"say 1": 2, "say 2": 1, "say 3": 1}
+
+
+def test_what_is_no_answer_is_left_out_and_counted(server: OpenAIServer, prompts: Path) -> None:
+    server.choices = {
+        "say 0": [said("half a", finish_reason="length"), said("")],
+        "say 1": [said("", reasoning_content="thought"), said("bad", finish_reason="content_filter")],
+        "say 2": [said(None, refusal="I will not"), said("half a pair \ud83d")],
+        "say 3": [said(None, tool_calls=[{"type": "function", "function": {}}]), said("so")],
+    }
+    how = ("--samples", "2", "--overwrite")
+    result = run(server, prompts, *how)
+    told = report(result)
+    counts = {"cut_off": 1, "blank": 2, "filtered": 1, "refused": 1, "malformed": 2, "rejected": 0}
+    assert {name: told[name] for name in counts} == counts
+    assert result.stdout.startswith(
+        "1 answers to 4 prompts; 1 reached the length limit, 2 were blank, 1 were stopped by a content filter, 1 were "
+        "refusals, 2 were malformed and left out. "
+    )
+    assert answers(prompts) == ["so"]
+    assert report(run(server, prompts, *how, "--keep-cut-off"))["written"] == 2
+    assert answers(prompts) == ["half a", "so"]
+    server.refused = {f"say {i}": Answer(400, {"error": {"message": "no", "code": "content_filter"}}) for i in range(4)}
+    result = run(server, prompts, *how)
+    assert (result.exit_code, "no answer is left: 8 were stopped by a content filter" in result.output) == (2, True)
+
+
+def test_ctrl_c_keeps_what_came_and_the_same_command_asks_for_the_rest(
+    server: OpenAIServer, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(server, prompts, "--samples", "2").exit_code == 0
+    whole, server.asked = rows(prompts), []
+    add = KeptAnswers.add
+
+    def interrupted(kept: KeptAnswers, *arguments: Any) -> None:
+        add(kept, *arguments)
+        if kept.prompts == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptAnswers, "add", interrupted)
+        result = run(server, prompts, "--samples", "2", "--overwrite", "--concurrency", "1")
+    assert result.exit_code == 130
+    assert "The answers to 2 prompts are kept in" in result.output
+    for other in (("--seed", "1"), ("--temperature", "0"), ("--request-field", "top_k=2"), ("--samples", "3")):
+        result = run(server, prompts, "--samples", "2", *other, "--overwrite")
+        assert (result.exit_code, "holds answers to something else" in result.output) == (2, True), other
+    asked, server.asked = server.times_asked(), []
+    assert report(run(server, prompts, "--samples", "2", "--overwrite"))["completion_tokens"] == 24
+    assert rows(prompts) == whole
+    # The third was under way.
+    assert (asked.keys() & {"say 0", "say 1", "say 3"}, server.times_asked()) == (
+        {"say 0", "say 1"},
+        {"say 2": 1, "say 3": 1},
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_one_that_is_killed_goes_on_with_what_had_not_come(
+    server: OpenAIServer, tmp_path: Path, signum: signal.Signals
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", *({"prompt": f"say {number}"} for number in range(9)))
+    server.next.append("hang")
+    arguments = words(server, prompts, "--concurrency", "3")
+    with started(tmp_path, "-c", "from kdmesh.cli import main; main()", *arguments) as process:
+        part = prompts.with_name("answers.jsonl.part")
+        wait_for(lambda: part.exists() and len(part.read_bytes().splitlines()) == 9)  # the first waits
+        process.send_signal(signum)
+        assert process.wait(20) == (-signal.SIGKILL if signum is signal.SIGKILL else 128 + signum)
+    assert not prompts.with_name("answers.jsonl").exists()
+    [hung] = {f"say {number}" for number in range(9)} - set(kept_texts(part))
+    assert set(server.times_asked().values()) == {1}
+    server.asked = []
+    assert report(run(server, prompts))["completion_tokens"] == 27
+    assert server.times_asked() == {hung: 1}
+    assert [text.partition("?")[0] for text in answers(prompts)] == [f"say {number}" for number in range(9)]
+
+
+def kept_texts(part: Path) -> list[str]:
+    entries = [json.loads(line) for line in part.read_text().splitlines()[1:]]
+    return [row["messages"][0]["content"] for entry in entries for row in entry["rows"]]
+
+
+def wait_for(fact: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not fact():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def test_as_many_requests_as_may_be_are_under_way(server: OpenAIServer, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", *({"prompt": f"say {number}"} for number in range(10)))
+    server.together = threading.Barrier(5)
+    assert run(server, prompts, "--concurrency", "5").exit_code == 0
+    assert server.most == 5
+
+
+def test_another_server_of_the_model_is_asked_where_one_fails(server: OpenAIServer, prompts: Path) -> None:
+    result = run(server, prompts, "--openai", "http://127.0.0.1:1/v1")
+    assert report(result)["written"] == 4
+    assert set(server.times_asked().values()) == {1}
+
+
+def test_a_student_learns_from_the_answers(server: OpenAIServer, tiny_models: TinyModels, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", *({"prompt": f"say {number}"} for number in range(16)))
+    server.choices = {f"say {i}": [said("that is so")] for i in range(16)}
+    assert report(run(server, prompts))["written"] == 16
+    written = {"format": "chat", "path": str(prompts.with_name("answers.jsonl"))}
+    job = write_config(
+        tmp_path,
+        student=tiny_models.path("qwen3", seed=6, hidden_size=24),
+        teacher=None,
+        steps=12,
+        objective={"name": "sft"},
+        data={"train": written, "held_out": written, "max_tokens": 128, "unusable": "drop"},
+        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        batch={"sequences": 8, "max_tokens": 512},
+    )
+    (outcome,) = run_job(job)
+    assert outcome.exit_code == 0, outcome.errors
+    before, after = (scores["cross_entropy_nats_per_token"] for scores in evaluations(tmp_path / "run").values())
+    assert after < 0.8 * before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--openai", "127.0.0.1:8000"),
+            "--openai '127.0.0.1:8000' is not of the form http://HOST:PORT/v1 or https://",
+        ),
+        (("--openai", "http://a:b/v1"), "is not of the form"),
+        (
+            ("--openai", "https://me:secret@host/v1"),
+            "a key belongs in OPENAI_API_KEY, or in the token_file",
+        ),
+        (("--openai", "https://host/v1/chat/completions"), "give what comes before /chat/completions"),
+        (("--openai", "http://host/v1"), "the key of OPENAI_API_KEY would travel in the clear to another machine"),
+        (("--model", "models/it"), "--model does not go with --openai"),
+        (("--teacher", "127.0.0.1:1"), "generate needs servers of one kind"),
+        (("--request-field", "messages=[]"), "'messages' is no field that can be set"),
+        (("--request-field", "day=2024-01-01"), "is not of the form NAME=VALUE, with a value that JSON has"),
+        (("--request-field", "top_k"), "is not of the form NAME=VALUE"),
+    ],
+)
+def test_what_cannot_be_asked_so_is_refused_at_once(
+    server: OpenAIServer, prompts: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], told: str
+) -> None:
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    result = run(server, prompts, *options)
+    assert (result.exit_code, told in result.output) == (2, True), result.output
+    assert "secret" not in result.output
+    assert server.asked == []
+
+
+def test_options_of_the_other_kinds_are_refused(prompts: Path) -> None:
+    where = ("--prompts", str(prompts), "--output", str(prompts.with_name("answers.jsonl")))
+    for options, told in (
+        (("--openai", "https://host/v1"), "--openai needs --model-name"),
+        (("--rollout", "127.0.0.1:1"), "--rollout needs --model"),
+        (("--rollout", "127.0.0.1:1", "--model", "m", "--concurrency", "16"), "--concurrency goes only with --openai"),
+        (("--teacher", "127.0.0.1:1", "--model", "m", "--skip-rejected"), "--skip-rejected goes only with --openai"),
+    ):
+        result = CliRunner().invoke(cli.main, ["generate", *options, *where])
+        assert (result.exit_code, told in result.output) == (2, True), result.output
+
+
+def test_a_file_whose_tools_hold_no_number_is_refused(server: OpenAIServer, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "tools": [{"name": "f", "most": NaN}]}\n')
+    result = run(server, prompts)
+    assert (result.exit_code, "line 1: its tools hold a number that no JSON has" in result.output) == (2, True)
