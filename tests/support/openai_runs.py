@@ -1,0 +1,40 @@
+"""Runs of `kdmesh generate` against a server with OpenAI's chat completions, and what they wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from kdmesh import cli
+from tests.support.openai_server import MODEL, OpenAIServer
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def words(server: OpenAIServer, prompts: Path, *options: str) -> list[str]:
+    output = prompts.with_name("answers.jsonl")
+    where = ("--openai", server.url, "--model-name", MODEL, "--prompts", str(prompts), "--output", str(output))
+    return ["generate", *where, *options]
+
+
+def run(server: OpenAIServer, prompts: Path, *options: str) -> Result:
+    return CliRunner().invoke(cli.main, words(server, prompts, *options))
+
+
+def rows(prompts: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in prompts.with_name("answers.jsonl").read_text().splitlines()]
+
+
+def answers(prompts: Path) -> list[str]:
+    return [row["messages"][-1]["content"] for row in rows(prompts)]
+
+
+def report(result: Result) -> dict[str, int]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
