@@ -114,7 +114,7 @@ def shown(body: bytes) -> str:
         text = said if isinstance(said, str) else json.dumps(said)
     except (ValueError, StopIteration, RecursionError):
         pass
-    line = " ".join(text.split())
+    line = " ".join(text.split()).rstrip(".")
     return f"{line[:_SHOWN]}..." if len(line) > _SHOWN else line or "nothing"
 
 

@@ -17,7 +17,7 @@ from kdmesh.answering.chat_api import Reply, error_code, read_reply, shown
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig, is_loopback
 from kdmesh.auth.tls_context import client_context
 from kdmesh.auth.tokens import read_token
-from kdmesh.errors import ConfigError, InvalidRequest, PermissionDenied, RpcError, Unauthenticated, Unavailable
+from kdmesh.errors import ConfigError, InvalidRequest, KdmeshError, PermissionDenied, Unauthenticated, Unavailable
 from kdmesh.rpc.retry import Deadline, RetryPolicy
 
 try:
@@ -123,6 +123,7 @@ class EndpointClient:
         """What a server answers, asked until one does: again after what may pass, longer and longer after.
 
         Raises:
+            ConfigError: there is no such model, or no such server at that URL.
             InvalidRequest: the request is refused.
             Unauthenticated: the key is not one that counts.
             PermissionDenied: the key is not enough.
@@ -170,7 +171,7 @@ class EndpointClient:
         key = self._endpoint.key if file is None else read_token(file)
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def _failure(self, url: str, response: httpx.Response) -> RpcError:
+    def _failure(self, url: str, response: httpx.Response) -> KdmeshError:
         status, code = response.status_code, error_code(response.content)
         words = f"answers {status}: {self._without_key(shown(response.content))}"
         said = f"{url} {words}"
@@ -183,14 +184,14 @@ class EndpointClient:
             case 403 | 429:
                 return PermissionDenied(said)
             case 404:
-                return InvalidRequest(
+                return ConfigError(
                     f"{said}; --openai is what comes before /chat/completions, mostly with /v1 at its end, and "
                     f"--model-name a model that {url}/models lists"
                 )
             case 400 if code == _FILTERED:
                 return PromptFiltered(said)
             case _ if response.has_redirect_location:
-                return InvalidRequest(f"{said}; it leads to {response.headers['location']}, which --openai may name")
+                return ConfigError(f"{said}; it leads to {response.headers['location']}, which --openai may name")
             case _:
                 return InvalidRequest(said)
 

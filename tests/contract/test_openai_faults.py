@@ -87,12 +87,12 @@ def test_what_does_not_pass_ends_with_the_servers_words(
     [
         (
             Answer(401, {"error": {"message": f"Incorrect key: {KEY}."}}),
-            "answers 401: Incorrect key: ***.; the key is that of OPENAI_API_KEY: set OPENAI_API_KEY, or token_file",
+            "answers 401: Incorrect key: ***; the key is that of OPENAI_API_KEY: set OPENAI_API_KEY, or token_file",
         ),
         (Answer(403, {"error": {"message": "not yours"}}), "answers 403: not yours"),
         (Answer(404, {"detail": "Not Found"}), "answers 404: Not Found; --openai is what comes before /chat/completi"),
         (
-            Answer(400, {"object": "error", "message": "This model's maximum context length is 8"}),
+            Answer(400, {"object": "error", "message": "This model's maximum context length is 8."}),
             "line 1: {url} answers 400: This model's maximum context length is 8. The prompts that a server refuses",
         ),
         (
