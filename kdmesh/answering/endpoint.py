@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
-from urllib.parse import urlsplit
 
 from kdmesh.answering.chat_api import Reply, error_code, read_reply, shown
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig, is_loopback
@@ -65,13 +64,12 @@ class Endpoint:
 
     def _check(self, url: str) -> None:
         try:
-            parts = urlsplit(url)
-            host, is_whole = parts.hostname, parts.port != 0
-        except ValueError:
-            host, is_whole = None, False
-        if not is_whole or host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+            parts = httpx.URL(url)
+        except httpx.InvalidURL:
+            parts = httpx.URL("")
+        if parts.scheme not in ("http", "https") or not parts.host or parts.query or parts.fragment:
             raise ConfigError(f"--openai {url!r} is not of the form http://HOST:PORT/v1 or https://HOST/v1")
-        if "@" in parts.netloc:
+        if parts.userinfo:
             raise ConfigError(f"a key belongs in {KEY_VARIABLE}, or in the token_file of --access, not in a URL")
         if parts.path.rstrip("/").endswith("/chat/completions"):
             raise ConfigError(f"--openai {url!r}: give what comes before /chat/completions")
@@ -79,7 +77,7 @@ class Endpoint:
             return
         if self.access.tls is not None:
             raise ConfigError(f"--openai {url!r}: --access has tls, so the URL must begin with https://")
-        if self.has_key and not self.access.plaintext_token and not is_loopback(host):
+        if self.has_key and not self.access.plaintext_token and not is_loopback(parts.host):
             raise ConfigError(
                 f"--openai {url!r}: the key of {self.key_name} would travel in the clear to another machine: take "
                 "https://, or plaintext_token in --access where something else encrypts, or give no key"
@@ -155,7 +153,6 @@ class EndpointClient:
                     headers={"Content-Type": "application/json", **self._authorization()},
                 )
         except TimeoutError:
-            self._was_reached = True
             raise Unavailable(
                 f"no answer within {self._endpoint.timeout_s:g} s (--timeout)", retry_after_s=0.0
             ) from None

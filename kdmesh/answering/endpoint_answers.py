@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -97,11 +97,12 @@ class EndpointAnswers:
                 running[self._loop.start(self._answered, one)] = one
 
     async def _answered(self, asked: Asked) -> Answers:
+        body, seed = self._body(asked), seed_of("generate", self._plan.seed, asked.number)
         choices: list[Choice] = []
         counts = Counts()
         try:
             while (missing := self._plan.samples - len(choices)) > 0:
-                reply = await self._ask(asked, missing, done=len(choices))
+                reply = await self._ask({"seed": (seed + len(choices)) % _NUM_SEEDS, **body}, missing)
                 choices += reply.choices[:missing]  # one that does not know n gives fewer
                 counts += Counts(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
         except PromptFiltered:
@@ -114,31 +115,31 @@ class EndpointAnswers:
             counts += Counts(rejected=1)
         return self._sorted(choices, counts)
 
-    async def _ask(self, asked: Asked, number: int, *, done: int) -> Reply:
-        """For so many answers more."""
-        body = self._body(asked, done)
-        if number > 1 and self._takes_n:
+    async def _ask(self, body: Mapping[str, Any], number: int) -> Reply:
+        """For so many answers, or as many as come at once."""
+        body = {name: value for name, value in body.items() if value is not None}
+        if number == 1 or not self._takes_n:
+            return await self._client.ask(body)
+        try:
+            return await self._client.ask(body | {"n": number})
+        except PromptFiltered:
+            raise
+        except InvalidRequest as error:
             try:
-                return await self._client.ask(body | {"n": number})
-            except PromptFiltered:
-                raise
-            except InvalidRequest as error:
-                with suppress(InvalidRequest):  # where that is refused as well, it is not for n
-                    reply = await self._client.ask(body)
-                    self._takes_n = False
-                    return reply
-                raise error
-        return await self._client.ask(body)
+                reply = await self._client.ask(body)
+            except InvalidRequest:  # so it is not for n
+                raise error from None
+            self._takes_n = False
+            return reply
 
-    def _body(self, asked: Asked, done: int) -> dict[str, Any]:
-        """For further answers than those that are done."""
-        body = {
+    def _body(self, asked: Asked) -> dict[str, Any]:
+        """Of every request for its answers; None leaves a field out."""
+        return {
             "model": self._servers.endpoint.model,
             "messages": request_messages(asked.turns),
             "tools": request_tools(asked.tools) or None,
-            "seed": (seed_of("generate", self._plan.seed, asked.number) + done) % _NUM_SEEDS,
+            **self._fields,
         }
-        return {name: value for name, value in {**body, **self._fields}.items() if value is not None}
 
     def _sorted(self, choices: list[Choice], counts: Counts) -> Answers:
         turns = []
@@ -161,7 +162,7 @@ class EndpointAnswers:
 
 
 def _request_fields(plan: Plan, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a request that is the same for every prompt; None leaves a field out."""
+    """All of a request that is the same for every prompt."""
     sampling = plan.sampling
     own: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,
