@@ -78,6 +78,7 @@ def main() -> None:
     Tokenise first    kdmesh tokenize examples/train-blend.yaml
     Prefill it first  kdmesh precompute examples/train.yaml --set 'teacher.addresses=["127.0.0.1:50051"]'
     Write a dataset   kdmesh generate --rollout 127.0.0.1:50061 --model MODEL --prompts IN.jsonl --output OUT.jsonl
+    ... by any API    kdmesh generate --openai https://HOST/v1 --model-name M --prompts IN.jsonl --output OUT.jsonl
     Grade its answers kdmesh evaluate examples/train-evaluate.yaml --rollout 127.0.0.1:50061
     Judge a model     kdmesh lm-eval runs/my-student --tasks hellaswag
     Trust a teacher   kdmesh probe --teacher 127.0.0.1:50051 --model path/to/teacher

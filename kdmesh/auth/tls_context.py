@@ -20,10 +20,15 @@ class _NamedContext(ssl.SSLContext):
             others["server_hostname"] = self.server_name
         return super().wrap_socket(sock, *args, **others)
 
-    def wrap_bio(self, *args: Any, **others: Any) -> ssl.SSLObject:
-        if self.server_name is not None:
-            others["server_hostname"] = self.server_name
-        return super().wrap_bio(*args, **others)
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        return super().wrap_bio(incoming, outgoing, server_side, self.server_name or server_hostname, session)
 
 
 def client_context(tls: ClientTlsConfig) -> ssl.SSLContext:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,16 @@ from click.testing import CliRunner
 
 from kdmesh import cli
 from kdmesh.answering import endpoint
+from kdmesh.auth.config import AccessConfig, ClientTlsConfig
+from kdmesh.errors import ConfigError
 from kdmesh.images import encoded, noise_image
 from kdmesh.rpc.retry import RetryPolicy
 from kdmesh_trainer.data_config import ChatFile, ImagesConfig
 from kdmesh_trainer.sources.readers import open_dataset
-from tests.support.openai_runs import answers, report, rows, run, write
+from tests.support.certificates import CertificateAuthority
+from tests.support.openai_runs import answers, report, rows, run, words, write
 from tests.support.openai_server import KEY, MODEL, Answer, OpenAIServer, answer_of, openai_server, said
+from tests.support.teacher_process import started
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import evaluations, run_job, write_config
 
@@ -169,6 +174,33 @@ def test_the_key_comes_from_the_environment_or_a_file(
     assert all(KEY not in path.read_text() for path in tmp_path.iterdir() if path.name != "key")
 
 
+@pytest.mark.parametrize("name", ["teacher.ml", "other.ml"])
+def test_a_server_is_known_by_its_certificate(prompts: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(endpoint, "_CONNECT_S", 2.0)
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    directory = prompts.parent
+    authority = CertificateAuthority(directory)
+    pair = authority.issue("server", ["teacher.ml"])
+    (directory / "access.yaml").write_text(f"tls: {{ca: {authority.cert}, server_name: {name}}}\n")
+    with openai_server(certificate=pair) as server:
+        result = run(server, prompts, "--access", str(directory / "access.yaml"))
+        assert (result.exit_code == 0) == (name == "teacher.ml"), result.output
+        assert server.keys == ({f"Bearer {KEY}"} if name == "teacher.ml" else set())
+    assert name == "teacher.ml" or "certificate verify failed" in result.output
+
+
+def test_a_key_goes_in_the_clear_only_where_that_is_said() -> None:
+    for url, access, is_fine in (
+        ("http://host/v1", AccessConfig(), False),
+        ("http://host/v1", AccessConfig(plaintext_token=True), True),
+        ("http://host/v1", AccessConfig(tls=ClientTlsConfig()), False),
+        ("https://host/v1", AccessConfig(tls=ClientTlsConfig()), True),
+        ("http://[::1]:8000/v1", AccessConfig(), True),
+    ):
+        with nullcontext() if is_fine else pytest.raises(ConfigError, match=r"in the clear|must begin with https://"):
+            endpoint.Endpoint(urls=[url], model=MODEL, access=access, key=KEY)
+
+
 def test_prompts_that_are_refused_may_be_left_out(server: OpenAIServer, prompts: Path) -> None:
     server.refused = {"say 1": Answer(400, {"message": "too long"})}
     stopped = run(server, prompts, "--concurrency", "1", "--samples", "2")
@@ -282,3 +314,12 @@ def test_a_file_whose_tools_hold_no_number_is_refused(server: OpenAIServer, tmp_
     prompts.write_text('{"prompt": "a", "tools": [{"name": "f", "most": NaN}]}\n')
     result = run(server, prompts)
     assert (result.exit_code, "line 1: its tools hold a number that no JSON has" in result.output) == (2, True)
+
+
+def test_what_it_needs_is_named_where_it_is_missing(server: OpenAIServer, prompts: Path) -> None:
+    code = "import sys; sys.modules['httpx'] = None; from kdmesh.cli import main; main()"
+    with started(prompts.parent, "-c", code, *words(server, prompts)) as process:
+        assert process.wait(60) == 2
+        assert process.stderr is not None
+        assert "--openai needs httpx: pip install 'kdmesh[openai]'" in process.stderr.read()
+    assert not prompts.with_name("answers.jsonl.part").exists()

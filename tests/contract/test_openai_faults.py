@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.utils
 import json
 import signal
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from kdmesh.answering import endpoint
@@ -66,6 +68,13 @@ def test_a_server_is_given_the_time_that_it_asks_for(
     assert len(server.asked) == 5
 
 
+def test_a_time_that_is_asked_for_may_be_a_date() -> None:
+    late = email.utils.formatdate(time.time() + 100, usegmt=True)
+    early = email.utils.formatdate(time.time() - 100, usegmt=True)
+    for asked, least, most in ((late, 90, 100), (early, 0, 0), ("7.5", 7.5, 7.5), ("-3", 0, 0), ("soon", 0, 0)):
+        assert least <= endpoint._retry_after_s(httpx.Headers({"Retry-After": asked})) <= most, asked
+
+
 def test_what_does_not_pass_ends_with_the_servers_words(
     server: OpenAIServer, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,7 +83,7 @@ def test_what_does_not_pass_ends_with_the_servers_words(
     result = run(server, prompts, "--concurrency", "1")
     assert result.exit_code == 2
     assert f"{server.url}: answers 500: no memory; it was tried again for 0 s" in result.output
-    monkeypatch.setattr(endpoint, "_CONNECT_S", 0.1)
+    monkeypatch.setattr(endpoint, "_CONNECT_S", 2.0)
     monkeypatch.setattr(server, "url", "http://127.0.0.1:1/v1")
     result = run(server, prompts)
     assert result.exit_code == 2
@@ -176,6 +185,15 @@ def wait_for(fact: Callable[[], bool]) -> None:
     while not fact():
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
+
+
+def test_a_proxy_of_the_environment_never_leads_to_this_machine(
+    server: OpenAIServer, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setattr(endpoint, "_CONNECT_S", 2.0)
+    assert report(run(server, prompts))["written"] == 4
 
 
 def test_another_server_of_the_model_is_asked_where_one_fails(server: OpenAIServer, prompts: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import ssl
 import struct
 import threading
 from collections import Counter, deque
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
+
+from tests.support.certificates import Pair
 
 Fault = Literal["reset", "hang", "garbage"]
 
@@ -108,54 +111,63 @@ def last_text(body: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else " ".join(part["text"] for part in content if part["type"] == "text")
 
 
+class _Listening(ThreadingHTTPServer):
+    served: OpenAIServer
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that was killed
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Listening
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = self.server.served.answer(self.path, self.headers.get("Authorization", ""), body)
+        match answer:
+            case Answer():
+                self._send(answer)
+            case "garbage":
+                self._send(Answer(body="<html>a proxy</html>"))
+            case "hang":
+                self.server.served.open.wait()
+            case "reset":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b'{"choices": [')
+                self.wfile.flush()
+                # With nobody to linger for what was not sent, the connection is reset.
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+
+    def _send(self, answer: Answer) -> None:
+        data = answer.body.encode() if isinstance(answer.body, str) else json.dumps(answer.body).encode()
+        self.send_response(answer.status)
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
 @contextmanager
-def openai_server() -> Iterator[OpenAIServer]:
-    """One that listens while the context lasts."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            answer = server.answer(self.path, self.headers.get("Authorization", ""), body)
-            match answer:
-                case Answer():
-                    self._send(answer)
-                case "garbage":
-                    self._send(Answer(body="<html>a proxy</html>"))
-                case "hang":
-                    server.open.wait()
-                case "reset":
-                    self.send_response(200)
-                    self.send_header("Content-Length", "1000")
-                    self.end_headers()
-                    self.wfile.write(b'{"choices": [')
-                    self.wfile.flush()
-                    # With nobody to linger for what was not sent, the connection is reset.
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.close_connection = True
-
-        def _send(self, answer: Answer) -> None:
-            data = answer.body.encode() if isinstance(answer.body, str) else json.dumps(answer.body).encode()
-            self.send_response(answer.status)
-            self.send_header("Content-Length", str(len(data)))
-            for name, value in answer.headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 64
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            pass  # a client that was killed
-
-    listening = Server(("127.0.0.1", 0), Handler)
-    server = OpenAIServer(listening.server_port)
+def openai_server(*, certificate: Pair | None = None) -> Iterator[OpenAIServer]:
+    """One that listens while the context lasts; over TLS where it has a certificate."""
+    listening = _Listening(("127.0.0.1", 0), _Handler)
+    listening.served = server = OpenAIServer(listening.server_port)
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate.cert, certificate.key)
+        listening.socket = context.wrap_socket(listening.socket, server_side=True)
+        server.url = server.url.replace("http", "https", 1)
     thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
