@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PretrainedConfig
 
 from kdmesh.errors import ConfigError
+from kdmesh.models.attention_sinks import WITH_SINKS, with_sinks
 
 PACKED_ATTENTION = "kdmesh_packed"
 
@@ -36,6 +38,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packed_lengths: tuple[int, ...] | None = None,
     packed_starts: Tensor | None = None,
     packed_before: int = 0,
@@ -53,6 +56,7 @@ def packed_attention(
         dropout: 0.
         scaling: factor on the scores; None is 1 / sqrt(head dim).
         softcap: cap on the scores, as in Gemma 2.
+        s_aux: [heads] sinks, as in gpt-oss (attention_sinks.py); not with `softcap` nor `packed_starts`.
         packed_lengths: tokens of each sequence; their sum is T.
         packed_starts: PackedTokens.starts on the same device, for one call of FlashAttention over all sequences, where
             `varlen_refusal` is None; None takes each sequence by itself.
@@ -71,8 +75,9 @@ def packed_attention(
         raise ConfigError(f"{_name(module)} was not told packed_lengths: sequences in one row would see each other")
     if attention_mask is not None:
         raise ConfigError(f"{_name(module)} passes an attention mask: packed attention takes none")
-    if kwargs.get("s_aux") is not None:
-        raise ConfigError(f"{_name(module)} has attention sinks (s_aux): packed attention has none")
+    if s_aux is not None and (softcap is not None or packed_starts is not None):
+        other = "capped scores" if packed_starts is None else "one call over all sequences"
+        raise ConfigError(f"{_name(module)} has attention sinks (s_aux): packed attention has none with {other}")
     if dropout:
         raise ConfigError(f"{_name(module)} has attention dropout {dropout}: packed attention has none; set it to 0")
     window = window_of(module, kwargs)
@@ -83,6 +88,7 @@ def packed_attention(
         else:
             longest = packed_longest, packed_longest
         return _varlen(query, key, value, packed_starts, packed_before, *longest, scale=scale, window=window), None
+    rules = _Rules(scale=scale, window=window, softcap=softcap, sinks=s_aux)
     # Split along an axis whose parts are contiguous in [1, T, heads, dim], so that joining outputs and
     # gradients copies whole rows. One split has one backward; slices would each fill a [T] of zeros.
     lengths = list(packed_lengths)
@@ -90,7 +96,7 @@ def packed_attention(
     queries = torch.split(query.transpose(1, 2), lengths, dim=1)
     keys, values = (torch.split(states.transpose(1, 2), key_lengths, dim=1) for states in (key, value))
     outputs = [
-        _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, window, softcap).transpose(1, 2)
+        _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rules).transpose(1, 2)
         for q, k, v in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
@@ -114,6 +120,8 @@ def varlen_refusal(config: PretrainedConfig, dtype: torch.dtype, device: torch.d
         return f"it computes in {dtype}, and only 16 bits have it"
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return "the model caps its scores"
+    if text.model_type in WITH_SINKS:
+        return "the model has attention sinks"
     if len(heads) > 1 or max(heads) > _VARLEN_HEAD_SIZE or max(heads) % 8:
         return f"heads have sizes {sorted(heads)}; they must have one, a multiple of 8 of at most {_VARLEN_HEAD_SIZE}"
     return None
@@ -183,14 +191,22 @@ def _has_parameter(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Rules:
+    """What a layer's attention is, but for its queries, keys and values; see packed_attention."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, rules: _Rules) -> Tensor:
     """Causal attention of the last L tokens of one sequence, [1, heads, L, dim]."""
     length = query.shape[2]
-    before = key.shape[2] - length
-    if softcap is None and not before and (window is None or window >= length):
-        return _fused(query, key, value, None, scale)
+    before, window = key.shape[2] - length, rules.window
+    if rules.softcap is None and not before and (window is None or window >= length):
+        return _fused(query, key, value, None, rules)
     # Masks are kept for the backward pass. Those that end within a sequence may be as long as it, and are made again.
     attend = partial(checkpoint, _attend_block, use_reentrant=False) if before else _attend_block
     return torch.cat(
@@ -199,9 +215,7 @@ def _attend(
                 query[:, :, start:stop],
                 key[:, :, first : before + stop],
                 value[:, :, first : before + stop],
-                window,
-                scale,
-                softcap,
+                rules,
             )
             for start, stop, first in _blocks(length, before, window)
         ],
@@ -221,25 +235,36 @@ def _visible(offset: int, num_queries: int, window: int | None, device: torch.de
     return ones if window is None else ones.triu(offset - window + 1)
 
 
-def _attend_block(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, softcap: float | None
-) -> Tensor:
+def _attend_block(query: Tensor, key: Tensor, value: Tensor, rules: _Rules) -> Tensor:
     """Attention of the last queries to all keys that one of them sees, [1, heads, queries, dim]."""
-    visible = _visible(key.shape[2] - query.shape[2], query.shape[2], window, query.device)
-    if softcap is None:
-        return _fused(query, key, value, visible, scale)
+    visible = _visible(key.shape[2] - query.shape[2], query.shape[2], rules.window, query.device)
+    if (softcap := rules.softcap) is None:
+        return _fused(query, key, value, visible, rules)
     _, key_heads, num_keys, _ = key.shape
     # Query heads that share a key head become more queries of it: nothing is repeated.
     grouped = query.reshape(key_heads, -1, query.shape[-1])
     # The order of roundings is transformers' own, so that bfloat16 results agree.
-    scores = torch.tanh(grouped @ key[0].transpose(1, 2) * scale / softcap) * softcap
+    scores = torch.tanh(grouped @ key[0].transpose(1, 2) * rules.scale / softcap) * softcap
     scores = scores.view(1, query.shape[1], -1, num_keys).masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights.view(key_heads, -1, num_keys) @ value[0]).view(1, *query.shape[1:3], value.shape[-1])
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+def _fused(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, rules: _Rules) -> Tensor:
     """torch's attention, causal where no mask is given; memory grows with a sequence's length on a GPU too."""
+    if rules.sinks is None:
+        return _fused_without_sinks(query, key, value, visible, rules.scale)
+    value_dim = value.shape[-1]
+    query, key, value = with_sinks(query, key, value, rules.sinks, rules.scale)
+    if visible is None:
+        # The first query sees the first key alone, which is the sinks': one more goes before those that count.
+        outputs = _fused_without_sinks(pad(query, (0, 0, 1, 0)), key, value, None, rules.scale)[:, :, 1:]
+    else:
+        outputs = _fused_without_sinks(query, key, value, pad(visible, (1, 0), value=True), rules.scale)
+    return outputs[..., :value_dim]
+
+
+def _fused_without_sinks(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     if not _reads_shared_keys(query, value, visible) and (copies := query.shape[1] // key.shape[1]) > 1:
         key, value = (states.repeat_interleave(copies, dim=1) for states in (key, value))
     return scaled_dot_product_attention(

@@ -45,6 +45,7 @@ def cached_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     decoding: Prompts | NextTokens | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -60,7 +61,7 @@ def cached_attention(
     if isinstance(decoding, Prompts):
         _store(layer, decoding, key, value)
         return packed_attention(
-            module, query, key, value, None, dropout, scaling, softcap, packed_lengths=decoding.lengths, **kwargs
+            module, query, key, value, None, dropout, scaling, softcap, s_aux, packed_lengths=decoding.lengths, **kwargs
         )
     window = window_of(module, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -68,7 +69,7 @@ def cached_attention(
     used = decoding.longest + 1
     visible = _visible(decoding, used, window)
     outputs = _attend(
-        query[0].transpose(0, 1)[:, :, None], keys[:, :, :used], values[:, :, :used], visible, scale, softcap
+        query[0].transpose(0, 1)[:, :, None], keys[:, :, :used], values[:, :, :used], visible, scale, softcap, s_aux
     )
     return outputs[:, :, 0][None], None
 
@@ -93,7 +94,13 @@ def _visible(decoding: NextTokens, used: int, window: int | None) -> Tensor | No
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """[B, heads, 1, value dim] of queries [B, heads, 1, dim]."""
     rows, heads, _, _ = query.shape
@@ -101,14 +108,25 @@ def _attend(
     # Query heads that share a key head become more queries of it: nothing is repeated. With `enable_gqa` and a mask a
     # GPU, up to torch 2.13, would repeat all keys and values for each query head, in float32.
     grouped = query.reshape(rows, key_heads, heads // key_heads, -1)
-    if softcap is None:
+    if softcap is None and sinks is None:
         outputs = scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=scale)
     else:
-        scores = torch.tanh(grouped @ keys.transpose(2, 3) * scale / softcap) * softcap
+        scores = grouped @ keys.transpose(2, 3) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         if visible is not None:
             scores = scores.masked_fill(~visible, -torch.inf)
-        outputs = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
+        outputs = _weights(scores, sinks).to(query.dtype) @ values
     return outputs.reshape(rows, heads, 1, -1)
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """[B, key heads, heads of each, used] of scores of that shape: what is left of 1 the sinks have."""
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is None:
+        return scores.softmax(-1, dtype=dtype)
+    own = sinks.to(scores.dtype).view(1, *scores.shape[1:3], 1).expand(len(scores), -1, -1, -1)
+    return torch.cat([scores, own], dim=-1).softmax(-1, dtype=dtype)[..., :-1]
 
 
 # No mask function is registered under this name: transformers then makes no mask at all.

@@ -31,6 +31,7 @@ def attention_by_heads(
     attention_mask: Tensor | None,
     *,
     context: ContextGroup | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; arguments and result as for packed_attention, of this rank's slice of T.
@@ -39,6 +40,7 @@ def attention_by_heads(
 
     Args:
         context: who holds the row; it divides the heads. Key heads that it does not divide are repeated.
+        s_aux: [heads] sinks, of all heads; the gradient is that of this rank's share of them, over all tokens.
         **kwargs: those of packed_attention; `packed_lengths` and `packed_starts` of the whole row, over all slices.
 
     Raises:
@@ -53,7 +55,8 @@ def attention_by_heads(
     if repeats > 1:
         key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     query, key, value = _all_tokens(context, query, key, value)
-    outputs, _ = packed_attention(module, query, key, value, attention_mask, **kwargs)
+    sinks = None if s_aux is None else s_aux.chunk(context.size)[context.place]
+    outputs, _ = packed_attention(module, query, key, value, attention_mask, s_aux=sinks, **kwargs)
     return _all_heads(context, outputs), None
 
 

@@ -14,7 +14,9 @@ from tests.support.tensor_watch import TensorWatch
 HEADS, KEY_HEADS, DIM, VALUE_DIM = 6, 2, 8, 5
 
 
-def dense(query: Tensor, keys: Tensor, values: Tensor, window: int | None, softcap: float | None) -> Tensor:
+def dense(
+    query: Tensor, keys: Tensor, values: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """[heads, value dim] of the last token of one sequence: query [heads, dim], keys [key heads, tokens, dim]."""
     keys, values = (states.repeat_interleave(HEADS // KEY_HEADS, dim=0) for states in (keys, values))
     if window is not None:
@@ -22,7 +24,10 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, window: int | None, softc
     scores = (keys @ query.unsqueeze(-1))[..., 0] * DIM**-0.5
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    return (scores.softmax(-1).unsqueeze(1) @ values)[:, 0]
+    share = torch.exp(scores - scores.logsumexp(-1, keepdim=True))
+    if sinks is not None:
+        share = share * torch.sigmoid(scores.logsumexp(-1) - sinks)[:, None]
+    return (share.unsqueeze(1) @ values)[:, 0]
 
 
 def layer() -> nn.Module:
@@ -36,14 +41,16 @@ def states(heads: int, tokens: int, dim: int, seed: int) -> Tensor:
     return torch.randn(1, heads, tokens, dim, dtype=torch.float64, generator=generator)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    ("softcap", "sinks"), [(None, None), (2.0, None), (None, torch.linspace(-2, 3, HEADS, dtype=torch.float64))]
+)
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("lengths", [(4, 4), (7, 2)])
 def test_new_tokens_see_what_the_dense_formula_says(
-    lengths: tuple[int, ...], window: int | None, softcap: float | None
+    lengths: tuple[int, ...], window: int | None, softcap: float | None, sinks: Tensor | None
 ) -> None:
     cache, total = KvCache(rows=2, tokens=8), sum(lengths)
-    told = {"softcap": softcap, "sliding_window": window}
+    told = {"softcap": softcap, "sliding_window": window, "s_aux": sinks}
     prompt = states(HEADS, total, DIM, 1), states(KEY_HEADS, total, DIM, 2), states(KEY_HEADS, total, VALUE_DIM, 3)
     cached_attention(layer(), *prompt, None, decoding=Prompts(cache=cache, rows=(0, 1), lengths=lengths), **told)
     new = states(HEADS, 2, DIM, 4), states(KEY_HEADS, 2, DIM, 5), states(KEY_HEADS, 2, VALUE_DIM, 6)
@@ -56,7 +63,7 @@ def test_new_tokens_see_what_the_dense_formula_says(
         keys, values = (
             torch.cat([old[row], fresh[0, :, row : row + 1]], dim=1) for old, fresh in zip(kept, new[1:], strict=True)
         )
-        torch.testing.assert_close(outputs[0, row], dense(new[0][0, :, row], keys, values, window, softcap))
+        torch.testing.assert_close(outputs[0, row], dense(new[0][0, :, row], keys, values, window, softcap, sinks))
 
 
 @pytest.mark.parametrize("lengths", [(300, 300), (300, 7)])

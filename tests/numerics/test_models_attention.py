@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
 from kdmesh.errors import ConfigError
@@ -28,6 +29,7 @@ def dense(
     scale: float,
     window: int | None,
     cap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The same by the textbook: one [T, T] mask over everything."""
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -40,7 +42,10 @@ def dense(
     scores = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(groups, 1)) * scale
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
-    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(-1, -1, len(owner), -1)], dim=-1)
+    weights = scores.softmax(-1)[..., : len(owner)]
     return torch.einsum("bhqk,bhkd->bqhd", weights, value.repeat_interleave(groups, 1))
 
 
@@ -51,6 +56,10 @@ def states(tokens: int, *, value_dim: int = DIM) -> tuple[Tensor, Tensor, Tensor
         torch.randn(1, KEY_HEADS, tokens, DIM, dtype=torch.float64, requires_grad=True),
         torch.randn(1, KEY_HEADS, tokens, value_dim, dtype=torch.float64, requires_grad=True),
     )
+
+
+def sink_logits() -> Tensor:
+    return torch.linspace(-2, 3, HEADS, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize("block", [4, 512])
@@ -75,6 +84,54 @@ def test_values_and_gradients_equal_the_dense_formula(
         torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("block", [4, 512])
+@pytest.mark.parametrize("value_dim", [VALUE_DIM, DIM, 20])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_sinks_join_the_denominator_and_have_their_gradient(
+    window: int | None, value_dim: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    lengths = (5, 1, 13, 2, 13)
+    inputs = *states(sum(lengths), value_dim=value_dim), sink_logits()
+    expected = dense(*inputs[:3], lengths, 0.3, window, None, inputs[3])
+    actual, _ = packed_attention(
+        nn.Identity(), *inputs[:3], None, scaling=0.3, s_aux=inputs[3], sliding_window=window, packed_lengths=lengths
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_queries_after_the_first_keys_have_sinks_too(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", 4)
+    query, key, value = states(24)
+    inputs = query, key, value, sink_logits()
+    told = {"sliding_window": window, "packed_lengths": (11, 2, 5), "packed_before": 6}
+    actual, _ = packed_attention(nn.Identity(), query[:, :, 6:], key, value, None, s_aux=inputs[3], **told)
+    expected = dense(query, key, value, (17, 2, 5), DIM**-0.5, window, None, inputs[3])[:, 6:]
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad(actual.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("value_dim", [VALUE_DIM, DIM])
+def test_sinks_keep_attention_in_the_kernel_that_forms_no_square(window: int | None, value_dim: int) -> None:
+    inputs = *states(900, value_dim=value_dim), sink_logits()
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # torch refuses what would need another one
+        outputs, _ = packed_attention(
+            nn.Identity(), *inputs[:3], None, s_aux=inputs[3], sliding_window=window, packed_lengths=(900,)
+        )
+    outputs.sum().backward()
+    assert inputs[3].grad is not None
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -152,6 +209,11 @@ def test_what_it_cannot_do_is_refused() -> None:
         packed_attention(nn.Identity(), *inputs, None, dropout=0.1, packed_lengths=(4,))
     with pytest.raises(ConfigError, match="mask"):
         packed_attention(nn.Identity(), *inputs, torch.ones(1, 1, 4, 4), packed_lengths=(4,))
+    told = {"packed_lengths": (4,), "s_aux": sink_logits()}
+    with pytest.raises(ConfigError, match=r"sinks .* none with capped scores"):
+        packed_attention(nn.Identity(), *inputs, None, softcap=2.0, **told)
+    with pytest.raises(ConfigError, match=r"sinks .* none with one call over all sequences"):
+        packed_attention(nn.Identity(), *inputs, None, packed_starts=torch.tensor([0, 4], dtype=torch.int32), **told)
 
 
 def by_the_formula(
@@ -216,6 +278,7 @@ def test_one_call_for_all_sequences_is_told_what_each_alone_is(
         ({"head_dim": 12}, torch.bfloat16, "cuda", r"sizes \[12\]"),
         ({"head_dim": 512}, torch.bfloat16, "cuda", r"sizes \[512\]"),
         ({"attn_logit_softcapping": 2.0}, torch.bfloat16, "cuda", "caps its scores"),
+        ({"model_type": "gpt_oss"}, torch.bfloat16, "cuda", "has attention sinks"),
         ({}, torch.bfloat16, "cuda", None),
     ],
 )
@@ -223,7 +286,7 @@ def test_a_model_that_flash_attention_cannot_run_is_told_why(
     change: dict[str, object], dtype: torch.dtype, device: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = AutoConfig.for_model("qwen3", **{"head_dim": 64, **change})
+    config = AutoConfig.for_model(**{"model_type": "qwen3", "head_dim": 64, **change})
     refusal = attention.varlen_refusal(config, dtype, torch.device(device))
     assert refusal is None if words is None else re.search(words, refusal or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

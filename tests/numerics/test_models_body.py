@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from kdmesh.errors import ConfigError
 from kdmesh.models import body, verify
 from kdmesh.models.attention import PACKED_ATTENTION, packed_attention
+from kdmesh.models.attention_sinks import WITH_SINKS
 from kdmesh.models.body import empty_causal_lm, hidden_states_TD, load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
@@ -63,8 +64,8 @@ def test_float32_rows_equal_hugging_face_within_1e_5(tiny_models: TinyModels, fa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_rows_equal_hugging_face_within_one_rounding(tiny_models: TinyModels, family: str) -> None:
     path = tiny_models.path(family, dtype=torch.bfloat16)
-    # Their SDPA has no soft cap; their eager attention rounds otherwise than any SDPA.
-    own = hugging_face(path, "eager" if family == "gemma2" else "sdpa")
+    # Their SDPA has no soft cap and no sinks; their eager attention rounds otherwise than any SDPA.
+    own = hugging_face(path, "eager" if family in ("gemma2", *WITH_SINKS) else "sdpa")
     model = load_causal_lm(path, "auto", CPU)
     with torch.no_grad():
         actual_TD = hidden_states_TD(model, pack(sequences()))
@@ -73,7 +74,10 @@ def test_bfloat16_rows_equal_hugging_face_within_one_rounding(tiny_models: TinyM
     assert relative_error(actual_TD, expected_TD) < 2**-8
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral", "qwen3_moe", "deepseek_v3", *HYBRIDS])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3", "gemma2", "mistral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granite_swa", "mimo_v2_flash", *HYBRIDS],
+)
 def test_gradients_equal_hugging_face(tiny_models: TinyModels, family: str) -> None:
     path = tiny_models.path(family)
     model, own = load_causal_lm(path, "auto", CPU), hugging_face(path, "eager")
@@ -199,7 +203,6 @@ def test_a_copy_of_a_hybrid_model_keeps_sequences_apart_with_its_own_weights(tin
     [
         ("bloom", {"n_head": 4, "n_layer": 2}, "apart"),  # ignores our attention
         ("rwkv", {}, "apart"),  # a recurrent state
-        ("gpt_oss", {"num_local_experts": 4}, "GptOssAttention has attention sinks .s_aux.: packed attention has none"),
         ("stablelm", {}, "packed_lengths"),  # passes nothing on to its attention
         ("mamba", {}, "linear_attention"),
         ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 64}, "chunked_attention"),

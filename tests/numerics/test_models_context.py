@@ -31,6 +31,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "key heads that do not divide": ("qwen2", {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 4}),
     "windows and soft caps": ("gemma2", {}),
     "a bias and partial angles": ("phi", {}),
+    "sinks and windows": ("granite_swa", {}),
     "values narrower than keys": (
         "deepseek_v3",
         {

@@ -45,6 +45,18 @@ _MLA = {
     "v_head_dim": 12,
 }
 
+_SINKS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
+}
+
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
     "qwen2_moe": {
@@ -67,6 +79,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         **_MLA,
     },
+    "gpt_oss": {**_SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
 }
 """Mixtures of experts: model type -> what makes this family special. Each is one of FAMILIES too."""
 
@@ -113,6 +126,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.7,
     },
     "phi": {"partial_rotary_factor": 0.5},  # its head has a bias
+    "granite_swa": {**_SINKS, "attention_multiplier": 0.3},
+    "mimo_v2_flash": {**_SINKS, "v_head_dim": 4, "mlp_layer_types": ["dense", "dense"]},
     **MIXTURES,
     **HYBRIDS,
 }
