@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,8 +19,15 @@ _MIXTRAL_GATE_UP_DOWN = ("w1", "w3", "w2")
 _OLDER = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 
-def file_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What files hold in place of one tensor of transformers' state dict, named as they begin it; views of it."""
+def file_tensors(name: str, tensor: Tensor, others: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """What files hold in place of one tensor of transformers' state dict, named as they begin it; views of it.
+
+    Args:
+        others: names of all tensors of the model. Experts that have biases, as gpt-oss's, are one tensor in files too.
+    """
+    if f"{name}_bias" in others:
+        yield name, tensor
+        return
     gate_name, up_name, down_name = _MIXTRAL_GATE_UP_DOWN if _MIXTRAL in name else _GATE_UP_DOWN
     if name.endswith(_GATE_UP):
         stem = name.removesuffix("gate_up_proj")
@@ -46,9 +53,9 @@ def names_in_files(tensors: Mapping[str, Tensor], in_files: Mapping[str, Sequenc
     Raises:
         ModelMismatch: the files hold a tensor by another name or in another shape than is known here.
     """
-    found = {name: _name_in_files(name, tensor, in_files) for name, tensor in tensors.items()}
+    found = {name: _name_in_files(name, tensors, in_files) for name in tensors}
     strange = sorted(
-        own for name, known in found.items() if known is None for own, _ in file_tensors(name, tensors[name])
+        own for name, known in found.items() if known is None for own, _ in file_tensors(name, tensors[name], tensors)
     )
     if strange:
         raise ModelMismatch(
@@ -58,12 +65,13 @@ def names_in_files(tensors: Mapping[str, Tensor], in_files: Mapping[str, Sequenc
     return {name: known for name, known in found.items() if known is not None}
 
 
-def _name_in_files(name: str, tensor: Tensor, in_files: Mapping[str, Sequence[int]]) -> str | None:
+def _name_in_files(name: str, tensors: Mapping[str, Tensor], in_files: Mapping[str, Sequence[int]]) -> str | None:
+    tensor = tensors[name]
     older = [old + name.removeprefix(new) for new, old in _OLDER if name.startswith(new)]
     for known in (name, *older, name.replace(_MIXTURE, _MIXTRAL)):
         # Newer files, as Qwen3.5's, hold experts as transformers does; SGLang loads those by either names.
         if tuple(in_files.get(known, ())) == tuple(tensor.shape):
             return known
-        if all(tuple(in_files.get(own, ())) == tuple(part.shape) for own, part in file_tensors(known, tensor)):
+        if all(tuple(in_files.get(own, ())) == tuple(part.shape) for own, part in file_tensors(known, tensor, tensors)):
             return known
     return None

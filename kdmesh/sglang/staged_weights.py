@@ -74,8 +74,8 @@ def load(model: Any, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
     from sglang.srt.managers import mm_schedule
 
     assert not named_tensors
-    staged = read_staged(SEGMENTS.weights())
-    model.load_weights(own for name, tensor in staged for own in file_tensors(name, tensor))
+    staged = dict(read_staged(SEGMENTS.weights()))
+    model.load_weights(own for name, tensor in staged.items() for own in file_tensors(name, tensor, staged))
     if mm_schedule.embedding_cache is not None:
         mm_schedule.embedding_cache.clear()  # SGLang 0.5.23 keeps what the old weights saw in images
 

@@ -61,11 +61,12 @@ def test_float32_rows_equal_hugging_face_within_1e_5(tiny_models: TinyModels, fa
             assert relative_error(alone_TD, expected_TD) < 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Of sinks transformers has its eager attention alone, which rounds otherwise: test_models_sinks.py.
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - WITH_SINKS))
 def test_bfloat16_rows_equal_hugging_face_within_one_rounding(tiny_models: TinyModels, family: str) -> None:
     path = tiny_models.path(family, dtype=torch.bfloat16)
-    # Their SDPA has no soft cap and no sinks; their eager attention rounds otherwise than any SDPA.
-    own = hugging_face(path, "eager" if family in ("gemma2", *WITH_SINKS) else "sdpa")
+    # Their SDPA has no soft cap; their eager attention rounds otherwise than any SDPA.
+    own = hugging_face(path, "eager" if family == "gemma2" else "sdpa")
     model = load_causal_lm(path, "auto", CPU)
     with torch.no_grad():
         actual_TD = hidden_states_TD(model, pack(sequences()))
@@ -74,10 +75,7 @@ def test_bfloat16_rows_equal_hugging_face_within_one_rounding(tiny_models: TinyM
     assert relative_error(actual_TD, expected_TD) < 2**-8
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["qwen3", "gemma2", "mistral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granite_swa", "mimo_v2_flash", *HYBRIDS],
-)
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral", "qwen3_moe", "deepseek_v3", *HYBRIDS])
 def test_gradients_equal_hugging_face(tiny_models: TinyModels, family: str) -> None:
     path = tiny_models.path(family)
     model, own = load_causal_lm(path, "auto", CPU), hugging_face(path, "eager")

@@ -117,7 +117,7 @@ def test_temperature_zero_is_the_likeliest_token_each_time(tiny_models: TinyMode
         ids = torch.cat([ids, torch.tensor([token])])
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3", "qwen3_5_text", "qwen3_next"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3", "gpt_oss", "qwen3_5_text", "qwen3_next"])
 def test_a_deterministic_seed_gives_the_same_tokens_whatever_else_is_served(
     family: str, tiny_models: TinyModels
 ) -> None:

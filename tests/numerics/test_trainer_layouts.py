@@ -117,6 +117,7 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
         # Mixtures, some experts of which get no token of a micro-batch; the second has a layer without experts.
         ("qwen2_moe", False, "micro_batch", False),
         ("deepseek_v3", True, "step", False),
+        ("gpt_oss", False, "micro_batch", False),  # with sinks
         pytest.param("mixtral", True, "micro_batch", True, marks=pytest.mark.slow),
         pytest.param("glm4_moe", False, "micro_batch", False, marks=pytest.mark.slow),
         pytest.param("deepseek_v2", True, "step", False, marks=pytest.mark.slow),
@@ -158,6 +159,8 @@ def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(
         ("qwen3", 2, 2),
         ("qwen3", 3, 3),  # of 4 heads, so that they exchange keys
         ("qwen3_moe", 2, 2),
+        ("gpt_oss", 2, 2),
+        pytest.param("gpt_oss", 3, 3, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", 2, 2, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", 3, 3, marks=pytest.mark.slow),
         pytest.param("qwen3", 4, 2, marks=pytest.mark.slow),

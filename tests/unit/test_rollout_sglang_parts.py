@@ -141,7 +141,8 @@ def test_weights_get_the_names_and_values_of_their_files(tmp_path: Path, family:
     checkpoint = open_checkpoint(tmp_path)
     names = names_in_files(named_weights(checkpoint.skeleton), checkpoint.shapes())
     assert all(name == known for name, known in names.items()) == (family != "mixtral")
-    own = {n: part for name, tensor in named_weights(model).items() for n, part in file_tensors(names[name], tensor)}
+    weights = named_weights(model)
+    own = {n: part for name, tensor in weights.items() for n, part in file_tensors(names[name], tensor, weights)}
     in_file = load_file(tmp_path / "model.safetensors")
     assert own.keys() == in_file.keys()
     assert all(torch.equal(own[name], in_file[name]) for name in own)
@@ -165,7 +166,7 @@ def test_weights_of_a_model_that_reads_images_get_the_names_of_its_files(
     checkpoint = open_checkpoint(tiny_vision.path(family))
     weights = named_weights(checkpoint.skeleton)
     names = names_in_files(weights, checkpoint.shapes())
-    sent = {name for own, tensor in weights.items() for name, _ in file_tensors(names[own], tensor)}
+    sent = {name for own, tensor in weights.items() for name, _ in file_tensors(names[own], tensor, weights)}
     assert sent == set(checkpoint.shapes())
 
 
