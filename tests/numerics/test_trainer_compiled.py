@@ -106,6 +106,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         ("llama", {"gather": "step"}),
         ("deepseek_v3", {"gather": "step"}),
         ("qwen3_moe", {"every": 2}),
+        ("gpt_oss", {"gather": "step"}),  # sinks
         ("qwen3", {"gather": "step", "together": True}),
         ("qwen3", {"every": 2, "together": True}),
     ],
