@@ -96,6 +96,10 @@ def _refusing(path: Path, done: str) -> Iterator[None]:
 
 
 def _read(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") == "mxfp4":
+        # Else transformers keeps them on GPUs, where they cannot be trained, and asks for accelerate elsewhere.
+        quantization["dequantize"] = True
     model, report = auto_class(config).from_pretrained(
         path,
         config=config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kdmesh.models.attention import packed_attention
 from kdmesh.models.attention_sinks import WITH_SINKS
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.packing import pack
+from tests.support.four_bit_experts import in_four_bits
 from tests.support.sequences import random_sequences
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
 
@@ -122,7 +124,22 @@ def test_every_model_type_with_sinks_has_the_hidden_states_and_the_gradient_of_i
     assert any(name.endswith(".sinks") for name in reached)
 
 
-def test_a_checkpoint_whose_sinks_differ_computes_otherwise(tiny_models: TinyModels, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_experts_in_four_bits_are_plain_numbers_when_they_are_loaded(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: Any
+) -> None:
+    path = shutil.copytree(tiny_models.path("gpt_oss", dtype=torch.bfloat16), tmp_path / "model")
+    plain = in_four_bits(path)
+    # Nothing that keeps them in four bits is asked for.
+    monkeypatch.setattr("transformers.quantizers.quantizer_mxfp4.is_accelerate_available", lambda: False)
+    model = load_causal_lm(path, dtype, torch.device("cpu"))
+    weights = model.state_dict()
+    assert weights.keys() == plain.keys()
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16 if dtype == "auto" else dtype}
+    assert all(torch.equal(weights[name].to(value.dtype), value) for name, value in plain.items())
+
+
+def test_a_model_whose_sinks_differ_computes_otherwise(tiny_models: TinyModels) -> None:
     path = tiny_models.path("gpt_oss")
     model = load_causal_lm(path, "auto", torch.device("cpu"))
     tokens = pack(random_sequences(LENGTHS, vocabulary_size=VOCABULARY_SIZE))

@@ -18,6 +18,7 @@ from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.mesh import joined
 from kdmesh_trainer.model import Student
 from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from tests.support.four_bit_experts import in_four_bits
 from tests.support.full_disk import files_limited_to
 from tests.support.tiny_models import (
     FAMILIES,
@@ -145,6 +146,17 @@ def test_a_quantized_checkpoint_is_written_as_the_plain_numbers_that_were_traine
     assert {tensor.dtype for tensor in load_file(final / "model.safetensors").values()} == {torch.bfloat16}
     assert "quantization_config" not in json.loads((final / "config.json").read_text())
     assert torch.allclose(logits(final), logits(origin), rtol=0.05, atol=0.05)
+
+
+def test_experts_in_four_bits_are_written_as_the_plain_numbers_that_were_trained(tmp_path: Path) -> None:
+    origin = model(tmp_path / "origin", "gpt_oss", torch.bfloat16)
+    plain = in_four_bits(origin)
+    final = exported(origin)
+    written = load_file(final / "model.safetensors")
+    assert written.keys() == plain.keys()
+    assert all(torch.equal(written[name], value) for name, value in plain.items())
+    assert "quantization_config" not in json.loads((final / "config.json").read_text())
+    assert torch.equal(logits(final), logits(origin))
 
 
 @pytest.mark.parametrize("limit_bytes", [5000, 9500], ids=["weights", "tokenizer"])

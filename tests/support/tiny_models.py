@@ -79,7 +79,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         **_MLA,
     },
-    "gpt_oss": {**_SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
+    # Every other of its layers has a window, the first too.
+    "gpt_oss": {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
 }
 """Mixtures of experts: model type -> what makes this family special. Each is one of FAMILIES too."""
 
