@@ -16,6 +16,7 @@ from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.kv_cache import KvCache
 from kdmesh.models.packing import pack
+from kdmesh.models.routing import steady_routing
 from kdmesh.models.vision import attention_of
 from kdmesh.types import Int32Array, PlacedImage, TokenSequence
 
@@ -131,7 +132,7 @@ def prepare_decoding(model: PreTrainedModel) -> None:
     """
     whole = _probe_sequences(model)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), steady_routing(model):
             expected_TD = hidden_states_TD(model, pack(whole).to(model.device))
             model.set_attn_implementation(attention_of(model.config, CACHED_ATTENTION))
             decoded_TD = _decoded_TD(model, [sequence.token_ids for sequence in whole])

@@ -21,6 +21,7 @@ from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.packing import PackedTokens, pack
 from kdmesh.models.positions import stated_limit
 from kdmesh.models.recurrent import LINEAR_ATTENTION, RECURRENT_LAYERS
+from kdmesh.models.routing import steady_routing
 from kdmesh.models.vision import attention_of
 from kdmesh.types import TokenSequence
 
@@ -73,7 +74,7 @@ def check_packing(model: PreTrainedModel) -> None:
 def _check_alone_and_together(model: PreTrainedModel, what: str) -> None:
     sequences = _probe_sequences(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), steady_routing(model):
             together_TD = hidden_states_TD(model, pack(sequences).to(model.device))
             with _own_attention(model):
                 alone_TD = torch.cat([_own_hidden_TD(model, pack([s]).to(model.device)) for s in sequences])

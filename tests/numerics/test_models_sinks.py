@@ -18,6 +18,7 @@ from kdmesh.models import attention
 from kdmesh.models.attention import packed_attention
 from kdmesh.models.attention_sinks import WITH_SINKS
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
+from kdmesh.models.decoding import prepare_decoding
 from kdmesh.models.packing import pack
 from tests.support.four_bit_experts import in_four_bits
 from tests.support.sequences import random_sequences
@@ -137,6 +138,17 @@ def test_experts_in_four_bits_are_plain_numbers_when_they_are_loaded(
     assert weights.keys() == plain.keys()
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16 if dtype == "auto" else dtype}
     assert all(torch.equal(weights[name].to(value.dtype), value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_in_bfloat16_no_mixture_is_refused_because_rounding_chose_another_expert(
+    tiny_models: TinyModels, seed: int
+) -> None:
+    """One of these would be: some tokens take other experts than under transformers' own attention."""
+    path = tiny_models.path("gpt_oss", seed=seed, dtype=torch.bfloat16, tokenizer=False)
+    model = load_causal_lm(path, "auto", torch.device("cpu"))
+    prepare_decoding(model)
+    assert [layer.mlp.router.top_k for layer in model.model.layers] == [2, 2]
 
 
 def test_a_model_whose_sinks_differ_computes_otherwise(tiny_models: TinyModels) -> None:
