@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 SPECIAL = (
     "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<|start_header|>", "<|end_header|>", "<|eot|>",
     "<|start_of_turn|>", "<|end_of_turn|>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>",
+    "<|start|>", "<|channel|>", "<|message|>", "<|call|>",
 )  # fmt: skip
 
 PATTERN = (
@@ -59,6 +60,26 @@ TEMPLATES = {
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    # As gpt-oss's: a turn is messages in channels, of which the prompt gives the role alone. Thinking before an answer
+    # is left out of history, and before a call once an answer follows; a call has an end of its own.
+    "channels": (
+        "<|start|>system<|message|>You are a model.<|end|>"
+        "{% if tools %}<|start|>developer<|message|># Tools\n{% for t in tools %}\n{{ t.function.name }}{% endfor %}"
+        "<|end|>{% endif %}{% for m in messages %}{% set own = loop.index0 %}{% if m.role == 'system' %}"
+        "<|start|>developer<|message|># Instructions\n\n{{ m.content }}<|end|>"
+        "{% elif m.role == 'assistant' %}{% set later = namespace(answers=0) %}"
+        "{% for n in messages %}{% if loop.index0 > own and n.role == 'assistant' and not n.tool_calls %}"
+        "{% set later.answers = 1 %}{% endif %}{% endfor %}"
+        "{% if m.thinking and (not later.answers if m.tool_calls else loop.last and not add_generation_prompt) %}"
+        "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+        "{% for call in m.tool_calls or [] %}<|start|>assistant to=functions.{{ call.function.name }}"
+        "<|channel|>commentary json<|message|>{{ call.function.arguments | tojson }}<|call|>{% endfor %}"
+        "{% if not m.tool_calls %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+        "{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}"
+        "{% elif m.role == 'tool' %}<|start|>functions to=assistant<|channel|>commentary<|message|>{{ m.content }}"
+        "<|end|>{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
     ),
     # The thinking of all turns but the last is left out, and the last one always has some.
     "qwen3": (

@@ -145,6 +145,36 @@ def test_another_end_for_the_last_turn_makes_one_sequence_per_turn() -> None:
     assert [tokenizer.decode(part.labels) for part in parts] == [f"{text}<|return|>" for text in said]
 
 
+@pytest.mark.parametrize(
+    ("thinking", "answer"),
+    [
+        ("hm", "yes"),
+        ("The answer is yes, or yes.", "yes"),
+        ("", "yes"),
+        ("final", "final"),
+        ("a", "a"),
+        ("x", "return"),
+    ],
+)
+def test_a_turn_in_channels_is_learnt_from_its_thinking_to_the_end_of_its_answer(thinking: str, answer: str) -> None:
+    tokenizer, encoder = tools("channels")
+    said = Message(role="assistant", content=answer, reasoning=thinking)
+    asked = Message(role="system", content="Be brief."), Message(role="user", content="Was it so?")
+    [one] = encoder.encode([Chat(messages=(*asked, said), origin="here")])
+    own = f"<|channel|>analysis<|message|>{thinking}<|end|><|start|>assistant" if thinking else ""
+    assert isinstance(one, list)
+    assert [tokenizer.decode(part.labels) for part in one] == [f"{own}<|channel|>final<|message|>{answer}<|return|>"]
+    [several] = encoder.encode([Chat(messages=(*asked, said, asked[1], said), origin="here")])
+    assert isinstance(several, list)
+    assert [tokenizer.decode(part.labels) for part in several] == 2 * [tokenizer.decode(one[0].labels)]
+    history = tokenizer.decode(several[1].token_ids[: several[1].positions[0] + 1])
+    assert history.endswith(
+        f"<|start|>assistant<|channel|>final<|message|>{answer}<|end|>"
+        "<|start|>user<|message|>Was it so?<|end|><|start|>assistant"
+    )
+    assert encoder.end_of_turn() == tokenizer.convert_tokens_to_ids("<|return|>")
+
+
 def test_a_turn_that_history_replaces_is_learnt_as_it_was_said() -> None:
     tokenizer, _ = tools("forgetful")
     parts = sequences("forgetful", CHATS["several turns"])

@@ -60,6 +60,24 @@ def test_calls_carry_loss_to_the_token_that_ends_their_turn() -> None:
     assert tokenizer.decode(sequence.labels) == f"{said}It is 2.<|im_end|>"
 
 
+def test_a_call_in_a_channel_is_learnt_to_its_own_end() -> None:
+    tokenizer = chat_tokenizer(None)
+    found = encoded(ROW, TEMPLATES["channels"])
+    assert isinstance(found, list)
+    assert [tokenizer.decode(sequence.labels) for sequence in found] == [
+        ' to=functions.add<|channel|>commentary json<|message|>{"a": 1}<|call|>'
+        "<|channel|>final<|message|>It is 2.<|return|>"
+    ]
+
+
+def test_thinking_before_a_call_that_the_answer_removes_makes_a_chat_unusable() -> None:
+    found = encoded({**ROW, "messages": [USER, {**CALLING, "thinking": "hm"}, TOLD, ANSWER]}, TEMPLATES["channels"])
+    assert isinstance(found, Unusable)
+    assert found.reason is Reason.NOT_A_PREFIX
+    learnt = encoded({**ROW, "messages": [USER, {**CALLING, "thinking": "hm"}]}, TEMPLATES["channels"])
+    assert isinstance(learnt, list)
+
+
 def test_a_prompt_tells_of_tools_and_of_what_they_answered() -> None:
     tokenizer = chat_tokenizer(None)
     [prompt] = ChatEncoder(tokenizer, TEMPLATE).encode_prompts([chat(ROW)])
