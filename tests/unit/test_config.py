@@ -74,6 +74,17 @@ def test_every_bad_key_is_named_with_its_path(tmp_path: Path) -> None:
         assert part in said
 
 
+def test_evaluations_without_anything_to_judge_by_are_refused(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD, "evaluation.every=200")
+    assert "  evaluation.every (200) has nothing to judge by: give data.held_out or evaluation.questions" in said
+    questions = ("evaluation.questions.path=q.jsonl", "evaluation.rollouts={}")
+    said = refusal(tmp_path, GOOD, "evaluation={every: 200, max_sequences: 9}", *questions)
+    assert said.splitlines()[1:] == ["  evaluation.max_sequences (9) needs data.held_out, which it bounds"]
+    for enough in (questions, ("data.held_out=0.1",)):
+        cfg = config.load(TrainerConfig, written(tmp_path, GOOD), ("evaluation.every=200", *enough))
+        assert cfg.evaluation.every == 200
+
+
 def test_a_tracker_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD, "trackers=[tensorboard, wandb, tensorboard]")
     assert "trackers names one twice: tensorboard, wandb, tensorboard" in said

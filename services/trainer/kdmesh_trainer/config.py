@@ -23,7 +23,7 @@ from kdmesh_trainer.profile_config import ProfileConfig
 from kdmesh_trainer.questions_config import refuse_unasked_questions
 from kdmesh_trainer.replicas_config import ReplicatedConfig, check_can_be_known
 from kdmesh_trainer.rollouts_config import RolloutsConfig, SamplingConfig, SendingConfig
-from kdmesh_trainer.schedule_config import CheckpointConfig, EvaluationConfig
+from kdmesh_trainer.schedule_config import CheckpointConfig, EvaluationConfig, refuse_idle_evaluation
 from kdmesh_trainer.student_config import StudentConfig
 
 
@@ -292,8 +292,9 @@ class TrainerConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _questions_are_asked(self) -> TrainerConfig:
+    def _evaluations_judge(self) -> TrainerConfig:
         refuse_unasked_questions(self)
+        refuse_idle_evaluation(self)
         refuse_unknown_best(self)
         return self
 

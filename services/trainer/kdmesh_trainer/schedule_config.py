@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from kdmesh.config import StrictModel
 from kdmesh_trainer.questions_config import QuestionsConfig
 from kdmesh_trainer.rollouts_config import RolloutsConfig
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.config import TrainerConfig
 
 
 class EvaluationConfig(StrictModel):
@@ -34,3 +39,14 @@ class CheckpointConfig(StrictModel):
 
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+
+
+def refuse_idle_evaluation(cfg: TrainerConfig) -> None:
+    """Raises ValueError when evaluations are configured that have nothing to judge by."""
+    asked = cfg.evaluation
+    if asked.every is not None and cfg.data.held_out is None and asked.questions is None:
+        raise ValueError(
+            f"evaluation.every ({asked.every}) has nothing to judge by: give data.held_out or evaluation.questions"
+        )
+    if asked.max_sequences is not None and cfg.data.held_out is None:
+        raise ValueError(f"evaluation.max_sequences ({asked.max_sequences}) needs data.held_out, which it bounds")
