@@ -98,6 +98,38 @@ def test_images_give_the_textbook_gradient_on_one_rank_and_on_two(
                 assert error < 1e-4, f"{ranks} ranks, frozen {freeze_vision}: {name} is off by {error}"
 
 
+def gradients_of_texts(mesh: Mesh, *, student: str, output: str) -> None:
+    """Writes the whole gradient to `output`, in bfloat16, with two micro-batches on each rank."""
+    path = Path(student)
+    sequences, teacher = [vision_sequence(reader_of(path), 11, seed=seed) for seed in range(4)], LocalTeacher(path)
+    each = {1: [[0, 1], [2, 3]], 2: [[2 * mesh.rank], [2 * mesh.rank + 1]]}[mesh.world_size]
+    lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
+    model = Student(lm, vocabulary_size=VOCABULARY_SIZE, packer=build_packer(lm, None, 0, freeze_vision=False))
+    shard(model, mesh.device_mesh, compute_dtype=torch.bfloat16, gather="step")
+    stepper = build_stepper(model, teacher, mesh, config=OptimizerConfig(), steps=1)
+    stepper.accumulate(step_batch(sequences, each, teacher))
+    results = {name: whole(p.grad, None) for name, p in lm.named_parameters() if p.requires_grad}
+    if mesh.is_first:
+        save_file(results, Path(output) / f"texts-{mesh.world_size}.safetensors")
+
+
+def test_a_student_that_reads_images_learns_from_texts_alone_on_ranks_that_keep_its_gradients(
+    tiny_vision: TinyVisionModels, tmp_path: Path
+) -> None:
+    for ranks in (1, 2):
+        run_ranks(
+            "tests.numerics.test_trainer_vision:gradients_of_texts",
+            ranks=ranks,
+            student=str(tiny_vision.path(seed=1)),
+            output=str(tmp_path),
+        )
+    expected, actual = (load_file(tmp_path / f"texts-{ranks}.safetensors") for ranks in (1, 2))
+    assert actual.keys() == expected.keys()
+    assert not any(".visual." in name for name in actual)
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= 0.05 * value.norm(), name
+
+
 @pytest.mark.parametrize(("num_images", "freeze_vision"), [(0, False), (0, True), (3, False), (3, True)])
 def test_a_tower_that_sees_nothing_is_frozen(
     tiny_vision: TinyVisionModels, num_images: int, freeze_vision: bool

@@ -11,6 +11,8 @@ from kdmesh.models.directory import check_model_directory
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.verify import check_images
+from kdmesh.models.vision import reads_images
+from kdmesh_trainer import freezing
 from kdmesh_trainer.config import TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -48,12 +50,11 @@ def build_packer(lm: PreTrainedModel, reader: ImageReader | None, num_images: in
     Raises:
         ConfigError: the model does not keep images in one row apart.
     """
+    is_frozen = freeze_vision or not num_images  # without images it has no gradient, and an optimizer no state for it
+    if is_frozen and reads_images(lm.config):
+        freezing.freeze_vision(lm)
     if reader is None:
         return Packer(lm, None)
-    is_frozen = freeze_vision or not num_images  # without images it has no gradient, and an optimizer no state for it
-    if is_frozen:
-        for parameter in lm.base_model.visual.parameters():
-            parameter.requires_grad_(False)
     if num_images:
         check_images(lm, reader)
     log.info("student reads images", extra={"images": num_images, "vision_is_frozen": is_frozen})

@@ -6,12 +6,16 @@ import logging
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdmesh.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,12 @@ def freeze(lm: nn.Module, patterns: Sequence[str]) -> None:
     if not trained:
         raise ConfigError(f"student.freeze: [{', '.join(patterns)}] leaves no parameter to train")
     log.info("parameters frozen", extra={"frozen_parameters": frozen, "trained_parameters": trained})
+
+
+def freeze_vision(lm: PreTrainedModel) -> None:
+    """Leave the vision tower of a model that reads images, with its projector, as it is, in place."""
+    for parameter in lm.base_model.visual.parameters():
+        parameter.requires_grad_(False)
 
 
 def rest_in_bfloat16(lm: nn.Module) -> None:

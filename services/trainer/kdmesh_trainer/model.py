@@ -274,7 +274,8 @@ def begin_micro_batch(student: Student, *, is_last: bool) -> None:
         # Until then each copy of the student adds up its own gradient: copies meet once a step.
         module.set_requires_all_reduce(is_last, recurse=False)
         if student.is_kept_whole:
-            module.set_requires_gradient_sync(is_last, recurse=False)
+            # Of what is frozen there is nothing to keep, and FSDP looks for it even where nothing was ever gathered.
+            module.set_requires_gradient_sync(is_last or _is_frozen(cast(nn.Module, module)), recurse=False)
             module.set_reshard_after_backward(is_last, recurse=False)
 
 
