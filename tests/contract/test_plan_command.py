@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.support.tiny_models import TinyModels
+from tests.support.tiny_vision import TinyVisionModels
 from tests.support.trainer_jobs import write_config
 
 
@@ -47,6 +48,12 @@ def test_what_the_file_says_of_adapters_checkpoints_and_the_teacher_is_planned_f
     assert int(in_all.replace(",", "")) * 2**20 < whole["rank_peak_bytes"]
     on_host = ("--set", "parallel.offload=all", "--device", "cuda")
     assert "AdamW" in plan(config, *less, *on_host, "--serve", str(server))  # most of whose parameters have no gradient
+
+
+def test_a_vision_tower_that_is_frozen_is_planned_without_moments(config: Path, tiny_vision: TinyVisionModels) -> None:
+    student = ("--json", "--set", f"student.model={tiny_vision.path()}")
+    trained, frozen = (plan(config, *student, "--set", f"student.freeze_vision={is_it}") for is_it in ("false", "true"))
+    assert json.loads(frozen)["rank_bytes"]["AdamW"] < 0.6 * json.loads(trained)["rank_bytes"]["AdamW"]
 
 
 def test_what_cannot_be_planned_for_is_said_in_a_sentence(config: Path, tmp_path: Path) -> None:

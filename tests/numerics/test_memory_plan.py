@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kdmesh.errors import ConfigError
 from kdmesh_trainer.lora_config import LoraConfig
@@ -20,6 +20,8 @@ from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.plan_command import at_worst
 from tests.support.measured_step import TEACHER_SIZE, Step
 from tests.support.tiny_models import FAMILIES, HYBRID_MIXTURES, MIXTURES, VOCABULARY_SIZE, TinyModels
+from tests.support.tiny_vision import VOCABULARY_SIZE as VISION_VOCABULARY
+from tests.support.tiny_vision import TinyVisionModels
 from tests.support.trainer_ranks import finish, start_ranks
 
 TINY: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -228,6 +230,25 @@ def test_what_is_frozen_by_name_has_neither_gradient_nor_moments(tmp_path: Path,
         assert plan(replace(whole, freeze=("model.layers",), ranks=ranks)).resident["AdamW"] == pytest.approx(
             8 * (2 * head + 64) / ranks, rel=1e-2
         )
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vision_tower_has_gradients_and_moments_where_it_learns_and_none_where_not(
+    tiny_vision: TinyVisionModels, family: str, dtype: torch.dtype
+) -> None:
+    path = tiny_vision.path(family)
+    lm = AutoModelForImageTextToText.from_pretrained(path)
+    tower, whole = (sum(p.numel() for p in part.parameters()) for part in (lm.model.visual, lm))
+    text_alone = replace(job(path, VISION_VOCABULARY, [40, 24], accumulates=True), compute_dtype=dtype)
+    for ranks in (1, 2):
+        frozen, trained = (plan(replace(text_alone, ranks=ranks, trains_vision=is_it)) for is_it in (False, True))
+        assert frozen.resident["AdamW"] == pytest.approx(8 * (whole - tower) / ranks, rel=2e-2)
+        assert trained.resident["AdamW"] == pytest.approx(8 * whole / ranks, rel=2e-2)
+        assert trained.resident["parameters"] == frozen.resident["parameters"]
+        more = trained.phases["AdamW"]["gradients"] - frozen.phases["AdamW"]["gradients"]
+        assert more == pytest.approx(4 * tower / ranks, rel=2e-2)
+        assert frozen.phases["AdamW"]["gradients"] > 0
 
 
 @pytest.mark.slow

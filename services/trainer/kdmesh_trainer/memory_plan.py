@@ -33,8 +33,9 @@ from kdmesh.models.body import empty_causal_lm
 from kdmesh.models.context import ContextGroup, Exchange
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens, pack, slice_of
+from kdmesh.models.vision import reads_images
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.freezing import freeze
+from kdmesh_trainer.freezing import freeze, freeze_vision
 from kdmesh_trainer.live_bytes import LiveBytes
 from kdmesh_trainer.lora import inject_adapter
 from kdmesh_trainer.lora_config import LoraConfig
@@ -43,6 +44,7 @@ from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, checkpoint
 from kdmesh_trainer.optimizer import check_optimizer, optimizer_over
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
+from kdmesh_trainer.planned_tower import images_to_learn_from
 
 _TOKEN = 1
 _NO_WAIT = timedelta(seconds=1)  # for ranks that are not there
@@ -79,7 +81,8 @@ class Job:
     exchange: Exchange = "heads"  # what those exchange in attention
     lora: LoraConfig | None = None
     freeze: Sequence[str] = ()  # names of parameters without a gradient
-    frozen_dtype: torch.dtype = torch.float32  # that weights without a gradient rest in
+    trains_vision: bool = False  # whether a vision tower learns, from images that are not counted
+    frozen_dtype: torch.dtype = torch.float32  # that weights rest in which `lora` or `freeze` leave without a gradient
     checkpointed_every: int | None = None  # of which decoder layers only the inputs are kept; None: of none
 
     @property
@@ -135,6 +138,7 @@ def _plan(job: Job) -> Plan:
     ):
         with live.counted_as("parameters"):
             lm = _lm(job)
+            seen = images_to_learn_from(lm) if job.trains_vision else lambda row_loss: row_loss
             unit_parameters = default_unit(job.device.type)
             gathered = units(lm, unit_parameters)
             student = Student(lm, vocabulary_size=job.vocabulary_size, context=context, exchange=job.exchange)
@@ -158,10 +162,11 @@ def _plan(job: Job) -> Plan:
             heads = [_head(teacher, _num_tokens(job, student)) for teacher in job.teachers]
         phases: dict[str, Counter[str]] = {}
         workspace: list[Tensor] = []
+        row_loss = seen(_Loss(footprint, live, workspace))
         for _ in range(2):  # the second has what the first leaves behind
-            phases = _step(job, live, student, optimizer, packed, _Loss(footprint, live, workspace))
+            phases = _step(job, live, student, optimizer, packed, row_loss)
         resident = +live.device.held
-        del heads, student, optimizer, workspace
+        del heads, student, optimizer, workspace, row_loss
     for name in ("forward", "backward"):
         phases[name]["copies of shards"] += copies
     return Plan(resident=resident, phases={name: +worst for name, worst in phases.items()}, host=+live.host.worst)
@@ -174,9 +179,11 @@ def _lm(job: Job) -> PreTrainedModel:
         # peft moves what it makes to where the model is; tensors without memory cannot be moved, and are there.
         with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
             inject_adapter(lm, job.lora, seed=0)
+    if reads_images(lm.config) and not job.trains_vision:
+        freeze_vision(lm)
     if job.freeze:
         freeze(lm, job.freeze)
-    for parameter in lm.parameters():
+    for parameter in lm.parameters() if job.lora is not None or job.freeze else ():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.detach().to(job.frozen_dtype)
     if job.checkpointed_every is not None:

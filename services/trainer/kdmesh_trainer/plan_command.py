@@ -88,6 +88,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     import torch
     from transformers import AutoConfig
 
+    from kdmesh_trainer.build_vision import load_reader
     from kdmesh_trainer.memory_plan import Job, TeacherHead
     from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer, vocabulary_size
 
@@ -121,6 +122,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         exchange=cfg.parallel.exchange(student.get_text_config().num_attention_heads),
         lora=cfg.student.lora,
         freeze=cfg.student.freeze,
+        trains_vision=load_reader(cfg) is not None and not cfg.student.freeze_vision,
         frozen_dtype=torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32,
         checkpointed_every=cfg.student.checkpointed_every,
     )
