@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -18,6 +19,7 @@ from kdmesh.log import can_redraw
 from kdmesh.place import exit_when_stopped
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
+from kdmesh_trainer.config import TrainerConfig
 
 if TYPE_CHECKING:
     from kdmesh.config import StrictModel
@@ -186,7 +188,8 @@ def rollout(config: Path, overrides: tuple[str, ...]) -> None:
 @main.command("check")
 @click.argument("config", type=_YAML)
 @_set_option
-def check_command(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--data", "reads_data", is_flag=True, help="Also tokenise a trainer's data, and name the first bad row.")
+def check_command(config: Path, overrides: tuple[str, ...], reads_data: bool) -> None:
     """Say what is wrong with CONFIG, of a trainer or a server, without loading a model.
 
     Names every bad key with its path, and every file, directory and function that the file names and that is not
@@ -197,6 +200,11 @@ def check_command(config: Path, overrides: tuple[str, ...]) -> None:
     """
     cfg = check.load_any(config, overrides)
     check.refuse_missing(cfg, source=config)
+    if reads_data:
+        if not isinstance(cfg, TrainerConfig):
+            raise ConfigError(f"{config} is a {check.kind(cfg)} configuration; --data is about a trainer's data")
+        if refused := subprocess.run(jobs.read_arguments(config, overrides), check=False).returncode:
+            sys.exit(refused)
     click.echo(f"{config}: a good {check.kind(cfg)} configuration")
 
 

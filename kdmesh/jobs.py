@@ -84,7 +84,7 @@ class Threads:
 
 
 def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -> None:
-    """Check everything, start the servers, then the ranks, and wait for them.
+    """Check everything, start the servers, read the data meanwhile, then start the ranks, and wait for them.
 
     A signal ends the run after the current step; that is a success when every rank saved and left. On one of several
     machines (kdmesh/place.py) only its own ranks are started.
@@ -119,10 +119,14 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
         with ExitStack() as stack:
             logs = {service: _log(_log_of(cfg, service), stack) for service in serve}
             processes = stack.enter_context(local.Processes())
+            reading = processes.start(_read_command(path, [*overrides, *later])) if serve else []
             for service, file in serve.items():
                 command = server_command(service, file, servers[service], threads=threads.server, on_line=logs[service])
                 _echo(f"Starting the server of {file}; the run waits for its model. Its log: {_log_of(cfg, service)}")
                 overrides = [*overrides, *served(service, start_server(processes, command))]
+            if cfg.data.token_cache is not None:
+                processes.wait(reading)  # what it makes is what the ranks would make
+            processes.stop(reading)
             commands = rank_commands(path, overrides, ranks=num_ranks(cfg), threads=threads.rank, place=here)
             ranks = processes.start(*commands)
             _wait(processes, ranks)
@@ -190,6 +194,23 @@ def server_command(
         on_line=on_line,
         is_shown=True,
         grace_s=cfg.server.drain_s + _SERVER_GRACE_S,
+    )
+
+
+def read_arguments(path: Path, overrides: Sequence[str]) -> tuple[str, ...]:
+    """The command line that reads the data of the trainer in `path` as its ranks would, and needs no server."""
+    return sys.executable, "-m", "kdmesh_trainer.read_command", str(path), *set_arguments(overrides)
+
+
+def _read_command(path: Path, overrides: Sequence[str]) -> local.Command:
+    """What refuses the data while servers load; only ranks keep them."""
+    return local.Command(
+        name="reading the data",
+        argv=read_arguments(path, overrides),
+        env=local.thread_limits(1),
+        on_line=lambda line: None if line.startswith("{") else _echo(line),  # ranks will tell the events
+        is_shown=True,
+        may_finish=True,
     )
 
 

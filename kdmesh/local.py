@@ -69,6 +69,7 @@ class Command:
     on_line: Callable[[str], None] | None = None  # gets each line of its output; None shares our stdout and stderr
     is_shown: bool = False  # on_line shows a person what matters, so that a failure need not repeat it
     grace_s: float = _GRACE_S  # from SIGTERM to SIGKILL
+    may_finish: bool = False  # whether it is no service, and is done when it exits with 0
     orphan_signal: signal.Signals = signal.SIGTERM  # what it gets when this process dies without stopping it
 
 
@@ -164,7 +165,8 @@ class Processes:
         """Start a service and wait for what it reports in its `--ready-file`: a JSON object, in place all at once.
 
         Raises:
-            ChildFailed: it exited first, or was not ready in time; the message ends with its last lines.
+            ChildFailed: it exited first, or was not ready in time, or another child failed meanwhile; the message ends
+                with its last lines.
         """
         report = Path(tempfile.gettempdir()) / f"kdmesh-ready-{os.getpid()}-{uuid.uuid4().hex}"
         try:
@@ -182,8 +184,7 @@ class Processes:
         """
         waiting = [child for child in children if child.exit_code is None]
         while waiting:
-            live = [child for group in self._groups for child in group if child.exit_code is None]
-            ended = _ended(live, timeout_s=None)
+            ended = _ended(self._live(), timeout_s=None)
             for child in ended:
                 self._reap(child)
                 if child not in waiting:
@@ -211,12 +212,16 @@ class Processes:
                     child.reap()
                 live = [child for child in live if child.exit_code is None]
 
+    def _live(self) -> list[Child]:
+        return [child for group in self._groups for child in group if child.exit_code is None]
+
     def _await_report(self, child: Child, path: Path, within_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + within_s
         while not path.exists():
-            if _ended([child], timeout_s=_READY_LOOK_S):
-                self._reap(child)
-                raise _failure(child)
+            for ended in _ended(self._live(), timeout_s=_READY_LOOK_S):
+                self._reap(ended)
+                if ended.exit_code != 0 or not ended.command.may_finish:
+                    raise _failure(ended)
             if time.monotonic() > deadline:
                 raise ChildFailed(f"{child.name} was not ready within {within_s:g} s{_last_lines(child)}", exit_code=0)
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -209,3 +209,38 @@ def test_a_rank_that_refuses_its_data_ends_the_command_with_its_sentence(
     plain = [line for line in done.stderr.splitlines() if is_urgent(line)]
     assert len(plain) == 1
     assert "train.jsonl:1" in plain[0]
+
+
+def test_a_bad_row_ends_a_run_while_its_teacher_loads(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = teacher_yaml(tmp_path / "teacher.yaml", tiny_models.path(seed=1))
+    trainer = trainer_yaml(tmp_path, tiny_models.path(seed=3), steps=5)
+    good = (tmp_path / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(good + '{"message": []}\n')
+    loads = local.Command(name="teacher", argv=(sys.executable, "-c", "import time; time.sleep(600)"), on_line=print)
+    monkeypatch.setattr(jobs, "server_command", lambda *_, **__: loads)
+    result = CliRunner().invoke(cli.main, ["train", str(trainer), "--serve", str(teacher)])
+    assert result.exit_code == 2
+    first, refusal = result.output.splitlines()
+    assert first.startswith(f"Starting the server of {teacher};")
+    assert refusal.startswith(f"{tmp_path / 'train.jsonl'}:9: no column 'messages'")
+
+
+def test_the_data_of_a_run_are_checked_without_a_server(tiny_models: TinyModels, tmp_path: Path) -> None:
+    trainer = trainer_yaml(tmp_path, tiny_models.path(seed=3), steps=5)
+    held_out = f"data.held_out={{format: chat, path: {tmp_path / 'held.jsonl'}}}"
+    check = [*KDMESH, "check", str(trainer), "--data", "--set", held_out]
+    (tmp_path / "held.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+    for rows, source in ((8, "{kind: off_policy}"), (0, SAMPLED)):
+        done = subprocess.run([*check, "--set", f"source={source}"], capture_output=True, text=True)
+        assert done.returncode == (0 if rows else 2), done.stderr
+        plain = [line for line in (done.stdout + done.stderr).splitlines() if is_urgent(line)]
+        told = f"{trainer}: a good trainer configuration" if rows else f"{tmp_path / 'held.jsonl'}:1: "
+        assert len(plain) == 1
+        assert plain[0].startswith(told)
+        (tmp_path / "held.jsonl").write_text('{"messages": []}\n')
+    teacher = teacher_yaml(tmp_path / "teacher.yaml", tiny_models.path(seed=1))
+    refused = CliRunner().invoke(cli.main, ["check", str(teacher), "--data"])
+    assert refused.exit_code == 2
+    assert "--data is about a trainer's data" in refused.output

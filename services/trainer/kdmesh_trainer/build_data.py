@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, assert_never
 
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
-from kdmesh_trainer.build_on_policy import Task, read_task
+from kdmesh_trainer.build_on_policy import Task, prompt_policy, read_task
 from kdmesh_trainer.build_teachers import Teachers
 from kdmesh_trainer.fit import refuse_unlike
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objective_config import Distill
 from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sources.blend import blend_identity, digest_key, parts_of
+from kdmesh_trainer.sources.judge import question_of
 from kdmesh_trainer.sources.sequences import load_sequences
 from kdmesh_trainer.sources.stored import SequenceFacts, images_of, sequence_facts
+from kdmesh_trainer.sources.training_data import TrainingData
 
 if TYPE_CHECKING:
     from kdmesh_trainer.build import Checked
@@ -67,6 +69,19 @@ def _read(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None
             teachers.check_requests(_held_out_name(name), sequences)
     steps = num_steps(cfg, len(train.prompts if isinstance(train, Task) else train))
     return Data(train=train, held_out=held_out, identity=identity, steps=steps)
+
+
+def read_alone(cfg: config.TrainerConfig, data: TrainingData) -> None:
+    """Read what is trained on, as a run will, where no teacher says what fits it; a token cache has it from then on.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    if isinstance(cfg.source, config.OnPolicy):
+        judge = cfg.source.judge
+        data.prompts(prompt_policy(cfg, cfg.source), None if judge is None else question_of(judge))
+    if not isinstance(cfg.source, config.OnPolicy) or cfg.source.sampled_fraction < 1:
+        data.sequences()
 
 
 def read_held_out(cfg: config.TrainerConfig, checked: Checked) -> dict[str, Sequence[TokenSequence]]:

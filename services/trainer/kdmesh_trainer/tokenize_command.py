@@ -11,7 +11,7 @@ with quiet_interrupt():
     from kdmesh import log
     from kdmesh.config import config_parser, load
     from kdmesh.errors import ConfigError, KdmeshError
-    from kdmesh_trainer.config import OnPolicy, TrainerConfig
+    from kdmesh_trainer.config import TrainerConfig
 
 _REFUSED = 2
 
@@ -44,13 +44,9 @@ def _make(cfg: TrainerConfig) -> None:
     if cfg.data.token_cache is None:
         raise ConfigError("there is no data.token_cache, so the trainer keeps token ids in memory")
     from kdmesh_trainer.build import check  # not at the top: a bad configuration must not wait for torch
-    from kdmesh_trainer.build_on_policy import prompt_policy
+    from kdmesh_trainer.build_data import read_alone
 
-    data = check(cfg).train
-    if isinstance(cfg.source, OnPolicy):
-        data.prompts(prompt_policy(cfg, cfg.source))
-    if not isinstance(cfg.source, OnPolicy) or cfg.source.sampled_fraction < 1:
-        data.sequences()
+    read_alone(cfg, check(cfg).train)
 
 
 if __name__ == "__main__":
