@@ -160,6 +160,24 @@ def test_columns_that_are_named_are_read_whatever_else_a_row_has(tmp_path: Path,
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("key", ["column", "prompt_column", "completion_column"])
+def test_a_column_that_is_named_and_that_no_row_has_is_refused(tmp_path: Path, key: str, suffix: str) -> None:
+    row = {"messages": [USER, ASSISTANT], "instruction": "Hi", "output": "Hello", "prompt": "Hi", "id": 3}
+    path, late = tmp_path / f"a.{suffix}", row | {"qestion": [USER] if key == "prompt_column" else [USER, ASSISTANT]}
+    if suffix == "jsonl":
+        write(path, lines(row, row))
+        write(tmp_path / "b.jsonl", lines(row, row, late))
+    else:
+        pq.write_table(pa.Table.from_pylist([row, row]), path)
+        pq.write_table(pa.Table.from_pylist([late]), tmp_path / "b.parquet")
+    refusal = rf"a\.{suffix}: no row has a column 'qestion', .* in .*a\.{suffix}:(| row )1: messages, instruction"
+    with pytest.raises(DataError, match=refusal):
+        next(open_dataset(ChatFile.model_validate({"path": path, key: "qestion"}))())
+    some = ChatFile.model_validate({"path": tmp_path, key: "qestion"})
+    assert sum(1 for _ in open_dataset(some)()) > 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_system_text_beside_the_chat_is_its_first_turn_in_whichever_column(tmp_path: Path, suffix: str) -> None:
     row = {"chat": [USER, ASSISTANT], "system": "Be brief"}
     path = tmp_path / f"a.{suffix}"

@@ -232,7 +232,7 @@ def test_what_was_made_is_not_made_again(tmp_path: Path, student: Path, monkeypa
         {"trained_turns": "last"},
         {"teacher_context": {"kind": "system_prompt", "text": "Be brief."}},
         {"chat_template": "other.jinja"},
-        {"train": {"format": "chat", "path": "a.jsonl", "prompt_column": "question"}},
+        {"train": {"format": "chat", "path": "a.jsonl", "completion_column": "who"}},
         {"chat_template_settings": {"role": "x"}},
         {"train": {"format": "chat", "path": "a.jsonl", "column": "teacher_messages"}, "unusable": "drop"},
     ],

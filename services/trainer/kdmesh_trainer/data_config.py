@@ -69,6 +69,12 @@ class ChatFile(StrictModel):
         """Whether rows are asked for that are a prompt with its completion, and no others."""
         return self.column == "messages" and (self.prompt_column, self.completion_column) != ("prompt", "completion")
 
+    @property
+    def named_columns(self) -> tuple[str, ...]:
+        """Columns of a name of their own, which some row must have."""
+        usual = {self.column: "messages", self.prompt_column: "prompt", self.completion_column: "completion"}
+        return tuple(name for name, default in usual.items() if name != default)
+
 
 class TextFile(StrictModel):
     """A file of plain texts, of the same kinds, of which every token carries loss (docs/data.md)."""

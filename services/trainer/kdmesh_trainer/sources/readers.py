@@ -16,6 +16,7 @@ from kdmesh.chat_rows import (
     TeacherColumns,
     chat_from_messages,
     chat_from_row,
+    columns_found,
     text_from_row,
 )
 from kdmesh.errors import DataError
@@ -41,6 +42,7 @@ class Columns:
     text: str | None = None  # of a plain text, of which each row is one; None: each is a chat
     weight: str | None = None  # of its loss; None: all count alike
     keeps_rows: bool = False  # whether each chat has its whole row
+    named: tuple[str, ...] = ()  # some row must have each of them, lest a misspelt name goes unnoticed
 
     def chosen(self, names: Sequence[str]) -> list[str]:
         """Those of a file's columns that are read."""
@@ -71,7 +73,8 @@ class ChatFiles:
         return _not_empty(chats, self.name)
 
     def pieces(self) -> Iterator[Piece]:
-        """All of the files. Raises DataError when one cannot be read."""
+        """All of the files. Raises DataError when one cannot be read, or no row has a column that is named."""
+        self._refuse_absent_columns()
         return (piece for file in self.files for piece in pieces_of(file))
 
     def read(self, piece: Piece) -> Iterator[Chat]:
@@ -80,6 +83,19 @@ class ChatFiles:
             chat = self._chat(row, origin)
             assert isinstance(row, Mapping)  # else there is no chat
             yield replace(chat, row=row) if self.columns.keeps_rows else chat
+
+    def _refuse_absent_columns(self) -> None:
+        absent, first = list(self.columns.named), None
+        rows = (each for file in self.files for piece in pieces_of(file) for each in rows_of(piece, list))
+        while absent and (found := next(rows, None)) is not None:
+            first = first or found
+            row = found[1] if isinstance(found[1], Mapping) else {}
+            absent = [name for name in absent if name not in row]
+        if absent and first is not None and isinstance(first[1], Mapping):  # else there are no rows, or worse
+            raise DataError(
+                f"{self.name}: no row has a column {absent[0]!r}, as the configuration calls it; columns found in "
+                f"{first[0]}: {columns_found(first[1])}"
+            )
 
     def _chat(self, row: object, origin: str) -> Chat:
         columns = self.columns
@@ -159,6 +175,7 @@ def open_files(
                 teacher=teacher,
                 images=image_column,
                 weight=config.weight_column,
+                named=config.named_columns,
             )
         case _:
             assert_never(config)
