@@ -16,7 +16,7 @@ from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh.extension import search_path
-from kdmesh.model_files import adapter_problems, model_problems
+from kdmesh.model_files import adapter_problems, freeze_problems, model_problems
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
@@ -132,6 +132,7 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     yield from _tokenizer("student.model", cfg.student.model)
     if cfg.student.lora is not None:
         yield from adapter_problems("student.lora", cfg.student.lora.target_modules, cfg.student.model)
+    yield from freeze_problems("student.freeze", cfg.student.freeze, cfg.student.model)
     yield from _packages(cfg)
     yield from _images(cfg)
     yield from _data(cfg.data)

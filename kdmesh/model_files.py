@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kdmesh.parameter_names import is_meant, names_nothing
+
 _POINTER = b"version https://git-lfs"
 
 
@@ -55,6 +57,27 @@ def adapter_problems(key: str, targets: str | Sequence[str], model: Path) -> Ite
     for target in targets if modules else ():
         if not any(module == target or module.endswith(f".{target}") for module in modules):
             yield f"{key}.target_modules: the layers of {model} have no {target}; they have {known}"
+
+
+def freeze_problems(key: str, patterns: Sequence[str], model: Path) -> Iterator[str]:
+    """What the names in the model's files tell without building it; the trainer knows the parameters themselves."""
+    if not patterns or (names := _parameter_names(model)) is None:
+        return
+    for pattern in patterns:
+        if not any(is_meant(pattern, name) for name in names):
+            yield f"{key}: {names_nothing(pattern, sorted(names))}"
+
+
+def _parameter_names(model: Path) -> set[str] | None:
+    """Those of a causal LM, from the tables of its files alone; None where transformers may call some otherwise.
+
+    It does so with experts, with models that read images, and with those whose names do not begin with `model`.
+    """
+    names = {name for file in model.glob("*.safetensors") for name in _weight_table(file) or {}} - {"__metadata__"}
+    is_usual = all(name.startswith(("model.", "lm_head.")) for name in names)
+    if not names or not is_usual or any({"experts", "visual"} & set(name.split(".")) for name in names):
+        return None
+    return names | {"lm_head.weight"}  # which is not there where it is the embedding
 
 
 def _matrices(file: Path) -> Iterator[str]:

@@ -47,6 +47,15 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def write_table(*matrices: str) -> None:
+    """Weights of the student with these matrices and a norm, of which only the table is there."""
+    shapes = {**{f"{name}.weight": [4, 4] for name in matrices}, "model.norm.weight": [4]}
+    table = json.dumps(
+        {"__metadata__": {}, **{name: {"shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}}
+    ).encode()
+    Path("student/model.safetensors").write_bytes(len(table).to_bytes(8, "little") + table)
+
+
 def test_a_good_configuration_is_called_good(good: Path) -> None:
     assert run("check", "train.yaml").output == "train.yaml: a good trainer configuration\n"
     assert run("check", "teacher.yaml").output == "teacher.yaml: a good teacher configuration\n"
@@ -109,13 +118,29 @@ def test_custom_functions_are_checked_without_importing_them(good: Path, target:
     ],
 )
 def test_modules_for_adapters_are_looked_for_in_the_table_of_the_weights(good: Path, targets: str, words: str) -> None:
-    names = ("lm_head", "layers.0.q_proj", "layers.0.v_proj")
-    shapes = {**{f"{name}.weight": [4, 4] for name in names}, "norm.weight": [4]}
-    table = json.dumps(
-        {"__metadata__": {}, **{name: {"shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}}
-    ).encode()
-    Path("student/model.safetensors").write_bytes(len(table).to_bytes(8, "little") + table)
+    write_table("lm_head", "layers.0.q_proj", "layers.0.v_proj")
     assert words in run("check", "train.yaml", "--set", f"student.lora.target_modules={targets}").output
+
+
+@pytest.mark.parametrize(
+    ("freeze", "beside", "words"),
+    [
+        ("[model.layers.0, 'model.layers.*.q_proj', lm_head]", (), "a good trainer configuration"),
+        (
+            "[model.layer.0]",
+            (),
+            "student.freeze: model.layer.0 names no parameter; model has embed_tokens, layers, norm\n",
+        ),
+        ("[embed_tokens]", (), "student.freeze: embed_tokens names no parameter; the model has lm_head, model\n"),
+        ("[model.layer.0]", ("model.layers.0.mlp.experts.0.up",), "a good trainer configuration"),
+        ("[model.layer.0]", ("wte",), "a good trainer configuration"),
+    ],
+)
+def test_names_of_frozen_parameters_are_looked_for_in_the_table_of_the_weights(
+    good: Path, freeze: str, beside: tuple[str, ...], words: str
+) -> None:
+    write_table("model.embed_tokens", "model.layers.0.q_proj", "model.layers.1.v_proj", *beside)
+    assert words in run("check", "train.yaml", "--set", f"student.freeze={freeze}").output
 
 
 def test_what_is_said_of_images_is_checked(good: Path) -> None:

@@ -40,6 +40,7 @@ LAYER = {
     "kdmesh.interrupt": 1,
     "kdmesh.log": 1,
     "kdmesh.outputs": 1,
+    "kdmesh.parameter_names": 1,
     "kdmesh.tokens": 1,
     "kdmesh.tool_rows": 1,
     "kdmesh.tracing": 1,

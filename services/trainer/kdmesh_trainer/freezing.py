@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +12,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdmesh.errors import ConfigError
+from kdmesh.parameter_names import is_meant, names_nothing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-_TOLD = 8  # names in an error
 
 
 def check_freeze(patterns: Sequence[str], model: Path) -> None:
@@ -51,9 +49,9 @@ def freeze(lm: nn.Module, patterns: Sequence[str]) -> None:
     """
     named = dict(lm.named_parameters(remove_duplicate=False))
     for pattern in patterns:
-        chosen = [parameter for name, parameter in named.items() if _is_meant(pattern, name)]
+        chosen = [parameter for name, parameter in named.items() if is_meant(pattern, name)]
         if not chosen:
-            raise ConfigError(f"student.freeze: {pattern} names no parameter; {_nearest(pattern, named)}")
+            raise ConfigError(f"student.freeze: {names_nothing(pattern, named)}")
         for parameter in chosen:
             parameter.requires_grad_(False)
     trained, frozen = (
@@ -79,21 +77,3 @@ def rest_in_bfloat16(lm: nn.Module) -> None:
         rounded = parameter.detach().bfloat16()
         if torch.equal(rounded.to(parameter.dtype), parameter):
             parameter.data = rounded
-
-
-def _is_meant(pattern: str, name: str) -> bool:
-    wanted, parts = pattern.split("."), name.split(".")
-    return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
-
-
-def _nearest(pattern: str, names: Collection[str]) -> str:
-    """What there is where `pattern` leads nowhere."""
-    inside, _, _ = pattern.rpartition(".")
-    depth = len(inside.split(".")) if inside else 0
-    found = dict.fromkeys(
-        name.split(".")[depth] for name in names if name.count(".") >= depth and (not inside or _is_meant(inside, name))
-    )
-    if not found:
-        return _nearest(inside, names)
-    told = ", ".join(list(found)[:_TOLD]) + (", ..." if len(found) > _TOLD else "")
-    return f"{inside or 'the model'} has {told}"
