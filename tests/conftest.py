@@ -14,4 +14,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("kdmesh", deadline=None)
 settings.load_profile("kdmesh")
 
-pytest_plugins = ["tests.support.tiny_models", "tests.support.tiny_vision"]
+pytest_plugins = ["tests.support.lone_rank", "tests.support.tiny_models", "tests.support.tiny_vision"]

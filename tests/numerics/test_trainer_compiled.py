@@ -140,8 +140,7 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     tiny_models: TinyModels, tmp_path: Path, every: int | None
 ) -> None:
     arguments: dict[str, Any] = {
-        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
-        "teacher": str(tiny_models.path("qwen3", seed=2)),
+        **tiny_models.student_and_teacher(),
         "checkpoints": str(tmp_path / "checkpoints"),
         "steps": STEPS,
         "is_compiled": True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.config import BatchConfig
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.sides import InContext
@@ -29,12 +29,6 @@ pytestmark = pytest.mark.slow
 
 HERE = "tests.numerics.test_trainer_context"
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with joined("cpu", longest_wait_s=60) as alone:
-        yield alone
 
 
 @pytest.fixture(scope="module")

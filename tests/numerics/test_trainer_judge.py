@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from kdmesh.errors import JudgeFailed
 from kdmesh.tokens import digest
-from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.mesh import Mesh
 from tests.support.judged_runs import gradient, judge, judged, textbook, weight_of
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_devices import shared_losses
@@ -21,17 +20,8 @@ SUPPORT = "tests.support.judged_runs"
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with joined("cpu", longest_wait_s=60) as alone:
-        yield alone
-
-
-@pytest.fixture(scope="module")
 def models(tiny_models: TinyModels) -> dict[str, Any]:
-    return {
-        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
-        "teacher": str(tiny_models.path("qwen3", seed=2)),
-    }
+    return tiny_models.student_and_teacher()
 
 
 def test_the_gradient_is_that_of_the_weighted_mean_on_one_rank_and_on_two(mesh: Mesh, models: dict[str, Any]) -> None:

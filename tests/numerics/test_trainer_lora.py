@@ -189,8 +189,7 @@ def test_a_base_that_bfloat16_holds_is_kept_in_it(tiny_models: TinyModels) -> No
 @pytest.fixture
 def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
     return {
-        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
-        "teacher": str(tiny_models.path("qwen3", seed=2)),
+        **tiny_models.student_and_teacher(),
         "checkpoints": str(tmp_path / "checkpoints"),
         "steps": 6,
         "until": 6,

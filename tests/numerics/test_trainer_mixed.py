@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.weights import whole
 from tests.support.tiny_models import TinyModels
@@ -26,12 +25,6 @@ pytestmark = pytest.mark.slow
 ANSWERS = 4
 SAMPLES = PROMPTS_PER_STEP * SAMPLES_PER_PROMPT
 CE_WEIGHT = 0.7
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with joined("cpu", longest_wait_s=60) as alone:
-        yield alone
 
 
 @pytest.fixture(scope="module")

@@ -155,8 +155,7 @@ def test_one_matrix_moves_as_torch_s_own_muon_moves_it(tiny_models: TinyModels) 
 @pytest.fixture
 def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
     return {
-        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
-        "teacher": str(tiny_models.path("qwen3", seed=2)),
+        **tiny_models.student_and_teacher(),
         "checkpoints": str(tmp_path / "checkpoints"),
         "steps": 6,
         "until": 6,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kdmesh.tokens import digest
 from kdmesh.types import Sample, TokenSequence
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.rollouts import Rollout
 from kdmesh_trainer.stats import SampleScores
@@ -46,16 +46,9 @@ STEPS = 5
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with joined("cpu", longest_wait_s=60) as alone:
-        yield alone
-
-
-@pytest.fixture(scope="module")
 def models(tiny_models: TinyModels) -> dict[str, Any]:
     return {
-        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
-        "teacher": str(tiny_models.path("qwen3", seed=2)),
+        **tiny_models.student_and_teacher(),
         "steps": STEPS,
     }
 

@@ -126,10 +126,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def models(tiny_models: TinyModels) -> dict[str, str]:
-    return {
-        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
-        "teacher": str(tiny_models.path("qwen3", seed=2)),
-    }
+    return tiny_models.student_and_teacher()
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,7 @@ STEPS = 8
 @pytest.fixture
 def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
     return {
-        "student": str(tiny_models.path("qwen3", seed=1, tie_word_embeddings=True)),
-        "teacher": str(tiny_models.path("qwen3", seed=2)),
+        **tiny_models.student_and_teacher(),
         "checkpoints": str(tmp_path / "checkpoints"),
         "steps": STEPS,
     }

@@ -167,6 +167,13 @@ class TinyModels:
                 save_tokenizer(path)
         return path
 
+    def student_and_teacher(self) -> dict[str, str]:
+        """Directories of two models of one shape but for the student's head, which is its embedding."""
+        return {
+            "student": str(self.path("qwen3", seed=1, tie_word_embeddings=True)),
+            "teacher": str(self.path("qwen3", seed=2)),
+        }
+
 
 def save_model(path: Path, family: str, *, seed: int, dtype: torch.dtype, **overrides: Any) -> None:
     """Writes a random model of `family` to `path`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from kdmesh.chat_rows import Chat, Message
 from kdmesh.errors import CheckpointError, DeadlineExpired, ModelMismatch
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
 from kdmesh_trainer.devices import OwnDevices
-from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.answer_files import AnswerFiles
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.questions.examiner import Examiner, ServedWeights, StudentWeights
@@ -27,12 +27,6 @@ from kdmesh_trainer.stop import Stopping
 
 LONGEST = 5
 VERSION = 7
-
-
-@pytest.fixture
-def mesh() -> Iterator[Mesh]:
-    with joined("cpu", longest_wait_s=60) as alone:
-        yield alone
 
 
 class Pending:
