@@ -369,6 +369,15 @@ JOB = Dashboard(
         _figure("tokens of a response", "response_tokens_mean"),
         _figure("responses cut off", "cut_off_fraction", unit="percentunit"),
         _figure("entropy of the student", "student_entropy_nats"),
+        _figure("samples that the judge found right", "right_fraction", unit="percentunit"),
+        _figure("what the judge gave a sample, on average", "sample_weight_mean"),
+        Panel(
+            title="samples that the judge left out",
+            description="Given weight 0, and so not trained on. Those that the judge failed on are among them.",
+            queries=(Query(f"kdmesh_trainer_left_out_fraction{_J}", _BY_JOB),),
+            unit="percentunit",
+        ),
+        _figure("samples that the judge failed on", "judge_errors"),
         Panel(
             title="samples by why they ended",
             queries=(Query(f"sum by (reason) (rate(kdmesh_rollout_samples_total{_J}[5m]))", "{{reason}}"),),
