@@ -545,7 +545,8 @@ class FakeService(ModuleType):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.calls.append((name, kwargs or args))
-            return SimpleNamespace(id="r1", info=SimpleNamespace(run_id="r1"), log=self.log, finish=self.finish)
+            run = {"log": self.log, "finish": self.finish, "define_metric": self.define_metric}
+            return SimpleNamespace(id="r1", info=SimpleNamespace(run_id="r1"), **run)
 
         return call
 
@@ -571,7 +572,59 @@ def test_wandb_continues_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("r1", "my-run", "allow"),
     ]
     assert opened[0]["config"]["steps"] == 10
-    assert [name for name, _ in calls] == ["init", "log", "finish"] * 2
+    assert [name for name, _ in calls] == ["init", "define_metric", "log", "finish"] * 2
+
+
+class WandbHistory(ModuleType):
+    """Stands for the wandb module of one run: keeps rows by its own count of steps, which never goes back."""
+
+    id = "r1"
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.rows: dict[int, dict[str, float]] = {}
+        self.drawn_over: dict[str, str] = {}
+        self._first = 0
+
+    def init(self, **_: Any) -> WandbHistory:
+        self._first = max(self.rows, default=-1) + 1
+        return self
+
+    def define_metric(self, name: str, *, step_metric: str) -> None:
+        self.drawn_over[name] = step_metric
+
+    def log(self, values: dict[str, float], *, step: int) -> None:
+        if step >= max(self.rows, default=0) and step >= self._first:
+            self.rows[step] = self.rows.get(step, {}) | values
+
+    def finish(self) -> None:
+        pass
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        assert self.drawn_over == {"*": "step"}
+        return [(row["step"], row[name]) for row in self.rows.values() if name in row]
+
+
+def test_wandb_has_every_step_of_a_run_that_went_on_for_more_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = WandbHistory()
+    monkeypatch.setitem(sys.modules, "wandb", history)
+    cfg = config(tmp_path, "wandb")
+    cfg.output.mkdir()
+    for attempt, (first, steps) in enumerate([(0, 2), (2, 4), (3, 5)]):
+        (tracker,) = trackers.build_trackers(cfg)
+        tracker.start(first)
+        for step in range(first, steps + 1):
+            tracker.log(step, {"held_out/kl": attempt})
+            tracker.log(step, {"questions/accuracy": attempt})
+            if step < steps:
+                tracker.log(step, {"train/loss": attempt, "train/tokens": 7.0})
+        tracker.close()
+    for name in ("held_out/kl", "questions/accuracy"):
+        assert history.curve(name) == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 2)]
+    assert history.curve("train/loss") == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]
+    assert history.curve("train/tokens") == [(step, 7) for step in range(5)]
 
 
 def test_mlflow_continues_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,7 +641,7 @@ def test_wandbs_own_variables_say_where_a_run_belongs(
     variables: dict[str, str], expected: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = started(tmp_path, "wandb", variables, monkeypatch)
-    [(_, call)] = service.calls
+    [(_, call), _] = service.calls
     assert (call["project"], call["name"]) == expected
 
 

@@ -14,6 +14,7 @@ from kdmesh_trainer import config
 from kdmesh_trainer.files import written_beside_checkpoints
 
 _PROJECT = "kdmesh"
+_GROUPS = ("held_out", "questions", "train")  # what is before the slash of a figure's name, as they come in a step
 
 
 class Tracker(Protocol):
@@ -24,7 +25,7 @@ class Tracker(Protocol):
         ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the figures of one step."""
+        """Record figures of one group, as `train/loss`, of one step."""
         ...
 
     def close(self) -> None:
@@ -110,11 +111,18 @@ class WandB:
             resume="allow",
             config={**self._cfg.model_dump(mode="json"), "first_step": first_step},
         )
+        self._run.define_metric("*", step_metric="step")
         id_file.write_text(self._run.id, encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record scalars; W&B ignores steps it has seen, so a repeated stretch keeps its first figures."""
-        self._run.log(dict(values), step=step)
+        """Record scalars, to be drawn over `step`; a repeated stretch keeps its first figures.
+
+        W&B's own count of steps ignores all that an earlier attempt has reached, so each group has one to itself: the
+        student after the last step is judged under a number that the next one, when the run goes on, needs too.
+        """
+        if values:
+            group, _, _ = next(iter(values)).partition("/")
+            self._run.log({"step": step, **values}, step=len(_GROUPS) * step + _GROUPS.index(group))
 
     def close(self) -> None:
         """Upload what is pending."""
