@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -21,3 +22,22 @@ def element_types(model: PreTrainedModel, names: Iterable[str], dtype: torch.dty
         return dict.fromkeys(names, dtype)
     pattern = re.compile("|".join(f"(?:{glob.replace('*', '.*')})" for glob in kept))
     return {name: torch.float32 if pattern.search(name) else dtype for name in names}
+
+
+def modules_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[nn.Module]:
+    """Those of which transformers keeps every parameter in float32 where `dtype` is asked for, without their parts.
+
+    Args:
+        model: as for element_types.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    types = element_types(model, named, dtype)
+    kept = {id(parameter) for name, parameter in named.items() if types[name] != dtype}
+    found, parts = set[nn.Module](), set[nn.Module]()
+    for module in model.modules():  # the whole before its parts
+        if module in parts or not list(module.parameters(recurse=False)):
+            continue
+        if all(id(parameter) in kept for parameter in module.parameters()):
+            found.add(module)
+            parts.update(module.modules())
+    return found

@@ -105,6 +105,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         ("gemma2", {"gather": "step"}),  # layers with and without a window
         ("llama", {"gather": "step"}),
         ("deepseek_v3", {"gather": "step"}),
+        ("deepseek_v3", {"dtype": "bfloat16"}),  # with routers in float32
         ("qwen3_moe", {"every": 2}),
         ("gpt_oss", {"gather": "step"}),  # sinks
         ("qwen3", {"gather": "step", "together": True}),

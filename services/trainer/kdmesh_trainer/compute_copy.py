@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import cast
 
@@ -20,17 +21,23 @@ class ComputeCopy:
         stays: whether the copies keep their places after a backward pass, because nothing is updated before the next.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype, *, in_float32: Collection[nn.Module] = ()) -> None:
         """
         Args:
             module: its parameters have their own type, and stay what is trained; gradients are added to theirs.
             dtype: of the copies; what has this type already, or holds no numbers but bytes, is its own.
+            in_float32: parts of it, of whose parameters float32 is the type to compute in.
         """
         self.stays = False
-        self._originals: list[Tensor] = [p for p in module.parameters() if p.is_floating_point() and p.dtype != dtype]
-        self.copies: list[Tensor] = [
-            nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in self._originals
+        wide = {id(parameter) for part in in_float32 for parameter in part.parameters()}
+        copied = [
+            (parameter, to)
+            for parameter in module.parameters()
+            if parameter.is_floating_point()
+            and parameter.dtype != (to := torch.float32 if id(parameter) in wide else dtype)
         ]
+        self._originals: list[Tensor] = [parameter for parameter, _ in copied]
+        self.copies: list[Tensor] = [nn.Parameter(p.detach().to(to), requires_grad=p.requires_grad) for p, to in copied]
         place = {id(parameter): n for n, parameter in enumerate(self._originals)}
         self._holders = [
             (each._parameters, name, place[id(parameter)])

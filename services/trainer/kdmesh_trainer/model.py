@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -19,6 +20,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
 from kdmesh.models.context import ContextGroup, Exchange
 from kdmesh.models.context_attention import use_context_attention
+from kdmesh.models.element_types import modules_in_float32
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
@@ -181,8 +183,9 @@ def shard(
 ) -> None:
     """Spread the parameters over `mesh`, in place: each few decoder layers, then the rest. One rank may keep all.
 
-    Parameters stay as they are and are gathered as `compute_dtype`; gradients are reduced in
-    float32 and *averaged* over all ranks, those of other copies too. Every rank must hold the same values before.
+    Parameters stay as they are and are gathered as `compute_dtype`, but for routers that transformers keeps in float32
+    in a model of that type; gradients are reduced in float32 and *averaged* over all ranks, those of other copies too.
+    Every rank must hold the same values before.
 
     Args:
         mesh: of one dimension, or of two: copies, and the ranks that share one.
@@ -195,6 +198,7 @@ def shard(
     Raises:
         ConfigError: the model's head cannot be spread.
     """
+    wide = _layer_parts_in_float32(student.lm, compute_dtype)
     is_small = 4 * _num_parameters(student) <= _WHOLE_BYTES
     student.is_kept_whole = is_small if gather == "auto" else gather == "step"
     if mesh.size() == 1 and gather != "micro_batch" and not offloads and head_share is None:
@@ -203,7 +207,7 @@ def shard(
         if student.is_kept_whole or all(parameter.requires_grad for parameter in copied):
             if any(parameter.device.type != mesh.device_type for parameter in student.parameters()):
                 student.to(mesh.device_type)
-            student.compute_copy = ComputeCopy(student, compute_dtype) if copied else None
+            student.compute_copy = ComputeCopy(student, compute_dtype, in_float32=wide) if copied else None
             return
     apart = None
     if head_share is not None:
@@ -218,12 +222,15 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # Only memory that a GPU copies from is worth pinning, and torch pins none without one.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offloads else OffloadPolicy()
-    spread = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    spread = partial(fully_shard, mesh=mesh, offload_policy=offload)
     for unit in units(student.lm, unit_parameters or default_unit(mesh.device_type)):
-        # What is frozen has no backward pass, after which it would be shards again.
-        spread(unit, reshard_after_forward=_is_frozen(unit[0]) or not student.is_kept_whole)
-        student.spread.append(cast(FSDPModule, unit[0]))  # which speaks for all of them
-    student.spread.append(spread(student, reshard_after_forward=False, ignored_params=apart))
+        apart_in_float32 = [part for layer in unit for part in layer.modules() if part in wide]
+        for parts, own in ((apart_in_float32, replace(policy, param_dtype=torch.float32)), (unit, policy)):
+            if parts:
+                # What is frozen has no backward pass, after which it would be shards again.
+                spread(parts, reshard_after_forward=_is_frozen(parts[0]) or not student.is_kept_whole, mp_policy=own)
+                student.spread.append(cast(FSDPModule, parts[0]))  # which speaks for all of them
+    student.spread.append(spread(student, reshard_after_forward=False, ignored_params=apart, mp_policy=policy))
 
 
 def default_unit(device_type: str) -> int:
@@ -291,6 +298,12 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     """The blocks that transformers says must not be split."""
     names = set(lm._no_split_modules or ())
     return [module for module in lm.modules() if type(module).__name__ in names]
+
+
+def _layer_parts_in_float32(lm: PreTrainedModel, compute_dtype: torch.dtype) -> set[nn.Module]:
+    """What of the decoder layers computes from weights in float32 where the rest does as `compute_dtype`: routers."""
+    wide = modules_in_float32(lm, compute_dtype)
+    return {part for layer in decoder_layers(lm) for part in layer.modules() if part in wide}
 
 
 def _is_frozen(module: nn.Module) -> bool:
