@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,16 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.weights import whole
+from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
-from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+from tests.support.trainer_ranks import finish, start_ranks_of
 from tests.support.varlen import teach_cpus
 
 pytestmark = pytest.mark.slow
 
 HERE = "tests.numerics.test_trainer_compiled"
-RUNS = "tests.support.trainer_runs"
 VOCABULARY_SIZE = 310
-STEPS = 6
 # rank -> micro-batches -> sequences: rows of every length, of one sequence and of several, and one of nothing.
 PLAN = [[[0, 1, 2], [3], [8]], [[4, 5], [6, 7], []]]
 LATER = [[[9, 10, 11, 12]], [[13]]]
@@ -143,17 +141,12 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     arguments: dict[str, Any] = {
         **tiny_models.student_and_teacher(),
         "checkpoints": str(tmp_path / "checkpoints"),
-        "steps": STEPS,
+        "steps": 6,
+        "until": 6,
         "is_compiled": True,
         "checkpointed_every": every,
     }
-    processes = start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=2, kill_at=4)
-    killed = finish(processes, within_s=350)
-    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
-    arguments |= {"until": STEPS, "other": str(tmp_path / "other")}
-    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, within_s=350, **arguments)[0]
-    assert both["first"] == 2
-    assert both["rest"] == both["whole"][2:]
+    check_exact_continuation(arguments, tmp_path / "other", within_s=350)
 
 
 @pytest.mark.parametrize(("on_gpu", "variable"), [(False, "CXX"), (True, "CC")])

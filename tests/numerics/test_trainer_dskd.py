@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+from tests.support.trainer_ranks import run_ranks
 
 RUNS = "tests.support.trainer_runs"
 STEPS = 6
@@ -45,9 +45,4 @@ def test_two_ranks_train_the_projectors_that_one_does_also_where_one_has_nothing
 def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=3, kill_at=5))
-    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
-    arguments |= {"until": STEPS, "other": str(tmp_path / "other")}
-    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments)[0]
-    assert both["first"] == 3
-    assert both["rest"] == both["whole"][3:]
+    check_exact_continuation(arguments | {"until": STEPS}, tmp_path / "other")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimizer import build_adamw, set_learning_rate
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from tests.numerics.test_memory_plan import DEEP, job, saved
+from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
-from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+from tests.support.trainer_ranks import run_ranks
 
 pytest.importorskip("torchao")
 pytestmark = pytest.mark.slow
@@ -106,12 +106,7 @@ def arguments(tiny_models: TinyModels, tmp_path: Path) -> dict[str, Any]:
 def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=3, kill_at=5))
-    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
-    arguments |= {"until": STEPS, "other": str(tmp_path / "other")}
-    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments)[0]
-    assert both["first"] == 3
-    assert both["rest"] == both["whole"][3:]
+    check_exact_continuation(arguments | {"until": STEPS}, tmp_path / "other")
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (1, 3)])  # on 3, parts begin within blocks

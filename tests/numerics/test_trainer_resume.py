@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
+from tests.support.trainer_ranks import run_ranks
 
 RUNS = "tests.support.trainer_runs"
 STEPS = 8
@@ -31,12 +31,7 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
 ) -> None:
     arguments["student"] = str(tiny_models.path(family, seed=1, tie_word_embeddings=True))
     arguments["spreads_head"] = spreads_head
-    killed = finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, until=STEPS, save_at=3, kill_at=5))
-    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * 2
-    arguments |= {"until": STEPS, "other": str(tmp_path / "other")}
-    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=2, **arguments)[0]
-    assert both["first"] == 3
-    assert both["rest"] == both["whole"][3:]
+    check_exact_continuation(arguments | {"until": STEPS}, tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -59,11 +54,7 @@ def test_a_student_in_copies_or_on_the_host_goes_on_exactly_after_sigkill(
 ) -> None:
     arguments["student"] = str(tiny_models.path(family, seed=1, tie_word_embeddings=True))
     arguments |= {"until": STEPS, "num_sequences": [14], **parallel}
-    killed = finish(start_ranks_of(f"{RUNS}:train", ranks=ranks, **arguments, save_at=3, kill_at=5))
-    assert [outcome.exit_code for outcome in killed] == [-signal.SIGKILL] * ranks
-    both = run_ranks(f"{RUNS}:train_rest_and_whole", ranks=ranks, **arguments, other=str(tmp_path / "other"))[0]
-    assert both["first"] == 3
-    assert both["rest"] == both["whole"][3:]
+    check_exact_continuation(arguments, tmp_path / "other", ranks=ranks)
 
 
 @pytest.mark.slow
