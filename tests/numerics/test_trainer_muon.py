@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
+from kdmesh_trainer import muon
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.model import release
 from kdmesh_trainer.muon import orthogonal
@@ -136,6 +138,32 @@ def test_weights_are_the_textbook_s_wherever_their_parts_lie(
         moved = np.linalg.norm(weight - before[name].detach().numpy())
         error = np.linalg.norm(found[name].numpy() - weight) / moved
         assert error < 1e-4, f"{name} is off by {error} of what it moved"
+
+
+def orthogonalised_shapes(mesh: Mesh, *, student: str) -> list[tuple[int, ...]]:
+    """Of the matrices that this rank works out in one update."""
+    model = build_student(Path(student), mesh, vocabulary_size=310, compute_dtype=torch.float32, gather="micro_batch")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    shapes = []
+
+    def noting(matrix: Tensor) -> Tensor:
+        shapes.append(tuple(matrix.shape))
+        return orthogonal(matrix)
+
+    with mock.patch.object(muon, "orthogonal", noting):
+        optimizer_over(model, CONFIG).step()
+    return shapes
+
+
+def test_ranks_divide_the_matrices_between_them(tiny_models: TinyModels) -> None:
+    student = tiny_models.path("qwen3", seed=1, num_hidden_layers=3)
+    shares = run_ranks(f"{HERE}:orthogonalised_shapes", ranks=2, student=str(student))
+    layers = AutoModelForCausalLM.from_pretrained(student).model.layers
+    matrices = [tuple(p.shape) for p in layers.parameters() if p.ndim == 2]
+    assert sorted(tuple(shape) for share in shares for shape in share) == sorted(matrices)
+    one, other = (sum(rows * columns * min(rows, columns) for rows, columns in share) for share in shares)
+    assert abs(one - other) <= max(rows * columns * min(rows, columns) for rows, columns in matrices)
 
 
 def test_one_matrix_moves_as_torch_s_own_muon_moves_it(tiny_models: TinyModels) -> None:

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from kdmesh_trainer.optimizer import ShardedAdamW, parameter_groups
 from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.shards import like_shard, own_part, own_shard
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.shards import like_shard, own_shard
 
 # X <- a X + (b X X^T + c (X X^T)^2) X brings singular values between about 0.7 and 1.2 in so many steps.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -45,8 +46,8 @@ class Muon(ShardedAdamW):
     """AdamW, but for groups that are to be orthogonal.
 
     B <- m B + (1 - m) G, then W <- (1 - rate * decay) W - rate * 0.2 sqrt(max(rows, columns)) * O, where O is
-    (1 - m) G + m B with all singular values near 1. Each rank gathers one matrix at a time, and works out all of O,
-    which shards cannot; it updates its own part.
+    (1 - m) G + m B with all singular values near 1. Shards cannot say O, so ranks that share a copy of the student take
+    turns: of as many matrices as they are, each has one whole and works out its O, of which all get their own part.
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon (O, with Nesterov's momentum); Liu et al. 2025,
     arXiv:2502.16982, equation 4 (decay, and the scale that has AdamW's learning rates serve).
@@ -56,26 +57,66 @@ class Muon(ShardedAdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # no overloads
         """One update. Collective."""
         loss: float | None = super().step(closure)
-        for group in self.param_groups:
-            if group["is_orthogonal"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._update(parameter, parameter.grad, group)
+        moved = [
+            (parameter, group)
+            for group in self.param_groups
+            if group["is_orthogonal"]
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        # Neighbours take about as long, so that no rank waits long for the others.
+        moved.sort(key=lambda each: each[0].numel() * min(each[0].shape), reverse=True)
+        ranks = _sharing_ranks(moved[0][0]) if moved else 1
+        for first in range(0, len(moved), ranks):
+            turn = moved[first : first + ranks]
+            averages = [self._averaged(parameter, group["momentum"]) for parameter, group in turn]
+            for (parameter, group), direction in zip(turn, _orthogonal_parts(averages), strict=True):
+                size = _RMS * math.sqrt(max(parameter.shape))
+                own = own_shard(parameter)
+                own.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * size)
         return loss
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         return False if group["is_orthogonal"] else super()._init_group(group, *lists)
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, rate, momentum = self.state[parameter], group["lr"], group["momentum"]
+    def _averaged(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """What is to be made orthogonal, spread as the parameter is."""
+        state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient, average = own_shard(gradient), own_shard(state["momentum_buffer"])
+        assert parameter.grad is not None
+        gradient, average = own_shard(parameter.grad), own_shard(state["momentum_buffer"])
         average.lerp_(gradient, 1 - momentum)
-        direction = orthogonal(whole(like_shard(gradient.lerp(average, momentum), parameter), None))
-        size = _RMS * math.sqrt(max(direction.shape))
-        own = own_shard(parameter)
-        own.mul_(1 - rate * group["weight_decay"]).add_(own_part(direction, parameter), alpha=-rate * size)
+        return like_shard(gradient.lerp(average, momentum), parameter)
+
+
+def _sharing_ranks(tensor: Tensor) -> int:
+    return tensor.device_mesh.size(-1) if isinstance(tensor, DTensor) else 1
+
+
+def _orthogonal_parts(matrices: list[Tensor]) -> list[Tensor]:
+    """This rank's rows of what `orthogonal` makes of each of the matrices. Collective.
+
+    Args:
+        matrices: spread alike by rows, as many as ranks that share a copy of the student, or fewer; or a whole one.
+    """
+    first = matrices[0]
+    if not isinstance(first, DTensor):
+        return [orthogonal(matrix) for matrix in matrices]
+    mesh, ranks = first.device_mesh, _sharing_ranks(first)
+    place, group = mesh.get_local_rank(-1), mesh.get_group(-1)
+    parts = [own_shard(matrix) for matrix in matrices]
+    given = [part.numel() for part in parts] + [0] * (ranks - len(parts))
+    shape = matrices[place].shape if place < len(matrices) else (0, 0)
+    each = -(-shape[0] // ranks)
+    taken = [shape[1] * max(min(each, shape[0] - rank * each), 0) for rank in range(ranks)]
+    sent = torch.cat([part.flatten() for part in parts])
+    own = sent.new_empty(sum(taken))
+    dist.all_to_all_single(own, sent, taken, given, group=group)
+    if len(own):
+        own = orthogonal(own.view(shape)).flatten()
+    dist.all_to_all_single(sent, own, given, taken, group=group)
+    return [part.view_as(like) for part, like in zip(torch.split(sent, given)[: len(parts)], parts, strict=True)]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -24,14 +24,6 @@ def like_shard(own: Tensor, other: Tensor) -> Tensor:
     )
 
 
-def own_part(whole: Tensor, other: Tensor) -> Tensor:
-    """What this rank has of a tensor that it has whole, if that were spread as `other` is."""
-    if not isinstance(other, DTensor):
-        return whole
-    everywhere = DTensor.from_local(whole, other.device_mesh, [Replicate()] * other.device_mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=other.placements).to_local()
-
-
 @torch.no_grad()
 def norm_over_ranks(tensors: Sequence[Tensor]) -> Tensor:
     """[] the norm of all elements of all ranks. Collective.
