@@ -31,7 +31,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def entropy(probabilities_RV: Tensor) -> Tensor:
-    return torch.special.entr(probabilities_RV).sum(-1)
+    entropy_R: Tensor = torch.special.entr(probabilities_RV).sum(-1)
+    return entropy_R
 
 
 @pytest.mark.parametrize(
