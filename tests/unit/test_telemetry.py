@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -101,8 +102,8 @@ class Recorder:
     def show(self, reading: progress.Reading) -> None:
         self.calls.append(("show", reading))
 
-    def close(self) -> None:
-        self.calls.append(("close", None))
+    def close(self, *, has_failed: bool | None = None) -> None:
+        self.calls.append(("close", has_failed))
 
 
 def run(path: Path, *, imbalance: float | None = None) -> tuple[telemetry.RunTelemetry, Recorder, Recorder]:
@@ -376,7 +377,7 @@ def test_the_end_is_summarised_with_the_last_scores(tmp_path: Path, caplog: pyte
     (summary,) = [entry.__dict__ for entry in caplog.records if entry.getMessage() == "run ended"]
     assert (summary["steps"], summary["tokens"], summary["held_out_kl_nats_per_token"]) == (1, 100, 0.25)
     assert (summary["door"], summary["door_reasons"]) == ("shm", {"shm": "it is the best"})
-    assert display.calls[-1] == tracker.calls[-1] == ("close", None)
+    assert (display.calls[-1], tracker.calls[-1]) == (("close", None), ("close", False))
 
 
 def test_steps_that_were_skipped_are_counted_and_have_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -597,12 +598,52 @@ class WandbHistory(ModuleType):
         if step >= max(self.rows, default=0) and step >= self._first:
             self.rows[step] = self.rows.get(step, {}) | values
 
-    def finish(self) -> None:
+    def finish(self, *, exit_code: int) -> None:
         pass
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         assert self.drawn_over == {"*": "step"}
         return [(row["step"], row[name]) for row in self.rows.values() if name in row]
+
+
+class _FullTracker(Recorder):
+    """Cannot write what is pending."""
+
+    def close(self, *, has_failed: bool | None = None) -> None:
+        raise CheckpointError("no space left")
+
+
+@pytest.mark.parametrize("full_first", [True, False])
+def test_a_tracker_that_cannot_write_keeps_no_other_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_first: bool
+) -> None:
+    other = Recorder()
+    both = [_FullTracker(), other] if full_first else [other, _FullTracker()]
+    monkeypatch.setattr(telemetry, "build_trackers", lambda cfg: both)
+    opened = telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict, imbalance=lambda: None)
+    with pytest.raises(CheckpointError, match="no space left"), opened:
+        pass
+    assert other.calls == [("close", False)]
+
+
+@pytest.mark.parametrize("failure", [None, CheckpointError("full"), KeyboardInterrupt()])
+def test_trackers_are_told_whether_the_run_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException | None
+) -> None:
+    services = {name: FakeService(name) for name in ("wandb", "mlflow")}
+    for name, service in services.items():
+        monkeypatch.setitem(sys.modules, name, service)
+    cfg = config(tmp_path, "wandb", "mlflow")
+    with (
+        contextlib.nullcontext() if failure is None else pytest.raises(type(failure)),
+        telemetry.open_telemetry(cfg, rank=0, doors=dict, imbalance=lambda: None) as record,
+    ):
+        record.start(0, 2)
+        if failure is not None:
+            raise failure
+    ends = [services["wandb"].calls[-1], services["mlflow"].calls[-1]]
+    is_well = failure is None
+    assert ends == [("finish", {"exit_code": 0 if is_well else 1}), ("end_run", ("FINISHED" if is_well else "FAILED",))]
 
 
 def test_wandb_has_every_step_of_a_run_that_went_on_for_more_steps(

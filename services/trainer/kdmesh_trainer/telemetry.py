@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import sys
@@ -69,7 +68,12 @@ def open_telemetry(
             doors=doors,
             imbalance=imbalance,
         )
-        yield stack.enter_context(contextlib.closing(telemetry))
+        has_failed = True
+        try:
+            yield telemetry
+            has_failed = False
+        finally:
+            telemetry.close(has_failed=has_failed)
 
 
 class SilentTelemetry:
@@ -215,14 +219,15 @@ class RunTelemetry:
         if self._metrics_server is not None:
             self._metrics_server.await_reading()
 
-    def close(self) -> None:
-        """End the display, say the summary, and give up trackers."""
-        self._progress.close()
-        if self._totals.num_steps:
-            reasons = dict(self._doors())
-            log.info("run ended", extra={**self._totals.summary(), **self._door(), "door_reasons": reasons})
-        for tracker in self._trackers:
-            tracker.close()
+    def close(self, *, has_failed: bool = False) -> None:
+        """End the display, say the summary, and give up trackers: each of them, also when another cannot write."""
+        with ExitStack() as stack:
+            for tracker in self._trackers:
+                stack.callback(tracker.close, has_failed=has_failed)
+            self._progress.close()
+            if self._totals.num_steps:
+                reasons = dict(self._doors())
+                log.info("run ended", extra={**self._totals.summary(), **self._door(), "door_reasons": reasons})
 
     def _door(self) -> dict[str, str | None]:
         return {"door": "+".join(sorted(self._doors())) or None}

@@ -28,8 +28,8 @@ class Tracker(Protocol):
         """Record figures of one group, as `train/loss`, of one step."""
         ...
 
-    def close(self) -> None:
-        """Write out what is pending."""
+    def close(self, *, has_failed: bool = False) -> None:
+        """Write out what is pending, and say how the run ended; one that was stopped has not failed."""
         ...
 
 
@@ -83,8 +83,8 @@ class TensorBoard:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Write out what is pending."""
+    def close(self, *, has_failed: bool = False) -> None:
+        """Write out what is pending; event files say nothing of how a run ended."""
         if self._writer is not None:
             with written_beside_checkpoints(self._directory):
                 self._writer.close()
@@ -124,10 +124,10 @@ class WandB:
             group, _, _ = next(iter(values)).partition("/")
             self._run.log({"step": step, **values}, step=len(_GROUPS) * step + _GROUPS.index(group))
 
-    def close(self) -> None:
+    def close(self, *, has_failed: bool = False) -> None:
         """Upload what is pending."""
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(has_failed))
 
 
 class MLflow:
@@ -155,7 +155,7 @@ class MLflow:
         """Record scalars; MLflow keeps every value of a repeated step."""
         self._module.log_metrics(dict(values), step=step)
 
-    def close(self) -> None:
+    def close(self, *, has_failed: bool = False) -> None:
         """End the run."""
         if self._is_open:
-            self._module.end_run()
+            self._module.end_run("FAILED" if has_failed else "FINISHED")
