@@ -606,6 +606,29 @@ class WandbHistory(ModuleType):
         return [(row["step"], row[name]) for row in self.rows.values() if name in row]
 
 
+@pytest.mark.parametrize(("name", "opens"), [("wandb", {"id": None}), ("mlflow", {"run_name": "my-run"})])
+def test_a_run_whose_id_was_cut_off_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, opens: dict[str, Any]
+) -> None:
+    cfg = config(tmp_path, name)
+    cfg.output.mkdir()
+    (cfg.output / f"{name}_run_id").touch()
+    service = started(tmp_path, name, {}, monkeypatch)
+    [opened] = [call for method, call in service.calls if method in ("init", "start_run")]
+    assert opens.items() <= opened.items()
+    assert (cfg.output / f"{name}_run_id").read_text() == "r1"
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_an_id_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trackers, "write_synced", full)
+    with pytest.raises(CheckpointError, match=f"{name}_run_id cannot be written: No space left on device"):
+        started(tmp_path, name, {}, monkeypatch)
+
+
 class _FullTracker(Recorder):
     """Cannot write what is pending."""
 
@@ -709,7 +732,7 @@ def started(tmp_path: Path, name: str, variables: dict[str, str], monkeypatch: p
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     cfg = config(tmp_path, name)
-    cfg.output.mkdir()
+    cfg.output.mkdir(exist_ok=True)
     (tracker,) = trackers.build_trackers(cfg)
     tracker.start(0)
     return service

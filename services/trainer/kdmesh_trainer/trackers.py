@@ -11,7 +11,7 @@ from typing import Any, Protocol, assert_never
 
 from kdmesh.errors import ConfigError
 from kdmesh_trainer import config
-from kdmesh_trainer.files import written_beside_checkpoints
+from kdmesh_trainer.files import write_synced, written_beside_checkpoints
 
 _PROJECT = "kdmesh"
 _GROUPS = ("held_out", "questions", "train")  # what is before the slash of a figure's name, as they come in a step
@@ -91,7 +91,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run, continued by the id kept in `output`."""
+    """A Weights & Biases run, continued by the id kept in `output`. Raises CheckpointError when it cannot be kept."""
 
     def __init__(self, module: ModuleType, cfg: config.TrainerConfig) -> None:
         self._module = module
@@ -101,18 +101,18 @@ class WandB:
     def start(self, first_step: int) -> None:
         """Open the run, or the one that `output` belongs to."""
         id_file = self._cfg.output / "wandb_run_id"
-        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
         self._run = self._module.init(
             # What W&B's own variables say, which an argument would overrule; it reads the others itself.
             project=os.environ.get("WANDB_PROJECT") or _PROJECT,
             name=os.environ.get("WANDB_NAME") or self._cfg.output.name,
             dir=str(self._cfg.output),
-            id=run_id,
+            id=_kept_id(id_file),
             resume="allow",
             config={**self._cfg.model_dump(mode="json"), "first_step": first_step},
         )
         self._run.define_metric("*", step_metric="step")
-        id_file.write_text(self._run.id, encoding="utf-8")
+        with written_beside_checkpoints(id_file):
+            write_synced(id_file, self._run.id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record scalars, to be drawn over `step`; a repeated stretch keeps its first figures.
@@ -131,7 +131,7 @@ class WandB:
 
 
 class MLflow:
-    """An MLflow run, continued by the id kept in `output`."""
+    """An MLflow run, continued by the id kept in `output`. Raises CheckpointError when it cannot be kept."""
 
     def __init__(self, module: ModuleType, cfg: config.TrainerConfig) -> None:
         self._module = module
@@ -141,13 +141,14 @@ class MLflow:
     def start(self, first_step: int) -> None:
         """Open the run, or the one that `output` belongs to."""
         id_file = self._cfg.output / "mlflow_run_id"
-        if id_file.exists():
-            self._module.start_run(run_id=id_file.read_text(encoding="utf-8").strip())
+        if (run_id := _kept_id(id_file)) is not None:
+            self._module.start_run(run_id=run_id)
         else:
             if not (os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID")):
                 self._module.set_experiment(_PROJECT)
             run = self._module.start_run(run_name=self._cfg.output.name)
-            id_file.write_text(run.info.run_id, encoding="utf-8")
+            with written_beside_checkpoints(id_file):
+                write_synced(id_file, run.info.run_id)
             self._module.log_dict(self._cfg.model_dump(mode="json"), "config.json")
         self._is_open = True
 
@@ -159,3 +160,8 @@ class MLflow:
         """End the run."""
         if self._is_open:
             self._module.end_run("FAILED" if has_failed else "FINISHED")
+
+
+def _kept_id(path: Path) -> str | None:
+    """Of the run that `output` belongs to; None: none was begun, or what was to say so was cut off."""
+    return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
