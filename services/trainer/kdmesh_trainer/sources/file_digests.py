@@ -22,7 +22,8 @@ class FileDigests:
     def known(self, path: Path) -> str | None:
         """That of a file; None: it must be read for it. Raises DataError when the file cannot be read."""
         kept = self._directory / _state(path)
-        return kept.read_text(encoding="ascii") if kept.is_file() else None
+        # One that a power cut has left empty is none.
+        return (kept.read_text(encoding="ascii") or None) if kept.is_file() else None
 
     def read(self, path: Path) -> str:
         """That of a file, which is read and remembered. One process at a time.
