@@ -54,7 +54,7 @@ def open_rollouts(cfg: TrainerConfig, student: Student, mesh: Mesh, stack: ExitS
         open_pool(
             key,
             rollouts,
-            job=job_name(cfg),
+            job=cfg.job_name,
             architecture_fingerprint=student.architecture_fingerprint(),
             steps_ahead=steps_ahead,
         )
@@ -92,11 +92,6 @@ def open_pool(
     server = pool.describe()
     log.info("rollout server found", extra={"model": server.name, "dtype": server.dtype.value})
     return pool
-
-
-def job_name(cfg: TrainerConfig) -> str:
-    """By which servers know the job: that of its output directory."""
-    return cfg.output.resolve().name
 
 
 def _weight_sender(where: Addresses, rollouts: RolloutsConfig, student: Student, mesh: Mesh) -> WeightSender:

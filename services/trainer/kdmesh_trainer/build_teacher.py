@@ -72,11 +72,10 @@ def open_teacher(
     key, teacher = f"teachers.{name}" if name else "teacher", cfg.all_teachers[name]
     if not teacher.addresses:
         raise ConfigError(f"{key}.addresses is empty; it must name at least one running teacher as host:port")
-    job = cfg.output.resolve().name
     pool = stack.enter_context(
         TeacherPool(
             teacher.addresses,
-            job=job,
+            job=cfg.job_name,
             door=teacher.door,
             deadline_s=teacher.deadline_s,
             access=teacher.access,
@@ -96,7 +95,7 @@ def open_teacher(
     size = common_vocabulary(model, tokenizer_fingerprint=tokenizer_fingerprint, vocabulary_size=vocabulary_size)
     facts = {"key": key, "teacher": model.name, "fingerprint": model.model_fingerprint, "dtype": model.dtype.value}
     log.info("teacher found", extra={**facts, "vocabulary_size": size})
-    return Teacher(key=key, cfg=teacher, job=job, pool=pool, vocabulary_size=size)
+    return Teacher(key=key, cfg=teacher, job=cfg.job_name, pool=pool, vocabulary_size=size)
 
 
 def build_copy(teacher: Teacher, student: Student) -> TeacherCopy | None:

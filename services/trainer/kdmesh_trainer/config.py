@@ -211,6 +211,11 @@ class TrainerConfig(StrictModel):
     """Processes that `kdmesh train` starts here; null takes one per GPU, or one on the CPU."""
 
     @property
+    def job_name(self) -> str:
+        """By which servers and dashboards know the run: the last part of `output`."""
+        return self.output.resolve().name
+
+    @property
     def teacher_update_every(self) -> int | None:
         """Steps between two updates of the teacher; None: it is frozen."""
         follows = None if self.teacher is None else self.teacher.follows_student

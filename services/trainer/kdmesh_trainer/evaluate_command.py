@@ -82,7 +82,7 @@ def _evaluate(cfg: TrainerConfig) -> tuple[AnswerScores, _Answers]:
     # Not at the top: a bad configuration must not wait for torch.
     from kdmesh.tokens import tokenizer_fingerprint
     from kdmesh_trainer.build_evaluation import check_answerer, read_questions_of
-    from kdmesh_trainer.build_rollouts import job_name, open_pool
+    from kdmesh_trainer.build_rollouts import open_pool
     from kdmesh_trainer.build_vision import load_reader
     from kdmesh_trainer.devices import OwnDevices
     from kdmesh_trainer.mesh import joined
@@ -100,7 +100,7 @@ def _evaluate(cfg: TrainerConfig) -> tuple[AnswerScores, _Answers]:
     assert rollouts is not None  # the configuration's
     key = "source.rollouts" if is_sampled else "evaluation.rollouts"
     with (
-        open_pool(key, rollouts, job=job_name(cfg)) as pool,
+        open_pool(key, rollouts, job=cfg.job_name) as pool,
         joined("cpu", longest_wait_s=rollouts.deadline_s) as mesh,
     ):
         check_answerer(

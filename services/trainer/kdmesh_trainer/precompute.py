@@ -84,7 +84,7 @@ def precompute(
         for address in teacher.addresses:
             with TeacherPool(
                 [address],
-                job=cfg.output.resolve().name,
+                job=cfg.job_name,
                 door=teacher.door,
                 deadline_s=teacher.deadline_s,
                 access=teacher.access,

@@ -56,7 +56,7 @@ def open_telemetry(
         yield SilentTelemetry()
         return
     progress: Progress = TerminalProgress() if can_redraw(sys.stderr) else LogProgress(every_s=10.0)
-    metrics = Metrics(cfg.output.resolve().name, steps=cfg.steps)
+    metrics = Metrics(cfg.job_name, steps=cfg.steps)
     with ExitStack() as stack:
         server = None if cfg.metrics is None else stack.enter_context(serving(cfg.metrics, metrics.registry))
         telemetry = RunTelemetry(
