@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,12 +140,20 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
         target_modules=sorted(layers),
         task_type=peft.TaskType.CAUSAL_LM,
     )
+
+    def adapted() -> set[str]:
+        return {name for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
+
     torch.manual_seed(seed)
     try:
         peft.inject_adapter_in_model(told, lm, adapter_name=_NAME)
     except ValueError as error:
+        if config.use_dora:  # which experts cannot have, so peft ended before it was known where it puts adapters
+            with suppress(ValueError):
+                peft.inject_adapter_in_model(replace(told, use_dora=False), lm, adapter_name=_NAME)
+                _refuse_others(lm, layers, adapted())
         raise ConfigError(f"student.lora.target_modules: {error}") from error
-    _refuse_others(lm, layers, {name for name, module in lm.named_modules() if isinstance(module, LoraLayer)})
+    _refuse_others(lm, layers, adapted())
     if config.base == "nf4":
         # After peft, which knows nothing of what then is there.
         rest_in_four_bits(lm, [f"{name}{_BASE}" if name in layers else name for name in linear])
