@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kdmesh.models.vision import auto_class
 
 
 def element_types(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -17,11 +20,10 @@ def element_types(model: PreTrainedModel, names: Iterable[str], dtype: torch.dty
         model: sharded or not; its own element type does not matter.
         names: of tensors, as in a state dict.
     """
+    own = _of_their_own(model.config, dtype)
     kept = model._get_dtype_plan(dtype)
-    if not kept:
-        return dict.fromkeys(names, dtype)
     pattern = re.compile("|".join(f"(?:{glob.replace('*', '.*')})" for glob in kept))
-    return {name: torch.float32 if pattern.search(name) else dtype for name in names}
+    return {name: torch.float32 if kept and pattern.search(name) else own.get(name, dtype) for name in names}
 
 
 def modules_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[nn.Module]:
@@ -41,3 +43,17 @@ def modules_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[nn.Mod
             found.add(module)
             parts.update(module.modules())
     return found
+
+
+def _of_their_own(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of the tensors that the model's code makes in another type than is asked for, as decays of linear attention."""
+    told = copy.deepcopy(config)  # which transformers writes the type into
+    if hasattr(told, "quantization_config"):
+        del told.quantization_config
+    with torch.device("meta"):
+        made = auto_class(told).from_config(told, dtype=dtype, trust_remote_code=False)
+    return {
+        name: tensor.dtype
+        for name, tensor in made.state_dict().items()
+        if tensor.is_floating_point() and tensor.dtype != dtype
+    }
