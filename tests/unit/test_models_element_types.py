@@ -30,4 +30,5 @@ def test_tensors_have_the_types_that_transformers_loads_them_in(tiny_models: Tin
 @pytest.mark.parametrize("family", tiny_vision.FAMILIES)
 def test_so_have_those_of_models_that_read_images(tiny_vision: TinyVisionModels, family: str) -> None:
     path = tiny_vision.path(family, dtype=torch.bfloat16)
-    check(*(AutoModelForImageTextToText.from_pretrained(path, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)))
+    dtypes = torch.bfloat16, torch.float32
+    check(*(AutoModelForImageTextToText.from_pretrained(path, dtype=dtype) for dtype in dtypes))
