@@ -128,6 +128,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+_SAID = {
+    "tuple_type": "give a list, as [first, second]",
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "give a section, as {key: value}"),
+    "path_type": "give a path",
+    "missing": "is required",
+}
+"""What to say of pydantic's types of errors, where its own words are about Python."""
+
 _SAY_CHOICES = ("name", "kind", "format")  # keys that say which of several a section is
 
 
@@ -136,12 +144,9 @@ def _line(details: ErrorDetails, tree: dict[str, Any], model: type[BaseModel]) -
     if not details["loc"]:  # a rule of several keys, which it names
         return f"  {message}"
     keys, choice = _keys_and_choice(details["loc"], tree, is_missing=kind == "missing")
-    if kind == "tuple_type":
-        message = "give a list, as [first, second]"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        message = "give a section, as {key: value}"
-    if kind == "missing":
-        message = "is required"
+    message = _SAID.get(kind, message)
+    if kind == "too_short":
+        message = f"needs at least {details['ctx']['min_length']}"
     if kind == "union_tag_not_found":
         message = f"says no {details['ctx']['discriminator']}, which decides what else belongs here"
     if kind == "union_tag_invalid":
@@ -165,7 +170,10 @@ def _keys_and_choice(
     node: Any = tree
     choice = None
     for place, part in enumerate(location):
-        is_there = part in node if isinstance(node, dict) else isinstance(part, int) and isinstance(node, list)
+        if isinstance(node, dict):
+            is_there = part in node
+        else:
+            is_there = isinstance(node, list) and isinstance(part, int) and part < len(node)
         # A choice comes before any key of its section, one of which may be called the same.
         if is_there and choice is None and isinstance(node, dict) and part in map(node.get, _SAY_CHOICES):
             is_there = False

@@ -61,6 +61,24 @@ def test_what_breaks_a_rule_is_said_in_words_of_a_configuration(tmp_path: Path) 
     assert said.splitlines()[1:] == ["  parallel.context (2) must divide ranks (3)"]
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.betas=[0.9]", "optimizer.betas.1: is required"),
+        ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas: "),
+        ("student.model=", "student.model: give a path (got None)"),
+        ("output=5", "output: give a path (got 5)"),
+        ("data.train={format: blend, datasets: {}}", "data.train.datasets: needs at least 1"),
+        ("profile.steps=[]", "profile.steps: needs at least 1"),
+    ],
+)
+def test_lists_paths_and_sections_that_are_short_of_something_are_told_so(
+    tmp_path: Path, override: str, said: str
+) -> None:
+    [line] = refusal(tmp_path, GOOD, override).splitlines()[1:]
+    assert line.startswith(f"  {said}")
+
+
 def test_every_bad_key_is_named_with_its_path(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + "optimizer: {learning_rate: -1, lr: 2}\nbatch: {sequences: many}\ncolour: red\n")
     assert said.splitlines()[0].endswith("my.yaml: 4 problems")
