@@ -74,6 +74,7 @@ class Chat:
     tools: tuple[Tool, ...] = ()  # that the assistant may call
     weight: float = 1.0  # of its loss, finite, >= 0
     row: Mapping[str, Any] | None = None  # all that was read of it; None: nobody wants it
+    lacks: str = ""  # the column of the answer, where its row is a prompt without one
 
     @property
     def text(self) -> str | None:
@@ -135,8 +136,9 @@ def chat_from_row(
         raise DataError(f"{origin}: a row must be an object, not {_kind(row)}")
     _refuse_unsupported_columns(row, origin)
     found_images = RowImages(images, row, origin)
+    lacks = ""
     if answers.comes_first and row.get(answers.prompt) is not None:
-        messages = _prompt_and_completion(row, answers, origin, found_images)
+        messages, lacks = _prompt_and_completion(row, answers, origin, found_images)
     elif row.get(column) is not None:
         messages = _messages(row[column], f"{origin}: {column}", found_images)
     elif row.get("conversations") is not None:
@@ -144,7 +146,7 @@ def chat_from_row(
     elif row.get("instruction") is not None and row.get("output") is not None:
         messages = _alpaca_messages(row, origin)
     elif row.get(answers.prompt) is not None:
-        messages = _prompt_and_completion(row, answers, origin, found_images)
+        messages, lacks = _prompt_and_completion(row, answers, origin, found_images)
     else:
         raise DataError(
             f"{origin}: no column {column!r}, and neither `conversations` (ShareGPT), `instruction` with `output` "
@@ -160,6 +162,7 @@ def chat_from_row(
         teacher_name="" if teacher.name is None else _teacher_name(row, teacher.name, teacher.known_names, origin),
         tools=tools_of(row, origin),
         weight=1.0 if weight is None else _weight(row, weight, origin),
+        lacks=lacks,
     )
 
 
@@ -353,7 +356,9 @@ def _alpaca_messages(row: Mapping[Any, Any], origin: str) -> list[Message]:
 
 def _prompt_and_completion(
     row: Mapping[Any, Any], columns: AnswerColumns, origin: str, images: RowImages
-) -> list[Message]:
+) -> tuple[list[Message], str]:
+    """The turns, and the column of the completion where there is none."""
+
     def turns(name: str, role: str) -> list[Message]:
         value, where = row.get(name), f"{origin}: {name}"
         if value is None:
@@ -363,7 +368,8 @@ def _prompt_and_completion(
         return [Message(role=role, content=_text(value, where))]
 
     asked = [replace(message, is_trained=False) for message in turns(columns.prompt, "user")]
-    return [*asked, *turns(columns.completion, "assistant")]
+    answer = turns(columns.completion, "assistant")
+    return [*asked, *answer], "" if answer else columns.completion
 
 
 def _kind(value: object) -> str:

@@ -111,6 +111,8 @@ def describe_image(data: bytes, *, file: Path | None = None) -> Image:
             width, height = image.size
             if image.format in _TURNED and image.getexif().get(_ORIENTATION) in _LYING:
                 width, height = height, width
+    except PIL.UnidentifiedImageError:  # it says nothing but where Pillow looked
+        raise InvalidRequest(f"{len(data)} bytes are not an image of {', '.join(FORMATS)}") from None
     except _FAILURES as error:
         raise InvalidRequest(f"{len(data)} bytes are not an image of {', '.join(FORMATS)}: {error}") from None
     return Image(

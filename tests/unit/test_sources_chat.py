@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from kdmesh.chat_rows import Chat, Message
+from kdmesh.chat_rows import Chat, Message, chat_from_row
 from kdmesh.errors import ConfigError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.sources.chat import ChatEncoder, read_template
@@ -223,6 +223,13 @@ def test_a_chat_that_cannot_be_aligned_is_unusable(
     result = encode(family, turns)
     assert isinstance(result, Unusable)
     assert (result.reason, detail in result.detail) == (reason, True), result
+
+
+def test_a_prompt_without_an_answer_is_unusable_and_says_where_one_would_be() -> None:
+    asked = chat_from_row({"prompt": "a", "response": "b"}, column="messages", origin="here")
+    [result] = tools("chatml", "byte_level")[1].encode([asked])
+    assert isinstance(result, Unusable)
+    assert (result.reason, result.detail) == (Reason.NO_ASSISTANT, "a prompt, and no column 'completion'")
 
 
 def test_a_boundary_is_not_enough_when_the_prompt_is_tokenised_otherwise() -> None:

@@ -315,6 +315,23 @@ def test_a_malformed_array_is_refused_with_its_line(tmp_path: Path) -> None:
         read(path)
 
 
+def test_an_object_of_several_lines_is_refused_with_the_rule(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", json.dumps(ROW, indent=1))
+    with pytest.raises(
+        DataError, match=r"a\.json:1: not JSON: .*; in a \.json file that is no array each line is a row"
+    ):
+        read(path)
+    with pytest.raises(DataError, match=r"not JSON: Unterminated string starting at column 14$"):
+        read(write(tmp_path / "b.jsonl", '{"messages": "'[:14] + "\n"))
+
+
+@pytest.mark.parametrize("keys", [{}, {"prompt_column": "id"}])
+def test_a_prompt_without_an_answer_says_which_column_would_hold_it(tmp_path: Path, keys: dict[str, str]) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"prompt": "Hi", "id": "3", "response": "Hello"}))
+    assert [chat.lacks for chat in open_dataset(ChatFile(path=path, **keys))()] == ["completion"]
+    assert [chat.lacks for chat in open_dataset(ChatFile(path=path, completion_column="response"))()] == [""]
+
+
 def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"messages": "\xff"}')
     with pytest.raises(DataError, match="is not UTF-8"):

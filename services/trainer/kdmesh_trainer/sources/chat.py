@@ -160,7 +160,8 @@ class ChatEncoder:
         """Every assistant turn that carries loss as if the chat ended with it. What follows the last trains nothing."""
         turns = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
         if not turns:
-            return Unusable(reason=Reason.NO_ASSISTANT, detail=f"{len(chat.messages)} messages")
+            found = f"a prompt, and no column {chat.lacks!r}" if chat.lacks else f"{len(chat.messages)} messages"
+            return Unusable(reason=Reason.NO_ASSISTANT, detail=found)
         if only_last:
             turns = turns[-1:]
         turns = [number for number in turns if chat.messages[number].is_trained]

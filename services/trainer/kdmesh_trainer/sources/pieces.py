@@ -127,7 +127,10 @@ def _parse(text: str, path: Path, *, first_line: int) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise DataError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}") from None
+        is_lines = path.suffix == ".json" and not _is_array(path)
+        rule = "; in a .json file that is no array each line is a row" if is_lines else ""
+        what = error.msg.removesuffix(" at")
+        raise DataError(f"{path}:{line}: not JSON: {what} at column {error.colno}{rule}") from None
     except RecursionError:
         raise DataError(f"{path}:{first_line}: not usable JSON: nested too deeply") from None
     except ValueError as error:  # Python reads no integer of thousands of digits
