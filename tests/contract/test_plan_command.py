@@ -67,6 +67,16 @@ def test_what_cannot_be_planned_for_is_said_in_a_sentence(config: Path, tmp_path
     assert "student.model: there is no directory gone" in plan(config, "--set", "student.model=gone", code=2)
 
 
+def test_ranks_that_cannot_share_the_students_rows_of_tokens_are_not_planned_for(
+    config: Path, tiny_models: TinyModels
+) -> None:
+    shared = ("--set", "parallel.context=2", "--ranks", "2")
+    assert "1/2 of a micro-batch" in plan(config, *shared)
+    hybrid = tiny_models.path("qwen3_5_text", seed=1)
+    said = plan(config, *shared, "--set", f"student.model={hybrid}", code=2)
+    assert said == f"parallel.context is 2 and {hybrid} has layers of linear attention; it must be 1\n"
+
+
 def test_a_model_is_planned_for_without_its_weights_and_data(
     config: Path, tiny_models: TinyModels, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kdmesh.errors import ConfigError
+from kdmesh_trainer.config import FollowConfig
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.memory_plan import Job, TeacherHead, plan
 from kdmesh_trainer.optimizer_config import OptimizerConfig
@@ -159,6 +160,26 @@ def test_what_is_frozen_beside_adapters_has_no_moments_and_rests_as_in_its_files
     assert found.resident["AdamW"] == pytest.approx(8 * trained, rel=1e-2)
     all_in_float32 = plan(whole).resident["parameters"]
     assert found.resident["parameters"] == pytest.approx(all_in_float32 * frozen.itemsize / 4 + 4 * trained, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("every", "decay", "copies"), [(1, None, 0), (1, 0.9, 1), (2, None, 1), (2, 0.9, 2)]
+)  # the average, and what was sent last where that is not the newest
+def test_what_a_teacher_that_follows_the_student_is_to_have_is_counted(
+    tmp_path: Path, every: int, decay: float | None, copies: int
+) -> None:
+    follows = FollowConfig(every=every, decay=decay)
+    one = replace(job(saved(tmp_path, TINY, is_tied=False), 300, [40, 24]), follows=follows)
+    trained = 4 * (2 * 300 * 64 + 64 + 2 * (2 * 64 + 2 * 16 + 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128))
+    assert plan(one).resident["teacher's weights"] == copies * trained
+    of_four = plan(replace(one, ranks=4)).resident["teacher's weights"]
+    assert of_four == pytest.approx(copies * trained / 4, rel=2e-2)
+    on_host = plan(replace(one, ranks=2, offloads=True, device=torch.device("cuda")))
+    assert on_host.host["teacher's weights"] == pytest.approx(copies * trained / 2, rel=2e-2)
+    assert not on_host.resident["teacher's weights"]
+    with_adapters = plan(replace(one, lora=LoraConfig(rank=4), frozen_dtype=torch.bfloat16))
+    matrices = 4 * 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert with_adapters.resident["teacher's weights"] == copies * matrices  # those that change, added up
 
 
 MIXTURE: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 768}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -37,7 +37,7 @@ from kdmesh.models.vision import reads_images
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.freezing import freeze, freeze_vision
 from kdmesh_trainer.live_bytes import LiveBytes
-from kdmesh_trainer.lora import inject_adapter
+from kdmesh_trainer.lora import Adapter, inject_adapter
 from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import context_group, device_mesh
 from kdmesh_trainer.model import RowLoss, Student, begin_micro_batch, checkpoint_activations, default_unit, shard, units
@@ -45,6 +45,10 @@ from kdmesh_trainer.optimizer import check_optimizer, optimizer_over
 from kdmesh_trainer.optimizer_config import OptimizerConfig
 from kdmesh_trainer.parallel_config import Gather
 from kdmesh_trainer.planned_tower import images_to_learn_from
+from kdmesh_trainer.teacher_copy import TeacherCopy
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.config import FollowConfig
 
 _TOKEN = 1
 _NO_WAIT = timedelta(seconds=1)  # for ranks that are not there
@@ -84,6 +88,7 @@ class Job:
     trains_vision: bool = False  # whether a vision tower learns, from images that are not counted
     frozen_dtype: torch.dtype = torch.float32  # that weights rest in which `lora` or `freeze` leave without a gradient
     checkpointed_every: int | None = None  # of which decoder layers only the inputs are kept; None: of none
+    follows: FollowConfig | None = None  # how the teacher follows the student, of which ranks keep a copy then
 
     @property
     def place(self) -> int:
@@ -137,11 +142,13 @@ def _plan(job: Job) -> Plan:
         live.watching(),
     ):
         with live.counted_as("parameters"):
-            lm = _lm(job)
+            lm, adapter = _lm(job)
             seen = images_to_learn_from(lm) if job.trains_vision else lambda row_loss: row_loss
             unit_parameters = default_unit(job.device.type)
             gathered = units(lm, unit_parameters)
-            student = Student(lm, vocabulary_size=job.vocabulary_size, context=context, exchange=job.exchange)
+            student = Student(
+                lm, vocabulary_size=job.vocabulary_size, adapter=adapter, context=context, exchange=job.exchange
+            )
             head_share = _EqualRanks if job.spreads_head else None
             shard(
                 student,
@@ -152,10 +159,13 @@ def _plan(job: Job) -> Plan:
                 offloads=job.offloads,
                 head_share=head_share,
             )
-        for copy in () if student.compute_copy is None else student.compute_copy.copies:
-            live.rename(copy, "gathered parameters")
+        for stand_in in () if student.compute_copy is None else student.compute_copy.copies:
+            live.rename(stand_in, "gathered parameters")
         copies = _give_to_host(student, live, gathered) if job.uses_host else 0
         optimizer = optimizer_over(student, job.optimizer)
+        with live.counted_as("teacher's weights", on_host=job.uses_host):
+            follows = job.follows
+            copy = None if follows is None else TeacherCopy(student, every=follows.every, decay=follows.decay)
         packed = _without_memory(row, fake)
         footprint = _footprint(job, student, packed)
         with live.counted_as("teacher's head"):
@@ -166,19 +176,19 @@ def _plan(job: Job) -> Plan:
         for _ in range(2):  # the second has what the first leaves behind
             phases = _step(job, live, student, optimizer, packed, row_loss)
         resident = +live.device.held
-        del heads, student, optimizer, workspace, row_loss
+        del heads, student, optimizer, copy, workspace, row_loss
     for name in ("forward", "backward"):
         phases[name]["copies of shards"] += copies
     return Plan(resident=resident, phases={name: +worst for name, worst in phases.items()}, host=+live.host.worst)
 
 
-def _lm(job: Job) -> PreTrainedModel:
-    """The student as it is before it is sharded."""
-    lm = empty_causal_lm(job.student)
+def _lm(job: Job) -> tuple[PreTrainedModel, Adapter | None]:
+    """The student as it is before it is sharded, and what was put into it."""
+    lm, adapter = empty_causal_lm(job.student), None
     if job.lora is not None:
         # peft moves what it makes to where the model is; tensors without memory cannot be moved, and are there.
         with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
-            inject_adapter(lm, job.lora, seed=0)
+            adapter = inject_adapter(lm, job.lora, seed=0)
     if reads_images(lm.config) and not job.trains_vision:
         freeze_vision(lm)
     if job.freeze:
@@ -188,7 +198,7 @@ def _lm(job: Job) -> PreTrainedModel:
             parameter.data = parameter.detach().to(job.frozen_dtype)
     if job.checkpointed_every is not None:
         checkpoint_activations(lm, every=job.checkpointed_every)
-    return lm
+    return lm, adapter
 
 
 @contextmanager

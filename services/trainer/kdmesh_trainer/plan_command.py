@@ -88,6 +88,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     import torch
     from transformers import AutoConfig
 
+    from kdmesh_trainer.build_context import refuse_unfit_student
     from kdmesh_trainer.build_vision import load_reader
     from kdmesh_trainer.memory_plan import Job, TeacherHead
     from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer, vocabulary_size
@@ -96,6 +97,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     has_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     ranks = ranks or cfg.ranks or max(1, torch.cuda.device_count() if has_gpu else 1)
     cfg.parallel.check_ranks(ranks)
+    refuse_unfit_student(cfg)
     context = cfg.parallel.context
     student = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
     whole, rest = divmod(cfg.batch.max_tokens, cfg.data.max_tokens)
@@ -125,6 +127,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         trains_vision=load_reader(cfg) is not None and not cfg.student.freeze_vision,
         frozen_dtype=torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32,
         checkpointed_every=cfg.student.checkpointed_every,
+        follows=None if cfg.teacher is None else cfg.teacher.follows_student,
     )
 
 
