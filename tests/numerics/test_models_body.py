@@ -203,6 +203,8 @@ def test_a_copy_of_a_hybrid_model_keeps_sequences_apart_with_its_own_weights(tin
         ("rwkv", {}, "apart"),  # a recurrent state
         ("stablelm", {}, "packed_lengths"),  # passes nothing on to its attention
         ("mamba", {}, "linear_attention"),
+        ("hy_v4", {}, "indexed_attention"),
+        ("deepseek_v4", {}, "heavily_compressed_attention"),
         ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 64}, "chunked_attention"),
         ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "code does not run with packed attention .Attr"),
         (
