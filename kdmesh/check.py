@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
@@ -16,7 +15,7 @@ from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh.extension import search_path
-from kdmesh.model_files import adapter_problems, freeze_problems, model_problems
+from kdmesh.model_files import adapter_problems, freeze_problems, model_problems, reads_text_alone
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
@@ -239,8 +238,7 @@ def _files(key: str, files: Mapping[str, Path | None]) -> Iterator[str]:
 
 def _images(cfg: TrainerConfig) -> Iterator[str]:
     model, root = cfg.student.model, cfg.data.images.root
-    told = model / "config.json"
-    if cfg.student.freeze_vision and told.is_file() and "vision_config" not in json.loads(told.read_bytes() or b"{}"):
+    if cfg.student.freeze_vision and reads_text_alone(model):
         yield f"student.freeze_vision: {model} reads text alone: its config.json has no vision_config"
     if root is not None and not root.is_dir():
         yield f"data.images.root: there is no directory {root}"

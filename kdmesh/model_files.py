@@ -19,12 +19,22 @@ def model_problems(key: str, path: Path, *, needs_weights: bool = True) -> Itera
         yield f"{key}: there is no directory {path} (models are not downloaded; give a Hugging Face model directory)"
     elif not (path / "config.json").is_file():
         yield f"{key}: {path} is not a Hugging Face model directory: it has no config.json"
+    elif not isinstance(_json(path / "config.json"), dict):
+        yield f"{key}: {path / 'config.json'} is not a JSON object"
     elif needs_weights and not (files := sorted(path.glob("*.safetensors"))):
         yield f"{key}: {path} has no weights (*.safetensors)"
     elif needs_weights:
         for file in files:
             if (problem := _weight_problem(file)) is not None:
                 yield f"{key}: {file} {problem}"
+
+
+def _json(path: Path) -> Any:
+    """What is in a file; None where it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
 
 
 def _weight_problem(file: Path) -> str | None:
@@ -42,6 +52,12 @@ def _weight_problem(file: Path) -> str | None:
         return "is not a safetensors file: its table does not say where tensors lie"
     whole, there = 8 + int.from_bytes(begin[:8], "little") + max(ends, default=0), file.stat().st_size
     return f"is cut short: it has {there} of {whole} bytes" if there < whole and ends else None
+
+
+def reads_text_alone(model: Path) -> bool:
+    """Whether the model's directory says what it is, and nothing of a vision tower."""
+    told = _json(model / "config.json") if (model / "config.json").is_file() else None
+    return isinstance(told, dict) and "vision_config" not in told
 
 
 def adapter_problems(key: str, targets: str | Sequence[str], model: Path) -> Iterator[str]:

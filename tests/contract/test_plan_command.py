@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,11 @@ def test_what_cannot_be_planned_for_is_said_in_a_sentence(config: Path, tmp_path
     absent = tmp_path / "absent.yaml"
     absent.write_text("engine: {kind: transformers, model: models/absent}\n", encoding="utf-8")
     assert "engine.model: there is no directory models/absent" in plan(config, "--serve", str(absent), code=2)
+    told = tmp_path / "other" / "config.json"
+    shutil.copytree(yaml.safe_load(config.read_text())["student"]["model"], told.parent)
+    told.write_text(told.read_text().replace('"qwen3"', '"qwen999"'))
+    other = plan(config, "--set", f"student.model={told.parent}", code=2)
+    assert "is of model type 'qwen999', which transformers" in other
     assert "student.model: there is no directory gone" in plan(config, "--set", "student.model=gone", code=2)
 
 

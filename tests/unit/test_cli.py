@@ -31,7 +31,7 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for model in ("student", "teacher"):
         (tmp_path / model).mkdir()
         for name in ("config.json", "tokenizer.json"):
-            (tmp_path / model / name).touch()
+            (tmp_path / model / name).write_text("{}")
         (tmp_path / model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # of no tensor
     (tmp_path / "train.jsonl").touch()
     (tmp_path / "teacher.yaml").write_text("engine: {kind: transformers, model: teacher}\n")
@@ -141,6 +141,15 @@ def test_names_of_frozen_parameters_are_looked_for_in_the_table_of_the_weights(
 ) -> None:
     write_table("model.embed_tokens", "model.layers.0.q_proj", "model.layers.1.v_proj", *beside)
     assert words in run("check", "train.yaml", "--set", f"student.freeze={freeze}").output
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+@pytest.mark.parametrize("command", ["check", "plan"])
+def test_a_model_whose_configuration_is_not_json_is_told(good: Path, command: str, text: str) -> None:
+    Path("student/config.json").write_text(text)
+    result = run(command, "train.yaml", "--set", "student.freeze_vision=true")
+    assert result.exit_code == 2
+    assert "1 thing is missing\n  student.model: student/config.json is not a JSON object\n" in result.output
 
 
 def test_what_is_said_of_images_is_checked(good: Path) -> None:

@@ -9,7 +9,7 @@ from kdmesh.model_files import model_problems
 
 
 def test_a_weight_file_that_is_cut_short_is_told_with_its_sizes(tmp_path: Path) -> None:
-    (tmp_path / "config.json").touch()
+    (tmp_path / "config.json").write_text("{}")
     table = json.dumps({"a": {"shape": [1], "data_offsets": [0, 4]}, "b": {"shape": [2], "data_offsets": [4, 12]}})
     whole = len(table).to_bytes(8, "little") + table.encode() + bytes(12)
     path = tmp_path / "model.safetensors"
@@ -23,6 +23,6 @@ def test_a_weight_file_that_is_cut_short_is_told_with_its_sizes(tmp_path: Path) 
 
 
 def test_a_weight_file_without_a_byte_is_no_weight_file(tmp_path: Path) -> None:
-    (tmp_path / "config.json").touch()
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     assert "is not a safetensors file" in "".join(model_problems("student.model", tmp_path))

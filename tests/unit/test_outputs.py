@@ -23,7 +23,7 @@ def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("student").mkdir()
     Path("full").mkdir()
-    Path("student/config.json").touch()
+    Path("student/config.json").write_text("{}")
     Path("train.jsonl").touch()
     Path("train.yaml").write_text(
         "output: run\nsteps: 10\nstudent: {model: student}\nteacher: {addresses: ['127.0.0.1:1']}\n"

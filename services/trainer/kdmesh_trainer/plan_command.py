@@ -18,6 +18,8 @@ with quiet_interrupt():
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from kdmesh_trainer.memory_plan import Job, Plan
 
 _REFUSED = 2
@@ -86,7 +88,6 @@ def at_worst(found: Plan, device: str) -> Counter[str]:
 
 def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | None, ranks: int | None) -> Job:
     import torch
-    from transformers import AutoConfig
 
     from kdmesh_trainer.build_context import refuse_unfit_student
     from kdmesh_trainer.build_vision import load_reader
@@ -99,7 +100,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     cfg.parallel.check_ranks(ranks)
     refuse_unfit_student(cfg)
     context = cfg.parallel.context
-    student = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
+    student = _model_config(cfg.student.model)
     whole, rest = divmod(cfg.batch.max_tokens, cfg.data.max_tokens)
     step_tokens = cfg.batch.sequences * cfg.data.max_tokens
     return Job(
@@ -131,12 +132,21 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     )
 
 
+def _model_config(path: Path) -> PretrainedConfig:
+    """Raises ConfigError when transformers knows no such model."""
+    from transformers import AutoConfig
+
+    from kdmesh.models.directory import check_model_directory
+
+    check_model_directory(path, needs_weights=False)
+    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
 def _teacher(server: Mapping[str, Any]) -> tuple[int, Any]:
     """Width and element type of a teacher's hidden states."""
     import torch
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(server["model"], local_files_only=True, trust_remote_code=False)
+    config = _model_config(Path(server["model"]))
     dtype = config.dtype or torch.float32 if server["dtype"] == "auto" else getattr(torch, server["dtype"])
     return config.get_text_config().hidden_size, dtype
 
