@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,14 +119,14 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
         with ExitStack() as stack:
             logs = {service: _log(_log_of(cfg, service), stack) for service in serve}
             processes = stack.enter_context(local.Processes())
-            reading = processes.start(_read_command(path, [*overrides, *later])) if serve else []
-            for service, file in serve.items():
-                command = server_command(service, file, servers[service], threads=threads.server, on_line=logs[service])
-                _echo(f"Starting the server of {file}; the run waits for its model. Its log: {_log_of(cfg, service)}")
-                overrides = [*overrides, *served(service, start_server(processes, command))]
-            if cfg.data.token_cache is not None:
-                processes.wait(reading)  # what it makes is what the ranks would make
-            processes.stop(reading)
+            read = _read_command(path, [*overrides, *later])
+            is_kept = cfg.data.token_cache is not None  # so that the ranks need not read again
+            with _meanwhile(processes, read, to_its_end=is_kept) if serve else nullcontext():
+                for service, file in serve.items():
+                    cores, log, told = threads.server, logs[service], _log_of(cfg, service)
+                    command = server_command(service, file, servers[service], threads=cores, on_line=log)
+                    _echo(f"Starting the server of {file}; the run waits for its model. Its log: {told}")
+                    overrides = [*overrides, *served(service, start_server(processes, command))]
             commands = rank_commands(path, overrides, ranks=num_ranks(cfg), threads=threads.rank, place=here)
             ranks = processes.start(*commands)
             _wait(processes, ranks)
@@ -139,6 +139,16 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
         if stopped is not None and any(rank.exit_code == stopped for rank in ranks):
             raise local.ChildFailed(f"stopped, with a checkpoint in {cfg.output}", exit_code=stopped) from None
         click.echo(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.", err=True)
+
+
+@contextmanager
+def _meanwhile(processes: local.Processes, command: local.Command, *, to_its_end: bool) -> Iterator[None]:
+    """Have a command run, to its end or as long as the context. Raises ChildFailed when it fails."""
+    children = processes.start(command)
+    yield
+    if to_its_end:
+        processes.wait(children)
+    processes.stop(children)
 
 
 def _log_of(cfg: TrainerConfig, service: Service) -> Path:
