@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import assert_never
 
 import torch
@@ -59,10 +60,11 @@ def build_algorithm(
         return None
     assert teachers is not None
     torch.manual_seed(seed)  # its first values must be the same on every rank
+    student_head = output_head(lm).sliced(vocabulary_size).detached()
     return build(
         Setup(
-            student_head=output_head(lm).sliced(vocabulary_size).detached(),
-            teacher_heads=teachers.whole_heads,
+            student_head=student_head,
+            teacher_heads=partial(teachers.first_heads, student_head),
             shared=tokens.shared,
             boundaries=tokens.boundaries,
             device=device,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from kdmesh.losses import OutputHead
 from kdmesh.types import PlacedImage, TokenSequence
@@ -53,9 +55,19 @@ class Teachers:
         """What a checkpoint can only be continued with, by configuration key."""
         return {key: value for teacher in self.by_name.values() for key, value in teacher.identity().items()}
 
-    def whole_heads(self) -> dict[str, OutputHead]:
-        """Of each, over its real tokens, on the CPU; that of the only one is empty. Blocks."""
-        return {name: each.pool.head()[0].sliced(self.vocabulary_size) for name, each in self.by_name.items()}
+    def first_heads(self, student_head: OutputHead) -> dict[str, OutputHead]:
+        """Of each, over its real tokens, on the CPU, as it is for the first step; the only one has no name. Blocks.
+
+        Args:
+            student_head: as it is before that step, over its real tokens, on the CPU.
+        """
+        return {
+            name: each.pool.head()[0].sliced(self.vocabulary_size)
+            if each.cfg.follows_student is None
+            # It gets these weights later; until then it has what an earlier job has left.
+            else _rounded(student_head, getattr(torch, each.pool.describe().dtype.value))
+            for name, each in self.by_name.items()
+        }
 
     def check_requests(self, dataset: str, sequences: Sequence[TokenSequence]) -> None:
         """Return when every teacher takes what it will be asked for. Raises DataError."""
@@ -66,6 +78,11 @@ class Teachers:
             check_images(dataset, list(_images_read(sequences, name)), model, image_expansion=self.image_expansion)
             for most in asked:
                 check_lengths(dataset, tokens=most.tokens, rows=most.rows, teacher=model)
+
+
+def _rounded(head: OutputHead, dtype: torch.dtype) -> OutputHead:
+    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+    return replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=bias_V)
 
 
 def _images_read(sequences: Sequence[TokenSequence], name: str) -> Iterator[PlacedImage]:
