@@ -294,6 +294,8 @@ def rank_commands(
                 "LOCAL_WORLD_SIZE": str(ranks),
                 **meeting,
                 **thread_limits(threads),
+                # A rank that finds the first one gone tells of it in a page of C++ frames, as a warning.
+                "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             },
             on_line=on_line,
             is_shown=True,

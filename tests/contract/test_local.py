@@ -273,3 +273,24 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_launcher_itself_loads_no_torch() -> None:
     script = "import sys, kdmesh.local; assert not {'torch', 'grpc', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(local.__file__).parents[1])
+
+
+@pytest.mark.slow
+def test_a_rank_that_finds_the_first_one_gone_is_silent_about_it() -> None:
+    said: list[str] = []
+    command = python("""
+        import os, time
+        from kdmesh_trainer.mesh import joined
+        with joined("cpu", longest_wait_s=10) as mesh:
+            if not mesh.is_first:
+                gone = mesh.gather(os.getpid())[0]
+                while os.path.exists(f"/proc/{gone}"):
+                    time.sleep(0.05)
+                print(mesh.is_first_to_fail(), flush=True)
+            else:
+                mesh.gather(os.getpid())
+            os._exit(0)
+    """)
+    with local.Processes() as processes:
+        processes.wait(processes.start(*local.rank_commands(command, ranks=2, threads=1, on_line=said.append)))
+    assert said == ["False"]
