@@ -346,7 +346,7 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
         ("gpt2", {}, "all-linear", "the body of gpt2 has no linear modules"),
     ],
 )
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"dropout": 0.1}])
 def test_a_model_that_peft_would_adapt_elsewhere_is_refused(
     tiny_models: TinyModels,
     monkeypatch: pytest.MonkeyPatch,
@@ -354,12 +354,12 @@ def test_a_model_that_peft_would_adapt_elsewhere_is_refused(
     shape: dict[str, int],
     targets: Any,
     why: str,
-    use_dora: bool,
+    options: dict[str, Any],
 ) -> None:
     monkeypatch.setitem(FAMILIES, family, shape)
     lm = load_causal_lm(tiny_models.path(family, seed=1), torch.float32, torch.device("cpu"))
     with pytest.raises(ConfigError, match=rf"^student\.lora.*: {why}"):
-        add_adapter(lm, LoraConfig(target_modules=targets, use_dora=use_dora), seed=0)
+        add_adapter(lm, LoraConfig(target_modules=targets, **options), seed=0)
 
 
 @pytest.mark.parametrize(

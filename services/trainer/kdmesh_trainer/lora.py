@@ -148,9 +148,11 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
     try:
         peft.inject_adapter_in_model(told, lm, adapter_name=_NAME)
     except ValueError as error:
-        if config.use_dora:  # which experts cannot have, so peft ended before it was known where it puts adapters
+        if config.use_dora or config.dropout:
+            # Experts can have neither, so peft ended before it was known where it puts adapters.
             with suppress(ValueError):
-                peft.inject_adapter_in_model(replace(told, use_dora=False), lm, adapter_name=_NAME)
+                plain = replace(told, use_dora=False, lora_dropout=0.0)
+                peft.inject_adapter_in_model(plain, lm, adapter_name=_NAME)
                 _refuse_others(lm, layers, adapted())
         raise ConfigError(f"student.lora.target_modules: {error}") from error
     _refuse_others(lm, layers, adapted())
