@@ -25,9 +25,9 @@ from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_diverg
 from kdmesh.models.body import load_causal_lm
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, begin_micro_batch, shard
-from kdmesh_trainer.optimizer import build_adamw
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.student.model import Student, begin_micro_batch, shard
 
 _VOCABULARY, _TEACHER_SIZE = 8000, 256
 _SEQUENCES, _LONGEST, _MAX_TOKENS = 32, 1024, 4096

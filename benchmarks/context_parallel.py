@@ -31,9 +31,9 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.context import Exchange
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, begin_micro_batch, shard
-from kdmesh_trainer.optimizer import build_adamw
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.student.model import Student, begin_micro_batch, shard
 
 _VOCABULARY, _TEACHER_SIZE = 4000, 256
 _WAYS: dict[str, tuple[int, Exchange]] = {"alone": (1, "heads"), "heads": (2, "heads"), "keys": (2, "keys")}

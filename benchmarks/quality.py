@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import finish, say, table
-from kdmesh import jobs
 from kdmesh.demo import plan as plans
 from kdmesh.demo.plan import BRIEF, STANDARD, Plan
 from kdmesh.demo.record import Evaluation, read_record
 from kdmesh.demo.stage import Stage, opened
 from kdmesh.demo.workspace import METRICS, is_finished
+from kdmesh.launch import jobs
 
 
 def _distil(divergence: str, **params: Any) -> dict[str, Any]:

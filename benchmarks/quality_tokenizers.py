@@ -19,13 +19,13 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.measure import finish, say, table
-from kdmesh import jobs
 from kdmesh.demo import plan as plans
 from kdmesh.demo.models import write_model
 from kdmesh.demo.plan import BRIEF, STANDARD, Plan
 from kdmesh.demo.record import Evaluation, read_record
 from kdmesh.demo.stage import Stage, opened
 from kdmesh.demo.workspace import METRICS, is_finished
+from kdmesh.launch import jobs
 
 _EVALUATIONS = 6  # of each student on its way
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

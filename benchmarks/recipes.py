@@ -18,13 +18,13 @@ from typing import Any
 from benchmarks.measure import finish, say, table
 from benchmarks.quality_tokenizers import METHODS, run_name
 from benchmarks.recipe_charts import Line, draw
-from kdmesh import jobs
 from kdmesh.demo import plan as plans
 from kdmesh.demo.on_policy import warm_up
 from kdmesh.demo.plan import BRIEF, STANDARD
 from kdmesh.demo.record import Evaluation, read_record
 from kdmesh.demo.stage import Stage, opened
 from kdmesh.demo.workspace import METRICS, WARM_UP, is_finished
+from kdmesh.launch import jobs
 
 _EVALUATIONS = 6
 

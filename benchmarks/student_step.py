@@ -29,11 +29,11 @@ from benchmarks.measure import finish, say, table
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.body import load_causal_lm
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.compiled_layers import compile_layers
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, begin_micro_batch, checkpoint_activations, shard
-from kdmesh_trainer.optimizer import build_adamw
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.student.compiled_layers import compile_layers
+from kdmesh_trainer.student.model import Student, begin_micro_batch, checkpoint_activations, shard
 
 _TEACHER_SIZE = 768
 _MODEL = {

@@ -20,11 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.measure import finish, say, table
-from kdmesh_trainer.data_config import ChatFile, DataConfig
-from kdmesh_trainer.sources.readers import open_files
-from kdmesh_trainer.sources.recipe import EncoderRecipe
-from kdmesh_trainer.sources.sequences import load_sequences
-from kdmesh_trainer.sources.token_cache import TokenCache
+from kdmesh_trainer.data.readers import open_files
+from kdmesh_trainer.data.recipe import EncoderRecipe
+from kdmesh_trainer.data.sequences import load_sequences
+from kdmesh_trainer.data.token_cache import TokenCache
+from kdmesh_trainer.sections.data_config import ChatFile, DataConfig
 
 _MIB = 2**20
 _VOCABULARY = 8000

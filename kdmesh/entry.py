@@ -8,5 +8,5 @@ from kdmesh.interrupt import quiet_interrupt
 def main() -> None:
     """The command; what it consists of is imported only now."""
     with quiet_interrupt():
-        from kdmesh.cli import main as command
+        from kdmesh.commands.cli import main as command
     command()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from kdmesh.cli import main as cli
+from kdmesh.commands.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 _LINK = re.compile(r"\]\(([^)\s]+)\)")

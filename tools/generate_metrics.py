@@ -22,7 +22,7 @@ from kdmesh.serving.server_families import ServerCollector
 from kdmesh_rollout import metrics as rollout
 from kdmesh_teacher import metrics as teacher
 from kdmesh_teacher.cache.report import CacheState, TierState
-from kdmesh_trainer.metrics import Metrics as TrainerMetrics
+from kdmesh_trainer.reporting.metrics import Metrics as TrainerMetrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "metrics.md"

@@ -27,9 +27,9 @@ from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens, pack
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, begin_micro_batch, shard
-from kdmesh_trainer.optimizer import build_adamw
-from kdmesh_trainer.shards import norm_over_ranks
+from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.student.model import Student, begin_micro_batch, shard
+from kdmesh_trainer.student.shards import norm_over_ranks
 
 _SEQUENCES = 8
 _TEACHER = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}

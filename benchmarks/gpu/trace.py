@@ -20,13 +20,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.gpu.scale import Scale, median_ms, normal
 from benchmarks.gpu.step import AdamWSettings, build_student, descend, packed_tokens
 from kdmesh.losses import FusedLoss, OutputHead, Workspace, build_divergence, fused_linear_divergence
-from kdmesh_trainer.compiled_layers import compile_layers
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import begin_micro_batch, shard
-from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.student.compiled_layers import compile_layers
+from kdmesh_trainer.student.model import begin_micro_batch, shard
 
 if TYPE_CHECKING:
-    from kdmesh_trainer.parallel_config import Gather  # which needs pydantic
+    from kdmesh_trainer.sections.parallel_config import Gather  # which needs pydantic
 
 # Name, whether layers are compiled, and parallel.gather.
 _VARIANTS: tuple[tuple[str, bool, Gather], ...] = (

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kdmesh.chat_rows import Message
+from kdmesh.chats.chat_rows import Message
+from kdmesh.chats.tool_rows import Tool
 from kdmesh.errors import InvalidRequest, Unavailable
 from kdmesh.images import data_url
-from kdmesh.tool_rows import Tool
 
 _REASONING_KEYS = ("reasoning_content", "reasoning")
 # vLLM and SGLang say so of a request that they gave up.

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
+from kdmesh.answering.prompt_rows import Asked
 from kdmesh.answering.source import image_column
-from kdmesh.chat_template import TEMPLATE_ERRORS, TemplateSetting, dated_alike, with_settings
+from kdmesh.chats.chat_template import TEMPLATE_ERRORS, TemplateSetting, dated_alike, with_settings
+from kdmesh.chats.image_files import ImageColumn, NoImages
+from kdmesh.chats.tool_rows import are_written
 from kdmesh.errors import ConfigError, DataError, InvalidRequest, ModelMismatch
-from kdmesh.image_files import ImageColumn, NoImages
 from kdmesh.images import expand_images
 from kdmesh.models.ends import stop_token_ids
 from kdmesh.models.image_reader import load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.prompt_rows import Asked
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh.tool_rows import are_written
 from kdmesh.types import Int32Array, PlacedImage, Sample, VisionSpec
 
 _ANSWER = "that is so"

@@ -11,14 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kdmesh.answer_report import Counts
+from kdmesh.answering.answer_report import Counts
 from kdmesh.answering.chat_api import Choice, Reply, request_messages, request_tools
 from kdmesh.answering.endpoint import Endpoint, EndpointClient, PromptFiltered
+from kdmesh.answering.prompt_rows import Asked
 from kdmesh.answering.source import Answers, Plan, image_column
-from kdmesh.chat_rows import chat_from_messages
+from kdmesh.chats.chat_rows import chat_from_messages
+from kdmesh.chats.image_files import ImageColumn
 from kdmesh.errors import ConfigError, DataError, InvalidRequest
-from kdmesh.image_files import ImageColumn
-from kdmesh.prompt_rows import Asked
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.sampling.seeds import seed_of
 

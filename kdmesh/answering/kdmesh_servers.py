@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from kdmesh.answer_report import Counts
+from kdmesh.answering.answer_report import Counts
 from kdmesh.answering.chat_tokens import ChatTokens
+from kdmesh.answering.prompt_rows import Asked
 from kdmesh.answering.source import Answers, Plan
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
+from kdmesh.chats.image_files import ImageColumn
 from kdmesh.errors import DataError
-from kdmesh.image_files import ImageColumn
-from kdmesh.prompt_rows import Asked
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.sampling.seeds import seed_of

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdmesh.answer_report import Counts
-from kdmesh.chat_template import TemplateSetting
-from kdmesh.image_files import ImageColumn, ImageFiles, ImageRules
-from kdmesh.prompt_rows import Asked
+from kdmesh.answering.answer_report import Counts
+from kdmesh.answering.prompt_rows import Asked
+from kdmesh.chats.chat_template import TemplateSetting
+from kdmesh.chats.image_files import ImageColumn, ImageFiles, ImageRules
 from kdmesh.types import Sampling
-from kdmesh_trainer.data_config import ImagesConfig
+from kdmesh_trainer.sections.data_config import ImagesConfig
 
 _MIB = 2**20
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdmesh import jobs
 from kdmesh.demo import plan as plans
 from kdmesh.demo.outcome import OnPolicyOutcome
 from kdmesh.demo.plan import Plan
 from kdmesh.demo.record import read_record, read_sampled
 from kdmesh.demo.stage import Stage, opened
 from kdmesh.demo.workspace import METRICS, ON_POLICY, WARM_UP, is_finished, read_seconds
+from kdmesh.launch import jobs
 
 
 def tell(plan: Plan, *, output: Path, cache: Path, fresh: bool) -> OnPolicyOutcome:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from kdmesh import config, jobs, local
+from kdmesh import config
 from kdmesh.demo import plan as plans
 from kdmesh.demo.corpus import Corpus, build_corpus
 from kdmesh.demo.live import Live
@@ -28,6 +28,7 @@ from kdmesh.demo.workspace import (
     read_seconds,
 )
 from kdmesh.errors import ConfigError
+from kdmesh.launch import jobs, local
 from kdmesh_trainer.config import TrainerConfig
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kdmesh import jobs
 from kdmesh.demo import plan as plans
 from kdmesh.demo.outcome import Outcome, check_same_start
 from kdmesh.demo.plan import Plan
 from kdmesh.demo.record import read_record
 from kdmesh.demo.stage import Stage, opened
 from kdmesh.demo.workspace import METRICS, STUDENTS, is_finished, read_seconds
+from kdmesh.launch import jobs
 
 _OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"name": "sft"},

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from kdmesh import local
 from kdmesh.doctor.finding import Finding, ok
+from kdmesh.launch import local
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _ADAPTERS = Path("/sys/class/infiniband")

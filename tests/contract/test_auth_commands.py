@@ -14,13 +14,14 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from kdmesh import cli, config
+from kdmesh import config
+from kdmesh.commands import cli
 from kdmesh.errors import ModelMismatch, Unauthenticated
-from kdmesh_trainer.build_rollouts import _weight_sender
-from kdmesh_trainer.build_teacher import open_teacher
+from kdmesh_trainer.builders.rollouts import _weight_sender
+from kdmesh_trainer.builders.teacher import open_teacher
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student
+from kdmesh_trainer.student.model import Student
 from tests.support.certificates import CertificateAuthority
 from tests.support.identities import JOB, OPERATOR, write_tokens
 from tests.support.rollout_server import rollout_process

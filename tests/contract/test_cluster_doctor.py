@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from kdmesh import cli
+from kdmesh.commands import cli
 from tests.support.fake_cluster import JOB_SETS, FakeCluster, fake_cluster
 
 

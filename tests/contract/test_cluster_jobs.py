@@ -13,9 +13,9 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from kdmesh import cli
 from kdmesh.cluster.client import Cluster
 from kdmesh.cluster.logs import followed
+from kdmesh.commands import cli
 from tests.support.cluster_schemas import CRDS
 from tests.support.fake_cluster import JOB_SETS, TRAINER, FakeCluster, fake_cluster, write_kubeconfig
 

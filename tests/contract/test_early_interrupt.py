@@ -28,15 +28,15 @@ else:
 @pytest.mark.parametrize(
     ("command", "module"),
     [
-        ("kdmesh", "kdmesh.cli"),
-        ("kdmesh", "kdmesh.top"),
+        ("kdmesh", "kdmesh.commands.cli"),
+        ("kdmesh", "kdmesh.commands.top"),
         ("kdmesh_teacher", "pydantic"),
         ("kdmesh_rollout", "pydantic"),
         ("kdmesh_trainer", "pydantic"),
-        ("kdmesh_trainer.precompute_command", "pydantic"),
-        ("kdmesh_trainer.tokenize_command", "pydantic"),
-        ("kdmesh_trainer.evaluate_command", "pydantic"),
-        ("kdmesh_trainer.plan_command", "pydantic"),
+        ("kdmesh_trainer.commands.precompute", "pydantic"),
+        ("kdmesh_trainer.commands.tokenize", "pydantic"),
+        ("kdmesh_trainer.commands.evaluate", "pydantic"),
+        ("kdmesh_trainer.commands.plan", "pydantic"),
     ],
 )
 def test_ctrl_c_during_imports(command: str, module: str) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kdmesh import cli
 from kdmesh.answering import endpoint
 from kdmesh.auth.config import AccessConfig, ClientTlsConfig
+from kdmesh.commands import cli
 from kdmesh.errors import ConfigError
 from kdmesh.images import encoded, noise_image
 from kdmesh.rpc.retry import RetryPolicy
-from kdmesh_trainer.data_config import ChatFile, ImagesConfig
-from kdmesh_trainer.sources.readers import open_dataset
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
 from tests.support.certificates import CertificateAuthority
 from tests.support.openai_runs import answers, report, rows, run, words, write
 from tests.support.openai_server import KEY, MODEL, Answer, OpenAIServer, answer_of, openai_server, said
@@ -317,7 +317,7 @@ def test_a_file_whose_tools_hold_no_number_is_refused(server: OpenAIServer, tmp_
 
 
 def test_what_it_needs_is_named_where_it_is_missing(server: OpenAIServer, prompts: Path) -> None:
-    code = "import sys; sys.modules['httpx'] = None; from kdmesh.cli import main; main()"
+    code = "import sys; sys.modules['httpx'] = None; from kdmesh.commands.cli import main; main()"
     with started(prompts.parent, "-c", code, *words(server, prompts)) as process:
         assert process.wait(60) == 2
         assert process.stderr is not None

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from kdmesh import cli
 from kdmesh.answering import kdmesh_servers
 from kdmesh.answering.chat_tokens import ChatTokens
 from kdmesh.answering.kdmesh_servers import TokenAnswers
+from kdmesh.commands import cli
 from kdmesh.errors import InvalidRequest
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc import told_waiting
@@ -218,7 +218,7 @@ def test_sigterm_leaves_no_file_without_an_answer(model: Path, tmp_path: Path) -
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('{"prompt": "a"}')
     where = ("--rollout", "127.0.0.1:1", "--model", str(model), "--prompts", str(prompts), "--output", str(output))
-    with started(tmp_path, "-c", "from kdmesh.cli import main; main()", "generate", *where) as process:
+    with started(tmp_path, "-c", "from kdmesh.commands.cli import main; main()", "generate", *where) as process:
         assert process.stderr is not None
         assert "waiting for a server" in process.stderr.readline()
         assert (tmp_path / "answers.jsonl.part").exists()

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from kdmesh import cli
-from kdmesh_trainer.data_config import ChatFile, ImagesConfig
-from kdmesh_trainer.sources.readers import open_dataset
+from kdmesh.commands import cli
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
 from tests.support.teacher_process import TeacherProcess, await_ready, started
 from tests.support.tiny_vision import TinyVisionModels, png, save_image_processor
 

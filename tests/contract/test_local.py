@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kdmesh import local
+from kdmesh.launch import local
 
 SERVICE = """
     import json, os, signal, sys
@@ -181,7 +181,7 @@ def test_a_service_that_dies_while_ranks_work_ends_the_wait() -> None:
 
 LAUNCHER = """
     import sys
-    from kdmesh import local
+    from kdmesh.launch import local
 
     service, rank = sys.argv[1:]
     python = (sys.executable, "-u", "-c")
@@ -271,7 +271,7 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_launcher_itself_loads_no_torch() -> None:
-    script = "import sys, kdmesh.local; assert not {'torch', 'grpc', 'transformers'} & set(sys.modules)"
+    script = "import sys, kdmesh.launch.local; assert not {'torch', 'grpc', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(local.__file__).parents[1])
 
 

@@ -18,12 +18,14 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from kdmesh import cli, config, jobs, local, probe
+from kdmesh import config
+from kdmesh.commands import cli, probe
+from kdmesh.launch import jobs, local
 from kdmesh.log import is_urgent
 from kdmesh_teacher.config import TeacherConfig
 from tests.support.tiny_models import TinyModels
 
-KDMESH = (sys.executable, "-c", "from kdmesh.cli import main; main()")
+KDMESH = (sys.executable, "-c", "from kdmesh.commands.cli import main; main()")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -140,7 +142,7 @@ class Website(socketserver.BaseRequestHandler):
 
 
 def test_a_probe_of_the_rest_port_guesses_so_while_it_waits(tiny_models: TinyModels) -> None:
-    command = "from kdmesh import cli, probe; probe._DEADLINE_S = 5.0; cli.main()"
+    command = "from kdmesh.commands import cli; from kdmesh.commands import probe; probe._DEADLINE_S = 5.0; cli.main()"
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Website) as http:
         serving = threading.Thread(target=http.serve_forever)
         serving.start()

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from kdmesh.answering import endpoint
-from kdmesh.kept_answers import KeptAnswers
+from kdmesh.answering.kept_answers import KeptAnswers
 from kdmesh.rpc.retry import RetryPolicy
 from tests.support.openai_runs import answers, report, rows, run, words, write
 from tests.support.openai_server import KEY, Answer, OpenAIServer, openai_server, said
@@ -161,7 +161,7 @@ def test_one_that_is_killed_goes_on_with_what_had_not_come(
     prompts = write(tmp_path / "prompts.jsonl", *({"prompt": f"say {number}"} for number in range(9)))
     server.next.append("hang")
     arguments = words(server, prompts, "--concurrency", "3")
-    with started(tmp_path, "-c", "from kdmesh.cli import main; main()", *arguments) as process:
+    with started(tmp_path, "-c", "from kdmesh.commands.cli import main; main()", *arguments) as process:
         part = prompts.with_name("answers.jsonl.part")
         wait_for(lambda: part.exists() and len(part.read_bytes().splitlines()) == 9)  # the first waits
         process.send_signal(signum)

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from kdmesh import cli
 from kdmesh.answering.chat_tokens import ChatTokens
+from kdmesh.commands import cli
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.sampling.seeds import seed_of
@@ -27,7 +27,7 @@ from tests.support.teacher_process import TeacherProcess, await_ready, started
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import evaluations, run_job, write_chats, write_config
 
-KDMESH = ("-c", "from kdmesh.cli import main; main()")
+KDMESH = ("-c", "from kdmesh.commands.cli import main; main()")
 
 
 def write_yaml(directory: Path, model: Path, **engine: Any) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from kdmesh import cli
+from kdmesh.commands import cli
 from kdmesh.rpc.retry import Deadline
 from tests.support.certificates import CertificateAuthority
 from tests.support.identities import VIEWER, write_tokens
@@ -161,7 +161,7 @@ async def test_live_view_survives_its_server_and_leaves_the_terminal_as_it_was(t
         await some_work(teacher, "some-job")
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-c", "from kdmesh.cli import main; main()", "top"),
+            *("-c", "from kdmesh.commands.cli import main; main()", "top"),
             *("--server", teacher.addresses.rest, "--interval", "0.1"),
             stdin=terminal.slave,
             stdout=terminal.slave,

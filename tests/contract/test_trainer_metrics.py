@@ -14,12 +14,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kdmesh.errors import ConfigError
-from kdmesh_trainer.metrics import Metrics
-from kdmesh_trainer.metrics_config import MetricsConfig
-from kdmesh_trainer.metrics_server import serving
-from kdmesh_trainer.progress import LogProgress
+from kdmesh_trainer.reporting.metrics import Metrics
+from kdmesh_trainer.reporting.metrics_server import serving
+from kdmesh_trainer.reporting.progress import LogProgress
+from kdmesh_trainer.reporting.telemetry import RunTelemetry
+from kdmesh_trainer.sections.metrics_config import MetricsConfig
 from kdmesh_trainer.stats import Scores, StepStats, TeacherFigures
-from kdmesh_trainer.telemetry import RunTelemetry
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import write_config
 from tests.system.processes import Processes, free_port

@@ -31,12 +31,12 @@ from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.digests import digest
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
-from kdmesh_trainer.export import HuggingFaceExporter
-from kdmesh_trainer.lora_config import LoraConfig
+from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student
 from kdmesh_trainer.publisher import StudentPublisher
-from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.saving.export import HuggingFaceExporter
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.student.model import Student
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_parts import build_student
 from tests.support.trainer_ranks import run_ranks

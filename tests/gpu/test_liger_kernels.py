@@ -10,7 +10,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from benchmarks.gpu.step import packed_tokens
 from kdmesh_trainer.mesh import joined
-from kdmesh_trainer.model import begin_micro_batch, shard
+from kdmesh_trainer.student.model import begin_micro_batch, shard
 from tests.gpu.test_student import SCALE, built, loss_and_gradients
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +27,7 @@ def own_qwen3() -> Iterator[None]:
 @pytest.mark.usefixtures("own_qwen3")
 def test_loss_and_gradient_are_those_without(gpu: torch.device) -> None:
     pytest.importorskip("liger_kernel")
-    from kdmesh_trainer.liger import use_liger_kernels
+    from kdmesh_trainer.student.liger import use_liger_kernels
 
     packed = packed_tokens(SCALE).to(gpu)
     outcomes = []

@@ -21,15 +21,15 @@ from kdmesh.models.attention import packed_attention
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.packing import PackedTokens, moved
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.compiled_layers import compile_layers
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, begin_micro_batch, release, shard
-from kdmesh_trainer.optimizer import build_adamw
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.student.compiled_layers import compile_layers
+from kdmesh_trainer.student.model import Student, begin_micro_batch, release, shard
+from kdmesh_trainer.student.weights import whole
 
 if TYPE_CHECKING:
-    from kdmesh_trainer.parallel_config import Gather  # which needs pydantic
+    from kdmesh_trainer.sections.parallel_config import Gather  # which needs pydantic
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kdmesh import check, config
+from kdmesh import config
 from kdmesh.auth.config import AccessConfig
+from kdmesh.commands import check
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_file import JobFile
 from kdmesh_rollout.config import RolloutConfig

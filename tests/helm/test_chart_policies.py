@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kdmesh.cli import main as cli
 from kdmesh.cluster.kinds import KINDS
 from kdmesh.cluster.pods import LABELS
+from kdmesh.commands.cli import main as cli
 from tests.support.rendered_chart import Manifest, containers, of_kind, pods, rendered, rendered_with
 from tools.helm_chart import render
 

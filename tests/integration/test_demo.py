@@ -25,7 +25,7 @@ STEPS = BRIEF.student_training.steps
 
 
 def start(directory: Path, *options: str) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-c", "from kdmesh.cli import main; main()", "demo", "--brief", *options]
+    argv = [sys.executable, "-c", "from kdmesh.commands.cli import main; main()", "demo", "--brief", *options]
     return subprocess.Popen(
         argv, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from kdmesh import cli
 from kdmesh.cluster.client import Cluster
 from kdmesh.cluster.kinds import ENDPOINT_SLICE, JOB, KINDS, POD, Kind
+from kdmesh.commands import cli
 from tests.node.api_server import NAMESPACE, PERSON, ApiServer, lost, older
 from tests.support.cluster_schemas import CRDS
 from tests.support.rendered_chart import of_kind, rendered

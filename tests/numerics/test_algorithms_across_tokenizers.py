@@ -14,18 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from kdmesh.alignment.token_bytes import token_bytes
-from kdmesh.chat_rows import Chat, Message
+from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.losses import ChunkRows, FusedLoss, LabelledRows, MixedTeacher, OutputHead, forward_kl
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.algorithm_config import AlgorithmConfig, ByRank, ChunkLikelihood, Hybrid
 from kdmesh_trainer.algorithms.build import resolve_algorithm
 from kdmesh_trainer.algorithms.seam import Setup, StudentRows, Terms
+from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.sides import InChunks
+from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.head import Target
 from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.sections.algorithm_config import AlgorithmConfig, ByRank, ChunkLikelihood, Hybrid
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
-from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.sources.sides import InChunks
-from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
 from tests.support.chunk_cases import ChunkInputs, TextbookEnds, expected, expected_debiased, likelihood
 from tests.support.device_reads import Reads
 from tests.support.other_tokenizers import save_sentence_piece

@@ -23,7 +23,7 @@ from kdmesh.losses import (
     fused_linear_divergence,
 )
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.parallel_config import SPREAD_DIVERGENCES
+from kdmesh_trainer.sections.parallel_config import SPREAD_DIVERGENCES
 from tests.support.loss_cases import FULL, Case, Tensors, call, expected, heads, tensors
 from tests.support.trainer_ranks import run_ranks
 

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kdmesh.errors import ConfigError
+from kdmesh_trainer.commands.plan import at_worst
 from kdmesh_trainer.config import FollowConfig
-from kdmesh_trainer.lora_config import LoraConfig
-from kdmesh_trainer.memory_plan import Job, TeacherHead, plan
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.plan_command import at_worst
+from kdmesh_trainer.memory.memory_plan import Job, TeacherHead, plan
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from tests.support.measured_step import TEACHER_SIZE, Step
 from tests.support.tiny_models import FAMILIES, HYBRID_MIXTURES, MIXTURES, VOCABULARY_SIZE, TinyModels
 from tests.support.tiny_vision import VOCABULARY_SIZE as VISION_VOCABULARY

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.student.weights import whole
 from tests.support.tiny_models import HYBRIDS, TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdmesh.errors import ConfigError
-from kdmesh_trainer import compiled_layers
-from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.parallel_config import Gather
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.parallel_config import Gather
+from kdmesh_trainer.student import compiled_layers
+from kdmesh_trainer.student.weights import whole
 from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.config import BatchConfig
+from kdmesh_trainer.data.sides import InContext
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.plan import StepPlanner
-from kdmesh_trainer.sources.sides import InContext
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_on_policy import MAX_TOKENS, OPTIMIZER, VOCABULARY_SIZE, Run, losses
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences

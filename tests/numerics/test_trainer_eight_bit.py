@@ -12,11 +12,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from kdmesh.errors import ConfigError
-from kdmesh_trainer import optimizer as optimizer_module
-from kdmesh_trainer.memory_plan import plan
+from kdmesh_trainer.memory.memory_plan import plan
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.optimizer import build_adamw, set_learning_rate
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.optimization import optimizer as optimizer_module
+from kdmesh_trainer.optimization.optimizer import build_adamw, set_learning_rate
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from tests.numerics.test_memory_plan import DEEP, job, saved
 from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
@@ -129,6 +129,6 @@ def test_a_plan_counts_a_byte_for_each_moment(tmp_path: Path) -> None:
 def test_what_is_not_installed_is_said_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    monkeypatch.delitem(sys.modules, "kdmesh_trainer.eight_bit", raising=False)
+    monkeypatch.delitem(sys.modules, "kdmesh_trainer.optimization.eight_bit", raising=False)
     with pytest.raises(ConfigError, match=r"optimizer.moments 8bit needs torchao \(pip install 'kdmesh\[eightbit\]'\)"):
         optimizer_module.check_optimizer(OptimizerConfig(moments="8bit"))

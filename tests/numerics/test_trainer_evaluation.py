@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.evaluate import HeldOutEvaluator
-from kdmesh_trainer.export import HuggingFaceExporter
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.saving.export import HuggingFaceExporter
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.stop import AgreedStop, Stopping, StopSignals
+from kdmesh_trainer.student.model import Student
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kdmesh.errors import CheckpointError
 from kdmesh.models.body import load_causal_lm
-from kdmesh_trainer.export import HuggingFaceExporter
+from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.mesh import joined
-from kdmesh_trainer.model import Student
-from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.saving.export import HuggingFaceExporter
+from kdmesh_trainer.student.model import Student
 from tests.support.four_bit_experts import in_four_bits
 from tests.support.full_disk import files_limited_to
 from tests.support.tiny_models import (

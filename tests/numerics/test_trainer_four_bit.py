@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
-from kdmesh_trainer.four_bit import VALUES, FourBitLinear, pack, unpack
-from kdmesh_trainer.lora import add_adapter
-from kdmesh_trainer.lora_config import LoraConfig
-from kdmesh_trainer.memory_plan import plan
-from kdmesh_trainer.parallel_config import Gather
-from kdmesh_trainer.weights import weights_of
+from kdmesh_trainer.memory.memory_plan import plan
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.parallel_config import Gather
+from kdmesh_trainer.student.four_bit import VALUES, FourBitLinear, pack, unpack
+from kdmesh_trainer.student.lora import add_adapter
+from kdmesh_trainer.student.weights import weights_of
 from tests.numerics.test_memory_plan import TINY, job, saved
 from tests.numerics.test_trainer_compiled import needs_compiler
 from tests.numerics.test_trainer_lora import textbook

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
-from kdmesh_trainer.freezing import check_freeze, freeze, rest_in_bfloat16
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import release
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.parallel_config import Gather
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.parallel_config import Gather
+from kdmesh_trainer.student.freezing import check_freeze, freeze, rest_in_bfloat16
+from kdmesh_trainer.student.model import release
+from kdmesh_trainer.student.weights import whole
 from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch

@@ -16,17 +16,17 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.packing import pack
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh_trainer.build_context import refuse_unfit_student
-from kdmesh_trainer.build_student import check_speed
-from kdmesh_trainer.build_vision import build_packer
+from kdmesh_trainer.builders.context import refuse_unfit_student
+from kdmesh_trainer.builders.student import check_speed
+from kdmesh_trainer.builders.vision import build_packer
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.export import HuggingFaceExporter
-from kdmesh_trainer.lora import add_adapter
-from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, shard
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.weights import weights_of
+from kdmesh_trainer.saving.export import HuggingFaceExporter
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.student.lora import add_adapter
+from kdmesh_trainer.student.model import Student, shard
+from kdmesh_trainer.student.weights import weights_of
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
 from tests.support.tiny_models import TinyModels
 from tests.support.tiny_vision import VOCABULARY_SIZE as VISION_VOCABULARY_SIZE

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.parallel_config import Gather
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.parallel_config import Gather
 from kdmesh_trainer.sources.context_rows import ContextRows
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.student.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks

@@ -20,15 +20,15 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.packing import pack
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh_trainer.export import HuggingFaceExporter
-from kdmesh_trainer.export_adapter import AdapterExporter
-from kdmesh_trainer.lora import add_adapter
-from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import release
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.parallel_config import Gather
-from kdmesh_trainer.weights import weights_of, whole
+from kdmesh_trainer.saving.export import HuggingFaceExporter
+from kdmesh_trainer.saving.export_adapter import AdapterExporter
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.parallel_config import Gather
+from kdmesh_trainer.student.lora import add_adapter
+from kdmesh_trainer.student.model import release
+from kdmesh_trainer.student.weights import weights_of, whole
 from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import FAMILIES, HYBRIDS, TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch

@@ -14,7 +14,7 @@ from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import StepBatch
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.student.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_on_policy import PROMPTS_PER_STEP, SAMPLES_PER_PROMPT, VOCABULARY_SIZE, Run, losses
 from tests.support.trainer_ranks import run_ranks

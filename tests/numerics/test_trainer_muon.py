@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from kdmesh_trainer import muon
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import release
-from kdmesh_trainer.muon import orthogonal
-from kdmesh_trainer.optimizer import optimizer_over, set_learning_rate
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.optimization import muon
+from kdmesh_trainer.optimization.muon import orthogonal
+from kdmesh_trainer.optimization.optimizer import optimizer_over, set_learning_rate
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.student.model import release
+from kdmesh_trainer.student.weights import whole
 from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import build_student, in_copies

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, release
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.parallel_config import Gather
+from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.parallel_config import Gather
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import Stopping
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.student.model import Student, release
+from kdmesh_trainer.student.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 

@@ -15,18 +15,18 @@ from kdmesh.losses import OutputHead, forward_kl
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.seam import StudentRows, Terms
 from kdmesh_trainer.config import OptimizerConfig
+from kdmesh_trainer.data.sides import addressed
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import Heads, TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.objective import Distillation
-from kdmesh_trainer.optimizer import build_adamw
+from kdmesh_trainer.optimization.optimizer import build_adamw
 from kdmesh_trainer.panel_heads import PanelHeads
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService
-from kdmesh_trainer.sources.sides import addressed
 from kdmesh_trainer.step import GradientStepper
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.student.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
-from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student, release
-from kdmesh_trainer.parallel_config import Gather
-from kdmesh_trainer.weights import without_aliases
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.parallel_config import Gather
+from kdmesh_trainer.student.model import Student, release
+from kdmesh_trainer.student.weights import without_aliases
 from tests.numerics.test_trainer_teacher_copy import SAVE_AT, follow
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, in_copies

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks

@@ -12,9 +12,9 @@ import torch
 from pydantic import ValidationError
 
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.profile_config import ProfileConfig
-from kdmesh_trainer.profiler import TraceWriter
+from kdmesh_trainer.reporting.profiler import TraceWriter
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.profile_config import ProfileConfig
 from kdmesh_trainer.step import GradientStepper
 from tests.support.device_reads import Reads
 from tests.support.tiny_models import TinyModels

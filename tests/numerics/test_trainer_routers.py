@@ -17,8 +17,8 @@ from kdmesh.losses import FusedLoss
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import begin_micro_batch
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.student.model import begin_micro_batch
+from kdmesh_trainer.student.weights import whole
 from tests.support.tiny_models import MIXTURES, TinyModels
 from tests.support.trainer_parts import build_student, random_sequences
 from tests.support.trainer_ranks import run_ranks

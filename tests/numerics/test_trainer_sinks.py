@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdmesh.models.body import load_causal_lm
-from kdmesh_trainer.lora import add_adapter
-from kdmesh_trainer.lora_config import LoraConfig
-from kdmesh_trainer.weights import weights_of
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.student.lora import add_adapter
+from kdmesh_trainer.student.weights import weights_of
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_ranks import run_ranks
 

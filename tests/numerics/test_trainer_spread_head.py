@@ -14,9 +14,9 @@ from kdmesh.models.head import output_head
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.parallel_config import Gather
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.parallel_config import Gather
+from kdmesh_trainer.student.model import Student
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdmesh.weights.digests import digest
-from kdmesh_trainer.checkpoint import CheckpointDirectory
-from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student
-from kdmesh_trainer.optimizer import build_adamw
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.student.model import Student
+from kdmesh_trainer.student.weights import StudentWeight, without_aliases
 from kdmesh_trainer.teacher_copy import TeacherCopy
-from kdmesh_trainer.weights import StudentWeight, without_aliases
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_parts import build_student
 from tests.support.trainer_ranks import run_ranks

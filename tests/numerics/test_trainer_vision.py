@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kdmesh.models.body import load_causal_lm
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.build_vision import build_packer
+from kdmesh_trainer.builders.vision import build_packer
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student, shard
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.parallel_config import Gather
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.parallel_config import Gather
+from kdmesh_trainer.student.model import Student, shard
+from kdmesh_trainer.student.weights import whole
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
 from tests.support.tiny_vision import VOCABULARY_SIZE, TinyVisionModels, png, reader_of, vision_sequence
 from tests.support.trainer_parts import LocalTeacher, build_stepper, step_batch

@@ -21,10 +21,10 @@ from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.head import Target
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objective import CrossEntropy
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.step import GradientStepper
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.student.weights import whole
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks

@@ -60,7 +60,7 @@ def test_the_loop_learns_and_its_sampler_is_the_student(
         write(directory, "rollout", rollout_tree(student)),
     ]
     subprocess.run(
-        [sys.executable, "-c", "from kdmesh.cli import main; main()", "train", str(job), *services],
+        [sys.executable, "-c", "from kdmesh.commands.cli import main; main()", "train", str(job), *services],
         env=sglang_environment(TMPDIR=str(directory)),
         check=True,
         timeout=360,

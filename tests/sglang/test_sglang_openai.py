@@ -11,9 +11,9 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
-from kdmesh import cli
-from kdmesh_trainer.data_config import ChatFile, ImagesConfig
-from kdmesh_trainer.sources.readers import open_dataset
+from kdmesh.commands import cli
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
 from tests.support.sglang_teachers import free_port, sglang_environment
 from tests.support.teacher_process import started
 from tests.support.tiny_models import TinyModels

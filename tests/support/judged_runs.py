@@ -15,7 +15,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.reader import Question
 from kdmesh_trainer.sources.judge import Judge
 from kdmesh_trainer.sources.rollouts import Rollout, Verdict
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.student.weights import whole
 from tests.support.trainer_on_policy import SAMPLES_PER_PROMPT, SAMPLING, VOCABULARY_SIZE, Run, order, service_of
 from tests.support.trainer_parts import LocalTeacher, Rows
 

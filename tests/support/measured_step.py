@@ -35,13 +35,13 @@ from kdmesh.losses import (
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.freezing import freeze, rest_in_bfloat16
-from kdmesh_trainer.lora import add_adapter
-from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, begin_micro_batch, checkpoint_activations, shard
-from kdmesh_trainer.optimizer import build_adamw
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16
+from kdmesh_trainer.student.lora import add_adapter
+from kdmesh_trainer.student.model import Student, begin_micro_batch, checkpoint_activations, shard
 
 TEACHER_SIZE = 64
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h

@@ -8,7 +8,7 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from kdmesh import cli
+from kdmesh.commands import cli
 from tests.support.openai_server import MODEL, OpenAIServer
 
 

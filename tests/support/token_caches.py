@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdmesh.chat_rows import NO_COLUMNS, TeacherColumns
+from kdmesh.chats.chat_rows import NO_COLUMNS, TeacherColumns
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data_config import ChatFile, DataConfig
-from kdmesh_trainer.sources import pieces, token_cache
-from kdmesh_trainer.sources.piece import Piece
-from kdmesh_trainer.sources.readers import ChatFiles, open_files
-from kdmesh_trainer.sources.recipe import Encoder, EncoderRecipe
-from kdmesh_trainer.sources.token_cache import TokenCache
-from kdmesh_trainer.sources.tokenising import Taken, Work, tokenised
+from kdmesh_trainer.data import pieces, token_cache
+from kdmesh_trainer.data.piece import Piece
+from kdmesh_trainer.data.readers import ChatFiles, open_files
+from kdmesh_trainer.data.recipe import Encoder, EncoderRecipe
+from kdmesh_trainer.data.token_cache import TokenCache
+from kdmesh_trainer.data.tokenising import Taken, Work, tokenised
+from kdmesh_trainer.sections.data_config import ChatFile, DataConfig
 
 SMALL_PIECES_BYTES = 2000
 

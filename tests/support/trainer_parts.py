@@ -22,22 +22,22 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.dskd import DualSpaceKD
 from kdmesh_trainer.algorithms.seam import Setup, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
-from kdmesh_trainer.compiled_layers import compile_layers
-from kdmesh_trainer.freezing import freeze, rest_in_bfloat16
 from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.lora import add_adapter
-from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh, device_mesh
-from kdmesh_trainer.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.objective import Distillation, Objective
-from kdmesh_trainer.optimizer import optimizer_over
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.parallel_config import Gather, ParallelConfig
+from kdmesh_trainer.optimization.optimizer import optimizer_over
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.parallel_config import Gather, ParallelConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.step import GradientStepper
+from kdmesh_trainer.student.compiled_layers import compile_layers
+from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16
+from kdmesh_trainer.student.lora import add_adapter
+from kdmesh_trainer.student.model import Student, checkpoint_activations, shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

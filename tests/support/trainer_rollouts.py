@@ -16,7 +16,7 @@ from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import pack
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling, TokenSequence
-from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.student.model import Student, release
 
 
 class LocalStudent:

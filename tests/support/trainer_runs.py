@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from kdmesh.batching import plan_step
-from kdmesh_trainer.checkpoint import CheckpointDirectory
-from kdmesh_trainer.lora_config import LoraConfig
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
+from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows
-from kdmesh_trainer.weights import whole
+from kdmesh_trainer.student.weights import whole
 from tests.support.trainer_parts import (
     LocalTeacher,
     build_stepper,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from kdmesh import cli
+from kdmesh.commands import cli
 from tests.support.fake_cluster import FakeCluster, fake_cluster
 from tests.system.conftest import Materials
 from tests.system.pods import JobPods

@@ -13,16 +13,16 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from kdmesh import check
+from kdmesh.commands import check
 from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_cross_entropy
-from kdmesh_trainer.algorithm_config import AlgorithmConfig, CustomAlgorithm, VanillaKD
 from kdmesh_trainer.algorithms.build import resolve_algorithm
 from kdmesh_trainer.algorithms.seam import LossRows, Setup, StudentRows, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.sections.algorithm_config import AlgorithmConfig, CustomAlgorithm, VanillaKD
 from tests.support.trainer_parts import Rows
 
 HERE = "tests.unit.test_algorithms_build"

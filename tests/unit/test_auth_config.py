@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from kdmesh import check
 from kdmesh.auth.certificates import read_certificate
 from kdmesh.auth.config import AccessConfig, ServerTlsConfig
 from kdmesh.auth.identity import Role, is_name
 from kdmesh.auth.tokens import read_token, read_tokens
 from kdmesh.auth.watched import Unreadable, Watched
+from kdmesh.commands import check
 from kdmesh.errors import ConfigError
 from kdmesh_rollout.config import RolloutServerConfig
 from kdmesh_teacher.config import ServerConfig, TeacherConfig
 from kdmesh_trainer.config import TeacherConfig as TrainersTeacher
-from kdmesh_trainer.rollouts_config import RolloutsConfig
+from kdmesh_trainer.sections.rollouts_config import RolloutsConfig
 
 TOKENS = {"tokens": "tokens.yaml"}
 TLS = {"cert": "a.crt", "key": "a.key"}

@@ -8,14 +8,14 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdmesh.answering.chat_tokens import ChatTokens
-from kdmesh.chat_rows import Chat, Message
-from kdmesh.chat_template import TemplateSetting, with_settings
+from kdmesh.answering.prompt_rows import Asked
+from kdmesh.chats.chat_rows import Chat, Message
+from kdmesh.chats.chat_template import TemplateSetting, with_settings
 from kdmesh.errors import ConfigError
-from kdmesh.prompt_rows import Asked
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data_config import ChatFile, DataConfig, OtherTokenizer
-from kdmesh_trainer.sources.teacher_context import build_encoder
-from kdmesh_trainer.sources.templated import student_tokenizer, teacher_tokenizer
+from kdmesh_trainer.data.teacher_context import build_encoder
+from kdmesh_trainer.data.templated import student_tokenizer, teacher_tokenizer
+from kdmesh_trainer.sections.data_config import ChatFile, DataConfig, OtherTokenizer
 from tests.support.chat_tokenizers import chat_tokenizer
 
 # As Qwen3's: an answer without thinking has an empty one, which is the prompt's if there shall be none.

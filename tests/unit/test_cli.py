@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kdmesh import check, cli, jobs, local
+from kdmesh.commands import check, cli
+from kdmesh.launch import jobs, local
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.saved_config import configured_identity
+from kdmesh_trainer.sections.saved_config import configured_identity
 
 
 def run(*arguments: str) -> Result:
@@ -177,7 +178,7 @@ def test_a_file_that_configures_nothing_is_told_so(good: Path) -> None:
 
 def test_checking_loads_nothing_heavy(good: Path) -> None:
     script = (
-        "import sys; from kdmesh.cli import main\n"
+        "import sys; from kdmesh.commands.cli import main\n"
         "try: main(['check', 'train.yaml'])\n"
         "finally: print(*{'torch', 'grpc', 'transformers', 'rich'} & set(sys.modules))"
     )
@@ -401,7 +402,7 @@ def test_a_served_model_is_asked_by_the_trainers_own_command(good: Path, monkeyp
         run("evaluate", "train.yaml", "--rollout", "a:1", "--output", "o.jsonl", *jobs.set_arguments(overrides))
         sets = jobs.set_arguments([*overrides, f"{key}.rollouts.addresses=['a:1']"])
         assert became[-1] == [
-            *("-m", "kdmesh_trainer.evaluate_command", "train.yaml", *sets, "--output", "o.jsonl"),
+            *("-m", "kdmesh_trainer.commands.evaluate", "train.yaml", *sets, "--output", "o.jsonl"),
         ]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kdmesh import cli, config
+from kdmesh import config
+from kdmesh.commands import cli
 
 COMMANDS = sorted(cli.main.commands)
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,8 @@ from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
-from kdmesh_trainer import (
+from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.sections import (
     data_config,
     judge_config,
     lora_config,
@@ -25,7 +26,6 @@ from kdmesh_trainer import (
     replicas_config,
     student_config,
 )
-from kdmesh_trainer.config import TrainerConfig
 
 GOOD = """
 output: runs/x

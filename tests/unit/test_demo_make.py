@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kdmesh import cli
+from kdmesh.commands import cli
 
 
 def demo(*arguments: str) -> Result:

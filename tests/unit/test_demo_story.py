@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh import check
+from kdmesh.commands import check
 from kdmesh.demo import plan as plans
 from kdmesh.demo import workspace as places
 from kdmesh.demo.corpus import Corpus, Example

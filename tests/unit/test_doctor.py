@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kdmesh import cli, local
+from kdmesh.commands import cli
 from kdmesh.doctor import command, devices, kernel, limits, software
 from kdmesh.doctor.finding import Finding, ok
 from kdmesh.handles.memory import Segment
+from kdmesh.launch import local
 
 
 def named(findings: list[Finding], name: str) -> Finding:

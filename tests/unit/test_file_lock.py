@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from kdmesh.answering.kept_answers import kept_answers
 from kdmesh.errors import ConfigError
 from kdmesh.file_lock import claimed
-from kdmesh.kept_answers import kept_answers
 from kdmesh_teacher.cache.directory import opened
 
 LOCKED: dict[str, Callable[[Path], AbstractContextManager[Any]]] = {

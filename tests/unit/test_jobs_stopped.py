@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from kdmesh import check, cli, local
+from kdmesh.commands import check, cli
+from kdmesh.launch import local
 
 NOTHING = "Stopped before the first step: there is nothing to save."
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh.answer_report import Counts
+from kdmesh.answering.answer_report import Counts
+from kdmesh.answering.kept_answers import kept_answers
 from kdmesh.errors import ConfigError
-from kdmesh.kept_answers import kept_answers
 
 
 def test_answers_are_gone_on_with_and_become_the_dataset(tmp_path: Path) -> None:

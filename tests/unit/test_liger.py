@@ -20,7 +20,7 @@ def test_norms_and_gated_products_are_liger_s_and_the_loss_is_not(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("liger_kernel")
-    from kdmesh_trainer.liger import use_liger_kernels
+    from kdmesh_trainer.student.liger import use_liger_kernels
 
     for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):  # exchanged in the module; put back by pytest
         monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
@@ -38,7 +38,7 @@ def test_norms_and_gated_products_are_liger_s_and_the_loss_is_not(
 
 def test_what_liger_cannot_do_is_refused_before_anything_loads() -> None:
     pytest.importorskip("liger_kernel")
-    from kdmesh_trainer.liger import check_liger
+    from kdmesh_trainer.student.liger import check_liger
 
     known, unknown = AutoConfig.for_model("qwen3"), AutoConfig.for_model("cohere")
     gpu = torch.device("cuda")
@@ -51,6 +51,6 @@ def test_what_liger_cannot_do_is_refused_before_anything_loads() -> None:
 
 def test_a_missing_package_is_said_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
-    monkeypatch.delitem(sys.modules, "kdmesh_trainer.liger", raising=False)
+    monkeypatch.delitem(sys.modules, "kdmesh_trainer.student.liger", raising=False)
     with pytest.raises(ConfigError, match=r"needs liger-kernel \(pip install 'kdmesh\[liger\]'\)"):
-        import kdmesh_trainer.liger  # noqa: F401
+        import kdmesh_trainer.student.liger  # noqa: F401

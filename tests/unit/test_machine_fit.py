@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh import config, local
+from kdmesh import config
 from kdmesh.errors import ConfigError
-from kdmesh.machine_fit import refuse_unfit_machine
+from kdmesh.launch import local
+from kdmesh.launch.machine_fit import refuse_unfit_machine
 from kdmesh_trainer.config import TrainerConfig
 
 

@@ -17,7 +17,7 @@ from kdmesh_trainer.algorithms.seam import StudentRows, Terms
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.head import Target
 from kdmesh_trainer.objective import Distillation
-from kdmesh_trainer.objective_config import CustomDivergence, Distill, DivergenceConfig, Ramp
+from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill, DivergenceConfig, Ramp
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 MEMBERS = [member for member in get_args(get_args(DivergenceConfig)[0]) if member is not CustomDivergence]

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from kdmesh import cli, harness, log
+from kdmesh import log
+from kdmesh.commands import cli, harness
 from kdmesh.errors import ConfigError
 from kdmesh.outputs import make_writable
-from kdmesh_trainer import evaluate_command
+from kdmesh_trainer.commands import evaluate as evaluate_command
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_lm_eval_makes_the_directory_of_its_output_and_tells_what_it_found_first
 
 
 def test_evaluate_refuses_an_output_that_cannot_be_written_before_it_asks(at_hand: None) -> None:
-    command = [sys.executable, "-m", "kdmesh_trainer.evaluate_command", "train.yaml", "--output"]
+    command = [sys.executable, "-m", "kdmesh_trainer.commands.evaluate", "train.yaml", "--output"]
     done = subprocess.run([*command, "train.jsonl/o.jsonl"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "cannot write train.jsonl/o.jsonl" in done.stderr
@@ -86,7 +87,7 @@ def test_no_file_that_a_command_reads_is_replaced_by_what_it_finds(at_hand: None
         result = CliRunner().invoke(cli.main, [*told, "--output", output])
         assert result.exit_code == 2
         assert f"--output {output} is the file that --prompts names, which would be lost" in result.output
-    command = [sys.executable, "-m", "kdmesh_trainer.evaluate_command", "train.yaml", "--output", "asked.jsonl"]
+    command = [sys.executable, "-m", "kdmesh_trainer.commands.evaluate", "train.yaml", "--output", "asked.jsonl"]
     questions = ("evaluation.rollouts.addresses=['127.0.0.1:1']", "evaluation.questions.path=asked.jsonl")
     done = subprocess.run(
         [*command, *(word for key in questions for word in ("--set", key))], capture_output=True, text=True
@@ -105,7 +106,7 @@ def test_an_output_that_holds_something_is_replaced_only_when_that_is_wanted(at_
     assert "--output found.jsonl is there already, and would be lost: give another, or --overwrite" in result.output
     result = CliRunner().invoke(cli.main, [*told, "--output", "found.jsonl", "--overwrite"])
     assert "student has no tokenizer" in result.output
-    command = [sys.executable, "-m", "kdmesh_trainer.evaluate_command", "train.yaml", "--output", "found.jsonl"]
+    command = [sys.executable, "-m", "kdmesh_trainer.commands.evaluate", "train.yaml", "--output", "found.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, "--overwrite" in done.stderr) == (2, True), done.stderr
     assert Path("found.jsonl").read_text() == "mine"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh import jobs, local
 from kdmesh.errors import ConfigError
-from kdmesh.place import exit_when_stopped, place, ranks_per_node
+from kdmesh.launch import jobs, local
+from kdmesh.launch.place import exit_when_stopped, place, ranks_per_node
 
 SECOND = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "first", "PET_NPROC_PER_NODE": "4"}
 

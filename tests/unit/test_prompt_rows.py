@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kdmesh.answering.prompt_rows import Asked, Prompts
+from kdmesh.chats.image_files import ImageColumn, NoImages
 from kdmesh.errors import DataError
-from kdmesh.image_files import ImageColumn, NoImages
-from kdmesh.prompt_rows import Asked, Prompts
 
 TEXT_ALONE = ImageColumn(source=NoImages("text alone"), name=None)
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdmesh.chat_rows import Chat, Message
+from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import CheckpointError, DeadlineExpired, ModelMismatch
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
+from kdmesh_trainer.data.prompts import StepPrompt
 from kdmesh_trainer.devices import OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.answer_files import AnswerFiles
@@ -22,7 +23,6 @@ from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.questions.examiner import Examiner, ServedWeights, StudentWeights
 from kdmesh_trainer.questions.reader import Question
 from kdmesh_trainer.questions.scores import Answered
-from kdmesh_trainer.sources.prompts import StepPrompt
 from kdmesh_trainer.stop import Stopping
 
 LONGEST = 5

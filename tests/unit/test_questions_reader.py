@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from kdmesh.chat_rows import TEXT_ALONE
+from kdmesh.chats.chat_rows import TEXT_ALONE
 from kdmesh.errors import DataError
+from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.questions.exam import Exam, read_exam
 from kdmesh_trainer.questions.reader import read_questions
-from kdmesh_trainer.questions_config import QuestionsConfig
-from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.sections.questions_config import QuestionsConfig
 from tests.support.tiny_models import save_tokenizer
 
 CHAT = [

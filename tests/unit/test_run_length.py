@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kdmesh.errors import ConfigError
 from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.data.blend import Blended, Part
 from kdmesh_trainer.run_length import num_steps
-from kdmesh_trainer.sources.blend import Blended, Part
 from kdmesh_trainer.sources.order import step_order
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.saved_config import configured_identity
+from kdmesh_trainer.sections.saved_config import configured_identity
 
 
 def identity_of(**student: Any) -> dict[str, str]:

@@ -16,10 +16,10 @@ from kdmesh.errors import ModelMismatch
 from kdmesh.models.context import ContextGroup
 from kdmesh.models.packing import pack, slice_of
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.data.sides import InContext, addressed, teacher_side
 from kdmesh_trainer.sources.batches import PanelRows
 from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.panel import Panel
-from kdmesh_trainer.sources.sides import InContext, addressed, teacher_side
 from tests.support.context_threads import on_ranks
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.data_config import ChatFile, TextFile
-from kdmesh_trainer.sources import csv_files
-from kdmesh_trainer.sources.pieces import pieces_of, rows_of, size_of
-from kdmesh_trainer.sources.readers import open_dataset
+from kdmesh_trainer.data import csv_files
+from kdmesh_trainer.data.pieces import pieces_of, rows_of, size_of
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.sections.data_config import ChatFile, TextFile
 
 
 @pytest.fixture

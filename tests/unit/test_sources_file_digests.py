@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdmesh_trainer.sources.file_digests import FileDigests
+from kdmesh_trainer.data.file_digests import FileDigests
 
 
 def test_a_digest_is_kept_until_its_file_changes(tmp_path: Path) -> None:

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
-from kdmesh import check, config
-from kdmesh.chat_rows import Chat, Message
+from kdmesh import config
+from kdmesh.chats.chat_rows import Chat, Message
+from kdmesh.commands import check
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import Image, TokenSequence
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.data_config import DataConfig
-from kdmesh_trainer.sources import pieces
-from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.held_out_rows import is_held_out
-from kdmesh_trainer.sources.prompts import PromptPolicy
-from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.recipe import Encoder
-from kdmesh_trainer.sources.sequences import load_sequences
-from kdmesh_trainer.sources.training_data import TrainingData
+from kdmesh_trainer.data import pieces
+from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.held_out_rows import is_held_out
+from kdmesh_trainer.data.prompts import PromptPolicy
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.recipe import Encoder
+from kdmesh_trainer.data.sequences import load_sequences
+from kdmesh_trainer.data.training_data import TrainingData
+from kdmesh_trainer.sections.data_config import DataConfig
 from tests.support.chat_tokenizers import chat_tokenizer
 from tests.support.token_caches import SMALL_PIECES_BYTES, make_cache
 

@@ -21,11 +21,11 @@ from kdmesh.errors import DataError, InvalidRequest
 from kdmesh.images import decoded, encoded, image_digest
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data_config import ChatFile, DataConfig, ImagesConfig
-from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.sequences import load_sequences
-from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.sequences import load_sequences
+from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.sections.data_config import ChatFile, DataConfig, ImagesConfig
 from tests.support.tiny_vision import IMAGE_TOKEN, VISION_START, png, save_image_processor, save_tokenizer
 
 PICTURE = png(40, 24, seed=1)

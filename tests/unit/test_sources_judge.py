@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from kdmesh.chat_rows import Chat, Message
+from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import FinishReason, Sample
-from kdmesh_trainer.data_config import ChatFile, CustomDataset
-from kdmesh_trainer.judge_config import JudgeConfig
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.sides import Addressed, Prompt, teacher_side
 from kdmesh_trainer.questions.reader import Question
+from kdmesh_trainer.sections.data_config import ChatFile, CustomDataset
+from kdmesh_trainer.sections.judge_config import JudgeConfig
 from kdmesh_trainer.sources.judge import Judge, digest_questions, question_of, resolve_judge
-from kdmesh_trainer.sources.readers import open_dataset
 from kdmesh_trainer.sources.rollouts import Rollout, Verdict
-from kdmesh_trainer.sources.sides import Addressed, Prompt, teacher_side
 
 CONFIG: TypeAdapter[JudgeConfig] = TypeAdapter(JudgeConfig)
 NUMBERS = {"name": "match", "match": {"name": "last_number"}}

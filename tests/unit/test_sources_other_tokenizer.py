@@ -12,12 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kdmesh.alignment.token_bytes import token_bytes
-from kdmesh.chat_rows import Chat, Message
+from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError, InvalidRequest
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.fit import refuse_unlike
-from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.sources.sides import (
+from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.sides import (
     Aligned,
     InChunks,
     Prompt,
@@ -26,9 +25,10 @@ from kdmesh_trainer.sources.sides import (
     first_rows,
     teacher_side,
 )
-from kdmesh_trainer.sources.stored import measured
-from kdmesh_trainer.sources.tokenizer import load_fast_tokenizer
-from kdmesh_trainer.sources.turns import Unusable
+from kdmesh_trainer.data.stored import measured
+from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.turns import Unusable
+from kdmesh_trainer.fit import refuse_unlike
 from tests.support.other_tokenizers import save_sentence_piece
 from tests.support.tiny_models import save_tokenizer
 from tests.support.trained_tokenizers import tokenizer

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdmesh.chat_rows import Chat, TeacherColumns, text_from_row
+from kdmesh.chats.chat_rows import Chat, TeacherColumns, text_from_row
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data_config import DataConfig, TextFile
-from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
-from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.sequences import load_sequences
-from kdmesh_trainer.sources.sides import Addressed
-from kdmesh_trainer.sources.teacher_context import build_encoder
-from kdmesh_trainer.sources.turns import Reason, Unusable
+from kdmesh_trainer.data.prompts import PromptPolicy, load_prompts
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.sequences import load_sequences
+from kdmesh_trainer.data.sides import Addressed
+from kdmesh_trainer.data.teacher_context import build_encoder
+from kdmesh_trainer.data.turns import Reason, Unusable
+from kdmesh_trainer.sections.data_config import DataConfig, TextFile
 from tests.support.chat_tokenizers import chat_tokenizer
 
 BASE = chat_tokenizer(None)  # no chat template, as base models have none; BOS comes before texts

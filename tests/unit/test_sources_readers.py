@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdmesh.chat_rows import chat_from_row
+from kdmesh.chats.chat_rows import chat_from_row
 from kdmesh.errors import ConfigError, DataError
-from kdmesh_trainer.data_config import ChatFile, CustomDataset
-from kdmesh_trainer.sources.readers import open_dataset
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.sections.data_config import ChatFile, CustomDataset
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 ROW = {"messages": [USER, ASSISTANT]}

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from kdmesh.errors import EngineFailure, ModelMismatch
 from kdmesh.tokens import digest
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
-from kdmesh_trainer.sources.prompts import PromptOrder
+from kdmesh_trainer.data.prompts import PromptOrder
+from kdmesh_trainer.data.sides import Prompt
 from kdmesh_trainer.sources.rollouts import Rollout, figures_of
 from kdmesh_trainer.sources.sampler import Sampler
-from kdmesh_trainer.sources.sides import Prompt
 
 PROMPTS = [
     Prompt(token_ids=np.arange(100 * number, 100 * number + 1 + number % 5, dtype=np.int32)) for number in range(11)

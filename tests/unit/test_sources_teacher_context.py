@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdmesh.chat_rows import Chat, Message, TeacherColumns
+from kdmesh.chats.chat_rows import Chat, Message, TeacherColumns
 from kdmesh.errors import ConfigError, DataError, InvalidRequest
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data_config import DataConfig
-from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
-from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.sequences import load_sequences
-from kdmesh_trainer.sources.sides import InContext, Prompt, first_rows, teacher_side
-from kdmesh_trainer.sources.teacher_context import ContextEncoder, build_encoder
-from kdmesh_trainer.sources.turns import Unusable
+from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.prompts import PromptPolicy, load_prompts
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.sequences import load_sequences
+from kdmesh_trainer.data.sides import InContext, Prompt, first_rows, teacher_side
+from kdmesh_trainer.data.teacher_context import ContextEncoder, build_encoder
+from kdmesh_trainer.data.turns import Unusable
+from kdmesh_trainer.sections.data_config import DataConfig
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 
 SYSTEM = {"kind": "system_prompt", "text": "The answer is no. Explain why."}

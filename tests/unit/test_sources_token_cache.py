@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdmesh.chat_rows import NO_COLUMNS, TeacherColumns
+from kdmesh.chats.chat_rows import NO_COLUMNS, TeacherColumns
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.tokens import digest
-from kdmesh_trainer.data_config import DataConfig
-from kdmesh_trainer.sources import pieces, token_cache
-from kdmesh_trainer.sources.prompts import PromptPolicy, load_prompts
-from kdmesh_trainer.sources.sequences import load_sequences
-from kdmesh_trainer.sources.sides import Addressed, Aligned, InChunks, InContext, teacher_side
-from kdmesh_trainer.sources.stored import longest_of, measured, measured_prompts, sequence_facts
+from kdmesh_trainer.data import pieces, token_cache
+from kdmesh_trainer.data.prompts import PromptPolicy, load_prompts
+from kdmesh_trainer.data.sequences import load_sequences
+from kdmesh_trainer.data.sides import Addressed, Aligned, InChunks, InContext, teacher_side
+from kdmesh_trainer.data.stored import longest_of, measured, measured_prompts, sequence_facts
+from kdmesh_trainer.sections.data_config import DataConfig
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 from tests.support.other_tokenizers import save_sentence_piece
 from tests.support.saved_datasets import save_to_disk

@@ -10,15 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdmesh.chat_rows import Chat, chat_from_row
+from kdmesh.chats.chat_rows import Chat, chat_from_row
 from kdmesh.errors import DataError
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data_config import ChatFile, DataConfig
-from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.readers import open_dataset
-from kdmesh_trainer.sources.sides import InContext
-from kdmesh_trainer.sources.teacher_context import build_encoder
-from kdmesh_trainer.sources.turns import Reason, Unusable
+from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.sides import InContext
+from kdmesh_trainer.data.teacher_context import build_encoder
+from kdmesh_trainer.data.turns import Reason, Unusable
+from kdmesh_trainer.sections.data_config import ChatFile, DataConfig
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 
 # A call opens and closes in special tokens of its own, as DeepSeek's, and names the answer that it got.

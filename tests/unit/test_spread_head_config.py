@@ -12,7 +12,7 @@ from kdmesh.config import load
 from kdmesh.errors import ConfigError
 from kdmesh.losses import build_divergence, slice_form
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.parallel_config import SPREAD_DIVERGENCES
+from kdmesh_trainer.sections.parallel_config import SPREAD_DIVERGENCES
 from tests.support.loss_cases import PARAMS
 
 TREE: dict[str, Any] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.start_record import record_start
+from kdmesh_trainer.saving.start_record import record_start
 
 
 def test_a_line_that_was_never_finished_spoils_no_other(tmp_path: Path) -> None:

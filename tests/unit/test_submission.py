@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kdmesh import submission
+from kdmesh.commands import submission
+from kdmesh.commands.submission import Wishes
 from kdmesh.errors import ConfigError
-from kdmesh.submission import Wishes
 
 WISHES: dict[str, Any] = {
     "nodes": 1,

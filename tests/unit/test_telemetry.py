@@ -22,11 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kdmesh import config as kdmesh_config
 from kdmesh.errors import CheckpointError, ConfigError
-from kdmesh_trainer import progress, telemetry, trackers
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.metrics import Metrics
 from kdmesh_trainer.questions.estimate import Estimate
 from kdmesh_trainer.questions.scores import AnswerScores
+from kdmesh_trainer.reporting import progress, telemetry, trackers
+from kdmesh_trainer.reporting.metrics import Metrics
 from kdmesh_trainer.stats import RolloutFigures, SampleScores, Scores, StepStats
 from tests.support.full_disk import files_limited_to
 

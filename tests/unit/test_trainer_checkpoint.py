@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
 from kdmesh.errors import CheckpointError
-from kdmesh_trainer.checkpoint import CheckpointDirectory
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from tests.support.full_disk import files_limited_to
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from kdmesh.errors import ConfigError
-from kdmesh_trainer.build_context import refuse_unfit_student
+from kdmesh_trainer.builders.context import refuse_unfit_student
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.parallel_config import ParallelConfig
+from kdmesh_trainer.sections.parallel_config import ParallelConfig
 from tests.support.tiny_models import TinyModels
 from tests.support.tiny_vision import TinyVisionModels
 from tests.support.trainer_ranks import run_ranks

@@ -13,7 +13,7 @@ from kdmesh.errors import ModelMismatch
 from kdmesh_trainer import __main__ as command
 from kdmesh_trainer import build
 from kdmesh_trainer.mesh import joined, leave
-from kdmesh_trainer.parallel_config import ParallelConfig
+from kdmesh_trainer.sections.parallel_config import ParallelConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONFIG = SimpleNamespace(

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from kdmesh_trainer.learning_rate import learning_rate
-from kdmesh_trainer.optimizer import build_adamw, set_learning_rate
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.optimization.learning_rate import learning_rate
+from kdmesh_trainer.optimization.optimizer import build_adamw, set_learning_rate
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 
 Array: TypeAlias = npt.NDArray[np.float64]
 

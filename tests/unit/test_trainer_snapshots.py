@@ -11,12 +11,12 @@ import pytest
 
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.export import HuggingFaceExporter
-from kdmesh_trainer.export_config import BestFigure
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.estimate import Estimate
 from kdmesh_trainer.questions.scores import AnswerScores
-from kdmesh_trainer.snapshots import ModelSnapshots
+from kdmesh_trainer.saving.export import HuggingFaceExporter
+from kdmesh_trainer.saving.snapshots import ModelSnapshots
+from kdmesh_trainer.sections.export_config import BestFigure
 from kdmesh_trainer.stats import Scores
 
 

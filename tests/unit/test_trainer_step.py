@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from kdmesh.errors import ModelMismatch, NotFinite, Unavailable
 from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.model import Student, release
-from kdmesh_trainer.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.step import GradientStepper
+from kdmesh_trainer.student.model import Student, release
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, Rows, build_stepper, build_student, random_sequences, step_batch
 

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.positions import rope_types, safe_limit, stated_limit
+from kdmesh_trainer.builders.student_length import refuse_short_student, warn_of_new_positions
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.student_length import refuse_short_student, warn_of_new_positions
 from tests.support.tiny_models import FAMILIES, TinyModels
 
 ROPE = {"rope_theta": 1e4, "factor": 4.0}

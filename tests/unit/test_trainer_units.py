@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from kdmesh_trainer.model import decoder_layers, units
+from kdmesh_trainer.student.model import decoder_layers, units
 
 
 def small_lm(num_layers: int) -> Qwen3ForCausalLM:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from kdmesh.chat_rows import TeacherColumns
+from kdmesh.chats.chat_rows import TeacherColumns
 from kdmesh.errors import ConfigError, NotFinite
 from kdmesh.file_lock import claimed
 from kdmesh.losses import Divergence, SampledDivergence
@@ -21,50 +21,50 @@ from kdmesh.models.image_reader import ImageReader
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
-from kdmesh_trainer.build_context import refuse_unfit_student
-from kdmesh_trainer.build_data import Data, read_data
-from kdmesh_trainer.build_evaluation import build_evaluator, build_examiner, digest_of_judge, read_questions_of
-from kdmesh_trainer.build_objective import build_algorithm, build_objective, build_optimizer, resolve_divergence
-from kdmesh_trainer.build_on_policy import Task, build_source
-from kdmesh_trainer.build_rollouts import Rollouts, open_rollouts
-from kdmesh_trainer.build_student import check_speed, is_varlen, load_student, spread
-from kdmesh_trainer.build_teacher import build_copy, build_publisher
-from kdmesh_trainer.build_teachers import Teachers, open_teachers
-from kdmesh_trainer.build_vision import build_packer, expansion_of, load_reader
-from kdmesh_trainer.checkpoint import CheckpointDirectory
-from kdmesh_trainer.data_config import TeacherMessages
+from kdmesh_trainer.builders.context import refuse_unfit_student
+from kdmesh_trainer.builders.data import Data, read_data
+from kdmesh_trainer.builders.evaluation import build_evaluator, build_examiner, digest_of_judge, read_questions_of
+from kdmesh_trainer.builders.objective import build_algorithm, build_objective, build_optimizer, resolve_divergence
+from kdmesh_trainer.builders.on_policy import Task, build_source
+from kdmesh_trainer.builders.rollouts import Rollouts, open_rollouts
+from kdmesh_trainer.builders.student import check_speed, is_varlen, load_student, spread
+from kdmesh_trainer.builders.student_length import refuse_short_student, warn_of_new_positions
+from kdmesh_trainer.builders.teacher import build_copy, build_publisher
+from kdmesh_trainer.builders.teachers import Teachers, open_teachers
+from kdmesh_trainer.builders.vision import build_packer, expansion_of, load_reader
+from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.readers import Reader, open_dataset
+from kdmesh_trainer.data.recipe import Encoder, EncoderRecipe
+from kdmesh_trainer.data.token_cache import TokenCache
+from kdmesh_trainer.data.tokenizer import TeacherTokens, vocabulary_size
+from kdmesh_trainer.data.training_data import TrainingData
 from kdmesh_trainer.devices import ScoringPublisher
-from kdmesh_trainer.export import HuggingFaceExporter
-from kdmesh_trainer.export_adapter import AdapterExporter
-from kdmesh_trainer.freezing import check_freeze, freeze, rest_in_bfloat16
 from kdmesh_trainer.loop import Exporter, Parts, Publisher, Schedule
-from kdmesh_trainer.lora import add_adapter, check_base
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student
-from kdmesh_trainer.objective_config import Distill, Sft
-from kdmesh_trainer.profiler import NoProfiler, TraceWriter
 from kdmesh_trainer.questions.exam import Exam
-from kdmesh_trainer.saved_config import configured_identity, refuse_other_configuration, refuse_other_output
-from kdmesh_trainer.snapshots import ModelSnapshots
+from kdmesh_trainer.reporting.profiler import NoProfiler, TraceWriter
+from kdmesh_trainer.reporting.telemetry import open_telemetry
+from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
+from kdmesh_trainer.saving.export import HuggingFaceExporter
+from kdmesh_trainer.saving.export_adapter import AdapterExporter
+from kdmesh_trainer.saving.snapshots import ModelSnapshots
+from kdmesh_trainer.saving.start_record import record_start
+from kdmesh_trainer.sections.data_config import TeacherMessages
+from kdmesh_trainer.sections.objective_config import Distill, Sft
+from kdmesh_trainer.sections.saved_config import configured_identity, refuse_other_configuration, refuse_other_output
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.judge import Opinion, question_of, resolve_judge
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.on_policy import OnPolicySource
-from kdmesh_trainer.sources.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.sources.plan import StepPlanner
-from kdmesh_trainer.sources.readers import Reader, open_dataset
-from kdmesh_trainer.sources.recipe import Encoder, EncoderRecipe
 from kdmesh_trainer.sources.sft import SftSource
-from kdmesh_trainer.sources.token_cache import TokenCache
-from kdmesh_trainer.sources.tokenizer import TeacherTokens, vocabulary_size
-from kdmesh_trainer.sources.training_data import TrainingData
-from kdmesh_trainer.start_record import record_start
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
-from kdmesh_trainer.student_length import refuse_short_student, warn_of_new_positions
+from kdmesh_trainer.student.freezing import check_freeze, freeze, rest_in_bfloat16
+from kdmesh_trainer.student.lora import add_adapter, check_base
+from kdmesh_trainer.student.model import Student
 from kdmesh_trainer.teacher_copy import TeacherCopy
-from kdmesh_trainer.telemetry import open_telemetry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

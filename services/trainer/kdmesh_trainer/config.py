@@ -10,21 +10,21 @@ from pydantic import Field, model_validator
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh.tracing.config import TracingConfig
-from kdmesh_trainer.algorithm_config import refuse_unfit_algorithm
-from kdmesh_trainer.data_config import DataConfig
-from kdmesh_trainer.export_config import ExportConfig, refuse_unknown_best
-from kdmesh_trainer.judge_config import JudgeConfig, refuse_unfit_judge
-from kdmesh_trainer.metrics_config import MetricsConfig
-from kdmesh_trainer.objective_config import Distill, SampledReverseKL, Sft
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.panel_config import TeacherName, refuse_unfit_teachers
-from kdmesh_trainer.parallel_config import ParallelConfig, refuse_unfit_context, refuse_unfit_head
-from kdmesh_trainer.profile_config import ProfileConfig
-from kdmesh_trainer.questions_config import refuse_unasked_questions
-from kdmesh_trainer.replicas_config import ReplicatedConfig, check_can_be_known
-from kdmesh_trainer.rollouts_config import RolloutsConfig, SamplingConfig, SendingConfig
-from kdmesh_trainer.schedule_config import CheckpointConfig, EvaluationConfig, refuse_idle_evaluation
-from kdmesh_trainer.student_config import StudentConfig
+from kdmesh_trainer.sections.algorithm_config import refuse_unfit_algorithm
+from kdmesh_trainer.sections.data_config import DataConfig
+from kdmesh_trainer.sections.export_config import ExportConfig, refuse_unknown_best
+from kdmesh_trainer.sections.judge_config import JudgeConfig, refuse_unfit_judge
+from kdmesh_trainer.sections.metrics_config import MetricsConfig
+from kdmesh_trainer.sections.objective_config import Distill, SampledReverseKL, Sft
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.panel_config import TeacherName, refuse_unfit_teachers
+from kdmesh_trainer.sections.parallel_config import ParallelConfig, refuse_unfit_context, refuse_unfit_head
+from kdmesh_trainer.sections.profile_config import ProfileConfig
+from kdmesh_trainer.sections.questions_config import refuse_unasked_questions
+from kdmesh_trainer.sections.replicas_config import ReplicatedConfig, check_can_be_known
+from kdmesh_trainer.sections.rollouts_config import RolloutsConfig, SamplingConfig, SendingConfig
+from kdmesh_trainer.sections.schedule_config import CheckpointConfig, EvaluationConfig, refuse_idle_evaluation
+from kdmesh_trainer.sections.student_config import StudentConfig
 
 
 class FollowConfig(SendingConfig):

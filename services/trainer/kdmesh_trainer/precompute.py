@@ -16,12 +16,12 @@ from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.build import Checked, check
-from kdmesh_trainer.build_data import read_held_out
+from kdmesh_trainer.builders.data import read_held_out
+from kdmesh_trainer.data.sides import Addressed, teacher_side
 from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
-from kdmesh_trainer.objective_config import Distill
 from kdmesh_trainer.run_length import num_steps
+from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sources.order import step_order
-from kdmesh_trainer.sources.sides import Addressed, teacher_side
 
 _MIB = 2**20
 _SAMPLE_TOKENS = 4096

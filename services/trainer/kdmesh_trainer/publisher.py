@@ -20,11 +20,11 @@ from kdmesh.rpc.weight_services import ServedWeights
 from kdmesh.types import DType
 from kdmesh.weights.manifest import BASE_BYTES, AdapterSpec, LowRankSpec, TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
-from kdmesh_trainer.lora import LowRank
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import Student, release
+from kdmesh_trainer.student.lora import LowRank
+from kdmesh_trainer.student.model import Student, release
+from kdmesh_trainer.student.weights import StudentWeight, whole, without_aliases
 from kdmesh_trainer.teacher_copy import TeacherCopy
-from kdmesh_trainer.weights import StudentWeight, whole, without_aliases
 
 log = logging.getLogger(__name__)
 

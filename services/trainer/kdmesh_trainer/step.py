@@ -18,16 +18,16 @@ from kdmesh.losses import FusedLoss, OutputHead
 from kdmesh.models.packing import moved
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.seam import StudentRows
-from kdmesh_trainer.learning_rate import learning_rate
+from kdmesh_trainer.data.sides import answered_rows
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import LossTotals, Student, begin_micro_batch
 from kdmesh_trainer.objective import Objective
-from kdmesh_trainer.optimizer import set_learning_rate
-from kdmesh_trainer.optimizer_config import OptimizerConfig
-from kdmesh_trainer.shards import norm_over_ranks
+from kdmesh_trainer.optimization.learning_rate import learning_rate
+from kdmesh_trainer.optimization.optimizer import set_learning_rate
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
-from kdmesh_trainer.sources.sides import answered_rows
 from kdmesh_trainer.stats import StepStats
+from kdmesh_trainer.student.model import LossTotals, Student, begin_micro_batch
+from kdmesh_trainer.student.shards import norm_over_ranks
 from kdmesh_trainer.tally import Tally
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from torch import Tensor
 from kdmesh.errors import ModelMismatch
 from kdmesh.losses import FusedLoss
 from kdmesh.models.packing import moved
+from kdmesh_trainer.data.sides import Int64Array, answered_rows, teacher_side
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.model import LossTotals
 from kdmesh_trainer.sources.batches import MicroBatch, PanelPart, PanelRows, TeacherRows
-from kdmesh_trainer.sources.sides import Int64Array, answered_rows, teacher_side
 from kdmesh_trainer.stats import SampleScores, TeacherFigures
+from kdmesh_trainer.student.model import LossTotals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdmesh_trainer.model import Student, release
-from kdmesh_trainer.shards import own_shard
-from kdmesh_trainer.weights import StudentWeight, without_aliases
+from kdmesh_trainer.student.model import Student, release
+from kdmesh_trainer.student.shards import own_shard
+from kdmesh_trainer.student.weights import StudentWeight, without_aliases
 
 
 class TeacherCopy:

@@ -15,7 +15,12 @@ from kdmesh.errors import ConfigError
 from kdmesh.extension import resolve
 from kdmesh.losses import Boundaries, Matched
 from kdmesh.types import Int32Array
-from kdmesh_trainer.algorithm_config import (
+from kdmesh_trainer.algorithms.across_tokenizers import AcrossTokenizers, by_rank, chunk_likelihood, hybrid
+from kdmesh_trainer.algorithms.dskd import DualSpaceKD
+from kdmesh_trainer.algorithms.dskd_attention import AttendingDualSpaceKD
+from kdmesh_trainer.algorithms.seam import Algorithm, Setup
+from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
+from kdmesh_trainer.sections.algorithm_config import (
     AlgorithmConfig,
     ByRank,
     ChunkLikelihood,
@@ -24,11 +29,6 @@ from kdmesh_trainer.algorithm_config import (
     Hybrid,
     VanillaKD,
 )
-from kdmesh_trainer.algorithms.across_tokenizers import AcrossTokenizers, by_rank, chunk_likelihood, hybrid
-from kdmesh_trainer.algorithms.dskd import DualSpaceKD
-from kdmesh_trainer.algorithms.dskd_attention import AttendingDualSpaceKD
-from kdmesh_trainer.algorithms.seam import Algorithm, Setup
-from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 
 BuildAlgorithm = Callable[[Setup], Algorithm]
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from kdmesh.chats.image_files import ImageColumn
 from kdmesh.errors import DataError
-from kdmesh.image_files import ImageColumn
 from kdmesh.models.ends import stop_token_ids
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.sampling.stops import before_stop
 from kdmesh.types import Int32Array, Sampling
+from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.prompts import StepPrompt
+from kdmesh_trainer.data.turns import Unusable
 from kdmesh_trainer.questions.matchers import Matcher, build_matcher, refuse_unfit_answers
 from kdmesh_trainer.questions.reader import Question, read_questions
-from kdmesh_trainer.questions_config import QuestionsConfig
-from kdmesh_trainer.sources.chat import ChatEncoder
-from kdmesh_trainer.sources.prompts import StepPrompt
-from kdmesh_trainer.sources.turns import Unusable
+from kdmesh_trainer.sections.questions_config import QuestionsConfig
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,14 @@ from typing import assert_never
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.extension import resolve
 from kdmesh_trainer.questions.reader import Question
-from kdmesh_trainer.questions_config import Contains, CustomMatch, ExactMatch, LastNumber, MatchConfig, RegexMatch
+from kdmesh_trainer.sections.questions_config import (
+    Contains,
+    CustomMatch,
+    ExactMatch,
+    LastNumber,
+    MatchConfig,
+    RegexMatch,
+)
 
 # (a response's text, what was asked) -> whether it is right. Only a custom one raises.
 Matcher = Callable[[str, Question], bool]

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdmesh.chat_rows import TEXT_ALONE, Chat, chat_from_row, columns_found, unicode_text
+from kdmesh.chats.chat_rows import TEXT_ALONE, Chat, chat_from_row, columns_found, unicode_text
+from kdmesh.chats.image_files import ImageColumn
 from kdmesh.errors import DataError
-from kdmesh.image_files import ImageColumn
-from kdmesh_trainer.questions_config import QuestionsConfig
-from kdmesh_trainer.sources.chat import without_answers
+from kdmesh_trainer.data.chat import without_answers
+from kdmesh_trainer.sections.questions_config import QuestionsConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,18 +11,18 @@ from dataclasses import replace
 from numbers import Real
 from typing import assert_never
 
-from kdmesh.chat_rows import Chat, columns_found
+from kdmesh.chats.chat_rows import Chat, columns_found
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.extension import resolve
 from kdmesh.types import FinishReason, Int32Array, Sample
-from kdmesh_trainer.judge_config import CustomJudge, FinishedJudge, JudgeConfig, MatchJudge
+from kdmesh_trainer.data.chat import without_answers
+from kdmesh_trainer.data.prompts import QuestionOf
+from kdmesh_trainer.data.sides import Prompt
 from kdmesh_trainer.questions.matchers import build_matcher, refuse_unfit_answers
 from kdmesh_trainer.questions.reader import Question, answers_in
-from kdmesh_trainer.questions_config import CustomMatch
-from kdmesh_trainer.sources.chat import without_answers
-from kdmesh_trainer.sources.prompts import QuestionOf
+from kdmesh_trainer.sections.judge_config import CustomJudge, FinishedJudge, JudgeConfig, MatchJudge
+from kdmesh_trainer.sections.questions_config import CustomMatch
 from kdmesh_trainer.sources.rollouts import Verdict
-from kdmesh_trainer.sources.sides import Prompt
 
 # (a response's text, whether it was cut, what it answers, which is None where nobody asks for it) -> what is thought
 # of it. Only one with code of the user's raises.

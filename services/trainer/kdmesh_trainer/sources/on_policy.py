@@ -15,6 +15,7 @@ import torch
 from kdmesh.batching import plan_step, shortest_first
 from kdmesh.errors import JudgeFailed, ModelMismatch
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.data.sides import teacher_side
 from kdmesh_trainer.devices import Devices, OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
@@ -26,7 +27,6 @@ from kdmesh_trainer.sources.rollouts import Rollout, WeightPublisher, figures_of
 from kdmesh_trainer.sources.row_queue import RowQueue
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.sources.show import Showcase
-from kdmesh_trainer.sources.sides import teacher_side
 
 log = logging.getLogger(__name__)
 

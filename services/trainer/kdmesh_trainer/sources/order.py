@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.sources.blend import Blended, BlendOrder
-from kdmesh_trainer.sources.shuffles import shuffled
+from kdmesh_trainer.data.blend import Blended, BlendOrder
+from kdmesh_trainer.data.shuffles import shuffled
 
 # Added to the seed of a walk beside that of the prompts: a step shall not hold a prompt's samples and its answer too.
 _OTHER_WALK = 2**32

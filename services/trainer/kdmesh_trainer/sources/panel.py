@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.data.sides import Addressed
 from kdmesh_trainer.sources.batches import PanelPart, PanelRows, PendingRows
 from kdmesh_trainer.sources.early_rows import EarlyService
 from kdmesh_trainer.sources.row_queue import RowService
-from kdmesh_trainer.sources.sides import Addressed
 
 
 class Panel:

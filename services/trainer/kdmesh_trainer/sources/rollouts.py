@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdmesh.types import FinishReason, Float32Array, Int32Array, PlacedImage, Sample, Sampling, TokenSequence
-from kdmesh_trainer.sources.sides import Aligned, InChunks, InContext, addressed, aligned_rows
+from kdmesh_trainer.data.sides import Aligned, InChunks, InContext, addressed, aligned_rows
 from kdmesh_trainer.stats import RolloutFigures
 
 

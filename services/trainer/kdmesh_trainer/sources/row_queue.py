@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.data.sides import teacher_side
 from kdmesh_trainer.sources.batches import PanelRows, PendingRows, TeacherRows
-from kdmesh_trainer.sources.sides import teacher_side
 
 
 class RowService(Protocol):

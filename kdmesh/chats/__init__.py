@@ -1,0 +1,1 @@
+"""Chats in rows of files, and the templates that render them."""

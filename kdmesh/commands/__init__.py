@@ -1,0 +1,1 @@
+"""The `kdmesh` command and its subcommands."""

@@ -1,0 +1,361 @@
+"""Finds what a configuration names that is not there, without loading any of it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+from kdmesh import config
+from kdmesh.auth.config import AccessConfig
+from kdmesh.commands.model_files import adapter_problems, freeze_problems, model_problems, reads_text_alone
+from kdmesh.config import StrictModel
+from kdmesh.errors import ConfigError
+from kdmesh.extension import search_path
+from kdmesh.serving.config import ListenConfig
+from kdmesh_rollout.config import FakeEngine as RolloutFake
+from kdmesh_rollout.config import RolloutConfig
+from kdmesh_teacher.config import FakeEngine as TeacherFake
+from kdmesh_teacher.config import TeacherConfig
+from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.sections.algorithm_config import CustomAlgorithm
+from kdmesh_trainer.sections.data_config import CustomDataset, DataConfig, DatasetConfig, OtherTokenizer
+from kdmesh_trainer.sections.judge_config import CustomJudge, JudgeConfig, MatchJudge
+from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill
+from kdmesh_trainer.sections.questions_config import CustomMatch, QuestionsConfig
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+_SERVICES: dict[str, type[StrictModel]] = {
+    "trainer": TrainerConfig,
+    "teacher": TeacherConfig,
+    "rollout server": RolloutConfig,
+}
+
+
+ServiceConfig = TrainerConfig | TeacherConfig | RolloutConfig
+C = TypeVar("C", bound=StrictModel)
+
+
+def load_any(path: Path, overrides: Sequence[str] = ()) -> ServiceConfig:
+    """The configuration in `path`, of the service that its keys belong to.
+
+    What could be a teacher's as well as a rollout server's is the one that it is without an error, and a teacher's if
+    it is both.
+
+    Raises:
+        ConfigError: as `config.load`, or no key belongs to a service.
+    """
+    tree = config.read_tree(path, overrides)
+    known = {name: len(tree.keys() & model.model_fields) for name, model in _SERVICES.items()}
+    if not any(known.values()):
+        keys = "; ".join(f"a {name} has {', '.join(model.model_fields)}" for name, model in _SERVICES.items())
+        raise ConfigError(f"{path} configures no service: {keys}")
+    if known["trainer"] >= max(known.values()):
+        return config.parse(TrainerConfig, tree, source=path)
+    if known["rollout server"] == known["teacher"]:
+        with suppress(ConfigError):
+            return config.parse(TeacherConfig, tree, source=path)
+        with suppress(ConfigError):
+            return config.parse(RolloutConfig, tree, source=path)
+    return config.parse(TeacherConfig, tree, source=path)
+
+
+def load_as(model: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+    """As `config.load`, where a person may have named the file of another service.
+
+    Raises:
+        ConfigError: as `config.load`, or the file configures another service.
+    """
+    tree = config.read_tree(path, overrides)
+    try:
+        return config.parse(model, tree, source=path)
+    except ConfigError:
+        other = _other_service(model, tree, path)
+        if other is None:
+            raise
+    wanted = next(name for name, each in _SERVICES.items() if each is model)
+    raise ConfigError(f"{path} is a {other} configuration; what is wanted here is a {wanted}'s")
+
+
+def _other_service(model: type[StrictModel], tree: Mapping[str, object], path: Path) -> str | None:
+    """The service that `tree`, which is of no use for `model`, configures instead; None where it is not clear."""
+    known = {each: len(tree.keys() & each.model_fields) for each in _SERVICES.values()}
+    for name, each in _SERVICES.items():
+        if known[each] > known[model]:
+            return name
+        if each is not model and known[each] == known[model]:
+            with suppress(ConfigError):
+                config.parse(each, dict(tree), source=path)
+                return name
+    return None
+
+
+def kind(cfg: ServiceConfig) -> str:
+    """What the configuration is for, in words."""
+    return next(name for name, model in _SERVICES.items() if isinstance(cfg, model))
+
+
+def missing(cfg: ServiceConfig) -> list[str]:
+    """One line for each file, directory or function that `cfg` names and that is not there or not fit for its use."""
+    if isinstance(cfg, TrainerConfig):
+        return list(_missing_for_trainer(cfg))
+    engine = cfg.engine
+    models = [] if isinstance(engine, TeacherFake | RolloutFake) else model_problems("engine.model", engine.model)
+    return [*models, *_guards(cfg.server), *_files("jobs", {"file": cfg.jobs.file})]
+
+
+def missing_to_plan(cfg: ServiceConfig) -> list[str]:
+    """As `missing`, of what says how large a model is: neither its weights nor any data."""
+    if isinstance(cfg, TrainerConfig):
+        model = cfg.student.model
+        return [*model_problems("student.model", model, needs_weights=False), *_tokenizer("student.model", model)]
+    engine = cfg.engine
+    if isinstance(engine, TeacherFake | RolloutFake):
+        return []
+    return list(model_problems("engine.model", engine.model, needs_weights=False))
+
+
+def refuse_missing(cfg: ServiceConfig, *, source: Path, looks: Callable[[ServiceConfig], list[str]] = missing) -> None:
+    """Raises ConfigError with every line that `looks` finds."""
+    if lines := looks(cfg):
+        count = "1 thing is" if len(lines) == 1 else f"{len(lines)} things are"
+        raise ConfigError("\n".join([f"{source}: {count} missing", *(f"  {line}" for line in lines)]))
+
+
+def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
+    yield from model_problems("student.model", cfg.student.model, needs_weights=cfg.student.weights == "pretrained")
+    yield from _tokenizer("student.model", cfg.student.model)
+    if cfg.student.lora is not None:
+        yield from adapter_problems("student.lora", cfg.student.lora.target_modules, cfg.student.model)
+    yield from freeze_problems("student.freeze", cfg.student.freeze, cfg.student.model)
+    yield from _packages(cfg)
+    yield from _images(cfg)
+    yield from _data(cfg.data)
+    yield from _judging(cfg)
+    if isinstance(cfg.source, OnPolicy) and cfg.source.judge is not None:
+        yield from _judge("source.judge", cfg.source.judge)
+    if isinstance(cfg.objective, Distill):
+        yield from _own_code(cfg.objective)
+    for key, access, addresses in _servers(cfg):
+        yield from _access(key, access)
+        if any(address.startswith("k8s:") for address in addresses) and find_spec("kubernetes") is None:
+            yield f"{key}.addresses: the package kubernetes is not installed (pip install 'kdmesh[kubernetes]')"
+    yield from wrong_addresses(cfg)
+    nearest = next(path for path in (cfg.output, *cfg.output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        yield f"output: {nearest} is not a directory"
+
+
+def _packages(cfg: TrainerConfig) -> Iterator[str]:
+    if cfg.optimizer.moments == "8bit" and find_spec("torchao") is None:
+        yield "optimizer.moments: torchao is not installed (pip install 'kdmesh[eightbit]')"
+    if cfg.student.liger_kernels and find_spec("liger_kernel") is None:
+        yield "student.liger_kernels: liger-kernel is not installed (pip install 'kdmesh[liger]')"
+    for tracker in ("wandb", "mlflow"):
+        if tracker in cfg.trackers and find_spec(tracker) is None:
+            yield f"trackers: {tracker} is not installed (pip install 'kdmesh[{tracker}]')"
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    for name, dataset in data.train_datasets.items():
+        yield from _dataset(f"data.train.datasets.{name}" if name else "data.train", dataset)
+    cache = data.token_cache
+    if cache is not None and cache.directory.exists() and not cache.directory.is_dir():
+        yield f"data.token_cache.directory: {cache.directory} is not a directory"
+    template = data.chat_template
+    if template is not None and not template.is_file():
+        yield f"data.chat_template: there is no file {template}"
+    if data.teacher_tokenizer is not None:
+        yield from _other_tokenizer("data.teacher_tokenizer", data.teacher_tokenizer)
+    context = data.teacher_context
+    if context is not None and context.kind == "template" and not context.path.is_file():
+        yield f"data.teacher_context.path: there is no file {context.path}"
+
+
+def _own_code(objective: Distill) -> Iterator[str]:
+    if isinstance(divergence := objective.divergence, CustomDivergence):
+        yield from _function("objective.divergence", divergence.target, divergence.params, positional=2)
+    if isinstance(algorithm := objective.algorithm, CustomAlgorithm):
+        key = "objective.algorithm"
+        yield from _function(key, algorithm.target, algorithm.params, positional=1, is_class=True)
+
+
+def _judge(key: str, judge: JudgeConfig) -> Iterator[str]:
+    if isinstance(judge, CustomJudge):
+        yield from _function(key, judge.target, judge.params, positional=3)
+    elif isinstance(judge, MatchJudge) and isinstance(match := judge.match, CustomMatch):
+        yield from _function(f"{key}.match", match.target, match.params, positional=2)
+
+
+def wrong_addresses(cfg: TrainerConfig) -> Iterator[str]:
+    """One line for each address of a server that must not be connected to in the way that is set."""
+    for key, access, addresses in _servers(cfg):
+        refusals = (access.refusal(address) for address in addresses)
+        yield from (f"{key}.addresses: {refusal}" for refusal in refusals if refusal is not None)
+
+
+def _servers(cfg: TrainerConfig) -> Iterator[tuple[str, AccessConfig, Sequence[str]]]:
+    """Section, access and addresses of each kind of server that a job has."""
+    for name, teacher in cfg.all_teachers.items():
+        yield f"teachers.{name}" if name else "teacher", teacher.access, teacher.addresses
+    if isinstance(cfg.source, OnPolicy):
+        yield "source.rollouts", cfg.source.rollouts.access, cfg.source.rollouts.addresses
+    if (rollouts := cfg.evaluation.rollouts) is not None:
+        yield "evaluation.rollouts", rollouts.access, rollouts.addresses
+
+
+def _access(key: str, access: AccessConfig) -> Iterator[str]:
+    files = {"token_file": access.token_file}
+    if access.tls is not None:
+        files |= {"tls.ca": access.tls.ca, "tls.cert": access.tls.cert, "tls.key": access.tls.key}
+    yield from _files(f"{key}.access", files)
+
+
+def _guards(server: ListenConfig) -> Iterator[str]:
+    """What says who may use a server; its contents are looked at when it starts."""
+    files: dict[str, Path | None] = {}
+    if server.tls is not None:
+        tls = server.tls
+        files |= {"tls.cert": tls.cert, "tls.key": tls.key, "tls.client_ca": tls.client_ca}
+    if server.auth is not None:
+        files["auth.tokens"] = server.auth.tokens
+        if (jwt := server.auth.jwt) is not None:
+            files |= {"auth.jwt.key": jwt.key, "auth.jwt.jwks": jwt.jwks, "auth.jwt.jwks_ca": jwt.jwks_ca}
+            if find_spec("jwt") is None:
+                yield "server.auth.jwt: PyJWT is not installed (pip install 'kdmesh[jwt]')"
+    yield from _files("server", files)
+
+
+def _files(key: str, files: Mapping[str, Path | None]) -> Iterator[str]:
+    for name, path in files.items():
+        if path is not None and not path.is_file():
+            yield f"{key}.{name}: there is no file {path}"
+
+
+def _images(cfg: TrainerConfig) -> Iterator[str]:
+    model, root = cfg.student.model, cfg.data.images.root
+    if cfg.student.freeze_vision and reads_text_alone(model):
+        yield f"student.freeze_vision: {model} reads text alone: its config.json has no vision_config"
+    if root is not None and not root.is_dir():
+        yield f"data.images.root: there is no directory {root}"
+
+
+def _tokenizer(key: str, path: Path) -> Iterator[str]:
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if path.is_dir() and not any((path / name).is_file() for name in files):
+        yield f"{key}: {path} has no tokenizer ({' or '.join(files)})"
+
+
+def _other_tokenizer(key: str, other: OtherTokenizer) -> Iterator[str]:
+    if not other.path.is_dir():
+        yield f"{key}.path: there is no directory {other.path}"
+    yield from _tokenizer(f"{key}.path", other.path)
+    if other.chat_template is not None and not other.chat_template.is_file():
+        yield f"{key}.chat_template: there is no file {other.chat_template}"
+
+
+def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
+    if isinstance(dataset, CustomDataset):
+        yield from _function(key, dataset.target, dataset.params, positional=0)
+        return
+    path = dataset.path
+    if not path.exists():
+        yield f"{key}.path: there is no file or directory {path}"
+    elif path.is_dir() and not any(file.suffix in _DATA_SUFFIXES for file in path.iterdir()):
+        yield f"{key}.path: {path} has no {', '.join(_DATA_SUFFIXES)} file"
+    elif path.is_file() and path.suffix not in _DATA_SUFFIXES:
+        yield f"{key}.path: {path} is not a {', '.join(_DATA_SUFFIXES)} file"
+
+
+def _judging(cfg: TrainerConfig) -> Iterator[str]:
+    for name, dataset in cfg.data.held_out_datasets.items():
+        yield from _dataset(f"data.held_out.datasets.{name}" if name else "data.held_out", dataset)
+    if cfg.evaluation.questions is not None:
+        yield from _questions("evaluation.questions", cfg.evaluation.questions)
+
+
+def _questions(key: str, questions: QuestionsConfig) -> Iterator[str]:
+    if not questions.path.is_file():
+        yield f"{key}.path: there is no file {questions.path}"
+    elif questions.path.suffix != ".jsonl":
+        yield f"{key}.path: {questions.path} is not a .jsonl file"
+    if isinstance(match := questions.match, CustomMatch):
+        yield from _function(f"{key}.match", match.target, match.params, positional=2)
+
+
+def _function(
+    key: str, target: str, params: Mapping[str, object], *, positional: int, is_class: bool = False
+) -> Iterator[str]:
+    """What is wrong with `module:function`, read from its source: importing it could load anything."""
+    module, _, name = target.partition(":")
+    spec = _find(module)
+    if spec is None:
+        yield f"{key}.target: there is no module {module!r} (the working directory is searched too)"
+        return
+    if not spec.origin or not spec.origin.endswith(".py"):
+        return  # compiled: only importing can tell
+    try:
+        defined = _definitions(Path(spec.origin))
+    except SyntaxError as error:
+        yield f"{key}.target: {spec.origin} is not Python: {error.msg} in line {error.lineno}"
+        return
+    if name not in defined:
+        yield f"{key}.target: {spec.origin} defines no {name!r}"
+        return
+    match defined[name]:
+        case ast.FunctionDef() if is_class:
+            yield f"{key}.target: {name} is a function, and must be a class"
+        case ast.FunctionDef() as function:
+            yield from (f"{key}.params: {problem}" for problem in _misfits(name, function, params, positional))
+        case ast.ClassDef() as defined_class:
+            for method in defined_class.body:  # an inherited one can only be known by importing
+                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                    problems = _misfits(name, method, params, positional + 1)
+                    yield from (f"{key}.params: {problem}" for problem in problems)
+
+
+def _find(module: str) -> ModuleSpec | None:
+    """The module's spec, found as the import system would, but without importing its parents."""
+    path = search_path()
+    *parents, last = module.split(".")
+    for parent in parents:
+        # Not by its full name: a directory without __init__.py would look for its parents among the imported.
+        spec = PathFinder.find_spec(parent, path)
+        if spec is None:
+            return None
+        path = list(spec.submodule_search_locations or [])
+    return PathFinder.find_spec(last, path)
+
+
+def _definitions(source: Path) -> dict[str, ast.AST]:
+    """Top-level names of a module: functions, classes, assignments, imports."""
+    names: dict[str, ast.AST] = {}
+    for node in ast.parse(source.read_text(encoding="utf-8"), str(source)).body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                names[node.name] = node
+            case ast.Assign(targets=targets):
+                names.update({target.id: node for target in targets if isinstance(target, ast.Name)})
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names[name] = node
+            case ast.Import() | ast.ImportFrom():
+                names.update({alias.asname or alias.name: node for alias in node.names})
+    return names
+
+
+def _misfits(name: str, function: ast.FunctionDef, params: Mapping[str, object], positional: int) -> Iterator[str]:
+    """Parameters that the function lacks, and those it requires; its first `positional` ones are filled by us."""
+    arguments = function.args
+    in_order = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    required = set(in_order[positional : len(in_order) - len(arguments.defaults)])
+    by_name = {argument.arg for argument in arguments.kwonlyargs}
+    by_name |= set(in_order[positional:]) - {argument.arg for argument in arguments.posonlyargs}
+    without_default = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    required |= {argument.arg for argument, default in without_default if default is None}
+    if arguments.kwarg is None:
+        yield from (f"{name} has no parameter {param!r}" for param in params.keys() - by_name)
+    yield from (f"{name} requires {param!r}" for param in sorted(required - params.keys()))

@@ -1,0 +1,1 @@
+"""Services and training jobs as processes of this machine."""

@@ -1,0 +1,286 @@
+"""Builds what only an on-policy run has: prompts, rollout servers, and the source that uses both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedTokenizerFast
+
+from kdmesh.models.ends import stop_token_ids
+from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.types import Int32Array, PlacedImage, Sampling, TokenSequence
+from kdmesh_trainer import config
+from kdmesh_trainer.builders.rollouts import Rollouts
+from kdmesh_trainer.builders.teacher import Teacher
+from kdmesh_trainer.builders.teachers import Teachers
+from kdmesh_trainer.data.blend import blend_identity, digest_key, parts_of
+from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.prompts import PromptOrder, PromptPolicy
+from kdmesh_trainer.data.recipe import Encoder
+from kdmesh_trainer.data.sides import Prompt
+from kdmesh_trainer.data.stored import PromptFacts, Stored, images_of, prompt_facts, sequence_facts
+from kdmesh_trainer.data.tokenizer import TeacherTokens
+from kdmesh_trainer.data.training_data import TrainingData
+from kdmesh_trainer.devices import Devices, OwnDevices, SharedDevices
+from kdmesh_trainer.fit import (
+    check_aligned,
+    check_images,
+    check_sampler,
+    check_sampler_images,
+    check_samples,
+    refuse_unlike,
+)
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.questions.exam import response_text
+from kdmesh_trainer.sources.context_rows import ContextRows
+from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
+from kdmesh_trainer.sources.judge import Judge, Opinion, digest_questions, question_of
+from kdmesh_trainer.sources.on_policy import OnPolicySource
+from kdmesh_trainer.sources.order import AnswerOrder
+from kdmesh_trainer.sources.panel import EarlyPanel
+from kdmesh_trainer.sources.sampler import ReadResponse, Sampler
+from kdmesh_trainer.sources.show import Showcase
+from kdmesh_trainer.student.model import Student
+
+_JUDGED_PROMPTS = 1000  # enough to know how much two tokenizers have in common
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is sampled, checked against everything but the rollout servers."""
+
+    source: config.OnPolicy
+    prompts: Sequence[Prompt]
+    facts: Mapping[str, PromptFacts]  # of each dataset of them, by name
+    sampling: Sampling
+    max_tokens: int  # of the longest prompt with the longest response
+    answers: Sequence[TokenSequence]  # the data's own; empty where all is sampled
+    tokenizer: PreTrainedTokenizerFast
+    teacher_tokenizer: PreTrainedTokenizerFast
+    read: ReadResponse | None  # None: the teacher has the student's tokenizer
+    judge: Judge | None  # None: all samples count alike
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint can only be continued with, by configuration key."""
+        shown = {"overlap_tokens", "show_every"}
+        told = self.source.model_dump(
+            mode="json", exclude={"rollouts", "too_long", "colocated", "early_rows_mib", *shown}
+        )
+        if not self.source.sampling.stop_strings:
+            del told["sampling"]["stop_strings"]  # runs begun before there was this key go on
+        if self.source.judge is None:
+            del told["judge"]
+        identity = {**blend_identity(self.prompts), "source": json.dumps(told, sort_keys=True)}
+        identity |= {digest_key("data.train", name): facts.digest for name, facts in self.facts.items()}
+        if self.judge is not None:
+            judged = {name: digest_questions(part) for name, part in parts_of(self.prompts).items()}
+            identity |= {digest_key("source.judge's rows", name): digest for name, digest in judged.items() if digest}
+        if not self.answers:
+            return identity
+        for name, answers in parts_of(self.answers).items():
+            facts = sequence_facts(answers)
+            identity[digest_key("data.train's answers", name)] = f"{facts.digest} {facts.teacher_digest}"
+            if facts.weights:
+                identity[digest_key("data.weight_column", name)] = facts.weights
+        return identity
+
+
+def read_task(
+    cfg: config.TrainerConfig,
+    source: config.OnPolicy,
+    *,
+    data: TrainingData,
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerFast,
+    teachers: Teachers,
+    tokens: TeacherTokens,
+    opinion: Opinion | None,
+) -> Task:
+    """Read the prompts, and check that their teachers take every response to them.
+
+    Args:
+        opinion: of the judge of `source`; None: it has none.
+
+    Raises:
+        DataError: the data cannot be used, or does not fit the teacher, or its tokenizer has too little in common.
+    """
+    drawn = source.sampling
+    prompts = data.prompts(prompt_policy(cfg, source), None if source.judge is None else question_of(source.judge))
+    facts = {name: prompt_facts(part) for name, part in parts_of(prompts).items()}
+    for name, teacher in teachers.by_name.items():
+        longest_read = max(each.longest_read.get(asked, 0) for each in facts.values() for asked in {"", name})
+        check_samples(prompt_tokens=longest_read, max_new_tokens=drawn.max_new_tokens, teacher=teacher.pool.describe())
+        images = list(_images_read(prompts, name))
+        check_images("train", images, teacher.pool.describe(), image_expansion=teachers.image_expansion)
+    sampling = Sampling(**drawn.model_dump(), stop_token_ids=stop_token_ids(cfg.student.model, tokenizer, encoder))
+    answers: Sequence[TokenSequence] = ()
+    if source.sampled_fraction < 1:
+        answers = data.sequences()
+        if cfg.data.teacher_tokenizer is not None:
+            check_aligned(answers, tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
+        teachers.check_requests("train", answers)
+    return Task(
+        source=source,
+        prompts=prompts,
+        facts=facts,
+        sampling=sampling,
+        max_tokens=max(each.longest for each in facts.values()) + drawn.max_new_tokens,
+        answers=answers,
+        tokenizer=tokenizer,
+        teacher_tokenizer=encoder.teacher_tokenizer if isinstance(encoder, OtherTokenizerEncoder) else tokenizer,
+        read=_reader_of_responses(cfg, prompts, encoder, teachers, tokens)
+        if isinstance(encoder, OtherTokenizerEncoder)
+        else None,
+        judge=None if opinion is None else Judge(opinion, _decoder(tokenizer, sampling)),
+    )
+
+
+def _decoder(tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> Callable[[Int32Array], str]:
+    return partial(response_text, tokenizer, ends=sampling.stop_token_ids, stop_strings=sampling.stop_strings)
+
+
+def prompt_policy(cfg: config.TrainerConfig, source: config.OnPolicy) -> PromptPolicy:
+    """What becomes of rows that give no prompt, or too long a one."""
+    most = cfg.data.max_tokens - source.sampling.max_new_tokens
+    return PromptPolicy(max_tokens=most, too_long=source.too_long, unusable=cfg.data.unusable)
+
+
+def _images_read(prompts: Sequence[Prompt], name: str) -> Iterator[PlacedImage]:
+    """All that teacher `name` is shown."""
+    for part in parts_of(prompts).values():
+        for prompt in () if isinstance(part, Stored) else part:
+            if prompt.teacher_name in ("", name):
+                yield from prompt.images if prompt.teacher_ids is None else prompt.teacher_images
+
+
+def _reader_of_responses(
+    cfg: config.TrainerConfig,
+    prompts: Sequence[Prompt],
+    encoder: OtherTokenizerEncoder,
+    teachers: Teachers,
+    tokens: TeacherTokens,
+) -> ReadResponse:
+    """Raises DataError when the tokenizers have too little in common, in what the prompts say."""
+    assert cfg.data.teacher_tokenizer is not None  # of whom the encoder is
+    aligned = encoder.aligned_fraction(
+        [message.content for prompt in prompts[:_JUDGED_PROMPTS] if prompt.chat for message in prompt.chat.messages]
+    )
+    refuse_unlike(aligned, tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
+    model = teachers.only.pool.describe()
+    return partial(
+        encoder.read_response,
+        max_tokens=min(model.max_sequence_tokens, model.max_request_tokens),
+        max_rows=model.max_request_rows,
+    )
+
+
+def build_source(
+    cfg: config.TrainerConfig,
+    task: Task,
+    *,
+    steps: int,
+    student: Student,
+    tokenizer_fingerprint: str,
+    teachers: Teachers,
+    rollouts: Rollouts,
+    mesh: Mesh,
+    stack: ExitStack,
+) -> OnPolicySource:
+    """The source, closed with `stack`. Collective.
+
+    Args:
+        steps: of the whole run.
+        student: sharded; its vocabulary is what it shares with the teacher.
+        tokenizer_fingerprint: of the student's tokenizer.
+        rollouts: those of the task's source.
+
+    Raises:
+        ModelMismatch: a server has another tokenizer.
+        DataError: a server would cut what the configuration allows.
+    """
+    source = task.source
+    pool, server = rollouts.pool, rollouts.pool.describe()
+    check_sampler(
+        server,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        vocabulary_size=student.vocabulary_size,
+        max_tokens=task.max_tokens,
+    )
+    images = list(images_of(task.prompts))
+    check_sampler_images("train", images, server, image_expansion=teachers.image_expansion)
+    devices: Devices = OwnDevices()
+    if source.colocated:
+        devices = SharedDevices(pool, teachers.only.pool, mesh)
+        stack.callback(devices.close)
+    else:
+        mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep
+    built = OnPolicySource(
+        _sampler(cfg, task, pool, mesh),
+        rollouts.publisher,
+        _early(cfg, source, teachers),
+        max_staleness=source.max_staleness,
+        max_tokens=cfg.batch.max_tokens,
+        prefetch=teachers.prefetch,
+        steps=steps,
+        mesh=mesh,
+        answers=_answers(cfg, task),
+        teacher_update_every=cfg.teacher_update_every,
+        devices=devices,
+        showcase=_showcase(cfg, task) if mesh.is_first else None,
+        context=ContextRows.of(mesh, teachers.heads.names),
+    )
+    stack.callback(built.close)
+    return built
+
+
+def _early(cfg: config.TrainerConfig, source: config.OnPolicy, teachers: Teachers) -> EarlyService:
+    """Who is asked for rows as samples come; several teachers have equal parts of the memory for them."""
+
+    def of_one(teacher: Teacher) -> EarlyRows:
+        model = teacher.pool.describe()
+        size_bytes = source.early_rows_mib * 2**20 // len(teachers.by_name)
+        return EarlyRows(
+            teacher.pool,
+            most_rows=0 if source.colocated else size_bytes // (model.hidden_size * model.dtype.size_bytes),
+            is_frozen=cfg.teacher_update_every is None,
+        )
+
+    early = {name: of_one(teacher) for name, teacher in teachers.by_name.items()}
+    return EarlyPanel(early, asks_all=cfg.data.teacher_column is None) if cfg.teachers else early[""]
+
+
+def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mesh) -> Sampler:
+    each = task.source.samples_per_prompt
+    return Sampler(
+        PromptOrder(task.prompts, per_step=task.source.prompts_of(cfg.batch.sequences), seed=cfg.seed),
+        pool,
+        sampling=task.sampling,
+        samples_per_prompt=each,
+        rank=mesh.rank,
+        ranks=mesh.world_size,
+        read=task.read,
+        judge=task.judge,
+    )
+
+
+def _answers(cfg: config.TrainerConfig, task: Task) -> AnswerOrder | None:
+    if not task.answers:
+        return None
+    sampled = task.source.prompts_of(cfg.batch.sequences) * task.source.samples_per_prompt
+    return AnswerOrder(task.answers, per_step=cfg.batch.sequences - sampled, seed=cfg.seed)
+
+
+def _showcase(cfg: config.TrainerConfig, task: Task) -> Showcase | None:
+    if task.source.show_every is None:
+        return None
+    return Showcase(
+        cfg.output / "samples.jsonl",
+        lambda ids: str(task.tokenizer.decode(ids)),
+        decode_teacher=lambda ids: str(task.teacher_tokenizer.decode(ids)),
+        every=task.source.show_every,
+        samples_per_prompt=task.source.samples_per_prompt,
+    )

@@ -1,0 +1,139 @@
+"""Builds what talks to the teacher, and what brings it the student's weights where it follows the student."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from kdmesh.errors import ConfigError
+from kdmesh.rpc.routing import RoutingPolicy
+from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.weights.buckets import bucket_size
+from kdmesh.weights.manifest import UpdatePolicy
+from kdmesh_trainer import config
+from kdmesh_trainer.fit import check_follower, check_frozen, common_vocabulary
+from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.publisher import StudentPublisher, TeacherPublisher
+from kdmesh_trainer.student.model import Student
+from kdmesh_trainer.teacher_copy import TeacherCopy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """The servers of one model."""
+
+    key: str  # of its section in the configuration
+    cfg: config.TeacherConfig
+    job: str  # whose connection it is
+    pool: TeacherPool
+    vocabulary_size: int  # real tokens that it shares with the student
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint can only be continued with, by configuration key."""
+        model = self.pool.describe()
+        identity = {f"{self.key} (fingerprint)": model.model_fingerprint}
+        if self.cfg.follows_student is not None:
+            told = self.cfg.follows_student.model_dump(mode="json", include={"every", "decay"})
+            identity[f"{self.key}.follows_student"] = json.dumps(told, sort_keys=True)
+            identity[f"{self.key} (dtype)"] = (
+                model.dtype.value
+            )  # the fingerprint of one that changes says nothing of it
+        return identity
+
+
+def open_teacher(
+    cfg: config.TrainerConfig,
+    name: str,
+    *,
+    tokenizer_fingerprint: str,
+    vocabulary_size: int,
+    mesh: Mesh,
+    stack: ExitStack,
+) -> Teacher:
+    """A connection to each of its servers, closed with `stack`. Collective.
+
+    Args:
+        name: among `teachers`; that of `teacher` is empty.
+        tokenizer_fingerprint: that the teacher must have.
+        vocabulary_size: real tokens of the tokenizer that it must have.
+
+    Raises:
+        ConfigError: no address is given.
+        ModelMismatch: the teacher does not fit the student, or this job.
+        Unauthenticated, PermissionDenied: the teacher does not let this job in.
+        DeadlineExpired: no teacher answers.
+    """
+    key, teacher = f"teachers.{name}" if name else "teacher", cfg.all_teachers[name]
+    if not teacher.addresses:
+        raise ConfigError(f"{key}.addresses is empty; it must name at least one running teacher as host:port")
+    pool = stack.enter_context(
+        TeacherPool(
+            teacher.addresses,
+            job=cfg.job_name,
+            door=teacher.door,
+            deadline_s=teacher.deadline_s,
+            access=teacher.access,
+            routing=RoutingPolicy(
+                local_tokens=teacher.routing.local_tokens, hedge_after_s=teacher.routing.hedge_after_s
+            ),
+            wire=teacher.wire,
+            gpu=mesh.device if mesh.device.type == "cuda" else None,
+            uses_cache=not isinstance(cfg.source, config.OnPolicy),  # no sample comes twice
+        )
+    )
+    if not (isinstance(cfg.source, config.OnPolicy) and cfg.source.colocated):  # else they have their turn later
+        mesh.on_first(pool.wake)  # a job that was killed may have left a teacher asleep
+    model = pool.describe()
+    if teacher.follows_student is None:
+        check_frozen(model)
+    size = common_vocabulary(model, tokenizer_fingerprint=tokenizer_fingerprint, vocabulary_size=vocabulary_size)
+    facts = {"key": key, "teacher": model.name, "fingerprint": model.model_fingerprint, "dtype": model.dtype.value}
+    log.info("teacher found", extra={**facts, "vocabulary_size": size})
+    return Teacher(key=key, cfg=teacher, job=cfg.job_name, pool=pool, vocabulary_size=size)
+
+
+def build_copy(teacher: Teacher, student: Student) -> TeacherCopy | None:
+    """The weights of a teacher that follows the student; None when it is frozen.
+
+    Args:
+        student: sharded, with the weights that it starts from.
+
+    Raises:
+        ModelMismatch: the teacher does not take the student's weights.
+    """
+    follows = teacher.cfg.follows_student
+    if follows is None:
+        return None
+    check_follower(teacher.pool.describe(), architecture_fingerprint=student.architecture_fingerprint())
+    return TeacherCopy(student, every=follows.every, decay=follows.decay)
+
+
+def build_publisher(
+    teacher: Teacher, copy: TeacherCopy, student: Student, mesh: Mesh, stack: ExitStack
+) -> TeacherPublisher:
+    """What brings `copy` to the teacher; its connections are closed with `stack`."""
+    sender = stack.enter_context(_weight_sender(teacher, student, mesh)) if mesh.is_first else None
+    sending = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh, weights=copy.weights)
+    return TeacherPublisher(copy, sending, teacher.pool)
+
+
+def _weight_sender(teacher: Teacher, student: Student, mesh: Mesh) -> WeightSender:
+    cfg = teacher.cfg
+    assert cfg.follows_student is not None
+    return WeightSender(
+        cfg.addresses,
+        service=TEACHERS,
+        job=teacher.job,
+        bucket_bytes=bucket_size(student.size_bytes),
+        door=cfg.follows_student.door,
+        advertise=cfg.follows_student.advertise,
+        device=mesh.device,
+        deadline_s=cfg.deadline_s,
+        access=cfg.access,
+    )

@@ -1,0 +1,1 @@
+"""The command lines beside training, each run by python -m."""

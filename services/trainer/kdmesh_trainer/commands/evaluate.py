@@ -1,0 +1,122 @@
+"""The command line of `kdmesh evaluate`: python -m kdmesh_trainer.commands.evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
+
+with quiet_interrupt():
+    from kdmesh import log
+    from kdmesh.config import config_parser, load
+    from kdmesh.errors import ConfigError, KdmeshError
+    from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace
+    from kdmesh_trainer.config import OnPolicy, TrainerConfig
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.questions.reader import Question
+    from kdmesh_trainer.questions.scores import Answered, AnswerScores
+
+_REFUSED = 2
+
+
+def main() -> int:
+    """Parse, check, ask, grade. Returns 0, 2 when something was refused or a server failed, 130 after Ctrl-C."""
+    arguments = _parser().parse_args()
+    try:
+        cfg = load(TrainerConfig, arguments.config, arguments.set)
+        log.configure("evaluate")
+        if arguments.output is not None:
+            make_writable(arguments.output)
+            refuse_own_input(arguments.output, _inputs(cfg))
+            refuse_to_replace(arguments.output, is_wanted=arguments.overwrite)
+        scores, answers = _evaluate(cfg)
+        sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
+        if arguments.output is not None:
+            answers.write(arguments.output)
+    except KdmeshError as error:
+        sys.stderr.write(f"{error}\n")
+        return _REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = config_parser("kdmesh_trainer.commands.evaluate", "Ask a served model a run's questions.")
+    parser.add_argument("--output", type=Path, help="JSONL to write: what was answered to each question")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --output, if it is there")
+    return parser
+
+
+def _inputs(cfg: TrainerConfig) -> dict[str, Path]:
+    questions = cfg.evaluation.questions
+    return {} if questions is None else {"evaluation.questions.path": questions.path}
+
+
+class _Answers:
+    """What was answered to each question."""
+
+    def __init__(self) -> None:
+        self._questions: Sequence[Question] = ()
+        self._answered: Sequence[Answered] = ()
+
+    def keep(self, done: int, questions: Sequence[Question], answered: Sequence[Answered]) -> None:
+        """Take them."""
+        self._questions, self._answered = questions, answered
+
+    def write(self, path: Path) -> None:
+        """Raises CheckpointError."""
+        from kdmesh_trainer.questions.answer_files import write_answers
+
+        write_answers(path, self._questions, self._answered)
+
+
+def _evaluate(cfg: TrainerConfig) -> tuple[AnswerScores, _Answers]:
+    # Not at the top: a bad configuration must not wait for torch.
+    from kdmesh.tokens import tokenizer_fingerprint
+    from kdmesh_trainer.builders.evaluation import check_answerer, read_questions_of
+    from kdmesh_trainer.builders.rollouts import open_pool
+    from kdmesh_trainer.builders.vision import load_reader
+    from kdmesh_trainer.data.templated import student_tokenizer
+    from kdmesh_trainer.data.tokenizer import vocabulary_size
+    from kdmesh_trainer.devices import OwnDevices
+    from kdmesh_trainer.mesh import joined
+    from kdmesh_trainer.questions.examiner import Examiner, ServedWeights
+
+    tokenizer = student_tokenizer(cfg.student.model, cfg.data)
+    reader = load_reader(cfg)
+    exam = read_questions_of(cfg, tokenizer, reader)
+    if exam is None:
+        raise ConfigError("evaluation.questions is not set, so there is nothing to ask")
+    is_sampled = isinstance(cfg.source, OnPolicy)
+    rollouts = cfg.source.rollouts if isinstance(cfg.source, OnPolicy) else cfg.evaluation.rollouts
+    assert rollouts is not None  # the configuration's
+    key = "source.rollouts" if is_sampled else "evaluation.rollouts"
+    with (
+        open_pool(key, rollouts, job=cfg.job_name) as pool,
+        joined("cpu", longest_wait_s=rollouts.deadline_s) as mesh,
+    ):
+        check_answerer(
+            exam,
+            pool,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer.get_vocab()),
+            vocabulary_size=vocabulary_size(tokenizer),
+            reader=reader,
+        )
+        answers = _Answers()
+        examiner = Examiner(exam, pool, ServedWeights(), keep=answers.keep, mesh=mesh, devices=OwnDevices())
+        return examiner.examine(done=0), answers
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # as the trainer does: gloo's threads must not meet an interpreter that goes down

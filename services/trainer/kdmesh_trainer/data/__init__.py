@@ -1,0 +1,1 @@
+"""Rows of files made into token sequences, kept or made on demand."""

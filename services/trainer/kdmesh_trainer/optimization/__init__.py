@@ -1,0 +1,1 @@
+"""Optimizers over shards, their moments, and the learning rate."""

@@ -1,0 +1,98 @@
+"""The optimizer over the student's shards: AdamW, or Muon with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, assert_never
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from kdmesh_trainer.student.shards import own_shard
+
+if TYPE_CHECKING:
+    from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Load what `build_adamw` will need. Raises ConfigError when it is not installed."""
+    if config.moments == "8bit":
+        import kdmesh_trainer.optimization.eight_bit  # noqa: F401  # not at the top: it needs an extra
+
+
+def optimizer_over(
+    student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None = None, rate_factor: float = 1.0
+) -> Optimizer:
+    """What `config` names; arguments and errors as build_adamw."""
+    match config.name:
+        case "adamw":
+            return build_adamw(student, config, algorithm=algorithm, rate_factor=rate_factor)
+        case "muon":
+            from kdmesh_trainer.optimization.muon import build_muon  # not at the top: it is made of what is here
+
+            return build_muon(student, config, algorithm=algorithm, rate_factor=rate_factor)
+        case _:
+            assert_never(config.name)
+
+
+def build_adamw(
+    student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None = None, rate_factor: float = 1.0
+) -> Optimizer:
+    """AdamW over every parameter that is trained; vectors (norms, biases) do not decay.
+
+    Call it after the student is sharded: sharding replaces the parameters.
+
+    Args:
+        algorithm: a part of `student` that does not decay either.
+        rate_factor: its learning rate is this times that of the rest.
+
+    Raises:
+        ConfigError: `config.moments` needs what is not installed.
+    """
+    used = parameter_groups(student, config, algorithm=algorithm, rate_factor=rate_factor)
+    match config.moments:
+        case "float32":
+            return ShardedAdamW(used, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+        case "8bit":
+            from kdmesh_trainer.optimization.eight_bit import eight_bit_adamw
+
+            return eight_bit_adamw(used, config)
+        case _:
+            assert_never(config.moments)
+
+
+def parameter_groups(
+    student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None, rate_factor: float
+) -> list[dict[str, Any]]:
+    """What is trained, by how much it decays, and by how fast it learns; arguments as build_adamw."""
+    beside = [] if algorithm is None else list(algorithm.parameters())
+    apart = {id(p) for p in beside}
+    trained = [p for p in student.parameters() if p.requires_grad and id(p) not in apart]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay, "rate_factor": 1.0},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "rate_factor": 1.0},
+        {"params": [p for p in beside if p.requires_grad], "weight_decay": 0.0, "rate_factor": rate_factor},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class ShardedAdamW(AdamW):
+    """Updates shards as the plain tensors that they are.
+
+    By way of DTensor, finding out that each of them may be updated where it lies takes the host longer than the update.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        for tensors in lists:
+            tensors[:] = [own_shard(tensor) for tensor in tensors]
+        return has_complex
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """The next update has this rate, times the factor of each group."""
+    for group in optimizer.param_groups:
+        own = rate * group["rate_factor"]
+        if isinstance(group["lr"], Tensor):  # of an update that is compiled, which must not be compiled anew
+            group["lr"].fill_(own)
+        else:
+            group["lr"] = own

@@ -1,0 +1,1 @@
+"""Tells people, files, Prometheus and trackers how a run goes."""
