@@ -146,7 +146,8 @@ def _line(details: ErrorDetails, tree: dict[str, Any], model: type[BaseModel]) -
     keys, choice = _keys_and_choice(details["loc"], tree, is_missing=kind == "missing")
     message = _SAID.get(kind, message)
     if kind == "too_short":
-        message = f"needs at least {details['ctx']['min_length']}"
+        least = details["ctx"]["min_length"]
+        message = f"needs at least {least} item{'s' if least > 1 else ''}"
     if kind == "union_tag_not_found":
         message = f"says no {details['ctx']['discriminator']}, which decides what else belongs here"
     if kind == "union_tag_invalid":

@@ -272,7 +272,7 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_launcher_itself_loads_no_torch() -> None:
     script = "import sys, kdmesh.launch.local; assert not {'torch', 'grpc', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(local.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(local.__file__).parents[2])
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ class Job:
             "batch": {"sequences": 6, "max_tokens": 128},
             "optimizer": {"learning_rate": 2e-3, "schedule": "constant"},
             "steps": 16,
-            "evaluation": {"every": 8},
+            **({"evaluation": {"every": 8}} if recipe.is_judged else {}),
             "checkpoint": {"every": 4},
             "trackers": [],
             **sections,
