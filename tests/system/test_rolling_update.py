@@ -21,7 +21,8 @@ from tests.system.training import Job, Recipe
 
 pytestmark = pytest.mark.slow
 
-STEPS = {"given": 300, "sampled": 24}  # of a job on the data's answers, and of one on its student's own, on two ranks
+# Of a job on the data's answers, and of one on its student's own, on two ranks, which begins long after it.
+STEPS = {"given": 900, "sampled": 24}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
