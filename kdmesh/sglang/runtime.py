@@ -22,6 +22,7 @@ from kdmesh.sglang import shared_files
 from kdmesh.sglang.arguments import num_schedulers, server_arguments
 from kdmesh.sglang.config import SglangModel
 from kdmesh.sglang.schedulers import Schedulers
+from kdmesh.sglang.server_death import SERVER_VARIABLE
 from kdmesh.sglang.surroundings import ignore_its_signal, surroundings
 from kdmesh.sglang.versions import require_tested_version
 from kdmesh.types import DType
@@ -89,7 +90,7 @@ class SglangRuntime:
         self.loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self.loop)
         self._death = self.loop.create_future()
-        variables = {self._socket_variable: str(self.schedulers.socket_path)}
+        variables = {self._socket_variable: str(self.schedulers.socket_path), SERVER_VARIABLE: str(os.getpid())}
         if _CONV_DTYPE not in os.environ:
             variables[_CONV_DTYPE] = self.dtype.value
         with surroundings(directory=str(directory), variables=variables):

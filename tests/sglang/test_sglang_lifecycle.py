@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -149,6 +150,18 @@ def test_what_a_killed_server_left_goes_when_another_one_starts(
     with runtime_dir(None) as started:
         assert set(os.listdir(directory)) == {"teacher.yaml", started.path.name}
     assert not list(filter(os.path.exists, named))
+
+
+def test_a_server_that_is_killed_while_its_processes_load_leaves_none(tiny_models: TinyModels, directory: Path) -> None:
+    with starting(directory, tiny_models.path("qwen3")) as process:
+        server = psutil.Process(process.pid)
+        while len([child for child in server.children() if "spawn_main" in " ".join(child.cmdline())]) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        family = server.children(recursive=True)
+        process.kill()
+        _, left = psutil.wait_procs(family, timeout=100)
+        assert not left
 
 
 def test_another_version_is_refused(tiny_models: TinyModels, directory: Path) -> None:
