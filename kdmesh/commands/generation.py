@@ -114,9 +114,9 @@ def generate(context: click.Context, /, prompts: Path, output: Path, **options: 
     command continues.
 
     \b
-    Example: kdmesh generate --rollout 127.0.0.1:50061 --model models/teacher \
+    Example: kdmesh generate --rollout 127.0.0.1:50061 --model models/teacher \\
                --prompts data/train.jsonl --output data/answers.jsonl
-    Example: kdmesh generate --openai https://HOST/v1 --model-name NAME \
+    Example: kdmesh generate --openai https://HOST/v1 --model-name NAME \\
                --prompts data/train.jsonl --output data/answers.jsonl
     """
     refuse_own_input(output, {"--prompts": prompts})
