@@ -16,11 +16,10 @@ from kdmesh.auth.config import AccessConfig, ClientTlsConfig
 from kdmesh.commands import cli
 from kdmesh.errors import ConfigError
 from kdmesh.images import encoded, noise_image
-from kdmesh.rpc.retry import RetryPolicy
 from kdmesh_trainer.data.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
 from tests.support.certificates import CertificateAuthority
-from tests.support.openai_runs import answers, report, rows, run, words, write
+from tests.support.openai_runs import answers, asked_again_soon, four_prompts, report, rows, run, words, write
 from tests.support.openai_server import KEY, MODEL, Answer, OpenAIServer, answer_of, openai_server, said
 from tests.support.teacher_process import started
 from tests.support.tiny_models import TinyModels
@@ -31,15 +30,13 @@ CALL = {"id": "call7", "type": "function", "function": {"name": "look_up", "argu
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
-    monkeypatch.setattr(endpoint, "_RETRIES", RetryPolicy(first_s=0.01, longest_s=0.02))
-    with openai_server() as running:
+    with asked_again_soon(monkeypatch) as running:
         yield running
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    return write(tmp_path / "prompts.jsonl", *({"prompt": f"say {number}"} for number in range(4)))
+    return four_prompts(tmp_path)
 
 
 def test_every_prompt_is_asked_once_with_all_that_it_says_and_answered_in_order(

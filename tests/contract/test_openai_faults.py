@@ -15,9 +15,8 @@ import pytest
 
 from kdmesh.answering import endpoint
 from kdmesh.answering.kept_answers import KeptAnswers
-from kdmesh.rpc.retry import RetryPolicy
-from tests.support.openai_runs import answers, report, rows, run, words, write
-from tests.support.openai_server import KEY, Answer, OpenAIServer, openai_server, said
+from tests.support.openai_runs import answers, asked_again_soon, four_prompts, report, rows, run, words, write
+from tests.support.openai_server import KEY, Answer, OpenAIServer, said
 from tests.support.teacher_process import started
 
 FAULTS: dict[str, Any] = {
@@ -34,15 +33,13 @@ FAULTS: dict[str, Any] = {
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
-    monkeypatch.setattr(endpoint, "_RETRIES", RetryPolicy(first_s=0.01, longest_s=0.02))
-    with openai_server() as running:
+    with asked_again_soon(monkeypatch) as running:
         yield running
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    return write(tmp_path / "prompts.jsonl", *({"prompt": f"say {number}"} for number in range(4)))
+    return four_prompts(tmp_path)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

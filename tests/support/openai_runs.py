@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner, Result
 
+from kdmesh.answering import endpoint
 from kdmesh.commands import cli
-from tests.support.openai_server import MODEL, OpenAIServer
+from kdmesh.rpc.retry import RetryPolicy
+from tests.support.openai_server import MODEL, OpenAIServer, openai_server
+
+
+@contextmanager
+def asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
+    """A server that no key of the environment goes to, and that clients ask again without a long wait."""
+    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(endpoint, "_RETRIES", RetryPolicy(first_s=0.01, longest_s=0.02))
+    with openai_server() as running:
+        yield running
+
+
+def four_prompts(directory: Path) -> Path:
+    return write(directory / "prompts.jsonl", *({"prompt": f"say {number}"} for number in range(4)))
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:

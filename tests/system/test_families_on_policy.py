@@ -1,4 +1,4 @@
-"""An on-policy job whose student and teacher have layers of linear attention, with the real services."""
+"""On-policy jobs of models that attend in other ways than most, with the real services, in two parts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from tests.system.training import Job
 pytestmark = pytest.mark.slow
 
 STEPS = 5
+# Of a student and its teacher.
+FAMILIES = {"attention sinks": ("gpt_oss", "gpt_oss"), "linear attention": ("qwen3_5_text", "qwen3_next")}
 
 
-def test_a_hybrid_student_is_sampled_from_as_it_is_trained(
-    materials: Materials, processes: Processes, tiny_models: TinyModels, tmp_path: Path
+@pytest.mark.parametrize("which", FAMILIES)
+def test_a_student_is_sampled_from_as_it_is_trained_also_when_it_goes_on(
+    materials: Materials, processes: Processes, tiny_models: TinyModels, tmp_path: Path, which: str
 ) -> None:
-    student = tiny_models.path("qwen3_5_text", seed=1)
-    teacher = Teacher(processes, tmp_path / "teacher", tiny_models.path("qwen3_next", seed=2, vocab_size=336))
+    families = FAMILIES[which]
+    student = tiny_models.path(families[0], seed=1)
+    teacher = Teacher(processes, tmp_path / "teacher", tiny_models.path(families[1], seed=2, vocab_size=336))
     server = Rollouts(processes, tmp_path / "rollouts", student, engine={"deterministic": False})
     job = Job(
         processes,
@@ -39,10 +43,12 @@ def test_a_hybrid_student_is_sampled_from_as_it_is_trained(
             "samples_per_prompt": 2,
             "sampling": {"max_new_tokens": 24},
         },
+        checkpoint={"every": 2},
         optimizer={"learning_rate": 1e-2, "schedule": "constant"},
     )
     teacher.start()
     server.start()
+    job.start_ranks(2, "steps=2").succeed()
     job.start_ranks(2).succeed()
     assert len(job.steps()) == STEPS
     for step in job.steps():
