@@ -88,6 +88,15 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return tree
 
 
+def named_value(text: str) -> tuple[str | None, Any]:
+    """Of NAME=VALUE, the value read as YAML; no name: it is not of that form."""
+    name, equals, value = text.partition("=")
+    try:
+        return (name if name and equals else None), yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        return None, None
+
+
 def parse(model: type[M], tree: dict[str, Any], *, source: Path) -> M:
     """The typed form of `tree`, which was read from `source`. Raises ConfigError with every bad key."""
     try:

@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdmesh.answering.answer_report import Counts
-from kdmesh.answering.chat_api import Choice, Reply, request_messages, request_tools
-from kdmesh.answering.endpoint import Endpoint, EndpointClient, PromptFiltered
 from kdmesh.answering.prompt_rows import Asked
 from kdmesh.answering.source import Answers, Plan, image_column
 from kdmesh.chats.chat_rows import chat_from_messages
 from kdmesh.chats.image_files import ImageColumn
-from kdmesh.errors import ConfigError, DataError, InvalidRequest
+from kdmesh.errors import DataError, InvalidRequest
+from kdmesh.openai.bodies import Choice, Reply, request_messages, request_tools
+from kdmesh.openai.client import EndpointClient, PromptFiltered
+from kdmesh.openai.servers import NUM_SEEDS, ChatServers
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.sampling.seeds import seed_of
-
-_OWN_FIELDS = ("model", "messages", "tools", "n", "stream")
-_NUM_SEEDS = 2**31  # some servers refuse larger ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointServers:
-    """Servers with OpenAI's chat completions, and how they are asked.
+    """Servers with OpenAI's chat completions, for a dataset of their answers."""
 
-    Raises:
-        ConfigError: a field is one that every request gives.
-    """
-
-    endpoint: Endpoint
-    concurrency: int  # requests at a time
-    fields: Mapping[str, Any] = field(default_factory=dict)  # of a request, over ours; None leaves one out
-    skips_rejected: bool = False  # whether a prompt that is refused is left out, instead of ending everything
-
-    def __post_init__(self) -> None:
-        for name in self.fields:
-            if name in _OWN_FIELDS:
-                raise ConfigError(f"--request-field: {name!r} is no field that can be set")
+    chat_servers: ChatServers
+    skips_rejected: bool  # whether a prompt that is refused is left out, instead of ending everything
 
     @contextmanager
     def opened(self, plan: Plan, image_root: Path) -> Iterator[EndpointAnswers]:
         """See Servers. Nothing is asked yet."""
-        with closing(BackgroundLoop()) as last:
-            client = EndpointClient(self.endpoint)
-            try:
-                with closing(BackgroundLoop()) as loop:  # its end cancels the requests, and only then the client ends
-                    yield EndpointAnswers(self, client, loop, plan, image_root)
-            finally:
-                last.run(client.close)
+        with self.chat_servers.connected() as (client, loop):
+            yield EndpointAnswers(self, client, loop, plan, image_root)
 
 
 class EndpointAnswers:
@@ -63,17 +43,19 @@ class EndpointAnswers:
         self, servers: EndpointServers, client: EndpointClient, loop: BackgroundLoop, plan: Plan, image_root: Path
     ) -> None:
         self.images: ImageColumn = image_column(image_root)
-        self._servers = servers
+        self._model = servers.chat_servers.endpoint.model
+        self._concurrency = servers.chat_servers.concurrency
+        self._skips_rejected = servers.skips_rejected
         self._client = client
         self._loop = loop
         self._plan = plan
-        self._fields = _request_fields(plan, servers.fields)
+        self._fields = servers.chat_servers.request_fields(plan.sampling, plan.template_settings)
         self._takes_n = True
 
     @property
     def facts(self) -> Mapping[str, Any]:
         """See AnswerSource. A server may be elsewhere the next time, with the same model."""
-        return {"servers": {"kind": "openai", "model": self._servers.endpoint.model}, "request": self._fields}
+        return {"servers": {"kind": "openai", "model": self._model}, "request": self._fields}
 
     def check(self, asked: Asked) -> None:
         """See AnswerSource."""
@@ -84,17 +66,7 @@ class EndpointAnswers:
 
     def answers(self, asked: Iterable[Asked]) -> Iterator[tuple[Asked, Answers]]:
         """See AnswerSource."""
-        coming = iter(asked)
-        running = {self._loop.start(self._answered, one): one for one in islice(coming, self._servers.concurrency)}
-        while running:
-            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            failed = [future for future in done if future.exception() is not None]
-            for future in done.difference(failed):
-                yield running.pop(future), future.result()
-            for future in failed:
-                future.result()
-            for one in islice(coming, len(done)):
-                running[self._loop.start(self._answered, one)] = one
+        return self._loop.each(self._answered, asked, at_once=self._concurrency)
 
     async def _answered(self, asked: Asked) -> Answers:
         body, seed = self._body(asked), seed_of("generate", self._plan.seed, asked.number)
@@ -102,13 +74,13 @@ class EndpointAnswers:
         counts = Counts()
         try:
             while (missing := self._plan.samples - len(choices)) > 0:
-                reply = await self._ask({"seed": (seed + len(choices)) % _NUM_SEEDS, **body}, missing)
+                reply = await self._ask({"seed": (seed + len(choices)) % NUM_SEEDS, **body}, missing)
                 choices += reply.choices[:missing]  # one that does not know n gives fewer
                 counts += Counts(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
         except PromptFiltered:
             counts += Counts(filtered=self._plan.samples - len(choices))
         except InvalidRequest as error:
-            if not self._servers.skips_rejected:
+            if not self._skips_rejected:
                 raise InvalidRequest(
                     f"{asked.origin}: {error}. The prompts that a server refuses are left out with --skip-rejected"
                 ) from None
@@ -135,7 +107,7 @@ class EndpointAnswers:
     def _body(self, asked: Asked) -> dict[str, Any]:
         """Of every request for its answers; None leaves a field out."""
         return {
-            "model": self._servers.endpoint.model,
+            "model": self._model,
             "messages": request_messages(asked.turns),
             "tools": request_tools(asked.tools) or None,
             **self._fields,
@@ -159,21 +131,6 @@ class EndpointAnswers:
                 case _:
                     turns.append(choice.turn)
         return Answers(turns=turns, counts=counts)
-
-
-def _request_fields(plan: Plan, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a request that is the same for every prompt."""
-    sampling = plan.sampling
-    own: dict[str, Any] = {
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-    }
-    if sampling.stop_strings:
-        own["stop"] = list(sampling.stop_strings)
-    if plan.template_settings:
-        own["chat_template_kwargs"] = dict(plan.template_settings)
-    return {**own, **fields}
 
 
 def _is_usable(turn: Mapping[str, Any]) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +10,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
-from click.core import ParameterSource
 
 from kdmesh import log
 from kdmesh.auth.config import AccessConfig
 from kdmesh.chats.chat_template import TemplateSetting
 from kdmesh.commands.access_option import access_option, checked_addresses, read_access
+from kdmesh.commands.endpoint_options import endpoint_options, read_endpoint, refuse_others_options
+from kdmesh.config import named_value
 from kdmesh.errors import ConfigError
 from kdmesh.launch.local import Stopped
 from kdmesh.outputs import refuse_own_input, refuse_to_replace
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _GENERATE_S = 3600.0  # for the answers to one prompt
-_OPENAI_ALONE = ("model_name", "concurrency", "timeout_s", "request_fields", "skip_rejected")
 
 
 @click.command()
@@ -43,20 +40,12 @@ _OPENAI_ALONE = ("model_name", "concurrency", "timeout_s", "request_fields", "sk
     metavar="HOST:PORT",
     help="A teacher, instead of rollout servers.",
 )
-@click.option(
-    "--openai",
-    "urls",
-    multiple=True,
-    metavar="URL",
-    help="A server with OpenAI's chat completions, instead: https://HOST/v1. The key is in $OPENAI_API_KEY, or in the "
-    "token_file of --access.",
-)
+@endpoint_options
 @click.option(
     "--model",
     type=click.Path(path_type=Path, file_okay=False),
     help="Hugging Face directory with the servers' tokenizer and a chat template; not for --openai.",
 )
-@click.option("--model-name", metavar="NAME", help="The model to ask for, as the servers of --openai call it.")
 @click.option("--prompts", required=True, type=_FILE, help="JSONL with `messages` or `prompt` in each row.")
 @click.option("--output", required=True, type=_FILE, help="JSONL to write: a chat dataset for a trainer.")
 @click.option(
@@ -83,24 +72,6 @@ _OPENAI_ALONE = ("model_name", "concurrency", "timeout_s", "request_fields", "sk
     help="Value of a variable of the chat template, enable_thinking=false for example; VALUE is YAML.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option(
-    "--concurrency", type=click.IntRange(min=1), default=16, show_default=True, help="Requests at a time, of --openai."
-)
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=600.0,
-    show_default=True,
-    help="Seconds for a request, of --openai.",
-)
-@click.option(
-    "--request-field",
-    "request_fields",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Field of the requests of --openai, reasoning_effort=low for example; VALUE is YAML, null leaves one out.",
-)
 @click.option("--skip-rejected", is_flag=True, help="Leave out prompts that the servers of --openai refuse.")
 @click.option("--keep-cut-off", is_flag=True, help="Write answers that reached the longest length, too.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output, if it is there.")
@@ -156,17 +127,13 @@ def _servers(context: click.Context, options: Mapping[str, Any]) -> Servers:
             "generate needs servers of one kind: --rollout HOST:PORT, --teacher HOST:PORT, or --openai URL"
         )
     [kind] = named
-    strange = ("model",) if kind == "urls" else _OPENAI_ALONE
-    given = [name for name in strange if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
-    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    if given:
-        does = "does not go with" if kind == "urls" else "goes only with"
-        raise ConfigError(f"{names[given[0]]} {does} --openai")
-    needed = "model_name" if kind == "urls" else "model"
-    if options[needed] is None:
-        raise ConfigError(f"{names[kind]} needs {names[needed]}")
+    refuse_others_options(context, asks_openai=kind == "urls", others=("model",))
     access = read_access(options["access_file"])
-    return _endpoint(access, options) if kind == "urls" else _kdmesh_servers(kind, access, options)
+    if kind == "urls":
+        return _endpoint(access, options)
+    if options["model"] is None:
+        raise ConfigError(f"--{kind[:-1]} needs --model")
+    return _kdmesh_servers(kind, access, options)
 
 
 def _kdmesh_servers(kind: str, access: AccessConfig, options: Mapping[str, Any]) -> Servers:
@@ -181,51 +148,20 @@ def _kdmesh_servers(kind: str, access: AccessConfig, options: Mapping[str, Any])
 
 
 def _endpoint(access: AccessConfig, options: Mapping[str, Any]) -> Servers:
-    from kdmesh.answering.endpoint import KEY_VARIABLE, Endpoint
+    chat_servers = read_endpoint(options, access)
+
     from kdmesh.answering.endpoint_answers import EndpointServers
 
-    endpoint = Endpoint(
-        urls=options["urls"],
-        model=options["model_name"],
-        access=access,
-        key=os.environ.get(KEY_VARIABLE, "").strip(),
-        timeout_s=options["timeout_s"],
-    )
-    return EndpointServers(
-        endpoint=endpoint,
-        concurrency=options["concurrency"],
-        fields=dict(map(_field, options["request_fields"])),
-        skips_rejected=options["skip_rejected"],
-    )
+    return EndpointServers(chat_servers=chat_servers, skips_rejected=options["skip_rejected"])
 
 
 def _setting(text: str) -> tuple[str, TemplateSetting]:
-    name, value = _named(text)
+    name, value = named_value(text)
     if name is None or not isinstance(value, TemplateSetting):
         raise ConfigError(
             f"--template-setting {text!r} is not of the form NAME=VALUE, with a text, a number, true or false"
         )
     return name, value
-
-
-def _field(text: str) -> tuple[str, Any]:
-    name, value = _named(text)
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        name = None
-    if name is None:
-        raise ConfigError(f"--request-field {text!r} is not of the form NAME=VALUE, with a value that JSON has")
-    return name, value
-
-
-def _named(text: str) -> tuple[str | None, Any]:
-    """NAME=VALUE, the value read as YAML; no name: it is not of that form."""
-    name, equals, value = text.partition("=")
-    try:
-        return (name if name and equals else None), yaml.safe_load(value)
-    except yaml.YAMLError:
-        return None, None
 
 
 @contextmanager

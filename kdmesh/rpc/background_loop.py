@@ -6,11 +6,13 @@ import asyncio
 import concurrent.futures
 import functools
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from itertools import islice
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class BackgroundLoop:
@@ -35,6 +37,25 @@ class BackgroundLoop:
     def run(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """What work(*args) returns. Blocks."""
         return self.start(work, *args, **kwargs).result()
+
+    def each(
+        self, work: Callable[[Item], Coroutine[Any, Any, T]], items: Iterable[Item], *, at_once: int
+    ) -> Iterator[tuple[Item, T]]:
+        """Each of the items with what work(item) returns, in the order in which they end; `at_once` are under way.
+
+        What one raises comes after all that ended with it; the others go on until this client is closed.
+        """
+        coming = iter(items)
+        running = {self.start(work, item): item for item in islice(coming, at_once)}
+        while running:
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            failed = [future for future in done if future.exception() is not None]
+            for future in done.difference(failed):
+                yield running.pop(future), future.result()
+            for future in failed:
+                future.result()
+            for item in islice(coming, len(done)):
+                running[self.start(work, item)] = item
 
     @property
     def is_closed(self) -> bool:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kdmesh.answering import endpoint
 from kdmesh.auth.config import AccessConfig, ClientTlsConfig
 from kdmesh.commands import cli
 from kdmesh.errors import ConfigError
 from kdmesh.images import encoded, noise_image
+from kdmesh.openai import client
 from kdmesh_trainer.data.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
 from tests.support.certificates import CertificateAuthority
@@ -161,9 +161,9 @@ def test_the_key_comes_from_the_environment_or_a_file(
     server: OpenAIServer, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.wants_key = True
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(client.KEY_VARIABLE, KEY)
     assert run(server, prompts).exit_code == 0
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, "another")
+    monkeypatch.setenv(client.KEY_VARIABLE, "another")
     (tmp_path / "key").write_text(f"{KEY}\n")
     (tmp_path / "access.yaml").write_text(f"token_file: {tmp_path / 'key'}\n")
     assert run(server, prompts, "--overwrite", "--access", str(tmp_path / "access.yaml")).exit_code == 0
@@ -173,8 +173,8 @@ def test_the_key_comes_from_the_environment_or_a_file(
 
 @pytest.mark.parametrize("name", ["teacher.ml", "other.ml"])
 def test_a_server_is_known_by_its_certificate(prompts: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(endpoint, "_CONNECT_S", 2.0)
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    monkeypatch.setattr(client, "_CONNECT_S", 2.0)
+    monkeypatch.setenv(client.KEY_VARIABLE, KEY)
     directory = prompts.parent
     authority = CertificateAuthority(directory)
     pair = authority.issue("server", ["teacher.ml"])
@@ -195,7 +195,7 @@ def test_a_key_goes_in_the_clear_only_where_that_is_said() -> None:
         ("http://[::1]:8000/v1", AccessConfig(), True),
     ):
         with nullcontext() if is_fine else pytest.raises(ConfigError, match=r"in the clear|must begin with https://"):
-            endpoint.Endpoint(urls=[url], model=MODEL, access=access, key=KEY)
+            client.Endpoint(urls=[url], model=MODEL, access=access, key=KEY)
 
 
 def test_prompts_that_are_refused_may_be_left_out(server: OpenAIServer, prompts: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_student_learns_from_the_answers(server: OpenAIServer, tiny_models: Ti
 def test_what_cannot_be_asked_so_is_refused_at_once(
     server: OpenAIServer, prompts: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], told: str
 ) -> None:
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(client.KEY_VARIABLE, KEY)
     result = run(server, prompts, *options)
     assert (result.exit_code, told in result.output) == (2, True), result.output
     assert "secret" not in result.output

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from kdmesh.answering import endpoint
 from kdmesh.answering.kept_answers import KeptAnswers
+from kdmesh.openai import client
 from tests.support.openai_runs import answers, asked_again_soon, four_prompts, report, rows, run, words, write
 from tests.support.openai_server import KEY, Answer, OpenAIServer, said
 from tests.support.teacher_process import started
@@ -69,18 +69,18 @@ def test_a_time_that_is_asked_for_may_be_a_date() -> None:
     late = email.utils.formatdate(time.time() + 100, usegmt=True)
     early = email.utils.formatdate(time.time() - 100, usegmt=True)
     for asked, least, most in ((late, 90, 100), (early, 0, 0), ("7.5", 7.5, 7.5), ("-3", 0, 0), ("soon", 0, 0)):
-        assert least <= endpoint._retry_after_s(httpx.Headers({"Retry-After": asked})) <= most, asked
+        assert least <= client._retry_after_s(httpx.Headers({"Retry-After": asked})) <= most, asked
 
 
 def test_what_does_not_pass_ends_with_the_servers_words(
     server: OpenAIServer, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "_RETRY_S", 0.1)
+    monkeypatch.setattr(client, "_RETRY_S", 0.1)
     server.next.extend([Answer(500, {"message": "no memory"})] * 100)
     result = run(server, prompts, "--concurrency", "1")
     assert result.exit_code == 2
     assert f"{server.url}: answers 500: no memory; it was tried again for 0 s" in result.output
-    monkeypatch.setattr(endpoint, "_CONNECT_S", 2.0)
+    monkeypatch.setattr(client, "_CONNECT_S", 2.0)
     monkeypatch.setattr(server, "url", "http://127.0.0.1:1/v1")
     result = run(server, prompts)
     assert result.exit_code == 2
@@ -111,7 +111,7 @@ def test_what_does_not_pass_ends_with_the_servers_words(
 def test_what_no_waiting_mends_ends_at_once(
     server: OpenAIServer, prompts: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer, told: str
 ) -> None:
-    monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(client.KEY_VARIABLE, KEY)
     server.refused = {"say 0": answer}
     result = run(server, prompts, "--concurrency", "1")
     assert result.exit_code == 2
@@ -189,7 +189,7 @@ def test_a_proxy_of_the_environment_never_leads_to_this_machine(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.setattr(endpoint, "_CONNECT_S", 2.0)
+    monkeypatch.setattr(client, "_CONNECT_S", 2.0)
     assert report(run(server, prompts))["written"] == 4
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from kdmesh.answering import endpoint
 from kdmesh.commands import cli
+from kdmesh.openai import client
 from kdmesh.rpc.retry import RetryPolicy
 from tests.support.openai_server import MODEL, OpenAIServer, openai_server
 
@@ -20,8 +20,8 @@ from tests.support.openai_server import MODEL, OpenAIServer, openai_server
 @contextmanager
 def asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
     """A server that no key of the environment goes to, and that clients ask again without a long wait."""
-    monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
-    monkeypatch.setattr(endpoint, "_RETRIES", RetryPolicy(first_s=0.01, longest_s=0.02))
+    monkeypatch.delenv(client.KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(client, "_RETRIES", RetryPolicy(first_s=0.01, longest_s=0.02))
     with openai_server() as running:
         yield running
 

@@ -53,6 +53,7 @@ LAYER = {
     "kdmesh.rpc": 2,
     "kdmesh.sampling": 2,
     "kdmesh.serving": 2,
+    "kdmesh.openai": 2,
     "kdmesh.sglang": 2,
     "kdmesh.weights": 2,
     # The composition root: starts services as processes, so it knows their configurations and nothing else of them.

@@ -14,16 +14,20 @@ from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
 
 with quiet_interrupt():
     from kdmesh import log
+    from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
     from kdmesh.config import config_parser, load
+    from kdmesh.counting import clock, counted
     from kdmesh.errors import ConfigError, KdmeshError
     from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
+    from kdmesh.openai.servers import ChatServers
     from kdmesh_trainer.questions.reader import Question
     from kdmesh_trainer.questions.scores import Answered, AnswerScores
 
 _REFUSED = 2
+_NO_QUESTIONS = "evaluation.questions is not set, so there is nothing to ask"
 
 
 def main() -> int:
@@ -36,7 +40,7 @@ def main() -> int:
             make_writable(arguments.output)
             refuse_own_input(arguments.output, _inputs(cfg))
             refuse_to_replace(arguments.output, is_wanted=arguments.overwrite)
-        scores, answers = _evaluate(cfg)
+        scores, answers = _evaluate(cfg) if arguments.openai is None else _ask_endpoint(cfg, _endpoint(arguments))
         sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
         if arguments.output is not None:
             answers.write(arguments.output)
@@ -51,6 +55,12 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = config_parser("kdmesh_trainer.commands.evaluate", "Ask a served model a run's questions.")
     parser.add_argument("--output", type=Path, help="JSONL to write: what was answered to each question")
+    parser.add_argument("--openai", action="append", help="URL of a server with OpenAI's chat completions")
+    parser.add_argument("--model-name", help="the model to ask for, as the servers of --openai call it")
+    parser.add_argument("--concurrency", type=int, help="requests at a time, of --openai")
+    parser.add_argument("--timeout", type=float, help="seconds for a request, of --openai")
+    parser.add_argument("--request-field", action="append", default=[], help="NAME=VALUE of a request, of --openai")
+    parser.add_argument("--access", type=Path, help="YAML file with token_file and tls, of --openai")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --output, if it is there")
     return parser
 
@@ -94,7 +104,7 @@ def _evaluate(cfg: TrainerConfig) -> tuple[AnswerScores, _Answers]:
     reader = load_reader(cfg)
     exam = read_questions_of(cfg, tokenizer, reader)
     if exam is None:
-        raise ConfigError("evaluation.questions is not set, so there is nothing to ask")
+        raise ConfigError(_NO_QUESTIONS)
     is_sampled = isinstance(cfg.source, OnPolicy)
     rollouts = cfg.source.rollouts if isinstance(cfg.source, OnPolicy) else cfg.evaluation.rollouts
     assert rollouts is not None  # the configuration's
@@ -113,6 +123,34 @@ def _evaluate(cfg: TrainerConfig) -> tuple[AnswerScores, _Answers]:
         answers = _Answers()
         examiner = Examiner(exam, pool, ServedWeights(), keep=answers.keep, mesh=mesh, devices=OwnDevices())
         return examiner.examine(done=0), answers
+
+
+def _endpoint(arguments: argparse.Namespace) -> ChatServers:
+    from kdmesh.openai.servers import ChatServers
+
+    return ChatServers.of_options(
+        urls=arguments.openai,
+        model=arguments.model_name,
+        concurrency=arguments.concurrency,
+        timeout_s=arguments.timeout,
+        request_fields=arguments.request_field,
+        access=OPEN_ACCESS if arguments.access is None else load(AccessConfig, arguments.access),
+    )
+
+
+def _ask_endpoint(cfg: TrainerConfig, servers: ChatServers) -> tuple[AnswerScores, _Answers]:
+    from kdmesh_trainer.questions.endpoint import EndpointExaminer
+
+    if cfg.evaluation.questions is None:
+        raise ConfigError(_NO_QUESTIONS)
+    examiner = EndpointExaminer(cfg.evaluation.questions, cfg.data, servers)
+    answers = _Answers()
+    with counted("answers", elsewhere=_tell) as show:
+        return examiner.examine(show, keep=answers.keep), answers
+
+
+def _tell(done: int, total: int, left_s: float | None) -> None:
+    sys.stderr.write(f"{done:,} of {total:,} answers" + ("\n" if left_s is None else f", {clock(left_s)} left\n"))
 
 
 if __name__ == "__main__":

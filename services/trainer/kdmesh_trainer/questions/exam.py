@@ -19,13 +19,12 @@ from kdmesh.types import Int32Array, Sampling
 from kdmesh_trainer.data.chat import ChatEncoder
 from kdmesh_trainer.data.prompts import StepPrompt
 from kdmesh_trainer.data.turns import Unusable
-from kdmesh_trainer.questions.matchers import Matcher, build_matcher, refuse_unfit_answers
-from kdmesh_trainer.questions.reader import Question, read_questions
+from kdmesh_trainer.questions.grading import read_graded
+from kdmesh_trainer.questions.matchers import Matcher
+from kdmesh_trainer.questions.reader import Question
 from kdmesh_trainer.sections.questions_config import QuestionsConfig
 
 log = logging.getLogger(__name__)
-
-# Seeds are added to, and some engines keep them in a signed word.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,9 +65,7 @@ def read_exam(
         ConfigError: a grader cannot be found or called.
         DataError: a question cannot be used; none is ever left out.
     """
-    is_right = build_matcher(cfg.match)
-    questions = read_questions(cfg, images=images)
-    refuse_unfit_answers(cfg.match, questions)
+    questions, is_right = read_graded(cfg, images)
     prompts = _prompts(questions, encoder, cfg.seed)
     ends = stop_token_ids(model, tokenizer, encoder)
     log.info("questions read", extra={"questions": len(questions), "samples_of_each": cfg.samples})

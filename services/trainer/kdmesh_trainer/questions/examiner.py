@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from kdmesh.errors import ModelMismatch
@@ -13,6 +13,7 @@ from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.exam import Exam
+from kdmesh_trainer.questions.grading import KeepAnswers, graded, tell_of_errors
 from kdmesh_trainer.questions.reader import Question
 from kdmesh_trainer.questions.scores import Answered, AnswerScores, Response, scores_of
 from kdmesh_trainer.sources.exchange import exchange
@@ -26,9 +27,6 @@ log = logging.getLogger(__name__)
 _SAMPLES_TOGETHER = 128
 _GROUPS_AHEAD = 2
 _TELL_EVERY_S = 10.0
-
-# (steps done, questions, what was answered to each)
-KeepAnswers = Callable[[int, Sequence[Question], Sequence[Answered]], None]
 
 
 class AskedWeights(Protocol):
@@ -126,7 +124,8 @@ class Examiner:
         version = self._weights.bring(done=done)
         self._devices.sample()
         answered = self._answered(version, stop)
-        self._tell_of_errors(answered)
+        if self._mesh.is_first:
+            tell_of_errors(self._exam.questions, answered)
         self._mesh.on_first(lambda: self._keep(done, self._exam.questions, answered))
         return scores_of(answered, ks=self._exam.ks)
 
@@ -190,26 +189,13 @@ class Examiner:
         return Answered(number=number, responses=tuple(self._response(rollout, question) for rollout in rollouts))
 
     def _response(self, rollout: Rollout, question: Question) -> Response:
-        text = self._exam.decode(rollout.sequence.labels)
-        is_right, error = False, ""
-        try:
-            is_right = self._exam.is_right(text, question)
-        except Exception as failure:  # noqa: BLE001 - a grader of the user's own must not end a run
-            error = f"{type(failure).__name__}: {failure}"
-        return Response(
-            text=text,
-            is_right=is_right,
+        return graded(
+            self._exam.is_right,
+            question,
+            self._exam.decode(rollout.sequence.labels),
             is_cut_off=rollout.is_cut_off,
             num_tokens=rollout.sequence.num_rows,
-            error=error,
         )
-
-    def _tell_of_errors(self, answered: Sequence[Answered]) -> None:
-        failed = [(each.number, response) for each in answered for response in each.responses if response.error]
-        if failed and self._mesh.is_first:
-            number, response = failed[0]
-            facts = {"responses": len(failed), "question": self._exam.questions[number].chat.origin}
-            log.warning("the grader failed, so these answers count as wrong", extra={**facts, "why": response.error})
 
 
 class _Groups:

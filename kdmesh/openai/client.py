@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from kdmesh.answering.chat_api import Reply, error_code, read_reply, shown
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig, is_loopback
 from kdmesh.auth.tls_context import client_context
 from kdmesh.auth.tokens import read_token
 from kdmesh.errors import ConfigError, InvalidRequest, KdmeshError, PermissionDenied, Unauthenticated, Unavailable
+from kdmesh.openai.bodies import Reply, error_code, read_reply, shown
 from kdmesh.rpc.retry import Deadline, RetryPolicy
 
 try:

@@ -1,0 +1,89 @@
+"""Asks a model behind an OpenAI API the questions of a run."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+from kdmesh.chats.image_files import ImageColumn
+from kdmesh.counting import Pace, Show
+from kdmesh.errors import InvalidRequest
+from kdmesh.openai.bodies import request_messages, request_tools
+from kdmesh.openai.client import EndpointClient, PromptFiltered
+from kdmesh.openai.servers import NUM_SEEDS, ChatServers
+from kdmesh.sampling.seeds import seed_of
+from kdmesh.types import Sampling
+from kdmesh_trainer.data.images import dataset_images
+from kdmesh_trainer.questions.grading import KeepAnswers, graded, read_graded, tell_of_errors
+from kdmesh_trainer.questions.scores import Answered, AnswerScores, Response, scores_of
+from kdmesh_trainer.sections.data_config import DataConfig
+from kdmesh_trainer.sections.questions_config import QuestionsConfig
+
+_Ask = tuple[int, int]  # number of a question, and of its sample
+
+
+class EndpointExaminer:
+    """The questions of a run, for a model that is asked by text: no tokenizer is needed, and none is compared.
+
+    Raises, when made:
+        ConfigError: a grader cannot be found or called.
+        DataError: a question cannot be used; none is ever left out.
+    """
+
+    def __init__(self, cfg: QuestionsConfig, data: DataConfig, servers: ChatServers) -> None:
+        """
+        Args:
+            data: of the run, for what is set in its chat template, and where images are.
+        """
+        images = ImageColumn(source=dataset_images(data.images, cfg.path.parent), name=data.images.column)
+        self._questions, self._is_right = read_graded(cfg, images)
+        self._cfg = cfg
+        self._servers = servers
+        self._fields = servers.request_fields(Sampling(**cfg.sampling.model_dump()), data.chat_template_settings)
+
+    def examine(self, show: Show, *, keep: KeepAnswers) -> AnswerScores:
+        """How the model answers: each sample of a question is asked for by itself. Blocks.
+
+        Args:
+            show: is told how many answers are there.
+            keep: is called once, at the end.
+
+        Raises:
+            ConfigError: there is no such model, or no such server at that URL.
+            RpcError: the servers refuse a question, or do not answer.
+        """
+        asks = list(product(range(len(self._questions)), range(self._cfg.samples)))
+        found: dict[_Ask, Response] = {}
+        pace = Pace(done=0, total=len(asks))
+        show(0, len(asks), None)
+        with self._servers.connected() as (client, loop):
+            for ask, response in loop.each(partial(self._response, client), asks, at_once=self._servers.concurrency):
+                found[ask] = response
+                show(len(found), len(asks), pace.left_s(len(found)))
+        answered = [
+            Answered(number=number, responses=tuple(found[number, sample] for sample in range(self._cfg.samples)))
+            for number in range(len(self._questions))
+        ]
+        tell_of_errors(self._questions, answered)
+        keep(0, self._questions, answered)
+        return scores_of(answered, ks=sorted(self._cfg.pass_at))
+
+    async def _response(self, client: EndpointClient, ask: _Ask) -> Response:
+        number, sample = ask
+        question = self._questions[number]
+        body = {
+            "model": self._servers.endpoint.model,
+            "messages": request_messages(question.chat.messages),
+            "tools": request_tools(question.chat.tools) or None,
+            "seed": (seed_of("question", self._cfg.seed, number) + sample) % NUM_SEEDS,
+            **self._fields,
+        }
+        try:
+            reply = await client.ask({name: value for name, value in body.items() if value is not None})
+        except PromptFiltered:
+            return graded(self._is_right, question, "", is_cut_off=False, num_tokens=0)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{question.chat.origin}: {error}") from None
+        choice = reply.choices[0]
+        cut_off, tokens = choice.end == "cut_off", reply.completion_tokens
+        return graded(self._is_right, question, choice.text, is_cut_off=cut_off, num_tokens=tokens)
