@@ -12,11 +12,13 @@ import click
 
 from kdmesh.commands import check, cluster_commands, evaluation, generation, harness, planning, token_files
 from kdmesh.commands.access_option import access_option, checked_addresses, read_access
+from kdmesh.commands.config_option import config_argument, set_option
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.interrupt import INTERRUPTED
 from kdmesh.launch import jobs, local
 from kdmesh.launch.place import exit_when_stopped
+from kdmesh.launch.program import become
 from kdmesh.log import can_redraw
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
@@ -28,14 +30,7 @@ if TYPE_CHECKING:
 
 _ERROR = 1
 _SENTENCE = 300  # letters, more than any has
-_YAML = click.Path(path_type=Path, dir_okay=False)
-_set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="A.B=VALUE",
-    help="Lay a value over the file's, as often as you like; VALUE is YAML.",
-)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class _Commands(click.Group):
@@ -94,8 +89,8 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("config", type=_YAML)
-@_set_option
+@config_argument
+@set_option
 @click.option(
     "--serve",
     "teacher_configs",
@@ -106,7 +101,7 @@ def main() -> None:
 @click.option(
     "--serve-rollout",
     "rollout_config",
-    type=_YAML,
+    type=_FILE,
     help="Also start the rollout server of this file, for this run only: to sample, or to answer questions.",
 )
 def train(
@@ -121,21 +116,19 @@ def train(
     \b
     Example: kdmesh train examples/train.yaml --set steps=200 --set optimizer.learning_rate=2e-5
     """
-    argv = [sys.executable, "-m", "kdmesh_trainer", str(config), *jobs.set_arguments(overrides)]
     serve = jobs.teachers_to_serve(teacher_configs)
     if rollout_config is not None:
         serve[jobs.rollout_to_serve(config, overrides)] = rollout_config
     if "RANK" in os.environ:
         if serve:
             raise ConfigError("--serve starts one server per command, so it does not go with torchrun's many ranks")
-        os.execv(argv[0], argv)
-
+        become("kdmesh_trainer", config, overrides)
     jobs.train(config, overrides, serve)
 
 
 @main.command()
-@click.argument("config", type=_YAML)
-@_set_option
+@config_argument
+@set_option
 @click.option("--partial", is_flag=True, help="Keep what the run asks for first, where the cache cannot hold all.")
 def precompute(config: Path, overrides: tuple[str, ...], partial: bool) -> None:
     """Have the teachers of the trainer in CONFIG keep its rows, so that the training needs no prefill.
@@ -147,18 +140,13 @@ def precompute(config: Path, overrides: tuple[str, ...], partial: bool) -> None:
     \b
     Example: kdmesh precompute examples/train.yaml --set 'teacher.addresses=["127.0.0.1:50051"]'
     """
-    loaded = check.load_any(config, overrides)
-    if check.kind(loaded) != "trainer":
-        raise ConfigError(f"{config} is a {check.kind(loaded)} configuration; what is precomputed is a trainer's rows")
-    check.refuse_missing(loaded, source=config)
-    flags = ["--partial"] if partial else []
-    argv = [sys.executable, "-m", "kdmesh_trainer.commands.precompute", str(config)]
-    os.execv(argv[0], [*argv, *jobs.set_arguments(overrides), *flags])
+    check.refuse_missing(check.load_as(TrainerConfig, config, overrides), source=config)
+    become("kdmesh_trainer.commands.precompute", config, overrides, *(["--partial"] if partial else []))
 
 
 @main.command()
-@click.argument("config", type=_YAML)
-@_set_option
+@config_argument
+@set_option
 def teacher(config: Path, overrides: tuple[str, ...]) -> None:
     """Serve the teacher of CONFIG until Ctrl-C or SIGTERM.
 
@@ -172,8 +160,8 @@ def teacher(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("config", type=_YAML)
-@_set_option
+@config_argument
+@set_option
 def rollout(config: Path, overrides: tuple[str, ...]) -> None:
     """Serve the rollout server of CONFIG, which samples from a student, until Ctrl-C or SIGTERM.
 
@@ -187,8 +175,8 @@ def rollout(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 @main.command("check")
-@click.argument("config", type=_YAML)
-@_set_option
+@config_argument
+@set_option
 @click.option("--data", "reads_data", is_flag=True, help="Also tokenise a trainer's data, and name the first bad row.")
 def check_command(config: Path, overrides: tuple[str, ...], reads_data: bool) -> None:
     """Say what is wrong with CONFIG, of a trainer or a server, without loading a model.
@@ -224,7 +212,7 @@ def check_command(config: Path, overrides: tuple[str, ...], reads_data: bool) ->
     type=click.Path(path_type=Path, file_okay=False),
     help="Hugging Face directory of the model it should serve, with its tokenizer.",
 )
-@click.option("--prompts", type=_YAML, help="Text file with one prompt per line; a few built-in ones otherwise.")
+@click.option("--prompts", type=_FILE, help="Text file with one prompt per line; a few built-in ones otherwise.")
 @click.option(
     "--bound",
     type=click.FloatRange(min=0, min_open=True),
@@ -348,8 +336,7 @@ for command in (*_BESIDE, *cluster_commands.COMMANDS):
 def _serve(model: type[StrictModel], package: str, config: Path, overrides: tuple[str, ...]) -> NoReturn:
     """Become the server."""
     check.load_as(model, config, overrides)
-    argv = [sys.executable, "-m", package, str(config), *jobs.set_arguments(overrides)]
-    os.execv(argv[0], argv)
+    become(package, config, overrides)
 
 
 def _fail(error: KdmeshError, code: int) -> NoReturn:

@@ -15,6 +15,7 @@ import yaml
 
 from kdmesh.cluster.plan import JobKind
 from kdmesh.commands import submission
+from kdmesh.commands.config_option import config_argument, set_option
 
 if TYPE_CHECKING:
     from kdmesh.cluster.client import Cluster
@@ -33,8 +34,8 @@ def _cluster_options(command: F) -> F:
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Lay a value over the file's.")
+@config_argument
+@set_option
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines of the job.")
 @click.option("--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="GPUs of each; a rank on each.")
 @click.option(

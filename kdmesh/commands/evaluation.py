@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from kdmesh.commands.access_option import access_option, read_access
+from kdmesh.commands.config_option import config_argument, set_option
 from kdmesh.commands.endpoint_options import (
     endpoint_arguments,
     endpoint_options,
@@ -19,17 +18,20 @@ from kdmesh.commands.endpoint_options import (
 from kdmesh.config import read_tree
 from kdmesh.errors import ConfigError
 from kdmesh.launch import jobs
-
-_FILE = click.Path(path_type=Path, dir_okay=False)
+from kdmesh.launch.program import become
 
 
 @click.command()
-@click.argument("config", type=_FILE)
+@config_argument
 @click.option("--rollout", "rollouts", multiple=True, metavar="HOST:PORT", help="A rollout server, not the file's.")
 @endpoint_options
-@click.option("--output", type=_FILE, help="JSONL to write: what was answered to each question.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="JSONL to write: what was answered to each question.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output, if it is there.")
-@click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Lay a value over the file's.")
+@set_option
 @access_option
 @click.pass_context
 def evaluate(context: click.Context, /, config: Path, **options: Any) -> None:
@@ -55,11 +57,9 @@ def evaluate(context: click.Context, /, config: Path, **options: Any) -> None:
     if rollouts:
         key = jobs.rollout_to_serve(config, overrides).addresses
         overrides = (*overrides, f"{key}={list(rollouts)}")
-    argv = [sys.executable, "-m", "kdmesh_trainer.commands.evaluate", str(config), *jobs.set_arguments(overrides)]
-    if options["urls"]:
-        argv += endpoint_arguments(options)
+    flags = endpoint_arguments(options) if options["urls"] else []
     if options["overwrite"]:
-        argv += ["--overwrite"]
+        flags += ["--overwrite"]
     if options["output"] is not None:
-        argv += ["--output", str(options["output"])]
-    os.execv(argv[0], argv)
+        flags += ["--output", str(options["output"])]
+    become("kdmesh_trainer.commands.evaluate", config, overrides, *flags)

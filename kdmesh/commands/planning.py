@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import click
 
 from kdmesh.commands import check
+from kdmesh.commands.config_option import config_argument, set_option
 from kdmesh.errors import ConfigError
 from kdmesh.launch import jobs
+from kdmesh.launch.program import become
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
 from kdmesh_trainer.config import TrainerConfig
 
@@ -19,8 +19,8 @@ _MIB = 2**20
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--set", "overrides", multiple=True, metavar="A.B=VALUE", help="Lay a value over the file's.")
+@config_argument
+@set_option
 @click.option(
     "--serve",
     "teacher_configs",
@@ -63,10 +63,11 @@ def plan(
                 "slab_bytes": round(teacher.slab.slots * teacher.slab.slot_mib * _MIB),
             }
         )
-    argv = [sys.executable, "-m", "kdmesh_trainer.commands.plan", str(config), *jobs.set_arguments(overrides)]
-    argv += ["--teachers", json.dumps(servers)]
+    flags = ["--teachers", json.dumps(servers)]
     if device is not None:
-        argv += ["--device", device]
+        flags += ["--device", device]
     if ranks is not None:
-        argv += ["--ranks", str(ranks)]
-    os.execv(argv[0], [*argv, "--json"] if as_json else argv)
+        flags += ["--ranks", str(ranks)]
+    if as_json:
+        flags += ["--json"]
+    become("kdmesh_trainer.commands.plan", config, overrides, *flags)

@@ -54,17 +54,9 @@ class Wishes:
     user: int = 10001
 
 
-def read(path: Path, overrides: Sequence[str]) -> TrainerConfig:
-    """The configuration. Raises ConfigError when it is no trainer's, or bad."""
-    loaded = check.load_any(path, overrides)
-    if not isinstance(loaded, TrainerConfig):
-        raise ConfigError(f"{path} is a {check.kind(loaded)} configuration; what is submitted is a trainer's")
-    return loaded
-
-
 def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) -> JobPlan:
     """The job of the configuration in `path`. Raises ConfigError with everything that is wrong with it."""
-    cfg = read(path, overrides)
+    cfg = check.load_as(TrainerConfig, path, overrides)
     mounts = (*map(_volume, wishes.volumes), *map(_secret, wishes.secrets))
     output = WORK / PurePosixPath(cfg.output)
     name = wishes.name or _name(cfg)

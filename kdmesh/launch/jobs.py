@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from kdmesh.file_lock import claimed
 from kdmesh.launch import local
 from kdmesh.launch.machine_fit import refuse_unfit_machine
 from kdmesh.launch.place import Place, exit_when_stopped, place, ranks_per_node
+from kdmesh.launch.program import program
 from kdmesh.log import is_urgent
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import RolloutConfig
@@ -201,7 +201,7 @@ def server_command(
     free = [f"server.{port}=0" for port in ("port", "rest_port") if port not in cfg.server.model_fields_set]
     return local.Command(
         name=service.name,
-        argv=(sys.executable, "-m", service.package, str(path), *set_arguments(free)),
+        argv=program(service.package, path, free),
         env=local.thread_limits(threads),
         on_line=on_line,
         is_shown=True,
@@ -211,7 +211,7 @@ def server_command(
 
 def read_arguments(path: Path, overrides: Sequence[str]) -> tuple[str, ...]:
     """The command line that reads the data of the trainer in `path` as its ranks would, and needs no server."""
-    return sys.executable, "-m", "kdmesh_trainer.commands.read", str(path), *set_arguments(overrides)
+    return program("kdmesh_trainer.commands.read", path, overrides)
 
 
 def _read_command(path: Path, overrides: Sequence[str]) -> local.Command:
@@ -242,18 +242,13 @@ def rank_commands(
     place: Place | None = None,
 ) -> list[local.Command]:
     """The commands of the ranks of the trainer in `path`, or of those that this machine has."""
-    argv = (sys.executable, "-m", "kdmesh_trainer", str(path), *set_arguments(overrides))
+    argv = program("kdmesh_trainer", path, overrides)
     return local.rank_commands(argv, ranks=ranks, threads=threads, on_line=on_line, place=place)
 
 
 def served(service: Service, address: str) -> list[str]:
     """The overrides that make a trainer use the server at `address`."""
     return [f"{service.addresses}=['{address}']"]
-
-
-def set_arguments(overrides: Sequence[str]) -> list[str]:
-    """The command-line form of overrides."""
-    return [argument for override in overrides for argument in ("--set", override)]
 
 
 def _checked_trainer(path: Path, overrides: Sequence[str]) -> TrainerConfig:

@@ -102,7 +102,7 @@ def test_metrics_must_be_readable_from_outside_the_pod(config: Path) -> None:
 def test_what_configures_a_server_is_not_submitted(tmp_path: Path) -> None:
     path = tmp_path / "teacher.yaml"
     path.write_text("engine: {kind: transformers, model: teacher}\n", encoding="utf-8")
-    assert "is a teacher configuration; what is submitted is a trainer's" in refused(path)
+    assert "is a teacher configuration; what is wanted here is a trainer's" in refused(path)
 
 
 @pytest.mark.parametrize(
