@@ -43,10 +43,10 @@ def generate(servers: Servers, prompts: Path, output: Path, plan: Plan, *, image
     """
     refuse_own_input(output, {"--prompts": prompts})
     root = image_root or prompts.parent
+    rows = Prompts(prompts)
     with ExitStack() as stack:
         kept = stack.enter_context(kept_answers(output))
         source = stack.enter_context(servers.opened(plan, root))
-        rows = Prompts(prompts)
         _check(rows, source)
         kept.resume(
             {

@@ -57,8 +57,10 @@ class Prompts:
     def __init__(self, path: Path) -> None:
         try:
             text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {path}: {error}") from None
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
         lines = enumerate(text.split("\n"), start=1)  # not splitlines: JSON may hold U+2028 as it is
         self._lines = [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
         self.digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

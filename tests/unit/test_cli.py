@@ -431,6 +431,19 @@ def test_an_address_without_a_port_is_refused_before_a_server_is_waited_for(opti
     assert f"'{address}' is not of the form host:port" in result.output
 
 
+def test_prompts_that_are_not_there_are_refused_before_a_server_is_waited_for(good: Path) -> None:
+    asked = ("generate", "--rollout", "127.0.0.1:1", "--model", "student")
+    result = run(*asked, "--prompts", "gone.jsonl", "--output", "answers.jsonl")
+    assert result.exit_code == 2
+    assert result.output == "Error: cannot read gone.jsonl: No such file or directory\n"
+
+
+def test_a_configuration_that_cannot_be_read_is_named_once(good: Path) -> None:
+    assert run("check", "gone.yaml").output == "Error: cannot read gone.yaml: No such file or directory\n"
+    Path("odd.yaml").write_bytes(b"steps: \xff")
+    assert run("check", "odd.yaml").output == "Error: odd.yaml is not UTF-8: invalid start byte at byte 7\n"
+
+
 def test_serving_under_torchrun_is_refused(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     result = run("train", "train.yaml", "--serve", "teacher.yaml")
