@@ -41,7 +41,7 @@ def test_what_the_file_says_of_adapters_checkpoints_and_the_teacher_is_planned_f
     assert whole["rank_bytes"]["teacher's head"] > 0
     less = ("--set", "student.lora={rank: 4}", "--set", "student.activation_checkpointing=all")
     table = plan(config, *less, "--ranks", "1", "--device", "cpu", "--serve", str(server))
-    assert table.startswith("One of 1 ranks, cpu, at its worst moment (")
+    assert table.startswith("The only rank, on cpu, at its worst moment (")
     for part in ("parameters", "AdamW", "loss", "teacher's head"):
         assert part in table
     assert "slab 12 MiB of shared memory" in table

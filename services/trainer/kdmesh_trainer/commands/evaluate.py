@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
+from kdmesh.interrupt import quiet_interrupt
 
 with quiet_interrupt():
     from kdmesh import log
     from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
     from kdmesh.config import config_parser, load
     from kdmesh.counting import clock, counted
-    from kdmesh.errors import ConfigError, KdmeshError
+    from kdmesh.errors import ConfigError
     from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace
+    from kdmesh_trainer.commands.running import run
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
@@ -26,29 +27,24 @@ if TYPE_CHECKING:
     from kdmesh_trainer.questions.reader import Question
     from kdmesh_trainer.questions.scores import Answered, AnswerScores
 
-_REFUSED = 2
 _NO_QUESTIONS = "evaluation.questions is not set, so there is nothing to ask"
 
 
 def main() -> int:
-    """Parse, check, ask, grade. Returns 0, 2 when something was refused or a server failed, 130 after Ctrl-C."""
-    arguments = _parser().parse_args()
-    try:
-        cfg = load(TrainerConfig, arguments.config, arguments.set)
-        log.configure("evaluate")
-        if arguments.output is not None:
-            make_writable(arguments.output)
-            refuse_own_input(arguments.output, _inputs(cfg))
-            refuse_to_replace(arguments.output, is_wanted=arguments.overwrite)
-        scores, answers = _evaluate(cfg) if arguments.openai is None else _ask_endpoint(cfg, _endpoint(arguments))
-        sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
-        if arguments.output is not None:
-            answers.write(arguments.output)
-    except KdmeshError as error:
-        sys.stderr.write(f"{error}\n")
-        return _REFUSED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    """Ask and grade. Returns 0, or see `run`."""
+    return run(_parser(), _print_scores)
+
+
+def _print_scores(cfg: TrainerConfig, arguments: argparse.Namespace) -> int:
+    log.configure("evaluate")
+    if arguments.output is not None:
+        make_writable(arguments.output)
+        refuse_own_input(arguments.output, _inputs(cfg))
+        refuse_to_replace(arguments.output, is_wanted=arguments.overwrite)
+    scores, answers = _evaluate(cfg) if arguments.openai is None else _ask_endpoint(cfg, _endpoint(arguments))
+    sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
+    if arguments.output is not None:
+        answers.write(arguments.output)
     return 0
 
 

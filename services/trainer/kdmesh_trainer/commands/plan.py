@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from kdmesh.interrupt import quiet_interrupt
 
 with quiet_interrupt():
-    from kdmesh.config import config_parser, load
-    from kdmesh.errors import KdmeshError
+    from kdmesh.config import config_parser
+    from kdmesh_trainer.commands.running import run
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
@@ -22,21 +22,18 @@ if TYPE_CHECKING:
 
     from kdmesh_trainer.memory.memory_plan import Job, Plan
 
-_REFUSED = 2
 _MIB = 2**20
 # Of what comes and goes on a CPU: the room between blocks that its allocator keeps. As measured, in float32.
 _BETWEEN_BLOCKS = 0.15
 
 
 def main() -> int:
-    """Parse, run the step without memory, print. Returns 0, or 2 when something was refused."""
-    arguments = _parser().parse_args()
-    try:
-        cfg = load(TrainerConfig, arguments.config, arguments.set)
-        told = _plan(cfg, json.loads(arguments.teachers), device=arguments.device, ranks=arguments.ranks)
-    except KdmeshError as error:
-        sys.stderr.write(f"{error}\n")
-        return _REFUSED
+    """Run the step without memory, and print what it would take. Returns 0, or see `run`."""
+    return run(_parser(), _print_plan)
+
+
+def _print_plan(cfg: TrainerConfig, arguments: argparse.Namespace) -> int:
+    told = _plan(cfg, json.loads(arguments.teachers), device=arguments.device, ranks=arguments.ranks)
     sys.stdout.write(json.dumps(told) + "\n" if arguments.json else _table(told))
     return 0
 
@@ -162,6 +159,10 @@ def _weights_bytes(server: Mapping[str, Any]) -> int:
         return num_parameters * int(_teacher(server)[1].itemsize)
 
 
+def _rank(ranks: int) -> str:
+    return "The only rank" if ranks == 1 else f"One of {ranks} ranks"
+
+
 def _share(context: int) -> str:
     return "a" if context == 1 else f"1/{context} of a"
 
@@ -169,7 +170,7 @@ def _share(context: int) -> str:
 def _table(told: Mapping[str, Any]) -> str:
     width = max(len(name) for name in [*told["rank_bytes"], "parameters"]) + 2
     lines = [
-        f"One of {told['ranks']} ranks, {told['device']}, at its worst moment ({told['worst_phase']}), for "
+        f"{_rank(told['ranks'])}, on {told['device']}, at its worst moment ({told['worst_phase']}), for "
         f"{_share(told['context'])} micro-batch of {told['tokens_per_micro_batch']:,} tokens:",
         *(f"  {name:<{width}}{size / _MIB:>12,.0f} MiB" for name, size in _largest_first(told["rank_bytes"])),
         f"  {'in all':<{width}}{told['rank_peak_bytes'] / _MIB:>12,.0f} MiB",

@@ -6,42 +6,32 @@ import argparse
 import logging
 import sys
 
-from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
+from kdmesh.interrupt import quiet_interrupt
 
 with quiet_interrupt():
     from kdmesh import log
-    from kdmesh.config import config_parser, load
+    from kdmesh.config import config_parser
     from kdmesh.counting import counted
-    from kdmesh.errors import KdmeshError
+    from kdmesh_trainer.commands.running import run
     from kdmesh_trainer.config import TrainerConfig
 
 logger = logging.getLogger("kdmesh_trainer.precompute")
 
-_REFUSED = 2
 _INCOMPLETE = 1
 
 
 def main() -> int:
-    """Parse, check, ask.
+    """Returns 0 when everything is kept, 1 when the cache did not keep all of it; else see `run`."""
+    stopped = "Stopped; what was computed is kept, and the same command goes on from there.\n"
+    return run(_parser(), _precompute, when_stopped=stopped)
 
-    Returns:
-        The exit status: 0 when everything is kept, 1 when the cache did not keep all of it, 2 when something was
-        refused or a teacher failed, 130 when it was interrupted.
-    """
-    arguments = _parser().parse_args()
-    try:
-        cfg = load(TrainerConfig, arguments.config, arguments.set)
-        log.configure("precompute")
-        from kdmesh_trainer.precompute import precompute  # not at the top: a bad configuration must not wait for torch
 
-        with counted("tokens", elsewhere=_log_progress) as show:
-            kept, wanted = precompute(cfg, is_partial=arguments.partial, tell=_tell, show=show)
-    except KdmeshError as error:
-        sys.stderr.write(f"{error}\n")
-        return _REFUSED
-    except KeyboardInterrupt:
-        sys.stderr.write("Stopped; what was computed is kept, and the same command goes on from there.\n")
-        return INTERRUPTED
+def _precompute(cfg: TrainerConfig, arguments: argparse.Namespace) -> int:
+    log.configure("precompute")
+    from kdmesh_trainer.precompute import precompute  # not at the top: a bad configuration must not wait for torch
+
+    with counted("tokens", elsewhere=_log_progress) as show:
+        kept, wanted = precompute(cfg, is_partial=arguments.partial, tell=_tell, show=show)
     _tell(f"{kept:,} of {wanted:,} sequences are kept")
     return 0 if kept == wanted else _INCOMPLETE
 

@@ -1,0 +1,41 @@
+"""How every command of the trainer begins and ends."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from kdmesh.config import load
+from kdmesh.errors import KdmeshError
+from kdmesh.interrupt import INTERRUPTED
+from kdmesh_trainer.config import TrainerConfig
+
+_REFUSED = 2
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    work: Callable[[TrainerConfig, argparse.Namespace], int],
+    *,
+    when_stopped: str = "",
+) -> int:
+    """Parse, check, and do the work.
+
+    Args:
+        parser: see `kdmesh.config.config_parser`.
+        work: takes the configuration and what was parsed, and returns the exit status.
+        when_stopped: what a person is told after Ctrl-C.
+
+    Returns:
+        The exit status: that of `work`, 2 when something was refused or a server failed, 130 after Ctrl-C.
+    """
+    arguments = parser.parse_args()
+    try:
+        return work(load(TrainerConfig, arguments.config, arguments.set), arguments)
+    except KdmeshError as error:
+        sys.stderr.write(f"{error}\n")
+        return _REFUSED
+    except KeyboardInterrupt:
+        sys.stderr.write(when_stopped)
+        return INTERRUPTED
