@@ -30,13 +30,13 @@ from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.rpc.weight_sender import WeightSender
 from kdmesh.types import DType, Sampling, TokenSequence
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
-from kdmesh_trainer.data.prompts import PromptOrder
 from kdmesh_trainer.data.sides import Prompt
 from kdmesh_trainer.loop import Parts, Schedule, run
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.sources.early_rows import EarlyRows
 from kdmesh_trainer.sources.on_policy import OnPolicySource
+from kdmesh_trainer.sources.order import PromptOrder
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.stats import StepStats
 

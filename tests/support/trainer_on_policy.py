@@ -14,7 +14,6 @@ import torch
 from kdmesh.batching import plan_step, shortest_first
 from kdmesh.tokens import digest
 from kdmesh.types import Int32Array, Sampling
-from kdmesh_trainer.data.prompts import PromptOrder
 from kdmesh_trainer.data.sides import Prompt
 from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.mesh import Mesh
@@ -24,7 +23,7 @@ from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.early_rows import EarlyRows
 from kdmesh_trainer.sources.judge import Judge
 from kdmesh_trainer.sources.on_policy import OnPolicySource
-from kdmesh_trainer.sources.order import AnswerOrder
+from kdmesh_trainer.sources.order import AnswerOrder, PromptOrder
 from kdmesh_trainer.sources.rollouts import Rollout, RolloutService
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.stats import StepStats

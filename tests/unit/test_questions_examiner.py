@@ -15,14 +15,14 @@ import pytest
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import CheckpointError, DeadlineExpired, ModelMismatch
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
-from kdmesh_trainer.data.prompts import StepPrompt
+from kdmesh_trainer.data.sides import Question
 from kdmesh_trainer.devices import OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.answer_files import AnswerFiles
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.questions.examiner import Examiner, ServedWeights, StudentWeights
-from kdmesh_trainer.questions.reader import Question
 from kdmesh_trainer.questions.scores import Answered
+from kdmesh_trainer.sources.order import StepPrompt
 from kdmesh_trainer.stop import Stopping
 
 LONGEST = 5

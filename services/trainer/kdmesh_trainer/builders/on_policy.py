@@ -19,7 +19,7 @@ from kdmesh_trainer.builders.teacher import Teacher
 from kdmesh_trainer.builders.teachers import Teachers
 from kdmesh_trainer.data.blend import blend_identity, digest_key, parts_of
 from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.data.prompts import PromptOrder, PromptPolicy
+from kdmesh_trainer.data.prompts import PromptPolicy
 from kdmesh_trainer.data.recipe import Encoder
 from kdmesh_trainer.data.sides import Prompt
 from kdmesh_trainer.data.stored import PromptFacts, Stored, images_of, prompt_facts, sequence_facts
@@ -40,7 +40,7 @@ from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
 from kdmesh_trainer.sources.judge import Judge, Opinion, digest_questions, question_of
 from kdmesh_trainer.sources.on_policy import OnPolicySource
-from kdmesh_trainer.sources.order import AnswerOrder
+from kdmesh_trainer.sources.order import AnswerOrder, PromptOrder
 from kdmesh_trainer.sources.panel import EarlyPanel
 from kdmesh_trainer.sources.sampler import ReadResponse, Sampler
 from kdmesh_trainer.sources.show import Showcase

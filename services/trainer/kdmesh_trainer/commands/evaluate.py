@@ -24,7 +24,7 @@ with quiet_interrupt():
 
 if TYPE_CHECKING:
     from kdmesh.openai.servers import ChatServers
-    from kdmesh_trainer.questions.reader import Question
+    from kdmesh_trainer.data.sides import Question
     from kdmesh_trainer.questions.scores import Answered, AnswerScores
 
 _NO_QUESTIONS = "evaluation.questions is not set, so there is nothing to ask"

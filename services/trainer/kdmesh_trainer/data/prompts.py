@@ -5,31 +5,25 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from kdmesh.chats.chat_rows import Chat
 from kdmesh.errors import DataError
-from kdmesh.sampling.seeds import seed_of
 from kdmesh.tokens import DIGEST_BYTES
 from kdmesh_trainer.data.readers import Reader
 from kdmesh_trainer.data.reading_progress import reading_told
-from kdmesh_trainer.data.sides import Prompt
+from kdmesh_trainer.data.sides import Prompt, Question
 from kdmesh_trainer.data.turns import Unusable
-from kdmesh_trainer.sources.order import step_order
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.questions.reader import Question
 
 log = logging.getLogger(__name__)
 
 # What responses to the prompt of a chat are judged by. Raises DataError when the chat does not say it.
-QuestionOf: TypeAlias = "Callable[[Chat], Question]"
+QuestionOf: TypeAlias = Callable[[Chat], Question]
 
 _CHATS_PER_CALL = 256
-# Seeds are added to, and some engines keep them in a signed word.
 # Stands where the next prompt's length would: no length is this.
 _TEACHERS = (2**64 - 1).to_bytes(8, "little")
 _IMAGE = (2**64 - 3).to_bytes(8, "little")
@@ -138,48 +132,6 @@ def digest_prompts(prompts: Sequence[Prompt]) -> bytes:
         if prompt.teacher_name:
             state.update(_NAMES + len(prompt.teacher_name).to_bytes(8, "little") + prompt.teacher_name.encode())
     return state.digest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StepPrompt(Prompt):
-    """A prompt of one step."""
-
-    seed: int  # sample i of it draws from seed + i
-
-
-class PromptOrder:
-    """Which prompts each step samples from, and where their draws start: a pure function of seed and step."""
-
-    def __init__(self, prompts: Sequence[Prompt], *, per_step: int, seed: int) -> None:
-        """
-        Args:
-            prompts: the same on every rank; at least one.
-            per_step: over all ranks.
-        """
-        self._prompts = prompts
-        self._order = step_order(prompts, per_step=per_step, seed=seed)
-        self._seed = seed
-
-    def of_step(self, step: int) -> list[StepPrompt]:
-        """The step's prompts, over all ranks; one may come twice where the dataset is small."""
-        prompts = [self._prompts[index] for index in self._order.of_step(step)]
-        return [
-            StepPrompt(
-                token_ids=prompt.token_ids,
-                teacher_ids=prompt.teacher_ids,
-                teacher_name=prompt.teacher_name,
-                images=prompt.images,
-                teacher_images=prompt.teacher_images,
-                chat=prompt.chat,
-                question=prompt.question,
-                seed=seed_of("training", self._seed, step, place),
-            )
-            for place, prompt in enumerate(prompts)
-        ]
-
-    def counts(self, step: int) -> Mapping[str, int]:
-        """As StepOrder."""
-        return self._order.counts(step)
 
 
 class _Intake:

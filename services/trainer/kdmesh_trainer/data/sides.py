@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,6 @@ from kdmesh.chats.chat_rows import Chat
 from kdmesh.errors import InvalidRequest
 from kdmesh.types import Int32Array, PlacedImage, TokenSequence
 from kdmesh_trainer.data.lazy import Lazy
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.questions.reader import Question
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -143,6 +140,15 @@ class InChunks(TokenSequence):
                 edges[0] >= 0 and edges[-1] <= rows and (np.diff(edges) >= 0).all() and (ends > begins).all()
             ):
                 raise InvalidRequest(f"chunks are not runs of the {whose}'s {rows} rows, in order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Question:
+    """What is asked, and what is right."""
+
+    chat: Chat  # up to the turn that is wanted: no answer is in it
+    answers: tuple[str, ...]  # none of them blank; any is right; empty where nothing is held against them
+    row: Mapping[str, Any]  # all that the file says of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdmesh.errors import CheckpointError
-from kdmesh_trainer.questions.reader import Question
+from kdmesh_trainer.data.sides import Question
 from kdmesh_trainer.questions.scores import Answered
 from kdmesh_trainer.saving.files import sync, write_synced
 

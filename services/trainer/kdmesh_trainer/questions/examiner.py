@@ -8,15 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from kdmesh.errors import ModelMismatch
-from kdmesh_trainer.data.prompts import StepPrompt
+from kdmesh_trainer.data.sides import Question
 from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.questions.grading import KeepAnswers, graded, tell_of_errors
-from kdmesh_trainer.questions.reader import Question
 from kdmesh_trainer.questions.scores import Answered, AnswerScores, Response, scores_of
 from kdmesh_trainer.sources.exchange import exchange
+from kdmesh_trainer.sources.order import StepPrompt
 from kdmesh_trainer.sources.rollouts import Rollout, RolloutService, WeightPublisher
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.stop import NEVER, Stopping

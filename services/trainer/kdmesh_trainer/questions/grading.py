@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Sequence
 
 from kdmesh.chats.image_files import ImageColumn
+from kdmesh_trainer.data.sides import Question
 from kdmesh_trainer.questions.matchers import Matcher, build_matcher, refuse_unfit_answers
-from kdmesh_trainer.questions.reader import Question, read_questions
+from kdmesh_trainer.questions.reader import read_questions
 from kdmesh_trainer.questions.scores import Answered, Response
 from kdmesh_trainer.sections.questions_config import QuestionsConfig
 

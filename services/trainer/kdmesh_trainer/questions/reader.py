@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from kdmesh.chats.chat_rows import TEXT_ALONE, Chat, chat_from_row, columns_found, unicode_text
 from kdmesh.chats.image_files import ImageColumn
 from kdmesh.errors import DataError
 from kdmesh_trainer.data.chat import without_answers
+from kdmesh_trainer.data.sides import Question
 from kdmesh_trainer.sections.questions_config import QuestionsConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Question:
-    """What is asked, and what is right."""
-
-    chat: Chat  # up to the turn that is wanted: no answer is in it
-    answers: tuple[str, ...]  # none of them blank; any is right; empty where nothing is held against them
-    row: Mapping[str, Any]  # all that the file says of it
 
 
 def read_questions(cfg: QuestionsConfig, *, images: ImageColumn = TEXT_ALONE) -> list[Question]:

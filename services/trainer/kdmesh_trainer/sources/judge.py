@@ -17,9 +17,9 @@ from kdmesh.extension import resolve
 from kdmesh.types import FinishReason, Int32Array, Sample
 from kdmesh_trainer.data.chat import without_answers
 from kdmesh_trainer.data.prompts import QuestionOf
-from kdmesh_trainer.data.sides import Prompt
+from kdmesh_trainer.data.sides import Prompt, Question
 from kdmesh_trainer.questions.matchers import build_matcher, refuse_unfit_answers
-from kdmesh_trainer.questions.reader import Question, answers_in
+from kdmesh_trainer.questions.reader import answers_in
 from kdmesh_trainer.sections.judge_config import CustomJudge, FinishedJudge, JudgeConfig, MatchJudge
 from kdmesh_trainer.sections.questions_config import CustomMatch
 from kdmesh_trainer.sources.rollouts import Verdict

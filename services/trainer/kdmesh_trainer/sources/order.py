@@ -1,17 +1,20 @@
-"""Which sequences form each step, as a pure function of the step."""
+"""Which sequences, or which prompts, form each step, as a pure function of the step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.blend import Blended, BlendOrder
 from kdmesh_trainer.data.shuffles import shuffled
+from kdmesh_trainer.data.sides import Prompt
 
 # Added to the seed of a walk beside that of the prompts: a step shall not hold a prompt's samples and its answer too.
 _OTHER_WALK = 2**32
@@ -61,6 +64,48 @@ class AnswerOrder:
     def of_step(self, step: int) -> list[TokenSequence]:
         """The step's sequences, over all ranks; one may come twice where the dataset is small."""
         return [self._sequences[index] for index in self._order.of_step(step)]
+
+    def counts(self, step: int) -> Mapping[str, int]:
+        """As StepOrder."""
+        return self._order.counts(step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepPrompt(Prompt):
+    """A prompt of one step."""
+
+    seed: int  # sample i of it draws from seed + i
+
+
+class PromptOrder:
+    """Which prompts each step samples from, and where their draws start: a pure function of seed and step."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, per_step: int, seed: int) -> None:
+        """
+        Args:
+            prompts: the same on every rank; at least one.
+            per_step: over all ranks.
+        """
+        self._prompts = prompts
+        self._order = step_order(prompts, per_step=per_step, seed=seed)
+        self._seed = seed
+
+    def of_step(self, step: int) -> list[StepPrompt]:
+        """The step's prompts, over all ranks; one may come twice where the dataset is small."""
+        prompts = [self._prompts[index] for index in self._order.of_step(step)]
+        return [
+            StepPrompt(
+                token_ids=prompt.token_ids,
+                teacher_ids=prompt.teacher_ids,
+                teacher_name=prompt.teacher_name,
+                images=prompt.images,
+                teacher_images=prompt.teacher_images,
+                chat=prompt.chat,
+                question=prompt.question,
+                seed=seed_of("training", self._seed, step, place),
+            )
+            for place, prompt in enumerate(prompts)
+        ]
 
     def counts(self, step: int) -> Mapping[str, int]:
         """As StepOrder."""
