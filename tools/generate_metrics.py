@@ -12,8 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from kdmesh.auth.certificates import ServerCertificate
-from kdmesh.handles.ledger import SlotState
-from kdmesh.handles.reports import Counters, Snapshot
+from kdmesh.handles.reports import Counters, SlotState, Snapshot
 from kdmesh.serving.config import ListenConfig
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_state import JobState

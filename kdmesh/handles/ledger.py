@@ -27,24 +27,13 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from kdmesh.errors import HandleGone
 from kdmesh.handles.free_slots import FreeSlots
 from kdmesh.handles.key import Key
 from kdmesh.handles.limits import SlabLimits
-from kdmesh.handles.reports import Counters, SessionEnd, SessionState
+from kdmesh.handles.reports import Counters, SessionEnd, SessionState, SlotState
 from kdmesh.types import DType, Handle
-
-
-class SlotState(StrEnum):
-    """What a slot is doing."""
-
-    FREE = "free"
-    FILLING = "filling"  # an engine may write it
-    READY = "ready"  # published, waiting to be claimed
-    HELD = "held"  # somebody reads it, or has said that they will
-    ABANDONED = "abandoned"  # out of service: a holder without a session may still read it, or it is worn
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import StrEnum
 
-if TYPE_CHECKING:
-    from kdmesh.handles.ledger import SlotState
+
+class SlotState(StrEnum):
+    """What a slot is doing."""
+
+    FREE = "free"
+    FILLING = "filling"  # an engine may write it
+    READY = "ready"  # published, waiting to be claimed
+    HELD = "held"  # somebody reads it, or has said that they will
+    ABANDONED = "abandoned"  # out of service: a holder without a session may still read it, or it is worn
 
 
 @dataclass(slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from typing import Self
 from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.handles.broker import Broker
 from kdmesh.handles.key import Key
-from kdmesh.handles.ledger import Ledger, SlotState
+from kdmesh.handles.ledger import Ledger
 from kdmesh.handles.limits import SlabLimits
 from kdmesh.handles.memory import (
     Segment,
@@ -43,7 +43,7 @@ from kdmesh.handles.memory import (
     whole_pages,
 )
 from kdmesh.handles.renewal import Renewal
-from kdmesh.handles.reports import SessionEnd, Snapshot
+from kdmesh.handles.reports import SessionEnd, SlotState, Snapshot
 from kdmesh.handles.shared import Matrix, Shape, SharedSegments
 from kdmesh.types import DType, Handle
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdmesh.handles.ledger import SlotState
+from kdmesh.handles.reports import SlotState
 from kdmesh.handles.store import SlabStore
 from kdmesh.serving.fair_queue import FairQueue
 from kdmesh.serving.job_table import JobTable, Shortage
