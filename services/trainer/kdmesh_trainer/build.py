@@ -1,47 +1,33 @@
-"""Builds a run from its configuration: checks first, then what takes long."""
+"""Builds a run from its configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import assert_never
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from kdmesh.chats.chat_rows import TeacherColumns
 from kdmesh.errors import ConfigError, NotFinite
 from kdmesh.file_lock import claimed
-from kdmesh.losses import Divergence, SampledDivergence
 from kdmesh.models.fingerprint import model_fingerprint
-from kdmesh.models.image_reader import ImageReader
-from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh_trainer import config
-from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
-from kdmesh_trainer.builders.context import refuse_unfit_student
+from kdmesh_trainer.builders.checked import Checked, check
 from kdmesh_trainer.builders.data import Data, read_data
-from kdmesh_trainer.builders.evaluation import build_evaluator, build_examiner, digest_of_judge, read_questions_of
-from kdmesh_trainer.builders.objective import build_algorithm, build_objective, build_optimizer, resolve_divergence
+from kdmesh_trainer.builders.evaluation import build_evaluator, build_examiner, digest_of_judge
+from kdmesh_trainer.builders.objective import build_algorithm, build_objective, build_optimizer
 from kdmesh_trainer.builders.on_policy import Task, build_source
 from kdmesh_trainer.builders.rollouts import Rollouts, open_rollouts
-from kdmesh_trainer.builders.student import check_speed, is_varlen, load_student, spread
-from kdmesh_trainer.builders.student_length import refuse_short_student, warn_of_new_positions
+from kdmesh_trainer.builders.student import is_varlen, load_student, spread
+from kdmesh_trainer.builders.student_length import warn_of_new_positions
 from kdmesh_trainer.builders.teacher import build_copy, build_publisher
 from kdmesh_trainer.builders.teachers import Teachers, open_teachers
-from kdmesh_trainer.builders.vision import build_packer, expansion_of, load_reader
-from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.data.readers import Reader, open_dataset
-from kdmesh_trainer.data.recipe import Encoder, EncoderRecipe
-from kdmesh_trainer.data.token_cache import TokenCache
-from kdmesh_trainer.data.tokenizer import TeacherTokens, vocabulary_size
-from kdmesh_trainer.data.training_data import TrainingData
+from kdmesh_trainer.builders.vision import build_packer
 from kdmesh_trainer.devices import ScoringPublisher
 from kdmesh_trainer.loop import Exporter, Parts, Publisher, Schedule
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.reporting.profiler import NoProfiler, TraceWriter
 from kdmesh_trainer.reporting.telemetry import open_telemetry
 from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
@@ -49,41 +35,20 @@ from kdmesh_trainer.saving.export import HuggingFaceExporter
 from kdmesh_trainer.saving.export_adapter import AdapterExporter
 from kdmesh_trainer.saving.snapshots import ModelSnapshots
 from kdmesh_trainer.saving.start_record import record_start
-from kdmesh_trainer.sections.data_config import TeacherMessages
 from kdmesh_trainer.sections.objective_config import Distill, Sft
 from kdmesh_trainer.sections.saved_config import configured_identity, refuse_other_configuration, refuse_other_output
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.context_rows import ContextRows
-from kdmesh_trainer.sources.judge import Opinion, question_of, resolve_judge
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.sft import SftSource
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
-from kdmesh_trainer.student.freezing import check_freeze, freeze, rest_in_bfloat16
-from kdmesh_trainer.student.lora import add_adapter, check_base
+from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16
+from kdmesh_trainer.student.lora import add_adapter
 from kdmesh_trainer.student.model import Student
 from kdmesh_trainer.teacher_copy import TeacherCopy
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """What is found without a teacher, and without reading a dataset, but for questions, or a weight."""
-
-    tokenizer: PreTrainedTokenizerFast  # with the chat template that is trained with
-    tokenizer_fingerprint: str
-    vocabulary_size: int  # real tokens of the student's tokenizer
-    teacher_tokens: TeacherTokens
-    encoder: Encoder
-    judge_encoder: Encoder  # of held-out data
-    image_reader: ImageReader | None  # None: the student reads text alone
-    train: TrainingData
-    held_out: Mapping[str, Reader]  # by name; that of the only one is empty; no entry: nothing is judged on data
-    exam: Exam | None  # None: no questions are asked
-    opinion: Opinion | None  # None: nobody judges samples
-    divergence: Divergence | SampledDivergence | None  # None: the objective has none
-    build_algorithm: BuildAlgorithm | None  # None: the objective has none
 
 
 @contextmanager
@@ -207,68 +172,6 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         except NotFinite:  # on every rank
             mesh.on_first(telemetry.report_not_finite)
             raise
-
-
-def check(cfg: config.TrainerConfig) -> Checked:
-    """Everything but weights and services. Raises ConfigError when a part of it cannot be used."""
-    refuse_unfit_student(cfg)
-    recipe = EncoderRecipe(
-        student=cfg.student.model,
-        data=cfg.data,
-        takes_chunks=isinstance(cfg.objective, Distill) and cfg.objective.compares_chunks,
-    )
-    tokenizer = recipe.tokenizer()
-    check_speed(cfg)
-    reader = load_reader(cfg)
-    refuse_short_student(cfg)
-    check_freeze(cfg.student.freeze, cfg.student.model)
-    check_base(cfg.student.lora, cfg.student.model)
-    encoder = recipe.encoder(tokenizer, reader)
-    context = cfg.data.teacher_context
-    columns = TeacherColumns(
-        messages=context.column if isinstance(context, TeacherMessages) else None,
-        name=cfg.data.teacher_column,
-        known_names=tuple(cfg.teachers),
-    )
-    needs_boundaries = isinstance(cfg.objective, Distill) and cfg.objective.needs_boundaries
-    read = partial(open_dataset, teacher=columns, images=None if reader is None else cfg.data.images)
-    fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
-    judge = cfg.source.judge if isinstance(cfg.source, config.OnPolicy) else None
-    read_whole = partial(read, keeps_rows=judge is not None and question_of(judge) is not None)
-    train = TrainingData(cfg.data, encoder, _token_cache(cfg, recipe, encoder, tokenizer, reader), read_whole)
-    return Checked(
-        tokenizer=tokenizer,
-        tokenizer_fingerprint=fingerprint,
-        vocabulary_size=size,
-        teacher_tokens=encoder.teacher_tokens(with_boundaries=needs_boundaries)
-        if isinstance(encoder, OtherTokenizerEncoder)
-        else TeacherTokens(fingerprint=fingerprint, size=size, shared=None, image_expansion=expansion_of(reader)),
-        encoder=encoder,
-        judge_encoder=encoder.of_single_tokens() if isinstance(encoder, OtherTokenizerEncoder) else encoder,
-        image_reader=reader,
-        train=train,
-        held_out=train.held_out() | {name: read(dataset) for name, dataset in cfg.data.held_out_datasets.items()},
-        exam=read_questions_of(cfg, tokenizer, reader),
-        opinion=None if judge is None else resolve_judge(judge),
-        divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
-        build_algorithm=resolve_algorithm(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else None,
-    )
-
-
-def _token_cache(
-    cfg: config.TrainerConfig,
-    recipe: EncoderRecipe,
-    encoder: Encoder,
-    tokenizer: PreTrainedTokenizerFast,
-    reader: ImageReader | None,
-) -> TokenCache | None:
-    if cfg.data.token_cache is None:
-        return None
-    if reader is not None:
-        raise ConfigError(
-            f"data.token_cache keeps token ids alone, and {cfg.student.model} reads images: leave data.token_cache out"
-        )
-    return TokenCache(cfg.data.token_cache, recipe, encoder, recipe.ingredients(tokenizer))
 
 
 def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: Data, teachers: Teachers | None) -> dict[str, str]:

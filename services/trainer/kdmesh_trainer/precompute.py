@@ -15,7 +15,7 @@ from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
-from kdmesh_trainer.build import Checked, check
+from kdmesh_trainer.builders.checked import Checked, check
 from kdmesh_trainer.builders.data import read_held_out
 from kdmesh_trainer.data.sides import Addressed, teacher_side
 from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
+from kdmesh_trainer.builders.checked import Checked
 from kdmesh_trainer.builders.on_policy import Task, prompt_policy, read_task
 from kdmesh_trainer.builders.teachers import Teachers
 from kdmesh_trainer.data.blend import blend_identity, digest_key, parts_of
@@ -19,9 +20,6 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sources.judge import question_of
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.build import Checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

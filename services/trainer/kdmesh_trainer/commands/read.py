@@ -22,7 +22,7 @@ def main() -> int:
 
 def _read(cfg: TrainerConfig, _: argparse.Namespace) -> int:
     log.configure("trainer")
-    from kdmesh_trainer.build import check  # not at the top: a bad configuration must not wait for torch
+    from kdmesh_trainer.builders.checked import check  # not at the top: a bad configuration must not wait for torch
     from kdmesh_trainer.builders.data import read_alone, read_held_out
 
     checked = check(cfg)

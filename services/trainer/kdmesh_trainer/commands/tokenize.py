@@ -25,7 +25,7 @@ def _make(cfg: TrainerConfig, _: argparse.Namespace) -> int:
     log.configure("tokenize")
     if cfg.data.token_cache is None:
         raise ConfigError("there is no data.token_cache, so the trainer keeps token ids in memory")
-    from kdmesh_trainer.build import check  # not at the top: a bad configuration must not wait for torch
+    from kdmesh_trainer.builders.checked import check  # not at the top: a bad configuration must not wait for torch
     from kdmesh_trainer.builders.data import read_alone
 
     read_alone(cfg, check(cfg).train)
