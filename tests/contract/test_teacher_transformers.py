@@ -25,6 +25,7 @@ from kdmesh.types import EVERY_TAG, TokenSequence
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh_teacher.build import build_engine
 from kdmesh_teacher.config import TeacherConfig
+from tests.support.relative_error import relative_error
 from tests.support.sequences import random_sequences
 from tests.support.teacher_server import served
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
@@ -65,10 +66,6 @@ def hugging_face(path: Path, sequences: Sequence[TokenSequence]) -> tuple[Tensor
             hidden.append(out.hidden_states[-1][0][positions_R])
             logits.append(out.logits[0][positions_R])
     return torch.cat(hidden), torch.cat(logits)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("door", ["shm", "stream"])

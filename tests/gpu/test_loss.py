@@ -35,11 +35,11 @@ from tests.support.loss_cases import (
     call,
     expected,
     heads,
-    relative_error,
     run,
     tensors,
 )
 from tests.support.mixture_cases import Further
+from tests.support.relative_error import relative_error
 from tests.support.textbook_losses import Transform
 
 pytestmark = pytest.mark.gpu

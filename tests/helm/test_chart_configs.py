@@ -19,7 +19,7 @@ from kdmesh.serving.job_file import JobFile
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig, TeacherJobTerms
 from kdmesh_teacher.sglang_config import SglangEngine
-from tests.support.rendered_chart import Manifest, of_kind, pods, rendered
+from tests.support.rendered_chart import Manifest, ci_values, of_kind, pods, rendered
 from tools.helm_chart import render
 
 # What Kubernetes, or LeaderWorkerSet, puts into the pod.
@@ -84,7 +84,7 @@ def test_services_take_the_terms_of_jobs_that_are_rendered(values: Path, tmp_pat
 
 
 def test_nodes_of_a_group_know_their_place(tmp_path: Path) -> None:
-    values = render.CHART / "ci" / "several-nodes-values.yaml"
+    values = ci_values("several-nodes")
     for loaded, _ in _loaded(rendered(values), tmp_path):
         assert isinstance(loaded, TeacherConfig) and isinstance(loaded.engine, SglangEngine)
         assert (loaded.engine.num_nodes, loaded.engine.node_rank) == (2, 1)
@@ -94,7 +94,7 @@ def test_nodes_of_a_group_know_their_place(tmp_path: Path) -> None:
 
 
 def test_large_numbers_stay_whole_numbers(tmp_path: Path) -> None:
-    values = render.CHART / "ci" / "several-nodes-values.yaml"
+    values = ci_values("several-nodes")
     (loaded, _), *_ = _loaded(rendered(values), tmp_path)
     assert isinstance(loaded, TeacherConfig)
     assert loaded.queue.max_tokens == 8_000_000

@@ -15,7 +15,7 @@ import yaml
 from kdmesh.cluster.kinds import KINDS
 from kdmesh.cluster.pods import LABELS
 from kdmesh.commands.cli import main as cli
-from tests.support.rendered_chart import Manifest, containers, of_kind, pods, rendered, rendered_with
+from tests.support.rendered_chart import Manifest, ci_values, containers, of_kind, pods, rendered, rendered_with
 from tools.helm_chart import render
 
 VALUES = render.values_files()
@@ -40,8 +40,8 @@ def test_pods_are_ordinary_users_without_privileges(values: Path) -> None:
 
 
 def test_an_image_with_a_digest_is_taken_by_it_wherever_it_runs() -> None:
-    pinned = yaml.safe_load((render.CHART / "ci" / "rollouts-values.yaml").read_text("utf-8"))["images"]
-    for where, pod in pods(rendered(_values("rollouts"))):
+    pinned = yaml.safe_load(ci_values("rollouts").read_text("utf-8"))["images"]
+    for where, pod in pods(rendered(ci_values("rollouts"))):
         (name,) = [name for name in ("teacher", "rollout") if name in where.partition("/")[2]]
         wanted = f"registry.example/kdmesh/{name}:1.2.3@{pinned[name]['digest']}"
         assert {container["image"] for container in containers(pod)} == {wanted}
@@ -119,7 +119,7 @@ def test_selectors_find_exactly_the_pods_that_they_are_for(values: Path) -> None
 
 
 def test_pods_that_only_compute_are_in_the_budget_and_the_policy_of_their_group() -> None:
-    manifests = rendered(_values("several-nodes"))
+    manifests = rendered(ci_values("several-nodes"))
     (worker,) = [pod for where, pod in pods(manifests) if where.endswith("workerTemplate")]
     (policy,), (budget,) = of_kind(manifests, "NetworkPolicy"), of_kind(manifests, "PodDisruptionBudget")
     assert _selects(policy["spec"]["podSelector"], worker["metadata"]["labels"])
@@ -144,10 +144,10 @@ def test_policies_deny_what_they_do_not_list() -> None:
 
 
 def test_jobs_that_are_submitted_are_let_in_and_run_as_the_user_that_memory_is_shared_with() -> None:
-    (policy,) = of_kind(rendered(_values("anonymous-cpu")), "NetworkPolicy")
+    (policy,) = of_kind(rendered(ci_values("anonymous-cpu")), "NetworkPolicy")
     clients, *_ = policy["spec"]["ingress"]
     assert _selects(clients["from"][0]["podSelector"], LABELS)
-    (_, teacher), *_ = pods(rendered(_values("anonymous-cpu")))
+    (_, teacher), *_ = pods(rendered(ci_values("anonymous-cpu")))
     (user,) = [option.default for option in cli.commands["submit"].params if option.name == "user"]
     assert teacher["spec"]["securityContext"]["runAsUser"] == user
 
@@ -193,7 +193,7 @@ def test_a_query_of_ones_own_reaches_keda_as_it_is(query: str) -> None:
 
 
 def test_who_may_submit_may_do_so_with_every_kind_of_object_that_a_job_has() -> None:
-    roles = {one["metadata"]["name"]: one["rules"] for one in of_kind(rendered(_values("several-nodes")), "Role")}
+    roles = {one["metadata"]["name"]: one["rules"] for one in of_kind(rendered(ci_values("several-nodes")), "Role")}
     allowed = {
         (group, resource)
         for rule in roles["qwen-submitter"]
@@ -214,7 +214,7 @@ def test_private_groups_open_every_port_to_clients_and_nobody_else() -> None:
 
 def test_by_default_a_teacher_needs_nothing_that_restricted_pod_security_forbids() -> None:
     for values in ("anonymous-cpu", "shared-node"):
-        for _, pod in pods(rendered(_values(values))):
+        for _, pod in pods(rendered(ci_values(values))):
             allowed = {"configMap", "secret", "emptyDir", "persistentVolumeClaim"}
             for volume in pod["spec"].get("volumes", ()):
                 assert volume.keys() - {"name"} <= allowed
@@ -235,8 +235,8 @@ def test_a_queue_is_named_on_the_object_where_kueue_looks_for_it(values: str, ki
 
 
 def test_replicas_are_left_to_what_scales_them() -> None:
-    (group,) = of_kind(rendered(_values("several-nodes")), "LeaderWorkerSet")
-    (scaled,) = of_kind(rendered(_values("several-nodes")), "ScaledObject")
+    (group,) = of_kind(rendered(ci_values("several-nodes")), "LeaderWorkerSet")
+    (scaled,) = of_kind(rendered(ci_values("several-nodes")), "ScaledObject")
     assert "replicas" not in group["spec"]
     assert scaled["spec"]["scaleTargetRef"] == {
         "apiVersion": group["apiVersion"],
@@ -248,7 +248,7 @@ def test_replicas_are_left_to_what_scales_them() -> None:
 
 
 def test_what_scales_shows_a_prometheus_that_asks_a_token_of_a_secret() -> None:
-    manifests = rendered(_values("several-nodes"))
+    manifests = rendered(ci_values("several-nodes"))
     (scaled,), (shown,) = of_kind(manifests, "ScaledObject"), of_kind(manifests, "TriggerAuthentication")
     (trigger,) = scaled["spec"]["triggers"]
     assert trigger["authenticationRef"] == {"name": shown["metadata"]["name"]}
@@ -267,8 +267,8 @@ def test_what_scales_asks_for_a_metric_that_the_servers_have() -> None:
     from kdmesh_rollout import metrics as rollout_metrics
     from kdmesh_teacher import metrics as teacher_metrics
 
-    (scaled,) = of_kind(rendered(_values("several-nodes")), "ScaledObject")
-    (scaler,) = of_kind(rendered(_values("drills")), "HorizontalPodAutoscaler")
+    (scaled,) = of_kind(rendered(ci_values("several-nodes")), "ScaledObject")
+    (scaler,) = of_kind(rendered(ci_values("drills")), "HorizontalPodAutoscaler")
     (teacher,) = re.findall(r"kdmesh_teacher_(\w+)", scaled["spec"]["triggers"][0]["metadata"]["query"])
     (rollout,) = re.findall(r"kdmesh_rollout_(\w+)", scaler["spec"]["metrics"][0]["pods"]["metric"]["name"])
     assert f'"{teacher}"' in Path(teacher_metrics.__file__).read_text("utf-8")
@@ -276,7 +276,7 @@ def test_what_scales_asks_for_a_metric_that_the_servers_have() -> None:
 
 
 def test_fetched_models_stay_when_the_release_goes() -> None:
-    (claim,) = of_kind(rendered(_values("several-nodes")), "PersistentVolumeClaim")
+    (claim,) = of_kind(rendered(ci_values("several-nodes")), "PersistentVolumeClaim")
     assert claim["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
 
 
@@ -303,7 +303,3 @@ def _facts(selector: dict[str, Any], labels: dict[str, str]) -> Iterator[bool]:
     for expression in selector.get("matchExpressions", ()):
         assert expression["operator"] == "In"
         yield labels.get(expression["key"]) in expression["values"]
-
-
-def _values(name: str) -> Path:
-    return render.CHART / "ci" / f"{name}-values.yaml"

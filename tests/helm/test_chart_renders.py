@@ -10,7 +10,7 @@ import yaml
 
 from tests.support.cluster_schemas import CRDS, CUSTOM, problems
 from tests.support.operator_models import MODELS, understood
-from tests.support.rendered_chart import of_kind, pods, rendered, rendered_text, rendered_with
+from tests.support.rendered_chart import ci_values, of_kind, pods, rendered, rendered_text, rendered_with
 from tools.helm_chart import render
 
 VALUES = render.values_files()
@@ -53,7 +53,7 @@ def test_kubernetes_knows_every_key(values: Path, version: str) -> None:
 
 @every_version
 def test_kubernetes_knows_every_key_of_the_pods_of_other_projects_kinds(version: str) -> None:
-    groups = of_kind(rendered(_values("several-nodes"), version), "LeaderWorkerSet")
+    groups = of_kind(rendered(ci_values("several-nodes"), version), "LeaderWorkerSet")
     found = list(pods(tuple(groups)))
     assert [where.rpartition("/")[2] for where, _ in found] == ["leaderTemplate", "workerTemplate"]
     for _, pod in found:
@@ -61,7 +61,7 @@ def test_kubernetes_knows_every_key_of_the_pods_of_other_projects_kinds(version:
 
 
 def test_a_group_of_pods_finds_its_leader_before_that_is_ready() -> None:
-    manifests = rendered(_values("several-nodes"))
+    manifests = rendered(ci_values("several-nodes"))
     (group,) = of_kind(manifests, "LeaderWorkerSet")
     assert group["spec"]["networkConfig"] == {"subdomainPolicy": "UniquePerReplica"}
     # LeaderWorkerSet makes a Service of each group's name, unless there is one: ours would hide who is not ready.
@@ -92,15 +92,15 @@ def test_objects_of_other_projects_fit_their_definitions(values: Path) -> None:
 
 @needs_definitions
 def test_the_definitions_refuse_what_their_projects_refuse() -> None:
-    (scaled,) = of_kind(rendered(_values("several-nodes")), "ScaledObject")
+    (scaled,) = of_kind(rendered(ci_values("several-nodes")), "ScaledObject")
     assert problems(scaled | {"spec": scaled["spec"] | {"minReplicaCount": 9}}) == [
         "spec: minReplicaCount must be less than or equal to maxReplicaCount"
     ]
-    (certificate,) = of_kind(rendered(_values("several-nodes")), "Certificate")
+    (certificate,) = of_kind(rendered(ci_values("several-nodes")), "Certificate")
     assert "duratoin" not in understood(certificate | {"spec": certificate["spec"] | {"duratoin": "1h"}})["spec"]
-    (shown,) = of_kind(rendered(_values("several-nodes")), "TriggerAuthentication")
+    (shown,) = of_kind(rendered(ci_values("several-nodes")), "TriggerAuthentication")
     assert "secretTargetRefs" not in understood(shown | {"spec": {"secretTargetRefs": []}})["spec"]
-    (group,) = of_kind(rendered(_values("several-nodes")), "LeaderWorkerSet")
+    (group,) = of_kind(rendered(ci_values("several-nodes")), "LeaderWorkerSet")
     assert "'Leader' is not one of" in problems(group | {"spec": group["spec"] | {"startupPolicy": "Leader"}})[0]
     assert "'nodes' was unexpected" in problems(group | {"spec": group["spec"] | {"nodes": 2}})[0]
 
@@ -114,7 +114,7 @@ def test_every_object_is_in_the_release_s_namespace_and_has_its_labels() -> None
 
 
 def test_rules_and_dashboards_are_the_chart_s_files() -> None:
-    manifests = rendered(_values("several-nodes"))
+    manifests = rendered(ci_values("several-nodes"))
     rules = [yaml.safe_load(path.read_text("utf-8")) for path in sorted((render.CHART / "files/rules").glob("*.yaml"))]
     assert [one["spec"] for one in of_kind(manifests, "PrometheusRule")] == rules
     shown = [
@@ -126,7 +126,3 @@ def test_rules_and_dashboards_are_the_chart_s_files() -> None:
     assert shown == [
         json.loads(path.read_text("utf-8")) for path in sorted((render.CHART / "files/dashboards").glob("*"))
     ]
-
-
-def _values(name: str) -> Path:
-    return render.CHART / "ci" / f"{name}-values.yaml"

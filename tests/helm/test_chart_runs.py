@@ -20,9 +20,8 @@ import httpx
 
 from tests.support.certificates import CertificateAuthority
 from tests.support.chart_pods import here, mount, running
-from tests.support.rendered_chart import Manifest, containers, pods, rendered, rendered_with
+from tests.support.rendered_chart import Manifest, ci_values, containers, pods, rendered, rendered_with
 from tests.support.teacher_process import wait_event
-from tools.helm_chart import render
 
 _GUARDED = (
     "auth.allowAnonymous=false",
@@ -107,7 +106,7 @@ def _ask(pod: Manifest, root: Path, *places: str) -> subprocess.CompletedProcess
 
 def _fetch(root: Path, hub: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Run what fetches the model of a pod; where to, and how that ended."""
-    (pod,) = [pod for where, pod in pods(rendered(_values("several-nodes"))) if where.endswith("leaderTemplate")]
+    (pod,) = [pod for where, pod in pods(rendered(ci_values("several-nodes"))) if where.endswith("leaderTemplate")]
     (container,) = [one for one in containers(pod) if one["name"] == "fetch-model"]
     fixed = {one["name"]: here(one["value"], root) for one in container["env"] if "value" in one}
     environment = {**os.environ, **fixed, "HOME": str(root), "HF_ENDPOINT": hub, "HF_TOKEN": "hf_of_the_secret"}
@@ -164,7 +163,3 @@ def _hub(
         yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
         thread.join()
-
-
-def _values(name: str) -> Path:
-    return render.CHART / "ci" / f"{name}-values.yaml"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
-from tests.support.rendered_chart import refusal, rendered_with
+from tests.support.rendered_chart import ci_values, refusal, rendered_with
 from tools import generate_helm
 from tools.helm_chart import render
 from tools.helm_chart.values import Values
@@ -155,7 +154,7 @@ def test_the_chart_is_of_the_version_of_the_project() -> None:
 
 
 def test_a_cluster_that_is_too_old_is_refused() -> None:
-    done = render.template("helm4", "--values", str(_ci("anonymous-cpu")), kube_version="1.26")
+    done = render.template("helm4", "--values", str(ci_values("anonymous-cpu")), kube_version="1.26")
     assert "chart requires kubeVersion: >=1.27" in done.stderr
 
 
@@ -164,7 +163,3 @@ def _models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     for field in model.model_fields.values():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _models(field.annotation)
-
-
-def _ci(name: str) -> Path:
-    return render.CHART / "ci" / f"{name}-values.yaml"

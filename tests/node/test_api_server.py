@@ -18,7 +18,7 @@ from kdmesh.cluster.kinds import ENDPOINT_SLICE, JOB, KINDS, POD, Kind
 from kdmesh.commands import cli
 from tests.node.api_server import NAMESPACE, PERSON, ApiServer, lost, older
 from tests.support.cluster_schemas import CRDS
-from tests.support.rendered_chart import of_kind, rendered
+from tests.support.rendered_chart import ci_values, of_kind, rendered
 from tests.system.processes import Processes
 from tools.helm_chart import render
 
@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
         running.send({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
         for name in DEFINITIONS:
             running.define(yaml.load((CRDS / name).read_text("utf-8"), Loader=yaml.CSafeLoader))
-        for manifest in rendered(_ci("several-nodes"), "1.27"):
+        for manifest in rendered(ci_values("several-nodes"), "1.27"):
             if manifest["kind"] in ("Role", "RoleBinding", "ServiceAccount"):
                 running.send(manifest)
         yield running
@@ -79,7 +79,7 @@ def test_it_takes_all_of_the_chart_s_objects_and_keeps_what_they_say(server: Api
     tried = 0
     for manifest in rendered(values, "1.27"):
         sent = older(manifest)
-        if sent["kind"] in ("Role", "RoleBinding", "ServiceAccount") and values == _ci("several-nodes"):
+        if sent["kind"] in ("Role", "RoleBinding", "ServiceAccount") and values == ci_values("several-nodes"):
             continue  # they are there already
         if not server.knows(sent):
             assert sent["kind"] in _ELSEWHERE
@@ -91,7 +91,7 @@ def test_it_takes_all_of_the_chart_s_objects_and_keeps_what_they_say(server: Api
 
 
 def test_it_refuses_what_no_schema_finds(server: ApiServer) -> None:
-    (found,) = of_kind(rendered(_ci("rollouts"), "1.27"), "Deployment")
+    (found,) = of_kind(rendered(ci_values("rollouts"), "1.27"), "Deployment")
     deployment = copy.deepcopy(found)
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     container["volumeMounts"][0]["name"] = "nowhere"
@@ -150,7 +150,3 @@ def test_a_watch_goes_on_from_a_list_and_misses_nothing(person: Cluster) -> None
         if change.kind == "DELETED":
             break
     assert changes[0] == "ADDED" and set(changes[1:-1]) <= {"MODIFIED"} and len(changes) >= 3
-
-
-def _ci(name: str) -> Path:
-    return render.CHART / "ci" / f"{name}-values.yaml"

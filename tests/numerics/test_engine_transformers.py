@@ -20,6 +20,7 @@ from kdmesh.types import DType, TokenSequence
 from kdmesh_teacher import config, transformers_engine
 from kdmesh_teacher.engine import PrefillJob
 from kdmesh_teacher.transformers_engine import TransformersEngine
+from tests.support.relative_error import relative_error
 from tests.support.sequences import random_sequences
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 
@@ -62,10 +63,6 @@ def expected_rows(path: Path, group: Sequence[TokenSequence], attention: str = "
                 for s in group
             ]
         )
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("row_tokens", [1, 70, 2048])

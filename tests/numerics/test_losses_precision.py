@@ -12,7 +12,8 @@ from kdmesh.losses import OutputHead, build_divergence, fused_linear_divergence,
 from kdmesh.losses.matmul import hidden_gradient_into, logits_into, scaled, weight_gradient_into
 from kdmesh.losses.workspace import Workspace
 from tests.support import textbook_losses as textbook
-from tests.support.loss_cases import PARAMS, SMOOTH, Case, expected, relative_error, run, tensors
+from tests.support.loss_cases import PARAMS, SMOOTH, Case, expected, run, tensors
+from tests.support.relative_error import relative_error
 
 
 def near_teacher(distance: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

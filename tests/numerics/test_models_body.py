@@ -22,6 +22,7 @@ from kdmesh.models.attention_sinks import WITH_SINKS
 from kdmesh.models.body import empty_causal_lm, hidden_states_TD, load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
+from tests.support.relative_error import relative_error
 from tests.support.sequences import random_sequences
 from tests.support.tiny_models import FAMILIES, HYBRID_MIXTURES, HYBRIDS, MIXTURES, VOCABULARY_SIZE, TinyModels
 
@@ -41,10 +42,6 @@ def last_hidden_states_TD(model: PreTrainedModel, sequence: TokenSequence) -> Te
     """What transformers itself reports, with nothing of ours in the way."""
     ids = torch.from_numpy(sequence.token_ids).long()[None]
     return model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,6 +21,7 @@ from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.decoding import prepare_decoding
 from kdmesh.models.packing import pack
 from tests.support.four_bit_experts import in_four_bits
+from tests.support.relative_error import relative_error
 from tests.support.sequences import random_sequences
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
 
@@ -52,10 +53,6 @@ def own(attend: Callable[..., Any], inputs: tuple[Tensor, ...], window: int | No
 def packed(inputs: tuple[Tensor, ...], window: int | None) -> Tensor:
     told = {"scaling": 0.3, "s_aux": inputs[3], "sliding_window": window, "packed_lengths": LENGTHS}
     return packed_attention(nn.Identity(), *inputs[:3], None, **told)[0]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
 # Granite's own rounds the softmax and what the sinks leave to float32.

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.rpc.weight_services import TEACHERS
 from tests.support.reference_logprobs import student
 from tests.support.reference_vision import hugging_face_vision_rows
+from tests.support.relative_error import relative_error
 from tests.support.sglang_teachers import CHUNK_TOKENS, metric, sglang_teacher
 from tests.support.sglang_weights import publish
 from tests.support.teacher_process import TeacherProcess
@@ -37,10 +37,6 @@ def teacher(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
 def pool(teacher: TeacherProcess) -> Iterator[TeacherPool]:
     with TeacherPool([teacher.grpc], job="test", door="shm", deadline_s=60) as opened:
         yield opened
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def test_rows_of_texts_and_images_together_equal_hugging_face(pool: TeacherPool, model: Path) -> None:

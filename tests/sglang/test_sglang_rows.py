@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.types import TokenSequence
 from tests.support.reference_rows import hugging_face_rows
+from tests.support.relative_error import relative_error
 from tests.support.sequences import random_sequences
 from tests.support.sglang_teachers import CHUNK_TOKENS, metric, sglang_environment, sglang_teacher
 from tests.support.teacher_process import TeacherProcess
@@ -54,10 +55,6 @@ def rows(pool: TeacherPool, asked: Sequence[TokenSequence]) -> Tensor:
 
 def all_positions(ids: np.ndarray, first: int = 0) -> TokenSequence:
     return TokenSequence(token_ids=ids, positions=np.arange(first, len(ids) - 1, dtype=np.int32))
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def cached(teacher: TeacherProcess) -> float:

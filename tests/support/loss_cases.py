@@ -265,9 +265,3 @@ def assert_same(actual: Outcome, reference: Outcome, *, tolerance: float) -> Non
     close(actual.cross_entropy_R, reference.cross_entropy_R)
     for mine, theirs in zip(actual.gradients, reference.gradients, strict=True):
         close(mine, theirs)
-
-
-def relative_error(actual: Tensor, reference: Tensor) -> float:
-    """Of the whole tensor; 0 where both are 0."""
-    norm = reference.double().norm()
-    return 0.0 if norm == 0 and actual.norm() == 0 else ((actual.double() - reference.double()).norm() / norm).item()

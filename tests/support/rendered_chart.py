@@ -14,6 +14,11 @@ from tools.helm_chart import render
 Manifest = dict[str, Any]
 
 
+def ci_values(name: str) -> Path:
+    """The file of the values that the chart is tried with, under this name."""
+    return render.CHART / "ci" / f"{name}-values.yaml"
+
+
 @cache
 def rendered_text(values: Path, kube_version: str = "1.34", helm: render.Helm = "helm4") -> str:
     """What helm prints for one of the ci values."""
@@ -32,7 +37,7 @@ def rendered(values: Path, kube_version: str = "1.34") -> tuple[Manifest, ...]:
 def rendered_with(*settings: str, values: str = "anonymous-cpu") -> tuple[Manifest, ...]:
     """The objects of ci values with some of them set otherwise."""
     more = [part for setting in settings for part in ("--set-json", setting)]
-    done = render.template("helm4", "--values", str(render.CHART / "ci" / f"{values}-values.yaml"), *more)
+    done = render.template("helm4", "--values", str(ci_values(values)), *more)
     assert done.returncode == 0, done.stderr
     return tuple(one for one in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if one)
 
@@ -40,7 +45,7 @@ def rendered_with(*settings: str, values: str = "anonymous-cpu") -> tuple[Manife
 def refusal(*settings: str, values: str = "anonymous-cpu") -> str:
     """What helm says when it refuses ci values with some of them set otherwise."""
     more = [part for setting in settings for part in ("--set-json", setting)]
-    done = render.template("helm4", "--values", str(render.CHART / "ci" / f"{values}-values.yaml"), *more)
+    done = render.template("helm4", "--values", str(ci_values(values)), *more)
     assert done.returncode != 0, f"helm took {settings}"
     return done.stderr
 
