@@ -38,4 +38,5 @@ def make(plan: Plan, into: Path) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(origin, unfinished)
             unfinished.rename(into / name)
+        stage.live.say(f"made {into / TEACHER}, {into / STUDENT} and {into / DATA}")
     shutil.rmtree(into / "making")

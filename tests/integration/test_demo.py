@@ -115,10 +115,11 @@ def test_this_machines_library_is_large_enough() -> None:
 
 def test_models_and_chats_are_made_for_jobs_of_ones_own_and_kept(tmp_path: Path) -> None:
     into, written = tmp_path / "models", []
-    for _ in range(2):
+    for says in (f"made {into / 'teacher'}, {into / 'student'} and {into / 'data'}", "is there already"):
         process = start(tmp_path, "--make", str(into))
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
+        assert says in stderr
         assert sorted(path.name for path in into.iterdir()) == ["data", "student", "teacher"]
         files = ("data/train.jsonl", "teacher/tokenizer.json", "student/model.safetensors")
         written.append([(into / file).stat().st_mtime_ns for file in files])
