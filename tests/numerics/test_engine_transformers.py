@@ -171,6 +171,12 @@ def test_the_description_says_what_was_loaded(tiny_models: TinyModels) -> None:
     assert not made.is_deterministic
 
 
+def test_weights_that_no_message_carries_are_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_models.path(), dtype=torch.float64).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"has weights of torch\.float64; set engine\.dtype to float32 or bfloat16"):
+        engine(tmp_path)
+
+
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,

@@ -8,21 +8,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdmesh.errors import ConfigError, Unavailable
+from kdmesh.errors import Unavailable
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.workspace import Workspace
-from kdmesh.models.body import load_causal_lm
 from kdmesh.models.decoding import Decoder, prepare_decoding
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
-from kdmesh.models.image_reader import ImageReader, load_image_reader
-from kdmesh.models.placement import DTYPES, device, torch_dtype
+from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.placement import DTYPES
 from kdmesh.models.positions import safe_limit
 from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
+from kdmesh.models.served import load_served
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.models.verify import check_images
-from kdmesh.processor import warn_if_slow
 from kdmesh.sampling.drawing import draw
 from kdmesh.sampling.growing import GrowingSample
 from kdmesh.sampling.logits import sampling_logits
@@ -73,17 +71,9 @@ class TransformersEngine(StagesInWeights):
     def load(self) -> EngineDescription:
         """Read the model and its tokenizer; sets this process's number of torch threads when one is configured."""
         config = self._config
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        self._model = load_causal_lm(config.model, torch_dtype(config.dtype), device(config.device))
-        if self._model.dtype not in DTYPES:
-            raise ConfigError(
-                f"{config.model} has weights of {self._model.dtype}; set engine.dtype to float32 or bfloat16"
-            )
-        warn_if_slow(self._model.dtype, self._model.device, key="engine.dtype")
-        self._reader = load_image_reader(config.model, self._model.config)
-        if self._reader is not None:
-            check_images(self._model, self._reader)
+        self._model, self._reader = load_served(
+            config.model, dtype=config.dtype, on=config.device, threads=config.threads
+        )
         prepare_decoding(self._model)
         self._tokenizer = load_tokenizer(config.model)
         self._weights = ReplaceableWeights(self._model)

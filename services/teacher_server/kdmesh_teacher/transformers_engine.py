@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdmesh.errors import ConfigError
 from kdmesh.models.attention import varlen_refusal
-from kdmesh.models.body import hidden_states_TD, load_causal_lm
+from kdmesh.models.body import hidden_states_TD
 from kdmesh.models.fingerprint import architecture_fingerprint, model_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.image_packing import Packer
-from kdmesh.models.image_reader import ImageReader, load_image_reader
-from kdmesh.models.placement import DTYPES, device, torch_dtype
+from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.placement import DTYPES
 from kdmesh.models.positions import safe_limit, stated_limit
 from kdmesh.models.replaceable import ReplaceableWeights
 from kdmesh.models.resting_weights import RestingWeights, give_back_memory
+from kdmesh.models.served import load_served
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.models.verify import check_images
-from kdmesh.processor import warn_if_slow
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import HeadSpec, SleepTag, TokenSequence
 from kdmesh.weights.target import StagesInWeights
@@ -55,17 +53,9 @@ class TransformersEngine(StagesInWeights):
     def load(self) -> EngineDescription:
         """Read the model and its tokenizer; sets this process's number of torch threads when one is configured."""
         config = self._config
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        self._model = load_causal_lm(config.model, torch_dtype(config.dtype), device(config.device))
-        if self._model.dtype not in DTYPES:
-            raise ConfigError(
-                f"{config.model} has weights of {self._model.dtype}; set engine.dtype to float32 or bfloat16"
-            )
-        warn_if_slow(self._model.dtype, self._model.device, key="engine.dtype")
-        self._reader = load_image_reader(config.model, self._model.config)
-        if self._reader is not None:
-            check_images(self._model, self._reader)
+        self._model, self._reader = load_served(
+            config.model, dtype=config.dtype, on=config.device, threads=config.threads
+        )
         self._packer = Packer(self._model, self._reader)
         model = self._model
         self._is_varlen = varlen_refusal(model.config, model.dtype, model.device) is None
