@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from kdmesh.auth.certificates import ServerCertificate
 from kdmesh.auth.watched import Watched
 from kdmesh.serving.gate import Gate
+from kdmesh.types import SleepTag
 
 
 class ServerCollector(Collector):
@@ -34,8 +35,14 @@ class ServerCollector(Collector):
             )
 
 
-def served_families(namespace: str, model: str, weights_updated_at_s: float | None) -> Iterator[Metric]:
-    """What is served; None where the weights are those of the start."""
+def served_families(
+    namespace: str, *, model: str, weights_updated_at_s: float | None, asleep: Set[SleepTag]
+) -> Iterator[Metric]:
+    """What is served, and what of the device's memory is given back meanwhile.
+
+    Args:
+        weights_updated_at_s: None where the weights are those of the start.
+    """
     info = GaugeMetricFamily(f"{namespace}_model_info", "Always 1; says which model is served.", labels=["model"])
     info.add_metric([model], 1)
     yield info
@@ -45,3 +52,7 @@ def served_families(namespace: str, model: str, weights_updated_at_s: float | No
             "When the weights that are served came, in Unix time; missing while they are those of the start.",
             value=weights_updated_at_s,
         )
+    given_back = GaugeMetricFamily(f"{namespace}_asleep", "1 where memory of the device is given back.", labels=["tag"])
+    for tag in SleepTag:
+        given_back.add_metric([tag.value], float(tag in asleep))
+    yield given_back

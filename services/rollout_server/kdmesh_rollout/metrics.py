@@ -12,7 +12,6 @@ from kdmesh.serving.job_families import job_families
 from kdmesh.serving.job_metrics import JOB, JobMetrics
 from kdmesh.serving.job_state import JobState
 from kdmesh.serving.server_families import served_families
-from kdmesh.serving.sleep_metric import asleep_gauge
 from kdmesh.types import Sample, SleepTag
 
 _NAMESPACE = "kdmesh_rollout"
@@ -90,8 +89,9 @@ class _Collector(Collector):
             ("weight_version", "Weights that are served; 0 for those of the start.", now.weight_version),
         ):
             yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
-        yield from served_families(_NAMESPACE, now.model, now.weights_updated_at_s)
-        yield asleep_gauge(_NAMESPACE, now.asleep)
+        yield from served_families(
+            _NAMESPACE, model=now.model, weights_updated_at_s=now.weights_updated_at_s, asleep=now.asleep
+        )
         for name, text, value in (
             ("drawn_tokens", "Tokens drawn, those of aborted samples too.", now.drawn_tokens),
             ("prefilled_tokens", "Prompt tokens computed.", now.prefilled_tokens),

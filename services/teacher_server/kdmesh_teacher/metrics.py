@@ -14,7 +14,6 @@ from kdmesh.serving.job_families import job_families
 from kdmesh.serving.job_metrics import JOB, JobMetrics
 from kdmesh.serving.job_state import JobState
 from kdmesh.serving.server_families import served_families
-from kdmesh.serving.sleep_metric import asleep_gauge
 from kdmesh.types import SleepTag, TokenSequence
 from kdmesh_teacher.cache.report import CacheState, TierState
 from kdmesh_teacher.work import Work
@@ -121,8 +120,9 @@ class _Collector(Collector):
             ("weight_version", "Number of the weights that are served.", now.weight_version),
         ):
             yield GaugeMetricFamily(f"{_NAMESPACE}_{name}", text, value=value)
-        yield from served_families(_NAMESPACE, now.model, now.weights_updated_at_s)
-        yield asleep_gauge(_NAMESPACE, now.asleep)
+        yield from served_families(
+            _NAMESPACE, model=now.model, weights_updated_at_s=now.weights_updated_at_s, asleep=now.asleep
+        )
         if now.cache is not None:
             yield from _cache(now.cache)
         counters = now.slab.counters
