@@ -168,7 +168,12 @@ def _line(details: ErrorDetails, tree: dict[str, Any], model: type[BaseModel]) -
         message = "there is no such key" + (f" for {choice}" if choice else "") + _meant(keys, model)
     if kind == "extra_forbidden" or isinstance(value, dict | list):
         return f"  {'.'.join(keys)}: {message}"
-    return f"  {'.'.join(keys)}: {message} (got {value!r})"
+    return f"  {'.'.join(keys)}: {message} (got {_as_yaml(value)})"
+
+
+def _as_yaml(value: Any) -> str:
+    """As a person has written it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _keys_and_choice(

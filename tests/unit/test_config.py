@@ -66,7 +66,8 @@ def test_what_breaks_a_rule_is_said_in_words_of_a_configuration(tmp_path: Path) 
     [
         ("optimizer.betas=[0.9]", "optimizer.betas.1: is required"),
         ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas: "),
-        ("student.model=", "student.model: give a path (got None)"),
+        ("student.model=", "student.model: give a path (got null)"),
+        ("batch=true", "batch: give a section, as {key: value} (got true)"),
         ("output=5", "output: give a path (got 5)"),
         ("data.train={format: blend, datasets: {}}", "data.train.datasets: needs at least 1 item"),
         ("profile.steps=[]", "profile.steps: needs at least 1 item"),
