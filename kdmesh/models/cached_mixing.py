@@ -14,7 +14,7 @@ from kdmesh.models.cached_attention import NextTokens, Prompts
 
 
 class LayerStates:
-    """What transformers' linear attention asks of a cache, for one layer; all sequences have begun, or none has.
+    """What a recurrent layer of transformers asks of a cache; all sequences have begun, or none has.
 
     `layer_idx` and `state_idx` are not looked at: there is one state of each kind.
     """
@@ -22,14 +22,14 @@ class LayerStates:
     def __init__(self, conv: Tensor | None = None, recurrent: Tensor | None = None) -> None:
         """Those that are given are changed in place; None: the sequences begin."""
         self.conv = conv  # [B, channels, kernel size], the newest inputs of the convolution
-        self.recurrent = recurrent  # [B, heads, key dim, value dim]
+        self.recurrent = recurrent  # [B, heads, ...]; a short convolution has none
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """[B, channels, kernel size]; None where the sequences begin."""
         return self.conv
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """[B, heads, key dim, value dim]; None where the sequences begin."""
+        """[B, heads, ...]; None where the sequences begin."""
         return self.recurrent
 
     def is_recording_past(self, layer_idx: int) -> bool:
@@ -77,9 +77,10 @@ def cached_mixing(
     for row, part in zip(decoding.rows, torch.split(hidden_states, list(decoding.lengths), dim=1), strict=True):
         begun = LayerStates()
         outputs.append(mix(part, cache=begun))
-        if begun.conv is None or begun.recurrent is None:
+        if begun.conv is None:
             raise ConfigError(
-                "its linear attention leaves no state in the cache that it is given; use transformers 5.24"
+                "its recurrent layer leaves no state in the cache that it is given; use transformers 5.24"
             )
-        decoding.cache.write_states(layer, row, begun.conv[0], begun.recurrent[0])
+        left = [begun.conv] if begun.recurrent is None else [begun.conv, begun.recurrent]
+        decoding.cache.write_states(layer, row, *(state[0] for state in left))
     return torch.cat(outputs, dim=1)

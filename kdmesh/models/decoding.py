@@ -16,6 +16,7 @@ from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.kv_cache import KvCache
 from kdmesh.models.packing import pack
+from kdmesh.models.recurrent import decoding_refusal
 from kdmesh.models.routing import steady_routing
 from kdmesh.models.vision import attention_of
 from kdmesh.types import Int32Array, PlacedImage, TokenSequence
@@ -130,6 +131,8 @@ def prepare_decoding(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: it does not; the message names the model type and the error found.
     """
+    if (reason := decoding_refusal(model)) is not None:
+        raise _refusal(model, reason)
     whole = _probe_sequences(model)
     try:
         with torch.inference_mode(), steady_routing(model):

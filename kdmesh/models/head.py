@@ -43,7 +43,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     if linear is None:
         raise ConfigError(f"model type {model.config.model_type} of {model.name_or_path} has no output head")
     config = model.config.get_text_config()
-    scale = _constant(config, "logit_scale", 1.0)
+    scale = _constant(config, "logit_scale", 1.0) * _constant(config, "lm_head_multiplier", 1.0)
     divisor = _constant(config, "logits_scaling", 1.0)
     if scale == 0 or divisor == 0:
         raise ConfigError(

@@ -19,7 +19,7 @@ class KvCache:
         self._rows = max(rows, 1)
         self._tokens = _rounded(tokens)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # each [rows, key heads, tokens, dim]
-        self._states: dict[int, tuple[Tensor, Tensor]] = {}  # each [rows, ...]: of the convolution, and recurrent
+        self._states: dict[int, tuple[Tensor, ...]] = {}  # each [rows, ...]: of a recurrent layer
 
     def reserve(self, *, rows: int, tokens: int) -> None:
         """Make room for at least so many rows, of at least so many tokens each; what is too small is doubled."""
@@ -30,9 +30,9 @@ class KvCache:
         for layer, pair in self._layers.items():
             keys, values = (self._grown(states) for states in pair)
             self._layers[layer] = keys, values
-        for layer, (conv, recurrent) in self._states.items():
-            if len(conv) < self._rows:
-                self._states[layer] = _with_rows(conv, self._rows), _with_rows(recurrent, self._rows)
+        for layer, held in self._states.items():
+            if len(held[0]) < self._rows:
+                self._states[layer] = tuple(_with_rows(states, self._rows) for states in held)
 
     def write(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
         """Store the first tokens of a row: keys and values are [key heads, tokens, dim]."""
@@ -51,28 +51,24 @@ class KvCache:
         stored_values[rows_B, :, lengths_B] = values.transpose(0, 1)
         return stored_keys[: len(lengths_B)], stored_values[: len(lengths_B)]
 
-    def write_states(self, layer: int, row: int, conv: Tensor, recurrent: Tensor) -> None:
+    def write_states(self, layer: int, row: int, *states: Tensor) -> None:
         """Store the states of a recurrent layer behind a row's last token; every row's have the same shapes."""
         if layer not in self._states:
-            self._states[layer] = (
-                conv.new_zeros(self._rows, *conv.shape),
-                recurrent.new_zeros(self._rows, *recurrent.shape),
-            )
-        for stored, new in zip(self._states[layer], (conv, recurrent), strict=True):
+            self._states[layer] = tuple(state.new_zeros(self._rows, *state.shape) for state in states)
+        for stored, new in zip(self._states[layer], states, strict=True):
             stored[row] = new
 
-    def states(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
+    def states(self, layer: int, rows: int) -> tuple[Tensor, ...]:
         """Those of the first `rows` rows, [rows, ...] each, to be changed in place."""
-        conv, recurrent = self._states[layer]
-        return conv[:rows], recurrent[:rows]
+        return tuple(states[:rows] for states in self._states[layer])
 
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
         """Make row `target` the same as row `source`, which has so many tokens."""
         for pair in self._layers.values():
             for states in pair:
                 states[target, :, :num_tokens] = states[source, :, :num_tokens]
-        for pair in self._states.values():
-            for states in pair:
+        for held in self._states.values():
+            for states in held:
                 states[target] = states[source]
 
     def _of(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

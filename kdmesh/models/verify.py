@@ -20,14 +20,14 @@ from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.models.packing import PackedTokens, pack
 from kdmesh.models.positions import stated_limit
-from kdmesh.models.recurrent import LINEAR_ATTENTION, RECURRENT_LAYERS
+from kdmesh.models.recurrent import RECURRENT_LAYERS, RECURRENT_TYPES
 from kdmesh.models.routing import steady_routing
 from kdmesh.models.vision import attention_of
 from kdmesh.types import TokenSequence
 
 _WINDOW = 3  # tokens; less than the sequences that are compared have
 
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "mlp", "moe"})
 
 # However a model breaks that was written for another attention.
 _FAILURES = (AttributeError, KeyError, RuntimeError, TypeError, ValueError, ConfigError)
@@ -47,7 +47,7 @@ def check_layer_types(config: PretrainedConfig, path: Path) -> None:
         ConfigError: naming the model type and the types of layers.
     """
     text = config.get_text_config()
-    known = _LAYER_TYPES | ({LINEAR_ATTENTION} if text.model_type in RECURRENT_LAYERS else set())
+    known = _LAYER_TYPES | (RECURRENT_TYPES if text.model_type in RECURRENT_LAYERS else frozenset())
     other = set(getattr(text, "layer_types", None) or []) - known
     if other:
         what = f"it has layers of type {sorted(other)}; known are {sorted(known)}"

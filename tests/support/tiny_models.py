@@ -92,14 +92,81 @@ _LINEAR = {
     "linear_value_head_dim": 8,
 }
 
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 6,
+    "mamba_chunk_size": 16,
+}
+
+_GRANITE = {
+    **_MAMBA,
+    "layer_types": ["linear_attention", "full_attention"],
+    "shared_intermediate_size": 48,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "logits_scaling": 4.0,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+}
+
+_NEMOTRON = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 6,
+    "n_groups": 2,
+    "chunk_size": 16,
+    "time_step_min": 1e-12,  # which transformers raises time steps to; none is smaller
+    "time_step_floor": 0.05,
+}
+
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
+
 HYBRID_MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**MIXTURES["qwen2_moe"], **_LINEAR},
     "qwen3_next": {**MIXTURES["qwen2_moe"], **_LINEAR},
+    "granitemoehybrid": _GRANITE,
+    "nemotron_h": _NEMOTRON,
+    "lfm2_moe": {
+        **_CONVOLUTIONS,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 1,
+    },
 }
 """Mixtures of experts among HYBRIDS."""
 
-HYBRIDS: dict[str, dict[str, Any]] = {"qwen3_5_text": _LINEAR, "olmo_hybrid": _LINEAR, **HYBRID_MIXTURES}
-"""Models with layers of linear attention: model type -> what makes this family special. Each is one of FAMILIES too."""
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": _LINEAR,
+    "olmo_hybrid": _LINEAR,
+    "falcon_h1": {
+        **_MAMBA,
+        "mamba_d_ssm": 64,
+        "mamba_rms_norm": True,
+        "lm_head_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "key_multiplier": 0.5,
+        "mlp_multipliers": [0.9, 0.4],
+        "ssm_multipliers": [0.4, 0.3, 0.6, 0.5, 0.7],
+        "attention_out_multiplier": 0.7,
+        "ssm_in_multiplier": 1.3,
+        "ssm_out_multiplier": 0.6,
+    },
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "lfm2": _CONVOLUTIONS,
+    **HYBRID_MIXTURES,
+}
+"""Models whose layers carry a state from token to token: model type -> what makes this family special. Each is one of
+FAMILIES too."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
