@@ -117,7 +117,7 @@ def test_temperature_zero_is_the_likeliest_token_each_time(tiny_models: TinyMode
         ids = torch.cat([ids, torch.tensor([token])])
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3", "gpt_oss", "qwen3_5_text", "qwen3_next"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3", "gpt_oss", *HYBRIDS])
 def test_a_deterministic_seed_gives_the_same_tokens_whatever_else_is_served(
     family: str, tiny_models: TinyModels
 ) -> None:
@@ -130,7 +130,7 @@ def test_a_deterministic_seed_gives_the_same_tokens_whatever_else_is_served(
         np.testing.assert_array_equal(alone.logprobs, together[order.key].logprobs)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text", "falcon_h1", "lfm2"])
 def test_samples_of_one_prompt_share_its_computation(family: str, tiny_models: TinyModels) -> None:
     path = tiny_models.path(family)
     ids = prompt(40)
@@ -161,7 +161,7 @@ def test_long_prompts_join_over_several_steps(tiny_models: TinyModels) -> None:
         torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text", "falcon_h1", "lfm2"])
 def test_an_aborted_sample_leaves_the_others_as_they_were(family: str, tiny_models: TinyModels) -> None:
     path = tiny_models.path(family)
     wanted = orders()

@@ -50,11 +50,11 @@ def gradients(mesh: Mesh, *, student: str, teacher: str, output: str) -> None:
             save_file({**results, "kept": torch.tensor([kept])}, Path(output) / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3", "olmo_hybrid"])
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3", "olmo_hybrid", "granitemoehybrid", "lfm2"])
 def test_the_gradient_is_the_same_to_the_bit_and_less_is_kept(
     tiny_models: TinyModels, tmp_path: Path, family: str
 ) -> None:
-    more = {"layer_types": ["linear_attention", "full_attention"] * 2} if family in HYBRIDS else {}
+    more = {"layer_types": HYBRIDS[family]["layer_types"] * 2} if family in HYBRIDS else {}
     student = tiny_models.path(family, seed=1, num_hidden_layers=4, **more)
     teacher = tiny_models.path("qwen3", seed=2, vocab_size=320)
     target = "tests.numerics.test_trainer_checkpointing:gradients"

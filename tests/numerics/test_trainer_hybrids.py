@@ -1,4 +1,4 @@
-"""Students with layers of linear attention are trained, kept, adapted and written as others are."""
+"""Students whose layers carry a state from token to token are trained, kept, adapted and written as others are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kdmesh_trainer.student.lora import add_adapter
 from kdmesh_trainer.student.model import Student, shard
 from kdmesh_trainer.student.weights import weights_of
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
-from tests.support.tiny_models import TinyModels
+from tests.support.tiny_models import HYBRIDS, TinyModels
 from tests.support.tiny_vision import VOCABULARY_SIZE as VISION_VOCABULARY_SIZE
 from tests.support.tiny_vision import TinyVisionModels, png, reader_of, vision_sequence
 from tests.support.trainer_parts import LocalTeacher, build_stepper, random_sequences, step_batch
@@ -37,7 +37,9 @@ from tests.support.trainer_ranks import run_ranks
 HERE = "tests.numerics.test_trainer_hybrids"
 RUNS = "tests.support.trainer_runs"
 MIXER = "model.layers.0.linear_attn"
+MIXERS = (MIXER, "model.layers.0.mamba", "model.layers.0.mixer", "model.layers.0.conv")
 _NAMED = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+_WITHOUT_OUTPUTS = ("in_proj", "q_proj", "k_proj", "v_proj", "o_proj")  # of Mamba-2, which peft refuses
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,12 @@ _NAMED = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj"
         ),
         pytest.param("qwen3_5_moe_text", {"spreads_head": True}, marks=pytest.mark.slow),
         pytest.param("olmo_hybrid", {"checkpointed_every": 2}, marks=pytest.mark.slow),
+        ("nemotron_h", {"checkpointed_every": 1, "offloads": True}),
+        pytest.param("granitemoehybrid", {"checkpointed_every": 1, "offloads": True}, marks=pytest.mark.slow),
+        pytest.param("falcon_h1", {"checkpointed_every": 1, "offloads": True}, marks=pytest.mark.slow),
+        pytest.param("bamba", {"lora": {"rank": 4, "dropout": 0.1}}, marks=pytest.mark.slow),
+        pytest.param("lfm2", {"checkpointed_every": 2, "offloads": True}, marks=pytest.mark.slow),
+        pytest.param("lfm2_moe", {"spreads_head": True}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_goes_on_has_exactly_the_losses_of_one_that_was_not_interrupted(
@@ -76,9 +84,15 @@ def test_a_run_that_goes_on_has_exactly_the_losses_of_one_that_was_not_interrupt
         ("qwen3_5_moe_text", "all-linear"),
         ("qwen3_next", _NAMED),  # all-linear is refused, as of other models with routed and shared experts
         ("olmo_hybrid", "all-linear"),
+        ("granitemoehybrid", "all-linear"),
+        ("nemotron_h", _WITHOUT_OUTPUTS),
+        ("falcon_h1", _WITHOUT_OUTPUTS),
+        ("bamba", "all-linear"),
+        ("lfm2", "all-linear"),
+        ("lfm2_moe", "all-linear"),
     ],
 )
-def test_projections_of_linear_attention_have_adapters_that_learn(
+def test_projections_of_recurrent_layers_have_adapters_that_learn(
     tiny_models: TinyModels, family: str, targets: Any
 ) -> None:
     lm = load_causal_lm(tiny_models.path(family, seed=1), torch.float32, torch.device("cpu"))
@@ -89,8 +103,11 @@ def test_projections_of_linear_attention_have_adapters_that_learn(
     linear = {
         name.removesuffix(".weight")
         for name, tensor in lm.state_dict().items()
-        if name.startswith(MIXER) and tensor.dim() == 2 and "lora" not in name
+        if name.startswith(MIXERS) and tensor.dim() == 2 and "lora" not in name
     }
+    if targets == _WITHOUT_OUTPUTS:
+        linear = {name for name in linear if "out_proj" not in name}
+    assert linear
     assert {name.removesuffix(".base_layer") for name in linear} <= set(adapter.layers)
     hidden_states_TD(lm, packed).sum().backward()
     trained = {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
@@ -113,8 +130,8 @@ def test_an_adapter_of_a_convolution_is_refused(tiny_models: TinyModels) -> None
         ({"parallel": {"context": 2}}, "parallel.context is 2"),
     ],
 )
-@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
-def test_what_does_not_go_with_linear_attention_is_refused_before_anything_loads(
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_what_does_not_go_with_a_state_is_refused_before_anything_loads(
     tiny_models: TinyModels, family: str, section: dict[str, Any], key: str
 ) -> None:
     tree: dict[str, Any] = {
@@ -126,7 +143,7 @@ def test_what_does_not_go_with_linear_attention_is_refused_before_anything_loads
     }
     tree["student"] = {"model": tiny_models.path(family), **section.get("student", {})}
     cfg = TrainerConfig.model_validate(tree)
-    with pytest.raises(ConfigError, match=rf"^{key} .* linear attention"):
+    with pytest.raises(ConfigError, match=rf"^{key} .* layers that carry a state from token to token"):
         refuse_unfit_student(cfg)
         check_speed(cfg)
 

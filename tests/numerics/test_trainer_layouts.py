@@ -126,6 +126,13 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
         ("qwen3_next", True, "step", False),
         pytest.param("qwen3_5_moe_text", False, "micro_batch", True, marks=pytest.mark.slow),
         pytest.param("olmo_hybrid", False, "step", False, marks=pytest.mark.slow),
+        # Mamba-2, in a mixture and beside attention, and short convolutions.
+        ("granitemoehybrid", True, "micro_batch", False),
+        pytest.param("nemotron_h", False, "step", False, marks=pytest.mark.slow),
+        ("falcon_h1", True, "step", True),
+        pytest.param("bamba", False, "micro_batch", False, marks=pytest.mark.slow),
+        ("lfm2", True, "step", False),
+        pytest.param("lfm2_moe", False, "micro_batch", True, marks=pytest.mark.slow),
     ],
 )
 def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(

@@ -309,6 +309,11 @@ def test_a_target_that_can_have_no_adapter_is_refused_with_what_there_is(
         ("qwen3_5_moe_text", "all-linear"),
         ("qwen3_next", ["in_proj_qkvz", "in_proj_ba", "out_proj", "o_proj"]),
         ("olmo_hybrid", "all-linear"),
+        ("granitemoehybrid", "all-linear"),
+        ("nemotron_h", ["in_proj", "q_proj", "o_proj"]),
+        ("falcon_h1", ["in_proj", "q_proj", "o_proj", "up_proj"]),
+        ("bamba", "all-linear"),
+        ("lfm2_moe", "all-linear"),
     ],
 )
 def test_a_mixture_or_hybrid_is_written_whole_and_as_an_adapter_that_say_the_same(

@@ -33,7 +33,9 @@ def refuse_unfit_student(cfg: TrainerConfig) -> None:
     if reads_images(whole):
         raise ConfigError(f"parallel.context is {context} and {path} reads images; it must be 1")
     if is_recurrent(whole):  # a slice would need the state that the slice before it ends with
-        raise ConfigError(f"parallel.context is {context} and {path} has layers of linear attention; it must be 1")
+        raise ConfigError(
+            f"parallel.context is {context} and {path} has layers that carry a state from token to token; it must be 1"
+        )
     if unfit := rope_types(whole) & ROPE_BY_LENGTH:  # a rank sees its own slice alone
         raise ConfigError(
             f"parallel.context is {context} and {path} has rotary positions of type {', '.join(sorted(unfit))}, which "

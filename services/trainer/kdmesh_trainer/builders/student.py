@@ -48,7 +48,9 @@ def _refuse_recurrent(cfg: StudentConfig, model: PretrainedConfig) -> None:
     wanted = {"student.compile layers": cfg.compile == "layers", "student.liger_kernels": cfg.liger_kernels}
     unfit = [key for key, is_wanted in wanted.items() if is_wanted]
     if unfit and is_recurrent(model):
-        raise ConfigError(f"{unfit[0]} does not go with layers of linear attention, which {cfg.model} has")
+        raise ConfigError(
+            f"{unfit[0]} does not go with layers that carry a state from token to token, which {cfg.model} has"
+        )
 
 
 def is_varlen(cfg: StudentConfig, model: PretrainedConfig, device: torch.device) -> bool:
