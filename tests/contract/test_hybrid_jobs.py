@@ -1,10 +1,11 @@
-"""Whole jobs whose student and teacher have layers of linear attention."""
+"""Whole jobs whose student and teacher have layers that carry a state from token to token."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -14,8 +15,20 @@ from tests.support.tiny_vision import TinyVisionModels, png
 from tests.support.trainer_jobs import losses, run_job, serving_teacher, write_config
 
 
-def test_a_job_of_two_ranks_goes_on_and_writes_a_model(tiny_models: TinyModels, tmp_path: Path) -> None:
-    student, teacher = tiny_models.path("qwen3_5_text", seed=1), tiny_models.path("qwen3_next", seed=2)
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"),
+    [
+        ("qwen3_5_text", "qwen3_next"),
+        ("granitemoehybrid", "falcon_h1"),
+        pytest.param("lfm2_moe", "nemotron_h", marks=pytest.mark.slow),
+        pytest.param("nemotron_h", "lfm2", marks=pytest.mark.slow),
+        pytest.param("falcon_h1", "bamba", marks=pytest.mark.slow),
+    ],
+)
+def test_a_job_of_two_ranks_goes_on_and_writes_a_model(
+    tiny_models: TinyModels, tmp_path: Path, of_student: str, of_teacher: str
+) -> None:
+    student, teacher = tiny_models.path(of_student, seed=1), tiny_models.path(of_teacher, seed=2)
     configs = []
     with serving_teacher(tmp_path, teacher) as address:
         for name in ("whole", "parts"):

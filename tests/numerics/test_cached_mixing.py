@@ -113,5 +113,7 @@ def test_a_layer_with_another_kind_of_cache_is_refused() -> None:
         return hidden_states
 
     prompts = Prompts(cache=KvCache(rows=1, tokens=1), rows=(0,), lengths=(5,))
-    with pytest.raises(ConfigError, match=r"its recurrent layer leaves no state in the cache that it is given; use transformers 5\.24"):
+    with pytest.raises(
+        ConfigError, match=r"its recurrent layer leaves no state in the cache that it is given; use transformers 5\.24"
+    ):
         cached_mixing(older, 0, torch.zeros(1, 5, 8), prompts)

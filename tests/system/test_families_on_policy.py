@@ -20,7 +20,12 @@ pytestmark = pytest.mark.slow
 
 STEPS = 5
 # Of a student and its teacher.
-FAMILIES = {"attention sinks": ("gpt_oss", "gpt_oss"), "linear attention": ("qwen3_5_text", "qwen3_next")}
+FAMILIES = {
+    "attention sinks": ("gpt_oss", "gpt_oss"),
+    "linear attention": ("qwen3_5_text", "qwen3_next"),
+    "Mamba-2": ("falcon_h1", "nemotron_h"),
+    "short convolutions": ("lfm2", "lfm2_moe"),
+}
 
 
 @pytest.mark.parametrize("which", FAMILIES)
