@@ -18,6 +18,7 @@ RECURRENT_LAYERS = {
     "granitemoehybrid": "GraniteMoeHybridMambaLayer",
     "lfm2": "Lfm2ShortConv",
     "lfm2_moe": "Lfm2MoeShortConv",
+    "lfm3": "Lfm3ShortConv",
     "nemotron_h": "NemotronHMamba2Mixer",
     "olmo_hybrid": "OlmoHybridGatedDeltaNet",
     "qwen3_5_moe_text": "Qwen3_5MoeGatedDeltaNet",

@@ -42,6 +42,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("bamba", {"attn_layer_indices": None}),
     ("lfm2", {"layer_types": None, "full_attn_idxs": [1], "conv_bias": True, "tie_embedding": True}),
     ("lfm2_moe", {"use_expert_bias": False}),
+    ("lfm3", {"use_sandwich_norm": False, "use_attention_gate": False}),
 ]
 MAMBA: list[tuple[str, dict[str, Any]]] = [
     ("bamba", {}),
@@ -148,7 +149,7 @@ def gated(layer: Any, weights: dict[str, Tensor], output: Tensor, gate: Tensor) 
     return normed if gates_first else normed * gate
 
 
-@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe"])
+@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "lfm3"])
 def test_a_short_convolution_is_a_gated_sum_over_few_tokens(tiny_models: TinyModels, family: str) -> None:
     layer: Any = mixing_layer(load_causal_lm(tiny_models.path(family), "auto", CPU))
     inputs_TD = torch.randn(9, 32, generator=torch.manual_seed(0))

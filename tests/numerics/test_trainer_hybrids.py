@@ -58,6 +58,7 @@ _WITHOUT_OUTPUTS = ("in_proj", "q_proj", "k_proj", "v_proj", "o_proj")  # of Mam
         pytest.param("bamba", {"lora": {"rank": 4, "dropout": 0.1}}, marks=pytest.mark.slow),
         pytest.param("lfm2", {"checkpointed_every": 2, "offloads": True}, marks=pytest.mark.slow),
         pytest.param("lfm2_moe", {"spreads_head": True}, marks=pytest.mark.slow),
+        pytest.param("lfm3", {"checkpointed_every": 1, "offloads": True}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_goes_on_has_exactly_the_losses_of_one_that_was_not_interrupted(
@@ -90,6 +91,7 @@ def test_a_run_that_goes_on_has_exactly_the_losses_of_one_that_was_not_interrupt
         ("bamba", "all-linear"),
         ("lfm2", "all-linear"),
         ("lfm2_moe", "all-linear"),
+        ("lfm3", "all-linear"),
     ],
 )
 def test_projections_of_recurrent_layers_have_adapters_that_learn(

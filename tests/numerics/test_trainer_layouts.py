@@ -133,6 +133,7 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
         pytest.param("bamba", False, "micro_batch", False, marks=pytest.mark.slow),
         ("lfm2", True, "step", False),
         pytest.param("lfm2_moe", False, "micro_batch", True, marks=pytest.mark.slow),
+        pytest.param("lfm3", True, "micro_batch", False, marks=pytest.mark.slow),
     ],
 )
 def test_eight_layouts_of_one_batch_have_the_textbook_loss_and_gradient(

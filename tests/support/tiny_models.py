@@ -163,6 +163,11 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     },
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "lfm2": _CONVOLUTIONS,
+    "lfm3": {
+        "layer_types": ["conv", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "sliding_window": 8,
+    },
     **HYBRID_MIXTURES,
 }
 """Models whose layers carry a state from token to token: model type -> what makes this family special. Each is one of
