@@ -31,20 +31,15 @@ WIDE: dict[str, Any] = {"vocab_size": 64_000, "hidden_size": 256, "intermediate_
 
 
 def saved(directory: Path, shape: dict[str, Any], *, is_tied: bool) -> Path:
-    """The configuration of a Qwen3, of its mixture where `shape` has experts, or of a Qwen3.5 where it has linear
-    attention, without weights.
-    """
-    special = {"num_experts": ("qwen3_moe", "Qwen3Moe"), "layer_types": ("qwen3_5_text", "Qwen3_5")}
-    family, name = next((special[key] for key in special if key in shape), ("qwen3", "Qwen3"))
+    """The configuration of a Qwen3, or of the `model_type` that `shape` names, without weights."""
     config = AutoConfig.for_model(
-        family,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=shape["hidden_size"] // 4,
         tie_word_embeddings=is_tied,
-        **shape,
+        **{"model_type": "qwen3", **shape},
     )
-    config.architectures = [f"{name}ForCausalLM"]
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.save_pretrained(directory)
     return directory
 
@@ -182,16 +177,32 @@ def test_what_a_teacher_that_follows_the_student_is_to_have_is_counted(
     assert with_adapters.resident["teacher's weights"] == copies * matrices  # those that change, added up
 
 
-MIXTURE: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+MIXTURE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 768,
+}
 
 
 HYBRID: dict[str, Any] = {
+    "model_type": "qwen3_5_text",
     "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
+
+MAMBA: dict[str, Any] = {
+    "model_type": "bamba",
+    "attn_layer_indices": [3, 7],
+    "mamba_n_heads": 16,
+    "mamba_d_head": 64,
+    "mamba_d_state": 64,
+}
+
+CONVOLUTIONS: dict[str, Any] = {"model_type": "lfm2", "layer_types": ["conv", "conv", "conv", "full_attention"] * 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -290,6 +301,9 @@ def test_a_vision_tower_has_gradients_and_moments_where_it_learns_and_none_where
         # What the allocator keeps between blocks of every size, as experts take them, is not said.
         (DEEP | MIXTURE, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
         (DEEP | HYBRID, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
+        (DEEP | MAMBA, False, Step(vocabulary=4000, length=512, sequences=2, returns_freed=True)),
+        (DEEP | MAMBA, False, Step(vocabulary=4000, length=300, sequences=2, checkpointed_every=1, returns_freed=True)),
+        (DEEP | CONVOLUTIONS, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
         (WIDE, False, Step(vocabulary=64_000, length=512, sequences=4, frozen=("model.embed_tokens", "lm_head"))),
     ],
 )
