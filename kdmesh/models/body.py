@@ -61,8 +61,8 @@ def load_causal_lm(
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_layer_types(config, path)
         model = _read(path, config, dtype) if weights == "pretrained" else _initialise(config, dtype)
+        begin_with_every_sequence(model)
     model = model.to(device).eval()
-    begin_with_every_sequence(model)
     check_packing(model)
     check_head(model)
     return model
@@ -79,7 +79,7 @@ def empty_causal_lm(path: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_layer_types(config, path)
         model = _initialise(config, torch.float32, moves=False).eval()
-    begin_with_every_sequence(model)
+        begin_with_every_sequence(model)
     return model
 
 

@@ -181,6 +181,14 @@ def test_time_steps_of_nemotron_are_limited_as_its_configuration_says(tiny_model
     assert distance(decoded_TD, expected_TD.split(LENGTHS)[1][4:]) < 1e-5
 
 
+def test_time_steps_without_limits_are_refused_with_the_directory(tiny_models: TinyModels, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_models.path("bamba"), tmp_path / "model")
+    told = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(told | {"time_step_limit": None}))
+    with pytest.raises(ConfigError, match=r"model cannot be loaded: TypeError"):
+        load_causal_lm(path, "auto", CPU)
+
+
 def test_a_model_whose_time_steps_are_limited_is_trained_and_not_sampled_from(tiny_models: TinyModels) -> None:
     model = load_causal_lm(tiny_models.path("bamba", time_step_limit=(0.01, 0.1)), "auto", CPU)
     with pytest.raises(ConfigError, match=r"cannot be sampled from: time steps are limited to \(0\.01, 0\.1\)"):

@@ -348,6 +348,8 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
         ),
         ("qwen3_next", HYBRIDS["qwen3_next"], "all-linear", "in qwen3_next peft puts no adapter on 6 .*as .in_proj_ba"),
         ("glm4_moe", _MIXTURE, ("q_proj", "gate_proj"), "Cannot convert PEFT"),
+        ("nemotron_h", HYBRIDS["nemotron_h"], "all-linear", ".*'out_proj' is incompatible with Mamba.* remove it"),
+        ("falcon_h1", HYBRIDS["falcon_h1"], "all-linear", ".*'out_proj' is incompatible with Mamba.* remove it"),
         ("gpt2", {}, "all-linear", "the body of gpt2 has no linear modules"),
     ],
 )
