@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,17 @@ from kdmesh.errors import ModelMismatch, Unavailable
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.doors import DoorChoice, Wire
+from kdmesh.rpc.needs import Needs
 from kdmesh.rpc.replicas import Replicas
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import DEFAULT_ROUTING, RoutingPolicy
 from kdmesh.rpc.server_fleet import ServerFleet
 from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
 from kdmesh.types import CacheAnswer, ModelDescription, TokenSequence
+
+log = logging.getLogger(__name__)
+
+_LIMITS = ("max_sequence_tokens", "max_request_tokens", "max_request_rows")
 
 
 class TeacherFleet(ServerFleet[TeacherClient]):
@@ -51,6 +57,8 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         self._is_following = False
         self._fingerprint = ""  # of the first one's model
         self._outdated: set[str] = set()  # addresses of replicas that were found without the weights that are wanted
+        self._needs = Needs()
+        self._too_narrow: dict[str, str] = {}  # what replicas, by their addresses, take too little of
         self._replicas = Replicas(
             "teacher",
             discovery,
@@ -61,7 +69,7 @@ class TeacherFleet(ServerFleet[TeacherClient]):
 
     @property
     def model(self) -> ModelDescription:
-        """What every replica serves; after `start`."""
+        """What every replica serves, with the narrowest limits of those that are asked; after `start`."""
         assert self._model is not None
         return self._model
 
@@ -79,6 +87,20 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         """Every replica has new weights, of this version; a replica that is found without them is not used."""
         self.weight_version, self._is_following = weight_version, True
         self._outdated.clear()
+
+    async def require(self, needs: Needs) -> None:
+        """From now on leave replicas out that take less. Where none of those that are there takes it, all stay."""
+        self._needs |= needs
+        clients = self._replicas.clients
+        fit = [client for client in clients if not self._needs.missed_by(client.model)]
+        if not fit:
+            return
+        self._model = fit[0].model
+        for client in fit:
+            self._narrow(client.model)
+        for client in clients:
+            if client not in fit:
+                await client.close()  # it is connected again, and left out then
 
     async def ask(self, sequences: Sequence[TokenSequence], deadline: Deadline, weight_version: int) -> TeacherRows:
         """The rows of a request that the model's limits allow; the same whichever replica answers.
@@ -133,24 +155,36 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         return client
 
     def _admit(self, client: TeacherClient) -> None:
-        """All replicas must serve the same; the narrowest limits count."""
+        """All replicas must serve the same; the narrowest limits count, of those that take what the job needs."""
         ours, theirs = self._model, client.model
         if ours is None:
             self._model, self._fingerprint = theirs, theirs.model_fingerprint
             self.weight_version = theirs.weight_version
             return
         self._check_version(client)
-        limits = {
-            name: min(getattr(ours, name), getattr(theirs, name))
-            for name in ("max_sequence_tokens", "max_request_tokens", "max_request_rows")
-        }
         for name in ("model_fingerprint", "tokenizer_fingerprint", "hidden_size", "dtype", "head"):
             if getattr(ours, name) != getattr(theirs, name):
                 raise ModelMismatch(
                     f"{client.address} has {name} {getattr(theirs, name)}, and the other teachers, or itself "
                     f"before, {getattr(ours, name)}; all teachers of a job must serve the same model"
                 )
-        self._model = replace(ours, **limits)
+        self._check_needs(client)
+        self._narrow(theirs)
+
+    def _narrow(self, theirs: ModelDescription) -> None:
+        assert self._model is not None
+        limits = {name: min(getattr(self._model, name), getattr(theirs, name)) for name in _LIMITS}
+        self._model = replace(self._model, **limits)
+
+    def _check_needs(self, client: TeacherClient) -> None:
+        """It may come back as it was, so that it is not refused for ever."""
+        address, missed = client.address, self._needs.missed_by(client.model)
+        was, self._too_narrow[address] = self._too_narrow.get(address, ""), missed
+        if not missed:
+            return
+        if missed != was:
+            log.warning("a teacher is left out", extra={"address": address, "reason": f"it {missed}"})
+        raise Unavailable(f"it {missed}")
 
     def _check_version(self, client: TeacherClient) -> None:
         """Before `follow`, replicas whose weights can be replaced may differ: they are about to get the same."""

@@ -15,6 +15,7 @@ from kdmesh.errors import InvalidRequest
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.discovery import Discovery
 from kdmesh.rpc.doors import DoorChoice, Wire
+from kdmesh.rpc.needs import Needs
 from kdmesh.rpc.pending_rows import ArrivedRows, PendingRows
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.routing import DEFAULT_ROUTING, RoutingPolicy
@@ -111,8 +112,15 @@ class TeacherPool(ServerPool[TeacherFleet]):
         )
 
     def describe(self) -> ModelDescription:
-        """The model that every teacher serves; limits are those of the narrowest."""
+        """The model that every teacher serves; limits are those of the narrowest that takes what is required."""
         return self._fleet.model
+
+    def require(self, needs: Needs) -> None:
+        """From now on leave teachers out, with a warning, that take less, unless no teacher takes so much. Blocks.
+
+        One that comes back, or joins, with limits below these is not used either, but for as long as it has them.
+        """
+        self._loop.run(self._fleet.require, needs)
 
     def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> PendingRows:
         """Ask for the rows of a group of sequences, in their order. Does not block. Any thread.

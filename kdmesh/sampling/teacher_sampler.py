@@ -9,6 +9,7 @@ import numpy as np
 
 from kdmesh.errors import InvalidRequest, ModelMismatch
 from kdmesh.losses.workspace import Workspace
+from kdmesh.rpc.needs import Needs
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.sampling.drawing import draw
 from kdmesh.sampling.growing import GrowingSample
@@ -37,6 +38,7 @@ class TeacherSampler:
         head, self._version = pool.head()
         self._head = head.sliced(pool.describe().head.vocabulary_size)
         self._longest = min(pool.describe().max_sequence_tokens, pool.describe().max_request_tokens)
+        pool.require(Needs.of(tokens=self._longest))
         self._workspace = Workspace()
         vision = pool.describe().vision
         # An image token without an image is nothing that a sequence may hold.

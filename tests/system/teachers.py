@@ -42,7 +42,7 @@ class Teacher:
         self._through = through
         self._processes = processes
         self._directory = directory
-        tree: dict[str, dict[str, Any]] = {
+        tree: dict[str, Mapping[str, Any]] = {
             "engine": {"kind": "transformers", "model": str(model), "device": "cpu", "deterministic": True},
             "server": {
                 "port": int(self.address.split(":")[1]),
@@ -58,8 +58,14 @@ class Teacher:
         for name, keys in sections.items():
             tree[name] = tree.get(name, {}) | keys
         directory.mkdir(parents=True)
-        (directory / "teacher.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+        self._tree = tree
+        self.configure()
         self.process: Process
+
+    def configure(self, **sections: Mapping[str, Any]) -> None:
+        """From its next start on, these keys are laid over its configuration, and no others."""
+        tree = self._tree | {name: self._tree.get(name, {}) | keys for name, keys in sections.items()}
+        (self._directory / "teacher.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
 
     def start(self) -> None:
         """Start the server; it takes requests later."""

@@ -1,4 +1,4 @@
-"""A teacher with room for a single answer: who waits for it, how long, and what a job does that lost its place."""
+"""Teachers with little room: who waits for a single slot, and for a teacher that came back with too small a one."""
 
 from __future__ import annotations
 
@@ -86,3 +86,28 @@ def test_job_waits_for_a_slot_no_longer_than_its_deadline_and_says_why(
     (sentence,) = trainer.words()
     assert re.search(r"within 4 s \(.*no slot came free; of 1 slots are 1 held", sentence)
     assert not job.lines()
+
+
+def test_job_waits_while_its_only_teacher_is_back_with_too_little_for_its_sequences(
+    materials: Materials, undisturbed: Undisturbed, processes: Processes, tmp_path: Path
+) -> None:
+    teacher = Teacher(processes, tmp_path / "teacher", materials.teacher)
+    job = Job(processes, tmp_path / "waiting", materials.plain, teacher.address)
+    gate = job.gate(3)
+    teacher.start()
+    trainer = job.start()
+    trainer.until(gate.is_reached)
+    for changed in ({"max_batch_tokens": 48}, {}):
+        teacher.process.signal(signal.SIGTERM)
+        teacher.process.succeed()
+        teacher.configure(engine=changed)
+        teacher.start()
+        if changed:
+            gate.let_go()
+            trainer.until(lambda: trainer.events("a teacher is left out"))
+            assert not trainer.has_ended(within_s=1)
+    trainer.succeed()
+    (warning,) = trainer.events("a teacher is left out")
+    said = r"it takes sequences of at most 48 tokens, and this job has one of (\d+)"
+    assert (found := re.fullmatch(said, warning["reason"])) and 48 < int(found[1]) <= 96
+    assert job.record() == undisturbed.plain.record()

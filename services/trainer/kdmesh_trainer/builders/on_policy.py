@@ -11,6 +11,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerFast
 
 from kdmesh.models.ends import stop_token_ids
+from kdmesh.rpc.needs import Needs
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.types import Int32Array, PlacedImage, Sampling, TokenSequence
 from kdmesh_trainer import config
@@ -113,8 +114,10 @@ def read_task(
     facts = {name: prompt_facts(part) for name, part in parts_of(prompts).items()}
     for name, teacher in teachers.by_name.items():
         longest_read = max(each.longest_read.get(asked, 0) for each in facts.values() for asked in {"", name})
-        check_samples(prompt_tokens=longest_read, max_new_tokens=drawn.max_new_tokens, teacher=teacher.pool.describe())
         images = list(_images_read(prompts, name))
+        tokens_read = longest_read + drawn.max_new_tokens
+        teacher.pool.require(Needs.of(tokens=tokens_read, rows=drawn.max_new_tokens, images=images))
+        check_samples(prompt_tokens=longest_read, max_new_tokens=drawn.max_new_tokens, teacher=teacher.pool.describe())
         check_images("train", images, teacher.pool.describe(), image_expansion=teachers.image_expansion)
     sampling = Sampling(**drawn.model_dump(), stop_token_ids=stop_token_ids(cfg.student.model, tokenizer, encoder))
     answers: Sequence[TokenSequence] = ()
@@ -170,12 +173,11 @@ def _reader_of_responses(
         [message.content for prompt in prompts[:_JUDGED_PROMPTS] if prompt.chat for message in prompt.chat.messages]
     )
     refuse_unlike(aligned, tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
-    model = teachers.only.pool.describe()
-    return partial(
-        encoder.read_response,
-        max_tokens=min(model.max_sequence_tokens, model.max_request_tokens),
-        max_rows=model.max_request_rows,
-    )
+    pool = teachers.only.pool
+    model = pool.describe()
+    most_tokens, most_rows = min(model.max_sequence_tokens, model.max_request_tokens), model.max_request_rows
+    pool.require(Needs.of(tokens=most_tokens, rows=most_rows))
+    return partial(encoder.read_response, max_tokens=most_tokens, max_rows=most_rows)
 
 
 def build_source(

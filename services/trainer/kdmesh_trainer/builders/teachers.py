@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kdmesh.losses import OutputHead
+from kdmesh.rpc.needs import Needs
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.builders.teacher import Teacher, open_teacher
 from kdmesh_trainer.config import TrainerConfig
@@ -70,12 +71,15 @@ class Teachers:
         }
 
     def check_requests(self, dataset: str, sequences: Sequence[TokenSequence]) -> None:
-        """Return when every teacher takes what it will be asked for. Raises DataError."""
+        """Return when every teacher takes what it will be asked for, from now on. Raises DataError."""
         longest = longest_of(sequences)
         for name, teacher in self.by_name.items():
             asked = [longest[key] for key in ("", name) if key in longest]
+            images = list(_images_read(sequences, name))
+            for most in asked:
+                teacher.pool.require(Needs.of(tokens=most.tokens, rows=most.rows, images=images))
             model = teacher.pool.describe()
-            check_images(dataset, list(_images_read(sequences, name)), model, image_expansion=self.image_expansion)
+            check_images(dataset, images, model, image_expansion=self.image_expansion)
             for most in asked:
                 check_lengths(dataset, tokens=most.tokens, rows=most.rows, teacher=model)
 
