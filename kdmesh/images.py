@@ -18,7 +18,9 @@ from kdmesh.types import IMAGE_DIGEST_BYTES, Image, Int32Array, PlacedImage, Tok
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 
-_TURNED = ("JPEG", "WEBP")  # cameras' formats; of a PNG, EXIF data may be found after all of its pixels only
+# Cameras' formats; MPO is a JPEG with a second one behind it. Of a PNG, EXIF data may come after all of its pixels.
+_TURNED = ("JPEG", "MPO", "WEBP")
+_LAST = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}  # what ends it; WEBP says its length at the start
 _ORIENTATION = 0x0112  # of EXIF
 _LYING = (5, 6, 7, 8)  # orientations that swap width and height
 
@@ -104,17 +106,21 @@ def describe_image(data: bytes, *, file: Path | None = None) -> Image:
         file: where `data` comes from, to be read again when the image is used; None keeps `data`.
 
     Raises:
-        InvalidRequest: it is not an image of one of FORMATS.
+        InvalidRequest: it is not an image of one of FORMATS, or was cut short.
     """
+    stream = io.BytesIO(data)
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
+        with PIL.Image.open(stream, formats=FORMATS) as image:
+            header_bytes = stream.tell()  # a preview in it has an end of its own
+            last, width, height = _LAST.get(str(image.format), b""), *image.size
             if image.format in _TURNED and image.getexif().get(_ORIENTATION) in _LYING:
                 width, height = height, width
     except PIL.UnidentifiedImageError:  # it says nothing but where Pillow looked
         raise InvalidRequest(f"{len(data)} bytes are not an image of {', '.join(FORMATS)}") from None
     except _FAILURES as error:
         raise InvalidRequest(f"{len(data)} bytes are not an image of {', '.join(FORMATS)}: {error}") from None
+    if data.find(last, header_bytes) < 0:
+        raise InvalidRequest(f"{len(data)} bytes are an image of {width} x {height} pixels that is cut short")
     return Image(
         digest=image_digest(data), data=data if file is None else file, size_bytes=len(data), width=width, height=height
     )
@@ -152,7 +158,7 @@ def data_url(image: Image) -> str:
     """A URL that holds its encoded bytes. Raises InvalidRequest when its file has changed."""
     data = encoded(image)
     with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        name = str(opened.format).lower()
+        name = "jpeg" if opened.format == "MPO" else str(opened.format).lower()
     return f"data:image/{name};base64,{base64.b64encode(data).decode()}"
 
 

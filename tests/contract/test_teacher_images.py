@@ -131,8 +131,11 @@ async def test_images_that_the_model_cannot_take_are_refused(tiny_vision: TinyVi
             await rows_of(client, replace(sequence, images=()))
         with pytest.raises(InvalidRequest, match="100 x 50 pixels; the most allowed is 4000"):
             await rows_of(client, wide)
+        whole = png(32, 32, seed=1)
         with pytest.raises(InvalidRequest, match="is damaged"):
-            await client._put_images([png(32, 32, seed=1)[:-40]], Deadline.after(10))
+            await client._put_images([whole[:99] + bytes(40) + whole[139:]], Deadline.after(10))
+        with pytest.raises(InvalidRequest, match="of 32 x 32 pixels that is cut short"):
+            await client._put_images([whole[:-40]], Deadline.after(10))
         with pytest.raises(InvalidRequest, match="are not an image"):
             await client._put_images([b"GIF89a"], Deadline.after(10))
 

@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kdmesh.errors import DataError, InvalidRequest
-from kdmesh.images import decoded, encoded, image_digest
+from kdmesh.images import data_url, decoded, describe_image, encoded, image_digest
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.chat import ChatEncoder
@@ -125,6 +125,38 @@ def test_a_photograph_is_turned_as_it_says(tmp_path: Path) -> None:
     [chat] = open_dataset(ChatFile(path=file), images=ImagesConfig())()
     [image] = chat.messages[0].images
     assert (image.width, image.height) == (24, 40) == decoded(image).size
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})]
+)
+@pytest.mark.parametrize("kept", [0.3, 0.9, 0.9999])
+def test_an_image_that_is_cut_short_is_refused_with_its_row_and_its_file(
+    tmp_path: Path, name: str, options: dict[str, Any], kept: float
+) -> None:
+    picture, exif = PIL.Image.open(io.BytesIO(png(200, 160, seed=3))), io.BytesIO()
+    picture.resize((40, 32)).save(exif, "JPEG")  # a preview, which is whole
+    stream = io.BytesIO()
+    comment = {"comment": exif.getvalue()} if name == "JPEG" else {}
+    picture.save(stream, name, **options, **comment)
+    whole = stream.getvalue()
+    file = write(tmp_path, {"messages": [asked({"type": "image", "image": "cut"}), ANSWER]})
+    (tmp_path / "cut").write_bytes(whole + bytes(40))  # what follows an image is nobody's concern
+    images_of(file)
+    (tmp_path / "cut").write_bytes(whole[: int(kept * len(whole))])
+    said = "cut short" if name != "WEBP" else "could not create decoder object"
+    with pytest.raises(DataError, match=rf"train.jsonl:1: messages\[0\].content\[0\]: .*/cut: \d+ bytes are .*{said}"):
+        images_of(file)
+
+
+def test_a_photograph_with_a_second_one_behind_it_is_a_jpeg_like_others(tmp_path: Path) -> None:
+    picture, exif = PIL.Image.open(io.BytesIO(PICTURE)), PIL.Image.Exif()
+    exif[0x0112] = 6
+    write(tmp_path)
+    picture.save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=[picture], exif=exif)
+    image = describe_image((tmp_path / "photo.jpg").read_bytes())
+    assert (image.width, image.height) == (24, 40) == decoded(image).size
+    assert data_url(image).startswith("data:image/jpeg;base64,")
 
 
 @pytest.fixture(scope="module")
