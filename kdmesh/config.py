@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -18,7 +18,13 @@ from kdmesh.errors import ConfigError
 
 
 class StrictModel(BaseModel):
-    """A frozen section of a configuration: an unknown key is an error, a docstring is its description."""
+    """A frozen section of a configuration: an unknown key is an error, a docstring is its description.
+
+    Attributes:
+        other_names: of a whole configuration, what keys are called elsewhere, for who writes those: the keys to write.
+    """
+
+    other_names: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -150,7 +156,7 @@ _SAID = {
 _SAY_CHOICES = ("name", "kind", "format")  # keys that say which of several a section is
 
 
-def _line(details: ErrorDetails, tree: dict[str, Any], model: type[BaseModel]) -> str:
+def _line(details: ErrorDetails, tree: dict[str, Any], model: type[StrictModel]) -> str:
     message, value, kind = details["msg"].removeprefix("Value error, "), details["input"], details["type"]
     if not details["loc"]:  # a rule of several keys, which it names
         return f"  {message}"
@@ -203,13 +209,15 @@ def _keys_and_choice(
     return keys, choice
 
 
-def _meant(keys: Sequence[str], model: type[BaseModel]) -> str:
+def _meant(keys: Sequence[str], model: type[StrictModel]) -> str:
     """What to write in place of a key that there is not, where that can be guessed."""
     known = key_paths(model)
     *parent, last = keys
     beside = {path[-1] for path in known if list(path[:-1]) == parent}
     if last in beside:  # with another choice
         return ""
+    if last in model.other_names:
+        return f"; did you mean {model.other_names[last]}?"
     close = get_close_matches(last, beside, n=1)
     meant = [".".join([*parent, *close])] if close else sorted(".".join(path) for path in known if path[-1] == last)
     return f"; did you mean {' or '.join(meant)}?" if 0 < len(meant) <= _MOST_GUESSES else ""

@@ -26,6 +26,7 @@ from kdmesh_trainer.sections import (
     replicas_config,
     student_config,
 )
+from kdmesh_trainer.sections.other_names import OTHER_NAMES
 
 GOOD = """
 output: runs/x
@@ -141,7 +142,15 @@ def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
             "optimizer.learning_rat: there is no such key; did you mean optimizer.learning_rate?",
         ),
         ("max_tokens=1", "max_tokens: there is no such key; did you mean batch.max_tokens or data.max_tokens?"),
-        ("optimizer.lr=1", "optimizer.lr: there is no such key"),
+        ("optimizer.speed=1", "optimizer.speed: there is no such key"),
+        ("optimizer.lr=1", "optimizer.lr: there is no such key; did you mean optimizer.learning_rate?"),
+        ("num_train_epochs=1", "num_train_epochs: there is no such key; did you mean epochs?"),
+        ("student.lora_r=8", "student.lora_r: there is no such key; did you mean student.lora.rank?"),
+        (
+            "batch.per_device_train_batch_size=1",
+            "batch.per_device_train_batch_size: there is no such key; "
+            "did you mean batch.sequences (of a whole step, on all ranks)?",
+        ),
         ("objective.temperature=0", "objective.temperature: Input should be greater than 0 (got 0)"),
         ("objective.divergence=forward_kl", "objective.divergence: give a section, as {key: value} (got 'forward_kl')"),
         ("batch=3", "batch: give a section, as {key: value} (got 3)"),
@@ -154,6 +163,11 @@ def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
 )
 def test_a_bad_key_is_named_as_the_file_has_it_with_what_may_be_meant(tmp_path: Path, override: str, line: str) -> None:
     assert refusal(tmp_path, GOOD + "objective: {name: distill}\n", override).splitlines()[1:] == [f"  {line}"]
+
+
+def test_what_others_call_a_key_leads_to_one_that_there_is() -> None:
+    known = {".".join(path) for path in config.key_paths(TrainerConfig)}
+    assert {key.partition(" ")[0] for key in OTHER_NAMES.values()} <= known
 
 
 def test_a_teacher_is_told_more_only_where_it_is_learnt_from(tmp_path: Path) -> None:

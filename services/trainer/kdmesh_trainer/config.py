@@ -17,6 +17,7 @@ from kdmesh_trainer.sections.judge_config import JudgeConfig, refuse_unfit_judge
 from kdmesh_trainer.sections.metrics_config import MetricsConfig
 from kdmesh_trainer.sections.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.other_names import OTHER_NAMES
 from kdmesh_trainer.sections.panel_config import TeacherName, refuse_unfit_teachers
 from kdmesh_trainer.sections.parallel_config import ParallelConfig, refuse_unfit_context, refuse_unfit_head
 from kdmesh_trainer.sections.profile_config import ProfileConfig
@@ -145,6 +146,8 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 class TrainerConfig(StrictModel):
     """One training job."""
+
+    other_names = OTHER_NAMES
 
     output: Path
     """Directory of checkpoints, metrics and the final model; a second start continues what lies in it."""
