@@ -298,6 +298,23 @@ def test_what_was_damaged_is_noticed_and_made_again(
     assert entries(tmp_path / "cache") == [entry]
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "index.bin", "meta.json"])
+def test_what_cannot_be_read_now_is_not_made_again(tmp_path: Path, student: Path, name: str) -> None:
+    data = data_of(tmp_path)
+    make_cache(student, data)[0].sequences("train", files_of(data))
+    [entry] = entries(tmp_path / "cache")
+    (entry / name).rename(tmp_path / name)
+    (entry / name).symlink_to(name)  # whoever opens it gets an error, root too
+    with pytest.raises(DataError, match=rf"directory: .*cache cannot be used: .*{name}"):
+        make_cache(student, data)[0].sequences("train", files_of(data))
+    (entry / name).unlink()
+    (tmp_path / name).rename(entry / name)
+    inode = entry.stat().st_ino
+    assert len(make_cache(student, data)[0].sequences("train", files_of(data)))
+    assert entries(tmp_path / "cache") == [entry]
+    assert entry.stat().st_ino == inode
+
+
 def test_a_bad_row_is_named_and_nothing_is_left(tmp_path: Path, student: Path) -> None:
     data = data_of(tmp_path)
     with (tmp_path / "a.jsonl").open("a") as file:

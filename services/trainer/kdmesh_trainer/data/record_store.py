@@ -103,6 +103,7 @@ def opened(directory: Path, num_arrays: int) -> tuple[Records, dict[str, Any]]:
     Raises:
         FileNotFoundError: there is no such directory.
         Damaged: a file is missing, or not what was written.
+        OSError: one cannot be read now, which says nothing of what it holds.
     """
     if not directory.is_dir():
         raise FileNotFoundError(directory)
@@ -113,7 +114,7 @@ def opened(directory: Path, num_arrays: int) -> tuple[Records, dict[str, Any]]:
                 raise Damaged(f"{name} has {found} bytes, and {size_bytes} were written")
             if _digest_of_file(directory / name) != meta["digests"][name]:
                 raise Damaged(f"{name} has another digest than what was written")
-    except OSError as error:
+    except FileNotFoundError as error:
         raise Damaged(str(error)) from None
     return Records(directory, num_arrays), meta["said"]
 
