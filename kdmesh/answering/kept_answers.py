@@ -114,7 +114,7 @@ def kept_answers(output: Path) -> Iterator[KeptAnswers]:
     path = output.with_name(f"{output.name}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        file = FileIO(path, "a")
+        file = FileIO(str(path), "a")
     except OSError as error:
         raise ConfigError(f"cannot write {output}: {error}") from None
     with file:

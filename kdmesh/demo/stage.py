@@ -29,6 +29,7 @@ from kdmesh.demo.workspace import (
 )
 from kdmesh.errors import ConfigError
 from kdmesh.launch import jobs, local
+from kdmesh.launch.service_log import kept_in
 from kdmesh_trainer.config import TrainerConfig
 
 
@@ -111,9 +112,7 @@ class Stage:
         self.seconds[name] = time.monotonic() - begin
 
     def _kept(self, log: Path) -> Callable[[str], None]:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        file = self._logs.enter_context(log.open("a", buffering=1, encoding="utf-8"))
-        return jobs.kept(file.write, show=lambda line: self.live.say(f"[yellow]{escape(line)}[/]"))
+        return self._logs.enter_context(kept_in(log, show=lambda line: self.live.say(f"[yellow]{escape(line)}[/]")))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from kdmesh.launch import local
 from kdmesh.launch.machine_fit import refuse_unfit_machine
 from kdmesh.launch.place import Place, exit_when_stopped, place, ranks_per_node
 from kdmesh.launch.program import program
-from kdmesh.log import is_urgent
+from kdmesh.launch.service_log import kept_in
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
@@ -119,7 +119,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     ranks: list[local.Child] = []
     try:
         with ExitStack() as stack:
-            logs = {service: _log(_log_of(cfg, service), stack) for service in serve}
+            logs = {service: stack.enter_context(kept_in(_log_of(cfg, service), show=_echo)) for service in serve}
             processes = stack.enter_context(local.Processes())
             read = _read_command(path, [*overrides, *later])
             is_kept = cfg.data.token_cache is not None  # so that the ranks need not read again
@@ -155,13 +155,6 @@ def _meanwhile(processes: local.Processes, command: local.Command, *, to_its_end
 
 def _log_of(cfg: TrainerConfig, service: Service) -> Path:
     return cfg.output / f"{service.name}.log"
-
-
-def _log(path: Path, stack: ExitStack) -> Callable[[str], None]:
-    """Takes a server's output, and shows what needs a person; the file is open as long as `stack`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context(path.open("a", buffering=1, encoding="utf-8"))
-    return kept(file.write, show=_echo)
 
 
 def _wait(processes: local.Processes, ranks: Sequence[local.Child]) -> None:
@@ -308,17 +301,6 @@ def _refuse_unfit_teacher(cfg: TrainerConfig, teacher: TeacherConfig | RolloutCo
 
 def _is_on_gpu(cfg: TrainerConfig) -> bool:
     return cfg.student.device != "cpu" and local.num_gpus() > 0
-
-
-def kept(write: Callable[[str], object], *, show: Callable[[str], object]) -> Callable[[str], None]:
-    """What takes a service's output: every line is written; those that need a person are shown too."""
-
-    def on_line(line: str) -> None:
-        write(line + "\n")
-        if is_urgent(line):
-            show(line)
-
-    return on_line
 
 
 def _echo(line: str) -> None:

@@ -508,6 +508,15 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
             record.report(0, stats())
 
 
+def test_a_record_that_cannot_be_read_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "my-run" / "metrics.jsonl").mkdir(parents=True)
+    with (
+        telemetry.open_telemetry(config(tmp_path), rank=0, doors=dict, imbalance=lambda: None) as record,
+        pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written: Is a directory; checkpoints are"),
+    ):
+        record.start(0, 10)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
 def test_a_disk_that_is_full_for_tensorboard_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
     tracker = trackers.TensorBoard(importlib.import_module("torch.utils.tensorboard"), tmp_path)

@@ -48,18 +48,18 @@ def keep_lines(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> list[d
         The others.
 
     Raises:
-        CheckpointError: what is left cannot be written.
+        CheckpointError: it cannot be read, or what is left cannot be written.
     """
-    if not path.exists():
-        return []
     kept, texts = [], []
-    for text in path.read_bytes().split(b"\n"):  # not splitlines: texts may hold U+2028 as it is
-        with contextlib.suppress(ValueError):  # no JSON, or cut within a character
-            if stays(line := json.loads(text)):
-                kept.append(line)
-                texts.append(text + b"\n")
-    part = path.with_suffix(".part")
     with written_beside_checkpoints(path):
+        if not path.exists():
+            return []
+        for text in path.read_bytes().split(b"\n"):  # not splitlines: texts may hold U+2028 as it is
+            with contextlib.suppress(ValueError):  # no JSON, or cut within a character
+                if stays(line := json.loads(text)):
+                    kept.append(line)
+                    texts.append(text + b"\n")
+        part = path.with_suffix(".part")
         part.write_bytes(b"".join(texts))
         os.replace(part, path)
     return kept
