@@ -143,8 +143,8 @@ def _leave(status: int) -> NoReturn:
     may still let go of tensors, and one that does so while the interpreter goes down aborts the process: about one run
     in a hundred (pytorch/pytorch#179291, #190489).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: the process was started without it
+        stream.flush()
     os._exit(status)
 
 
