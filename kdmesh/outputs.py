@@ -1,12 +1,25 @@
-"""Whether what a command will find can be written, asked before it begins."""
+"""Where what a command finds goes: whether it can be written, asked before it begins, and to whoever reads stdout."""
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from kdmesh.errors import ConfigError
+
+
+def say(text: str) -> None:
+    """Write to stdout. One who reads no further, as `head`, misses the rest, and the command goes on."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # where the rest goes, what is still buffered included
+        os.close(nowhere)
 
 
 def make_writable(path: Path) -> None:

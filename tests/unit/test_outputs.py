@@ -120,3 +120,24 @@ def test_what_is_there_already_is_untouched(tmp_path: Path) -> None:
     assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"}
     with pytest.raises(ConfigError, match="cannot write"):
         make_writable(tmp_path)
+
+
+def test_a_command_goes_on_when_nobody_reads_what_it_says_any_more(tmp_path: Path) -> None:
+    script = f"""
+import pathlib, sys
+from kdmesh.outputs import say
+sys.stdin.readline()
+for _ in range(3):
+    say("figures" * 100_000)
+pathlib.Path({str(tmp_path / "done")!r}).touch()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")
+    assert (tmp_path / "done").exists()

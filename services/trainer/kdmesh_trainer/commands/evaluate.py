@@ -18,7 +18,7 @@ with quiet_interrupt():
     from kdmesh.config import config_parser, load
     from kdmesh.counting import clock, counted
     from kdmesh.errors import ConfigError
-    from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace
+    from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace, say
     from kdmesh_trainer.commands.running import run
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
@@ -42,7 +42,7 @@ def _print_scores(cfg: TrainerConfig, arguments: argparse.Namespace) -> int:
         refuse_own_input(arguments.output, _inputs(cfg))
         refuse_to_replace(arguments.output, is_wanted=arguments.overwrite)
     scores, answers = _evaluate(cfg) if arguments.openai is None else _ask_endpoint(cfg, _endpoint(arguments))
-    sys.stdout.write(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
+    say(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
     if arguments.output is not None:
         answers.write(arguments.output)
     return 0

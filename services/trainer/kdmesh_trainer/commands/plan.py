@@ -14,6 +14,7 @@ from kdmesh.interrupt import quiet_interrupt
 
 with quiet_interrupt():
     from kdmesh.config import config_parser
+    from kdmesh.outputs import say
     from kdmesh_trainer.commands.running import run
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
@@ -34,7 +35,7 @@ def main() -> int:
 
 def _print_plan(cfg: TrainerConfig, arguments: argparse.Namespace) -> int:
     told = _plan(cfg, json.loads(arguments.teachers), device=arguments.device, ranks=arguments.ranks)
-    sys.stdout.write(json.dumps(told) + "\n" if arguments.json else _table(told))
+    say(json.dumps(told) + "\n" if arguments.json else _table(told))
     return 0
 
 

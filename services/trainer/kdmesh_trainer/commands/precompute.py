@@ -12,6 +12,7 @@ with quiet_interrupt():
     from kdmesh import log
     from kdmesh.config import config_parser
     from kdmesh.counting import counted
+    from kdmesh.outputs import say
     from kdmesh_trainer.commands.running import run
     from kdmesh_trainer.config import TrainerConfig
 
@@ -43,8 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tell(sentence: str) -> None:
-    sys.stdout.write(f"{sentence}\n")
-    sys.stdout.flush()
+    say(f"{sentence}\n")
 
 
 def _log_progress(done: int, total: int, left_s: float | None) -> None:
