@@ -81,7 +81,10 @@ class WeightVersions:
                 f"the model served has {self._fingerprint}"
             )
         if manifest.version <= self.version:
-            raise ModelMismatch(f"version {manifest.version} is not newer than the one served, {self.version}")
+            raise ModelMismatch(
+                f"version {manifest.version} is not newer than the one served, {self.version}: another job has brought "
+                "its weights, and a server takes those of one job"
+            )
         adding = None
         if manifest.adapter is None:
             places = self._all_places(manifest.tensors)

@@ -92,7 +92,7 @@ def _other(**changes: object) -> Callable[[Manifest], Manifest]:
     ("change", "error", "message"),
     [
         (_other(architecture_fingerprint="0" * 32), ModelMismatch, "fingerprint 0000"),
-        (_other(version=2), ModelMismatch, "version 2 is not newer than the one served, 2"),
+        (_other(version=2), ModelMismatch, "version 2 is not newer than the one served, 2: another job"),
         (_other(version=1), ModelMismatch, "version 1 is not newer"),
         (_other(tensors=tuple(SPECS[1:])), InvalidRequest, "lacks embedding"),
         (
