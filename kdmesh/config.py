@@ -138,10 +138,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, last = dotted.split(".")
     node = tree
     for key in parents:
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
+        if node.get(key) is None:  # an option that is off is a section that is not there
+            node[key] = {}
+        if not isinstance(node[key], dict):
             raise ConfigError(f"--set {override!r}: {key!r} is not a section")
-        node = child
+        node = node[key]
     node[last] = value
 
 

@@ -177,6 +177,12 @@ def test_a_teacher_is_told_more_only_where_it_is_learnt_from(tmp_path: Path) -> 
     assert "text" in refusal(tmp_path, GOOD, "data.teacher_context={kind: system_prompt, text: ''}")
 
 
+def test_an_override_makes_a_section_of_one_that_is_off(tmp_path: Path) -> None:
+    cfg = config.load(TrainerConfig, written(tmp_path, GOOD), ["student.lora=null", "student.lora.rank=4"])
+    assert cfg.student.lora is not None
+    assert cfg.student.lora.rank == 4
+
+
 def test_overrides_reach_any_depth_and_are_yaml(tmp_path: Path) -> None:
     cfg = config.load(
         TrainerConfig, written(tmp_path, GOOD), ["optimizer.learning_rate=2e-5", "teacher.addresses=[a:1]"]
