@@ -26,23 +26,15 @@ def element_types(model: PreTrainedModel, names: Iterable[str], dtype: torch.dty
     return {name: torch.float32 if kept and pattern.search(name) else own.get(name, dtype) for name in names}
 
 
-def modules_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[nn.Module]:
-    """Those of which transformers keeps every parameter in float32 where `dtype` is asked for, without their parts.
+def parameters_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[nn.Parameter]:
+    """Those that transformers keeps in float32 where `dtype` is asked for.
 
     Args:
         model: as for element_types.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     types = element_types(model, named, dtype)
-    kept = {id(parameter) for name, parameter in named.items() if types[name] != dtype}
-    found, parts = set[nn.Module](), set[nn.Module]()
-    for module in model.modules():  # the whole before its parts
-        if module in parts or not list(module.parameters(recurse=False)):
-            continue
-        if all(id(parameter) in kept for parameter in module.parameters()):
-            found.add(module)
-            parts.update(module.modules())
-    return found
+    return {parameter for name, parameter in named.items() if parameter.is_floating_point() and types[name] != dtype}
 
 
 def _of_their_own(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:

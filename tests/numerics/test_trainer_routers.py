@@ -1,10 +1,11 @@
-"""Routers that transformers keeps in float32 are computed from float32 weights in a student of bfloat16 too."""
+"""What transformers keeps in float32, as routers, is computed from float32 weights in a student of bfloat16 too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -19,13 +20,38 @@ from kdmesh.models.packing import pack
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.student.model import begin_micro_batch
 from kdmesh_trainer.student.weights import whole
-from tests.support.tiny_models import MIXTURES, TinyModels
+from tests.support.tiny_models import FAMILIES, MIXTURES, TinyModels
 from tests.support.trainer_parts import build_student, random_sequences
 from tests.support.trainer_ranks import run_ranks
 
 HERE = "tests.numerics.test_trainer_routers"
 VOCABULARY_SIZE = 310
 CPU = torch.device("cpu")
+
+# Of whose modules transformers keeps some parameters in float32 and others not.
+_PARTLY: dict[str, dict[str, Any]] = {
+    "afmoe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 1,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "flint": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [],
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "olmo_hybrid": {
+        **FAMILIES["olmo_hybrid"],
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    },
+}
 
 
 def packed() -> Any:
@@ -138,3 +164,39 @@ def test_a_student_in_bfloat16_computes_what_transformers_does(
         assert found[name].dtype is torch.float32
         error = (found[name] - expected[name]).norm() / expected[name].norm()
         assert error < 4e-3, name
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "options"),
+    [
+        ("afmoe", 1, {}),
+        ("afmoe", 2, {"gather": "step"}),
+        ("afmoe", 2, {"checkpointed_every": 1, "unit_parameters": 10**6}),
+        ("flint", 2, {}),
+        ("olmo_hybrid", 1, {}),
+        ("olmo_hybrid", 2, {"gather": "step", "offloads": True}),
+        pytest.param("olmo_hybrid", 2, {"unit_parameters": 10**6}, marks=pytest.mark.slow),
+    ],
+)
+def test_so_are_single_parameters_that_transformers_keeps_in_float32(
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    ranks: int,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setitem(FAMILIES, family, _PARTLY[family])
+    path, output = tmp_path / "model", tmp_path / "found"
+    copytree(tiny_models.path(family, seed=1, num_hidden_layers=3), path)
+    weights = load_file(path / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith("expert_bias"):
+            tensor += 64  # between two bfloat16 numbers there, all experts are the same
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    run_ranks(f"{HERE}:of_student", ranks=ranks, student=str(path), output=str(output), **options)
+    found, expected = load_file(output), of_transformers(path)
+    assert torch.equal(found["hidden"], expected["hidden"])
+    assert len(expected) > 10
+    for name in expected:
+        assert (found[name] - expected[name]).norm() / expected[name].norm() < 4e-3, name

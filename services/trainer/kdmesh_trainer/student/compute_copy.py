@@ -21,15 +21,15 @@ class ComputeCopy:
         stays: whether the copies keep their places after a backward pass, because nothing is updated before the next.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, *, in_float32: Collection[nn.Module] = ()) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype, *, in_float32: Collection[nn.Parameter] = ()) -> None:
         """
         Args:
             module: its parameters have their own type, and stay what is trained; gradients are added to theirs.
             dtype: of the copies; what has this type already, or holds no numbers but bytes, is its own.
-            in_float32: parts of it, of whose parameters float32 is the type to compute in.
+            in_float32: those of them for which float32 is the type to compute in.
         """
         self.stays = False
-        wide = {id(parameter) for part in in_float32 for parameter in part.parameters()}
+        wide = {id(parameter) for parameter in in_float32}
         copied = [
             (parameter, to)
             for parameter in module.parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -20,7 +20,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
 from kdmesh.models.context import ContextGroup, Exchange
 from kdmesh.models.context_attention import use_context_attention
-from kdmesh.models.element_types import modules_in_float32
+from kdmesh.models.element_types import parameters_in_float32
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
@@ -58,6 +58,13 @@ class LossTotals(NamedTuple):
     num_preferring: int  # rows of which it is known whether both prefer the same token
 
 
+class Gathered(NamedTuple):
+    """Parameters that ranks gather together."""
+
+    module: FSDPModule  # which speaks for all modules that have some of them
+    is_frozen: bool
+
+
 class Student(nn.Module):
     """A causal LM and the number of its tokens that are real.
 
@@ -65,8 +72,8 @@ class Student(nn.Module):
         share: the tokens of its head that this rank has, and no others; None: the head is gathered whole.
         is_kept_whole: whether ranks keep whole parameters and gradients from the first micro-batch of a step to the
             last: one all-gather and one reduction a step instead of several for each micro-batch. `shard` decides.
-        spread: the modules that are gathered each for itself, as `shard` made them; the last is the student itself;
-            none where one rank has it whole.
+        spread: what is gathered each for itself, as `shard` made it; the last is what the student itself has; none
+            where one rank has it whole.
         compute_copy: what that rank computes with instead of its parameters; None: they have the right type.
     """
 
@@ -98,7 +105,7 @@ class Student(nn.Module):
         self.algorithm = algorithm
         self.share: VocabularyShare | None = None
         self.is_kept_whole = False
-        self.spread: list[FSDPModule] = []
+        self.spread: list[Gathered] = []
         self.compute_copy: ComputeCopy | None = None
         self._packer = packer or Packer(lm, None)
         self._is_varlen = is_varlen
@@ -183,9 +190,9 @@ def shard(
 ) -> None:
     """Spread the parameters over `mesh`, in place: each few decoder layers, then the rest. One rank may keep all.
 
-    Parameters stay as they are and are gathered as `compute_dtype`, but for routers that transformers keeps in float32
-    in a model of that type; gradients are reduced in float32 and *averaged* over all ranks, those of other copies too.
-    Every rank must hold the same values before.
+    Parameters stay as they are and are gathered as `compute_dtype`, but for those of the layers that transformers keeps
+    in float32 in a model of that type, as of routers; gradients are reduced in float32 and *averaged* over all ranks,
+    those of other copies too. Every rank must hold the same values before.
 
     Args:
         mesh: of one dimension, or of two: copies, and the ranks that share one.
@@ -198,7 +205,7 @@ def shard(
     Raises:
         ConfigError: the model's head cannot be spread.
     """
-    wide = _layer_parts_in_float32(student.lm, compute_dtype)
+    wide = _layers_in_float32(student.lm, compute_dtype)
     is_small = 4 * _num_parameters(student) <= _WHOLE_BYTES
     student.is_kept_whole = is_small if gather == "auto" else gather == "step"
     if mesh.size() == 1 and gather != "micro_batch" and not offloads and head_share is None:
@@ -224,13 +231,33 @@ def shard(
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offloads else OffloadPolicy()
     spread = partial(fully_shard, mesh=mesh, offload_policy=offload)
     for unit in units(student.lm, unit_parameters or default_unit(mesh.device_type)):
-        apart_in_float32 = [part for layer in unit for part in layer.modules() if part in wide]
-        for parts, own in ((apart_in_float32, replace(policy, param_dtype=torch.float32)), (unit, policy)):
-            if parts:
-                # What is frozen has no backward pass, after which it would be shards again.
-                spread(parts, reshard_after_forward=_is_frozen(parts[0]) or not student.is_kept_whole, mp_policy=own)
-                student.spread.append(cast(FSDPModule, parts[0]))  # which speaks for all of them
-    student.spread.append(spread(student, reshard_after_forward=False, ignored_params=apart, mp_policy=policy))
+        _spread_unit(student, unit, wide, spread, policy)
+    spread(student, reshard_after_forward=False, ignored_params=apart, mp_policy=policy)
+    student.spread.append(Gathered(cast(FSDPModule, student), is_frozen=_is_frozen(student.parameters())))
+
+
+def _spread_unit(
+    student: Student,
+    unit: list[nn.Module],
+    wide: set[nn.Parameter],
+    spread: Callable[..., object],
+    policy: MixedPrecisionPolicy,
+) -> None:
+    """Gather the layers of `unit` together, and for themselves those of their parameters that are in `wide`."""
+    with_wide = [part for layer in unit for part in layer.modules() if not wide.isdisjoint(part.parameters(False))]
+
+    def gather(parts: list[nn.Module], parameters: set[nn.Parameter], policy: MixedPrecisionPolicy) -> None:
+        is_frozen = _is_frozen(parameters)
+        # What is frozen has no backward pass, after which it would be shards again.
+        after_forward = is_frozen or not student.is_kept_whole
+        others = _parameters(parts) - parameters
+        spread(parts, reshard_after_forward=after_forward, ignored_params=others, mp_policy=policy)
+        student.spread.append(Gathered(cast(FSDPModule, parts[0]), is_frozen))
+
+    # First the layers, because FSDP takes nothing inside of what it has been told of before.
+    gather(unit, _parameters(unit) - wide, policy)
+    if with_wide:
+        gather(with_wide, _parameters(with_wide) & wide, replace(policy, param_dtype=torch.float32))
 
 
 def default_unit(device_type: str) -> int:
@@ -247,7 +274,9 @@ def units(lm: PreTrainedModel, unit_parameters: int) -> list[list[nn.Module]]:
     found: list[list[nn.Module]] = []
     for layer in decoder_layers(lm):
         last = found[-1] if found else []
-        is_alike = last and type(last[0]) is type(layer) and _is_frozen(last[0]) == _is_frozen(layer)
+        is_alike = (
+            last and type(last[0]) is type(layer) and _is_frozen(last[0].parameters()) == _is_frozen(layer.parameters())
+        )
         if is_alike and sum(_num_parameters(each) for each in last) < unit_parameters:
             last.append(layer)
         else:
@@ -277,12 +306,12 @@ def begin_micro_batch(student: Student, *, is_last: bool) -> None:
         student.compute_copy.stays = not is_last
     if isinstance(student, FSDPModule):
         student.set_is_last_backward(is_last)
-    for module in student.spread:
+    for module, is_frozen in student.spread:
         # Until then each copy of the student adds up its own gradient: copies meet once a step.
         module.set_requires_all_reduce(is_last, recurse=False)
         if student.is_kept_whole:
             # Of what is frozen there is nothing to keep, and FSDP looks for it even where nothing was ever gathered.
-            module.set_requires_gradient_sync(is_last or _is_frozen(cast(nn.Module, module)), recurse=False)
+            module.set_requires_gradient_sync(is_last or is_frozen, recurse=False)
             module.set_reshard_after_backward(is_last, recurse=False)
 
 
@@ -290,7 +319,7 @@ def release(student: Student) -> None:
     """Give up what a pass without gradients left gathered, so that the parameters are shards again."""
     if student.compute_copy is not None:
         student.compute_copy.give_back()
-    for module in student.spread:
+    for module, _ in student.spread:
         module.reshard()
 
 
@@ -300,14 +329,18 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     return [module for module in lm.modules() if type(module).__name__ in names]
 
 
-def _layer_parts_in_float32(lm: PreTrainedModel, compute_dtype: torch.dtype) -> set[nn.Module]:
-    """What of the decoder layers computes from weights in float32 where the rest does as `compute_dtype`: routers."""
-    wide = modules_in_float32(lm, compute_dtype)
-    return {part for layer in decoder_layers(lm) for part in layer.modules() if part in wide}
+def _layers_in_float32(lm: PreTrainedModel, compute_dtype: torch.dtype) -> set[nn.Parameter]:
+    """Of the decoder layers' parameters those that stay in float32 where the rest is computed as `compute_dtype`."""
+    wide = parameters_in_float32(lm, compute_dtype)
+    return {parameter for layer in decoder_layers(lm) for parameter in layer.parameters() if parameter in wide}
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters())
+def _parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    return {parameter for module in modules for parameter in module.parameters()}
+
+
+def _is_frozen(parameters: Iterable[nn.Parameter]) -> bool:
+    return not any(parameter.requires_grad for parameter in parameters)
 
 
 def _num_parameters(module: nn.Module) -> int:
