@@ -55,13 +55,14 @@ def gradients_of_layouts(
     gather: Gather,
     spreads_head: bool = False,
     checkpointed_every: int | None = None,
+    compute_dtype: str = "float32",
 ) -> None:
     """Writes every layout's losses and whole gradient to `output`; runs on every rank."""
     model = build_student(
         Path(student),
         mesh,
         vocabulary_size=VOCABULARY_SIZE,
-        compute_dtype=torch.float32,
+        compute_dtype=getattr(torch, compute_dtype),
         spreads_head=spreads_head,
         checkpointed_every=checkpointed_every,
         gather=gather,
@@ -191,6 +192,49 @@ def test_ranks_that_hold_each_row_together_have_the_textbook_loss_and_gradient(
         checkpointed_every=None if ranks == context else 1,
     )
     assert_equal(textbook(student, teacher), tmp_path, ranks // context)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "context", "spreads_head", "within"),
+    [
+        ("gpt_oss", 3, 3, False, 1.2e-2),  # of 4 heads, so that they exchange keys
+        pytest.param("qwen3_moe", 2, 2, False, 4e-3, marks=pytest.mark.slow),
+        pytest.param("qwen3_next", 2, 1, False, 4e-3, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", 2, 1, True, 1.2e-2, marks=pytest.mark.slow),
+    ],
+)
+def test_in_bfloat16_layouts_differ_by_rounding_alone(
+    tiny_models: TinyModels, tmp_path: Path, family: str, ranks: int, context: int, spreads_head: bool, within: float
+) -> None:
+    student = tiny_models.path(family, seed=1)
+    found = {}
+    for dtype, number in (("float32", 1), ("bfloat16", 1), ("bfloat16", ranks)):
+        output = tmp_path / f"{dtype}-{number}"
+        output.mkdir()
+        run_ranks(
+            "tests.numerics.test_trainer_layouts:gradients_of_layouts",
+            ranks=number,
+            context=min(number, context),
+            student=str(student),
+            teacher=str(tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336)),
+            output=str(output),
+            gather="micro_batch",
+            spreads_head=spreads_head and number > 1,
+            compute_dtype=dtype,
+        )
+        found[dtype, number] = [load_file(path) for path in sorted(output.iterdir())]
+    (exact, *_), (alone, *_) = found["float32", 1], found["bfloat16", 1]
+    assert apart(alone, exact) > 1.2e-2  # what rounding costs every layout
+    for actual in found["bfloat16", 1] + found["bfloat16", ranks]:
+        assert apart(actual, alone) < within
+        assert torch.allclose(actual["loss"], alone["loss"], rtol=1e-4)
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The norm of the difference of two whole gradients, as a part of the second's."""
+    names = sorted(one.keys() - {"loss"})
+    first, second = (torch.cat([each[name].flatten().double() for name in names]) for each in (one, other))
+    return float((first - second).norm() / second.norm())
 
 
 def assert_equal(expected: dict[str, Tensor], output: Path, groups: int) -> None:
