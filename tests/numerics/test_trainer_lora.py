@@ -335,8 +335,6 @@ _MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_s
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-# Of what is then refused.
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize(
     ("family", "shape", "targets", "why"),
     [

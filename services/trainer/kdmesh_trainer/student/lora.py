@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -146,13 +147,12 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
 
     torch.manual_seed(seed)
     try:
-        peft.inject_adapter_in_model(told, lm, adapter_name=_NAME)
+        _inject(told, lm)
     except ValueError as error:
         if config.use_dora or config.dropout:
             # Experts can have neither, so peft ended before it was known where it puts adapters.
             with suppress(ValueError):
-                plain = replace(told, use_dora=False, lora_dropout=0.0)
-                peft.inject_adapter_in_model(plain, lm, adapter_name=_NAME)
+                _inject(replace(told, use_dora=False, lora_dropout=0.0), lm)
                 _refuse_others(lm, layers, adapted())
         raise ConfigError(f"student.lora.target_modules: {error}") from error
     _refuse_others(lm, layers, adapted())
@@ -165,6 +165,15 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
         "adapter added", extra={"modules": len(layers), "adapter_rank": config.rank, "trained_parameters": trained}
     )
     return Adapter(config=told, layers=frozenset(layers), scaling=config.scale)
+
+
+def _inject(told: peft.LoraConfig, lm: PreTrainedModel) -> None:
+    from peft import inject_adapter_in_model
+
+    with warnings.catch_warnings():
+        # Of mixtures that are refused next, with what works instead.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        inject_adapter_in_model(told, lm, adapter_name=_NAME)
 
 
 def _linear(lm: PreTrainedModel) -> list[str]:
