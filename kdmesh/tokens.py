@@ -10,12 +10,16 @@ from kdmesh.types import TokenSequence
 DIGEST_BYTES = 16
 
 _IMAGES_FOLLOW = b"\xff" * 8  # where a length would stand that no array has
+_LAYERS_FOLLOW = b"\xfe" + b"\xff" * 7
 
 
-def digest(sequences: Sequence[TokenSequence]) -> bytes:
+def digest(sequences: Sequence[TokenSequence], layers: Sequence[int] = ()) -> bytes:
     """16-byte BLAKE2b over ids, positions and images, so that rows can be tied to the request that asked for them.
 
     Every array is preceded by its length, so no two different requests hash the same bytes.
+
+    Args:
+        layers: whose outputs are asked for beside the final hidden states.
     """
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     state.update(len(sequences).to_bytes(8, "little"))
@@ -27,6 +31,9 @@ def digest(sequences: Sequence[TokenSequence]) -> bytes:
             state.update(_IMAGES_FOLLOW)
             state.update(len(sequence.images).to_bytes(8, "little"))
             state.update(image_names(sequence))
+    if layers:
+        state.update(_LAYERS_FOLLOW)
+        state.update(layer_names(layers))
     return state.digest()
 
 
@@ -36,6 +43,11 @@ def image_names(sequence: TokenSequence) -> bytes:
         image.digest + image.first_token.to_bytes(8, "little") + image.num_tokens.to_bytes(8, "little")
         for image in sequence.images
     )
+
+
+def layer_names(layers: Sequence[int]) -> bytes:
+    """Layers as bytes that no others have."""
+    return b"".join(layer.to_bytes(4, "little") for layer in layers)
 
 
 def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:

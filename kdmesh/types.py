@@ -8,7 +8,8 @@ it is another, C rows of one chunk, or chunks of text that two tokenizers share.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -214,6 +215,15 @@ class ModelDescription:
     is_deterministic: bool
     architecture_fingerprint: str = ""  # empty: its weights are frozen
     vision: VisionSpec | None = None  # None: it reads no images
+    num_layers: int = 0  # whose outputs can be asked for, numbered from 1; 0: only final hidden states can be
+
+    def num_columns(self, layers: Sequence[int]) -> int:
+        """Of a row that has the outputs of these layers behind the final hidden state."""
+        return self.hidden_size * (1 + len(layers))
+
+    def for_layers(self, layers: Sequence[int]) -> ModelDescription:
+        """The same model with the limits of requests for the outputs of these layers."""
+        return replace(self, max_request_rows=self.max_request_rows // (1 + len(layers)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

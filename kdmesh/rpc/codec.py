@@ -178,6 +178,7 @@ def description_from_wire(m: teacher_pb2.DescribeResponse) -> ModelDescription:
         is_deterministic=m.is_deterministic,
         architecture_fingerprint=m.architecture_fingerprint,
         vision=vision_from_wire(m.vision) if m.HasField("vision") else None,
+        num_layers=m.num_layers,
     )
 
 
@@ -197,6 +198,7 @@ def description_to_wire(model: ModelDescription) -> teacher_pb2.DescribeResponse
         is_deterministic=model.is_deterministic,
         architecture_fingerprint=model.architecture_fingerprint,
         vision=None if model.vision is None else vision_to_wire(model.vision),
+        num_layers=model.num_layers,
     )
 
 

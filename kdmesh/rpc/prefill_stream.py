@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from kdmesh.errors import EngineFailure, RpcError
@@ -52,6 +52,7 @@ class PrefillStream:
         sequences: Iterable[TokenSequence],
         *,
         model_fingerprint: str,
+        layers: Sequence[int] = (),
         weight_version: int = 0,
         uses_cache: bool = True,
         deadline_s: float,
@@ -59,6 +60,7 @@ class PrefillStream:
         """The server's answer to one request.
 
         Args:
+            layers: whose outputs are to be a part of every row, ascending.
             weight_version: of the weights that must make the rows; 0: any.
             uses_cache: whether they may be kept for the next time.
 
@@ -72,6 +74,7 @@ class PrefillStream:
             request_id=next(self._numbers),
             sequences=codec.sequences_to_wire(sequences),
             model_fingerprint=model_fingerprint,
+            layers=layers,
             weight_version=weight_version,
             bypasses_cache=not uses_cache,
             traceparent=spans.current(),

@@ -49,7 +49,7 @@ _READ_HANDLE = "/kdmesh.v1.Teacher/ReadHandle"
 class TeacherRows:
     """Hidden states of a request's positions, in its order. Never write to them."""
 
-    rows_RD: Tensor  # [R, D] on the CPU, in the teacher's dtype
+    rows_RD: Tensor  # [R, D] on the CPU, in the teacher's dtype; with the outputs of n layers [R, (1 + n) D]
     weight_version: int
     is_borrowed: bool  # the memory is a slot of the teacher's slab, which is short
 
@@ -186,12 +186,15 @@ class TeacherClient(ServerClient):
         sequences: Sequence[TokenSequence],
         deadline: Deadline,
         *,
+        layers: Sequence[int] = (),
         weight_version: int = 0,
         uses_cache: bool = True,
     ) -> TeacherRows:
         """The rows of a request that the server's limits allow, by the weights of that version; 0 takes any.
 
         Args:
+            layers: whose outputs are to follow the final hidden state in every row, ascending, from 1 to
+                model.num_layers.
             uses_cache: whether the server may keep them for the next time.
 
         Raises:
@@ -204,6 +207,7 @@ class TeacherClient(ServerClient):
                 self._session,
                 sequences,
                 model_fingerprint=self.model.model_fingerprint,
+                layers=layers,
                 weight_version=weight_version,
                 uses_cache=uses_cache,
                 deadline_s=deadline.left_s,
@@ -212,11 +216,13 @@ class TeacherClient(ServerClient):
         with spans.span("rows", address=self.address, sequences=len(sequences)):
             images = [placed for sequence in sequences for placed in sequence.images]
             result = await with_images(ask, lambda lacked: self._put_images(lacked, deadline), images)
-            return await self._fetch(result, sequences)
+            return await self._fetch(result, sequences, layers)
 
-    async def _fetch(self, result: pb.PrefillResult, sequences: Sequence[TokenSequence]) -> TeacherRows:
+    async def _fetch(
+        self, result: pb.PrefillResult, sequences: Sequence[TokenSequence], layers: Sequence[int]
+    ) -> TeacherRows:
         try:
-            handle = checked_handle(result, sequences, self.model, self.address)
+            handle = checked_handle(result, sequences, self.model, self.address, layers=layers)
         except EngineFailure:
             self._release_orphan(result.rows)
             raise
@@ -224,7 +230,9 @@ class TeacherClient(ServerClient):
             rows_RD = await self.door.fetch(handle)
         return TeacherRows(rows_RD=rows_RD, weight_version=result.weight_version, is_borrowed=self.door.name == "shm")
 
-    async def find_cached(self, sequences: Sequence[TokenSequence], *, weight_version: int) -> CacheAnswer:
+    async def find_cached(
+        self, sequences: Sequence[TokenSequence], *, layers: Sequence[int] = (), weight_version: int
+    ) -> CacheAnswer:
         """Which of these sequences' rows the server has kept; no more than one request may hold.
 
         Raises:
@@ -233,6 +241,7 @@ class TeacherClient(ServerClient):
         request = pb.FindCachedRequest(
             session=self._session,
             sequences=codec.sequences_to_wire(sequences),
+            layers=layers,
             model_fingerprint=self.model.model_fingerprint,
             weight_version=weight_version,
         )

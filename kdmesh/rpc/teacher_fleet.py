@@ -45,8 +45,10 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         wire: Wire = "exact",
         gpu: torch.device | None = None,
         uses_cache: bool = True,
+        layers: Sequence[int] = (),
     ) -> None:
         self._job = job
+        self._layers = tuple(layers)
         self._access = access
         self._wire: Wire = wire
         self._gpu = gpu
@@ -69,7 +71,10 @@ class TeacherFleet(ServerFleet[TeacherClient]):
 
     @property
     def model(self) -> ModelDescription:
-        """What every replica serves, with the narrowest limits of those that are asked; after `start`."""
+        """What every replica serves, with the narrowest limits of those that are asked; after `start`.
+
+        They are of requests with the outputs of this job's layers.
+        """
         assert self._model is not None
         return self._model
 
@@ -92,12 +97,12 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         """From now on leave replicas out that take less. Where none of those that are there takes it, all stay."""
         self._needs |= needs
         clients = self._replicas.clients
-        fit = [client for client in clients if not self._needs.missed_by(client.model)]
+        fit = [client for client in clients if not self._needs.missed_by(self._seen(client))]
         if not fit:
             return
-        self._model = fit[0].model
+        self._model = self._seen(fit[0])
         for client in fit:
-            self._narrow(client.model)
+            self._narrow(self._seen(client))
         for client in clients:
             if client not in fit:
                 await client.close()  # it is connected again, and left out then
@@ -112,7 +117,13 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         """
 
         async def prefill(client: TeacherClient) -> TeacherRows:
-            rows = await client.prefill(sequences, deadline, weight_version=weight_version, uses_cache=self._uses_cache)
+            rows = await client.prefill(
+                sequences,
+                deadline,
+                layers=self._layers,
+                weight_version=weight_version,
+                uses_cache=self._uses_cache,
+            )
             if rows.weight_version != weight_version:
                 raise ModelMismatch(
                     f"the teacher answered with weight version {rows.weight_version}; asked for was {weight_version}"
@@ -128,7 +139,7 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         """What one replica has kept of a request's sequences. Raises as `ask`."""
 
         async def find(client: TeacherClient) -> CacheAnswer:
-            return await client.find_cached(sequences, weight_version=weight_version)
+            return await client.find_cached(sequences, layers=self._layers, weight_version=weight_version)
 
         return await self._replicas.somewhere(find, 0, deadline, takes_slot=False)
 
@@ -156,7 +167,8 @@ class TeacherFleet(ServerFleet[TeacherClient]):
 
     def _admit(self, client: TeacherClient) -> None:
         """All replicas must serve the same; the narrowest limits count, of those that take what the job needs."""
-        ours, theirs = self._model, client.model
+        self._check_layers(client)
+        ours, theirs = self._model, self._seen(client)
         if ours is None:
             self._model, self._fingerprint = theirs, theirs.model_fingerprint
             self.weight_version = theirs.weight_version
@@ -171,6 +183,10 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         self._check_needs(client)
         self._narrow(theirs)
 
+    def _seen(self, client: TeacherClient) -> ModelDescription:
+        """What it serves, with its limits of requests with the outputs of this job's layers."""
+        return client.model.for_layers(self._layers)
+
     def _narrow(self, theirs: ModelDescription) -> None:
         assert self._model is not None
         limits = {name: min(getattr(self._model, name), getattr(theirs, name)) for name in _LIMITS}
@@ -178,13 +194,27 @@ class TeacherFleet(ServerFleet[TeacherClient]):
 
     def _check_needs(self, client: TeacherClient) -> None:
         """It may come back as it was, so that it is not refused for ever."""
-        address, missed = client.address, self._needs.missed_by(client.model)
+        address, missed = client.address, self._needs.missed_by(self._seen(client))
         was, self._too_narrow[address] = self._too_narrow.get(address, ""), missed
         if not missed:
             return
         if missed != was:
             log.warning("a teacher is left out", extra={"address": address, "reason": f"it {missed}"})
         raise Unavailable(f"it {missed}")
+
+    def _check_layers(self, client: TeacherClient) -> None:
+        known = client.model.num_layers
+        if self._layers and not known:
+            raise ModelMismatch(
+                f"teacher {client.model.name} at {client.address} gives final hidden states alone, and this job wants "
+                f"the outputs of its layers {list(self._layers)}: that needs a server of this release with engine "
+                "transformers"
+            )
+        if self._layers and self._layers[-1] > known:
+            raise ModelMismatch(
+                f"this job wants the output of layer {self._layers[-1]} of teacher {client.model.name}, which has "
+                f"layers 1 to {known}"
+            )
 
     def _check_version(self, client: TeacherClient) -> None:
         """Before `follow`, replicas whose weights can be replaced may differ: they are about to get the same."""

@@ -58,7 +58,7 @@ class TeacherPool(ServerPool[TeacherFleet]):
 
     Raises, when opened:
         DeadlineExpired: no teacher answers within `connect_s`.
-        ModelMismatch: the teachers serve different models.
+        ModelMismatch: the teachers serve different models, or one does not give the outputs of `layers`.
         Unauthenticated, PermissionDenied: a teacher does not let this job in.
         ConfigError: `door` is shm, and a teacher is not on this node; or `access` cannot be used.
     """
@@ -76,6 +76,7 @@ class TeacherPool(ServerPool[TeacherFleet]):
         wire: Wire = "exact",
         gpu: torch.device | None = None,
         uses_cache: bool = True,
+        layers: Sequence[int] = (),
         connect_s: float | None = None,
     ) -> None:
         """Connect. Blocks until a teacher is ready.
@@ -91,10 +92,12 @@ class TeacherPool(ServerPool[TeacherFleet]):
             wire: how a stream carries rows; fp8 halves the bytes and rounds.
             gpu: a device of this process, which rows may pass through on their way to the CPU; None where it has none.
             uses_cache: whether teachers that keep rows may keep these.
+            layers: whose outputs are to follow the final hidden state in every row, ascending; counted from 1.
             connect_s: longest wait for the first server; None: as long as for a request.
         """
         assert addresses
         self._move_after_s = move_after_s
+        self._layers = tuple(layers)
         self._requests = self._moved = 0
         super().__init__(
             lambda: TeacherFleet(
@@ -106,14 +109,24 @@ class TeacherPool(ServerPool[TeacherFleet]):
                 wire=wire,
                 gpu=gpu,
                 uses_cache=uses_cache,
+                layers=layers,
             ),
             deadline_s=deadline_s,
             connect_s=connect_s,
         )
 
     def describe(self) -> ModelDescription:
-        """The model that every teacher serves; limits are those of the narrowest that takes what is required."""
+        """The model that every teacher serves; limits are those of the narrowest that takes what is required.
+
+        They are of rows with `layers`.
+        """
         return self._fleet.model
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, with the outputs of `layers`."""
+        model = self._fleet.model
+        return model.num_columns(self._layers) * model.dtype.size_bytes
 
     def require(self, needs: Needs) -> None:
         """From now on leave teachers out, with a warning, that take less, unless no teacher takes so much. Blocks.
@@ -210,7 +223,7 @@ class TeacherPool(ServerPool[TeacherFleet]):
         """
         model = self._fleet.model
         ends = list(itertools.accumulate(sum(s.num_rows for s in part) for part in parts))
-        joined_RD = torch.empty(ends[-1], model.hidden_size, dtype=getattr(torch, model.dtype.value))
+        joined_RD = torch.empty(ends[-1], model.num_columns(self._layers), dtype=getattr(torch, model.dtype.value))
 
         async def fill(part: Sequence[TokenSequence], begin: int, end: int) -> None:
             joined_RD[begin:end] = (await self._ask(part, deadline, version)).rows_RD

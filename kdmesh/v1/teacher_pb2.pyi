@@ -135,6 +135,7 @@ class DescribeResponse(google.protobuf.message.Message):
     IS_DETERMINISTIC_FIELD_NUMBER: builtins.int
     ARCHITECTURE_FINGERPRINT_FIELD_NUMBER: builtins.int
     VISION_FIELD_NUMBER: builtins.int
+    NUM_LAYERS_FIELD_NUMBER: builtins.int
     model_name: builtins.str
     """What the operator calls the model; for people, never compared."""
     model_fingerprint: builtins.str
@@ -144,7 +145,7 @@ class DescribeResponse(google.protobuf.message.Message):
     tokenizer_fingerprint: builtins.str
     """Identifies token -> id; hexadecimal. Empty when the model has no tokenizer."""
     hidden_size: builtins.int
-    """Columns of a row."""
+    """Columns of a hidden state."""
     dtype: kdmesh.v1.common_pb2.DType.ValueType
     """Element type of the rows, and of the weights where they can be replaced."""
     weight_version: builtins.int
@@ -154,7 +155,9 @@ class DescribeResponse(google.protobuf.message.Message):
     max_request_tokens: builtins.int
     """Most tokens of one request, over all its sequences."""
     max_request_rows: builtins.int
-    """Most rows of one request, over all its sequences: what fits in one slot."""
+    """Most rows of one request, over all its sequences: what fits in one slot. With n layers it is this number
+    divided by 1 + n, rounded down.
+    """
     is_deterministic: builtins.bool
     """Whether a request's rows are the same bits whatever else is being served."""
     architecture_fingerprint: builtins.str
@@ -162,6 +165,8 @@ class DescribeResponse(google.protobuf.message.Message):
     when the weights are frozen; otherwise one job may replace them, and any other that wants
     the same teacher throughout must go elsewhere.
     """
+    num_layers: builtins.int
+    """Decoder layers whose outputs can be asked for, numbered from 1 to this; 0: only final hidden states can be."""
     @property
     def head(self) -> Global___HeadSpec:
         """Output head."""
@@ -186,9 +191,10 @@ class DescribeResponse(google.protobuf.message.Message):
         is_deterministic: builtins.bool = ...,
         architecture_fingerprint: builtins.str = ...,
         vision: kdmesh.v1.common_pb2.VisionSpec | None = ...,
+        num_layers: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["head", b"head", "vision", b"vision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["architecture_fingerprint", b"architecture_fingerprint", "dtype", b"dtype", "head", b"head", "hidden_size", b"hidden_size", "is_deterministic", b"is_deterministic", "max_request_rows", b"max_request_rows", "max_request_tokens", b"max_request_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vision", b"vision", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture_fingerprint", b"architecture_fingerprint", "dtype", b"dtype", "head", b"head", "hidden_size", b"hidden_size", "is_deterministic", b"is_deterministic", "max_request_rows", b"max_request_rows", "max_request_tokens", b"max_request_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_fingerprint", b"model_fingerprint", "model_name", b"model_name", "num_layers", b"num_layers", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vision", b"vision", "weight_version", b"weight_version"]) -> None: ...
 
 Global___DescribeResponse: typing_extensions.TypeAlias = DescribeResponse
 
@@ -380,6 +386,7 @@ class PrefillRequest(google.protobuf.message.Message):
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
     BYPASSES_CACHE_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
+    LAYERS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """From OpenSessionResponse."""
     request_id: builtins.int
@@ -402,6 +409,13 @@ class PrefillRequest(google.protobuf.message.Message):
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.TokenSequence]:
         """At least one. Rows come in this order, each sequence's positions in theirs."""
 
+    @property
+    def layers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Decoder layers whose outputs are wanted beside the final hidden states, ascending, each from 1 to num_layers. A row
+        is then the final hidden state, followed by the output of each of these layers at the same position, as it is
+        before the next layer: 1 + n times hidden_size columns.
+        """
+
     def __init__(
         self,
         *,
@@ -413,8 +427,9 @@ class PrefillRequest(google.protobuf.message.Message):
         weight_version: builtins.int = ...,
         bypasses_cache: builtins.bool = ...,
         traceparent: builtins.str = ...,
+        layers: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bypasses_cache", b"bypasses_cache", "deadline_ms", b"deadline_ms", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "sequences", b"sequences", "session", b"session", "traceparent", b"traceparent", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bypasses_cache", b"bypasses_cache", "deadline_ms", b"deadline_ms", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "request_id", b"request_id", "sequences", b"sequences", "session", b"session", "traceparent", b"traceparent", "weight_version", b"weight_version"]) -> None: ...
 
 Global___PrefillRequest: typing_extensions.TypeAlias = PrefillRequest
 
@@ -474,7 +489,7 @@ class PrefillResult(google.protobuf.message.Message):
     QUEUE_MS_FIELD_NUMBER: builtins.int
     ENGINE_MS_FIELD_NUMBER: builtins.int
     digest: builtins.bytes
-    """16-byte BLAKE2b over the ids, positions and images the engine computed; the client
+    """16-byte BLAKE2b over the ids, positions, images and layers the engine computed; the client
     compares it with its own before it uses a row.
     """
     weight_version: builtins.int
@@ -511,6 +526,7 @@ class FindCachedRequest(google.protobuf.message.Message):
     SEQUENCES_FIELD_NUMBER: builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: builtins.int
+    LAYERS_FIELD_NUMBER: builtins.int
     session: builtins.bytes
     """From OpenSessionResponse."""
     model_fingerprint: builtins.str
@@ -521,6 +537,10 @@ class FindCachedRequest(google.protobuf.message.Message):
     def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kdmesh.v1.common_pb2.TokenSequence]:
         """At least one, and at most max_request_tokens / 2, as of a PrefillRequest."""
 
+    @property
+    def layers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """As of a PrefillRequest: rows are kept for one choice of layers."""
+
     def __init__(
         self,
         *,
@@ -528,8 +548,9 @@ class FindCachedRequest(google.protobuf.message.Message):
         sequences: collections.abc.Iterable[kdmesh.v1.common_pb2.TokenSequence] | None = ...,
         model_fingerprint: builtins.str = ...,
         weight_version: builtins.int = ...,
+        layers: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["model_fingerprint", b"model_fingerprint", "sequences", b"sequences", "session", b"session", "weight_version", b"weight_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layers", b"layers", "model_fingerprint", b"model_fingerprint", "sequences", b"sequences", "session", b"session", "weight_version", b"weight_version"]) -> None: ...
 
 Global___FindCachedRequest: typing_extensions.TypeAlias = FindCachedRequest
 

@@ -178,7 +178,7 @@ class TeacherServicer(object):
         Ending or breaking the stream cancels its unanswered requests.
 
         A failed request is a Failure in its reply, and the stream goes on. Its codes:
-        INVALID_ARGUMENT    no sequence, a bad id, position or image, too many tokens or rows
+        INVALID_ARGUMENT    no sequence, a bad id, position, image or layer, too many tokens or rows
         FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
         served are not those of weight_version
         UNAVAILABLE         the queue is full, the job was over a quota or no slot came free for
@@ -217,7 +217,7 @@ class TeacherServicer(object):
         Cost: a digest of the ids; no row is read, no slot taken. Idempotent.
 
         Errors:
-        INVALID_ARGUMENT    no sequence, too many, or a bad id or position
+        INVALID_ARGUMENT    no sequence, too many, or a bad id, position or layer
         FAILED_PRECONDITION model_fingerprint differs from the loaded model, or the weights
         served are not those of weight_version
         NOT_FOUND           the session is unknown or its lease has ended

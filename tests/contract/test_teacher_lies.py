@@ -8,6 +8,7 @@ import pytest
 
 from kdmesh import errors
 from kdmesh.rpc.retry import Deadline
+from kdmesh.tokens import digest
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh_teacher import servicer
@@ -31,6 +32,10 @@ def another_dtype(result: pb.PrefillResult) -> None:
     result.rows.dtype = common_pb2.DTYPE_BFLOAT16
 
 
+def other_layers(result: pb.PrefillResult) -> None:
+    result.digest = digest([sequence(9)], (1,))
+
+
 def no_handle(result: pb.PrefillResult) -> None:
     result.ClearField("rows")
 
@@ -39,6 +44,7 @@ def no_handle(result: pb.PrefillResult) -> None:
     ("lie", "sentence"),
     [
         (another_digest, "answered other sequences than it was asked for"),
+        (other_layers, "answered other sequences than it was asked for"),
         (fewer_rows, "answered 7 x 8 float32; asked for were 8 rows of 8 float32"),
         (other_columns, "answered 8 x 9 float32"),
         (another_dtype, "answered 8 x 8 bfloat16"),

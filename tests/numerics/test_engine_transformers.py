@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,30 +40,41 @@ def sequences(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[TokenSequ
 
 
 def prefill(
-    runner: TransformersEngine, groups: Sequence[Sequence[TokenSequence]], dtype: torch.dtype = torch.float32
+    runner: TransformersEngine,
+    groups: Sequence[Sequence[TokenSequence]],
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Tensor]:
-    """The rows of each group, asked for as one job each, in one call."""
-    outs = [torch.zeros(sum(s.num_rows for s in group), HIDDEN, dtype=dtype) for group in groups]
+    """The rows of each group, with the outputs of its layers, asked for as one job each, in one call."""
+    layers = layers or [()] * len(groups)
+    outs = [
+        torch.zeros(sum(s.num_rows for s in group), HIDDEN * (1 + len(chosen)), dtype=dtype)
+        for group, chosen in zip(groups, layers, strict=True)
+    ]
     runner.prefill(
         [
-            PrefillJob(sequences=tuple(group), out=memoryview(out.view(torch.uint8).numpy().data).cast("B"))
-            for group, out in zip(groups, outs, strict=True)
+            PrefillJob(
+                sequences=tuple(group), out=memoryview(out.view(torch.uint8).numpy().data).cast("B"), layers=chosen
+            )
+            for group, out, chosen in zip(groups, outs, layers, strict=True)
         ]
     )
     return outs
 
 
-def expected_rows(path: Path, group: Sequence[TokenSequence], attention: str = "eager") -> Tensor:
+def expected_rows(
+    path: Path, group: Sequence[TokenSequence], attention: str = "eager", *, layers: Sequence[int] = ()
+) -> Tensor:
+    """Of layers below the last: what Hugging Face tells of that is after the final norm."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=attention).eval()
+    rows = []
     with torch.no_grad():
-        return torch.cat(
-            [
-                model(input_ids=torch.from_numpy(s.token_ids).long()[None], output_hidden_states=True)
-                .hidden_states[-1][0]
-                .index_select(0, torch.from_numpy(s.positions).long())
-                for s in group
-            ]
-        )
+        for s in group:
+            told = model(input_ids=torch.from_numpy(s.token_ids).long()[None], output_hidden_states=True).hidden_states
+            states_TC = torch.cat([told[layer][0] for layer in (-1, *layers)], 1)
+            rows.append(states_TC.index_select(0, torch.from_numpy(s.positions).long()))
+    return torch.cat(rows)
 
 
 @pytest.mark.parametrize("row_tokens", [1, 70, 2048])
@@ -82,6 +94,39 @@ def test_rows_equal_hugging_face_alone_or_together(
         for row, lone, wanted in zip(rows, alone, expected, strict=True):
             assert relative_error(row, wanted) < 1e-5
             assert relative_error(lone, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3", "gpt_oss", "qwen3_5_text", "olmo_hybrid"])
+def test_outputs_of_layers_equal_hugging_face_whatever_others_ask_for(
+    tiny_models: TinyModels, family: str, is_deterministic: bool
+) -> None:
+    kinds = tiny_models.path(family).joinpath("config.json").read_text()
+    more = {"layer_types": json.loads(kinds)["layer_types"] * 2} if "layer_types" in json.loads(kinds) else {}
+    path = tiny_models.path(family, num_hidden_layers=4, **more)
+    runner = engine(path, deterministic=is_deterministic)
+    one, two, three, *others = sequences()
+    groups = [[one, two], [three], others]
+    final = prefill(runner, groups)
+    for layers in ([(1, 3), (), (2,)], [(1, 2, 3, 4), (4,), (3,)]):
+        for group, chosen, rows, without in zip(
+            groups, layers, prefill(runner, groups, layers=layers), final, strict=True
+        ):
+            assert torch.equal(rows[:, :HIDDEN], without)
+            below = tuple(layer for layer in chosen if layer < 4)
+            columns = rows[:, : HIDDEN * (1 + len(below))]
+            for part, wanted in zip(
+                columns.split(HIDDEN, 1), expected_rows(path, group, layers=below).split(HIDDEN, 1), strict=True
+            ):
+                assert relative_error(part, wanted) < 1e-5
+
+
+def test_the_last_layers_output_is_before_the_final_norm(tiny_models: TinyModels) -> None:
+    path = tiny_models.path()
+    runner = engine(path)
+    (rows,) = prefill(runner, [sequences()], layers=[(2,)])
+    norm = AutoModelForCausalLM.from_pretrained(path).get_decoder().norm
+    assert relative_error(norm(rows[:, HIDDEN:]).detach(), rows[:, :HIDDEN]) < 1e-6
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
@@ -167,6 +212,7 @@ def test_the_description_says_what_was_loaded(tiny_models: TinyModels) -> None:
     made = TransformersEngine(config.TransformersEngine(model=path, device="cpu", max_batch_tokens=1000)).load()
     assert (made.name, made.hidden_size, made.dtype) == (path.name, HIDDEN, DType.FLOAT32)
     assert (made.head.vocabulary_size, made.head.padded_vocabulary_size) == (VOCABULARY_SIZE, VOCABULARY_SIZE + 64)
+    assert made.num_layers == 2
     assert (made.max_sequence_tokens, made.max_batch_tokens) == (256, 1000)  # the model's positions; ours
     assert not made.is_deterministic
 

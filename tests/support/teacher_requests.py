@@ -18,6 +18,6 @@ def sequence(num_tokens: int, *, seed: int = 0, every: int = 1, vocabulary_size:
     return TokenSequence(token_ids=ids.astype(np.int32), positions=np.arange(0, num_tokens - 1, every, dtype=np.int32))
 
 
-def expected_rows(sequences: Sequence[TokenSequence], hidden_size: int = 8) -> Tensor:
-    """[R, D] float32."""
-    return torch.from_numpy(np.concatenate([hidden_states(s, hidden_size) for s in sequences]))
+def expected_rows(sequences: Sequence[TokenSequence], hidden_size: int = 8, *, layers: Sequence[int] = ()) -> Tensor:
+    """[R, (1 + layers) * D] float32."""
+    return torch.from_numpy(np.concatenate([hidden_states(s, hidden_size, layers) for s in sequences]))

@@ -82,6 +82,8 @@ def test_rows_have_the_name_of_everything_they_depend_on() -> None:
         keys().key("job", 2, asked),
         keys().key("job", 1, other_ids),
         keys().key("job", 1, other_positions),
+        keys().key("job", 1, asked, (1,)),
+        keys().key("job", 1, asked, (1, 2)),
         keys(model_fingerprint="other").key("job", 1, asked),
         keys(hidden_size=16).key("job", 1, asked),
         keys(is_deterministic=False).key("job", 1, asked),

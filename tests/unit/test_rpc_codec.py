@@ -32,6 +32,7 @@ MODEL = ModelDescription(
     max_request_rows=300,
     is_deterministic=True,
     architecture_fingerprint="ffff",
+    num_layers=5,
 )
 
 

@@ -29,9 +29,16 @@ def content(group: Sequence[TokenSequence]) -> list[tuple[list[int], list[int]]]
     return [(s.token_ids.tolist(), s.positions.tolist()) for s in group]
 
 
-@given(st.lists(sequences(), max_size=3), st.lists(sequences(), max_size=3))
-def test_digests_are_equal_exactly_when_the_sequences_are(a: list[TokenSequence], b: list[TokenSequence]) -> None:
-    assert (digest(a) == digest(b)) == (content(a) == content(b))
+groups = st.lists(sequences(), max_size=3)
+layers = st.lists(st.integers(1, 3), max_size=3, unique=True).map(sorted)
+
+
+@given(groups, layers, groups, layers)
+def test_digests_are_equal_exactly_when_the_sequences_and_the_layers_are(
+    a: list[TokenSequence], of_a: list[int], b: list[TokenSequence], of_b: list[int]
+) -> None:
+    assert (digest(a, of_a) == digest(b, of_b)) == ((content(a), of_a) == (content(b), of_b))
+    assert (digest(a, of_a) == digest(a)) == (not of_a)
 
 
 def test_digest_is_sixteen_bytes_whose_value_never_changes() -> None:

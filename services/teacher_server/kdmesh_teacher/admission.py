@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from kdmesh.errors import InvalidRequest, ModelMismatch
@@ -23,7 +24,20 @@ def check_number(num_sequences: int, model: ModelDescription) -> None:
         )
 
 
-def check_sequences(sequences: Sequence[TokenSequence], model: ModelDescription) -> None:
+def check_layers(layers: Sequence[int], model: ModelDescription) -> None:
+    """Raises InvalidRequest when the model has no such layers, or they are out of order."""
+    if not layers:
+        return
+    if not model.num_layers:
+        raise InvalidRequest(f"the request is for layers; teacher {model.name} gives final hidden states alone")
+    if any(one >= next_one for one, next_one in itertools.pairwise(layers)):
+        raise InvalidRequest(f"the request is for layers {list(layers)}, which must be ascending")
+    for layer in (layers[0], layers[-1]):
+        if not 1 <= layer <= model.num_layers:
+            raise InvalidRequest(f"the request is for layer {layer}; the model has layers 1 to {model.num_layers}")
+
+
+def check_sequences(sequences: Sequence[TokenSequence], model: ModelDescription, layers: Sequence[int] = ()) -> None:
     """Raises InvalidRequest, with the value and the limit, when the model cannot answer the request."""
     limit = model.head.padded_vocabulary_size
     for index, sequence in enumerate(sequences):
@@ -37,7 +51,7 @@ def check_sequences(sequences: Sequence[TokenSequence], model: ModelDescription)
         if sequence.images and model.vision is None:
             raise InvalidRequest(f"sequence {index} has {len(sequence.images)} images; this model reads none")
     _check_total("tokens", sum(s.num_tokens for s in sequences), model.max_request_tokens)
-    _check_total("rows", sum(s.num_rows for s in sequences), model.max_request_rows)
+    _check_total("rows", sum(s.num_rows for s in sequences), model.for_layers(layers).max_request_rows)
 
 
 def check_model(wanted: str, served: str) -> None:

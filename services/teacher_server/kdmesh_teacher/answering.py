@@ -54,16 +54,17 @@ class Answering:
         """Whether there are requests that the engine need not see."""
         return self._cache is not None
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return self._model.hidden_size * self._model.dtype.size_bytes
+    def row_bytes(self, work: Work) -> int:
+        """Bytes of a row of a request."""
+        return self._model.row_bytes(work.layers)
 
-    def find(self, job: str, sequences: Sequence[TokenSequence], *, wanted: int, served: int) -> Found | None:
+    def find(
+        self, job: str, sequences: Sequence[TokenSequence], layers: Sequence[int], *, wanted: int, served: int
+    ) -> Found | None:
         """What the cache has of a request for rows of the wanted weights, 0 for any; None: it is not to be asked."""
         # Where weights are replaced, "any" are those of the request's turn, which nobody knows yet.
         is_certain = wanted or not self._model.architecture_fingerprint
-        return self._cache.find(job, served, sequences) if self._cache is not None and is_certain else None
+        return self._cache.find(job, served, sequences, layers) if self._cache is not None and is_certain else None
 
     def answer_kept(
         self, batch: Sequence[tuple[Work, SlotLease]], weight_version: int
@@ -94,12 +95,13 @@ class Answering:
 
     async def _complete(self, work: Work, found: Found, lease: SlotLease, making: Making) -> None:
         assert self._cache is not None
-        outs = tuple(shares(lease.buffer, work.sequences, row_bytes=self.row_bytes))
+        row_bytes = self.row_bytes(work)
+        outs = tuple(shares(lease.buffer, work.sequences, row_bytes=row_bytes))
         completing = asyncio.ensure_future(self._cache.complete(found, outs))
         await asyncio.wait((completing,))
         failure = completing.exception()
         if failure is None and completing.result():
-            self._metrics.cache_used(work.job, work.sequences, found.is_kept, row_bytes=self.row_bytes)
+            self._metrics.cache_used(work.job, work.sequences, found.is_kept, row_bytes=row_bytes)
             self._publish(work, lease, making)
             return
         self._store.cancel(lease)
@@ -113,13 +115,14 @@ class Answering:
             self._store.cancel(lease)
             return
         try:
-            rows = self._store.publish(lease, rows=work.num_rows, cols=self._model.hidden_size, dtype=self._model.dtype)
+            cols = self._model.hidden_size * (1 + len(work.layers))
+            rows = self._store.publish(lease, rows=work.num_rows, cols=cols, dtype=self._model.dtype)
         except HandleGone as gone:
             work.answer.set_exception(gone)
             return
         answer = Answer(
             rows=rows,
-            digest=digest(work.sequences),
+            digest=digest(work.sequences, work.layers),
             weight_version=making.weight_version,
             queue_s=making.started_s - work.arrived_s,
             engine_s=making.engine_s,

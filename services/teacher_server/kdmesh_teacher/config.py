@@ -61,6 +61,9 @@ class FakeEngine(StrictModel):
     max_batch_tokens: int = Field(8192, ge=16)
     """Tokens answered together."""
 
+    num_layers: int = Field(0, ge=0)
+    """Made-up layers whose outputs can be asked for."""
+
     seconds_per_batch: float = Field(0.0, ge=0)
     """How long each batch pretends to take."""
 

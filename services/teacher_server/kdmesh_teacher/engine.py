@@ -30,6 +30,11 @@ class EngineDescription:
     is_deterministic: bool
     architecture_fingerprint: str = ""  # empty: the weights are frozen. Set: the engine is an UpdatableEngine
     vision: Vision | None = None  # None: it reads no images
+    num_layers: int = 0  # whose outputs the engine can write, numbered from 1; 0: it writes final hidden states alone
+
+    def row_bytes(self, layers: Sequence[int]) -> int:
+        """Of a row that has the outputs of these layers behind the final hidden state."""
+        return self.hidden_size * (1 + len(layers)) * self.dtype.size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,7 +42,8 @@ class PrefillJob:
     """One request, and where its rows go."""
 
     sequences: tuple[TokenSequence, ...]
-    out: memoryview  # writable bytes, contiguous, exactly num_rows * hidden_size * dtype.size_bytes long
+    out: memoryview  # writable bytes, contiguous, exactly num_rows rows long, each as long as the layers make it
+    layers: tuple[int, ...] = ()  # ascending; whose outputs follow the final hidden state in every row
     segment: int | None = None  # number of the segment that `out` is a part of; None: ordinary memory
     offset_bytes: int = 0  # where in the segment `out` begins
 
@@ -73,7 +79,7 @@ class Engine(Sleeper, Protocol):
         ...
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
-        """Write the final-norm hidden states each job asks for into its `out`.
+        """Write the final-norm hidden states each job asks for into its `out`, with the outputs of its layers.
 
         Rows come in the order of the job's sequences, each sequence's positions in
         theirs. The jobs have at most max_batch_tokens tokens together; they are valid

@@ -55,6 +55,7 @@ class FakeEngine:
             max_batch_tokens=config.max_batch_tokens,
             is_deterministic=True,
             architecture_fingerprint=fingerprint if config.updatable else "",
+            num_layers=config.num_layers,
         )
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
@@ -62,8 +63,8 @@ class FakeEngine:
         num_tokens = sum(sequence.num_tokens for job in jobs for sequence in job.sequences)
         time.sleep(self._config.seconds_per_batch + num_tokens * self._config.seconds_per_token)
         for job in jobs:
-            rows_RD = np.concatenate([hidden_states(s, self._config.hidden_size) for s in job.sequences])
-            job.out[:] = as_bytes(rows_RD * self._trunk_D, self._dtype)
+            rows_RC = np.concatenate([hidden_states(s, self._config.hidden_size, job.layers) for s in job.sequences])
+            job.out[:] = as_bytes(rows_RC * np.tile(self._trunk_D, 1 + len(job.layers)), self._dtype)
 
     def head_parts(self) -> HeadParts:
         """A head whose rows are, at first, hashes of their token; the bias is half of its first column."""
@@ -115,9 +116,10 @@ class FakeEngine:
         self._staged = None
 
 
-def hidden_states(sequence: TokenSequence, hidden_size: int) -> npt.NDArray[np.float32]:
-    """[R, D] the rows that the fake engine gives for `sequence`; exact in every dtype."""
-    return _spread(_prefix_hashes(sequence.token_ids)[sequence.positions], hidden_size)
+def hidden_states(sequence: TokenSequence, hidden_size: int, layers: Sequence[int] = ()) -> npt.NDArray[np.float32]:
+    """[R, (1 + layers) * D] the rows that the fake engine gives for `sequence`; exact in every dtype."""
+    hashes_R = _prefix_hashes(sequence.token_ids)[sequence.positions]
+    return np.concatenate([_spread(hashes_R * np.uint64(2 * layer + 1), hidden_size) for layer in (0, *layers)], 1)
 
 
 def _first_head(config: FakeEngineConfig) -> npt.NDArray[np.float32]:

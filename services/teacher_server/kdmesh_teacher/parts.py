@@ -66,11 +66,15 @@ class Parts:
         """Of every job that is known, or of one."""
         return job_states(self.jobs, self.scheduler.queue, self.holdings(), only)
 
-    def find_cached(self, job: str, weight_version: int, sequences: Sequence[TokenSequence]) -> CacheAnswer:
-        """What is kept of these sequences for a job."""
+    def find_cached(
+        self, job: str, weight_version: int, sequences: Sequence[TokenSequence], layers: Sequence[int]
+    ) -> CacheAnswer:
+        """What is kept for a job of the rows of these sequences, with the outputs of these layers."""
         cache = self.cache
         return CacheAnswer(
-            is_kept=(False,) * len(sequences) if cache is None else cache.find(job, weight_version, sequences).is_kept,
+            is_kept=(False,) * len(sequences)
+            if cache is None
+            else cache.find(job, weight_version, sequences, layers).is_kept,
             budget_bytes=0 if cache is None else cache.state().budget_bytes,
             entry_bytes=entry_file.MAX_OVERHEAD_BYTES,
             tokens_per_s=self.scheduler.load.tokens_per_s,

@@ -13,6 +13,8 @@ from kdmesh.serving.images import Vision
 from kdmesh.types import DType, TokenSequence
 from kdmesh_teacher.engine import Engine, EngineDescription, HeadParts, PrefillJob
 
+_Float32Array = npt.NDArray[np.float32]
+
 _IMAGE_SIDE = 112
 _LEAST_CHANGE = 1e-3  # a blind model changes nothing, to the last bit where it is deterministic
 _LENGTHS = (2, 7, 33)
@@ -36,7 +38,7 @@ def check_images(engine: Engine, model: EngineDescription, vision: Vision) -> No
     images = [noise_image(_IMAGE_SIDE, _IMAGE_SIDE, seed=seed) for seed in (1, 1, 2)]
     text = (np.arange(1, 7, dtype=np.int64) * 7919 % model.head.vocabulary_size).astype(np.int32)
     asked = [after_first_token(image, text, vision) for image in images]
-    first_RD, again_RD, other_RD = (_rows(engine, model, [sequence])[0] for sequence in asked)
+    first_RD, again_RD, other_RD = (_rows(engine, model, [sequence], ())[0] for sequence in asked)
     if not (np.isfinite(first_RD).all() and np.isfinite(other_RD).all()):
         raise EngineFailure("the model gives values that are not finite after an image")
     largest = max(float(np.abs(first_RD).max()), 1e-30)
@@ -55,18 +57,27 @@ def check_rows(engine: Engine, model: EngineDescription) -> None:
         EngineFailure: a row is not finite, or depends on what else was computed.
     """
     sequences = _sequences(model)
-    alone = [_rows(engine, model, [sequence])[0] for sequence in sequences]
-    together = _rows(engine, model, sequences)
+    layers = tuple(sorted({1, model.num_layers})) if model.num_layers else ()
+    alone = [_rows(engine, model, [sequence], layers)[0] for sequence in sequences]
+    together = _rows(engine, model, sequences, layers)
+    for sequence, one_RC, other_RC in zip(sequences, alone, together, strict=True):
+        # One by one: what layers give may be much larger than final hidden states.
+        for one_RD, other_RD in zip(*(np.split(each, 1 + len(layers), 1) for each in (one_RC, other_RC)), strict=True):
+            _check_same(sequence, one_RD, other_RD, model)
+
+
+def _check_same(
+    sequence: TokenSequence, one_RD: _Float32Array, other_RD: _Float32Array, model: EngineDescription
+) -> None:
     tolerance = 0.0 if model.is_deterministic else _TOLERANCE[model.dtype]
-    for sequence, one_RD, other_RD in zip(sequences, alone, together, strict=True):
-        if not np.isfinite(one_RD).all():
-            raise EngineFailure(f"the model gives values that are not finite for token ids {sequence.token_ids}")
-        difference = float(np.abs(one_RD - other_RD).max() / max(float(np.abs(one_RD).max()), 1e-30))
-        if not difference <= tolerance:
-            raise EngineFailure(
-                f"a sequence of {sequence.num_tokens} tokens gets other rows in a batch than alone: "
-                f"they differ by {difference:.1e} of the largest value, and at most {tolerance:.1e} is allowed"
-            )
+    if not np.isfinite(one_RD).all():
+        raise EngineFailure(f"the model gives values that are not finite for token ids {sequence.token_ids}")
+    difference = float(np.abs(one_RD - other_RD).max() / max(float(np.abs(one_RD).max()), 1e-30))
+    if not difference <= tolerance:
+        raise EngineFailure(
+            f"a sequence of {sequence.num_tokens} tokens gets other rows in a batch than alone: "
+            f"they differ by {difference:.1e} of the largest value, and at most {tolerance:.1e} is allowed"
+        )
 
 
 def check_head(parts: HeadParts, model: EngineDescription) -> None:
@@ -91,18 +102,22 @@ def _sequences(model: EngineDescription) -> list[TokenSequence]:
 
 
 def _rows(
-    engine: Engine, model: EngineDescription, sequences: Sequence[TokenSequence]
-) -> list[npt.NDArray[np.float32]]:
-    """[R, D] float32 for each sequence, computed in one call as one job each."""
-    row_bytes = model.hidden_size * model.dtype.size_bytes
+    engine: Engine, model: EngineDescription, sequences: Sequence[TokenSequence], layers: tuple[int, ...]
+) -> list[_Float32Array]:
+    """[R, (1 + layers) * D] float32 for each sequence, computed in one call as one job each."""
+    row_bytes = model.row_bytes(layers)
     # What the engine does not write stays not a number, which the check refuses.
     outs = [bytearray(b"\xff" * (sequence.num_rows * row_bytes)) for sequence in sequences]
-    jobs = [PrefillJob(sequences=(s,), out=memoryview(out)) for s, out in zip(sequences, outs, strict=True)]
+    jobs = [
+        PrefillJob(sequences=(s,), out=memoryview(out), layers=layers) for s, out in zip(sequences, outs, strict=True)
+    ]
     engine.prefill(jobs)
-    return [_float32(out, model.dtype).reshape(-1, model.hidden_size) for out in outs]
+    return [
+        _float32(out, model.dtype).reshape(sequence.num_rows, -1) for sequence, out in zip(sequences, outs, strict=True)
+    ]
 
 
-def _float32(data: bytearray, dtype: DType) -> npt.NDArray[np.float32]:
+def _float32(data: bytearray, dtype: DType) -> _Float32Array:
     match dtype:
         case DType.FLOAT32:
             return np.frombuffer(data, dtype="<f4")

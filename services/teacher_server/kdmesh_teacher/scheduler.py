@@ -105,6 +105,7 @@ class Scheduler:
         job: str,
         sequences: tuple[TokenSequence, ...],
         *,
+        layers: tuple[int, ...] = (),
         weight_version: int = 0,
         uses_cache: bool = True,
         deadline_s: float = math.inf,
@@ -116,6 +117,7 @@ class Scheduler:
             session: whose slot it takes.
             job: whose share of the engine it takes.
             sequences: valid for the model.
+            layers: of the model, whose outputs are to be a part of every row.
             weight_version: of the weights that must make the rows, which are served now; 0: any.
             uses_cache: whether rows that were kept will do, and these may be kept.
             deadline_s: longest wait for the start that the caller accepts.
@@ -137,8 +139,9 @@ class Scheduler:
                 session=session,
                 job=job,
                 sequences=sequences,
+                layers=layers,
                 weight_version=weight_version,
-                found=self._find(job, sequences, weight_version) if uses_cache else None,
+                found=self._find(job, sequences, layers, weight_version) if uses_cache else None,
                 arrived_s=time.monotonic(),
                 answer=loop.create_future(),
             )
@@ -212,8 +215,10 @@ class Scheduler:
 
     # Waiting
 
-    def _find(self, job: str, sequences: tuple[TokenSequence, ...], weight_version: int) -> Found | None:
-        return self._answering.find(job, sequences, wanted=weight_version, served=self.weights.version)
+    def _find(
+        self, job: str, sequences: tuple[TokenSequence, ...], layers: tuple[int, ...], weight_version: int
+    ) -> Found | None:
+        return self._answering.find(job, sequences, layers, wanted=weight_version, served=self.weights.version)
 
     async def _answer(self, work: Work, deadline_s: float) -> Answer:
         self._push(work)
@@ -293,7 +298,7 @@ class Scheduler:
             return
         started_s, version = time.monotonic(), self.weights.version
         row_bytes = self._answering.row_bytes
-        jobs = [job for work, lease in batch for job in work.prefill_jobs(lease, row_bytes=row_bytes)]
+        jobs = [job for work, lease in batch for job in work.prefill_jobs(lease, row_bytes=row_bytes(work))]
         self._line.batch_began(sum(work.num_tokens_to_compute() for work, _ in batch))
         call = self._engine.thread.run(self._engine.engine.prefill, jobs)
         await self._meanwhile(call)

@@ -159,8 +159,10 @@ class Servicer(TeacherServicer):
         admission.check_model(request.model_fingerprint, model.model_fingerprint)
         admission.check_version(request.weight_version, model.weight_version)
         admission.check_number(len(request.sequences), model)
+        layers = tuple(request.layers)
+        admission.check_layers(layers, model)
         sequences = codec.sequences_from_wire(request.sequences)
-        admission.check_sequences(sequences, model)
+        admission.check_sequences(sequences, model, layers)
         if parts.images is not None:
             sequences = parts.images.resolved(sequences)
         deadline_s = request.deadline_ms / 1000 or math.inf
@@ -168,6 +170,7 @@ class Servicer(TeacherServicer):
             request.session,
             job,
             sequences,
+            layers=layers,
             weight_version=request.weight_version,
             uses_cache=not request.bypasses_cache,
             deadline_s=deadline_s,
@@ -190,8 +193,9 @@ class Servicer(TeacherServicer):
         admission.check_model(request.model_fingerprint, model.model_fingerprint)
         admission.check_version(request.weight_version, model.weight_version)
         admission.check_number(len(request.sequences), model)
+        admission.check_layers(request.layers, model)
         sequences = codec.sequences_from_wire(request.sequences)
-        return codec.cache_answer_to_wire(parts.find_cached(job, model.weight_version, sequences))
+        return codec.cache_answer_to_wire(parts.find_cached(job, model.weight_version, sequences, request.layers))
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         """See teacher.proto."""

@@ -170,7 +170,7 @@ def _store(slab: SlabConfig, socket_path: Path, writer: SegmentWriter | None = N
 
 def _limited(model: EngineDescription, slab: SlabLimits, images: ImageStore | None) -> ModelDescription:
     """What a client is told: the engine's limits, and what fits in a slot."""
-    row_bytes = model.hidden_size * model.dtype.size_bytes
+    row_bytes = model.row_bytes(())
     max_rows = slab.slot_bytes // row_bytes
     if max_rows == 0:
         raise ConfigError(f"slab.slot_mib: a slot has {slab.slot_bytes} bytes, and one row of the model {row_bytes}")
@@ -188,4 +188,5 @@ def _limited(model: EngineDescription, slab: SlabLimits, images: ImageStore | No
         is_deterministic=model.is_deterministic,
         architecture_fingerprint=model.architecture_fingerprint,
         vision=None if images is None else images.spec,
+        num_layers=model.num_layers,
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdmesh.models.attention import varlen_refusal
@@ -14,6 +15,7 @@ from kdmesh.models.fingerprint import architecture_fingerprint, model_fingerprin
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.layer_outputs import captured, numbered_layers
 from kdmesh.models.placement import DTYPES
 from kdmesh.models.positions import safe_limit, stated_limit
 from kdmesh.models.replaceable import ReplaceableWeights
@@ -30,8 +32,13 @@ from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
 # of 2000 (40M parameters, 2 cores).
 _CPU_ROW_TOKENS = 2048
 
-# One sequence, and the rows of a job's `out` that are its own.
-_Target = tuple[TokenSequence, Tensor]
+
+class _Target(NamedTuple):
+    """One sequence, and where its rows go."""
+
+    sequence: TokenSequence
+    out_RC: Tensor  # the rows of a job's `out` that are its own: C columns, D of each of the following
+    layers: tuple[int, ...]  # whose outputs are behind the final hidden state
 
 
 class TransformersEngine(StagesInWeights):
@@ -47,6 +54,7 @@ class TransformersEngine(StagesInWeights):
         self._resting: RestingWeights | None = None
         self._reader: ImageReader | None
         self._packer: Packer
+        self._layers: Mapping[int, nn.Module] = {}  # by number; empty where their outputs cannot be told
         self._is_varlen: bool  # whether a row's sequences are attended to in one call
         self._weights: ReplaceableWeights  # where the configuration lets them be replaced
 
@@ -57,6 +65,7 @@ class TransformersEngine(StagesInWeights):
             config.model, dtype=config.dtype, on=config.device, threads=config.threads
         )
         self._packer = Packer(self._model, self._reader)
+        self._layers = numbered_layers(self._model)
         model = self._model
         self._is_varlen = varlen_refusal(model.config, model.dtype, model.device) is None
         if config.updatable:
@@ -125,6 +134,7 @@ class TransformersEngine(StagesInWeights):
             is_deterministic=config.deterministic,
             architecture_fingerprint=architecture,
             vision=self._reader,
+            num_layers=len(self._layers),
         )
 
     def _read_as(self) -> tuple[str, ...]:
@@ -141,9 +151,9 @@ class TransformersEngine(StagesInWeights):
     # Computing
 
     def _targets(self, job: PrefillJob) -> Iterator[_Target]:
-        out_RD = torch.frombuffer(job.out, dtype=self._model.dtype).view(job.num_rows, -1)
-        shares = torch.split(out_RD, [sequence.num_rows for sequence in job.sequences])
-        return zip(job.sequences, shares, strict=True)
+        out_RC = torch.frombuffer(job.out, dtype=self._model.dtype).view(job.num_rows, -1)
+        shares = torch.split(out_RC, [sequence.num_rows for sequence in job.sequences])
+        return (_Target(*each, job.layers) for each in zip(job.sequences, shares, strict=True))
 
     def _rows(self, targets: list[_Target]) -> Iterator[list[_Target]]:
         """The targets in order, cut into packed rows."""
@@ -154,29 +164,36 @@ class TransformersEngine(StagesInWeights):
         row: list[_Target] = []
         tokens = 0
         for target in targets:
-            if row and tokens + target[0].num_tokens > most:
+            if row and tokens + target.sequence.num_tokens > most:
                 yield row
                 row, tokens = [], 0
             row.append(target)
-            tokens += target[0].num_tokens
+            tokens += target.sequence.num_tokens
         if row:
             yield row
 
     def _compute(self, row: list[_Target]) -> None:
-        packed = self._packer.pack([sequence for sequence, _ in row])
+        packed = self._packer.pack([target.sequence for target in row])
         if self._is_varlen:
             packed = packed.with_starts()
         packed = packed.to(self._model.device)
-        hidden_TD = hidden_states_TD(self._model, packed)
-        counts = [sequence.num_rows for sequence, _ in row]
+        layers = sorted({layer for target in row for layer in target.layers})
+        with captured({layer: self._layers[layer] for layer in layers}) as outputs:
+            hidden_TD = hidden_states_TD(self._model, packed)
+        counts = [target.sequence.num_rows for target in row]
         if hidden_TD.is_cuda:
-            taken_RD = hidden_TD.index_select(0, packed.rows_R)
-            for own_RD, (_, out_RD) in zip(torch.split(taken_RD, counts), row, strict=True):
-                out_RD.copy_(own_RD, non_blocking=True)
+            taken = {name: torch.split(each.index_select(0, packed.rows_R), counts) for name, each in outputs.items()}
+            final = torch.split(hidden_TD.index_select(0, packed.rows_R), counts)
+            for number, target in enumerate(row):
+                # Side by side already on the device: columns are copied one by one from there.
+                parts = [final[number], *(taken[layer][number] for layer in target.layers)]
+                target.out_RC.copy_(torch.cat(parts, 1) if target.layers else final[number], non_blocking=True)
             torch.cuda.current_stream(hidden_TD.device).synchronize()
         else:
-            for rows_R, (_, out_RD) in zip(torch.split(packed.rows_R, counts), row, strict=True):
-                torch.index_select(hidden_TD, 0, rows_R, out=out_RD)
+            for rows_R, target in zip(torch.split(packed.rows_R, counts), row, strict=True):
+                parts = [hidden_TD, *(outputs[layer] for layer in target.layers)]
+                for part_TD, out_RD in zip(parts, target.out_RC.chunk(len(parts), 1), strict=True):
+                    torch.index_select(part_TD, 0, rows_R, out=out_RD)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

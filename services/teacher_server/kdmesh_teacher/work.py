@@ -31,6 +31,7 @@ class Work:
     session: bytes
     job: str
     sequences: tuple[TokenSequence, ...]
+    layers: tuple[int, ...] = ()  # whose outputs are a part of every row
     weight_version: int  # of the weights that must make the rows; 0: any
     found: Found | None  # in the cache, so far; None: it is not asked, and told nothing
     arrived_s: float
@@ -61,6 +62,7 @@ class Work:
             if not kept:
                 yield PrefillJob(
                     sequences=sequences,
+                    layers=self.layers,
                     out=lease.buffer[offset_bytes : offset_bytes + size_bytes],
                     segment=lease.segment,
                     offset_bytes=offset_bytes,

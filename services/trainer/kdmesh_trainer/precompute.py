@@ -179,8 +179,7 @@ class _Filling:
         return self._pool.find_cached(sample[:1]).tokens_per_s
 
     def _size_bytes(self, sequence: TokenSequence) -> int:
-        model = self._pool.describe()
-        return sequence.num_rows * model.hidden_size * model.dtype.size_bytes + self._entry_bytes
+        return sequence.num_rows * self._pool.row_bytes + self._entry_bytes
 
     def _missing(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
         found = [kept for group in self._groups(sequences) for kept in self._pool.find_cached(group).is_kept]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from kdmesh.tokens import image_names
+from kdmesh.tokens import image_names, layer_names
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.engine import EngineDescription
 
@@ -40,13 +40,14 @@ class RowKeys:
         }
         self._model = json.dumps(facts, sort_keys=True)
 
-    def key(self, job: str, weight_version: int, sequence: TokenSequence) -> bytes:
-        """The name of the rows that a job may have of these weights; KEY_BYTES long."""
+    def key(self, job: str, weight_version: int, sequence: TokenSequence, layers: Sequence[int] = ()) -> bytes:
+        """The name of the rows that a job may have of these weights and layers; KEY_BYTES long."""
         # Not tokens.digest, whose 16 bytes tell requests apart: two sequences of one key, made on purpose, must not be
         # to be found, for one job would get rows that it did not ask for from another.
         state = hashlib.blake2b(digest_size=KEY_BYTES)
         for part in (
             self._model.encode(),
+            *((b"layers " + layer_names(layers),) if layers else ()),  # as no scope begins
             self._scope(job).encode(),
             weight_version.to_bytes(8, "little"),
             sequence.token_ids.astype("<i4").tobytes(),

@@ -66,9 +66,11 @@ class RowCache:
         self._copying = ThreadPoolExecutor(_COPYING_THREADS, thread_name_prefix="cache-copier")
         self._reading = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="cache-reader")
 
-    def find(self, job: str, weight_version: int, sequences: Sequence[TokenSequence]) -> Found:
-        """What is kept of these sequences' rows that this job may have."""
-        keys = tuple(self._keys.key(job, weight_version, sequence) for sequence in sequences)
+    def find(
+        self, job: str, weight_version: int, sequences: Sequence[TokenSequence], layers: Sequence[int] = ()
+    ) -> Found:
+        """What is kept of these sequences' rows, with the outputs of these layers, that this job may have."""
+        keys = tuple(self._keys.key(job, weight_version, sequence, layers) for sequence in sequences)
         return Found(keys=keys, is_kept=tuple(self._has(key) for key in keys))
 
     def find_again(self, found: Found) -> Found:

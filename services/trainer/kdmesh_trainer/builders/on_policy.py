@@ -243,11 +243,10 @@ def _early(cfg: config.TrainerConfig, source: config.OnPolicy, teachers: Teacher
     """Who is asked for rows as samples come; several teachers have equal parts of the memory for them."""
 
     def of_one(teacher: Teacher) -> EarlyRows:
-        model = teacher.pool.describe()
         size_bytes = source.early_rows_mib * 2**20 // len(teachers.by_name)
         return EarlyRows(
             teacher.pool,
-            most_rows=0 if source.colocated else size_bytes // (model.hidden_size * model.dtype.size_bytes),
+            most_rows=0 if source.colocated else size_bytes // teacher.pool.row_bytes,
             is_frozen=cfg.teacher_update_every is None,
         )
 
