@@ -9,6 +9,7 @@ from kdmesh.losses.chunk_likelihood import Boundaries, fused_linear_chunk_likeli
 from kdmesh.losses.divergences import Divergence, forward_kl, jensen_shannon, reverse_kl
 from kdmesh.losses.fused_linear import FusedLoss, fused_linear_cross_entropy, fused_linear_divergence
 from kdmesh.losses.head import OutputHead
+from kdmesh.losses.hidden_distance import cosine_distance, mean_squared_distance
 from kdmesh.losses.labelled import ChunkLoss, ChunkRows, LabelledRows
 from kdmesh.losses.likeliest import likeliest_tokens
 from kdmesh.losses.mixture import MixedTeacher
@@ -39,6 +40,7 @@ __all__ = [
     "VocabularyShare",
     "Workspace",
     "build_divergence",
+    "cosine_distance",
     "custom_divergence",
     "forward_kl",
     "fused_linear_across_ranks",
@@ -49,6 +51,7 @@ __all__ = [
     "fused_linear_hybrid",
     "jensen_shannon",
     "likeliest_tokens",
+    "mean_squared_distance",
     "reverse_kl",
     "slice_form",
     "truncated",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdmesh.losses import OutputHead, VocabularyShare, forward_kl
 from kdmesh.models.body import load_causal_lm
@@ -18,11 +19,15 @@ from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import load_image_reader
+from kdmesh.models.layer_outputs import captured, chosen_layers
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.dskd import DualSpaceKD
-from kdmesh_trainer.algorithms.seam import Setup, Terms
+from kdmesh_trainer.algorithms.layer_distance import LayerDistance
+from kdmesh_trainer.algorithms.seam import Algorithm, Setup, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
+from kdmesh_trainer.builders.layers import trained_beside
 from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.layered_objective import WithLayers
 from kdmesh_trainer.mesh import Mesh, device_mesh
 from kdmesh_trainer.objective import Distillation, Objective
 from kdmesh_trainer.optimization.optimizer import optimizer_over
@@ -56,17 +61,24 @@ class Rows:
 class LocalTeacher:
     """A teacher in this process; each sequence alone, so that rows do not depend on what else is asked."""
 
-    def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32, layers: Collection[int] = ()) -> None:
+        """The outputs of `layers` are a part of every row."""
         self._lm = load_causal_lm(path, dtype, torch.device("cpu"))
+        self._layers = chosen_layers(self._lm, layers)
         self._packer = Packer(self._lm, load_image_reader(path))
         self.version = 1
 
     @torch.no_grad()
     def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> Rows:
         """Their rows."""
-        packs = [self._packer.pack([sequence]) for sequence in sequences]
-        rows = [hidden_states_TD(self._lm, packed).index_select(0, packed.rows_R) for packed in packs]
-        return Rows(rows_RD=torch.cat(rows), weight_version=self.version)
+        return Rows(rows_RD=torch.cat([self._rows(each) for each in sequences]), weight_version=self.version)
+
+    def _rows(self, sequence: TokenSequence) -> Tensor:
+        packed = self._packer.pack([sequence])
+        with captured(self._layers) as outputs:
+            hidden_TD = hidden_states_TD(self._lm, packed)
+        states_TC = torch.cat([hidden_TD, *(outputs[layer] for layer in self._layers)], 1)
+        return states_TC.index_select(0, packed.rows_R)
 
     def head(self) -> tuple[OutputHead, int]:
         """The head and its version."""
@@ -78,6 +90,33 @@ class LocalTeacher:
                 logit_scale=head.logit_scale,
                 logit_softcap=head.logit_softcap,
             ), self.version
+
+
+LAYER_WEIGHT = 0.4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """Of a student and its teacher that are compared."""
+
+    pairs: dict[int, int]
+    distance: Literal["cosine", "mse"]
+    teacher_width: int
+
+    def distance_from(self, student_width: int) -> LayerDistance:
+        """With maps that are the same on every rank."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return LayerDistance(
+                self.pairs, distance=self.distance, student_width=student_width, teacher_width=self.teacher_width
+            )
+
+
+def _beside(student: Student) -> tuple[Algorithm | None, LayerDistance | None]:
+    """What has parameters beside the student's, and compares layers."""
+    found = [student.algorithm] if not isinstance(student.algorithm, nn.ModuleList) else list(student.algorithm)
+    distance = next((part for part in found if isinstance(part, LayerDistance)), None)
+    return next((part for part in found if part is not None and part is not distance), None), distance
 
 
 def random_sequences(count: int, *, seed: int, vocabulary_size: int, longest: int = 40) -> list[TokenSequence]:
@@ -147,6 +186,7 @@ def build_student(
     is_compiled: bool = False,
     spreads_head: bool = False,
     is_varlen: bool = False,
+    layers: Layers | None = None,
 ) -> Student:
     """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for.
 
@@ -168,15 +208,17 @@ def build_student(
                 device=torch.device("cpu"),
             )
         )
+    distance = None if layers is None else layers.distance_from(output_head(lm).hidden_size)
     parallel = ParallelConfig(context=1 if mesh.context is None else mesh.context.size)
     student = Student(
         lm,
         vocabulary_size=vocabulary_size,
         adapter=adapter,
-        algorithm=algorithm,
+        algorithm=trained_beside(algorithm, distance),
         is_varlen=is_varlen,
         context=mesh.context,
         exchange=parallel.exchange(lm.config.num_attention_heads),
+        layers=() if layers is None else layers.pairs,
     )
     if is_compiled:
         compile_layers(lm)
@@ -203,24 +245,27 @@ def build_stepper(
     config: OptimizerConfig,
     steps: int,
     is_sampled: bool = False,
+    kd_weight: float = 1.0,
     ce_weight: float = 0.3,
 ) -> GradientStepper:
-    """A stepper that distils from `teacher` by forward KL, some cross-entropy, and the student's algorithm."""
+    """A stepper that distils from `teacher` by forward KL, some cross-entropy, the student's algorithm and layers."""
+    algorithm, distance = _beside(student)
     objective: Objective = Distillation(
         terms=Terms(
             divergence=forward_kl,
             temperature=1.0,
-            kd_weight=1.0,
+            kd_weight=kd_weight,
             ce_weight=ce_weight,
             with_entropies=is_sampled,
             top_k=8 if is_sampled else 0,
         ),
-        algorithm=student.algorithm or vanilla_kd,
+        algorithm=algorithm or vanilla_kd,
         teacher_head=TeacherHead(teacher, vocabulary_size=student.vocabulary_size, device=mesh.device),
     )
+    objective = objective if student.share is None else spread(objective, student.share)
     return GradientStepper(
         student,
-        objective if student.share is None else spread(objective, student.share),
+        objective if distance is None else WithLayers(objective=objective, distance=distance, weight=LAYER_WEIGHT),
         optimizer_over(student, config, algorithm=student.algorithm, rate_factor=3.0),
         config=config,
         steps=steps,

@@ -19,6 +19,7 @@ from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.student.weights import whole
 from tests.support.trainer_parts import (
+    Layers,
     LocalTeacher,
     build_stepper,
     build_student,
@@ -59,6 +60,7 @@ def train(
     optimizer: dict[str, Any] | None = None,
     is_compiled: bool = False,
     checkpointed_every: int | None = None,
+    layers: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains from the newest checkpoint to step `until`; the losses by step, and whole parameters of the algorithm.
 
@@ -67,7 +69,9 @@ def train(
     before its update. `optimizer` has what is other than in OPTIMIZER.
     """
     mesh = in_copies(mesh, shard_ranks=shard_ranks)
-    local_teacher = LocalTeacher(Path(teacher))
+    # Numbers are keys of JSON's objects as text alone.
+    pairs = {} if layers is None else {int(own): theirs for own, theirs in layers["pairs"].items()}
+    local_teacher = LocalTeacher(Path(teacher), layers=set(pairs.values()))
     model = build_student(
         Path(student),
         mesh,
@@ -80,6 +84,7 @@ def train(
         is_compiled=is_compiled,
         checkpointed_every=checkpointed_every,
         spreads_head=spreads_head,
+        layers=None if layers is None else Layers(**layers | {"pairs": pairs}),
     )
     config = OPTIMIZER.model_copy(update=optimizer)
     stepper = build_stepper(model, local_teacher, mesh, config=config, steps=steps)
@@ -87,19 +92,21 @@ def train(
         Path(checkpoints), model, stepper.optimizer, identity={"student.model": "tiny"}, steps=steps, keep=2, mesh=mesh
     )
     first = directory.restore()
-    losses, blanks = [], 0
+    losses, distances, blanks = [], [], 0
     for step in range(first, until):
         batch = batch_of_step(step, mesh, local_teacher, num_sequences=num_sequences[step % len(num_sequences)])
         blanks += sum(not micro_batch.sequences for micro_batch in batch.micro_batches)
         if step == kill_at:
             stepper.accumulate(batch)
             os.kill(os.getpid(), signal.SIGKILL)
-        losses.append(stepper.update(batch).loss_nats_per_token)
+        stats = stepper.update(batch)
+        losses.append(stats.loss_nats_per_token)
+        distances.append(stats.layer_distance)
         if step + 1 == save_at:
             directory.save(next_step=step + 1)
     own = () if model.algorithm is None else model.algorithm.named_parameters()
     parameters = {name: whole(parameter, None).flatten().tolist() for name, parameter in own}
-    return {"first": first, "losses": losses, "blanks": blanks, "parameters": parameters}
+    return {"first": first, "losses": losses, "distances": distances, "blanks": blanks, "parameters": parameters}
 
 
 def train_rest_and_whole(mesh: Mesh, *, other: str, **arguments: Any) -> dict[str, Any]:

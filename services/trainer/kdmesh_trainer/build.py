@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import assert_never
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError, NotFinite
@@ -17,6 +16,7 @@ from kdmesh_trainer import config
 from kdmesh_trainer.builders.checked import Checked, check
 from kdmesh_trainer.builders.data import Data, read_data
 from kdmesh_trainer.builders.evaluation import build_evaluator, build_examiner, digest_of_judge
+from kdmesh_trainer.builders.layers import build_layer_distance, trained_beside
 from kdmesh_trainer.builders.objective import build_algorithm, build_objective, build_optimizer
 from kdmesh_trainer.builders.on_policy import Task, build_source
 from kdmesh_trainer.builders.rollouts import Rollouts, open_rollouts
@@ -90,7 +90,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             device=mesh.device,
             seed=cfg.seed,
         )
-        beside = algorithm if isinstance(algorithm, nn.Module) else None
+        distance = build_layer_distance(cfg, lm, teachers)
         packer = build_packer(lm, checked.image_reader, data.num_images, freeze_vision=cfg.student.freeze_vision)
         if cfg.student.freeze:
             freeze(lm, cfg.student.freeze)
@@ -99,11 +99,12 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             lm,
             vocabulary_size=vocabulary_size,
             adapter=adapter,
-            algorithm=beside,
+            algorithm=trained_beside(algorithm, distance),
             packer=packer,
             is_varlen=is_varlen(cfg.student, lm.config, mesh.device),
             context=mesh.context,
             exchange=cfg.parallel.exchange(lm.config.get_text_config().num_attention_heads),
+            layers=() if cfg.layers is None else cfg.layers.of_student,
         )
         spread(student, cfg.student, mesh, cfg.parallel)
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
@@ -116,7 +117,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             source=source,
             stepper=GradientStepper(
                 student,
-                build_objective(cfg, checked.divergence, algorithm, teachers, student.share),
+                build_objective(cfg, checked.divergence, algorithm, teachers, student.share, distance),
                 optimizer,
                 config=cfg.optimizer,
                 steps=data.steps,

@@ -14,6 +14,7 @@ from kdmesh_trainer.sections.algorithm_config import refuse_unfit_algorithm
 from kdmesh_trainer.sections.data_config import DataConfig
 from kdmesh_trainer.sections.export_config import ExportConfig, refuse_unknown_best
 from kdmesh_trainer.sections.judge_config import JudgeConfig, refuse_unfit_judge
+from kdmesh_trainer.sections.layers_config import LayersConfig, refuse_unfit_layers
 from kdmesh_trainer.sections.metrics_config import MetricsConfig
 from kdmesh_trainer.sections.objective_config import Distill, SampledReverseKL, Sft
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
@@ -229,6 +230,11 @@ class TrainerConfig(StrictModel):
         """By name; that of the only one of `teacher` is empty."""
         return self.teachers if self.teacher is None else {"": self.teacher}
 
+    @property
+    def layers(self) -> LayersConfig | None:
+        """Hidden states below the last that are compared; None: there are none."""
+        return self.objective.layers if isinstance(self.objective, Distill) else None
+
     def too_short(self, steps: int) -> str | None:
         """Why a run cannot have so few steps; None: it can."""
         if (why := self.optimizer.too_short(steps)) is not None:
@@ -310,6 +316,11 @@ class TrainerConfig(StrictModel):
     def _algorithm_fits(self) -> TrainerConfig:
         if isinstance(self.objective, Distill):
             refuse_unfit_algorithm(self, self.objective)
+        return self
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> TrainerConfig:
+        refuse_unfit_layers(self)
         return self
 
     @model_validator(mode="after")

@@ -111,7 +111,8 @@ class TeacherHead:
     def teacher(self, rows: TeacherRows, weight: float, *, is_whole: bool = False) -> MixedTeacher:
         """The rows with their head, on this rank's device, as a part of a mixture."""
         head = self.at(rows.weight_version, is_whole=is_whole)
-        return MixedTeacher(hidden_RE=moved(rows.rows_RD, self._device), head=head, weight=weight)
+        hidden_RE = final_states(rows, head.hidden_size)
+        return MixedTeacher(hidden_RE=moved(hidden_RE, self._device), head=head, weight=weight)
 
     def at(self, weight_version: int, *, is_whole: bool = False) -> OutputHead:
         """The head that turns rows of `weight_version` into logits over the shared tokens. Borrowed.
@@ -140,6 +141,11 @@ class TeacherHead:
                 "rows and head of one step must have the same"
             )
         return self._held[is_whole]
+
+
+def final_states(rows: TeacherRows, width: int) -> Tensor:
+    """[R, width] the final hidden states of rows in which outputs of layers may follow them."""
+    return rows.rows_RD if rows.rows_RD.shape[1] == width else rows.rows_RD[:, :width].contiguous()
 
 
 def _on_device(head: OutputHead, device: torch.device, *, copies: bool) -> OutputHead:

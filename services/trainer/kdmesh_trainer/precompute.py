@@ -88,6 +88,7 @@ def precompute(
                 door=teacher.door,
                 deadline_s=teacher.deadline_s,
                 access=teacher.access,
+                layers=() if cfg.layers is None else cfg.layers.of_teacher,
             ) as pool:
                 filling = _Filling(pool, address, ahead=teacher.prefetch + 1, show=show)
                 own = filling.choose(_of_teacher(name, sequences), checked, is_partial=is_partial, tell=tell)

@@ -17,7 +17,7 @@ from kdmesh.losses import (
 )
 from kdmesh.models.packing import moved
 from kdmesh_trainer.algorithms.seam import StudentRows
-from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.head import TeacherHead, final_states
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
@@ -90,7 +90,7 @@ class SpreadDistillation:
         hidden_RE = (
             torch.empty(0, head.hidden_size, dtype=dtype, device=rows.hidden_RD.device)
             if teacher is None
-            else moved(teacher.rows_RD, rows.hidden_RD.device).to(dtype)
+            else moved(final_states(teacher, head.hidden_size), rows.hidden_RD.device).to(dtype)
         )
         terms = self.whole.terms
         own = OwnRows(

@@ -61,6 +61,7 @@ class StepStats:
     topk_overlap: float | None = (
         None  # part of the teacher's k likeliest tokens among the student's; None: not asked for
     )
+    layer_distance: float | None = None  # mean over loss tokens and pairs of layers; None: no layers are compared
     gradient_norm: float | None  # before clipping; None where there is no loss
     learning_rate: float
     num_loss_tokens: int
@@ -73,12 +74,13 @@ class StepStats:
     datasets: Mapping[str, int] = field(default_factory=dict)  # sequences of each one of a blend; empty: it is none
 
     def figures(self) -> dict[str, float | None]:
-        """Every figure by its name, in one level; a teacher's age, what is aligned and what a judge says only where
-        there is such.
+        """Every figure by its name, in one level; a teacher's age, the distance of layers, what is aligned and what a
+        judge says only where there is such.
         """
         figures = asdict(self)
-        if self.teacher_age_steps is None:
-            del figures["teacher_age_steps"]
+        for name in ("teacher_age_steps", "layer_distance"):
+            if figures[name] is None:
+                del figures[name]
         rollouts, samples, teachers, datasets = (
             figures.pop(name) for name in ("rollouts", "samples", "teachers", "datasets")
         )

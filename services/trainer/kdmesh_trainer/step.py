@@ -19,6 +19,7 @@ from kdmesh.models.packing import moved
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.seam import StudentRows
 from kdmesh_trainer.data.sides import answered_rows
+from kdmesh_trainer.layered_objective import LayeredLoss
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objective import Objective
 from kdmesh_trainer.optimization.learning_rate import learning_rate
@@ -92,6 +93,7 @@ class GradientStepper:
             cross_entropy_nats_per_token=totals.cross_entropy_nats_per_token,
             top1_agreement=totals.top1_agreement_per_token,
             topk_overlap=totals.topk_overlap_per_token,
+            layer_distance=totals.layer_distance,
             gradient_norm=gradient_norm,
             learning_rate=rate,
             num_loss_tokens=batch.num_loss_tokens,
@@ -158,7 +160,7 @@ def forward(
 ) -> LossTotals:
     """The loss of one micro-batch. Collective; a rank without sequences passes a blank."""
 
-    def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
+    def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor, *layers: Tensor) -> FusedLoss:
         # Only here are the rows held: their memory is the teacher's again before the backward pass.
         with record_function("wait for the teacher"):
             # Also where none of the rows is this rank's: others may need those that it asked for.
@@ -172,8 +174,11 @@ def forward(
                 num_sampled=micro_batch.num_sampled_rows,
                 sequences=sequences,
                 weight_R=_weights(sequences, hidden_RD.device),
+                layers=layers,
             )
             loss = objective(rows, answered if len(labels_R) else None)
+            if isinstance(loss, LayeredLoss):
+                tally.look_at_layers(loss.layer_distance_R)
             tally.look_at_samples(loss, micro_batch.rollout_logprobs_S, answered_A=answered_rows(sequences))
         return loss
 

@@ -28,10 +28,12 @@ class Totals:
     cross_entropy: float
     top1_agreement: float
     topk_overlap: float
+    layer_distances: float
     num_diverging: int  # rows that have a divergence
     num_labelled: int  # rows that have a cross-entropy
     num_overlapping: int  # rows that have a top-k overlap
     num_preferring: int  # rows of which it is known whether both prefer the same token
+    num_layered: int  # rows whose layers are compared
     teachers: Mapping[str, TeacherFigures]  # by name; that of the only one is empty
     samples: SampleScores | None  # None: no row was sampled
 
@@ -59,6 +61,11 @@ class Totals:
     def topk_overlap_per_token(self) -> float | None:
         """None when no row has one."""
         return self.topk_overlap / self.num_overlapping if self.num_overlapping else None
+
+    @property
+    def layer_distance(self) -> float | None:
+        """Of a row; None when no row has one."""
+        return self.layer_distances / self.num_layered if self.num_layered else None
 
 
 class _Teacher:
@@ -110,6 +117,7 @@ class Tally:
         self._teachers = {name: _Teacher(name) for name in teachers}
         self._sums_5 = torch.zeros(5, dtype=torch.float64, device=mesh.device)
         self._samples_4 = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+        self._layered_1 = torch.zeros(1, dtype=torch.float64, device=mesh.device)
         self._num_sampled = 0
         self._num_compared = 0  # sampled rows that have a cross-entropy
         self._num_diverging = 0
@@ -117,6 +125,7 @@ class Tally:
         self._num_overlapping = 0
         self._num_preferring = 0
         self._num_weighed = 0  # sampled rows that have entropies
+        self._num_layered = 0
 
     def wait(self, micro_batch: MicroBatch) -> TeacherRows | PanelRows | None:
         """Its rows, with the time they took on record.
@@ -150,6 +159,11 @@ class Tally:
         self._num_labelled += totals.num_labelled
         self._num_overlapping += totals.num_overlapping
         self._num_preferring += totals.num_preferring
+
+    def look_at_layers(self, distance_R: Tensor) -> None:
+        """Count in how far the layers of one micro-batch's rows are from the teacher's."""
+        self._layered_1 += distance_R.double().sum()
+        self._num_layered += len(distance_R)
 
     def look_at_samples(
         self, loss: FusedLoss, rollout_logprobs_S: Tensor | None, *, answered_A: Int64Array | None = None
@@ -185,15 +199,15 @@ class Tally:
             ModelMismatch: another rank's rows have another weight version. Not every rank notices.
         """
         own = [self._num_diverging, self._num_labelled, self._num_overlapping, self._num_sampled, self._num_compared]
-        own += [self._num_preferring, self._num_weighed]
+        own += [self._num_preferring, self._num_weighed, self._num_layered]
         seen = [number for teacher in self._teachers.values() for number in teacher.own()]
         counted = self._sums_5.new_tensor([*own, *seen])
-        sums = self._mesh.sum(torch.cat([self._sums_5, self._samples_4, counted]))
+        sums = self._mesh.sum(torch.cat([self._sums_5, self._samples_4, self._layered_1, counted]))
         # A norm of gradients that the host keeps is there too.
         values = torch.cat([sums, *(value.to(sums).reshape(1) for value in more)]).tolist()
         teachers = {
             name: teacher.figures(values[first : first + _NUM_OWN], ranks=self._mesh.world_size)
-            for (name, teacher), first in zip(self._teachers.items(), range(16, len(sums), _NUM_OWN), strict=True)
+            for (name, teacher), first in zip(self._teachers.items(), range(18, len(sums), _NUM_OWN), strict=True)
         }
         totals = Totals(
             loss=values[0],
@@ -201,12 +215,14 @@ class Tally:
             cross_entropy=values[2],
             top1_agreement=values[3],
             topk_overlap=values[4],
-            num_diverging=round(values[9]),
-            num_labelled=round(values[10]),
-            num_overlapping=round(values[11]),
-            num_preferring=round(values[14]),
+            layer_distances=values[9],
+            num_diverging=round(values[10]),
+            num_labelled=round(values[11]),
+            num_overlapping=round(values[12]),
+            num_preferring=round(values[15]),
+            num_layered=round(values[17]),
             teachers=teachers,
-            samples=_scores(values[5:9], *map(round, values[12:14]), num_weighed=round(values[15])),
+            samples=_scores(values[5:9], *map(round, values[13:15]), num_weighed=round(values[16])),
         )
         return totals, tuple(values[len(sums) :])
 

@@ -28,6 +28,7 @@ class StudentRows:
     # that the rows are of, in order, with the positions of these rows; what the teacher reads of them included
     sequences: tuple[TokenSequence, ...] = ()
     weight_R: Tensor | None = None  # float32, of each row's loss; None: 1
+    layers: tuple[Tensor, ...] = ()  # [R, D] what layers that are compared give, in order; each carries a gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -17,6 +17,7 @@ from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
 from kdmesh_trainer.builders.context import refuse_unfit_student
 from kdmesh_trainer.builders.evaluation import read_questions_of
+from kdmesh_trainer.builders.layers import refuse_unknown_layers
 from kdmesh_trainer.builders.objective import resolve_divergence
 from kdmesh_trainer.builders.student import check_speed
 from kdmesh_trainer.builders.student_length import refuse_short_student
@@ -66,6 +67,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     check_speed(cfg)
     reader = load_reader(cfg)
     refuse_short_student(cfg)
+    refuse_unknown_layers(cfg)
     check_freeze(cfg.student.freeze, cfg.student.model)
     check_base(cfg.student.lora, cfg.student.model)
     encoder = recipe.encoder(tokenizer, reader)

@@ -20,9 +20,11 @@ from kdmesh.losses import (
 from kdmesh.models.head import output_head
 from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, rate_factor
+from kdmesh_trainer.algorithms.layer_distance import LayerDistance
 from kdmesh_trainer.algorithms.seam import Algorithm, Setup, Terms
 from kdmesh_trainer.builders.teachers import Teachers
 from kdmesh_trainer.data.tokenizer import TeacherTokens
+from kdmesh_trainer.layered_objective import WithLayers
 from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.optimization.optimizer import optimizer_over
 from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill, Sft
@@ -84,14 +86,20 @@ def build_objective(
     algorithm: Algorithm | None,
     teachers: Teachers | None,
     share: VocabularyShare | None,
+    distance: LayerDistance | None,
 ) -> Objective:
     """What is minimised; `divergence`, `algorithm` and `teachers` are None where `cfg.objective` has none.
 
     Args:
         share: of the student's head; None: it is whole.
+        distance: of layers; None: none are compared.
     """
     objective = _with_whole_heads(cfg, divergence, algorithm, teachers)
-    return objective if share is None else spread(objective, share)
+    objective = objective if share is None else spread(objective, share)
+    if distance is None:
+        return objective
+    assert cfg.layers is not None
+    return WithLayers(objective=objective, distance=distance, weight=cfg.layers.weight)
 
 
 def _with_whole_heads(

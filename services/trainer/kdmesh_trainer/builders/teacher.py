@@ -85,6 +85,7 @@ def open_teacher(
             wire=teacher.wire,
             gpu=mesh.device if mesh.device.type == "cuda" else None,
             uses_cache=not isinstance(cfg.source, config.OnPolicy),  # no sample comes twice
+            layers=() if cfg.layers is None else cfg.layers.of_teacher,
         )
     )
     if not (isinstance(cfg.source, config.OnPolicy) and cfg.source.colocated):  # else they have their turn later

@@ -15,6 +15,7 @@ from kdmesh_trainer.sections.algorithm_config import (
     DualSpace,
     VanillaKD,
 )
+from kdmesh_trainer.sections.layers_config import LayersConfig
 
 
 class ForwardKL(StrictModel):
@@ -244,6 +245,9 @@ class Distill(StrictModel):
     ce_weight: _Weight = 0.0
     """Weight of cross-entropy on the data's own tokens, at temperature 1."""
 
+    layers: LayersConfig | None = None
+    """Compare hidden states below the last, too (docs/algorithms.md); null: none."""
+
     teacher_weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Every row learns the mixture of all `teachers`, each by its share of these numbers; null: it learns from one."""
 
@@ -276,7 +280,7 @@ class Distill(StrictModel):
 
     @model_validator(mode="after")
     def _some_weight(self) -> Distill:
-        if not (_counts(self.kd_weight) or _counts(self.ce_weight)):
+        if self.layers is None and not (_counts(self.kd_weight) or _counts(self.ce_weight)):
             raise ValueError("kd_weight and ce_weight are both 0: nothing would be learnt")
         return self
 

@@ -49,8 +49,11 @@ def read_saved(checkpoint: Path) -> SavedRun:
 
 def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
     """What a checkpoint can only be continued with, by configuration key: as far as the configuration says it."""
+    objective = cfg.objective.model_dump(mode="json")
+    if cfg.layers is None:
+        objective.pop("layers", None)  # runs begun before there was this key go on
     identity = {
-        "objective": json.dumps(cfg.objective.model_dump(mode="json"), sort_keys=True),
+        "objective": json.dumps(objective, sort_keys=True),
         "batch.sequences": str(cfg.batch.sequences),
         "seed": str(cfg.seed),
     }

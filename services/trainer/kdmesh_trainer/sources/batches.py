@@ -17,7 +17,8 @@ class TeacherRows(Protocol):
 
     @property
     def rows_RD(self) -> Tensor:
-        """[R, D] in the order of the sequences and of each one's positions; read-only.
+        """[R, D] in the order of the sequences and of each one's positions; read-only. Where outputs of n layers are
+        asked for they follow, [R, (1 + n) D].
 
         On the CPU, or on this rank's device where ranks hold a row of tokens together.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kdmesh.errors import ConfigError
-from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
+from kdmesh.losses import FusedLoss, VocabularyShare
 from kdmesh.models.context import ContextGroup, Exchange
 from kdmesh.models.context_attention import use_context_attention
 from kdmesh.models.element_types import parameters_in_float32
@@ -25,6 +25,7 @@ from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
 from kdmesh.models.image_packing import Packer
+from kdmesh.models.layer_outputs import captured, chosen_layers
 from kdmesh.models.packing import PackedTokens, slice_of, slices_of
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.student.compute_copy import ComputeCopy
@@ -35,8 +36,8 @@ from kdmesh_trainer.student.weights import StudentWeight, weights_of, without_al
 if TYPE_CHECKING:
     from kdmesh_trainer.sections.parallel_config import Gather  # which needs pydantic
 
-# (hidden_RD, head, labels_R) -> the loss of these rows.
-RowLoss = Callable[[Tensor, OutputHead, Tensor], FusedLoss]
+# (hidden_RD, head, labels_R, and [R, D] of each layer that is looked at) -> the loss of these rows.
+RowLoss = Callable[..., FusedLoss]
 
 # Below this, a student is gathered once a step unless it is said otherwise.
 _WHOLE_BYTES = 2 * 1024**3
@@ -88,6 +89,7 @@ class Student(nn.Module):
         is_varlen: bool = False,
         context: ContextGroup | None = None,
         exchange: Exchange = "heads",
+        layers: Collection[int] = (),
     ) -> None:
         """
         Args:
@@ -97,6 +99,10 @@ class Student(nn.Module):
             is_varlen: attend to all sequences of a row in one call.
             context: the ranks that hold each row together; None: each has rows of its own.
             exchange: what those ranks exchange in attention; `context` divides the heads that are exchanged.
+            layers: decoder layers, counted from 1, whose outputs `row_loss` gets, too, in ascending order.
+
+        Raises:
+            ConfigError: the model has not all of `layers`.
         """
         super().__init__()
         self.lm = lm
@@ -111,6 +117,7 @@ class Student(nn.Module):
         self._is_varlen = is_varlen
         self._context = context
         self._exchange = exchange
+        self._layers = chosen_layers(lm, layers) if layers else {}
         if context is not None:
             use_context_attention(lm, exchange)
 
@@ -160,11 +167,13 @@ class Student(nn.Module):
         if self.compute_copy is not None:
             self.compute_copy.take_places()
         told = {} if self._context is None else {"packed_lengths": packed.lengths, "context": self._context}
-        with record_function("body"):
+        with record_function("body"), captured(self._layers) as outputs:
             hidden_RD = hidden_states_TD(self.lm, packed, **told).index_select(0, packed.rows_R)
         head = output_head(self.lm)
         head = head.sliced(self.vocabulary_size) if self.share is None else own_head(head, self.share)
-        loss = row_loss(hidden_RD, head, packed.labels_R)
+        loss = row_loss(
+            hidden_RD, head, packed.labels_R, *(outputs[layer].index_select(0, packed.rows_R) for layer in self._layers)
+        )
         if self.compute_copy is not None:
             self.compute_copy.give_back_after(loss.loss_sum)
         rows = (loss.divergence_R, loss.cross_entropy_R, loss.top1_agreement_R, loss.topk_overlap_R)
