@@ -12,7 +12,13 @@ from typing import TypeVar
 
 from kdmesh import config
 from kdmesh.auth.config import AccessConfig
-from kdmesh.commands.model_files import adapter_problems, freeze_problems, model_problems, reads_text_alone
+from kdmesh.commands.model_files import (
+    adapter_problems,
+    freeze_problems,
+    model_problems,
+    num_layers,
+    reads_text_alone,
+)
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh.extension import search_path
@@ -132,6 +138,7 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     if cfg.student.lora is not None:
         yield from adapter_problems("student.lora", cfg.student.lora.target_modules, cfg.student.model)
     yield from freeze_problems("student.freeze", cfg.student.freeze, cfg.student.model)
+    yield from _layers(cfg)
     yield from _packages(cfg)
     yield from _images(cfg)
     yield from _data(cfg.data)
@@ -148,6 +155,12 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     nearest = next(path for path in (cfg.output, *cfg.output.absolute().parents) if path.exists())
     if not nearest.is_dir():
         yield f"output: {nearest} is not a directory"
+
+
+def _layers(cfg: TrainerConfig) -> Iterator[str]:
+    if cfg.layers is not None and (number := num_layers(cfg.student.model)) is not None:
+        why = cfg.layers.beyond(number, of_teacher=cfg.teacher_update_every is not None)
+        yield from () if why is None else (why,)
 
 
 def _packages(cfg: TrainerConfig) -> Iterator[str]:

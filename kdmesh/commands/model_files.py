@@ -60,6 +60,16 @@ def reads_text_alone(model: Path) -> bool:
     return isinstance(told, dict) and "vision_config" not in told
 
 
+def num_layers(model: Path) -> int | None:
+    """Decoder layers that the model's directory speaks of; None where it does not say."""
+    told = _json(model / "config.json") if (model / "config.json").is_file() else None
+    if not isinstance(told, dict):
+        return None
+    text = told.get("text_config")
+    number = (text if isinstance(text, dict) else told).get("num_hidden_layers")
+    return number if isinstance(number, int) else None
+
+
 def adapter_problems(key: str, targets: str | Sequence[str], model: Path) -> Iterator[str]:
     """What the names of the model's matrices tell without building it; the trainer knows the modules themselves."""
     if find_spec("peft") is None:

@@ -51,6 +51,23 @@ def test_what_the_file_says_of_adapters_checkpoints_and_the_teacher_is_planned_f
     assert "AdamW" in plan(config, *less, *on_host, "--serve", str(server))  # most of whose parameters have no gradient
 
 
+def test_layers_that_are_compared_are_planned_for_where_the_teacher_is_known(
+    config: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    server = tmp_path / "teacher.yaml"
+    model = tiny_models.path("qwen3", seed=2, hidden_size=48)
+    server.write_text(yaml.safe_dump({"engine": {"kind": "transformers", "model": str(model)}}), encoding="utf-8")
+    layers = ("--set", "objective={name: distill, layers: {pairs: {1: 1, 2: 2}, weight: 1}}")
+    known = ("--json", "--serve", str(server))
+    without, compared = (json.loads(plan(config, *known, *more)) for more in ((), layers))
+    maps = 2 * 32 * 48
+    between = "rank_bytes_between_steps"
+    assert compared[between]["AdamW"] - without[between]["AdamW"] == pytest.approx(8 * maps, rel=1e-2)
+    assert "Without the heads, and the layers, of teachers" in plan(config, *layers)
+    beyond = ("--set", "objective.layers.pairs={3: 1}")
+    assert "names layer 3 of the student" in plan(config, *layers, *beyond, code=2)
+
+
 def test_a_vision_tower_that_is_frozen_is_planned_without_moments(config: Path, tiny_vision: TinyVisionModels) -> None:
     student = ("--json", "--set", f"student.model={tiny_vision.path()}")
     trained, frozen = (plan(config, *student, "--set", f"student.freeze_vision={is_it}") for is_it in ("false", "true"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -94,6 +95,27 @@ async def test_everything_a_run_asks_for_is_computed_once(tmp_path: Path, tiny_m
         assert await again.precompute(cfg) == (35, 35)
         assert server.prefilled == []
         assert again.sentences[0].endswith("all of them are kept already")
+
+
+async def test_rows_with_layers_are_kept_as_wide_as_they_are(tmp_path: Path, tiny_models: TinyModels) -> None:
+    model = tiny_models.path()
+    layers = "objective={name: distill, layers: {pairs: {1: 2, 2: 1}, weight: 1}}"
+    async with teacher(tmp_path, model, memory_mib=8) as server:
+        plain = trainer(tmp_path, model, server.address)
+        layered = trainer(tmp_path, model, server.address, layers)
+        sizes = []
+        for cfg in (plain, layered):
+            told = Told()
+            server.prefilled.clear()
+            assert await told.precompute(cfg) == (35, 35)
+            assert server.prefilled  # rows without layers are others
+            rows, size_mib = re.findall(r"([\d,]+) rows: ([\d.]+) MiB", told.sentences[0])[0]
+            sizes.append(float(size_mib) * 2**20)
+        row_bytes = 32 * 4
+        assert sizes[1] - sizes[0] == pytest.approx(2 * row_bytes * int(rows.replace(",", "")), abs=0.1 * 2**20)
+        server.prefilled.clear()
+        await Told().precompute(layered)
+        assert server.prefilled == []
 
 
 async def test_an_interrupted_one_goes_on_where_it_was(tmp_path: Path, tiny_models: TinyModels) -> None:

@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from kdmesh.errors import ConfigError
 from kdmesh_trainer.commands.plan import at_worst
 from kdmesh_trainer.config import FollowConfig
-from kdmesh_trainer.memory.memory_plan import Job, TeacherHead, plan
+from kdmesh_trainer.memory.job import Job, TeacherHead
+from kdmesh_trainer.memory.memory_plan import plan
+from kdmesh_trainer.sections.layers_config import LayersConfig
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from tests.support.measured_step import TEACHER_SIZE, Step
@@ -175,6 +177,27 @@ def test_what_a_teacher_that_follows_the_student_is_to_have_is_counted(
     with_adapters = plan(replace(one, lora=LoraConfig(rank=4), frozen_dtype=torch.bfloat16))
     matrices = 4 * 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128)
     assert with_adapters.resident["teacher's weights"] == copies * matrices  # those that change, added up
+
+
+@pytest.mark.parametrize("width", [64, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_are_compared_take_their_maps_and_a_gradient_of_each_until_the_backward_pass(
+    tmp_path: Path, width: int, dtype: torch.dtype
+) -> None:
+    teacher = TeacherHead(name="", hidden_size=width, dtype=dtype)
+    without = replace(job(saved(tmp_path, TINY, is_tied=True), 300, [2048]), teachers=[teacher], compute_dtype=dtype)
+    pairs = {1: 2, 2: 5}
+    found, compared = plan(without), plan(replace(without, layers=LayersConfig(pairs=pairs, weight=1)))
+    maps = 2 * 64 * 96 if width == 96 else 0
+    assert compared.resident["AdamW"] - found.resident["AdamW"] == pytest.approx(8 * maps, rel=1e-3)
+    assert compared.resident["parameters"] - found.resident["parameters"] == 4 * maps
+    kept, rows = (count * 2047 * width * dtype.itemsize for count in (2, 3))  # of each pair; of the teacher
+    more = (compared.phases["forward"] - found.phases["forward"])["loss"]
+    assert kept <= more < 3 * (kept + rows)
+    of_two = plan(replace(without, layers=LayersConfig(pairs=pairs, weight=1), ranks=2))
+    assert of_two.resident["AdamW"] == pytest.approx(compared.resident["AdamW"] / 2, rel=1e-2)
+    unknown = replace(without, layers=LayersConfig(pairs=pairs, weight=1), teachers=[])
+    assert plan(unknown).resident["AdamW"] == found.resident["AdamW"]
 
 
 MIXTURE: dict[str, Any] = {

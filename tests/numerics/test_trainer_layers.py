@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.errors import ConfigError
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.evaluate import HeldOutEvaluator
+from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
@@ -25,6 +27,7 @@ from tests.numerics.test_trainer_compiled import needs_compiler
 from tests.numerics.test_trainer_layouts import LAYOUTS, NUM_SEQUENCES, VOCABULARY_SIZE, assert_equal
 from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
+from tests.support.trainer_on_policy import losses
 from tests.support.trainer_parts import (
     LAYER_WEIGHT,
     Layers,
@@ -288,3 +291,33 @@ def test_losses_after_sigkill_are_exactly_those_of_the_uninterrupted_run(
     arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     check_exact_continuation(arguments | {"until": STEPS}, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_layers_of_the_students_own_samples_are_compared_on_any_number_of_ranks(
+    mesh: Mesh, arguments: dict[str, Any]
+) -> None:
+    told = {key: arguments[key] for key in ("student", "teacher", "layers")} | {"steps": 2}
+    alone = losses(mesh, **told)
+    first, second = run_ranks("tests.support.trainer_on_policy:losses", ranks=2, **told)
+    assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert first["distances"] == second["distances"] == pytest.approx(alone["distances"], rel=1e-4)
+    assert min(alone["distances"]) > 0
+
+
+def test_a_held_out_figure_is_of_the_final_states_alone(mesh: Mesh, tiny_models: TinyModels) -> None:
+    student, teacher = models(tiny_models, 48)
+    found = []
+    for layers in ((), (2, 5)):
+        local_teacher = LocalTeacher(teacher, layers=layers)
+        evaluator = HeldOutEvaluator(
+            build_student(student, mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32),
+            weighted_sequences(),
+            teacher=local_teacher,
+            teacher_head=TeacherHead(local_teacher, vocabulary_size=VOCABULARY_SIZE, device=mesh.device),
+            max_tokens=64,
+            prefetch=1,
+            mesh=mesh,
+        )
+        found.append(evaluator.evaluate())
+    assert found[0] == found[1]

@@ -28,7 +28,7 @@ from kdmesh_trainer.sources.rollouts import Rollout, RolloutService
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.stats import StepStats
 from kdmesh_trainer.step import GradientStepper
-from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences
+from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, layers_of, random_sequences
 from tests.support.trainer_rollouts import FastRollouts, LocalStudent, SlowRollouts, ThreadedRollouts
 
 VOCABULARY_SIZE = 310
@@ -70,6 +70,7 @@ class Run:
         has_context: bool = False,
         answers: int = 0,
         ce_weight: float = 0.0,
+        layers: dict[str, Any] | None = None,
     ) -> None:
         """`served` is the weight version that the rollout server has when the run begins; `answers` the number of the
         data's own sequences in each step.
@@ -79,9 +80,12 @@ class Run:
         self.order = order(has_context=has_context)
         data = random_sequences(5, seed=6, vocabulary_size=VOCABULARY_SIZE)
         self.answers = AnswerOrder(data, per_step=answers, seed=3) if answers else None
-        self.teacher = LocalTeacher(Path(teacher))
+        compared = None if layers is None else layers_of(layers)
+        self.teacher = LocalTeacher(Path(teacher), layers=() if compared is None else set(compared.pairs.values()))
         self.copy = LocalStudent(Path(student), vocabulary_size=VOCABULARY_SIZE, served=served)
-        model = build_student(Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
+        model = build_student(
+            Path(student), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32, layers=compared
+        )
         self.copy.follow(model)
         self.model = model
         self.stepper: GradientStepper = build_stepper(
@@ -154,6 +158,7 @@ def losses(mesh: Mesh, *, steps: int, kind: str = "fast", max_staleness: int = 0
         seen = list(run.train(run.source(service, max_staleness=max_staleness)))
     return {
         "losses": [stats.loss_nats_per_token for _, stats in seen],
+        "distances": [stats.layer_distance for _, stats in seen],
         "sequences": [sorted(digest([s]).hex() for m in batch.micro_batches for s in m.sequences) for batch, _ in seen],
         "num_tokens": [(batch.num_tokens, batch.num_loss_tokens, len(batch.micro_batches)) for batch, _ in seen],
         "drift": [stats.samples and stats.samples.sampler_kl_k3_nats for _, stats in seen],

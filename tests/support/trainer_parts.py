@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -110,6 +110,11 @@ class Layers:
             return LayerDistance(
                 self.pairs, distance=self.distance, student_width=student_width, teacher_width=self.teacher_width
             )
+
+
+def layers_of(told: Mapping[str, Any]) -> Layers:
+    """From JSON, in whose objects keys are text."""
+    return Layers(**{**told, "pairs": {int(own): theirs for own, theirs in told["pairs"].items()}})
 
 
 def _beside(student: Student) -> tuple[Algorithm | None, LayerDistance | None]:

@@ -19,11 +19,11 @@ from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.student.weights import whole
 from tests.support.trainer_parts import (
-    Layers,
     LocalTeacher,
     build_stepper,
     build_student,
     in_copies,
+    layers_of,
     random_sequences,
     step_batch,
 )
@@ -69,9 +69,8 @@ def train(
     before its update. `optimizer` has what is other than in OPTIMIZER.
     """
     mesh = in_copies(mesh, shard_ranks=shard_ranks)
-    # Numbers are keys of JSON's objects as text alone.
-    pairs = {} if layers is None else {int(own): theirs for own, theirs in layers["pairs"].items()}
-    local_teacher = LocalTeacher(Path(teacher), layers=set(pairs.values()))
+    compared = None if layers is None else layers_of(layers)
+    local_teacher = LocalTeacher(Path(teacher), layers=() if compared is None else set(compared.pairs.values()))
     model = build_student(
         Path(student),
         mesh,
@@ -84,7 +83,7 @@ def train(
         is_compiled=is_compiled,
         checkpointed_every=checkpointed_every,
         spreads_head=spreads_head,
-        layers=None if layers is None else Layers(**layers | {"pairs": pairs}),
+        layers=compared,
     )
     config = OPTIMIZER.model_copy(update=optimizer)
     stepper = build_stepper(model, local_teacher, mesh, config=config, steps=steps)

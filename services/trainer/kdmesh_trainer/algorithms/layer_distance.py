@@ -19,6 +19,10 @@ class LayerDistance(nn.Module):
 
     P is a matrix that is trained, one for each pair, where the two have other widths; else there is none.
 
+    Attributes:
+        of_student: its layers, ascending.
+        num_teacher_layers: of which a row of the teacher has the outputs.
+
     Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 3: intermediate states through a linear map;
     Sanh et al. 2019 (DistilBERT), arXiv:1910.01108, section 2: the cosine.
     """
@@ -37,8 +41,10 @@ class LayerDistance(nn.Module):
         """
         super().__init__()
         asked = sorted(set(pairs.values()))
+        self.of_student = tuple(sorted(pairs))
+        self.num_teacher_layers = len(asked)
         # The final hidden state is first in a row, and each layer's output follows.
-        self._places = [1 + asked.index(pairs[layer]) for layer in sorted(pairs)]
+        self._places = [1 + asked.index(pairs[layer]) for layer in self.of_student]
         self._width = teacher_width
         self._distance = _DISTANCES[distance]
         has_maps = student_width != teacher_width

@@ -23,16 +23,9 @@ def refuse_unknown_layers(cfg: TrainerConfig) -> None:
     if cfg.layers is None:
         return
     config = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
-    number = num_layers(config)
-    sides = {"student": cfg.layers.of_student}
-    if cfg.teacher_update_every is not None:
-        sides["teacher"] = cfg.layers.of_teacher
-    for side, layers in sides.items():
-        if layers[-1] > number:
-            raise ConfigError(
-                f"objective.layers.pairs names layer {layers[-1]} of the {side}; {cfg.student.model} has layers 1 to "
-                f"{number}"
-            )
+    why = cfg.layers.beyond(num_layers(config), of_teacher=cfg.teacher_update_every is not None)
+    if why is not None:
+        raise ConfigError(why)
 
 
 def build_layer_distance(cfg: TrainerConfig, lm: PreTrainedModel, teachers: Teachers | None) -> LayerDistance | None:

@@ -21,7 +21,8 @@ with quiet_interrupt():
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from kdmesh_trainer.memory.memory_plan import Job, Plan
+    from kdmesh_trainer.memory.job import Job
+    from kdmesh_trainer.memory.memory_plan import Plan
 
 _MIB = 2**20
 # Of what comes and goes on a CPU: the room between blocks that its allocator keeps. As measured, in float32.
@@ -68,6 +69,7 @@ def _plan(
         "rank_bytes_between_steps": dict(found.resident),
         "rank_host_bytes": dict(found.host),
         "rank_host_peak_bytes": found.host.total(),
+        "compares_layers": cfg.layers is not None,
         "teachers_unknown": sorted(set(cfg.all_teachers) - {server["name"] for server in servers}),
         "servers": [
             {"name": server["name"], "weights_bytes": _weights_bytes(server), "slab_bytes": server["slab_bytes"]}
@@ -88,15 +90,17 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     import torch
 
     from kdmesh_trainer.builders.context import refuse_unfit_student
+    from kdmesh_trainer.builders.layers import refuse_unknown_layers
     from kdmesh_trainer.builders.vision import load_reader
     from kdmesh_trainer.data.tokenizer import load_fast_tokenizer, vocabulary_size
-    from kdmesh_trainer.memory.memory_plan import Job, TeacherHead
+    from kdmesh_trainer.memory.job import Job, TeacherHead
 
     wanted = device or cfg.student.device
     has_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     ranks = ranks or cfg.ranks or max(1, torch.cuda.device_count() if has_gpu else 1)
     cfg.parallel.check_ranks(ranks)
     refuse_unfit_student(cfg)
+    refuse_unknown_layers(cfg)
     context = cfg.parallel.context
     student = _model_config(cfg.student.model)
     whole, rest = divmod(cfg.batch.max_tokens, cfg.data.max_tokens)
@@ -126,6 +130,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         trains_vision=load_reader(cfg) is not None and not cfg.student.freeze_vision,
         frozen_dtype=torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32,
         checkpointed_every=cfg.student.checkpointed_every,
+        layers=cfg.layers,
         follows=None if cfg.teacher is None else cfg.teacher.follows_student,
     )
 
@@ -189,7 +194,8 @@ def _table(told: Mapping[str, Any]) -> str:
             f"slab {server['slab_bytes'] / _MIB:,.0f} MiB of shared memory on its node"
         ]
     if told["teachers_unknown"]:
-        lines += ["Without the heads of teachers whose configuration --serve does not name."]
+        what = "heads" if not told["compares_layers"] else "heads, and the layers,"
+        lines += [f"Without the {what} of teachers whose configuration --serve does not name."]
     return "\n".join(lines) + "\n"
 
 

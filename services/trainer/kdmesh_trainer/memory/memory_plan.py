@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -30,18 +29,17 @@ from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
 from kdmesh.losses.footprint import Footprint, loss_footprint, slice_footprint
 from kdmesh.models.body import empty_causal_lm
-from kdmesh.models.context import ContextGroup, Exchange
+from kdmesh.models.context import ContextGroup
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens, pack, slice_of
 from kdmesh.models.vision import reads_images
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.memory.job import Job, TeacherHead
 from kdmesh_trainer.memory.live_bytes import LiveBytes
+from kdmesh_trainer.memory.planned_layers import layers_to_compare, with_layers
 from kdmesh_trainer.memory.planned_tower import images_to_learn_from
 from kdmesh_trainer.mesh import context_group, device_mesh
 from kdmesh_trainer.optimization.optimizer import check_optimizer, optimizer_over
-from kdmesh_trainer.sections.lora_config import LoraConfig
-from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
-from kdmesh_trainer.sections.parallel_config import Gather
 from kdmesh_trainer.student.freezing import freeze, freeze_vision
 from kdmesh_trainer.student.lora import Adapter, inject_adapter
 from kdmesh_trainer.student.model import (
@@ -56,57 +54,10 @@ from kdmesh_trainer.student.model import (
 from kdmesh_trainer.teacher_copy import TeacherCopy
 
 if TYPE_CHECKING:
-    from kdmesh_trainer.config import FollowConfig
+    pass
 
 _TOKEN = 1
 _NO_WAIT = timedelta(seconds=1)  # for ranks that are not there
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherHead:
-    """The head of a teacher, of which every rank has a copy, or its tokens' rows."""
-
-    name: str
-    hidden_size: int
-    dtype: torch.dtype
-    has_bias: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What the memory of a rank follows from."""
-
-    student: Path
-    vocabulary_size: int
-    teachers: Sequence[TeacherHead]
-    compute_dtype: torch.dtype
-    device: torch.device
-    optimizer: OptimizerConfig
-    ranks: int
-    lengths: Sequence[int]  # of the sequences of the largest micro-batch, every position with a loss
-    accumulates: bool  # whether a rank has several micro-batches in a step
-    shard_ranks: int | None = None  # that share a copy of the student; None: all
-    gather: Gather = "auto"  # how often the ranks gather the student
-    offloads: bool = False  # whether the host keeps parameters, gradients and moments, which says nothing of a CPU
-    spreads_head: bool = False  # whether a rank has its own tokens' rows of the heads and no others
-    context: int = 1  # ranks that hold the largest micro-batch together
-    exchange: Exchange = "heads"  # what those exchange in attention
-    lora: LoraConfig | None = None
-    freeze: Sequence[str] = ()  # names of parameters without a gradient
-    trains_vision: bool = False  # whether a vision tower learns, from images that are not counted
-    frozen_dtype: torch.dtype = torch.float32  # that weights rest in which `lora` or `freeze` leave without a gradient
-    checkpointed_every: int | None = None  # of which decoder layers only the inputs are kept; None: of none
-    follows: FollowConfig | None = None  # how the teacher follows the student, of which ranks keep a copy then
-
-    @property
-    def place(self) -> int:
-        """Of the slice that is planned for: the first has most rows, the last sees most keys."""
-        return self.context - 1 if self.exchange == "keys" else 0
-
-    @property
-    def uses_host(self) -> bool:
-        """Whether the host's memory is another than the device's, and keeps something."""
-        return self.offloads and self.device.type != "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +105,15 @@ def _plan(job: Job) -> Plan:
             seen = images_to_learn_from(lm) if job.trains_vision else lambda row_loss: row_loss
             unit_parameters = default_unit(job.device.type)
             gathered = units(lm, unit_parameters)
+            distance = layers_to_compare(job, lm)
             student = Student(
-                lm, vocabulary_size=job.vocabulary_size, adapter=adapter, context=context, exchange=job.exchange
+                lm,
+                vocabulary_size=job.vocabulary_size,
+                adapter=adapter,
+                algorithm=distance,
+                context=context,
+                exchange=job.exchange,
+                layers=() if distance is None else distance.of_student,
             )
             head_share = _EqualRanks if job.spreads_head else None
             shard(
@@ -170,7 +128,7 @@ def _plan(job: Job) -> Plan:
         for stand_in in () if student.compute_copy is None else student.compute_copy.copies:
             live.rename(stand_in, "gathered parameters")
         copies = _give_to_host(student, live, gathered) if job.uses_host else 0
-        optimizer = optimizer_over(student, job.optimizer)
+        optimizer = optimizer_over(student, job.optimizer, algorithm=distance)
         with live.counted_as("teacher's weights", on_host=job.uses_host):
             follows = job.follows
             copy = None if follows is None else TeacherCopy(student, every=follows.every, decay=follows.decay)
@@ -181,10 +139,12 @@ def _plan(job: Job) -> Plan:
         phases: dict[str, Counter[str]] = {}
         workspace: list[Tensor] = []
         row_loss = seen(_Loss(footprint, live, workspace))
+        if distance is not None:
+            row_loss = with_layers(row_loss, distance, job.teachers[0], live)
         for _ in range(2):  # the second has what the first leaves behind
             phases = _step(job, live, student, optimizer, packed, row_loss)
         resident = +live.device.held
-        del heads, student, optimizer, copy, workspace, row_loss
+        del heads, student, optimizer, copy, workspace, row_loss, distance
     for name in ("forward", "backward"):
         phases[name]["copies of shards"] += copies
     return Plan(resident=resident, phases={name: +worst for name, worst in phases.items()}, host=+live.host.worst)

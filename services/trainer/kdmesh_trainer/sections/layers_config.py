@@ -36,6 +36,18 @@ class LayersConfig(StrictModel):
         """The teacher's layers, ascending."""
         return tuple(sorted(set(self.pairs.values())))
 
+    def beyond(self, number: int, *, of_teacher: bool) -> str | None:
+        """Why a student with so many layers does not go with these pairs; None: it does.
+
+        Args:
+            of_teacher: the teacher is a copy of the student.
+        """
+        sides = {"student": self.of_student, **({"teacher": self.of_teacher} if of_teacher else {})}
+        for side, layers in sides.items():
+            if layers[-1] > number:
+                return f"objective.layers.pairs names layer {layers[-1]} of the {side}, which has layers 1 to {number}"
+        return None
+
 
 def refuse_unfit_layers(cfg: TrainerConfig) -> None:
     """Raises ValueError when rows of the teacher's layers do not go with the rest of the configuration."""
