@@ -41,6 +41,7 @@ _UNITS = (
     ("_pass_at", "0 to 1"),
     ("_standard_error", "0 to 1"),
     ("_overlap", "0 to 1"),
+    ("_distance", ""),
     ("_ready", "0 or 1"),
     ("_asleep", "0 or 1"),
     ("_cache_writes", "0 or 1"),

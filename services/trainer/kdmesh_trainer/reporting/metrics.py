@@ -18,6 +18,7 @@ _FIGURES = {
     "divergence_nats_per_token": "From the teacher, in the last step.",
     "cross_entropy_nats_per_token": "Of the data's tokens, in the last step, where the objective computes it.",
     "top1_agreement": "Part of the last step's loss tokens where student and teacher prefer the same token.",
+    "layer_distance": "Between layers of student and teacher that are compared, in the last step.",
     "topk_overlap": "Part of the teacher's likeliest tokens that are among the student's.",
     "gradient_norm": "Before clipping.",
     "learning_rate": "Of the last step.",
