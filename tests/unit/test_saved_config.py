@@ -11,16 +11,19 @@ from kdmesh_trainer.sections.saved_config import configured_identity
 
 def identity_of(**student: Any) -> dict[str, str]:
     """What a checkpoint of a run with such a student would say of it."""
-    cfg = TrainerConfig.model_validate(
-        {
-            "output": "run",
-            "student": {"model": "student", **student},
-            "objective": {"name": "sft"},
-            "data": {"train": {"format": "chat", "path": "chats.jsonl"}},
-            "steps": 1,
-        }
-    )
-    return configured_identity(cfg)
+    return identity_of_run(student={"model": "student", **student})
+
+
+def identity_of_run(**sections: Any) -> dict[str, str]:
+    """The same of a run with other sections."""
+    tree = {
+        "output": "run",
+        "student": {"model": "student"},
+        "objective": {"name": "sft"},
+        "data": {"train": {"format": "chat", "path": "chats.jsonl"}},
+        "steps": 1,
+    }
+    return configured_identity(TrainerConfig.model_validate(tree | sections))
 
 
 def lora_of(**keys: Any) -> dict[str, Any]:
@@ -47,3 +50,15 @@ def test_a_run_begun_before_bases_could_be_small_goes_on_and_with_the_same_base_
     assert "base" not in lora_of()
     assert "base" not in lora_of(base="full")
     assert lora_of(base="nf4")["base"] == "nf4"
+
+
+def test_a_run_begun_before_layers_could_be_compared_goes_on_and_with_the_same_pairs_alone() -> None:
+    def objective_of(**keys: Any) -> str:
+        told = {"objective": {"name": "distill", **keys}, "teacher": {"addresses": ["localhost:1"]}}
+        return identity_of_run(**told)["objective"]
+
+    assert "layers" not in json.loads(objective_of())
+    one, same, other = (
+        objective_of(layers={"pairs": pairs, "weight": 1}) for pairs in ({1: 2, 3: 4}, {3: 4, 1: 2}, {1: 2, 3: 5})
+    )
+    assert one == same != other

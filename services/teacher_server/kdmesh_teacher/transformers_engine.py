@@ -193,7 +193,7 @@ class TransformersEngine(StagesInWeights):
             for rows_R, target in zip(torch.split(packed.rows_R, counts), row, strict=True):
                 parts = [hidden_TD, *(outputs[layer] for layer in target.layers)]
                 for part_TD, out_RD in zip(parts, target.out_RC.chunk(len(parts), 1), strict=True):
-                    torch.index_select(part_TD, 0, rows_R, out=out_RD)
+                    torch.index_select(part_TD.to(out_RD.dtype), 0, rows_R, out=out_RD)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
