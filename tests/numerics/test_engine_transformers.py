@@ -121,6 +121,17 @@ def test_outputs_of_layers_equal_hugging_face_whatever_others_ask_for(
                 assert relative_error(part, wanted) < 1e-5
 
 
+def test_rows_are_put_together_on_a_gpu_as_they_are_on_the_cpu(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine(tiny_models.path(num_hidden_layers=4))
+    one, two, three, *others = sequences()
+    groups, layers = [[one, two], [three], others], [(1, 3), (), (2, 4)]
+    on_cpu = prefill(runner, groups, layers=layers)
+    monkeypatch.setattr(transformers_engine, "_select_rows", transformers_engine._copy_rows)
+    assert all(map(torch.equal, prefill(runner, groups, layers=layers), on_cpu))
+
+
 def test_the_last_layers_output_is_before_the_final_norm(tiny_models: TinyModels) -> None:
     path = tiny_models.path()
     runner = engine(path)

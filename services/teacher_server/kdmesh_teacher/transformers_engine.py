@@ -180,20 +180,31 @@ class TransformersEngine(StagesInWeights):
         layers = sorted({layer for target in row for layer in target.layers})
         with captured({layer: self._layers[layer] for layer in layers}) as outputs:
             hidden_TD = hidden_states_TD(self._model, packed)
-        counts = [target.sequence.num_rows for target in row]
         if hidden_TD.is_cuda:
-            taken = {name: torch.split(each.index_select(0, packed.rows_R), counts) for name, each in outputs.items()}
-            final = torch.split(hidden_TD.index_select(0, packed.rows_R), counts)
-            for number, target in enumerate(row):
-                # Side by side already on the device: columns are copied one by one from there.
-                parts = [final[number], *(taken[layer][number] for layer in target.layers)]
-                target.out_RC.copy_(torch.cat(parts, 1) if target.layers else final[number], non_blocking=True)
+            _copy_rows(hidden_TD, outputs, packed.rows_R, row)
             torch.cuda.current_stream(hidden_TD.device).synchronize()
         else:
-            for rows_R, target in zip(torch.split(packed.rows_R, counts), row, strict=True):
-                parts = [hidden_TD, *(outputs[layer] for layer in target.layers)]
-                for part_TD, out_RD in zip(parts, target.out_RC.chunk(len(parts), 1), strict=True):
-                    torch.index_select(part_TD.to(out_RD.dtype), 0, rows_R, out=out_RD)
+            _select_rows(hidden_TD, outputs, packed.rows_R, row)
+
+
+def _select_rows(hidden_TD: Tensor, outputs: Mapping[int, Tensor], rows_R: Tensor, row: list[_Target]) -> None:
+    """Write every target's rows, which are on the CPU as these are."""
+    counts = [target.sequence.num_rows for target in row]
+    for own_R, target in zip(torch.split(rows_R, counts), row, strict=True):
+        parts = [hidden_TD, *(outputs[layer] for layer in target.layers)]
+        for part_TD, out_RD in zip(parts, target.out_RC.chunk(len(parts), 1), strict=True):
+            torch.index_select(part_TD.to(out_RD.dtype), 0, own_R, out=out_RD)
+
+
+def _copy_rows(hidden_TD: Tensor, outputs: Mapping[int, Tensor], rows_R: Tensor, row: list[_Target]) -> None:
+    """The same from a GPU, which is not waited for."""
+    counts = [target.sequence.num_rows for target in row]
+    final, *others = (torch.split(each.index_select(0, rows_R), counts) for each in (hidden_TD, *outputs.values()))
+    taken = dict(zip(outputs, others, strict=True))
+    for number, target in enumerate(row):
+        # Side by side already on the device: columns are copied one by one from there.
+        parts = [final[number], *(taken[layer][number] for layer in target.layers)]
+        target.out_RC.copy_(torch.cat(parts, 1) if target.layers else final[number], non_blocking=True)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
