@@ -72,6 +72,7 @@ def test_a_group_of_wider_rows_is_asked_for_in_more_parts(tmp_path: Path, door: 
         ((0,), "layer 0; the model has layers 1 to 5"),
         ((2, 6), "layer 6; the model has layers 1 to 5"),
         ((3, 2), r"layers \[3, 2\], which must be ascending"),
+        ((1,) * 1_000_000, "the request is for 1000000 layers; the model has 5"),
         ((2, 2), r"layers \[2, 2\], which must be ascending"),
     ],
 )

@@ -30,6 +30,8 @@ def check_layers(layers: Sequence[int], model: ModelDescription) -> None:
         return
     if not model.num_layers:
         raise InvalidRequest(f"the request is for layers; teacher {model.name} gives final hidden states alone")
+    if len(layers) > model.num_layers:
+        raise InvalidRequest(f"the request is for {len(layers)} layers; the model has {model.num_layers}")
     if any(one >= next_one for one, next_one in itertools.pairwise(layers)):
         raise InvalidRequest(f"the request is for layers {list(layers)}, which must be ascending")
     for layer in (layers[0], layers[-1]):

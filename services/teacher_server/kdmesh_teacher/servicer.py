@@ -159,8 +159,8 @@ class Servicer(TeacherServicer):
         admission.check_model(request.model_fingerprint, model.model_fingerprint)
         admission.check_version(request.weight_version, model.weight_version)
         admission.check_number(len(request.sequences), model)
+        admission.check_layers(request.layers, model)
         layers = tuple(request.layers)
-        admission.check_layers(layers, model)
         sequences = codec.sequences_from_wire(request.sequences)
         admission.check_sequences(sequences, model, layers)
         if parts.images is not None:
