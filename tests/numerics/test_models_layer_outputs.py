@@ -9,24 +9,28 @@ import torch
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
-from kdmesh.models.layer_outputs import captured, chosen_layers, numbered_layers
+from kdmesh.models.layer_outputs import captured, chosen_layers, num_layers, numbered_layers
 from kdmesh.models.packing import pack
 from tests.support.sequences import random_sequences
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
 from tests.support.tiny_vision import TinyVisionModels
 
 
+_NORMS = ("norm", "final_layernorm", "ln_f", "norm_f", "embedding_norm")
+
+
 def last_output_is_before_the_norm(path: Path) -> None:
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
     layers = numbered_layers(lm)
-    assert list(layers) == [1, 2]
+    number = num_layers(lm.config)
+    assert list(layers) == list(range(1, number + 1))
     packed = pack(random_sequences((9, 5), vocabulary_size=VOCABULARY_SIZE, seed=0))
     with torch.no_grad():
         with captured(layers) as outputs:
             hidden_TD = hidden_states_TD(lm, packed)
         decoder = lm.get_decoder()
-        norm = next(getattr(decoder, name) for name in ("norm", "final_layernorm", "ln_f") if hasattr(decoder, name))
-        assert torch.equal(norm(outputs[2]), hidden_TD)
+        norm = next(getattr(decoder, name) for name in _NORMS if hasattr(decoder, name))
+        assert torch.equal(norm(outputs[number]), hidden_TD)
         assert outputs[1].shape == hidden_TD.shape
         outputs.clear()
         hidden_states_TD(lm, packed)
