@@ -15,7 +15,6 @@ from tests.support.sequences import random_sequences
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
 from tests.support.tiny_vision import TinyVisionModels
 
-
 _NORMS = ("norm", "final_layernorm", "ln_f", "norm_f", "embedding_norm")
 
 
