@@ -120,3 +120,23 @@ def test_one_that_reads_no_images_or_smaller_ones_misses_what_a_job_with_images_
         assert needs.missed_by(replace(pool.describe(), vision=small)) == (
             "takes images of at most 1000 pixels, and this job has one of 1200"
         )
+
+
+def test_one_whose_slot_is_too_small_for_rows_with_layers_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def holding(rows: int) -> dict[str, dict[str, object]]:
+        return {"engine": {"num_layers": 3}, "slab": {"slot_mib": rows * 32 / 2**20}}
+
+    asked = [sequence(100)]
+    with (
+        teacher_processes(tmp_path, holding(150), holding(400)) as (one, two),
+        TeacherPool([one.grpc, two.grpc], job="test", deadline_s=30, layers=[2]) as pool,
+    ):
+        pool.require(Needs.of(rows=99))
+        assert pool.describe().max_request_rows == 200
+        until(lambda: left_out(caplog))
+        for _ in range(4):
+            assert torch.equal(pool.submit(asked).wait().rows_RD, expected_rows(asked, layers=[2]))
+        reason = "it takes sequences of at most 75 loss tokens, and this job has one of 99"
+        assert set(left_out(caplog)) == {(one.grpc, reason)}
