@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from kdmesh.commands import check, cluster_commands, evaluation, generation, harness, planning, token_files
+from kdmesh.commands import cluster_commands, evaluation, generation, harness, planning, token_files
 from kdmesh.commands.access_option import access_option, checked_addresses, read_access
 from kdmesh.commands.config_option import config_argument, set_option
 from kdmesh.doctor.command import doctor
@@ -20,6 +20,7 @@ from kdmesh.launch import jobs, local
 from kdmesh.launch.place import exit_when_stopped
 from kdmesh.launch.program import become
 from kdmesh.log import can_redraw
+from kdmesh.preflight import check
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import TrainerConfig

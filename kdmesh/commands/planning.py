@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from kdmesh.commands import check
 from kdmesh.commands.config_option import config_argument, set_option
 from kdmesh.errors import ConfigError
 from kdmesh.launch import jobs
 from kdmesh.launch.program import become
+from kdmesh.preflight import check
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
 from kdmesh_trainer.config import TrainerConfig
 

@@ -14,8 +14,8 @@ from kdmesh import config
 from kdmesh.auth.config import is_loopback
 from kdmesh.cluster.plan import WORK, JobKind, JobPlan, Mount, Output, Resources, SecretVariable, Taint
 from kdmesh.cluster.pods import RENDEZVOUS_PORT
-from kdmesh.commands import check
 from kdmesh.errors import ConfigError
+from kdmesh.preflight import check
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.sections.objective_config import Distill
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from kdmesh.commands import check
 from kdmesh.commands.config_option import config_argument, set_option
 from kdmesh.launch.program import become
+from kdmesh.preflight import check
 from kdmesh_trainer.config import TrainerConfig
 
 

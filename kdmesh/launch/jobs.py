@@ -12,7 +12,6 @@ from pathlib import Path
 import click
 
 from kdmesh import config
-from kdmesh.commands import check
 from kdmesh.errors import ConfigError
 from kdmesh.file_lock import claimed
 from kdmesh.launch import local
@@ -20,6 +19,7 @@ from kdmesh.launch.machine_fit import refuse_unfit_machine
 from kdmesh.launch.place import Place, exit_when_stopped, place, ranks_per_node
 from kdmesh.launch.program import program
 from kdmesh.launch.service_log import kept_in
+from kdmesh.preflight import check
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig

@@ -13,7 +13,7 @@ import yaml
 
 from kdmesh import config
 from kdmesh.auth.config import AccessConfig
-from kdmesh.commands import check
+from kdmesh.preflight import check
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_file import JobFile
 from kdmesh_rollout.config import RolloutConfig

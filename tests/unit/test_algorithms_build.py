@@ -13,9 +13,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from kdmesh.commands import check
 from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_cross_entropy
+from kdmesh.preflight import check
 from kdmesh_trainer.algorithms.build import resolve_algorithm
 from kdmesh_trainer.algorithms.seam import LossRows, Setup, StudentRows, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd

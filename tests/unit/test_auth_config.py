@@ -13,8 +13,8 @@ from kdmesh.auth.config import AccessConfig, ServerTlsConfig
 from kdmesh.auth.identity import Role, is_name
 from kdmesh.auth.tokens import read_token, read_tokens
 from kdmesh.auth.watched import Unreadable, Watched
-from kdmesh.commands import check
 from kdmesh.errors import ConfigError
+from kdmesh.preflight import check
 from kdmesh_rollout.config import RolloutServerConfig
 from kdmesh_teacher.config import ServerConfig, TeacherConfig
 from kdmesh_trainer.config import TeacherConfig as TrainersTeacher

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kdmesh.commands import check, cli
+from kdmesh.commands import cli
 from kdmesh.launch import jobs, local
 from kdmesh.launch.program import set_arguments
+from kdmesh.preflight import check
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.sections.saved_config import configured_identity
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh.commands import check
 from kdmesh.demo import plan as plans
 from kdmesh.demo import workspace as places
 from kdmesh.demo.corpus import Corpus, Example
@@ -21,6 +20,7 @@ from kdmesh.demo.plan import BRIEF, STANDARD
 from kdmesh.demo.record import read_record, read_sampled
 from kdmesh.demo.report import write_report
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.preflight import check
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import TrainerConfig

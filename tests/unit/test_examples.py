@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdmesh.commands import check
+from kdmesh.preflight import check
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import TrainerConfig

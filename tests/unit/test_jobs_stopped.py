@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from kdmesh.commands import check, cli
+from kdmesh.commands import cli
 from kdmesh.launch import local
+from kdmesh.preflight import check
 
 NOTHING = "Stopped before the first step: there is nothing to save."
 

@@ -63,6 +63,7 @@ LAYER = {
     "kdmesh.doctor": 4,
     "kdmesh.entry": 4,
     "kdmesh.launch": 4,
+    "kdmesh.preflight": 4,
 }
 STRANGERS = [("kdmesh.rpc", "kdmesh.losses"), ("kdmesh.losses", "kdmesh.rpc")]
 # What one hands to the other all the same: a value without behaviour of its own.
@@ -215,7 +216,7 @@ def test_nothing_is_ever_unpickled() -> None:
 def test_configurations_load_nothing_heavy() -> None:
     configs = [module.name for module in modules() if module.is_config]
     assert len(configs) >= 9
-    for name in [*configs, "kdmesh.commands.cli", "kdmesh.commands.check", "kdmesh.launch.jobs"]:
+    for name in [*configs, "kdmesh.commands.cli", "kdmesh.preflight.check", "kdmesh.launch.jobs"]:
         script = f"import sys, {name}; print(*sorted({HEAVY!r} & set(sys.modules)))"
         done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
         assert done.stdout.split() == [], name

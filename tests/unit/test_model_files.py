@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kdmesh.commands.model_files import model_problems
+from kdmesh.preflight.model_files import model_problems
 
 
 def test_a_weight_file_that_is_cut_short_is_told_with_its_sizes(tmp_path: Path) -> None:

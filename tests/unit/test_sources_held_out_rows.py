@@ -10,8 +10,8 @@ import pytest
 
 from kdmesh import config
 from kdmesh.chats.chat_rows import Chat, Message
-from kdmesh.commands import check
 from kdmesh.errors import ConfigError, DataError
+from kdmesh.preflight import check
 from kdmesh.types import Image, TokenSequence
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data import pieces

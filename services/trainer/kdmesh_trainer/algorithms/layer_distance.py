@@ -23,8 +23,8 @@ class LayerDistance(nn.Module):
         of_student: its layers, ascending.
         num_teacher_layers: of which a row of the teacher has the outputs.
 
-    Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 3: intermediate states through a linear map;
-    Sanh et al. 2019 (DistilBERT), arXiv:1910.01108, section 2: the cosine.
+    Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679: intermediate states through a linear map;
+    Sanh et al. 2019 (DistilBERT), arXiv:1910.01108: the cosine.
     """
 
     def __init__(

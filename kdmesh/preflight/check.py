@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 from kdmesh import config
 from kdmesh.auth.config import AccessConfig
-from kdmesh.commands.model_files import (
+from kdmesh.config import StrictModel
+from kdmesh.errors import ConfigError
+from kdmesh.preflight.model_files import (
     adapter_problems,
     freeze_problems,
     model_problems,
     num_layers,
     reads_text_alone,
 )
-from kdmesh.config import StrictModel
-from kdmesh.errors import ConfigError
-from kdmesh.extension import search_path
+from kdmesh.preflight.own_code import function_problems
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
@@ -191,17 +189,17 @@ def _data(data: DataConfig) -> Iterator[str]:
 
 def _own_code(objective: Distill) -> Iterator[str]:
     if isinstance(divergence := objective.divergence, CustomDivergence):
-        yield from _function("objective.divergence", divergence.target, divergence.params, positional=2)
+        yield from function_problems("objective.divergence", divergence.target, divergence.params, positional=2)
     if isinstance(algorithm := objective.algorithm, CustomAlgorithm):
         key = "objective.algorithm"
-        yield from _function(key, algorithm.target, algorithm.params, positional=1, is_class=True)
+        yield from function_problems(key, algorithm.target, algorithm.params, positional=1, is_class=True)
 
 
 def _judge(key: str, judge: JudgeConfig) -> Iterator[str]:
     if isinstance(judge, CustomJudge):
-        yield from _function(key, judge.target, judge.params, positional=3)
+        yield from function_problems(key, judge.target, judge.params, positional=3)
     elif isinstance(judge, MatchJudge) and isinstance(match := judge.match, CustomMatch):
-        yield from _function(f"{key}.match", match.target, match.params, positional=2)
+        yield from function_problems(f"{key}.match", match.target, match.params, positional=2)
 
 
 def wrong_addresses(cfg: TrainerConfig) -> Iterator[str]:
@@ -273,7 +271,7 @@ def _other_tokenizer(key: str, other: OtherTokenizer) -> Iterator[str]:
 
 def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
     if isinstance(dataset, CustomDataset):
-        yield from _function(key, dataset.target, dataset.params, positional=0)
+        yield from function_problems(key, dataset.target, dataset.params, positional=0)
         return
     path = dataset.path
     if not path.exists():
@@ -297,78 +295,4 @@ def _questions(key: str, questions: QuestionsConfig) -> Iterator[str]:
     elif questions.path.suffix != ".jsonl":
         yield f"{key}.path: {questions.path} is not a .jsonl file"
     if isinstance(match := questions.match, CustomMatch):
-        yield from _function(f"{key}.match", match.target, match.params, positional=2)
-
-
-def _function(
-    key: str, target: str, params: Mapping[str, object], *, positional: int, is_class: bool = False
-) -> Iterator[str]:
-    """What is wrong with `module:function`, read from its source: importing it could load anything."""
-    module, _, name = target.partition(":")
-    spec = _find(module)
-    if spec is None:
-        yield f"{key}.target: there is no module {module!r} (the working directory is searched too)"
-        return
-    if not spec.origin or not spec.origin.endswith(".py"):
-        return  # compiled: only importing can tell
-    try:
-        defined = _definitions(Path(spec.origin))
-    except SyntaxError as error:
-        yield f"{key}.target: {spec.origin} is not Python: {error.msg} in line {error.lineno}"
-        return
-    if name not in defined:
-        yield f"{key}.target: {spec.origin} defines no {name!r}"
-        return
-    match defined[name]:
-        case ast.FunctionDef() if is_class:
-            yield f"{key}.target: {name} is a function, and must be a class"
-        case ast.FunctionDef() as function:
-            yield from (f"{key}.params: {problem}" for problem in _misfits(name, function, params, positional))
-        case ast.ClassDef() as defined_class:
-            for method in defined_class.body:  # an inherited one can only be known by importing
-                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                    problems = _misfits(name, method, params, positional + 1)
-                    yield from (f"{key}.params: {problem}" for problem in problems)
-
-
-def _find(module: str) -> ModuleSpec | None:
-    """The module's spec, found as the import system would, but without importing its parents."""
-    path = search_path()
-    *parents, last = module.split(".")
-    for parent in parents:
-        # Not by its full name: a directory without __init__.py would look for its parents among the imported.
-        spec = PathFinder.find_spec(parent, path)
-        if spec is None:
-            return None
-        path = list(spec.submodule_search_locations or [])
-    return PathFinder.find_spec(last, path)
-
-
-def _definitions(source: Path) -> dict[str, ast.AST]:
-    """Top-level names of a module: functions, classes, assignments, imports."""
-    names: dict[str, ast.AST] = {}
-    for node in ast.parse(source.read_text(encoding="utf-8"), str(source)).body:
-        match node:
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                names[node.name] = node
-            case ast.Assign(targets=targets):
-                names.update({target.id: node for target in targets if isinstance(target, ast.Name)})
-            case ast.AnnAssign(target=ast.Name(id=name)):
-                names[name] = node
-            case ast.Import() | ast.ImportFrom():
-                names.update({alias.asname or alias.name: node for alias in node.names})
-    return names
-
-
-def _misfits(name: str, function: ast.FunctionDef, params: Mapping[str, object], positional: int) -> Iterator[str]:
-    """Parameters that the function lacks, and those it requires; its first `positional` ones are filled by us."""
-    arguments = function.args
-    in_order = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
-    required = set(in_order[positional : len(in_order) - len(arguments.defaults)])
-    by_name = {argument.arg for argument in arguments.kwonlyargs}
-    by_name |= set(in_order[positional:]) - {argument.arg for argument in arguments.posonlyargs}
-    without_default = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    required |= {argument.arg for argument, default in without_default if default is None}
-    if arguments.kwarg is None:
-        yield from (f"{name} has no parameter {param!r}" for param in params.keys() - by_name)
-    yield from (f"{name} requires {param!r}" for param in sorted(required - params.keys()))
+        yield from function_problems(f"{key}.match", match.target, match.params, positional=2)
