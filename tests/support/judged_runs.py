@@ -99,17 +99,17 @@ def judged(
             stats = run.stepper.update(batch)
             current = min(step + 1, len(names) - 1)  # what is asked for now is of the next step
             source.publish(version=step + 1)
+            of_step = [asked.pop() for _ in range(len(asked))]  # another thread goes on asking
             trained = [s for micro_batch in batch.micro_batches for s in micro_batch.sequences]
             steps.append(
                 {
                     "figures": stats.figures(),
                     "trained": sorted(digest([s]).hex() for s in trained),
                     "weights": [s.weight for s in trained],
-                    "asked": sorted(asked),
+                    "asked": sorted(of_step),
                     "weight": whole(dict(run.model.lm.named_parameters())["model.norm.weight"], None).tolist(),
                 }
             )
-            asked.clear()
     return steps
 
 
