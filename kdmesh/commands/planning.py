@@ -12,6 +12,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.launch import jobs
 from kdmesh.launch.program import become
 from kdmesh.preflight import check
+from kdmesh.preflight.teacher_fit import refuse_unknown_layers
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
 from kdmesh_trainer.config import TrainerConfig
 
@@ -55,6 +56,7 @@ def plan(
         if not isinstance(teacher, TeacherConfig) or isinstance(teacher.engine, FakeEngine):
             raise ConfigError(f"--serve {text}: {file} does not configure a teacher with a model")
         check.refuse_missing(teacher, source=file, looks=check.missing_to_plan)
+        refuse_unknown_layers(trainer, teacher)
         servers.append(
             {
                 "name": name,

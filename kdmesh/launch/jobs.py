@@ -20,6 +20,7 @@ from kdmesh.launch.place import Place, exit_when_stopped, place, ranks_per_node
 from kdmesh.launch.program import program
 from kdmesh.launch.service_log import kept_in
 from kdmesh.preflight import check
+from kdmesh.preflight.teacher_fit import refuse_unfit_teacher
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
@@ -110,7 +111,8 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     cfg = _checked_trainer(path, [*overrides, *later])
     refuse_unfit_machine(cfg, ranks=num_ranks(cfg) * (1 if here is None else here.nodes))
     for server in servers.values():
-        _refuse_unfit_teacher(cfg, server)
+        if isinstance(server, TeacherConfig):
+            refuse_unfit_teacher(cfg, server)
     refuse_other_configuration(cfg)
     if serve:
         with claimed(cfg.output):  # the first rank claims it for the run, but only when the servers have loaded
@@ -285,18 +287,6 @@ def _refuse_same_port(servers: Sequence[tuple[Path, ListenConfig]]) -> None:
                     "free port is taken, or give each its own"
                 )
             taken[port] = file, key
-
-
-def _refuse_unfit_teacher(cfg: TrainerConfig, teacher: TeacherConfig | RolloutConfig) -> None:
-    """A teacher of the run's own must be updatable where it follows the student, and only there."""
-    if not isinstance(teacher, TeacherConfig):
-        return
-    is_updatable = teacher.engine.updatable
-    if is_updatable is not (cfg.teacher_update_every is not None):
-        raise ConfigError(
-            f"the teacher's engine.updatable is {str(is_updatable).lower()}, and the trainer's teacher.follows_student "
-            f"is {'not ' if is_updatable else ''}set: both, or neither"
-        )
 
 
 def _is_on_gpu(cfg: TrainerConfig) -> bool:

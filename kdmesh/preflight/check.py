@@ -156,8 +156,9 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
 
 
 def _layers(cfg: TrainerConfig) -> Iterator[str]:
-    if cfg.layers is not None and (number := num_layers(cfg.student.model)) is not None:
-        why = cfg.layers.beyond(number, of_teacher=cfg.teacher_update_every is not None)
+    if cfg.layers is not None:
+        number = num_layers(cfg.student.model)
+        why = cfg.layers.beyond(student=number, teacher=None if cfg.teacher_update_every is None else number)
         yield from () if why is None else (why,)
 
 

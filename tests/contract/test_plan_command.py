@@ -66,6 +66,8 @@ def test_layers_that_are_compared_are_planned_for_where_the_teacher_is_known(
     assert "Without the heads, and the layers, of teachers" in plan(config, *layers)
     beyond = ("--set", "objective.layers.pairs={3: 1}")
     assert "names layer 3 of the student" in plan(config, *layers, *beyond, code=2)
+    beyond = ("--set", "objective.layers.pairs={1: 3}", "--serve", str(server))
+    assert "names layer 3 of the teacher, which has layers 1 to 2" in plan(config, *layers, *beyond, code=2)
 
 
 def test_a_vision_tower_that_is_frozen_is_planned_without_moments(config: Path, tiny_vision: TinyVisionModels) -> None:

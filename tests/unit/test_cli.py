@@ -341,6 +341,22 @@ def test_a_served_teacher_is_updatable_where_it_follows_the_student_and_only_the
     assert "engine.updatable is true, and the trainer's teacher.follows_student is not set" in result.output
 
 
+def test_a_served_teacher_gives_the_layers_that_are_compared_or_is_not_started(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "start_server", lambda *arguments: pytest.fail("a server was started"))
+    Path("teacher/config.json").write_text('{"num_hidden_layers": 4}')
+    train = ("train", "train.yaml", "--serve", "teacher.yaml", "--set")
+    result = run(*train, "objective={name: distill, layers: {pairs: {1: 5}, weight: 1}}")
+    assert (result.exit_code, "names layer 5 of the teacher, which has layers 1 to 4" in result.output) == (2, True)
+    with pytest.raises(pytest.fail.Exception, match="a server was started"):
+        CliRunner().invoke(cli.main, [*train, "objective={name: distill, layers: {pairs: {1: 4}, weight: 1}}"])
+    Path("teacher.yaml").write_text("engine: {kind: sglang, model: teacher}\n")
+    result = run(*train, "objective={name: distill, layers: {pairs: {1: 4}, weight: 1}}")
+    assert result.exit_code == 2
+    assert "objective.layers needs a teacher with engine transformers, not sglang" in result.output
+
+
 def test_sampling_without_a_server_says_how_to_get_one(good: Path) -> None:
     result = run("train", "train.yaml", *set_arguments(SAMPLED))
     assert result.exit_code == 2

@@ -23,7 +23,8 @@ def refuse_unknown_layers(cfg: TrainerConfig) -> None:
     if cfg.layers is None:
         return
     config = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
-    why = cfg.layers.beyond(num_layers(config), of_teacher=cfg.teacher_update_every is not None)
+    number = num_layers(config)
+    why = cfg.layers.beyond(student=number, teacher=None if cfg.teacher_update_every is None else number)
     if why is not None:
         raise ConfigError(why)
 

@@ -36,15 +36,16 @@ class LayersConfig(StrictModel):
         """The teacher's layers, ascending."""
         return tuple(sorted(set(self.pairs.values())))
 
-    def beyond(self, number: int, *, of_teacher: bool) -> str | None:
-        """Why a student with so many layers does not go with these pairs; None: it does.
+    def beyond(self, *, student: int | None = None, teacher: int | None = None) -> str | None:
+        """Why models with so many layers do not go with these pairs; None: they do.
 
         Args:
-            of_teacher: the teacher is a copy of the student.
+            student: None where nobody knows.
+            teacher: likewise.
         """
-        sides = {"student": self.of_student, **({"teacher": self.of_teacher} if of_teacher else {})}
-        for side, layers in sides.items():
-            if layers[-1] > number:
+        sides = ("student", self.of_student, student), ("teacher", self.of_teacher, teacher)
+        for side, layers, number in sides:
+            if number is not None and layers[-1] > number:
                 return f"objective.layers.pairs names layer {layers[-1]} of the {side}, which has layers 1 to {number}"
         return None
 
