@@ -28,7 +28,7 @@ class ChatServers:
     """Who is asked, and how.
 
     Raises:
-        ConfigError: a field is one that every request gives.
+        ConfigError: a field is one that every request gives, or a seed for all of them.
     """
 
     endpoint: Endpoint
@@ -39,6 +39,11 @@ class ChatServers:
         for name in self.fields:
             if name in _OWN_FIELDS:
                 raise ConfigError(f"--request-field: {name!r} is no field that can be set")
+        if self.fields.get("seed") is not None:
+            raise ConfigError(
+                f"--request-field seed={self.fields['seed']} would make all samples of a prompt the same; each has a "
+                "seed of its own, and seed=null leaves it out for a server that takes none"
+            )
 
     @classmethod
     def of_options(

@@ -105,9 +105,12 @@ def test_samples_are_drawn_by_seeds_of_their_own_and_as_the_run_draws_them(serve
 
 
 def test_a_question_that_is_filtered_counts_as_wrong(server: OpenAIServer, config: Path) -> None:
-    server.choices = {f"what is {i}": [said(str(i))] for i in range(3)}
+    (config.parent / "my_grader.py").write_text("def accepts(response, row): return True\n")
+    server.choices = {f"what is {i}": [said(str(i))] for i in range(2)}
+    server.choices["what is 2"] = [said("2 and so", finish_reason="content_filter")]
     server.refused = {"what is 1": FILTERED}
-    assert figures(run(server, config))["accuracy"] == pytest.approx(2 / 3)
+    for more in ((), ("--set", "evaluation.questions.match={name: custom, target: 'my_grader:accepts'}")):
+        assert figures(run(server, config, *more))["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_a_question_that_is_refused_ends_it_and_is_named(server: OpenAIServer, config: Path) -> None:
@@ -143,6 +146,7 @@ def test_images_of_questions_are_sent(server: OpenAIServer, config: Path) -> Non
         (("--rollout", "a:1"), "--rollout does not go with --openai"),
         (("--model-name", "other"), "The model `other` does not exist"),
         (("--request-field", "messages=[]"), "'messages' is no field that can be set"),
+        (("--request-field", "seed=5"), "seed=5 would make all samples of a prompt the same"),
         (("--set", "evaluation.questions=null", "--set", "evaluation.rollouts=null"), "there is nothing to ask"),
     ],
 )

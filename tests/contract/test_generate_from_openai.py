@@ -280,6 +280,7 @@ def test_a_student_learns_from_the_answers(server: OpenAIServer, tiny_models: Ti
         (("--model", "models/it"), "--model does not go with --openai"),
         (("--teacher", "127.0.0.1:1"), "generate needs servers of one kind"),
         (("--request-field", "messages=[]"), "'messages' is no field that can be set"),
+        (("--request-field", "seed=5"), "seed=5 would make all samples of a prompt the same"),
         (("--request-field", "day=2024-01-01"), "is not of the form NAME=VALUE, with a value that JSON has"),
         (("--request-field", "top_k"), "is not of the form NAME=VALUE"),
     ],

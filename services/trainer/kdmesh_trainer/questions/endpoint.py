@@ -81,9 +81,16 @@ class EndpointExaminer:
         try:
             reply = await client.ask({name: value for name, value in body.items() if value is not None})
         except PromptFiltered:
-            return graded(self._is_right, question, "", is_cut_off=False, num_tokens=0)
+            return _filtered("", num_tokens=0)
         except InvalidRequest as error:
             raise InvalidRequest(f"{question.chat.origin}: {error}") from None
         choice = reply.choices[0]
         cut_off, tokens = choice.end == "cut_off", reply.completion_tokens
+        if choice.end == "filtered":
+            return _filtered(choice.text, num_tokens=tokens)
         return graded(self._is_right, question, choice.text, is_cut_off=cut_off, num_tokens=tokens)
+
+
+def _filtered(text: str, *, num_tokens: int) -> Response:
+    """Wrong whatever was said until the filter stopped it: no grader is asked."""
+    return Response(text=text, is_right=False, is_cut_off=False, num_tokens=num_tokens)
