@@ -78,6 +78,7 @@ def test_every_figure_of_a_record_is_explained() -> None:
         divergence_nats_per_token=1.0,
         cross_entropy_nats_per_token=1.0,
         top1_agreement=1.0,
+        layer_distance=1.0,
         gradient_norm=1.0,
         learning_rate=1.0,
         num_loss_tokens=1,
