@@ -151,9 +151,14 @@ def test_warm_up_and_decay_must_not_overlap() -> None:
 
 def test_norms_and_biases_do_not_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    # As of gpt_oss's experts.
+    model.register_parameter("up_proj", torch.nn.Parameter(torch.zeros(2, 3, 3)))
+    model.register_parameter("up_proj_bias", torch.nn.Parameter(torch.zeros(2, 3)))
     optimizer = build_adamw(model, OptimizerConfig(weight_decay=0.1))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
+        "up_proj": 0.1,
+        "up_proj_bias": 0.0,
         "0.weight": 0.1,
         "0.bias": 0.0,
         "1.weight": 0.0,

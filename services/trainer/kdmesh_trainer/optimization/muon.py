@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from kdmesh_trainer.optimization.optimizer import ShardedAdamW, parameter_groups
+from kdmesh_trainer.optimization.optimizer import ShardedAdamW, holds_vectors, parameter_groups
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.student.shards import like_shard, own_shard
 
@@ -142,4 +142,5 @@ def _matrices(student: nn.Module, algorithm: nn.Module | None) -> set[int]:
             others |= {id(parameter) for parameter in module.parameters()}
         if isinstance(module, PreTrainedModel) and (head := module.get_output_embeddings()) is not None:
             others |= {id(parameter) for parameter in head.parameters()}
-    return {id(parameter) for parameter in student.parameters() if parameter.ndim == 2} - others
+    own = {id(p) for name, p in student.named_parameters() if p.ndim == 2 and not holds_vectors(name, p)}
+    return own - others

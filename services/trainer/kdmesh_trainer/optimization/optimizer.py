@@ -66,13 +66,20 @@ def parameter_groups(
     """What is trained, by how much it decays, and by how fast it learns; arguments as build_adamw."""
     beside = [] if algorithm is None else list(algorithm.parameters())
     apart = {id(p) for p in beside}
-    trained = [p for p in student.parameters() if p.requires_grad and id(p) not in apart]
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad and id(p) not in apart]
+    decaying = [p for name, p in trained if not holds_vectors(name, p)]
+    others = [p for name, p in trained if holds_vectors(name, p)]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay, "rate_factor": 1.0},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "rate_factor": 1.0},
+        {"params": decaying, "weight_decay": config.weight_decay, "rate_factor": 1.0},
+        {"params": others, "weight_decay": 0.0, "rate_factor": 1.0},
         {"params": [p for p in beside if p.requires_grad], "weight_decay": 0.0, "rate_factor": rate_factor},
     ]
     return [group for group in groups if group["params"]]
+
+
+def holds_vectors(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a norm or a bias, or several in one tensor, as the biases of gpt_oss's experts."""
+    return parameter.ndim < 2 or name.endswith("bias")
 
 
 class ShardedAdamW(AdamW):
