@@ -37,6 +37,15 @@ def counted(unit: str, *, elsewhere: Show) -> Iterator[Show]:
         yield show
 
 
+def told(what: str) -> Show:
+    """What says on stderr how many of `what` are done, for `elsewhere`."""
+
+    def tell(done: int, total: int, left_s: float | None) -> None:
+        sys.stderr.write(f"{done:,} of {total:,} {what}" + ("\n" if left_s is None else f", {clock(left_s)} left\n"))
+
+    return tell
+
+
 def clock(seconds: float) -> str:
     """Minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)

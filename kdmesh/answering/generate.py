@@ -14,7 +14,7 @@ from kdmesh.answering.answer_report import Report
 from kdmesh.answering.kept_answers import KeptAnswers, kept_answers
 from kdmesh.answering.prompt_rows import Asked, Prompts
 from kdmesh.answering.source import AnswerSource, Plan, Servers
-from kdmesh.counting import Pace, Show, clock, counted
+from kdmesh.counting import Pace, counted, told
 from kdmesh.errors import KdmeshError
 from kdmesh.launch.local import Stopped
 from kdmesh.outputs import refuse_own_input
@@ -58,7 +58,7 @@ def generate(servers: Servers, prompts: Path, output: Path, plan: Plan, *, image
                 **source.facts,
             }
         )
-        with _kept_told(kept), counted("prompts", elsewhere=_say("prompts answered")) as show:
+        with _kept_told(kept), counted("prompts", elsewhere=told("prompts answered")) as show:
             pace = Pace(done=kept.prompts, total=len(rows))
             show(kept.prompts, len(rows), None)
             for asked, answers in source.answers(rows.rows(source.images, without=kept)):
@@ -74,7 +74,7 @@ def generate(servers: Servers, prompts: Path, output: Path, plan: Plan, *, image
 
 def _check(rows: Prompts, source: AnswerSource) -> None:
     """Raises DataError when a prompt cannot be used: before any is answered, not after hours."""
-    with counted("prompts read", elsewhere=_say("prompts read")) as show:
+    with counted("prompts read", elsewhere=told("prompts read")) as show:
         pace = Pace(done=0, total=len(rows))
         for number, row in enumerate(rows.rows(source.images), start=1):
             source.check(row)
@@ -96,13 +96,6 @@ def _kept_told(kept: KeptAnswers) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             raise Stopped(error.signum if isinstance(error, Stopped) else signal.SIGINT) from None
         raise
-
-
-def _say(what: str) -> Show:
-    def say(done: int, total: int, left_s: float | None) -> None:
-        _tell(f"{done:,} of {total:,} {what}" + ("" if left_s is None else f", {clock(left_s)} left"))
-
-    return say
 
 
 def _tell(sentence: str) -> None:

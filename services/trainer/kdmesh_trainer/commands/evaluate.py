@@ -16,7 +16,7 @@ with quiet_interrupt():
     from kdmesh import log
     from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
     from kdmesh.config import config_parser, load
-    from kdmesh.counting import clock, counted
+    from kdmesh.counting import counted, told
     from kdmesh.errors import ConfigError
     from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace, say
     from kdmesh_trainer.commands.running import run
@@ -141,12 +141,8 @@ def _ask_endpoint(cfg: TrainerConfig, servers: ChatServers) -> tuple[AnswerScore
         raise ConfigError(_NO_QUESTIONS)
     examiner = EndpointExaminer(cfg.evaluation.questions, cfg.data, servers)
     answers = _Answers()
-    with counted("answers", elsewhere=_tell) as show:
+    with counted("answers", elsewhere=told("answers")) as show:
         return examiner.examine(show, keep=answers.keep), answers
-
-
-def _tell(done: int, total: int, left_s: float | None) -> None:
-    sys.stderr.write(f"{done:,} of {total:,} answers" + ("\n" if left_s is None else f", {clock(left_s)} left\n"))
 
 
 if __name__ == "__main__":
