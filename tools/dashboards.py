@@ -360,6 +360,7 @@ JOB = Dashboard(
         _figure("loss", "loss_nats_per_token"),
         _figure("divergence from the teacher", "divergence_nats_per_token"),
         _figure("same likeliest token as the teacher", "top1_agreement", unit="percentunit"),
+        _figure("distance of compared layers", "layer_distance"),
         _figure("held-out KL(teacher || student)", "held_out_kl_nats_per_token"),
         _figure("held-out cross-entropy", "held_out_cross_entropy_nats_per_token"),
         _figure("answers to questions that are right", "questions_accuracy", unit="percentunit"),

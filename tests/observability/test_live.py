@@ -103,7 +103,7 @@ def jobs(
     rollouts: Rollouts,
     ports: list[int],
 ) -> tuple[Job, Job, Job]:
-    """One that learns from its own samples and is asked questions; one of two teachers by name; one that explodes."""
+    """One that learns from its own samples, also by a layer, with questions; one of two teachers; one that explodes."""
     access = {"tls": {"ca": str(root / "authority.crt")}}
     addresses = [teacher.address for teacher in teachers]
     endless: dict[str, Any] = {
@@ -127,7 +127,11 @@ def jobs(
     on_policy = Job(
         processes,
         root / "on-policy",
-        replace(materials.plain, is_judged=True),
+        replace(
+            materials.plain,
+            objective={**materials.plain.objective, "layers": {"pairs": {1: 1}, "weight": 1}},
+            is_judged=True,
+        ),
         *addresses,
         teacher={"access": access},
         source=source,
