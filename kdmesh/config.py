@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from kdmesh.errors import ConfigError
+from kdmesh.hub import made_local, named_in
 
 
 class StrictModel(BaseModel):
@@ -103,10 +104,19 @@ def named_value(text: str) -> tuple[str | None, Any]:
         return None, None
 
 
-def parse(model: type[M], tree: dict[str, Any], *, source: Path) -> M:
-    """The typed form of `tree`, which was read from `source`. Raises ConfigError with every bad key."""
+def parse(model: type[M], tree: dict[str, Any], *, source: Path, fetch: bool = True) -> M:
+    """The typed form of `tree`, which was read from `source`.
+
+    Args:
+        fetch: whether to fetch what `hf://` names and is not here yet; otherwise it stays a path that is not there.
+
+    Raises:
+        ConfigError: with every bad key.
+    """
     try:
-        return model.model_validate(tree)
+        parsed = model.model_validate(tree)
+        # Only what is good so far is worth to be fetched.
+        return model.model_validate(made_local(tree, fetch=fetch)) if any(named_in(tree)) else parsed
     except ValidationError as error:
         lines = [_line(details, tree, model) for details in error.errors()]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"

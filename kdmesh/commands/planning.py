@@ -47,7 +47,7 @@ def plan(
     \b
     Example: kdmesh plan examples/train.yaml --serve examples/teacher.yaml
     """
-    trainer = check.load_as(TrainerConfig, config, overrides)
+    trainer = check.load_as(TrainerConfig, config, overrides, fetch=False)
     check.refuse_missing(trainer, source=config, looks=check.missing_to_plan)
     servers = []
     for text in teacher_configs:

@@ -15,6 +15,7 @@ from kdmesh.auth.config import is_loopback
 from kdmesh.cluster.plan import WORK, JobKind, JobPlan, Mount, Output, Resources, SecretVariable, Taint
 from kdmesh.cluster.pods import RENDEZVOUS_PORT
 from kdmesh.errors import ConfigError
+from kdmesh.hub import named_in
 from kdmesh.preflight import check
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.sections.objective_config import Distill
@@ -56,6 +57,9 @@ class Wishes:
 
 def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) -> JobPlan:
     """The job of the configuration in `path`. Raises ConfigError with everything that is wrong with it."""
+    tree = config.read_tree(path, overrides)
+    for key, text in named_in(tree):
+        raise ConfigError(f"{path}: {key} is {text}, and jobs in a cluster fetch nothing: give a path on a --volume")
     cfg = check.load_as(TrainerConfig, path, overrides)
     mounts = (*map(_volume, wishes.volumes), *map(_secret, wishes.secrets))
     output = WORK / PurePosixPath(cfg.output)
@@ -64,7 +68,7 @@ def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) ->
         name=name,
         kind=kind,
         image=wishes.image,
-        config=yaml.safe_dump(config.read_tree(path, overrides), sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
         output_path=str(output),
         nodes=wishes.nodes,
         resources=_resources(wishes),

@@ -16,6 +16,7 @@ from kdmesh.preflight.model_files import (
     adapter_problems,
     freeze_problems,
     model_problems,
+    not_there,
     num_layers,
     reads_text_alone,
 )
@@ -45,7 +46,7 @@ C = TypeVar("C", bound=StrictModel)
 
 
 def load_any(path: Path, overrides: Sequence[str] = ()) -> ServiceConfig:
-    """The configuration in `path`, of the service that its keys belong to.
+    """The configuration in `path`, of the service that its keys belong to; nothing is fetched.
 
     What could be a teacher's as well as a rollout server's is the one that it is without an error, and a teacher's if
     it is both.
@@ -59,24 +60,27 @@ def load_any(path: Path, overrides: Sequence[str] = ()) -> ServiceConfig:
         keys = "; ".join(f"a {name} has {', '.join(model.model_fields)}" for name, model in _SERVICES.items())
         raise ConfigError(f"{path} configures no service: {keys}")
     if known["trainer"] >= max(known.values()):
-        return config.parse(TrainerConfig, tree, source=path)
+        return config.parse(TrainerConfig, tree, source=path, fetch=False)
     if known["rollout server"] == known["teacher"]:
         with suppress(ConfigError):
-            return config.parse(TeacherConfig, tree, source=path)
+            return config.parse(TeacherConfig, tree, source=path, fetch=False)
         with suppress(ConfigError):
-            return config.parse(RolloutConfig, tree, source=path)
-    return config.parse(TeacherConfig, tree, source=path)
+            return config.parse(RolloutConfig, tree, source=path, fetch=False)
+    return config.parse(TeacherConfig, tree, source=path, fetch=False)
 
 
-def load_as(model: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+def load_as(model: type[C], path: Path, overrides: Sequence[str] = (), *, fetch: bool = True) -> C:
     """As `config.load`, where a person may have named the file of another service.
+
+    Args:
+        fetch: whether to fetch what `hf://` names and is not here yet.
 
     Raises:
         ConfigError: as `config.load`, or the file configures another service.
     """
     tree = config.read_tree(path, overrides)
     try:
-        return config.parse(model, tree, source=path)
+        return config.parse(model, tree, source=path, fetch=fetch)
     except ConfigError:
         other = _other_service(model, tree, path)
         if other is None:
@@ -93,7 +97,7 @@ def _other_service(model: type[StrictModel], tree: Mapping[str, object], path: P
             return name
         if each is not model and known[each] == known[model]:
             with suppress(ConfigError):
-                config.parse(each, dict(tree), source=path)
+                config.parse(each, dict(tree), source=path, fetch=False)
                 return name
     return None
 
@@ -264,7 +268,7 @@ def _tokenizer(key: str, path: Path) -> Iterator[str]:
 
 def _other_tokenizer(key: str, other: OtherTokenizer) -> Iterator[str]:
     if not other.path.is_dir():
-        yield f"{key}.path: there is no directory {other.path}"
+        yield f"{key}.path: {not_there(other.path)}"
     yield from _tokenizer(f"{key}.path", other.path)
     if other.chat_template is not None and not other.chat_template.is_file():
         yield f"{key}.chat_template: there is no file {other.chat_template}"
@@ -276,7 +280,7 @@ def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
         return
     path = dataset.path
     if not path.exists():
-        yield f"{key}.path: there is no file or directory {path}"
+        yield f"{key}.path: {not_there(path, 'file or directory')}"
     elif path.is_dir() and not any(file.suffix in _DATA_SUFFIXES for file in path.iterdir()):
         yield f"{key}.path: {path} has no {', '.join(_DATA_SUFFIXES)} file"
     elif path.is_file() and path.suffix not in _DATA_SUFFIXES:

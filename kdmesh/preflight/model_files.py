@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kdmesh.hub import named_on_hub
 from kdmesh.parameter_names import is_meant, names_nothing
 
 _POINTER = b"version https://git-lfs"
@@ -16,7 +17,7 @@ _POINTER = b"version https://git-lfs"
 def model_problems(key: str, path: Path, *, needs_weights: bool = True) -> Iterator[str]:
     """One line for each thing that a model's directory lacks."""
     if not path.is_dir():
-        yield f"{key}: there is no directory {path} (models are not downloaded; give a Hugging Face model directory)"
+        yield f"{key}: {not_there(path)}{_meant_on_hub(path)}"
     elif not (path / "config.json").is_file():
         yield f"{key}: {path} is not a Hugging Face model directory: it has no config.json"
     elif not isinstance(_json(path / "config.json"), dict):
@@ -27,6 +28,22 @@ def model_problems(key: str, path: Path, *, needs_weights: bool = True) -> Itera
         for file in files:
             if (problem := _weight_problem(file)) is not None:
                 yield f"{key}: {file} {problem}"
+
+
+def not_there(path: Path, what: str = "directory") -> str:
+    """What to say of a path that does not exist."""
+    hub = named_on_hub(path)
+    if hub is None:
+        return f"there is no {what} {path}"
+    return f"{hub.repository} has not been fetched from the hub yet; what trains or serves does so, or `{hub.command}`"
+
+
+def _meant_on_hub(path: Path) -> str:
+    """How the model is written that somebody may have meant by a directory that is not there."""
+    if named_on_hub(path) is not None:
+        return ""
+    name = path if len(path.parts) == 2 and not path.is_absolute() else "OWNER/MODEL"
+    return f" (a model is a Hugging Face directory, or on the hub hf://{name})"
 
 
 def _json(path: Path) -> Any:

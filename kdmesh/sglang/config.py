@@ -45,7 +45,7 @@ class SglangModel(StrictModel):
     kind: Literal["sglang"]
 
     model: Path
-    """Directory of a Hugging Face causal LM."""
+    """Directory of a Hugging Face causal LM, or hf://OWNER/MODEL on the hub."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Element type of the activations, and of what is answered; auto keeps the one the checkpoint names."""

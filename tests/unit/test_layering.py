@@ -34,6 +34,7 @@ LAYER = {
     "kdmesh.counting": 1,
     "kdmesh.extension": 1,
     "kdmesh.file_lock": 1,
+    "kdmesh.hub": 1,
     "kdmesh.images": 1,
     "kdmesh.interrupt": 1,
     "kdmesh.log": 1,

@@ -21,7 +21,7 @@ class TransformersEngine(StrictModel):
     kind: Literal["transformers"] = "transformers"
 
     model: Path
-    """Directory of a Hugging Face causal LM: the student's start, or a trained one."""
+    """Directory of a Hugging Face causal LM, or hf://OWNER/MODEL on the hub: the student's start, or a trained one."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Element type of the weights, also of those that a trainer sends; auto keeps the one the checkpoint names."""

@@ -49,7 +49,9 @@ class ChatFile(StrictModel):
     format: Literal["chat"] = "chat"
 
     path: Path
-    """The file, or a directory of such files, or one that `save_to_disk` of the package datasets wrote."""
+    """The file, or a directory of such files, or one that `save_to_disk` of the package datasets wrote.
+
+    On the hub it is hf://datasets/OWNER/NAME/PATH."""
 
     column: str = "messages"
     """Column that holds the messages; rows of the other forms are recognised without it."""
@@ -82,7 +84,9 @@ class TextFile(StrictModel):
     format: Literal["text"]
 
     path: Path
-    """The file, or a directory of such files, or one that `save_to_disk` of the package datasets wrote."""
+    """The file, or a directory of such files, or one that `save_to_disk` of the package datasets wrote.
+
+    On the hub it is hf://datasets/OWNER/NAME/PATH."""
 
     column: str = "text"
     """Column that holds the text."""
@@ -195,7 +199,7 @@ class OtherTokenizer(StrictModel):
     """The teacher's tokenizer, where it is not the student's: what is compared is the same bytes in both."""
 
     path: Path
-    """Directory of the teacher's tokenizer. Required."""
+    """Directory of the teacher's tokenizer, or hf://OWNER/MODEL on the hub. Required."""
 
     chat_template: Path | None = None
     """Jinja file that replaces its own chat template."""

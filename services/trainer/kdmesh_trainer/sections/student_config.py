@@ -15,7 +15,7 @@ class StudentConfig(StrictModel):
     """The model that learns."""
 
     model: Path
-    """Directory of a Hugging Face causal LM with its tokenizer. Required."""
+    """Directory of a Hugging Face causal LM with its tokenizer, or hf://OWNER/MODEL on the hub. Required."""
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """random ignores the checkpoint's weights and starts from the architecture's own initialisation."""
