@@ -25,7 +25,7 @@ from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_diverg
 from kdmesh.models.body import load_causal_lm
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.optimization.adamw import build_adamw
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.student.model import Student, begin_micro_batch, shard
 

@@ -27,7 +27,7 @@ from kdmesh.models.head import output_head
 from kdmesh.models.packing import PackedTokens, pack
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.optimization.adamw import build_adamw
 from kdmesh_trainer.student.model import Student, begin_micro_batch, shard
 from kdmesh_trainer.student.shards import norm_over_ranks
 

@@ -21,7 +21,7 @@ from benchmarks.gpu.scale import Scale, median_ms, normal
 from benchmarks.gpu.step import AdamWSettings, build_student, descend, packed_tokens
 from kdmesh.losses import FusedLoss, OutputHead, Workspace, build_divergence, fused_linear_divergence
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.optimization.adamw import build_adamw
 from kdmesh_trainer.student.compiled_layers import compile_layers
 from kdmesh_trainer.student.model import begin_micro_batch, shard
 

@@ -15,7 +15,8 @@ from kdmesh.errors import ConfigError
 from kdmesh_trainer.memory.memory_plan import plan
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimization import optimizer as optimizer_module
-from kdmesh_trainer.optimization.optimizer import build_adamw, set_learning_rate
+from kdmesh_trainer.optimization.adamw import build_adamw
+from kdmesh_trainer.optimization.optimizer import set_learning_rate
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from tests.numerics.test_memory_plan import DEEP, job, saved
 from tests.support.killed_runs import check_exact_continuation

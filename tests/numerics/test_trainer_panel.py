@@ -20,7 +20,7 @@ from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.head import Heads, TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.objective import Distillation
-from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.optimization.adamw import build_adamw
 from kdmesh_trainer.panel_heads import PanelHeads
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.panel import Panel

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from kdmesh.weights.digests import digest
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.optimization.adamw import build_adamw
 from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig

@@ -36,7 +36,7 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.packing import pack
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
-from kdmesh_trainer.optimization.optimizer import build_adamw
+from kdmesh_trainer.optimization.adamw import build_adamw
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from kdmesh_trainer.optimization.adamw import build_adamw
 from kdmesh_trainer.optimization.learning_rate import learning_rate
-from kdmesh_trainer.optimization.optimizer import build_adamw, set_learning_rate
+from kdmesh_trainer.optimization.optimizer import set_learning_rate
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 
 Array: TypeAlias = npt.NDArray[np.float64]

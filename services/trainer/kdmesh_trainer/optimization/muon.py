@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from kdmesh_trainer.optimization.optimizer import ShardedAdamW, holds_vectors, parameter_groups
+from kdmesh_trainer.optimization.adamw import ShardedAdamW, holds_vectors, parameter_groups
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.student.shards import like_shard, own_shard
 
