@@ -199,7 +199,6 @@ def server_command(
         argv=program(service.package, path, free),
         env=local.thread_limits(threads),
         on_line=on_line,
-        is_shown=True,
         grace_s=cfg.server.drain_s + _SERVER_GRACE_S,
     )
 
@@ -216,7 +215,6 @@ def _read_command(path: Path, overrides: Sequence[str]) -> local.Command:
         argv=read_arguments(path, overrides),
         env=local.thread_limits(1),
         on_line=lambda line: None if line.startswith("{") else _echo(line),  # ranks will tell the events
-        is_shown=True,
         may_finish=True,
     )
 

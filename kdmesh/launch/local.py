@@ -66,8 +66,7 @@ class Command:
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)  # laid over this process's environment
-    on_line: Callable[[str], None] | None = None  # gets each line of its output; None shares our stdout and stderr
-    is_shown: bool = False  # on_line shows a person what matters, so that a failure need not repeat it
+    on_line: Callable[[str], None] | None = None  # shows each line of its output; None shares our stdout and stderr
     grace_s: float = _GRACE_S  # from SIGTERM to SIGKILL
     may_finish: bool = False  # whether it is no service, and is done when it exits with 0
     orphan_signal: signal.Signals = signal.SIGTERM  # what it gets when this process dies without stopping it
@@ -165,7 +164,7 @@ class Processes:
         """Start a service and wait for what it reports in its `--ready-file`: a JSON object, in place all at once.
 
         Raises:
-            ChildFailed: it exited first, or was not ready in time, or another child failed meanwhile; the message ends
+            ChildFailed: it exited first, or another child failed meanwhile; or it was not ready in time, which is said
                 with its last lines.
         """
         report = Path(tempfile.gettempdir()) / f"kdmesh-ready-{os.getpid()}-{uuid.uuid4().hex}"
@@ -298,7 +297,6 @@ def rank_commands(
                 "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             },
             on_line=on_line,
-            is_shown=True,
             grace_s=_GRACE_S if exit_when_stopped() is None else _LONG_GRACE_S,
             orphan_signal=signal.SIGKILL,
         )
@@ -371,13 +369,11 @@ def _failure(child: Child) -> ChildFailed:
     code = child.exit_code
     assert code is not None
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    is_seen = child.command.is_shown or child.command.on_line is None
-    tail = "" if is_seen else _last_lines(child)
-    return ChildFailed(f"{child.name} {how}{tail}", exit_code=code, is_told=is_seen and code == USER_ERROR)
+    return ChildFailed(f"{child.name} {how}", exit_code=code, is_told=code == USER_ERROR)
 
 
 def _last_lines(child: Child) -> str:
-    """What a failed child said, without the events of its ordinary work where it said anything else."""
+    """What a child said, without the events of its ordinary work where it said anything else."""
     lines = [line for line in child.tail if is_urgent(line)] or list(child.tail)
     return "".join(["; its last lines:", *(f"\n  {line}" for line in lines)]) if lines else ""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -52,9 +52,6 @@ from kdmesh_trainer.student.model import (
     units,
 )
 from kdmesh_trainer.teacher_copy import TeacherCopy
-
-if TYPE_CHECKING:
-    pass
 
 _TOKEN = 1
 _NO_WAIT = timedelta(seconds=1)  # for ranks that are not there
