@@ -11,9 +11,16 @@ import pytest
 import yaml
 
 from tests.support.other_tokenizers import save_sentence_piece
-from tests.support.teacher_process import await_ready, started
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_jobs import evaluations, losses, run_job, serving_teacher, started_job, write_config
+from tests.support.trainer_jobs import (
+    evaluations,
+    losses,
+    run_job,
+    serving,
+    serving_teacher,
+    started_job,
+    write_config,
+)
 from tests.support.trainer_ranks import finish
 
 pytestmark = pytest.mark.slow
@@ -36,8 +43,8 @@ def serving_rollouts(directory: Path, student: Path) -> Iterator[str]:
     config = directory / "rollout.yaml"
     engine = {"kind": "transformers", "model": str(student), "device": "cpu", "deterministic": True}
     config.write_text(yaml.safe_dump({"engine": engine, "server": {"port": 0, "rest_port": 0}}), encoding="utf-8")
-    with started(directory, "-m", "kdmesh_rollout", str(config)) as process:
-        yield await_ready(process).grpc
+    with serving("kdmesh_rollout", config) as address:
+        yield address
 
 
 def job(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.support.copies import copy_of_kdmesh
 from tests.support.tiny_models import TinyModels
 from tests.support.tiny_vision import TinyVisionModels
 from tests.support.trainer_jobs import write_config
@@ -23,11 +22,11 @@ def config(tiny_models: TinyModels, tmp_path: Path) -> Path:
 
 
 def plan(config: Path, *arguments: str, code: int = 0) -> str:
-    command = [str(Path(sys.executable).with_name("kdmesh")), "plan", str(config), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout if code == 0 else done.stderr
+    process = copy_of_kdmesh("plan", str(config), *arguments)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    return output if code == 0 else errors
 
 
 def test_what_the_file_says_of_adapters_checkpoints_and_the_teacher_is_planned_for(

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.support.copies import Copy
 from tests.support.teacher_server import teacher_config
 
 
@@ -45,7 +46,7 @@ class TeacherProcess:
         self.process.send_signal(number)
 
 
-def wait_event(process: subprocess.Popen[str], event: str) -> dict[str, Any]:
+def wait_event(process: subprocess.Popen[str] | Copy, event: str) -> dict[str, Any]:
     """The line of the log that says `event`; fails when the process ends before."""
     assert process.stderr is not None
     seen = []

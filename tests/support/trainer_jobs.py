@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from tests.support.teacher_process import await_ready, started
-from tests.support.trainer_ranks import Outcome, finish, start_ranks
+from tests.support.copies import Copy, copy_of_module
+from tests.support.teacher_process import wait_event
+from tests.support.trainer_ranks import Outcome, finish, start_trainers
 
 _WORDS = ("the", "quick", "brown fox", "jumps", "over", "lazy", "dog and", "returns", "a value", "when", "it is asked")
 
@@ -59,10 +60,10 @@ def write_config(directory: Path, *, student: Path, teacher: str | None, steps: 
 
 
 @contextmanager
-def started_job(config: Path, *overrides: str, ranks: int) -> Iterator[list[subprocess.Popen[str]]]:
+def started_job(config: Path, *overrides: str, ranks: int) -> Iterator[list[Copy]]:
     """The ranks of a job, killed on exit if they still run."""
     sets = [argument for override in overrides for argument in ("--set", override)]
-    processes = start_ranks(["-m", "kdmesh_trainer", str(config), *sets], ranks=ranks)
+    processes = start_trainers(str(config), *sets, ranks=ranks)
     try:
         yield processes
     finally:
@@ -112,5 +113,17 @@ def serving_teacher(directory: Path, model: Path, **engine: Any) -> Iterator[str
         "slab": {"slots": 8, "slot_mib": 0.25, "slots_per_session": 4},
     }
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    with started(directory, "-m", "kdmesh_teacher", str(config)) as process:
-        yield await_ready(process).grpc
+    with serving("kdmesh_teacher", config) as address:
+        yield address
+
+
+@contextmanager
+def serving(package: str, config: Path) -> Iterator[str]:
+    """The host:port of a server, ready, in a process of its own, which ends with the context."""
+    environment = {**os.environ, "TMPDIR": str(config.parent)}
+    process = copy_of_module(package, str(config), environment=environment)
+    try:
+        yield wait_event(process, "ready")["grpc"]
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,35 +1,22 @@
-"""Runs a test's function on every rank of a small job, one process each.
+"""Runs a test's function, or the trainer, on every rank of a small job, one process each.
 
-The processes are copies of one that has loaded torch, transformers and the trainer, because loading them takes longer
-than most tests. Whatever a rank's function returns comes back as JSON.
+Whatever a rank's function returns comes back as JSON.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
-from multiprocessing.context import ForkServerContext
-from pathlib import Path
 from typing import Any, Protocol
-from unittest import mock
 
 from kdmesh_trainer.mesh import joined
-
-_LOADED = (
-    "tests.support.trainer_parts",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen3.modeling_qwen3",
-    "torch._dynamo",  # which the first step of an optimizer loads
-)
+from tests.support.copies import Copy, copy_of_module
 
 
 def run_ranks(target: str, *, ranks: int, context: int = 1, within_s: float = 100, **arguments: Any) -> list[Any]:
@@ -82,63 +69,16 @@ def finish(processes: Iterable[Rank], *, within_s: float = 100) -> list[Outcome]
     return outcomes
 
 
-def start_ranks_of(target: str, *, ranks: int, context: int = 1, **arguments: Any) -> list[Rank]:
+def start_ranks_of(target: str, *, ranks: int, context: int = 1, **arguments: Any) -> list[Copy]:
     """`target` ("module:function") on each of `ranks` gloo ranks, started; `context` of them hold each row together."""
-    return [_Copy(target, arguments, context, environment) for environment in _environments(ranks)]
+    return [Copy(_call, target, arguments, context, environment=environment) for environment in _environments(ranks)]
 
 
-class _Copy:
-    """A rank that is a copy of the process that has loaded everything."""
-
-    def __init__(self, target: str, arguments: Mapping[str, Any], context: int, environment: Mapping[str, str]) -> None:
-        self._directory = tempfile.TemporaryDirectory()
-        self._files = [Path(self._directory.name) / name for name in ("output", "errors")]
-        self._process = _loaded().Process(
-            target=_be_rank, args=(target, dict(arguments), context, dict(environment), self._files)
-        )
-        self._process.start()
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def communicate(self, *, timeout: float | None = None) -> tuple[str, str]:
-        self._process.join(timeout)
-        if self._process.is_alive():
-            raise subprocess.TimeoutExpired("a rank", timeout or 0)
-        output, errors = (file.read_text() if file.exists() else "" for file in self._files)
-        self._directory.cleanup()
-        return output, errors
-
-    def kill(self) -> None:
-        self._process.kill()
-
-
-@cache
-def _loaded() -> ForkServerContext:
-    """Makes copies of a process that has loaded everything, and has computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_LOADED))
-    from multiprocessing import forkserver
-
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # read when torch is loaded
-        forkserver.ensure_running()
-    return context
-
-
-def _be_rank(
-    target: str, arguments: Mapping[str, Any], context: int, environment: Mapping[str, str], files: list[Path]
-) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    for stream, path in zip((sys.stdout, sys.stderr), files, strict=True):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, stream.fileno())
-        os.close(descriptor)
-    result = _call(target, arguments, context=context)
-    sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # as the trainer does: gloo's threads must not meet an interpreter that goes down
+def start_trainers(*arguments: str, ranks: int) -> list[Copy]:
+    """The trainer with `arguments`, once per rank, in the environment that torchrun would give."""
+    return [
+        copy_of_module("kdmesh_trainer", *arguments, environment=environment) for environment in _environments(ranks)
+    ]
 
 
 def start_ranks(arguments: list[str], *, ranks: int) -> list[subprocess.Popen[str]]:
@@ -175,7 +115,7 @@ def _free_port() -> int:
         return port
 
 
-def _call(target: str, arguments: Mapping[str, Any], *, context: int = 1) -> Any:
+def _call(target: str, arguments: Mapping[str, Any], context: int = 1) -> Any:
     module, _, function = target.partition(":")
     with joined("cpu", longest_wait_s=60, context=context) as mesh:
         return getattr(import_module(module), function)(mesh, **arguments)
