@@ -32,15 +32,15 @@ class Decoder:
     `model` comes from load_causal_lm, and belongs to decoding from `prepare_decoding` on. Not for gradients.
     """
 
-    def __init__(self, model: PreTrainedModel, *, rows: int, tokens: int, reader: ImageReader | None = None) -> None:
-        """An empty one, with room for so many rows of so many tokens, which grows.
+    def __init__(self, model: PreTrainedModel, *, tokens: int, reader: ImageReader | None = None) -> None:
+        """An empty one, with room for a row of so many tokens, which grows.
 
         Args:
             reader: the model's; None where prompts have no images.
         """
         self._model = model
         self._packer = Packer(model, reader)
-        self._cache = KvCache(rows=rows, tokens=tokens)
+        self._cache = KvCache(rows=1, tokens=tokens)
         self._lengths: list[int] = []
         self._shifts: list[int] = []  # of each row's next position from its length: images take fewer than they have
 
@@ -168,7 +168,7 @@ def _probe_sequences(model: PreTrainedModel) -> list[TokenSequence]:
 
 def _decoded_TD(model: PreTrainedModel, whole: Sequence[Int32Array]) -> Tensor:
     """Hidden states from the prompts' last tokens on, sequence by sequence; the rows end up uneven, and one leaves."""
-    decoder = Decoder(model, rows=1, tokens=1)
+    decoder = Decoder(model, tokens=1)
     states: list[list[Tensor]] = [[] for _ in whole]
     for ids, kept in zip(whole, states, strict=True):
         kept.append(decoder.join([ids[:_PROMPT]])[0])

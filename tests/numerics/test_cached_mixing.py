@@ -53,7 +53,7 @@ def ids(num_tokens: int, seed: int) -> Int32Array:
 def decoder(path: Path) -> Decoder:
     model = load_causal_lm(path, "auto", torch.device("cpu"))
     prepare_decoding(model)
-    return Decoder(model, rows=1, tokens=1)
+    return Decoder(model, tokens=1)
 
 
 def check_states(together: Decoder, rows: Sequence[Alone]) -> None:

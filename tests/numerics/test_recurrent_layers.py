@@ -175,7 +175,7 @@ def test_time_steps_of_nemotron_are_limited_as_its_configuration_says(tiny_model
     with torch.no_grad():
         assert distance(hidden_states_TD(model, pack(sequences())), expected_TD) < 1e-5
     prepare_decoding(model)
-    decoder, ids = Decoder(model, rows=1, tokens=1), sequences()[1].token_ids
+    decoder, ids = Decoder(model, tokens=1), sequences()[1].token_ids
     with torch.inference_mode():
         decoded_TD = torch.stack([decoder.join([ids[:5]])[0], *(decoder.advance([int(token)])[0] for token in ids[5:])])
     assert distance(decoded_TD, expected_TD.split(LENGTHS)[1][4:]) < 1e-5

@@ -203,7 +203,7 @@ class TransformersEngine(StagesInWeights):
         if self._config.deterministic or not self._groups:
             # A deterministic sample's memory depends on nothing but itself, and never moves.
             longest = max(sample.longest for sample in samples) if self._config.deterministic else 1
-            self._groups.append(_Group(Decoder(self._model, rows=1, tokens=longest, reader=self._reader)))
+            self._groups.append(_Group(Decoder(self._model, tokens=longest, reader=self._reader)))
         return self._groups[-1]
 
     def _draw(self, group: _Group, first: int, hidden_BD: Tensor) -> list[Finished]:
