@@ -46,16 +46,16 @@ async def serve(
     service: Service[P],
     *,
     stop: asyncio.Event,
-    on_listen: Callable[[Addresses], None],
     on_ready: Callable[[Addresses], None],
+    on_listen: Callable[[Addresses], None] = lambda addresses: None,
 ) -> None:
     """Serve until `stop` is set, then drain.
 
     Args:
         service: what to serve and where.
         stop: ends the server, also while it loads.
-        on_listen: called once the ports are taken; every rpc answers Unavailable then.
         on_ready: called once requests are taken.
+        on_listen: called once the ports are taken; every rpc answers Unavailable then.
 
     Raises:
         ConfigError: a port, the model or the memory is not to be had.

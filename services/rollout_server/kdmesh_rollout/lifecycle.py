@@ -33,7 +33,6 @@ async def serve(
     thread: EngineThread,
     *,
     stop: asyncio.Event,
-    on_listen: Callable[[Addresses], None] = lambda addresses: None,
     on_ready: Callable[[Addresses], None] = lambda addresses: None,
 ) -> None:
     """Serve until `stop` is set, then drain; see kdmesh.serving.lifecycle.
@@ -43,7 +42,6 @@ async def serve(
         engine: not loaded yet.
         thread: where the engine lives; the caller closes it.
         stop: ends the server, also while it loads.
-        on_listen: called once the ports are taken; every rpc answers Unavailable then.
         on_ready: called once requests are taken.
 
     Raises:
@@ -79,4 +77,4 @@ async def serve(
         model_name=lambda parts: parts.model.name,
         num_waiting=lambda parts: parts.scheduler.queue.num_requests,
     )
-    await lifecycle.serve(service, stop=stop, on_listen=on_listen, on_ready=on_ready)
+    await lifecycle.serve(service, stop=stop, on_ready=on_ready)
