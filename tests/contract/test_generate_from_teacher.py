@@ -25,6 +25,7 @@ from kdmesh.rpc import told_waiting
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.types import FinishReason, Sampling
+from tests.support.copies import serving
 from tests.support.teacher_process import TeacherProcess, await_ready, started
 from tests.support.tiny_models import TinyModels
 
@@ -48,7 +49,7 @@ def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
             directory = tmp_path_factory.mktemp(package)
             path = directory / "server.yaml"
             path.write_text(yaml.safe_dump(tree | {"server": {"port": 0, "rest_port": 0, "drain_s": 5}}))
-            processes[package] = stack.enter_context(started(directory, "-m", package, str(path)))
+            processes[package] = stack.enter_context(serving(package, path))
         yield {package: await_ready(process) for package, process in processes.items()}
         for process in processes.values():
             process.send_signal(signal.SIGTERM)

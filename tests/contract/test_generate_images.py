@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 from kdmesh.commands import cli
 from kdmesh_trainer.data.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
-from tests.support.teacher_process import TeacherProcess, await_ready, started
+from tests.support.copies import serving
+from tests.support.teacher_process import TeacherProcess, await_ready
 from tests.support.tiny_vision import TinyVisionModels, png, save_image_processor
 
 PICTURES = {"one.png": png(40, 24, seed=1), "two.png": png(40, 24, seed=2)}
@@ -42,7 +43,7 @@ def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
             directory = tmp_path_factory.mktemp(package)
             path = directory / "server.yaml"
             path.write_text(yaml.safe_dump(tree | {"server": {"port": 0, "rest_port": 0, "drain_s": 5}}))
-            processes[option] = stack.enter_context(started(directory, "-m", package, str(path)))
+            processes[option] = stack.enter_context(serving(package, path))
         yield {option: await_ready(process) for option, process in processes.items()}
         for process in processes.values():
             process.send_signal(signal.SIGTERM)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.copies import serving
 from tests.support.other_tokenizers import save_sentence_piece
+from tests.support.teacher_process import await_ready
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import (
     evaluations,
     losses,
     run_job,
-    serving,
     serving_teacher,
     started_job,
     write_config,
@@ -43,8 +44,8 @@ def serving_rollouts(directory: Path, student: Path) -> Iterator[str]:
     config = directory / "rollout.yaml"
     engine = {"kind": "transformers", "model": str(student), "device": "cpu", "deterministic": True}
     config.write_text(yaml.safe_dump({"engine": engine, "server": {"port": 0, "rest_port": 0}}), encoding="utf-8")
-    with serving("kdmesh_rollout", config) as address:
-        yield address
+    with serving("kdmesh_rollout", config) as process:
+        yield await_ready(process).grpc
 
 
 def job(

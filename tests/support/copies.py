@@ -13,11 +13,13 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import TextIO
 from unittest import mock
 
@@ -88,16 +90,27 @@ class Copy:
         """SIGKILL, if it still runs."""
         self._process.kill()
 
-    def wait(self) -> int:
+    def wait(self, within_s: float) -> int:
         """Return when it has ended: its exit code."""
-        self._process.join()
-        assert self._process.exitcode is not None
+        self._process.join(within_s)
+        assert self._process.exitcode is not None, f"a copy still runs after {within_s} s"
         return self._process.exitcode
 
 
 def copy_of_module(module: str, *arguments: str, environment: Mapping[str, str]) -> Copy:
     """`python -m module` with these arguments."""
     return Copy(_run_module, module, arguments, environment=environment)
+
+
+@contextmanager
+def serving(package: str, config: Path) -> Iterator[Copy]:
+    """A server of that configuration, killed on exit if it still runs; its temporary files lie beside the file."""
+    process = copy_of_module(package, str(config), environment={**os.environ, "TMPDIR": str(config.parent)})
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def copy_of_kdmesh(*arguments: str) -> Copy:

@@ -24,7 +24,7 @@ from tests.support.teacher_server import teacher_config
 class TeacherProcess:
     """A server that has said that it is ready."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Copy
     grpc: str
     rest: str
 
@@ -101,7 +101,7 @@ def teacher_processes(directory: Path, *sections: dict[str, dict[str, Any]]) -> 
         yield [await_ready(process) for process in processes]
 
 
-def await_ready(process: subprocess.Popen[str]) -> TeacherProcess:
+def await_ready(process: subprocess.Popen[str] | Copy) -> TeacherProcess:
     """The server, once it is ready."""
     ready = wait_event(process, "ready")
     return TeacherProcess(process=process, grpc=ready["grpc"], rest=ready["rest"])

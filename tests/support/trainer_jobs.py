@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from tests.support.copies import Copy, copy_of_module
-from tests.support.teacher_process import wait_event
+from tests.support.copies import Copy, serving
+from tests.support.teacher_process import await_ready
 from tests.support.trainer_ranks import Outcome, finish, start_trainers
 
 _WORDS = ("the", "quick", "brown fox", "jumps", "over", "lazy", "dog and", "returns", "a value", "when", "it is asked")
@@ -113,17 +112,5 @@ def serving_teacher(directory: Path, model: Path, **engine: Any) -> Iterator[str
         "slab": {"slots": 8, "slot_mib": 0.25, "slots_per_session": 4},
     }
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    with serving("kdmesh_teacher", config) as address:
-        yield address
-
-
-@contextmanager
-def serving(package: str, config: Path) -> Iterator[str]:
-    """The host:port of a server, ready, in a process of its own, which ends with the context."""
-    environment = {**os.environ, "TMPDIR": str(config.parent)}
-    process = copy_of_module(package, str(config), environment=environment)
-    try:
-        yield wait_event(process, "ready")["grpc"]
-    finally:
-        process.kill()
-        process.communicate()
+    with serving("kdmesh_teacher", config) as process:
+        yield await_ready(process).grpc
