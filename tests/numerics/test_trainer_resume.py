@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kdmesh.errors import CheckpointError
 from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_ranks import run_ranks
+from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
 
 RUNS = "tests.support.trainer_runs"
 STEPS = 8
@@ -99,6 +101,20 @@ def test_a_run_continues_on_another_number_of_ranks(arguments: dict[str, Any]) -
     last = run_ranks(f"{RUNS}:train", ranks=2, **arguments, until=STEPS)[0]
     assert last["first"] == 6
     assert last["losses"] == pytest.approx(whole["losses"][6:], rel=1e-5)
+
+
+def test_what_another_rank_wrote_is_held_to_its_digest_by_all_ranks(arguments: dict[str, Any]) -> None:
+    run_ranks(f"{RUNS}:train", ranks=2, **arguments, until=1, save_at=1)
+    damaged = Path(arguments["checkpoints"]) / "step-00000001" / "__1_0.distcp"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    told = r"step-00000001 cannot be read: __1_0\.distcp is damaged"
+    with pytest.raises(CheckpointError, match=told):
+        run_ranks(f"{RUNS}:train", ranks=1, **arguments, until=STEPS)
+    for rank in finish(start_ranks_of(f"{RUNS}:train", ranks=2, **arguments, until=STEPS)):
+        assert rank.exit_code != 0
+        assert re.search(told, rank.errors)
 
 
 @pytest.mark.slow

@@ -171,13 +171,47 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(run: Run) -> None:
         run.directory(steps=2).restore()
 
 
+@pytest.mark.parametrize("is_unsealed", [False, True])
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json"])
-def test_a_damaged_checkpoint_is_refused_by_name(run: Run, file: str) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(run: Run, file: str, is_unsealed: bool) -> None:
     run.save(3)
     damaged = run.path / "step-00000003" / file
     damaged.write_bytes(damaged.read_bytes()[:10])
+    if is_unsealed:  # as before there were digests
+        (run.path / "step-00000003" / "digests.json").unlink()
     with pytest.raises(CheckpointError, match=f"{run.path / 'step-00000003'}.*cannot be read"):
         run.directory().restore()
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json", "digests.json"])
+def test_a_flipped_bit_is_refused_with_the_checkpoint_to_go_on_from(run: Run, file: str) -> None:
+    run.save(3)
+    run.save(6)
+    damaged = run.path / "step-00000006" / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    before = [parameter.detach().clone() for parameter in run.student.parameters()]
+    with pytest.raises(CheckpointError, match=f"{run.path / 'step-00000006'} cannot be read: .*{file}") as refused:
+        run.directory().restore()
+    assert str(refused.value).endswith("Without that directory the run continues from step-00000003")
+    assert all(torch.equal(*pair) for pair in zip(run.student.parameters(), before, strict=True))
+    shutil.rmtree(damaged.parent)
+    assert run.directory().restore() == 3
+
+
+def test_a_file_that_is_missing_is_named_and_that_the_run_would_begin_anew(run: Run) -> None:
+    run.save(3)
+    (run.path / "step-00000003" / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: No such file.*the run begins anew"):
+        run.directory().restore()
+
+
+def test_a_checkpoint_that_was_written_before_there_were_digests_is_loaded(run: Run) -> None:
+    run.save(3)
+    (run.path / "step-00000003" / "digests.json").unlink()
+    run.train(steps=1)
+    assert run.directory().restore() == 3
 
 
 def test_weights_moments_and_random_numbers_come_back(run: Run, tiny_models: TinyModels) -> None:

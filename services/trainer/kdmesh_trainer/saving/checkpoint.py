@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,21 @@ from kdmesh.errors import CheckpointError
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimization.rounded_moments import has_rounded, widened
 from kdmesh_trainer.saving.files import sync, write_synced
-from kdmesh_trainer.sections.saved_config import COMPLETE, STATE, checkpoints_in, read_saved, refuse_other_run
+from kdmesh_trainer.saving.seal import damages, digests_of, read_seal, write_seal
+from kdmesh_trainer.sections.saved_config import (
+    COMPLETE,
+    STATE,
+    checkpoints_in,
+    read_saved,
+    refuse_other_run,
+    unreadable,
+)
 from kdmesh_trainer.student.model import Student, release
 from kdmesh_trainer.teacher_copy import TeacherCopy
 
 log = logging.getLogger(__name__)
 
+_METADATA = ".metadata"  # torch's: what lies where
 _WRITING = "writing-"
 _REMOVING = "removing-"
 _SLACK_BYTES = 2**20  # metadata, file headers, the other ranks' random states
@@ -71,14 +80,15 @@ class CheckpointDirectory:
         Works on any number of ranks. Removes what an interrupted write left, the oldest checkpoints included.
 
         Raises:
-            CheckpointError: it cannot be read, belongs to a run with another identity, or is
-                beyond the last step.
+            CheckpointError: it cannot be read, is not what was written, belongs to a run with another identity, or
+                is beyond the last step.
         """
         next_step = self._mesh.on_first(self._newest)
         if next_step == 0:
             return 0
         directory = self._directory(next_step)
-        world_size = self._mesh.on_first(lambda: read_saved(directory).world_size)
+        self._refuse_damaged(directory)
+        world_size = self._mesh.on_first(lambda: self._world_size(directory))
         state, saved = self._trained_state(), self._mesh.on_first(lambda: _saved_names(directory))
         if world_size == self._mesh.world_size:
             # A CPU, which wrote it, had no state of a GPU's.
@@ -88,7 +98,7 @@ class CheckpointDirectory:
         try:
             self._load(state, directory)
         except CheckpointException as error:
-            raise CheckpointError(f"{directory} cannot be read: {_cause(error)}") from error
+            raise unreadable(directory, _cause(error)) from error
         if "random" in state:
             self._set_random_state(state["random"])
         self._mesh.on_first(self._remove_oldest)
@@ -105,6 +115,16 @@ class CheckpointDirectory:
             # On another number of ranks, a rank's part may begin within a block of them.
             with widened(state["optimizer"]) as wide:
                 load({**state, "optimizer": wide}, checkpoint_id=directory)
+
+    def _refuse_damaged(self, directory: Path) -> None:
+        """Every rank reads what it wrote, or on another number of ranks its share of them. Collective."""
+        by_rank = self._mesh.on_first(lambda: read_seal(directory))
+        if by_rank is None:
+            return
+        mine = by_rank[self._mesh.rank :: self._mesh.world_size]
+        found = self._mesh.gather([damage for part in mine for damage in damages(directory, part)])
+        if told := [damage for part in found for damage in part]:
+            raise unreadable(directory, "; ".join(told))
 
     def save(self, *, next_step: int) -> None:
         """Write everything that continuing at `next_step` needs, then remove the oldest. Collective.
@@ -123,17 +143,20 @@ class CheckpointDirectory:
             if self._mesh.is_first:
                 shutil.rmtree(writing, ignore_errors=True)
             raise self._not_written(writing, needed_bytes, _cause(error)) from error
-        self._mesh.on_first(lambda: self._finish(writing, next_step, needed_bytes))
+        written = self._mesh.gather(_written(writing, self._mesh.rank))
+        self._mesh.on_first(lambda: self._finish(writing, next_step, needed_bytes, written))
 
     def _newest(self) -> int:
         for pattern in (_WRITING, _REMOVING):
             for left in self._path.glob(f"{pattern}*"):
                 shutil.rmtree(left, ignore_errors=True)
         complete = checkpoints_in(self._path)
-        if not complete:
-            return 0
-        refuse_other_run(complete[-1], self._identity, steps=self._steps)
-        return int(complete[-1].name.removeprefix(COMPLETE))
+        return int(complete[-1].name.removeprefix(COMPLETE)) if complete else 0
+
+    def _world_size(self, directory: Path) -> int:
+        """Of the run that wrote it, if it is this one."""
+        refuse_other_run(directory, self._identity, steps=self._steps)
+        return read_saved(directory).world_size
 
     def _begin(self, writing: Path, needed_bytes: int) -> None:
         try:
@@ -145,10 +168,16 @@ class CheckpointDirectory:
             shutil.rmtree(writing, ignore_errors=True)
             raise self._not_written(writing, needed_bytes, "not enough space")
 
-    def _finish(self, writing: Path, next_step: int, needed_bytes: int) -> None:
+    def _finish(
+        self, writing: Path, next_step: int, needed_bytes: int, written: Sequence[dict[str, str] | OSError]
+    ) -> None:
+        """Seal it and give it its name. `written` is what each rank says of its files."""
         state = {"next_step": next_step, "world_size": self._mesh.world_size, "identity": self._identity}
         try:
             write_synced(writing / STATE, json.dumps(state, indent=1))
+            by_rank = [_or_raise(digests) for digests in written]
+            by_rank[0] |= digests_of(writing, (_METADATA, STATE))
+            write_seal(writing, by_rank)
             sync(writing)
             writing.rename(self._directory(next_step))
             sync(self._path)
@@ -210,12 +239,26 @@ class CheckpointDirectory:
         )
 
 
+def _written(writing: Path, rank: int) -> dict[str, str] | OSError:
+    """Digests of the files that a rank has written, or why they cannot be read."""
+    try:
+        return digests_of(writing, sorted(path.name for path in writing.glob(f"__{rank}_*")))
+    except OSError as error:
+        return error
+
+
+def _or_raise(digests: dict[str, str] | OSError) -> dict[str, str]:
+    if isinstance(digests, OSError):
+        raise digests
+    return digests
+
+
 def _saved_names(directory: Path) -> frozenset[str]:
     """Of everything in a checkpoint, with the names of what it is in before it."""
     try:
         return frozenset(FileSystemReader(directory).read_metadata().state_dict_metadata)
     except Exception as error:  # a pickle that is damaged may raise anything
-        raise CheckpointError(f"{directory} cannot be read: {_root(error)}") from error
+        raise unreadable(directory, _root(error)) from error
 
 
 def _with_moments(saved: Collection[str]) -> set[str]:

@@ -44,7 +44,14 @@ def read_saved(checkpoint: Path) -> SavedRun:
     try:
         return SavedRun(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / STATE} cannot be read: {error}") from error
+        raise unreadable(checkpoint, f"{STATE}: {error}") from error
+
+
+def unreadable(checkpoint: Path, why: str) -> CheckpointError:
+    """What to say of a checkpoint that cannot be read, and of what becomes of the run without it."""
+    earlier = [path.name for path in checkpoints_in(checkpoint.parent) if path.name < checkpoint.name]
+    without = f"continues from {earlier[-1]}" if earlier else "begins anew"
+    return CheckpointError(f"{checkpoint} cannot be read: {why}. Without that directory the run {without}")
 
 
 def configured_identity(cfg: TrainerConfig) -> dict[str, str]:

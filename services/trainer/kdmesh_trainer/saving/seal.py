@@ -1,0 +1,57 @@
+"""Digests of a checkpoint's files, so that what is loaded is what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from kdmesh.weights import digests
+from kdmesh_trainer.saving.files import write_synced
+from kdmesh_trainer.sections.saved_config import unreadable
+
+SEAL = "digests.json"
+
+Digests = Mapping[str, str]
+"""Of files by name, in hexadecimal."""
+
+
+def digests_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """Read these files and say what is in them. Raises OSError."""
+    return {name: _digest(directory / name) for name in names}
+
+
+def write_seal(directory: Path, by_rank: Sequence[Digests]) -> None:
+    """Write down what each rank wrote, on disk when this returns. Raises OSError."""
+    write_synced(directory / SEAL, json.dumps(by_rank, indent=1))
+
+
+def read_seal(checkpoint: Path) -> list[Digests] | None:
+    """What each rank wrote; None: the checkpoint was written before there were digests.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        parts = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        return [dict(part) for part in parts]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise unreadable(checkpoint, f"{SEAL}: {error}") from error
+
+
+def damages(directory: Path, expected: Digests) -> Iterator[str]:
+    """A sentence for each file that is not what was written."""
+    for name, digest in expected.items():
+        try:
+            if _digest(directory / name) != digest:
+                yield f"{name} is damaged: it is not what {SEAL} says was written"
+        except OSError as error:
+            yield f"{name}: {error.strerror}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, digests.Running).hexdigest()
