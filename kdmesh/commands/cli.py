@@ -13,6 +13,7 @@ import click
 from kdmesh.commands import cluster_commands, evaluation, generation, harness, planning, token_files
 from kdmesh.commands.access_option import access_option, checked_addresses, read_access
 from kdmesh.commands.config_option import config_argument, set_option
+from kdmesh.commands.finite_range import FiniteRange
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.interrupt import INTERRUPTED
@@ -216,7 +217,7 @@ def check_command(config: Path, overrides: tuple[str, ...], reads_data: bool) ->
 @click.option("--prompts", type=_FILE, help="Text file with one prompt per line; a few built-in ones otherwise.")
 @click.option(
     "--bound",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Largest difference of a log-probability that passes; by default what rounding in the served type explains.",
 )
 @click.option(
@@ -254,9 +255,7 @@ def probe(
 @click.option("--server", default="127.0.0.1:8051", show_default=True, metavar="HOST:PORT", help="Its REST port.")
 @click.option("--once", "is_once", is_flag=True, help="Print one table and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and end.")
-@click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds between looks."
-)
+@click.option("--interval", type=FiniteRange(min=0.1), default=1.0, show_default=True, help="Seconds between looks.")
 @access_option
 def top(server: str, is_once: bool, as_json: bool, interval: float, access_file: Path | None) -> None:
     """Watch which jobs share a teacher or a rollout server, live: what each gets, waits for, holds and is refused.

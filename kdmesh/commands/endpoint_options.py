@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from kdmesh.auth.config import AccessConfig
+from kdmesh.commands.finite_range import FiniteRange
 from kdmesh.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def endpoint_options(command: Command) -> Command:
         click.option(
             "--timeout",
             "timeout_s",
-            type=click.FloatRange(min=0, min_open=True),
+            type=FiniteRange(min=0, min_open=True),
             default=600.0,
             show_default=True,
             help="Seconds for a request, of --openai.",

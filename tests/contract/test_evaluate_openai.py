@@ -122,6 +122,19 @@ def test_a_question_that_is_refused_ends_it_and_is_named(server: OpenAIServer, c
     assert not output.exists()
 
 
+def test_what_was_answered_before_a_question_is_refused_is_kept(server: OpenAIServer, config: Path) -> None:
+    server.refused = {"what is 1": Answer(400, {"error": {"message": "too long"}})}
+    output = config.with_name("answers.jsonl")
+    sampled = ("--set", "evaluation.questions.samples=2", "--set", "evaluation.questions.sampling.temperature=1")
+    done = run(server, config, "--output", str(output), "--concurrency", "1", *sampled)
+    kept = output.with_name("answers.jsonl.incomplete")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"questions with all their answers, 1 of them, are in {kept}" in done.stderr
+    [row] = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert (row["asked"], len(row["responses"])) == ("what is 0", 2)
+    assert not output.exists()
+
+
 def test_a_grader_that_fails_is_told_of_and_counts_as_wrong(server: OpenAIServer, config: Path) -> None:
     (config.parent / "my_grader.py").write_text("def fails(response, row): return 1 / 0\n")
     result = run(server, config, "--set", "evaluation.questions.match={name: custom, target: 'my_grader:fails'}")

@@ -448,6 +448,16 @@ def test_an_address_without_a_port_is_refused_before_a_server_is_waited_for(opti
     assert f"'{address}' is not of the form host:port" in result.output
 
 
+@pytest.mark.parametrize(
+    "option", ["evaluate train.yaml --timeout", "generate --timeout", "probe --bound", "top --interval"]
+)
+@pytest.mark.parametrize("number", ["nan", "inf", "0", "-1"])
+def test_a_number_that_is_none_or_has_no_end_is_refused(option: str, number: str) -> None:
+    result = run(*option.split(), number)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option.split()[-1]}'" in result.output
+
+
 def test_prompts_that_are_not_there_are_refused_before_a_server_is_waited_for(good: Path) -> None:
     asked = ("generate", "--rollout", "127.0.0.1:1", "--model", "student")
     result = run(*asked, "--prompts", "gone.jsonl", "--output", "answers.jsonl")

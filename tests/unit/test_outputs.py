@@ -73,7 +73,7 @@ def test_evaluate_refuses_an_output_that_cannot_be_written_before_it_asks(at_han
     assert "cannot write train.jsonl/o.jsonl" in done.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["evaluate", "train.yaml", "--output", "deep/er/o.jsonl"])
-        patch.setattr(evaluate_command, "_evaluate", lambda cfg: pytest.fail(f"{Path('deep/er').is_dir()}"))
+        patch.setattr(evaluate_command, "_evaluate", lambda cfg, answers: pytest.fail(f"{Path('deep/er').is_dir()}"))
         patch.setattr(log, "configure", lambda service: None)
         with pytest.raises(pytest.fail.Exception, match="True"):
             evaluate_command.main()

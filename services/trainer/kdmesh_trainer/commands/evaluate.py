@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ with quiet_interrupt():
     from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
     from kdmesh.config import config_parser, load
     from kdmesh.counting import counted, told
-    from kdmesh.errors import ConfigError
+    from kdmesh.errors import ConfigError, KdmeshError
     from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace, say
     from kdmesh_trainer.commands.running import run
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
@@ -41,10 +42,14 @@ def _print_scores(cfg: TrainerConfig, arguments: argparse.Namespace) -> int:
         make_writable(arguments.output)
         refuse_own_input(arguments.output, _inputs(cfg))
         refuse_to_replace(arguments.output, is_wanted=arguments.overwrite)
-    scores, answers = _evaluate(cfg) if arguments.openai is None else _ask_endpoint(cfg, _endpoint(arguments))
+    answers = _Answers(arguments.output)
+    if arguments.openai is None:
+        scores = _evaluate(cfg, answers)
+    else:
+        with answers.kept_if_it_ends_early():
+            scores = _ask_endpoint(cfg, _endpoint(arguments), answers)
     say(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
-    if arguments.output is not None:
-        answers.write(arguments.output)
+    answers.write()
     return 0
 
 
@@ -69,7 +74,9 @@ def _inputs(cfg: TrainerConfig) -> dict[str, Path]:
 class _Answers:
     """What was answered to each question."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None) -> None:
+        """`path`: where they go; None: nowhere."""
+        self._path = path
         self._questions: Sequence[Question] = ()
         self._answered: Sequence[Answered] = ()
 
@@ -77,14 +84,31 @@ class _Answers:
         """Take them."""
         self._questions, self._answered = questions, answered
 
-    def write(self, path: Path) -> None:
+    def write(self) -> None:
         """Raises CheckpointError."""
+        if self._path is not None:
+            self._write(self._path)
+
+    @contextmanager
+    def kept_if_it_ends_early(self) -> Iterator[None]:
+        """Inside, what is kept when an error or Ctrl-C ends it goes to a file beside, and a person is told."""
+        try:
+            yield
+        except (KdmeshError, KeyboardInterrupt):
+            if self._path is not None and self._answered:
+                path = self._path.with_name(f"{self._path.name}.incomplete")
+                self._write(path)
+                number = len(self._answered)
+                sys.stderr.write(f"The questions with all their answers, {number} of them, are in {path}\n")
+            raise
+
+    def _write(self, path: Path) -> None:
         from kdmesh_trainer.questions.answer_files import write_answers
 
         write_answers(path, self._questions, self._answered)
 
 
-def _evaluate(cfg: TrainerConfig) -> tuple[AnswerScores, _Answers]:
+def _evaluate(cfg: TrainerConfig, answers: _Answers) -> AnswerScores:
     # Not at the top: a bad configuration must not wait for torch.
     from kdmesh.tokens import tokenizer_fingerprint
     from kdmesh_trainer.builders.evaluation import check_answerer, read_questions_of
@@ -116,9 +140,8 @@ def _evaluate(cfg: TrainerConfig) -> tuple[AnswerScores, _Answers]:
             vocabulary_size=vocabulary_size(tokenizer),
             reader=reader,
         )
-        answers = _Answers()
         examiner = Examiner(exam, pool, ServedWeights(), keep=answers.keep, mesh=mesh, devices=OwnDevices())
-        return examiner.examine(done=0), answers
+        return examiner.examine(done=0)
 
 
 def _endpoint(arguments: argparse.Namespace) -> ChatServers:
@@ -134,15 +157,14 @@ def _endpoint(arguments: argparse.Namespace) -> ChatServers:
     )
 
 
-def _ask_endpoint(cfg: TrainerConfig, servers: ChatServers) -> tuple[AnswerScores, _Answers]:
+def _ask_endpoint(cfg: TrainerConfig, servers: ChatServers, answers: _Answers) -> AnswerScores:
     from kdmesh_trainer.questions.endpoint import EndpointExaminer
 
     if cfg.evaluation.questions is None:
         raise ConfigError(_NO_QUESTIONS)
     examiner = EndpointExaminer(cfg.evaluation.questions, cfg.data, servers)
-    answers = _Answers()
     with counted("answers", elsewhere=told("answers")) as show:
-        return examiner.examine(show, keep=answers.keep), answers
+        return examiner.examine(show, keep=answers.keep)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import product
 
@@ -46,7 +47,8 @@ class EndpointExaminer:
 
         Args:
             show: is told how many answers are there.
-            keep: is called once, at the end.
+            keep: is called once, at the end, whatever it is: with all questions and answers, or with the questions
+                that all answers had come to when the asking ended.
 
         Raises:
             ConfigError: there is no such model, or no such server at that URL.
@@ -56,17 +58,26 @@ class EndpointExaminer:
         found: dict[_Ask, Response] = {}
         pace = Pace(done=0, total=len(asks))
         show(0, len(asks), None)
-        with self._servers.connected() as (client, loop):
-            for ask, response in loop.each(partial(self._response, client), asks, at_once=self._servers.concurrency):
-                found[ask] = response
-                show(len(found), len(asks), pace.left_s(len(found)))
-        answered = [
-            Answered(number=number, responses=tuple(found[number, sample] for sample in range(self._cfg.samples)))
-            for number in range(len(self._questions))
-        ]
+        try:
+            with self._servers.connected() as (client, loop):
+                work = partial(self._response, client)
+                for ask, response in loop.each(work, asks, at_once=self._servers.concurrency):
+                    found[ask] = response
+                    show(len(found), len(asks), pace.left_s(len(found)))
+        finally:
+            answered = self._answered(found)
+            keep(0, [self._questions[each.number] for each in answered], answered)
         tell_of_errors(self._questions, answered)
-        keep(0, self._questions, answered)
         return scores_of(answered, ks=sorted(self._cfg.pass_at))
+
+    def _answered(self, found: Mapping[_Ask, Response]) -> list[Answered]:
+        """Of the questions with all their answers, in their order."""
+        samples = range(self._cfg.samples)
+        return [
+            Answered(number=number, responses=tuple(found[number, sample] for sample in samples))
+            for number in range(len(self._questions))
+            if all((number, sample) in found for sample in samples)
+        ]
 
     async def _response(self, client: EndpointClient, ask: _Ask) -> Response:
         number, sample = ask
