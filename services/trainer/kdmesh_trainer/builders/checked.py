@@ -17,7 +17,7 @@ from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
 from kdmesh_trainer.builders.context import refuse_unfit_student
 from kdmesh_trainer.builders.evaluation import read_questions_of
-from kdmesh_trainer.builders.layers import refuse_unknown_layers
+from kdmesh_trainer.builders.layers import refuse_unknown_layers, refuse_unreached
 from kdmesh_trainer.builders.objective import resolve_divergence
 from kdmesh_trainer.builders.student import check_speed
 from kdmesh_trainer.builders.student_length import refuse_short_student
@@ -70,6 +70,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     refuse_unknown_layers(cfg)
     check_freeze(cfg.student.freeze, cfg.student.model)
     check_base(cfg.student.lora, cfg.student.model)
+    refuse_unreached(cfg)
     encoder = recipe.encoder(tokenizer, reader)
     context = cfg.data.teacher_context
     columns = TeacherColumns(

@@ -90,7 +90,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     import torch
 
     from kdmesh_trainer.builders.context import refuse_unfit_student
-    from kdmesh_trainer.builders.layers import refuse_unknown_layers
+    from kdmesh_trainer.builders.layers import refuse_unknown_layers, refuse_unreached
     from kdmesh_trainer.builders.vision import load_reader
     from kdmesh_trainer.data.tokenizer import load_fast_tokenizer, vocabulary_size
     from kdmesh_trainer.memory.job import Job, TeacherHead
@@ -101,6 +101,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     cfg.parallel.check_ranks(ranks)
     refuse_unfit_student(cfg)
     refuse_unknown_layers(cfg)
+    refuse_unreached(cfg)
     context = cfg.parallel.context
     student = _model_config(cfg.student.model)
     whole, rest = divmod(cfg.batch.max_tokens, cfg.data.max_tokens)

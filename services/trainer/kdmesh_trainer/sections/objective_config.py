@@ -264,6 +264,11 @@ class Distill(StrictModel):
         return isinstance(self.algorithm, ChunkLikelihood) and self.algorithm.debias_above is not None
 
     @property
+    def compares_layers_alone(self) -> bool:
+        """Whether nothing of a student's distribution has a weight in any step."""
+        return self.layers is not None and not (_counts(self.kd_weight) or _counts(self.ce_weight))
+
+    @property
     def imitates_data(self) -> bool:
         """Whether cross-entropy has a weight in any step."""
         return _counts(self.ce_weight)

@@ -103,6 +103,13 @@ def check_base(config: LoraConfig | None, model: Path) -> None:
             refuse_uneven(lm, _linear(lm))
 
 
+def train_adapted(lm: PreTrainedModel, config: LoraConfig) -> None:
+    """Without an adapter: train the matrices that would get one, and nothing else, in place. Raises ConfigError."""
+    names = {f"{name}.weight" for name in _targets(lm, config, _linear(lm))}
+    for name, parameter in lm.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
 def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapter:
     """As inject_adapter; frozen weights that bfloat16 holds exactly, as those of most checkpoints, are kept in it."""
     adapter = inject_adapter(lm, config, seed=seed)
