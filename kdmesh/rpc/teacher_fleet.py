@@ -107,8 +107,13 @@ class TeacherFleet(ServerFleet[TeacherClient]):
             if client not in fit:
                 await client.close()  # it is connected again, and left out then
 
-    async def ask(self, sequences: Sequence[TokenSequence], deadline: Deadline, weight_version: int) -> TeacherRows:
+    async def ask(
+        self, sequences: Sequence[TokenSequence], deadline: Deadline, weight_version: int, *, layers: Sequence[int] = ()
+    ) -> TeacherRows:
         """The rows of a request that the model's limits allow; the same whichever replica answers.
+
+        Args:
+            layers: whose outputs they have: of this job's, all or none.
 
         Raises:
             DeadlineExpired: no replica answered in time.
@@ -120,7 +125,7 @@ class TeacherFleet(ServerFleet[TeacherClient]):
             rows = await client.prefill(
                 sequences,
                 deadline,
-                layers=self._layers,
+                layers=layers,
                 weight_version=weight_version,
                 uses_cache=self._uses_cache,
             )
@@ -134,12 +139,12 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         return await self._replicas.somewhere(prefill, num_tokens, deadline, may_hedge=True)
 
     async def find_cached(
-        self, sequences: Sequence[TokenSequence], deadline: Deadline, weight_version: int
+        self, sequences: Sequence[TokenSequence], deadline: Deadline, weight_version: int, *, layers: Sequence[int] = ()
     ) -> CacheAnswer:
         """What one replica has kept of a request's sequences. Raises as `ask`."""
 
         async def find(client: TeacherClient) -> CacheAnswer:
-            return await client.find_cached(sequences, layers=self._layers, weight_version=weight_version)
+            return await client.find_cached(sequences, layers=layers, weight_version=weight_version)
 
         return await self._replicas.somewhere(find, 0, deadline, takes_slot=False)
 

@@ -42,6 +42,15 @@ class ClientStats:
         return "+".join(sorted(self.doors))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """What all requests for a group's rows have in common."""
+
+    layers: tuple[int, ...]  # whose outputs are in them
+    deadline: Deadline
+    weight_version: int
+
+
 _KEPT_S = 24 * 3600.0  # of a request that nobody waits for yet
 
 
@@ -122,11 +131,10 @@ class TeacherPool(ServerPool[TeacherFleet]):
         """
         return self._fleet.model
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row, with the outputs of `layers`."""
+    def row_bytes(self, *, has_layers: bool = True) -> int:
+        """Bytes of a row, with the outputs of `layers` or without."""
         model = self._fleet.model
-        return model.num_columns(self._layers) * model.dtype.size_bytes
+        return model.num_columns(self._layers if has_layers else ()) * model.dtype.size_bytes
 
     def require(self, needs: Needs) -> None:
         """From now on leave teachers out, with a warning, that take less, unless no teacher takes so much. Blocks.
@@ -135,7 +143,7 @@ class TeacherPool(ServerPool[TeacherFleet]):
         """
         self._loop.run(self._fleet.require, needs)
 
-    def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> PendingRows:
+    def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False, has_layers: bool = True) -> PendingRows:
         """Ask for the rows of a group of sequences, in their order. Does not block. Any thread.
 
         A group beyond the teacher's limits is asked for in several requests.
@@ -143,6 +151,7 @@ class TeacherPool(ServerPool[TeacherFleet]):
         Args:
             keep: copy them to this process's memory as they come: they will not be waited for soon, and their deadline
                 begins when they are.
+            has_layers: whether the outputs of `layers` are to be in the rows.
 
         Raises:
             InvalidRequest: there is no sequence, or one exceeds the limits by itself.
@@ -150,18 +159,23 @@ class TeacherPool(ServerPool[TeacherFleet]):
         parts = split(sequences, self._fleet.model)
         version = self._fleet.weight_version
         deadline = Deadline.after(_KEPT_S if keep else self._deadline_s)
-        answering = self._loop.start(self._answer, parts, deadline, version, keep)
+        wanted = _Wanted(layers=self._layers if has_layers else (), deadline=deadline, weight_version=version)
+        answering = self._loop.start(self._answer, parts, wanted, keep)
         return PendingRows(answering, longest_wait_s=self._deadline_s if keep else None)
 
-    def find_cached(self, sequences: Sequence[TokenSequence]) -> CacheAnswer:
+    def find_cached(self, sequences: Sequence[TokenSequence], *, has_layers: bool = True) -> CacheAnswer:
         """What the teacher has kept of a group that one request may hold; of several replicas, one is asked. Blocks.
+
+        Args:
+            has_layers: whether it is asked for rows with the outputs of `layers`, which are others.
 
         Raises:
             DeadlineExpired: no teacher answered in time.
             RpcError: the request is refused.
         """
         deadline = Deadline.after(self._deadline_s)
-        return self._loop.run(self._fleet.find_cached, sequences, deadline, self._fleet.weight_version)
+        layers = self._layers if has_layers else ()
+        return self._loop.run(self._fleet.find_cached, sequences, deadline, self._fleet.weight_version, layers=layers)
 
     def follow(self, weight_version: int) -> None:
         """From now on ask for rows of these weights, which every teacher has been given."""
@@ -189,12 +203,10 @@ class TeacherPool(ServerPool[TeacherFleet]):
 
     # On the loop
 
-    async def _answer(
-        self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline, version: int, keep: bool
-    ) -> ArrivedRows:
+    async def _answer(self, parts: Sequence[tuple[TokenSequence, ...]], wanted: _Wanted, keep: bool) -> ArrivedRows:
         if len(parts) > 1:
-            return ArrivedRows(await self._joined(parts, deadline, version))
-        rows = await self._ask(parts[0], deadline, version)
+            return ArrivedRows(await self._joined(parts, wanted))
+        rows = await self._ask(parts[0], wanted)
         arrived = ArrivedRows(rows)
         if rows.is_borrowed and keep:
             arrived.move()
@@ -202,31 +214,29 @@ class TeacherPool(ServerPool[TeacherFleet]):
             asyncio.get_running_loop().call_later(self._move_after_s, self._move, weakref.ref(arrived))
         return arrived
 
-    async def _ask(self, sequences: Sequence[TokenSequence], deadline: Deadline, version: int) -> TeacherRows:
+    async def _ask(self, sequences: Sequence[TokenSequence], wanted: _Wanted) -> TeacherRows:
         try:
-            rows = await self._fleet.ask(sequences, deadline, version)
+            rows = await self._fleet.ask(sequences, wanted.deadline, wanted.weight_version, layers=wanted.layers)
         except InvalidRequest:
             parts = split(sequences, self._fleet.model)
             if len(parts) == 1:
                 raise
             # A teacher has come, or come back, that takes less at once.
-            return await self._joined(parts, deadline, version)
+            return await self._joined(parts, wanted)
         self._requests += 1
         return rows
 
-    async def _joined(
-        self, parts: Sequence[tuple[TokenSequence, ...]], deadline: Deadline, version: int
-    ) -> TeacherRows:
+    async def _joined(self, parts: Sequence[tuple[TokenSequence, ...]], wanted: _Wanted) -> TeacherRows:
         """The rows of several requests in one tensor of this process.
 
         Each part is copied as it comes: there may be more parts than slots.
         """
         model = self._fleet.model
         ends = list(itertools.accumulate(sum(s.num_rows for s in part) for part in parts))
-        joined_RD = torch.empty(ends[-1], model.num_columns(self._layers), dtype=getattr(torch, model.dtype.value))
+        joined_RD = torch.empty(ends[-1], model.num_columns(wanted.layers), dtype=getattr(torch, model.dtype.value))
 
         async def fill(part: Sequence[TokenSequence], begin: int, end: int) -> None:
-            joined_RD[begin:end] = (await self._ask(part, deadline, version)).rows_RD
+            joined_RD[begin:end] = (await self._ask(part, wanted)).rows_RD
 
         try:
             async with asyncio.TaskGroup() as asking:
@@ -234,7 +244,7 @@ class TeacherPool(ServerPool[TeacherFleet]):
                     asking.create_task(fill(part, begin, end))
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
-        return TeacherRows(rows_RD=joined_RD, weight_version=version, is_borrowed=False)
+        return TeacherRows(rows_RD=joined_RD, weight_version=wanted.weight_version, is_borrowed=False)
 
     def _move(self, arrived: weakref.ref[ArrivedRows]) -> None:
         rows = arrived()

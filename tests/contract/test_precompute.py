@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kdmesh.config import load
 from kdmesh.errors import ConfigError
@@ -18,12 +19,18 @@ from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh_teacher.build import build_engine
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.engine import PrefillJob
+from kdmesh_trainer.builders.checked import check
+from kdmesh_trainer.builders.data import read_held_out
+from kdmesh_trainer.builders.evaluation import build_evaluator
+from kdmesh_trainer.builders.teachers import open_teachers
 from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.mesh import joined
 from kdmesh_trainer.precompute import precompute
 from tests.support.sequences import random_sequences
 from tests.support.teacher_server import served
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import write_config
+from tests.support.trainer_parts import build_student
 
 MISSING = "127.0.0.1:1"
 
@@ -109,12 +116,42 @@ async def test_rows_with_layers_are_kept_as_wide_as_they_are(tmp_path: Path, tin
             server.prefilled.clear()
             assert await told.precompute(cfg) == (35, 35)
             assert server.prefilled  # rows without layers are others
-            rows, size_mib = re.findall(r"([\d,]+) rows: ([\d.]+) MiB", told.sentences[0])[0]
+            size_mib = re.findall(r"rows: ([\d.]+) MiB", told.sentences[0])[0]
             sizes.append(float(size_mib) * 2**20)
+        assert "5 of them are kept already" in told.sentences[0]  # those held out, which are judged without layers
         row_bytes = 32 * 4
-        assert sizes[1] - sizes[0] == pytest.approx(2 * row_bytes * int(rows.replace(",", "")), abs=0.1 * 2**20)
+        num_rows = sum(each.num_rows for each in check(layered).train.sequences())
+        assert sizes[1] - sizes[0] == pytest.approx(2 * row_bytes * num_rows, abs=0.1 * 2**20)
         server.prefilled.clear()
         await Told().precompute(layered)
+        assert server.prefilled == []
+
+
+async def test_a_run_that_compares_layers_is_judged_by_final_states_that_were_computed_before_it(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    model = tiny_models.path()
+
+    def kl_nats_per_token(cfg: TrainerConfig) -> float:
+        with joined("cpu", longest_wait_s=30) as mesh, ExitStack() as stack:
+            checked = check(cfg)
+            teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, stack=stack)
+            assert teachers is not None
+            size = teachers.vocabulary_size
+            student = build_student(model, mesh, vocabulary_size=size, compute_dtype=torch.float32)
+            held_out = read_held_out(cfg, checked)
+            evaluator = build_evaluator(cfg, student, held_out, teachers, None, mesh)  # type: ignore[arg-type]
+            assert evaluator is not None
+            found = evaluator.evaluate().kl_nats_per_token
+            assert found is not None
+            return found
+
+    async with teacher(tmp_path, model, memory_mib=8) as server:
+        layers = "objective={name: distill, layers: {pairs: {1: 2, 2: 1}, weight: 1}}"
+        layered = trainer(tmp_path, model, server.address, layers)
+        assert await Told().precompute(layered) == (35, 35)
+        server.prefilled.clear()
+        assert await asyncio.to_thread(kl_nats_per_token, layered) == pytest.approx(0, abs=1e-5)
         assert server.prefilled == []
 
 

@@ -55,12 +55,14 @@ def test_a_group_of_wider_rows_is_asked_for_in_more_parts(tmp_path: Path, door: 
     def rows_of(address: str, layers: tuple[int, ...]) -> int:
         group = [sequence(30, seed=seed) for seed in range(8)]
         with TeacherPool([address], job="test", door=door, deadline_s=10, layers=layers) as pool:
-            assert pool.row_bytes == 32 * (1 + len(layers))
+            assert pool.row_bytes() == 32 * (1 + len(layers))
             assert pool.describe().max_request_rows == 128 // (1 + len(layers))
             assert torch.equal(pool.submit(group).wait().rows_RD, expected_rows(group, layers=layers))
+            requests = pool.stats().requests
+            assert torch.equal(pool.submit(group, has_layers=False).wait().rows_RD, expected_rows(group))
             with pytest.raises(errors.InvalidRequest, match=r"asks for 129 rows; .*raise its slab\.slot_mib"):
                 pool.submit([sequence(130)])
-            return pool.stats().requests
+            return requests
 
     assert asyncio.run(answered(())) == 2
     assert asyncio.run(answered((1, 4))) == 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kdmesh.errors import ConfigError
@@ -13,7 +13,7 @@ from kdmesh.rpc.pending_rows import PendingRows
 from kdmesh.rpc.splitting import split
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.tokens import digest
-from kdmesh.types import TokenSequence
+from kdmesh.types import CacheAnswer, TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.builders.checked import Checked, check
 from kdmesh_trainer.builders.data import read_held_out
@@ -52,6 +52,14 @@ class Estimate:
         return f"{self.sequences:,} sequences with {self.rows:,} rows: {size} that {self.address} keeps; {left}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """A sequence, as the teacher reads it, whose rows are to be kept."""
+
+    sequence: TokenSequence
+    has_layers: bool  # rows with the outputs of `objective.layers`
+
+
 Show = Callable[[int, int, float], None]
 """Is told of tokens done, tokens to do, and seconds left."""
 
@@ -78,7 +86,7 @@ def precompute(
     """
     _refuse_unknown(cfg)
     checked = check(cfg)
-    sequences = list(_sequences(cfg, checked))
+    rows = list(_wanted(cfg, checked))
     kept = wanted = 0
     for name, teacher in cfg.all_teachers.items():
         for address in teacher.addresses:
@@ -91,7 +99,7 @@ def precompute(
                 layers=() if cfg.layers is None else cfg.layers.of_teacher,
             ) as pool:
                 filling = _Filling(pool, address, ahead=teacher.prefetch + 1, show=show)
-                own = filling.choose(_of_teacher(name, sequences), checked, is_partial=is_partial, tell=tell)
+                own = filling.choose(_of_teacher(name, rows), checked, is_partial=is_partial, tell=tell)
                 kept += filling.fill(own)
                 wanted += len(own)
     return kept, wanted
@@ -107,11 +115,11 @@ class _Filling:
         self._show = show
 
     def choose(
-        self, sequences: Sequence[TokenSequence], checked: Checked, *, is_partial: bool, tell: Callable[[str], None]
-    ) -> Sequence[TokenSequence]:
-        """Those of the sequences that it is to keep. Raises ConfigError when not all fit, unless `is_partial`."""
-        if not sequences:
-            return sequences
+        self, wanted: Sequence[_Wanted], checked: Checked, *, is_partial: bool, tell: Callable[[str], None]
+    ) -> Sequence[_Wanted]:
+        """What it is to keep of that. Raises ConfigError when not all fits, unless `is_partial`."""
+        if not wanted:
+            return wanted
         model = self._pool.describe()
         check_frozen(model)
         common_vocabulary(
@@ -119,16 +127,17 @@ class _Filling:
             tokenizer_fingerprint=checked.teacher_tokens.fingerprint,
             vocabulary_size=checked.teacher_tokens.size,
         )
+        sequences = [each.sequence for each in wanted]
         check_requests("train", sequences, model, image_expansion=checked.teacher_tokens.image_expansion)
-        estimate = self._estimate(sequences)
+        estimate = self._estimate(wanted)
         if not estimate.budget_bytes:
             raise ConfigError(f"{self._address} keeps no rows: give its configuration a `cache` with a budget")
         if estimate.size_bytes <= estimate.budget_bytes:
-            chosen = sequences
+            chosen = wanted
         elif is_partial:
-            chosen = self._fitting(sequences, estimate.budget_bytes)
+            chosen = self._fitting(wanted, estimate.budget_bytes)
             estimate = self._estimate(chosen)
-            tell(f"{len(chosen):,} of {len(sequences):,} sequences fit: those that the run asks for first")
+            tell(f"{len(chosen):,} of {len(wanted):,} sequences fit: those that the run asks for first")
         else:
             raise ConfigError(
                 f"{self._address} keeps {estimate.budget_bytes / _MIB:,.1f} MiB, and this run's rows take up to "
@@ -139,71 +148,77 @@ class _Filling:
         tell(estimate.sentence())
         return chosen
 
-    def fill(self, sequences: Sequence[TokenSequence]) -> int:
+    def fill(self, wanted: Sequence[_Wanted]) -> int:
         """Have it keep these; the number that it has in the end."""
         for _ in range(_PASSES):
-            missing = self._missing(sequences)
+            missing = self._missing(wanted)
             if not missing:
                 break
             self._ask(missing)
-        return len(sequences) - len(self._missing(sequences))
+        return len(wanted) - len(self._missing(wanted))
 
-    def _estimate(self, sequences: Sequence[TokenSequence]) -> Estimate:
-        answers = [self._pool.find_cached(group) for group in self._groups(sequences)]
+    def _estimate(self, wanted: Sequence[_Wanted]) -> Estimate:
+        answers = [self._found(group) for group in self._groups(wanted)]
         self._entry_bytes = answers[0].entry_bytes
         is_kept = [kept for answer in answers for kept in answer.is_kept]
         return Estimate(
             address=self._address,
-            sequences=len(sequences),
-            rows=sum(s.num_rows for s in sequences),
-            size_bytes=sum(map(self._size_bytes, sequences)),
+            sequences=len(wanted),
+            rows=sum(each.sequence.num_rows for each in wanted),
+            size_bytes=sum(map(self._size_bytes, wanted)),
             budget_bytes=answers[0].budget_bytes,
             kept=sum(is_kept),
-            missing_tokens=sum(s.num_tokens for s, kept in zip(sequences, is_kept, strict=True) if not kept),
+            missing_tokens=_tokens(each for each, kept in zip(wanted, is_kept, strict=True) if not kept),
             tokens_per_s=answers[0].tokens_per_s,
         )
 
-    def _fitting(self, sequences: Sequence[TokenSequence], budget_bytes: int) -> Sequence[TokenSequence]:
+    def _fitting(self, wanted: Sequence[_Wanted], budget_bytes: int) -> Sequence[_Wanted]:
         """As many of the first ones as there is room for; at least one."""
-        sizes = itertools.accumulate(map(self._size_bytes, sequences))
-        return sequences[: max(1, sum(size <= budget_bytes for size in sizes))]
+        sizes = itertools.accumulate(map(self._size_bytes, wanted))
+        return wanted[: max(1, sum(size <= budget_bytes for size in sizes))]
 
-    def _measured(self, sequences: Sequence[TokenSequence], missing_tokens: int) -> float | None:
+    def _measured(self, wanted: Sequence[_Wanted], missing_tokens: int) -> float | None:
         """Tokens per second of a server that has computed nothing yet, over a small part of what is missing."""
-        sample = list[TokenSequence]()
-        for sequence in self._missing(sequences):
-            sample.append(sequence)
-            if sum(s.num_tokens for s in sample) > min(_SAMPLE_TOKENS, missing_tokens / 16):
+        sample = list[_Wanted]()
+        for each in self._missing(wanted):
+            sample.append(each)
+            if _tokens(sample) > min(_SAMPLE_TOKENS, missing_tokens / 16):
                 break
         for group in self._groups(sample):
-            self._pool.submit(group).wait()
-        return self._pool.find_cached(sample[:1]).tokens_per_s
+            _asked(self._pool, group).wait()
+        return self._found(sample[:1]).tokens_per_s
 
-    def _size_bytes(self, sequence: TokenSequence) -> int:
-        return sequence.num_rows * self._pool.row_bytes + self._entry_bytes
+    def _size_bytes(self, wanted: _Wanted) -> int:
+        return wanted.sequence.num_rows * self._pool.row_bytes(has_layers=wanted.has_layers) + self._entry_bytes
 
-    def _missing(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-        found = [kept for group in self._groups(sequences) for kept in self._pool.find_cached(group).is_kept]
-        return [sequence for sequence, kept in zip(sequences, found, strict=True) if not kept]
+    def _missing(self, wanted: Sequence[_Wanted]) -> list[_Wanted]:
+        found = [kept for group in self._groups(wanted) for kept in self._found(group).is_kept]
+        return [each for each, kept in zip(wanted, found, strict=True) if not kept]
 
-    def _groups(self, sequences: Sequence[TokenSequence]) -> list[tuple[TokenSequence, ...]]:
-        return split(sequences, self._pool.describe())
+    def _found(self, group: Sequence[_Wanted]) -> CacheAnswer:
+        return self._pool.find_cached([each.sequence for each in group], has_layers=group[0].has_layers)
 
-    def _ask(self, sequences: Sequence[TokenSequence]) -> None:
+    def _groups(self, wanted: Sequence[_Wanted]) -> list[tuple[_Wanted, ...]]:
+        """In order, each with layers or without."""
+        groups = []
+        for has_layers, run in itertools.groupby(wanted, key=lambda each: each.has_layers):
+            for part in split([each.sequence for each in run], self._pool.describe()):
+                groups.append(tuple(_Wanted(sequence=sequence, has_layers=has_layers) for sequence in part))
+        return groups
+
+    def _ask(self, wanted: Sequence[_Wanted]) -> None:
         """Get their rows, and drop them."""
-        total, done, began_s = sum(s.num_tokens for s in sequences), 0, time.monotonic()
-        for group in _answered(self._pool, self._groups(sequences), ahead=self._ahead):
-            done += sum(s.num_tokens for s in group)
+        total, done, began_s = _tokens(wanted), 0, time.monotonic()
+        for group in _answered(self._pool, self._groups(wanted), ahead=self._ahead):
+            done += _tokens(group)
             self._show(done, total, (time.monotonic() - began_s) / done * (total - done))
 
 
-def _answered(
-    pool: TeacherPool, groups: Sequence[tuple[TokenSequence, ...]], *, ahead: int
-) -> Iterator[tuple[TokenSequence, ...]]:
+def _answered(pool: TeacherPool, groups: Sequence[tuple[_Wanted, ...]], *, ahead: int) -> Iterator[tuple[_Wanted, ...]]:
     """The groups in order, as they are answered, while the next ones are computed."""
-    waiting = deque[tuple[tuple[TokenSequence, ...], PendingRows]]()
+    waiting = deque[tuple[tuple[_Wanted, ...], PendingRows]]()
     for group in groups:
-        waiting.append((group, pool.submit(group)))
+        waiting.append((group, _asked(pool, group)))
         if len(waiting) > ahead:
             first, rows = waiting.popleft()
             rows.wait()
@@ -212,6 +227,14 @@ def _answered(
         first, rows = waiting.popleft()
         rows.wait()
         yield first
+
+
+def _asked(pool: TeacherPool, group: Sequence[_Wanted]) -> PendingRows:
+    return pool.submit([each.sequence for each in group], has_layers=group[0].has_layers)
+
+
+def _tokens(wanted: Iterable[_Wanted]) -> int:
+    return sum(each.sequence.num_tokens for each in wanted)
 
 
 def _refuse_unknown(cfg: config.TrainerConfig) -> None:
@@ -235,22 +258,23 @@ def _refuse_unknown(cfg: config.TrainerConfig) -> None:
             )
 
 
-def _sequences(cfg: config.TrainerConfig, checked: Checked) -> Iterator[TokenSequence]:
+def _wanted(cfg: config.TrainerConfig, checked: Checked) -> Iterator[_Wanted]:
     """All that the run asks for, as the teacher reads it: held-out data, then what is trained on, in its order."""
     for sequences in read_held_out(cfg, checked).values():
-        yield from teacher_side(sequences)
+        yield from (_Wanted(sequence=each, has_layers=False) for each in teacher_side(sequences))
     if isinstance(cfg.objective, Distill):
         train = checked.train.sequences()
         order = step_order(train, per_step=cfg.batch.sequences, seed=cfg.seed)
         for step in range(min(num_steps(cfg, len(train)), order.first_pass_steps)):  # these have them all
             for index in order.of_step(step):
-                yield from teacher_side([train[index]])
+                for each in teacher_side([train[index]]):
+                    yield _Wanted(sequence=each, has_layers=cfg.layers is not None)
 
 
-def _of_teacher(name: str, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """Those that one teacher is asked for, each once."""
-    own = [s for s in sequences if not isinstance(s, Addressed) or s.teacher_name == name]
-    return list({digest([sequence]): sequence for sequence in own}.values())
+def _of_teacher(name: str, wanted: Sequence[_Wanted]) -> list[_Wanted]:
+    """What one teacher is asked for, each once."""
+    own = [each for each in wanted if not isinstance(each.sequence, Addressed) or each.sequence.teacher_name == name]
+    return list({(digest([each.sequence]), each.has_layers): each for each in own}.values())
 
 
 def _duration(seconds: float) -> str:

@@ -49,7 +49,7 @@ def build_evaluator(
         student,
         [sequence for sequences in held_out.values() for sequence in sequences],
         parts={name: len(sequences) for name, sequences in held_out.items() if name},
-        teacher=None if teachers is None else teachers.rows,
+        teacher=None if teachers is None else teachers.final_rows,
         teacher_head=None if teachers is None else teachers.heads,
         max_tokens=cfg.batch.max_tokens,
         prefetch=0 if teachers is None else teachers.prefetch,

@@ -246,7 +246,7 @@ def _early(cfg: config.TrainerConfig, source: config.OnPolicy, teachers: Teacher
         size_bytes = source.early_rows_mib * 2**20 // len(teachers.by_name)
         return EarlyRows(
             teacher.pool,
-            most_rows=0 if source.colocated else size_bytes // teacher.pool.row_bytes,
+            most_rows=0 if source.colocated else size_bytes // teacher.pool.row_bytes(),
             is_frozen=cfg.teacher_update_every is None,
         )
 

@@ -10,6 +10,8 @@ import torch
 
 from kdmesh.losses import OutputHead
 from kdmesh.rpc.needs import Needs
+from kdmesh.rpc.pending_rows import PendingRows
+from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.builders.teacher import Teacher, open_teacher
 from kdmesh_trainer.config import TrainerConfig
@@ -42,6 +44,11 @@ class Teachers:
         """Where the configuration takes no other number of them."""
         (teacher,) = self.by_name.values()
         return teacher
+
+    @property
+    def final_rows(self) -> RowService:
+        """As `rows`, of final hidden states alone: what a student is judged by."""
+        return _FinalRows(self.by_name[""].pool) if "" in self.by_name else self.rows  # several have no others
 
     def doors(self) -> dict[str, str]:
         """Through which rows come now, and why through these."""
@@ -82,6 +89,17 @@ class Teachers:
             check_images(dataset, images, model, image_expansion=self.image_expansion)
             for most in asked:
                 check_lengths(dataset, tokens=most.tokens, rows=most.rows, teacher=model)
+
+
+@dataclass(frozen=True, slots=True)
+class _FinalRows:
+    """A RowService that leaves out the outputs of layers."""
+
+    pool: TeacherPool
+
+    def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
+        """See RowService."""
+        return self.pool.submit(sequences, has_layers=False)
 
 
 def _rounded(head: OutputHead, dtype: torch.dtype) -> OutputHead:
