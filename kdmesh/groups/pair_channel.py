@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -14,20 +15,33 @@ from kdmesh.groups.pair_group import PairGroup
 
 T = TypeVar("T")
 
+_JOIN_S = 60.0  # many times what gloo takes at most; NCCL has no deadline of its own for connecting two that have come
+
 
 class PairChannel:
     """Belongs to the event loop that made it. Whoever is cancelled while it waits breaks the group."""
 
-    def __init__(self, join: Callable[[], PairGroup]) -> None:
-        """Begin to join. `join` blocks, for a few seconds at most, and raises Unavailable."""
+    def __init__(self, join: Callable[[], PairGroup], *, within_s: float = _JOIN_S) -> None:
+        """Begin to join.
+
+        Args:
+            join: blocks, and raises Unavailable.
+            within_s: how long it is waited for; one that ends later leaves its group at once.
+        """
+        self._within_s = within_s
+        self._until_s = time.monotonic() + within_s
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="group of two")
         self._joining = asyncio.get_running_loop().run_in_executor(self._thread, join)
         self._joining.add_done_callback(_look_at)
         self._is_closed = False
 
     async def joined(self) -> PairGroup:
-        """The group. Raises Unavailable when there is none."""
-        return await asyncio.shield(self._joining)
+        """The group. Raises Unavailable when there is none, or none in time."""
+        try:
+            async with asyncio.timeout(max(0.0, self._until_s - time.monotonic())):
+                return await asyncio.shield(self._joining)
+        except TimeoutError:
+            raise Unavailable(f"no group of two was made within {self._within_s:g} s") from None
 
     async def send(self, data: memoryview, timeout_s: float) -> None:
         """See PairGroup. However it ends, nobody reads `data` any more then."""

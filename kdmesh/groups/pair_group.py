@@ -51,7 +51,8 @@ class PairGroup:
     def __init__(self, seat: Seat, *, timeout_s: float) -> None:
         """Join. Blocks until the other process has come, too, and has proven itself; for `timeout_s` at most with gloo.
 
-        With NCCL each is waited for so long, but what lies between has no deadline: connecting two that have both come.
+        With NCCL each is waited for so long, but what lies between has no deadline here: connecting two that have both
+        come; PairChannel waits no longer than it says.
         torch does that within the first transfer, which is of the proof; no later one connects anew.
 
         Raises:

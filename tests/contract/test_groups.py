@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +22,7 @@ from torch.distributed.distributed_c10d import Store
 from kdmesh.errors import ConfigError, Unavailable
 from kdmesh.groups import pair_group
 from kdmesh.groups.meeting import SECRET_BYTES, Invitation, Meeting, address_towards, visit
+from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.groups.pair_group import Backend, PairGroup, Seat
 from kdmesh.rpc.weight_sender import WeightSender
 
@@ -253,3 +257,35 @@ def test_an_address_of_another_machine_cannot_be_listened_on() -> None:
 
 def test_the_way_to_this_machine_is_its_loopback() -> None:
     assert address_towards(HOST) == HOST
+
+
+async def test_a_group_that_is_never_made_is_not_waited_for_and_is_left_when_it_is_made() -> None:
+    let_go, left = threading.Event(), threading.Event()
+
+    def join() -> Any:
+        let_go.wait(60)
+        return SimpleNamespace(close=left.set)
+
+    channel = PairChannel(join, within_s=0.2)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match=r"no group of two was made within 0\.2 s"):
+            await channel.joined()
+    with pytest.raises(Unavailable, match="no group of two was made"):
+        await channel.send(memoryview(b"8 octets"), 10)
+    await channel.close()
+    let_go.set()
+    await asyncio.to_thread(left.wait, 20)
+    assert left.is_set()
+
+
+async def test_a_group_that_is_made_in_time_is_used_after_that_time() -> None:
+    sent: list[bytes] = []
+    group = SimpleNamespace(
+        send=lambda data, timeout_s: sent.append(bytes(data)), abort=lambda: None, close=lambda: None
+    )
+    channel = PairChannel(lambda: group, within_s=20)  # type: ignore[arg-type, return-value]
+    await channel.joined()
+    channel._until_s = 0.0  # long ago
+    await channel.send(memoryview(b"8 octets"), 10)
+    await channel.close()
+    assert sent == [b"8 octets"]
