@@ -1,4 +1,4 @@
-"""Where what a command finds goes: whether it can be written, asked before it begins, and to whoever reads stdout."""
+"""Where what a command finds goes: whether it can be written, asked before it begins, and to who reads its streams."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from kdmesh.errors import ConfigError
+from kdmesh.errors import ConfigError, KdmeshError
 
 
 def say(text: str) -> None:
@@ -20,6 +20,11 @@ def say(text: str) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # where the rest goes, what is still buffered included
         os.close(nowhere)
+
+
+def say_error(error: KdmeshError) -> None:
+    """Write to stderr what ends a command, as every command does."""
+    sys.stderr.write(f"Error: {error}\n")
 
 
 def make_writable(path: Path) -> None:

@@ -21,6 +21,7 @@ from kdmesh.launch import jobs, local
 from kdmesh.launch.place import exit_when_stopped
 from kdmesh.launch.program import become
 from kdmesh.log import can_redraw
+from kdmesh.outputs import say_error
 from kdmesh.preflight import check
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
@@ -340,5 +341,5 @@ def _serve(model: type[StrictModel], package: str, config: Path, overrides: tupl
 
 
 def _fail(error: KdmeshError, code: int) -> NoReturn:
-    click.echo(f"Error: {error}", err=True)
+    say_error(error)
     sys.exit(code)

@@ -18,6 +18,7 @@ from kdmesh import log
 from kdmesh.config import StrictModel, config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.interrupt import INTERRUPTED
+from kdmesh.outputs import say_error
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 
@@ -56,12 +57,12 @@ def main(model: type[M], run: Run[M], *, package: str, service: str, description
             log.configure(service=service)
             _run(partial(run, config), arguments.ready_file)
     except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
+        say_error(error)
         sys.exit(_BAD_CONFIG)
     except KeyboardInterrupt:  # before it serves
         sys.exit(INTERRUPTED)
     except KdmeshError as error:
-        sys.stderr.write(f"{error}\n")
+        say_error(error)
         sys.exit(_FAILED)
 
 

@@ -126,7 +126,7 @@ def test_a_job_finds_what_was_tokenised_before_it(tiny_models: TinyModels, tmp_p
     )
     assert (refused.returncode, refused.stderr.strip()) == (
         2,
-        "there is no data.token_cache, so the trainer keeps token ids in memory",
+        "Error: there is no data.token_cache, so the trainer keeps token ids in memory",
     )
 
 

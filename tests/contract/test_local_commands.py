@@ -226,7 +226,7 @@ def test_a_bad_row_ends_a_run_while_its_teacher_loads(
     assert result.exit_code == 2
     first, refusal = result.output.splitlines()
     assert first.startswith(f"Starting the server of {teacher};")
-    assert refusal.startswith(f"{tmp_path / 'train.jsonl'}:9: no column 'messages'")
+    assert refusal.startswith(f"Error: {tmp_path / 'train.jsonl'}:9: no column 'messages'")
 
 
 def test_the_data_of_a_run_are_checked_without_a_server(tiny_models: TinyModels, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_the_data_of_a_run_are_checked_without_a_server(tiny_models: TinyModels,
         done = subprocess.run([*check, "--set", f"source={source}"], capture_output=True, text=True)
         assert done.returncode == (0 if rows else 2), done.stderr
         plain = [line for line in (done.stdout + done.stderr).splitlines() if is_urgent(line)]
-        told = f"{trainer}: a good trainer configuration" if rows else f"{tmp_path / 'held.jsonl'}:1: "
+        told = f"{trainer}: a good trainer configuration" if rows else f"Error: {tmp_path / 'held.jsonl'}:1: "
         assert len(plain) == 1
         assert plain[0].startswith(told)
         (tmp_path / "held.jsonl").write_text('{"messages": []}\n')

@@ -99,7 +99,7 @@ def test_ranks_that_cannot_share_the_students_rows_of_tokens_are_not_planned_for
     hybrid = tiny_models.path("qwen3_5_text", seed=1)
     said = plan(config, *shared, "--set", f"student.model={hybrid}", code=2)
     what = "layers that carry a state from token to token"
-    assert said == f"parallel.context is 2 and {hybrid} has {what}; it must be 1\n"
+    assert said == f"Error: parallel.context is 2 and {hybrid} has {what}; it must be 1\n"
 
 
 def test_a_model_is_planned_for_without_its_weights_and_data(

@@ -73,5 +73,5 @@ def test_what_cannot_work_is_refused_in_one_sentence(refused: dict[str, Process]
     process = refused[case]
     assert process.exit_code() == 2
     (sentence,) = process.words()
-    assert re.fullmatch(SENTENCES[case], sentence)
+    assert re.fullmatch(f"Error: {SENTENCES[case]}", sentence)
     assert not process.events("progress")

@@ -126,7 +126,9 @@ def test_job_that_waits_no_longer_says_so(story: Story) -> None:
     assert story.hasty_trainer.exit_code() == 2
     address = re.escape(story.teacher.address)
     (sentence,) = story.hasty_trainer.words()
-    assert re.match(rf"(no teacher is ready|{address} has not answered) within {_HASTY_S} s \({address}: ", sentence)
+    assert re.match(
+        rf"Error: (no teacher is ready|{address} has not answered) within {_HASTY_S} s \({address}: ", sentence
+    )
     assert story.hasty_took_s < _HASTY_S + 5
 
 

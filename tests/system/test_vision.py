@@ -128,7 +128,7 @@ def test_who_reads_text_alone_is_refused_in_one_sentence(story: Story, who: str,
     process = story.refused[who]
     assert process.exit_code() == 2
     (said,) = process.words()
-    assert re.fullmatch(sentence, said)
+    assert re.fullmatch(f"Error: {sentence}", said)
 
 
 def test_the_trained_model_reads_images_as_it_was_left(story: Story) -> None:

@@ -101,7 +101,9 @@ def test_a_full_device_is_told_in_a_sentence_that_says_what_helps(
     monkeypatch.setattr(build, "built", fails)
     assert command._join(CONFIG) == 2  # type: ignore[arg-type]
     told = capsys.readouterr().err
-    assert told.startswith("rank 0 has no memory left on its device: CUDA out of memory. Tried to allocate 2.00 GiB. ")
+    assert told.startswith(
+        "Error: rank 0 has no memory left on its device: CUDA out of memory. Tried to allocate 2.00 GiB. "
+    )
     assert "1.02 GiB is free. `kdmesh plan` says what takes most" in told
     assert "Process 7" not in told and "Traceback" not in told
 

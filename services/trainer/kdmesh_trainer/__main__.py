@@ -14,6 +14,7 @@ with quiet_interrupt():
     from kdmesh import log
     from kdmesh.config import config_parser, load
     from kdmesh.errors import KdmeshError, OutOfMemory
+    from kdmesh.outputs import say_error
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _too_large(error: RuntimeError, rank: int) -> OutOfMemory:
 
 def _refused(error: KdmeshError, *, is_speaker: bool) -> int:
     if is_speaker:
-        sys.stderr.write(f"{error}\n")
+        say_error(error)
     return _REFUSED
 
 

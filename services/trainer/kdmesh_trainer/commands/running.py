@@ -9,6 +9,7 @@ from collections.abc import Callable
 from kdmesh.config import load
 from kdmesh.errors import KdmeshError
 from kdmesh.interrupt import INTERRUPTED
+from kdmesh.outputs import say_error
 from kdmesh_trainer.config import TrainerConfig
 
 _REFUSED = 2
@@ -34,7 +35,7 @@ def run(
     try:
         return work(load(TrainerConfig, arguments.config, arguments.set), arguments)
     except KdmeshError as error:
-        sys.stderr.write(f"{error}\n")
+        say_error(error)
         return _REFUSED
     except KeyboardInterrupt:
         sys.stderr.write(when_stopped)
