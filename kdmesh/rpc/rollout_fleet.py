@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from kdmesh.rpc.rollout_client import Ask, RolloutClient
 from kdmesh.rpc.routing import RoutingPolicy
 from kdmesh.rpc.server_fleet import ServerFleet
 from kdmesh.types import RolloutDescription, Sample
+
+log = logging.getLogger(__name__)
 
 # One job has these servers for itself: what it has sent is all they have to do. How long an answer takes says little:
 # it goes by the lengths of the responses.
@@ -49,6 +52,7 @@ class RolloutFleet(ServerFleet[RolloutClient]):
         self._has_started = False
         self._model: RolloutDescription | None = None
         self._fingerprint = architecture_fingerprint
+        self._too_narrow: dict[str, int] = {}  # tokens that servers, by their addresses, take too few of
         self._replicas = Replicas("rollout server", discovery, self._connect, routing=_ROUTING, joined=self._look_at)
 
     @property
@@ -64,8 +68,8 @@ class RolloutFleet(ServerFleet[RolloutClient]):
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Of the servers that are wanted now, and serve the model."""
-        return self._replicas.usable
+        """Of the servers that are wanted now, serve the model, and are not left out."""
+        return tuple(address for address in self._replicas.usable if address not in self._too_narrow)
 
     @property
     def outdated(self) -> frozenset[str]:
@@ -125,7 +129,7 @@ class RolloutFleet(ServerFleet[RolloutClient]):
         )
         try:
             self._admit(client)
-        except ModelMismatch:
+        except (ModelMismatch, Unavailable):
             await client.close()
             raise
         return client
@@ -146,16 +150,24 @@ class RolloutFleet(ServerFleet[RolloutClient]):
                     f"{client.address} has {name} {getattr(theirs, name)}, and the other rollout servers, or itself "
                     f"before, {getattr(ours, name)}; all rollout servers of a job must serve the same model"
                 )
-        if self._has_started and theirs.max_sequence_tokens < ours.max_sequence_tokens:
-            raise ModelMismatch(
-                f"{client.address} takes prompts and responses of {theirs.max_sequence_tokens} tokens, and this job "
-                f"began with servers that take {ours.max_sequence_tokens}"
-            )
+        if self._has_started:
+            self._check_width(client.address, theirs.max_sequence_tokens, ours.max_sequence_tokens)
         self._model = replace(
             ours,
             max_sequence_tokens=min(ours.max_sequence_tokens, theirs.max_sequence_tokens),
             is_deterministic=ours.is_deterministic and theirs.is_deterministic,
         )
+
+    def _check_width(self, address: str, tokens: int, begun: int) -> None:
+        """It may come back as it was, so that it is not refused for ever."""
+        was = self._too_narrow.pop(address, None)
+        if tokens >= begun:
+            return
+        self._too_narrow[address] = tokens
+        reason = f"takes prompts and responses of {tokens} tokens, and this job began with servers that take {begun}"
+        if tokens != was:
+            log.warning("a rollout server is left out", extra={"address": address, "reason": f"it {reason}"})
+        raise Unavailable(f"it {reason}")
 
 
 async def _sample_missing(

@@ -146,4 +146,5 @@ def test_a_server_of_another_model_or_a_narrower_one_that_joins_is_left_alone(
         pass
     assert deployment.publish(2) == frozenset()
     assert other.get("/v1/model")["weight_version"] == 0
+    assert other.grpc not in deployment.pool.outdated()
     assert [server.get("/v1/model")["weight_version"] for server in (deployment.first, third)] == [2, 2]

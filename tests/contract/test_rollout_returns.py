@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
+
 from kdmesh.rpc.pending_samples import PendingSamples
 from kdmesh.rpc.rollout_pool import RolloutPool
 from kdmesh.rpc.weight_sender import WeightSender
@@ -27,8 +29,8 @@ class Servers:
         self._stack = stack
         self._running = [self._start(), self._start()]
         self.addresses = [server.grpc for server in self._running]
-        self.sender = stack.enter_context(WeightSender(self.addresses, bucket_bytes=2**20, deadline_s=20))
-        self.pool = stack.enter_context(RolloutPool(self.addresses, job="test", deadline_s=20))
+        self.sender = stack.enter_context(WeightSender(self.addresses, bucket_bytes=2**20, deadline_s=150))
+        self.pool = stack.enter_context(RolloutPool(self.addresses, job="test", deadline_s=150))
         self.new, self._salt = weights(1)
         assert self.sender.publish(1, FINGERPRINT, self.new) == frozenset()
         self.pool.note_weights(1, behind=())
@@ -37,8 +39,8 @@ class Servers:
         self._running[index].signal(signal.SIGKILL)
         self._running[index].process.wait()
 
-    def restart(self, index: int) -> None:
-        self._running[index] = self._start(port=int(self.addresses[index].split(":")[1]))
+    def restart(self, index: int, **engine: int) -> None:
+        self._running[index] = self._start(port=int(self.addresses[index].split(":")[1]), **engine)
 
     def signal(self, index: int, number: signal.Signals) -> None:
         self._running[index].signal(number)
@@ -56,9 +58,10 @@ class Servers:
     def expected(self, seed: int) -> list[int]:
         return expected_tokens(prompt(), seed, 6, salt=self._salt)
 
-    def _start(self, port: int = 0) -> TeacherProcess:
-        engine = {"seconds_per_step": 0.01}
-        return self._stack.enter_context(rollout_process(self._directory, engine=engine, server={"port": port}))
+    def _start(self, port: int = 0, **engine: int) -> TeacherProcess:
+        return self._stack.enter_context(
+            rollout_process(self._directory, engine={"seconds_per_step": 0.01, **engine}, server={"port": port})
+        )
 
 
 @contextmanager
@@ -79,6 +82,32 @@ def test_a_server_that_came_back_is_used_while_another_stays_dead(tmp_path: Path
         assert servers.pool.wait([pending])
         assert [sample.token_ids.tolist() for sample in pending.wait()] == [servers.expected(0), servers.expected(1)]
         assert servers.sender.publish(2, FINGERPRINT, servers.new, needed=1) == {servers.addresses[1]}
+
+
+def test_a_server_that_came_back_narrower_is_left_out_until_it_is_as_wide_as_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[tuple[str, str]]:
+        events = [record for record in caplog.records if record.message == "a rollout server is left out"]
+        return [(vars(event)["address"], vars(event)["reason"]) for event in events]
+
+    with running(tmp_path) as servers:
+        began = servers.pool.describe().max_sequence_tokens
+        servers.kill(0)
+        servers.restart(0, max_sequence_tokens=32)
+        while not told():
+            assert servers.ask(7).wait()[0].token_ids.tolist() == servers.expected(7)
+        reason = f"it takes prompts and responses of 32 tokens, and this job began with servers that take {began}"
+        assert told() == [(servers.addresses[0], reason)]
+        servers.kill(1)
+        pending = servers.ask(8)
+        servers.kill(0)
+        servers.restart(0)
+        assert not servers.pool.wait([pending])  # as of any that came back, somebody must bring the weights
+        servers.bring()
+        assert servers.pool.wait([pending])
+        assert pending.wait()[0].token_ids.tolist() == servers.expected(8)
+        assert len(told()) == 1
 
 
 def test_a_server_that_was_left_behind_is_told_of_when_the_others_die(tmp_path: Path) -> None:
