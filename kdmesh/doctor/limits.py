@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kdmesh.doctor.finding import Finding, ok
+from kdmesh.open_files import LEAST, most_open_files
 from kdmesh.serving.words import size
 
 _SHARED_MEMORY_BYTES = 2**30
@@ -76,15 +77,16 @@ def _locked_memory() -> Finding:
 
 
 def _descriptors() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= _DESCRIPTORS:
-        return ok("open files", f"at most {soft}")
+    most = most_open_files()  # which every service takes
+    if most >= _DESCRIPTORS:
+        return ok("open files", f"at most {most}")
     return Finding(
         name="open files",
-        verdict="worse",
-        found=f"at most {soft} (a process may raise it to {hard})",
-        cost="every slot and every client of a server takes some: many clients are turned away",
-        cure=f"ulimit -n {_DESCRIPTORS}",
+        verdict="missing" if most < LEAST else "worse",
+        found=f"at most {most}",
+        cost=f"every slot and every client of a server takes some: many clients are turned away; below {LEAST} no "
+        "service starts",
+        cure=f"ulimit -n {_DESCRIPTORS}, LimitNOFILE in systemd, or --ulimit nofile of a container",
     )
 
 

@@ -18,6 +18,7 @@ from kdmesh import log
 from kdmesh.config import StrictModel, config_parser, load
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.interrupt import INTERRUPTED
+from kdmesh.open_files import raise_open_files
 from kdmesh.outputs import say_error
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
@@ -52,6 +53,7 @@ def main(model: type[M], run: Run[M], *, package: str, service: str, description
     """
     arguments = _parser(package, description).parse_args()
     try:
+        raise_open_files()
         config = load(model, arguments.config, arguments.set)
         if not arguments.check:
             log.configure(service=service)

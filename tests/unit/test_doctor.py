@@ -72,9 +72,12 @@ def test_limits_that_are_too_low_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 2048))
     found = list(limits.limits())
     assert named(found, "locked memory").found == "at most 1 KiB"
-    assert named(found, "open files").found == "at most 1024 (a process may raise it to 2048)"
+    assert (named(found, "open files").verdict, named(found, "open files").found) == ("worse", "at most 2048")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (24, 24))
+    assert named(list(limits.limits()), "open files").verdict == "missing"
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert named(list(limits.limits()), "locked memory").verdict == "ok"
+    assert named(list(limits.limits()), "open files").verdict == "ok"
 
 
 @pytest.mark.parametrize(

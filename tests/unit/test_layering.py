@@ -38,6 +38,7 @@ LAYER = {
     "kdmesh.images": 1,
     "kdmesh.interrupt": 1,
     "kdmesh.log": 1,
+    "kdmesh.open_files": 1,
     "kdmesh.outputs": 1,
     "kdmesh.parameter_names": 1,
     "kdmesh.tokens": 1,

@@ -14,6 +14,7 @@ with quiet_interrupt():
     from kdmesh import log
     from kdmesh.config import config_parser, load
     from kdmesh.errors import KdmeshError, OutOfMemory
+    from kdmesh.open_files import raise_open_files
     from kdmesh.outputs import say_error
     from kdmesh_trainer.config import OnPolicy, TrainerConfig
 
@@ -46,6 +47,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     rank = int(os.environ.get("RANK", "0"))
     try:
+        raise_open_files()
         cfg = load(TrainerConfig, arguments.config, arguments.set)
         cfg.parallel.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
     except KdmeshError as error:

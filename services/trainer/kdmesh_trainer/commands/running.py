@@ -9,6 +9,7 @@ from collections.abc import Callable
 from kdmesh.config import load
 from kdmesh.errors import KdmeshError
 from kdmesh.interrupt import INTERRUPTED
+from kdmesh.open_files import raise_open_files
 from kdmesh.outputs import say_error
 from kdmesh_trainer.config import TrainerConfig
 
@@ -33,6 +34,7 @@ def run(
     """
     arguments = parser.parse_args()
     try:
+        raise_open_files()
         return work(load(TrainerConfig, arguments.config, arguments.set), arguments)
     except KdmeshError as error:
         say_error(error)
