@@ -84,6 +84,8 @@ def _check(rows: Prompts, source: AnswerSource) -> None:
 @contextmanager
 def _kept_told(kept: KeptAnswers) -> Iterator[None]:
     """Say what is gone on with, and what is kept when it fails."""
+    if kept.damaged:
+        _tell(f"{kept.damaged:,} lines of {kept.path} are damaged; their prompts are asked again.")
     if kept.prompts:
         _tell(f"Going on behind {kept.prompts:,} prompts, whose answers are in {kept.path}.")
     try:

@@ -22,6 +22,7 @@ class KeptAnswers:
     def __init__(self, path: Path, file: FileIO) -> None:
         self.path = path
         self.written = 0  # answers
+        self.damaged = 0  # lines that are not what was written: their prompts are not done
         self.counts = Counts()
         self.is_needed = file.tell() > 0
         """Whether it holds an answer that is nowhere else."""
@@ -38,7 +39,7 @@ class KeptAnswers:
         return number in self._places
 
     def resume(self, asked: Mapping[str, Any]) -> None:
-        """Count what is there, and drop a last line that was never finished.
+        """Count what is there, pass over what is damaged, and drop a last line that was never finished.
 
         Args:
             asked: all that the answers follow from, as JSON takes it.
@@ -58,7 +59,10 @@ class KeptAnswers:
                     )
                 end = len(own)
                 for entry, size_bytes in _entries(file):
-                    self._count(entry, end)
+                    if entry is None:
+                        self.damaged += 1
+                    else:
+                        self._count(entry, end)
                     end += size_bytes
         self._file.truncate(end)
         if not end:
@@ -127,16 +131,23 @@ def kept_answers(output: Path) -> Iterator[KeptAnswers]:
                 path.unlink(missing_ok=True)
 
 
-def _entries(file: BinaryIO) -> Iterator[tuple[dict[str, Any], int]]:
-    """What the rest of the file holds, up to a line that is not whole, and the size of each in bytes."""
+def _entries(file: BinaryIO) -> Iterator[tuple[dict[str, Any] | None, int]]:
+    """What the rest of the file holds, up to a line without an end, and the size of each in bytes; None: damaged."""
     for line in file:
-        try:
-            entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            entry = None
-        if entry is None:
-            return
-        yield entry, len(line)
+        if line.endswith(b"\n"):
+            yield _entry(line), len(line)
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What `add` wrote; None: it is something else by now."""
+    try:
+        entry = json.loads(line)
+        number, rows = entry["prompt"], entry["rows"]
+        Counts() + Counts(**entry["counts"])
+    except (ValueError, TypeError, KeyError):
+        return None
+    is_whole = isinstance(number, int) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    return dict(entry) if is_whole else None
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -33,6 +33,37 @@ def test_answers_are_gone_on_with_and_become_the_dataset(tmp_path: Path) -> None
     assert list(output.parent.iterdir()) == [output]
 
 
+@pytest.mark.parametrize(
+    ("written", "damaged"),
+    [
+        (b'{"n": 1}', b'{"n": 1'),
+        (b'"prompt"', b'"psompt"'),
+        (b'"blank"', b'"bland"'),
+        (b'{"n": 1}', b"[]"),
+        (b'{"n": 1}', b'{"n": "\xff"}'),
+        (b'"rows": [', b'"rows": {"'),
+    ],
+)
+def test_a_damaged_line_costs_its_own_prompt_and_no_other(tmp_path: Path, written: bytes, damaged: bytes) -> None:
+    output = tmp_path / "a.jsonl"
+    with pytest.raises(RuntimeError), kept_answers(output) as kept:
+        kept.resume({"seed": 0})
+        for number in range(3):
+            kept.add(number, [{"n": number}], Counts())
+        raise RuntimeError
+    part = tmp_path / "a.jsonl.part"
+    lines = part.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(written, damaged)
+    part.write_bytes(b"".join(lines))
+    with kept_answers(output) as kept:
+        kept.resume({"seed": 0})
+        assert (kept.prompts, kept.written, kept.damaged) == (2, 2, 1)
+        assert [number for number in range(3) if number not in kept] == [1]
+        kept.add(1, [{"n": 4}], Counts())
+        kept.publish(output)
+    assert [json.loads(line)["n"] for line in output.read_text().splitlines()] == [0, 4, 2]
+
+
 def test_answers_to_something_else_are_neither_gone_on_with_nor_lost(tmp_path: Path) -> None:
     output = tmp_path / "a.jsonl"
     with kept_answers(output) as kept:
