@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.saving import checkpoint
 from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from tests.support.full_disk import files_limited_to
@@ -205,6 +208,24 @@ def test_a_file_that_is_missing_is_named_and_that_the_run_would_begin_anew(run: 
     (run.path / "step-00000003" / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: No such file.*the run begins anew"):
         run.directory().restore()
+
+
+def test_one_that_was_given_another_steps_name_is_refused(run: Run) -> None:
+    run.save(3)
+    (run.path / "step-00000003").rename(run.path / "step-00000005")
+    with pytest.raises(CheckpointError, match=r"step-00000005 cannot be read: .*it is of a checkpoint after 3 steps"):
+        run.directory().restore()
+
+
+def test_files_that_cannot_be_read_back_are_not_sealed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(directory: Path, names: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    run.save(3)
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match=r"was not written: .*Input/output"):
+        patched.setattr(checkpoint, "digests_of", fail)
+        run.save(6)
+    assert run.names() == ["step-00000003"]
 
 
 def test_a_checkpoint_that_was_written_before_there_were_digests_is_loaded(run: Run) -> None:

@@ -40,9 +40,14 @@ def checkpoints_in(path: Path) -> list[Path]:
 
 
 def read_saved(checkpoint: Path) -> SavedRun:
-    """What a checkpoint says. Raises CheckpointError when it cannot be read."""
+    """What a checkpoint says. Raises CheckpointError when it cannot be read, or is in another's place."""
     try:
-        return SavedRun(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+        saved = SavedRun(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+        if saved.next_step != int(checkpoint.name.removeprefix(COMPLETE)):
+            raise ValueError(f"it is of a checkpoint after {saved.next_step} steps")
+        if not isinstance(saved.identity, dict):
+            raise TypeError("its identity is no table")
+        return saved
     except (OSError, ValueError, TypeError) as error:
         raise unreadable(checkpoint, f"{STATE}: {error}") from error
 
