@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from kdmesh_trainer.data.file_digests import FileDigests
 
 
@@ -18,11 +20,12 @@ def test_a_digest_is_kept_until_its_file_changes(tmp_path: Path) -> None:
     assert digests.read(file) != first
 
 
-def test_a_digest_that_was_left_empty_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [b"", b"0123", b"\xb0" * 32, b"g" * 32, b"0" * 33])
+def test_a_digest_that_was_left_empty_or_is_damaged_is_none(tmp_path: Path, damaged: bytes) -> None:
     digests, file = FileDigests(tmp_path / "kept"), tmp_path / "data.jsonl"
     file.write_text("one")
     first = digests.read(file)
     [kept] = (tmp_path / "kept").iterdir()
-    kept.write_bytes(b"")
+    kept.write_bytes(damaged)
     assert digests.known(file) is None
     assert digests.read(file) == first == kept.read_text()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from kdmesh.weights.digests import Running
 from kdmesh_trainer.data.piece import reading
 
 _READ_BYTES = 4 * 2**20
+_WHOLE = re.compile(rb"[0-9a-f]{32}")
 
 
 class FileDigests:
@@ -22,8 +24,9 @@ class FileDigests:
     def known(self, path: Path) -> str | None:
         """That of a file; None: it must be read for it. Raises DataError when the file cannot be read."""
         kept = self._directory / _state(path)
-        # One that a power cut has left empty is none.
-        return (kept.read_text(encoding="ascii") or None) if kept.is_file() else None
+        told = kept.read_bytes() if kept.is_file() else b""
+        # One that a power cut has left empty is none, nor is one that is damaged.
+        return told.decode() if _WHOLE.fullmatch(told) else None
 
     def read(self, path: Path) -> str:
         """That of a file, which is read and remembered. One process at a time.
