@@ -256,7 +256,9 @@ def probe(
 @click.option("--server", default="127.0.0.1:8051", show_default=True, metavar="HOST:PORT", help="Its REST port.")
 @click.option("--once", "is_once", is_flag=True, help="Print one table and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and end.")
-@click.option("--interval", type=FiniteRange(min=0.1), default=1.0, show_default=True, help="Seconds between looks.")
+@click.option(
+    "--interval", type=FiniteRange(min=0.1, max=3600), default=1.0, show_default=True, help="Seconds between looks."
+)
 @access_option
 def top(server: str, is_once: bool, as_json: bool, interval: float, access_file: Path | None) -> None:
     """Watch which jobs share a teacher or a rollout server, live: what each gets, waits for, holds and is refused.

@@ -458,6 +458,11 @@ def test_a_number_that_is_none_or_has_no_end_is_refused(option: str, number: str
     assert f"Invalid value for '{option.split()[-1]}'" in result.output
 
 
+def test_a_wait_that_no_clock_can_hold_is_refused() -> None:
+    result = run("top", "--interval", "1e300")
+    assert (result.exit_code, "Invalid value for '--interval'" in result.output) == (2, True)
+
+
 def test_prompts_that_are_not_there_are_refused_before_a_server_is_waited_for(good: Path) -> None:
     asked = ("generate", "--rollout", "127.0.0.1:1", "--model", "student")
     result = run(*asked, "--prompts", "gone.jsonl", "--output", "answers.jsonl")
