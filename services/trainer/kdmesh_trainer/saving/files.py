@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kdmesh.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -42,7 +44,12 @@ def append_line(path: Path, line: Mapping[str, object]) -> None:
 
 
 def keep_lines(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Drop the JSON lines that do not stay, and a last line that was never finished; all or nothing.
+    """Drop the JSON lines that do not stay, and a last one that was never finished; all or nothing.
+
+    Those that are damaged are dropped with a warning.
+
+    Args:
+        stays: may raise KeyError or TypeError for a line that is not as it was written.
 
     Returns:
         The others.
@@ -50,18 +57,25 @@ def keep_lines(path: Path, stays: Callable[[Mapping[str, Any]], bool]) -> list[d
     Raises:
         CheckpointError: it cannot be read, or what is left cannot be written.
     """
-    kept, texts = [], []
+    kept, texts, damaged = [], [], 0
     with written_beside_checkpoints(path):
         if not path.exists():
             return []
-        for text in path.read_bytes().split(b"\n"):  # not splitlines: texts may hold U+2028 as it is
-            with contextlib.suppress(ValueError):  # no JSON, or cut within a character
-                if stays(line := json.loads(text)):
-                    kept.append(line)
-                    texts.append(text + b"\n")
+        lines = path.read_bytes().split(b"\n")  # not splitlines: texts may hold U+2028 as it is
+        for number, text in enumerate(lines, start=1):
+            try:
+                is_kept = stays(line := json.loads(text))
+            except (ValueError, KeyError, TypeError):  # no JSON, or not what was written
+                damaged += number < len(lines)  # the last one, mostly of no bytes, was never finished
+                continue
+            if is_kept:
+                kept.append(line)
+                texts.append(text + b"\n")
         part = path.with_suffix(".part")
         part.write_bytes(b"".join(texts))
         os.replace(part, path)
+    if damaged:
+        log.warning("damaged lines of a record are dropped", extra={"path": str(path), "lines": damaged})
     return kept
 
 
