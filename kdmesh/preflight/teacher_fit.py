@@ -30,7 +30,9 @@ def refuse_unknown_layers(cfg: TrainerConfig, teacher: TeacherConfig) -> None:
     if cfg.layers is None:
         return
     engine = teacher.engine
-    if isinstance(engine, SglangEngine):
-        raise ConfigError("objective.layers needs a teacher with engine transformers, not sglang")
-    if isinstance(engine, TransformersEngine) and (why := cfg.layers.beyond(teacher=num_layers(engine.model))):
-        raise ConfigError(why)
+    if isinstance(engine, SglangEngine) and engine.layers_refusal:
+        raise ConfigError(f"objective.layers needs outputs of the teacher's layers: {engine.layers_refusal}")
+    if isinstance(engine, TransformersEngine | SglangEngine):
+        why = cfg.layers.beyond(teacher=num_layers(engine.model))
+        if why:
+            raise ConfigError(why)

@@ -212,8 +212,8 @@ class TeacherFleet(ServerFleet[TeacherClient]):
         if self._layers and not known:
             raise ModelMismatch(
                 f"teacher {client.model.name} at {client.address} gives final hidden states alone, and this job wants "
-                f"the outputs of its layers {list(self._layers)}: that needs a server of this release with engine "
-                "transformers"
+                f"the outputs of its layers {list(self._layers)}: that needs a server of this release, with "
+                "engine transformers, or with sglang whose start found them right: its log says why it did not"
             )
         if self._layers and self._layers[-1] > known:
             raise ModelMismatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,35 @@ class Shifted(TransformersEngine):
             job.out[row_bytes:] = bytes(job.out[:-row_bytes])
 
 
+class OfOtherLayers(TransformersEngine):
+    """Gives each layer's place to the next one asked for, the first one's to the last."""
+
+    def prefill(self, jobs: Sequence[PrefillJob]) -> None:
+        super().prefill(jobs)
+        for job in jobs:
+            rows_RLD = torch.frombuffer(job.out, dtype=torch.float32).view(job.num_rows, 1 + len(job.layers), -1)
+            rows_RLD[:, 1:] = rows_RLD[:, 1:].roll(1, dims=1)
+
+
+class OfParts(TransformersEngine):
+    """Leaves an eighth out of every layer's sum."""
+
+    def prefill(self, jobs: Sequence[PrefillJob]) -> None:
+        super().prefill(jobs)
+        for job in jobs:
+            rows_RLD = torch.frombuffer(job.out, dtype=torch.float32).view(job.num_rows, 1 + len(job.layers), -1)
+            rows_RLD[:, 1:] *= 7 / 8
+
+
+class WithoutLayers(TransformersEngine):
+    """Computes no request for some."""
+
+    def prefill(self, jobs: Sequence[PrefillJob]) -> None:
+        if jobs[0].layers:
+            raise EngineFailure("rows are missing")
+        super().prefill(jobs)
+
+
 def loaded(engine: TransformersEngine) -> tuple[TransformersEngine, EngineDescription]:
     return engine, engine.load()
 
@@ -41,8 +71,34 @@ def config(model: Path) -> EngineConfig:
 def test_the_same_weights_agree(tiny_models: TinyModels, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     path = tiny_models.path("qwen3", dtype=dtype)
     with caplog.at_level(logging.INFO):
-        check_reference(*loaded(TransformersEngine(config(path))), open_checkpoint(path))
+        num_layers = check_reference(*loaded(TransformersEngine(config(path))), open_checkpoint(path))
+    assert num_layers == 2
     assert "rows compared" in caplog.messages
+    assert "outputs of layers compared" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OfOtherLayers, "SGLang and transformers disagree about layer 1"),
+        (OfParts, r"disagree about layer 1: rows differ by 0\.1[23] relative \(at most 0\.1 is rounding\)"),
+        (WithoutLayers, "rows are missing"),
+    ],
+)
+def test_layers_that_are_others_are_not_given_and_final_rows_are(
+    tiny_models: TinyModels, caplog: pytest.LogCaptureFixture, kind: type[TransformersEngine], reason: str
+) -> None:
+    path = tiny_models.path("qwen3", num_hidden_layers=3)
+    assert check_reference(*loaded(kind(config(path))), open_checkpoint(path)) == 0
+    (record,) = (record for record in caplog.records if record.message == "outputs of layers are not given")
+    assert re.search(reason, record.__dict__["reason"])
+
+
+def test_layers_next_to_each_other_are_told_apart(tiny_models: TinyModels) -> None:
+    path = tiny_models.path("qwen3", num_hidden_layers=3, initializer_range=0.01)  # each adds little
+    engine, model = loaded(TransformersEngine(config(path)))
+    assert check_reference(engine, model, open_checkpoint(path)) == 3
+    assert check_reference(*loaded(OfOtherLayers(config(path))), open_checkpoint(path)) == 0
 
 
 def test_other_weights_are_refused(tiny_models: TinyModels) -> None:
@@ -67,10 +123,10 @@ def test_a_model_that_does_not_fit_twice_is_compared_with_its_first_start(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tiny_models.path("qwen3")
     engine, model = loaded(TransformersEngine(config(path)))
-    check_reference(engine, model, open_checkpoint(path))
+    assert check_reference(engine, model, open_checkpoint(path)) == 0  # layers: nothing says whether they are right
     assert "not compared with transformers" in caplog.messages
     assert "rows compared with nothing, but kept for the next start" in caplog.messages
-    check_reference(engine, model, open_checkpoint(path))
+    assert check_reference(engine, model, open_checkpoint(path)) == 0
     with pytest.raises(EngineFailure, match=rf"SGLang and an earlier start, whose rows {tmp_path}/.* keeps, disagree"):
         check_reference(*loaded(Shifted(config(path))), open_checkpoint(path))
 

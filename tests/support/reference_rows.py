@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kdmesh.types import TokenSequence
@@ -24,4 +25,23 @@ def hugging_face_rows(
             ids_1T = torch.from_numpy(sequence.token_ids).long()[None]
             hidden_TD = model.model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
             rows.append(hidden_TD[torch.from_numpy(sequence.positions).long()])
+    return torch.cat(rows)
+
+
+def hugging_face_layers(path: Path, sequences: Sequence[TokenSequence], layers: Sequence[int]) -> Tensor:
+    """[R, layers * D] what these layers, counted from 1, give, every sequence computed alone."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="eager").eval()
+    outputs: dict[int, Tensor] = {}
+
+    def keep(layer: int, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs[layer] = (output if isinstance(output, Tensor) else output[0])[0]
+
+    for layer in layers:
+        model.model.layers[layer - 1].register_forward_hook(partial(keep, layer))
+    rows = []
+    with torch.no_grad():
+        for sequence in sequences:
+            model.model(input_ids=torch.from_numpy(sequence.token_ids).long()[None], use_cache=False)
+            wanted_R = torch.from_numpy(sequence.positions).long()
+            rows.append(torch.cat([outputs[layer][wanted_R] for layer in layers], 1))
     return torch.cat(rows)

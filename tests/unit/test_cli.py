@@ -352,9 +352,14 @@ def test_a_served_teacher_gives_the_layers_that_are_compared_or_is_not_started(
     with pytest.raises(pytest.fail.Exception, match="a server was started"):
         CliRunner().invoke(cli.main, [*train, "objective={name: distill, layers: {pairs: {1: 4}, weight: 1}}"])
     Path("teacher.yaml").write_text("engine: {kind: sglang, model: teacher}\n")
+    result = run(*train, "objective={name: distill, layers: {pairs: {1: 5}, weight: 1}}")
+    assert (result.exit_code, "names layer 5 of the teacher, which has layers 1 to 4" in result.output) == (2, True)
+    with pytest.raises(pytest.fail.Exception, match="a server was started"):
+        CliRunner().invoke(cli.main, [*train, "objective={name: distill, layers: {pairs: {1: 4}, weight: 1}}"])
+    Path("teacher.yaml").write_text("engine: {kind: sglang, model: teacher, pipeline_parallel: 2}\n")
     result = run(*train, "objective={name: distill, layers: {pairs: {1: 4}, weight: 1}}")
     assert result.exit_code == 2
-    assert "objective.layers needs a teacher with engine transformers, not sglang" in result.output
+    assert "objective.layers needs outputs of the teacher's layers: engine.pipeline_parallel is 2" in result.output
 
 
 def test_sampling_without_a_server_says_how_to_get_one(good: Path) -> None:

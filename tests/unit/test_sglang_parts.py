@@ -6,6 +6,7 @@ import itertools
 import mmap
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from kdmesh.sglang.messages import Adopt, Adopted, Drop, Hello, Message, pack, u
 from kdmesh.sglang.segments import Segments
 from kdmesh.sglang.versions import require_tested_version
 from kdmesh.types import DType, TokenSequence
-from kdmesh_teacher.sglang_ask import Ask
+from kdmesh_teacher.sglang_ask import Ask, layers_asked
 from kdmesh_teacher.sglang_config import SglangEngine
 from kdmesh_teacher.sglang_rows import RowProgress
 from kdmesh_teacher.sglang_sharing import Request, waves
@@ -74,6 +75,17 @@ def test_an_ask_goes_through_request_parameters(positions: list[int]) -> None:
     assert (got.segment, got.offset_bytes, got.dtype, got.first_computed) == (7, 640, DType.FLOAT32, positions[0])
 
 
+def test_layers_go_through_request_parameters_and_none_leaves_them_as_they_were() -> None:
+    plain = ask([3, 9])
+    assert "kdmesh_layers" not in plain.to_params()
+    layered = replace(plain, layers=(2, 5))
+    got = Ask.from_params(layered.to_params())
+    assert got is not None
+    assert got.layers == (2, 5)
+    assert list(layers_asked(layered.to_params())) == [2, 5]
+    assert not layers_asked(plain.to_params()) and not layers_asked(None) and not layers_asked({"thinking_budget": 3})
+
+
 def test_a_contiguous_response_is_asked_for_in_two_numbers() -> None:
     assert ask(list(range(100, 4000))).to_params()["kdmesh_runs"] == [100, 4000]
 
@@ -96,6 +108,31 @@ def test_wanted_rows_arrive_in_order_however_the_prompt_is_cut(
         progress.take(hidden_TD[begin:end])
     assert segments.rows_RD[:, 0].tolist() == positions
     assert (progress.num_written, progress.position) == (len(positions), 62)
+
+
+@given(POSITIONS, st.lists(st.integers(1, 61), max_size=6))
+def test_outputs_of_layers_lie_behind_their_final_hidden_states_however_the_prompt_is_cut(
+    positions: list[int], cuts: list[int]
+) -> None:
+    hidden_TD = torch.arange(62.0)[:, None].expand(62, 3)
+    outputs = {layer: hidden_TD + 100 * layer for layer in (1, 4, 6)}  # others of the batch ask for 1
+    segments = OneMatrix(len(positions), 9)
+    progress = RowProgress(replace(ask(positions), layers=(4, 6)), segments, position=0)
+    for begin, end in itertools.pairwise([0, *sorted(set(cuts)), 62]):
+        progress.take(hidden_TD[begin:end], {layer: output[begin:end] for layer, output in outputs.items()})
+    expected_R1 = torch.tensor(positions)[:, None]
+    assert torch.equal(
+        segments.rows_RD, torch.cat([expected_R1 + first for first in (0, 400, 600)], 1).repeat_interleave(3, 1)
+    )
+    assert (progress.num_written, progress.position) == (len(positions), 62)
+
+
+def test_rows_with_a_layer_that_is_not_known_are_missed() -> None:
+    segments = OneMatrix(2, 9)
+    progress = RowProgress(replace(ask([3, 9]), layers=(1, 2)), segments, position=0)
+    progress.take(torch.zeros(12, 3), {2: torch.zeros(12, 3)})
+    assert (progress.num_written, progress.position) == (0, 12)
+    assert segments.rows_RD.isnan().all()
 
 
 def test_rows_that_were_taken_from_the_cache_are_missed() -> None:
@@ -161,6 +198,24 @@ def engine(**members: object) -> SglangEngine:
 def test_an_impossible_engine_is_refused(members: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         engine(**members)
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({}, ""),
+        ({"tensor_parallel": 2, "data_parallel": 2, "arguments": {"moe_dp_size": 1, "enable_pdmux": False}}, ""),
+        ({"pipeline_parallel": 2}, "engine.pipeline_parallel is 2"),
+        ({"self_probe": False}, "engine.self_probe is false"),
+        ({"arguments": {"enable_dp_attention": True}}, "engine.arguments has enable_dp_attention"),
+        ({"arguments": {"attn_cp_size": 2}}, "engine.arguments has attn_cp_size"),
+    ],
+)
+def test_layers_are_refused_where_no_process_has_all_of_them_or_nothing_compares_them(
+    members: dict[str, object], reason: str
+) -> None:
+    said = engine(**members).layers_refusal
+    assert (said == "") if reason == "" else said.startswith(reason)
 
 
 def test_remote_code_is_off_and_the_caches_are_on() -> None:

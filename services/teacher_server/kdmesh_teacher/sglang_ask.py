@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ class Ask:
     dtype: DType
     first_computed: int  # no hidden state from here on may come out of the prefix cache
     positions: Int32Array  # [R]
+    layers: tuple[int, ...] = ()  # whose outputs follow the final hidden state in every row
 
     def to_params(self) -> dict[str, int | str | list[int]]:
         """For custom_params, which hold numbers, strings and flat lists; positions as runs [begin, end)."""
@@ -32,6 +33,7 @@ class Ask:
             "kdmesh_dtype": self.dtype.value,
             "kdmesh_first_computed": self.first_computed,
             "kdmesh_runs": np.stack((begins, ends), axis=1).ravel().tolist(),
+            **({"kdmesh_layers": list(self.layers)} if self.layers else {}),
         }
 
     @classmethod
@@ -48,4 +50,11 @@ class Ask:
             positions=np.concatenate(
                 [np.arange(a, b, dtype=np.int32) for a, b in zip(runs[::2], runs[1::2], strict=True)]
             ),
+            layers=tuple(layers_asked(params)),
         )
+
+
+def layers_asked(params: Mapping[str, Any] | None) -> Sequence[int]:
+    """Of a request, by its custom_params; none where it is not one of ours."""
+    layers: Sequence[int] = () if params is None else params.get("kdmesh_layers", ())
+    return layers

@@ -8,6 +8,18 @@ from pydantic import Field, model_validator
 
 from kdmesh.sglang.config import SglangModel
 
+# What of SGLang's parts a batch, so that a process has not all tokens of it, or not the same as its like.
+_PARTING = (
+    "attn_cp_size",
+    "attn_dp_size",
+    "dwdp_size",
+    "enable_dp_attention",
+    "enable_pdmux",
+    "enable_prefill_cp",
+    "enable_two_batch_overlap",
+    "moe_dp_size",
+)
+
 
 class SglangEngine(SglangModel):
     """Runs the teacher in SGLang, over one or more GPUs."""
@@ -21,7 +33,21 @@ class SglangEngine(SglangModel):
     self_probe: bool = True
     """At start, compare rows and distributions of fixed sequences with those of Hugging Face transformers, if the
     model fits in this machine's free memory a second time; else with its first start, whose rows are kept in the
-    user's cache directory. A coarse quantization is further off than is allowed."""
+    user's cache directory. A coarse quantization is further off than is allowed. Outputs of layers are given where
+    they were compared with transformers too, and are the same."""
+
+    @property
+    def layers_refusal(self) -> str:
+        """Why outputs of layers cannot be asked for; empty: they can, where the start finds them right."""
+        if self.pipeline_parallel > 1:
+            return f"engine.pipeline_parallel is {self.pipeline_parallel}, and its last stage has not all layers"
+        if not self.self_probe:
+            return "engine.self_probe is false, and nothing else says whether they are right"
+        for name in _PARTING:
+            given = self.arguments.get(name)
+            if given is True or (given or 1) != 1:
+                return f"engine.arguments has {name}, with which a process has not all tokens of a batch"
+        return ""
 
     @model_validator(mode="after")
     def _check_updatable(self) -> Self:

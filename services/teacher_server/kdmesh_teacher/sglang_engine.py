@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from kdmesh.handles.memory import Segment, create_segment
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.image_reader import ImageReader, load_image_reader
+from kdmesh.models.layer_outputs import numbered_layers
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import sleep
@@ -64,7 +66,8 @@ class SglangEngine(StagesInWeights):
         self._is_alone = self._config.deterministic and not has_deterministic_inference(self._config)
         description = self._describe()
         if self._config.self_probe:
-            check_reference(self, description, self._runtime.checkpoint, self._reader)
+            num_layers = check_reference(self, description, self._runtime.checkpoint, self._reader)
+            description = replace(description, num_layers=num_layers)
         return description
 
     def prefill(self, jobs: Sequence[PrefillJob]) -> None:
@@ -169,6 +172,7 @@ class SglangEngine(StagesInWeights):
             is_deterministic=config.deterministic,
             architecture_fingerprint=architecture,
             vision=reader,
+            num_layers=0 if config.layers_refusal else len(numbered_layers(checkpoint.skeleton)),
         )
 
     @contextlib.contextmanager
@@ -192,6 +196,7 @@ class SglangEngine(StagesInWeights):
                     dtype=self._runtime.dtype,
                     first_computed=0 if self._is_alone else int(sequence.positions[0]),
                     positions=sequence.positions,
+                    layers=job.layers,
                 ),
             )
             offset_bytes += sequence.num_rows * row_bytes

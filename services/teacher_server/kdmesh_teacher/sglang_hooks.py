@@ -8,13 +8,14 @@ Functions of SGLang get a hook, by its own hook registry; none is replaced:
                                   wanted row, which is not in the cache: it keeps keys and values, not hidden states.
   Scheduler.__init__              afterwards the process reports to the server.
 
-In a pipeline the rows are taken elsewhere, and two more have one: see sglang_pipeline.py.
+In a pipeline the rows are taken elsewhere, and two more have one: see sglang_pipeline.py. So have two for what layers
+give: see sglang_layers.py.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,9 +27,10 @@ from torch import Tensor
 from kdmesh.sglang.report import report
 from kdmesh.sglang.segments import Segments
 from kdmesh.sglang.staged_weights import SEGMENTS
+from kdmesh_teacher import sglang_layers as layers
 from kdmesh_teacher import sglang_pipeline as pipeline
 from kdmesh_teacher.sglang_ask import Ask
-from kdmesh_teacher.sglang_rows import RowProgress
+from kdmesh_teacher.sglang_rows import NO_OUTPUTS, RowProgress
 
 _APPEND = (
     "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
@@ -40,12 +42,23 @@ _STARTED = "sglang.srt.managers.scheduler.Scheduler.__init__"
 
 def install(socket_path: str) -> None:
     """Register the hooks, which SGLang applies after this."""
-    targets = (_APPEND, _MAX_PREFIX, _STARTED, pipeline.PREPARE, pipeline.RECEIVE)
+    targets = (
+        _APPEND,
+        _MAX_PREFIX,
+        _STARTED,
+        pipeline.PREPARE,
+        pipeline.RECEIVE,
+        layers.RUN,
+        layers.CAN_RUN_GRAPH,
+    )
     originals = {target: pkgutil.resolve_name(target) for target in targets}
     rows = _Rows(SEGMENTS)
     HookRegistry.register(_APPEND, rows.append, HookType.AROUND)
     HookRegistry.register(pipeline.PREPARE, pipeline.counting(rows.take), HookType.AROUND)
     HookRegistry.register(pipeline.RECEIVE, pipeline.receive, HookType.AROUND)
+    outputs = layers.LayerOutputs()
+    HookRegistry.register(layers.RUN, outputs.run, HookType.AROUND)
+    HookRegistry.register(layers.CAN_RUN_GRAPH, outputs.can_run_graph, HookType.AROUND)
     HookRegistry.register(_MAX_PREFIX, _max_prefix, HookType.AROUND)
     HookRegistry.register(_STARTED, partial(_report, socket_path, originals), HookType.AFTER)
 
@@ -86,18 +99,22 @@ class _Rows:
             )
         end = hidden_state_offset + extend_input_len
         chunk = logits_output.hidden_states[hidden_state_offset:end]
-        counts = chunk[0].tolist() if pipeline.is_pipeline() else list(map(float, self.take(req, chunk)))
+        if pipeline.is_pipeline():
+            counts = chunk[0].tolist()
+        else:
+            outputs = layers.taken_of(logits_output, hidden_state_offset, end)
+            counts = list(map(float, self.take(req, chunk, outputs)))
         if store:
             # SGLang hands this list back with the answer, cut to the number of new tokens: one.
             req.hidden_states.append(counts)
         return end
 
-    def take(self, req: Any, chunk_TD: Tensor) -> tuple[int, int]:
+    def take(self, req: Any, chunk_TD: Tensor, outputs: Mapping[int, Tensor] = NO_OUTPUTS) -> tuple[int, int]:
         """Write what is wanted of a chunk's rows; rows written of the request, and tokens seen of it, so far."""
         progress = self._progress(req)
         if progress is None:
             return 0, 0
-        progress.take(chunk_TD)
+        progress.take(chunk_TD, outputs)
         return progress.num_written, progress.position
 
     def _progress(self, req: Any) -> RowProgress | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kdmesh.models.body import hidden_states_TD
 from kdmesh.models.checkpoint import Checkpoint
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.layer_outputs import captured, numbered_layers
 from kdmesh.sglang.reference import transformers_model
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.engine import Engine, EngineDescription, PrefillJob
@@ -35,7 +37,7 @@ _MAX_KL_NATS = 0.05
 
 def check_reference(
     engine: Engine, model: EngineDescription, checkpoint: Checkpoint, reader: ImageReader | None = None
-) -> None:
+) -> int:
     """Compare a few fixed sequences with transformers, or with an earlier start. Blocks for that long.
 
     transformers runs where the weights fit in memory a second time and it knows the model. Elsewhere the first
@@ -44,17 +46,24 @@ def check_reference(
     Args:
         reader: the model's; None where it reads text alone.
 
+    Returns:
+        How many layers have outputs that can be asked for: `model.num_layers`, or 0 where they were not compared
+        with transformers, or are others, for which the log has the reason.
+
     Raises:
-        EngineFailure: rows or distributions are further apart than rounding.
+        EngineFailure: final rows or distributions are further apart than rounding.
     """
     sequences = _sequences(model, reader)
-    actual_RD = _rows_RD(engine, model, sequences)
-    expected_RD, source = _transformers_rows_RD(model, checkpoint, sequences, reader), "transformers"
-    if expected_RD is None:
+    actual_RD = _rows(engine, model, sequences)
+    reference_RC = _transformers_rows(model, checkpoint, sequences, reader)
+    if reference_RC is not None:
+        expected_RD, source = reference_RC[:, : model.hidden_size], "transformers"
+    else:
         file = _file_of(model, checkpoint)
-        expected_RD, source = _kept_rows_RD(file, actual_RD), f"an earlier start, whose rows {file} keeps,"
-    if expected_RD is None:
-        return
+        kept_RD = _kept_rows_RD(file, actual_RD)
+        if kept_RD is None:
+            return 0
+        expected_RD, source = kept_RD, f"an earlier start, whose rows {file} keeps,"
     row_error = float((actual_RD.float() - expected_RD.float()).norm() / expected_RD.float().norm())
     kl_nats = _kl_nats(checkpoint.output_head(actual_RD.dtype), expected_RD, actual_RD)
     if not (row_error <= _MAX_ROW_ERROR and kl_nats <= _MAX_KL_NATS):  # NaN is refused too
@@ -63,18 +72,61 @@ def check_reference(
             f"{_MAX_ROW_ERROR} is rounding), next-token distributions by {kl_nats:.2g} nats (at most {_MAX_KL_NATS})"
         )
     log.info("rows compared", extra={"with": source, "relative_error": row_error, "kl_nats": kl_nats})
+    return 0 if reference_RC is None else _num_right_layers(engine, model, sequences, reference_RC)
 
 
-def _transformers_rows_RD(
+def _num_right_layers(
+    engine: Engine, model: EngineDescription, sequences: list[TokenSequence], reference_RC: Tensor
+) -> int:
+    """All, or 0 where one of them is another than in transformers."""
+    if not model.num_layers:
+        return 0
+    try:
+        actual_RC = _rows(engine, model, sequences, tuple(range(1, model.num_layers + 1)))
+        error = _layer_error(actual_RC, reference_RC, model.num_layers)
+    except EngineFailure as failure:
+        log.warning("outputs of layers are not given", extra={"reason": str(failure)})
+        return 0
+    log.info("outputs of layers compared", extra={"layers": model.num_layers, "relative_error": error})
+    return model.num_layers
+
+
+def _layer_error(actual_RC: Tensor, reference_RC: Tensor, num_layers: int) -> float:
+    """The largest relative error of a layer. Raises EngineFailure when it is further than rounding."""
+    actual, expected = (each_RC.float().chunk(1 + num_layers, 1)[1:] for each_RC in (actual_RC, reference_RC))
+    errors = []
+    for index, actual_RD in enumerate(actual):
+        errors.append(_relative_error(actual_RD, expected[index]))
+        # Layers may be near to each other: it must be nearest to its own.
+        next_ones = [near for near in (index - 1, index + 1) if 0 <= near < num_layers]
+        nearest = min([_relative_error(actual_RD, expected[near]) for near in next_ones], default=math.inf)
+        if not errors[-1] <= min(_MAX_ROW_ERROR, nearest):  # NaN is refused too
+            raise EngineFailure(
+                f"SGLang and transformers disagree about layer {index + 1}: rows differ by {errors[-1]:.2g} relative "
+                f"(at most {_MAX_ROW_ERROR} is rounding), from rows of the layers beside it by {nearest:.2g}"
+            )
+    return max(errors)
+
+
+def _relative_error(actual_RD: Tensor, expected_RD: Tensor) -> float:
+    """Every row counts the same: those of some tokens are longer than all others by orders of magnitude."""
+    lengths_R1 = expected_RD.norm(dim=1, keepdim=True)
+    return float(((actual_RD - expected_RD) / lengths_R1).norm() / len(lengths_R1) ** 0.5)
+
+
+def _transformers_rows(
     model: EngineDescription, checkpoint: Checkpoint, sequences: list[TokenSequence], reader: ImageReader | None
 ) -> Tensor | None:
-    """What transformers gives; None where it cannot run."""
+    """[R, (1 + layers) * D] what transformers gives; None where it cannot run."""
     reference = transformers_model(checkpoint, getattr(torch, model.dtype))
     if reference is None:
         return None
-    with torch.inference_mode():
+    layers = numbered_layers(reference) if model.num_layers else {}
+    with torch.inference_mode(), captured(layers) as outputs:
         packed = Packer(reference, reader).pack(sequences)
-        return hidden_states_TD(reference, packed).index_select(0, packed.rows_R)
+        hidden_TD = hidden_states_TD(reference, packed)
+        parts = [hidden_TD, *(outputs[layer].to(hidden_TD.dtype) for layer in layers)]
+        return torch.cat([part_TD.index_select(0, packed.rows_R) for part_TD in parts], 1)
 
 
 def _file_of(model: EngineDescription, checkpoint: Checkpoint) -> Path:
@@ -115,12 +167,15 @@ def _sequences(model: EngineDescription, reader: ImageReader | None) -> list[Tok
     return [*texts, after_first_token(noise_image(112, 56, seed=_SEED), texts[-1].token_ids, reader)]
 
 
-def _rows_RD(engine: Engine, model: EngineDescription, sequences: list[TokenSequence]) -> Tensor:
-    rows = sum(sequence.num_rows for sequence in sequences)
-    rows_RD = torch.full((rows, model.hidden_size), torch.nan, dtype=getattr(torch, model.dtype))
-    out = rows_RD.view(torch.uint8).reshape(-1).numpy().data
-    engine.prefill([PrefillJob(sequences=tuple(sequences), out=out)])
-    return rows_RD
+def _rows(
+    engine: Engine, model: EngineDescription, sequences: list[TokenSequence], layers: tuple[int, ...] = ()
+) -> Tensor:
+    """[R, (1 + layers) * D] as a request for these layers gets them."""
+    shape = sum(sequence.num_rows for sequence in sequences), model.hidden_size * (1 + len(layers))
+    rows_RC = torch.full(shape, torch.nan, dtype=getattr(torch, model.dtype))
+    out = rows_RC.view(torch.uint8).reshape(-1).numpy().data
+    engine.prefill([PrefillJob(sequences=tuple(sequences), out=out, layers=layers)])
+    return rows_RC
 
 
 def _kl_nats(head: OutputHead, expected_RD: Tensor, actual_RD: Tensor) -> float:
