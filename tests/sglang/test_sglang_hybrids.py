@@ -22,7 +22,7 @@ from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.types import Int32Array, Sample, Sampling, TokenSequence
 from kdmesh.weights.manifest import UpdatePolicy
 from tests.support.reference_logprobs import forward_logprobs, student
-from tests.support.reference_rows import hugging_face_rows
+from tests.support.reference_rows import hugging_face_layers, hugging_face_rows
 from tests.support.rollout_samples import prompt
 from tests.support.sequences import random_sequences
 from tests.support.sglang_rollouts import sglang_rollout
@@ -144,6 +144,14 @@ def check_rows(pool: TeacherPool, model: Path, asked: list[TokenSequence]) -> No
 
 def test_rows_of_short_sequences_and_of_several_chunks_are_transformers(pool: TeacherPool, model: Path) -> None:
     check_rows(pool, model, random_sequences((33, 2, 70, CHUNK_TOKENS + 9, 20, 249), vocabulary_size=VOCABULARY_SIZE))
+
+
+def test_outputs_of_layers_are_transformers(teacher: TeacherProcess, model: Path) -> None:
+    asked = random_sequences((33, 2, CHUNK_TOKENS + 9), vocabulary_size=VOCABULARY_SIZE)
+    with TeacherPool([teacher.grpc], job="test", door="shm", deadline_s=60, layers=(1, 2)) as opened:
+        rows_RC = opened.submit(asked).wait().rows_RD
+        expected_RC = torch.cat([hugging_face_rows(model, asked), hugging_face_layers(model, asked, (1, 2))], 1)
+        torch.testing.assert_close(rows_RC, expected_RC, rtol=1e-4, atol=2e-4)
 
 
 def test_rows_behind_and_inside_a_prompt_that_is_kept_are_transformers(

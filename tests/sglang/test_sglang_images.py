@@ -58,6 +58,19 @@ def test_an_image_longer_than_a_chunk_gets_its_rows(pool: TeacherPool, model: Pa
     assert relative_error(rows_RD, hugging_face_vision_rows(model, asked)) < 1e-4
 
 
+def test_outputs_of_layers_behind_images_equal_hugging_face(teacher: TeacherProcess, model: Path) -> None:
+    reader = reader_of(model)
+    asked = [
+        vision_sequence(reader, 5, png(60, 90, seed=1), 9, seed=1),
+        vision_sequence(reader, 11, seed=2),
+    ]
+    with TeacherPool([teacher.grpc], job="test", door="shm", deadline_s=60, layers=(1, 2)) as opened:
+        rows_RC = opened.submit(asked).wait().rows_RD
+        expected_RC = hugging_face_vision_rows(model, asked, layers=(1, 2))
+        for own_RD, expected_RD in zip(rows_RC.chunk(3, 1), expected_RC.chunk(3, 1), strict=True):
+            assert relative_error(own_RD, expected_RD) < 1e-4
+
+
 def test_the_same_text_after_another_image_is_not_taken_from_the_cache(
     teacher: TeacherProcess, pool: TeacherPool, model: Path
 ) -> None:

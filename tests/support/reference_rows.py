@@ -31,13 +31,7 @@ def hugging_face_rows(
 def hugging_face_layers(path: Path, sequences: Sequence[TokenSequence], layers: Sequence[int]) -> Tensor:
     """[R, layers * D] what these layers, counted from 1, give, every sequence computed alone."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="eager").eval()
-    outputs: dict[int, Tensor] = {}
-
-    def keep(layer: int, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs[layer] = (output if isinstance(output, Tensor) else output[0])[0]
-
-    for layer in layers:
-        model.model.layers[layer - 1].register_forward_hook(partial(keep, layer))
+    outputs = kept_outputs(model.model.layers, layers)
     rows = []
     with torch.no_grad():
         for sequence in sequences:
@@ -45,3 +39,15 @@ def hugging_face_layers(path: Path, sequences: Sequence[TokenSequence], layers: 
             wanted_R = torch.from_numpy(sequence.positions).long()
             rows.append(torch.cat([outputs[layer][wanted_R] for layer in layers], 1))
     return torch.cat(rows)
+
+
+def kept_outputs(row: nn.ModuleList, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Filled by every forward pass of one sequence: by layer, counted from 1, [T, D] what it gives."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(layer: int, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs[layer] = (output if isinstance(output, Tensor) else output[0])[0]
+
+    for layer in layers:
+        row[layer - 1].register_forward_hook(partial(keep, layer))
+    return outputs

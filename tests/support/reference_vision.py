@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kdmesh.types import TokenSequence
+from tests.support.reference_rows import kept_outputs
 
 
 def hugging_face_model(path: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
@@ -41,13 +42,19 @@ def hugging_face_inputs(path: Path, sequence: TokenSequence) -> dict[str, Tensor
 
 
 def hugging_face_vision_rows(
-    path: Path, sequences: Sequence[TokenSequence], *, dtype: torch.dtype | Literal["auto"] = "auto"
+    path: Path,
+    sequences: Sequence[TokenSequence],
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    layers: Sequence[int] = (),
 ) -> Tensor:
-    """[R, D] last hidden states after the final norm."""
+    """[R, (1 + layers) * D] last hidden states after the final norm, and what these layers, counted from 1, give."""
     model = hugging_face_model(path, dtype)
+    outputs = kept_outputs(model.model.language_model.layers, layers)
     rows = []
     with torch.no_grad():
         for sequence in sequences:
             hidden_TD = model.model(**hugging_face_inputs(path, sequence), use_cache=False).last_hidden_state[0]
-            rows.append(hidden_TD[torch.from_numpy(sequence.positions).long()])
+            hidden_TC = torch.cat([hidden_TD, *(outputs[layer] for layer in layers)], 1)
+            rows.append(hidden_TC[torch.from_numpy(sequence.positions).long()])
     return torch.cat(rows)
