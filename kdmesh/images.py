@@ -45,12 +45,12 @@ class ImageTokens(Protocol):
         ...
 
     @property
-    def start_id(self) -> int:
-        """Of the token that comes before an image; without it, models number what follows otherwise."""
+    def start_id(self) -> int | None:
+        """Of the token that must come before an image, so that models number what follows; None: any may."""
         ...
 
-    def num_tokens(self, width: int, height: int) -> int:
-        """Tokens that stand for an image of so many pixels. Raises InvalidRequest when the model takes none such."""
+    def tokens(self, width: int, height: int) -> Int32Array:
+        """What stands for an image of so many pixels. Raises InvalidRequest when the model takes none such."""
         ...
 
 
@@ -59,10 +59,12 @@ def after_first_token(image: Image, token_ids: Int32Array, tokens: ImageTokens) 
 
     Image tokens that were among them are 0.
     """
-    num_tokens = tokens.num_tokens(image.width, image.height)
+    own = tokens.tokens(image.width, image.height)
+    num_tokens = len(own)
     text = np.where(token_ids == tokens.token_id, 0, token_ids)
-    text[0] = tokens.start_id
-    ids = np.insert(text, 1, np.full(num_tokens, tokens.token_id)).astype(np.int32)
+    if tokens.start_id is not None:
+        text[0] = tokens.start_id
+    ids = np.insert(text, 1, own).astype(np.int32)
     return TokenSequence(
         token_ids=ids,
         positions=np.arange(num_tokens + 1, len(ids) - 1, dtype=np.int32),
@@ -73,7 +75,7 @@ def after_first_token(image: Image, token_ids: Int32Array, tokens: ImageTokens) 
 def expand_images(
     token_ids: Int32Array, positions: Int32Array, images: Sequence[Image], tokens: ImageTokens
 ) -> tuple[Int32Array, Int32Array, tuple[PlacedImage, ...]]:
-    """The ids with every image at its length, the positions where their tokens are then, and the images' places.
+    """The ids with images as the model writes them, the positions where their tokens are then, and the images' places.
 
     Args:
         token_ids: with one image token for each of `images`, in order.
@@ -86,17 +88,19 @@ def expand_images(
         raise InvalidRequest(f"the template writes {len(places)} image tokens for {len(images)} images")
     if not images:
         return token_ids, positions, ()
-    if places[0] == 0 or (token_ids[places - 1] != tokens.start_id).any():
+    if tokens.start_id is not None and (places[0] == 0 or (token_ids[places - 1] != tokens.start_id).any()):
         raise InvalidRequest(f"the template does not write token {tokens.start_id} before each")
-    counts = [tokens.num_tokens(image.width, image.height) for image in images]
+    own = [tokens.tokens(image.width, image.height) for image in images]
     repeats = np.ones(len(token_ids), np.int64)
-    repeats[places] = counts
+    repeats[places] = [len(ids) for ids in own]
     ends = np.cumsum(repeats)
-    placed = tuple(
-        PlacedImage(digest=image.digest, first_token=int(end) - count, num_tokens=count, image=image)
-        for image, end, count in zip(images, ends[places], counts, strict=True)
-    )
-    return np.repeat(token_ids, repeats), (ends[positions] - 1).astype(np.int32), placed
+    expanded = np.repeat(token_ids, repeats)
+    placed = []
+    for image, end, ids in zip(images, ends[places], own, strict=True):
+        first = int(end) - len(ids)
+        expanded[first:end] = ids
+        placed.append(PlacedImage(digest=image.digest, first_token=first, num_tokens=len(ids), image=image))
+    return expanded, (ends[positions] - 1).astype(np.int32), tuple(placed)
 
 
 def describe_image(data: bytes, *, file: Path | None = None) -> Image:

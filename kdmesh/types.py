@@ -78,7 +78,7 @@ class PlacedImage:
 
     digest: bytes  # of the image
     first_token: int  # index in the sequence
-    num_tokens: int  # all of them the model's image token; >= 1
+    num_tokens: int  # >= 1; the model's image tokens, with the tokens that it writes around and between them
     image: Image | None  # None: whoever has it must be asked by its digest
 
     def __post_init__(self) -> None:
@@ -133,11 +133,10 @@ class TokenSequence:
     def _check_images(self) -> None:
         end = 0
         for image in self.images:
-            # Without a token between them, two images would be numbered as one.
-            if (end and image.first_token <= end) or image.end > len(self.token_ids):
+            if image.first_token < end or image.end > len(self.token_ids):
                 raise InvalidRequest(
                     f"an image stands for tokens {image.first_token} to {image.end - 1} of a sequence of "
-                    f"{len(self.token_ids)}; images must be in order, apart, and inside it"
+                    f"{len(self.token_ids)}; images must be in order, share no token, and be inside it"
                 )
             end = image.end
 

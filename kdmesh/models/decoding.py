@@ -103,8 +103,11 @@ class Decoder:
         sequences = [_as_sequence(ids, placed) for ids, placed in zip(prompts, images, strict=True)]
         packed = self._packer.pack(sequences)
         assert packed.images is not None
-        ends = [int(part.max()) for part in torch.split(packed.images.position_ids_3T, list(step.lengths), dim=1)]
-        self._shifts += [end + 1 - length for end, length in zip(ends, step.lengths, strict=True)]
+        if (positions_3T := packed.images.position_ids_3T) is None:
+            self._shifts += [0] * len(prompts)
+        else:
+            ends = [int(part.max()) for part in torch.split(positions_3T, list(step.lengths), dim=1)]
+            self._shifts += [end + 1 - length for end, length in zip(ends, step.lengths, strict=True)]
         return hidden_states_TD(self._model, packed.to(self._model.device), decoding=step)
 
     def _forward(self, token_ids: np.ndarray, position_ids: np.ndarray, step: Prompts | NextTokens) -> Tensor:

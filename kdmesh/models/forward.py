@@ -31,12 +31,12 @@ def hidden_states_TD(model: PreTrainedModel, packed: PackedTokens, **told: Any) 
             **told,
         )
     else:
+        positions_3T = images.position_ids_3T
         output = model.base_model(
             input_ids=packed.token_ids_T[None],
-            position_ids=images.position_ids_3T[:, None],
-            pixel_values=images.patches_PC,
-            image_grid_thw=images.extents_N3,
+            position_ids=packed.position_ids_T[None] if positions_3T is None else positions_3T[:, None],
             use_cache=False,
+            **images.inputs,
             **told,
         )
     hidden_TD: Tensor = output.last_hidden_state[0]

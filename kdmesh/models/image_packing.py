@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdmesh.models.packing import PackedImages, PackedTokens, blank, pack
-from kdmesh.types import TokenSequence
+from kdmesh.models.vision import has_axes
+from kdmesh.types import Int32Array, TokenSequence
 
 if TYPE_CHECKING:
     from kdmesh.models.image_reader import ImageReader  # which loads Pillow
@@ -31,6 +32,7 @@ class Packer:
         self._model = model
         self._reader = reader
         self._always_sees = always_sees
+        self._blank: tuple[Int32Array, Mapping[str, Tensor]] | None = None
 
     def pack(self, sequences: Sequence[TokenSequence]) -> PackedTokens:
         """One packed row on the CPU; without a sequence a blank one, for a rank that only joins the collectives.
@@ -45,16 +47,28 @@ class Packer:
             assert not images
             return packed
         if images:
-            patches_PC, extents_N3 = reader.patches([image for image in images if image is not None])
-            return replace(
-                packed,
-                images=PackedImages(
-                    patches_PC=patches_PC,
-                    extents_N3=extents_N3,
-                    position_ids_3T=self._positions_3T(sequences, extents_N3),
-                ),
-            )
-        return _with_blank_image(packed, reader) if self._always_sees else packed
+            inputs = reader.inputs([image for image in images if image is not None])
+            positions_3T = None
+            if has_axes(self._model.config):
+                positions_3T = self._positions_3T(sequences, inputs["image_grid_thw"])
+            return replace(packed, images=PackedImages(inputs=inputs, position_ids_3T=positions_3T))
+        return self._with_blank_image(packed, reader) if self._always_sees else packed
+
+    def _with_blank_image(self, packed: PackedTokens, reader: ImageReader) -> PackedTokens:
+        """With one more sequence at the end: a small image and another token, which ask for no row."""
+        if self._blank is None:
+            self._blank = reader.blank()
+        ids, inputs = self._blank
+        length = len(ids) + 1
+        position_ids_T = torch.cat([packed.position_ids_T, torch.arange(length)])
+        positions_3T = position_ids_T.repeat(3, 1) if has_axes(self._model.config) else None
+        return replace(
+            packed,
+            token_ids_T=torch.cat([packed.token_ids_T, torch.tensor([*ids.tolist(), 0])]),
+            position_ids_T=position_ids_T,
+            lengths=(*packed.lengths, length),
+            images=PackedImages(inputs=inputs, position_ids_3T=positions_3T),
+        )
 
     def _positions_3T(self, sequences: Sequence[TokenSequence], extents_N3: Tensor) -> Tensor:
         """Each sequence's own, as the model itself numbers them."""
@@ -79,16 +93,3 @@ def _positions_of(model: PreTrainedModel, sequence: TokenSequence, extents_N3: T
     )
     positions_3T: Tensor = positions_31T[:, 0]
     return positions_3T
-
-
-def _with_blank_image(packed: PackedTokens, reader: ImageReader) -> PackedTokens:
-    """With one more sequence at the end: an image of one token and another token, which ask for no row."""
-    patches_PC, extents_N3 = reader.blank()
-    position_ids_T = torch.cat([packed.position_ids_T, torch.arange(2)])
-    return replace(
-        packed,
-        token_ids_T=torch.cat([packed.token_ids_T, torch.tensor([reader.token_id, 0])]),
-        position_ids_T=position_ids_T,
-        lengths=(*packed.lengths, 2),
-        images=PackedImages(patches_PC=patches_PC, extents_N3=extents_N3, position_ids_3T=position_ids_T.repeat(3, 1)),
-    )

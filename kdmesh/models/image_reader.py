@@ -4,69 +4,96 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, PretrainedConfig
 
 from kdmesh.errors import ConfigError, InvalidRequest
-from kdmesh.images import decoded
+from kdmesh.images import decoded, noise_image
+from kdmesh.models.image_layouts import Sight, Written, layout_of
 from kdmesh.models.quiet import quiet
-from kdmesh.models.vision import reads_images
-from kdmesh.types import Image
+from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.models.vision import has_axes, reads_images
+from kdmesh.types import Image, Int32Array
 
 _FILES = ("preprocessor_config.json", "processor_config.json")  # either will do
 
 
 class ImageReader:
-    """Turns images into patches, and says how many tokens stand for one.
+    """Turns images into what the vision tower reads, and says which tokens stand for one.
 
     Attributes:
         token_id: of the token that stands for each part of an image.
-        start_id: of the token that comes before an image.
-        expansion: names how an image's size becomes a number of tokens: two readers with the same one agree.
+        start_id: of the token that comes before an image; None: any may.
+        expansion: names how an image's size becomes its tokens: two readers with the same one agree.
+        fingerprint: names all that decides what the tower reads.
     """
 
-    def __init__(self, processor: Any, token_id: int, start_id: int) -> None:
-        self._processor = processor
-        self._merge_size: int = processor.merge_size
-        self.token_id = token_id
-        self.start_id = start_id
+    def __init__(self, sight: Sight) -> None:
+        """
+        Raises:
+            ConfigError: the tokenizer lacks what stands for images.
+        """
+        config, processor = sight.config, sight.processor
+        self._sight = sight
+        self._layout = layout = layout_of(config)
+        self.token_id: int = config.image_token_id
+        self.start_id: int | None = config.vision_start_token_id if has_axes(config) else None
         told = processor.to_dict()
-        expansion = {name: told.get(name) for name in ("do_resize", "size", "patch_size", "merge_size")}
-        self.expansion = _digest(expansion)
+        counted = {name: told.get(name, getattr(processor, name, None)) for name in layout.counted}
+        if not has_axes(config):
+            counted |= {"family": layout.name, "part_tokens": layout.part_tokens(config)}
+        self.expansion = _digest(counted)
         self.fingerprint = _digest(told)
-        """Names all that decides the patches."""
+        self._own_tokens = lru_cache(maxsize=1024)(self._written)  # many images have the same size
+        self.tokens(64, 64)  # so that a token which is not there is missed now
 
-    def num_tokens(self, width: int, height: int) -> int:
-        """Tokens that stand for an image of so many pixels. Raises InvalidRequest when the model takes none such."""
+    def tokens(self, width: int, height: int) -> Int32Array:
+        """What stands for an image of so many pixels. Raises InvalidRequest when the model takes none such."""
         try:
-            patches: int = self._processor.get_number_of_image_patches(height, width, {})
+            return self._own_tokens(height, width)
         except ValueError as error:
             raise InvalidRequest(f"an image of {width} x {height} pixels cannot be read: {error}") from None
-        return patches // self._merge_size**2
 
-    def patches(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
-        """What the vision tower reads of at least one image.
-
-        Returns:
-            [P, C] float32 the patches of all of them, and [N, 3] int64 their extents in time, height and width.
+    def inputs(self, images: Sequence[Image]) -> dict[str, Tensor]:
+        """What the model's forward pass takes of at least one image, by the names that it has there.
 
         Raises:
             InvalidRequest: an image's file has changed, or its bytes are damaged.
         """
-        read = self._processor(images=[decoded(image) for image in images], return_tensors="pt")
-        return read["pixel_values"], read["image_grid_thw"]
+        read = self._sight.processor(
+            images=[decoded(image) for image in images],
+            return_tensors="pt",
+            **self._layout.options(self._sight.config),
+        )
+        return {name: read[name] for name in self._layout.inputs}
 
-    def blank(self) -> tuple[Tensor, Tensor]:
-        """As `patches`, of the smallest image, all zeros, which one token stands for."""
-        processor = self._processor
-        channels = 3 * processor.temporal_patch_size * processor.patch_size**2
-        side = processor.merge_size
-        return torch.zeros(side**2, channels), torch.tensor([[1, side, side]])
+    def blank(self) -> tuple[Int32Array, Mapping[str, Tensor]]:
+        """The tokens and inputs of a small image, for whoever must see one."""
+        if self._layout.blank is None:
+            return self.tokens(1, 1), self.inputs([noise_image(1, 1, seed=0)])
+        written, inputs = self._layout.blank(self._sight)
+        return self._ids(written), inputs
+
+    def _written(self, height: int, width: int) -> Int32Array:
+        return self._ids(self._layout.write(self._sight, height, width))
+
+    def _ids(self, written: Written) -> Int32Array:
+        ids = np.array([id_ for part in written for id_ in self._split(part)], np.int32)
+        ids.flags.writeable = False  # all who ask for it share it
+        return ids
+
+    def _split(self, part: int | str) -> Sequence[int]:
+        if isinstance(part, int):
+            return (part,)
+        assert self._sight.tokenizer is not None  # layouts with texts name tokens first
+        ids: Sequence[int] = self._sight.tokenizer(part, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 def load_image_reader(path: Path, config: PretrainedConfig | None = None) -> ImageReader | None:
@@ -89,7 +116,12 @@ def load_image_reader(path: Path, config: PretrainedConfig | None = None) -> Ima
             )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise ConfigError(f"the image processor in {path} cannot be loaded: {error}") from error
-    vision = config.vision_config
+    if has_axes(config):
+        _check_patches(path, processor, config.vision_config)
+    return ImageReader(Sight(config=config, processor=processor, tokenizer=load_tokenizer(path)))
+
+
+def _check_patches(path: Path, processor: Any, vision: PretrainedConfig) -> None:
     for name, own, wanted in (
         ("patch_size", processor.patch_size, vision.patch_size),
         ("merge_size", processor.merge_size, vision.spatial_merge_size),
@@ -97,7 +129,6 @@ def load_image_reader(path: Path, config: PretrainedConfig | None = None) -> Ima
     ):
         if own != wanted:
             raise ConfigError(f"the image processor in {path} has {name} {own}; the model's config.json says {wanted}")
-    return ImageReader(processor, config.image_token_id, config.vision_start_token_id)
 
 
 def _digest(values: dict[str, Any]) -> str:

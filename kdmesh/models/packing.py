@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -16,18 +16,16 @@ from kdmesh.types import TokenSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedImages:
-    """What a row's image tokens stand for."""
+    """What a row's image tokens stand for; without positions of their own they are numbered as words are."""
 
-    patches_PC: Tensor  # [P, C] float32, of all images in order
-    extents_N3: Tensor  # [N, 3] int64, of each image in time, height and width, in patches
-    position_ids_3T: Tensor  # [3, T] int64 in time, height and width; restarts at 0 with every sequence
+    inputs: Mapping[str, Tensor]  # of all images in order, by the names that the model's forward pass has for them
+    position_ids_3T: Tensor | None = None  # [3, T] int64 in time, height and width; restarts at 0 with every sequence
 
     def to(self, device: torch.device) -> PackedImages:
         """The same images on `device`; a GPU is not waited for."""
         return PackedImages(
-            patches_PC=moved(self.patches_PC, device),
-            extents_N3=moved(self.extents_N3, device),
-            position_ids_3T=moved(self.position_ids_3T, device),
+            inputs={name: moved(tensor, device) for name, tensor in self.inputs.items()},
+            position_ids_3T=None if self.position_ids_3T is None else moved(self.position_ids_3T, device),
         )
 
 

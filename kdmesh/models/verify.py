@@ -22,7 +22,7 @@ from kdmesh.models.packing import PackedTokens, pack
 from kdmesh.models.positions import stated_limit
 from kdmesh.models.recurrent import RECURRENT_LAYERS, RECURRENT_TYPES
 from kdmesh.models.routing import steady_routing
-from kdmesh.models.vision import attention_of
+from kdmesh.models.vision import attention_of, has_axes
 from kdmesh.types import TokenSequence
 
 _WINDOW = 3  # tokens; less than the sequences that are compared have
@@ -148,13 +148,8 @@ def _own_image_hidden_TD(model: PreTrainedModel, packed: PackedTokens) -> Tensor
     images = packed.images
     assert images is not None
     ids_1T = packed.token_ids_T[None]
-    output = model.base_model(
-        input_ids=ids_1T,
-        mm_token_type_ids=(ids_1T == model.config.image_token_id).int(),
-        pixel_values=images.patches_PC,
-        image_grid_thw=images.extents_N3,
-        use_cache=False,
-    )
+    types = {"mm_token_type_ids": (ids_1T == model.config.image_token_id).int()} if has_axes(model.config) else {}
+    output = model.base_model(input_ids=ids_1T, use_cache=False, **images.inputs, **types)
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD
 

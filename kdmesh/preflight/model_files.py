@@ -118,7 +118,7 @@ def _parameter_names(model: Path) -> set[str] | None:
     """
     names = {name for file in model.glob("*.safetensors") for name in _weight_table(file) or {}} - {"__metadata__"}
     is_usual = all(name.startswith(("model.", "lm_head.")) for name in names)
-    if not names or not is_usual or any({"experts", "visual"} & set(name.split(".")) for name in names):
+    if not names or not is_usual or not reads_text_alone(model) or any("experts" in name.split(".") for name in names):
         return None
     return names | {"lm_head.weight"}  # which is not there where it is the embedding
 

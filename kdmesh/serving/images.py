@@ -60,7 +60,8 @@ class ImageStore:
 
         Raises:
             ImagesMissing: some are not here.
-            InvalidRequest: an image does not stand where the model's image tokens are, or for another number of them.
+            InvalidRequest: an image token belongs to no image, or an image's tokens are not what the model's image
+                processor writes for it.
         """
         for index, sequence in enumerate(sequences):
             self._check_tokens(index, sequence)
@@ -69,7 +70,7 @@ class ImageStore:
         if missing:
             raise ImagesMissing(missing)
         return tuple(
-            replace(sequence, images=tuple(self._resolve(index, image) for image in sequence.images))
+            replace(sequence, images=tuple(self._resolve(index, sequence, image) for image in sequence.images))
             if sequence.images
             else sequence
             for index, sequence in enumerate(sequences)
@@ -84,31 +85,35 @@ class ImageStore:
         return sequence.images
 
     def _check_tokens(self, index: int, sequence: TokenSequence) -> None:
-        token_id = self.spec.image_token_id
+        token_id, start_id = self.spec.image_token_id, self._vision.start_id
         is_image_T = sequence.token_ids == token_id
-        expected = sum(image.num_tokens for image in sequence.images)
+        there = int(is_image_T.sum())
         for image in sequence.images:
             before = int(sequence.token_ids[image.first_token - 1]) if image.first_token else None
-            if before != self._vision.start_id:
-                raise InvalidRequest(
-                    f"sequence {index} has token {before} before an image; it must be {self._vision.start_id}"
-                )
-        if int(is_image_T.sum()) != expected or not all(
-            is_image_T[image.first_token : image.end].all() for image in sequence.images
-        ):
+            if start_id is not None and before != start_id:
+                raise InvalidRequest(f"sequence {index} has token {before} before an image; it must be {start_id}")
+        known = sum(int(is_image_T[image.first_token : image.end].sum()) for image in sequence.images)
+        if there != known:
             raise InvalidRequest(
-                f"sequence {index} has {int(is_image_T.sum())} image tokens (id {token_id}), and its images stand for "
-                f"{expected}; every image token must belong to an image, and no other token may"
+                f"sequence {index} has {there} image tokens (id {token_id}), and {known} of them belong to its images; "
+                "every one must"
             )
 
-    def _resolve(self, index: int, placed: PlacedImage) -> PlacedImage:
+    def _resolve(self, index: int, sequence: TokenSequence, placed: PlacedImage) -> PlacedImage:
         image = self._images[placed.digest]
         self._images.move_to_end(placed.digest)
-        num_tokens = self._vision.num_tokens(image.width, image.height)
-        if placed.num_tokens != num_tokens:
+        own = self._vision.tokens(image.width, image.height)
+        if placed.num_tokens != len(own):
             raise InvalidRequest(
                 f"sequence {index} has {placed.num_tokens} tokens for an image of {image.width} x {image.height} "
-                f"pixels; this model's image processor makes {num_tokens} of it"
+                f"pixels; this model's image processor makes {len(own)} of it"
+            )
+        other = np.flatnonzero(sequence.token_ids[placed.first_token : placed.end] != own)
+        if len(other):
+            place = placed.first_token + int(other[0])
+            raise InvalidRequest(
+                f"sequence {index} has token {int(sequence.token_ids[place])} at {place}, within an image; this "
+                f"model's image processor writes {int(own[other[0]])} there"
             )
         return replace(placed, image=image)
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from kdmesh.errors import ConfigError
+from kdmesh.models.vision import has_axes, reads_images
 from kdmesh.sglang.config import SglangModel
 from kdmesh.types import DType
 
 
-def server_arguments(config: SglangModel, dtype: DType, *, reads_images: bool = False) -> dict[str, Any]:
+def server_arguments(config: SglangModel, dtype: DType, *, sees: bool = False) -> dict[str, Any]:
     """Arguments of `sglang.Engine`; sets the environment variables that SGLang reads besides.
 
     Args:
-        reads_images: whether the model does.
+        sees: whether the model reads images.
 
     Raises:
         ConfigError: an entry of `arguments` is none of this version's.
@@ -30,8 +34,8 @@ def server_arguments(config: SglangModel, dtype: DType, *, reads_images: bool = 
     }
     return {
         **(_CPU if config.device == "cpu" else {}),
-        **({"enable_multimodal": True} if reads_images else {}),
-        **({"mm_attention_backend": "sdpa"} if reads_images and config.device == "cpu" else {}),
+        **({"enable_multimodal": True} if sees else {}),
+        **({"mm_attention_backend": "sdpa"} if sees and config.device == "cpu" else {}),
         **{name: value for name, value in given.items() if value is not None},
         **config.arguments,
         "model_path": str(config.model),
@@ -52,6 +56,22 @@ def server_arguments(config: SglangModel, dtype: DType, *, reads_images: bool = 
         "enable_weights_cpu_backup": config.sleep,  # else they come back as garbage
         "log_level": "warning",
     }
+
+
+def refuse_unverified(config: PretrainedConfig, path: Path) -> None:
+    """Return where SGLang is known to see of images what transformers does, or none can be asked about.
+
+    Args:
+        config: of the model in directory `path`.
+
+    Raises:
+        ConfigError: naming the model type.
+    """
+    if reads_images(config) and not has_axes(config):
+        raise ConfigError(
+            f"{path} is of model type {config.model_type}, whose images kdmesh has not verified in SGLang; it is "
+            "served by engine.kind transformers"
+        )
 
 
 def has_deterministic_inference(config: SglangModel) -> bool:

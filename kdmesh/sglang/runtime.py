@@ -19,7 +19,7 @@ from kdmesh.models.placement import DTYPES
 from kdmesh.models.vision import reads_images
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import shared_files
-from kdmesh.sglang.arguments import num_schedulers, server_arguments
+from kdmesh.sglang.arguments import num_schedulers, refuse_unverified, server_arguments
 from kdmesh.sglang.config import SglangModel
 from kdmesh.sglang.schedulers import Schedulers
 from kdmesh.sglang.server_death import SERVER_VARIABLE
@@ -79,6 +79,7 @@ class SglangRuntime:
         config = self._config
         require_tested_version()
         self.checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
+        refuse_unverified(self.checkpoint.skeleton.config, config.model)
         dtype = self.checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         if dtype not in DTYPES:
             raise ConfigError(f"{config.model} has weights of {dtype}; set engine.dtype to bfloat16")
@@ -125,9 +126,7 @@ class SglangRuntime:
         # Not at the top: the environment must be set before.
         from sglang.srt.entrypoints.engine import Engine
 
-        arguments = server_arguments(
-            self._config, self.dtype, reads_images=reads_images(self.checkpoint.skeleton.config)
-        )
+        arguments = server_arguments(self._config, self.dtype, sees=reads_images(self.checkpoint.skeleton.config))
         try:
             self.engine = Engine(**arguments | dict(self._arguments))
         except Exception as error:

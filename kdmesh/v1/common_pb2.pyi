@@ -98,7 +98,7 @@ class TokenSequence(google.protobuf.message.Message):
 
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PlacedImage]:
-        """Its images, in the order of their tokens; at least one other token lies between two of them. Empty
+        """Its images, in the order of their tokens, of which no two share one. Empty
         for text. Every image token of token_ids belongs to one of them.
         """
 
@@ -125,10 +125,12 @@ class PlacedImage(google.protobuf.message.Message):
     digest: builtins.bytes
     """32-byte BLAKE2b of the encoded image."""
     first_token: builtins.int
-    """Index of the first token that stands for it; before it comes the token that the model opens images with."""
+    """Index of the first token that stands for it; before it comes the token that the model opens images with, if
+    it has one that the template writes.
+    """
     num_tokens: builtins.int
-    """How many tokens stand for it, all of them VisionSpec.image_token_id; at least one, and exactly as many
-    as the model's own image processor makes of an image of its size.
+    """How many tokens stand for it; at least one, and exactly those that the model's own processor writes for an
+    image of its size: VisionSpec.image_token_id, and what it writes around and between them.
     """
     def __init__(
         self,

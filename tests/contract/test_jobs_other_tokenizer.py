@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.support.copies import serving
 from tests.support.other_tokenizers import save_sentence_piece
-from tests.support.teacher_process import await_ready
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import (
     evaluations,
     losses,
     run_job,
+    serving_rollouts,
     serving_teacher,
     started_job,
     write_config,
@@ -36,16 +34,6 @@ def teacher(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -
     save_sentence_piece(path)
     with serving_teacher(directory, path) as address:
         yield address, directory / "tokenizer"
-
-
-@contextmanager
-def serving_rollouts(directory: Path, student: Path) -> Iterator[str]:
-    """The host:port of a rollout server in a process of its own, which ends with the context."""
-    config = directory / "rollout.yaml"
-    engine = {"kind": "transformers", "model": str(student), "device": "cpu", "deterministic": True}
-    config.write_text(yaml.safe_dump({"engine": engine, "server": {"port": 0, "rest_port": 0}}), encoding="utf-8")
-    with serving("kdmesh_rollout", config) as process:
-        yield await_ready(process).grpc
 
 
 def job(

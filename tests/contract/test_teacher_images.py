@@ -125,9 +125,9 @@ async def test_images_that_the_model_cannot_take_are_refused(tiny_vision: TinyVi
             await rows_of(client, fewer)
         with pytest.raises(InvalidRequest, match=r"sequence 0 has token \d+ before an image; it must be 3"):
             await rows_of(client, opened_otherwise)
-        with pytest.raises(InvalidRequest, match=r"has 16 image tokens .* stand for 15"):
+        with pytest.raises(InvalidRequest, match=r"has 16 image tokens .* 15 of them belong"):
             await rows_of(client, replace(sequence, images=(shorter,)))
-        with pytest.raises(InvalidRequest, match=r"has 16 image tokens .* stand for 0"):
+        with pytest.raises(InvalidRequest, match=r"has 16 image tokens .* 0 of them belong"):
             await rows_of(client, replace(sequence, images=()))
         with pytest.raises(InvalidRequest, match="100 x 50 pixels; the most allowed is 4000"):
             await rows_of(client, wide)

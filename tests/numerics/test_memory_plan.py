@@ -23,8 +23,8 @@ from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from tests.support.measured_step import TEACHER_SIZE, Step
 from tests.support.tiny_models import FAMILIES, HYBRID_MIXTURES, MIXTURES, VOCABULARY_SIZE, TinyModels
-from tests.support.tiny_vision import VOCABULARY_SIZE as VISION_VOCABULARY
 from tests.support.tiny_vision import TinyVisionModels
+from tests.support.tiny_vision_tokens import VOCABULARY_SIZE as VISION_VOCABULARY
 from tests.support.trainer_ranks import finish, start_ranks
 
 TINY: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -9,12 +9,13 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.image_packing import Packer
 from tests.support.reference_vision import hugging_face_vision_rows
+from tests.support.row_families import ROW_FAMILIES
 from tests.support.tiny_vision import FAMILIES, TinyVisionModels, png, reader_of, vision_sequence
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ROW_FAMILIES])
 def test_a_packed_row_with_images_gives_each_sequence_its_own_rows(tiny_vision: TinyVisionModels, family: str) -> None:
     path = tiny_vision.path(family)
     reader = reader_of(path)
@@ -30,8 +31,9 @@ def test_a_packed_row_with_images_gives_each_sequence_its_own_rows(tiny_vision: 
     torch.testing.assert_close(rows_RD, hugging_face_vision_rows(path, sequences), rtol=1e-4, atol=1e-4)
 
 
-def test_a_blank_image_changes_no_row(tiny_vision: TinyVisionModels) -> None:
-    path = tiny_vision.path()
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *ROW_FAMILIES])
+def test_a_blank_image_changes_no_row(tiny_vision: TinyVisionModels, family: str) -> None:
+    path = tiny_vision.path(family)
     reader = reader_of(path)
     sequences = [vision_sequence(reader, 11, seed=2), vision_sequence(reader, 7, seed=3)]
     model = load_causal_lm(path, torch.float32, CPU)
@@ -39,8 +41,8 @@ def test_a_blank_image_changes_no_row(tiny_vision: TinyVisionModels) -> None:
     for always_sees in (False, True):
         packed = Packer(model, reader, always_sees=always_sees).pack(sequences)
         assert (packed.images is not None) == always_sees
-        if packed.images is not None:  # memory that several elements share could not be written to where it is copied
-            assert packed.images.position_ids_3T.is_contiguous()
+        if packed.images is not None and (positions_3T := packed.images.position_ids_3T) is not None:
+            assert positions_3T.is_contiguous()  # memory that several elements share could not be written to
         with torch.no_grad():
             rows.append(hidden_states_TD(model, packed).index_select(0, packed.rows_R))
     torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=1e-5)

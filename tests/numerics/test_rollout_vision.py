@@ -15,7 +15,8 @@ from kdmesh_rollout import config
 from kdmesh_rollout.engine import Order
 from kdmesh_rollout.transformers_engine import TransformersEngine
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
-from tests.support.tiny_vision import HYBRIDS, IMAGE_TOKEN, TinyVisionModels, png, reader_of, vision_sequence
+from tests.support.row_families import ROW_FAMILIES
+from tests.support.tiny_vision import HYBRIDS, TinyVisionModels, png, reader_of, vision_sequence
 
 
 def sampled(path: Path, prompts: list[TokenSequence], **settings: Any) -> list[Sample]:
@@ -33,7 +34,7 @@ def sampled(path: Path, prompts: list[TokenSequence], **settings: Any) -> list[S
     return [finished[key] for key in sorted(finished)]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", *HYBRIDS])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *HYBRIDS, *ROW_FAMILIES])
 def test_logprobs_after_images_are_those_of_hugging_face(family: str, tiny_vision: TinyVisionModels) -> None:
     path = tiny_vision.path(family)
     reader = reader_of(path)
@@ -53,4 +54,4 @@ def test_logprobs_after_images_are_those_of_hugging_face(family: str, tiny_visio
             places = torch.arange(prompt.num_tokens - 1, len(ids) - 1)
             expected = log_p_TV[places, torch.from_numpy(sample.token_ids).long()]
             torch.testing.assert_close(torch.from_numpy(sample.logprobs), expected, rtol=1e-3, atol=1e-3)
-            assert IMAGE_TOKEN not in sample.token_ids
+            assert reader.token_id not in sample.token_ids

@@ -29,8 +29,8 @@ from kdmesh_trainer.student.model import Student, shard
 from kdmesh_trainer.student.weights import weights_of
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
 from tests.support.tiny_models import HYBRIDS, TinyModels
-from tests.support.tiny_vision import VOCABULARY_SIZE as VISION_VOCABULARY_SIZE
 from tests.support.tiny_vision import TinyVisionModels, png, reader_of, vision_sequence
+from tests.support.tiny_vision_tokens import VOCABULARY_SIZE as VISION_VOCABULARY_SIZE
 from tests.support.trainer_parts import LocalTeacher, build_stepper, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
 

@@ -18,7 +18,9 @@ from kdmesh_trainer.sections.parallel_config import Gather
 from kdmesh_trainer.student.model import Student, shard
 from kdmesh_trainer.student.weights import whole
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
-from tests.support.tiny_vision import VOCABULARY_SIZE, TinyVisionModels, png, reader_of, vision_sequence
+from tests.support.row_families import ROW_FAMILIES
+from tests.support.tiny_vision import TinyVisionModels, png, reader_of, vision_sequence
+from tests.support.tiny_vision_tokens import VOCABULARY_SIZE
 from tests.support.trainer_parts import LocalTeacher, build_stepper, step_batch
 from tests.support.trainer_ranks import run_ranks
 
@@ -71,11 +73,14 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
     return {"loss": loss.detach()[None], **{name: p.grad for name, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", "qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow), *ROW_FAMILIES]
+)
 def test_images_give_the_textbook_gradient_on_one_rank_and_on_two(
     tiny_vision: TinyVisionModels, tmp_path: Path, family: str
 ) -> None:
-    student, teacher = tiny_vision.path(family, seed=1), tiny_vision.path(seed=2)
+    student = tiny_vision.path(family, seed=1)
+    teacher = tiny_vision.path(family if family in ROW_FAMILIES else "qwen2_5_vl", seed=2)
     # What is gathered with every micro-batch hangs unless all ranks run the same layers.
     for ranks, gather in ((1, "step"), (2, "micro_batch")):
         run_ranks(
@@ -87,7 +92,8 @@ def test_images_give_the_textbook_gradient_on_one_rank_and_on_two(
             gather=gather,
         )
     expected = textbook(student, teacher)
-    language = {name: value for name, value in expected.items() if ".visual." not in name}
+    of_language = ("model.language_model.", "model.text_model.", "lm_head.", "loss")
+    language = {name: value for name, value in expected.items() if name.startswith(of_language)}
     assert len(expected) > len(language) + 20
     for ranks in LAYOUTS:
         for freeze_vision, wanted in ((False, expected), (True, language)):
@@ -131,11 +137,13 @@ def test_a_student_that_reads_images_learns_from_texts_alone_on_ranks_that_keep_
 
 
 @pytest.mark.parametrize(("num_images", "freeze_vision"), [(0, False), (0, True), (3, False), (3, True)])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *ROW_FAMILIES])
 def test_a_tower_that_sees_nothing_is_frozen(
-    tiny_vision: TinyVisionModels, num_images: int, freeze_vision: bool
+    tiny_vision: TinyVisionModels, family: str, num_images: int, freeze_vision: bool
 ) -> None:
-    path = tiny_vision.path(seed=1)
+    path = tiny_vision.path(family, seed=1)
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
     build_packer(lm, reader_of(path), num_images, freeze_vision=freeze_vision)
-    trained = {parameter.requires_grad for parameter in lm.base_model.visual.parameters()}
+    language = ("model.language_model.", "model.text_model.", "lm_head.")
+    trained = {p.requires_grad for name, p in lm.named_parameters() if not name.startswith(language)}
     assert trained == {num_images > 0 and not freeze_vision}

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import PIL.Image
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
 
 from kdmesh.types import TokenSequence
 from tests.support.reference_rows import kept_outputs
+from tests.support.row_families import ROW_FAMILIES
 
 
 def hugging_face_model(path: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> Any:
@@ -29,12 +29,16 @@ def hugging_face_inputs(path: Path, sequence: TokenSequence) -> dict[str, Tensor
     ids_1T = torch.from_numpy(sequence.token_ids).long()[None]
     if not sequence.images:
         return {"input_ids": ids_1T}
-    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
     pictures = []
     for placed in sequence.images:
         assert placed.image is not None
         data = placed.image.data if isinstance(placed.image.data, bytes) else placed.image.data.read_bytes()
         pictures.append(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
+    config = AutoConfig.from_pretrained(path)
+    processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    if (made := ROW_FAMILIES.get(config.model_type)) is not None:
+        read = processor(images=pictures, return_tensors="pt", **made.told)
+        return {"input_ids": ids_1T, **{name: value for name, value in read.items() if name in made.inputs}}
     types = torch.zeros_like(ids_1T, dtype=torch.int32)
     for placed in sequence.images:
         types[0, placed.first_token : placed.end] = 1

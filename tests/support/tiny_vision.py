@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +10,27 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kdmesh.images import describe_image
 from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.types import PlacedImage, TokenSequence
+from tests.support.row_families import ROW_FAMILIES
 from tests.support.tiny_models import HYBRIDS as HYBRID_TEXTS
+from tests.support.tiny_vision_tokens import (
+    IMAGE_TOKEN,
+    ROW_IMAGE_TOKEN,
+    ROW_SPECIAL,
+    VISION_END,
+    VISION_START,
+    VOCABULARY_SIZE,
+    save_row_tokenizer,
+    save_tokenizer,
+)
 
-VOCABULARY_SIZE = 320
 PATCH = 4
 MERGE = 2
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-VISION_START, IMAGE_TOKEN, VISION_END = range(3, 6)
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 _TEXT = {
     "vocab_size": VOCABULARY_SIZE,
@@ -111,23 +108,18 @@ class TinyVisionModels:
         path = self._root / f"{family}-{seed}-{dtype}-{max_pixels}-{patch}"
         if not path.exists():
             save_model(path, family, seed=seed, dtype=dtype, patch=patch)
-            save_tokenizer(path)
-            save_image_processor(path, max_pixels=max_pixels, patch=patch)
+            if family in ROW_FAMILIES:
+                save_row_tokenizer(path)
+                ROW_FAMILIES[family].processor().save_pretrained(path)
+            else:
+                save_tokenizer(path)
+                save_image_processor(path, max_pixels=max_pixels, patch=patch)
         return path
 
 
 def save_model(path: Path, family: str, *, seed: int, dtype: torch.dtype, patch: int = PATCH) -> None:
     """Writes a random model of `family` to `path`; every parameter is random."""
-    config = AutoConfig.for_model(
-        family,
-        text_config=_TEXT | HYBRIDS.get(family, {}),
-        vision_config=_VISION | FAMILIES[family] | {"patch_size": patch, "window_size": 4 * patch},
-        image_token_id=IMAGE_TOKEN,
-        video_token_id=VOCABULARY_SIZE - 1,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=False,
-    )
+    config = _row_config(family) if family in ROW_FAMILIES else _axes_config(family, patch=patch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config)
@@ -138,25 +130,24 @@ def save_model(path: Path, family: str, *, seed: int, dtype: torch.dtype, patch:
     model.to(dtype).save_pretrained(path)
 
 
-def save_tokenizer(path: Path) -> None:
-    """Writes a byte-level BPE tokenizer with image tokens, trained on the standard library, to `path`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+def _row_config(family: str) -> PretrainedConfig:
+    made = ROW_FAMILIES[family]
+    return AutoConfig.for_model(
+        family, text_config=made.text, image_token_id=ROW_IMAGE_TOKEN, tie_word_embeddings=False, **made.config
     )
-    tokenizer.train([textwrap.__file__], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL[3:]),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(path)
+
+
+def _axes_config(family: str, *, patch: int) -> PretrainedConfig:
+    return AutoConfig.for_model(
+        family,
+        text_config=_TEXT | HYBRIDS.get(family, {}),
+        vision_config=_VISION | FAMILIES[family] | {"patch_size": patch, "window_size": 4 * patch},
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VOCABULARY_SIZE - 1,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=False,
+    )
 
 
 def save_image_processor(path: Path, *, max_pixels: int, patch: int = PATCH) -> None:
@@ -190,13 +181,13 @@ def vision_sequence(reader: ImageReader, *parts: int | bytes, seed: int, rows: i
     ids, images = list[int](), []
     for part in parts:
         if isinstance(part, int):
-            ids.extend(draw.integers(len(SPECIAL), VOCABULARY_SIZE - 1, part).tolist())
+            ids.extend(draw.integers(len(ROW_SPECIAL), VOCABULARY_SIZE - 1, part).tolist())
             continue
         image = describe_image(part)
-        num_tokens = reader.num_tokens(image.width, image.height)
-        ids.append(VISION_START)
-        images.append(PlacedImage(digest=image.digest, first_token=len(ids), num_tokens=num_tokens, image=image))
-        ids.extend([*[IMAGE_TOKEN] * num_tokens, VISION_END])
+        own = reader.tokens(image.width, image.height).tolist()
+        ids.extend([] if reader.start_id is None else [VISION_START])
+        images.append(PlacedImage(digest=image.digest, first_token=len(ids), num_tokens=len(own), image=image))
+        ids.extend(own if reader.start_id is None else [*own, VISION_END])
     return TokenSequence(
         token_ids=np.array(ids, np.int32),
         positions=np.arange(len(ids) - 1 - rows, len(ids) - 1, dtype=np.int32),

@@ -114,3 +114,13 @@ def serving_teacher(directory: Path, model: Path, **engine: Any) -> Iterator[str
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     with serving("kdmesh_teacher", config) as process:
         yield await_ready(process).grpc
+
+
+@contextmanager
+def serving_rollouts(directory: Path, student: Path) -> Iterator[str]:
+    """The host:port of a rollout server in a process of its own, which ends with the context."""
+    config = directory / "rollout.yaml"
+    engine = {"kind": "transformers", "model": str(student), "device": "cpu", "deterministic": True}
+    config.write_text(yaml.safe_dump({"engine": engine, "server": {"port": 0, "rest_port": 0}}), encoding="utf-8")
+    with serving("kdmesh_rollout", config) as process:
+        yield await_ready(process).grpc

@@ -14,7 +14,8 @@ import torch
 
 from tests.support.reference_vision import hugging_face_vision_rows
 from tests.support.tiny_models import save_model
-from tests.support.tiny_vision import TinyVisionModels, png, reader_of, save_tokenizer, vision_sequence
+from tests.support.tiny_vision import TinyVisionModels, png, reader_of, vision_sequence
+from tests.support.tiny_vision_tokens import save_tokenizer
 from tests.system.processes import Process, Processes
 from tests.system.rollouts import Rollouts
 from tests.system.teachers import Teacher

@@ -13,12 +13,13 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kdmesh.errors import DataError, InvalidRequest
 from kdmesh.images import data_url, decoded, describe_image, encoded, image_digest
+from kdmesh.models.image_layouts import Sight
 from kdmesh.models.image_reader import ImageReader
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.chat import ChatEncoder
@@ -26,7 +27,8 @@ from kdmesh_trainer.data.readers import open_dataset
 from kdmesh_trainer.data.sequences import load_sequences
 from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig, ImagesConfig
-from tests.support.tiny_vision import IMAGE_TOKEN, VISION_START, png, save_image_processor, save_tokenizer
+from tests.support.tiny_vision import png, save_image_processor
+from tests.support.tiny_vision_tokens import IMAGE_TOKEN, VISION_START, save_tokenizer
 
 PICTURE = png(40, 24, seed=1)
 ANSWER = {"role": "assistant", "content": "It shows noise."}
@@ -169,7 +171,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(model: Path) -> ImageReader:
-    return ImageReader(Qwen2VLImageProcessorPil.from_pretrained(model), IMAGE_TOKEN, VISION_START)
+    config = AutoConfig.for_model("qwen2_5_vl", image_token_id=IMAGE_TOKEN, vision_start_token_id=VISION_START)
+    return ImageReader(Sight(config=config, processor=Qwen2VLImageProcessorPil.from_pretrained(model), tokenizer=None))
 
 
 def sequences_of(file: Path, model: Path, reader: ImageReader, **policy: Any) -> list[TokenSequence]:

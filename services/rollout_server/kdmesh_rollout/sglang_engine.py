@@ -219,8 +219,8 @@ class SglangEngine(StagesInWeights):
     def _image_data(self, order: Order) -> list[dict[str, Any]]:
         """As SGLang takes what a processor has made: ours, so that it sees what the student sees."""
         assert self._reader is not None
-        patches_PC, extents_N3 = self._reader.patches([p.image for p in order.images if p.image is not None])
-        return [{"format": "processor_output", "pixel_values": patches_PC, "image_grid_thw": extents_N3}]
+        inputs = self._reader.inputs([p.image for p in order.images if p.image is not None])
+        return [{"format": "processor_output", **inputs}]
 
     def _new_name(self) -> str:
         return f"kdmesh-{next(self._requests)}."  # SGLang aborts whatever begins with a name, hence the dot

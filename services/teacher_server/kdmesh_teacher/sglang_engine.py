@@ -256,8 +256,8 @@ class SglangEngine(StagesInWeights):
         if not sequence.images:
             return []
         assert self._reader is not None
-        patches_PC, extents_N3 = self._reader.patches([p.image for p in sequence.images if p.image is not None])
-        return [{"format": "processor_output", "pixel_values": patches_PC, "image_grid_thw": extents_N3}]
+        inputs = self._reader.inputs([p.image for p in sequence.images if p.image is not None])
+        return [{"format": "processor_output", **inputs}]
 
 
 def _runtime(config: SglangEngineConfig) -> SglangRuntime:

@@ -130,7 +130,7 @@ def _check_images(
     if vision.expansion != image_expansion:
         raise ModelMismatch(
             f"the image processors of {who} and of the student make different numbers of tokens of "
-            "an image: size, patch_size and merge_size of their preprocessor_config.json must be the same"
+            "an image: what decides that in their preprocessor_config.json, as size, must be the same"
         )
     for placed in images:
         assert placed.image is not None

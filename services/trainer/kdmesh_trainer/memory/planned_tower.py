@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdmesh.losses import FusedLoss, OutputHead
+from kdmesh.models.vision import vision_parts
 from kdmesh_trainer.student.model import RowLoss, decoder_layers
 
 
@@ -20,8 +21,7 @@ def images_to_learn_from(lm: PreTrainedModel) -> Callable[[RowLoss], RowLoss]:
     The tower's layers are run, so that ranks gather and reduce what they do for images, but compute nothing: images and
     what is kept of them for the backward pass take no memory. In place, and for good.
     """
-    tower = lm.base_model.visual
-    inside = set(tower.modules())
+    inside, _ = vision_parts(lm)
     layers = [layer for layer in decoder_layers(lm) if layer in inside]
     beside = inside - {module for layer in layers for module in layer.modules()}
     for layer in layers:

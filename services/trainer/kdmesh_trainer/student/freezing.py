@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdmesh.errors import ConfigError
+from kdmesh.models.vision import vision_parts
 from kdmesh.parameter_names import is_meant, names_nothing
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def freeze(lm: nn.Module, patterns: Sequence[str]) -> None:
 
 def freeze_vision(lm: PreTrainedModel) -> None:
     """Leave the vision tower of a model that reads images, with its projector, as it is, in place."""
-    for parameter in lm.base_model.visual.parameters():
+    for parameter in vision_parts(lm)[1]:
         parameter.requires_grad_(False)
 
 
