@@ -11,7 +11,7 @@ import numpy as np
 
 from kdmesh.answering.prompt_rows import Asked
 from kdmesh.answering.source import image_column
-from kdmesh.chats.chat_template import TEMPLATE_ERRORS, TemplateSetting, dated_alike, with_settings
+from kdmesh.chats.chat_template import TEMPLATE_ERRORS, TemplateSetting, dated_alike, with_settings, with_texts
 from kdmesh.chats.image_files import ImageColumn, NoImages
 from kdmesh.chats.tool_rows import are_written
 from kdmesh.errors import ConfigError, DataError, InvalidRequest, ModelMismatch
@@ -40,7 +40,8 @@ class ChatTokens:
             template = tokenizer.get_chat_template()
         except ValueError:
             raise ConfigError(f"the tokenizer in {model} has no chat template") from None
-        self._template = dated_alike(with_settings(template, template_settings or {}, key="--template-setting"))
+        template = dated_alike(with_settings(template, template_settings or {}, key="--template-setting"))
+        self._template = with_texts(template, tokenizer)
         self._model = model
         self._tokenizer = tokenizer
         self._reader = load_image_reader(model) if (model / "config.json").is_file() else None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from jinja2 import TemplateError
 
 from kdmesh.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # which configurations must not load
 
 TemplateSetting: TypeAlias = bool | int | float | str
 """What a variable of a chat template may be given."""
@@ -31,6 +34,14 @@ _FIXED_DATE = (
     "{% macro strftime_now(form) %}{{ '2024-07-26' if form == '%Y-%m-%d' else '26 Jul 2024' }}{% endmacro %}\n"
 )
 
+# Templates of LLaVA and SmolVLM look for parts in a message, and find none in a text.
+_IN_PARTS = (
+    "{% set in_parts = namespace(messages=[]) %}{% for message in messages %}"
+    "{% set in_parts.messages = in_parts.messages + [dict(message, content=[{'type': 'text', 'text': message.content}])"
+    " if message.content is string else message] %}{% endfor %}{% set messages = in_parts.messages %}\n"
+)
+_WORD = "Word"
+
 # Whoever renders a chat gives these, so another value would never be seen.
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -38,6 +49,21 @@ _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 def dated_alike(template: str) -> str:
     """The Jinja source with one date for all days, where it prints one."""
     return _FIXED_DATE + template if "strftime_now" in template else template
+
+
+def with_texts(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja source with messages in parts, where it would leave out a message that is a text."""
+    in_parts = f"{_IN_PARTS}{template}"
+    is_needed = not _writes_word(template, tokenizer) and _writes_word(in_parts, tokenizer)
+    return in_parts if is_needed else template
+
+
+def _writes_word(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    chat = [{"role": "user", "content": _WORD}]
+    try:
+        return _WORD in str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+    except TEMPLATE_ERRORS:
+        return False
 
 
 def with_settings(template: str, settings: Mapping[str, TemplateSetting], *, key: str) -> str:

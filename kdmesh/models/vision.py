@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from kdmesh.models.attention import PACKED_ATTENTION
@@ -20,6 +22,12 @@ AXES_CLASSES = {
 
 ROW_CLASSES = {
     "internvl": "InternVLForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
 }
 """Model type -> its class, of those whose image tokens are numbered and attended to as words are."""
 
@@ -42,6 +50,29 @@ def vision_parts(lm: PreTrainedModel) -> tuple[set[nn.Module], list[nn.Parameter
     inside = set(lm.get_decoder().modules())
     parts = {module for module in lm.base_model.modules() if module not in inside}
     return parts, [parameter for module in parts for parameter in module.parameters(recurse=False)]
+
+
+def unused_vision(lm: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    """Parameters of the vision parts that rows of images do not depend on: LLaVA leaves out the tower's last layer.
+
+    Args:
+        inputs: of a small image; the tower is run on it, and nothing backward.
+    """
+    parameters = vision_parts(lm)[1]
+    with torch.enable_grad():
+        rows = lm.base_model.get_image_features(
+            **{name: value.to(lm.device) for name, value in inputs.items()}, return_dict=True
+        ).pooler_output
+    waiting = [row.grad_fn for row in rows if row.grad_fn is not None]
+    seen, used = set(waiting), set[int]()
+    while waiting:
+        node = waiting.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            used.add(id(leaf))
+        earlier = {function for function, _ in node.next_functions if function is not None} - seen
+        seen |= earlier
+        waiting += earlier
+    return [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in used]
 
 
 def auto_class(config: PretrainedConfig) -> Any:

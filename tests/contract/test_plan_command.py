@@ -69,13 +69,13 @@ def test_layers_that_are_compared_are_planned_for_where_the_teacher_is_known(
     assert "names layer 3 of the teacher, which has layers 1 to 2" in plan(config, *layers, *beyond, code=2)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize(("family", "part"), [("qwen2_5_vl", 0.6), ("internvl", 0.8)])
 def test_a_vision_tower_that_is_frozen_is_planned_without_moments(
-    config: Path, tiny_vision: TinyVisionModels, family: str
+    config: Path, tiny_vision: TinyVisionModels, family: str, part: float
 ) -> None:
     student = ("--json", "--set", f"student.model={tiny_vision.path(family)}")
     trained, frozen = (plan(config, *student, "--set", f"student.freeze_vision={is_it}") for is_it in ("false", "true"))
-    assert json.loads(frozen)["rank_bytes"]["AdamW"] < 0.6 * json.loads(trained)["rank_bytes"]["AdamW"]
+    assert json.loads(frozen)["rank_bytes"]["AdamW"] < part * json.loads(trained)["rank_bytes"]["AdamW"]
 
 
 def test_what_cannot_be_planned_for_is_said_in_a_sentence(config: Path, tmp_path: Path) -> None:

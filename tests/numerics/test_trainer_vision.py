@@ -70,7 +70,7 @@ def textbook(student: Path, teacher: Path) -> dict[str, Tensor]:
         loss = loss + (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum()
         loss = loss - 0.3 * log_q_RV.gather(1, labels[:, None]).sum()
     (loss / sum(sequence.num_rows for sequence in sequences)).backward()
-    return {"loss": loss.detach()[None], **{name: p.grad for name, p in model.named_parameters()}}
+    return {"loss": loss.detach()[None], **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,9 @@ def test_images_give_the_textbook_gradient_on_one_rank_and_on_two(
             actual = load_file(tmp_path / f"{ranks}-{freeze_vision}.safetensors")
             assert actual.keys() == wanted.keys()
             for name, value in wanted.items():
+                if name.endswith("k_proj.bias"):  # what is added to all keys alike changes nothing
+                    assert max(actual[name].norm(), value.norm()) < 1e-5, name
+                    continue
                 error = (actual[name] - value).norm() / value.norm()
                 assert error < 1e-4, f"{ranks} ranks, frozen {freeze_vision}: {name} is off by {error}"
 
@@ -145,5 +148,12 @@ def test_a_tower_that_sees_nothing_is_frozen(
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
     build_packer(lm, reader_of(path), num_images, freeze_vision=freeze_vision)
     language = ("model.language_model.", "model.text_model.", "lm_head.")
-    trained = {p.requires_grad for name, p in lm.named_parameters() if not name.startswith(language)}
-    assert trained == {num_images > 0 and not freeze_vision}
+    parts = {name: p.requires_grad for name, p in lm.named_parameters() if not name.startswith(language)}
+    if num_images > 0 and not freeze_vision:
+        # Behind what is read of the tower: LLaVA's models read no norm of it, and some not its last layer.
+        behind = {"llava_onevision": (".post_layernorm.",)}
+        behind |= dict.fromkeys(("llava", "llava_next"), (".layers.1.", ".post_layernorm."))
+        unread = {name for name in parts if any(part in name for part in behind.get(family, ()))}
+        assert {name for name, is_trained in parts.items() if not is_trained} == unread
+    else:
+        assert not any(parts.values())

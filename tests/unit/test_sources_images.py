@@ -27,7 +27,7 @@ from kdmesh_trainer.data.readers import open_dataset
 from kdmesh_trainer.data.sequences import load_sequences
 from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig, ImagesConfig
-from tests.support.tiny_vision import png, save_image_processor
+from tests.support.tiny_vision import TinyVisionModels, png, reader_of, save_image_processor
 from tests.support.tiny_vision_tokens import IMAGE_TOKEN, VISION_START, save_tokenizer
 
 PICTURE = png(40, 24, seed=1)
@@ -216,3 +216,34 @@ def test_a_text_that_writes_an_image_token_is_refused(tmp_path: Path, model: Pat
     file = write(tmp_path, {"messages": [{"role": "user", "content": "<|image_pad|>"}, ANSWER]})
     with pytest.raises(DataError, match="the template writes 1 image tokens for 0 images"):
         sequences_of(file, model, reader)
+
+
+# As LLaVA-OneVision's: images first, and no word of a message that is not in parts.
+PARTS_ALONE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} "
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}{% endfor %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant \n{% endif %}"
+)
+
+
+def test_a_template_that_looks_for_parts_alone_leaves_out_no_text(
+    tmp_path: Path, tiny_vision: TinyVisionModels
+) -> None:
+    path = tiny_vision.path("llava_onevision")
+    reader, tokenizer = reader_of(path), load_fast_tokenizer(path)
+    tokenizer.chat_template = PARTS_ALONE
+    image = {"type": "image", "image": "pictures/one.png"}
+    messages = [{"role": "system", "content": "Be brief."}, asked(image, image), ANSWER]
+    file = write(tmp_path, {"messages": messages})
+    encoder = ChatEncoder(tokenizer, images=reader)
+    data = DataConfig.model_validate({"train": {"format": "chat", "path": str(file)}})
+    [sequence] = load_sequences("train", open_dataset(data.train, images=data.images), encoder, data).sequences
+    own = tokenizer.decode(reader.tokens(40, 24))
+    assert tokenizer.decode(sequence.token_ids) == (
+        f"<|im_start|>system \nBe brief.<|im_end|><|im_start|>user {own}{own}\nWhat is it?<|im_end|>"
+        "<|im_start|>assistant \nIt shows noise.<|im_end|>"
+    )
+    assert [placed.num_tokens for placed in sequence.images] == [len(reader.tokens(40, 24))] * 2
+    assert sequence.images[0].end == sequence.images[1].first_token
+    assert tokenizer.decode(sequence.labels).strip() == "It shows noise.<|im_end|>"

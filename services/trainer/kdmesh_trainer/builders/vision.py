@@ -11,7 +11,7 @@ from kdmesh.models.directory import check_model_directory
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.verify import check_images
-from kdmesh.models.vision import reads_images
+from kdmesh.models.vision import has_axes, reads_images, unused_vision
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.student import freezing
 
@@ -57,5 +57,8 @@ def build_packer(lm: PreTrainedModel, reader: ImageReader | None, num_images: in
         return Packer(lm, None)
     if num_images:
         check_images(lm, reader)
+        if not has_axes(lm.config) and not is_frozen:
+            for parameter in unused_vision(lm, reader.blank()[1]):
+                parameter.requires_grad_(False)  # an optimizer has no state for what never has a gradient
     log.info("student reads images", extra={"images": num_images, "vision_is_frozen": is_frozen})
     return Packer(lm, reader, always_sees=num_images > 0)

@@ -14,7 +14,7 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import Encoding, Tokenizer, processors
 
 from kdmesh.chats.chat_rows import Chat, Message
-from kdmesh.chats.chat_template import TEMPLATE_ERRORS, dated_alike
+from kdmesh.chats.chat_template import TEMPLATE_ERRORS, dated_alike, with_texts
 from kdmesh.chats.tool_rows import Tool, are_written, name_of
 from kdmesh.errors import ConfigError
 from kdmesh.images import ImageTokens
@@ -82,7 +82,7 @@ class ChatEncoder:
             ConfigError: there is no template, or it is not Jinja.
         """
         self._tokenizer = tokenizer
-        self._template = dated_alike(template_of(tokenizer, template))
+        self._template = with_texts(dated_alike(template_of(tokenizer, template)), tokenizer)
         self._backend = _with_whole_offsets(tokenizer)
         self._vocabulary = _vocabulary(tokenizer, self._backend)
         self._images = images
