@@ -41,7 +41,7 @@ class ChatTokens:
         except ValueError:
             raise ConfigError(f"the tokenizer in {model} has no chat template") from None
         template = dated_alike(with_settings(template, template_settings or {}, key="--template-setting"))
-        self._template = with_texts(template, tokenizer)
+        self._template = with_texts(template, tokenizer.apply_chat_template)
         self._model = model
         self._tokenizer = tokenizer
         self._reader = load_image_reader(model) if (model / "config.json").is_file() else None

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
 from kdmesh.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase  # which configurations must not load
 
 TemplateSetting: TypeAlias = bool | int | float | str
 """What a variable of a chat template may be given."""
@@ -51,17 +48,21 @@ def dated_alike(template: str) -> str:
     return _FIXED_DATE + template if "strftime_now" in template else template
 
 
-def with_texts(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja source with messages in parts, where it would leave out a message that is a text."""
+def with_texts(template: str, render: Callable[..., Any]) -> str:
+    """The Jinja source with messages in parts, where it would leave out a message that is a text.
+
+    Args:
+        render: a tokenizer's apply_chat_template.
+    """
     in_parts = f"{_IN_PARTS}{template}"
-    is_needed = not _writes_word(template, tokenizer) and _writes_word(in_parts, tokenizer)
+    is_needed = not _writes_word(template, render) and _writes_word(in_parts, render)
     return in_parts if is_needed else template
 
 
-def _writes_word(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _writes_word(template: str, render: Callable[..., Any]) -> bool:
     chat = [{"role": "user", "content": _WORD}]
     try:
-        return _WORD in str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+        return _WORD in str(render(chat, chat_template=template, tokenize=False))
     except TEMPLATE_ERRORS:
         return False
 

@@ -202,12 +202,12 @@ _LLAVA_ONEVISION = ImageLayout(
     part_tokens=_part_llava,
 )
 
-# Pixtral, in Mistral 3 and LLaVA
+# Pixtral, in Mistral 3
 
 
 def _pixtral_patch(config: PretrainedConfig) -> int:
     """Pixels in width of what one token stands for."""
-    return side(config.vision_config.patch_size) * int(getattr(config, "spatial_merge_size", 1))
+    return side(config.vision_config.patch_size) * int(config.spatial_merge_size)
 
 
 def _write_pixtral(sight: Sight, height: int, width: int) -> Written:
@@ -287,6 +287,4 @@ _LAYOUTS = {
 
 def layout_of(config: PretrainedConfig) -> ImageLayout:
     """Of a model that reads images."""
-    if config.model_type == "llava" and config.vision_config.model_type == "pixtral":
-        return _PIXTRAL
     return _LAYOUTS.get(config.model_type, _QWEN)

@@ -35,6 +35,10 @@ VISION_CLASSES = AXES_CLASSES | ROW_CLASSES
 """Those that are known to work: rows that a vision tower makes of an image take the place of its tokens."""
 
 
+UNREAD = {"gemma3": "its image tokens attend to those behind them too, and packed attention looks back alone"}
+"""Model type -> why no images are read, of models that have a vision tower and are run as models of text."""
+
+
 def reads_images(config: PretrainedConfig) -> bool:
     """Whether the model of `config` is one of VISION_CLASSES."""
     return config.model_type in VISION_CLASSES

@@ -6,7 +6,8 @@ import base64
 import io
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -20,8 +21,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from kdmesh.errors import DataError, InvalidRequest
 from kdmesh.images import data_url, decoded, describe_image, encoded, image_digest
 from kdmesh.models.image_layouts import Sight
-from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.builders.vision import no_images
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.chat import ChatEncoder
 from kdmesh_trainer.data.readers import open_dataset
 from kdmesh_trainer.data.sequences import load_sequences
@@ -247,3 +250,12 @@ def test_a_template_that_looks_for_parts_alone_leaves_out_no_text(
     assert [placed.num_tokens for placed in sequence.images] == [len(reader.tokens(40, 24))] * 2
     assert sequence.images[0].end == sequence.images[1].first_token
     assert tokenizer.decode(sequence.labels).strip() == "It shows noise.<|im_end|>"
+
+
+def test_a_student_whose_images_packed_attention_cannot_read_says_why(tmp_path: Path) -> None:
+    AutoConfig.for_model("gemma3").save_pretrained(tmp_path / "gemma3")
+    student = SimpleNamespace(student=SimpleNamespace(model=tmp_path / "gemma3"))
+    assert load_image_reader(tmp_path / "gemma3") is None
+    file = write(tmp_path, {"messages": [asked({"type": "image", "image": "pictures/one.png"}), ANSWER]})
+    with pytest.raises(DataError, match="is an image, and a student of model type gemma3 reads text alone here: "):
+        list(open_dataset(ChatFile(path=file), images=no_images(cast(TrainerConfig, student)))())

@@ -21,7 +21,7 @@ from kdmesh_trainer.builders.layers import refuse_unknown_layers, refuse_unreach
 from kdmesh_trainer.builders.objective import resolve_divergence
 from kdmesh_trainer.builders.student import check_speed
 from kdmesh_trainer.builders.student_length import refuse_short_student
-from kdmesh_trainer.builders.vision import expansion_of, load_reader
+from kdmesh_trainer.builders.vision import expansion_of, load_reader, no_images
 from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.data.readers import Reader, open_dataset
 from kdmesh_trainer.data.recipe import Encoder, EncoderRecipe
@@ -79,7 +79,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
         known_names=tuple(cfg.teachers),
     )
     needs_boundaries = isinstance(cfg.objective, Distill) and cfg.objective.needs_boundaries
-    read = partial(open_dataset, teacher=columns, images=None if reader is None else cfg.data.images)
+    read = partial(open_dataset, teacher=columns, images=no_images(cfg) if reader is None else cfg.data.images)
     fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
     judge = cfg.source.judge if isinstance(cfg.source, config.OnPolicy) else None
     read_whole = partial(read, keeps_rows=judge is not None and question_of(judge) is not None)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from kdmesh.chats.image_files import NoImages
 from kdmesh.errors import ConfigError
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.image_packing import Packer
 from kdmesh.models.image_reader import ImageReader, load_image_reader
 from kdmesh.models.verify import check_images
-from kdmesh.models.vision import has_axes, reads_images, unused_vision
+from kdmesh.models.vision import UNREAD, has_axes, reads_images, unused_vision
 from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.data.readers import TEXT_STUDENT
 from kdmesh_trainer.student import freezing
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,15 @@ def load_reader(cfg: TrainerConfig) -> ImageReader | None:
         raise ConfigError(f"student.freeze_vision: {cfg.student.model} reads no images")
     # A teacher with another tokenizer has other image tokens: its rows would be of other images, or of none.
     return None if cfg.data.teacher_tokenizer is not None else reader
+
+
+def no_images(cfg: TrainerConfig) -> NoImages:
+    """Why the data may have none, of a student that load_reader finds no reader for."""
+    config = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
+    why = UNREAD.get(config.model_type)
+    if why is None:
+        return TEXT_STUDENT
+    return NoImages(f"a student of model type {config.model_type} reads text alone here: {why}")
 
 
 def expansion_of(reader: ImageReader | None) -> str:

@@ -82,7 +82,7 @@ class ChatEncoder:
             ConfigError: there is no template, or it is not Jinja.
         """
         self._tokenizer = tokenizer
-        self._template = with_texts(dated_alike(template_of(tokenizer, template)), tokenizer)
+        self._template = with_texts(dated_alike(template_of(tokenizer, template)), tokenizer.apply_chat_template)
         self._backend = _with_whole_offsets(tokenizer)
         self._vocabulary = _vocabulary(tokenizer, self._backend)
         self._images = images

@@ -31,6 +31,11 @@ Reader = Callable[[], Iterator[Chat]]
 """Starts one pass over a dataset."""
 
 
+TEXT_STUDENT = NoImages(
+    "the student reads text alone: its model is of another kind, or has no preprocessor_config.json beside it"
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
     """Where each row of a file has what."""
@@ -118,7 +123,7 @@ def open_dataset(
     config: DatasetConfig,
     *,
     teacher: TeacherColumns = NO_COLUMNS,
-    images: ImagesConfig | None = None,
+    images: ImagesConfig | NoImages = TEXT_STUDENT,
     keeps_rows: bool = False,
 ) -> Reader:
     """The reader of a dataset; nothing of the data is read until it is called.
@@ -128,7 +133,7 @@ def open_dataset(
 
     Args:
         teacher: columns of a file.
-        images: how they are found; None refuses them.
+        images: how they are found, or why there are none.
         keeps_rows: each chat has the whole row that it was read from; one of a custom reader has its `messages`.
 
     Raises:
@@ -148,7 +153,7 @@ def open_dataset(
 
 
 def open_files(
-    config: ChatFile | TextFile, *, teacher: TeacherColumns = NO_COLUMNS, images: ImagesConfig | None = None
+    config: ChatFile | TextFile, *, teacher: TeacherColumns = NO_COLUMNS, images: ImagesConfig | NoImages = TEXT_STUDENT
 ) -> ChatFiles:
     """The files of a dataset, of which nothing is read. Raises DataError when there are none of a known kind."""
     files = find_files(config.path)
@@ -182,10 +187,9 @@ def open_files(
     return ChatFiles(name=str(config.path), files=files, columns=columns)
 
 
-def _image_column(cfg: ImagesConfig | None, directory: Path | None) -> ImageColumn:
-    if cfg is None:
-        why = "the student reads text alone: its model is of another kind, or has no preprocessor_config.json beside it"
-        return ImageColumn(source=NoImages(why), name=None)
+def _image_column(cfg: ImagesConfig | NoImages, directory: Path | None) -> ImageColumn:
+    if isinstance(cfg, NoImages):
+        return ImageColumn(source=cfg, name=None)
     return ImageColumn(source=dataset_images(cfg, directory), name=cfg.column)
 
 
