@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
+from yaml.error import MarkedYAMLError
 
 from kdmesh.errors import ConfigError
 from kdmesh.hub import made_local, named_in
@@ -131,10 +132,25 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {_yaml_words(error)}") from None
+    if tree is None:
+        raise ConfigError(f"{path} says nothing; it must hold keys with values, as `steps: 100`")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping, not {type(tree).__name__}")
+        kind = "a list" if isinstance(tree, list) else f"only {_as_yaml(tree)}"
+        raise ConfigError(f"{path} must hold keys with values, as `steps: 100`, and not {kind}")
     return tree
+
+
+def _yaml_words(error: yaml.YAMLError) -> str:
+    """What is wrong with a file and in which line; a tab, which an editor may not show, in words of our own."""
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    mark, problem = error.problem_mark, error.problem or "it cannot be read"
+    if "'\\t' that cannot start any token" in problem:
+        problem = "a tab, where YAML takes spaces alone"
+    begun = error.context_mark  # of what does not go on as it must, where that is said
+    context = f"{error.context} that begins in line {begun.line + 1}, " if error.context and begun else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {context}{problem}\n{mark.get_snippet()}"
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -221,10 +221,21 @@ def test_a_malformed_override_is_refused_with_its_own_text(tmp_path: Path, overr
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("- a\n- b\n", "must hold a mapping, not list"), ("a: [1\n", "is not YAML"), ("", "must hold a mapping")],
+    [
+        ("- a\n- b\n", "must hold keys with values, as `steps: 100`, and not a list"),
+        ("steps\n", "and not only 'steps'"),
+        ("a: [1\n", "is not YAML: line 2, column 1: while parsing a flow sequence that begins in line 1, expected"),
+        ("", "says nothing; it must hold keys with values"),
+        ("# steps: 100\n", "says nothing; it must hold keys with values"),
+    ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: str) -> None:
     assert words in refusal(tmp_path, text)
+
+
+def test_a_tab_is_called_one_with_its_line(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "output: x\nstudent:\n\tmodel: x\n")
+    assert "line 3, column 1: a tab, where YAML takes spaces alone\n    \tmodel: x\n    ^" in said
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
