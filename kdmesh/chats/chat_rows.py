@@ -148,9 +148,10 @@ def chat_from_row(
     elif row.get(answers.prompt) is not None:
         messages, lacks = _prompt_and_completion(row, answers, origin, found_images)
     else:
+        hint = "; to train on plain text: `format: text`" if isinstance(row.get("text"), str) else ""
         raise DataError(
             f"{origin}: no column {column!r}, and neither `conversations` (ShareGPT), `instruction` with `output` "
-            f"(Alpaca) nor {answers.prompt!r}; columns found: {columns_found(row)}"
+            f"(Alpaca) nor {answers.prompt!r}; columns found: {columns_found(row)}{hint}"
         )
     found_images.check_all_used()
     return Chat(

@@ -96,7 +96,8 @@ def test_every_bad_key_is_named_with_its_path(tmp_path: Path) -> None:
 
 def test_evaluations_without_anything_to_judge_by_are_refused(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD, "evaluation.every=200")
-    assert "  evaluation.every (200) has nothing to judge by: give data.held_out or evaluation.questions" in said
+    rule = "evaluation.every (200) has nothing to judge by: give data.held_out or evaluation.questions, or leave it out"
+    assert f"  {rule}" in said
     questions = ("evaluation.questions.path=q.jsonl", "evaluation.rollouts={}")
     said = refusal(tmp_path, GOOD, "evaluation={every: 200, max_sequences: 9}", *questions)
     assert said.splitlines()[1:] == ["  evaluation.max_sequences (9) needs data.held_out, which it bounds"]

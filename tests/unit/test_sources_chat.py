@@ -206,7 +206,13 @@ def test_every_position_predicts_the_next_token() -> None:
 @pytest.mark.parametrize(
     ("family", "turns", "reason", "detail"),
     [
-        ("chatml", [("user", "a")], Reason.NO_ASSISTANT, "1 messages"),
+        ("chatml", [("user", "a")], Reason.NO_ASSISTANT, "roles found: user"),
+        (
+            "chatml",
+            [("system", "a"), ("user", "b"), ("user", "c")],
+            Reason.NO_ASSISTANT,
+            "roles found: system, user",
+        ),
         ("chatml", [("assistant", "a")], Reason.NO_PROMPT, "nothing comes before"),
         ("chatml", [("user", "a"), ("assistant", " \n")], Reason.EMPTY, "message 1"),
         ("chatml", [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "")], Reason.EMPTY, "message 3"),

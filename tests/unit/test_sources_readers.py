@@ -244,7 +244,11 @@ def test_chats_know_where_they_were_read(tmp_path: Path) -> None:
         (lines(ROW, ROW) + "oops\n" + lines(ROW), r"a\.jsonl:3: not JSON"),
         (lines(ROW, 3), r"a\.jsonl:2: a row must be an object, not int"),
         (lines(ROW, None), r"a\.jsonl:2: a row must be an object, not null"),
-        (lines({"text": "x", "id": 1}), r"a\.jsonl:1: no column 'messages'.*columns found: text, id"),
+        (
+            lines({"text": "x", "id": 1}),
+            r"a\.jsonl:1: no column 'messages'.*columns found: text, id; to train on plain text: `format: text`$",
+        ),
+        (lines({"text": 1}), r"columns found: text$"),
         (lines({}), r"columns found: none"),
         (lines({"messages": None, "id": 1}), r"a\.jsonl:1: no column 'messages'.*columns found: messages \(null\), id"),
         (lines({"instruction": "x"}), r"columns found: instruction"),

@@ -160,7 +160,8 @@ class ChatEncoder:
         """Every assistant turn that carries loss as if the chat ended with it. What follows the last trains nothing."""
         turns = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
         if not turns:
-            found = f"a prompt, and no column {chat.lacks!r}" if chat.lacks else f"{len(chat.messages)} messages"
+            roles = ", ".join(dict.fromkeys(message.role for message in chat.messages))
+            found = f"a prompt, and no column {chat.lacks!r}" if chat.lacks else f"roles found: {roles}"
             return Unusable(reason=Reason.NO_ASSISTANT, detail=found)
         if only_last:
             turns = turns[-1:]

@@ -46,7 +46,8 @@ def refuse_idle_evaluation(cfg: TrainerConfig) -> None:
     asked = cfg.evaluation
     if asked.every is not None and cfg.data.held_out is None and asked.questions is None:
         raise ValueError(
-            f"evaluation.every ({asked.every}) has nothing to judge by: give data.held_out or evaluation.questions"
+            f"evaluation.every ({asked.every}) has nothing to judge by: give data.held_out or evaluation.questions, "
+            "or leave it out"
         )
     if asked.max_sequences is not None and cfg.data.held_out is None:
         raise ValueError(f"evaluation.max_sequences ({asked.max_sequences}) needs data.held_out, which it bounds")
