@@ -245,6 +245,9 @@ def _meant(keys: Sequence[str], model: type[StrictModel]) -> str:
         return ""
     if last in model.other_names:
         return f"; did you mean {model.other_names[last]}?"
+    name, colon, _ = last.partition(":")
+    if colon and name in beside:
+        return f"; did you mean {'.'.join([*parent, name])}, with a space behind its colon?"
     close = get_close_matches(last, beside, n=1)
     meant = [".".join([*parent, *close])] if close else sorted(".".join(path) for path in known if path[-1] == last)
     return f"; did you mean {' or '.join(meant)}?" if 0 < len(meant) <= _MOST_GUESSES else ""

@@ -146,6 +146,11 @@ def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
         ("optimizer.speed=1", "optimizer.speed: there is no such key"),
         ("optimizer.lr=1", "optimizer.lr: there is no such key; did you mean optimizer.learning_rate?"),
         ("num_train_epochs=1", "num_train_epochs: there is no such key; did you mean epochs?"),
+        (
+            "student.lora={target_modules:all-linear}",
+            "student.lora.target_modules:all-linear: there is no such key; did you mean student.lora.target_modules, "
+            "with a space behind its colon?",
+        ),
         ("student.lora_r=8", "student.lora_r: there is no such key; did you mean student.lora.rank?"),
         (
             "batch.per_device_train_batch_size=1",
