@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from kdmesh.errors import CheckpointError
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.sections.saved_config import configured_identity
+from kdmesh_trainer.sections.saved_config import STATE, configured_identity, refuse_other_run
 
 
 def identity_of(**student: Any) -> dict[str, str]:
@@ -62,3 +66,14 @@ def test_a_run_begun_before_layers_could_be_compared_goes_on_and_with_the_same_p
         objective_of(layers={"pairs": pairs, "weight": 1}) for pairs in ({1: 2, 3: 4}, {3: 4, 1: 2}, {1: 2, 3: 5})
     )
     assert one == same != other
+
+
+@pytest.mark.parametrize(("key", "is_explained"), [("data.train (digest)", True), ("seed", False)])
+def test_a_checkpoint_of_other_data_says_that_they_may_only_be_read_otherwise(
+    tmp_path: Path, key: str, is_explained: bool
+) -> None:
+    (tmp_path / STATE).write_text(json.dumps({"next_step": 1, "world_size": 1, "identity": {key: "a"}}))
+    with pytest.raises(CheckpointError) as refused:
+        refuse_other_run(tmp_path, {key: "b"}, steps=2)
+    assert f"{key} is b now and was a" in str(refused.value)
+    assert ("`data.max_tokens`" in str(refused.value)) is is_explained

@@ -113,14 +113,13 @@ def refuse_other_run(
     """
     saved = read_saved(checkpoint)
     keys = saved.identity.keys() | identity.keys() if among is None else among
-    differing = [
-        f"{key} is {identity.get(key)} now and was {saved.identity.get(key)}"
-        for key in sorted(keys)
-        if saved.identity.get(key) != identity.get(key)
-    ]
+    differing = [key for key in sorted(keys) if saved.identity.get(key) != identity.get(key)]
     if differing:
+        told = "; ".join(f"{key} is {identity.get(key)} now and was {saved.identity.get(key)}" for key in differing)
+        is_data = any(key.startswith("data.train (digest") for key in differing)
+        hint = " (files, or `data.max_tokens` and what else they are read by, are others)" if is_data else ""
         raise CheckpointError(
-            f"{checkpoint} belongs to another run: {'; '.join(differing)}. "
+            f"{checkpoint} belongs to another run: {told}{hint}. "
             "Restore the configuration, or give this run another `output`"
         )
     if steps is not None and saved.next_step > steps:
