@@ -253,7 +253,14 @@ def probe(
 
 
 @main.command()
-@click.option("--server", default="127.0.0.1:8051", show_default=True, metavar="HOST:PORT", help="Its REST port.")
+@click.option(
+    "--server",
+    default="127.0.0.1:8051",
+    callback=checked_addresses,
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Its REST port.",
+)
 @click.option("--once", "is_once", is_flag=True, help="Print one table and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and end.")
 @click.option(

@@ -87,7 +87,9 @@ class Server:
                 raise NoAnswer(
                     f"{self.address} answers, but not HTTP: is it `server.port` instead of `server.rest_port`?"
                 ) from None
-            raise NoAnswer(f"{self.address} does not answer: {getattr(error, 'reason', error)}") from None
+            reason = getattr(error, "reason", error)
+            said = getattr(reason, "strerror", None) or reason
+            raise NoAnswer(f"{self.address} does not answer: {said}") from None
         except (ValueError, TypeError, KeyError) as error:
             raise NoAnswer(f"{self.address} answers something else than this kdmesh understands: {error}") from None
 

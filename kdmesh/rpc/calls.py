@@ -14,6 +14,7 @@ from kdmesh.rpc import status
 UNARY_TIMEOUT_S = 10.0
 
 _HUNG_UP = "Socket closed"  # gRPC's words of a server that ends the connection instead of greeting
+_NOBODY = "Connection refused"  # and of a port at which nobody listens
 _SPEAKS_HTTP = "Trying to connect an http1.x server"  # and of one that answers as a website does
 
 
@@ -39,6 +40,8 @@ def our_errors(address: str, *, wanted: str = "") -> Iterator[None]:
         if wanted and _SPEAKS_HTTP in str(failure):
             said = f"{address} answers, but not gRPC: is it `server.rest_port` instead of `server.port`?"
             failure = Unavailable(said, retry_after_s=0.0)
+        if wanted and str(failure).endswith(_NOBODY):
+            failure = Unavailable(f"{address} refuses connections: nothing listens there", retry_after_s=0.0)
         if wanted and str(failure).endswith(_HUNG_UP):
             failure = Unavailable(f"{failure}, as by a server that asks for TLS: see `access.tls`", retry_after_s=0.0)
         failure.add_note(f"from {address}")

@@ -385,7 +385,8 @@ class Replicas(Generic[C]):
         await self._changed.wait()
 
     def _late(self, deadline: Deadline, what: str) -> DeadlineExpired:
-        errors = [f"{r.address}: {r.last_error}" for r in self._replicas if r.last_error is not None]
+        told = [(r.address, str(r.last_error)) for r in self._replicas if r.last_error is not None]
+        errors = [f"{address}: {said.removeprefix(f'{address} ')}" for address, said in told]
         reasons = "; ".join(filter(None, (self._discovery.last_error, *errors)))
         return DeadlineExpired(f"{what} within {deadline.total_s:g} s{f' ({reasons})' if reasons else ''}")
 

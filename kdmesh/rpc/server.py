@@ -83,7 +83,9 @@ async def serving(
         else:
             bound = server.add_secure_port(address, _credentials(security.certificate))
     except RuntimeError:
-        raise ConfigError(f"cannot listen on {address} for gRPC: the port is in use, or not ours to take") from None
+        raise ConfigError(
+            f"cannot listen on {address} for gRPC: the port is in use, or not ours to take; `server.port` names one"
+        ) from None
     listening = RpcServer(host, bound, service, server, health_servicer)
     await listening.report(is_serving=False)
     await server.start()

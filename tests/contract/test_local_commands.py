@@ -154,9 +154,9 @@ def test_a_probe_of_the_rest_port_guesses_so_while_it_waits(tiny_models: TinyMod
             http.shutdown()
             serving.join()
     assert done.returncode == 2
-    said = f"{address} answers, but not gRPC: is it `server.rest_port` instead of `server.port`?"
+    said = "answers, but not gRPC: is it `server.rest_port` instead of `server.port`?"
     waits, *_, refusal = done.stderr.splitlines()
-    assert waits.endswith(f"waiting for a server  kind=teacher  address={address}  reason={said}")
+    assert waits.endswith(f"waiting for a server  kind=teacher  address={address}  reason={address} {said}")
     assert refusal == f"Error: no teacher is ready within 5 s ({address}: {said})"
 
 

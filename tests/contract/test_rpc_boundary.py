@@ -100,7 +100,7 @@ async def test_method_that_does_not_exist_is_not_ours(scripted: Scripted) -> Non
 
 async def test_port_in_use_is_named(scripted: Scripted) -> None:
     port = int(scripted.address.split(":")[1])
-    with pytest.raises(ConfigError, match=f"cannot listen on {scripted.address} for gRPC"):
+    with pytest.raises(ConfigError, match=f"cannot listen on {scripted.address} for gRPC: .*`server.port`"):
         async with server.serving("test.Other", scripted.add_to, host="127.0.0.1", port=port):
             pass
 

@@ -250,7 +250,7 @@ def test_teachers_of_different_models_are_refused(teacher: TeacherProcess, tmp_p
 
 
 def test_teacher_that_never_answers_is_named() -> None:
-    with pytest.raises(errors.DeadlineExpired, match=r"no teacher is ready within 0\.3 s \(127\.0\.0\.1:1: "):
+    with pytest.raises(errors.DeadlineExpired, match=r"no teacher is ready within 0\.3 s \(127\.0\.0\.1:1: refuses"):
         TeacherPool(["127.0.0.1:1"], job="test", deadline_s=0.3)
 
 

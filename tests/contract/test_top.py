@@ -70,7 +70,13 @@ async def test_nobody_at_the_address_is_an_error(tmp_path: Path) -> None:
         address = teacher.addresses.rest
     shown = await top(address, "--once")
     assert shown.exit_code == 2
-    assert f"{address} does not answer: [Errno 111] Connection refused" in shown.output
+    assert f"{address} does not answer: Connection refused" in shown.output
+
+
+async def test_an_address_without_a_port_is_refused() -> None:
+    shown = await top("localhost", "--once")
+    assert shown.exit_code == 2
+    assert "'localhost' is not of the form host:port" in shown.output
 
 
 @contextmanager
