@@ -100,7 +100,8 @@ def test_images_give_the_textbook_gradient_on_one_rank_and_on_two(
             actual = load_file(tmp_path / f"{ranks}-{freeze_vision}.safetensors")
             assert actual.keys() == wanted.keys()
             for name, value in wanted.items():
-                if name.endswith("k_proj.bias"):  # what is added to all keys alike changes nothing
+                # Towers have no rotary positions there, so what is added to all keys alike changes nothing.
+                if name.endswith("k_proj.bias") and name not in language:
                     assert max(actual[name].norm(), value.norm()) < 1e-5, name
                     continue
                 error = (actual[name] - value).norm() / value.norm()
