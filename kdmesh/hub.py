@@ -166,19 +166,26 @@ class _Wanted:
             raise ConfigError(f"{path.repository} could not be fetched: {_first_line(error)}") from None
         found = snapshot / path.inside
         if not found.exists():
-            raise ConfigError(f"{path.repository} has no {path.inside} that kdmesh reads ({', '.join(_ROWS)})")
+            raise ConfigError(
+                f"{path.repository} has no {path.inside or 'file at its top'} that kdmesh reads: it reads "
+                f"{', '.join(self._kinds)}; name the file or directory behind the name of the {what}"
+            )
         mark = self._mark(snapshot.name)
         with suppress(OSError):  # somebody else's cache; the hub is asked again then
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
         return found
 
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """Of the files that are read."""
+        return _ROWS if self.path.is_dataset else (*_SETTINGS, *(_WEIGHTS if self.with_weights else ()))
+
     def _patterns(self) -> Iterator[str]:
         inside = self.path.inside
         if self.path.is_dataset and inside:
             yield inside  # which may be a file
-        patterns = _ROWS if self.path.is_dataset else (*_SETTINGS, *(_WEIGHTS if self.with_weights else ()))
-        yield from (f"{inside}/{pattern}" if inside else pattern for pattern in patterns)
+        yield from (f"{inside}/{kind}" if inside else kind for kind in self._kinds)
 
     @property
     def _storage(self) -> Path:

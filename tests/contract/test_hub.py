@@ -139,6 +139,14 @@ def test_files_and_directories_of_datasets(cache: Path, monkeypatch: pytest.Monk
             local(several=["hf://datasets/someone/chats/side"])
 
 
+def test_a_dataset_without_a_file_at_its_top(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        hub_of(monkeypatch, DATA),
+        pytest.raises(ConfigError, match="someone/chats has no file at its top that kdmesh"),
+    ):
+        local(path="hf://datasets/someone/chats")
+
+
 def test_what_came_in_part_is_fetched_to_its_end(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = replace(MODEL, files={"config.json": b"{}", "tokenizer.json": b"{}"}, listed=tuple(MODEL.files))
     with hub_of(monkeypatch, cut), pytest.raises(ConfigError, match=r"model: someone/student could not be fetched"):
