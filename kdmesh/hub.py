@@ -94,15 +94,31 @@ def made_local(tree: dict[str, Any], *, fetch: bool) -> dict[str, Any]:
     """
     local = {}
     for key, text in named_in(tree):
+        with_weights = key.rpartition(".")[2] == "model"
         try:
-            wanted = _Wanted(path=HubPath.parse(text), with_weights=key.rpartition(".")[2] == "model")
-            found = wanted.here() or (wanted.fetched() if fetch else None)
+            if fetch:
+                found: Path | None = local_path(text, with_weights=with_weights)
+            else:
+                found = _Wanted(path=HubPath.parse(text), with_weights=with_weights).here()
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
         if found is not None:
             local[key] = str(found)
     replaced: dict[str, Any] = _replaced(tree, local)
     return replaced
+
+
+def local_path(text: str, *, with_weights: bool) -> Path:
+    """Where what `text` names lies on this machine, fetched if it was not yet.
+
+    Args:
+        with_weights: of a model; a tokenizer needs none.
+
+    Raises:
+        ConfigError: it is not of the form, or cannot be fetched.
+    """
+    wanted = _Wanted(path=HubPath.parse(text), with_weights=with_weights)
+    return wanted.here() or wanted.fetched()
 
 
 def _replaced(value: Any, by_key: Mapping[str, str], *keys: str) -> Any:

@@ -14,6 +14,7 @@ from kdmesh.commands import cluster_commands, evaluation, generation, harness, p
 from kdmesh.commands.access_option import access_option, checked_addresses, read_access
 from kdmesh.commands.config_option import config_argument, set_option
 from kdmesh.commands.finite_range import FiniteRange
+from kdmesh.commands.model_directory import ModelDirectory
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.interrupt import INTERRUPTED
@@ -212,8 +213,8 @@ def check_command(config: Path, overrides: tuple[str, ...], reads_data: bool) ->
 @click.option(
     "--model",
     required=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Hugging Face directory of the model it should serve, with its tokenizer.",
+    type=ModelDirectory(with_weights=True),
+    help="Directory, or hf://OWNER/MODEL, of the model it should serve, with its tokenizer.",
 )
 @click.option("--prompts", type=_FILE, help="Text file with one prompt per line; a few built-in ones otherwise.")
 @click.option(

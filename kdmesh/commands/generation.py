@@ -16,6 +16,7 @@ from kdmesh.auth.config import AccessConfig
 from kdmesh.chats.chat_template import TemplateSetting
 from kdmesh.commands.access_option import access_option, checked_addresses, read_access
 from kdmesh.commands.endpoint_options import endpoint_options, read_endpoint, refuse_others_options
+from kdmesh.commands.model_directory import ModelDirectory
 from kdmesh.config import named_value
 from kdmesh.errors import ConfigError
 from kdmesh.launch.local import Stopped
@@ -43,8 +44,8 @@ _GENERATE_S = 3600.0  # for the answers to one prompt
 @endpoint_options
 @click.option(
     "--model",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Hugging Face directory with the servers' tokenizer and a chat template; not for --openai.",
+    type=ModelDirectory(with_weights=False),
+    help="Directory, or hf://OWNER/MODEL, with the servers' tokenizer and a chat template; not for --openai.",
 )
 @click.option("--prompts", required=True, type=_FILE, help="JSONL with `messages` or `prompt` in each row.")
 @click.option("--output", required=True, type=_FILE, help="JSONL to write: a chat dataset for a trainer.")

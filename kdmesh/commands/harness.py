@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kdmesh.commands.model_directory import ModelDirectory
 from kdmesh.errors import ConfigError
 from kdmesh.outputs import make_writable
 
@@ -15,7 +16,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command("lm-eval")
-@click.argument("model", type=_DIRECTORY)
+@click.argument("model", type=ModelDirectory(with_weights=True))
 @click.option("--tasks", required=True, metavar="NAME[,NAME]...", help="Tasks of the harness.")
 @click.option("--include", type=_DIRECTORY, help="A directory of more tasks, as YAML files of the harness.")
 @click.option("--few-shot", type=click.IntRange(min=0), help="Examples before each question.  [default: the task's]")
@@ -37,9 +38,10 @@ def lm_eval(
     chat: bool,
     output: Path | None,
 ) -> None:
-    """Judge MODEL, a model's directory or a run's, whose final model is taken, by tasks of lm-evaluation-harness.
+    """Have lm-evaluation-harness judge MODEL, a directory or hf://OWNER/MODEL, by its tasks.
 
-    The harness fetches what a task asks from where the task says; the model is not fetched. Needs kdmesh[lm-eval].
+    Of a run's directory its final model is taken; hf://OWNER/MODEL is fetched, and by the harness what a task asks.
+    Needs kdmesh[lm-eval].
 
     \b
     Example: kdmesh lm-eval runs/distil --tasks hellaswag,arc_easy --limit 200

@@ -118,6 +118,12 @@ class Replica(Generic[C]):
         return max(0.0, self._rests_until_s - now_s, self._router.barred_s(self.address, now_s))
 
     @property
+    def complaint(self) -> str:
+        """What the last attempt failed with, after the address, which is named once; empty: nothing did."""
+        said = "" if self.last_error is None else str(self.last_error).removeprefix(f"{self.address} ")
+        return said and f"{self.address}: {said}"
+
+    @property
     def has_slot(self) -> bool:
         """Whether it may be sent one more request that takes a slot."""
         return self.client is not None and self._slots_taken < self.client.max_requests

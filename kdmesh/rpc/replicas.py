@@ -385,9 +385,7 @@ class Replicas(Generic[C]):
         await self._changed.wait()
 
     def _late(self, deadline: Deadline, what: str) -> DeadlineExpired:
-        told = [(r.address, str(r.last_error)) for r in self._replicas if r.last_error is not None]
-        errors = [f"{address}: {said.removeprefix(f'{address} ')}" for address, said in told]
-        reasons = "; ".join(filter(None, (self._discovery.last_error, *errors)))
+        reasons = "; ".join(filter(None, (self._discovery.last_error, *(r.complaint for r in self._replicas))))
         return DeadlineExpired(f"{what} within {deadline.total_s:g} s{f' ({reasons})' if reasons else ''}")
 
 

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import constants
 
 from kdmesh import config
+from kdmesh.commands.model_directory import ModelDirectory
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh.hub import HubPath
@@ -200,6 +201,16 @@ def test_check_says_what_is_still_to_be_fetched(cache: Path, monkeypatch: pytest
         "data.train.path: a/b has not been fetched from the hub yet; what trains or serves does so, or "
         "`hf download a/b --repo-type dataset --revision v1`",
     ]
+
+
+def test_commands_take_models_of_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub_of(monkeypatch, MODEL):
+        tokenizer = ModelDirectory(with_weights=False).convert("hf://someone/student", None, None)
+        assert names_in(tokenizer) == {"config.json", "tokenizer.json"}
+        model = ModelDirectory(with_weights=True).convert("hf://someone/student", None, None)
+        assert names_in(model) == {"config.json", "tokenizer.json", "model.safetensors"}
+        with pytest.raises(ConfigError, match="the hub has no model someone/else"):
+            ModelDirectory(with_weights=False).convert("hf://someone/else", None, None)
 
 
 def test_a_name_without_its_beginning_is_guessed(tmp_path: Path) -> None:
