@@ -69,7 +69,7 @@ class ImageLayout:
     """What the processor is told beside its own settings, as the model's processor of texts and images tells it."""
 
     blank: Callable[[Sight], tuple[Written, Mapping[str, Tensor]]] | None = None
-    """The smallest image that the model reads: what stands for it, and its inputs; None: a pixel, as it is read."""
+    """The smallest image: what stands for it, and its inputs; None: four pixels, as they are read."""
 
 
 def side(value: Any) -> int:

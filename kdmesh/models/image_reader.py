@@ -76,7 +76,7 @@ class ImageReader:
     def blank(self) -> tuple[Int32Array, Mapping[str, Tensor]]:
         """The tokens and inputs of a small image, for whoever must see one."""
         if self._layout.blank is None:
-            return self.tokens(1, 1), self.inputs([noise_image(1, 1, seed=0)])
+            return self.tokens(2, 2), self.inputs([noise_image(2, 2, seed=0)])
         written, inputs = self._layout.blank(self._sight)
         return self._ids(written), inputs
 

@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdmesh.models.body import load_causal_lm
+from kdmesh.models.forward import hidden_states_TD
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.builders.vision import build_packer
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sections.parallel_config import Gather
+from kdmesh_trainer.student.compiled_layers import compile_layers
 from kdmesh_trainer.student.model import Student, shard
 from kdmesh_trainer.student.weights import whole
 from tests.support.reference_vision import hugging_face_inputs, hugging_face_model
@@ -158,3 +160,20 @@ def test_a_tower_that_sees_nothing_is_frozen(
         assert {name for name, is_trained in parts.items() if not is_trained} == unread
     else:
         assert not any(parts.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's compiler
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "idefics3"])
+def test_compiled_layers_of_a_tower_and_its_language_model_say_what_the_others_say(
+    tiny_vision: TinyVisionModels, family: str
+) -> None:
+    path = tiny_vision.path(family, seed=1)
+    hidden = []
+    for compiles in (False, True):
+        lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
+        packer = build_packer(lm, reader_of(path), 3, freeze_vision=False)
+        if compiles:
+            compile_layers(lm)
+        hidden.append(hidden_states_TD(lm, packer.pack(batch_sequences(path))).detach())
+    torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-4, atol=1e-5)

@@ -58,7 +58,9 @@ class _Hidden:
 
 
 def _with_lengths_hidden(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def hiding(*args: Any, packed_lengths: tuple[int, ...], **kwargs: Any) -> Tensor:
+    def hiding(*args: Any, packed_lengths: tuple[int, ...] | None = None, **kwargs: Any) -> Tensor:
+        if packed_lengths is None:  # of a vision tower, which sees each image apart
+            return forward(*args, **kwargs)
         if kwargs.get("packed_starts") is not None:
             return forward(*args, packed_lengths=(), packed_longest=max(packed_lengths), **kwargs)
         return forward(*args, packed_lengths=_Hidden(packed_lengths), **kwargs)

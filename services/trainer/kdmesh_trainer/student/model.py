@@ -299,12 +299,14 @@ def checkpoint_activations(lm: PreTrainedModel, *, every: int) -> None:
     Raises:
         ConfigError: the model's layers do not allow it.
     """
-    for layer in decoder_layers(lm)[::every]:
-        if not isinstance(layer, GradientCheckpointingLayer):
-            raise ConfigError(
-                f"student.activation_checkpointing: layers {type(layer).__name__} of {lm.config.model_type} keep all "
-                "their activations; only none is possible"
-            )
+    layers, of_language = decoder_layers(lm), set(lm.get_decoder().modules())
+    allowing = [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in of_language.intersection(layers).difference(allowing):  # a vision tower's embeddings may keep theirs
+        raise ConfigError(
+            f"student.activation_checkpointing: layers {type(layer).__name__} of {lm.config.model_type} keep all "
+            "their activations; only none is possible"
+        )
+    for layer in allowing[::every]:
         # Not by the layer's own means, which a forward pass that was replaced, as by compile_layers, does not have.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -333,9 +335,14 @@ def release(student: Student) -> None:
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that transformers says must not be split."""
-    names = set(lm._no_split_modules or ())
-    return [module for module in lm.modules() if type(module).__name__ in names]
+    """The blocks that transformers says must not be split, or may be checkpointed, and of these the outermost."""
+    names, found, inside = set(lm._no_split_modules or ()), list[nn.Module](), set[nn.Module]()
+    for module in lm.modules():
+        is_layer = type(module).__name__ in names or isinstance(module, GradientCheckpointingLayer)
+        if is_layer and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 def _layers_in_float32(lm: PreTrainedModel, compute_dtype: torch.dtype) -> set[nn.Parameter]:
