@@ -14,7 +14,7 @@ from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teacher_pool import TeacherPool
 from tests.support.teacher_requests import expected_rows, sequence
-from tests.support.teacher_server import running_teacher
+from tests.support.teacher_server import num_waiting, running_teacher
 
 LAYERED: dict[str, Any] = {"num_layers": 5}
 BOTH_DOORS = pytest.mark.parametrize("door", ["shm", "stream"])
@@ -38,10 +38,16 @@ async def test_each_request_gets_the_layers_that_it_asked_for_also_in_one_batch(
             assert torch.equal(rows.rows_RD.float(), expected_rows(asked, layers=layers))
 
         teacher.engine.batches.clear()
+        teacher.engine.hold()
         async with asyncio.TaskGroup() as asking:
             for seed, layers in enumerate([(), (2,), (1, 5), (), (1, 2, 3, 4, 5), (2,)]):
                 asking.create_task(ask(seed, layers))
-        assert len(teacher.engine.batches) < 6
+            await asyncio.to_thread(teacher.engine.wait_entered)
+            while await num_waiting(teacher) < 2:  # all others have one of the four slots
+                pass
+            teacher.engine.let_go()
+        assert sum(teacher.engine.batches) == 6
+        assert max(teacher.engine.batches) > 1
 
 
 @BOTH_DOORS

@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 
 import grpc
-import httpx
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,7 +19,7 @@ from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh_teacher.engine import HeadParts
 from tests.support.teacher_requests import expected_rows, sequence
-from tests.support.teacher_server import RunningTeacher, running_teacher
+from tests.support.teacher_server import num_waiting, running_teacher
 
 BOTH_DOORS = pytest.mark.parametrize("door", ["shm", "stream"])
 
@@ -52,17 +51,11 @@ async def test_many_requests_at_once_each_get_their_own_rows(tmp_path: Path, doo
             for seed in range(40):
                 asking.create_task(ask(seed))
             await asyncio.to_thread(teacher.engine.wait_entered)
-            while await _num_waiting(teacher) < 2:
+            while await num_waiting(teacher) < 2:
                 pass
             teacher.engine.let_go()
         assert sum(teacher.engine.batches) == 40
         assert max(teacher.engine.batches) > 1
-
-
-async def _num_waiting(teacher: RunningTeacher) -> int:
-    async with httpx.AsyncClient() as rest:
-        slab = (await rest.get(f"http://{teacher.addresses.rest}/v1/slab")).json()
-    return int(slab["waiting"]["requests"])
 
 
 @BOTH_DOORS

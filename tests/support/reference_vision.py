@@ -54,7 +54,7 @@ def hugging_face_vision_rows(
 ) -> Tensor:
     """[R, (1 + layers) * D] last hidden states after the final norm, and what these layers, counted from 1, give."""
     model = hugging_face_model(path, dtype)
-    outputs = kept_outputs(model.model.language_model.layers, layers)
+    outputs = kept_outputs(model.get_decoder().layers, layers)
     rows = []
     with torch.no_grad():
         for sequence in sequences:

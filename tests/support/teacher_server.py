@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.teacher_client import TeacherClient
 from kdmesh.serving.addresses import Addresses
@@ -105,3 +107,10 @@ async def served(
         stop.set()
         await asyncio.wait((ended,))
         await asyncio.to_thread(thread.close, 5)
+
+
+async def num_waiting(teacher: RunningTeacher) -> int:
+    """Requests that wait for a slot."""
+    async with httpx.AsyncClient() as rest:
+        slab = (await rest.get(f"http://{teacher.addresses.rest}/v1/slab")).json()
+    return int(slab["waiting"]["requests"])

@@ -10,7 +10,7 @@ import pytest
 
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.sections.saved_config import STATE, configured_identity, refuse_other_run
+from kdmesh_trainer.sections.saved_config import COMPLETE, STATE, configured_identity, refuse_other_run
 
 
 def identity_of(**student: Any) -> dict[str, str]:
@@ -72,8 +72,10 @@ def test_a_run_begun_before_layers_could_be_compared_goes_on_and_with_the_same_p
 def test_a_checkpoint_of_other_data_says_that_they_may_only_be_read_otherwise(
     tmp_path: Path, key: str, is_explained: bool
 ) -> None:
-    (tmp_path / STATE).write_text(json.dumps({"next_step": 1, "world_size": 1, "identity": {key: "a"}}))
+    checkpoint = tmp_path / f"{COMPLETE}1"
+    checkpoint.mkdir()
+    (checkpoint / STATE).write_text(json.dumps({"next_step": 1, "world_size": 1, "identity": {key: "a"}}))
     with pytest.raises(CheckpointError) as refused:
-        refuse_other_run(tmp_path, {key: "b"}, steps=2)
+        refuse_other_run(checkpoint, {key: "b"}, steps=2)
     assert f"{key} is b now and was a" in str(refused.value)
     assert ("`data.max_tokens`" in str(refused.value)) is is_explained
