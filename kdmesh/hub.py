@@ -157,12 +157,15 @@ class _Wanted:
         )
 
         path, what = self.path, "dataset" if self.path.is_dataset else "model"
+        # Where another part was fetched before, that commit: a branch that moved since stays where it was.
+        known = self._commit()
+        revision = known if known is not None and self._mark(known).parent.is_dir() else path.revision
         try:
             snapshot = Path(
                 snapshot_download(
                     path.repository,
                     repo_type=what,
-                    revision=path.revision,
+                    revision=revision,
                     allow_patterns=list(self._patterns()),
                     ignore_patterns=None if path.inside else [*_TWICE, "*/*"],
                 )
@@ -177,7 +180,7 @@ class _Wanted:
                 f"the hub has no {what} {path.repository}, or none that you may read (`hf auth login`)"
             ) from None
         except RevisionNotFoundError:
-            raise ConfigError(f"{path.repository} has no revision {path.revision}") from None
+            raise ConfigError(f"{path.repository} has no revision {revision}") from None
         except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
             raise ConfigError(f"{path.repository} could not be fetched: {_first_line(error)}") from None
         found = snapshot / path.inside

@@ -130,6 +130,14 @@ def test_a_branch_stays_where_it_was(cache: Path, monkeypatch: pytest.MonkeyPatc
         assert other is not None and other.name == moved.commit
 
 
+def test_another_part_is_of_the_commit_of_the_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub_of(monkeypatch, MODEL):
+        tokenizer = local(path="hf://someone/student").path
+    moved = replace(MODEL, commit="3" * 40)
+    with hub_of(monkeypatch, moved, MODEL):  # commits stay there
+        assert local(model="hf://someone/student").model == tokenizer
+
+
 def test_files_and_directories_of_datasets(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with hub_of(monkeypatch, DATA):
         made = local(several=["hf://datasets/someone/chats/main/test.jsonl", "hf://datasets/someone/chats/main"])
