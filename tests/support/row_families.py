@@ -14,25 +14,13 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from tests.support.tiny_vision_tokens import VOCABULARY_SIZE
+from tests.support.tiny_vision_tokens import TINY_TEXT, VOCABULARY_SIZE
 
 TILE, PATCH = 16, 4  # pixels
 
 _TEXT = {
     "model_type": "qwen3",
-    "vocab_size": VOCABULARY_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
+    **TINY_TEXT,
 }
 _TOWER = {
     "hidden_size": 32,

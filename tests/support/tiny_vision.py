@@ -22,6 +22,7 @@ from tests.support.tiny_vision_tokens import (
     IMAGE_TOKEN,
     ROW_IMAGE_TOKEN,
     ROW_SPECIAL,
+    TINY_TEXT,
     VISION_END,
     VISION_START,
     VOCABULARY_SIZE,
@@ -33,19 +34,7 @@ PATCH = 4
 MERGE = 2
 
 _TEXT = {
-    "vocab_size": VOCABULARY_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
+    **TINY_TEXT,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
 }
 _VISION = {

@@ -10,6 +10,23 @@ from transformers import PreTrainedTokenizerFast
 
 VOCABULARY_SIZE = 320
 
+TINY_TEXT = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+"""Of the language model's configuration, whatever its family."""
+
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 VISION_START, IMAGE_TOKEN, VISION_END = range(3, 6)
 
