@@ -25,6 +25,7 @@ from kdmesh.handles.shared import Matrix
 from kdmesh.handles.shm_door import ShmDoor
 from kdmesh.handles.store import SlabStore
 from kdmesh.types import DType
+from tests.support.descriptors import nothing_left_open
 from tests.support.handles_consumer import digest, until
 from tests.support.handles_slab import answer, slab, states
 
@@ -52,13 +53,14 @@ async def hears(sock: socket.socket) -> bytes:
 
 async def test_socket_is_private_and_gone_afterwards(tmp_path: Path) -> None:
     path = tmp_path / "new" / "broker.sock"
-    before = set(os.listdir("/proc/self/fd")), named_memory()
-    async with slab(tmp_path / "new"):
-        assert named_memory() == before[1]  # its memory has no name that it could leave behind
-        assert path.stat().st_mode & 0o777 == 0o600
-        assert path.parent.stat().st_mode & 0o777 == 0o700
+    before = named_memory()
+    with nothing_left_open():
+        async with slab(tmp_path / "new"):
+            assert named_memory() == before  # its memory has no name that it could leave behind
+            assert path.stat().st_mode & 0o777 == 0o600
+            assert path.parent.stat().st_mode & 0o777 == 0o700
     assert not path.exists()
-    assert (set(os.listdir("/proc/self/fd")), named_memory()) == before
+    assert named_memory() == before
 
 
 def named_memory() -> set[str]:
@@ -139,8 +141,8 @@ async def test_session_that_has_ended_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["nothing", "file", "dead", "mute", "stream"])
 async def test_socket_that_leads_nowhere_is_unavailable(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "broker.sock"
-    before = len(os.listdir("/proc/self/fd"))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if kind == "stream" else socket.SOCK_SEQPACKET) as other:
+    type_of_socket = socket.SOCK_STREAM if kind == "stream" else socket.SOCK_SEQPACKET
+    with nothing_left_open(), socket.socket(socket.AF_UNIX, type_of_socket) as other:
         if kind == "file":
             path.write_text("")
         elif kind != "nothing":
@@ -149,7 +151,6 @@ async def test_socket_that_leads_nowhere_is_unavailable(tmp_path: Path, kind: st
             other.listen()
         with pytest.raises(Unavailable, match=str(path)):
             await ShmDoor.connect(path, bytes(16), bytes(16), timeout_s=0.05)
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # What clients say

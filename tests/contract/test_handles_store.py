@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from kdmesh.handles.shared import Matrix
 from kdmesh.handles.shm_door import ShmDoor
 from kdmesh.handles.store import SlabStore
 from kdmesh.types import DType
+from tests.support.descriptors import nothing_left_open
 from tests.support.handles_consumer import digest, until
 from tests.support.handles_slab import SLOT_BYTES, answer, slab, states
 
@@ -283,24 +283,24 @@ async def test_memory_that_is_not_there_is_refused_before_anything_starts(tmp_pa
 
 
 async def test_everything_goes_with_the_store(tmp_path: Path) -> None:
-    def ours() -> tuple[int, int]:
+    def mapped() -> int:
         gc.collect()  # what failed tests left in cycles
-        maps = Path("/proc/self/maps").read_text()
-        return maps.count("memfd:kdmesh"), len(os.listdir("/proc/self/fd"))
+        return Path("/proc/self/maps").read_text().count("memfd:kdmesh")
 
-    before = ours()
-    async with slab(tmp_path, slots=3) as store:
-        session = store.open_session("job").token
-        door = await ShmDoor.connect(store.socket_path, session, store.nonce)
-        handle, _ = answer(store, session, seed=1)
-        await store.add_shared_segment([Matrix(data=memoryview(bytes(64)), rows=4, cols=4, dtype=DType.FLOAT32)])
-        tensor = await door.fetch(handle)
-        assert ours()[0] - before[0] == 5  # three slots, a shared segment, the door's view of one slot
-        assert store.snapshot().shared_bytes + 3 * store.slot_bytes >= 3 * SLOT_BYTES + 64
-    assert tensor.shape == (64, SLOT_BYTES // 128)
-    del tensor
-    door.close()
-    assert ours() == before
+    before = mapped()
+    with nothing_left_open():
+        async with slab(tmp_path, slots=3) as store:
+            session = store.open_session("job").token
+            door = await ShmDoor.connect(store.socket_path, session, store.nonce)
+            handle, _ = answer(store, session, seed=1)
+            await store.add_shared_segment([Matrix(data=memoryview(bytes(64)), rows=4, cols=4, dtype=DType.FLOAT32)])
+            tensor = await door.fetch(handle)
+            assert mapped() - before == 5  # three slots, a shared segment, the door's view of one slot
+            assert store.snapshot().shared_bytes + 3 * store.slot_bytes >= 3 * SLOT_BYTES + 64
+        assert tensor.shape == (64, SLOT_BYTES // 128)
+        del tensor
+        door.close()
+    assert mapped() == before
 
 
 async def test_error_inside_the_store_comes_out_as_it_is(tmp_path: Path) -> None:
