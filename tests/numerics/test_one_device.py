@@ -1,4 +1,4 @@
-"""A step mixes no tensor of its device with one of the host, and asks the host for no value.
+"""Training and decoding mix no tensor of their device with one of the host, and ask the host for no value.
 
 The device is `meta`, which stands for a GPU here: it refuses both, as it has no values.
 """
@@ -11,11 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad_norm_
 
+from kdmesh.models.body import load_causal_lm
+from kdmesh.models.decoding import Decoder, prepare_decoding
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
@@ -94,6 +97,20 @@ def test_every_option_stays_on_its_device(on_meta: Mesh, tiny_models: TinyModels
 
 def test_experts_stay_on_their_device_with_muon(on_meta: Mesh, tiny_models: TinyModels) -> None:
     take_steps(on_meta, tiny_models.path("qwen3_moe", seed=1), LocalTeacher(tiny_models.path(seed=2)), optimizer="muon")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_stays_on_its_device(tiny_models: TinyModels, family: str) -> None:
+    lm = load_causal_lm(tiny_models.path(family), torch.bfloat16, torch.device("cpu"))
+    prepare_decoding(lm)
+    lm.to(META)
+    with torch.inference_mode():
+        decoder = Decoder(lm, tokens=1)
+        decoder.join([np.arange(length, dtype=np.int32) for length in (5, 9)])
+        decoder.fork(0)
+        decoder.advance([1, 2, 3])
+        decoder.leave(0)
+        assert decoder.advance([1, 2]).device == META
 
 
 def test_meta_refuses_what_a_gpu_refuses_or_waits_for() -> None:
