@@ -3,6 +3,8 @@
     hf://Qwen/Qwen3-0.6B              a model
     hf://Qwen/Qwen3-0.6B@a1b2c3       a branch, tag or commit of it
     hf://datasets/openai/gsm8k/main   a directory, or a file, of a dataset
+    hf://datasets/OWNER/NAME@refs/convert/parquet/default/train
+                                      of the Parquet files that the hub makes of a dataset
 
 They lie in the hub's own cache (`HF_HOME`), where other programs find them too.
 """
@@ -23,7 +25,8 @@ PREFIX = "hf://"
 
 _NAME = r"[\w.-]+"
 _FORM = re.compile(
-    rf"hf://(?P<kind>datasets/)?(?!datasets/)(?P<name>{_NAME}/{_NAME})(@(?P<revision>[^/\s]+))?(/(?P<inside>\S+))?"
+    rf"hf://(?P<kind>datasets/)?(?!datasets/)(?P<name>{_NAME}/{_NAME})"
+    r"(@(?P<revision>refs/(convert/\w+|pr/\d+)|[^/\s]+))?(/(?P<inside>\S+))?"
 )
 _COMMIT = re.compile("[0-9a-f]{40}")
 # What transformers and kdmesh read of a model, and not the same weights in other formats.

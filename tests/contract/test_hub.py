@@ -89,6 +89,11 @@ def names_in(directory: Path | None) -> set[str]:
         ("hf://a/b/", HubPath(repository="a/b", is_dataset=False, revision=None, inside="")),
         ("hf://a/b.c-1@v1.0/x/y", HubPath(repository="a/b.c-1", is_dataset=False, revision="v1.0", inside="x/y")),
         ("hf://datasets/a/b/t.csv", HubPath(repository="a/b", is_dataset=True, revision=None, inside="t.csv")),
+        (
+            "hf://datasets/a/b@refs/convert/parquet/default/train",
+            HubPath(repository="a/b", is_dataset=True, revision="refs/convert/parquet", inside="default/train"),
+        ),
+        ("hf://a/b@refs/pr/7", HubPath(repository="a/b", is_dataset=False, revision="refs/pr/7", inside="")),
         ("hf://datasets/a/b@main", HubPath(repository="a/b", is_dataset=True, revision="main", inside="")),
     ],
 )
@@ -136,6 +141,16 @@ def test_another_part_is_of_the_commit_of_the_first(cache: Path, monkeypatch: py
     moved = replace(MODEL, commit="3" * 40)
     with hub_of(monkeypatch, moved, MODEL):  # commits stay there
         assert local(model="hf://someone/student").model == tokenizer
+
+
+def test_what_the_hub_made_of_a_dataset(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = replace(DATA, branch="refs/convert/parquet", files={"default/train/0000.parquet": b"PAR1"})
+    with hub_of(monkeypatch, rows) as asked:
+        made = local(path="hf://datasets/someone/chats@refs/convert/parquet/default/train").path
+        assert names_in(made) == {"0000.parquet"}
+        asked.clear()
+        assert local(path="hf://datasets/someone/chats@refs/convert/parquet/default/train").path == made
+        assert asked == []
 
 
 def test_files_and_directories_of_datasets(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

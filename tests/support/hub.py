@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +17,9 @@ class Repository:
     """What the hub has under one name."""
 
     name: str
-    commit: str  # that `main` is
+    commit: str  # that `branch` is
     files: Mapping[str, bytes]
+    branch: str = "main"
     is_dataset: bool = False
     listed: Sequence[str] = ()  # files that it speaks of, where those are others
     token: str | None = None  # that readers must have
@@ -39,7 +40,7 @@ class Repository:
             return 401, b"", "RepoNotFound"
         if self.is_gated:
             return 403, b"", "GatedRepo"
-        if path in (f"{api}revision/main", f"{api}revision/{self.commit}"):
+        if path in (f"{api}revision/{quote(self.branch, safe='')}", f"{api}revision/{self.commit}"):
             siblings = [{"rfilename": name} for name in self.names]
             return 200, json.dumps({"id": self.name, "sha": self.commit, "siblings": siblings}).encode(), ""
         if path == f"{api}tree/{self.commit}":
