@@ -6,15 +6,12 @@ The device is `meta`, which stands for a GPU here: it refuses both, as it has no
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad_norm_
 
 from kdmesh.models.body import load_causal_lm
@@ -23,6 +20,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from tests.support.lone_rank import mesh as mesh
+from tests.support.lone_rank import on_device
 from tests.support.tiny_models import FAMILIES, TinyModels
 from tests.support.trainer_parts import (
     Layers,
@@ -48,8 +46,7 @@ def on_meta(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> Mesh:
         return nullcontext() if device_type == "meta" else cast(Any, autocast(device_type, **options))
 
     monkeypatch.setattr(torch, "autocast", without_meta)
-    alone = SimpleNamespace(size=lambda: 1, device_type="meta")
-    return replace(mesh, device=META, device_mesh=cast(DeviceMesh, alone))
+    return on_device(mesh, META)
 
 
 def take_steps(mesh: Mesh, student: Path, teacher: LocalTeacher, *, optimizer: str = "adamw", **how: Any) -> None:
