@@ -22,6 +22,8 @@ from kdmesh.preflight.model_files import (
 )
 from kdmesh.preflight.own_code import function_problems
 from kdmesh.serving.config import ListenConfig
+from kdmesh.sglang.config import SglangModel
+from kdmesh.sglang.verified_images import images_refusal
 from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import FakeEngine as TeacherFake
@@ -113,7 +115,7 @@ def missing(cfg: ServiceConfig) -> list[str]:
         return list(_missing_for_trainer(cfg))
     engine = cfg.engine
     models = [] if isinstance(engine, TeacherFake | RolloutFake) else model_problems("engine.model", engine.model)
-    return [*models, *_guards(cfg.server), *_files("jobs", {"file": cfg.jobs.file})]
+    return [*models, *_unserved(engine), *_guards(cfg.server), *_files("jobs", {"file": cfg.jobs.file})]
 
 
 def missing_to_plan(cfg: ServiceConfig) -> list[str]:
@@ -157,6 +159,12 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     nearest = next(path for path in (cfg.output, *cfg.output.absolute().parents) if path.exists())
     if not nearest.is_dir():
         yield f"output: {nearest} is not a directory"
+
+
+def _unserved(engine: StrictModel) -> Iterator[str]:
+    """Of an engine of SGLang, why it does not run its model."""
+    if isinstance(engine, SglangModel) and (refusal := images_refusal(engine.model)) is not None:
+        yield f"engine.model: {refusal}"
 
 
 def _layers(cfg: TrainerConfig) -> Iterator[str]:

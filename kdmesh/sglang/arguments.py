@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from kdmesh.errors import ConfigError
-from kdmesh.models.vision import has_axes, reads_images
 from kdmesh.sglang.config import SglangModel
 from kdmesh.types import DType
 
@@ -56,22 +52,6 @@ def server_arguments(config: SglangModel, dtype: DType, *, sees: bool = False) -
         "enable_weights_cpu_backup": config.sleep,  # else they come back as garbage
         "log_level": "warning",
     }
-
-
-def refuse_unverified(config: PretrainedConfig, path: Path) -> None:
-    """Return where SGLang is known to see of images what transformers does, or none can be asked about.
-
-    Args:
-        config: of the model in directory `path`.
-
-    Raises:
-        ConfigError: naming the model type.
-    """
-    if reads_images(config) and not has_axes(config):
-        raise ConfigError(
-            f"{path} is of model type {config.model_type}, whose images kdmesh has not verified in SGLang; it is "
-            "served by engine.kind transformers"
-        )
 
 
 def has_deterministic_inference(config: SglangModel) -> bool:

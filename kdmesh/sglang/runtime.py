@@ -19,11 +19,12 @@ from kdmesh.models.placement import DTYPES
 from kdmesh.models.vision import reads_images
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import shared_files
-from kdmesh.sglang.arguments import num_schedulers, refuse_unverified, server_arguments
+from kdmesh.sglang.arguments import num_schedulers, server_arguments
 from kdmesh.sglang.config import SglangModel
 from kdmesh.sglang.schedulers import Schedulers
 from kdmesh.sglang.server_death import SERVER_VARIABLE
 from kdmesh.sglang.surroundings import ignore_its_signal, surroundings
+from kdmesh.sglang.verified_images import images_refusal
 from kdmesh.sglang.versions import require_tested_version
 from kdmesh.types import DType
 
@@ -77,9 +78,10 @@ class SglangRuntime:
             EngineFailure: a process did not report, or node_rank is above 0 and one has ended.
         """
         config = self._config
+        if (refusal := images_refusal(config.model)) is not None:
+            raise ConfigError(refusal)
         require_tested_version()
         self.checkpoint = open_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
-        refuse_unverified(self.checkpoint.skeleton.config, config.model)
         dtype = self.checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         if dtype not in DTYPES:
             raise ConfigError(f"{config.model} has weights of {dtype}; set engine.dtype to bfloat16")

@@ -73,6 +73,22 @@ def test_every_bad_key_is_reported_at_once_with_exit_code_2(good: Path) -> None:
     assert "(got 'none')" in result.output
 
 
+@pytest.mark.parametrize(("file", "package"), [("teacher.yaml", "kdmesh_teacher"), ("rollout.yaml", "kdmesh_rollout")])
+def test_images_that_sglang_was_not_verified_with_are_refused_before_anything_loads(
+    good: Path, file: str, package: str
+) -> None:
+    Path("seeing").mkdir()
+    Path("seeing/config.json").write_text('{"model_type": "internvl"}')
+    Path(file).write_text("engine: {kind: sglang, model: seeing}\n")
+    result = run("check", file)
+    sentence = "seeing is of model type internvl, whose images kdmesh has not verified in SGLang; set engine.kind to "
+    assert result.exit_code == 2
+    assert f"engine.model: {sentence}" in result.output
+    started = subprocess.run([sys.executable, "-m", package, file], capture_output=True, text=True, timeout=100)
+    assert started.returncode == 2
+    assert sentence in started.stderr
+
+
 def test_everything_that_is_not_there_is_reported_at_once(good: Path) -> None:
     custom = "objective.divergence={name: custom, target: 'mine:divergnce'}"
     context = "data.teacher_context={kind: template, path: told.jinja}"

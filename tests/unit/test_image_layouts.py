@@ -17,9 +17,9 @@ from transformers.models.pixtral import image_processing_pil_pixtral as pil_pixt
 from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.images import describe_image, expand_images
 from kdmesh.models.body import load_causal_lm
+from kdmesh.models.image_families import AXES_CLASSES, ROW_CLASSES
 from kdmesh.models.image_reader import load_image_reader
-from kdmesh.models.vision import ROW_CLASSES
-from kdmesh.sglang.arguments import refuse_unverified
+from kdmesh.sglang.verified_images import images_refusal
 from tests.support.row_families import PATCH, ROW_FAMILIES, TILE
 from tests.support.tiny_vision import TinyVisionModels, png, reader_of
 from tests.support.tiny_vision_tokens import ROW_IMAGE_TOKEN
@@ -114,8 +114,13 @@ def test_a_tower_that_nobody_knows_is_refused(tiny_vision: TinyVisionModels) -> 
         load_image_reader(path, config)
 
 
-def test_sglang_is_refused_where_nobody_has_compared_what_it_sees(tiny_vision: TinyVisionModels) -> None:
-    refuse_unverified(AutoConfig.from_pretrained(tiny_vision.path()), tiny_vision.path())
-    path = tiny_vision.path("internvl")
-    with pytest.raises(ConfigError, match="of model type internvl, whose images kdmesh has not verified in SGLang"):
-        refuse_unverified(AutoConfig.from_pretrained(path), path)
+def test_sglang_is_refused_where_nobody_has_compared_what_it_sees(tmp_path: Path) -> None:
+    for told in ("", "[]", "{}", '{"model_type": []}', *(f'{{"model_type": "{name}"}}' for name in AXES_CLASSES)):
+        (tmp_path / "config.json").write_text(told)
+        assert images_refusal(tmp_path) is None
+    for name in ROW_CLASSES:
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{name}"}}')
+        refusal = images_refusal(tmp_path)
+        assert refusal is not None
+        assert f"{tmp_path} is of model type {name}, whose images kdmesh has not verified in SGLang" in refusal
+        assert f"one of {', '.join(AXES_CLASSES)}" in refusal
