@@ -135,6 +135,23 @@ def test_what_was_answered_before_a_question_is_refused_is_kept(server: OpenAISe
     assert not output.exists()
 
 
+def test_answers_that_cannot_be_written_at_the_end_stay_beside(server: OpenAIServer, config: Path) -> None:
+    output = config.with_name("answers.jsonl")
+    output.with_name("answers.jsonl.part").mkdir()  # what it would be written by
+    done = run(server, config, "--output", str(output))
+    kept = output.with_name("answers.jsonl.incomplete")
+    assert done.returncode == 2
+    assert json.loads(done.stdout.splitlines()[-1])["num_questions"] == 3
+    assert f"questions with all their answers, 3 of them, are in {kept}" in done.stderr
+    assert sorted(json.loads(line)["asked"] for line in kept.read_text().splitlines()) == [
+        f"what is {i}" for i in range(3)
+    ]
+    output.with_name("answers.jsonl.part").rmdir()
+    figures(run(server, config, "--output", str(output)))
+    assert len(output.read_text().splitlines()) == 3
+    assert not kept.exists()
+
+
 def test_a_grader_that_fails_is_told_of_and_counts_as_wrong(server: OpenAIServer, config: Path) -> None:
     (config.parent / "my_grader.py").write_text("def fails(response, row): return 1 / 0\n")
     result = run(server, config, "--set", "evaluation.questions.match={name: custom, target: 'my_grader:fails'}")

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 
 from kdmesh.chats.chat_rows import Chat, Message
-from kdmesh.errors import CheckpointError, DeadlineExpired, ModelMismatch
+from kdmesh.errors import CheckpointError, DeadlineExpired, EngineFailure, ModelMismatch
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
 from kdmesh_trainer.data.sides import Question
 from kdmesh_trainer.devices import OwnDevices
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.questions.answer_files import AnswerFiles
+from kdmesh_trainer.questions.answer_files import AnswerFiles, EarlyAnswers
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.questions.examiner import Examiner, ServedWeights, StudentWeights
 from kdmesh_trainer.questions.scores import Answered
 from kdmesh_trainer.sources.order import StepPrompt
 from kdmesh_trainer.stop import Stopping
+from tests.support.full_disk import files_limited_to
 
 LONGEST = 5
 VERSION = 7
@@ -272,6 +273,47 @@ def test_a_server_that_answers_nothing_any_more_ends_the_run_with_the_reason(mes
         assert server.rounds == rounds
 
 
+def early(mesh: Mesh, asked: Exam, server: Server, *, ends: type[BaseException]) -> list[int]:
+    """Numbers of the questions whose answers are taken before an evaluation ends early."""
+    taken: list[int] = []
+
+    def take(question: Question, answered: Answered) -> None:
+        assert question == asked.questions[answered.number]
+        assert len(answered.responses) == asked.samples
+        taken.append(answered.number)
+
+    def keep(*told: object) -> None:
+        raise AssertionError("it is no whole evaluation")
+
+    examiner = Examiner(asked, server, ServedWeights(), keep=keep, mesh=mesh, devices=OwnDevices(), take=take)
+    with pytest.raises(ends):
+        examiner.examine(done=4)
+    return sorted(taken)
+
+
+def test_what_came_before_the_servers_were_gone_is_taken(mesh: Mesh) -> None:
+    for until in (0, 25, 64):
+        assert early(mesh, exam(150), BusyServer(together=10, until=until), ends=DeadlineExpired) == list(range(until))
+
+
+class Interrupted(BusyServer):
+    """Ctrl-C comes when its samples are waited for so often."""
+
+    def wait(self, pending: Iterable[Any]) -> bool:
+        if self.rounds == 8:
+            raise KeyboardInterrupt
+        return super().wait(pending)
+
+
+def test_what_came_before_a_person_ended_it_is_taken(mesh: Mesh) -> None:
+    assert early(mesh, exam(150), Interrupted(together=10), ends=KeyboardInterrupt) == list(range(64 + 10))
+
+
+def test_samples_that_nobody_asked_for_are_not_taken(mesh: Mesh) -> None:
+    asked = replace(exam(150), sampling=Sampling(max_new_tokens=LONGEST - 1))  # one question in five has longer ones
+    assert early(mesh, asked, Server(), ends=EngineFailure) == [i for i in range(128) if i % LONGEST < LONGEST - 1]
+
+
 def test_an_answer_of_other_weights_is_not_taken_for_the_students(mesh: Mesh) -> None:
     with pytest.raises(ModelMismatch, match=f"of weight version 6; {VERSION} was asked for"):
         ask(mesh, exam(3), Server(version=6))
@@ -348,6 +390,24 @@ def test_half_a_surrogate_pair_in_what_a_grader_says_is_kept(mesh: Mesh, tmp_pat
     AnswerFiles(tmp_path).keep(0, asked.questions, [failed])
     line = json.loads((tmp_path / "step-00000000.jsonl").read_text(encoding="utf-8"))
     assert line["responses"][0]["grader_error"] == "ValueError: no \ud83d"
+
+
+def test_a_full_disk_leaves_the_answers_before_it(mesh: Mesh, tmp_path: Path) -> None:
+    asked = exam(3)
+    kept, _ = ask(mesh, asked, Server())
+    early = EarlyAnswers(tmp_path / "answers.jsonl.incomplete")
+    early.path.write_text("of an earlier command\n")
+    early.add(asked.questions[0], kept[0])
+    line = early.path.read_bytes()
+    with (
+        files_limited_to(len(line) + 20),
+        pytest.raises(CheckpointError, match="incomplete cannot"),
+    ):
+        early.add(asked.questions[1], kept[1])
+    assert (early.number, early.path.read_bytes()) == (1, line)
+    early.add(asked.questions[2], kept[2])
+    lines = early.path.read_text().splitlines()
+    assert [json.loads(line)["question"] for line in lines] == ["questions.jsonl:0", "questions.jsonl:2"]
 
 
 def test_answers_that_cannot_be_written_are_said_in_a_sentence(tmp_path: Path) -> None:

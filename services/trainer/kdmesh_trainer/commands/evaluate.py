@@ -43,13 +43,13 @@ def _print_scores(cfg: TrainerConfig, arguments: argparse.Namespace) -> int:
         refuse_own_input(arguments.output, _inputs(cfg))
         refuse_to_replace(arguments.output, is_wanted=arguments.overwrite)
     answers = _Answers(arguments.output)
-    if arguments.openai is None:
-        scores = _evaluate(cfg, answers)
-    else:
-        with answers.kept_if_it_ends_early():
+    with answers.told_if_it_ends_early():
+        if arguments.openai is None:
+            scores = _evaluate(cfg, answers)
+        else:
             scores = _ask_endpoint(cfg, _endpoint(arguments), answers)
-    say(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
-    answers.write()
+        say(f"{scores.sentence()}\n{json.dumps(scores.figures())}\n")
+        answers.write()
     return 0
 
 
@@ -72,40 +72,43 @@ def _inputs(cfg: TrainerConfig) -> dict[str, Path]:
 
 
 class _Answers:
-    """What was answered to each question."""
+    """What was answered to each question: beside its file while questions are asked, then in it."""
 
     def __init__(self, path: Path | None) -> None:
         """`path`: where they go; None: nowhere."""
+        from kdmesh_trainer.questions.answer_files import EarlyAnswers
+
         self._path = path
+        self._early = None if path is None else EarlyAnswers(path.with_name(f"{path.name}.incomplete"))
         self._questions: Sequence[Question] = ()
         self._answered: Sequence[Answered] = ()
 
     def keep(self, done: int, questions: Sequence[Question], answered: Sequence[Answered]) -> None:
-        """Take them."""
+        """Take all of them."""
         self._questions, self._answered = questions, answered
+
+    def take(self, question: Question, answered: Answered) -> None:
+        """Take those to one question. Raises CheckpointError when they cannot be written."""
+        if self._early is not None:
+            self._early.add(question, answered)
 
     def write(self) -> None:
         """Raises CheckpointError."""
-        if self._path is not None:
-            self._write(self._path)
+        from kdmesh_trainer.questions.answer_files import write_answers
+
+        if self._path is not None and self._early is not None:
+            write_answers(self._path, self._questions, self._answered)
+            self._early.remove()
 
     @contextmanager
-    def kept_if_it_ends_early(self) -> Iterator[None]:
-        """Inside, what is kept when an error or Ctrl-C ends it goes to a file beside, and a person is told."""
+    def told_if_it_ends_early(self) -> Iterator[None]:
+        """Inside, a person is told what is there when an error or Ctrl-C ends it."""
         try:
             yield
         except (KdmeshError, KeyboardInterrupt):
-            if self._path is not None and self._answered:
-                path = self._path.with_name(f"{self._path.name}.incomplete")
-                self._write(path)
-                number = len(self._answered)
-                sys.stderr.write(f"The questions with all their answers, {number} of them, are in {path}\n")
+            if self._early is not None and (number := self._early.number):
+                sys.stderr.write(f"The questions with all their answers, {number} of them, are in {self._early.path}\n")
             raise
-
-    def _write(self, path: Path) -> None:
-        from kdmesh_trainer.questions.answer_files import write_answers
-
-        write_answers(path, self._questions, self._answered)
 
 
 def _evaluate(cfg: TrainerConfig, answers: _Answers) -> AnswerScores:
@@ -140,7 +143,9 @@ def _evaluate(cfg: TrainerConfig, answers: _Answers) -> AnswerScores:
             vocabulary_size=vocabulary_size(tokenizer),
             reader=reader,
         )
-        examiner = Examiner(exam, pool, ServedWeights(), keep=answers.keep, mesh=mesh, devices=OwnDevices())
+        examiner = Examiner(
+            exam, pool, ServedWeights(), keep=answers.keep, mesh=mesh, devices=OwnDevices(), take=answers.take
+        )
         return examiner.examine(done=0)
 
 
@@ -164,7 +169,7 @@ def _ask_endpoint(cfg: TrainerConfig, servers: ChatServers, answers: _Answers) -
         raise ConfigError(_NO_QUESTIONS)
     examiner = EndpointExaminer(cfg.evaluation.questions, cfg.data, servers)
     with counted("answers", elsewhere=told("answers")) as show:
-        return examiner.examine(show, keep=answers.keep)
+        return examiner.examine(show, keep=answers.keep, take=answers.take)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from kdmesh.openai.servers import NUM_SEEDS, ChatServers
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import Sampling
 from kdmesh_trainer.data.images import dataset_images
-from kdmesh_trainer.questions.grading import KeepAnswers, graded, read_graded, tell_of_errors
+from kdmesh_trainer.questions.grading import KeepAnswers, TakeAnswered, graded, read_graded, tell_of_errors
 from kdmesh_trainer.questions.scores import Answered, AnswerScores, Response, scores_of
 from kdmesh_trainer.sections.data_config import DataConfig
 from kdmesh_trainer.sections.questions_config import QuestionsConfig
@@ -42,42 +42,42 @@ class EndpointExaminer:
         self._servers = servers
         self._fields = servers.request_fields(Sampling(**cfg.sampling.model_dump()), data.chat_template_settings)
 
-    def examine(self, show: Show, *, keep: KeepAnswers) -> AnswerScores:
+    def examine(self, show: Show, *, keep: KeepAnswers, take: TakeAnswered) -> AnswerScores:
         """How the model answers: each sample of a question is asked for by itself. Blocks.
 
         Args:
             show: is told how many answers are there.
-            keep: is called once, at the end, whatever it is: with all questions and answers, or with the questions
-                that all answers had come to when the asking ended.
+            keep: called at the end.
+            take: called with each question as soon as it has all its answers.
 
         Raises:
             ConfigError: there is no such model, or no such server at that URL.
             RpcError: the servers refuse a question, or do not answer.
+            CheckpointError: what was answered cannot be written.
         """
         asks = list(product(range(len(self._questions)), range(self._cfg.samples)))
         found: dict[_Ask, Response] = {}
         pace = Pace(done=0, total=len(asks))
         show(0, len(asks), None)
-        try:
-            with self._servers.connected() as (client, loop):
-                work = partial(self._response, client)
-                for ask, response in loop.each(work, asks, at_once=self._servers.concurrency):
-                    found[ask] = response
-                    show(len(found), len(asks), pace.left_s(len(found)))
-        finally:
-            answered = self._answered(found)
-            keep(0, [self._questions[each.number] for each in answered], answered)
+        with self._servers.connected() as (client, loop):
+            work = partial(self._response, client)
+            for ask, response in loop.each(work, asks, at_once=self._servers.concurrency):
+                found[ask] = response
+                if (each := self._answered(ask[0], found)) is not None:
+                    take(self._questions[each.number], each)
+                show(len(found), len(asks), pace.left_s(len(found)))
+        every = (self._answered(number, found) for number in range(len(self._questions)))
+        answered = [each for each in every if each is not None]
+        keep(0, self._questions, answered)
         tell_of_errors(self._questions, answered)
         return scores_of(answered, ks=sorted(self._cfg.pass_at))
 
-    def _answered(self, found: Mapping[_Ask, Response]) -> list[Answered]:
-        """Of the questions with all their answers, in their order."""
-        samples = range(self._cfg.samples)
-        return [
-            Answered(number=number, responses=tuple(found[number, sample] for sample in samples))
-            for number in range(len(self._questions))
-            if all((number, sample) in found for sample in samples)
-        ]
+    def _answered(self, number: int, found: Mapping[_Ask, Response]) -> Answered | None:
+        """The answers to a question; None: some have not come."""
+        asks = [(number, sample) for sample in range(self._cfg.samples)]
+        if any(ask not in found for ask in asks):
+            return None
+        return Answered(number=number, responses=tuple(found[ask] for ask in asks))
 
     async def _response(self, client: EndpointClient, ask: _Ask) -> Response:
         number, sample = ask

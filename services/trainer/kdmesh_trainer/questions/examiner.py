@@ -7,13 +7,13 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from kdmesh.errors import ModelMismatch
+from kdmesh.errors import KdmeshError, ModelMismatch
 from kdmesh_trainer.data.sides import Question
 from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.exam import Exam
-from kdmesh_trainer.questions.grading import KeepAnswers, graded, tell_of_errors
+from kdmesh_trainer.questions.grading import KeepAnswers, TakeAnswered, graded, tell_of_errors
 from kdmesh_trainer.questions.scores import Answered, AnswerScores, Response, scores_of
 from kdmesh_trainer.sources.exchange import exchange
 from kdmesh_trainer.sources.order import StepPrompt
@@ -101,10 +101,13 @@ class Examiner:
         keep: KeepAnswers,
         mesh: Mesh,
         devices: Devices,
+        take: TakeAnswered | None = None,
     ) -> None:
         """
         Args:
             keep: called on the first rank after each evaluation.
+            take: called with each question that has all its answers, on the rank that graded them; what has come when
+                an evaluation ends early is graded for it. None: nobody wants them before the end.
         """
         self._exam = exam
         self._service = service
@@ -112,6 +115,7 @@ class Examiner:
         self._keep = keep
         self._mesh = mesh
         self._devices = devices
+        self._take = take
 
     def examine(self, *, done: int, stop: Stop = NEVER) -> AnswerScores:
         """How the student answers after `done` steps. Collective; leaves no trace in what is trained.
@@ -157,6 +161,11 @@ class Examiner:
                 answered += self._graded(groups.first(group), sampler.assemble(group, shares), version)
                 if self._mesh.is_first:
                     progress.tell(len(answered))
+        except (KdmeshError, KeyboardInterrupt):
+            if self._take is not None:
+                for group, place, rollouts in sampler.arrived():
+                    self._answers_to(groups.first(group) + place, rollouts, version)
+            raise
         finally:
             sampler.close()
         return answered
@@ -186,7 +195,10 @@ class Examiner:
                     f"an answer to a question is of weight version {rollout.weight_version}; {version} was asked for"
                 )
         question = self._exam.questions[number]
-        return Answered(number=number, responses=tuple(self._response(rollout, question) for rollout in rollouts))
+        answered = Answered(number=number, responses=tuple(self._response(rollout, question) for rollout in rollouts))
+        if self._take is not None:
+            self._take(question, answered)
+        return answered
 
     def _response(self, rollout: Rollout, question: Question) -> Response:
         return graded(

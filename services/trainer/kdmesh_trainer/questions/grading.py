@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 KeepAnswers = Callable[[int, Sequence[Question], Sequence[Answered]], None]
 """Takes steps done, the questions, and what was answered to each."""
 
+TakeAnswered = Callable[[Question, Answered], None]
+"""Takes a question that has all its answers, and them; raises CheckpointError where they cannot be kept."""
+
 
 def read_graded(cfg: QuestionsConfig, images: ImageColumn) -> tuple[list[Question], Matcher]:
     """The questions, and what says whether a response to one is right.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -140,7 +140,8 @@ class Sampler:
         if refusals or not is_here:
             return _nothing(wait_s, refusal="".join(refusals[:1]), outdated=tuple(sorted(self._service.outdated())))
         for ask in asks:
-            self._check(ask.samples)
+            if (misfit := self._misfit(ask.samples)) is not None:
+                raise EngineFailure(misfit)
         return _share(asks, wait_s=wait_s, drawing_s=self._drawing_s(asks))
 
     def note_weights(self, version: int, *, behind: Collection[str]) -> None:
@@ -167,6 +168,18 @@ class Sampler:
                 first = number * self._samples_per_prompt
                 by_place[place] = rollouts[first : first + self._samples_per_prompt]
         return [rollout for place in range(len(prompts)) for rollout in by_place[place]]
+
+    def arrived(self) -> Iterator[tuple[int, int, list[Rollout]]]:
+        """What has come of this rank's share and is not assembled: step, place of the prompt in it, and its rollouts.
+
+        Prompts that lack samples are left out, and what a server should not have sent; nobody has judged them.
+        """
+        for step, asks in self._asked.items():
+            for number, ask in enumerate(asks):
+                samples = ask.arrived()
+                if samples and self._misfit(samples) is None:
+                    place = self._rank + number * self._ranks
+                    yield step, place, [self._rollout(ask.prompt, sample) for sample in samples]
 
     def close(self) -> None:
         """Drop what was asked for and not collected: that aborts it."""
@@ -197,13 +210,15 @@ class Sampler:
         self._complete_s = max(ask.arrived_s for ask in asks)
         return max(0.0, self._complete_s - began_s)
 
-    def _check(self, samples: Sequence[Sample]) -> None:
+    def _misfit(self, samples: Sequence[Sample]) -> str | None:
+        """Why these are not what was asked for; None: they are."""
         most = max(sample.num_tokens for sample in samples) if samples else 0
-        if len(samples) != self._samples_per_prompt or most > self._sampling.max_new_tokens:
-            raise EngineFailure(
-                f"a rollout server sent {len(samples)} samples of up to {most} tokens; it was asked for "
-                f"{self._samples_per_prompt} of at most {self._sampling.max_new_tokens}"
-            )
+        if len(samples) == self._samples_per_prompt and most <= self._sampling.max_new_tokens:
+            return None
+        return (
+            f"a rollout server sent {len(samples)} samples of up to {most} tokens; it was asked for "
+            f"{self._samples_per_prompt} of at most {self._sampling.max_new_tokens}"
+        )
 
     def _rollout(self, prompt: StepPrompt, sample: Sample) -> Rollout:
         if self._read is None:
@@ -264,6 +279,12 @@ class _Ask:
     def is_answered(self) -> bool:
         """Whether all samples are here."""
         return bool(self.samples) or (self.pending is not None and self.pending.is_done and self.failure() is None)
+
+    def arrived(self) -> list[Sample]:
+        """The samples, if all of them are here; does not block."""
+        if self.samples or self.pending is None or not self.is_answered:
+            return self.samples
+        return self.pending.wait()
 
     def failure(self) -> RpcError | None:
         """Why `collect` would raise or say that servers are too old; it is done."""
