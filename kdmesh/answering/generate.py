@@ -85,7 +85,8 @@ def _check(rows: Prompts, source: AnswerSource) -> None:
 def _kept_told(kept: KeptAnswers) -> Iterator[None]:
     """Say what is gone on with, and what is kept when it fails."""
     if kept.damaged:
-        _tell(f"{kept.damaged:,} lines of {kept.path} are damaged; their prompts are asked again.")
+        lines = "1 line" if kept.damaged == 1 else f"{kept.damaged:,} lines"
+        _tell(f"Damaged in {kept.path}: {lines} of answers, to prompts that are asked again.")
     if kept.prompts:
         _tell(f"Going on behind {kept.prompts:,} prompts, whose answers are in {kept.path}.")
     try:

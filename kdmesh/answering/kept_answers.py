@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kdmesh.answering.answer_report import Counts
-from kdmesh.errors import ConfigError
+from kdmesh.errors import ConfigError, DataError
 from kdmesh.file_lock import lock
+from kdmesh.weights import digests
+
+_DIGEST = "digest"
+_OLDER = {"prompt", "rows", "counts"}  # all that a line had before there were digests
 
 
 class KeptAnswers:
-    """A file beside the dataset: what was asked, then a line for each prompt that is done, in the order they were."""
+    """A file beside the dataset: what was asked, then a line for each prompt that is done, in the order they were.
+
+    Each such line has a digest of its own; those of files that are older than digests have none, and are believed.
+    """
 
     def __init__(self, path: Path, file: FileIO) -> None:
         self.path = path
@@ -73,7 +80,7 @@ class KeptAnswers:
         """Those to prompt `number`. Raises ConfigError: they cannot be written."""
         entry = {"prompt": number, "rows": rows, "counts": asdict(counts)}
         place = self._file.seek(0, os.SEEK_END)
-        self._append(_line(entry))
+        self._append(_line({**entry, _DIGEST: _digest(entry)}))
         self._count(entry, place)
         self.is_needed = True
 
@@ -82,17 +89,21 @@ class KeptAnswers:
 
         Raises:
             ConfigError: it cannot be written.
+            DataError: answers are not what was written, although they were when they were counted.
         """
         whole = output.with_name(f"{output.name}.writing")
         try:
             with self.path.open("rb") as file, whole.open("wb") as rows:
-                for _, place in sorted(self._places.items()):
+                for number, place in sorted(self._places.items()):
                     file.seek(place)
-                    rows.writelines(_line(row) for row in json.loads(file.readline())["rows"])
+                    if (entry := _entry(file.readline())) is None:
+                        raise DataError(f"the answers to prompt {number} in {self.path} were damaged since the start")
+                    rows.writelines(_line(row) for row in entry["rows"])
             os.replace(whole, output)
         except OSError as error:
-            whole.unlink(missing_ok=True)
             raise ConfigError(f"cannot write {output}: {error}") from None
+        finally:
+            whole.unlink(missing_ok=True)
         self.is_needed = False
 
     def _count(self, entry: Mapping[str, Any], place: int) -> None:
@@ -141,13 +152,19 @@ def _entries(file: BinaryIO) -> Iterator[tuple[dict[str, Any] | None, int]]:
 def _entry(line: bytes) -> dict[str, Any] | None:
     """What `add` wrote; None: it is something else by now."""
     try:
-        entry = json.loads(line)
+        entry = dict(json.loads(line))
+        digest = entry.pop(_DIGEST, None)
         number, rows = entry["prompt"], entry["rows"]
         Counts() + Counts(**entry["counts"])
-    except (ValueError, TypeError, KeyError):
+        is_known = digest == _digest(entry) if digest is not None else entry.keys() == _OLDER
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     is_whole = isinstance(number, int) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    return dict(entry) if is_whole else None
+    return entry if is_known and is_whole else None
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return digests.Running(_line(entry)).hexdigest()
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 
 from kdmesh.answering.answer_report import Counts
 from kdmesh.answering.kept_answers import kept_answers
-from kdmesh.errors import ConfigError
+from kdmesh.errors import ConfigError, DataError
 
 
 def test_answers_are_gone_on_with_and_become_the_dataset(tmp_path: Path) -> None:
@@ -42,6 +42,13 @@ def test_answers_are_gone_on_with_and_become_the_dataset(tmp_path: Path) -> None
         (b'{"n": 1}', b"[]"),
         (b'{"n": 1}', b'{"n": "\xff"}'),
         (b'"rows": [', b'"rows": {"'),
+        (b'{"n": 1}', b'{"n": 7}'),
+        (b'[{"n": 1}]', b"[]"),
+        (b'"cut_off": 0', b'"cut_off": 4'),
+        (b'"prompt": 1', b'"prompt": 7'),
+        (b'"digest"', b'"digesu"'),
+        (b'"digest": "', b'"digest": "f'),
+        (b'{"n": 1}', b'{"n": ' + b"[" * 100_000 + b"1}"),
     ],
 )
 def test_a_damaged_line_costs_its_own_prompt_and_no_other(tmp_path: Path, written: bytes, damaged: bytes) -> None:
@@ -62,6 +69,36 @@ def test_a_damaged_line_costs_its_own_prompt_and_no_other(tmp_path: Path, writte
         kept.add(1, [{"n": 4}], Counts())
         kept.publish(output)
     assert [json.loads(line)["n"] for line in output.read_text().splitlines()] == [0, 4, 2]
+
+
+def test_answers_that_were_kept_before_there_were_digests_are_gone_on_with(tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    kept_lines = ({"seed": 0}, {"prompt": 1, "rows": [{"n": 1}], "counts": {"cut_off": 2}})
+    (tmp_path / "a.jsonl.part").write_text("".join(json.dumps(line) + "\n" for line in kept_lines))
+    with kept_answers(output) as kept:
+        kept.resume({"seed": 0})
+        assert (kept.prompts, kept.damaged, kept.counts.cut_off) == (1, 0, 2)
+        kept.add(0, [{"n": 0}], Counts())
+        kept.publish(output)
+    assert [json.loads(line)["n"] for line in output.read_text().splitlines()] == [0, 1]
+
+
+def test_answers_that_are_damaged_after_they_were_counted_are_not_published(tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    part = tmp_path / "a.jsonl.part"
+    with (
+        pytest.raises(DataError, match=r"answers to prompt 3 .* damaged since the start"),
+        kept_answers(output) as kept,
+    ):
+        kept.resume({"seed": 0})
+        for number in range(5):
+            kept.add(number, [{"n": number}], Counts())
+        part.write_bytes(part.read_bytes().replace(b'{"n": 3}', b'{"n": 8}'))
+        kept.publish(output)
+    assert list(tmp_path.iterdir()) == [part]
+    with kept_answers(output) as kept:
+        kept.resume({"seed": 0})
+        assert [number for number in range(5) if number not in kept] == [3]
 
 
 def test_answers_to_something_else_are_neither_gone_on_with_nor_lost(tmp_path: Path) -> None:
