@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 from yaml.error import MarkedYAMLError
@@ -32,6 +34,18 @@ class StrictModel(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _taken_for_itself(cls, section: Any) -> Any:
+        """true is not the number 1, and an empty text not the directory that a command runs in, as pydantic has it."""
+        if not isinstance(section, dict):
+            return section
+        types = {name: _types(field.annotation) for name, field in cls.model_fields.items()}
+        return {
+            key: _Misfit(value) if _is_misfit(value, types.get(key, frozenset())) else value
+            for key, value in section.items()
+        }
+
     @field_validator("*", mode="after")
     @classmethod
     def _from_home(cls, value: Any) -> Any:
@@ -39,9 +53,35 @@ class StrictModel(BaseModel):
         if not isinstance(value, Path):
             return value
         try:
-            return value.expanduser()
+            path = value.expanduser()
+            is_possible = b"\0" not in os.fsencode(path)
         except RuntimeError:
             raise ValueError("there is no such home") from None
+        except UnicodeEncodeError:
+            is_possible = False
+        if not is_possible:
+            raise ValueError("it has a character that no path can have")
+        return path
+
+
+class _Misfit:
+    """A value of a kind that pydantic would take for another one. It takes this for nothing."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+def _is_misfit(value: object, types: Set[Any]) -> bool:
+    """Whether pydantic would take `value` for something else where one of `types` is wanted."""
+    if isinstance(value, bool):
+        return bool not in types and not types.isdisjoint((int, float))
+    return value == "" and Path in types
+
+
+def _types(annotation: Any) -> set[Any]:
+    """All that a value with this annotation may be, but for what is inside lists and sections."""
+    choices = () if get_origin(annotation) in (dict, tuple, list) else get_args(annotation)
+    return {annotation}.union(*map(_types, choices))
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,6 +96,13 @@ class _Loader(yaml.SafeLoader):
                 raise ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
             seen.add(told)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Raises ConstructorError for what looks like a date or a number and is none, as 2026-13-01."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:
+            raise ConstructorError(None, None, f"{node.tag.rpartition(':')[2]}: {error}", node.start_mark) from None
 
 
 _Loader.add_implicit_resolver(
@@ -101,7 +148,7 @@ def named_value(text: str) -> tuple[str | None, Any]:
     name, equals, value = text.partition("=")
     try:
         return (name if name and equals else None), yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return None, None
 
 
@@ -119,7 +166,7 @@ def parse(model: type[M], tree: dict[str, Any], *, source: Path, fetch: bool = T
         # Only what is good so far is worth to be fetched.
         return model.model_validate(made_local(tree, fetch=fetch)) if any(named_in(tree)) else parsed
     except ValidationError as error:
-        lines = [_line(details, tree, model) for details in error.errors()]
+        lines = _lines(error.errors(), tree, model)
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError("\n".join([f"{source}: {count}", *lines])) from None
 
@@ -133,6 +180,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {_yaml_words(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} has lists or sections in each other, too many to be read") from None
     if tree is None:
         raise ConfigError(f"{path} says nothing; it must hold keys with values, as `steps: 100`")
     if not isinstance(tree, dict):
@@ -159,7 +208,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r} is not of the form a.b=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ConfigError(f"--set {override!r}: {text!r} is not YAML") from None
     *parents, last = dotted.split(".")
     node = tree
@@ -172,10 +221,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+_A_SECTION = "give a section, as {key: value}"
 _SAID = {
     "tuple_type": "give a list, as [first, second]",
-    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "give a section, as {key: value}"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), _A_SECTION),
     "path_type": "give a path",
+    "string_type": "give a text",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "give a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "give a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "give true or false"),
     "missing": "is required",
 }
 """What to say of pydantic's types of errors, where its own words are about Python."""
@@ -183,30 +237,82 @@ _SAID = {
 _SAY_CHOICES = ("name", "kind", "format")  # keys that say which of several a section is
 
 
-def _line(details: ErrorDetails, tree: dict[str, Any], model: type[StrictModel]) -> str:
-    message, value, kind = details["msg"].removeprefix("Value error, "), details["input"], details["type"]
-    if not details["loc"]:  # a rule of several keys, which it names
-        return f"  {message}"
-    keys, choice = _keys_and_choice(details["loc"], tree, is_missing=kind == "missing")
-    message = _SAID.get(kind, message)
-    if kind == "too_short":
-        least = details["ctx"]["min_length"]
-        message = f"needs at least {least} item{'s' if least > 1 else ''}"
-    if kind == "union_tag_not_found":
-        message = f"says no {details['ctx']['discriminator']}, which decides what else belongs here"
-    if kind == "union_tag_invalid":
-        keys, value = [*keys, details["ctx"]["discriminator"].strip("'")], details["ctx"]["tag"]
-        message = f"must be one of {details['ctx']['expected_tags']}"
+def _lines(errors: Sequence[ErrorDetails], tree: dict[str, Any], model: type[StrictModel]) -> list[str]:
+    """One for each that is wrong: of a value that may be of several kinds, pydantic says why it is none of each."""
+    messages: dict[tuple[str, str], list[str]] = {}
+    for details in errors:
+        where, message, got = _where_message_got(details, tree, model)
+        said = messages.setdefault((where, got), [])
+        if message not in said:
+            said.append(message)
+    return [f"  {where}{', or '.join(said)}{got}" for (where, got), said in messages.items()]
+
+
+def _where_message_got(details: ErrorDetails, tree: dict[str, Any], model: type[StrictModel]) -> tuple[str, str, str]:
+    """Of what is wrong: the keys and a colon, the rule, and what was given in brackets."""
+    value, kind, location = details["input"], details["type"], details["loc"]
+    if not location:  # a rule of several keys, which it names
+        return "", _rule(details, value), ""
+    is_key = kind == "invalid_key" or location[-1] == "[key]"
+    if is_key and kind in ("invalid_key", "string_type"):
+        keys, _ = _keys_and_choice(location[: -1 if kind == "invalid_key" else -2], tree, is_missing=False)
+        return _where(keys), f"the key {_as_yaml(value)}: give a text, in quotes", ""
+    keys, choice = _keys_and_choice(location, tree, is_missing=kind == "missing")
     if kind == "extra_forbidden":
-        message = "there is no such key" + (f" for {choice}" if choice else "") + _meant(keys, model)
-    if kind == "extra_forbidden" or isinstance(value, dict | list):
-        return f"  {'.'.join(keys)}: {message}"
-    return f"  {'.'.join(keys)}: {message} (got {_as_yaml(value)})"
+        return _where(keys), "there is no such key" + (f" for {choice}" if choice else "") + _meant(keys, model), ""
+    if kind == "union_tag_invalid":
+        decides = details["ctx"]["discriminator"].strip("'")
+        keys, value = [*keys, decides], value[decides]
+    value = value.value if isinstance(value, _Misfit) else value
+    rule = _rule(details, value) + (", as the key" if is_key else "")
+    if rule == _A_SECTION and value is None and len(keys) == 1 and not model.model_fields[keys[0]].is_required():
+        rule += ", or leave it out"
+    is_of_parts = isinstance(value, dict | list) and not kind.endswith("_type") and kind not in _OF_A_WHOLE_VALUE
+    return _where(keys), rule, "" if is_of_parts else f" (got {_as_yaml(value)})"
+
+
+def _rule(details: ErrorDetails, value: Any) -> str:
+    """The one that `value` breaks, in words of a configuration."""
+    kind = details["type"]
+    said = _SAID.get(kind, details["msg"].removeprefix("Value error, "))
+    match kind:
+        case "too_short":
+            least = details["ctx"]["min_length"]
+            return f"needs at least {least} item{'s' if least > 1 else ''}"
+        case "union_tag_invalid":
+            return f"must be one of {details['ctx']['expected_tags']}"
+        case "union_tag_not_found" if isinstance(value, dict):
+            return f"says no {details['ctx']['discriminator']}, which decides what else belongs here"
+        case "union_tag_not_found":
+            return _A_SECTION
+        case "string_type" | "path_type" if not isinstance(value, dict | list | str | None):
+            return f"{said}, in quotes: YAML takes it for something else without them"
+    return said
+
+
+_OF_A_WHOLE_VALUE = ("literal_error", "union_tag_invalid")
+"""pydantic's types of errors, beside those in `_type`, by which a list or a section is none of what may be."""
+
+
+def _where(keys: Sequence[str]) -> str:
+    return f"{'.'.join(keys)}: " if keys else ""
 
 
 def _as_yaml(value: Any) -> str:
     """As a person has written it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list():
+            return "a list"
+        case dict():
+            return "a section"
+        case date():
+            return str(value)
+        case _:
+            return repr(value)
 
 
 def _keys_and_choice(

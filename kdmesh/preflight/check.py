@@ -130,8 +130,12 @@ def missing_to_plan(cfg: ServiceConfig) -> list[str]:
 
 
 def refuse_missing(cfg: ServiceConfig, *, source: Path, looks: Callable[[ServiceConfig], list[str]] = missing) -> None:
-    """Raises ConfigError with every line that `looks` finds."""
-    if lines := looks(cfg):
+    """Raises ConfigError with every line that `looks` finds, or with what keeps it from looking."""
+    try:
+        lines = looks(cfg)
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot look at {error.filename}: {error.strerror}") from None
+    if lines:
         count = "1 thing is" if len(lines) == 1 else f"{len(lines)} things are"
         raise ConfigError("\n".join([f"{source}: {count} missing", *(f"  {line}" for line in lines)]))
 

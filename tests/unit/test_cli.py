@@ -89,6 +89,15 @@ def test_images_that_sglang_was_not_verified_with_are_refused_before_anything_lo
     assert sentence in started.stderr
 
 
+def test_a_path_that_cannot_be_looked_at_is_named(good: Path) -> None:
+    name = "x" * 300
+    for key in ("student.model", "data.train.path", "output"):
+        result = run("check", "train.yaml", "--set", f"{key}={name}/y")
+        assert result.exit_code == 2
+        assert f"train.yaml: cannot look at {name}" in result.output
+        assert "File name too long" in result.output
+
+
 def test_everything_that_is_not_there_is_reported_at_once(good: Path) -> None:
     custom = "objective.divergence={name: custom, target: 'mine:divergnce'}"
     context = "data.teacher_context={kind: template, path: told.jinja}"

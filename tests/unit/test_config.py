@@ -69,7 +69,39 @@ def test_what_breaks_a_rule_is_said_in_words_of_a_configuration(tmp_path: Path) 
         ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas: "),
         ("student.model=", "student.model: give a path (got null)"),
         ("batch=true", "batch: give a section, as {key: value} (got true)"),
-        ("output=5", "output: give a path (got 5)"),
+        ("output=5", "output: give a path, in quotes: YAML takes it for something else without them (got 5)"),
+        (
+            "output=2026-11-28",
+            "output: give a path, in quotes: YAML takes it for something else without them (got 2",
+        ),
+        ("output=''", "output: give a path (got '')"),
+        ("output=[a]", "output: give a path (got a list)"),
+        ('output="a\\0b"', "output: it has a character that no path can have (got 'a\\x00b')"),
+        ('student.model="\\uD83D"', "student.model: it has a character that no path can have"),
+        ("evaluation=", "evaluation: give a section, as {key: value}, or leave it out (got null)"),
+        ("source=", "source: give a section, as {key: value}, or leave it out (got null)"),
+        ("student=", "student: give a section, as {key: value} (got null)"),
+        ("batch=[1]", "batch: give a section, as {key: value} (got a list)"),
+        ("data.held_out=true", "data.held_out: give a section, as {key: value} (got true)"),
+        ("objective.name=", "objective.name: must be one of 'distill', 'sft' (got null)"),
+        ("trackers=[{}]", "trackers.0: Input should be 'tensorboard', 'wandb' or 'mlflow' (got a section)"),
+        ("batch.sequences=many", "batch.sequences: give a whole number (got 'many')"),
+        ("batch.sequences=true", "batch.sequences: give a whole number (got true)"),
+        ("batch.sequences=1.5", "batch.sequences: give a whole number (got 1.5)"),
+        ("metrics={port: true}", "metrics.port: give a whole number (got true)"),
+        ("optimizer.max_gradient_norm=true", "optimizer.max_gradient_norm: give a number (got true)"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate: give a number (got 'fast')"),
+        ("student.freeze_vision=2", "student.freeze_vision: give true or false (got 2)"),
+        ("batch={on: 3}", "batch: the key true: give a text, in quotes"),
+        ("data.chat_template_settings={1: a}", "data.chat_template_settings: the key 1: give a text, in quotes"),
+        (
+            "objective={name: distill, layers: {pairs: {a: 1}, weight: 1}}",
+            "objective.layers.pairs.a: give a whole number, as the key",
+        ),
+        (
+            "data.chat_template_settings={a: [1]}",
+            "data.chat_template_settings.a: give true or false, or give a whole number, or give a number, or give a",
+        ),
         ("data.train={format: blend, datasets: {}}", "data.train.datasets: needs at least 1 item"),
         ("profile.steps=[]", "profile.steps: needs at least 1 item"),
     ],
@@ -242,6 +274,19 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: 
 def test_a_tab_is_called_one_with_its_line(tmp_path: Path) -> None:
     said = refusal(tmp_path, "output: x\nstudent:\n\tmodel: x\n")
     assert "line 3, column 1: a tab, where YAML takes spaces alone\n    \tmodel: x\n    ^" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("output: 2026-13-01", "is not YAML: line 2, column 9: timestamp: month must be in 1..12"),
+        ("seed: " + "1" * 5000, "is not YAML: line 2, column 7: int: Exceeds the limit"),
+        ("batch: " + "[" * 5000 + "]" * 5000, "has lists or sections in each other, too many to be read"),
+    ],
+)
+def test_what_only_looks_like_a_value_is_refused_with_its_line(tmp_path: Path, line: str, words: str) -> None:
+    assert words in refusal(tmp_path, f"steps: 1\n{line}\n")
+    assert "is not YAML" in refusal(tmp_path, GOOD, line.replace(": ", "="))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
