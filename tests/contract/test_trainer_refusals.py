@@ -142,6 +142,30 @@ def test_missing_data_is_refused(refusals: Refusals, student: Path, teacher: str
     assert "held_out.jsonl" in refusals.sentence(config)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("source", ["off_policy", "on_policy"])
+@pytest.mark.parametrize("name", ["train", "held_out"])
+def test_a_row_that_cannot_be_used_is_said_before_any_teacher_is_waited_for(
+    student: Path, tmp_path: Path, ranks: int, source: str, name: str
+) -> None:
+    sampled = {"kind": source, "rollouts": {"addresses": ["127.0.0.1:9"]}, "samples_per_prompt": 1}
+    config = write_config(
+        tmp_path,
+        student=student,
+        teacher="127.0.0.1:9",
+        steps=1,
+        source=sampled | {"sampling": {"max_new_tokens": 8}} if source == "on_policy" else {"kind": source},
+    )
+    rows = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+    (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows[:3], '{"messages": 7}', *rows[3:]]))
+    outcomes = run_job(config, ranks=ranks)
+    assert [outcome.exit_code for outcome in outcomes] == [2] * ranks
+    said = "".join(outcome.errors for outcome in outcomes)
+    assert said.count(f"{name}.jsonl:4: ") == 1
+    assert "waiting for a server" not in said
+    assert "Traceback" not in said
+
+
 def test_an_output_that_another_run_writes_to_is_refused(refusals: Refusals, student: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, student=student, teacher=None, steps=1, objective={"name": "sft"})
     (tmp_path / "run").mkdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import assert_never
 
 import torch
@@ -14,7 +14,7 @@ from kdmesh.file_lock import claimed
 from kdmesh.models.fingerprint import model_fingerprint
 from kdmesh_trainer import config
 from kdmesh_trainer.builders.checked import Checked, check
-from kdmesh_trainer.builders.data import Data, read_data
+from kdmesh_trainer.builders.data import Data, check_fit, read_data
 from kdmesh_trainer.builders.evaluation import build_evaluator, build_examiner, digest_of_judge
 from kdmesh_trainer.builders.layers import build_layer_distance, trained_beside
 from kdmesh_trainer.builders.objective import build_algorithm, build_objective, build_optimizer
@@ -23,13 +23,13 @@ from kdmesh_trainer.builders.rollouts import Rollouts, open_rollouts
 from kdmesh_trainer.builders.student import is_varlen, load_student, spread
 from kdmesh_trainer.builders.student_length import warn_of_new_positions
 from kdmesh_trainer.builders.teacher import build_copy, build_publisher
-from kdmesh_trainer.builders.teachers import Teachers, open_teachers
+from kdmesh_trainer.builders.teachers import Teachers, open_teachers, refuse_no_address
 from kdmesh_trainer.builders.vision import build_packer
 from kdmesh_trainer.devices import ScoringPublisher
 from kdmesh_trainer.loop import Exporter, Parts, Publisher, Schedule
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.reporting.profiler import NoProfiler, TraceWriter
-from kdmesh_trainer.reporting.telemetry import open_telemetry
+from kdmesh_trainer.reporting.telemetry import RunTelemetry, SilentTelemetry, open_telemetry
 from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
 from kdmesh_trainer.saving.export import HuggingFaceExporter
 from kdmesh_trainer.saving.export_adapter import AdapterExporter
@@ -68,11 +68,10 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         checked = check(cfg)
         if mesh.is_first:
             warn_of_new_positions(cfg)
-        teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, stack=stack)
-        doors = dict[str, str] if teachers is None else teachers.doors
-        imbalance = (lambda: None) if teachers is None else teachers.imbalance
-        telemetry = stack.enter_context(open_telemetry(cfg, rank=mesh.rank, doors=doors, imbalance=imbalance))
-        data = read_data(cfg, checked, teachers, mesh)
+        refuse_no_address(cfg)
+        data = read_data(cfg, checked, mesh)  # first: what is wrong in files is not to wait for a server
+        teachers = _teachers(cfg, checked, data, mesh, stack)
+        telemetry = stack.enter_context(_telemetry(cfg, teachers, mesh))
         is_shared = teachers is not None and checked.teacher_tokens.shared is None
         vocabulary_size = teachers.vocabulary_size if teachers is not None and is_shared else checked.vocabulary_size
         lm = load_student(cfg, vocabulary_size)
@@ -173,6 +172,22 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         except NotFinite:  # on every rank
             mesh.on_first(telemetry.report_not_finite)
             raise
+
+
+def _teachers(cfg: config.TrainerConfig, checked: Checked, data: Data, mesh: Mesh, stack: ExitStack) -> Teachers | None:
+    """Open, and fit for the data."""
+    teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, stack=stack)
+    if teachers is not None:
+        check_fit(cfg, data, teachers)
+    return teachers
+
+
+def _telemetry(
+    cfg: config.TrainerConfig, teachers: Teachers | None, mesh: Mesh
+) -> AbstractContextManager[RunTelemetry | SilentTelemetry]:
+    doors = dict[str, str] if teachers is None else teachers.doors
+    imbalance = (lambda: None) if teachers is None else teachers.imbalance
+    return open_telemetry(cfg, rank=mesh.rank, doors=doors, imbalance=imbalance)
 
 
 def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: Data, teachers: Teachers | None) -> dict[str, str]:

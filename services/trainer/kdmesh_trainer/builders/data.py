@@ -1,4 +1,4 @@
-"""Reads what a job is trained on and judged by, fit for whoever is asked about it."""
+"""Reads what a job is trained on and judged by, before a server is waited for, and then asks whether it fits them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import assert_never
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.builders.checked import Checked
-from kdmesh_trainer.builders.on_policy import Task, prompt_policy, read_task
+from kdmesh_trainer.builders.on_policy import Task, check_task, prompt_policy, read_task
 from kdmesh_trainer.builders.teachers import Teachers
 from kdmesh_trainer.data.blend import blend_identity, digest_key, parts_of
 from kdmesh_trainer.data.sequences import load_sequences
@@ -38,33 +38,44 @@ class Data:
         return sum(1 for items in (*seen, *self.held_out.values()) for _ in images_of(items))
 
 
-def read_data(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None, mesh: Mesh) -> Data:
+def read_data(cfg: config.TrainerConfig, checked: Checked, mesh: Mesh) -> Data:
     """Both datasets. Collective.
 
     Raises:
         ConfigError: they make fewer steps than what else is configured needs.
-        DataError: the data cannot be used, or does not fit a teacher.
-        ModelMismatch: a teacher's image processor makes other numbers of tokens.
+        DataError: the data cannot be used.
     """
     cache = checked.train.cache
     if cache is None:
-        return _read(cfg, checked, teachers)
+        return _read(cfg, checked)
     # Of the ranks that find nothing, the first makes it where it can: it is the one that shows how far it is.
     mesh.on_first(cache.claim)
     try:
-        return _read(cfg, checked, teachers)
+        return _read(cfg, checked)
     finally:
         cache.release()
 
 
-def _read(cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None) -> Data:
-    train, identity = _read_train(cfg, checked, teachers)
+def check_fit(cfg: config.TrainerConfig, data: Data, teachers: Teachers) -> None:
+    """Return when every teacher takes what it will be asked for.
+
+    Raises:
+        DataError: the data do not fit a teacher.
+        ModelMismatch: a teacher's image processor makes other numbers of tokens.
+    """
+    if isinstance(data.train, Task):
+        check_task(data.train, teachers)
+    elif isinstance(cfg.objective, Distill):
+        teachers.check_requests("train", data.train)
+    for name, sequences in data.held_out.items():
+        teachers.check_requests(_held_out_name(name), sequences)
+
+
+def _read(cfg: config.TrainerConfig, checked: Checked) -> Data:
+    train, identity = _read_train(cfg, checked)
     if cfg.data.held_out_share is not None:
         identity["data.held_out"] = str(cfg.data.held_out_share)
     held_out = read_held_out(cfg, checked)
-    if teachers is not None:
-        for name, sequences in held_out.items():
-            teachers.check_requests(_held_out_name(name), sequences)
     steps = num_steps(cfg, len(train.prompts if isinstance(train, Task) else train))
     return Data(train=train, held_out=held_out, identity=identity, steps=steps)
 
@@ -96,9 +107,7 @@ def _held_out_name(name: str) -> str:
     return f"held_out.{name}" if name else "held_out"
 
 
-def _read_train(
-    cfg: config.TrainerConfig, checked: Checked, teachers: Teachers | None
-) -> tuple[Sequence[TokenSequence] | Task, dict[str, str]]:
+def _read_train(cfg: config.TrainerConfig, checked: Checked) -> tuple[Sequence[TokenSequence] | Task, dict[str, str]]:
     match cfg.source:
         case config.OffPolicy():
             train = checked.train.sequences()
@@ -109,18 +118,14 @@ def _read_train(
                     checked.teacher_tokens,
                     at_least=cfg.data.teacher_tokenizer.min_aligned,
                 )
-            if teachers is not None and isinstance(cfg.objective, Distill):
-                teachers.check_requests("train", train)
             return train, _identity(train, facts)
         case config.OnPolicy():
-            assert teachers is not None  # the configuration's
             task = read_task(
                 cfg,
                 cfg.source,
                 data=checked.train,
                 encoder=checked.encoder,
                 tokenizer=checked.tokenizer,
-                teachers=teachers,
                 tokens=checked.teacher_tokens,
                 opinion=checked.opinion,
             )

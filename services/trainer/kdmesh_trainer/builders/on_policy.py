@@ -52,7 +52,7 @@ _JUDGED_PROMPTS = 1000  # enough to know how much two tokenizers have in common
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is sampled, checked against everything but the rollout servers."""
+    """What is sampled, checked against everything but servers."""
 
     source: config.OnPolicy
     prompts: Sequence[Prompt]
@@ -61,9 +61,13 @@ class Task:
     max_tokens: int  # of the longest prompt with the longest response
     answers: Sequence[TokenSequence]  # the data's own; empty where all is sampled
     tokenizer: PreTrainedTokenizerFast
-    teacher_tokenizer: PreTrainedTokenizerFast
-    read: ReadResponse | None  # None: the teacher has the student's tokenizer
+    other_tokenizer: OtherTokenizerEncoder | None  # the teacher's; None: it has the student's
     judge: Judge | None  # None: all samples count alike
+
+    @property
+    def teacher_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The student's, unless the teacher has another."""
+        return self.tokenizer if self.other_tokenizer is None else self.other_tokenizer.teacher_tokenizer
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
@@ -97,35 +101,28 @@ def read_task(
     data: TrainingData,
     encoder: Encoder,
     tokenizer: PreTrainedTokenizerFast,
-    teachers: Teachers,
     tokens: TeacherTokens,
     opinion: Opinion | None,
 ) -> Task:
-    """Read the prompts, and check that their teachers take every response to them.
+    """Read the prompts, and the answers that are learnt from beside samples.
 
     Args:
         opinion: of the judge of `source`; None: it has none.
 
     Raises:
-        DataError: the data cannot be used, or does not fit the teacher, or its tokenizer has too little in common.
+        DataError: the data cannot be used, or the teacher's tokenizer has too little in common.
     """
     drawn = source.sampling
     prompts = data.prompts(prompt_policy(cfg, source), None if source.judge is None else question_of(source.judge))
     facts = {name: prompt_facts(part) for name, part in parts_of(prompts).items()}
-    for name, teacher in teachers.by_name.items():
-        longest_read = max(each.longest_read.get(asked, 0) for each in facts.values() for asked in {"", name})
-        images = list(_images_read(prompts, name))
-        tokens_read = longest_read + drawn.max_new_tokens
-        teacher.pool.require(Needs.of(tokens=tokens_read, rows=drawn.max_new_tokens, images=images))
-        check_samples(prompt_tokens=longest_read, max_new_tokens=drawn.max_new_tokens, teacher=teacher.pool.describe())
-        check_images("train", images, teacher.pool.describe(), image_expansion=teachers.image_expansion)
+    if isinstance(encoder, OtherTokenizerEncoder):
+        _refuse_unlike_prompts(cfg, prompts, encoder, tokens)
     sampling = Sampling(**drawn.model_dump(), stop_token_ids=stop_token_ids(cfg.student.model, tokenizer, encoder))
     answers: Sequence[TokenSequence] = ()
     if source.sampled_fraction < 1:
         answers = data.sequences()
         if cfg.data.teacher_tokenizer is not None:
             check_aligned(answers, tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
-        teachers.check_requests("train", answers)
     return Task(
         source=source,
         prompts=prompts,
@@ -134,12 +131,27 @@ def read_task(
         max_tokens=max(each.longest for each in facts.values()) + drawn.max_new_tokens,
         answers=answers,
         tokenizer=tokenizer,
-        teacher_tokenizer=encoder.teacher_tokenizer if isinstance(encoder, OtherTokenizerEncoder) else tokenizer,
-        read=_reader_of_responses(cfg, prompts, encoder, teachers, tokens)
-        if isinstance(encoder, OtherTokenizerEncoder)
-        else None,
+        other_tokenizer=encoder if isinstance(encoder, OtherTokenizerEncoder) else None,
         judge=None if opinion is None else Judge(opinion, _decoder(tokenizer, sampling)),
     )
+
+
+def check_task(task: Task, teachers: Teachers) -> None:
+    """Return when the teachers take every response to their prompts, and the data's own answers.
+
+    Raises:
+        DataError: one does not.
+        ModelMismatch: its image processor makes other numbers of tokens.
+    """
+    most_new = task.sampling.max_new_tokens
+    for name, teacher in teachers.by_name.items():
+        longest_read = max(each.longest_read.get(asked, 0) for each in task.facts.values() for asked in {"", name})
+        images = list(_images_read(task.prompts, name))
+        teacher.pool.require(Needs.of(tokens=longest_read + most_new, rows=most_new, images=images))
+        check_samples(prompt_tokens=longest_read, max_new_tokens=most_new, teacher=teacher.pool.describe())
+        check_images("train", images, teacher.pool.describe(), image_expansion=teachers.image_expansion)
+    if task.answers:
+        teachers.check_requests("train", task.answers)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> Callable[[Int32Array], str]:
@@ -160,23 +172,22 @@ def _images_read(prompts: Sequence[Prompt], name: str) -> Iterator[PlacedImage]:
                 yield from prompt.images if prompt.teacher_ids is None else prompt.teacher_images
 
 
-def _reader_of_responses(
-    cfg: config.TrainerConfig,
-    prompts: Sequence[Prompt],
-    encoder: OtherTokenizerEncoder,
-    teachers: Teachers,
-    tokens: TeacherTokens,
-) -> ReadResponse:
+def _refuse_unlike_prompts(
+    cfg: config.TrainerConfig, prompts: Sequence[Prompt], encoder: OtherTokenizerEncoder, tokens: TeacherTokens
+) -> None:
     """Raises DataError when the tokenizers have too little in common, in what the prompts say."""
     assert cfg.data.teacher_tokenizer is not None  # of whom the encoder is
     aligned = encoder.aligned_fraction(
         [message.content for prompt in prompts[:_JUDGED_PROMPTS] if prompt.chat for message in prompt.chat.messages]
     )
     refuse_unlike(aligned, tokens, at_least=cfg.data.teacher_tokenizer.min_aligned)
-    pool = teachers.only.pool
-    model = pool.describe()
+
+
+def _reader_of_responses(encoder: OtherTokenizerEncoder, teacher: Teacher) -> ReadResponse:
+    """What turns responses into as much as `teacher` takes of what its tokenizer has for them."""
+    model = teacher.pool.describe()
     most_tokens, most_rows = min(model.max_sequence_tokens, model.max_request_tokens), model.max_request_rows
-    pool.require(Needs.of(tokens=most_tokens, rows=most_rows))
+    teacher.pool.require(Needs.of(tokens=most_tokens, rows=most_rows))
     return partial(encoder.read_response, max_tokens=most_tokens, max_rows=most_rows)
 
 
@@ -221,7 +232,7 @@ def build_source(
     else:
         mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep
     built = OnPolicySource(
-        _sampler(cfg, task, pool, mesh),
+        _sampler(cfg, task, pool, teachers, mesh),
         rollouts.publisher,
         _early(cfg, source, teachers),
         max_staleness=source.max_staleness,
@@ -254,8 +265,8 @@ def _early(cfg: config.TrainerConfig, source: config.OnPolicy, teachers: Teacher
     return EarlyPanel(early, asks_all=cfg.data.teacher_column is None) if cfg.teachers else early[""]
 
 
-def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mesh) -> Sampler:
-    each = task.source.samples_per_prompt
+def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, teachers: Teachers, mesh: Mesh) -> Sampler:
+    each, other = task.source.samples_per_prompt, task.other_tokenizer
     return Sampler(
         PromptOrder(task.prompts, per_step=task.source.prompts_of(cfg.batch.sequences), seed=cfg.seed),
         pool,
@@ -263,7 +274,7 @@ def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, mesh: Mes
         samples_per_prompt=each,
         rank=mesh.rank,
         ranks=mesh.world_size,
-        read=task.read,
+        read=None if other is None else _reader_of_responses(other, teachers.only),
         judge=task.judge,
     )
 

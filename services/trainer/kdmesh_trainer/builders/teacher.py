@@ -7,7 +7,6 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from kdmesh.errors import ConfigError
 from kdmesh.rpc.routing import RoutingPolicy
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.rpc.weight_sender import WeightSender
@@ -64,14 +63,11 @@ def open_teacher(
         vocabulary_size: real tokens of the tokenizer that it must have.
 
     Raises:
-        ConfigError: no address is given.
         ModelMismatch: the teacher does not fit the student, or this job.
         Unauthenticated, PermissionDenied: the teacher does not let this job in.
         DeadlineExpired: no teacher answers.
     """
     key, teacher = f"teachers.{name}" if name else "teacher", cfg.all_teachers[name]
-    if not teacher.addresses:
-        raise ConfigError(f"{key}.addresses is empty; it must name at least one running teacher as host:port")
     pool = stack.enter_context(
         TeacherPool(
             teacher.addresses,

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kdmesh.errors import ConfigError
 from kdmesh.losses import OutputHead
 from kdmesh.rpc.needs import Needs
 from kdmesh.rpc.pending_rows import PendingRows
 from kdmesh.rpc.teacher_pool import TeacherPool
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.builders.teacher import Teacher, open_teacher
-from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.config import TeacherConfig, TrainerConfig
 from kdmesh_trainer.data.blend import parts_of
 from kdmesh_trainer.data.sides import Addressed, TeacherSide
 from kdmesh_trainer.data.stored import Stored, longest_of
@@ -115,6 +116,20 @@ def _images_read(sequences: Sequence[TokenSequence], name: str) -> Iterator[Plac
                 yield from theirs.images
 
 
+def refuse_no_address(cfg: TrainerConfig) -> None:
+    """Raises ConfigError when a teacher that the run asks has no address."""
+    for name, teacher in _asked(cfg).items():
+        if not teacher.addresses:
+            key = f"teachers.{name}" if name else "teacher"
+            raise ConfigError(f"{key}.addresses is empty; it must name at least one running teacher as host:port")
+
+
+def _asked(cfg: TrainerConfig) -> Mapping[str, TeacherConfig]:
+    """By name; none for SFT without held-out data."""
+    is_asked = isinstance(cfg.objective, Distill) or cfg.data.held_out is not None
+    return cfg.all_teachers if is_asked else {}
+
+
 def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stack: ExitStack) -> Teachers | None:
     """None when nobody would ask one anything: without a section, and for SFT without held-out data.
 
@@ -126,8 +141,8 @@ def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stac
         ModelMismatch: a teacher does not fit the student, or this job.
         DeadlineExpired: one does not answer.
     """
-    is_asked = isinstance(cfg.objective, Distill) or cfg.data.held_out is not None
-    if not cfg.all_teachers or not is_asked:
+    refuse_no_address(cfg)
+    if not _asked(cfg):
         return None
     teachers = {
         name: open_teacher(
