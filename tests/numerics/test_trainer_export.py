@@ -75,6 +75,25 @@ def test_who_may_read_the_directory_may_read_what_is_in_it(tmp_path: Path) -> No
     assert {path.stat().st_mode for path in final.iterdir()} == {(tmp_path / "file").stat().st_mode}
 
 
+@pytest.mark.parametrize(
+    ("layers", "pattern"), [(["linear_attention", "mlp", "full_attention", "moe", "mlp"], "M-*E-"), (None, "ME*-")]
+)
+def test_what_engines_read_of_nemotrons_layers_is_written_and_read_back(
+    tmp_path: Path, layers: list[str] | None, pattern: str
+) -> None:
+    told = {"layers_block_type": layers} if layers else {"layers_block_type": None, "hybrid_override_pattern": pattern}
+    origin = model(tmp_path / "origin", "nemotron_h", **told)
+    final = exported(origin)
+    said = json.loads((final / "config.json").read_text())
+    assert (said["hybrid_override_pattern"], said["num_hidden_layers"]) == (pattern, len(pattern))
+    said.pop("layers_block_type")  # engines know the pattern alone
+    expected = logits(final)
+    assert torch.equal(expected, logits(origin))
+    (final / "config.json").write_text(json.dumps(said))
+    assert torch.equal(logits(final), expected)
+    assert exported(final).is_dir()  # and is exported again
+
+
 @pytest.mark.parametrize("has_own", [True, False])
 def test_an_output_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path: Path, has_own: bool) -> None:
     origin = model(tmp_path / "origin", "qwen2", tie_word_embeddings=True)

@@ -31,6 +31,8 @@ _COPIED = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
+_DERIVED = {"nemotron_h": ("hybrid_override_pattern", "num_hidden_layers")}
+"""Model type -> what transformers 5.24 derives from other keys and writes no more; SGLang and vLLM read it."""
 
 
 class HuggingFaceExporter:
@@ -115,6 +117,7 @@ class HuggingFaceExporter:
                 _whole_model(config, tensors).save_pretrained(
                     writing, save_original_format=not self._are_named_as_stored(tensors)
                 )
+                _add_derived(config, writing / "config.json")
                 _save_tokenizer(self._tokenizer, writing)
                 for name in _COPIED:
                     if (self._origin / name).is_file():
@@ -149,6 +152,13 @@ def _whole_model(config: PretrainedConfig, tensors: dict[str, Tensor]) -> PreTra
         model.config.get_text_config().tie_word_embeddings = False
     model.tie_weights()
     return model
+
+
+def _add_derived(config: PretrainedConfig, path: Path) -> None:
+    derived = {name: getattr(config, name) for name in _DERIVED.get(config.model_type, ())}
+    if derived:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(said | derived, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
