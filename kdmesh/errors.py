@@ -8,6 +8,7 @@ KdmeshError
   OutOfMemory            training takes more memory than its device has
   NotFinite              training went wrong: a loss, gradient or weight is infinite or not a number
   JudgeFailed            a judge of samples that failed on every one of a step
+  EnvironmentFailed      what answers the student's turns has failed, or cannot be written by its chat template
   RpcError               has exactly one gRPC status (kdmesh/rpc/status.py)
     InvalidRequest       INVALID_ARGUMENT     caller's fault; never retried
     Unauthenticated      UNAUTHENTICATED      no token or certificate that counts; a client that was let in tries again
@@ -56,6 +57,10 @@ class NotFinite(KdmeshError):
 
 class JudgeFailed(KdmeshError):
     """What says how much samples count has failed on every sample of a step."""
+
+
+class EnvironmentFailed(KdmeshError):
+    """What answers the student's turns has failed, or its answer cannot be written as a chat."""
 
 
 class RpcError(KdmeshError):

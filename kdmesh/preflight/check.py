@@ -31,7 +31,7 @@ from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
 from kdmesh_trainer.sections.algorithm_config import CustomAlgorithm
 from kdmesh_trainer.sections.data_config import CustomDataset, DataConfig, DatasetConfig, OtherTokenizer
-from kdmesh_trainer.sections.judge_config import CustomJudge, JudgeConfig, MatchJudge
+from kdmesh_trainer.sections.judge_config import CustomJudge, MatchJudge
 from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill
 from kdmesh_trainer.sections.questions_config import CustomMatch, QuestionsConfig
 
@@ -151,8 +151,8 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     yield from _images(cfg)
     yield from _data(cfg.data)
     yield from _judging(cfg)
-    if isinstance(cfg.source, OnPolicy) and cfg.source.judge is not None:
-        yield from _judge("source.judge", cfg.source.judge)
+    if isinstance(cfg.source, OnPolicy):
+        yield from _sampling(cfg.source)
     if isinstance(cfg.objective, Distill):
         yield from _own_code(cfg.objective)
     for key, access, addresses in _servers(cfg):
@@ -212,11 +212,18 @@ def _own_code(objective: Distill) -> Iterator[str]:
         yield from function_problems(key, algorithm.target, algorithm.params, positional=1, is_class=True)
 
 
-def _judge(key: str, judge: JudgeConfig) -> Iterator[str]:
+def _sampling(source: OnPolicy) -> Iterator[str]:
+    judge, environment = source.judge, source.environment
+    if environment is not None:
+        key = "source.environment"
+        yield from function_problems(
+            key, environment.respond, environment.params, positional=2, target_key=f"{key}.respond"
+        )
     if isinstance(judge, CustomJudge):
-        yield from function_problems(key, judge.target, judge.params, positional=3)
+        positional = judge.num_arguments(of_episodes=environment is not None)
+        yield from function_problems("source.judge", judge.target, judge.params, positional=positional)
     elif isinstance(judge, MatchJudge) and isinstance(match := judge.match, CustomMatch):
-        yield from function_problems(f"{key}.match", match.target, match.params, positional=2)
+        yield from function_problems("source.judge.match", match.target, match.params, positional=2)
 
 
 def wrong_addresses(cfg: TrainerConfig) -> Iterator[str]:

@@ -11,27 +11,40 @@ from kdmesh.extension import search_path
 
 
 def function_problems(
-    key: str, target: str, params: Mapping[str, object], *, positional: int, is_class: bool = False
+    key: str,
+    target: str,
+    params: Mapping[str, object],
+    *,
+    positional: int,
+    is_class: bool = False,
+    target_key: str = "",
 ) -> Iterator[str]:
-    """What is wrong with `module:function`, read from its source: importing it could load anything."""
+    """What is wrong with `module:function`, read from its source: importing it could load anything.
+
+    Args:
+        key: of the section that names it, for its `params`.
+        positional: arguments that it is given by their place.
+        target_key: of the configuration; empty: it is `target` of the section.
+    """
+    where = target_key or f"{key}.target"
     module, _, name = target.partition(":")
     spec = _find(module)
     if spec is None:
-        yield f"{key}.target: there is no module {module!r} (the working directory is searched too)"
+        yield f"{where}: there is no module {module!r} (the working directory is searched too)"
         return
     if not spec.origin or not spec.origin.endswith(".py"):
         return  # compiled: only importing can tell
     try:
         defined = _definitions(Path(spec.origin))
     except SyntaxError as error:
-        yield f"{key}.target: {spec.origin} is not Python: {error.msg} in line {error.lineno}"
+        yield f"{where}: {spec.origin} is not Python: {error.msg} in line {error.lineno}"
         return
     if name not in defined:
-        yield f"{key}.target: {spec.origin} defines no {name!r}"
+        yield f"{where}: {spec.origin} defines no {name!r}"
         return
     match defined[name]:
         case ast.FunctionDef() if is_class:
-            yield f"{key}.target: {name} is a function, and must be a class"
+            yield f"{where}: {name} is a function, and must be a class"
         case ast.FunctionDef() as function:
             yield from (f"{key}.params: {problem}" for problem in _misfits(name, function, params, positional))
         case ast.ClassDef() as defined_class:

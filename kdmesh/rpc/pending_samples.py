@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import weakref
 from typing import Any
@@ -40,3 +41,7 @@ class PendingSamples:
             return self._future.result()
         except concurrent.futures.CancelledError:
             raise Unavailable("the connection to the rollout servers was closed") from None
+
+    async def arrive(self) -> list[Sample]:
+        """As `wait`, for a coroutine; it is cancelled where the connection is closed."""
+        return await asyncio.wrap_future(self._future)

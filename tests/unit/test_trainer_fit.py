@@ -75,11 +75,11 @@ def test_every_sequence_must_fit_a_request_by_itself() -> None:
 
 
 def test_the_longest_response_to_the_longest_prompt_must_fit_a_request() -> None:
-    check_samples(prompt_tokens=30, max_new_tokens=10, teacher=TEACHER)
+    check_samples(tokens=30 + 10, rows=10, teacher=TEACHER)
     with pytest.raises(DataError, match="a prompt with a response of 41 tokens, and teacher big takes at most 40"):
-        check_samples(prompt_tokens=31, max_new_tokens=10, teacher=TEACHER)
+        check_samples(tokens=31 + 10, rows=10, teacher=TEACHER)
     with pytest.raises(DataError, match="a response of 11 loss tokens, and one answer of teacher big holds 10"):
-        check_samples(prompt_tokens=3, max_new_tokens=11, teacher=TEACHER)
+        check_samples(tokens=3 + 11, rows=11, teacher=TEACHER)
 
 
 SERVER = RolloutDescription(

@@ -12,6 +12,7 @@ from kdmesh.config import StrictModel
 from kdmesh.tracing.config import TracingConfig
 from kdmesh_trainer.sections.algorithm_config import refuse_unfit_algorithm
 from kdmesh_trainer.sections.data_config import DataConfig
+from kdmesh_trainer.sections.environment_config import EnvironmentConfig, refuse_unfit_environment
 from kdmesh_trainer.sections.export_config import ExportConfig, refuse_unknown_best
 from kdmesh_trainer.sections.judge_config import JudgeConfig, refuse_unfit_judge
 from kdmesh_trainer.sections.layers_config import LayersConfig, refuse_unfit_layers
@@ -92,6 +93,9 @@ class OnPolicy(StrictModel):
 
     sampling: SamplingConfig = SamplingConfig()
     """How they are drawn."""
+
+    environment: EnvironmentConfig | None = None
+    """What answers the student, so that samples have several turns (docs/on_policy.md); null: nobody does."""
 
     judge: JudgeConfig | None = None
     """How much each sample counts (docs/on_policy.md); null: all count alike."""
@@ -358,6 +362,8 @@ class TrainerConfig(StrictModel):
             raise ValueError("source on_policy needs objective distill: its samples are nothing to imitate")
         if self.source.judge is not None:
             refuse_unfit_judge(self, self.source.judge)
+        if self.source.environment is not None:
+            refuse_unfit_environment(self)
         if self.data.has_weights and self.source.sampled_fraction == 1:
             raise ValueError(
                 "data.train.weight_column needs source.sampled_fraction below 1 with source on_policy: weights are of "

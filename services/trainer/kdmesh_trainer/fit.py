@@ -140,17 +140,17 @@ def _check_images(
             raise DataError(f"dataset {name}: {error} by {who}: raise its `images` limits") from None
 
 
-def check_samples(*, prompt_tokens: int, max_new_tokens: int, teacher: ModelDescription) -> None:
-    """Return when the teacher takes every response to a prompt, however long it gets.
+def check_samples(*, tokens: int, rows: int, teacher: ModelDescription) -> None:
+    """Return when the teacher takes every prompt with its response, however long it gets.
 
     Args:
-        prompt_tokens: of the longest prompt.
+        tokens: of the longest.
+        rows: of the one with most loss tokens.
 
     Raises:
         DataError: it could be too long, or have too many loss tokens.
     """
-    tokens = prompt_tokens + max_new_tokens
-    _check_limits("there may be a prompt with a response", tokens=tokens, rows=max_new_tokens, teacher=teacher)
+    _check_limits("there may be a prompt with a response", tokens=tokens, rows=rows, teacher=teacher)
 
 
 def check_sampler(

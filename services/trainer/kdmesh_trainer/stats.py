@@ -24,6 +24,12 @@ class RolloutFigures:
     left_out_fraction: float | None = None  # of samples whose weight is 0
     right_fraction: float | None = None  # of samples that are right; None: nobody knows
     judge_errors: int | None = None  # samples on which the judge failed, which are left out
+    episode_turns_mean: float | None = None  # of the student; None, as those below: nobody answers it
+    environment_fraction: float | None = None  # of the tokens behind prompts that were given, not drawn
+    ended_by_environment_fraction: float | None = None  # of episodes; these four add up to 1
+    ended_by_turns_fraction: float | None = None
+    ended_by_length_fraction: float | None = None
+    ended_by_template_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +81,7 @@ class StepStats:
 
     def figures(self) -> dict[str, float | None]:
         """Every figure by its name, in one level; a teacher's age, the distance of layers, what is aligned and what a
-        judge says only where there is such.
+        judge or an environment says only where there is such.
         """
         figures = asdict(self)
         for name in ("teacher_age_steps", "layer_distance"):

@@ -31,7 +31,8 @@ from kdmesh_trainer.data.training_data import TrainingData
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.sections.data_config import TeacherMessages
 from kdmesh_trainer.sections.objective_config import Distill
-from kdmesh_trainer.sources.judge import Opinion, question_of, resolve_judge
+from kdmesh_trainer.sources.environment import Environment, resolve_environment
+from kdmesh_trainer.sources.judge import Opinion, kept_of_rows, resolve_judge
 from kdmesh_trainer.student.freezing import check_freeze
 from kdmesh_trainer.student.lora import check_base
 
@@ -51,6 +52,7 @@ class Checked:
     held_out: Mapping[str, Reader]  # by name; that of the only one is empty; no entry: nothing is judged on data
     exam: Exam | None  # None: no questions are asked
     opinion: Opinion | None  # None: nobody judges samples
+    environment: Environment | None  # None: nobody answers samples
     divergence: Divergence | SampledDivergence | None  # None: the objective has none
     build_algorithm: BuildAlgorithm | None  # None: the objective has none
 
@@ -81,8 +83,8 @@ def check(cfg: config.TrainerConfig) -> Checked:
     needs_boundaries = isinstance(cfg.objective, Distill) and cfg.objective.needs_boundaries
     read = partial(open_dataset, teacher=columns, images=no_images(cfg) if reader is None else cfg.data.images)
     fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
-    judge = cfg.source.judge if isinstance(cfg.source, config.OnPolicy) else None
-    read_whole = partial(read, keeps_rows=judge is not None and question_of(judge) is not None)
+    source = cfg.source if isinstance(cfg.source, config.OnPolicy) else None
+    read_whole = partial(read, keeps_rows=source is not None and kept_of_rows(source) is not None)
     train = TrainingData(cfg.data, encoder, _token_cache(cfg, recipe, encoder, tokenizer, reader), read_whole)
     return Checked(
         tokenizer=tokenizer,
@@ -97,7 +99,12 @@ def check(cfg: config.TrainerConfig) -> Checked:
         train=train,
         held_out=train.held_out() | {name: read(dataset) for name, dataset in cfg.data.held_out_datasets.items()},
         exam=read_questions_of(cfg, tokenizer, reader),
-        opinion=None if judge is None else resolve_judge(judge),
+        opinion=None
+        if source is None or source.judge is None
+        else resolve_judge(source.judge, of_episodes=source.environment is not None),
+        environment=None
+        if source is None or source.environment is None
+        else resolve_environment(source.environment, tokenizer),
         divergence=resolve_divergence(cfg.objective) if isinstance(cfg.objective, Distill) else None,
         build_algorithm=resolve_algorithm(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else None,
     )

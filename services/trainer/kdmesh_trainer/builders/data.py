@@ -19,7 +19,7 @@ from kdmesh_trainer.fit import refuse_unlike
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sections.objective_config import Distill
-from kdmesh_trainer.sources.judge import question_of
+from kdmesh_trainer.sources.judge import kept_of_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def check_fit(cfg: config.TrainerConfig, data: Data, teachers: Teachers) -> None
         ModelMismatch: a teacher's image processor makes other numbers of tokens.
     """
     if isinstance(data.train, Task):
-        check_task(data.train, teachers)
+        check_task(cfg, data.train, teachers)
     elif isinstance(cfg.objective, Distill):
         teachers.check_requests("train", data.train)
     for name, sequences in data.held_out.items():
@@ -87,8 +87,7 @@ def read_alone(cfg: config.TrainerConfig, data: TrainingData) -> None:
         DataError: it cannot be used.
     """
     if isinstance(cfg.source, config.OnPolicy):
-        judge = cfg.source.judge
-        data.prompts(prompt_policy(cfg, cfg.source), None if judge is None else question_of(judge))
+        data.prompts(prompt_policy(cfg, cfg.source), kept_of_rows(cfg.source))
     if not isinstance(cfg.source, config.OnPolicy) or cfg.source.sampled_fraction < 1:
         data.sequences()
 
@@ -128,6 +127,7 @@ def _read_train(cfg: config.TrainerConfig, checked: Checked) -> tuple[Sequence[T
                 tokenizer=checked.tokenizer,
                 tokens=checked.teacher_tokens,
                 opinion=checked.opinion,
+                environment=checked.environment,
             )
             return task, task.identity()
         case _:

@@ -10,6 +10,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerFast
 
+from kdmesh.errors import DataError
 from kdmesh.models.ends import stop_token_ids
 from kdmesh.rpc.needs import Needs
 from kdmesh.rpc.rollout_pool import RolloutPool
@@ -39,7 +40,9 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.exam import response_text
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
-from kdmesh_trainer.sources.judge import Judge, Opinion, digest_questions, question_of
+from kdmesh_trainer.sources.environment import Environment
+from kdmesh_trainer.sources.episodes import Episodes
+from kdmesh_trainer.sources.judge import Judge, Opinion, digest_questions, kept_of_rows
 from kdmesh_trainer.sources.on_policy import OnPolicySource
 from kdmesh_trainer.sources.order import AnswerOrder, PromptOrder
 from kdmesh_trainer.sources.panel import EarlyPanel
@@ -58,11 +61,12 @@ class Task:
     prompts: Sequence[Prompt]
     facts: Mapping[str, PromptFacts]  # of each dataset of them, by name
     sampling: Sampling
-    max_tokens: int  # of the longest prompt with the longest response
+    max_tokens: int  # of the longest prompt with the longest response, or episode
     answers: Sequence[TokenSequence]  # the data's own; empty where all is sampled
     tokenizer: PreTrainedTokenizerFast
     other_tokenizer: OtherTokenizerEncoder | None  # the teacher's; None: it has the student's
     judge: Judge | None  # None: all samples count alike
+    environment: Environment | None  # None: nobody answers samples
 
     @property
     def teacher_tokenizer(self) -> PreTrainedTokenizerFast:
@@ -79,11 +83,15 @@ class Task:
             del told["sampling"]["stop_strings"]  # runs begun before there was this key go on
         if self.source.judge is None:
             del told["judge"]
+        if self.source.environment is None:
+            del told["environment"]
+        else:
+            told["environment"] = self.source.environment.model_dump(mode="json", exclude={"deadline_s", "max_calls"})
         identity = {**blend_identity(self.prompts), "source": json.dumps(told, sort_keys=True)}
         identity |= {digest_key("data.train", name): facts.digest for name, facts in self.facts.items()}
-        if self.judge is not None:
-            judged = {name: digest_questions(part) for name, part in parts_of(self.prompts).items()}
-            identity |= {digest_key("source.judge's rows", name): digest for name, digest in judged.items() if digest}
+        kept = {name: digest_questions(part) for name, part in parts_of(self.prompts).items()}
+        whose = "judge" if self.environment is None else "environment"
+        identity |= {digest_key(f"source.{whose}'s rows", name): digest for name, digest in kept.items() if digest}
         if not self.answers:
             return identity
         for name, answers in parts_of(self.answers).items():
@@ -103,17 +111,21 @@ def read_task(
     tokenizer: PreTrainedTokenizerFast,
     tokens: TeacherTokens,
     opinion: Opinion | None,
+    environment: Environment | None,
 ) -> Task:
     """Read the prompts, and the answers that are learnt from beside samples.
 
     Args:
         opinion: of the judge of `source`; None: it has none.
+        environment: that of `source`; None: it has none.
 
     Raises:
         DataError: the data cannot be used, or the teacher's tokenizer has too little in common.
     """
     drawn = source.sampling
-    prompts = data.prompts(prompt_policy(cfg, source), None if source.judge is None else question_of(source.judge))
+    prompts = data.prompts(prompt_policy(cfg, source), kept_of_rows(source))
+    if source.environment is not None and any(images_of(prompts)):
+        raise DataError("source.environment does not go with images, and data.train has some")
     facts = {name: prompt_facts(part) for name, part in parts_of(prompts).items()}
     if isinstance(encoder, OtherTokenizerEncoder):
         _refuse_unlike_prompts(cfg, prompts, encoder, tokens)
@@ -128,30 +140,39 @@ def read_task(
         prompts=prompts,
         facts=facts,
         sampling=sampling,
-        max_tokens=max(each.longest for each in facts.values()) + drawn.max_new_tokens,
+        max_tokens=_most(cfg, source, prompt_tokens=max(each.longest for each in facts.values()))[0],
         answers=answers,
         tokenizer=tokenizer,
         other_tokenizer=encoder if isinstance(encoder, OtherTokenizerEncoder) else None,
         judge=None if opinion is None else Judge(opinion, _decoder(tokenizer, sampling)),
+        environment=environment,
     )
 
 
-def check_task(task: Task, teachers: Teachers) -> None:
+def check_task(cfg: config.TrainerConfig, task: Task, teachers: Teachers) -> None:
     """Return when the teachers take every response to their prompts, and the data's own answers.
 
     Raises:
         DataError: one does not.
         ModelMismatch: its image processor makes other numbers of tokens.
     """
-    most_new = task.sampling.max_new_tokens
     for name, teacher in teachers.by_name.items():
         longest_read = max(each.longest_read.get(asked, 0) for each in task.facts.values() for asked in {"", name})
         images = list(_images_read(task.prompts, name))
-        teacher.pool.require(Needs.of(tokens=longest_read + most_new, rows=most_new, images=images))
-        check_samples(prompt_tokens=longest_read, max_new_tokens=most_new, teacher=teacher.pool.describe())
+        tokens, rows = _most(cfg, task.source, prompt_tokens=longest_read)
+        teacher.pool.require(Needs.of(tokens=tokens, rows=rows, images=images))
+        check_samples(tokens=tokens, rows=rows, teacher=teacher.pool.describe())
         check_images("train", images, teacher.pool.describe(), image_expansion=teachers.image_expansion)
     if task.answers:
         teachers.check_requests("train", task.answers)
+
+
+def _most(cfg: config.TrainerConfig, source: config.OnPolicy, *, prompt_tokens: int) -> tuple[int, int]:
+    """Most tokens, and most loss tokens, of what a prompt of so many tokens may become."""
+    drawn, environment = source.sampling.max_new_tokens, source.environment
+    if environment is None:
+        return prompt_tokens + drawn, drawn
+    return cfg.data.max_tokens, min(cfg.data.max_tokens, environment.max_turns * drawn)
 
 
 def _decoder(tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> Callable[[Int32Array], str]:
@@ -232,7 +253,7 @@ def build_source(
     else:
         mesh.on_first(pool.wake)  # a job that was killed may have left a server asleep
     built = OnPolicySource(
-        _sampler(cfg, task, pool, teachers, mesh),
+        _sampler(cfg, task, pool, teachers, mesh, stack),
         rollouts.publisher,
         _early(cfg, source, teachers),
         max_staleness=source.max_staleness,
@@ -265,7 +286,9 @@ def _early(cfg: config.TrainerConfig, source: config.OnPolicy, teachers: Teacher
     return EarlyPanel(early, asks_all=cfg.data.teacher_column is None) if cfg.teachers else early[""]
 
 
-def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, teachers: Teachers, mesh: Mesh) -> Sampler:
+def _sampler(
+    cfg: config.TrainerConfig, task: Task, pool: RolloutPool, teachers: Teachers, mesh: Mesh, stack: ExitStack
+) -> Sampler:
     each, other = task.source.samples_per_prompt, task.other_tokenizer
     return Sampler(
         PromptOrder(task.prompts, per_step=task.source.prompts_of(cfg.batch.sequences), seed=cfg.seed),
@@ -276,7 +299,23 @@ def _sampler(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, teachers:
         ranks=mesh.world_size,
         read=None if other is None else _reader_of_responses(other, teachers.only),
         judge=task.judge,
+        episodes=_episodes(cfg, task, pool, stack),
     )
+
+
+def _episodes(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, stack: ExitStack) -> Episodes | None:
+    asked = task.source.environment
+    if asked is None or task.environment is None:
+        return None
+    episodes = Episodes(
+        pool,
+        task.environment,
+        max_tokens=cfg.data.max_tokens,
+        deadline_s=asked.deadline_s,
+        max_calls=asked.max_calls,
+    )
+    stack.callback(episodes.close)
+    return episodes
 
 
 def _answers(cfg: config.TrainerConfig, task: Task) -> AnswerOrder | None:

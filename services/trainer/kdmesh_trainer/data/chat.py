@@ -123,6 +123,14 @@ class ChatEncoder:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def prompt_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        """What a model is prompted with after `messages`. Raises one of TEMPLATE_ERRORS where the template does."""
+        return self._render(messages, tools=tools, is_prompt=True)
+
+    def is_special(self, token: int) -> bool:
+        """Whether no text but a special token's own stands for it."""
+        return token in self._vocabulary.special
+
     def generation_prompt(self, messages: Sequence[Message]) -> str:
         """What the template adds after `messages` to prompt a model; empty where it adds nothing."""
         prompt = self._render(messages, is_prompt=True)

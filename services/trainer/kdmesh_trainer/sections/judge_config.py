@@ -60,10 +60,15 @@ class CustomJudge(StrictModel):
     name: Literal["custom"]
 
     target: str = Field(pattern=r"^[\w.]+:\w+$")
-    """module:function, called as function(response, row, is_cut_off, **params); returns the sample's weight."""
+    """module:function, called as function(response, row, is_cut_off, **params), with source.environment as
+    function(response, row, is_cut_off, messages, **params); returns the sample's weight."""
 
     params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function; checked against its signature before anything loads."""
+
+    def num_arguments(self, *, of_episodes: bool) -> int:
+        """That are given by their place."""
+        return 4 if of_episodes else 3
 
 
 JudgeConfig = Annotated[FinishedJudge | MatchJudge | CustomJudge, Field(discriminator="name")]

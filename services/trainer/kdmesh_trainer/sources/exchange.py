@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from kdmesh.errors import ModelMismatch
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.sources.sampler import Sampler, Share
+from kdmesh_trainer.sources.sampler import Sampler
+from kdmesh_trainer.sources.shares import Share
 
 log = logging.getLogger(__name__)
 

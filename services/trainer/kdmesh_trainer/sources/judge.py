@@ -15,6 +15,7 @@ from kdmesh.chats.chat_rows import Chat, columns_found
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.extension import resolve
 from kdmesh.types import FinishReason, Int32Array, Sample
+from kdmesh_trainer.config import OnPolicy
 from kdmesh_trainer.data.chat import without_answers
 from kdmesh_trainer.data.prompts import QuestionOf
 from kdmesh_trainer.data.sides import Prompt, Question
@@ -22,10 +23,11 @@ from kdmesh_trainer.questions.matchers import build_matcher, refuse_unfit_answer
 from kdmesh_trainer.questions.reader import answers_in
 from kdmesh_trainer.sections.judge_config import CustomJudge, FinishedJudge, JudgeConfig, MatchJudge
 from kdmesh_trainer.sections.questions_config import CustomMatch
-from kdmesh_trainer.sources.rollouts import Verdict
+from kdmesh_trainer.sources.rollouts import Episode, Verdict, spans_of
 
 # (a response's text, whether it was cut, what it answers, which is None where nobody asks for it) -> what is thought
-# of it. Only one with code of the user's raises.
+# of it. Of an episode, the response is its last turn, which answers all that came before. Only one with code of the
+# user's raises.
 Opinion = Callable[[str, bool, Question | None], Verdict]
 
 
@@ -53,23 +55,44 @@ class Judge:
 
     def _verdict(self, prompt: Prompt, sample: Sample) -> Verdict:
         is_cut_off = sample.finish_reason is FinishReason.LENGTH
+        first, end = spans_of(sample)[-1]
+        question = prompt.question
+        if isinstance(sample, Episode) and question is not None:
+            question = replace(question, chat=replace(question.chat, messages=sample.messages[:-1]))
         try:
-            return self._opinion(self._decode(sample.token_ids), is_cut_off, prompt.question)
+            return self._opinion(self._decode(sample.token_ids[first:end]), is_cut_off, question)
         except Exception as failure:  # noqa: BLE001 - code of the user's own; whoever trains is told
             return Verdict(weight=0, error=f"{type(failure).__name__}: {failure}")
 
 
-def resolve_judge(cfg: JudgeConfig) -> Opinion:
-    """What the judge that `cfg` names thinks. Raises ConfigError when one of the user's cannot be found or called."""
+def resolve_judge(cfg: JudgeConfig, *, of_episodes: bool = False) -> Opinion:
+    """What the judge that `cfg` names thinks. Raises ConfigError when one of the user's cannot be found or called.
+
+    Args:
+        of_episodes: one of the user's is told all messages of each.
+    """
     match cfg:
         case FinishedJudge():
             return lambda text, is_cut_off, question: Verdict(weight=cfg.cut if is_cut_off else 1.0)
         case MatchJudge():
             return _by_match(cfg)
         case CustomJudge():
-            return _custom(cfg)
+            return _custom(cfg, of_episodes=of_episodes)
         case _:
             assert_never(cfg)
+
+
+def kept_of_rows(source: OnPolicy) -> QuestionOf | None:
+    """What is kept of each row for judge and environment, from chats that have their rows; None: nothing is."""
+    judged_by = None if source.judge is None else question_of(source.judge)
+    if source.environment is None:
+        return judged_by
+
+    def kept(chat: Chat) -> Question:
+        asked = Question(chat=_asked(chat), answers=(), row=_row(chat))
+        return asked if judged_by is None else replace(asked, answers=judged_by(chat).answers)
+
+    return kept
 
 
 def question_of(cfg: JudgeConfig) -> QuestionOf | None:
@@ -109,15 +132,17 @@ def _by_match(cfg: MatchJudge) -> Opinion:
     return opinion
 
 
-def _custom(cfg: CustomJudge) -> Opinion:
+def _custom(cfg: CustomJudge, *, of_episodes: bool) -> Opinion:
     try:
-        function = resolve(cfg.target, cfg.params, num_arguments=3)
+        function = resolve(cfg.target, cfg.params, num_arguments=cfg.num_arguments(of_episodes=of_episodes))
     except ConfigError as error:
         raise ConfigError(f"source.judge: {error}") from None
 
     def opinion(text: str, is_cut_off: bool, question: Question | None) -> Verdict:
         assert question is not None
-        weight = function(text, dict(question.row), is_cut_off)
+        asked = [message.for_template() for message in question.chat.messages]
+        told = ([*asked, {"role": "assistant", "content": text}],) if of_episodes else ()
+        weight = function(text, dict(question.row), is_cut_off, *told)
         if isinstance(weight, bool) or not isinstance(weight, Real):
             raise TypeError(f"{cfg.target} returned {weight!r}; a weight must be a number")
         if not 0 <= float(weight) < math.inf:

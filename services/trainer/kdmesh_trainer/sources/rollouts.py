@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
 
+from kdmesh.chats.chat_rows import Message
 from kdmesh.types import FinishReason, Float32Array, Int32Array, PlacedImage, Sample, Sampling, TokenSequence
 from kdmesh_trainer.data.sides import Aligned, InChunks, InContext, addressed, aligned_rows
 from kdmesh_trainer.stats import RolloutFigures
@@ -100,6 +102,51 @@ class WeightPublisher(Protocol):
         ...
 
 
+class EpisodeEnd(StrEnum):
+    """Why an episode ended."""
+
+    ENVIRONMENT = "environment"  # it said so
+    TURNS = "turns"  # the student has had as many as it may
+    LENGTH = "length"  # a turn was cut, or no other one has room behind it
+    TEMPLATE = "template"  # writes earlier turns otherwise than they were drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """Which tokens of an episode the student drew, and why there are no more."""
+
+    spans: tuple[tuple[int, int], ...]  # [first, one past the last) of each turn, in order; what is between was given
+    end: EpisodeEnd
+
+    @property
+    def num_given(self) -> int:
+        """Tokens between turns."""
+        return self.spans[-1][1] - sum(end - first for first, end in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Episode(Sample):
+    """The student's turns with what it was answered between them; it begins and ends with a turn.
+
+    Log-probabilities are 0 where a token was given. `finish_reason` is STOP where the environment has ended it. Weight
+    versions are those of the oldest and of the newest turn.
+    """
+
+    turns: Turns
+    messages: tuple[Message, ...] = ()  # with those of the prompt, and the last turn at the end; empty: another rank's
+
+    @classmethod
+    def of(cls, sample: Sample, turns: Turns, messages: tuple[Message, ...] = ()) -> Episode:
+        """The tokens of a sample that are such an episode."""
+        own = {each.name: getattr(sample, each.name) for each in fields(Sample)}
+        return cls(**own, turns=turns, messages=messages)
+
+
+def spans_of(sample: Sample) -> tuple[tuple[int, int], ...]:
+    """Of the tokens that the student drew, turn by turn, as Turns has them."""
+    return sample.turns.spans if isinstance(sample, Episode) else ((0, sample.num_tokens),)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What a judge says of one sample."""
@@ -111,12 +158,13 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:
-    """A prompt with one response; every token that was drawn carries loss, and nothing was appended."""
+    """A prompt with one response, or an episode; every token that was drawn carries loss, and nothing was appended."""
 
     sequence: TokenSequence
     logprobs: Float32Array  # [R] of each drawn token, at temperature 1
     is_cut_off: bool  # ended at a limit of length
-    weight_version: int  # of its first token
+    weight_version: int  # of its first token; of an episode, the oldest of its turns' first ones
+    turns: Turns | None = None  # of an episode; None: it is one response
     verdict: Verdict | None = None  # None: nobody judges
 
     @property
@@ -157,18 +205,18 @@ class Rollout:
             )
         return cls(
             sequence=addressed(sequence, teacher_name) if teacher_name else sequence,
-            logprobs=sample.logprobs,
+            logprobs=np.concatenate([sample.logprobs[first:end] for first, end in spans_of(sample)]),
             is_cut_off=sample.finish_reason is FinishReason.LENGTH,
             weight_version=sample.min_weight_version,
+            turns=sample.turns if isinstance(sample, Episode) else None,
         )
 
 
 def _after(prompt_ids: Int32Array, sample: Sample, images: tuple[PlacedImage, ...]) -> TokenSequence:
-    num_tokens = len(prompt_ids) + sample.num_tokens
+    before = len(prompt_ids) - 1
+    spans = [np.arange(before + first, before + end, dtype=np.int32) for first, end in spans_of(sample)]
     return TokenSequence(
-        token_ids=np.concatenate([prompt_ids, sample.token_ids]),
-        positions=np.arange(len(prompt_ids) - 1, num_tokens - 1, dtype=np.int32),
-        images=images,
+        token_ids=np.concatenate([prompt_ids, sample.token_ids]), positions=np.concatenate(spans), images=images
     )
 
 
@@ -194,7 +242,20 @@ def figures_of(
         sampling_s=drawing_s,
         aligned_fraction=_aligned_fraction([rollout.sequence for rollout in rollouts]),
         **_judgement([rollout.verdict for rollout in rollouts if rollout.verdict is not None]),
+        **_episodes([rollout.turns for rollout in rollouts if rollout.turns is not None]),
     )
+
+
+def _episodes(episodes: Sequence[Turns]) -> dict[str, Any]:
+    """The figures of an environment; empty: there is none."""
+    if not episodes:
+        return {}
+    ended = {f"ended_by_{end}_fraction": sum(one.end is end for one in episodes) / len(episodes) for end in EpisodeEnd}
+    return {
+        "episode_turns_mean": sum(len(one.spans) for one in episodes) / len(episodes),
+        "environment_fraction": sum(one.num_given for one in episodes) / sum(one.spans[-1][1] for one in episodes),
+        **ended,
+    }
 
 
 def _judgement(verdicts: Sequence[Verdict]) -> dict[str, Any]:

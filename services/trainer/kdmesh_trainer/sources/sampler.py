@@ -6,10 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
-
-import numpy as np
 
 from kdmesh.errors import DeadlineExpired, EngineFailure, ModelMismatch, RpcError
 from kdmesh.tokens import digest
@@ -17,7 +15,8 @@ from kdmesh.types import FinishReason, Sample, Sampling, TokenSequence
 from kdmesh_trainer.data.sides import Prompt, teacher_side
 from kdmesh_trainer.sources.judge import Judge
 from kdmesh_trainer.sources.order import StepPrompt
-from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService, Verdict
+from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService, Verdict, spans_of
+from kdmesh_trainer.sources.shares import Share, nothing, samples_of, share_of
 
 log = logging.getLogger(__name__)
 
@@ -37,22 +36,20 @@ class StepPrompts(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What one rank sampled for one step, as plain values."""
+class EpisodeService(Protocol):
+    """Where episodes come from; an Episodes is one."""
 
-    lengths: tuple[int, ...]  # of the responses, prompt by prompt
-    token_ids: bytes  # of all responses, int32
-    logprobs: bytes  # of all response tokens, float32
-    is_cut_off: tuple[bool, ...]  # of each response
-    weight_versions: tuple[int, ...]  # of each response
-    verdicts: tuple[Verdict, ...]  # on each response; empty: nobody judges
-    digest: bytes  # of the sequences that prompts and responses make
-    wait_s: float
-    drawing_s: float  # from the first of them asked for, or the step before complete, to the last one here
-    refusal: str  # why a server's weights are too old; empty: none has said so
-    outdated: tuple[str, ...]  # addresses of servers that need newer weights, as far as the rank knows
-    is_whole: bool  # else it has nothing: servers need newer weights
+    def submit(
+        self,
+        prompt: StepPrompt,
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        min_weight_version: int,
+        on_sample: Callable[[Sample], None],
+    ) -> PendingSamples:
+        """Ask for episodes of one prompt; `sampling` is of each turn. Otherwise as RolloutService."""
+        ...
 
 
 def _ignore(sequence: TokenSequence) -> None:
@@ -73,18 +70,21 @@ class Sampler:
         ranks: int,
         read: ReadResponse | None = None,
         judge: Judge | None = None,
+        episodes: EpisodeService | None = None,
         asks_late_again: bool = False,
     ) -> None:
         """
         Args:
             read: None where the teacher has the student's tokenizer.
             judge: None: all samples count alike.
+            episodes: of turns that `service` draws; None: nobody answers, and a response is all.
             asks_late_again: ask once more for what does not come by the service's deadline while other requests are
                 answered: it waited behind them.
         """
         self._asks_late_again = asks_late_again
         self._read = read
         self._judge = judge
+        self._episodes = episodes
         self._order = order
         self._service = service
         self._sampling = sampling
@@ -138,11 +138,24 @@ class Sampler:
         refusals = [refusal for ask in asks if (refusal := ask.collect())] if is_here else []
         wait_s = time.perf_counter() - began_s
         if refusals or not is_here:
-            return _nothing(wait_s, refusal="".join(refusals[:1]), outdated=tuple(sorted(self._service.outdated())))
+            return nothing(
+                wait_s=wait_s, refusal="".join(refusals[:1]), outdated=tuple(sorted(self._service.outdated()))
+            )
         for ask in asks:
             if (misfit := self._misfit(ask.samples)) is not None:
                 raise EngineFailure(misfit)
-        return _share(asks, wait_s=wait_s, drawing_s=self._drawing_s(asks))
+        sequences = [
+            Rollout.of(ask.prompt.token_ids, sample, images=ask.prompt.images).sequence
+            for ask in asks
+            for sample in ask.samples
+        ]
+        return share_of(
+            [sample for ask in asks for sample in ask.samples],
+            [verdict for ask in asks for verdict in ask.verdicts],
+            digest=digest(sequences),
+            wait_s=wait_s,
+            drawing_s=self._drawing_s(asks),
+        )
 
     def note_weights(self, version: int, *, behind: Collection[str]) -> None:
         """Every server but those at the addresses `behind` serves this version now."""
@@ -187,7 +200,26 @@ class Sampler:
 
     def _send(self, step: int) -> None:
         for ask in self._asked[step]:
-            ask.send(self._service, self._sampling, self._samples_per_prompt)
+            ask.send(self._draw)
+
+    def _draw(self, prompt: StepPrompt, min_weight_version: int, on_sample: Callable[[Sample], None]) -> PendingSamples:
+        if self._episodes is not None:
+            return self._episodes.submit(
+                prompt,
+                self._sampling,
+                num_samples=self._samples_per_prompt,
+                min_weight_version=min_weight_version,
+                on_sample=on_sample,
+            )
+        return self._service.submit(
+            prompt.token_ids,
+            self._sampling,
+            num_samples=self._samples_per_prompt,
+            seed=prompt.seed,
+            min_weight_version=min_weight_version,
+            images=prompt.images,
+            on_sample=on_sample,
+        )
 
     def _has_asked_late_again(self, step: int) -> bool:
         """Whether there was something to ask for; each time, another request has been answered since the last."""
@@ -212,7 +244,7 @@ class Sampler:
 
     def _misfit(self, samples: Sequence[Sample]) -> str | None:
         """Why these are not what was asked for; None: they are."""
-        most = max(sample.num_tokens for sample in samples) if samples else 0
+        most = max((end - first for sample in samples for first, end in spans_of(sample)), default=0)
         if len(samples) == self._samples_per_prompt and most <= self._sampling.max_new_tokens:
             return None
         return (
@@ -235,7 +267,7 @@ class Sampler:
 
     def _rollouts(self, prompts: Sequence[StepPrompt], share: Share, rank: int) -> list[Rollout]:
         each = [prompt for prompt in prompts for _ in range(self._samples_per_prompt)]
-        rollouts = [self._rollout(prompt, sample) for prompt, sample in zip(each, _samples(share), strict=True)]
+        rollouts = [self._rollout(prompt, sample) for prompt, sample in zip(each, samples_of(share), strict=True)]
         if digest([rollout.sequence for rollout in rollouts]) != share.digest:
             raise EngineFailure(
                 f"the tokens that rank {rank} sampled are not those that rank {self._rank} has from it; "
@@ -295,18 +327,10 @@ class _Ask:
             return error
         return None
 
-    def send(self, service: RolloutService, sampling: Sampling, num_samples: int) -> None:
+    def send(self, draw: Callable[[StepPrompt, int, Callable[[Sample], None]], PendingSamples]) -> None:
         """Ask, unless there are samples already, or will be."""
         if not self.samples and self.pending is None:
-            self.pending = service.submit(
-                self.prompt.token_ids,
-                sampling,
-                num_samples=num_samples,
-                seed=self.prompt.seed,
-                min_weight_version=self._min_weight_version,
-                images=self.prompt.images,
-                on_sample=self._tell,
-            )
+            self.pending = draw(self.prompt, self._min_weight_version, self._tell)
 
     def collect(self) -> str:
         """Block for the samples; why every server is too old, or nothing."""
@@ -341,47 +365,3 @@ class _Ask:
 
 def _response(sample: Sample) -> tuple[bytes, FinishReason]:
     return sample.token_ids.tobytes(), sample.finish_reason
-
-
-def _nothing(wait_s: float, *, refusal: str, outdated: tuple[str, ...]) -> Share:
-    """Of a rank that waits for servers to get newer weights."""
-    return replace(_share([], wait_s=wait_s, drawing_s=0.0), refusal=refusal, outdated=outdated, is_whole=False)
-
-
-def _share(asks: Sequence[_Ask], *, wait_s: float, drawing_s: float) -> Share:
-    samples = [sample for ask in asks for sample in ask.samples]
-    sequences = [
-        Rollout.of(ask.prompt.token_ids, sample, images=ask.prompt.images).sequence
-        for ask in asks
-        for sample in ask.samples
-    ]
-    return Share(
-        lengths=tuple(sample.num_tokens for sample in samples),
-        token_ids=b"".join(sample.token_ids.astype(np.int32).tobytes() for sample in samples),
-        logprobs=b"".join(sample.logprobs.astype(np.float32).tobytes() for sample in samples),
-        is_cut_off=tuple(sample.finish_reason is FinishReason.LENGTH for sample in samples),
-        weight_versions=tuple(sample.min_weight_version for sample in samples),
-        verdicts=tuple(verdict for ask in asks for verdict in ask.verdicts),
-        digest=digest(sequences),
-        wait_s=wait_s,
-        drawing_s=drawing_s,
-        refusal="",
-        outdated=(),
-        is_whole=True,
-    )
-
-
-def _samples(share: Share) -> list[Sample]:
-    ends = np.cumsum(share.lengths)[:-1]
-    token_ids = np.split(np.frombuffer(share.token_ids, np.int32), ends)
-    logprobs = np.split(np.frombuffer(share.logprobs, np.float32), ends)
-    return [
-        Sample(
-            token_ids=token_ids[number],
-            logprobs=logprobs[number],
-            finish_reason=FinishReason.LENGTH if share.is_cut_off[number] else FinishReason.STOP,
-            min_weight_version=version,
-            max_weight_version=version,
-        )
-        for number, version in enumerate(share.weight_versions)
-    ]

@@ -54,8 +54,9 @@ class Showcase:
             facts["teacher_prompt"] = self._decode_teacher(_prompt(theirs))
         responses = [
             {
-                "text": self._decode(rollout.sequence.labels),
+                "text": self._decode(rollout.sequence.token_ids[len(_prompt(rollout.sequence)) :]),
                 "is_cut_off": rollout.is_cut_off,
+                **_turns(rollout),
                 **({} if rollout.verdict is None else {"weight": rollout.verdict.weight}),
             }
             for rollout in shown
@@ -64,6 +65,11 @@ class Showcase:
         for response in responses:
             text = response.pop("text")
             log.info("sample", extra={**facts, "response": text, **response})
+
+
+def _turns(rollout: Rollout) -> dict[str, object]:
+    """What an episode's line has beside others."""
+    return {} if rollout.turns is None else {"turns": len(rollout.turns.spans), "ended_by": str(rollout.turns.end)}
 
 
 def _prompt(sequence: TokenSequence) -> Int32Array:
