@@ -132,12 +132,19 @@ class Continuation:
 
 
 def _behind(text: str, before: str, turn: DrawnTurn) -> str | None:
-    """What follows a turn's content, which follows `before`; a template may trim space around a content."""
-    content = turn.content
-    for kept in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())):
-        if text.startswith(f"{before}{kept}{turn.end}"):
-            return text[len(before) + len(kept) :]
-    return None
+    """What follows a turn's content, which follows `before` as it was drawn, but for space around it.
+
+    A template may trim that, or write some of its own; then what was drawn stands.
+    """
+    if not text.startswith(before):
+        return None
+    rest, content = text[len(before) :], turn.content
+    words = content.strip()
+    written = rest.lstrip() if words else rest
+    if not written.startswith(words):
+        return None
+    follows = written[len(words) :].removeprefix(content[len(content.rstrip()) :])
+    return follows if follows.startswith(turn.end) else None
 
 
 def _behind_placeholder(text: str) -> str:
