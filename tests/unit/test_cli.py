@@ -444,6 +444,20 @@ def test_judges_that_cannot_be_called_are_named(good: Path, judge: str, words: s
     assert words in result.output
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("respond: 'mine:absent'", "source.environment.respond: "),
+        ("respond: 'mine:divergence'", "source.environment.params: divergence requires 'strength'"),
+        ("respond: 'mine:divergence', params: {colour: red}", "has no parameter 'colour'"),
+    ],
+)
+def test_environments_that_cannot_be_called_are_named(good: Path, keys: str, words: str) -> None:
+    result = run("check", "train.yaml", *set_arguments([*SAMPLED, f"source.environment={{{keys}}}"]))
+    assert result.exit_code == 2
+    assert words in result.output
+
+
 def test_a_served_model_is_asked_by_the_trainers_own_command(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     became: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, argv: became.append(argv[1:]))

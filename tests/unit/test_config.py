@@ -18,6 +18,7 @@ from kdmesh_trainer import config as trainer_config
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.sections import (
     data_config,
+    environment_config,
     judge_config,
     lora_config,
     optimizer_config,
@@ -493,6 +494,7 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
         teacher_config,
         trainer_config,
         data_config,
+        environment_config,
         judge_config,
         lora_config,
         optimizer_config,

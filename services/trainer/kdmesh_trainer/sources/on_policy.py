@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kdmesh.batching import plan_step, shortest_first
-from kdmesh.errors import EnvironmentFailed, JudgeFailed, ModelMismatch
+from kdmesh.errors import JudgeFailed, ModelMismatch
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.sides import teacher_side
 from kdmesh_trainer.devices import Devices, OwnDevices
@@ -23,7 +23,7 @@ from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.early_rows import EarlyService
 from kdmesh_trainer.sources.exchange import exchange
 from kdmesh_trainer.sources.order import AnswerOrder
-from kdmesh_trainer.sources.rollouts import EpisodeEnd, Rollout, WeightPublisher, figures_of
+from kdmesh_trainer.sources.rollouts import Rollout, WeightPublisher, figures_of, refuse_unanswerable
 from kdmesh_trainer.sources.row_queue import RowQueue
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.sources.show import Showcase
@@ -173,7 +173,7 @@ class OnPolicySource:
         rollouts = self._sampler.assemble(step, shares)
         if self._showcase is not None:
             self._showcase.show(step, rollouts)
-        self._look_at_episodes(step, rollouts)
+        refuse_unanswerable(step, rollouts)
         self._look_at_verdicts(step, rollouts)
         counting = [index for index, rollout in enumerate(rollouts) if rollout.counts]
         trained = [rollouts[index] for index in counting]
@@ -247,16 +247,6 @@ class OnPolicySource:
         if self._context is not None:
             logprobs_S = logprobs_S[self._context.held(sequences)]
         return replace(micro_batch, rollout_logprobs_S=torch.from_numpy(logprobs_S))
-
-    def _look_at_episodes(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        ends = [rollout.turns.end for rollout in rollouts if rollout.turns is not None]
-        if ends and all(end is EpisodeEnd.TEMPLATE for end in ends):
-            raise EnvironmentFailed(
-                f"all {len(ends)} episodes of step {step} ended because the chat template writes earlier turns "
-                "otherwise than the student drew them, by leaving out its reasoning for example: "
-                "`source.environment.history: drawn` goes on from what was drawn; or give a data.chat_template that "
-                "keeps it"
-            )
 
     def _look_at_verdicts(self, step: int, rollouts: Sequence[Rollout]) -> None:
         errors = [rollout.verdict.error for rollout in rollouts if rollout.verdict and rollout.verdict.error]

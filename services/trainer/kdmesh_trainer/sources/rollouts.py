@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdmesh.chats.chat_rows import Message
+from kdmesh.errors import EnvironmentFailed
 from kdmesh.types import FinishReason, Float32Array, Int32Array, PlacedImage, Sample, Sampling, TokenSequence
 from kdmesh_trainer.data.sides import Aligned, InChunks, InContext, addressed, aligned_rows
 from kdmesh_trainer.stats import RolloutFigures
@@ -218,6 +219,17 @@ def _after(prompt_ids: Int32Array, sample: Sample, images: tuple[PlacedImage, ..
     return TokenSequence(
         token_ids=np.concatenate([prompt_ids, sample.token_ids]), positions=np.concatenate(spans), images=images
     )
+
+
+def refuse_unanswerable(step: int, rollouts: Sequence[Rollout]) -> None:
+    """Raises EnvironmentFailed when all episodes of a step have ended because of the chat template."""
+    ends = [rollout.turns.end for rollout in rollouts if rollout.turns is not None]
+    if ends and all(end is EpisodeEnd.TEMPLATE for end in ends):
+        raise EnvironmentFailed(
+            f"all {len(ends)} episodes of step {step} ended because the chat template writes earlier turns otherwise "
+            "than the student drew them, by leaving out its reasoning for example: `source.environment.history: drawn` "
+            "goes on from what was drawn; or give a data.chat_template that keeps it"
+        )
 
 
 def figures_of(
