@@ -370,6 +370,17 @@ JOB = Dashboard(
         _figure("tokens of a response", "response_tokens_mean"),
         _figure("responses cut off", "cut_off_fraction", unit="percentunit"),
         _figure("entropy of the student", "student_entropy_nats"),
+        _figure("turns of an episode", "episode_turns_mean"),
+        _figure("tokens of episodes that the environment said", "environment_fraction", unit="percentunit"),
+        Panel(
+            title="episodes by why they ended",
+            description="The environment ended them; or the most turns, a limit of length, or the chat template did.",
+            queries=tuple(
+                Query(f"kdmesh_trainer_ended_by_{end}_fraction{_J}", f"{_BY_JOB} {end}")
+                for end in ("environment", "turns", "length", "template")
+            ),
+            unit="percentunit",
+        ),
         _figure("samples that the judge found right", "right_fraction", unit="percentunit"),
         _figure("what the judge gave a sample, on average", "sample_weight_mean"),
         Panel(

@@ -47,9 +47,29 @@ def run(processes: Processes, directory: Path, *arguments: str) -> Process:
 
 def test_page_names_every_file_that_it_shows(directory: Path) -> None:
     names = {"my.yaml", "my_losses.py", "test_my_losses.py", "my_algorithm.py", "my_data.py", "questions.csv"}
-    names |= {"my_judge.py", "judged.yaml"}
+    names |= {"my_judge.py", "judged.yaml", "calculator.py", "answered.yaml"}
     assert {file.name for file in directory.iterdir()} == names
     assert PAGE.read_text(encoding="utf-8").count("\n```") == 2 * len(names) + 2  # and the two commands
+
+
+def test_the_environment_of_the_page_is_that_of_the_example(directory: Path, on_path: None) -> None:
+    shown, example = directory / "calculator.py", ROOT / "examples" / "calculator.py"
+    assert shown.read_text(encoding="utf-8") == example.read_text(encoding="utf-8")
+    respond = import_module("calculator").respond
+    said = {
+        "so calc(2 + 3) and calc(17 * (23 - 1) / 4)": "93.5",
+        "calc(-1/3)": "-0.333",
+        "calc(1/0)": "not an expression: ZeroDivisionError",
+        "calc(2**9)": "not an expression: ValueError",
+        "calc(()": "not an expression: SyntaxError",
+        f"calc({'(' * 500}1{')' * 500})": "not an expression: ",
+        f"calc({'9' * 5000}*2)": "not an expression: ",
+    }
+    for text, value in said.items():
+        [answer] = respond([{"role": "assistant", "content": text}], {}, digits=3)
+        assert answer["role"] == "user"
+        assert answer["content"].startswith(value), text
+    assert respond([{"role": "assistant", "content": "it is 94"}], {}) is None
 
 
 def test_tests_of_the_page_pass(directory: Path, on_path: None) -> None:
@@ -87,27 +107,38 @@ def test_files_of_the_page_train_a_student(
     }
 
 
-def test_the_judge_of_the_page_weighs_samples(
-    directory: Path, materials: Materials, undisturbed: Undisturbed, processes: Processes, tmp_path: Path
+@pytest.mark.parametrize("config", ["judged", "answered"])
+def test_the_judge_of_the_page_weighs_samples_and_its_environment_answers_them(
+    config: str,
+    directory: Path,
+    materials: Materials,
+    undisturbed: Undisturbed,
+    processes: Processes,
+    tmp_path: Path,
 ) -> None:
     rollouts = Rollouts(processes, tmp_path / "rollouts", materials.plain.student)
     rollouts.start()
     models = ["--set", f"student.model={materials.plain.student}"]
-    check = run(processes, directory, "check", "judged.yaml", *models)
+    check = run(processes, directory, "check", f"{config}.yaml", *models)
     training = run(
         processes,
         directory,
         "train",
-        "judged.yaml",
+        f"{config}.yaml",
         *models,
         *("--set", f"teacher.addresses=['{undisturbed.teacher.address}']", "--set", "steps=2"),
         *("--set", f"source.rollouts.addresses=['{rollouts.address}']", "--set", "source.sampling.max_new_tokens=8"),
+        *("--set", "data.max_tokens=128", "--set", "batch.max_tokens=128"),
     )
     check.succeed()
     training.succeed()
-    lines = [json.loads(line) for line in (directory / "runs" / "judged" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (directory / "runs" / config / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
     assert len(steps) == 2
     for step in steps:
-        assert (step["judge_errors"], step["left_out_fraction"]) == (0, 0)
-        assert 0.1 <= step["sample_weight_mean"] <= 1
+        if config == "judged":
+            assert (step["judge_errors"], step["left_out_fraction"]) == (0, 0)
+            assert 0.1 <= step["sample_weight_mean"] <= 1
+        else:
+            assert step["episode_turns_mean"] >= 1
+            assert step["ended_by_environment_fraction"] + step["ended_by_length_fraction"] == 1
