@@ -36,13 +36,20 @@ def test_every_part_is_a_function_of_the_scale() -> None:
         assert list(inspect.signature(measure).parameters) == ["scale"]
 
 
-def test_only_a_job_needs_what_the_services_need() -> None:
+def test_only_jobs_and_families_need_what_the_services_need() -> None:
     modules = {module for module, *_ in command._PARTS.values()}
-    modules |= {f"tests.gpu.{path.stem}" for path in command._TESTS.glob("test_*.py")}
-    hidden = (*job._NEEDED, "pyarrow", "tensorboard")
-    script = f"import sys; sys.modules.update(dict.fromkeys({hidden!r})); import {', '.join(sorted(modules))}"
-    done = subprocess.run([sys.executable, "-c", script], cwd=command._TESTS.parents[1], capture_output=True, text=True)
+    modules |= {f"tests.gpu.{path.stem}" for path in command._TESTS.glob("test_*.py")} - {"tests.gpu.test_families"}
+    done = without_what_services_need(f"import {', '.join(sorted(modules))}")
     assert done.returncode == 0, done.stderr
+    done = without_what_services_need("import tests.gpu.test_families")
+    assert "Skipped: could not import" in done.stderr
+
+
+def without_what_services_need(script: str) -> subprocess.CompletedProcess[str]:
+    """What comes of Python code where none of those packages is."""
+    hidden = (*job._NEEDED, "pyarrow", "tensorboard")
+    script = f"import sys; sys.modules.update(dict.fromkeys({hidden!r})); {script}"
+    return subprocess.run([sys.executable, "-c", script], cwd=command._TESTS.parents[1], capture_output=True, text=True)
 
 
 def test_a_part_that_takes_too_long_is_ended_with_what_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
