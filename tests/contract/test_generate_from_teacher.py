@@ -223,10 +223,11 @@ def test_sigterm_leaves_no_file_without_an_answer(model: Path, tmp_path: Path) -
     where = ("--rollout", "127.0.0.1:1", "--model", str(model), "--prompts", str(prompts), "--output", str(output))
     with started(tmp_path, "-c", "from kdmesh.commands.cli import main; main()", "generate", *where) as process:
         assert process.stderr is not None
-        assert "waiting for a server" in process.stderr.readline()
+        assert any("waiting for a server" in line for line in process.stderr)
         assert (tmp_path / "answers.jsonl.part").exists()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM
+        process.communicate()  # one that went on waiting would do so for longer than a test may take
+        assert process.returncode == 128 + signal.SIGTERM
     assert not (tmp_path / "answers.jsonl.part").exists()
 
 
