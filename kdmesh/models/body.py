@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.attention import PACKED_ATTENTION
@@ -75,7 +76,8 @@ def empty_causal_lm(path: Path) -> PreTrainedModel:
         ConfigError: the directory is not a model that transformers builds.
     """
     check_model_directory(path, needs_weights=False)
-    with _refusing(path, "built"):
+    # Values of tensors without memory cannot be drawn, and some towers look at what they have drawn.
+    with _refusing(path, "built"), no_init_weights():
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_layer_types(config, path)
         model = _initialise(config, torch.float32, moves=False).eval()

@@ -30,16 +30,18 @@ def vision_parts(lm: PreTrainedModel) -> tuple[set[nn.Module], list[nn.Parameter
     return parts, [parameter for module in parts for parameter in module.parameters(recurse=False)]
 
 
-def unused_vision(lm: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[nn.Parameter]:
+def unused_vision(lm: PreTrainedModel, inputs: Mapping[str, Tensor | list[Any]]) -> list[nn.Parameter]:
     """Parameters of the vision parts that rows of images do not depend on: LLaVA leaves out the tower's last layer.
 
     Args:
-        inputs: of a small image; the tower is run on it, and nothing backward.
+        inputs: of a small image; the tower is run on it, and nothing backward. Where tensors have no memory, numbers
+            that it looks at are lists.
     """
     parameters = vision_parts(lm)[1]
     with torch.enable_grad():
         rows = lm.base_model.get_image_features(
-            **{name: value.to(lm.device) for name, value in inputs.items()}, return_dict=True
+            **{name: value.to(lm.device) if isinstance(value, Tensor) else value for name, value in inputs.items()},
+            return_dict=True,
         ).pooler_output
     waiting = [row.grad_fn for row in rows if row.grad_fn is not None]
     seen, used = set(waiting), set[int]()

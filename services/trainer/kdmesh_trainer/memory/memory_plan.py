@@ -37,7 +37,7 @@ from kdmesh.types import TokenSequence
 from kdmesh_trainer.memory.job import Job, TeacherHead
 from kdmesh_trainer.memory.live_bytes import LiveBytes
 from kdmesh_trainer.memory.planned_layers import layers_to_compare, with_layers
-from kdmesh_trainer.memory.planned_tower import images_to_learn_from
+from kdmesh_trainer.memory.planned_tower import SmallImage, freeze_unseen, images_to_learn_from, small_image
 from kdmesh_trainer.mesh import context_group, device_mesh
 from kdmesh_trainer.optimization.optimizer import check_optimizer, optimizer_over
 from kdmesh_trainer.student.freezing import freeze, freeze_vision
@@ -90,7 +90,7 @@ def plan(job: Job) -> Plan:
 
 def _plan(job: Job) -> Plan:
     live = LiveBytes(copies_exchanged=job.device.type == "cpu")
-    row = _packed(job)  # before tensors have no values
+    row, image = _packed(job), small_image(job.student) if job.trains_vision else None  # while tensors have values
     with (
         _ranks(job) as (mesh, context),
         _experts_in_every_type(),
@@ -98,7 +98,7 @@ def _plan(job: Job) -> Plan:
         live.watching(),
     ):
         with live.counted_as("parameters"):
-            lm, adapter = _lm(job)
+            lm, adapter = _lm(job, image)
             seen = images_to_learn_from(lm) if job.trains_vision else lambda row_loss: row_loss
             unit_parameters = default_unit(job.device.type)
             gathered = units(lm, unit_parameters)
@@ -147,7 +147,7 @@ def _plan(job: Job) -> Plan:
     return Plan(resident=resident, phases={name: +worst for name, worst in phases.items()}, host=+live.host.worst)
 
 
-def _lm(job: Job) -> tuple[PreTrainedModel, Adapter | None]:
+def _lm(job: Job, image: SmallImage | None) -> tuple[PreTrainedModel, Adapter | None]:
     """The student as it is before it is sharded, and what was put into it."""
     lm, adapter = empty_causal_lm(job.student), None
     if job.lora is not None:
@@ -156,6 +156,8 @@ def _lm(job: Job) -> tuple[PreTrainedModel, Adapter | None]:
             adapter = inject_adapter(lm, job.lora, seed=0)
     if reads_images(lm.config) and not job.trains_vision:
         freeze_vision(lm)
+    if image is not None:
+        freeze_unseen(lm, image)
     if job.freeze:
         freeze(lm, job.freeze)
     for parameter in lm.parameters() if job.lora is not None or job.freeze else ():

@@ -1,18 +1,52 @@
-"""Stands in for a vision tower that learns, where there is no memory to read images into."""
+"""What of a vision tower learns, and what stands in for images, where there is no memory to read them into."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import PreTrainedModel
 
 from kdmesh.losses import FusedLoss, OutputHead
-from kdmesh.models.vision import vision_parts
+from kdmesh.models.image_reader import load_image_reader
+from kdmesh.models.vision import has_axes, unused_vision, vision_parts
 from kdmesh_trainer.student.model import RowLoss, decoder_layers
+
+SmallImage: TypeAlias = Mapping[str, Tensor | list[Any]]
+"""What a tower is given of one, by name."""
+
+
+def small_image(student: Path) -> SmallImage:
+    """The smallest that the model in this directory reads. To be asked for while tensors have values.
+
+    Raises:
+        ConfigError: as `load_image_reader`.
+    """
+    reader = load_image_reader(student)
+    assert reader is not None  # of a student whose tower learns
+    inputs = reader.blank()[1]
+    return {name: value if value.is_floating_point() else value.tolist() for name, value in inputs.items()}
+
+
+def freeze_unseen(lm: PreTrainedModel, image: SmallImage) -> None:
+    """Freeze what of the tower no image reaches, as a job does; under FakeTensorMode.
+
+    Of a tower that looks at values everything learns: of those that are known, images reach all.
+    """
+    if has_axes(lm.config):
+        return
+    try:
+        unseen = unused_vision(lm, image)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return
+    for parameter in unseen:
+        parameter.requires_grad_(False)
 
 
 def images_to_learn_from(lm: PreTrainedModel) -> Callable[[RowLoss], RowLoss]:
