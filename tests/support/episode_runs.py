@@ -69,8 +69,11 @@ class Speaker:
 class World:
     """A tokenizer with its template, and a row."""
 
-    def __init__(self, family: str, *, form: str = "byte_level") -> None:
+    def __init__(self, family: str, *, form: str = "byte_level", template: str = "") -> None:
+        """`template` replaces that of the family; empty: none does."""
         self.tokenizer: PreTrainedTokenizerFast = chat_tokenizer(family, form=form)
+        if template:
+            self.tokenizer.chat_template = template
         self.encoder = ChatEncoder(self.tokenizer)
         end = self.encoder.end_of_turn()
         self.ends = () if end is None else (end,)

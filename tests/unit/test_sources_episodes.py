@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,31 @@ def test_with_drawn_history_the_student_goes_on_from_what_it_said(family: str) -
     follows = text.partition("stands here")[2]
     end = {"harmony": "<|end|>", "llama3": "<|eot|>"}.get(family, "<|im_end|>")
     assert between == follows.removeprefix(end)
+
+
+# As GLM's: nothing ends a turn but the one that follows, whose first token a model says.
+ROLES_ALONE = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("history", "end", "between"),
+    [
+        ("templated", "<|user|>", "\nwhy?<|assistant|>\n"),
+        ("drawn", "<|user|>", "\nwhy?<|assistant|>\n"),
+        ("drawn", "<|eos|>", "<|user|>\nwhy?<|assistant|>\n"),
+    ],
+)
+def test_what_begins_the_answer_stands_there_once(history: str, end: str, between: str) -> None:
+    world = World("chatml", template=ROLES_ALONE)
+    [token] = world.encoder.encode_text(end)
+    world.sampling = replace(world.sampling, stop_token_ids=(token,))
+    service = Speaker(lambda ids, seed: world.sample("no", end=token))
+    [episode] = world.episodes(service, answering("why?"), history=history)
+    (_, first), (second, _) = episode.turns.spans
+    assert world.text(episode.token_ids[first:second].tolist()) == between
 
 
 def test_a_turn_that_a_text_ended_is_ended_for_the_template() -> None:

@@ -101,7 +101,9 @@ class Continuation:
         ids = self._encoder.encode_text(follows)
         if not turn.end:
             return ids
-        if ids and self._encoder.is_special(ids[0]):
+        # Where it ended by another token than the template writes there, its own stands for that one.
+        is_ended_again = follows.startswith(turn.end) or self._encoder.end_of_turn() is not None
+        if is_ended_again and ids and self._encoder.is_special(ids[0]):
             return ids[1:]
         return self._encoder.encode_text(follows.removeprefix(turn.end))
 
