@@ -20,7 +20,7 @@ from kdmesh_trainer.builders.layers import build_layer_distance, trained_beside
 from kdmesh_trainer.builders.objective import build_algorithm, build_objective, build_optimizer
 from kdmesh_trainer.builders.on_policy import Task, build_source
 from kdmesh_trainer.builders.rollouts import Rollouts, open_rollouts
-from kdmesh_trainer.builders.student import is_varlen, load_student, spread
+from kdmesh_trainer.builders.student import freeze_and_round, is_varlen, load_student, spread
 from kdmesh_trainer.builders.student_length import warn_of_new_positions
 from kdmesh_trainer.builders.teacher import build_copy, build_publisher
 from kdmesh_trainer.builders.teachers import Teachers, open_teachers, refuse_no_address
@@ -45,7 +45,6 @@ from kdmesh_trainer.sources.plan import StepPlanner
 from kdmesh_trainer.sources.sft import SftSource
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.stop import AgreedStop, StopSignals
-from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16
 from kdmesh_trainer.student.lora import add_adapter
 from kdmesh_trainer.student.model import Student
 from kdmesh_trainer.teacher_copy import TeacherCopy
@@ -91,9 +90,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
         )
         distance = build_layer_distance(cfg, lm, teachers)
         packer = build_packer(lm, checked.image_reader, data.num_images, freeze_vision=cfg.student.freeze_vision)
-        if cfg.student.freeze:
-            freeze(lm, cfg.student.freeze)
-            rest_in_bfloat16(lm)
+        freeze_and_round(lm, cfg.student)
         student = Student(
             lm,
             vocabulary_size=vocabulary_size,
@@ -274,6 +271,7 @@ def _exporters(
         mesh=mesh,
         end_of_turn=checked.encoder.end_of_turn(),
         dtype=None if cfg.export.dtype == "origin" else getattr(torch, cfg.export.dtype),
+        matrices=cfg.export.matrices,
     )
     if student.adapter is None:
         return (whole,)

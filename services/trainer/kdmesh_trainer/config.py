@@ -13,7 +13,7 @@ from kdmesh.tracing.config import TracingConfig
 from kdmesh_trainer.sections.algorithm_config import refuse_unfit_algorithm
 from kdmesh_trainer.sections.data_config import DataConfig
 from kdmesh_trainer.sections.environment_config import EnvironmentConfig, refuse_unfit_environment
-from kdmesh_trainer.sections.export_config import ExportConfig, refuse_unknown_best
+from kdmesh_trainer.sections.export_config import ExportConfig, refuse_unfit_export, refuse_unknown_best
 from kdmesh_trainer.sections.judge_config import JudgeConfig, refuse_unfit_judge
 from kdmesh_trainer.sections.layers_config import LayersConfig, refuse_unfit_layers
 from kdmesh_trainer.sections.metrics_config import MetricsConfig
@@ -23,6 +23,7 @@ from kdmesh_trainer.sections.other_names import OTHER_NAMES
 from kdmesh_trainer.sections.panel_config import TeacherName, refuse_unfit_teachers
 from kdmesh_trainer.sections.parallel_config import ParallelConfig, refuse_unfit_context, refuse_unfit_head
 from kdmesh_trainer.sections.profile_config import ProfileConfig
+from kdmesh_trainer.sections.quantization_config import refuse_unfit_quantization
 from kdmesh_trainer.sections.questions_config import refuse_unasked_questions
 from kdmesh_trainer.sections.replicas_config import ReplicatedConfig, check_can_be_known
 from kdmesh_trainer.sections.rollouts_config import RolloutsConfig, SamplingConfig, SendingConfig
@@ -314,6 +315,12 @@ class TrainerConfig(StrictModel):
         refuse_unasked_questions(self)
         refuse_idle_evaluation(self)
         refuse_unknown_best(self)
+        refuse_unfit_export(self)
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_fits(self) -> TrainerConfig:
+        refuse_unfit_quantization(self)
         return self
 
     @model_validator(mode="after")

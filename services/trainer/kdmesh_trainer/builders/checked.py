@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from kdmesh.chats.chat_rows import TeacherColumns
@@ -35,6 +36,7 @@ from kdmesh_trainer.sources.environment import Environment, resolve_environment
 from kdmesh_trainer.sources.judge import Opinion, kept_of_rows, resolve_judge
 from kdmesh_trainer.student.freezing import check_freeze
 from kdmesh_trainer.student.lora import check_base
+from kdmesh_trainer.student.rounded_modules import check_rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     refuse_unknown_layers(cfg)
     check_freeze(cfg.student.freeze, cfg.student.model)
     check_base(cfg.student.lora, cfg.student.model)
+    check_rounding(cfg.student.quantization, cfg.student.model, getattr(torch, cfg.student.compute_dtype))
     refuse_unreached(cfg)
     encoder = recipe.encoder(tokenizer, reader)
     context = cfg.data.teacher_context

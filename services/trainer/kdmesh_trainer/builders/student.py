@@ -22,7 +22,9 @@ from kdmesh_trainer.optimization.optimizer import check_optimizer
 from kdmesh_trainer.sections.parallel_config import ParallelConfig
 from kdmesh_trainer.sections.student_config import StudentConfig
 from kdmesh_trainer.student.compiled_layers import check_compiler, compile_layers
+from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16
 from kdmesh_trainer.student.model import Student, checkpoint_activations, shard
+from kdmesh_trainer.student.rounded_modules import round_modules
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,19 @@ def load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrainedM
     facts = {"parameters": sum(p.numel() for p in lm.parameters()), "padded_vocabulary": head.padded_vocabulary_size}
     log.info("student loaded", extra={"path": str(cfg.student.model), "vocabulary_size": vocabulary_size, **facts})
     return lm
+
+
+def freeze_and_round(lm: PreTrainedModel, cfg: StudentConfig) -> None:
+    """Leave the parameters that `cfg` names as they are, and round the matrices that it means, in place.
+
+    Raises:
+        ConfigError: it names none, or they cannot be rounded.
+    """
+    if cfg.freeze:
+        freeze(lm, cfg.freeze)
+        rest_in_bfloat16(lm)
+    if cfg.quantization is not None:
+        round_modules(lm, cfg.quantization, getattr(torch, cfg.compute_dtype))
 
 
 def spread(student: Student, cfg: StudentConfig, mesh: Mesh, parallel: ParallelConfig) -> None:

@@ -127,6 +127,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         context=context,
         exchange=cfg.parallel.exchange(student.get_text_config().num_attention_heads),
         lora=cfg.student.lora,
+        quantization=cfg.student.quantization,
         freeze=cfg.student.freeze,
         trains_vision=load_reader(cfg) is not None and not cfg.student.freeze_vision,
         frozen_dtype=torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32,

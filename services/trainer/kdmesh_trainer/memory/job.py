@@ -14,6 +14,7 @@ from kdmesh_trainer.sections.layers_config import LayersConfig
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sections.parallel_config import Gather
+from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 
 if TYPE_CHECKING:
     from kdmesh_trainer.config import FollowConfig
@@ -49,6 +50,7 @@ class Job:
     context: int = 1  # ranks that hold the largest micro-batch together
     exchange: Exchange = "heads"  # what those exchange in attention
     lora: LoraConfig | None = None
+    quantization: QuantizationConfig | None = None  # of matrices that are rounded in every pass; None: of none
     freeze: Sequence[str] = ()  # names of parameters without a gradient
     trains_vision: bool = False  # whether a vision tower learns, from images that are not counted
     frozen_dtype: torch.dtype = torch.float32  # that weights rest in which `lora` or `freeze` leave without a gradient

@@ -51,6 +51,7 @@ from kdmesh_trainer.student.model import (
     shard,
     units,
 )
+from kdmesh_trainer.student.rounded_modules import round_modules
 from kdmesh_trainer.teacher_copy import TeacherCopy
 
 _TOKEN = 1
@@ -76,7 +77,8 @@ def plan(job: Job) -> Plan:
 
     Raises:
         ConfigError: the student's directory is not a model that can be trained, its optimizer is not installed,
-            `freeze` names nothing, or everything, or what its layers take depends on the values of their inputs.
+            `freeze` names nothing, or everything, `quantization` does not fit its modules, or what its layers take
+            depends on the values of their inputs.
     """
     check_optimizer(job.optimizer)
     try:
@@ -163,6 +165,8 @@ def _lm(job: Job, image: SmallImage | None) -> tuple[PreTrainedModel, Adapter | 
     for parameter in lm.parameters() if job.lora is not None or job.freeze else ():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.detach().to(job.frozen_dtype)
+    if job.quantization is not None:
+        round_modules(lm, job.quantization, job.compute_dtype)
     if job.checkpointed_every is not None:
         checkpoint_activations(lm, every=job.checkpointed_every)
     return lm, adapter

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +22,13 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.saving.files import replacing
 from kdmesh_trainer.student.model import Student, release
 
+if TYPE_CHECKING:
+    from kdmesh_trainer.saving.compressed import CompressedMatrices
+    from kdmesh_trainer.sections.export_config import Matrices  # which needs pydantic
+
 log = logging.getLogger(__name__)
 
+_MASTERS = "masters"  # inside of a directory with rounded matrices
 _GENERATION = "generation_config.json"
 # Files beside a model that training does not change, but for what ends a turn.
 _COPIED = (
@@ -39,8 +45,8 @@ class HuggingFaceExporter:
     """Writes the student with its tokenizer, in the element type of the checkpoint it started from, or another.
 
     What transformers keeps in float32 beside that, as routers of mixtures, is written in float32, and so is what those
-    files have in it. An adapter is added to the matrices that it belongs to. Where generation ends is what the student
-    started with, and the end of a turn that it has learnt.
+    files have in it. Matrices that the student rounds are written as such. An adapter is added to the matrices that it
+    belongs to. Where generation ends is what the student started with, and the end of a turn that it has learnt.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class HuggingFaceExporter:
         mesh: Mesh,
         end_of_turn: int | None = None,
         dtype: torch.dtype | None = None,
+        matrices: Matrices = "rounded",
     ) -> None:
         """
         Args:
@@ -61,6 +68,7 @@ class HuggingFaceExporter:
             tokenizer: with the chat template that was trained with.
             end_of_turn: the token that ends an assistant turn in that template; None where none does.
             dtype: element type of what is written; None: that of the files in `origin`.
+            matrices: what to write of those that the student rounds, if it rounds some.
         """
         self._path = path
         self._student = student
@@ -69,6 +77,7 @@ class HuggingFaceExporter:
         self._mesh = mesh
         self._end_of_turn = end_of_turn
         self._dtype = dtype
+        self._matrices = matrices
         self._stored = stored_tensors(origin)
 
     def export(self) -> None:
@@ -87,10 +96,14 @@ class HuggingFaceExporter:
         """
         config = AutoConfig.from_pretrained(self._origin, local_files_only=True, trust_remote_code=False)
         tensors = self._whole_tensors(self._dtype or config.dtype or torch.float32)
-        self._mesh.on_first(lambda: self._write(path, config, tensors, notes))
+        rounded = None if self._matrices == "masters" else self._rounded_matrices()
+        self._mesh.on_first(lambda: self._write(path, config, tensors, rounded, notes))
 
     def _whole_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Every tensor by its name in the model, on the first rank; one at a time is whole on the others."""
+        """Every tensor by its name in the model, on the first rank; one at a time is whole on the others.
+
+        Of a matrix that the student rounds it is the master.
+        """
         release(self._student)
         whole: dict[int, Tensor] = {}  # shared weights once
         named: dict[str, Tensor] = {}
@@ -100,35 +113,64 @@ class HuggingFaceExporter:
             types |= {name: torch.float32 for name, stored in self._stored.items() if stored.is_float32}
         for name, weight in weights.items():
             if id(weight) not in whole:
-                tensor = weight.whole(types[name] if weight.is_floating_point else None).to("cpu")
+                tensor = weight.master().whole(types[name] if weight.is_floating_point else None).to("cpu")
                 whole[id(weight)] = tensor if self._mesh.is_first else tensor.new_empty(0)
             named[name] = whole[id(weight)]
         return named
+
+    def _rounded_matrices(self) -> CompressedMatrices | None:
+        """Those that the student rounds, on the first rank; None: it rounds none."""
+        weights = {name: weight for name, weight in self._student.weights().items() if weight.rounding is not None}
+        if not weights:
+            return None
+        from kdmesh_trainer.saving.compressed import CompressedMatrices  # not at the top: it needs an extra
+
+        rounding = next(iter(weights.values())).rounding
+        assert rounding is not None  # the same of all
+        found = CompressedMatrices(rounding)
+        for name, weight in weights.items():
+            master = weight.master().whole(rounding.compute_dtype).to("cpu")
+            if self._mesh.is_first:
+                found.add(name, master)
+        return found
 
     def _write(
         self,
         path: Path,
         config: PretrainedConfig,
         tensors: dict[str, Tensor],
+        rounded: CompressedMatrices | None,
         notes: Mapping[str, Mapping[str, object]],
     ) -> None:
         try:
             with replacing(path) as writing:
-                _whole_model(config, tensors).save_pretrained(
-                    writing, save_original_format=not self._are_named_as_stored(tensors)
-                )
-                _add_derived(config, writing / "config.json")
-                _save_tokenizer(self._tokenizer, writing)
-                for name in _COPIED:
-                    if (self._origin / name).is_file():
-                        shutil.copyfile(self._origin / name, writing / name)
-                if self._end_of_turn is not None:
-                    _end_at(self._end_of_turn, writing / _GENERATION)
+                self._fill(writing, config, tensors, rounded)
+                if rounded is not None and self._matrices == "both":
+                    self._fill(writing / _MASTERS, config, tensors, None)
                 for name, note in notes.items():
                     (writing / name).write_text(json.dumps(note) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the trained model was not written to {path}: {error}") from error
         log.info("trained model written", extra={"path": str(path)})
+
+    def _fill(
+        self, path: Path, config: PretrainedConfig, tensors: dict[str, Tensor], rounded: CompressedMatrices | None
+    ) -> None:
+        """Make the directory `path`, with `rounded` in the place of their masters."""
+        model = _whole_model(config, tensors)
+        if rounded is None:
+            model.save_pretrained(path, save_original_format=not self._are_named_as_stored(tensors))
+        else:
+            model.config.quantization_config = rounded.described(model)
+            # They are named as stored, or the student would have been refused.
+            model.save_pretrained(path, state_dict=rounded.in_place_of_masters(tensors), save_original_format=False)
+        _add_derived(config, path / "config.json")
+        _save_tokenizer(self._tokenizer, path)
+        for name in _COPIED:
+            if (self._origin / name).is_file():
+                shutil.copyfile(self._origin / name, path / name)
+        if self._end_of_turn is not None:
+            _end_at(self._end_of_turn, path / _GENERATION)
 
     def _are_named_as_stored(self, tensors: dict[str, Tensor]) -> bool:
         """Whether files of `origin` hold tensors as the model does: transformers would write experts one by one."""

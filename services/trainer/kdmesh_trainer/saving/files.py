@@ -98,7 +98,7 @@ def replacing(path: Path) -> Iterator[Path]:
     settle(path)
     try:
         yield writing
-        for written in writing.iterdir():
+        for written in writing.rglob("*"):
             # safetensors 0.8.0 lets nobody else read what it writes, and a server may be another user.
             written.chmod(written.stat().st_mode | writing.stat().st_mode & 0o444)
             sync(written)

@@ -21,6 +21,7 @@ _PACKAGES = (
     "numpy",
     "triton",
     "peft",
+    "compressed-tensors",
     "torchao",
     "liger-kernel",
 )

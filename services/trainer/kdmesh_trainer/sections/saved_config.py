@@ -22,6 +22,7 @@ _CONFIGURED = (
     "student.freeze",
     "student.freeze_vision",
     "student.lora",
+    "student.quantization",
 )
 
 
@@ -75,6 +76,8 @@ def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
             if lora[key] == default:
                 del lora[key]  # runs begun before there was this key go on
         identity["student.lora"] = json.dumps(lora, sort_keys=True)
+    if cfg.student.quantization is not None:
+        identity["student.quantization"] = json.dumps(cfg.student.quantization.model_dump(mode="json"), sort_keys=True)
     if cfg.student.freeze:
         identity["student.freeze"] = ", ".join(sorted(cfg.student.freeze))
     if cfg.student.freeze_vision:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
 from kdmesh_trainer.sections.lora_config import LoraConfig
+from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 
 
 class StudentConfig(StrictModel):
@@ -22,6 +23,9 @@ class StudentConfig(StrictModel):
 
     lora: LoraConfig | None = None
     """Train adapters and freeze the rest; null trains every weight."""
+
+    quantization: QuantizationConfig | None = None
+    """Compute with matrices in few bits, and learn to (docs/quantization.md); null: as they are."""
 
     freeze: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Parameters that stay as they are, each by its name or by the beginning of one up to a dot: `model.embed_tokens`,
@@ -63,6 +67,10 @@ class StudentConfig(StrictModel):
             raise ValueError("lora needs weights pretrained: adapters of a random model teach nothing")
         if self.lora is not None and self.freeze:
             raise ValueError("freeze does not go with lora, which freezes every weight: leave freeze out")
+        if self.lora is not None and self.quantization is not None:
+            raise ValueError(
+                "quantization does not go with lora, whose matrices are no parameters that learn: leave one out"
+            )
         if self.attention == "varlen" and (self.compute_dtype == "float32" or self.device == "cpu"):
             raise ValueError("attention varlen needs a GPU and compute_dtype bfloat16")
         if self.liger_kernels and self.compile != "none":

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kdmesh.errors import ConfigError
 from kdmesh_trainer.student.four_bit import refuse_uneven, rest_in_four_bits
 from kdmesh_trainer.student.freezing import rest_in_bfloat16
+from kdmesh_trainer.student.linear_modules import linear_modules
 
 if TYPE_CHECKING:
     import peft
@@ -185,9 +186,7 @@ def _inject(told: peft.LoraConfig, lm: PreTrainedModel) -> None:
 
 def _linear(lm: PreTrainedModel) -> list[str]:
     """Names of the linear modules of the body."""
-    body = lm.get_decoder()
-    prefix = next(name for name, module in lm.named_modules() if module is body)
-    linear = [f"{prefix}.{name}" for name, module in body.named_modules() if _is_linear(module)]
+    linear = linear_modules(lm)
     if not linear:
         raise ConfigError(f"student.lora: the body of {lm.config.model_type} has no linear modules (torch.nn.Linear)")
     return linear
@@ -226,11 +225,6 @@ def _last(name: str) -> str:
 
 def _is_meant(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """A router may be a linear module that computes something else."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _own_tensors(module: nn.Module) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
+from kdmesh_trainer.student.fake_quantization import QuantizedLinear, Rounding
 from kdmesh_trainer.student.four_bit import FourBitLinear, numbers_shape, unpack
 from kdmesh_trainer.student.lora import Adapter, LowRank
 from kdmesh_trainer.student.shards import own_shard
@@ -21,6 +22,7 @@ class StudentWeight:
     base: Tensor  # a shard when the student is sharded
     added: LowRank | None
     is_packed: bool = False  # whether `base` is the bytes of a matrix in four bits
+    rounding: Rounding | None = None  # of what the student computes with in its place; None: it is `base`
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,8 +45,14 @@ class StudentWeight:
         return base if self.added is None else _sum(base, self.added)
 
     def base_shard(self) -> Tensor:
-        """This rank's part of what an adapter is added to."""
+        """This rank's part of what an adapter is added to, or of what the student computes with."""
+        if self.rounding is not None:
+            return self.rounding.rounded(self.base.detach())
         return unpack(self.base.detach()) if self.is_packed else self.base.detach()
+
+    def master(self) -> StudentWeight:
+        """The same as it is trained, and not as it is computed with."""
+        return replace(self, rounding=None)
 
     def whole(self, dtype: torch.dtype | None) -> Tensor:
         """The tensor as it is now, added up as the student keeps it and then rounded to `dtype` once. Collective.
@@ -86,10 +94,13 @@ def weights_of(lm: PreTrainedModel, adapter: Adapter | None) -> dict[str, Studen
     if adapter is not None:
         tensors, added = adapter.split(tensors)
     packed = {id(module.weight) for module in lm.modules() if isinstance(module, FourBitLinear)}
+    roundings = {id(module.weight): module.rounding for module in lm.modules() if isinstance(module, QuantizedLinear)}
     once: dict[int, StudentWeight] = {}
     named = {}
     for name, tensor in tensors.items():
-        weight = StudentWeight(base=tensor, added=added.get(name), is_packed=id(tensor) in packed)
+        weight = StudentWeight(
+            base=tensor, added=added.get(name), is_packed=id(tensor) in packed, rounding=roundings.get(id(tensor))
+        )
         weight = once.setdefault(id(tensor), weight)
         named[name if adapter is None else adapter.plain_name(name)] = weight
     return named
