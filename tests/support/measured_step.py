@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,9 +39,11 @@ from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.optimization.adamw import build_adamw
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16
 from kdmesh_trainer.student.lora import add_adapter
 from kdmesh_trainer.student.model import Student, begin_micro_batch, checkpoint_activations, shard
+from kdmesh_trainer.student.rounded_modules import round_modules
 
 TEACHER_SIZE = 64
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -61,6 +63,7 @@ class Step:
     checkpointed_every: int | None = None
     lora_rank: int | None = None
     lora_base: Literal["full", "nf4"] = "full"
+    quantization: dict[str, Any] | None = None  # of a QuantizationConfig
     frozen: Sequence[str] = ()  # names of parameters
     returns_freed: bool = False  # to the kernel at once, which trainers do not do on a CPU
 
@@ -75,6 +78,8 @@ def train(mesh: Mesh, model: Path, step: Step, *, steps: int) -> None:
     if step.frozen:
         freeze(lm, step.frozen)
         rest_in_bfloat16(lm)
+    if step.quantization is not None:
+        round_modules(lm, QuantizationConfig(**step.quantization), torch.float32)
     if step.checkpointed_every is not None:
         checkpoint_activations(lm, every=step.checkpointed_every)
     student = Student(lm, vocabulary_size=vocabulary, adapter=adapter)

@@ -34,6 +34,7 @@ from kdmesh_trainer.optimization.optimizer import optimizer_over
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sections.parallel_config import Gather, ParallelConfig
+from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.row_queue import RowService
@@ -43,6 +44,7 @@ from kdmesh_trainer.student.compiled_layers import compile_layers
 from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16
 from kdmesh_trainer.student.lora import add_adapter
 from kdmesh_trainer.student.model import Student, checkpoint_activations, shard
+from kdmesh_trainer.student.rounded_modules import round_modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -182,6 +184,7 @@ def build_student(
     vocabulary_size: int,
     compute_dtype: torch.dtype,
     lora: LoraConfig | None = None,
+    quantization: QuantizationConfig | None = None,
     frozen: Sequence[str] = (),
     dual_space_with: LocalTeacher | None = None,
     checkpointed_every: int | None = None,
@@ -195,7 +198,7 @@ def build_student(
 ) -> Student:
     """A sharded student with the weights of `path`, and an adapter, or projectors to a teacher, if asked for.
 
-    Parameters that `frozen` names do not learn.
+    `quantization` says which matrices it rounds. Parameters that `frozen` names do not learn.
     """
     lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
     adapter = None if lora is None else add_adapter(lm, lora, seed=7)
@@ -213,6 +216,8 @@ def build_student(
                 device=torch.device("cpu"),
             )
         )
+    if quantization is not None:
+        round_modules(lm, quantization, compute_dtype)
     distance = None if layers is None else layers.distance_from(output_head(lm).hidden_size)
     parallel = ParallelConfig(context=1 if mesh.context is None else mesh.context.size)
     student = Student(

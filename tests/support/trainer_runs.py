@@ -15,6 +15,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.student.weights import whole
@@ -51,6 +52,7 @@ def train(
     kill_at: int | None = None,
     compute_dtype: str = "float32",
     lora: dict[str, Any] | None = None,
+    quantization: dict[str, Any] | None = None,
     frozen: Sequence[str] = (),
     is_dual_space: bool = False,
     spreads_head: bool = False,
@@ -77,6 +79,7 @@ def train(
         vocabulary_size=VOCABULARY_SIZE,
         compute_dtype=getattr(torch, compute_dtype),
         lora=None if lora is None else LoraConfig(**lora),
+        quantization=None if quantization is None else QuantizationConfig(**quantization),
         frozen=frozen,
         dual_space_with=local_teacher if is_dual_space else None,
         offloads=offloads,

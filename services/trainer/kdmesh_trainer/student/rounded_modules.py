@@ -80,7 +80,7 @@ def modules_to_round(lm: PreTrainedModel, config: QuantizationConfig, compute_dt
     """
     wide = parameters_in_float32(lm, compute_dtype)
     linear = [name for name in linear_modules(lm) if lm.get_submodule(name).weight not in wide]
-    for name, module in lm.get_decoder().named_modules():
+    for name, module in lm.named_modules():
         if any(parameter.ndim > 2 for parameter in module.parameters(recurse=False)):
             raise ConfigError(
                 f"student.quantization rounds linear modules, and {name} of {lm.config.model_type} holds matrices of "
