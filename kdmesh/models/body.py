@@ -99,9 +99,13 @@ def _refusing(path: Path, done: str) -> Iterator[None]:
 
 def _read(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") == "mxfp4":
-        # Else transformers keeps them on GPUs, where they cannot be trained, and asks for accelerate elsewhere.
+    if quantization.get("quant_method") in ("mxfp4", "compressed-tensors"):
+        # Else transformers keeps them on GPUs, where they cannot be trained, and asks for accelerate elsewhere; or it
+        # unpacks them when the whole model is called, of which the body is called alone.
         quantization["dequantize"] = True
+    groups = quantization.get("config_groups") or {}
+    if any(isinstance(group, dict) and group.get("input_activations") for group in groups.values()):
+        raise ValueError("its quantization_config has input_activations, and activations are not rounded here")
     model, report = auto_class(config).from_pretrained(
         path,
         config=config,

@@ -25,6 +25,7 @@ from kdmesh_trainer.memory.memory_plan import plan
 from kdmesh_trainer.sections.layers_config import LayersConfig
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 from tests.support.measured_step import TEACHER_SIZE, Step
 from tests.support.row_families import ROW_FAMILIES
 from tests.support.tiny_models import FAMILIES, HYBRID_MIXTURES, MIXTURES, VOCABULARY_SIZE, TinyModels
@@ -342,6 +343,17 @@ def test_a_vision_tower_has_gradients_and_moments_where_it_learns_and_none_where
             False,
             Step(vocabulary=4000, length=512, sequences=4, lora_rank=16, lora_base="nf4", returns_freed=True),
         ),
+        (
+            DEEP,
+            False,
+            Step(
+                vocabulary=4000,
+                length=512,
+                sequences=4,
+                quantization={"weights": "int4", "group_size": 32},
+                returns_freed=True,
+            ),
+        ),
         # What the allocator keeps between blocks of every size, as experts take them, is not said.
         (DEEP | MIXTURE, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
         (DEEP | HYBRID, False, Step(vocabulary=4000, length=512, sequences=4, returns_freed=True)),
@@ -361,6 +373,7 @@ def test_a_step_on_a_cpu_takes_what_was_said_within_a_tenth(
         job(model, step.vocabulary, [step.length] * step.sequences, accumulates=step.micro_batches > 1),
         checkpointed_every=step.checkpointed_every,
         lora=None if step.lora_rank is None else LoraConfig(rank=step.lora_rank, base=step.lora_base),
+        quantization=None if step.quantization is None else QuantizationConfig(**step.quantization),
         freeze=step.frozen,
     )
     found = plan(wanted)

@@ -28,7 +28,7 @@ from kdmesh_trainer.student.fake_quantization import QuantizedLinear
 from kdmesh_trainer.student.model import Student, release
 from kdmesh_trainer.student.rounded_modules import check_rounding, round_modules
 from kdmesh_trainer.student.weights import weights_of, whole
-from tests.numerics.test_fake_quantization import FORMATS, WITH_ACTIVATIONS, oracle
+from tests.numerics.test_fake_quantization import FORMATS, WITH_ACTIVATIONS, oracle, rounding
 from tests.numerics.test_trainer_compiled import needs_compiler
 from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
@@ -259,6 +259,24 @@ def test_masters_are_written_on_request(tiny_models: TinyModels, tmp_path: Path,
         assert {path.stat().st_mode for path in with_masters.iterdir()} == {(final / "config.json").stat().st_mode}
 
 
+@pytest.mark.parametrize("settings", [INT4, {"weights": "fp8"}, WITH_ACTIVATIONS[0]], ids=str)
+def test_a_written_student_can_be_served_and_trained_again_unless_its_activations_are_rounded(
+    tiny_models: TinyModels, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    told = paths(tiny_models, tmp_path)
+    run_ranks(f"{HERE}:train_and_export", ranks=1, **told, quantization=settings)
+    final = tmp_path / "final"
+    if "activations" in settings:
+        with pytest.raises(ConfigError, match="quantization_config has input_activations"):
+            load_causal_lm(final, torch.float32, torch.device("cpu"))
+        return
+    trained = load_file(tmp_path / "trained.safetensors")
+    how = rounding(settings)
+    for name, parameter in load_causal_lm(final, torch.float32, torch.device("cpu")).named_parameters():
+        master = trained[f"master.{name}"]
+        assert torch.equal(parameter, how.rounded(master) if "_proj" in name else master), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -331,6 +349,12 @@ def test_rounded_modules_are_the_linear_ones_of_the_body_and_no_others(tiny_mode
             "qwen3_moe",
             {},
             r"model\.layers\.0\.mlp\.experts of qwen3_moe holds matrices of several",
+        ),
+        (
+            {"weights": "int8"},
+            "qwen3",
+            {"dtype": torch.float16},
+            r"origin and .* has float16, which does not hold every",
         ),
         ({"weights": "int8"}, "qwen3_5_text", {}, r"does not go with layers that carry a state from token to token"),
     ],

@@ -74,7 +74,12 @@ def check(cfg: config.TrainerConfig) -> Checked:
     refuse_unknown_layers(cfg)
     check_freeze(cfg.student.freeze, cfg.student.model)
     check_base(cfg.student.lora, cfg.student.model)
-    check_rounding(cfg.student.quantization, cfg.student.model, getattr(torch, cfg.student.compute_dtype))
+    check_rounding(
+        cfg.student.quantization,
+        cfg.student.model,
+        getattr(torch, cfg.student.compute_dtype),
+        written=cfg.export.dtype,
+    )
     refuse_unreached(cfg)
     encoder = recipe.encoder(tokenizer, reader)
     context = cfg.data.teacher_context

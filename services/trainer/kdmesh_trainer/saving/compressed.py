@@ -27,19 +27,21 @@ _BITS = {"int4": 4, "int8": 8, "fp8": 8}
 class CompressedMatrices:
     """The matrices that a student rounds, all in the same way."""
 
-    def __init__(self, rounding: Rounding) -> None:
+    def __init__(self, rounding: Rounding, dtype: torch.dtype) -> None:
+        """`dtype`: of scales, which hold numbers of bfloat16; codes are multiplied with them in it."""
         self._rounding = rounding
+        self._dtype = dtype
         self._tensors: dict[str, dict[str, Tensor]] = {}
 
     def add(self, name: str, master: Tensor) -> None:
-        """One of them: a file holds its codes, and its scales in bfloat16, which is what they are.
+        """One of them: a file holds its codes, and its scales.
 
         Args:
             name: in the model; it ends with `.weight`.
             master: whole.
         """
         codes, scales = self._rounding.codes(master)
-        whole = {f"{name}_scale": scales.bfloat16()}
+        whole = {f"{name}_scale": scales.to(self._dtype)}
         if self._rounding.numbers == "fp8":
             whole[name] = codes.to(torch.float8_e4m3fn)
         elif self._rounding.activations != "none":

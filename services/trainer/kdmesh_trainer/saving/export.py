@@ -95,8 +95,9 @@ class HuggingFaceExporter:
             CheckpointError: it could not be written; an older one is untouched.
         """
         config = AutoConfig.from_pretrained(self._origin, local_files_only=True, trust_remote_code=False)
-        tensors = self._whole_tensors(self._dtype or config.dtype or torch.float32)
-        rounded = None if self._matrices == "masters" else self._rounded_matrices()
+        dtype = self._dtype or config.dtype or torch.float32
+        tensors = self._whole_tensors(dtype)
+        rounded = None if self._matrices == "masters" else self._rounded_matrices(dtype)
         self._mesh.on_first(lambda: self._write(path, config, tensors, rounded, notes))
 
     def _whole_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -118,7 +119,7 @@ class HuggingFaceExporter:
             named[name] = whole[id(weight)]
         return named
 
-    def _rounded_matrices(self) -> CompressedMatrices | None:
+    def _rounded_matrices(self, dtype: torch.dtype) -> CompressedMatrices | None:
         """Those that the student rounds, on the first rank; None: it rounds none."""
         weights = {name: weight for name, weight in self._student.weights().items() if weight.rounding is not None}
         if not weights:
@@ -127,7 +128,7 @@ class HuggingFaceExporter:
 
         rounding = next(iter(weights.values())).rounding
         assert rounding is not None  # the same of all
-        found = CompressedMatrices(rounding)
+        found = CompressedMatrices(rounding, dtype)
         for name, weight in weights.items():
             master = weight.master().whole(rounding.compute_dtype).to("cpu")
             if self._mesh.is_first:

@@ -57,7 +57,7 @@ class Rounding:
         rows, columns = master.shape
         size = self.group_size or columns
         groups = master.to(self.compute_dtype).float().view(rows, columns // size, size)
-        scales = groups.abs().amax(-1, keepdim=True).div_(_LARGEST[self.numbers])
+        scales = groups.abs().amax(-1, keepdim=True) / _LARGEST[self.numbers]
         scales = scales.bfloat16().float().clamp_(min=_LEAST_SCALE)  # rows of zeros have one, too
         return _round_(groups / scales, self.numbers).view(rows, columns), scales.view(rows, -1)
 
@@ -107,6 +107,8 @@ class QuantizedLinear(nn.Module):
         self.weight, self.bias = replaced.weight, replaced.bias
         self.rounding = rounding
 
+    # Compiled code divides in ways of its own, and would not round to the numbers that are written.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input_: Tensor) -> Tensor:
         """[..., rows] in the input's type, which is that of the parameters."""
         return cast(Tensor, _Linear.apply(input_, self.weight, self.bias, self.rounding))  # type: ignore[no-untyped-call]

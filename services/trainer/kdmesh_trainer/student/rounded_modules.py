@@ -31,8 +31,13 @@ log = logging.getLogger(__name__)
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def check_rounding(config: QuantizationConfig | None, model: Path, compute_dtype: torch.dtype) -> None:
+def check_rounding(
+    config: QuantizationConfig | None, model: Path, compute_dtype: torch.dtype, *, written: str = "origin"
+) -> None:
     """Return when modules of the model in this directory can be rounded and written as `config` says.
+
+    Args:
+        written: export.dtype.
 
     Raises:
         ConfigError: they cannot, what writes them is not installed, or the directory is no model.
@@ -49,7 +54,13 @@ def check_rounding(config: QuantizationConfig | None, model: Path, compute_dtype
             f"student.quantization needs compressed-tensors (pip install 'kdmesh[quantization]'): {error}"
         ) from error
     check_model_directory(model, needs_weights=False)
-    _refuse_kind(AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False), model)
+    described = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    _refuse_kind(described, model)
+    if written == "origin" and described.dtype == torch.float16:
+        raise ConfigError(
+            f"export.dtype is origin and {model} has float16, which does not hold every scale of student.quantization: "
+            "choose bfloat16 or float32"
+        )
     with FakeTensorMode():
         names = modules_to_round(empty_causal_lm(model), config, compute_dtype)
     stored = stored_tensors(model)
