@@ -19,6 +19,7 @@ from kdmesh.preflight.model_files import (
     not_there,
     num_layers,
     reads_text_alone,
+    rounding_problems,
 )
 from kdmesh.preflight.own_code import function_problems
 from kdmesh.serving.config import ListenConfig
@@ -146,6 +147,10 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
     if cfg.student.lora is not None:
         yield from adapter_problems("student.lora", cfg.student.lora.target_modules, cfg.student.model)
     yield from freeze_problems("student.freeze", cfg.student.freeze, cfg.student.model)
+    if (quantization := cfg.student.quantization) is not None:
+        yield from rounding_problems(
+            "student.quantization", quantization.group_size, quantization.keep, cfg.student.model
+        )
     yield from _layers(cfg)
     yield from _packages(cfg)
     yield from _images(cfg)

@@ -93,7 +93,7 @@ def adapter_problems(key: str, targets: str | Sequence[str], model: Path) -> Ite
         yield f"{key}: peft is not installed (pip install 'kdmesh[lora]')"
     if isinstance(targets, str):  # all that there are
         return
-    names = {name.removesuffix(".weight") for file in model.glob("*.safetensors") for name in _matrices(file)}
+    names = {name.removesuffix(".weight") for name in _matrices_of(model)}
     # Layers have numbers. What has none is an embedding or the head, which get no adapter.
     modules = {name for name in names if any(part.isdigit() for part in name.split("."))}
     known = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
@@ -111,6 +111,26 @@ def freeze_problems(key: str, patterns: Sequence[str], model: Path) -> Iterator[
             yield f"{key}: {names_nothing(pattern, sorted(names))}"
 
 
+def rounding_problems(key: str, group_size: int | None, keep: Sequence[str], model: Path) -> Iterator[str]:
+    """What the shapes in the model's files tell without building it; the trainer knows the modules themselves."""
+    if find_spec("compressed_tensors") is None:
+        yield f"{key}: compressed-tensors is not installed (pip install 'kdmesh[quantization]')"
+    names = _parameter_names(model)
+    if names is None:
+        return
+    for pattern in keep:
+        if not any(is_meant(pattern, name) for name in names):
+            yield f"{key}.keep: {names_nothing(pattern, sorted(names))}"
+    if group_size is None:
+        return
+    for name, (_, inputs) in sorted(_matrices_of(model).items()):
+        is_rounded = any(part.isdigit() for part in name.split(".")) and not any(is_meant(each, name) for each in keep)
+        if is_rounded and inputs % group_size:
+            module = name.removesuffix(".weight")
+            yield f"{key}.group_size is {group_size}, and {module} has {inputs} inputs, which it does not divide"
+            return
+
+
 def _parameter_names(model: Path) -> set[str] | None:
     """Those of a causal LM, from the tables of its files alone; None where transformers may call some otherwise.
 
@@ -123,10 +143,14 @@ def _parameter_names(model: Path) -> set[str] | None:
     return names | {"lm_head.weight"}  # which is not there where it is the embedding
 
 
-def _matrices(file: Path) -> Iterator[str]:
-    """Names of the two-dimensional tensors in a safetensors file, from its table alone."""
-    table = _weight_table(file) or {}
-    yield from (name for name, entry in table.items() if name != "__metadata__" and len(entry["shape"]) == 2)
+def _matrices_of(model: Path) -> dict[str, tuple[int, int]]:
+    """Shapes of the two-dimensional tensors in the model's files, by name, from their tables alone."""
+    return {
+        name: (entry["shape"][0], entry["shape"][1])
+        for file in model.glob("*.safetensors")
+        for name, entry in (_weight_table(file) or {}).items()
+        if name != "__metadata__" and len(entry["shape"]) == 2
+    }
 
 
 def _weight_table(file: Path) -> dict[str, Any] | None:

@@ -50,9 +50,9 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def write_table(*matrices: str) -> None:
+def write_table(*matrices: str, shape: tuple[int, int] = (4, 4)) -> None:
     """Weights of the student with these matrices and a norm, of which only the table is there."""
-    shapes = {**{f"{name}.weight": [4, 4] for name in matrices}, "model.norm.weight": [4]}
+    shapes = {**{f"{name}.weight": shape for name in matrices}, "model.norm.weight": [4]}
     table = json.dumps(
         {"__metadata__": {}, **{name: {"shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}}
     ).encode()
@@ -169,6 +169,35 @@ def test_names_of_frozen_parameters_are_looked_for_in_the_table_of_the_weights(
 ) -> None:
     write_table("model.embed_tokens", "model.layers.0.q_proj", "model.layers.1.v_proj", *beside)
     assert words in run("check", "train.yaml", "--set", f"student.freeze={freeze}").output
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ("{weights: int4, group_size: 32}", "a good trainer configuration"),
+        (
+            "{weights: int4, group_size: 64}",
+            "group_size is 64, and model.layers.0.q_proj has 32 inputs, which it does not divide\n",
+        ),
+        ("{weights: int4, group_size: 64, keep: [model.layers]}", "a good trainer configuration"),
+        (
+            "{weights: int8, keep: [model.layer.0]}",
+            "student.quantization.keep: model.layer.0 names no parameter; model has embed_tokens, layers, norm\n",
+        ),
+    ],
+)
+def test_groups_of_rounded_matrices_are_held_against_the_table_of_the_weights(
+    good: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, words: str
+) -> None:
+    monkeypatch.setattr("kdmesh.preflight.model_files.find_spec", lambda name: name)
+    write_table("model.embed_tokens", "model.layers.0.q_proj", shape=(4, 32))
+    assert words in run("check", "train.yaml", "--set", f"student.quantization={quantization}").output
+
+
+def test_rounded_matrices_need_the_package_that_writes_them(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdmesh.preflight.model_files.find_spec", lambda name: None)
+    output = run("check", "train.yaml", "--set", "student.quantization.weights=int8").output
+    assert "compressed-tensors is not installed (pip install 'kdmesh[quantization]')" in output
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

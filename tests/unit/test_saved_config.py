@@ -44,6 +44,13 @@ def test_a_checkpoint_belongs_to_what_was_frozen_in_any_order() -> None:
     assert "student.freeze" not in identity_of()
 
 
+def test_a_checkpoint_belongs_to_what_was_rounded_and_how() -> None:
+    told = [identity_of(quantization={"weights": "int4", "group_size": size}) for size in (32, 64)]
+    assert told[0] != told[1]
+    assert json.loads(told[0]["student.quantization"])["group_size"] == 32
+    assert "student.quantization" not in identity_of()
+
+
 def test_a_run_begun_before_adapters_could_be_scaled_otherwise_goes_on() -> None:
     assert "use_rslora" not in lora_of()
     assert "use_rslora" not in lora_of(use_rslora=False)
