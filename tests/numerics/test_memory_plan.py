@@ -35,6 +35,8 @@ from tests.support.trainer_ranks import finish, start_ranks
 
 TINY: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 DEEP: dict[str, Any] = {"vocab_size": 4000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+# Whose matrices are most of what a step takes.
+BROAD: dict[str, Any] = {"vocab_size": 300, "hidden_size": 512, "intermediate_size": 16384, "num_hidden_layers": 1}
 WIDE: dict[str, Any] = {"vocab_size": 64_000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 
 
@@ -277,6 +279,18 @@ def test_muon_keeps_one_moment_of_a_matrix_and_takes_one_whole_matrix_at_a_time(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rounded_student_has_one_matrix_more_at_a_time_and_keeps_none(tmp_path: Path, dtype: torch.dtype) -> None:
+    plain = replace(job(saved(tmp_path, BROAD, is_tied=True), 300, [64]), compute_dtype=dtype)
+    rounded = replace(plain, quantization=QuantizationConfig(weights="int4", group_size=32))
+    found, without = plan(rounded), plan(plain)
+    assert found.resident == without.resident
+    matrix = 4 * 512 * 16384
+    more = found.phases["forward"].total() - without.phases["forward"].total()
+    copies = 1 if dtype == torch.float32 else 2  # bfloat16 is divided and rounded in float32
+    assert copies * matrix * 0.9 < more < (copies + 0.2) * matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_frozen_by_name_has_neither_gradient_nor_moments(tmp_path: Path, dtype: torch.dtype) -> None:
     whole = job(saved(tmp_path, TINY, is_tied=False), 300, [40, 24])
     found = plan(replace(whole, freeze=("model.embed_tokens", "model.layers"), frozen_dtype=dtype))
@@ -344,12 +358,12 @@ def test_a_vision_tower_has_gradients_and_moments_where_it_learns_and_none_where
             Step(vocabulary=4000, length=512, sequences=4, lora_rank=16, lora_base="nf4", returns_freed=True),
         ),
         (
-            DEEP,
+            BROAD,
             False,
             Step(
-                vocabulary=4000,
-                length=512,
-                sequences=4,
+                vocabulary=300,
+                length=64,
+                sequences=2,
                 quantization={"weights": "int4", "group_size": 32},
                 returns_freed=True,
             ),
