@@ -8,7 +8,7 @@ from typing import Literal
 Verdict = Literal["ok", "missing", "worse", "unknown"]
 """ok; missing, and kdmesh does not work without it; worse without it, or by what it is; not to be found out."""
 
-Part = Literal["gpu", "rdma", "sglang", "jwt", "lora", "eightbit", "liger", "kubernetes"]
+Part = Literal["gpu", "rdma", "sglang", "jwt", "lora", "eightbit", "quantization", "liger", "kubernetes"]
 """What only some need."""
 
 

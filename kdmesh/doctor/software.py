@@ -20,6 +20,7 @@ _EXTRAS: dict[Part, tuple[str, str]] = {
     "jwt": ("pyjwt", "servers cannot take web tokens"),
     "lora": ("peft", "students cannot train adapters"),
     "liger": ("liger-kernel", "student.liger_kernels is not to be had"),
+    "quantization": ("compressed-tensors", "student.quantization is not to be had"),
     "eightbit": ("torchao", "optimizer.moments can only be float32"),
 }
 
