@@ -141,7 +141,9 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
                 _echo("Stopped before the first step: there is nothing to save.")
             raise
         if stopped is not None and any(rank.exit_code == stopped for rank in ranks):
-            raise local.ChildFailed(f"stopped, with a checkpoint in {cfg.output}", exit_code=stopped) from None
+            raise local.ChildFailed(
+                "stopped before its last step; the next start continues", exit_code=stopped
+            ) from None
         click.echo(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.", err=True)
 
 
@@ -150,7 +152,10 @@ def _meanwhile(processes: local.Processes, command: local.Command, *, to_its_end
     """Have a command run, to its end or as long as the context. Raises ChildFailed when it fails."""
     children = processes.start(command)
     yield
-    if to_its_end:
+    has_refused = any(
+        line.startswith("Error: ") for child in children for line in list(child.tail)
+    )  # and is about to end
+    if to_its_end or has_refused:
         processes.wait(children)
     processes.stop(children)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from kdmesh.errors import ModelMismatch
 from kdmesh_trainer import __main__ as command
-from kdmesh_trainer import build
+from kdmesh_trainer import build, loop
 from kdmesh_trainer.mesh import joined, leave
 from kdmesh_trainer.sections.parallel_config import ParallelConfig
 
@@ -85,6 +86,25 @@ def test_a_failure_that_was_told_is_one_for_the_other_ranks_too(
     monkeypatch.setattr("kdmesh_trainer.mesh.Mesh.is_first_to_fail", lambda mesh: False)
     assert command._join(CONFIG) == status  # type: ignore[arg-type]
     assert left == [True]
+
+
+@pytest.mark.parametrize(
+    ("done", "environment", "status"),
+    [
+        (0, {}, 130),
+        (3, {}, 0),
+        (0, {"KDMESH_EXIT_WHEN_STOPPED": "75"}, 75),
+        (3, {"KDMESH_EXIT_WHEN_STOPPED": "75"}, 75),
+    ],
+)
+def test_a_run_that_is_stopped_ends_well_only_where_it_has_a_checkpoint(
+    done: int, environment: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(build, "built", lambda *_, **__: nullcontext((None, SimpleNamespace(steps=5))))
+    monkeypatch.setattr(loop, "run", lambda parts, schedule: done)
+    assert command._join(CONFIG) == status  # type: ignore[arg-type]
 
 
 def test_a_full_device_is_told_in_a_sentence_that_says_what_helps(

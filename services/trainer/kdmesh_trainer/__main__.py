@@ -42,7 +42,7 @@ def main() -> int:
         The exit status: 0 when all steps are done, or when SIGTERM or SIGINT ended the run with
         a checkpoint, unless KDMESH_EXIT_WHEN_STOPPED names another for that; 2 when something
         was refused or a service failed, in one sentence; 1 when another rank ended; 130 when
-        Ctrl-C came before the first step.
+        a signal came before the first step was done.
     """
     arguments = _parser().parse_args()
     rank = int(os.environ.get("RANK", "0"))
@@ -120,7 +120,8 @@ def _train(cfg: TrainerConfig, mesh: Mesh) -> int:
         raise
     if done < schedule.steps:
         logger.info("stopped", extra={"steps_done": done, "next": "run the same command to continue"})
-        return int(os.environ.get("KDMESH_EXIT_WHEN_STOPPED", "0"))
+        # Stopped while it was judged before its first step, a run has no checkpoint.
+        return int(os.environ.get("KDMESH_EXIT_WHEN_STOPPED", "0" if done > 0 else INTERRUPTED))
     return 0
 
 
