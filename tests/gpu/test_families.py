@@ -19,6 +19,7 @@ from kdmesh.models.decoding import prepare_decoding
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 from tests.support.lone_rank import on_device
 from tests.support.tiny_models import FAMILIES, TinyModels
 from tests.support.tiny_models import tiny_models as tiny_models
@@ -43,6 +44,9 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     "lora": {"lora": LoraConfig(rank=4)},
     "dora": {"lora": LoraConfig(rank=4, use_dora=True)},
     "nf4": {"lora": LoraConfig(rank=4, base="nf4")},
+    "int4": {"quantization": QuantizationConfig(weights="int4", group_size=32)},
+    "int8": {"quantization": QuantizationConfig(weights="int8", activations="int8")},
+    "fp8": {"quantization": QuantizationConfig(weights="fp8", activations="fp8")},
     "muon": {"optimizer": "muon"},
     "layers": {"layers": Layers(pairs={1: 1, 2: 2}, distance="cosine", teacher_width=32)},
 }

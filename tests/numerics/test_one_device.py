@@ -19,6 +19,7 @@ from kdmesh.models.decoding import Decoder, prepare_decoding
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
+from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 from tests.support.lone_rank import mesh as mesh
 from tests.support.lone_rank import on_device
 from tests.support.tiny_models import FAMILIES, TinyModels
@@ -82,6 +83,8 @@ def test_every_family_stays_on_its_device(on_meta: Mesh, tiny_models: TinyModels
         {"lora": LoraConfig(rank=4)},
         {"lora": LoraConfig(rank=4, use_dora=True)},
         {"lora": LoraConfig(rank=4, base="nf4")},
+        {"quantization": QuantizationConfig(weights="int4", group_size=32)},
+        {"quantization": QuantizationConfig(weights="fp8", activations="fp8")},
         {"optimizer": "muon"},
         {"layers": Layers(pairs={1: 1, 2: 2}, distance="cosine", teacher_width=32)},
     ],
