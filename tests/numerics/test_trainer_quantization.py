@@ -210,6 +210,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     ],
     ids=str,
 )
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_written_student_has_the_logits_of_the_trained_one(
     tiny_models: TinyModels,
@@ -220,7 +221,7 @@ def test_the_written_student_has_the_logits_of_the_trained_one(
     dtype: str,
 ) -> None:
     told = paths(tiny_models, tmp_path, torch.bfloat16) | {"compute_dtype": dtype, "dtype": dtype}
-    run_ranks(f"{HERE}:train_and_export", ranks=ranks, **told, quantization=quantization, **options)
+    run_ranks(f"{HERE}:train_and_export", ranks=ranks, within_s=400, **told, quantization=quantization, **options)
     trained = load_file(tmp_path / "trained.safetensors")
     written = logits_of_directory(tmp_path / "final", getattr(torch, dtype))
     error = relative(written, trained["logits"])
