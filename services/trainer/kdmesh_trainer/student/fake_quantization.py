@@ -107,7 +107,7 @@ class QuantizedLinear(nn.Module):
         self.weight, self.bias = replaced.weight, replaced.bias
         self.rounding = rounding
 
-    # Compiled code divides in ways of its own, and would not round to the numbers that are written.
+    # On a GPU compiled code divides approximately (Triton's div.full), and would not round to what is written.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input_: Tensor) -> Tensor:
         """[..., rows] in the input's type, which is that of the parameters."""
