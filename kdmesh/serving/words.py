@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+_NOTHING = 0.01
+
 
 def count(number: float) -> str:
-    """Three digits and a letter: 950, 1.25 k, 32.1 M."""
+    """Three digits and a letter: 950, 1.25 k, 32.1 M; what is left of a rate long after is 0."""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= factor * 0.9995:
             return f"{number / factor:.3g} {letter}"
-    return f"{number:.3g}"
+    return f"{number if number >= _NOTHING else 0:.3g}"
 
 
 def size(num_bytes: float) -> str:
