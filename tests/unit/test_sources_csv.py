@@ -74,10 +74,15 @@ def test_rows_of_a_table_are_chats_or_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt,completion\na,b\nc\n", r"a\.csv:3: 1 fields, and the header has 2"),
+        ("prompt,completion\na,b\nc\n", r"a\.csv:3: 1 field, and the header has 2"),
         ("prompt,completion\na,b,c\n", r"a\.csv:2: 3 fields, and the header has 2"),
         ("prompt,prompt\na,b\n", r"a\.csv:1: a header must name each column once; found: prompt, prompt"),
         ("prompt,\na,b\n", r"a\.csv:1: a header must name each column once"),
+        (
+            "prompt;completion\na;b, c\n",
+            r"a\.csv:1: fields are divided by commas, and not by semicolons; the header is 'p",
+        ),
+        ("prompt\tcompletion\na\tb\n", r"a\.csv:1: fields are divided by commas, and not by tabs"),
         ("", r"dataset .*a\.csv is empty"),
         ("prompt,completion\n", r"dataset .*a\.csv is empty"),
         ("\na,b\n", r"a\.csv:1: a header must name each column once; found: nothing"),

@@ -14,6 +14,7 @@ from kdmesh.errors import DataError
 from kdmesh_trainer.data.piece import PIECE_BYTES, ChooseColumns, Piece, text_of
 
 _LONGEST_FIELD = 2**31 - 1  # bytes; a text may be longer than what Python's reader takes unasked
+_OTHER_MARKS = {";": "semicolons", "\t": "tabs"}  # between fields, as some programs write them
 
 
 def csv_pieces(path: Path) -> Iterator[Piece]:
@@ -34,7 +35,8 @@ def csv_rows(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, object]
     """Each row of a piece after its origin; blank lines are none.
 
     Raises:
-        DataError: the header names a column twice, or not, or a row has other numbers of fields.
+        DataError: the header has no commas but other marks, or names a column twice, or not; or a row has other numbers
+            of fields.
     """
     with piece.path.open("rb") as file:
         header = _header(piece.path, file)
@@ -54,7 +56,7 @@ def csv_rows(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, object]
             if not record:
                 continue
             if len(record) != len(header):
-                raise DataError(f"{origin}: {len(record)} fields, and the header has {len(header)}")
+                raise DataError(f"{origin}: {_fields(len(record))}, and the header has {len(header)}")
             yield origin, {name: record[place] for name, place in wanted.items()}
 
 
@@ -85,6 +87,10 @@ def _records(lines: _Lines) -> Iterator[list[str]]:
     return csv.reader(lines, strict=True)
 
 
+def _fields(number: int) -> str:
+    return "1 field" if number == 1 else f"{number} fields"
+
+
 def _header(path: Path, file: IO[bytes]) -> list[str]:
     lines = _Lines(path, file)
     with _refusing(path, lines):
@@ -92,6 +98,9 @@ def _header(path: Path, file: IO[bytes]) -> list[str]:
     unfit = [name for name, times in Counter(header).items() if times > 1 or not name]
     if unfit or not header:
         raise DataError(f"{path}:1: a header must name each column once; found: {', '.join(header) or 'nothing'}")
+    other = next((word for mark, word in _OTHER_MARKS.items() if mark in header[0]), None)
+    if len(header) == 1 and other is not None:
+        raise DataError(f"{path}:1: fields are divided by commas, and not by {other}; the header is {header[0]!r}")
     return header
 
 
