@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 DIRECTORY = Path("/dev/shm")
-_NOTE = "named-memory.json"
+NOTE = "named-memory.json"
+"""In the runtime directory of a server."""
 
 
 def mapped_inodes(pids: Iterable[int]) -> frozenset[int]:
@@ -30,15 +31,15 @@ def mapped_inodes(pids: Iterable[int]) -> frozenset[int]:
 def note(directory: Path, files: Iterable[Path]) -> None:
     """Write down in a server's runtime directory that these files of `DIRECTORY` are its own."""
     inodes = {file.name: file.stat().st_ino for file in files}
-    part = directory / f"{_NOTE}.part"
+    part = directory / f"{NOTE}.part"
     part.write_text(json.dumps(inodes), encoding="utf-8")
-    part.replace(directory / _NOTE)
+    part.replace(directory / NOTE)
 
 
 def remove_noted(directory: Path) -> bool:
     """Remove the files that a dead server has noted; False when a living process still has one of them mapped."""
     try:
-        inodes: dict[str, int] = json.loads((directory / _NOTE).read_text(encoding="utf-8"))
+        inodes: dict[str, int] = json.loads((directory / NOTE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return True
     # By name and inode, for somebody may have taken the name since.

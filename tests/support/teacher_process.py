@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import httpx
 import yaml
 
+from kdmesh.handles import named_memory
 from tests.support.copies import Copy
 from tests.support.teacher_server import teacher_config
 
@@ -84,6 +86,9 @@ def started(
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
+        for noted in directory.rglob(named_memory.NOTE):  # which the next server would do, in the same directory
+            while not named_memory.remove_noted(noted.parent):
+                time.sleep(0.05)  # until the processes that have it mapped follow the one that was killed
 
 
 def starting(
