@@ -20,7 +20,7 @@ import yaml
 
 from benchmarks.end_to_end_inputs import VOCABULARY_SIZE, prepare
 from benchmarks.measure import finish, say, server, table
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import TokenSequence
 
 _NUM_SEQUENCES, _NUM_TOKENS, _PER_REQUEST = 16, 512, 4

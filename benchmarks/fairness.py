@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from benchmarks.measure import Server, finish, say, table
 from benchmarks.shared_server import job_states, request_of, shared_server
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
 
 _BATCH_TOKENS, _BATCH_S = 4096, 0.1
 _SHORTEST, _LONGEST = 64, 512  # tokens of a request

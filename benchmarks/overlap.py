@@ -25,9 +25,9 @@ import torch
 import yaml
 
 from benchmarks.measure import finish, say, server, table
-from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.teacher_pool import TeacherPool
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import DType, Sampling, TokenSequence
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh_trainer.data.sides import Prompt

@@ -17,7 +17,7 @@ from functools import partial
 from benchmarks.measure import finish, say, table
 from benchmarks.routing_choices import InTurn, Planned, Routed
 from benchmarks.routing_fleet import Choice, Clock, Demand, Job, Rank, Teacher
-from kdmesh.rpc.routing import DEFAULT_ROUTING
+from kdmesh.rpc.fleet.routing import DEFAULT_ROUTING
 
 _TEACHERS, _RANKS, _JOBS = 64, 1024, 4
 _TOKENS_PER_S = 20_000.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from benchmarks.routing_fleet import ONE_WAY_S, Clock, Request, Teacher
-from kdmesh.rpc.routing import Router, RoutingPolicy, SentRequest
+from kdmesh.rpc.fleet.routing import Router, RoutingPolicy, SentRequest
 from kdmesh.types import ServerLoad
 
 

@@ -17,8 +17,8 @@ from triton.compiler import ASTSource
 
 from benchmarks.measure import finish, say, table
 from kdmesh.losses import OutputHead, forward_kl
-from kdmesh.losses.kernel_form import KernelForm, Op
-from kdmesh.losses.kernel_rows import KernelRows, Launch
+from kdmesh.losses.gpu.form import KernelForm, Op
+from kdmesh.losses.gpu.rows import KernelRows, Launch
 from kdmesh.losses.rows import Mix, StudentSide
 
 _TARGET = GPUTarget("cuda", 90, 32)
@@ -65,7 +65,7 @@ def launch(op: Op, *, is_full: bool) -> Launch:
 
 def resources(given: Launch) -> Resources:
     """Compile for sm_90 as a launch would, and read ptxas's report."""
-    from kdmesh.losses.row_kernel import row_kernel
+    from kdmesh.losses.gpu.row_kernel import row_kernel
 
     arguments = {**given.arguments, **given.constants}
     source = ASTSource(

@@ -17,7 +17,7 @@ import yaml
 from benchmarks.end_to_end_inputs import VOCABULARY_SIZE, prepare
 from benchmarks.measure import finish, say, server, table
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.config import TransformersEngine as EngineConfig
 from kdmesh_teacher.engine import PrefillJob

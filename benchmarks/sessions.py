@@ -15,7 +15,7 @@ import psutil
 from benchmarks.measure import finish, say, table
 from benchmarks.shared_server import request_of, shared_server
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
 
 _TOKENS = 16  # of a request, one row of which is asked for
 _JOBS = 20  # that the sessions belong to

@@ -26,7 +26,7 @@ import yaml
 
 from benchmarks.measure import Server, finish, say, started, table
 from benchmarks.soak_clients import MAX_TOKENS, VOCABULARY_SIZE, Trainer, run_job, trainers
-from kdmesh.rpc.doors import DoorChoice
+from kdmesh.rpc.teachers.doors import DoorChoice
 
 _DOORS: tuple[DoorChoice, ...] = ("shm", "shm", "stream")
 _HIDDEN_SIZE = 64

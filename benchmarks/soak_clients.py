@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kdmesh.rpc.doors import DoorChoice
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import TokenSequence
 
 VOCABULARY_SIZE = 1000

@@ -21,9 +21,9 @@ from benchmarks.replay_server import HIDDEN_SIZE, NUM_ROWS
 from kdmesh.allocator import keep_freed_memory
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig, ClientTlsConfig
 from kdmesh.handles.door import Door
-from kdmesh.rpc.doors import DoorChoice, Wire
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.doors import DoorChoice, Wire
 from kdmesh.types import Handle, TokenSequence
 
 BYTES = NUM_ROWS * HIDDEN_SIZE * 2

@@ -19,7 +19,7 @@ from benchmarks.measure import finish, say, server, table
 from benchmarks.transport import BYTES, Timings, time_door
 from kdmesh.allocator import keep_freed_memory
 from kdmesh.handles.rdma_agent import UNSAFE_VALUE, UNSAFE_VARIABLE, Agent
-from kdmesh.rpc.doors import DoorChoice
+from kdmesh.rpc.teachers.doors import DoorChoice
 
 _CASES: Sequence[tuple[str, DoorChoice, str]] = (
     ("rdma door, process_vm_readv", "rdma", "tcp,cma,posix,self"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kdmesh.rpc.boundary import Context
 from kdmesh.rpc.server import serving
-from kdmesh.rpc.weight_updates import WeightUpdates
+from kdmesh.rpc.weights.updates import WeightUpdates
 from kdmesh.types import DType
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutServicer, add_RolloutServicer_to_server

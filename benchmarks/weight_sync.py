@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.measure import finish, say, server, table
 from benchmarks.weight_server import FINGERPRINT
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import DType
 from kdmesh.weights.buckets import MAX_BUCKET_BYTES
 from kdmesh.weights.doors import DoorChoice

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 _DUMB = ("dumb", "unknown")  # rich's own list: it draws nothing live there, and says nothing of it
 _OURS = ("kdmesh", "kdmesh_teacher", "kdmesh_rollout", "kdmesh_trainer")
-_ALIKE = ("kdmesh.rpc.told_waiting",)  # whose warnings all ranks have at the same time
+_ALIKE = ("kdmesh.rpc.fleet.told_waiting",)  # whose warnings all ranks have at the same time
 _OF_EVERY_STEP = {"weights on their way": ("address", "door"), "weights published": ()}
 """Event -> fields: a terminal, which has a live line, shows it once for each value of these."""
 

@@ -15,9 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import loss_inputs
 from benchmarks.gpu.scale import Scale, median_ms, normal
-from kdmesh.losses import OutputHead, Workspace, forward_kl, kernel_rows
-from kdmesh.losses.kernel_form import KernelForm, Op
-from kdmesh.losses.kernel_rows import KernelRows
+from kdmesh.losses import OutputHead, Workspace, forward_kl
+from kdmesh.losses.gpu import rows as kernel_rows
+from kdmesh.losses.gpu.form import KernelForm, Op
+from kdmesh.losses.gpu.rows import KernelRows
 from kdmesh.losses.matmul import hidden_gradient_into, logits_into, weight_gradient_into
 from kdmesh.losses.rows import Mix, StudentSide
 

@@ -17,7 +17,7 @@ from kdmesh.chats.tool_rows import are_written
 from kdmesh.errors import ConfigError, DataError, InvalidRequest, ModelMismatch
 from kdmesh.images import expand_images
 from kdmesh.models.ends import stop_token_ids
-from kdmesh.models.image_reader import load_image_reader
+from kdmesh.models.images.reader import load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import Int32Array, PlacedImage, Sample, VisionSpec

@@ -16,8 +16,8 @@ from kdmesh.answering.source import Answers, Plan
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.chats.image_files import ImageColumn
 from kdmesh.errors import DataError
-from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.sampling.stops import before_stop
 from kdmesh.sampling.teacher_sampler import TeacherSampler

@@ -30,7 +30,7 @@ from kdmesh_trainer.config import TrainerConfig
 
 if TYPE_CHECKING:
     from kdmesh.config import StrictModel
-    from kdmesh.rpc.doors import DoorChoice
+    from kdmesh.rpc.teachers.doors import DoorChoice
 
 _ERROR = 1
 _SENTENCE = 300  # letters, more than any has

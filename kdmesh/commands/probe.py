@@ -16,8 +16,8 @@ from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, ModelMismatch
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.rpc.doors import DoorChoice
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import DType, ModelDescription, TokenSequence
 

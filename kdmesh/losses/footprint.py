@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kdmesh.losses.engine import Sizes
-from kdmesh.losses.kernel_form import kernel_runs_on
+from kdmesh.losses.gpu.form import kernel_runs_on
 
 # Of a thread: log q, log p and q, and what a divergence makes beside them.
 _TILES = 4

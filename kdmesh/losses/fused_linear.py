@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from kdmesh.errors import InvalidRequest
 from kdmesh.losses.divergences import Divergence
 from kdmesh.losses.engine import Gradients, Side, Sizes, sweep
+from kdmesh.losses.gpu.form import KernelForm, Op, kernel_form, kernel_runs_on
+from kdmesh.losses.gpu.rows import KernelRows
 from kdmesh.losses.head import OutputHead
-from kdmesh.losses.kernel_form import KernelForm, Op, kernel_form, kernel_runs_on
-from kdmesh.losses.kernel_rows import KernelRows
 from kdmesh.losses.matmul import scaled
 from kdmesh.losses.mixture import MixedTeacher, MixtureKernelRows, MixtureRows, first_weight
 from kdmesh.losses.rows import CrossEntropyRows, DivergenceRows, Mix, RowMaths, RowValues, StudentSide

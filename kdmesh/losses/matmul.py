@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdmesh.losses import brgemm
-from kdmesh.losses.kernel_form import kernel_runs_on
+from kdmesh.losses.gpu.form import kernel_runs_on
 from kdmesh.losses.threads import run_each
 from kdmesh.losses.workspace import Workspace
 from kdmesh.processor import multiplies
@@ -110,7 +110,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if factor.device.type == "cpu" and factor.item() == 1:
         return gradient.to(dtype)
     if kernel_runs_on(gradient.device) and gradient.dtype is factor.dtype and gradient.numel() > 0:
-        from kdmesh.losses.scale_kernel import scaled_by_kernel  # Triton, which a CPU has no use for
+        from kdmesh.losses.gpu.scale_kernel import scaled_by_kernel  # Triton, which a CPU has no use for
 
         return scaled_by_kernel(gradient, factor, dtype)
     if gradient.dtype is dtype and dtype in (torch.float32, torch.float64):

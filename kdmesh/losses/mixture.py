@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kdmesh.errors import InvalidRequest
+from kdmesh.losses.gpu.form import KernelForm
+from kdmesh.losses.gpu.rows import KernelRows
 from kdmesh.losses.head import OutputHead
-from kdmesh.losses.kernel_form import KernelForm
-from kdmesh.losses.kernel_rows import KernelRows
 from kdmesh.losses.rows import DivergenceRows, Mix, StudentSide, become_logits
 
 _TILE_ELEMENTS = 2**25  # of the scratch matrix that a GPU mixes with

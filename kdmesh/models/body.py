@@ -17,10 +17,10 @@ from kdmesh.errors import ConfigError
 from kdmesh.models.attention import PACKED_ATTENTION
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.forward import hidden_states_TD
+from kdmesh.models.images.vision import attention_of, auto_class
 from kdmesh.models.quiet import quiet
 from kdmesh.models.recurrent import begin_with_every_sequence
 from kdmesh.models.verify import check_head, check_layer_types, check_packing
-from kdmesh.models.vision import attention_of, auto_class
 
 __all__ = ["empty_causal_lm", "hidden_states_TD", "load_causal_lm"]
 

@@ -18,7 +18,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.losses.head import OutputHead
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.head import output_head
-from kdmesh.models.vision import auto_class
+from kdmesh.models.images.vision import auto_class
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

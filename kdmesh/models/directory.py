@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.image_families import VISION_CLASSES
+from kdmesh.models.images.families import VISION_CLASSES
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

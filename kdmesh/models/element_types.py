@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kdmesh.models.vision import auto_class
+from kdmesh.models.images.vision import auto_class
 
 
 def element_types(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kdmesh.models.cached_attention import NextTokens, Prompts
-from kdmesh.models.cached_mixing import cached_mixing
+from kdmesh.models.decoding.cached_attention import NextTokens, Prompts
+from kdmesh.models.decoding.cached_mixing import cached_mixing
 
 RECURRENT_LAYERS = {
     "bamba": "BambaMixer",

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
-from kdmesh.models.image_reader import ImageReader, load_image_reader
+from kdmesh.models.images.reader import ImageReader, load_image_reader
 from kdmesh.models.placement import DTYPES, device, torch_dtype
 from kdmesh.models.verify import check_images
 from kdmesh.processor import warn_if_slow

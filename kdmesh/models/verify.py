@@ -16,13 +16,13 @@ from kdmesh.errors import ConfigError
 from kdmesh.images import after_first_token, noise_image
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
-from kdmesh.models.image_packing import Packer
-from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.images.packing import Packer
+from kdmesh.models.images.reader import ImageReader
+from kdmesh.models.images.vision import attention_of, has_axes
 from kdmesh.models.packing import PackedTokens, pack
 from kdmesh.models.positions import stated_limit
 from kdmesh.models.recurrent import RECURRENT_LAYERS, RECURRENT_TYPES
 from kdmesh.models.routing import steady_routing
-from kdmesh.models.vision import attention_of, has_axes
 from kdmesh.types import TokenSequence
 
 _WINDOW = 3  # tokens; less than the sequences that are compared have

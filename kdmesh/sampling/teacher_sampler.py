@@ -9,8 +9,8 @@ import numpy as np
 
 from kdmesh.errors import InvalidRequest, ModelMismatch
 from kdmesh.losses.workspace import Workspace
-from kdmesh.rpc.needs import Needs
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.needs import Needs
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.sampling.drawing import draw
 from kdmesh.sampling.growing import GrowingSample
 from kdmesh.sampling.logits import sampling_logits

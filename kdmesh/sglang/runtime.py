@@ -15,8 +15,8 @@ from kdmesh.errors import ConfigError, EngineFailure
 from kdmesh.handles import named_memory
 from kdmesh.handles.runtime_dir import runtime_dir
 from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
+from kdmesh.models.images.vision import reads_images
 from kdmesh.models.placement import DTYPES
-from kdmesh.models.vision import reads_images
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import shared_files
 from kdmesh.sglang.arguments import num_schedulers, server_arguments

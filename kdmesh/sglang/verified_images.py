@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kdmesh.models.image_families import AXES_CLASSES, ROW_CLASSES
+from kdmesh.models.images.families import AXES_CLASSES, ROW_CLASSES
 
 
 def images_refusal(model: Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdmesh.errors import RpcError
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import TokenSequence
 
 _TOKENS = 40

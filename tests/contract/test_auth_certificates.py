@@ -20,7 +20,7 @@ from kdmesh import config
 from kdmesh.auth.config import AccessConfig, ClientTlsConfig
 from kdmesh.errors import ConfigError, PermissionDenied, Unauthenticated, Unavailable
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.rollout_client import Ask, RolloutClient
+from kdmesh.rpc.rollouts.client import Ask, RolloutClient
 from kdmesh.types import Sample, Sampling, SleepTag
 from tests.support.certificates import CertificateAuthority, Pair, replace
 from tests.support.identities import JOB, access_with, teacher_client, write_tokens

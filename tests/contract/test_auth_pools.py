@@ -11,12 +11,12 @@ import torch
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import DeadlineExpired, InvalidRequest, PermissionDenied, Unauthenticated
-from kdmesh.rpc.discovery import Discovery
+from kdmesh.rpc.fleet.discovery import Discovery
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.rollout_client import RolloutClient
-from kdmesh.rpc.rollout_fleet import RolloutFleet
-from kdmesh.rpc.teacher_fleet import TeacherFleet
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.rollouts.client import RolloutClient
+from kdmesh.rpc.rollouts.fleet import RolloutFleet
+from kdmesh.rpc.teachers.fleet import TeacherFleet
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import EVERY_TAG, DType
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh.weights.packing import Weights

@@ -24,7 +24,7 @@ from kdmesh.errors import ConfigError, HandleGone, PermissionDenied, RpcError, U
 from kdmesh.rpc.calls import our_errors
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.rollout_client import RolloutClient
+from kdmesh.rpc.rollouts.client import RolloutClient
 from kdmesh.types import EVERY_TAG
 from kdmesh.v1 import common_pb2, rollout_pb2, weights_pb2
 from kdmesh.v1 import teacher_pb2 as pb

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from kdmesh.cluster.client import Cluster
-from kdmesh.rpc.discovery import Discovery
+from kdmesh.rpc.fleet.discovery import Discovery
+from kdmesh.rpc.fleet.routing import RoutingPolicy
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.routing import RoutingPolicy
-from kdmesh.rpc.teacher_fleet import TeacherFleet
+from kdmesh.rpc.teachers.fleet import TeacherFleet
 from tests.support.fake_cluster import FakeCluster, fake_cluster
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher

@@ -21,8 +21,8 @@ from kdmesh.answering.kdmesh_servers import TokenAnswers
 from kdmesh.commands import cli
 from kdmesh.errors import InvalidRequest
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.rpc import told_waiting
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.fleet import told_waiting
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.sampling.teacher_sampler import TeacherSampler
 from kdmesh.types import FinishReason, Sampling
 from tests.support.copies import serving

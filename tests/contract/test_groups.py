@@ -24,7 +24,7 @@ from kdmesh.groups import pair_group
 from kdmesh.groups.meeting import SECRET_BYTES, Invitation, Meeting, address_towards, visit
 from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.groups.pair_group import Backend, PairGroup, Seat
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weights.sender import WeightSender
 
 HOST = "127.0.0.1"
 CPU = torch.device("cpu")

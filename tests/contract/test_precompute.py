@@ -15,7 +15,7 @@ import torch
 
 from kdmesh.config import load
 from kdmesh.errors import ConfigError
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh_teacher.build import build_engine
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.engine import PrefillJob

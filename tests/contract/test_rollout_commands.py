@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from kdmesh.answering.chat_tokens import ChatTokens
 from kdmesh.commands import cli
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import Sampling
 from kdmesh_rollout import config

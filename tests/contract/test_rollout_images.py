@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.rpc.rollout_client import Ask, RolloutClient
-from kdmesh.rpc.rollout_codec import sample_digest
+from kdmesh.rpc.rollouts.client import Ask, RolloutClient
+from kdmesh.rpc.rollouts.codec import sample_digest
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.types import Sampling, TokenSequence

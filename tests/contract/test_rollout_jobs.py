@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from kdmesh.rpc.rollout_client import RolloutClient
+from kdmesh.rpc.rollouts.client import RolloutClient
 from tests.support.rollout_samples import ask, generating, prompt
 from tests.support.rollout_server import RunningRollout, running_rollout
 

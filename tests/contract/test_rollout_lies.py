@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kdmesh import errors
-from kdmesh.rpc import rollout_codec
+from kdmesh.rpc.rollouts import codec as rollout_codec
 from kdmesh.types import Int32Array, PlacedImage, Sample
 from kdmesh.v1 import rollout_pb2 as pb
 from tests.support.rollout_samples import ask, expected_tokens, generate, prompt

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from kdmesh.errors import DeadlineExpired
-from kdmesh.rpc.pending_samples import PendingSamples
-from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.rollouts.pending_samples import PendingSamples
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import Sampling
 from tests.contract.test_rollout_weights import FINGERPRINT, weights
 from tests.support.cluster_services import announce, own_cluster, withdraw

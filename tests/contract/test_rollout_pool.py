@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kdmesh import errors
-from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.types import Sample, Sampling
 from tests.support.rollout_samples import expected_tokens, prompt
 from tests.support.rollout_server import rollout_process, running_rollout

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh.rpc.pending_samples import PendingSamples
-from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.rollouts.pending_samples import PendingSamples
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import Sampling
 from tests.contract.test_rollout_weights import FINGERPRINT, weights
 from tests.support.rollout_samples import expected_tokens, prompt

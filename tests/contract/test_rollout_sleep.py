@@ -10,7 +10,7 @@ import pytest
 
 from kdmesh import errors
 from kdmesh.rpc.channel import open_channel
-from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.types import EVERY_TAG, Sampling, SleepTag
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.manifest import UpdatePolicy

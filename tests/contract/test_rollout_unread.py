@@ -10,9 +10,10 @@ from typing import Any
 import grpc
 import pytest
 
-from kdmesh.rpc import reply_stream, rollout_codec
+from kdmesh.rpc import reply_stream
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.rollout_client import Ask
+from kdmesh.rpc.rollouts import codec as rollout_codec
+from kdmesh.rpc.rollouts.client import Ask
 from kdmesh.types import Sampling
 from kdmesh.v1 import rollout_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdmesh import errors
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import DType
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub

@@ -15,10 +15,10 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from kdmesh import errors
-from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.types import EVERY_TAG, TokenSequence
 from kdmesh_teacher.cache.directory import RowDirectory

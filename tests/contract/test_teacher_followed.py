@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kdmesh import errors
-from kdmesh.rpc.teacher_pool import TeacherPool
-from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.weights.sender import WeightSender
+from kdmesh.rpc.weights.services import TEACHERS
 from kdmesh.types import DType
 from kdmesh.weights.manifest import TensorSpec
 from tests.support.teacher_process import teacher_process

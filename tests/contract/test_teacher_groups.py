@@ -18,10 +18,10 @@ import torch
 from kdmesh.errors import ConfigError, Unavailable
 from kdmesh.groups.pair_group import PairGroup
 from kdmesh.handles.shm_door import ShmDoor
-from kdmesh.rpc import row_pieces
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers import row_pieces
+from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.teacher_process import TeacherProcess, started, teacher_process, teacher_processes, wait_event
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
@@ -155,7 +155,7 @@ CLIENT = """
 import asyncio, logging, sys
 from kdmesh import log
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
 from tests.support.teacher_requests import sequence
 
 async def main():

@@ -14,7 +14,7 @@ import torch
 from kdmesh.errors import EngineFailure, InvalidRequest
 from kdmesh.images import describe_image
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.config import TransformersEngine as TransformersEngineConfig

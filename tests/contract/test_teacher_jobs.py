@@ -12,7 +12,7 @@ import pytest
 
 from kdmesh import errors
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
+from kdmesh.rpc.teachers.client import TeacherClient, TeacherRows
 from tests.support.teacher_requests import sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kdmesh import errors
-from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import num_waiting, running_teacher
 

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kdmesh import errors
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.teacher_process import (
     TeacherProcess,
     await_ready,

@@ -13,8 +13,8 @@ import torch
 
 from kdmesh.errors import DeadlineExpired, InvalidRequest
 from kdmesh.images import noise_image
-from kdmesh.rpc.needs import Needs
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.needs import Needs
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import PlacedImage, VisionSpec
 from tests.support.teacher_process import TeacherProcess, teacher_process, teacher_processes
 from tests.support.teacher_requests import expected_rows, sequence

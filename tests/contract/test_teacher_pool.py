@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from kdmesh import errors
-from kdmesh.rpc.doors import DoorChoice
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
 from tests.support.teacher_process import TeacherProcess, teacher_process, teacher_processes

@@ -12,7 +12,7 @@ import torch
 
 from kdmesh import errors
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
+from kdmesh.rpc.teachers.client import TeacherClient, TeacherRows
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.engine import PrefillJob
 from tests.support.teacher_requests import expected_rows, sequence

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from kdmesh.errors import DeadlineExpired, EngineFailure, ModelMismatch
-from kdmesh.rpc.discovery import Discovery
-from kdmesh.rpc.doors import DoorChoice
-from kdmesh.rpc.replicas import Replicas
+from kdmesh.rpc.fleet.discovery import Discovery
+from kdmesh.rpc.fleet.replicas import Replicas
+from kdmesh.rpc.fleet.routing import RoutingPolicy
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.routing import RoutingPolicy
-from kdmesh.rpc.teacher_client import TeacherClient, TeacherRows
-from kdmesh.rpc.teacher_fleet import TeacherFleet
+from kdmesh.rpc.teachers.client import TeacherClient, TeacherRows
+from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.fleet import TeacherFleet
 from kdmesh.types import ServerLoad
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher

@@ -16,8 +16,8 @@ import torch
 
 from kdmesh import errors
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.types import EVERY_TAG
 from kdmesh_teacher.config import FakeEngine

@@ -12,11 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from kdmesh import errors
-from kdmesh.rpc import raw_chunk, row_chunks
-from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers import raw_chunk, row_chunks
+from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh_teacher.engine import HeadParts
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import num_waiting, running_teacher

@@ -15,9 +15,9 @@ import torch
 
 from kdmesh.rpc import codec
 from kdmesh.rpc.channel import open_channel
-from kdmesh.rpc.discovery import Discovery
+from kdmesh.rpc.fleet.discovery import Discovery
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_fleet import TeacherFleet
+from kdmesh.rpc.teachers.fleet import TeacherFleet
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
 from tests.support.teacher_requests import expected_rows, sequence

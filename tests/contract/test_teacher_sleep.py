@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kdmesh import errors
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import EVERY_TAG, SleepTag
 from kdmesh.v1 import common_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub

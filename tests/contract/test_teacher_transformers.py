@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
 from kdmesh.models.placement import DTYPES
-from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
-from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.weights.sender import WeightSender
+from kdmesh.rpc.weights.services import TEACHERS
 from kdmesh.types import EVERY_TAG, TokenSequence
 from kdmesh.weights.manifest import TensorSpec
 from kdmesh_teacher.build import build_engine

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from kdmesh import errors
 from kdmesh.rpc import codec
-from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
-from kdmesh.rpc.teacher_pool import TeacherPool
-from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.weights.sender import WeightSender
+from kdmesh.rpc.weights.services import TEACHERS
 from kdmesh.types import DType, SleepTag
 from kdmesh.v1 import teacher_pb2
 from kdmesh.v1 import weights_pb2 as pb

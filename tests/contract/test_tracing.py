@@ -14,9 +14,9 @@ import pytest
 
 from kdmesh import log
 from kdmesh.errors import ConfigError
-from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.teacher_pool import TeacherPool
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.tracing import spans
 from kdmesh.tracing.config import TracingConfig
 from kdmesh.tracing.spans import current, span, tracing

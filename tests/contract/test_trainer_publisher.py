@@ -21,8 +21,8 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.checkpoint import open_checkpoint
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
 from kdmesh.models.replaceable import ReplaceableWeights
-from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.rpc.weight_services import ServedWeights
+from kdmesh.rpc.weights.sender import WeightSender
+from kdmesh.rpc.weights.services import ServedWeights
 from kdmesh.sglang.runtime import SglangRuntime
 from kdmesh.sglang.weights import SglangWeights
 from kdmesh.types import DType

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kdmesh.errors import DeadlineExpired, InvalidRequest
-from kdmesh.rpc.weight_delivery import Delivery
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weights.delivery import Delivery
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.v1 import rollout_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.buckets import BucketEntry

@@ -12,8 +12,9 @@ import grpc
 import pytest
 
 from kdmesh.errors import Unavailable
-from kdmesh.rpc import codec, weight_codec
+from kdmesh.rpc import codec
 from kdmesh.rpc.channel import open_channel
+from kdmesh.rpc.weights import codec as weight_codec
 from kdmesh.types import DType, Handle
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub

@@ -15,9 +15,9 @@ from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, ModelMismatch, NotFinite, Unavailable
 from kdmesh.groups.meeting import Invitation, split_address
-from kdmesh.rpc import weight_source
-from kdmesh.rpc.weight_delivery import Delivery
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.weights import source as weight_source
+from kdmesh.rpc.weights.delivery import Delivery
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.weights.buckets import BucketEntry
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSpec, UpdatePolicy

@@ -15,7 +15,7 @@ pytest.importorskip("pydantic")
 pytest.importorskip("PIL")
 
 from kdmesh.models.body import load_causal_lm
-from kdmesh.models.decoding import prepare_decoding
+from kdmesh.models.decoding.decoder import prepare_decoding
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdmesh.losses import OutputHead, forward_kl, kernel_rows
-from kdmesh.losses.kernel_form import KernelForm, Op
-from kdmesh.losses.kernel_rows import KernelRows
+from kdmesh.losses import OutputHead, forward_kl
+from kdmesh.losses.gpu import rows as kernel_rows
+from kdmesh.losses.gpu.form import KernelForm, Op
+from kdmesh.losses.gpu.rows import KernelRows
 from kdmesh.losses.rows import Mix, StudentSide
 
 pytestmark = pytest.mark.gpu

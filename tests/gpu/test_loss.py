@@ -19,9 +19,9 @@ from kdmesh.losses import (
     build_divergence,
     fused_linear_cross_entropy,
     fused_linear_divergence,
-    kernel_rows,
 )
-from kdmesh.losses.kernel_form import Op, kernel_form
+from kdmesh.losses.gpu import rows as kernel_rows
+from kdmesh.losses.gpu.form import Op, kernel_form
 from kdmesh.losses.matmul import scaled
 from tests.support import mixture_cases as mixture
 from tests.support import textbook_losses as textbook

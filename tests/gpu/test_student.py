@@ -18,7 +18,7 @@ from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.step import TINY, build_lm, descend, packed_tokens
 from kdmesh.losses import FusedLoss, OutputHead, forward_kl, fused_linear_divergence
 from kdmesh.models.attention import packed_attention
-from kdmesh.models.image_packing import Packer
+from kdmesh.models.images.packing import Packer
 from kdmesh.models.packing import PackedTokens, moved
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.head import TeacherHead

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.node.api_server import NAMESPACE
 from tests.node.machine import DOMAIN
 from tests.support.teacher_requests import expected_rows, sequence

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.node.conftest import World
 from tests.node.pods import at_s, events, is_ready, until
 from tests.node.release import SMALL, Release, teacher

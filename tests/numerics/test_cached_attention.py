@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kdmesh.models.cached_attention import NextTokens, Prompts, cached_attention
-from kdmesh.models.kv_cache import KvCache
+from kdmesh.models.decoding.cached_attention import NextTokens, Prompts, cached_attention
+from kdmesh.models.decoding.kv_cache import KvCache
 from tests.support.tensor_watch import TensorWatch
 
 HEADS, KEY_HEADS, DIM, VALUE_DIM = 6, 2, 8, 5

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
-from kdmesh.models.cached_attention import Prompts
-from kdmesh.models.cached_mixing import cached_mixing
-from kdmesh.models.decoding import Decoder, prepare_decoding
-from kdmesh.models.kv_cache import KvCache
+from kdmesh.models.decoding.cached_attention import Prompts
+from kdmesh.models.decoding.cached_mixing import cached_mixing
+from kdmesh.models.decoding.decoder import Decoder, prepare_decoding
+from kdmesh.models.decoding.kv_cache import KvCache
 from kdmesh.types import Int32Array
 from tests.support.rollout_samples import prompt
 from tests.support.tiny_models import HYBRIDS, VOCABULARY_SIZE, TinyModels

@@ -18,11 +18,11 @@ from kdmesh.alignment.spans import spans_of_text
 from kdmesh.alignment.token_bytes import token_bytes
 from kdmesh.errors import InvalidRequest
 from kdmesh.losses import engine
-from kdmesh.losses.across_vocabularies import fused_linear_by_rank, fused_linear_hybrid
-from kdmesh.losses.chunk_likelihood import Boundaries, binary_kl, fused_linear_chunk_likelihood
 from kdmesh.losses.head import OutputHead
-from kdmesh.losses.labelled import ChunkLoss, ChunkRows, LabelledRows
-from kdmesh.losses.sorted_rows import HybridWeights, Matched
+from kdmesh.losses.two_vocabularies.across_vocabularies import fused_linear_by_rank, fused_linear_hybrid
+from kdmesh.losses.two_vocabularies.chunk_likelihood import Boundaries, binary_kl, fused_linear_chunk_likelihood
+from kdmesh.losses.two_vocabularies.labelled import ChunkLoss, ChunkRows, LabelledRows
+from kdmesh.losses.two_vocabularies.sorted_rows import HybridWeights, Matched
 from tests.support.chunk_cases import (
     ChunkCase,
     ChunkInputs,

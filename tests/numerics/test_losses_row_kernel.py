@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.row_kernel import launch, resources
-from kdmesh.losses.kernel_form import Op
+from kdmesh.losses.gpu.form import Op
 
 GPU_TESTS = Path(__file__).parents[1] / "gpu"
 

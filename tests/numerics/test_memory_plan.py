@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.vision import unused_vision, vision_parts
+from kdmesh.models.images.vision import unused_vision, vision_parts
 from kdmesh_trainer.commands.plan import at_worst
 from kdmesh_trainer.config import FollowConfig
 from kdmesh_trainer.memory.job import Job, TeacherHead

@@ -18,7 +18,7 @@ from kdmesh.models import attention
 from kdmesh.models.attention import packed_attention
 from kdmesh.models.attention_sinks import WITH_SINKS
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
-from kdmesh.models.decoding import prepare_decoding
+from kdmesh.models.decoding.decoder import prepare_decoding
 from kdmesh.models.packing import pack
 from tests.support.four_bit_experts import in_four_bits
 from tests.support.relative_error import relative_error

@@ -7,7 +7,7 @@ import torch
 
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
-from kdmesh.models.image_packing import Packer
+from kdmesh.models.images.packing import Packer
 from tests.support.reference_vision import hugging_face_vision_rows
 from tests.support.row_families import ROW_FAMILIES
 from tests.support.tiny_vision import FAMILIES, TinyVisionModels, png, reader_of, vision_sequence

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from kdmesh.models.body import load_causal_lm
-from kdmesh.models.decoding import Decoder, prepare_decoding
+from kdmesh.models.decoding.decoder import Decoder, prepare_decoding
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig

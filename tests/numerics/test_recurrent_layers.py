@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
-from kdmesh.models.decoding import Decoder, prepare_decoding
+from kdmesh.models.decoding.decoder import Decoder, prepare_decoding
 from kdmesh.models.packing import pack
 from kdmesh.models.recurrent import RECURRENT_LAYERS
 from kdmesh_trainer.data.tokenizer import load_fast_tokenizer

@@ -14,7 +14,7 @@ import pytest
 
 from kdmesh.auth.config import AccessConfig, ClientTlsConfig
 from kdmesh.errors import DeadlineExpired, Unavailable
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.observability.monitoring import Prometheus, Webhook, webhook
 from tests.support import promql
 from tests.support.certificates import CertificateAuthority

@@ -19,8 +19,8 @@ from kdmesh.handles.rdma_agent import UNSAFE_VARIABLE, Agent
 from kdmesh.handles.rdma_buffers import Graveyard
 from kdmesh.handles.rdma_door import RdmaDoor
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.handles_consumer import ROOT
 from tests.support.teacher_process import TeacherProcess, started, teacher_process, teacher_processes
 from tests.support.teacher_requests import expected_rows, sequence
@@ -120,7 +120,7 @@ def test_server_that_restarts_at_the_same_address_is_read_again(tmp_path: Path) 
 READER = """
 import asyncio, sys
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
 from tests.support.teacher_requests import sequence
 
 async def read_for_ever():
@@ -155,7 +155,7 @@ STUCK = """
 import asyncio, os, signal, sys
 from kdmesh.handles.rdma_agent import Agent
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
 from tests.support.teacher_requests import sequence
 
 async def hang():
@@ -247,7 +247,7 @@ def test_auto_goes_on_by_stream_when_rdma_breaks_for_good(tmp_path: Path, monkey
 LEAVING = """
 import asyncio, sys
 from kdmesh.handles.rdma_agent import Agent
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
 
 async def connect():
     return await TeacherClient.connect(sys.argv[1], job="reader", door="rdma")

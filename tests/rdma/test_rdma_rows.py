@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kdmesh.handles.rdma_door import RdmaDoor
-from kdmesh.rpc.doors import DoorChoice
 from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.teachers.doors import DoorChoice
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import running_teacher
 

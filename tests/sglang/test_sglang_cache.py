@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.reference_rows import hugging_face_rows
 from tests.support.sequences import random_sequences
 from tests.support.sglang_teachers import CHUNK_TOKENS, sglang_teacher, token_count

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import Int32Array, Sample, Sampling, TokenSequence
 from kdmesh.weights.manifest import UpdatePolicy
 from tests.support.reference_logprobs import forward_logprobs, student

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.rpc.teacher_pool import TeacherPool
-from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.weights.services import TEACHERS
 from tests.support.reference_logprobs import student
 from tests.support.reference_vision import hugging_face_vision_rows
 from tests.support.relative_error import relative_error

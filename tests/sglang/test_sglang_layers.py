@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdmesh import errors
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import TokenSequence
 from tests.support.reference_rows import hugging_face_layers, hugging_face_rows
 from tests.support.relative_error import relative_error

@@ -18,7 +18,7 @@ import torch
 
 from kdmesh.errors import RpcError
 from kdmesh.handles.runtime_dir import runtime_dir
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.sequences import random_sequences
 from tests.support.sglang_teachers import sglang_environment, sglang_teacher, starting
 from tests.support.teacher_process import TeacherProcess

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.reference_rows import hugging_face_rows
 from tests.support.sequences import random_sequences
 from tests.support.sglang_teachers import free_port, starting

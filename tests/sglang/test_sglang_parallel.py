@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import TokenSequence
 from tests.support.reference_rows import hugging_face_rows
 from tests.support.sequences import random_sequences

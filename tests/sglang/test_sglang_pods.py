@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.chart_pods import mount, running
 from tests.support.reference_rows import hugging_face_rows
 from tests.support.rendered_chart import pods, rendered_with

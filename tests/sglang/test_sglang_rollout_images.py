@@ -12,8 +12,8 @@ import torch
 from kdmesh.errors import InvalidRequest
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
-from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import DType, Sample, Sampling, TokenSequence
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh_rollout.config import TransformersEngine as EmbeddedConfig

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.types import Sampling
 from tests.support.rollout_samples import prompt
 from tests.support.sglang_rollouts import scheduler, sglang_rollout, starting

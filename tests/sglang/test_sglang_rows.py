@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import TokenSequence
 from tests.support.reference_rows import hugging_face_rows
 from tests.support.relative_error import relative_error
@@ -118,7 +118,7 @@ def test_positions_inside_a_cached_prefix_get_their_rows(
 _HOLD_ROWS = """
 import sys, time
 import numpy as np
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import TokenSequence
 sequence = TokenSequence(token_ids=np.arange(9, dtype=np.int32), positions=np.arange(8, dtype=np.int32))
 pool = TeacherPool([sys.argv[1]], job="held", door="shm", move_after_s=1000)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.types import FinishReason, Sample, Sampling
 from kdmesh_rollout.config import TransformersEngine as EmbeddedConfig
 from kdmesh_rollout.engine import Order

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdmesh.rpc.teacher_pool import TeacherPool
-from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.weights.services import TEACHERS
 from kdmesh.weights.doors import DoorChoice
 from tests.support.reference_logprobs import student
 from tests.support.reference_rows import hugging_face_rows

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kdmesh.models.fingerprint import architecture_fingerprint
-from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.weight_sender import WeightSender
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import DType, Sample, Sampling
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import UpdatePolicy

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdmesh.losses import OutputHead
-from kdmesh.losses.labelled import ChunkLoss, ChunkRows, LabelledRows
+from kdmesh.losses.two_vocabularies.labelled import ChunkLoss, ChunkRows, LabelledRows
 from tests.support.textbook_losses import Transform
 
 Lengths = Sequence[tuple[int, int]]  # of each chunk: the student's rows, the teacher's; 0 rows of one: no chunk

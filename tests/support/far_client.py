@@ -17,7 +17,7 @@ from torch import Tensor
 from kdmesh.allocator import keep_freed_memory
 from kdmesh.auth.config import AccessConfig
 from kdmesh.errors import KdmeshError
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.teacher_requests import expected_rows, sequence
 
 ACCESS_VARIABLE = "FAR_CLIENT_ACCESS"

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from kdmesh.auth.config import AccessConfig
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
 from tests.support.certificates import replace
 
 JOB, OTHER, OPERATOR, VIEWER = ("token-of-a-job-1", "token-of-a-job-2", "token-of-an-operator", "token-of-a-viewer")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdmesh.rpc.retry import Deadline
-from kdmesh.rpc.rollout_client import Ask, RolloutClient
+from kdmesh.rpc.rollouts.client import Ask, RolloutClient
 from kdmesh.types import Int32Array, Sample, Sampling
 from kdmesh_rollout.fake_engine import START_SALT, token_at
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import yaml
 
-from kdmesh.rpc.rollout_client import RolloutClient
+from kdmesh.rpc.rollouts.client import RolloutClient
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh_rollout.config import FakeEngine, RolloutConfig

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from kdmesh.models.fingerprint import architecture_fingerprint, named_weights
 from kdmesh.models.placement import DTYPES
-from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.rpc.weight_services import ROLLOUTS, WeightService
+from kdmesh.rpc.weights.sender import WeightSender
+from kdmesh.rpc.weights.services import ROLLOUTS, WeightService
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from kdmesh.rpc.doors import DoorChoice
-from kdmesh.rpc.teacher_client import TeacherClient
+from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.doors import DoorChoice
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh_teacher.config import FakeEngine, TeacherConfig

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kdmesh.images import describe_image
-from kdmesh.models.image_reader import ImageReader, load_image_reader
+from kdmesh.models.images.reader import ImageReader, load_image_reader
 from kdmesh.types import PlacedImage, TokenSequence
 from tests.support.row_families import ROW_FAMILIES
 from tests.support.tiny_models import HYBRIDS as HYBRID_TEXTS

@@ -17,8 +17,8 @@ from kdmesh.losses import OutputHead, VocabularyShare, forward_kl
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
-from kdmesh.models.image_packing import Packer
-from kdmesh.models.image_reader import load_image_reader
+from kdmesh.models.images.packing import Packer
+from kdmesh.models.images.reader import load_image_reader
 from kdmesh.models.layer_outputs import captured, chosen_layers
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.dskd import DualSpaceKD

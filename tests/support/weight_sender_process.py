@@ -15,8 +15,8 @@ from typing import cast
 
 from torch import Tensor
 
-from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.rpc.weight_services import ROLLOUTS, TEACHERS
+from kdmesh.rpc.weights.sender import WeightSender
+from kdmesh.rpc.weights.services import ROLLOUTS, TEACHERS
 from kdmesh.types import DType
 from kdmesh.weights.doors import DoorChoice
 from tests.support.weight_targets import FINGERPRINT, random_weights

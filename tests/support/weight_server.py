@@ -19,10 +19,11 @@ from typing import Literal, NoReturn, TypeAlias, cast
 import torch
 
 from kdmesh.errors import Unavailable
-from kdmesh.rpc import codec, weight_source
+from kdmesh.rpc import codec
 from kdmesh.rpc.boundary import Context
 from kdmesh.rpc.server import serving
-from kdmesh.rpc.weight_updates import Apply, WeightUpdates
+from kdmesh.rpc.weights import source as weight_source
+from kdmesh.rpc.weights.updates import Apply, WeightUpdates
 from kdmesh.types import DType
 from kdmesh.v1 import rollout_pb2, weights_pb2
 from kdmesh.v1.rollout_pb2_grpc import RolloutServicer, add_RolloutServicer_to_server

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import FinishReason, Int32Array, Sampling
 from kdmesh_trainer.sources.order import step_order

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import TokenSequence
 from tests.system.conftest import Materials, Undisturbed
 from tests.system.processes import Processes

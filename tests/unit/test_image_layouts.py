@@ -17,8 +17,8 @@ from transformers.models.pixtral import image_processing_pil_pixtral as pil_pixt
 from kdmesh.errors import ConfigError, InvalidRequest
 from kdmesh.images import describe_image, expand_images
 from kdmesh.models.body import load_causal_lm
-from kdmesh.models.image_families import AXES_CLASSES, ROW_CLASSES
-from kdmesh.models.image_reader import load_image_reader
+from kdmesh.models.images.families import AXES_CLASSES, ROW_CLASSES
+from kdmesh.models.images.reader import load_image_reader
 from kdmesh.sglang.verified_images import images_refusal
 from tests.support.row_families import PATCH, ROW_FAMILIES, TILE
 from tests.support.tiny_vision import TinyVisionModels, png, reader_of

@@ -68,6 +68,8 @@ LAYER = {
     "kdmesh.preflight": 4,
 }
 STRANGERS = [("kdmesh.rpc", "kdmesh.losses"), ("kdmesh.losses", "kdmesh.rpc")]
+# Package of kdmesh.rpc -> those of kdmesh.rpc's packages that it may know.
+WITHIN_RPC: dict[str, set[str]] = {"fleet": set(), "weights": set(), "teachers": {"fleet"}, "rollouts": {"fleet"}}
 # What one hands to the other all the same: a value without behaviour of its own.
 SHARED = {"kdmesh.losses.head.OutputHead"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc"}
@@ -173,6 +175,16 @@ def test_strangers_stay_strangers(one: str, other: str) -> None:
         if module.unit == one:
             reached = {dotted for dotted in imports(module) if ours(dotted) == other}
             assert not reached - SHARED, module.name
+
+
+def test_the_packages_of_rpc_know_each_other_in_one_direction() -> None:
+    packages = {path.parent.name for path in (PACKAGES["kdmesh"] / "rpc").glob("*/__init__.py")}
+    assert packages == set(WITHIN_RPC)
+    for module in modules():
+        if module.name.startswith("kdmesh.rpc."):
+            inside = module.name.split(".")[2]
+            reached = {dotted.split(".")[2] for dotted in imports(module) if ours(dotted) == "kdmesh.rpc"} & packages
+            assert reached - {inside} <= WITHIN_RPC.get(inside, set()), module.name
 
 
 def test_grpc_is_known_only_to_rpc_and_servicers() -> None:

@@ -74,7 +74,7 @@ def test_other_ranks_and_libraries_speak_only_from_warning(capsys: pytest.Captur
 def test_what_all_ranks_wait_for_is_said_by_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (3, 0):
         log.configure("trainer", rank=rank, pretty=False)
-        logging.getLogger("kdmesh.rpc.told_waiting").warning("waiting for a server")
+        logging.getLogger("kdmesh.rpc.fleet.told_waiting").warning("waiting for a server")
     assert [line["rank"] for line in lines(capsys)] == [0]
 
 

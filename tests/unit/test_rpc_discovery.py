@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from kdmesh.rpc.discovery import Discovery, resolve
+from kdmesh.rpc.fleet.discovery import Discovery, resolve
 
 
 async def test_this_machine_s_names_are_resolved_to_host_and_port() -> None:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from kdmesh.errors import EngineFailure
-from kdmesh.rpc.hedging import hedged
+from kdmesh.rpc.fleet.hedging import hedged
 
 
 class Asked:

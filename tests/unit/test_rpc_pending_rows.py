@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kdmesh.errors import InvalidRequest, Unavailable
-from kdmesh.rpc.pending_rows import ArrivedRows, PendingRows
-from kdmesh.rpc.teacher_client import TeacherRows
+from kdmesh.rpc.teachers.client import TeacherRows
+from kdmesh.rpc.teachers.pending_rows import ArrivedRows, PendingRows
 
 Future = concurrent.futures.Future[ArrivedRows]
 

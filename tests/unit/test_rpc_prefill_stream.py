@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdmesh.errors import RpcError
-from kdmesh.rpc.prefill_stream import PrefillStream
+from kdmesh.rpc.teachers.prefill_stream import PrefillStream
 from kdmesh.types import TokenSequence
 from kdmesh.v1 import common_pb2
 from kdmesh.v1 import teacher_pb2 as pb

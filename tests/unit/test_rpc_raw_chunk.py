@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdmesh.errors import InvalidRequest, Unavailable
-from kdmesh.rpc import raw_chunk
+from kdmesh.rpc.teachers import raw_chunk
 from kdmesh.v1.teacher_pb2 import ReadHandleChunk
 
 SIZES = st.sampled_from([1, 2, 127, 128, 129, 16383, 16384, 16385, 2**20, raw_chunk.MAX_BYTES])

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.rpc import rollout_codec
-from kdmesh.rpc.rollout_fleet import _runs
+from kdmesh.rpc.rollouts import codec as rollout_codec
+from kdmesh.rpc.rollouts.fleet import _runs
 from kdmesh.tokens import digest
 from kdmesh.types import DType, FinishReason, RolloutDescription, Sample, Sampling, TokenSequence
 from kdmesh.v1 import rollout_pb2 as pb

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from kdmesh.rpc.routing import Router, RoutingPolicy
-from kdmesh.rpc.sent_tokens import SentTokens
+from kdmesh.rpc.fleet.routing import Router, RoutingPolicy
+from kdmesh.rpc.fleet.sent_tokens import SentTokens
 from kdmesh.types import ServerLoad
 
 LONG_AGO_S = -1000.0  # joined then, a server is no new one at 0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdmesh.errors import InvalidRequest
-from kdmesh.rpc.splitting import split
+from kdmesh.rpc.teachers.splitting import split
 from tests.support.teacher_requests import sequence
 from tests.unit.test_rpc_codec import MODEL
 

@@ -20,8 +20,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from kdmesh.errors import DataError, InvalidRequest
 from kdmesh.images import data_url, decoded, describe_image, encoded, image_digest
-from kdmesh.models.image_layouts import Sight
-from kdmesh.models.image_reader import ImageReader, load_image_reader
+from kdmesh.models.images.layouts import Sight
+from kdmesh.models.images.reader import ImageReader, load_image_reader
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.builders.vision import no_images
 from kdmesh_trainer.config import TrainerConfig

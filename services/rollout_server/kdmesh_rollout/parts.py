@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdmesh.rpc.weight_updates import WeightUpdates
+from kdmesh.rpc.weights.updates import WeightUpdates
 from kdmesh.serving.images import ImageStore
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_state import JobState, job_states

@@ -15,9 +15,10 @@ import grpc
 
 from kdmesh.errors import DeadlineExpired, InvalidRequest, RpcError, Unavailable
 from kdmesh.images import ImagesMissing
-from kdmesh.rpc import codec, failure, rollout_codec
+from kdmesh.rpc import codec, failure
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
+from kdmesh.rpc.rollouts import codec as rollout_codec
 from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_table import check_name

@@ -15,7 +15,7 @@ import numpy as np
 from kdmesh.errors import EngineFailure
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
-from kdmesh.models.image_reader import ImageReader, load_image_reader
+from kdmesh.models.images.reader import ImageReader, load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.serving.revival import RestartLimits
 from kdmesh.sglang import sleep

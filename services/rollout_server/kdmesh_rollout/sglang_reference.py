@@ -11,8 +11,8 @@ from torch import Tensor
 from kdmesh.errors import EngineFailure
 from kdmesh.images import after_first_token, noise_image
 from kdmesh.models.forward import hidden_states_TD
-from kdmesh.models.image_packing import Packer
-from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.images.packing import Packer
+from kdmesh.models.images.reader import ImageReader
 from kdmesh.sglang.reference import transformers_model
 from kdmesh.sglang.runtime import SglangRuntime
 from kdmesh.types import Int32Array, PlacedImage, Sample, Sampling, TokenSequence

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from kdmesh.models.placement import gpu
-from kdmesh.rpc.weight_updates import WeightUpdates
+from kdmesh.rpc.weights.updates import WeightUpdates
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.images import ImageStore

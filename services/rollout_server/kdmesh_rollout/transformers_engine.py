@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdmesh.errors import Unavailable
 from kdmesh.losses.head import OutputHead
 from kdmesh.losses.workspace import Workspace
-from kdmesh.models.decoding import Decoder, prepare_decoding
+from kdmesh.models.decoding.decoder import Decoder, prepare_decoding
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
-from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.images.reader import ImageReader
 from kdmesh.models.placement import DTYPES
 from kdmesh.models.positions import safe_limit
 from kdmesh.models.replaceable import ReplaceableWeights

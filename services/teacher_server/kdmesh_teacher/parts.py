@@ -21,8 +21,8 @@ from kdmesh_teacher.config import TeacherJobTerms
 from kdmesh_teacher.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from kdmesh.rpc.row_carrier import RowCarrier
-    from kdmesh.rpc.weight_updates import WeightUpdates
+    from kdmesh.rpc.teachers.row_carrier import RowCarrier
+    from kdmesh.rpc.weights.updates import WeightUpdates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

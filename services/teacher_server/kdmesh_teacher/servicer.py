@@ -17,10 +17,11 @@ import grpc
 from kdmesh.errors import EngineFailure, HandleGone, InvalidRequest, ModelMismatch, RpcError
 from kdmesh.handles.store import SlabStore
 from kdmesh.images import ImagesMissing
-from kdmesh.rpc import codec, failure, raw_chunk, row_chunks
+from kdmesh.rpc import codec, failure
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
-from kdmesh.rpc.row_client import Client
+from kdmesh.rpc.teachers import raw_chunk, row_chunks
+from kdmesh.rpc.teachers.row_client import Client
 from kdmesh.serving import sleep_rpcs
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_table import check_name

@@ -16,7 +16,7 @@ from kdmesh.errors import EngineFailure
 from kdmesh.handles.memory import Segment, create_segment
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
-from kdmesh.models.image_reader import ImageReader, load_image_reader
+from kdmesh.models.images.reader import ImageReader, load_image_reader
 from kdmesh.models.layer_outputs import numbered_layers
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.serving.revival import RestartLimits

@@ -18,8 +18,8 @@ from kdmesh.images import after_first_token, noise_image
 from kdmesh.losses.head import OutputHead
 from kdmesh.models.body import hidden_states_TD
 from kdmesh.models.checkpoint import Checkpoint
-from kdmesh.models.image_packing import Packer
-from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.images.packing import Packer
+from kdmesh.models.images.reader import ImageReader
 from kdmesh.models.layer_outputs import captured, numbered_layers
 from kdmesh.sglang.reference import transformers_model
 from kdmesh.types import TokenSequence

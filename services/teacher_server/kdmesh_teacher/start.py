@@ -36,8 +36,8 @@ from kdmesh_teacher.scheduler import QueueLimits, Scheduler
 from kdmesh_teacher.served import FIRST_VERSION, first_weights
 
 if TYPE_CHECKING:
-    from kdmesh.rpc.row_carrier import RowCarrier
-    from kdmesh.rpc.weight_updates import WeightUpdates
+    from kdmesh.rpc.teachers.row_carrier import RowCarrier
+    from kdmesh.rpc.weights.updates import WeightUpdates
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _updates(
     if not model.architecture_fingerprint:
         return None
     from kdmesh.models.placement import gpu
-    from kdmesh.rpc.weight_updates import WeightUpdates
+    from kdmesh.rpc.weights.updates import WeightUpdates
 
     assert isinstance(engine, UpdatableEngine)
     updates = WeightUpdates(
@@ -151,7 +151,7 @@ def _carrier(config: TeacherConfig, store: SlabStore) -> RowCarrier | None:
     if not config.server.groups:
         return None
     from kdmesh.models.placement import gpu
-    from kdmesh.rpc.row_carrier import RowCarrier
+    from kdmesh.rpc.teachers.row_carrier import RowCarrier
 
     return RowCarrier(store, gpu(config.engine.device) if isinstance(config.engine, TransformersEngine) else None)
 

@@ -13,8 +13,8 @@ from kdmesh.models.attention import varlen_refusal
 from kdmesh.models.body import hidden_states_TD
 from kdmesh.models.fingerprint import architecture_fingerprint, model_fingerprint
 from kdmesh.models.head import head_spec, output_head
-from kdmesh.models.image_packing import Packer
-from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.images.packing import Packer
+from kdmesh.models.images.reader import ImageReader
 from kdmesh.models.layer_outputs import captured, numbered_layers
 from kdmesh.models.placement import DTYPES
 from kdmesh.models.positions import safe_limit, stated_limit

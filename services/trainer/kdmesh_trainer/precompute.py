@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kdmesh.errors import ConfigError
-from kdmesh.rpc.pending_rows import PendingRows
-from kdmesh.rpc.splitting import split
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.pending_rows import PendingRows
+from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.teachers.splitting import split
 from kdmesh.tokens import digest
 from kdmesh.types import CacheAnswer, TokenSequence
 from kdmesh_trainer import config

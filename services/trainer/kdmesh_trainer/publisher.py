@@ -16,7 +16,7 @@ from torch import Tensor
 from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch
 from kdmesh.models.element_types import element_types
 from kdmesh.models.placement import DTYPES
-from kdmesh.rpc.weight_services import ServedWeights
+from kdmesh.rpc.weights.services import ServedWeights
 from kdmesh.types import DType
 from kdmesh.weights.manifest import BASE_BYTES, AdapterSpec, LowRankSpec, TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
@@ -32,7 +32,7 @@ _DONE = -1
 
 
 class Sender(Protocol):
-    """Who carries the bytes; a kdmesh.rpc.weight_sender.WeightSender is one."""
+    """Who carries the bytes; a kdmesh.rpc.weights.sender.WeightSender is one."""
 
     def describe(self) -> tuple[ServedWeights, ...]:
         """What each server serves now. Blocks."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from kdmesh.chats.chat_rows import TeacherColumns
 from kdmesh.errors import ConfigError
 from kdmesh.losses import Divergence, SampledDivergence
-from kdmesh.models.image_reader import ImageReader
+from kdmesh.models.images.reader import ImageReader
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm

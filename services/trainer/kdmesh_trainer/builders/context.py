@@ -6,9 +6,9 @@ from transformers import AutoConfig
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.directory import check_model_directory
+from kdmesh.models.images.vision import reads_images
 from kdmesh.models.positions import ROPE_BY_LENGTH, rope_types
 from kdmesh.models.recurrent import is_recurrent
-from kdmesh.models.vision import reads_images
 from kdmesh_trainer.config import TrainerConfig
 
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kdmesh.chats.chat_rows import TEXT_ALONE
 from kdmesh.chats.image_files import ImageColumn
-from kdmesh.models.image_reader import ImageReader
-from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.models.images.reader import ImageReader
+from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.types import TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.builders.rollouts import Rollouts

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kdmesh.errors import DataError
 from kdmesh.models.ends import stop_token_ids
-from kdmesh.rpc.needs import Needs
-from kdmesh.rpc.rollout_pool import RolloutPool
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.teachers.needs import Needs
 from kdmesh.types import Int32Array, PlacedImage, Sampling, TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.builders.rollouts import Rollouts

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kdmesh.errors import ConfigError
-from kdmesh.rpc.rollout_pool import RolloutPool
-from kdmesh.rpc.weight_sender import Addresses, WeightSender
+from kdmesh.rpc.rollouts.pool import RolloutPool
+from kdmesh.rpc.weights.sender import Addresses, WeightSender
 from kdmesh.weights.buckets import bucket_size
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer.config import OnPolicy, TrainerConfig

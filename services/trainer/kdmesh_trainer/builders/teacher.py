@@ -7,10 +7,10 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from kdmesh.rpc.routing import RoutingPolicy
-from kdmesh.rpc.teacher_pool import TeacherPool
-from kdmesh.rpc.weight_sender import WeightSender
-from kdmesh.rpc.weight_services import TEACHERS
+from kdmesh.rpc.fleet.routing import RoutingPolicy
+from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.weights.sender import WeightSender
+from kdmesh.rpc.weights.services import TEACHERS
 from kdmesh.weights.buckets import bucket_size
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer import config

@@ -10,9 +10,9 @@ import torch
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses import OutputHead
-from kdmesh.rpc.needs import Needs
-from kdmesh.rpc.pending_rows import PendingRows
-from kdmesh.rpc.teacher_pool import TeacherPool
+from kdmesh.rpc.teachers.needs import Needs
+from kdmesh.rpc.teachers.pending_rows import PendingRows
+from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.builders.teacher import Teacher, open_teacher
 from kdmesh_trainer.config import TeacherConfig, TrainerConfig

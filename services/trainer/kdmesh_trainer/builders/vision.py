@@ -9,11 +9,11 @@ from transformers import AutoConfig, PreTrainedModel
 from kdmesh.chats.image_files import NoImages
 from kdmesh.errors import ConfigError
 from kdmesh.models.directory import check_model_directory
-from kdmesh.models.image_families import UNREAD
-from kdmesh.models.image_packing import Packer
-from kdmesh.models.image_reader import ImageReader, load_image_reader
+from kdmesh.models.images.families import UNREAD
+from kdmesh.models.images.packing import Packer
+from kdmesh.models.images.reader import ImageReader, load_image_reader
+from kdmesh.models.images.vision import has_axes, reads_images, unused_vision
 from kdmesh.models.verify import check_images
-from kdmesh.models.vision import has_axes, reads_images, unused_vision
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.readers import TEXT_STUDENT
 from kdmesh_trainer.student import freezing

@@ -31,8 +31,8 @@ from kdmesh.losses.footprint import Footprint, loss_footprint, slice_footprint
 from kdmesh.models.body import empty_causal_lm
 from kdmesh.models.context import ContextGroup
 from kdmesh.models.head import output_head
+from kdmesh.models.images.vision import reads_images
 from kdmesh.models.packing import PackedTokens, pack, slice_of
-from kdmesh.models.vision import reads_images
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.memory.job import Job, TeacherHead
 from kdmesh_trainer.memory.live_bytes import LiveBytes

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import PreTrainedModel
 
 from kdmesh.losses import FusedLoss, OutputHead
-from kdmesh.models.image_reader import load_image_reader
-from kdmesh.models.vision import has_axes, unused_vision, vision_parts
+from kdmesh.models.images.reader import load_image_reader
+from kdmesh.models.images.vision import has_axes, unused_vision, vision_parts
 from kdmesh_trainer.student.model import RowLoss, decoder_layers
 
 SmallImage: TypeAlias = Mapping[str, Tensor | list[Any]]

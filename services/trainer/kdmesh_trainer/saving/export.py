@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from kdmesh.errors import CheckpointError
 from kdmesh.models.checkpoint import stored_tensors
 from kdmesh.models.element_types import element_types
-from kdmesh.models.vision import auto_class
+from kdmesh.models.images.vision import auto_class
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.saving.files import replacing
 from kdmesh_trainer.student.model import Student, release

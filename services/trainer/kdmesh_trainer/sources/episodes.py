@@ -15,7 +15,7 @@ import numpy as np
 from kdmesh.chats.chat_rows import Message
 from kdmesh.errors import EnvironmentFailed
 from kdmesh.rpc.background_loop import BackgroundLoop
-from kdmesh.rpc.pending_samples import PendingSamples
+from kdmesh.rpc.rollouts.pending_samples import PendingSamples
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import FinishReason, Float32Array, Int32Array, PlacedImage, Sample, Sampling
 from kdmesh_trainer.data.sides import Question
@@ -35,7 +35,7 @@ class ArrivingTurn(Protocol):
 
 
 class TurnService(Protocol):
-    """Where turns come from; a kdmesh.rpc.rollout_pool.RolloutPool is one."""
+    """Where turns come from; a kdmesh.rpc.rollouts.pool.RolloutPool is one."""
 
     def submit(
         self,

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.vision import vision_parts
+from kdmesh.models.images.vision import vision_parts
 from kdmesh.parameter_names import is_meant, names_nothing
 
 if TYPE_CHECKING:

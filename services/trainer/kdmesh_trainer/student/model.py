@@ -24,7 +24,7 @@ from kdmesh.models.element_types import parameters_in_float32
 from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.head import output_head
-from kdmesh.models.image_packing import Packer
+from kdmesh.models.images.packing import Packer
 from kdmesh.models.layer_outputs import captured, chosen_layers
 from kdmesh.models.packing import PackedTokens, slice_of, slices_of
 from kdmesh.types import TokenSequence

@@ -16,8 +16,8 @@ from kdmesh.errors import ConfigError
 from kdmesh.models.checkpoint import stored_tensors
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.element_types import parameters_in_float32
+from kdmesh.models.images.vision import reads_images
 from kdmesh.models.recurrent import is_recurrent
-from kdmesh.models.vision import reads_images
 from kdmesh.parameter_names import is_meant, names_nothing
 from kdmesh_trainer.student.fake_quantization import Rounding, compute_rounded
 from kdmesh_trainer.student.linear_modules import linear_modules

@@ -1,0 +1,1 @@
+"""The fused loss's Triton kernels."""

@@ -1,0 +1,1 @@
+"""The fused loss of a vocabulary whose parts are on several ranks."""

@@ -1,0 +1,1 @@
+"""Losses between models that have two tokenizers."""

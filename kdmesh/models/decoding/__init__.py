@@ -1,0 +1,1 @@
+"""A model run token by token."""

@@ -1,0 +1,1 @@
+"""Samples of rollout servers: asked for, and as messages."""

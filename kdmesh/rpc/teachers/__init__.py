@@ -1,0 +1,1 @@
+"""Rows of a teacher's servers: asked for, sent and taken."""

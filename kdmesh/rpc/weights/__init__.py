@@ -1,0 +1,1 @@
+"""A new student's weights on their way to servers."""
