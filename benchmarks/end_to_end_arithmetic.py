@@ -12,10 +12,10 @@ from kdmesh.losses import build_divergence, fused_linear_divergence
 from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.head import output_head
 from kdmesh.models.packing import pack
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.data.sequences import load_sequences
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig
 
 _GEMM = (1024, 512, 2048)  # rows, inner, columns: about the size of the models' own

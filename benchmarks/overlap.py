@@ -30,7 +30,7 @@ from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import DType, Sampling, TokenSequence
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
-from kdmesh_trainer.data.sides import Prompt
+from kdmesh_trainer.data.encoding.sides import Prompt
 from kdmesh_trainer.loop import Parts, Schedule, run
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.sources.batches import StepBatch

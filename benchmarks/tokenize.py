@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.measure import finish, say, table
-from kdmesh_trainer.data.readers import open_files
-from kdmesh_trainer.data.recipe import EncoderRecipe
+from kdmesh_trainer.data.encoding.recipe import EncoderRecipe
+from kdmesh_trainer.data.files.readers import open_files
+from kdmesh_trainer.data.kept.token_cache import TokenCache
 from kdmesh_trainer.data.sequences import load_sequences
-from kdmesh_trainer.data.token_cache import TokenCache
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig
 
 _MIB = 2**20

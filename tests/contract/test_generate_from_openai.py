@@ -16,7 +16,7 @@ from kdmesh.commands import cli
 from kdmesh.errors import ConfigError
 from kdmesh.images import encoded, noise_image
 from kdmesh.openai import client
-from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
 from tests.support.certificates import CertificateAuthority
 from tests.support.openai_runs import answers, asked_again_soon, four_prompts, report, rows, run, words, write

@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from kdmesh.commands import cli
-from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
 from tests.support.copies import serving
 from tests.support.teacher_process import TeacherProcess, await_ready

@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.data import pieces, token_cache, tokenising
-from kdmesh_trainer.data.piece import Piece
+from kdmesh_trainer.data.files import pieces
+from kdmesh_trainer.data.files.piece import Piece
+from kdmesh_trainer.data.kept import token_cache, tokenising
 from kdmesh_trainer.sections.data_config import DataConfig
 from tests.support.chat_tokenizers import chat_tokenizer
 from tests.support.token_caches import SMALL_PIECES_BYTES, entries, files_of, make_cache, octets

@@ -31,7 +31,7 @@ from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.digests import digest
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.publisher import StudentPublisher
 from kdmesh_trainer.saving.export import HuggingFaceExporter

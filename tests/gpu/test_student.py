@@ -21,8 +21,8 @@ from kdmesh.models.attention import packed_attention
 from kdmesh.models.images.packing import Packer
 from kdmesh.models.packing import PackedTokens, moved
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.objectives.head import TeacherHead
 from kdmesh_trainer.optimization.adamw import build_adamw
 from kdmesh_trainer.student.compiled_layers import compile_layers
 from kdmesh_trainer.student.model import Student, begin_micro_batch, release, shard

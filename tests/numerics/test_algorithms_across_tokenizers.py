@@ -19,11 +19,11 @@ from kdmesh.losses import ChunkRows, FusedLoss, LabelledRows, MixedTeacher, Outp
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.build import resolve_algorithm
 from kdmesh_trainer.algorithms.seam import Setup, StudentRows, Terms
-from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.data.sides import InChunks
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
-from kdmesh_trainer.head import Target
-from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.data.encoding.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.encoding.sides import InChunks
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.objectives.head import Target
+from kdmesh_trainer.objectives.objective import Distillation
 from kdmesh_trainer.sections.algorithm_config import AlgorithmConfig, ByRank, ChunkLikelihood, Hybrid
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 from tests.support.chunk_cases import ChunkInputs, TextbookEnds, expected, expected_debiased, likelihood

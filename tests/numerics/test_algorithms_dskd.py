@@ -14,8 +14,8 @@ from kdmesh.losses import FusedLoss, OutputHead, forward_kl, reverse_kl
 from kdmesh_trainer.algorithms.dskd import DualSpaceKD
 from kdmesh_trainer.algorithms.projection import logit_preserving_map
 from kdmesh_trainer.algorithms.seam import Setup, StudentRows, Terms
-from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.objectives.head import TeacherHead
+from kdmesh_trainer.objectives.objective import Distillation
 from kdmesh_trainer.sources.batches import PanelPart, PanelRows
 from tests.support import textbook_losses as textbook
 from tests.support.tensor_watch import SavedTensors, TensorWatch

@@ -12,8 +12,8 @@ from kdmesh.losses import OutputHead, reverse_kl
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.dskd_attention import AttendingDualSpaceKD
 from kdmesh_trainer.algorithms.seam import LossRows, Setup, Terms
-from kdmesh_trainer.data.sides import Chunks, InChunks
-from kdmesh_trainer.head import TeacherHead
+from kdmesh_trainer.data.encoding.sides import Chunks, InChunks
+from kdmesh_trainer.objectives.head import TeacherHead
 from kdmesh_trainer.sources.batches import PanelPart, PanelRows
 from tests.support import textbook_losses as textbook
 from tests.support.trainer_parts import Rows

@@ -10,8 +10,8 @@ from torch import Tensor
 from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.losses import OutputHead, forward_kl
 from kdmesh_trainer.algorithms.seam import StudentRows, Terms
-from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.objectives.head import TeacherHead
+from kdmesh_trainer.objectives.objective import Distillation
 from kdmesh_trainer.sources.batches import PanelPart, PanelRows
 from tests.support import textbook_losses as textbook
 

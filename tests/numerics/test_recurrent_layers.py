@@ -20,7 +20,7 @@ from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.decoding.decoder import Decoder, prepare_decoding
 from kdmesh.models.packing import pack
 from kdmesh.models.recurrent import RECURRENT_LAYERS
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.mesh import joined
 from kdmesh_trainer.saving.export import HuggingFaceExporter
 from kdmesh_trainer.student.model import Student

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
+from kdmesh.models.decoding.decoder import Decoder
 from kdmesh.models.fingerprint import named_weights
 from kdmesh.types import FinishReason, Int32Array, Sample, Sampling
 from kdmesh_rollout import config
@@ -300,13 +301,12 @@ def test_memory_for_keys_grows_with_what_is_decoded(family: str, tiny_models: Ti
 def test_a_model_that_keeps_a_state_of_its_own_is_refused(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kdmesh.models.decoding import decoder as decoding
 
-    original = decoding.Decoder.advance
+    original = Decoder.advance
 
-    def forgetful(self: decoding.Decoder, token_ids: Sequence[int]) -> torch.Tensor:
+    def forgetful(self: Decoder, token_ids: Sequence[int]) -> torch.Tensor:
         return original(self, [0] * len(token_ids))
 
-    monkeypatch.setattr(decoding.Decoder, "advance", forgetful)
+    monkeypatch.setattr(Decoder, "advance", forgetful)
     with pytest.raises(ConfigError, match="cannot be sampled from: decoded token by token, its hidden states are"):
         engine(tiny_models.path())

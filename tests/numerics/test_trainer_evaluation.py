@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.evaluate import HeldOutEvaluator
-from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objectives.head import TeacherHead
 from kdmesh_trainer.saving.export import HuggingFaceExporter
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.stop import AgreedStop, Stopping, StopSignals

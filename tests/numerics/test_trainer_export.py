@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kdmesh.errors import CheckpointError
 from kdmesh.models.body import load_causal_lm
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.mesh import joined
 from kdmesh_trainer.saving.export import HuggingFaceExporter
 from kdmesh_trainer.student.model import Student

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from kdmesh.errors import ConfigError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.evaluate import HeldOutEvaluator
-from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objectives.head import TeacherHead
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sections.parallel_config import Gather

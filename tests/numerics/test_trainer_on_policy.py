@@ -17,8 +17,8 @@ from kdmesh.losses import FusedLoss
 from kdmesh.tokens import digest
 from kdmesh.types import Sample, TokenSequence
 from kdmesh_trainer.evaluate import HeldOutEvaluator
-from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objectives.head import TeacherHead
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.rollouts import Rollout
 from kdmesh_trainer.stats import SampleScores

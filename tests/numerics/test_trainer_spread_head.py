@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from kdmesh.models.head import output_head
 from kdmesh_trainer.evaluate import HeldOutEvaluator
-from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objectives.head import TeacherHead
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sections.parallel_config import Gather
 from kdmesh_trainer.student.model import Student

@@ -18,11 +18,11 @@ from kdmesh.losses.build import build_divergence
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.seam import LossRows, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
-from kdmesh_trainer.head import Target
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.objective import CrossEntropy
+from kdmesh_trainer.objectives.head import Target
+from kdmesh_trainer.objectives.objective import CrossEntropy
+from kdmesh_trainer.objectives.spread import spread
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
-from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.student.weights import whole
 from tests.support.tiny_models import TinyModels

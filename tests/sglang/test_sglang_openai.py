@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kdmesh.commands import cli
-from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
 from tests.support.sglang_teachers import free_port, sglang_environment
 from tests.support.teacher_process import started

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import KdmeshError
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.continuation import Continuation
-from kdmesh_trainer.data.sides import Prompt, Question
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.continuation import Continuation
+from kdmesh_trainer.data.encoding.sides import Prompt, Question
 from kdmesh_trainer.sections.environment_config import EnvironmentConfig
 from kdmesh_trainer.sources.environment import Environment, Respond
 from kdmesh_trainer.sources.episodes import Episodes

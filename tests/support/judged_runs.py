@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kdmesh.tokens import digest
 from kdmesh.types import Int32Array, TokenSequence
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.judge import Judge
 from kdmesh_trainer.sources.rollouts import Rollout, Verdict

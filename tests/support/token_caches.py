@@ -15,12 +15,13 @@ from typing import Any
 
 from kdmesh.chats.chat_rows import NO_COLUMNS, TeacherColumns
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data import pieces, token_cache
-from kdmesh_trainer.data.piece import Piece
-from kdmesh_trainer.data.readers import ChatFiles, open_files
-from kdmesh_trainer.data.recipe import Encoder, EncoderRecipe
-from kdmesh_trainer.data.token_cache import TokenCache
-from kdmesh_trainer.data.tokenising import Taken, Work, tokenised
+from kdmesh_trainer.data.encoding.recipe import Encoder, EncoderRecipe
+from kdmesh_trainer.data.files import pieces
+from kdmesh_trainer.data.files.piece import Piece
+from kdmesh_trainer.data.files.readers import ChatFiles, open_files
+from kdmesh_trainer.data.kept import token_cache
+from kdmesh_trainer.data.kept.token_cache import TokenCache
+from kdmesh_trainer.data.kept.tokenising import Taken, Work, tokenised
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig
 
 SMALL_PIECES_BYTES = 2000

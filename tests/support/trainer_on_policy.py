@@ -14,7 +14,7 @@ import torch
 from kdmesh.batching import plan_step, shortest_first
 from kdmesh.tokens import digest
 from kdmesh.types import Int32Array, Sampling
-from kdmesh_trainer.data.sides import Prompt
+from kdmesh_trainer.data.encoding.sides import Prompt
 from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig

@@ -26,10 +26,11 @@ from kdmesh_trainer.algorithms.layer_distance import LayerDistance
 from kdmesh_trainer.algorithms.seam import Algorithm, Setup, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.builders.layers import trained_beside
-from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.layered_objective import WithLayers
 from kdmesh_trainer.mesh import Mesh, device_mesh
-from kdmesh_trainer.objective import Distillation, Objective
+from kdmesh_trainer.objectives.head import TeacherHead
+from kdmesh_trainer.objectives.layered import WithLayers
+from kdmesh_trainer.objectives.objective import Distillation, Objective
+from kdmesh_trainer.objectives.spread import spread
 from kdmesh_trainer.optimization.optimizer import optimizer_over
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
@@ -38,7 +39,6 @@ from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
 from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.row_queue import RowService
-from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.step import GradientStepper
 from kdmesh_trainer.student.compiled_layers import compile_layers
 from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16

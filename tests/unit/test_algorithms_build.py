@@ -20,8 +20,8 @@ from kdmesh_trainer.algorithms.build import resolve_algorithm
 from kdmesh_trainer.algorithms.seam import LossRows, Setup, StudentRows, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.head import TeacherHead
-from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.objectives.head import TeacherHead
+from kdmesh_trainer.objectives.objective import Distillation
 from kdmesh_trainer.sections.algorithm_config import AlgorithmConfig, CustomAlgorithm, VanillaKD
 from tests.support.trainer_parts import Rows
 

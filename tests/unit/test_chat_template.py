@@ -13,8 +13,8 @@ from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.chats.chat_template import TemplateSetting, with_settings
 from kdmesh.errors import ConfigError
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.teacher_context import build_encoder
-from kdmesh_trainer.data.templated import student_tokenizer, teacher_tokenizer
+from kdmesh_trainer.data.encoding.teacher_context import build_encoder
+from kdmesh_trainer.data.encoding.templated import student_tokenizer, teacher_tokenizer
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig, OtherTokenizer
 from tests.support.chat_tokenizers import chat_tokenizer
 

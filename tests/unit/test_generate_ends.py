@@ -11,8 +11,8 @@ from kdmesh.answering.chat_tokens import ChatTokens
 from kdmesh.answering.prompt_rows import Asked
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.models.ends import stop_token_ids
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.turns import Unusable
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.turns import Unusable
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 
 

@@ -15,8 +15,8 @@ from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, MixedTeacher, OutputHead, SampledDivergence, build_divergence
 from kdmesh_trainer.algorithms.seam import StudentRows, Terms
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.head import Target
-from kdmesh_trainer.objective import Distillation
+from kdmesh_trainer.objectives.head import Target
+from kdmesh_trainer.objectives.objective import Distillation
 from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill, DivergenceConfig, Ramp
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 

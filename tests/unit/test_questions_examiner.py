@@ -15,7 +15,7 @@ import pytest
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import CheckpointError, DeadlineExpired, EngineFailure, ModelMismatch
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.devices import OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.answer_files import AnswerFiles, EarlyAnswers

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.questions.matchers import build_matcher, last_number, refuse_unfit_answers
 from kdmesh_trainer.sections.questions_config import MatchConfig
 

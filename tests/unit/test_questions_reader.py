@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from kdmesh.chats.chat_rows import TEXT_ALONE
 from kdmesh.errors import DataError
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.questions.exam import Exam, read_exam
 from kdmesh_trainer.questions.reader import read_questions
 from kdmesh_trainer.sections.questions_config import QuestionsConfig

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from kdmesh_trainer.data import reading_progress
-from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.data.prompts import PromptPolicy, load_prompts
-from kdmesh_trainer.data.readers import open_dataset
 from kdmesh_trainer.data.sequences import load_sequences
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig
 from tests.support.chat_tokenizers import chat_tokenizer

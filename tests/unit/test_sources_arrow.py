@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.data import arrow_files
-from kdmesh_trainer.data.pieces import pieces_of, rows_of, size_of
-from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.files import arrow_files
+from kdmesh_trainer.data.files.pieces import pieces_of, rows_of, size_of
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile
 from tests.support.saved_datasets import save_to_disk, write_stream
 

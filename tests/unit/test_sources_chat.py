@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from kdmesh.chats.chat_rows import Chat, Message, chat_from_row
 from kdmesh.errors import ConfigError
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.chat import ChatEncoder, read_template
-from kdmesh_trainer.data.turns import Reason, Unusable
+from kdmesh_trainer.data.encoding.chat import ChatEncoder, read_template
+from kdmesh_trainer.data.encoding.turns import Reason, Unusable
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 
 FORMS = ("byte_level", "metaspace")

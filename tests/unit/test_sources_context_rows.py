@@ -16,7 +16,7 @@ from kdmesh.errors import ModelMismatch
 from kdmesh.models.context import ContextGroup
 from kdmesh.models.packing import pack, slice_of
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.sides import InContext, addressed, teacher_side
+from kdmesh_trainer.data.encoding.sides import InContext, addressed, teacher_side
 from kdmesh_trainer.sources.batches import PanelRows
 from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.panel import Panel

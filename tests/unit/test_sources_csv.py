@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.data import csv_files
-from kdmesh_trainer.data.pieces import pieces_of, rows_of, size_of
-from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.files import csv_files
+from kdmesh_trainer.data.files.pieces import pieces_of, rows_of, size_of
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, TextFile
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from kdmesh.errors import EngineFailure, EnvironmentFailed
 from kdmesh.tokens import digest
 from kdmesh.types import Sample
-from kdmesh_trainer.data.sides import Prompt
+from kdmesh_trainer.data.encoding.sides import Prompt
 from kdmesh_trainer.sections.judge_config import JudgeConfig
 from kdmesh_trainer.sources.environment import Respond
 from kdmesh_trainer.sources.episodes import Episodes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh_trainer.data.file_digests import FileDigests
+from kdmesh_trainer.data.files.file_digests import FileDigests
 
 
 def test_a_digest_is_kept_until_its_file_changes(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from kdmesh.errors import ConfigError, DataError
 from kdmesh.preflight import check
 from kdmesh.types import Image, TokenSequence
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.data import pieces
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.held_out_rows import is_held_out
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.recipe import Encoder
+from kdmesh_trainer.data.files import pieces
+from kdmesh_trainer.data.files.held_out_rows import is_held_out
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.data.prompts import PromptPolicy
-from kdmesh_trainer.data.readers import open_dataset
-from kdmesh_trainer.data.recipe import Encoder
 from kdmesh_trainer.data.sequences import load_sequences
 from kdmesh_trainer.data.training_data import TrainingData
 from kdmesh_trainer.sections.data_config import DataConfig

@@ -25,10 +25,10 @@ from kdmesh.models.images.reader import ImageReader, load_image_reader
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.builders.vision import no_images
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.data.sequences import load_sequences
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig, ImagesConfig
 from tests.support.tiny_vision import TinyVisionModels, png, reader_of, save_image_processor
 from tests.support.tiny_vision_tokens import IMAGE_TOKEN, VISION_START, save_tokenizer

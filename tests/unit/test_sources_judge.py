@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import FinishReason, Sample
-from kdmesh_trainer.data.readers import open_dataset
-from kdmesh_trainer.data.sides import Addressed, Prompt, Question, teacher_side
+from kdmesh_trainer.data.encoding.sides import Addressed, Prompt, Question, teacher_side
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, CustomDataset
 from kdmesh_trainer.sections.judge_config import JudgeConfig
 from kdmesh_trainer.sources.judge import Judge, digest_questions, question_of, resolve_judge

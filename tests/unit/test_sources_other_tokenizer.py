@@ -15,8 +15,8 @@ from kdmesh.alignment.token_bytes import token_bytes
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError, InvalidRequest
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.data.sides import (
+from kdmesh_trainer.data.encoding.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.encoding.sides import (
     Aligned,
     InChunks,
     Prompt,
@@ -25,9 +25,9 @@ from kdmesh_trainer.data.sides import (
     first_rows,
     teacher_side,
 )
-from kdmesh_trainer.data.stored import measured
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
-from kdmesh_trainer.data.turns import Unusable
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.encoding.turns import Unusable
+from kdmesh_trainer.data.kept.stored import measured
 from kdmesh_trainer.fit import refuse_unlike
 from tests.support.other_tokenizers import save_sentence_piece
 from tests.support.tiny_models import save_tokenizer

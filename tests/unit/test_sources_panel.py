@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from kdmesh.chats.chat_rows import TeacherColumns
 from kdmesh.errors import DataError, Unavailable
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.readers import open_dataset
-from kdmesh_trainer.data.sides import Addressed, InContext, addressed, first_rows, teacher_side
+from kdmesh_trainer.data.encoding.sides import Addressed, InContext, addressed, first_rows, teacher_side
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile
 from kdmesh_trainer.sources.batches import PanelRows
 from kdmesh_trainer.sources.early_rows import EarlyRows

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.data import pieces
-from kdmesh_trainer.data.pieces import find_files, pieces_of, rows_of, size_of
+from kdmesh_trainer.data.files import pieces
+from kdmesh_trainer.data.files.pieces import find_files, pieces_of, rows_of, size_of
 
 
 def rows(path: Path) -> list[tuple[str, object]]:

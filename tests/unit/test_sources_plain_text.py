@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from kdmesh.chats.chat_rows import Chat, TeacherColumns, text_from_row
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import TokenSequence
+from kdmesh_trainer.data.encoding.sides import Addressed
+from kdmesh_trainer.data.encoding.teacher_context import build_encoder
+from kdmesh_trainer.data.encoding.turns import Reason, Unusable
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.data.prompts import PromptPolicy, load_prompts
-from kdmesh_trainer.data.readers import open_dataset
 from kdmesh_trainer.data.sequences import load_sequences
-from kdmesh_trainer.data.sides import Addressed
-from kdmesh_trainer.data.teacher_context import build_encoder
-from kdmesh_trainer.data.turns import Reason, Unusable
 from kdmesh_trainer.sections.data_config import DataConfig, TextFile
 from tests.support.chat_tokenizers import chat_tokenizer
 

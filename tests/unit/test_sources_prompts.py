@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import DataError
-from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.sides import Prompt
+from kdmesh_trainer.data.encoding.turns import Reason, Unusable
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.data.prompts import PromptPolicy, PromptSet, digest_prompts, load_prompts
-from kdmesh_trainer.data.readers import open_dataset
-from kdmesh_trainer.data.sides import Prompt
-from kdmesh_trainer.data.turns import Reason, Unusable
 from kdmesh_trainer.sections.data_config import ChatFile
 from kdmesh_trainer.sources.order import PromptOrder
 from tests.support.chat_tokenizers import chat_tokenizer

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kdmesh.chats.chat_rows import chat_from_row
 from kdmesh.errors import ConfigError, DataError
-from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, CustomDataset
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdmesh_trainer.data.record_store import Damaged, Records, RecordWriter, opened
+from kdmesh_trainer.data.kept.record_store import Damaged, Records, RecordWriter, opened
 
 NUMBERS = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5)
 FILES = ("tokens.bin", "index.bin", "meta.json")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kdmesh.errors import EngineFailure, ModelMismatch
 from kdmesh.tokens import digest
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
-from kdmesh_trainer.data.sides import Prompt
+from kdmesh_trainer.data.encoding.sides import Prompt
 from kdmesh_trainer.sources.order import PromptOrder
 from kdmesh_trainer.sources.rollouts import Rollout, figures_of
 from kdmesh_trainer.sources.sampler import Sampler

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError, DataError
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.readers import open_dataset
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.sides import teacher_side
+from kdmesh_trainer.data.encoding.teacher_context import build_encoder
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer, vocabulary_size
+from kdmesh_trainer.data.encoding.turns import Unusable
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.data.sequences import Dataset, load_sequences
-from kdmesh_trainer.data.sides import teacher_side
-from kdmesh_trainer.data.teacher_context import build_encoder
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer, vocabulary_size
-from kdmesh_trainer.data.turns import Unusable
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 
@@ -164,7 +164,7 @@ def test_a_directory_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None
 
 def test_readers_load_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, kdmesh_trainer.config, kdmesh_trainer.data.readers, kdmesh.batching, kdmesh.tokens;"
+        "import sys, kdmesh_trainer.config, kdmesh_trainer.data.files.readers, kdmesh.batching, kdmesh.tokens;"
         "sys.exit(' '.join({'torch', 'transformers', 'grpc', 'pyarrow'} & set(sys.modules)))"
     )
     assert (

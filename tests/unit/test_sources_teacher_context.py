@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from kdmesh.chats.chat_rows import Chat, Message, TeacherColumns
 from kdmesh.errors import ConfigError, DataError, InvalidRequest
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.sides import InContext, Prompt, first_rows, teacher_side
+from kdmesh_trainer.data.encoding.teacher_context import ContextEncoder, build_encoder
+from kdmesh_trainer.data.encoding.turns import Unusable
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.data.prompts import PromptPolicy, load_prompts
-from kdmesh_trainer.data.readers import open_dataset
 from kdmesh_trainer.data.sequences import load_sequences
-from kdmesh_trainer.data.sides import InContext, Prompt, first_rows, teacher_side
-from kdmesh_trainer.data.teacher_context import ContextEncoder, build_encoder
-from kdmesh_trainer.data.turns import Unusable
 from kdmesh_trainer.sections.data_config import DataConfig
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 

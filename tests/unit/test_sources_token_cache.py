@@ -18,11 +18,12 @@ import pytest
 from kdmesh.chats.chat_rows import NO_COLUMNS, TeacherColumns
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.tokens import digest
-from kdmesh_trainer.data import pieces, token_cache
+from kdmesh_trainer.data.encoding.sides import Addressed, Aligned, InChunks, InContext, teacher_side
+from kdmesh_trainer.data.files import pieces
+from kdmesh_trainer.data.kept import token_cache
+from kdmesh_trainer.data.kept.stored import longest_of, measured, measured_prompts, sequence_facts
 from kdmesh_trainer.data.prompts import PromptPolicy, load_prompts
 from kdmesh_trainer.data.sequences import load_sequences
-from kdmesh_trainer.data.sides import Addressed, Aligned, InChunks, InContext, teacher_side
-from kdmesh_trainer.data.stored import longest_of, measured, measured_prompts, sequence_facts
 from kdmesh_trainer.sections.data_config import DataConfig
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 from tests.support.other_tokenizers import save_sentence_piece

@@ -13,11 +13,11 @@ import pytest
 from kdmesh.chats.chat_rows import Chat, chat_from_row
 from kdmesh.errors import DataError
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.readers import open_dataset
-from kdmesh_trainer.data.sides import InContext
-from kdmesh_trainer.data.teacher_context import build_encoder
-from kdmesh_trainer.data.turns import Reason, Unusable
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.sides import InContext
+from kdmesh_trainer.data.encoding.teacher_context import build_encoder
+from kdmesh_trainer.data.encoding.turns import Reason, Unusable
+from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, DataConfig
 from tests.support.chat_tokenizers import TEMPLATES, chat_tokenizer
 

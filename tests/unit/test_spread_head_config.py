@@ -10,8 +10,7 @@ import yaml
 
 from kdmesh.config import load
 from kdmesh.errors import ConfigError
-from kdmesh.losses import build_divergence
-from kdmesh.losses.spread import slice_form
+from kdmesh.losses import build_divergence, slice_form
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.sections.parallel_config import SPREAD_DIVERGENCES
 from tests.support.loss_cases import PARAMS

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kdmesh.errors import ModelMismatch, NotFinite, Unavailable
-from kdmesh_trainer.head import TeacherHead
 from kdmesh_trainer.mesh import Mesh, joined
+from kdmesh_trainer.objectives.head import TeacherHead
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.step import GradientStepper

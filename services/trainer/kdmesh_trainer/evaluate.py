@@ -13,15 +13,15 @@ from kdmesh.batching import plan_step
 from kdmesh.losses import forward_kl
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.seam import Terms
-from kdmesh_trainer.data.sides import teacher_side
-from kdmesh_trainer.head import Heads
+from kdmesh_trainer.data.encoding.sides import teacher_side
 from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.objectives.head import Heads
+from kdmesh_trainer.objectives.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.objectives.spread import spread
 from kdmesh_trainer.sources.batches import MicroBatch, PendingRows
 from kdmesh_trainer.sources.context_rows import ContextRows, asking
 from kdmesh_trainer.sources.row_queue import RowService
-from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.step import forward
 from kdmesh_trainer.stop import NEVER, Stopping

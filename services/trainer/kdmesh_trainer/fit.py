@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from kdmesh.errors import DataError, InvalidRequest, ModelMismatch
 from kdmesh.images import check_image_size
 from kdmesh.types import ModelDescription, PlacedImage, RolloutDescription, TokenSequence, VisionSpec
-from kdmesh_trainer.data.sides import aligned_rows
-from kdmesh_trainer.data.tokenizer import TeacherTokens
+from kdmesh_trainer.data.encoding.sides import aligned_rows
+from kdmesh_trainer.data.encoding.tokenizer import TeacherTokens
 
 log = logging.getLogger(__name__)
 

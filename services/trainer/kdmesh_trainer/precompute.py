@@ -17,7 +17,7 @@ from kdmesh.types import CacheAnswer, TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.builders.checked import Checked, check
 from kdmesh_trainer.builders.data import read_held_out
-from kdmesh_trainer.data.sides import Addressed, teacher_side
+from kdmesh_trainer.data.encoding.sides import Addressed, teacher_side
 from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
 from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sections.objective_config import Distill

@@ -18,10 +18,10 @@ from kdmesh.losses import FusedLoss, OutputHead
 from kdmesh.models.packing import moved
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.seam import StudentRows
-from kdmesh_trainer.data.sides import answered_rows
-from kdmesh_trainer.layered_objective import LayeredLoss
+from kdmesh_trainer.data.encoding.sides import answered_rows
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.objective import Objective
+from kdmesh_trainer.objectives.layered import LayeredLoss
+from kdmesh_trainer.objectives.objective import Objective
 from kdmesh_trainer.optimization.learning_rate import learning_rate
 from kdmesh_trainer.optimization.optimizer import set_learning_rate
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig

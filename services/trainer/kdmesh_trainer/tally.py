@@ -12,7 +12,7 @@ from torch import Tensor
 from kdmesh.errors import ModelMismatch
 from kdmesh.losses import FusedLoss
 from kdmesh.models.packing import moved
-from kdmesh_trainer.data.sides import Int64Array, answered_rows, teacher_side
+from kdmesh_trainer.data.encoding.sides import Int64Array, answered_rows, teacher_side
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, PanelPart, PanelRows, TeacherRows
 from kdmesh_trainer.stats import SampleScores, TeacherFigures

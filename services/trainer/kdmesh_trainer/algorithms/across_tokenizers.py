@@ -27,7 +27,7 @@ from kdmesh.models.packing import moved
 from kdmesh.types import Int32Array, TokenSequence
 from kdmesh_trainer.algorithms.data_tokens import cross_entropy
 from kdmesh_trainer.algorithms.seam import LossRows, Terms
-from kdmesh_trainer.data.sides import Chunks, InChunks
+from kdmesh_trainer.data.encoding.sides import Chunks, InChunks
 
 BoolArray = npt.NDArray[np.bool_]
 

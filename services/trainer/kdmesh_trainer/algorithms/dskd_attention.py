@@ -17,7 +17,7 @@ from kdmesh_trainer.algorithms.data_tokens import with_cross_entropy
 from kdmesh_trainer.algorithms.dskd import lift, trained
 from kdmesh_trainer.algorithms.projection import FollowingMap, logit_preserving_map
 from kdmesh_trainer.algorithms.seam import LossRows, Setup, Terms
-from kdmesh_trainer.data.sides import teacher_side
+from kdmesh_trainer.data.encoding.sides import teacher_side
 
 
 class AttendingDualSpaceKD(nn.Module):

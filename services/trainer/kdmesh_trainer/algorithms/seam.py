@@ -13,7 +13,7 @@ from kdmesh.alignment.boundaries import BoundaryTokens
 from kdmesh.alignment.vocabularies import SharedTokens
 from kdmesh.losses import FusedLoss, Mix, MixedTeacher, OutputHead, SampledDivergence, fused_linear_divergence
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.head import Heads, Target
+from kdmesh_trainer.objectives.head import Heads, Target
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 

@@ -12,7 +12,7 @@ from kdmesh.losses import FusedLoss
 from kdmesh.models.packing import moved
 from kdmesh_trainer.algorithms.data_tokens import with_cross_entropy
 from kdmesh_trainer.algorithms.seam import LossRows, Terms
-from kdmesh_trainer.head import Target
+from kdmesh_trainer.objectives.head import Target
 
 
 def vanilla_kd(rows: LossRows, terms: Terms) -> FusedLoss:

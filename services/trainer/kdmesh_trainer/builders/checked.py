@@ -23,11 +23,11 @@ from kdmesh_trainer.builders.objective import resolve_divergence
 from kdmesh_trainer.builders.student import check_speed
 from kdmesh_trainer.builders.student_length import refuse_short_student
 from kdmesh_trainer.builders.vision import expansion_of, load_reader, no_images
-from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.data.readers import Reader, open_dataset
-from kdmesh_trainer.data.recipe import Encoder, EncoderRecipe
-from kdmesh_trainer.data.token_cache import TokenCache
-from kdmesh_trainer.data.tokenizer import TeacherTokens, vocabulary_size
+from kdmesh_trainer.data.encoding.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.encoding.recipe import Encoder, EncoderRecipe
+from kdmesh_trainer.data.encoding.tokenizer import TeacherTokens, vocabulary_size
+from kdmesh_trainer.data.files.readers import Reader, open_dataset
+from kdmesh_trainer.data.kept.token_cache import TokenCache
 from kdmesh_trainer.data.training_data import TrainingData
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.sections.data_config import TeacherMessages

@@ -12,8 +12,8 @@ from kdmesh_trainer.builders.checked import Checked
 from kdmesh_trainer.builders.on_policy import Task, check_task, prompt_policy, read_task
 from kdmesh_trainer.builders.teachers import Teachers
 from kdmesh_trainer.data.blend import blend_identity, digest_key, parts_of
+from kdmesh_trainer.data.kept.stored import SequenceFacts, images_of, sequence_facts
 from kdmesh_trainer.data.sequences import load_sequences
-from kdmesh_trainer.data.stored import SequenceFacts, images_of, sequence_facts
 from kdmesh_trainer.data.training_data import TrainingData
 from kdmesh_trainer.fit import refuse_unlike
 from kdmesh_trainer.mesh import Mesh

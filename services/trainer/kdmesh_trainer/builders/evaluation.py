@@ -17,10 +17,10 @@ from kdmesh_trainer import config
 from kdmesh_trainer.builders.rollouts import Rollouts
 from kdmesh_trainer.builders.teachers import Teachers
 from kdmesh_trainer.builders.vision import expansion_of
-from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
 from kdmesh_trainer.data.images import dataset_images
+from kdmesh_trainer.data.kept.stored import sequence_facts
 from kdmesh_trainer.data.prompts import digest_prompts
-from kdmesh_trainer.data.stored import sequence_facts
 from kdmesh_trainer.devices import OwnDevices, ScoringEvaluator
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.fit import check_sampler, check_sampler_images

@@ -23,12 +23,12 @@ from kdmesh_trainer.algorithms.build import BuildAlgorithm, rate_factor
 from kdmesh_trainer.algorithms.layer_distance import LayerDistance
 from kdmesh_trainer.algorithms.seam import Algorithm, Setup, Terms
 from kdmesh_trainer.builders.teachers import Teachers
-from kdmesh_trainer.data.tokenizer import TeacherTokens
-from kdmesh_trainer.layered_objective import WithLayers
-from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.data.encoding.tokenizer import TeacherTokens
+from kdmesh_trainer.objectives.layered import WithLayers
+from kdmesh_trainer.objectives.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.objectives.spread import spread
 from kdmesh_trainer.optimization.optimizer import optimizer_over
 from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill, Sft
-from kdmesh_trainer.spread_objective import spread
 from kdmesh_trainer.student.model import Student
 
 

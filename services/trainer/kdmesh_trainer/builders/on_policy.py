@@ -20,12 +20,12 @@ from kdmesh_trainer.builders.rollouts import Rollouts
 from kdmesh_trainer.builders.teacher import Teacher
 from kdmesh_trainer.builders.teachers import Teachers
 from kdmesh_trainer.data.blend import blend_identity, digest_key, parts_of
-from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.encoding.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.encoding.recipe import Encoder
+from kdmesh_trainer.data.encoding.sides import Prompt
+from kdmesh_trainer.data.encoding.tokenizer import TeacherTokens
+from kdmesh_trainer.data.kept.stored import PromptFacts, Stored, images_of, prompt_facts, sequence_facts
 from kdmesh_trainer.data.prompts import PromptPolicy
-from kdmesh_trainer.data.recipe import Encoder
-from kdmesh_trainer.data.sides import Prompt
-from kdmesh_trainer.data.stored import PromptFacts, Stored, images_of, prompt_facts, sequence_facts
-from kdmesh_trainer.data.tokenizer import TeacherTokens
 from kdmesh_trainer.data.training_data import TrainingData
 from kdmesh_trainer.devices import Devices, OwnDevices, SharedDevices
 from kdmesh_trainer.fit import (

@@ -17,13 +17,13 @@ from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.builders.teacher import Teacher, open_teacher
 from kdmesh_trainer.config import TeacherConfig, TrainerConfig
 from kdmesh_trainer.data.blend import parts_of
-from kdmesh_trainer.data.sides import Addressed, TeacherSide
-from kdmesh_trainer.data.stored import Stored, longest_of
-from kdmesh_trainer.data.tokenizer import TeacherTokens
+from kdmesh_trainer.data.encoding.sides import Addressed, TeacherSide
+from kdmesh_trainer.data.encoding.tokenizer import TeacherTokens
+from kdmesh_trainer.data.kept.stored import Stored, longest_of
 from kdmesh_trainer.fit import check_images, check_lengths
-from kdmesh_trainer.head import Heads, TeacherHead
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.panel_heads import PanelHeads
+from kdmesh_trainer.objectives.head import Heads, TeacherHead
+from kdmesh_trainer.objectives.panel_heads import PanelHeads
 from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService

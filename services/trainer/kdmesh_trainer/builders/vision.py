@@ -15,7 +15,7 @@ from kdmesh.models.images.reader import ImageReader, load_image_reader
 from kdmesh.models.images.vision import has_axes, reads_images, unused_vision
 from kdmesh.models.verify import check_images
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.data.readers import TEXT_STUDENT
+from kdmesh_trainer.data.files.readers import TEXT_STUDENT
 from kdmesh_trainer.student import freezing
 
 log = logging.getLogger(__name__)

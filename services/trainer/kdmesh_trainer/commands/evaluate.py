@@ -25,7 +25,7 @@ with quiet_interrupt():
 
 if TYPE_CHECKING:
     from kdmesh.openai.servers import ChatServers
-    from kdmesh_trainer.data.sides import Question
+    from kdmesh_trainer.data.encoding.sides import Question
     from kdmesh_trainer.questions.scores import Answered, AnswerScores
 
 _NO_QUESTIONS = "evaluation.questions is not set, so there is nothing to ask"
@@ -117,8 +117,8 @@ def _evaluate(cfg: TrainerConfig, answers: _Answers) -> AnswerScores:
     from kdmesh_trainer.builders.evaluation import check_answerer, read_questions_of
     from kdmesh_trainer.builders.rollouts import open_pool
     from kdmesh_trainer.builders.vision import load_reader
-    from kdmesh_trainer.data.templated import student_tokenizer
-    from kdmesh_trainer.data.tokenizer import vocabulary_size
+    from kdmesh_trainer.data.encoding.templated import student_tokenizer
+    from kdmesh_trainer.data.encoding.tokenizer import vocabulary_size
     from kdmesh_trainer.devices import OwnDevices
     from kdmesh_trainer.mesh import joined
     from kdmesh_trainer.questions.examiner import Examiner, ServedWeights

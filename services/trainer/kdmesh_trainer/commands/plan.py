@@ -92,7 +92,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     from kdmesh_trainer.builders.context import refuse_unfit_student
     from kdmesh_trainer.builders.layers import refuse_unknown_layers, refuse_unreached
     from kdmesh_trainer.builders.vision import load_reader
-    from kdmesh_trainer.data.tokenizer import load_fast_tokenizer, vocabulary_size
+    from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer, vocabulary_size
     from kdmesh_trainer.memory.job import Job, TeacherHead
 
     wanted = device or cfg.student.device

@@ -13,10 +13,10 @@ from typing import Literal, Protocol, TypeAlias
 from kdmesh.chats.chat_rows import Chat
 from kdmesh.errors import DataError
 from kdmesh.tokens import DIGEST_BYTES
-from kdmesh_trainer.data.readers import Reader
+from kdmesh_trainer.data.encoding.sides import Prompt, Question
+from kdmesh_trainer.data.encoding.turns import Unusable
+from kdmesh_trainer.data.files.readers import Reader
 from kdmesh_trainer.data.reading_progress import reading_told
-from kdmesh_trainer.data.sides import Prompt, Question
-from kdmesh_trainer.data.turns import Unusable
 
 log = logging.getLogger(__name__)
 

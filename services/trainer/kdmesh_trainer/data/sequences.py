@@ -12,10 +12,10 @@ from typing import Protocol
 from kdmesh.chats.chat_rows import Chat
 from kdmesh.errors import DataError
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.readers import Reader
+from kdmesh_trainer.data.encoding.sides import addressed, first_rows
+from kdmesh_trainer.data.encoding.turns import Unusable
+from kdmesh_trainer.data.files.readers import Reader
 from kdmesh_trainer.data.reading_progress import reading_told
-from kdmesh_trainer.data.sides import addressed, first_rows
-from kdmesh_trainer.data.turns import Unusable
 from kdmesh_trainer.sections.data_config import DataConfig
 
 log = logging.getLogger(__name__)

@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.blend import Blended, Part
-from kdmesh_trainer.data.held_out_rows import held_out_reader, trained_reader
+from kdmesh_trainer.data.encoding.recipe import Encoder
+from kdmesh_trainer.data.encoding.sides import Prompt
+from kdmesh_trainer.data.files.held_out_rows import held_out_reader, trained_reader
+from kdmesh_trainer.data.files.readers import ChatFiles, Reader
+from kdmesh_trainer.data.kept.token_cache import TokenCache
 from kdmesh_trainer.data.prompts import PromptPolicy, QuestionOf, load_prompts
-from kdmesh_trainer.data.readers import ChatFiles, Reader
-from kdmesh_trainer.data.recipe import Encoder
 from kdmesh_trainer.data.sequences import load_sequences
-from kdmesh_trainer.data.sides import Prompt
-from kdmesh_trainer.data.token_cache import TokenCache
 from kdmesh_trainer.sections.data_config import Blend, DataConfig, DatasetConfig
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kdmesh.errors import CheckpointError
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.questions.scores import Answered
 from kdmesh_trainer.saving.files import sync, write_synced
 

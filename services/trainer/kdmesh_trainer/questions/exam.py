@@ -16,9 +16,9 @@ from kdmesh.models.ends import stop_token_ids
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.sampling.stops import before_stop
 from kdmesh.types import Int32Array, Sampling
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.sides import Question
-from kdmesh_trainer.data.turns import Unusable
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.sides import Question
+from kdmesh_trainer.data.encoding.turns import Unusable
 from kdmesh_trainer.questions.grading import read_graded
 from kdmesh_trainer.questions.matchers import Matcher
 from kdmesh_trainer.sections.questions_config import QuestionsConfig

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from kdmesh.errors import KdmeshError, ModelMismatch
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.devices import Devices
 from kdmesh_trainer.loop import Stop
 from kdmesh_trainer.mesh import Mesh

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from kdmesh.chats.image_files import ImageColumn
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.questions.matchers import Matcher, build_matcher, refuse_unfit_answers
 from kdmesh_trainer.questions.reader import read_questions
 from kdmesh_trainer.questions.scores import Answered, Response

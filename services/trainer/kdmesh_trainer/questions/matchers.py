@@ -10,7 +10,7 @@ from typing import assert_never
 
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.extension import resolve
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.sections.questions_config import (
     Contains,
     CustomMatch,

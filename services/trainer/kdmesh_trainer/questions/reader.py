@@ -10,8 +10,8 @@ from typing import Any
 from kdmesh.chats.chat_rows import TEXT_ALONE, Chat, chat_from_row, columns_found, unicode_text
 from kdmesh.chats.image_files import ImageColumn
 from kdmesh.errors import DataError
-from kdmesh_trainer.data.chat import without_answers
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.chat import without_answers
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.sections.questions_config import QuestionsConfig
 
 

@@ -14,7 +14,7 @@ from kdmesh.errors import ModelMismatch
 from kdmesh.models.context import ContextGroup
 from kdmesh.models.packing import moved, slice_bounds
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.sides import some_rows
+from kdmesh_trainer.data.encoding.sides import some_rows
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, PanelPart, PanelRows, PendingRows, TeacherRows
 

@@ -12,8 +12,8 @@ from kdmesh.chats.chat_rows import Message, chat_from_messages
 from kdmesh.errors import ConfigError, DataError, EnvironmentFailed
 from kdmesh.extension import resolve
 from kdmesh.types import FinishReason, Int32Array, Sample
-from kdmesh_trainer.data.continuation import Continuation, Conversation
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.continuation import Continuation, Conversation
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.sections.environment_config import EnvironmentConfig
 from kdmesh_trainer.sources.rollouts import EpisodeEnd
 

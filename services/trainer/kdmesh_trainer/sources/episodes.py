@@ -18,7 +18,7 @@ from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.rollouts.pending_samples import PendingSamples
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import FinishReason, Float32Array, Int32Array, PlacedImage, Sample, Sampling
-from kdmesh_trainer.data.sides import Question
+from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.sources.environment import Environment
 from kdmesh_trainer.sources.order import StepPrompt
 from kdmesh_trainer.sources.rollouts import Episode, EpisodeEnd, Turns

@@ -16,9 +16,9 @@ from kdmesh.errors import ConfigError, DataError
 from kdmesh.extension import resolve
 from kdmesh.types import FinishReason, Int32Array, Sample
 from kdmesh_trainer.config import OnPolicy
-from kdmesh_trainer.data.chat import without_answers
+from kdmesh_trainer.data.encoding.chat import without_answers
+from kdmesh_trainer.data.encoding.sides import Prompt, Question
 from kdmesh_trainer.data.prompts import QuestionOf
-from kdmesh_trainer.data.sides import Prompt, Question
 from kdmesh_trainer.questions.matchers import build_matcher, refuse_unfit_answers
 from kdmesh_trainer.questions.reader import answers_in
 from kdmesh_trainer.sections.judge_config import CustomJudge, FinishedJudge, JudgeConfig, MatchJudge

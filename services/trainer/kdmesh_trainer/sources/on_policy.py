@@ -15,7 +15,7 @@ import torch
 from kdmesh.batching import plan_step, shortest_first
 from kdmesh.errors import JudgeFailed, ModelMismatch
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.sides import teacher_side
+from kdmesh_trainer.data.encoding.sides import teacher_side
 from kdmesh_trainer.devices import Devices, OwnDevices
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, StepBatch

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from kdmesh.sampling.seeds import seed_of
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.blend import Blended, BlendOrder
+from kdmesh_trainer.data.encoding.sides import Prompt
 from kdmesh_trainer.data.shuffles import shuffled
-from kdmesh_trainer.data.sides import Prompt
 
 # Added to the seed of a walk beside that of the prompts: a step shall not hold a prompt's samples and its answer too.
 _OTHER_WALK = 2**32

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.sides import Addressed
+from kdmesh_trainer.data.encoding.sides import Addressed
 from kdmesh_trainer.sources.batches import PanelPart, PanelRows, PendingRows
 from kdmesh_trainer.sources.early_rows import EarlyService
 from kdmesh_trainer.sources.row_queue import RowService

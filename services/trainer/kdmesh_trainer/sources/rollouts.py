@@ -12,7 +12,7 @@ import numpy as np
 from kdmesh.chats.chat_rows import Message
 from kdmesh.errors import EnvironmentFailed
 from kdmesh.types import FinishReason, Float32Array, Int32Array, PlacedImage, Sample, Sampling, TokenSequence
-from kdmesh_trainer.data.sides import Aligned, InChunks, InContext, addressed, aligned_rows
+from kdmesh_trainer.data.encoding.sides import Aligned, InChunks, InContext, addressed, aligned_rows
 from kdmesh_trainer.stats import RolloutFigures
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.sides import teacher_side
+from kdmesh_trainer.data.encoding.sides import teacher_side
 from kdmesh_trainer.sources.batches import PanelRows, PendingRows, TeacherRows
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from kdmesh.errors import DeadlineExpired, EngineFailure, ModelMismatch, RpcError
 from kdmesh.tokens import digest
 from kdmesh.types import FinishReason, Sample, Sampling, TokenSequence
-from kdmesh_trainer.data.sides import Prompt, teacher_side
+from kdmesh_trainer.data.encoding.sides import Prompt, teacher_side
 from kdmesh_trainer.sources.judge import Judge
 from kdmesh_trainer.sources.order import StepPrompt
 from kdmesh_trainer.sources.rollouts import PendingSamples, Rollout, RolloutService, Verdict, spans_of

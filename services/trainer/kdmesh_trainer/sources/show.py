@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kdmesh.types import Int32Array, TokenSequence
-from kdmesh_trainer.data.sides import teacher_side
+from kdmesh_trainer.data.encoding.sides import teacher_side
 from kdmesh_trainer.saving.files import append_line, keep_lines
 from kdmesh_trainer.sources.rollouts import Rollout
 

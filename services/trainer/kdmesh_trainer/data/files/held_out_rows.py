@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from kdmesh.chats.chat_rows import Chat
 from kdmesh.errors import DataError
-from kdmesh_trainer.data.readers import Reader
+from kdmesh_trainer.data.files.readers import Reader
 
 _ALL = 2**64
 

@@ -21,19 +21,19 @@ from typing import IO, Any, Generic, Protocol, TypeVar
 
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.file_digests import FileDigests
-from kdmesh_trainer.data.forms import Form
-from kdmesh_trainer.data.held_out_rows import all_held_out
-from kdmesh_trainer.data.pieces import size_of
+from kdmesh_trainer.data.encoding.recipe import Encoder, EncoderRecipe
+from kdmesh_trainer.data.encoding.sides import Prompt
+from kdmesh_trainer.data.files.file_digests import FileDigests
+from kdmesh_trainer.data.files.held_out_rows import all_held_out
+from kdmesh_trainer.data.files.pieces import size_of
+from kdmesh_trainer.data.files.readers import ChatFiles
+from kdmesh_trainer.data.kept.forms import Form
+from kdmesh_trainer.data.kept.record_store import Damaged, Records, RecordWriter, opened
+from kdmesh_trainer.data.kept.stored import PromptFacts, SequenceFacts, Stored, measured, measured_prompts
+from kdmesh_trainer.data.kept.tokenising import Work, tokenised
 from kdmesh_trainer.data.prompts import PromptPolicy, PromptReport
-from kdmesh_trainer.data.readers import ChatFiles
 from kdmesh_trainer.data.reading_progress import reading_shown
-from kdmesh_trainer.data.recipe import Encoder, EncoderRecipe
-from kdmesh_trainer.data.record_store import Damaged, Records, RecordWriter, opened
 from kdmesh_trainer.data.sequences import DataReport
-from kdmesh_trainer.data.sides import Prompt
-from kdmesh_trainer.data.stored import PromptFacts, SequenceFacts, Stored, measured, measured_prompts
-from kdmesh_trainer.data.tokenising import Work, tokenised
 from kdmesh_trainer.saving.files import replacing
 from kdmesh_trainer.sections.data_config import TokenCacheConfig
 

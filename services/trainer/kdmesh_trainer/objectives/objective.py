@@ -12,7 +12,7 @@ from kdmesh.errors import InvalidRequest
 from kdmesh.losses import FusedLoss, fused_linear_cross_entropy
 from kdmesh_trainer.algorithms.seam import Algorithm, LossRows, StudentRows, Terms
 from kdmesh_trainer.algorithms.vanilla_kd import vanilla_kd
-from kdmesh_trainer.head import Heads
+from kdmesh_trainer.objectives.head import Heads
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 

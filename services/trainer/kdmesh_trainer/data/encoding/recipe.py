@@ -12,11 +12,11 @@ import tokenizers
 import transformers
 
 from kdmesh.images import ImageTokens
-from kdmesh_trainer.data.chat import ChatEncoder, read_template
-from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.data.plain_text import TextEncoder
-from kdmesh_trainer.data.teacher_context import ContextEncoder, build_encoder
-from kdmesh_trainer.data.templated import student_tokenizer, teacher_tokenizer
+from kdmesh_trainer.data.encoding.chat import ChatEncoder, read_template
+from kdmesh_trainer.data.encoding.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.encoding.plain_text import TextEncoder
+from kdmesh_trainer.data.encoding.teacher_context import ContextEncoder, build_encoder
+from kdmesh_trainer.data.encoding.templated import student_tokenizer, teacher_tokenizer
 from kdmesh_trainer.sections.data_config import DataConfig, TeacherTemplate
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.data.piece import PIECE_BYTES, ChooseColumns, Piece, reading
+from kdmesh_trainer.data.files.piece import PIECE_BYTES, ChooseColumns, Piece, reading
 
 _MAGIC = b"ARROW1"
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"

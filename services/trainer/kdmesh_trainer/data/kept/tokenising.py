@@ -18,12 +18,12 @@ import numpy.typing as npt
 from kdmesh import log
 from kdmesh.errors import DataError, KdmeshError
 from kdmesh.types import Int32Array
-from kdmesh_trainer.data.forms import PromptForm, SequenceForm, sequence_form
-from kdmesh_trainer.data.held_out_rows import trained_rows
-from kdmesh_trainer.data.piece import Piece
+from kdmesh_trainer.data.encoding.recipe import Encoder, EncoderRecipe
+from kdmesh_trainer.data.files.held_out_rows import trained_rows
+from kdmesh_trainer.data.files.piece import Piece
+from kdmesh_trainer.data.files.readers import ChatFiles
+from kdmesh_trainer.data.kept.forms import PromptForm, SequenceForm, sequence_form
 from kdmesh_trainer.data.prompts import PromptPolicy, PromptReport, encode_prompts
-from kdmesh_trainer.data.readers import ChatFiles
-from kdmesh_trainer.data.recipe import Encoder, EncoderRecipe
 from kdmesh_trainer.data.sequences import DataReport, encode_chats
 
 # Pieces that each process has beside the one that it works on, so that it need not wait for the next.

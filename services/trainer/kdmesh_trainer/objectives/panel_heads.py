@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kdmesh.losses import MixedTeacher
-from kdmesh_trainer.head import Target, TeacherHead
+from kdmesh_trainer.objectives.head import Target, TeacherHead
 from kdmesh_trainer.sources.batches import PanelPart, PanelRows, TeacherRows
 
 

@@ -17,8 +17,8 @@ from kdmesh.losses import (
 )
 from kdmesh.models.packing import moved
 from kdmesh_trainer.algorithms.seam import StudentRows
-from kdmesh_trainer.head import TeacherHead, final_states
-from kdmesh_trainer.objective import CrossEntropy, Distillation, Objective
+from kdmesh_trainer.objectives.head import TeacherHead, final_states
+from kdmesh_trainer.objectives.objective import CrossEntropy, Distillation, Objective
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 # By number, which ranks tell each other: one without rows must bring none of the type that the others have.

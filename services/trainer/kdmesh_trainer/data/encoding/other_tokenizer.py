@@ -18,10 +18,10 @@ from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.errors import ConfigError
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import Int32Array, TokenSequence
-from kdmesh_trainer.data.chat import ChatEncoder, without_answers
-from kdmesh_trainer.data.sides import Aligned, Chunks, InChunks, Prompt, first_rows
-from kdmesh_trainer.data.tokenizer import TeacherTokens, vocabulary_size
-from kdmesh_trainer.data.turns import Reason, Unusable
+from kdmesh_trainer.data.encoding.chat import ChatEncoder, without_answers
+from kdmesh_trainer.data.encoding.sides import Aligned, Chunks, InChunks, Prompt, first_rows
+from kdmesh_trainer.data.encoding.tokenizer import TeacherTokens, vocabulary_size
+from kdmesh_trainer.data.encoding.turns import Reason, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

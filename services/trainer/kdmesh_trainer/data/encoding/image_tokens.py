@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kdmesh.errors import InvalidRequest
 from kdmesh.images import ImageTokens, expand_images
 from kdmesh.types import Image, Int32Array, PlacedImage
-from kdmesh_trainer.data.turns import Reason, Unusable
+from kdmesh_trainer.data.encoding.turns import Reason, Unusable
 
 
 def expanded(

@@ -12,11 +12,11 @@ import numpy as np
 from kdmesh.tokens import digest
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.data.blend import parts_of
-from kdmesh_trainer.data.forms import Form
+from kdmesh_trainer.data.encoding.sides import Addressed, Aligned, InChunks, Prompt, TeacherSide, aligned_rows
+from kdmesh_trainer.data.kept.forms import Form
+from kdmesh_trainer.data.kept.record_store import Records
 from kdmesh_trainer.data.lazy import Lazy
 from kdmesh_trainer.data.prompts import digest_prompts
-from kdmesh_trainer.data.record_store import Records
-from kdmesh_trainer.data.sides import Addressed, Aligned, InChunks, Prompt, TeacherSide, aligned_rows
 
 T = TypeVar("T")
 F = TypeVar("F")

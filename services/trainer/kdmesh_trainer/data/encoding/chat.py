@@ -19,9 +19,9 @@ from kdmesh.chats.tool_rows import Tool, are_written, name_of
 from kdmesh.errors import ConfigError
 from kdmesh.images import ImageTokens
 from kdmesh.types import Image, TokenSequence
-from kdmesh_trainer.data.image_tokens import expanded
-from kdmesh_trainer.data.sides import Prompt
-from kdmesh_trainer.data.turns import (
+from kdmesh_trainer.data.encoding.image_tokens import expanded
+from kdmesh_trainer.data.encoding.sides import Prompt
+from kdmesh_trainer.data.encoding.turns import (
     EncodedText,
     Reason,
     RenderedTurn,

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from kdmesh.weights.digests import Running
-from kdmesh_trainer.data.piece import reading
+from kdmesh_trainer.data.files.piece import reading
 
 _READ_BYTES = 4 * 2**20
 _WHOLE = re.compile(rb"[0-9a-f]{32}")

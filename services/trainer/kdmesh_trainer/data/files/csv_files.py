@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.data.piece import PIECE_BYTES, ChooseColumns, Piece, text_of
+from kdmesh_trainer.data.files.piece import PIECE_BYTES, ChooseColumns, Piece, text_of
 
 _LONGEST_FIELD = 2**31 - 1  # bytes; a text may be longer than what Python's reader takes unasked
 _OTHER_MARKS = {";": "semicolons", "\t": "tabs"}  # between fields, as some programs write them

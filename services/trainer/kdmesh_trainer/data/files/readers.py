@@ -22,9 +22,9 @@ from kdmesh.chats.chat_rows import (
 from kdmesh.chats.image_files import ImageColumn, ImageSource, NoImages
 from kdmesh.errors import DataError
 from kdmesh.extension import resolve
+from kdmesh_trainer.data.files.piece import Piece
+from kdmesh_trainer.data.files.pieces import find_files, pieces_of, rows_of
 from kdmesh_trainer.data.images import dataset_images
-from kdmesh_trainer.data.piece import Piece
-from kdmesh_trainer.data.pieces import find_files, pieces_of, rows_of
 from kdmesh_trainer.sections.data_config import ChatFile, CustomDataset, DatasetConfig, ImagesConfig, TextFile
 
 Reader = Callable[[], Iterator[Chat]]

@@ -9,7 +9,7 @@ from torch import Tensor
 from kdmesh.losses import FusedLoss
 from kdmesh_trainer.algorithms.layer_distance import LayerDistance
 from kdmesh_trainer.algorithms.seam import StudentRows
-from kdmesh_trainer.objective import Objective
+from kdmesh_trainer.objectives.objective import Objective
 from kdmesh_trainer.sources.batches import PanelRows, TeacherRows
 
 

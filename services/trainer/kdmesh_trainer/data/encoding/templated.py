@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from kdmesh.chats.chat_template import TemplateSetting, with_settings
-from kdmesh_trainer.data.chat import read_template, template_of
-from kdmesh_trainer.data.tokenizer import load_fast_tokenizer
+from kdmesh_trainer.data.encoding.chat import read_template, template_of
+from kdmesh_trainer.data.encoding.tokenizer import load_fast_tokenizer
 from kdmesh_trainer.sections.data_config import DataConfig, OtherTokenizer
 
 

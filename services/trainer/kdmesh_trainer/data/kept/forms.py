@@ -9,7 +9,7 @@ from typing import Literal, Protocol, TypeVar, assert_never
 import numpy as np
 
 from kdmesh.types import Int32Array, TokenSequence
-from kdmesh_trainer.data.sides import (
+from kdmesh_trainer.data.encoding.sides import (
     Addressed,
     Aligned,
     Chunks,

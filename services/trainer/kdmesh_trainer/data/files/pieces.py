@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, Any, assert_never
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.data.arrow_files import arrow_pieces, arrow_rows, saved_files
-from kdmesh_trainer.data.csv_files import csv_pieces, csv_rows
-from kdmesh_trainer.data.piece import PIECE_BYTES, ChooseColumns, Piece, reading, text_of
+from kdmesh_trainer.data.files.arrow_files import arrow_pieces, arrow_rows, saved_files
+from kdmesh_trainer.data.files.csv_files import csv_pieces, csv_rows
+from kdmesh_trainer.data.files.piece import PIECE_BYTES, ChooseColumns, Piece, reading, text_of
 
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 

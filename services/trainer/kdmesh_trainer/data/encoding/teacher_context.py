@@ -11,12 +11,12 @@ import numpy as np
 from kdmesh.chats.chat_rows import Chat, Message
 from kdmesh.images import ImageTokens
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.data.chat import ChatEncoder, read_template, without_answers
-from kdmesh_trainer.data.other_tokenizer import OtherTokenizerEncoder
-from kdmesh_trainer.data.plain_text import TextEncoder
-from kdmesh_trainer.data.sides import InContext, Prompt
-from kdmesh_trainer.data.templated import teacher_tokenizer
-from kdmesh_trainer.data.turns import Reason, Unusable
+from kdmesh_trainer.data.encoding.chat import ChatEncoder, read_template, without_answers
+from kdmesh_trainer.data.encoding.other_tokenizer import OtherTokenizerEncoder
+from kdmesh_trainer.data.encoding.plain_text import TextEncoder
+from kdmesh_trainer.data.encoding.sides import InContext, Prompt
+from kdmesh_trainer.data.encoding.templated import teacher_tokenizer
+from kdmesh_trainer.data.encoding.turns import Reason, Unusable
 from kdmesh_trainer.sections.data_config import (
     DataConfig,
     TeacherContextConfig,

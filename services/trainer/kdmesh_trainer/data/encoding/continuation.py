@@ -14,7 +14,7 @@ from kdmesh.chats.chat_template import TEMPLATE_ERRORS
 from kdmesh.chats.tool_rows import Tool
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import Int32Array
-from kdmesh_trainer.data.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

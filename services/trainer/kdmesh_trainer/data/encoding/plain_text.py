@@ -11,9 +11,9 @@ import numpy as np
 from kdmesh.chats.chat_rows import Chat
 from kdmesh.images import ImageTokens
 from kdmesh.types import Int32Array, TokenSequence
-from kdmesh_trainer.data.chat import ChatEncoder
-from kdmesh_trainer.data.sides import Prompt
-from kdmesh_trainer.data.turns import Reason, Unusable
+from kdmesh_trainer.data.encoding.chat import ChatEncoder
+from kdmesh_trainer.data.encoding.sides import Prompt
+from kdmesh_trainer.data.encoding.turns import Reason, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,1 @@
+"""Chats and texts made into token ids."""

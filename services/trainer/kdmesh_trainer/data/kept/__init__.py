@@ -1,0 +1,1 @@
+"""Datasets as token ids in files, which are made once."""
