@@ -89,8 +89,8 @@ class Threads:
 def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -> None:
     """Check everything, start the servers, read the data meanwhile, then start the ranks, and wait for them.
 
-    A signal ends the run after the current step; that is a success when every rank saved and left. On one of several
-    machines (kdmesh/launch/place.py) only its own ranks are started.
+    A signal ends the run after the current step, or lets it be finished when no step is left; that is a success when
+    every rank saved and left. On one of several machines (kdmesh/launch/place.py) only its own ranks are started.
 
     Args:
         serve: configuration files of servers for this run only.
@@ -118,6 +118,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
         with claimed(cfg.output):  # the first rank claims it for the run, but only when the servers have loaded
             pass
     threads = split_threads(cfg, with_servers=bool(serve))
+    earlier = _mark(cfg.output / "final")
     ranks: list[local.Child] = []
     try:
         with ExitStack() as stack:
@@ -135,16 +136,38 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
             ranks = processes.start(*commands)
             _wait(processes, ranks)
     except local.Stopped:
-        stopped = exit_when_stopped()
-        if not ranks or any(rank.exit_code not in (0, stopped) for rank in ranks):
-            if ranks and all(rank.exit_code in _BEFORE_ITS_FIRST_STEP for rank in ranks):
-                _echo("Stopped before the first step: there is nothing to save.")
+        if not _has_ended_well(ranks):
             raise
-        if stopped is not None and any(rank.exit_code == stopped for rank in ranks):
-            raise local.ChildFailed(
-                "stopped before its last step; the next start continues", exit_code=stopped
-            ) from None
-        click.echo(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.", err=True)
+        _tell_end(cfg, ranks, is_finished=_mark(cfg.output / "final") != earlier)
+
+
+def _tell_end(cfg: TrainerConfig, ranks: Sequence[local.Child], *, is_finished: bool) -> None:
+    """Say what became of a run whose ranks were to stop, and did. Raises ChildFailed where that is a failure."""
+    stopped = exit_when_stopped()
+    if stopped is not None and any(rank.exit_code == stopped for rank in ranks):
+        raise local.ChildFailed("stopped before its last step; the next start continues", exit_code=stopped) from None
+    if stopped is not None or is_finished:
+        _echo(f"The run had done its last step already, and was finished: the student is in {cfg.output / 'final'}.")
+    else:
+        _echo(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.")
+
+
+def _has_ended_well(ranks: Sequence[local.Child]) -> bool:
+    """Whether ranks that were to stop left in good order; says so of those that had nothing to save."""
+    if ranks and all(rank.exit_code in (0, exit_when_stopped()) for rank in ranks):
+        return True
+    if ranks and all(rank.exit_code in _BEFORE_ITS_FIRST_STEP for rank in ranks):
+        _echo("Stopped before the first step: there is nothing to save.")
+    return False
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """What tells a directory from another one that took its place; None: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 @contextmanager
