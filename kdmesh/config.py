@@ -40,9 +40,9 @@ class StrictModel(BaseModel):
         """true is not the number 1, and an empty text not the directory that a command runs in, as pydantic has it."""
         if not isinstance(section, dict):
             return section
-        types = {name: _types(field.annotation) for name, field in cls.model_fields.items()}
+        fields = cls.model_fields
         return {
-            key: _Misfit(value) if _is_misfit(value, types.get(key, frozenset())) else value
+            key: _with_misfits(value, _types(fields[key].annotation)) if key in fields else value
             for key, value in section.items()
         }
 
@@ -71,11 +71,16 @@ class _Misfit:
         self.value = value
 
 
-def _is_misfit(value: object, types: Set[Any]) -> bool:
-    """Whether pydantic would take `value` for something else where one of `types` is wanted."""
+def _with_misfits(value: object, types: Set[Any]) -> object:
+    """`value`, or in a list its parts, as a `_Misfit` where pydantic would make one of `types` of another kind."""
     if isinstance(value, bool):
-        return bool not in types and not types.isdisjoint((int, float))
-    return value == "" and Path in types
+        return _Misfit(value) if bool not in types and not types.isdisjoint((int, float)) else value
+    if value == "" and Path in types:
+        return _Misfit(value)
+    if isinstance(value, list):
+        parts = {part for each in types if get_origin(each) in (tuple, list) for part in get_args(each)}
+        return [_with_misfits(part, set().union(*map(_types, parts))) for part in value]
+    return value
 
 
 def _types(annotation: Any) -> set[Any]:

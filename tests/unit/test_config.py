@@ -90,6 +90,8 @@ def test_what_breaks_a_rule_is_said_in_words_of_a_configuration(tmp_path: Path) 
         ("batch.sequences=true", "batch.sequences: give a whole number (got true)"),
         ("batch.sequences=1.5", "batch.sequences: give a whole number (got 1.5)"),
         ("metrics={port: true}", "metrics.port: give a whole number (got true)"),
+        ("profile={steps: [2, true]}", "profile.steps.1: give a whole number (got true)"),
+        ("optimizer.betas=[false, 0.9]", "optimizer.betas.0: give a number (got false)"),
         ("optimizer.max_gradient_norm=true", "optimizer.max_gradient_norm: give a number (got true)"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate: give a number (got 'fast')"),
         ("student.freeze_vision=2", "student.freeze_vision: give true or false (got 2)"),
