@@ -42,6 +42,25 @@ def make_writable(path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error}") from None
 
 
+def refused_directory(path: Path) -> str | None:
+    """Why no files can be written in a directory, which may not be there yet; None: they can. Nothing of it is left.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists() or each.is_symlink())
+    if not nearest.is_dir():
+        return f"{nearest} is not a directory"
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".kdmesh-") as trial:
+            made = Path(trial, *path.absolute().parts[len(nearest.absolute().parts) :])
+            made.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=made).close()
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror} in {nearest}"
+    return None
+
+
 def refuse_own_input(path: Path, inputs: Mapping[str, Path]) -> None:
     """Returns when writing `path` replaces none of the files that the command reads.
 

@@ -144,7 +144,8 @@ def precompute(config: Path, overrides: tuple[str, ...], partial: bool) -> None:
     \b
     Example: kdmesh precompute examples/train.yaml --set 'teacher.addresses=["127.0.0.1:50051"]'
     """
-    check.refuse_missing(check.load_as(TrainerConfig, config, overrides), source=config)
+    cfg = check.load_as(TrainerConfig, config, overrides)
+    check.refuse_missing(cfg, source=config, looks=check.missing_to_read)
     become("kdmesh_trainer.commands.precompute", config, overrides, *(["--partial"] if partial else []))
 
 

@@ -24,5 +24,6 @@ def tokenize(config: Path, overrides: tuple[str, ...]) -> None:
     \b
     Example: kdmesh tokenize examples/train-blend.yaml --set data.token_cache.workers=16
     """
-    check.refuse_missing(check.load_as(TrainerConfig, config, overrides), source=config)
+    cfg = check.load_as(TrainerConfig, config, overrides)
+    check.refuse_missing(cfg, source=config, looks=check.missing_to_read)
     become("kdmesh_trainer.commands.tokenize", config, overrides)

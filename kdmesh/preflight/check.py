@@ -12,6 +12,7 @@ from kdmesh import config
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
+from kdmesh.outputs import refused_directory
 from kdmesh.preflight.model_files import (
     adapter_problems,
     freeze_problems,
@@ -112,6 +113,14 @@ def kind(cfg: ServiceConfig) -> str:
 
 def missing(cfg: ServiceConfig) -> list[str]:
     """One line for each file, directory or function that `cfg` names and that is not there or not fit for its use."""
+    lines = missing_to_read(cfg)
+    if isinstance(cfg, TrainerConfig) and (why := refused_directory(cfg.output)) is not None:
+        lines.append(f"output: {why}")
+    return lines
+
+
+def missing_to_read(cfg: ServiceConfig) -> list[str]:
+    """As `missing`, but for where a run is to be written."""
     if isinstance(cfg, TrainerConfig):
         return list(_missing_for_trainer(cfg))
     engine = cfg.engine
@@ -165,9 +174,6 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
         if any(address.startswith("k8s:") for address in addresses) and find_spec("kubernetes") is None:
             yield f"{key}.addresses: the package kubernetes is not installed (pip install 'kdmesh[kubernetes]')"
     yield from wrong_addresses(cfg)
-    nearest = next(path for path in (cfg.output, *cfg.output.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        yield f"output: {nearest} is not a directory"
 
 
 def _unserved(engine: StrictModel) -> Iterator[str]:

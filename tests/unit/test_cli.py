@@ -71,6 +71,9 @@ def test_every_bad_key_is_reported_at_once_with_exit_code_2(good: Path) -> None:
     assert "batch.size: there is no such key" in result.output
     assert "steps: " in result.output
     assert "(got 'none')" in result.output
+    result = run("check", "train.yaml", "--set", "steps=1000000000000000")
+    assert result.exit_code == 2
+    assert "steps (1000000000000000) must be no more than 99999999" in result.output
 
 
 @pytest.mark.parametrize(("file", "package"), [("teacher.yaml", "kdmesh_teacher"), ("rollout.yaml", "kdmesh_rollout")])
@@ -305,6 +308,20 @@ def test_an_output_below_a_file_is_refused(good: Path) -> None:
         assert f"output: {good.parent / 'file'} is not a directory" in result.output
 
 
+def test_an_output_that_cannot_be_made_is_refused_and_leaves_nothing(good: Path) -> None:
+    Path("nowhere").symlink_to("gone")
+    before = sorted(good.parent.iterdir())
+    for output, words in {
+        "/proc/x/y": "/proc/x/y cannot be written: No such file or directory in /proc",
+        "nowhere/x": f"{good.parent / 'nowhere'} is not a directory",
+    }.items():
+        result = run("check", "train.yaml", "--set", f"output={output}")
+        assert result.exit_code == 2
+        assert f"output: {words}" in result.output
+    assert run("check", "train.yaml", "--set", "output=a/b/c").exit_code == 0
+    assert sorted(good.parent.iterdir()) == before
+
+
 def test_an_output_that_cannot_be_had_is_refused_before_a_teacher_is_served(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +334,7 @@ def test_an_output_that_cannot_be_had_is_refused_before_a_teacher_is_served(
         assert (result.exit_code, "another run is writing to run" in result.output) == (2, True), result.output
     assert not Path("run/teacher.log").exists()
     result = run(*train, "--set", "output=/proc/none")  # where nobody can make a directory
-    assert (result.exit_code, "output /proc/none cannot be written" in result.output) == (2, True), result.output
+    assert (result.exit_code, "output: /proc/none cannot be written" in result.output) == (2, True), result.output
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_before_a_teacher_is_served(

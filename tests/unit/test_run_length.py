@@ -93,3 +93,11 @@ def test_epochs_that_make_too_few_steps_are_refused(keys: dict[str, Any], words:
     assert num_steps(config(epochs=2.1, **keys), 40) == 21
     with pytest.raises(ConfigError, match=words):
         num_steps(config(epochs=2, **keys), 40)
+
+
+def test_epochs_that_make_more_steps_than_checkpoints_have_names_for_are_refused() -> None:
+    assert num_steps(config(epochs=9_999_999.9), 40) == 99_999_999
+    with pytest.raises(
+        ConfigError, match=r"epochs \(1e\+07\) of 40 .*: steps \(100000000\) must be no more than 99999999"
+    ):
+        num_steps(config(epochs=10_000_000), 40)

@@ -149,6 +149,8 @@ class BatchConfig(StrictModel):
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
+_MOST_STEPS = 99_999_999  # names of checkpoints have eight digits
+
 
 class TrainerConfig(StrictModel):
     """One training job."""
@@ -240,8 +242,10 @@ class TrainerConfig(StrictModel):
         """Hidden states below the last that are compared; None: there are none."""
         return self.objective.layers if isinstance(self.objective, Distill) else None
 
-    def too_short(self, steps: int) -> str | None:
-        """Why a run cannot have so few steps; None: it can."""
+    def unfit_length(self, steps: int) -> str | None:
+        """Why a run cannot have so few steps, or so many; None: it can."""
+        if steps > _MOST_STEPS:
+            return f"steps ({steps}) must be no more than {_MOST_STEPS}"
         if (why := self.optimizer.too_short(steps)) is not None:
             return why
         if self.profile is not None and (step := max(self.profile.steps)) >= steps:
@@ -254,7 +258,7 @@ class TrainerConfig(StrictModel):
             raise ValueError("how long is the run? give steps or epochs")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps ({self.steps}) or epochs ({self.epochs:g}), not both; null leaves one out")
-        if self.steps is not None and (why := self.too_short(self.steps)) is not None:
+        if self.steps is not None and (why := self.unfit_length(self.steps)) is not None:
             raise ValueError(why)
         return self
 

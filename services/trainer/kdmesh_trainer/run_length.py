@@ -19,7 +19,7 @@ def num_steps(cfg: TrainerConfig, num_items: int) -> int:
         num_items: sequences that are trained on, of all datasets of a blend; on-policy, prompts that are sampled from.
 
     Raises:
-        ConfigError: the epochs make too few steps for what else is configured.
+        ConfigError: the epochs make too few steps for what else is configured, or more than a run can have.
     """
     if cfg.steps is not None:
         return cfg.steps
@@ -28,7 +28,7 @@ def num_steps(cfg: TrainerConfig, num_items: int) -> int:
     if isinstance(cfg.source, OnPolicy):
         what, per_step = "prompts", cfg.source.prompts_of(per_step)
     steps = math.ceil(Fraction(str(cfg.epochs)) * num_items / per_step)  # 0.1 as it is written: 3 of 30
-    if (why := cfg.too_short(steps)) is not None:
+    if (why := cfg.unfit_length(steps)) is not None:
         raise ConfigError(f"epochs ({cfg.epochs:g}) of {num_items} {what}, {per_step} in a step: {why}")
     log.info("epochs counted", extra={"epochs": cfg.epochs, what: num_items, "per_step": per_step, "steps": steps})
     return steps
