@@ -7,8 +7,12 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdmesh.errors import ConfigError, KdmeshError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def say(text: str) -> None:
@@ -20,6 +24,24 @@ def say(text: str) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # where the rest goes, what is still buffered included
         os.close(nowhere)
+
+
+def show(*parts: RenderableType, width: int, wraps: bool = True) -> None:
+    """Write tables and sentences to stdout; where that is no terminal, without the blanks that fill a terminal's lines.
+
+    Args:
+        width: letters in a line where stdout is no terminal.
+        wraps: whether to wrap what is longer than a line.
+    """
+    from rich.console import Console
+
+    is_terminal = sys.stdout.isatty()
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=not wraps, width=None if is_terminal else width)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    text = captured.get()
+    say(text if is_terminal else "".join(f"{line.rstrip()}\n" for line in text.splitlines()))
 
 
 def say_error(error: KdmeshError) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -60,13 +58,6 @@ def summary(job: Job) -> list[str]:
     if job.restarts is not None:
         lines.append(f"  restarts: {job.restarts}")
     return lines
-
-
-def show(*parts: str | Table) -> None:
-    """On stdout; as wide as a table is where that is no terminal."""
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-    for part in parts:
-        console.print(part)
 
 
 def indented(lines: Iterable[str]) -> list[str]:

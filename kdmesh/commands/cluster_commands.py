@@ -16,6 +16,7 @@ import yaml
 from kdmesh.cluster.plan import JobKind
 from kdmesh.commands import submission
 from kdmesh.commands.config_option import config_argument, set_option
+from kdmesh.outputs import show
 
 if TYPE_CHECKING:
     from kdmesh.cluster.client import Cluster
@@ -24,6 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _KINDS = ["Job", "JobSet", "TrainJob"]
 _EVENTS = 10
+_show = partial(show, width=200, wraps=False)
 
 
 def _cluster_options(command: F) -> F:
@@ -144,7 +146,7 @@ def jobs_command(everywhere: bool, as_json: bool, context: str | None, namespace
     if as_json:
         click.echo(json.dumps([asdict(job) for job in jobs]))
     elif jobs:
-        tables.show(tables.jobs_table(jobs, with_namespaces=everywhere))
+        _show(tables.jobs_table(jobs, with_namespaces=everywhere))
     else:
         click.echo(f"There is no job in {where}.")
 
@@ -217,11 +219,11 @@ def describe(name: str, as_json: bool, context: str | None, namespace: str | Non
         parts = {"pods": [asdict(pod) for pod in pods], "conditions": said, "events": [asdict(one) for one in events]}
         click.echo(json.dumps({**asdict(job), **parts}))
         return
-    tables.show(*tables.summary(job), *tables.indented(said))
+    _show(*tables.summary(job), *tables.indented(said))
     if pods:
-        tables.show("", tables.pods_table(pods))
+        _show("", tables.pods_table(pods))
     if events:
-        tables.show("", *(event.sentence(tables.age(event.last)) for event in events))
+        _show("", *(event.sentence(tables.age(event.last)) for event in events))
 
 
 COMMANDS = (submit, jobs_command, logs, cancel, describe)

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +24,7 @@ from kdmesh.auth.config import AccessConfig
 from kdmesh.auth.tls_context import client_context
 from kdmesh.auth.tokens import read_token
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.outputs import show
 from kdmesh.serving.job_state import JobState
 from kdmesh.serving.status import SlabStatus, Status, Working
 from kdmesh.serving.words import count, seconds, size
@@ -100,10 +101,7 @@ def once(server: Server, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(dataclasses.asdict(status)) + "\n")
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = _WIDTH
-        console.print(render(status))
+        show(render(status), width=_WIDTH)
 
 
 def live(server: Server, *, interval_s: float) -> None:

@@ -13,6 +13,7 @@ from typing import get_args
 import click
 
 from kdmesh.doctor.finding import Finding, Part
+from kdmesh.outputs import show
 
 _MISSING = 1
 _STYLES = {"ok": "green", "missing": "red", "worse": "yellow", "unknown": "dim"}
@@ -84,7 +85,6 @@ def _of_cluster(context: str | None, namespace: str | None) -> Iterator[Finding]
 
 
 def _show(findings: Sequence[Finding]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -96,10 +96,9 @@ def _show(findings: Sequence[Finding]) -> None:
         for word, text in (("costs", finding.cost), ("cure", finding.cure)):
             if text:
                 table.add_row("", "", Text(f"{word}: {text}", style="dim"))
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(table)
     missing = [finding.name for finding in findings if finding.verdict == "missing"]
     worse = [finding.name for finding in findings if finding.verdict == "worse"]
-    console.print(f"\nMissing: {', '.join(missing)}." if missing else "\nNothing is missing that is needed.")
+    told = [f"\nMissing: {', '.join(missing)}." if missing else "\nNothing is missing that is needed."]
     if worse:
-        console.print(f"Worse than it could be: {', '.join(worse)}.")
+        told.append(f"Worse than it could be: {', '.join(worse)}.")
+    show(table, *told, width=160)

@@ -37,6 +37,15 @@ def test_this_machine_has_what_its_tests_need(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_piped_has_no_blanks_at_the_ends_of_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = Finding(name="far", part="sglang", verdict="worse", found="nothing", cost="it is slow", cure="w " * 200)
+    code, output = look(monkeypatch, ok("near", "all is there", part="gpu"), far)
+    assert code == 0
+    assert output.startswith("ok     near  all is there\nworse  far   nothing\n             costs: it is slow\n")
+    assert output.endswith("\n\nNothing is missing that is needed.\nWorse than it could be: far.\n")
+    assert [line for line in output.splitlines() if line != line.rstrip() or len(line) > 160] == []
+
+
 def test_memory_that_can_be_written_all_the_same_is_no_sealed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     made = kernel.create_segment
 

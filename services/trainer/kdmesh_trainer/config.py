@@ -27,7 +27,12 @@ from kdmesh_trainer.sections.quantization_config import refuse_unfit_quantizatio
 from kdmesh_trainer.sections.questions_config import refuse_unasked_questions
 from kdmesh_trainer.sections.replicas_config import ReplicatedConfig, check_can_be_known
 from kdmesh_trainer.sections.rollouts_config import RolloutsConfig, SamplingConfig, SendingConfig
-from kdmesh_trainer.sections.schedule_config import CheckpointConfig, EvaluationConfig, refuse_idle_evaluation
+from kdmesh_trainer.sections.schedule_config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    refuse_idle_evaluation,
+    unfit_length,
+)
 from kdmesh_trainer.sections.student_config import StudentConfig
 
 
@@ -149,8 +154,6 @@ class BatchConfig(StrictModel):
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
-_MOST_STEPS = 99_999_999  # names of checkpoints have eight digits
-
 
 class TrainerConfig(StrictModel):
     """One training job."""
@@ -242,23 +245,13 @@ class TrainerConfig(StrictModel):
         """Hidden states below the last that are compared; None: there are none."""
         return self.objective.layers if isinstance(self.objective, Distill) else None
 
-    def unfit_length(self, steps: int) -> str | None:
-        """Why a run cannot have so few steps, or so many; None: it can."""
-        if steps > _MOST_STEPS:
-            return f"steps ({steps}) must be no more than {_MOST_STEPS}"
-        if (why := self.optimizer.too_short(steps)) is not None:
-            return why
-        if self.profile is not None and (step := max(self.profile.steps)) >= steps:
-            return f"profile.steps has {step}; steps are counted from 0, and the last is {steps - 1}"
-        return None
-
     @model_validator(mode="after")
     def _ends(self) -> TrainerConfig:
         if self.steps is None and self.epochs is None:
             raise ValueError("how long is the run? give steps or epochs")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps ({self.steps}) or epochs ({self.epochs:g}), not both; null leaves one out")
-        if self.steps is not None and (why := self.unfit_length(self.steps)) is not None:
+        if self.steps is not None and (why := unfit_length(self, self.steps)) is not None:
             raise ValueError(why)
         return self
 

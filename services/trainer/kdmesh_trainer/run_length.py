@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from kdmesh.errors import ConfigError
 from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.sections.schedule_config import unfit_length
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def num_steps(cfg: TrainerConfig, num_items: int) -> int:
     if isinstance(cfg.source, OnPolicy):
         what, per_step = "prompts", cfg.source.prompts_of(per_step)
     steps = math.ceil(Fraction(str(cfg.epochs)) * num_items / per_step)  # 0.1 as it is written: 3 of 30
-    if (why := cfg.unfit_length(steps)) is not None:
+    if (why := unfit_length(cfg, steps)) is not None:
         raise ConfigError(f"epochs ({cfg.epochs:g}) of {num_items} {what}, {per_step} in a step: {why}")
     log.info("epochs counted", extra={"epochs": cfg.epochs, what: num_items, "per_step": per_step, "steps": steps})
     return steps

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from kdmesh_trainer.config import TrainerConfig
 
 
+_MOST_STEPS = 99_999_999  # names of checkpoints have eight digits
+
+
 class EvaluationConfig(StrictModel):
     """On held-out data, and by questions; both also before the first step and after the last."""
 
@@ -51,3 +54,14 @@ def refuse_idle_evaluation(cfg: TrainerConfig) -> None:
         )
     if asked.max_sequences is not None and cfg.data.held_out is None:
         raise ValueError(f"evaluation.max_sequences ({asked.max_sequences}) needs data.held_out, which it bounds")
+
+
+def unfit_length(cfg: TrainerConfig, steps: int) -> str | None:
+    """Why a run cannot have so few steps, or so many; None: it can."""
+    if steps > _MOST_STEPS:
+        return f"steps ({steps}) must be no more than {_MOST_STEPS}"
+    if (why := cfg.optimizer.too_short(steps)) is not None:
+        return why
+    if cfg.profile is not None and (step := max(cfg.profile.steps)) >= steps:
+        return f"profile.steps has {step}; steps are counted from 0, and the last is {steps - 1}"
+    return None
