@@ -23,7 +23,7 @@ def lock(file: IO[Any] | FileIO, *, refusal: str) -> None:
     except BlockingIOError:
         raise ConfigError(refusal) from None
     except OSError as error:
-        raise ConfigError(f"cannot lock {file.name}: {error}") from None
+        raise ConfigError(f"cannot lock {file.name}: {error.strerror}") from None
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def claimed(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / ".lock").open("a")
     except OSError as error:
-        raise ConfigError(f"output {directory} cannot be written: {error}") from error
+        raise ConfigError(f"output {directory} cannot be written: {error.strerror}") from error
     with file:
         lock(file, refusal=f"another run is writing to {directory}; give this one another `output`")
         yield

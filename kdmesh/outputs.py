@@ -61,7 +61,7 @@ def make_writable(path: Path) -> None:
             path.open("ab").close()
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error}") from None
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 def refused_directory(path: Path) -> str | None:

@@ -101,7 +101,7 @@ class KeptAnswers:
                     rows.writelines(_line(row) for row in entry["rows"])
             os.replace(whole, output)
         except OSError as error:
-            raise ConfigError(f"cannot write {output}: {error}") from None
+            raise ConfigError(f"cannot write {output}: {error.strerror}") from None
         finally:
             whole.unlink(missing_ok=True)
         self.is_needed = False
@@ -116,7 +116,7 @@ class KeptAnswers:
             while line:  # a disk that fills up takes a part
                 line = line[self._file.write(line) :]
         except OSError as error:
-            raise ConfigError(f"cannot write {self.path}: {error}") from None
+            raise ConfigError(f"cannot write {self.path}: {error.strerror}") from None
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def kept_answers(output: Path) -> Iterator[KeptAnswers]:
         output.parent.mkdir(parents=True, exist_ok=True)
         file = FileIO(str(path), "a")
     except OSError as error:
-        raise ConfigError(f"cannot write {output}: {error}") from None
+        raise ConfigError(f"cannot write {output}: {error.strerror}") from None
     with file:
         lock(file, refusal=f"another process is writing {path}")
         kept = KeptAnswers(path, file)

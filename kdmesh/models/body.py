@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.attention import PACKED_ATTENTION
-from kdmesh.models.directory import check_model_directory
+from kdmesh.models.directory import check_model_directory, read_config
 from kdmesh.models.forward import hidden_states_TD
 from kdmesh.models.images.vision import attention_of, auto_class
 from kdmesh.models.quiet import quiet
@@ -58,8 +58,8 @@ def load_causal_lm(
             packed sequences; the message names the path and the rule.
     """
     check_model_directory(path, needs_weights=weights == "pretrained")
+    config = read_config(path)
     with _refusing(path, "loaded"):
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_layer_types(config, path)
         model = _read(path, config, dtype) if weights == "pretrained" else _initialise(config, dtype)
         begin_with_every_sequence(model)
@@ -75,10 +75,9 @@ def empty_causal_lm(path: Path) -> PreTrainedModel:
     Raises:
         ConfigError: the directory is not a model that transformers builds.
     """
-    check_model_directory(path, needs_weights=False)
+    config = read_config(path)
     # Values of tensors without memory cannot be drawn, and some towers look at what they have drawn.
     with _refusing(path, "built"), no_init_weights():
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_layer_types(config, path)
         model = _initialise(config, torch.float32, moves=False).eval()
         begin_with_every_sequence(model)

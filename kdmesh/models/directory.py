@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kdmesh.errors import ConfigError
@@ -31,6 +32,25 @@ def check_model_directory(path: Path, *, needs_weights: bool) -> None:
     _check_architecture(path, _read_object(path / "config.json"))
     if needs_weights:
         _check_weight_files(path)
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """What the config.json in `path` describes.
+
+    Raises:
+        ConfigError: as `check_model_directory`, or a value in it is none that the model's family takes.
+    """
+    check_model_directory(path, needs_weights=False)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if not isinstance(config.get_text_config(), PretrainedConfig):
+            raise TypeError("what it says of the text model is no object")
+    except Exception as error:  # each family looks at its values by itself
+        raise ConfigError(
+            f"{path / 'config.json'} describes no model that transformers {transformers.__version__} can make: "
+            f"{' '.join(str(error).split())}. Fetch the file that belongs to the weights"
+        ) from error
+    return config
 
 
 def _check_architecture(path: Path, config: dict[str, Any]) -> None:
@@ -64,8 +84,10 @@ def _check_weight_files(path: Path) -> None:
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"cannot read {file}: it is not JSON, or cut short: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} must hold an object, not {type(tree).__name__}")
     return tree

@@ -313,6 +313,8 @@ def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
         yield f"{key}.path: {not_there(path, 'file or directory')}"
     elif path.is_dir() and not any(file.suffix in _DATA_SUFFIXES for file in path.iterdir()):
         yield f"{key}.path: {path} has no {', '.join(_DATA_SUFFIXES)} file"
+    elif not path.is_dir() and not path.is_file():
+        yield f"{key}.path: {path} is neither a file nor a directory: data are read from files, more than once"
     elif path.is_file() and path.suffix not in _DATA_SUFFIXES:
         yield f"{key}.path: {path} is not a {', '.join(_DATA_SUFFIXES)} file"
 

@@ -14,10 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kdmesh.commands import cli
+from kdmesh.errors import DataError
 from kdmesh.launch import jobs, local
 from kdmesh.launch.program import set_arguments
 from kdmesh.preflight import check
 from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.data.files.pieces import find_files
 from kdmesh_trainer.sections.saved_config import configured_identity
 
 
@@ -82,7 +84,7 @@ def test_images_that_sglang_was_not_verified_with_are_refused_before_anything_lo
 ) -> None:
     Path("seeing").mkdir()
     Path("seeing/config.json").write_text('{"model_type": "internvl"}')
-    Path(file).write_text("engine: {kind: sglang, model: seeing}\n")
+    Path(file).write_text("engine: {kind: sglang, model: seeing}\nserver: {port: 0, rest_port: 0}\n")
     result = run("check", file)
     sentence = "seeing is of model type internvl, whose images kdmesh has not verified in SGLang; set engine.kind to "
     assert result.exit_code == 2
@@ -306,6 +308,16 @@ def test_an_output_below_a_file_is_refused(good: Path) -> None:
         result = run(*command, "--set", "output=file/x/y")
         assert result.exit_code == 2
         assert f"output: {good.parent / 'file'} is not a directory" in result.output
+
+
+def test_data_that_are_no_file_are_refused(good: Path) -> None:
+    os.mkfifo("pipe.jsonl")
+    for path in ("pipe.jsonl", "/dev/null"):
+        result = run("check", "train.yaml", "--set", f"data.train.path={path}")
+        assert result.exit_code == 2
+        assert f"data.train.path: {path} is neither a file nor a directory" in result.output
+    with pytest.raises(DataError, match=r"no dataset at pipe\.jsonl: it is neither a file nor a directory"):
+        find_files(Path("pipe.jsonl"))
 
 
 def test_an_output_that_cannot_be_made_is_refused_and_leaves_nothing(good: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdmesh.errors import ConfigError
-from kdmesh.models import body
 from kdmesh.models.body import load_causal_lm
+from kdmesh.models.directory import read_config
 from kdmesh.models.tokenizer import load_tokenizer
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 
@@ -47,7 +47,7 @@ def index(directory: Path, files: dict[str, str]) -> None:
 SPOILERS: list[tuple[Callable[[Path], object], str]] = [
     (shutil.rmtree, "is not a directory"),
     (lambda d: (d / "config.json").unlink(), r"no config\.json"),
-    (lambda d: (d / "config.json").write_text("{"), "cannot read"),
+    (lambda d: (d / "config.json").write_text("{"), r"cannot read .*config\.json: it is not JSON, or cut short"),
     (lambda d: (d / "config.json").write_text("[]"), "must hold an object, not list"),
     (lambda d: (d / "config.json").write_text("{}"), "model type None"),
     (lambda d: change_config(d, model_type="nonesuch"), "model type 'nonesuch'"),
@@ -65,7 +65,7 @@ SPOILERS: list[tuple[Callable[[Path], object], str]] = [
 def test_a_directory_that_is_no_model_is_refused_before_anything_loads(
     directory: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object], rule: str
 ) -> None:
-    monkeypatch.delattr(body, "AutoConfig")
+    monkeypatch.delattr("kdmesh.models.directory.AutoConfig")
     spoil(directory)
     with pytest.raises(ConfigError, match=rule) as refusal:
         load_causal_lm(directory, "auto", CPU)
@@ -81,7 +81,7 @@ SPOILED_WEIGHTS: list[tuple[Callable[[Path], object], str]] = [
         lambda d: change_config(d, vocab_size=VOCABULARY_SIZE + 8),
         r"lm_head\.weight of shape \(320, 32\).*\(328, 32\)",
     ),
-    (lambda d: change_config(d, hidden_size="wide"), "cannot be loaded"),
+    (lambda d: change_config(d, hidden_size="wide"), r"config\.json describes no model .*hidden_size.*got str"),
     (lambda d: (d / "model.safetensors").write_bytes(b"garbage"), "cannot be loaded"),
 ]
 
@@ -94,6 +94,16 @@ def test_weights_that_do_not_fit_the_architecture_are_refused(
     with pytest.raises(ConfigError, match=f"(?s){rule}") as refusal:
         load_causal_lm(directory, "auto", CPU)
     assert str(directory) in str(refusal.value)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": "wide"}, {"text_config": []}])
+def test_a_description_that_its_family_cannot_take_is_refused_in_one_line(
+    directory: Path, changes: dict[str, Any]
+) -> None:
+    change_config(directory, **changes)
+    with pytest.raises(ConfigError, match=r"config\.json describes no model .* Fetch the file") as refusal:
+        read_config(directory)
+    assert str(directory) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_random_weights_need_no_weight_files(directory: Path) -> None:

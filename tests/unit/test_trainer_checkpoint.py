@@ -186,6 +186,29 @@ def test_a_damaged_checkpoint_is_refused_by_name(run: Run, file: str, is_unseale
         run.directory().restore()
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "state.json is empty"),
+        ('{"next_st', "state.json is cut short, or not JSON"),
+        ("[]", "state.json does not say what it is to say"),
+        ('{"next_step": 3}', "state.json does not say what it is to say"),
+        (None, "there is no state.json in it"),
+    ],
+)
+def test_what_is_wrong_with_a_checkpoints_state_is_said_in_words(run: Run, content: str | None, words: str) -> None:
+    run.save(3)
+    state = run.path / "step-00000003" / "state.json"
+    state.unlink()
+    if content is not None:
+        state.write_text(content)
+    (run.path / "step-00000003" / "digests.json").unlink()
+    with pytest.raises(CheckpointError) as refused:
+        run.directory().restore()
+    told = f"{run.path / 'step-00000003'} cannot be read: {words}. Without that directory the run begins anew"
+    assert str(refused.value) == told
+
+
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "state.json", "digests.json"])
 def test_a_flipped_bit_is_refused_with_the_checkpoint_to_go_on_from(run: Run, file: str) -> None:
     run.save(3)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig
-
 from kdmesh.errors import ConfigError
-from kdmesh.models.directory import check_model_directory
+from kdmesh.models.directory import read_config
 from kdmesh.models.images.vision import reads_images
 from kdmesh.models.positions import ROPE_BY_LENGTH, rope_types
 from kdmesh.models.recurrent import is_recurrent
@@ -21,8 +19,7 @@ def refuse_unfit_student(cfg: TrainerConfig) -> None:
     context, path = cfg.parallel.context, cfg.student.model
     if context == 1:
         return
-    check_model_directory(path, needs_weights=False)
-    whole = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    whole = read_config(path)
     text = whole.get_text_config()
     heads = text.num_attention_heads
     if cfg.parallel.exchange(heads) == "heads" and heads % context:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import empty_causal_lm
+from kdmesh.models.directory import read_config
 from kdmesh.models.head import output_head
 from kdmesh.models.layer_outputs import num_layers, numbered_layers
 from kdmesh_trainer.algorithms.layer_distance import LayerDistance
@@ -27,7 +28,7 @@ def refuse_unknown_layers(cfg: TrainerConfig) -> None:
     """
     if cfg.layers is None:
         return
-    config = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
+    config = read_config(cfg.student.model)
     number = num_layers(config)
     why = cfg.layers.beyond(student=number, teacher=None if cfg.teacher_update_every is None else number)
     if why is not None:

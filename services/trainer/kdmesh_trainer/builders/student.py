@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses import VocabularyShare
 from kdmesh.models.attention import varlen_refusal
 from kdmesh.models.body import load_causal_lm
-from kdmesh.models.directory import check_model_directory
+from kdmesh.models.directory import read_config
 from kdmesh.models.head import head_spec
 from kdmesh.models.recurrent import is_recurrent
 from kdmesh.models.verify import check_training
@@ -36,8 +36,7 @@ def check_speed(cfg: config.TrainerConfig) -> None:
     if cfg.student.compile == "layers":
         check_compiler(on_gpu=device.type == "cuda")
     if cfg.student.compile == "layers" or cfg.student.attention == "varlen" or cfg.student.liger_kernels:
-        check_model_directory(cfg.student.model, needs_weights=False)
-        model = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
+        model = read_config(cfg.student.model)
         _refuse_recurrent(cfg.student, model)
         is_varlen(cfg.student, model, device)
         if cfg.student.liger_kernels:

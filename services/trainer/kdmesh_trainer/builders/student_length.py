@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from transformers import AutoConfig
-
 from kdmesh.errors import ConfigError
+from kdmesh.models.directory import read_config
 from kdmesh.models.positions import ROPE_BY_LENGTH, rope_types, safe_limit
 from kdmesh_trainer.config import TrainerConfig
 
@@ -20,7 +19,7 @@ def refuse_short_student(cfg: TrainerConfig) -> None:
         ConfigError: naming the numbers, and why they must fit.
     """
     path, longest = cfg.student.model, cfg.data.max_tokens
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config = read_config(path)
     limit, types = safe_limit(config), rope_types(config)
     if limit is None or longest <= limit:
         return
@@ -35,7 +34,7 @@ def refuse_short_student(cfg: TrainerConfig) -> None:
 
 def warn_of_new_positions(cfg: TrainerConfig) -> None:
     """Tell the log where tokens may be at positions beyond those that the student has learnt."""
-    config = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
+    config = read_config(cfg.student.model)
     limit = safe_limit(config)
     if limit is not None and cfg.data.max_tokens > limit:
         facts = {"max_tokens": cfg.data.max_tokens, "positions": limit}

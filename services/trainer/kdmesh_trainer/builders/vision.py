@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdmesh.chats.image_files import NoImages
 from kdmesh.errors import ConfigError
-from kdmesh.models.directory import check_model_directory
+from kdmesh.models.directory import check_model_directory, read_config
 from kdmesh.models.images.families import UNREAD
 from kdmesh.models.images.packing import Packer
 from kdmesh.models.images.reader import ImageReader, load_image_reader
@@ -37,7 +37,7 @@ def load_reader(cfg: TrainerConfig) -> ImageReader | None:
 
 def no_images(cfg: TrainerConfig) -> NoImages:
     """Why the data may have none, of a student that load_reader finds no reader for."""
-    config = AutoConfig.from_pretrained(cfg.student.model, local_files_only=True, trust_remote_code=False)
+    config = read_config(cfg.student.model)
     why = UNREAD.get(config.model_type)
     if why is None:
         return TEXT_STUDENT

@@ -139,12 +139,9 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
 
 def _model_config(path: Path) -> PretrainedConfig:
     """Raises ConfigError when transformers knows no such model."""
-    from transformers import AutoConfig
+    from kdmesh.models.directory import read_config
 
-    from kdmesh.models.directory import check_model_directory
-
-    check_model_directory(path, needs_weights=False)
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return read_config(path)
 
 
 def _teacher(server: Mapping[str, Any]) -> tuple[int, Any]:

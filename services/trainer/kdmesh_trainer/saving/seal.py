@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kdmesh.weights import digests
 from kdmesh_trainer.saving.files import write_synced
-from kdmesh_trainer.sections.saved_config import unreadable
+from kdmesh_trainer.sections.saved_config import read_json, unreadable
 
 SEAL = "digests.json"
 
@@ -34,12 +34,13 @@ def read_seal(checkpoint: Path) -> list[Digests] | None:
         CheckpointError: it cannot be read.
     """
     try:
-        parts = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        return [dict(part) for part in parts]
+        parts = read_json(checkpoint, SEAL)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise unreadable(checkpoint, f"{SEAL}: {error}") from error
+    try:
+        return [dict(part) for part in parts]
+    except (ValueError, TypeError):
+        raise unreadable(checkpoint, f"{SEAL} does not say what it is to say") from None
 
 
 def damages(directory: Path, expected: Digests) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.config import TrainerConfig
@@ -43,14 +44,33 @@ def checkpoints_in(path: Path) -> list[Path]:
 def read_saved(checkpoint: Path) -> SavedRun:
     """What a checkpoint says. Raises CheckpointError when it cannot be read, or is in another's place."""
     try:
-        saved = SavedRun(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+        told = read_json(checkpoint, STATE)
+    except FileNotFoundError:
+        raise unreadable(checkpoint, f"there is no {STATE} in it") from None
+    try:
+        saved = SavedRun(**told)
         if saved.next_step != int(checkpoint.name.removeprefix(COMPLETE)):
             raise ValueError(f"it is of a checkpoint after {saved.next_step} steps")
         if not isinstance(saved.identity, dict):
-            raise TypeError("its identity is no table")
+            raise ValueError("its identity is no table")
         return saved
-    except (OSError, ValueError, TypeError) as error:
-        raise unreadable(checkpoint, f"{STATE}: {error}") from error
+    except TypeError:
+        raise unreadable(checkpoint, f"{STATE} does not say what it is to say") from None
+    except ValueError as error:
+        raise unreadable(checkpoint, f"{STATE}: {error}") from None
+
+
+def read_json(checkpoint: Path, name: str) -> Any:
+    """What a file of a checkpoint holds. Raises CheckpointError, and FileNotFoundError where there is none."""
+    try:
+        text = (checkpoint / name).read_bytes()
+        return json.loads(text)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(checkpoint, f"{name}: {error.strerror}") from error
+    except ValueError as error:
+        raise unreadable(checkpoint, f"{name} is {'cut short, or not JSON' if text else 'empty'}") from error
 
 
 def unreadable(checkpoint: Path, why: str) -> CheckpointError:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.checkpoint import stored_tensors
-from kdmesh.models.directory import check_model_directory
+from kdmesh.models.directory import read_config
 from kdmesh.models.element_types import parameters_in_float32
 from kdmesh.models.images.vision import reads_images
 from kdmesh.models.recurrent import is_recurrent
@@ -53,8 +53,7 @@ def check_rounding(
         raise ConfigError(
             f"student.quantization needs compressed-tensors (pip install 'kdmesh[quantization]'): {error}"
         ) from error
-    check_model_directory(model, needs_weights=False)
-    described = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    described = read_config(model)
     _refuse_kind(described, model)
     if written == "origin" and described.dtype == torch.float16:
         raise ConfigError(

@@ -31,8 +31,10 @@ def find_files(path: Path) -> tuple[Path, ...]:
         if not files:
             raise DataError(f"no dataset in directory {path}: it holds no file of the kinds {known}")
         return files
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"no dataset at {path}: there is no such file or directory")
+    if not path.is_file():
+        raise DataError(f"no dataset at {path}: it is neither a file nor a directory")
     if path.suffix not in _SUFFIXES:
         raise DataError(f"{path} is of an unknown kind; known: {known}")
     return (path,)
