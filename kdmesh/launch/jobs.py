@@ -110,6 +110,8 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     later = [override for service in serve for override in served(service, "later:1")]
     cfg = _checked_trainer(path, [*overrides, *later])
     refuse_unfit_machine(cfg, ranks=num_ranks(cfg) * (1 if here is None else here.nodes))
+    if serve and cfg.metrics is not None:  # the first rank finds the same, but only when the servers have loaded
+        cfg.metrics.refuse_taken()
     for server in servers.values():
         if isinstance(server, TeacherConfig):
             refuse_unfit_teacher(cfg, server)

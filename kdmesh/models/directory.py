@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.images.families import VISION_CLASSES
+from kdmesh.weight_files import weight_problem
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -72,6 +73,7 @@ def _check_architecture(path: Path, config: dict[str, Any]) -> None:
 
 def _check_weight_files(path: Path) -> None:
     if (path / _WEIGHTS).is_file():
+        _refuse_damaged(path / _WEIGHTS)
         return
     if not (path / _INDEX).is_file():
         raise ConfigError(f"{path} has no weights: neither {_WEIGHTS} nor {_INDEX}; other formats are not read")
@@ -79,6 +81,13 @@ def _check_weight_files(path: Path) -> None:
     missing = sorted(file for file in files if not (path / file).is_file())
     if missing or not files:
         raise ConfigError(f"{path} lacks {len(missing)} weight files that {_INDEX} names: {', '.join(missing[:5])}")
+    for file in sorted(files):
+        _refuse_damaged(path / file)
+
+
+def _refuse_damaged(file: Path) -> None:
+    if (problem := weight_problem(file)) is not None:
+        raise ConfigError(f"{file} {problem}")
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from kdmesh.hub import named_on_hub
 from kdmesh.parameter_names import is_meant, names_nothing
+from kdmesh.weight_files import weight_problem, weight_table
 
-_POINTER = b"version https://git-lfs"
+_INDEX = "model.safetensors.index.json"
 
 
 def model_problems(key: str, path: Path, *, needs_weights: bool = True) -> Iterator[str]:
@@ -26,8 +27,10 @@ def model_problems(key: str, path: Path, *, needs_weights: bool = True) -> Itera
         yield f"{key}: {path} has no weights (*.safetensors)"
     elif needs_weights:
         for file in files:
-            if (problem := _weight_problem(file)) is not None:
+            if (problem := weight_problem(file)) is not None:
                 yield f"{key}: {file} {problem}"
+        for name in sorted(_indexed(path) - {file.name for file in files}):
+            yield f"{key}: {path} has no {name}, which {_INDEX} names"
 
 
 def not_there(path: Path, what: str = "directory") -> str:
@@ -46,29 +49,19 @@ def _meant_on_hub(path: Path) -> str:
     return f" (a model is a Hugging Face directory, or on the hub hf://{name})"
 
 
+def _indexed(model: Path) -> set[str]:
+    """Files that a model of several tells its tensors to be in."""
+    told = _json(model / _INDEX) if (model / _INDEX).is_file() else None
+    names = told.get("weight_map") if isinstance(told, dict) else None
+    return {name for name in names.values() if isinstance(name, str)} if isinstance(names, dict) else set()
+
+
 def _json(path: Path) -> Any:
     """What is in a file; None where it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except ValueError:
         return None
-
-
-def _weight_problem(file: Path) -> str | None:
-    """Why it is not a whole safetensors file; None when it is."""
-    with file.open("rb") as stream:
-        begin = stream.read(len(_POINTER))
-    if begin == _POINTER:
-        return "is a git-lfs pointer, not a safetensors file: run `git lfs pull`"
-    table = _weight_table(file)
-    if table is None:
-        return "is not a safetensors file, or one that is cut short in its table"
-    try:
-        ends = [int(entry["data_offsets"][1]) for name, entry in table.items() if name != "__metadata__"]
-    except (KeyError, TypeError, IndexError, ValueError):
-        return "is not a safetensors file: its table does not say where tensors lie"
-    whole, there = 8 + int.from_bytes(begin[:8], "little") + max(ends, default=0), file.stat().st_size
-    return f"is cut short: it has {there} of {whole} bytes" if there < whole and ends else None
 
 
 def reads_text_alone(model: Path) -> bool:
@@ -136,7 +129,7 @@ def _parameter_names(model: Path) -> set[str] | None:
 
     It does so with experts, with models that read images, and with those whose names do not begin with `model`.
     """
-    names = {name for file in model.glob("*.safetensors") for name in _weight_table(file) or {}} - {"__metadata__"}
+    names = {name for file in model.glob("*.safetensors") for name in weight_table(file) or {}} - {"__metadata__"}
     is_usual = all(name.startswith(("model.", "lm_head.")) for name in names)
     if not names or not is_usual or not reads_text_alone(model) or any("experts" in name.split(".") for name in names):
         return None
@@ -148,19 +141,6 @@ def _matrices_of(model: Path) -> dict[str, tuple[int, int]]:
     return {
         name: (entry["shape"][0], entry["shape"][1])
         for file in model.glob("*.safetensors")
-        for name, entry in (_weight_table(file) or {}).items()
+        for name, entry in (weight_table(file) or {}).items()
         if name != "__metadata__" and len(entry["shape"]) == 2
     }
-
-
-def _weight_table(file: Path) -> dict[str, Any] | None:
-    """What a safetensors file begins with: its size in bytes, then the table itself; None when it does not."""
-    with file.open("rb") as stream:
-        size_bytes = int.from_bytes(stream.read(8), "little")
-        if size_bytes > file.stat().st_size:
-            return None
-        try:
-            table = json.loads(stream.read(size_bytes))
-        except ValueError:
-            return None
-    return table if isinstance(table, dict) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -308,6 +309,17 @@ def test_an_output_below_a_file_is_refused(good: Path) -> None:
         result = run(*command, "--set", "output=file/x/y")
         assert result.exit_code == 2
         assert f"output: {good.parent / 'file'} is not a directory" in result.output
+
+
+def test_a_port_of_metrics_that_is_taken_is_refused_before_a_teacher_is_served(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "start_server", lambda *arguments: pytest.fail("a server was started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        metrics = f"metrics.port={taken.getsockname()[1]}"
+        result = run("train", "train.yaml", "--serve", "teacher.yaml", "--set", metrics)
+    assert result.exit_code == 2
+    assert "metrics: cannot listen on 127.0.0.1" in result.output
 
 
 def test_data_that_are_no_file_are_refused(good: Path) -> None:

@@ -45,6 +45,7 @@ LAYER = {
     "kdmesh.tracing": 1,
     "kdmesh.unix_path": 1,
     "kdmesh.v1": 1,
+    "kdmesh.weight_files": 1,
     "kdmesh.groups": 2,
     "kdmesh.alignment": 2,
     "kdmesh.cluster": 2,

@@ -26,3 +26,12 @@ def test_a_weight_file_without_a_byte_is_no_weight_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     assert "is not a safetensors file" in "".join(model_problems("student.model", tmp_path))
+
+
+def test_weight_files_that_the_index_names_and_that_are_not_there_are_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "one.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = f"student.model: {tmp_path} has no two.safetensors, which model.safetensors.index.json names"
+    assert list(model_problems("student.model", tmp_path)) == [words]

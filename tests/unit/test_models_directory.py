@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,7 @@ SPOILERS: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "other formats are not read"),
     (lambda d: index(d, {"a": "one.safetensors", "b": "two.safetensors"}), "lacks 2 weight files .*one.safetensors"),
     (lambda d: index(d, {}), "lacks 0 weight files"),
+    (lambda d: os.truncate(d / "model.safetensors", 20_000), r"model\.safetensors is cut short: it has 20000 of"),
 ]
 
 
@@ -82,7 +84,7 @@ SPOILED_WEIGHTS: list[tuple[Callable[[Path], object], str]] = [
         r"lm_head\.weight of shape \(320, 32\).*\(328, 32\)",
     ),
     (lambda d: change_config(d, hidden_size="wide"), r"config\.json describes no model .*hidden_size.*got str"),
-    (lambda d: (d / "model.safetensors").write_bytes(b"garbage"), "cannot be loaded"),
+    (lambda d: (d / "model.safetensors").write_bytes(b"garbage"), r"model\.safetensors is not a safetensors file"),
 ]
 
 

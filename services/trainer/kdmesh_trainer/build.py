@@ -64,6 +64,8 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
     with ExitStack() as stack:
         mesh.on_first(lambda: stack.enter_context(claimed(cfg.output)))
         mesh.on_first(lambda: refuse_other_configuration(cfg))
+        if cfg.metrics is not None:
+            mesh.on_first(cfg.metrics.refuse_taken)
         checked = check(cfg)
         if mesh.is_first:
             warn_of_new_positions(cfg)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from kdmesh.chats.chat_rows import TeacherColumns
 from kdmesh.errors import ConfigError
 from kdmesh.losses import Divergence, SampledDivergence
+from kdmesh.models.directory import check_model_directory
 from kdmesh.models.images.reader import ImageReader
 from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh_trainer import config
@@ -60,7 +61,8 @@ class Checked:
 
 
 def check(cfg: config.TrainerConfig) -> Checked:
-    """Everything but weights and services. Raises ConfigError when a part of it cannot be used."""
+    """Everything but services, and what is in weights. Raises ConfigError when a part of it cannot be used."""
+    check_model_directory(cfg.student.model, needs_weights=cfg.student.weights == "pretrained")
     refuse_unfit_student(cfg)
     recipe = EncoderRecipe(
         student=cfg.student.model,

@@ -13,7 +13,6 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from kdmesh.errors import ConfigError
 from kdmesh_trainer.sections.metrics_config import MetricsConfig
 
 log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def serving(cfg: MetricsConfig, registry: CollectorRegistry) -> Iterator[Metrics
     try:
         server = make_server(cfg.host, cfg.port, app, server_class=_Server, handler_class=_Handler)
     except OSError as error:
-        raise ConfigError(f"metrics: cannot listen on {cfg.host}:{cfg.port}: {error.strerror or error}") from None
+        raise cfg.refusal(error) from None
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     log.info("metrics are shown", extra={"host": cfg.host, "port": server.server_port})
