@@ -31,6 +31,7 @@ def check_model_directory(path: Path, *, needs_weights: bool) -> None:
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} has no config.json, so it is not a Hugging Face model directory")
     _check_architecture(path, _read_object(path / "config.json"))
+    _check_generation(path / "generation_config.json")
     if needs_weights:
         _check_weight_files(path)
 
@@ -69,6 +70,13 @@ def _check_architecture(path: Path, config: dict[str, Any]) -> None:
     stated = config.get("architectures") or sorted(known)
     if known.isdisjoint(stated):
         raise ConfigError(f"{path} holds a {stated[0]}, not a causal LM ({', '.join(sorted(known))})")
+
+
+def _check_generation(file: Path) -> None:
+    """It is read again when the trained model is written, which must not be the first to find it damaged."""
+    ends = _read_object(file).get("eos_token_id") if file.is_file() else None
+    if ends is not None and not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends])):
+        raise ConfigError(f"{file} must have one id, or a list of them, as eos_token_id, not {json.dumps(ends)}")
 
 
 def _check_weight_files(path: Path) -> None:

@@ -24,6 +24,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # transformers takes what its files hold for what it expects there
         raise ConfigError(f"the tokenizer in {path} cannot be loaded: {error}") from error
     return tokenizer

@@ -12,6 +12,7 @@ from kdmesh.hub import named_on_hub
 from kdmesh.parameter_names import is_meant, names_nothing
 from kdmesh.weight_files import weight_problem, weight_table
 
+_GENERATION = "generation_config.json"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -23,6 +24,8 @@ def model_problems(key: str, path: Path, *, needs_weights: bool = True) -> Itera
         yield f"{key}: {path} is not a Hugging Face model directory: it has no config.json"
     elif not isinstance(_json(path / "config.json"), dict):
         yield f"{key}: {path / 'config.json'} is not a JSON object"
+    elif (path / _GENERATION).is_file() and not isinstance(_json(path / _GENERATION), dict):
+        yield f"{key}: {path / _GENERATION} is not a JSON object"
     elif needs_weights and not (files := sorted(path.glob("*.safetensors"))):
         yield f"{key}: {path} has no weights (*.safetensors)"
     elif needs_weights:

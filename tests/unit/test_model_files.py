@@ -35,3 +35,13 @@ def test_weight_files_that_the_index_names_and_that_are_not_there_are_told(tmp_p
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     words = f"student.model: {tmp_path} has no two.safetensors, which model.safetensors.index.json names"
     assert list(model_problems("student.model", tmp_path)) == [words]
+
+
+def test_a_generation_config_that_is_no_object_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for content in ("", "{", "[]"):
+        (tmp_path / "generation_config.json").write_text(content)
+        words = f"student.model: {tmp_path / 'generation_config.json'} is not a JSON object"
+        assert list(model_problems("student.model", tmp_path, needs_weights=False)) == [words]
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert not list(model_problems("student.model", tmp_path, needs_weights=False))

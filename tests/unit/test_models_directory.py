@@ -55,6 +55,11 @@ SPOILERS: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: change_config(d, model_type="t5"), "model type 't5'"),
     (lambda d: change_config(d, model_type="nonesuch", auto_map={"AutoConfig": "x.Y"}), "runs no remote code"),
     (lambda d: change_config(d, architectures=["Qwen3ForSequenceClassification"]), "holds a Qwen3ForSequenceClass"),
+    (
+        lambda d: (d / "generation_config.json").write_text("{"),
+        r"cannot read .*generation_config\.json: it is not JSON",
+    ),
+    (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": ["x"]}'), "as eos_token_id, not .*x"),
     (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
     (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "other formats are not read"),
     (lambda d: index(d, {"a": "one.safetensors", "b": "two.safetensors"}), "lacks 2 weight files .*one.safetensors"),
@@ -140,7 +145,8 @@ def test_a_tokenizer_is_found_beside_the_model_or_is_none(tiny_models: TinyModel
     assert load_tokenizer(tiny_models.path(tokenizer=False)) is None
 
 
-def test_a_broken_tokenizer_is_refused(directory: Path) -> None:
-    (directory / "tokenizer.json").write_text("{}")
+@pytest.mark.parametrize(("file", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")])
+def test_a_broken_tokenizer_is_refused(directory: Path, file: str, content: str) -> None:
+    (directory / file).write_text(content)
     with pytest.raises(ConfigError, match=r"tokenizer in .* cannot be loaded"):
         load_tokenizer(directory)
