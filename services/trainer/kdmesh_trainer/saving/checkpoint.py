@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _METADATA = ".metadata"  # torch's: what lies where
 _WRITING = "writing-"
 _REMOVING = "removing-"
+_PART_WRITTEN = "unexpected pos"  # in torch's words, which do not tell the operating system's
 _SLACK_BYTES = 2**20  # metadata, file headers, the other ranks' random states
 
 
@@ -287,4 +288,6 @@ def _root(error: BaseException) -> str:
         if isinstance(link, OSError):
             return str(link)
         link = link.__cause__ or link.__context__
+    if _PART_WRITTEN in str(error):
+        return "a file of it could not be written whole: the disk is full, or files may not be so large (ulimit -f)"
     return f"{type(error).__name__}: {error}"
