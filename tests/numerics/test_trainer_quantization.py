@@ -136,7 +136,7 @@ def logits_of(student: Student, sequence: TokenSequence) -> Tensor:
     found: list[Tensor] = []
 
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor) -> FusedLoss:
-        found.append(hidden_RD @ head.weight_VD.t())
+        found.append(head.logits(hidden_RD))
         return FusedLoss.of(hidden_RD.sum(), [torch.zeros(0)] * 6)
 
     student(student.pack([sequence]), row_loss)
@@ -244,6 +244,46 @@ def test_the_written_student_has_the_logits_of_the_trained_one(
     assert far > 2 * error, (far, error)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "phi"])  # of constants in its embedding; of biases
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_students_of_other_families_are_accepted_and_written_as_they_compute(
+    tiny_models: TinyModels, tmp_path: Path, family: str, dtype: str
+) -> None:
+    path = tiny_models.path(family, seed=1, **EVEN | {"num_key_value_heads": 4})
+    check_rounding(QuantizationConfig(**INT4), path, getattr(torch, dtype))
+    told = paths(tiny_models, tmp_path) | {"student": str(path), "compute_dtype": dtype, "dtype": dtype}
+    run_ranks(f"{HERE}:train_and_export", ranks=1, **told, quantization=INT4)
+    trained = load_file(tmp_path / "trained.safetensors")
+    written = logits_of_directory(tmp_path / "final", getattr(torch, dtype))
+    assert relative(written, trained["logits"]) < (2e-6 if dtype == "float32" else 1.5e-2)
+
+
+def published(mesh: Mesh, *, student: str, output: str) -> None:
+    """Writes what others get of a student that is spread; runs on every rank."""
+    model = build_student(
+        Path(student),
+        mesh,
+        vocabulary_size=VOCABULARY_SIZE,
+        compute_dtype=torch.float32,
+        quantization=QuantizationConfig(weights="int8"),
+    )
+    found = {name: weight.whole(torch.float32) for name, weight in model.weights().items()}
+    if mesh.is_first:
+        save_file(found, Path(output) / "published.safetensors")
+
+
+def test_ranks_without_rows_of_a_matrix_have_their_part_in_what_others_get(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    path = tiny_models.path("qwen3", seed=1, **EVEN | {"num_key_value_heads": 1, "head_dim": 2})  # k_proj has two rows
+    run_ranks(f"{HERE}:published", ranks=3, student=str(path), output=str(tmp_path))
+    lm = load_causal_lm(path, torch.float32, torch.device("cpu"))
+    found = load_file(tmp_path / "published.safetensors")
+    for name, parameter in lm.named_parameters():
+        expected = rounding({"weights": "int8"}).rounded(parameter.detach()) if "_proj" in name else parameter
+        assert torch.equal(found[name], expected), name
+
+
 @pytest.mark.parametrize("matrices", ["masters", "both"])
 def test_masters_are_written_on_request(tiny_models: TinyModels, tmp_path: Path, matrices: Matrices) -> None:
     told = paths(tiny_models, tmp_path) | {"matrices": matrices}
@@ -271,6 +311,8 @@ def test_a_written_student_can_be_served_and_trained_again_unless_its_activation
         with pytest.raises(ConfigError, match="quantization_config has input_activations"):
             load_causal_lm(final, torch.float32, torch.device("cpu"))
         return
+    with pytest.raises(ConfigError, match=r"whose matrices are rounded already .*begin from its masters"):
+        check_rounding(QuantizationConfig(**settings), final, torch.float32)
     trained = load_file(tmp_path / "trained.safetensors")
     how = rounding(settings)
     for name, parameter in load_causal_lm(final, torch.float32, torch.device("cpu")).named_parameters():

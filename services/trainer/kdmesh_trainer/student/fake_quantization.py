@@ -59,7 +59,8 @@ class Rounding:
         groups = master.to(self.compute_dtype).float().view(rows, columns // size, size)
         scales = groups.abs().amax(-1, keepdim=True) / _LARGEST[self.numbers]
         scales = scales.bfloat16().float().clamp_(min=_LEAST_SCALE)  # rows of zeros have one, too
-        return _round_(groups / scales, self.numbers).view(rows, columns), scales.view(rows, -1)
+        # Counts, and no -1: a rank's part may have no rows.
+        return _round_(groups / scales, self.numbers).view(rows, columns), scales.view(rows, columns // size)
 
     def rounded(self, master: Tensor) -> Tensor:
         """[rows, columns] in the type that is computed in: what the module multiplies with. Of a shard, this rank's.
@@ -69,7 +70,7 @@ class Rounding:
         """
         own = own_shard(master)
         codes, scales = self.codes(own)
-        products = codes.view(*scales.shape, own.shape[1] // scales.shape[1]).mul_(scales[..., None])
+        products = codes.view(*scales.shape, self.group_size or own.shape[1]).mul_(scales[..., None])
         return like_shard(products.view(own.shape).to(self.compute_dtype), master)
 
     def rounded_input(self, input_: Tensor) -> Tensor:

@@ -55,12 +55,18 @@ def check_rounding(
         ) from error
     described = read_config(model)
     _refuse_kind(described, model)
+    if getattr(described, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"student.quantization does not begin from {model}, whose matrices are rounded already and would be rounded "
+            "once more, to other numbers: begin from its masters, which export.matrices masters or both leaves"
+        )
     if written == "origin" and described.dtype == torch.float16:
         raise ConfigError(
             f"export.dtype is origin and {model} has float16, which does not hold every scale of student.quantization: "
             "choose bfloat16 or float32"
         )
-    with FakeTensorMode():
+    # Some families make constants without memory of their own, outside of what stands in for tensors.
+    with FakeTensorMode(allow_non_fake_inputs=True):
         names = modules_to_round(empty_causal_lm(model), config, compute_dtype)
     stored = stored_tensors(model)
     if others := [name for name in names if stored and f"{name}.weight" not in stored]:
