@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -107,6 +108,46 @@ def test_one_rank_draws_and_learns_what_two_do(story: Story) -> None:
         for name in ("num_tokens", "num_loss_tokens", "response_tokens", "episode_turns_mean", "environment_fraction"):
             assert one[name] == two[name], name
         assert one["loss_nats_per_token"] == pytest.approx(two["loss_nats_per_token"], rel=1e-4)
+
+
+def test_ranks_that_hold_rows_together_draw_and_learn_what_one_does(
+    story: Story, materials: Materials, processes: Processes, tmp_path: Path
+) -> None:
+    rollouts = Rollouts(processes, tmp_path / "rollouts", materials.plain.student)
+    rollouts.start()
+    together = {**sections(rollouts, story.rows), "parallel": {"context": 2}}
+    job = Job(processes, tmp_path / "together", materials.plain, story.teacher.address, **together)
+    job.start_ranks(2).succeed()
+    same = ("num_tokens", "num_loss_tokens", "episode_turns_mean", "environment_fraction")
+    for one, two in zip(story.alone.steps(), job.steps(), strict=True):
+        assert [one[name] for name in same] == [two[name] for name in same]
+        for name in ("loss_nats_per_token", "gradient_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+        assert two["sampler_kl_k3_nats"] < 1e-5
+
+
+def test_a_rank_that_is_killed_while_an_episode_is_answered_changes_nothing(
+    story: Story, materials: Materials, processes: Processes, tmp_path: Path
+) -> None:
+    rollouts, waits = Rollouts(processes, tmp_path / "rollouts", materials.plain.student), tmp_path / "waits"
+    rollouts.start()
+    environment = {"respond": "tests.system.environments:that_waits", "params": {"every": EVERY, "flag": str(waits)}}
+    job = Job(
+        processes,
+        tmp_path / "killed",
+        materials.plain,
+        story.teacher.address,
+        **sections(rollouts, story.rows, environment={**environment, "max_turns": MAX_TURNS}),
+    )
+    first = job.start_ranks(2)
+    first.until(lambda: len(job.steps()) >= 3)
+    waits.touch()
+    first.until(lambda: waits.with_suffix(".asked").exists())
+    psutil.Process(first.pid).children()[1].kill()
+    assert first.exit_code() != 0
+    waits.unlink()
+    job.start_ranks(2).succeed()
+    assert job.record() == story.whole.record()
 
 
 def test_figures_and_shown_samples_say_how_episodes_went(story: Story) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -225,8 +226,31 @@ def test_the_environment_sees_the_row_and_the_messages_and_cannot_change_them() 
     assert [message.for_template() for message in episode.messages] == second
 
 
+def test_what_an_environment_does_to_a_row_is_gone_with_its_call() -> None:
+    world = World("chatml")
+    prompt = world.prompt()
+    assert prompt.question is not None
+    row: dict[str, Any] = {"board": [], "state": {"moves": 0}}
+    prompt = replace(prompt, question=replace(prompt.question, row=row))
+
+    def plays(messages: list[dict[str, object]], row: dict[str, Any]) -> list[dict[str, object]] | None:
+        row["board"] += messages
+        row["state"]["moves"] += 1
+        moves = row["state"]["moves"], len(row["board"])
+        return None if len(messages) > 4 else [{"role": "user", "content": f"{moves}"}]
+
+    for _ in range(2):  # drawn again it goes as before
+        [episode] = world.episodes(world.speaker(SAID), plays, prompt=prompt)
+        assert [each.content for each in episode.messages if each.role == "user"] == ["what is it?", "(1, 2)", "(1, 4)"]
+    assert row == {"board": [], "state": {"moves": 0}}
+
+
 def failing(messages: list[dict[str, object]], row: dict[str, object]) -> None:
     raise KeyError(row["level"])
+
+
+def leaving(messages: list[dict[str, object]], row: dict[str, object]) -> None:
+    sys.exit(0)
 
 
 def hanging(messages: list[dict[str, object]], row: dict[str, object]) -> None:
@@ -241,6 +265,7 @@ def returning(value: Any) -> Callable[[list[dict[str, object]], dict[str, object
     ("family", "respond", "words"),
     [
         ("chatml", failing, "train.jsonl:3: source.environment my_module:respond, turn 1: KeyError: 2"),
+        ("chatml", leaving, "train.jsonl:3: source.environment my_module:respond, turn 1: SystemExit: 0"),
         ("chatml", hanging, "turn 1: no answer within source.environment.deadline_s, 0.2 s"),
         ("chatml", returning("why?"), "turn 1 returned 'why.'; it must be a list of at least one message, or None"),
         ("chatml", returning([]), r"returned \[\]; it must be a list of at least one message"),

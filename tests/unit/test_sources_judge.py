@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ def test_what_is_no_weight_is_an_error_and_leaves_the_sample_out(value: object, 
 
 def test_a_judge_that_raises_is_told_and_leaves_the_sample_out() -> None:
     assert verdict(custom("by_unit", unit="m"), "so") == Verdict(weight=0, error="KeyError: 'answer'")
+
+
+def leaves(response: str, row: dict[str, Any], is_cut_off: bool) -> float:
+    row["answer"].append(response)
+    sys.exit(0)
+
+
+def test_a_judge_that_would_end_the_process_is_told_too_and_changes_no_row() -> None:
+    answer = ["no"]
+    assert verdict(custom("leaves"), "so", answer=answer) == Verdict(weight=0, error="SystemExit: 0")
+    assert answer == ["no"]
 
 
 def test_a_judge_that_cannot_be_called_so_is_refused() -> None:

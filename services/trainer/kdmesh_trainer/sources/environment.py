@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -92,8 +93,9 @@ class Environment:
 
     def _replies(self, messages: tuple[Message, ...], row: Mapping[str, Any], where: str) -> tuple[Message, ...] | None:
         try:
-            answer = self._respond([message.for_template() for message in messages], dict(row))
-        except Exception as failure:
+            # A copy of all of it: what a function changes would be there when an episode is drawn again.
+            answer = self._respond([message.for_template() for message in messages], copy.deepcopy(dict(row)))
+        except BaseException as failure:  # of a thread that ends by itself: sys.exit() is no more than a failure
             raise EnvironmentFailed(f"{where}: {type(failure).__name__}: {failure}") from failure
         if answer is None:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -61,7 +62,7 @@ class Judge:
             question = replace(question, chat=replace(question.chat, messages=sample.messages[:-1]))
         try:
             return self._opinion(self._decode(sample.token_ids[first:end]), is_cut_off, question)
-        except Exception as failure:  # noqa: BLE001 - code of the user's own; whoever trains is told
+        except BaseException as failure:  # noqa: BLE001 - code of the user's own, sys.exit() too; whoever trains is told
             return Verdict(weight=0, error=f"{type(failure).__name__}: {failure}")
 
 
@@ -142,7 +143,7 @@ def _custom(cfg: CustomJudge, *, of_episodes: bool) -> Opinion:
         assert question is not None
         asked = [message.for_template() for message in question.chat.messages]
         told = ([*asked, {"role": "assistant", "content": text}],) if of_episodes else ()
-        weight = function(text, dict(question.row), is_cut_off, *told)
+        weight = function(text, copy.deepcopy(dict(question.row)), is_cut_off, *told)
         if isinstance(weight, bool) or not isinstance(weight, Real):
             raise TypeError(f"{cfg.target} returned {weight!r}; a weight must be a number")
         if not 0 <= float(weight) < math.inf:

@@ -57,8 +57,8 @@ def check_rounding(
     _refuse_kind(described, model)
     if getattr(described, "quantization_config", None) is not None:
         raise ConfigError(
-            f"student.quantization does not begin from {model}, whose matrices are rounded already and would be rounded "
-            "once more, to other numbers: begin from its masters, which export.matrices masters or both leaves"
+            f"student.quantization does not begin from {model}, whose matrices are rounded already and would be "
+            "rounded once more, to other numbers: begin from its masters, which export.matrices masters or both leaves"
         )
     if written == "origin" and described.dtype == torch.float16:
         raise ConfigError(
