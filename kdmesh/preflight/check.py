@@ -157,9 +157,8 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
         yield from adapter_problems("student.lora", cfg.student.lora.target_modules, cfg.student.model)
     yield from freeze_problems("student.freeze", cfg.student.freeze, cfg.student.model)
     if (quantization := cfg.student.quantization) is not None:
-        yield from rounding_problems(
-            "student.quantization", quantization.group_size, quantization.keep, cfg.student.model
-        )
+        size, keep = quantization.group_size, quantization.keep
+        yield from rounding_problems("student.quantization", size, keep, cfg.student.model, written=cfg.export.dtype)
     yield from _layers(cfg)
     yield from _packages(cfg)
     yield from _images(cfg)

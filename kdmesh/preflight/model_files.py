@@ -89,9 +89,8 @@ def adapter_problems(key: str, targets: str | Sequence[str], model: Path) -> Ite
         yield f"{key}: peft is not installed (pip install 'kdmesh[lora]')"
     if isinstance(targets, str):  # all that there are
         return
-    names = {name.removesuffix(".weight") for name in _matrices_of(model)}
-    # Layers have numbers. What has none is an embedding or the head, which get no adapter.
-    modules = {name for name in names if any(part.isdigit() for part in name.split("."))}
+    names = {name.removesuffix(".weight") for name, shape in _shapes_of(model).items() if len(shape) == 2}
+    modules = {name for name in names if _is_of_layer(name)}
     known = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
     for target in targets if modules else ():
         if not any(module == target or module.endswith(f".{target}") for module in modules):
@@ -107,10 +106,19 @@ def freeze_problems(key: str, patterns: Sequence[str], model: Path) -> Iterator[
             yield f"{key}: {names_nothing(pattern, sorted(names))}"
 
 
-def rounding_problems(key: str, group_size: int | None, keep: Sequence[str], model: Path) -> Iterator[str]:
-    """What the shapes in the model's files tell without building it; the trainer knows the modules themselves."""
+def rounding_problems(
+    key: str, group_size: int | None, keep: Sequence[str], model: Path, *, written: str
+) -> Iterator[str]:
+    """What the model's files tell without building it; the trainer knows the modules themselves.
+
+    Args:
+        written: export.dtype.
+    """
     if find_spec("compressed_tensors") is None:
         yield f"{key}: compressed-tensors is not installed (pip install 'kdmesh[quantization]')"
+    if (refusal := _rounding_refusal(model, written)) is not None:
+        yield f"{key}: {refusal}"
+        return
     names = _parameter_names(model)
     if names is None:
         return
@@ -119,12 +127,47 @@ def rounding_problems(key: str, group_size: int | None, keep: Sequence[str], mod
             yield f"{key}.keep: {names_nothing(pattern, sorted(names))}"
     if group_size is None:
         return
-    for name, (_, inputs) in sorted(_matrices_of(model).items()):
-        is_rounded = any(part.isdigit() for part in name.split(".")) and not any(is_meant(each, name) for each in keep)
-        if is_rounded and inputs % group_size:
+    for name, shape in sorted(_shapes_of(model).items()):
+        is_rounded = _is_of_layer(name) and len(shape) == 2 and not any(is_meant(each, name) for each in keep)
+        if is_rounded and shape[1] % group_size:
             module = name.removesuffix(".weight")
-            yield f"{key}.group_size is {group_size}, and {module} has {inputs} inputs, which it does not divide"
+            yield f"{key}.group_size is {group_size}, and {module} has {shape[1]} inputs, which it does not divide"
             return
+
+
+def _rounding_refusal(model: Path, written: str) -> str | None:
+    """Why matrices of this model are not rounded, whatever is asked for; None where its files do not say."""
+    told = _json(model / "config.json") if (model / "config.json").is_file() else None
+    if not isinstance(told, dict):
+        return None
+    if told.get("quantization_config") is not None:
+        return (
+            f"the matrices of {model} are rounded already, and would be rounded once more, to other numbers: begin "
+            "from its masters, which export.matrices masters or both leaves"
+        )
+    if not reads_text_alone(model):
+        return f"it needs a student of text alone, and {model} reads images"
+    if written == "origin" and "float16" in (told.get("dtype"), told.get("torch_dtype")):
+        return (
+            f"export.dtype is origin and {model} has float16, which does not hold every scale: choose bfloat16 or "
+            "float32"
+        )
+    for name, shape in sorted(_shapes_of(model).items()):
+        if not _is_of_layer(name):
+            continue
+        if "experts" in (parts := name.split(".")) or (len(shape) > 2 and not any("conv" in part for part in parts)):
+            return f"{model} is a mixture of experts, which lie in one tensor when it is trained; {name} is of one"
+        if len(shape) > 2:  # over tokens, which all layers with a state have
+            return (
+                f"it does not go with layers that carry a state from token to token, which {model} has: {name} is of "
+                "a convolution"
+            )
+    return None
+
+
+def _is_of_layer(name: str) -> bool:
+    """Layers have numbers. What has none is an embedding, the last norm or the head."""
+    return any(part.isdigit() for part in name.split("."))
 
 
 def _parameter_names(model: Path) -> set[str] | None:
@@ -139,11 +182,11 @@ def _parameter_names(model: Path) -> set[str] | None:
     return names | {"lm_head.weight"}  # which is not there where it is the embedding
 
 
-def _matrices_of(model: Path) -> dict[str, tuple[int, int]]:
-    """Shapes of the two-dimensional tensors in the model's files, by name, from their tables alone."""
+def _shapes_of(model: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors in the model's files, by name, from their tables alone."""
     return {
-        name: (entry["shape"][0], entry["shape"][1])
+        name: tuple(entry["shape"])
         for file in model.glob("*.safetensors")
         for name, entry in (weight_table(file) or {}).items()
-        if name != "__metadata__" and len(entry["shape"]) == 2
+        if name != "__metadata__"
     }

@@ -17,6 +17,7 @@ from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, OutputHead
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.tokenizer import load_tokenizer
+from kdmesh.preflight.model_files import rounding_problems
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh, joined
 from kdmesh_trainer.saving.export import HuggingFaceExporter
@@ -24,6 +25,7 @@ from kdmesh_trainer.sections.export_config import Matrices
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sections.parallel_config import Gather
 from kdmesh_trainer.sections.quantization_config import QuantizationConfig
+from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.student.fake_quantization import QuantizedLinear
 from kdmesh_trainer.student.model import Student, release
 from kdmesh_trainer.student.rounded_modules import check_rounding, round_modules
@@ -31,7 +33,7 @@ from kdmesh_trainer.student.weights import weights_of, whole
 from tests.numerics.test_fake_quantization import FORMATS, WITH_ACTIVATIONS, oracle, rounding
 from tests.numerics.test_trainer_compiled import needs_compiler
 from tests.support.killed_runs import check_exact_continuation
-from tests.support.tiny_models import TinyModels
+from tests.support.tiny_models import FAMILIES, TinyModels
 from tests.support.trainer_parts import (
     LocalTeacher,
     build_stepper,
@@ -46,7 +48,11 @@ HERE = "tests.numerics.test_trainer_quantization"
 VOCABULARY_SIZE = 310
 SEQUENCES = random_sequences(6, seed=5, vocabulary_size=VOCABULARY_SIZE)
 # rank -> micro-batches -> sequences; of uneven sizes.
-PLANS = {1: [[[0, 5], [1, 2, 3, 4]]], 2: [[[0], [1, 2]], [[3, 4, 5], []]]}
+PLANS = {
+    1: [[[0, 5], [1, 2, 3, 4]]],
+    2: [[[0], [1, 2]], [[3, 4, 5], []]],
+    4: [[[0], [1]], [[2], []], [[3], [4]], [[5], []]],
+}
 RATE = OptimizerConfig(learning_rate=3e-3)
 # 128 divides the inputs of every matrix.
 EVEN: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_key_value_heads": 2}
@@ -62,9 +68,18 @@ def paths(tiny_models: TinyModels, output: Path, dtype: torch.dtype = torch.floa
 
 
 def gradients(
-    mesh: Mesh, *, student: str, teacher: str, output: str, quantization: dict[str, Any], gather: Gather
+    mesh: Mesh,
+    *,
+    student: str,
+    teacher: str,
+    output: str,
+    quantization: dict[str, Any],
+    gather: Gather,
+    shard_ranks: int | None = None,
+    **options: Any,
 ) -> None:
     """Writes the whole gradient of every parameter to `output`; runs on every rank."""
+    mesh = in_copies(mesh, shard_ranks=shard_ranks)
     model = build_student(
         Path(student),
         mesh,
@@ -72,10 +87,12 @@ def gradients(
         compute_dtype=torch.float32,
         quantization=QuantizationConfig(**quantization),
         gather=gather,
+        **options,
     )
     local_teacher = LocalTeacher(Path(teacher))
     stepper = build_stepper(model, local_teacher, mesh, config=RATE, steps=1)
-    tally = stepper.accumulate(step_batch(SEQUENCES, PLANS[mesh.world_size][mesh.rank], local_teacher))
+    plan, context = PLANS[mesh.num_data_groups][mesh.data_group], ContextRows.of(mesh, [""])
+    tally = stepper.accumulate(step_batch(SEQUENCES, plan, local_teacher, context=context))
     totals, _ = tally.over_all_ranks()
     found = {name: whole(p.grad, None) for name, p in model.lm.named_parameters() if p.grad is not None}
     if mesh.is_first:
@@ -121,13 +138,40 @@ def test_masters_have_the_textbook_gradient_of_rounded_matrices_on_one_rank_and_
 ) -> None:
     told = paths(tiny_models, tmp_path, tie_word_embeddings=True)
     expected = textbook(Path(told["student"]), Path(told["teacher"]), quantization)
-    for ranks in PLANS:
+    for ranks in (1, 2):
         run_ranks(f"{HERE}:gradients", ranks=ranks, **told, quantization=quantization, gather=gather)
         found = load_file(tmp_path / f"{ranks}.safetensors")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             error = (found[name] - value).norm() / value.norm()
             assert error < 1e-5, f"{ranks} ranks: {name} is off by {error}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (2, {"context": 2}),
+        (4, {"context": 2}),
+        (4, {"shard_ranks": 2}),
+        (2, {"spreads_head": True}),
+        pytest.param(2, {"checkpointed_every": 1, "is_compiled": True}, marks=needs_compiler),
+    ],
+    ids=str,
+)
+def test_masters_have_that_gradient_however_rows_matrices_and_ranks_are_laid_out(
+    tiny_models: TinyModels, tmp_path: Path, ranks: int, options: dict[str, Any]
+) -> None:
+    told = paths(tiny_models, tmp_path, tie_word_embeddings=True)
+    expected = textbook(Path(told["student"]), Path(told["teacher"]), INT4)
+    asked = {"within_s": 300, "quantization": INT4, "gather": "auto", **told, **options}
+    run_ranks(f"{HERE}:gradients", ranks=ranks, **asked)
+    [written] = tmp_path.glob("*.safetensors")
+    found = load_file(written)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).norm() / value.norm()
+        assert error < 1e-5, f"{name} is off by {error}"
 
 
 @torch.no_grad()
@@ -313,6 +357,8 @@ def test_a_written_student_can_be_served_and_trained_again_unless_its_activation
         return
     with pytest.raises(ConfigError, match=r"whose matrices are rounded already .*begin from its masters"):
         check_rounding(QuantizationConfig(**settings), final, torch.float32)
+    [told_before] = rounding_problems("student.quantization", None, (), final, written="origin")
+    assert "are rounded already" in told_before and "begin from its masters" in told_before
     trained = load_file(tmp_path / "trained.safetensors")
     how = rounding(settings)
     for name, parameter in load_causal_lm(final, torch.float32, torch.device("cpu")).named_parameters():
@@ -408,6 +454,27 @@ def test_a_student_that_cannot_be_rounded_is_refused_before_it_loads(
     path = tiny_models.path(family, seed=1, **overrides)
     with pytest.raises(ConfigError, match=told):
         check_rounding(QuantizationConfig(**settings), path, torch.float32)
+    if "keep" not in settings:
+        size = settings.get("group_size")
+        assert len(list(rounding_problems("student.quantization", size, (), path, written="origin"))) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_directory_s_files_tell_of_every_family_whether_it_can_be_rounded(
+    tiny_models: TinyModels, family: str, dtype: torch.dtype
+) -> None:
+    path = tiny_models.path(family, dtype=dtype)
+    told = list(rounding_problems("student.quantization", None, (), path, written="origin"))
+    try:
+        check_rounding(QuantizationConfig(weights="int8"), path, dtype)
+    except ConfigError as error:
+        assert len(told) == 1
+        assert ("a state from token to token" in told[0]) == ("a state from token to token" in str(error)) or (
+            "experts" in told[0]
+        )
+    else:
+        assert told == []
 
 
 def distil(mesh: Mesh, *, path: Path, quantization: QuantizationConfig | None) -> dict[str, Tensor]:
