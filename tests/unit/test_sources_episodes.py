@@ -160,6 +160,45 @@ def test_with_drawn_history_the_student_goes_on_from_what_it_said(family: str) -
     assert between == follows.removeprefix(end)
 
 
+# Reasoning stays until a user speaks again, as Qwen3's does, and is written in one form.
+KEEPS_REASONING_FOR_TOOLS = (
+    "{% set last = namespace(user=0) %}"
+    "{% for m in messages if m.role == 'user' %}{% set last.user = messages.index(m) %}{% endfor %}"
+    "{% for m in messages %}{% set said = m.content.split('</think>') %}<|im_start|>{{ m.role }}\n"
+    "{% if said | length > 1 and loop.index0 > last.user %}"
+    "<think>\n{{ said[0].removeprefix('<think>').strip() }}\n</think>\n\n{% endif %}"
+    "{{ said[-1].lstrip() }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "roles", "end"),
+    [
+        ("<think>\nso\n</think>\n\nyes", ["tool"], EpisodeEnd.ENVIRONMENT),
+        ("<think>\nso\n</think>\n\nyes", ["tool", "user"], EpisodeEnd.TEMPLATE),
+        ("<think>so</think>yes", ["tool"], EpisodeEnd.TEMPLATE),
+        ("yes", ["tool", "user"], EpisodeEnd.ENVIRONMENT),
+    ],
+)
+def test_an_episode_goes_on_as_long_as_the_template_keeps_its_reasoning(
+    first: str, roles: list[str], end: EpisodeEnd
+) -> None:
+    world = World("chatml", template=KEEPS_REASONING_FOR_TOOLS)
+
+    def respond(messages: list[dict[str, object]], row: dict[str, object]) -> list[dict[str, object]] | None:
+        turn = sum(message["role"] == "assistant" for message in messages)
+        return [{"role": roles[turn - 1], "content": "7"}] if turn <= len(roles) else None
+
+    [episode] = world.episodes(world.speaker([first, "no", "so"]), respond)
+    assert episode.turns.end is end
+    chat = [message.for_template() for message in episode.messages]
+    whole = world.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    ids = Rollout.of(world.prompt().token_ids, episode).sequence.token_ids.tolist()
+    is_canonical = first != "<think>so</think>yes"
+    assert (whole[: len(ids)] == ids) == is_canonical
+
+
 # As GLM's: nothing ends a turn but the one that follows, whose first token a model says.
 ROLES_ALONE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
