@@ -181,6 +181,11 @@ def engine(**members: object) -> SglangEngine:
         ({"updatable": True, "on_death": "restart"}, "updatable needs on_death exit"),
         ({"arguments": {"tp_size": 2}}, "tp_size cannot be given; set engine.tensor_parallel instead"),
         ({"arguments": {"skip_tokenizer_init": False}}, "skip_tokenizer_init cannot be given; the server decides it"),
+        ({"arguments": {"enable_return_aux_hidden_states": True}}, "jobs ask for those by objective.layers"),
+        (
+            {"arguments": {"speculative_algorithm": "EAGLE3"}},
+            "speculative_algorithm cannot be given; a teacher decodes",
+        ),
         ({"num_nodes": 2, "tensor_parallel": 2}, "dist_init_address must say where they meet"),
         ({"node_rank": 1}, "with 1 nodes the last is one less"),
         ({"tensor_parallel": 4, "expert_parallel": 3}, "expert_parallel 3 does not divide tensor_parallel 4"),

@@ -8,6 +8,13 @@ from pydantic import Field, model_validator
 
 from kdmesh.sglang.config import SglangModel
 
+# Of SGLang's arguments, those with which rows would be something else.
+_DECIDED = {
+    # SGLang 0.5.23 answers what it captures for a draft model in the place of final hidden states, of every request.
+    "enable_return_aux_hidden_states": "rows would be outputs of layers alone; jobs ask for those by objective.layers",
+    "speculative_algorithm": "a teacher decodes nothing, and rows may be what a draft model reads",
+}
+
 # What of SGLang's parts a batch, so that a process has not all tokens of it, or not the same as its like.
 _PARTING = (
     "attn_cp_size",
@@ -48,6 +55,12 @@ class SglangEngine(SglangModel):
             if given is True or (given or 1) != 1:
                 return f"engine.arguments has {name}, with which a process has not all tokens of a batch"
         return ""
+
+    @model_validator(mode="after")
+    def _check_decided(self) -> Self:
+        for name in sorted(_DECIDED.keys() & self.arguments):
+            raise ValueError(f"arguments: {name} cannot be given; {_DECIDED[name]}")
+        return self
 
     @model_validator(mode="after")
     def _check_updatable(self) -> Self:
