@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from kdmesh import errors
 from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.weights.services import TEACHERS
 from kdmesh.types import TokenSequence
+from tests.support.reference_logprobs import student
 from tests.support.reference_rows import hugging_face_layers, hugging_face_rows
 from tests.support.relative_error import relative_error
 from tests.support.sequences import random_sequences
 from tests.support.sglang_teachers import CHUNK_TOKENS, metric, sglang_teacher
+from tests.support.sglang_weights import publish
 from tests.support.teacher_process import TeacherProcess
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_jobs import run_job, serving_teacher, write_config
@@ -132,6 +136,51 @@ def test_outputs_are_whole_where_two_processes_share_a_layer(
         assert max(errors_of(pending[2].wait().rows_RD, path, asked[2:], 1, 2, 3)) < 1e-5
 
 
+def test_copies_of_the_model_all_give_outputs_and_deterministic_ones_the_same_bits(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    asked = sequences(33, 2, 200, 7, 150, seed=1)
+    engine = {"data_parallel": 2, "deterministic": True}
+    with (
+        sglang_teacher(tmp_path_factory.mktemp("s"), model, variables=CORES, engine=engine, slab=WIDE) as server,
+        pool(server, 1, 3) as opened,
+        pool(server, 2) as others,
+    ):
+        quiet = opened.submit(asked).wait().rows_RD.clone()
+        assert max(errors_of(quiet, model, asked, 1, 3)) < 1e-5
+        pending = [each.submit(asked) for each in (others, opened, others, opened)]
+        assert all(torch.equal(pending[n].wait().rows_RD, quiet) for n in (1, 3))
+        assert max(errors_of(pending[2].wait().rows_RD, model, asked, 2)) < 1e-5
+
+
+def test_outputs_in_bfloat16_are_hugging_faces_but_for_rounding(
+    tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tiny_models.path("qwen3", num_hidden_layers=3, dtype=torch.bfloat16, initializer_range=0.02)
+    asked = sequences(33, 2, 200, 7, 150, seed=1)
+    with sglang_teacher(tmp_path_factory.mktemp("s"), path, slab=WIDE) as server, pool(server, 1, 2, 3) as opened:
+        rows_RC = opened.submit(asked).wait().rows_RD
+        assert rows_RC.dtype is torch.bfloat16
+        assert max(errors_of(rows_RC, path, asked, 1, 2, 3)) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_outputs_are_those_of_the_weights_that_came_last(
+    tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory, tensor_parallel: int
+) -> None:
+    old, *newer = (tiny_models.path("qwen3", seed=seed, num_hidden_layers=3) for seed in range(3))
+    asked = sequences(33, 2, 200, seed=1)
+    engine = {"updatable": True, "tensor_parallel": tensor_parallel}
+    cores = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, range(tensor_parallel)))}
+    with sglang_teacher(tmp_path_factory.mktemp("s"), old, variables=cores, engine=engine, slab=WIDE) as server:
+        with pool(server, 1, 3) as opened:
+            assert max(errors_of(opened.submit(asked).wait().rows_RD, old, asked, 1, 3)) < 1e-5
+        for version, new in enumerate(newer, start=2):
+            publish(server.grpc, student(new), version, service=TEACHERS)
+            with pool(server, 1, 3) as opened:
+                assert max(errors_of(opened.submit(asked).wait().rows_RD, new, asked, 1, 3)) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["granite", "llama"])
 def test_outputs_of_layers_that_are_made_otherwise(
     tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory, family: str
@@ -142,22 +191,26 @@ def test_outputs_of_layers_that_are_made_otherwise(
         assert max(errors_of(opened.submit(asked).wait().rows_RD, path, asked, 1, 2)) < 1e-5
 
 
+def figures(directory: Path, begun: Path, address: str, *overrides: str, **sections: Any) -> list[tuple[float, float]]:
+    """Loss and distance of layers, of every step of a job."""
+    config = write_config(directory, student=begun, teacher=address, steps=6, **sections)
+    (outcome,) = run_job(config, *overrides)
+    assert outcome.exit_code == 0, outcome.errors
+    lines = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss_nats_per_token"], line["layer_distance"]) for line in lines if line["kind"] == "step"]
+
+
 @pytest.mark.timeout(400)
 def test_a_job_learns_what_it_learns_from_a_teacher_in_transformers(
     tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    student = tiny_models.path("qwen3", seed=1)
+    begun = tiny_models.path("qwen3", seed=1)
     path = tiny_models.path("qwen3", seed=2, hidden_size=48, num_hidden_layers=4)
     compared = {"pairs": {1: 2, 2: 4}, "weight": 0.5, "distance": "mse"}
 
     def learnt_from(address: str) -> list[tuple[float, float]]:
-        directory = tmp_path_factory.mktemp("job")
         objective = {"name": "distill", "ce_weight": 0.2, "layers": compared}
-        config = write_config(directory, student=student, teacher=address, steps=6, objective=objective)
-        (outcome,) = run_job(config)
-        assert outcome.exit_code == 0, outcome.errors
-        lines = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
-        return [(line["loss_nats_per_token"], line["layer_distance"]) for line in lines if line["kind"] == "step"]
+        return figures(tmp_path_factory.mktemp("job"), begun, address, objective=objective)
 
     with serving_teacher(tmp_path_factory.mktemp("t"), path) as address:
         expected = learnt_from(address)
@@ -166,6 +219,25 @@ def test_a_job_learns_what_it_learns_from_a_teacher_in_transformers(
     assert len(actual) == len(expected) == 6
     assert np.allclose(actual, expected, rtol=1e-4, atol=0)
     assert expected[-1] < expected[0]
+
+
+@pytest.mark.timeout(400)
+def test_a_teacher_that_follows_the_student_has_its_layers_where_they_are_new(
+    tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    begun = tiny_models.path("qwen3", seed=1)
+    layers = {"pairs": {1: 1, 2: 2}, "weight": 0.5, "distance": "mse"}
+    with sglang_teacher(tmp_path_factory.mktemp("s"), begun, engine={"updatable": True}, slab=WIDE) as server:
+        learnt = figures(
+            tmp_path_factory.mktemp("job"),
+            begun,
+            server.grpc,
+            "teacher.follows_student={every: 2}",
+            objective={"name": "distill", "ce_weight": 1.0, "layers": layers},
+            optimizer={"learning_rate": 0.01, "schedule": "constant"},
+        )
+    distances = [distance for _, distance in learnt]
+    assert max(distances[0::2]) < 1e-9 < 1e-6 < min(distances[1::2])
 
 
 def test_a_pipeline_gives_final_hidden_states_alone(
