@@ -181,7 +181,7 @@ def test_outputs_are_those_of_the_weights_that_came_last(
                 assert max(errors_of(opened.submit(asked).wait().rows_RD, new, asked, 1, 3)) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["granite", "llama"])
+@pytest.mark.parametrize("family", ["granite", "llama", "gemma3_text"])
 def test_outputs_of_layers_that_are_made_otherwise(
     tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory, family: str
 ) -> None:
