@@ -25,7 +25,8 @@ KUBERNETES_TOOLS := .cache/kubernetes-tools/.installed
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
 
-# torch comes first, so that no dependency pulls a CUDA build on a machine without a GPU.
+# torch comes first, so that its version is this one. PyPI's for Linux is a CUDA build; with
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu pip takes the build for CPUs.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0

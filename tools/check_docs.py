@@ -18,7 +18,7 @@ _MAKE = re.compile(r"`make ([\w-]+)|^make ([\w-]+)", re.MULTILINE)
 _COMMAND = re.compile(r"`kdmesh ([a-z][a-z-]*)|^kdmesh ([a-z][a-z-]*)", re.MULTILINE)
 _YAML = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-_UNTRACKED = {"runs", "build", "dist"}
+_UNTRACKED = {"runs", "build", "dist", "models", "data"}
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kdmesh import config
 from kdmesh.config import key_paths
+from kdmesh.demo import ingredients
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.stats import Scores, StepStats
 
@@ -91,3 +93,16 @@ def test_every_figure_of_a_record_is_explained() -> None:
     explained = {code for what, *_ in rows("metrics.md", "A run's own record") for code in _CODE.findall(what)}
     beside = {"step_s", "tokens_per_second", "teacher_wait_fraction", "bounded_by", "phase_s", "evaluate_s", "door"}
     assert {*step.figures(), *held_out.figures(), *beside, "phase_tokens_per_second"} == explained
+
+
+def test_what_the_quickstart_makes_is_what_the_examples_name() -> None:
+    """`kdmesh demo --make models && ln -s models/data data`, and then the examples as they are."""
+    commands = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    assert "kdmesh demo --make models && ln -s models/data data\nkdmesh train examples/train.yaml" in commands
+    teacher = config.read_tree(ROOT / "examples" / "teacher.yaml")
+    trainer = config.read_tree(ROOT / "examples" / "train.yaml")
+    assert teacher["engine"]["model"] == f"models/{ingredients.TEACHER}"
+    assert trainer["student"]["model"] == f"models/{ingredients.STUDENT}"
+    assert {trainer["data"][key]["path"] for key in ("train", "held_out")} == {
+        f"{ingredients.DATA}/{name}.jsonl" for name in ("train", "held_out")
+    }
