@@ -48,10 +48,17 @@ class Verdict:
 
     def sentence(self) -> str:
         """The verdict for a person."""
+        cure = (
+            ""
+            if self.has_passed
+            else ". The server has other weights than the local model, or computes them wrongly; "
+            "its /v1/model tells what it serves"
+        )
         return (
             f"{'PASS' if self.has_passed else 'FAIL'}: log-probabilities of {self.model} differ by at most "
             f"{self.max_difference_nats:.2e} nats (bound {self.bound_nats:.0e} for {self.dtype}), "
             f"mean KL {self.kl_nats_per_token:.2e} nats, over {self.num_positions} positions through door {self.door}"
+            f"{cure}"
         )
 
     def json(self) -> str:

@@ -107,7 +107,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
         raise ConfigError(f"--serve starts a server on each machine, so it does not go with a job of {here.nodes}")
     servers = {service: _checked_server(service, file) for service, file in serve.items()}
     _refuse_same_port([(serve[service], server.server) for service, server in servers.items()])
-    later = [override for service in serve for override in served(service, "later:1")]
+    later = _addresses_to_come(path, overrides, serve)
     cfg = _checked_trainer(path, [*overrides, *later])
     refuse_unfit_machine(cfg, ranks=num_ranks(cfg) * (1 if here is None else here.nodes))
     if serve and cfg.metrics is not None:  # the first rank finds the same, but only when the servers have loaded
@@ -272,6 +272,19 @@ def rank_commands(
 def served(service: Service, address: str) -> list[str]:
     """The overrides that make a trainer use the server at `address`."""
     return [f"{service.addresses}=['{address}']"]
+
+
+def _addresses_to_come(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -> list[str]:
+    """Overrides that stand for the addresses of servers which are not started yet.
+
+    Raises:
+        ConfigError: for `--serve FILE` where only `--serve NAME=FILE` says which of several teachers it is.
+    """
+    names = config.read_tree(path, overrides).get("teachers")
+    if TEACHER in serve and isinstance(names, dict) and names:
+        wanted = " ".join(f"--serve {name}=TEACHER.YAML" for name in names)
+        raise ConfigError(f"--serve {serve[TEACHER]}: {path} has `teachers`, so a file needs a name: {wanted}")
+    return [override for service in serve for override in served(service, "later:1")]
 
 
 def _checked_trainer(path: Path, overrides: Sequence[str]) -> TrainerConfig:

@@ -146,8 +146,8 @@ def refuse_missing(cfg: ServiceConfig, *, source: Path, looks: Callable[[Service
     except OSError as error:
         raise ConfigError(f"{source}: cannot look at {error.filename}: {error.strerror}") from None
     if lines:
-        count = "1 thing is" if len(lines) == 1 else f"{len(lines)} things are"
-        raise ConfigError("\n".join([f"{source}: {count} missing", *(f"  {line}" for line in lines)]))
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError("\n".join([f"{source}: {count}", *(f"  {line}" for line in lines)]))
 
 
 def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:

@@ -41,14 +41,16 @@ def not_there(path: Path, what: str = "directory") -> str:
     hub = named_on_hub(path)
     if hub is None:
         return f"there is no {what} {path}"
-    return f"{hub.repository} has not been fetched from the hub yet; what trains or serves does so, or `{hub.command}`"
+    return f"{hub.repository} has not been fetched from the hub yet: training or serving does so, or `{hub.command}`"
 
 
 def _meant_on_hub(path: Path) -> str:
     """How the model is written that somebody may have meant by a directory that is not there."""
     if named_on_hub(path) is not None:
         return ""
-    name = path if len(path.parts) == 2 and not path.is_absolute() else "OWNER/MODEL"
+    # models/student is a path that is wrong, and Qwen/Qwen3-0.6B a name.
+    is_name = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] != "models" and not path.parent.exists()
+    name = path if is_name else "OWNER/MODEL"
     return f" (a model is a Hugging Face directory, or on the hub hf://{name})"
 
 

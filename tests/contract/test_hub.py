@@ -219,9 +219,9 @@ def test_check_says_what_is_still_to_be_fetched(cache: Path, monkeypatch: pytest
         missing = check.missing(cfg)
     assert asked == []
     assert [line for line in missing if "hub" in line] == [
-        "student.model: someone/student has not been fetched from the hub yet; what trains or serves does so, or "
+        "student.model: someone/student has not been fetched from the hub yet: training or serving does so, or "
         "`hf download someone/student`",
-        "data.train.path: a/b has not been fetched from the hub yet; what trains or serves does so, or "
+        "data.train.path: a/b has not been fetched from the hub yet: training or serving does so, or "
         "`hf download a/b --repo-type dataset --revision v1`",
     ]
 
@@ -236,12 +236,25 @@ def test_commands_take_models_of_the_hub(cache: Path, monkeypatch: pytest.Monkey
             ModelDirectory(with_weights=False).convert("hf://someone/else", None, None)
 
 
-def test_a_name_without_its_beginning_is_guessed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("models/student", "OWNER/MODEL"),
+        ("mine/student", "OWNER/MODEL"),
+        ("a/b/c", "OWNER/MODEL"),
+    ],
+)
+def test_a_name_without_its_beginning_is_guessed_and_a_path_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
     file = tmp_path / "my.yaml"
-    file.write_text(yaml.safe_dump(job(tmp_path / "run", "Qwen/Qwen3-0.6B", "train.jsonl")))
+    file.write_text(yaml.safe_dump(job(tmp_path / "run", written, "train.jsonl")))
     assert check.missing(check.load_any(file))[0] == (
-        "student.model: there is no directory Qwen/Qwen3-0.6B "
-        "(a model is a Hugging Face directory, or on the hub hf://Qwen/Qwen3-0.6B)"
+        f"student.model: there is no directory {written} "
+        f"(a model is a Hugging Face directory, or on the hub hf://{meant})"
     )
 
 

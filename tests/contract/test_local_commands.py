@@ -104,6 +104,7 @@ def test_a_probe_of_other_weights_fails_with_the_figure(
     assert result.exit_code == 1
     sentence, verdict = result.stdout.splitlines()
     assert sentence.startswith("FAIL")
+    assert "its /v1/model tells what it serves" in sentence
     assert json.loads(verdict)["max_difference_nats"] > 0.1
 
 

@@ -111,7 +111,7 @@ def test_everything_that_is_not_there_is_reported_at_once(good: Path) -> None:
     result = run("check", "train.yaml", *set_arguments(["objective.name=distill", *overrides]))
     assert result.exit_code == 2
     for words in (
-        "5 things are missing",
+        "5 problems",
         "student.model: there is no directory gone",
         "data.train.path: there is no file or directory gone.jsonl",
         "data.chat_template: there is no file gone.jinja",
@@ -212,7 +212,7 @@ def test_a_model_whose_configuration_is_not_json_is_told(good: Path, command: st
     Path("student/config.json").write_text(text)
     result = run(command, "train.yaml", "--set", "student.freeze_vision=true")
     assert result.exit_code == 2
-    assert "1 thing is missing\n  student.model: student/config.json is not a JSON object\n" in result.output
+    assert "1 problem\n  student.model: student/config.json is not a JSON object\n" in result.output
 
 
 def test_what_is_said_of_images_is_checked(good: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_tracker_that_is_not_installed_is_told(good: Path, monkeypatch: pytest
     monkeypatch.setattr(check, "find_spec", lambda name: None)
     result = run("check", "train.yaml", "--set", "trackers=[tensorboard, mlflow]")
     assert result.exit_code == 2
-    assert "1 thing is missing\n  trackers: mlflow is not installed (pip install 'kdmesh[mlflow]')" in result.output
+    assert "1 problem\n  trackers: mlflow is not installed (pip install 'kdmesh[mlflow]')" in result.output
 
 
 def test_a_file_that_configures_nothing_is_told_so(good: Path) -> None:
@@ -251,7 +251,7 @@ def test_checking_loads_nothing_heavy(good: Path) -> None:
 def test_training_refuses_a_bad_configuration_before_anything_starts(good: Path) -> None:
     result = run("train", "train.yaml", "--set", "student.model=gone")
     assert result.exit_code == 2
-    assert result.output.startswith("Error: train.yaml: 1 thing is missing")
+    assert result.output.startswith("Error: train.yaml: 1 problem")
     assert not Path("run").exists()
 
 
@@ -400,6 +400,8 @@ def test_of_several_teachers_each_is_served_by_its_name(good: Path) -> None:
     assert "--serve maths=TEACHER.YAML" in result.output
     result = run("train", "train.yaml", "--serve", "code=teacher.yaml", "--serve", "code=teacher.yaml")
     assert "there is a server for teachers.code.addresses already" in result.output
+    result = run("train", "train.yaml", "--serve", "teacher.yaml", *set_arguments(several))
+    assert "a file needs a name: --serve code=TEACHER.YAML --serve maths=TEACHER.YAML" in result.output
 
 
 def test_a_path_with_an_equals_sign_is_no_name(good: Path) -> None:

@@ -70,6 +70,11 @@ def test_every_sequence_must_fit_a_request_by_itself() -> None:
     check_requests("train", [sequence(40, 10), sequence(30, 3)], TEACHER)
     with pytest.raises(DataError, match="dataset train has a sequence of 41 tokens, and teacher big takes at most 40"):
         check_requests("train", [sequence(41, 1)], TEACHER)
+    of_model = replace(TEACHER, max_sequence_tokens=30)
+    with pytest.raises(DataError, match=r"takes at most 30, as its model does; lower data\.max_tokens$"):
+        check_requests("train", [sequence(31, 1)], of_model)
+    with pytest.raises(DataError, match=r"takes at most 40; .*, or raise the teacher's engine\.max_batch_tokens$"):
+        check_requests("train", [sequence(41, 1)], replace(TEACHER, max_sequence_tokens=40))
     with pytest.raises(DataError, match=r"held_out has a sequence of 11 loss tokens.*holds 10.*slab\.slot_mib"):
         check_requests("held_out", [sequence(30, 11)], TEACHER)
 

@@ -204,9 +204,11 @@ def check_sampler_images(
 def _check_limits(what: str, *, tokens: int, rows: int, teacher: ModelDescription) -> None:
     most_tokens = min(teacher.max_sequence_tokens, teacher.max_request_tokens)
     if tokens > most_tokens:
+        is_of_model = teacher.max_sequence_tokens < teacher.max_request_tokens
+        other = "" if is_of_model else ", or raise the teacher's engine.max_batch_tokens"
         raise DataError(
-            f"{what} of {tokens} tokens, and teacher {teacher.name} takes at most "
-            f"{most_tokens}; lower data.max_tokens, or raise the teacher's engine.max_batch_tokens"
+            f"{what} of {tokens} tokens, and teacher {teacher.name} takes at most {most_tokens}"
+            f"{', as its model does' if is_of_model else ''}; lower data.max_tokens{other}"
         )
     if rows > teacher.max_request_rows:
         raise DataError(
