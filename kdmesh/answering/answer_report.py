@@ -44,8 +44,9 @@ class Report:
         """For a person."""
         left_out = self._left_out() or ["0 were blank"]
         rejected = f"; {self.counts.rejected} prompts were rejected" if self.counts.rejected else ""
+        answers = "1 answer" if self.written == 1 else f"{self.written} answers"
         return (
-            f"{self.written} answers to {self.prompts} prompts; {self.counts.cut_off} reached the length limit, "
+            f"{answers} to {self.prompts} prompts; {self.counts.cut_off} reached the length limit, "
             f"{', '.join(left_out)} and left out{rejected}. A trainer skips answers that it reads otherwise than they "
             "were sampled with data.unusable: drop"
         )

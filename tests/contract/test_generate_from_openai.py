@@ -224,7 +224,7 @@ def test_what_is_no_answer_is_left_out_and_counted(server: OpenAIServer, prompts
     counts = {"cut_off": 1, "blank": 2, "filtered": 1, "refused": 1, "malformed": 2, "rejected": 0}
     assert {name: told[name] for name in counts} == counts
     assert result.stdout.startswith(
-        "1 answers to 4 prompts; 1 reached the length limit, 2 were blank, 1 were stopped by a content filter, 1 were "
+        "1 answer to 4 prompts; 1 reached the length limit, 2 were blank, 1 were stopped by a content filter, 1 were "
         "refusals, 2 were malformed and left out. "
     )
     assert answers(prompts) == ["so"]
