@@ -129,6 +129,10 @@ class ApiServer:
         assert answer.status_code == 201, made.get("message", made)
         return made
 
+    def holds(self, manifest: Object) -> bool:
+        """Whether there is an object of this kind and name."""
+        return self.admin.get(f"{self._path(manifest)}/{manifest['metadata']['name']}").status_code == 200
+
     def knows(self, manifest: Object) -> bool:
         """Whether it serves this kind."""
         return self._resource(manifest) is not None

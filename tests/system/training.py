@@ -34,6 +34,20 @@ _MAY_DIFFER = {
 }
 
 
+def lines(output: Path) -> list[dict[str, Any]]:
+    """What the record of the run that writes to `output` says so far."""
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def record(output: Path) -> list[dict[str, Any]]:
+    """Of it every figure that must not depend on what happened around the run."""
+    return [
+        {key: value for key, value in line.items() if key.partition(".")[0] not in {*_MAY_DIFFER, "door"}}
+        for line in lines(output)
+    ]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """What a job learns, and from what; not where its teacher is."""
@@ -131,15 +145,11 @@ class Job:
 
     def lines(self) -> list[dict[str, Any]]:
         """What its record says so far."""
-        path = self.output / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+        return lines(self.output)
 
     def record(self) -> list[dict[str, Any]]:
         """Every figure of every step and evaluation that must not depend on what happened around the job."""
-        return [
-            {key: value for key, value in line.items() if key.partition(".")[0] not in {*_MAY_DIFFER, "door"}}
-            for line in self.lines()
-        ]
+        return record(self.output)
 
     def steps(self) -> list[dict[str, Any]]:
         """The record's lines of steps, whole."""
