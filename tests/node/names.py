@@ -18,7 +18,11 @@ _TTL_S = 1
 
 
 class Names:
-    """Answers while it is open, a context manager. `SERVICE.NAMESPACE.svc.DOMAIN` has the addresses of ready pods."""
+    """Answers while it is open, a context manager.
+
+    `SERVICE.NAMESPACE.svc.DOMAIN` has the addresses of ready pods, `HOST.SERVICE.NAMESPACE.svc.DOMAIN` that of the one
+    which has this name there.
+    """
 
     def __init__(self, client: httpx.Client, domain: str) -> None:
         self._client = client
@@ -64,11 +68,16 @@ class Names:
 
     def _addresses(self, name: str) -> list[str] | None:
         """None: there is no such name."""
-        if not name.endswith(self._suffix) or name.removesuffix(self._suffix).count(".") != 1:
-            return None
-        service, namespace = name.removesuffix(self._suffix).split(".")
+        match name.removesuffix(self._suffix).split(".") if name.endswith(self._suffix) else ():
+            case (service, namespace):
+                host = None
+            case (host, service, namespace):
+                pass
+            case _:
+                return None
         answer = self._client.get(f"/api/v1/namespaces/{namespace}/endpoints/{service}")
         if answer.status_code != 200:
             return None
         subsets = answer.json().get("subsets", ())
-        return [one["ip"] for subset in subsets for one in subset.get("addresses", ())] or None
+        found = [one for subset in subsets for one in subset.get("addresses", ())]
+        return [one["ip"] for one in found if host is None or one.get("hostname") == host] or None

@@ -48,10 +48,13 @@ def start(jobs: Training, release: Release, name: str) -> Path:
     return output
 
 
+def taught_by(release: Release) -> dict[str, object]:
+    """The section of a configuration."""
+    return {"addresses": [f"dns:///{release.teacher}.{NAMESPACE}.svc.{DOMAIN}:50051"], "deadline_s": 300}
+
+
 def resubmit(jobs: Training, release: Release, name: str) -> None:
-    address = f"dns:///{release.teacher}.{NAMESPACE}.svc.{DOMAIN}:50051"
-    sockets = f"{release.teacher}-sharing:/run/kdmesh:rw"
-    jobs.submit(name, "--volume", sockets, teacher={"addresses": [address], "deadline_s": 300})
+    jobs.submit(name, "--volume", f"{release.teacher}-sharing:/run/kdmesh:rw", teacher=taught_by(release))
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +118,26 @@ def test_a_cancelled_job_leaves_a_checkpoint_which_the_same_submission_continues
 def test_a_job_that_cannot_be_says_why(jobs: Training, release: Release) -> None:
     jobs.prepare("wild")
     wild = {"learning_rate": 1e30, "schedule": "constant", "warmup_steps": 12}
-    address = f"dns:///{release.teacher}.{NAMESPACE}.svc.{DOMAIN}:50051"
-    jobs.submit("wild", "--retries", "0", teacher={"addresses": [address]}, optimizer=wild)
+    jobs.submit("wild", "--retries", "0", teacher=taught_by(release), optimizer=wild)
     until(lambda: jobs.state("wild") == "failed")
     (pod,) = described("wild")["pods"]
     assert pod["reason"].startswith("exit code 2: ") and "finite" in pod["reason"]
+
+
+def test_two_nodes_find_each_other_by_name_and_train_one_student(
+    world: World, jobs: Training, release: Release, undisturbed: Path
+) -> None:
+    output = jobs.prepare("several")
+    pods = jobs.submit_nodes("several", teacher=taught_by(release), steps=40)
+
+    def have_ended() -> bool:
+        phases = [(world.pods.get(pod) or {})["status"]["phase"] for pod in pods]
+        assert "Failed" not in phases, [world.pods.log(pod) for pod in pods]
+        return set(phases) == {"Succeeded"}
+
+    until(have_ended)
+    losses, alone = (
+        [line["loss_nats_per_token"] for line in training.lines(path) if line["kind"] == "step"][:40]
+        for path in (output, undisturbed)
+    )
+    assert losses == pytest.approx(alone, rel=1e-3)

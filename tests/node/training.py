@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from click.testing import CliRunner
 
-from kdmesh.cluster.pods import INDEX_ANNOTATION
+from kdmesh.cluster.pods import INDEX_ANNOTATION, JOB_LABEL
 from kdmesh.commands import cli
 from tests.node import image
 from tests.node.api_server import NAMESPACE, ApiServer, Object
@@ -53,13 +53,35 @@ class Training:
 
     def submit(self, name: str, *more: str, **sections: Any) -> None:
         """A job of one node; `sections` are laid over the configuration."""
-        file = self._directory / f"{name}.yaml"
-        file.write_text(yaml.safe_dump({**_CONFIG, "output": f"runs/{name}", **sections}), encoding="utf-8")
-        small = ("--image", image.TRAINER, "--cpus", "200m", "--memory", "2Gi", "--volume", f"{MATERIALS}:/materials")
-        manifests = run("submit", str(file), "--name", name, "--kind", "Job", *small, *more, "--dry-run")
-        for manifest in yaml.safe_load_all(manifests):
+        for manifest in self._manifests(name, "Job", *more, **sections):
             if not self._server.holds(manifest):  # a claim stays when its job is gone
                 self._server.send(_older(manifest))
+
+    def submit_nodes(self, name: str, *more: str, **sections: Any) -> list[str]:
+        """The names of the pods of a JobSet of two nodes, made as its controller makes them, which is not there."""
+        job_set, *others = self._manifests(name, "JobSet", "--nodes", "2", *more, **sections)[::-1]
+        for manifest in others:
+            self._server.send(manifest)
+        (replicated,) = job_set["spec"]["replicatedJobs"]
+        template = replicated["template"]["spec"]["template"]
+        self._server.send(
+            {
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": {"name": name},
+                "spec": {
+                    "clusterIP": "None",
+                    "selector": {JOB_LABEL: name},
+                    "publishNotReadyAddresses": job_set["spec"]["network"]["publishNotReadyAddresses"],
+                },
+            }
+        )
+        pods = [f"{name}-{replicated['name']}-0-{index}" for index in range(2)]
+        for index, pod in enumerate(pods):
+            indexed = {**template["metadata"], "annotations": {INDEX_ANNOTATION: str(index)}, "name": f"{pod}-x7k2p"}
+            spec = {**template["spec"], "hostname": pod, "subdomain": name}
+            self._server.send({"apiVersion": "v1", "kind": "Pod", "metadata": indexed, "spec": spec})
+        return [f"{pod}-x7k2p" for pod in pods]
 
     def state(self, name: str) -> str:
         """By `kdmesh describe`."""
@@ -75,6 +97,13 @@ class Training:
 
         until(has_finished)
 
+    def _manifests(self, name: str, kind: str, *more: str, **sections: Any) -> list[Object]:
+        file = self._directory / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**_CONFIG, "output": f"runs/{name}", **sections}), encoding="utf-8")
+        small = ("--image", image.TRAINER, "--cpus", "200m", "--memory", "2Gi", "--volume", f"{MATERIALS}:/{MATERIALS}")
+        printed = run("submit", str(file), "--name", name, "--kind", kind, *small, *more, "--dry-run")
+        return list(yaml.safe_load_all(printed))
+
     def _volume(self, claim: str, path: Path) -> None:
         self._server.send(
             {
@@ -83,7 +112,7 @@ class Training:
                 "metadata": {"name": f"{NAMESPACE}-{claim}"},
                 "spec": {
                     "capacity": {"storage": "100Gi"},
-                    "accessModes": ["ReadWriteOnce"],
+                    "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
                     "persistentVolumeReclaimPolicy": "Retain",
                     "claimRef": {"namespace": NAMESPACE, "name": claim},
                     "hostPath": {"path": str(path)},
