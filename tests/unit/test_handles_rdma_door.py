@@ -100,7 +100,7 @@ class Server:
 
     async def door(self, buried: Graveyard | None = None) -> tuple[RdmaDoor, CopyingAgent]:
         calls = ServerCalls(locate=self.locate, end=self.end, abandon=self.abandoned.append)
-        door = await RdmaDoor.connect(calls, NONCE, read_s=0.01, buried=buried or Graveyard())
+        door = await RdmaDoor.connect(calls, NONCE, read_s=0.3, buried=buried or Graveyard())
         agent = door._agent
         assert isinstance(agent, CopyingAgent)
         return door, agent
