@@ -109,8 +109,8 @@ async def test_no_weights_are_taken_while_an_engine_is_started() -> None:
         await asyncio.to_thread(starting.wait, 10)
         async with grpc.aio.insecure_channel(server.addresses.grpc) as channel:
             early = RolloutStub(channel).UpdateWeights()
-            await early.write(weights_pb2.UpdateWeightsRequest(begin=begin(version=1)))
-            with pytest.raises(grpc.aio.AioRpcError, match="the server's engine died"):
+            with pytest.raises(grpc.aio.AioRpcError, match="the server's engine died"):  # before it has read, or after
+                await early.write(weights_pb2.UpdateWeightsRequest(begin=begin(version=1)))
                 await early.read()
         may_start.set()
         await until_ready(server)
