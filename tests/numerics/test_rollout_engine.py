@@ -301,7 +301,6 @@ def test_memory_for_keys_grows_with_what_is_decoded(family: str, tiny_models: Ti
 def test_a_model_that_keeps_a_state_of_its_own_is_refused(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     original = Decoder.advance
 
     def forgetful(self: Decoder, token_ids: Sequence[int]) -> torch.Tensor:
