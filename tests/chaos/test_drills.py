@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -64,9 +64,10 @@ def stop_rank(world: World, running: list[Running], chance: random.Random) -> No
 
 def _pause(process: psutil.Process, chance: random.Random) -> None:
     """Stop it for less than a lease, or for more."""
-    process.suspend()
-    time.sleep(chance.choice((0.3, 2 * LEASE_S)))
-    process.resume()
+    with suppress(psutil.NoSuchProcess):  # a rank that is killed meanwhile, since another of its job has ended
+        process.suspend()
+        time.sleep(chance.choice((0.3, 2 * LEASE_S)))
+        process.resume()
 
 
 FAULTS: tuple[Callable[[World, list[Running], random.Random], None], ...] = (

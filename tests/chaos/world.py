@@ -107,6 +107,7 @@ class World:
     def drill(self) -> Iterator[list[Running]]:
         """Three jobs that run. Behind it all have ended as if nothing had been, and nothing is left of them."""
         self._drills += 1
+        self._mend_teachers()  # a drill that failed may have left them dead
         before = [_holdings(teacher) for teacher in self.teachers]
         jobs = self._jobs(self._directory / f"drill-{self._drills}")
         running = [Running(job, job.start_ranks(RANKS)) for job in jobs.values()]
@@ -116,9 +117,7 @@ class World:
             self.tend_teachers()
             assert time.monotonic() < ends_s, "the jobs do not end"
             time.sleep(0.1)
-        self.tend_teachers()
-        for teacher in self.teachers:
-            teacher.wait_ready()
+        self._mend_teachers()
         for name, job in jobs.items():
             assert job.record() == self._undisturbed[name], f"job {name} learnt something else"
         for teacher, old in zip(self.teachers, before, strict=True):
@@ -131,6 +130,11 @@ class World:
         for teacher in self.teachers:
             if teacher.process.has_ended():
                 teacher.start()
+
+    def _mend_teachers(self) -> None:
+        self.tend_teachers()
+        for teacher in self.teachers:
+            teacher.wait_ready()
 
     def _new_teachers(self, through: Sequence[str] = (), **sections: Mapping[str, Any]) -> list[Teacher]:
         tree: dict[str, Mapping[str, Any]] = {

@@ -103,7 +103,8 @@ def jobs(
     rollouts: Rollouts,
     ports: list[int],
 ) -> tuple[Job, Job, Job]:
-    """One that learns from its own samples, also by a layer, with questions; one of two teachers; one that explodes."""
+    """One that learns from its own samples, of two turns, also by a layer, with questions; one of two teachers; one
+    that explodes."""
     access = {"tls": {"ca": str(root / "authority.crt")}}
     addresses = [teacher.address for teacher in teachers]
     endless: dict[str, Any] = {
@@ -117,6 +118,7 @@ def jobs(
         "samples_per_prompt": 2,
         "sampling": {"max_new_tokens": 8},
         "judge": {"name": "match", "match": {"name": "exact"}, "wrong": 0.5},
+        "environment": {"respond": "tests.system.environments:endless", "max_turns": 2},
     }
     questions = {
         "path": str(write_questions(root / "questions.jsonl", 2, seed=3)),

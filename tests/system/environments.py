@@ -24,6 +24,11 @@ def that_waits(messages: Messages, row: Mapping[str, Any], *, every: int, flag: 
     return by_length(messages, row, every=every)
 
 
+def endless(messages: Messages, row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Always asks for more."""
+    return [{"role": "user", "content": "and then?"}]
+
+
 def failing(messages: Messages, row: Mapping[str, Any]) -> None:
     """Knows no answer."""
     raise LookupError(f"level {row['level']}")
