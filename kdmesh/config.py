@@ -64,6 +64,15 @@ class StrictModel(BaseModel):
         return path
 
 
+class BrokenRules(ValueError):
+    """What a validator of a whole configuration raises for several of its rules at once."""
+
+    def __init__(self, rules: Sequence[str]) -> None:
+        """`rules` says of each, in a sentence, which keys break it."""
+        super().__init__("; ".join(rules))
+        self.rules = rules
+
+
 class _Misfit:
     """A value of a kind that pydantic would take for another one. It takes this for nothing."""
 
@@ -244,6 +253,9 @@ _SAY_CHOICES = ("name", "kind", "format")  # keys that say which of several a se
 
 def _lines(errors: Sequence[ErrorDetails], tree: dict[str, Any], model: type[StrictModel]) -> list[str]:
     """One for each that is wrong: of a value that may be of several kinds, pydantic says why it is none of each."""
+    broken = errors[0].get("ctx", {}).get("error")
+    if isinstance(broken, BrokenRules):  # which nobody looks at before every key is good
+        return [f"  {rule}" for rule in broken.rules]
     messages: dict[tuple[str, str], list[str]] = {}
     for details in errors:
         where, message, got = _where_message_got(details, tree, model)

@@ -17,8 +17,9 @@ from kdmesh.cluster.pods import RENDEZVOUS_PORT
 from kdmesh.errors import ConfigError
 from kdmesh.hub import named_in
 from kdmesh.preflight import check
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.sections.objective_config import Distill
+from kdmesh_trainer.sections.source_config import OnPolicy
 
 _CPUS_PER_RANK = 4
 _MEMORY_GIB_PER_RANK = 32

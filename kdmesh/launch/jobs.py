@@ -24,10 +24,11 @@ from kdmesh.preflight.teacher_fit import refuse_unfit_teacher
 from kdmesh.serving.config import ListenConfig
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.saved_config import refuse_other_configuration
 from kdmesh_trainer.sections.objective_config import Distill
-from kdmesh_trainer.sections.panel_config import TEACHER_NAME
-from kdmesh_trainer.sections.saved_config import refuse_other_configuration
+from kdmesh_trainer.sections.source_config import OnPolicy
+from kdmesh_trainer.sections.teacher_config import TEACHER_NAME
 
 # Loading a large model takes minutes; a server that cannot says so at once by exiting.
 _SERVER_READY_S = 1800.0

@@ -30,12 +30,13 @@ from kdmesh_rollout.config import FakeEngine as RolloutFake
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import FakeEngine as TeacherFake
 from kdmesh_teacher.config import TeacherConfig
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.sections.algorithm_config import CustomAlgorithm
 from kdmesh_trainer.sections.data_config import CustomDataset, DataConfig, DatasetConfig, OtherTokenizer
 from kdmesh_trainer.sections.judge_config import CustomJudge, MatchJudge
 from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill
 from kdmesh_trainer.sections.questions_config import CustomMatch, QuestionsConfig
+from kdmesh_trainer.sections.source_config import OnPolicy
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 _SERVICES: dict[str, type[StrictModel]] = {

@@ -19,8 +19,9 @@ from kdmesh.commands import cli
 from kdmesh.errors import ModelMismatch, Unauthenticated
 from kdmesh_trainer.builders.rollouts import _weight_sender
 from kdmesh_trainer.builders.teacher import open_teacher
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.student.model import Student
 from tests.support.certificates import CertificateAuthority
 from tests.support.identities import JOB, OPERATOR, write_tokens

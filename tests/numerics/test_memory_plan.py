@@ -19,13 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from kdmesh.errors import ConfigError
 from kdmesh.models.images.vision import unused_vision, vision_parts
 from kdmesh_trainer.commands.plan import at_worst
-from kdmesh_trainer.config import FollowConfig
 from kdmesh_trainer.memory.job import Job, TeacherHead
 from kdmesh_trainer.memory.memory_plan import plan
 from kdmesh_trainer.sections.layers_config import LayersConfig
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sections.quantization_config import QuantizationConfig
+from kdmesh_trainer.sections.teacher_config import FollowConfig
 from tests.support.measured_step import TEACHER_SIZE, Step
 from tests.support.row_families import ROW_FAMILIES
 from tests.support.tiny_models import FAMILIES, HYBRID_MIXTURES, MIXTURES, VOCABULARY_SIZE, TinyModels

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.config import BatchConfig
 from kdmesh_trainer.data.encoding.sides import InContext
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objectives.head import TeacherHead
+from kdmesh_trainer.sections.batch_config import BatchConfig
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.plan import StepPlanner
 from tests.support.tiny_models import TinyModels

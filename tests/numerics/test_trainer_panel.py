@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from kdmesh.losses import OutputHead, forward_kl
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.algorithms.seam import StudentRows, Terms
-from kdmesh_trainer.config import OptimizerConfig
 from kdmesh_trainer.data.encoding.sides import addressed
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.mesh import Mesh, joined
@@ -22,6 +21,7 @@ from kdmesh_trainer.objectives.head import Heads, TeacherHead
 from kdmesh_trainer.objectives.objective import Distillation
 from kdmesh_trainer.objectives.panel_heads import PanelHeads
 from kdmesh_trainer.optimization.adamw import build_adamw
+from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService

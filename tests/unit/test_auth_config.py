@@ -17,8 +17,8 @@ from kdmesh.errors import ConfigError
 from kdmesh.preflight import check
 from kdmesh_rollout.config import RolloutServerConfig
 from kdmesh_teacher.config import ServerConfig, TeacherConfig
-from kdmesh_trainer.config import TeacherConfig as TrainersTeacher
 from kdmesh_trainer.sections.rollouts_config import RolloutsConfig
+from kdmesh_trainer.sections.teacher_config import TeacherConfig as TrainersTeacher
 
 TOKENS = {"tokens": "tokens.yaml"}
 TLS = {"cert": "a.crt", "key": "a.key"}

@@ -21,7 +21,7 @@ from kdmesh.launch.program import set_arguments
 from kdmesh.preflight import check
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.files.pieces import find_files
-from kdmesh_trainer.sections.saved_config import configured_identity
+from kdmesh_trainer.saved_config import configured_identity
 
 
 def run(*arguments: str) -> Result:

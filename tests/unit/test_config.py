@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 from pydantic import BaseModel
@@ -15,19 +17,11 @@ from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
 from kdmesh_teacher import config as teacher_config
 from kdmesh_trainer import config as trainer_config
+from kdmesh_trainer import sections as trainer_sections
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.sections import (
-    data_config,
-    environment_config,
-    judge_config,
-    lora_config,
-    optimizer_config,
-    parallel_config,
-    profile_config,
-    replicas_config,
-    student_config,
-)
+from kdmesh_trainer.sections.judge_config import FinishedJudge
 from kdmesh_trainer.sections.other_names import OTHER_NAMES
+from kdmesh_trainer.sections.source_config import OffPolicy, OnPolicy
 
 GOOD = """
 output: runs/x
@@ -427,8 +421,8 @@ def test_judges_are_refused_that_would_not_be_heeded(tmp_path: Path, judge: str,
 def test_a_judge_of_ends_alone_goes_with_files_of_tokens(tmp_path: Path) -> None:
     overrides = ["source.judge={name: finished}", "data.token_cache={directory: tokens}"]
     cfg = config.load(TrainerConfig, written(tmp_path, ON_POLICY), overrides)
-    assert isinstance(cfg.source, trainer_config.OnPolicy)
-    assert cfg.source.judge == judge_config.FinishedJudge(name="finished", cut=0)
+    assert isinstance(cfg.source, OnPolicy)
+    assert cfg.source.judge == FinishedJudge(name="finished", cut=0)
 
 
 def test_a_teacher_that_follows_the_student_needs_somebody_who_learns_from_it(tmp_path: Path) -> None:
@@ -442,9 +436,9 @@ def test_a_teacher_that_follows_the_student_needs_somebody_who_learns_from_it(tm
 
 def test_the_data_s_own_answers_are_the_default(tmp_path: Path) -> None:
     cfg = config.load(TrainerConfig, written(tmp_path, GOOD))
-    assert cfg.source == trainer_config.OffPolicy()
+    assert cfg.source == OffPolicy()
     sampled = config.load(TrainerConfig, written(tmp_path, ON_POLICY))
-    assert isinstance(sampled.source, trainer_config.OnPolicy)
+    assert isinstance(sampled.source, OnPolicy)
     assert (sampled.source.max_staleness, sampled.source.update_policy) == (0, "finish")
 
 
@@ -474,8 +468,26 @@ def test_what_cannot_be_sampled_is_refused(tmp_path: Path, override: str, words:
 def test_some_of_a_step_may_be_the_data_s_own_answers_and_imitated(tmp_path: Path) -> None:
     half = ["source.sampled_fraction=0.4", "batch.sequences=30", "objective={name: distill, ce_weight: 0.1}"]
     cfg = config.load(TrainerConfig, written(tmp_path, ON_POLICY), half)
-    assert isinstance(cfg.source, trainer_config.OnPolicy)
+    assert isinstance(cfg.source, OnPolicy)
     assert cfg.source.prompts_of(cfg.batch.sequences) == 3
+
+
+def test_every_broken_rule_of_several_sections_is_told_at_once(tmp_path: Path) -> None:
+    overrides = [
+        "trackers=[wandb, wandb]",
+        "evaluation.every=3",
+        "batch.max_tokens=64",
+        "parallel.context=2",
+        "ranks=3",
+    ]
+    said = refusal(tmp_path, GOOD, *overrides)
+    assert said.splitlines()[0].endswith("my.yaml: 4 problems")
+    assert said.splitlines()[1:] == [
+        "  evaluation.every (3) has nothing to judge by: give data.held_out or evaluation.questions, or leave it out",
+        "  data.max_tokens (4096) must not exceed batch.max_tokens (64)",
+        "  parallel.context (2) must divide ranks (3)",
+        "  trackers names one twice: wandb, wandb",
+    ]
 
 
 def test_a_source_without_samples_takes_no_sampling(tmp_path: Path) -> None:
@@ -489,23 +501,12 @@ def sections(module: object) -> Iterator[type[BaseModel]]:
             yield value
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        auth_config,
-        teacher_config,
-        trainer_config,
-        data_config,
-        environment_config,
-        judge_config,
-        lora_config,
-        optimizer_config,
-        parallel_config,
-        profile_config,
-        replicas_config,
-        student_config,
-    ],
-)
+TRAINERS = [
+    import_module(found.name) for found in iter_modules(trainer_sections.__path__, f"{trainer_sections.__name__}.")
+]
+
+
+@pytest.mark.parametrize("module", [auth_config, teacher_config, trainer_config, *TRAINERS])
 def test_every_key_is_described_and_every_section_closed_and_frozen(module: object) -> None:
     for section in sections(module):
         assert section.__doc__

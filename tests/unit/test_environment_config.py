@@ -9,8 +9,9 @@ import pytest
 
 from kdmesh import config
 from kdmesh.errors import ConfigError
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.sections.environment_config import EnvironmentConfig
+from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sources.environment import resolve_environment
 from tests.support.chat_tokenizers import chat_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.sections.saved_config import COMPLETE, STATE, configured_identity, refuse_other_run
+from kdmesh_trainer.saved_config import COMPLETE, STATE, configured_identity, refuse_other_run
 
 
 def identity_of(**student: Any) -> dict[str, str]:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.config import BatchConfig
 from kdmesh_trainer.data.blend import Blended, BlendOrder, Part, Proportions, parts_of
+from kdmesh_trainer.sections.batch_config import BatchConfig
 from kdmesh_trainer.sections.data_config import Blend, DataConfig
 from kdmesh_trainer.sources.order import AnswerOrder, step_order
 from kdmesh_trainer.sources.plan import StepPlanner

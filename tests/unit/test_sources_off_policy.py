@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kdmesh.errors import Unavailable
 from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.config import BatchConfig
+from kdmesh_trainer.sections.batch_config import BatchConfig
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.sources.off_policy import OffPolicySource
 from kdmesh_trainer.sources.plan import StepPlanner

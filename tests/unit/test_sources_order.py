@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.config import BatchConfig
+from kdmesh_trainer.sections.batch_config import BatchConfig
 from kdmesh_trainer.sources.order import step_indices
 from kdmesh_trainer.sources.plan import StepPlanner
 

@@ -16,7 +16,8 @@ with quiet_interrupt():
     from kdmesh.errors import KdmeshError, OutOfMemory
     from kdmesh.open_files import raise_open_files
     from kdmesh.outputs import say_error
-    from kdmesh_trainer.config import OnPolicy, TrainerConfig
+    from kdmesh_trainer.config import TrainerConfig
+    from kdmesh_trainer.sections.source_config import OnPolicy
 
 if TYPE_CHECKING:
     from kdmesh_trainer.mesh import Mesh

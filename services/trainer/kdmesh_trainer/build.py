@@ -30,13 +30,13 @@ from kdmesh_trainer.loop import Exporter, Parts, Publisher, Schedule
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.reporting.profiler import NoProfiler, TraceWriter
 from kdmesh_trainer.reporting.telemetry import RunTelemetry, SilentTelemetry, open_telemetry
+from kdmesh_trainer.saved_config import configured_identity, refuse_other_configuration, refuse_other_output
 from kdmesh_trainer.saving.checkpoint import CheckpointDirectory
 from kdmesh_trainer.saving.export import HuggingFaceExporter
 from kdmesh_trainer.saving.export_adapter import AdapterExporter
 from kdmesh_trainer.saving.snapshots import ModelSnapshots
 from kdmesh_trainer.saving.start_record import record_start
 from kdmesh_trainer.sections.objective_config import Distill, Sft
-from kdmesh_trainer.sections.saved_config import configured_identity, refuse_other_configuration, refuse_other_output
 from kdmesh_trainer.sources.batches import Source
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.off_policy import OffPolicySource

@@ -21,6 +21,7 @@ from kdmesh_trainer.data.encoding.sides import Addressed, teacher_side
 from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
 from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sections.objective_config import Distill
+from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sources.order import step_order
 
 _MIB = 2**20
@@ -239,7 +240,7 @@ def _tokens(wanted: Iterable[_Wanted]) -> int:
 
 def _refuse_unknown(cfg: config.TrainerConfig) -> None:
     """Raises ConfigError when the run asks nobody, or not for what the data alone decides."""
-    if isinstance(cfg.source, config.OnPolicy):
+    if isinstance(cfg.source, OnPolicy):
         raise ConfigError("source.kind is on_policy: what it asks the teacher is sampled while it trains")
     if not (isinstance(cfg.objective, Distill) or cfg.data.held_out is not None):
         raise ConfigError("this run asks the teacher for nothing: it does not distil, and has no held-out data")

@@ -7,8 +7,9 @@ import math
 from fractions import Fraction
 
 from kdmesh.errors import ConfigError
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
-from kdmesh_trainer.sections.schedule_config import unfit_length
+from kdmesh_trainer.config import TrainerConfig
+from kdmesh_trainer.rules.length import unfit_length
+from kdmesh_trainer.sections.source_config import OnPolicy
 
 log = logging.getLogger(__name__)
 

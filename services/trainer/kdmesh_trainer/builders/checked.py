@@ -33,6 +33,7 @@ from kdmesh_trainer.data.training_data import TrainingData
 from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.sections.data_config import TeacherMessages
 from kdmesh_trainer.sections.objective_config import Distill
+from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sources.environment import Environment, resolve_environment
 from kdmesh_trainer.sources.judge import Opinion, kept_of_rows, resolve_judge
 from kdmesh_trainer.student.freezing import check_freeze
@@ -93,7 +94,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     needs_boundaries = isinstance(cfg.objective, Distill) and cfg.objective.needs_boundaries
     read = partial(open_dataset, teacher=columns, images=no_images(cfg) if reader is None else cfg.data.images)
     fingerprint, size = tokenizer_fingerprint(tokenizer.get_vocab()), vocabulary_size(tokenizer)
-    source = cfg.source if isinstance(cfg.source, config.OnPolicy) else None
+    source = cfg.source if isinstance(cfg.source, OnPolicy) else None
     read_whole = partial(read, keeps_rows=source is not None and kept_of_rows(source) is not None)
     train = TrainingData(cfg.data, encoder, _token_cache(cfg, recipe, encoder, tokenizer, reader), read_whole)
     return Checked(

@@ -19,6 +19,7 @@ from kdmesh_trainer.fit import refuse_unlike
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sections.objective_config import Distill
+from kdmesh_trainer.sections.source_config import OffPolicy, OnPolicy
 from kdmesh_trainer.sources.judge import kept_of_rows
 
 
@@ -86,9 +87,9 @@ def read_alone(cfg: config.TrainerConfig, data: TrainingData) -> None:
     Raises:
         DataError: it cannot be used.
     """
-    if isinstance(cfg.source, config.OnPolicy):
+    if isinstance(cfg.source, OnPolicy):
         data.prompts(prompt_policy(cfg, cfg.source), kept_of_rows(cfg.source))
-    if not isinstance(cfg.source, config.OnPolicy) or cfg.source.sampled_fraction < 1:
+    if not isinstance(cfg.source, OnPolicy) or cfg.source.sampled_fraction < 1:
         data.sequences()
 
 
@@ -108,7 +109,7 @@ def _held_out_name(name: str) -> str:
 
 def _read_train(cfg: config.TrainerConfig, checked: Checked) -> tuple[Sequence[TokenSequence] | Task, dict[str, str]]:
     match cfg.source:
-        case config.OffPolicy():
+        case OffPolicy():
             train = checked.train.sequences()
             facts = {name: sequence_facts(part) for name, part in parts_of(train).items()}
             if cfg.data.teacher_tokenizer is not None:
@@ -118,7 +119,7 @@ def _read_train(cfg: config.TrainerConfig, checked: Checked) -> tuple[Sequence[T
                     at_least=cfg.data.teacher_tokenizer.min_aligned,
                 )
             return train, _identity(train, facts)
-        case config.OnPolicy():
+        case OnPolicy():
             task = read_task(
                 cfg,
                 cfg.source,

@@ -29,6 +29,7 @@ from kdmesh_trainer.objectives.objective import CrossEntropy, Distillation, Obje
 from kdmesh_trainer.objectives.spread import spread
 from kdmesh_trainer.optimization.optimizer import optimizer_over
 from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill, Sft
+from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.student.model import Student
 
 
@@ -116,8 +117,8 @@ def _with_whole_heads(
                     divergence=divergence,
                     **cfg.objective.numbers_at(0),
                     imitates_data=cfg.objective.imitates_data,
-                    with_entropies=isinstance(cfg.source, config.OnPolicy),
-                    top_k=cfg.source.overlap_tokens if isinstance(cfg.source, config.OnPolicy) else 0,
+                    with_entropies=isinstance(cfg.source, OnPolicy),
+                    top_k=cfg.source.overlap_tokens if isinstance(cfg.source, OnPolicy) else 0,
                 ),
                 teacher_head=teachers.heads,
                 algorithm=algorithm,

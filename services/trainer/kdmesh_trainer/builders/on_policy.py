@@ -38,6 +38,7 @@ from kdmesh_trainer.fit import (
 )
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.exam import response_text
+from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sources.context_rows import ContextRows
 from kdmesh_trainer.sources.early_rows import EarlyRows, EarlyService
 from kdmesh_trainer.sources.environment import Environment
@@ -57,7 +58,7 @@ _JUDGED_PROMPTS = 1000  # enough to know how much two tokenizers have in common
 class Task:
     """What is sampled, checked against everything but servers."""
 
-    source: config.OnPolicy
+    source: OnPolicy
     prompts: Sequence[Prompt]
     facts: Mapping[str, PromptFacts]  # of each dataset of them, by name
     sampling: Sampling
@@ -104,7 +105,7 @@ class Task:
 
 def read_task(
     cfg: config.TrainerConfig,
-    source: config.OnPolicy,
+    source: OnPolicy,
     *,
     data: TrainingData,
     encoder: Encoder,
@@ -167,7 +168,7 @@ def check_task(cfg: config.TrainerConfig, task: Task, teachers: Teachers) -> Non
         teachers.check_requests("train", task.answers)
 
 
-def _most(cfg: config.TrainerConfig, source: config.OnPolicy, *, prompt_tokens: int) -> tuple[int, int]:
+def _most(cfg: config.TrainerConfig, source: OnPolicy, *, prompt_tokens: int) -> tuple[int, int]:
     """Most tokens, and most loss tokens, of what a prompt of so many tokens may become."""
     drawn, environment = source.sampling.max_new_tokens, source.environment
     if environment is None:
@@ -179,7 +180,7 @@ def _decoder(tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> Callable
     return partial(response_text, tokenizer, ends=sampling.stop_token_ids, stop_strings=sampling.stop_strings)
 
 
-def prompt_policy(cfg: config.TrainerConfig, source: config.OnPolicy) -> PromptPolicy:
+def prompt_policy(cfg: config.TrainerConfig, source: OnPolicy) -> PromptPolicy:
     """What becomes of rows that give no prompt, or too long a one."""
     most = cfg.data.max_tokens - source.sampling.max_new_tokens
     return PromptPolicy(max_tokens=most, too_long=source.too_long, unusable=cfg.data.unusable)
@@ -271,7 +272,7 @@ def build_source(
     return built
 
 
-def _early(cfg: config.TrainerConfig, source: config.OnPolicy, teachers: Teachers) -> EarlyService:
+def _early(cfg: config.TrainerConfig, source: OnPolicy, teachers: Teachers) -> EarlyService:
     """Who is asked for rows as samples come; several teachers have equal parts of the memory for them."""
 
     def of_one(teacher: Teacher) -> EarlyRows:

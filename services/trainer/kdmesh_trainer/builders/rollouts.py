@@ -11,10 +11,11 @@ from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.rpc.weights.sender import Addresses, WeightSender
 from kdmesh.weights.buckets import bucket_size
 from kdmesh.weights.manifest import UpdatePolicy
-from kdmesh_trainer.config import OnPolicy, TrainerConfig
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.publisher import StudentPublisher
 from kdmesh_trainer.sections.rollouts_config import RolloutsConfig
+from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.student.model import Student
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,8 @@ from kdmesh_trainer import config
 from kdmesh_trainer.fit import check_follower, check_frozen, common_vocabulary
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.publisher import StudentPublisher, TeacherPublisher
+from kdmesh_trainer.sections.source_config import OnPolicy
+from kdmesh_trainer.sections.teacher_config import TeacherConfig
 from kdmesh_trainer.student.model import Student
 from kdmesh_trainer.teacher_copy import TeacherCopy
 
@@ -28,7 +30,7 @@ class Teacher:
     """The servers of one model."""
 
     key: str  # of its section in the configuration
-    cfg: config.TeacherConfig
+    cfg: TeacherConfig
     job: str  # whose connection it is
     pool: TeacherPool
     vocabulary_size: int  # real tokens that it shares with the student
@@ -80,11 +82,11 @@ def open_teacher(
             ),
             wire=teacher.wire,
             gpu=mesh.device if mesh.device.type == "cuda" else None,
-            uses_cache=not isinstance(cfg.source, config.OnPolicy),  # no sample comes twice
+            uses_cache=not isinstance(cfg.source, OnPolicy),  # no sample comes twice
             layers=() if cfg.layers is None else cfg.layers.of_teacher,
         )
     )
-    if not (isinstance(cfg.source, config.OnPolicy) and cfg.source.colocated):  # else they have their turn later
+    if not (isinstance(cfg.source, OnPolicy) and cfg.source.colocated):  # else they have their turn later
         mesh.on_first(pool.wake)  # a job that was killed may have left a teacher asleep
     model = pool.describe()
     if teacher.follows_student is None:

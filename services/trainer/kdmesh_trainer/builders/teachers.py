@@ -15,7 +15,7 @@ from kdmesh.rpc.teachers.pending_rows import PendingRows
 from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.builders.teacher import Teacher, open_teacher
-from kdmesh_trainer.config import TeacherConfig, TrainerConfig
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.blend import parts_of
 from kdmesh_trainer.data.encoding.sides import Addressed, TeacherSide
 from kdmesh_trainer.data.encoding.tokenizer import TeacherTokens
@@ -25,6 +25,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objectives.head import Heads, TeacherHead
 from kdmesh_trainer.objectives.panel_heads import PanelHeads
 from kdmesh_trainer.sections.objective_config import Distill
+from kdmesh_trainer.sections.teacher_config import TeacherConfig
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService
 

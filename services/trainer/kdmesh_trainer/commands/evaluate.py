@@ -21,7 +21,8 @@ with quiet_interrupt():
     from kdmesh.errors import ConfigError, KdmeshError
     from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace, say
     from kdmesh_trainer.commands.running import run
-    from kdmesh_trainer.config import OnPolicy, TrainerConfig
+    from kdmesh_trainer.config import TrainerConfig
+    from kdmesh_trainer.sections.source_config import OnPolicy
 
 if TYPE_CHECKING:
     from kdmesh.openai.servers import ChatServers

@@ -16,7 +16,8 @@ with quiet_interrupt():
     from kdmesh.config import config_parser
     from kdmesh.outputs import say
     from kdmesh_trainer.commands.running import run
-    from kdmesh_trainer.config import OnPolicy, TrainerConfig
+    from kdmesh_trainer.config import TrainerConfig
+    from kdmesh_trainer.sections.source_config import OnPolicy
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -17,7 +17,7 @@ from kdmesh_trainer.sections.parallel_config import Gather
 from kdmesh_trainer.sections.quantization_config import QuantizationConfig
 
 if TYPE_CHECKING:
-    from kdmesh_trainer.config import FollowConfig
+    from kdmesh_trainer.sections.teacher_config import FollowConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, assert_never
 from kdmesh.errors import ConfigError
 from kdmesh_trainer import config
 from kdmesh_trainer.saving.files import write_synced, written_beside_checkpoints
+from kdmesh_trainer.sections.job_config import TrackerName
 
 _PROJECT = "kdmesh"
 _GROUPS = ("held_out", "questions", "train")  # what is before the slash of a figure's name, as they come in a step
@@ -42,7 +43,7 @@ def build_trackers(cfg: config.TrainerConfig) -> list[Tracker]:
     return [_build(name, cfg) for name in cfg.trackers]
 
 
-def _build(name: config.TrackerName, cfg: config.TrainerConfig) -> Tracker:
+def _build(name: TrackerName, cfg: config.TrainerConfig) -> Tracker:
     match name:
         case "tensorboard":
             return TensorBoard(_load("torch.utils.tensorboard", "tensorboard", "tensorboard"), cfg.output)

@@ -21,9 +21,7 @@ from torch.optim import Optimizer
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimization.rounded_moments import has_rounded, widened
-from kdmesh_trainer.saving.files import sync, write_synced
-from kdmesh_trainer.saving.seal import damages, digests_of, read_seal, write_seal
-from kdmesh_trainer.sections.saved_config import (
+from kdmesh_trainer.saved_config import (
     COMPLETE,
     STATE,
     checkpoints_in,
@@ -31,6 +29,8 @@ from kdmesh_trainer.sections.saved_config import (
     refuse_other_run,
     unreadable,
 )
+from kdmesh_trainer.saving.files import sync, write_synced
+from kdmesh_trainer.saving.seal import damages, digests_of, read_seal, write_seal
 from kdmesh_trainer.student.model import Student, release
 from kdmesh_trainer.teacher_copy import TeacherCopy
 

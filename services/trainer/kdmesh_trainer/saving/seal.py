@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kdmesh.weights import digests
+from kdmesh_trainer.saved_config import read_json, unreadable
 from kdmesh_trainer.saving.files import write_synced
-from kdmesh_trainer.sections.saved_config import read_json, unreadable
 
 SEAL = "digests.json"
 

@@ -10,10 +10,10 @@ from typing import assert_never
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.questions.scores import AnswerScores
+from kdmesh_trainer.saved_config import checkpoints_in
 from kdmesh_trainer.saving.export import HuggingFaceExporter
 from kdmesh_trainer.saving.files import settle
 from kdmesh_trainer.sections.export_config import BestFigure
-from kdmesh_trainer.sections.saved_config import checkpoints_in
 from kdmesh_trainer.stats import Scores
 
 log = logging.getLogger(__name__)

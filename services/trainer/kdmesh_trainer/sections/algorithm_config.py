@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.config import TrainerConfig
-    from kdmesh_trainer.sections.objective_config import Distill
 
 
 class VanillaKD(StrictModel):
@@ -98,20 +94,3 @@ class CustomAlgorithm(StrictModel):
 AlgorithmConfig = Annotated[
     VanillaKD | DualSpace | ChunkLikelihood | ByRank | Hybrid | CustomAlgorithm, Field(discriminator="name")
 ]
-
-
-def refuse_unfit_algorithm(cfg: TrainerConfig, objective: Distill) -> None:
-    """Raises ValueError when the algorithm cannot have what the rest of the configuration gives it."""
-    if cfg.data.has_weights and not isinstance(objective.algorithm, VanillaKD):
-        raise ValueError(
-            f"data.train.weight_column does not go with objective.algorithm {objective.algorithm.name}; it must be "
-            "vanilla_kd"
-        )
-    if not isinstance(objective.algorithm, DualSpace):
-        return
-    if objective.algorithm.token_alignment == "cma" and cfg.data.teacher_tokenizer is None:
-        raise ValueError("objective.algorithm dskd with token_alignment cma needs data.teacher_tokenizer")
-    if cfg.teachers:
-        raise ValueError("objective.algorithm dskd takes a single `teacher`, not `teachers`")
-    if objective.divergence.name == "sampled_reverse_kl":
-        raise ValueError("objective.algorithm dskd does not go with sampled_reverse_kl, which knows no second space")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from kdmesh.config import StrictModel
-from kdmesh_trainer.sections.data_config import TextFile
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.config import TrainerConfig
 
 
 class EnvironmentConfig(StrictModel):
@@ -36,21 +32,3 @@ class EnvironmentConfig(StrictModel):
 
     max_calls: int = Field(32, ge=1)
     """Most calls at once, each in a thread, on every rank."""
-
-
-def refuse_unfit_environment(cfg: TrainerConfig) -> None:
-    """Raises ValueError when the data cannot be had in the way that episodes need it."""
-    if cfg.data.teacher_tokenizer is not None:
-        raise ValueError(
-            "source.environment does not go with data.teacher_tokenizer, whose template would write the turns otherwise"
-        )
-    if cfg.data.teacher_context is not None:
-        raise ValueError(
-            "source.environment does not go with data.teacher_context: what is answered follows the student's prompt"
-        )
-    if cfg.data.token_cache is not None:
-        raise ValueError("data.token_cache does not go with source.environment, which needs the rows")
-    for name, dataset in cfg.data.train_datasets.items():
-        if isinstance(dataset, TextFile):
-            key = f"data.train.datasets.{name}" if name else "data.train"
-            raise ValueError(f"source.environment needs chats: {key} has format text")

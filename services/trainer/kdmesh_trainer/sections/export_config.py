@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
 from kdmesh.config import StrictModel
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.config import TrainerConfig
 
 Matrices: TypeAlias = Literal["rounded", "masters", "both"]
 BestFigure: TypeAlias = Literal["kl_nats_per_token", "cross_entropy_nats_per_token", "accuracy"]
@@ -31,20 +28,3 @@ class ExportConfig(StrictModel):
     best: BestFigure | None = None
     """Figure of the evaluations after the first step, by which the best student is kept in `best`; null: none is
     kept."""
-
-
-def refuse_unfit_export(cfg: TrainerConfig) -> None:
-    """Raises ValueError when the exports are to have matrices in few bits and there are none."""
-    if cfg.export.matrices != "rounded" and cfg.student.quantization is None:
-        raise ValueError(f"export.matrices {cfg.export.matrices} needs student.quantization")
-
-
-def refuse_unknown_best(cfg: TrainerConfig) -> None:
-    """Raises ValueError when no evaluation has the figure that the best student is known by."""
-    best = cfg.export.best
-    if best == "accuracy" and cfg.evaluation.questions is None:
-        raise ValueError("export.best accuracy needs evaluation.questions")
-    if best in ("kl_nats_per_token", "cross_entropy_nats_per_token") and cfg.data.held_out is None:
-        raise ValueError(f"export.best {best} needs data.held_out")
-    if best == "kl_nats_per_token" and not cfg.all_teachers:
-        raise ValueError("export.best kl_nats_per_token needs a `teacher`")

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
-from kdmesh_trainer.sections.algorithm_config import VanillaKD
-from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sections.questions_config import MatchConfig
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.config import TrainerConfig
 
 SampleWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -72,19 +67,3 @@ class CustomJudge(StrictModel):
 
 
 JudgeConfig = Annotated[FinishedJudge | MatchJudge | CustomJudge, Field(discriminator="name")]
-
-
-def refuse_unfit_judge(cfg: TrainerConfig, judge: FinishedJudge | MatchJudge | CustomJudge) -> None:
-    """Raises ValueError when what the judge says cannot be heeded, or it cannot have what it needs."""
-    if isinstance(cfg.objective, Distill) and not isinstance(cfg.objective.algorithm, VanillaKD):
-        raise ValueError(
-            f"source.judge does not go with objective.algorithm {cfg.objective.algorithm.name}; it must be vanilla_kd"
-        )
-    if cfg.data.teacher_tokenizer is not None:
-        raise ValueError("source.judge does not go with data.teacher_tokenizer")
-    if cfg.parallel.context > 1:
-        raise ValueError(
-            f"parallel.context is {cfg.parallel.context}, which does not go with source.judge; it must be 1"
-        )
-    if cfg.data.token_cache is not None and not isinstance(judge, FinishedJudge):
-        raise ValueError(f"data.token_cache does not go with source.judge {judge.name}, which needs the rows")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from kdmesh.config import StrictModel
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.config import TrainerConfig
 
 _Layer = Annotated[int, Field(ge=1)]
 
@@ -48,18 +45,3 @@ class LayersConfig(StrictModel):
             if number is not None and layers[-1] > number:
                 return f"objective.layers.pairs names layer {layers[-1]} of the {side}, which has layers 1 to {number}"
         return None
-
-
-def refuse_unfit_layers(cfg: TrainerConfig) -> None:
-    """Raises ValueError when rows of the teacher's layers do not go with the rest of the configuration."""
-    if cfg.layers is None:
-        return
-    if cfg.data.teacher_tokenizer is not None:
-        raise ValueError("objective.layers does not go with data.teacher_tokenizer, whose rows are other positions")
-    if cfg.teacher is None:
-        raise ValueError("objective.layers takes a single `teacher`, not `teachers`")
-    if cfg.teacher.wire == "fp8":
-        raise ValueError(
-            "objective.layers does not go with teacher.wire fp8, which has one scale for final hidden states and for "
-            "outputs of layers, whose sizes differ much"
-        )

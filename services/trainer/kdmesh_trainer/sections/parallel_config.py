@@ -8,11 +8,9 @@ from pydantic import Field
 
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
-from kdmesh_trainer.sections.objective_config import Distill
 
 if TYPE_CHECKING:
     from kdmesh.models.context import Exchange  # which loads torch
-    from kdmesh_trainer.config import TrainerConfig
 
 Gather: TypeAlias = Literal["auto", "step", "micro_batch"]
 
@@ -80,54 +78,3 @@ class ParallelConfig(StrictModel):
                 f"parallel.context is {self.context} and the job has {ranks} ranks; context must divide their number, "
                 "so that every micro-batch is held by as many"
             )
-
-
-def refuse_unfit_context(cfg: TrainerConfig) -> None:
-    """Raises ValueError when a part of the configuration needs whole sequences on a rank, or other ranks."""
-    context, shards = cfg.parallel.context, cfg.parallel.shard_ranks
-    # A copy may lie on several machines, each with `ranks`.
-    if cfg.ranks is not None and shards is not None and cfg.ranks % shards and shards % cfg.ranks:
-        raise ValueError(f"parallel.shard_ranks ({shards}) must divide ranks ({cfg.ranks}), or be a multiple of it")
-    if cfg.ranks is not None and cfg.ranks % context:
-        raise ValueError(f"parallel.context ({context}) must divide ranks ({cfg.ranks})")
-    if context > 1 and cfg.parallel.head != "whole":
-        raise ValueError(
-            f"parallel.context is {context}, which does not go with parallel.head vocabulary; it must be 1"
-        )
-    if context > 1 and cfg.data.has_weights:
-        raise ValueError(
-            f"parallel.context is {context}, which does not go with data.train.weight_column; it must be 1"
-        )
-    if context > 1 and cfg.student.compile != "none":
-        raise ValueError(f"parallel.context is {context}, which does not go with student.compile; it must be 1")
-    if context > 1 and cfg.data.teacher_tokenizer is not None:
-        raise ValueError(
-            f"parallel.context is {context}, which does not go with data.teacher_tokenizer: what two tokenizers have "
-            "alike may lie on two ranks; it must be 1"
-        )
-
-
-def refuse_unfit_head(cfg: TrainerConfig) -> None:
-    """Raises ValueError when the head is to be spread and the rest of the configuration needs it whole."""
-    if cfg.parallel.head == "whole":
-        return
-    reasons = {
-        "student.lora, whose head does not learn": cfg.student.lora is not None,
-        "`teachers`: it takes a single `teacher`": bool(cfg.teachers),
-        "parallel.shard_ranks": cfg.parallel.shard_ranks is not None,
-        "parallel.offload all": cfg.parallel.offload == "all",
-        "data.teacher_tokenizer, whose tokens are others": cfg.data.teacher_tokenizer is not None,
-    }
-    if isinstance(cfg.objective, Distill):
-        objective = cfg.objective
-        reasons |= {
-            f"objective.algorithm {objective.algorithm.name}, but with vanilla_kd": (
-                objective.algorithm.name != "vanilla_kd"
-            ),
-            "objective.keep, which looks at all tokens of a row": objective.keep is not None,
-            f"divergence {objective.divergence.name}, which looks at all tokens of a row, but with "
-            f"{', '.join(SPREAD_DIVERGENCES)}": objective.divergence.name not in SPREAD_DIVERGENCES,
-        }
-    for what, applies in reasons.items():
-        if applies:
-            raise ValueError(f"parallel.head vocabulary does not go with {what}")

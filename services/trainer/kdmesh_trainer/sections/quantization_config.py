@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from kdmesh.config import StrictModel
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.config import TrainerConfig
 
 WeightNumbers: TypeAlias = Literal["int4", "int8", "fp8"]
 ActivationNumbers: TypeAlias = Literal["none", "int8", "fp8"]
@@ -50,25 +47,3 @@ class QuantizationConfig(StrictModel):
                 f"{self.group_size}: leave group_size out"
             )
         return self
-
-
-def refuse_unfit_quantization(cfg: TrainerConfig) -> None:
-    """Raises ValueError when servers would not compute as the student does, or it would be its own teacher."""
-    quantization = cfg.student.quantization
-    if quantization is None:
-        return
-    asks = {
-        "source on_policy": cfg.source.kind == "on_policy",
-        "evaluation.questions": cfg.evaluation.questions is not None,
-    }
-    for key, is_asked in asks.items():
-        if is_asked and quantization.activations != "none":
-            raise ValueError(
-                f"student.quantization.activations {quantization.activations} does not go with {key}: rollout servers "
-                "compute with activations that are not rounded"
-            )
-    if cfg.teacher_update_every is not None:
-        raise ValueError(
-            "student.quantization does not go with teacher.follows_student: the teacher would have rounded "
-            "matrices, too"
-        )

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from kdmesh.config import StrictModel
 from kdmesh_trainer.sections.rollouts_config import SamplingConfig
-
-if TYPE_CHECKING:
-    from kdmesh_trainer.config import TrainerConfig
 
 
 class ExactMatch(StrictModel):
@@ -138,21 +135,3 @@ class QuestionsConfig(StrictModel):
                 f"samples is {self.samples} at sampling.temperature 0, which gives the same answer each time; raise it"
             )
         return self
-
-
-def refuse_unasked_questions(cfg: TrainerConfig) -> None:
-    """Raises ValueError unless it is clear which rollout servers answer the questions, if there are any."""
-    asked = cfg.evaluation
-    is_sampled = cfg.source.kind == "on_policy"
-    if asked.questions is None:
-        if asked.rollouts is not None:
-            raise ValueError(
-                "evaluation.rollouts needs evaluation.questions: nobody else asks these, as source is not on_policy"
-            )
-        return
-    if is_sampled and asked.rollouts is not None:
-        raise ValueError(
-            "there are evaluation.rollouts and source.rollouts; an on-policy run's questions go to source.rollouts"
-        )
-    if not is_sampled and asked.rollouts is None:
-        raise ValueError("evaluation.questions needs evaluation.rollouts: rollout servers that answer them")

@@ -16,7 +16,6 @@ from kdmesh.chats.chat_rows import Chat, columns_found
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.extension import resolve
 from kdmesh.types import FinishReason, Int32Array, Sample
-from kdmesh_trainer.config import OnPolicy
 from kdmesh_trainer.data.encoding.chat import without_answers
 from kdmesh_trainer.data.encoding.sides import Prompt, Question
 from kdmesh_trainer.data.prompts import QuestionOf
@@ -24,6 +23,7 @@ from kdmesh_trainer.questions.matchers import build_matcher, refuse_unfit_answer
 from kdmesh_trainer.questions.reader import answers_in
 from kdmesh_trainer.sections.judge_config import CustomJudge, FinishedJudge, JudgeConfig, MatchJudge
 from kdmesh_trainer.sections.questions_config import CustomMatch
+from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sources.rollouts import Episode, Verdict, spans_of
 
 # (a response's text, whether it was cut, what it answers, which is None where nobody asks for it) -> what is thought

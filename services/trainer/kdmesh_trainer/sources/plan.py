@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kdmesh.batching import plan_step
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.config import BatchConfig
+from kdmesh_trainer.sections.batch_config import BatchConfig
 from kdmesh_trainer.sources.order import step_order
 
 
