@@ -24,7 +24,7 @@ import numpy as np
 from kdmesh.handles.memory import create_segment
 from kdmesh.types import DType, TokenSequence
 from kdmesh_teacher.engine import PrefillJob
-from kdmesh_teacher.sglang_config import SglangEngine as EngineConfig
+from kdmesh_teacher.sglang.config import SglangEngine as EngineConfig
 
 Prefill = Callable[[Sequence[TokenSequence]], int]
 """Computes sequences; returns how many tokens that took."""
@@ -33,7 +33,7 @@ _ARGUMENTS = {"max_total_tokens": 32768, "max_running_requests": 64}
 
 
 def _rows(config: EngineConfig) -> Prefill:
-    from kdmesh_teacher.sglang_engine import SglangEngine
+    from kdmesh_teacher.sglang.engine import SglangEngine
 
     engine = SglangEngine(config)
     row_bytes = (described := engine.load()).hidden_size * described.dtype.size_bytes

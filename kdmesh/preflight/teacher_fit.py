@@ -5,7 +5,7 @@ from __future__ import annotations
 from kdmesh.errors import ConfigError
 from kdmesh.preflight.model_files import num_layers
 from kdmesh_teacher.config import TeacherConfig, TransformersEngine
-from kdmesh_teacher.sglang_config import SglangEngine
+from kdmesh_teacher.sglang.config import SglangEngine
 from kdmesh_trainer.config import TrainerConfig
 
 

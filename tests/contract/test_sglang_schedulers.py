@@ -29,8 +29,8 @@ import numpy as np, torch
 from kdmesh.sglang.messages import Hello, pack
 from kdmesh.sglang.segments import Segments
 from kdmesh.types import DType
-from kdmesh_teacher.sglang_ask import Ask
-from kdmesh_teacher.sglang_rows import RowProgress
+from kdmesh_teacher.sglang.ask import Ask
+from kdmesh_teacher.sglang.rows import RowProgress
 path, hello = sys.argv[1], json.loads(sys.argv[2])
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 sock.connect(path)

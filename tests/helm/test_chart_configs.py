@@ -18,7 +18,7 @@ from kdmesh.serving.job_config import JobTerms
 from kdmesh.serving.job_file import JobFile
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig, TeacherJobTerms
-from kdmesh_teacher.sglang_config import SglangEngine
+from kdmesh_teacher.sglang.config import SglangEngine
 from tests.support.rendered_chart import Manifest, ci_values, of_kind, pods, rendered
 from tools.helm_chart import render
 

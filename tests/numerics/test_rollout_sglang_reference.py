@@ -14,7 +14,7 @@ from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
 from kdmesh.sglang import reference
 from kdmesh.sglang.runtime import SglangRuntime
 from kdmesh_rollout.config import TransformersEngine as EngineConfig
-from kdmesh_rollout.sglang_reference import check_reference
+from kdmesh_rollout.sglang.reference import check_reference
 from kdmesh_rollout.transformers_engine import TransformersEngine
 from tests.support.tiny_models import TinyModels
 

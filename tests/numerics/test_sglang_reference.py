@@ -15,7 +15,7 @@ from kdmesh.models.checkpoint import open_checkpoint
 from kdmesh.sglang import reference
 from kdmesh_teacher.config import TransformersEngine as EngineConfig
 from kdmesh_teacher.engine import EngineDescription, PrefillJob
-from kdmesh_teacher.sglang_reference import check_reference
+from kdmesh_teacher.sglang.reference import check_reference
 from kdmesh_teacher.transformers_engine import TransformersEngine
 from tests.support.tiny_models import TinyModels
 
@@ -134,7 +134,7 @@ def test_a_model_that_does_not_fit_twice_is_compared_with_its_first_start(
 def test_other_weights_of_an_updatable_model_are_compared_with_their_own_first_start(
     tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdmesh_teacher.sglang_reference.transformers_model", lambda *_: None)
+    monkeypatch.setattr("kdmesh_teacher.sglang.reference.transformers_model", lambda *_: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for seed in (0, 1, 0):
         path = tiny_models.path("qwen3", seed=seed)

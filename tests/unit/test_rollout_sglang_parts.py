@@ -24,9 +24,9 @@ from kdmesh.sglang.file_names import file_tensors, names_in_files
 from kdmesh.sglang.staged_weights import StagedWeights, read_staged, staged_bytes
 from kdmesh.types import DType, Sampling
 from kdmesh.weights.manifest import TensorSpec
-from kdmesh_rollout.sglang_ask import Ask
-from kdmesh_rollout.sglang_config import SglangEngine
-from kdmesh_rollout.sglang_drawing import DrawnSample, draw_rows
+from kdmesh_rollout.sglang.ask import Ask
+from kdmesh_rollout.sglang.config import SglangEngine
+from kdmesh_rollout.sglang.drawing import DrawnSample, draw_rows
 from tests.support.tiny_models import MIXTURES, save_model
 from tests.support.tiny_vision import FAMILIES as FAMILIES_THAT_SEE
 from tests.support.tiny_vision import TinyVisionModels
@@ -127,7 +127,7 @@ def test_staged_weights_are_read_as_they_were_written() -> None:
 
 def test_the_plugin_loads_nothing_heavy_into_processes_that_are_not_ours() -> None:
     script = (
-        "import sys; from kdmesh_rollout.sglang_plugin import register; register();"
+        "import sys; from kdmesh_rollout.sglang.plugin import register; register();"
         "print(*sorted({'torch', 'sglang', 'grpc', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

@@ -21,10 +21,10 @@ from kdmesh.sglang.messages import Adopt, Adopted, Drop, Hello, Message, pack, u
 from kdmesh.sglang.segments import Segments
 from kdmesh.sglang.versions import require_tested_version
 from kdmesh.types import DType, TokenSequence
-from kdmesh_teacher.sglang_ask import Ask, layers_asked
-from kdmesh_teacher.sglang_config import SglangEngine
-from kdmesh_teacher.sglang_rows import RowProgress
-from kdmesh_teacher.sglang_sharing import Request, waves
+from kdmesh_teacher.sglang.ask import Ask, layers_asked
+from kdmesh_teacher.sglang.config import SglangEngine
+from kdmesh_teacher.sglang.rows import RowProgress
+from kdmesh_teacher.sglang.sharing import Request, waves
 
 POSITIONS = st.lists(st.integers(0, 60), min_size=1, max_size=40, unique=True).map(sorted)
 
@@ -242,7 +242,7 @@ def test_an_untested_version_is_refused(version: str, tmp_path: Path, monkeypatc
 
 def test_the_plugin_loads_nothing_heavy_into_processes_that_are_not_ours() -> None:
     script = (
-        "import sys; from kdmesh_teacher.sglang_plugin import register; register();"
+        "import sys; from kdmesh_teacher.sglang.plugin import register; register();"
         "print(*sorted({'torch', 'sglang', 'grpc', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

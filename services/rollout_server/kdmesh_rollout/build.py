@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from kdmesh_rollout import config, sglang_config
+from kdmesh_rollout import config
 from kdmesh_rollout.engine import Engine
+from kdmesh_rollout.sglang import config as sglang_config
 
 
 def build_engine(cfg: config.EngineConfig) -> Engine:
@@ -16,7 +17,7 @@ def build_engine(cfg: config.EngineConfig) -> Engine:
 
             return TransformersEngine(cfg)
         case sglang_config.SglangEngine():
-            from kdmesh_rollout.sglang_engine import SglangEngine
+            from kdmesh_rollout.sglang.engine import SglangEngine
 
             return SglangEngine(cfg)
         case config.FakeEngine():

@@ -12,7 +12,7 @@ from kdmesh.serving.config import ListenConfig, Port
 from kdmesh.serving.images_config import ImagesConfig
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.tracing.config import TracingConfig
-from kdmesh_rollout.sglang_config import SglangEngine
+from kdmesh_rollout.sglang.config import SglangEngine
 
 
 class TransformersEngine(StrictModel):

@@ -14,7 +14,7 @@ from kdmesh.serving.images_config import ImagesConfig
 from kdmesh.serving.job_config import JobTerms
 from kdmesh.tracing.config import TracingConfig
 from kdmesh_teacher.cache.config import CacheConfig
-from kdmesh_teacher.sglang_config import SglangEngine
+from kdmesh_teacher.sglang.config import SglangEngine
 
 
 class TransformersEngine(StrictModel):

@@ -8,13 +8,14 @@ from typing import assert_never
 
 from kdmesh.errors import ConfigError
 from kdmesh.handles.memory import require_available
-from kdmesh_teacher import config, sglang_config
+from kdmesh_teacher import config
 from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.cache.directory import RowDirectory, opened
 from kdmesh_teacher.cache.keys import RowKeys
 from kdmesh_teacher.cache.memory import MemoryTier
 from kdmesh_teacher.cache.row_cache import RowCache
 from kdmesh_teacher.engine import EngineDescription
+from kdmesh_teacher.sglang import config as sglang_config
 
 
 def open_directory(cfg: CacheConfig, stack: AsyncExitStack) -> RowDirectory | None:

@@ -9,7 +9,7 @@ Functions of SGLang get a hook, by its own hook registry; none is replaced:
   Scheduler.__init__              afterwards the process reports to the server.
 
 In a pipeline the rows are taken elsewhere, and two more have one: see sglang_pipeline.py. So have two for what layers
-give: see sglang_layers.py.
+give: see layers.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from torch import Tensor
 from kdmesh.sglang.report import report
 from kdmesh.sglang.segments import Segments
 from kdmesh.sglang.staged_weights import SEGMENTS
-from kdmesh_teacher import sglang_layers as layers
-from kdmesh_teacher import sglang_pipeline as pipeline
-from kdmesh_teacher.sglang_ask import Ask
-from kdmesh_teacher.sglang_rows import NO_OUTPUTS, RowProgress
+from kdmesh_teacher.sglang import layers, pipeline
+from kdmesh_teacher.sglang.ask import Ask
+from kdmesh_teacher.sglang.rows import NO_OUTPUTS, RowProgress
 
 _APPEND = (
     "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"

@@ -23,7 +23,7 @@ from sglang.srt.layers.layer_boundary.residual import batch as residual_batch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch import Tensor, nn
 
-from kdmesh_teacher.sglang_ask import layers_asked
+from kdmesh_teacher.sglang.ask import layers_asked
 
 RUN = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 CAN_RUN_GRAPH = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner.can_run_graph"

@@ -29,11 +29,11 @@ from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import SleepTag, TokenSequence
 from kdmesh.weights.target import StagesInWeights
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob
-from kdmesh_teacher.sglang_ask import Ask
-from kdmesh_teacher.sglang_config import SglangEngine as SglangEngineConfig
-from kdmesh_teacher.sglang_plugin import SOCKET_VARIABLE
-from kdmesh_teacher.sglang_reference import check_reference
-from kdmesh_teacher.sglang_sharing import Request, waves
+from kdmesh_teacher.sglang.ask import Ask
+from kdmesh_teacher.sglang.config import SglangEngine as SglangEngineConfig
+from kdmesh_teacher.sglang.plugin import SOCKET_VARIABLE
+from kdmesh_teacher.sglang.reference import check_reference
+from kdmesh_teacher.sglang.sharing import Request, waves
 
 _ARGUMENTS = {
     "enable_return_hidden_states": True,

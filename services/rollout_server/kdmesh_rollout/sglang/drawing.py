@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdmesh.sampling.drawing import Chance, Draw, draw
 from kdmesh.sampling.stops import StopStrings
-from kdmesh_rollout.sglang_ask import Ask
+from kdmesh_rollout.sglang.ask import Ask
 
 
 class DrawnSample:

@@ -27,10 +27,10 @@ from kdmesh.tokens import tokenizer_fingerprint
 from kdmesh.types import FinishReason, Sample, Sampling, SleepTag
 from kdmesh.weights.target import StagesInWeights
 from kdmesh_rollout.engine import EngineDescription, Finished, Order
-from kdmesh_rollout.sglang_ask import Ask
-from kdmesh_rollout.sglang_config import SglangEngine as SglangEngineConfig
-from kdmesh_rollout.sglang_plugin import SOCKET_VARIABLE
-from kdmesh_rollout.sglang_reference import check_reference
+from kdmesh_rollout.sglang.ask import Ask
+from kdmesh_rollout.sglang.config import SglangEngine as SglangEngineConfig
+from kdmesh_rollout.sglang.plugin import SOCKET_VARIABLE
+from kdmesh_rollout.sglang.reference import check_reference
 
 Answer: TypeAlias = dict[str, Any]
 """What SGLang says to a request."""

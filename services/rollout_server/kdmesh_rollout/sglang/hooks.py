@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from kdmesh.models.tokenizer import load_tokenizer
 from kdmesh.sglang.report import report
 from kdmesh.sglang.staged_weights import SEGMENTS
-from kdmesh_rollout.sglang_ask import Ask
-from kdmesh_rollout.sglang_drawing import DrawnSample, draw_rows
+from kdmesh_rollout.sglang.ask import Ask
+from kdmesh_rollout.sglang.drawing import DrawnSample, draw_rows
 
 _STARTED = "sglang.srt.managers.scheduler.Scheduler.__init__"
 _RUN = "sglang.srt.managers.scheduler.Scheduler.run_batch"

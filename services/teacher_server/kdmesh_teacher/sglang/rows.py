@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdmesh.sglang.segments import Segments
 from kdmesh.types import Int32Array
-from kdmesh_teacher.sglang_ask import Ask
+from kdmesh_teacher.sglang.ask import Ask
 
 NO_OUTPUTS: Mapping[int, Tensor] = MappingProxyType({})
 """Of layers, by number."""

@@ -16,7 +16,7 @@ def register() -> None:
     socket_path = os.environ.get(SOCKET_VARIABLE)
     if socket_path is not None:
         from kdmesh.sglang.server_death import end_if_server_is_dead
-        from kdmesh_teacher.sglang_hooks import install
+        from kdmesh_teacher.sglang.hooks import install
 
         end_if_server_is_dead()
         install(socket_path)

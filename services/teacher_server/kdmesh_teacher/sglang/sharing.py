@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kdmesh.types import TokenSequence
-from kdmesh_teacher.sglang_ask import Ask
+from kdmesh_teacher.sglang.ask import Ask
 
 Request = tuple[TokenSequence, Ask]
 
