@@ -200,6 +200,15 @@ def test_what_compares_two_tokenizers_needs_the_teachers() -> None:
         TypeAdapter(TrainerConfig).validate_python(example)
 
 
+def test_dual_space_without_a_second_tokenizer_is_told_once_what_needs_one() -> None:
+    example = yaml.safe_load((Path(__file__).parents[2] / "examples/train-dskd.yaml").read_text(encoding="utf-8"))
+    example["objective"]["algorithm"]["token_alignment"] = "cma"
+    with pytest.raises(ValidationError, match="token_alignment cma needs") as refused:
+        TypeAdapter(TrainerConfig).validate_python(example)
+    assert str(refused.value).count("needs data.teacher_tokenizer") == 1
+    assert "compares two tokenizers" not in str(refused.value)
+
+
 def test_samples_that_another_tokenizer_cannot_judge_are_refused() -> None:
     path = Path(__file__).parents[2] / "examples/train-on-policy-other-tokenizer.yaml"
     example = yaml.safe_load(path.read_text(encoding="utf-8"))

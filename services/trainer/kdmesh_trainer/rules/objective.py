@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kdmesh_trainer.sections.algorithm_config import DualSpace, VanillaKD
+from kdmesh_trainer.sections.algorithm_config import ChunkAlgorithm, DualSpace, VanillaKD
 from kdmesh_trainer.sections.job_config import JobSections
 from kdmesh_trainer.sections.objective_config import Distill, SampledReverseKL
 from kdmesh_trainer.sections.rollouts_config import SamplingConfig
@@ -23,7 +23,7 @@ def broken(cfg: JobSections) -> Iterator[str]:
 
 def _of_algorithm(cfg: JobSections, objective: Distill) -> Iterator[str]:
     algorithm = objective.algorithm
-    if objective.compares_chunks and cfg.data.teacher_tokenizer is None:
+    if isinstance(algorithm, ChunkAlgorithm) and cfg.data.teacher_tokenizer is None:
         yield f"objective.algorithm {algorithm.name} compares two tokenizers, so it needs data.teacher_tokenizer"
     if cfg.data.has_weights and not isinstance(algorithm, VanillaKD):
         yield f"data.train.weight_column does not go with objective.algorithm {algorithm.name}; it must be vanilla_kd"
