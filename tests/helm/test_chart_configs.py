@@ -148,3 +148,22 @@ def test_the_page_s_values_make_the_account_that_its_job_runs_as(tmp_path: Path)
     values.write_text(text, encoding="utf-8")
     names = [made["metadata"]["name"] for made in of_kind(rendered(values), "ServiceAccount")]
     assert any(name.endswith(account) for name in names)
+
+
+def test_the_page_s_job_is_let_out_to_the_service_of_its_values(tmp_path: Path) -> None:
+    """Its token may travel as the page's access says, and the service has the port that its address names."""
+    page = (Path(__file__).resolve().parents[2] / "docs/kubernetes.md").read_text(encoding="utf-8")
+    section = page.partition("## Ten minutes")[2].partition("\n## ")[0]
+    (values_text,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    (client_text,) = re.findall(r"```\n(teacher:\n.*?)```", section, re.DOTALL)
+    client = yaml.safe_load(client_text)["teacher"]
+    (address,) = client["addresses"]
+    access = AccessConfig.model_validate(client["access"])
+    assert access.token_file is not None
+    assert access.refusal(address) is None
+    values = tmp_path / "teacher-values.yaml"
+    values.write_text(values_text, encoding="utf-8")
+    (service,) = of_kind(rendered(values), "Service")
+    name, _, port = address.removeprefix("k8s:///").partition(".research:")
+    assert service["metadata"]["name"].removeprefix("demo") == name.removeprefix("qwen")
+    assert port in {one["name"] for one in service["spec"]["ports"]}
