@@ -185,10 +185,6 @@ class Holdings:
         )
 
 
-def _holds_nothing(teacher: Teacher, before: Holdings) -> bool:
-    return _holdings(teacher).are_only(before)
-
-
 def _holdings(teacher: Teacher) -> Holdings:
     slab, process = teacher.get("/v1/slab"), psutil.Process(teacher.process.pid)
     return Holdings(

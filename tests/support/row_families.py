@@ -56,13 +56,6 @@ _CLIP = _TOWER | {"model_type": "clip_vision_model", "projection_dim": 32}
 _SIGLIP = _TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
 _PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [TILE, 3 * TILE]]
 _PIXTRAL_PATCH = {"height": 2 * PATCH, "width": 2 * PATCH}
-_ONEVISION = {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2"}
-_MISTRAL = {
-    "patch_size": PATCH,
-    "spatial_merge_size": 2,
-    "image_break_token": "[IMG_BREAK]",
-    "image_end_token": "[IMG_END]",
-}
 _AROUND = {
     "image_seq_len": 4,
     "fake_image_token": "<fake_token_around_image>",
