@@ -9,6 +9,7 @@ import numpy as np
 
 from kdmesh.errors import InvalidRequest, Unavailable
 from kdmesh.handles.rdma_agent import RemoteMemory
+from kdmesh.rpc.wire_enum import WireEnum
 from kdmesh.types import (
     CacheAnswer,
     DType,
@@ -22,25 +23,15 @@ from kdmesh.types import (
 )
 from kdmesh.v1 import common_pb2, teacher_pb2
 
-_WIRE: dict[DType, common_pb2.DType.ValueType] = {
-    DType.FLOAT32: common_pb2.DTYPE_FLOAT32,
-    DType.BFLOAT16: common_pb2.DTYPE_BFLOAT16,
-    DType.FLOAT16: common_pb2.DTYPE_FLOAT16,
-}
-_DTYPE: dict[int, DType] = {wire: dtype for dtype, wire in _WIRE.items()}
+DTYPES = WireEnum(
+    "dtype",
+    {
+        DType.FLOAT32: common_pb2.DTYPE_FLOAT32,
+        DType.BFLOAT16: common_pb2.DTYPE_BFLOAT16,
+        DType.FLOAT16: common_pb2.DTYPE_FLOAT16,
+    },
+)
 _MAX_ID = 2**31 - 1
-
-
-def dtype_from_wire(value: int) -> DType:
-    """Raises InvalidRequest on a dtype this version does not know."""
-    if value not in _DTYPE:
-        raise InvalidRequest(f"unknown dtype {value}; known: {', '.join(d.value for d in _WIRE)}")
-    return _DTYPE[value]
-
-
-def dtype_to_wire(dtype: DType) -> common_pb2.DType.ValueType:
-    """The same dtype on the wire."""
-    return _WIRE[dtype]
 
 
 def sequences_from_wire(messages: Iterable[common_pb2.TokenSequence]) -> tuple[TokenSequence, ...]:
@@ -92,7 +83,7 @@ def handle_from_wire(m: common_pb2.Handle) -> Handle:
         offset_bytes=m.offset_bytes,
         rows=m.rows,
         cols=m.cols,
-        dtype=dtype_from_wire(m.dtype),
+        dtype=DTYPES.from_wire(m.dtype),
         is_claimed=m.is_claimed,
     )
 
@@ -106,7 +97,7 @@ def handle_to_wire(handle: Handle) -> common_pb2.Handle:
         offset_bytes=handle.offset_bytes,
         rows=handle.rows,
         cols=handle.cols,
-        dtype=_WIRE[handle.dtype],
+        dtype=DTYPES.to_wire(handle.dtype),
         is_claimed=handle.is_claimed,
     )
 
@@ -169,7 +160,7 @@ def description_from_wire(m: teacher_pb2.DescribeResponse) -> ModelDescription:
         model_fingerprint=m.model_fingerprint,
         tokenizer_fingerprint=m.tokenizer_fingerprint,
         hidden_size=m.hidden_size,
-        dtype=dtype_from_wire(m.dtype),
+        dtype=DTYPES.from_wire(m.dtype),
         head=head_from_wire(m.head),
         weight_version=m.weight_version,
         max_sequence_tokens=m.max_sequence_tokens,
@@ -189,7 +180,7 @@ def description_to_wire(model: ModelDescription) -> teacher_pb2.DescribeResponse
         model_fingerprint=model.model_fingerprint,
         tokenizer_fingerprint=model.tokenizer_fingerprint,
         hidden_size=model.hidden_size,
-        dtype=_WIRE[model.dtype],
+        dtype=DTYPES.to_wire(model.dtype),
         head=head_to_wire(model.head),
         weight_version=model.weight_version,
         max_sequence_tokens=model.max_sequence_tokens,

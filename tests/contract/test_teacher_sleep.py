@@ -108,7 +108,7 @@ async def test_handles_and_the_head_can_be_read_while_the_teacher_sleeps(tmp_pat
             assert torch.equal((await other.head())[0].weight_VD, head.weight_VD)
 
 
-@pytest.mark.parametrize(("tags", "says"), [([], "no tag"), ([0], "sleep tag 0 is unknown"), ([9], "tag 9 is unknown")])
+@pytest.mark.parametrize(("tags", "says"), [([], "no tag"), ([0], "unknown sleep tag 0"), ([9], "unknown sleep tag 9")])
 async def test_tags_that_are_none_are_refused(tmp_path: Path, tags: list[int], says: str) -> None:
     async with running_teacher(tmp_path) as teacher:
         channel = open_channel(teacher.addresses.grpc)

@@ -202,7 +202,7 @@ async def test_rows_are_always_those_of_the_version_they_name(tmp_path: Path) ->
 async def test_an_update_that_breaks_off_changes_nothing(tmp_path: Path) -> None:
     async with updatable(tmp_path) as teacher, teacher.client() as client:
         await publish(teacher, 2)
-        specs = [pb.TensorSpec(name=s.name, shape=s.shape, dtype=codec.dtype_to_wire(s.dtype)) for s, _ in weights(3)]
+        specs = [pb.TensorSpec(name=s.name, shape=s.shape, dtype=codec.DTYPES.to_wire(s.dtype)) for s, _ in weights(3)]
         begin = pb.BeginUpdate(version=3, architecture_fingerprint=FINGERPRINT, tensors=specs, policy=1)
         async with grpc.aio.insecure_channel(teacher.addresses.grpc) as channel:
             call = TeacherStub(channel).UpdateWeights()

@@ -54,7 +54,7 @@ class _Servicer(RolloutServicer):
         return rollout_pb2.DescribeRolloutResponse(
             model_name=served_digest(self._target),
             weight_version=self._updates.version,
-            dtype=codec.dtype_to_wire(self._target.tensor_specs()[0].dtype),
+            dtype=codec.DTYPES.to_wire(self._target.tensor_specs()[0].dtype),
             architecture_fingerprint=self._fingerprint,
         )
 

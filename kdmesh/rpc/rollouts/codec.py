@@ -9,17 +9,16 @@ import numpy as np
 
 from kdmesh.errors import InvalidRequest
 from kdmesh.rpc import codec
+from kdmesh.rpc.wire_enum import WireEnum
 from kdmesh.tokens import digest
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, RolloutDescription, Sample, Sampling, TokenSequence
 from kdmesh.v1 import rollout_pb2 as pb
 
 _JOB = "kdmesh-job"  # metadata, which is ASCII
 
-_WIRE: dict[FinishReason, pb.FinishReason.ValueType] = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-}
-_REASON: dict[int, FinishReason] = {wire: reason for reason, wire in _WIRE.items()}
+_REASONS = WireEnum(
+    "finish reason", {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+)
 
 
 def job_to_metadata(job: str) -> tuple[tuple[str, str], ...]:
@@ -63,12 +62,10 @@ def sampling_to_wire(sampling: Sampling) -> pb.SamplingParameters:
 
 def sample_from_wire(m: pb.Sample, prompt_ids: Int32Array, images: tuple[PlacedImage, ...] = ()) -> Sample:
     """The sample of a prompt. Raises InvalidRequest when it is none, or its digest is that of another sequence."""
-    if m.finish_reason not in _REASON:
-        raise InvalidRequest(f"unknown finish reason {m.finish_reason}; known: {', '.join(_WIRE)}")
     sample = Sample(
         token_ids=codec.int32_from_wire(m.token_ids, "token id"),
         logprobs=np.array(m.logprobs, np.float32),
-        finish_reason=_REASON[m.finish_reason],
+        finish_reason=_REASONS.from_wire(m.finish_reason),
         min_weight_version=m.min_weight_version,
         max_weight_version=m.max_weight_version,
     )
@@ -85,7 +82,7 @@ def sample_to_wire(
         sample_index=index,
         token_ids=sample.token_ids.tolist(),
         logprobs=sample.logprobs.tolist(),
-        finish_reason=_WIRE[sample.finish_reason],
+        finish_reason=_REASONS.to_wire(sample.finish_reason),
         min_weight_version=sample.min_weight_version,
         max_weight_version=sample.max_weight_version,
         digest=sample_digest(prompt_ids, sample, images),
@@ -115,7 +112,7 @@ def rollout_description_from_wire(m: pb.DescribeRolloutResponse) -> RolloutDescr
         weight_version=m.weight_version,
         max_sequence_tokens=m.max_sequence_tokens,
         is_deterministic=m.is_deterministic,
-        dtype=codec.dtype_from_wire(m.dtype),
+        dtype=codec.DTYPES.from_wire(m.dtype),
         vision=codec.vision_from_wire(m.vision) if m.HasField("vision") else None,
     )
 
@@ -130,6 +127,6 @@ def rollout_description_to_wire(model: RolloutDescription) -> pb.DescribeRollout
         weight_version=model.weight_version,
         max_sequence_tokens=model.max_sequence_tokens,
         is_deterministic=model.is_deterministic,
-        dtype=codec.dtype_to_wire(model.dtype),
+        dtype=codec.DTYPES.to_wire(model.dtype),
         vision=None if model.vision is None else codec.vision_to_wire(model.vision),
     )

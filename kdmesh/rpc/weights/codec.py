@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from kdmesh.errors import InvalidRequest
 from kdmesh.groups.meeting import Invitation
 from kdmesh.rpc import codec, group_codec
+from kdmesh.rpc.wire_enum import WireEnum
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.buckets import BucketEntry, Part
 from kdmesh.weights.digests import DIGEST_BYTES
@@ -19,32 +20,34 @@ MAX_INLINE_BYTES = 2**20
 MAX_GROUP_BYTES = 2**30
 """Most bytes of a bucket that comes through a group: the server holds them once more."""
 
-_WIRE_DOOR: dict[Door, pb.WeightDoor.ValueType] = {
-    Door.INLINE: pb.WEIGHT_DOOR_INLINE,
-    Door.SHM: pb.WEIGHT_DOOR_SHARED_MEMORY,
-    Door.GLOO: pb.WEIGHT_DOOR_GLOO,
-    Door.NCCL: pb.WEIGHT_DOOR_NCCL,
-}
-_DOOR: dict[int, Door] = {wire: door for door, wire in _WIRE_DOOR.items()}
-_WIRE: dict[UpdatePolicy, pb.UpdatePolicy.ValueType] = {
-    UpdatePolicy.FINISH: pb.UPDATE_POLICY_FINISH,
-    UpdatePolicy.ABORT: pb.UPDATE_POLICY_ABORT,
-    UpdatePolicy.CONTINUE: pb.UPDATE_POLICY_CONTINUE,
-}
-_POLICY: dict[int, UpdatePolicy] = {wire: policy for policy, wire in _WIRE.items()}
+DOORS = WireEnum(
+    "door for weights",
+    {
+        Door.INLINE: pb.WEIGHT_DOOR_INLINE,
+        Door.SHM: pb.WEIGHT_DOOR_SHARED_MEMORY,
+        Door.GLOO: pb.WEIGHT_DOOR_GLOO,
+        Door.NCCL: pb.WEIGHT_DOOR_NCCL,
+    },
+)
+_POLICIES = WireEnum(
+    "update policy",
+    {
+        UpdatePolicy.FINISH: pb.UPDATE_POLICY_FINISH,
+        UpdatePolicy.ABORT: pb.UPDATE_POLICY_ABORT,
+        UpdatePolicy.CONTINUE: pb.UPDATE_POLICY_CONTINUE,
+    },
+)
 
 
 def manifest_from_wire(m: pb.BeginUpdate) -> Manifest:
     """Raises InvalidRequest when it announces what cannot be."""
-    if m.policy not in _POLICY:
-        raise InvalidRequest(f"unknown update policy {m.policy}; known: {', '.join(p.value for p in _WIRE)}")
     return Manifest(
         version=m.version,
         architecture_fingerprint=m.architecture_fingerprint,
         tensors=tuple(
-            TensorSpec(name=t.name, shape=tuple(t.shape), dtype=codec.dtype_from_wire(t.dtype)) for t in m.tensors
+            TensorSpec(name=t.name, shape=tuple(t.shape), dtype=codec.DTYPES.from_wire(t.dtype)) for t in m.tensors
         ),
-        policy=_POLICY[m.policy],
+        policy=_POLICIES.from_wire(m.policy),
         adapter=_adapter_from_wire(m.adapter) if m.HasField("adapter") else None,
         job=m.job,
     )
@@ -56,29 +59,12 @@ def manifest_to_wire(manifest: Manifest) -> pb.BeginUpdate:
         version=manifest.version,
         architecture_fingerprint=manifest.architecture_fingerprint,
         tensors=[
-            pb.TensorSpec(name=t.name, shape=t.shape, dtype=codec.dtype_to_wire(t.dtype)) for t in manifest.tensors
+            pb.TensorSpec(name=t.name, shape=t.shape, dtype=codec.DTYPES.to_wire(t.dtype)) for t in manifest.tensors
         ],
-        policy=_WIRE[manifest.policy],
+        policy=_POLICIES.to_wire(manifest.policy),
         adapter=None if manifest.adapter is None else _adapter_to_wire(manifest.adapter),
         job=manifest.job,
     )
-
-
-def doors_from_wire(messages: Iterable[int]) -> tuple[Door, ...]:
-    """Raises InvalidRequest when one is none."""
-    return tuple(door_from_wire(m) for m in messages)
-
-
-def door_from_wire(m: int) -> Door:
-    """Raises InvalidRequest when it is none."""
-    if m not in _DOOR:
-        raise InvalidRequest(f"unknown door for weights {m}; known: {', '.join(door.value for door in _WIRE_DOOR)}")
-    return _DOOR[m]
-
-
-def door_to_wire(door: Door) -> pb.WeightDoor.ValueType:
-    """The same door as a message names it."""
-    return _WIRE_DOOR[door]
 
 
 def invitation_from_wire(m: pb.JoinGroup) -> Invitation:

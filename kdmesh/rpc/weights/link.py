@@ -157,7 +157,7 @@ class WeightLink:
     def _taken(self, reply: pb.UpdateWeightsReply) -> Door:
         """The door that a reply names, which must be one that was offered."""
         try:
-            door = weight_codec.door_from_wire(reply.door)
+            door = weight_codec.DOORS.from_wire(reply.door)
         except InvalidRequest as error:
             raise EngineFailure(f"{self.address} takes no door: {error}") from None
         if door not in (*self._offer.doors, Door.INLINE):

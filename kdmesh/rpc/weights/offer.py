@@ -49,7 +49,7 @@ class DoorOffer:
 
     def announce(self, begin: pb.BeginUpdate) -> None:
         """Write it into the first message of an update."""
-        begin.doors.extend(weight_codec.door_to_wire(door) for door in self.doors)
+        begin.doors.extend(map(weight_codec.DOORS.to_wire, self.doors))
         if Door.SHM in self.doors:
             begin.broker_socket = str(self.memory.socket_path)
             begin.session, begin.node_nonce = self.memory.session, self.memory.nonce

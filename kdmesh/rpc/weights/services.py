@@ -66,7 +66,7 @@ class _Teachers:
 def _served(
     address: str, described: rollout_pb2.DescribeRolloutResponse | teacher_pb2.DescribeResponse
 ) -> ServedWeights:
-    dtype = codec.dtype_from_wire(described.dtype)
+    dtype = codec.DTYPES.from_wire(described.dtype)
     return ServedWeights(address=address, version=described.weight_version, dtype=dtype)
 
 

@@ -56,7 +56,7 @@ class BucketSource:
             InvalidRequest: a door is none.
         """
         source = cls(device, silence_s)
-        for door in weight_codec.doors_from_wire(begin.doors):
+        for door in [weight_codec.DOORS.from_wire(number) for number in begin.doors]:
             if await source._can_use(door, begin):
                 source.door = door
                 break

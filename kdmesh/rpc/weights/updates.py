@@ -152,7 +152,7 @@ class WeightUpdates:
             await asyncio.shield(ending)
 
     def _took(self, source: BucketSource) -> pb.UpdateWeightsReply:
-        return pb.UpdateWeightsReply(weight_version=self.version, door=weight_codec.door_to_wire(source.door))
+        return pb.UpdateWeightsReply(weight_version=self.version, door=weight_codec.DOORS.to_wire(source.door))
 
     async def _next(self, requests: AsyncIterator[pb.UpdateWeightsRequest], *wanted: str) -> pb.UpdateWeightsRequest:
         try:
