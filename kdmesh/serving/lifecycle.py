@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from fastapi import FastAPI
 
@@ -18,10 +18,32 @@ from kdmesh.serving import rest
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.config import ListenConfig
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_routes import Shared
+from kdmesh.serving.sleep import Sleep
+from kdmesh.serving.status import Working
 
 log = logging.getLogger(__name__)
 
-P = TypeVar("P")
+
+class Parts(Shared, Protocol):
+    """What answers a server's requests once the model is loaded."""
+
+    @property
+    def sleep(self) -> Sleep:
+        """The server's."""
+        ...
+
+    @property
+    def run(self) -> Callable[[], Coroutine[Any, Any, None]]:
+        """Works until cancelled; begins before the gate opens."""
+        ...
+
+    def working(self) -> Working:
+        """What the server does, on one screen."""
+        ...
+
+
+P = TypeVar("P", bound=Parts)
 T = TypeVar("T")
 
 
@@ -36,10 +58,7 @@ class Service(Generic[P]):
     app: FastAPI
     gate: Gate[P]
     start: Callable[[AsyncExitStack, int], Coroutine[Any, Any, P]]  # gets what ends it, and the gRPC port
-    run: Callable[[P], Coroutine[Any, Any, None]]  # works until cancelled; begins before the gate opens
     drain: Callable[[P], Coroutine[Any, Any, None]]  # returns when all that was promised is done
-    model_name: Callable[[P], str]
-    num_waiting: Callable[[P], int]  # requests that have not started
 
 
 async def serve(
@@ -71,15 +90,15 @@ async def serve(
             return
         # Streams end before the memory that they read.
         stack.push_async_callback(rpc.stop)
-        running = asyncio.create_task(service.run(parts), name="scheduler")
+        running = asyncio.create_task(parts.run(), name="scheduler")
         stack.push_async_callback(_cancel, running)
         gate.open(parts)
         await rpc.report(is_serving=True)
         telling = asyncio.create_task(_tell_health(gate, rpc), name="health")
         stack.push_async_callback(_cancel, telling)
         on_ready(addresses)
-        name = service.model_name(parts)
-        log.info("ready", extra={"grpc": addresses.grpc, "rest": addresses.rest, "model": name})
+        model = parts.working().model
+        log.info("ready", extra={"grpc": addresses.grpc, "rest": addresses.rest, "model": model})
         await _before(stop, asyncio.shield(running))
         gate.drain()
         await _drain(service, parts)
@@ -134,5 +153,5 @@ async def _drain(service: Service[P], parts: P) -> None:
         async with asyncio.timeout(drain_s):
             await service.drain(parts)
     except TimeoutError:
-        left = service.num_waiting(parts)
+        left = parts.working().waiting_requests
         log.warning("drain time is over", extra={"drain_s": drain_s, "waiting_requests": left})

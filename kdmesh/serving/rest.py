@@ -20,8 +20,10 @@ from kdmesh.auth.certificates import ServerCertificate, following, peer_names
 from kdmesh.auth.watched import Watched
 from kdmesh.errors import ConfigError, DeadlineExpired, InvalidRequest, RpcError, Unavailable
 from kdmesh.serving.gate import Gate
+from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.rest_access import guard
 from kdmesh.serving.sleep import DRAIN_S, Sleep
+from kdmesh.serving.status_routes import add_status_routes
 from kdmesh.types import SleepTag
 
 Json = dict[str, Any]
@@ -29,9 +31,16 @@ Json = dict[str, Any]
 _HTTP = {InvalidRequest: 400, Unavailable: 503, DeadlineExpired: 504}
 
 
-def build_app(title: str, gate: Gate[Any], registry: CollectorRegistry, authority: Authority) -> FastAPI:
-    """Health and metrics. The caller adds its own routes; what changes something is no GET, and needs an operator."""
-    app = FastAPI(title=title, docs_url=None, redoc_url=None)
+def build_app(service: str, gate: Gate[Any], registry: CollectorRegistry, authority: Authority) -> FastAPI:
+    """What every server shows: health, metrics, status, jobs and sleep.
+
+    The caller adds its own routes; what changes something is no GET, and needs an operator.
+
+    Args:
+        service: what people call such a server.
+        gate: of `lifecycle.Parts`.
+    """
+    app = FastAPI(title=f"kdmesh {service}", docs_url=None, redoc_url=None)
     guard(app, authority)
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
@@ -58,10 +67,13 @@ def build_app(title: str, gate: Gate[Any], registry: CollectorRegistry, authorit
         """Prometheus text. On the event loop, where the numbers change, so it needs no lock."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    _add_sleep_routes(app, lambda: gate.parts().sleep)
+    add_job_routes(app, gate.parts)
+    add_status_routes(app, gate, service)
     return app
 
 
-def add_sleep_routes(app: FastAPI, sleep: Callable[[], Sleep]) -> None:
+def _add_sleep_routes(app: FastAPI, sleep: Callable[[], Sleep]) -> None:
     """What the rpcs Sleep and Wake do. `sleep` raises Unavailable while the model loads."""
 
     @app.get("/reachz")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
 from kdmesh.serving.gate import Gate
-from kdmesh.serving.status import Status, Working
+from kdmesh.serving.status import Status
 from kdmesh.serving.status_page import page
 
 # The page holds names that clients chose. They are escaped; and if they were not, nothing would run.
@@ -20,11 +19,12 @@ _HEADERS = {
 }
 
 
-def add_status_routes(app: FastAPI, gate: Gate[Any], service: str, working: Callable[[], Working]) -> None:
-    """`working` is asked once the model is loaded."""
+def add_status_routes(app: FastAPI, gate: Gate[Any], service: str) -> None:
+    """`gate` is of `lifecycle.Parts`."""
 
     def status() -> Status:
-        return Status(service=service, state=gate.refusal or "ready", working=working() if gate.is_loaded else None)
+        working = gate.parts().working() if gate.is_loaded else None
+        return Status(service=service, state=gate.refusal or "ready", working=working)
 
     @app.get("/v1/status")
     async def as_json() -> dict[str, Any]:

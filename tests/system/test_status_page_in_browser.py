@@ -45,7 +45,7 @@ class Looks:
         self.count = 0
         self.looked = asyncio.Event()
 
-    def __call__(self) -> Working:
+    def working(self) -> Working:
         self.count += 1
         self.looked.set()
         return Working(
@@ -73,9 +73,9 @@ async def start(directory: Path, *arguments: str) -> asyncio.subprocess.Process:
 
 @asynccontextmanager
 async def serving(looks: Looks) -> AsyncIterator[str]:
-    app, gate = FastAPI(), Gate[object]()
-    gate.open(object())
-    add_status_routes(app, gate, "teacher", looks)
+    app, gate = FastAPI(), Gate[Looks]()
+    gate.open(looks)
+    add_status_routes(app, gate, "teacher")
     async with rest.serving(app, host="127.0.0.1", port=0) as port:
         yield f"http://127.0.0.1:{port}/"
 

@@ -11,10 +11,8 @@ from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_file import open_jobs
-from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.security import open_security
 from kdmesh.serving.server_families import ServerCollector
-from kdmesh.serving.status_routes import add_status_routes
 from kdmesh.v1.rollout_pb2_grpc import add_RolloutServicer_to_server
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_rollout.engine import Engine
@@ -52,10 +50,7 @@ async def serve(
     jobs = open_jobs(config.jobs, metrics)
     metrics.registry.register(ServerCollector("kdmesh_rollout", gate, security.certificate))
     servicer = Servicer(gate, metrics, max_request_s=config.queue.max_request_s)
-    app = rest.build_app("kdmesh rollout", gate, metrics.registry, security.authority)
-    rest.add_sleep_routes(app, lambda: gate.parts().sleep)
-    add_job_routes(app, gate.parts)
-    add_status_routes(app, gate, "rollout server", lambda: gate.parts().working())
+    app = rest.build_app("rollout server", gate, metrics.registry, security.authority)
     add_routes(app, gate)
 
     async def begin(stack: AsyncExitStack, port: int) -> Parts:
@@ -72,9 +67,6 @@ async def serve(
         app=app,
         gate=gate,
         start=begin,
-        run=lambda parts: parts.run(),
         drain=drain,
-        model_name=lambda parts: parts.model.name,
-        num_waiting=lambda parts: parts.scheduler.queue.num_requests,
     )
     await lifecycle.serve(service, stop=stop, on_ready=on_ready)

@@ -28,7 +28,7 @@ class Parts:
     updating: Updating
     sleep: Sleep
     images: ImageStore | None  # None: the model reads none
-    run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service
+    run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Parts
 
     @property
     def model(self) -> RolloutDescription:

@@ -12,10 +12,8 @@ from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.job_file import open_jobs
-from kdmesh.serving.job_routes import add_job_routes
 from kdmesh.serving.security import open_security
 from kdmesh.serving.server_families import ServerCollector
-from kdmesh.serving.status_routes import add_status_routes
 from kdmesh.v1.teacher_pb2_grpc import add_TeacherServicer_to_server
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.engine import Engine
@@ -57,10 +55,7 @@ async def serve(
     jobs = open_jobs(config.jobs, metrics)
     metrics.registry.register(ServerCollector("kdmesh_teacher", gate, security.certificate))
     servicer = Servicer(gate, metrics)
-    app = rest.build_app("kdmesh teacher", gate, metrics.registry, security.authority)
-    rest.add_sleep_routes(app, lambda: gate.parts().sleep)
-    add_job_routes(app, gate.parts)
-    add_status_routes(app, gate, "teacher", lambda: gate.parts().working())
+    app = rest.build_app("teacher", gate, metrics.registry, security.authority)
     add_routes(app, gate)
 
     async def begin(stack: AsyncExitStack, port: int) -> Parts:
@@ -84,10 +79,7 @@ async def serve(
         app=app,
         gate=gate,
         start=begin,
-        run=lambda parts: parts.run(),
         drain=drain,
-        model_name=lambda parts: parts.model.name,
-        num_waiting=lambda parts: parts.scheduler.queue.num_requests,
     )
     await lifecycle.serve(service, stop=stop, on_listen=on_listen, on_ready=on_ready)
 

@@ -37,7 +37,7 @@ class Parts:
     carrier: RowCarrier | None  # None: no groups are made
     updating: Updating
     sleep: Sleep
-    run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Service
+    run: Callable[[], Coroutine[Any, Any, None]]  # see lifecycle.Parts
     cached_tokens: Callable[[], int]  # so far, over all requests
     cache: RowCache | None  # None: no rows are kept
     images: ImageStore | None  # None: the model reads none
