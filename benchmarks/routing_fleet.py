@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from kdmesh.serving.recent_tokens import RecentTokens
+from kdmesh.serving.rate import DecayingSum
 from kdmesh.serving.throughput import Throughput
+from kdmesh.serving.waiting_line import RECENT_S
 from kdmesh.types import ServerLoad
 
 ONE_WAY_S = 0.0005  # of a message between nodes
@@ -64,7 +65,7 @@ class Teacher:
         self._queue: deque[Request] = deque()
         self._waiting_tokens = 0
         self._measured = Throughput()
-        self._recent = RecentTokens()
+        self._recent = DecayingSum(RECENT_S)
         self._lives = 0
 
     @property

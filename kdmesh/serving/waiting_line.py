@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from kdmesh.errors import Unavailable
 from kdmesh.serving.fair_queue import QUANTUM_TOKENS, FairQueue, Waiting
 from kdmesh.serving.job_table import JobTable, Shortage
-from kdmesh.serving.recent_tokens import RecentTokens
+from kdmesh.serving.rate import DecayingSum
 from kdmesh.serving.throughput import Throughput
 from kdmesh.types import ServerLoad
 
@@ -19,6 +19,8 @@ S = TypeVar("S")
 
 _UNMEASURED_S = 1.0  # what a caller is told to wait before the first batch
 _SHORTEST_S, _LONGEST_S = 0.01, 300.0
+RECENT_S = 60.0
+"""What the engine was given counts as recent, the less the longer ago: see DecayingSum."""
 
 
 class Request(Waiting, Protocol):
@@ -55,7 +57,7 @@ class WaitingLine(Generic[W]):
         self.jobs = jobs
         self.queue = FairQueue[W](jobs.standing, quantum_tokens=min(QUANTUM_TOKENS, batch_tokens / 8))
         self.throughput = Throughput()
-        self._recent = RecentTokens()
+        self._recent = DecayingSum(RECENT_S)
         self._max_tokens = max_tokens
         self._clock = clock
         self._under_way: tuple[float, int] | None = None  # when the batch began, its tokens
