@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Set
+from collections.abc import Set
 from typing import Any, Protocol
 
 from kdmesh.errors import DeadlineExpired, InvalidRequest, Unavailable
+from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.serving.engine_thread import EngineThread
 from kdmesh.serving.gate import Gate
 from kdmesh.serving.updating import Updating
@@ -86,7 +87,7 @@ class Sleep:
         self._gate = gate
         self._asleep: frozenset[SleepTag] = frozenset()
         self._turn = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = BackgroundTasks()
 
     @property
     def asleep(self) -> frozenset[SleepTag]:
@@ -104,7 +105,7 @@ class Sleep:
         _require(tags)
         if self._engine.sleep_refusal:
             raise InvalidRequest(self._engine.sleep_refusal)
-        return await self._own(self._fall_asleep(tags, drain_s))
+        return await asyncio.shield(self._tasks.start(self._fall_asleep(tags, drain_s)))
 
     async def wake(self, tags: Set[SleepTag]) -> frozenset[SleepTag]:
         """Take these again; everything that is still given back then.
@@ -114,7 +115,7 @@ class Sleep:
             Unavailable: there is not enough memory, or the engine is being started again, or the server ends.
         """
         _require(tags)
-        return await self._own(self._wake_up(tags))
+        return await asyncio.shield(self._tasks.start(self._wake_up(tags)))
 
     def require_weights(self) -> None:
         """For work that needs the weights and no cache. Raises Unavailable when they are given back, or about to be."""
@@ -133,12 +134,6 @@ class Sleep:
         """Let an engine that was started anew give back what the old one had given back."""
         if self._asleep:
             await self._thread.run(self._engine.sleep, self._asleep)
-
-    async def _own(self, work: Coroutine[Any, Any, frozenset[SleepTag]]) -> frozenset[SleepTag]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
 
     async def _fall_asleep(self, tags: Set[SleepTag], drain_s: float) -> frozenset[SleepTag]:
         async with self._turn:
