@@ -33,7 +33,9 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _WEIGHTS = ("*.safetensors",)
 _TWICE = ("consolidated*", "original/*")
-_ROWS = ("*.json", "*.jsonl", "*.csv", "*.parquet", "*.arrow")
+
+ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+"""Of the files that a dataset's rows are read from, and fetched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +203,11 @@ class _Wanted:
     @property
     def _kinds(self) -> tuple[str, ...]:
         """Of the files that are read."""
-        return _ROWS if self.path.is_dataset else (*_SETTINGS, *(_WEIGHTS if self.with_weights else ()))
+        return (
+            tuple(f"*{suffix}" for suffix in ROW_SUFFIXES)
+            if self.path.is_dataset
+            else (*_SETTINGS, *(_WEIGHTS if self.with_weights else ()))
+        )
 
     def _patterns(self) -> Iterator[str]:
         inside = self.path.inside

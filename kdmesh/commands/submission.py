@@ -208,10 +208,8 @@ def _is_in(path: PurePosixPath, directories: Sequence[PurePosixPath]) -> bool:
     return ".." not in path.parts and any(path.is_relative_to(directory) for directory in directories)
 
 
-def _addresses(cfg: TrainerConfig) -> list[str]:
-    of_teachers = [address for teacher in cfg.all_teachers.values() for address in teacher.addresses]
-    sampling = cfg.source.rollouts.addresses if isinstance(cfg.source, OnPolicy) else ()
-    return [*of_teachers, *sampling, *(cfg.evaluation.rollouts.addresses if cfg.evaluation.rollouts else ())]
+def _addresses(cfg: TrainerConfig) -> Iterator[str]:
+    return (address for _, _, addresses in check.servers(cfg) for address in addresses)
 
 
 # Words of the command line

@@ -12,6 +12,7 @@ from kdmesh import config
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
+from kdmesh.hub import ROW_SUFFIXES
 from kdmesh.outputs import refused_directory
 from kdmesh.preflight.model_files import (
     adapter_problems,
@@ -38,7 +39,6 @@ from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill
 from kdmesh_trainer.sections.questions_config import CustomMatch, QuestionsConfig
 from kdmesh_trainer.sections.source_config import OnPolicy
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 _SERVICES: dict[str, type[StrictModel]] = {
     "trainer": TrainerConfig,
     "teacher": TeacherConfig,
@@ -169,7 +169,7 @@ def _missing_for_trainer(cfg: TrainerConfig) -> Iterator[str]:
         yield from _sampling(cfg.source)
     if isinstance(cfg.objective, Distill):
         yield from _own_code(cfg.objective)
-    for key, access, addresses in _servers(cfg):
+    for key, access, addresses in servers(cfg):
         yield from _access(key, access)
         if any(address.startswith("k8s:") for address in addresses) and find_spec("kubernetes") is None:
             yield f"{key}.addresses: the package kubernetes is not installed (pip install 'kdmesh[kubernetes]')"
@@ -209,7 +209,7 @@ def _data(data: DataConfig) -> Iterator[str]:
     if template is not None and not template.is_file():
         yield f"data.chat_template: there is no file {template}"
     if data.teacher_tokenizer is not None:
-        yield from _other_tokenizer("data.teacher_tokenizer", data.teacher_tokenizer)
+        yield from _other_tokenizer(data.teacher_tokenizer)
     context = data.teacher_context
     if context is not None and context.kind == "template" and not context.path.is_file():
         yield f"data.teacher_context.path: there is no file {context.path}"
@@ -239,12 +239,12 @@ def _sampling(source: OnPolicy) -> Iterator[str]:
 
 def wrong_addresses(cfg: TrainerConfig) -> Iterator[str]:
     """One line for each address of a server that must not be connected to in the way that is set."""
-    for key, access, addresses in _servers(cfg):
+    for key, access, addresses in servers(cfg):
         refusals = (access.refusal(address) for address in addresses)
         yield from (f"{key}.addresses: {refusal}" for refusal in refusals if refusal is not None)
 
 
-def _servers(cfg: TrainerConfig) -> Iterator[tuple[str, AccessConfig, Sequence[str]]]:
+def servers(cfg: TrainerConfig) -> Iterator[tuple[str, AccessConfig, Sequence[str]]]:
     """Section, access and addresses of each kind of server that a job has."""
     for name, teacher in cfg.all_teachers.items():
         yield f"teachers.{name}" if name else "teacher", teacher.access, teacher.addresses
@@ -296,7 +296,8 @@ def _tokenizer(key: str, path: Path) -> Iterator[str]:
         yield f"{key}: {path} has no tokenizer ({' or '.join(files)})"
 
 
-def _other_tokenizer(key: str, other: OtherTokenizer) -> Iterator[str]:
+def _other_tokenizer(other: OtherTokenizer) -> Iterator[str]:
+    key = "data.teacher_tokenizer"
     if not other.path.is_dir():
         yield f"{key}.path: {not_there(other.path)}"
     yield from _tokenizer(f"{key}.path", other.path)
@@ -311,22 +312,23 @@ def _dataset(key: str, dataset: DatasetConfig) -> Iterator[str]:
     path = dataset.path
     if not path.exists():
         yield f"{key}.path: {not_there(path, 'file or directory')}"
-    elif path.is_dir() and not any(file.suffix in _DATA_SUFFIXES for file in path.iterdir()):
-        yield f"{key}.path: {path} has no {', '.join(_DATA_SUFFIXES)} file"
+    elif path.is_dir() and not any(file.suffix in ROW_SUFFIXES for file in path.iterdir()):
+        yield f"{key}.path: {path} has no {', '.join(ROW_SUFFIXES)} file"
     elif not path.is_dir() and not path.is_file():
         yield f"{key}.path: {path} is neither a file nor a directory: data are read from files, more than once"
-    elif path.is_file() and path.suffix not in _DATA_SUFFIXES:
-        yield f"{key}.path: {path} is not a {', '.join(_DATA_SUFFIXES)} file"
+    elif path.is_file() and path.suffix not in ROW_SUFFIXES:
+        yield f"{key}.path: {path} is not a {', '.join(ROW_SUFFIXES)} file"
 
 
 def _judging(cfg: TrainerConfig) -> Iterator[str]:
     for name, dataset in cfg.data.held_out_datasets.items():
         yield from _dataset(f"data.held_out.datasets.{name}" if name else "data.held_out", dataset)
     if cfg.evaluation.questions is not None:
-        yield from _questions("evaluation.questions", cfg.evaluation.questions)
+        yield from _questions(cfg.evaluation.questions)
 
 
-def _questions(key: str, questions: QuestionsConfig) -> Iterator[str]:
+def _questions(questions: QuestionsConfig) -> Iterator[str]:
+    key = "evaluation.questions"
     if not questions.path.is_file():
         yield f"{key}.path: there is no file {questions.path}"
     elif questions.path.suffix != ".jsonl":

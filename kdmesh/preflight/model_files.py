@@ -69,16 +69,22 @@ def _json(path: Path) -> Any:
         return None
 
 
+def _config(model: Path) -> dict[str, Any] | None:
+    """What the model's directory says of it; None where that is no object."""
+    told = _json(model / "config.json") if (model / "config.json").is_file() else None
+    return told if isinstance(told, dict) else None
+
+
 def reads_text_alone(model: Path) -> bool:
     """Whether the model's directory says what it is, and nothing of a vision tower."""
-    told = _json(model / "config.json") if (model / "config.json").is_file() else None
-    return isinstance(told, dict) and "vision_config" not in told
+    told = _config(model)
+    return told is not None and "vision_config" not in told
 
 
 def num_layers(model: Path) -> int | None:
     """Decoder layers that the model's directory speaks of; None where it does not say."""
-    told = _json(model / "config.json") if (model / "config.json").is_file() else None
-    if not isinstance(told, dict):
+    told = _config(model)
+    if told is None:
         return None
     text = told.get("text_config")
     number = (text if isinstance(text, dict) else told).get("num_hidden_layers")
@@ -139,8 +145,8 @@ def rounding_problems(
 
 def _rounding_refusal(model: Path, written: str) -> str | None:
     """Why matrices of this model are not rounded, whatever is asked for; None where its files do not say."""
-    told = _json(model / "config.json") if (model / "config.json").is_file() else None
-    if not isinstance(told, dict):
+    told = _config(model)
+    if told is None:
         return None
     if told.get("quantization_config") is not None:
         return (

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import IO, Any, assert_never
 
 from kdmesh.errors import DataError
+from kdmesh.hub import ROW_SUFFIXES
 from kdmesh_trainer.data.files.arrow_files import arrow_pieces, arrow_rows, saved_files
 from kdmesh_trainer.data.files.csv_files import csv_pieces, csv_rows
 from kdmesh_trainer.data.files.piece import PIECE_BYTES, ChooseColumns, Piece, reading, text_of
-
-_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
 
 def find_files(path: Path) -> tuple[Path, ...]:
@@ -23,11 +22,11 @@ def find_files(path: Path) -> tuple[Path, ...]:
     Raises:
         DataError: there is none of a known kind, or it is not clear which are meant.
     """
-    known = ", ".join(_SUFFIXES)
+    known = ", ".join(ROW_SUFFIXES)
     if path.is_dir():
         if (saved := saved_files(path)) is not None:
             return saved
-        files = tuple(sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file()))
+        files = tuple(sorted(file for file in path.iterdir() if file.suffix in ROW_SUFFIXES and file.is_file()))
         if not files:
             raise DataError(f"no dataset in directory {path}: it holds no file of the kinds {known}")
         return files
@@ -35,7 +34,7 @@ def find_files(path: Path) -> tuple[Path, ...]:
         raise DataError(f"no dataset at {path}: there is no such file or directory")
     if not path.is_file():
         raise DataError(f"no dataset at {path}: it is neither a file nor a directory")
-    if path.suffix not in _SUFFIXES:
+    if path.suffix not in ROW_SUFFIXES:
         raise DataError(f"{path} is of an unknown kind; known: {known}")
     return (path,)
 
