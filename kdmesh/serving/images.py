@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -13,6 +12,7 @@ import numpy as np
 from kdmesh.errors import InvalidRequest
 from kdmesh.images import ImagesMissing, ImageTokens, check_image_size, decoded, describe_image
 from kdmesh.serving.images_config import ImagesConfig
+from kdmesh.serving.lru import LeastRecentlyUsed
 from kdmesh.types import Image, Int32Array, PlacedImage, TokenSequence, VisionSpec
 
 
@@ -34,9 +34,7 @@ class ImageStore:
 
     def __init__(self, vision: Vision, cfg: ImagesConfig) -> None:
         self._vision = vision
-        self._budget_bytes = cfg.memory_bytes
-        self._images = OrderedDict[bytes, Image]()
-        self._size_bytes = 0
+        self._images = LeastRecentlyUsed[Image](cfg.memory_bytes)
         self.spec = VisionSpec(
             image_token_id=vision.token_id,
             expansion=vision.expansion,
@@ -53,7 +51,8 @@ class ImageStore:
         if not encoded:
             raise InvalidRequest("the request holds no image; it needs at least one")
         for data in encoded:
-            self._keep(await asyncio.to_thread(self._checked, data))
+            image = await asyncio.to_thread(self._checked, data)
+            self._images.add(image.digest, image, image.size_bytes)
 
     def resolved(self, sequences: Sequence[TokenSequence]) -> tuple[TokenSequence, ...]:
         """The sequences, which now hold their images.
@@ -100,8 +99,8 @@ class ImageStore:
             )
 
     def _resolve(self, index: int, sequence: TokenSequence, placed: PlacedImage) -> PlacedImage:
-        image = self._images[placed.digest]
-        self._images.move_to_end(placed.digest)
+        image = self._images.use(placed.digest)
+        assert image is not None  # `resolved` has looked
         own = self._vision.tokens(image.width, image.height)
         if placed.num_tokens != len(own):
             raise InvalidRequest(
@@ -122,12 +121,3 @@ class ImageStore:
         check_image_size(image, max_bytes=self.spec.max_image_bytes, max_pixels=self.spec.max_image_pixels)
         decoded(image)
         return image
-
-    def _keep(self, image: Image) -> None:
-        if image.digest not in self._images:
-            self._images[image.digest] = image
-            self._size_bytes += image.size_bytes
-        self._images.move_to_end(image.digest)
-        while self._size_bytes > self._budget_bytes:
-            _, gone = self._images.popitem(last=False)
-            self._size_bytes -= gone.size_bytes

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from kdmesh.errors import ConfigError
+from kdmesh.serving.lru import LeastRecentlyUsed
 from kdmesh_teacher.cache import directory as directory_module
 from kdmesh_teacher.cache import entry_file
 from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.cache.directory import RowDirectory, opened
 from kdmesh_teacher.cache.keys import RowKeys
-from kdmesh_teacher.cache.lru import LeastRecentlyUsed
 from kdmesh_teacher.cache.memory import MemoryTier, copy_of
 from kdmesh_teacher.cache.row_cache import RowCache
 from kdmesh_teacher.config import FakeEngine, TeacherConfig

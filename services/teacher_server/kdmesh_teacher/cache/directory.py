@@ -22,9 +22,9 @@ from pathlib import Path
 
 from kdmesh.errors import ConfigError
 from kdmesh.file_lock import lock
+from kdmesh.serving.lru import LeastRecentlyUsed
 from kdmesh_teacher.cache import entry_file
 from kdmesh_teacher.cache.keys import KEY_BYTES
-from kdmesh_teacher.cache.lru import LeastRecentlyUsed
 from kdmesh_teacher.cache.memory import KeptRows
 from kdmesh_teacher.cache.report import TierState
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kdmesh.serving.lru import LeastRecentlyUsed
 from kdmesh.weights import digests
-from kdmesh_teacher.cache.lru import LeastRecentlyUsed
 from kdmesh_teacher.cache.report import TierState
 
 Bytes = npt.NDArray[np.uint8]
