@@ -141,5 +141,4 @@ class _Linear(torch.autograd.Function):
 def compute_rounded(lm: nn.Module, names: Collection[str], rounding: Rounding) -> None:
     """Put a QuantizedLinear in the place of each linear module that is named."""
     for name in names:
-        parent, _, last = name.rpartition(".")
-        setattr(lm.get_submodule(parent), last, QuantizedLinear(cast(nn.Linear, lm.get_submodule(name)), rounding))
+        lm.set_submodule(name, QuantizedLinear(cast(nn.Linear, lm.get_submodule(name)), rounding))

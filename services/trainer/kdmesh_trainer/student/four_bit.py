@@ -136,8 +136,7 @@ class _Linear(torch.autograd.Function):
 def rest_in_four_bits(lm: nn.Module, names: Collection[str]) -> None:
     """Put a FourBitLinear in the place of each linear module that is named, which `refuse_uneven` lets through."""
     for name in names:
-        parent, _, last = name.rpartition(".")
-        setattr(lm.get_submodule(parent), last, FourBitLinear(cast(nn.Linear, lm.get_submodule(name))))
+        lm.set_submodule(name, FourBitLinear(cast(nn.Linear, lm.get_submodule(name))))
 
 
 def refuse_uneven(lm: nn.Module, names: Collection[str]) -> None:
