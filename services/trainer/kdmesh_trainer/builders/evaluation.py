@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from transformers import PreTrainedTokenizerFast
 
@@ -72,7 +73,7 @@ def digest_of_judge(
         rules = cfg.evaluation.questions.model_dump(mode="json", exclude={"path"})
         judge = {"prompts": prompts, "answers": [question.answers for question in exam.questions], "rules": rules}
     else:
-        data = {name: sequence_facts(sequences).tree() for name, sequences in held_out.items()}
+        data = {name: asdict(sequence_facts(sequences)) for name, sequences in held_out.items()}
         judge = {"held_out": data, "teachers": {} if teachers is None else teachers.identity()}
     return hashlib.blake2b(json.dumps(judge, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -63,13 +63,9 @@ class SequenceFacts:
     aligned_rows: int  # that are compared with the teacher's
     weights: str = ""  # of each one, as a digest; empty: all are 1
 
-    def tree(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
     @classmethod
     def of_tree(cls, tree: Mapping[str, Any]) -> SequenceFacts:
-        """From what `tree` gave."""
+        """From what `asdict` gave."""
         longest = {name: Longest(**most) for name, most in tree["longest"].items()}
         return cls(**{**tree, "longest": longest})
 
@@ -81,15 +77,6 @@ class PromptFacts:
     digest: str
     longest: int  # tokens
     longest_read: Mapping[str, int]  # by the teacher, and by the name of the one that is asked, empty for all
-
-    def tree(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
-    @classmethod
-    def of_tree(cls, tree: Mapping[str, Any]) -> PromptFacts:
-        """From what `tree` gave."""
-        return cls(**tree)
 
 
 def sequence_facts(sequences: Sequence[TokenSequence]) -> SequenceFacts:

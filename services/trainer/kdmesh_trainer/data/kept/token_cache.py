@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Generic, Protocol, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.types import TokenSequence
@@ -43,12 +43,8 @@ log = logging.getLogger(__name__)
 _FORMAT = 4
 
 
-class _Facts(Protocol):
-    def tree(self) -> dict[str, Any]: ...
-
-
 T = TypeVar("T")
-F = TypeVar("F", bound=_Facts)
+F = TypeVar("F", bound=SequenceFacts | PromptFacts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +122,7 @@ class TokenCache:
                 work=work,
                 form=work.prompt_form,
                 measure=measured_prompts,
-                facts=PromptFacts.of_tree,
+                facts=lambda tree: PromptFacts(**tree),
                 report=PromptReport,
                 policy={"prompts": asdict(policy)},
             ),
@@ -199,7 +195,7 @@ class TokenCache:
                 writer.flush()
                 records = Records(writing, product.form.num_arrays)
                 facts = product.measure(Stored(records, product.form, None))
-                writer.finish({"report": asdict(report), "facts": facts.tree(), "made_of": made_of})
+                writer.finish({"report": asdict(report), "facts": asdict(facts), "made_of": made_of})
             if self._made_of(product) != made_of:
                 raise DataError(f"dataset {product.work.chats.name} has changed while it was read")
         return Stored(Records(entry, product.form.num_arrays), product.form, facts)
