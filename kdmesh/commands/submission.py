@@ -20,6 +20,7 @@ from kdmesh.preflight import check
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sections.source_config import OnPolicy
+from kdmesh_trainer.sections.teacher_config import teacher_key
 
 _CPUS_PER_RANK = 4
 _MEMORY_GIB_PER_RANK = 32
@@ -128,7 +129,7 @@ def _unservable(cfg: TrainerConfig) -> Iterator[str]:
     """Servers that the job needs and does not name."""
     for name, teacher in cfg.all_teachers.items() if isinstance(cfg.objective, Distill) else ():
         if not teacher.addresses:
-            yield f"{f'teachers.{name}' if name else 'teacher'}.addresses is empty: name a running teacher there"
+            yield f"{teacher_key(name)}.addresses is empty: name a running teacher there"
     if isinstance(cfg.source, OnPolicy) and not cfg.source.rollouts.addresses:
         yield "source.rollouts.addresses is empty: name a running rollout server there"
     if cfg.evaluation.rollouts is not None and not cfg.evaluation.rollouts.addresses:

@@ -28,7 +28,7 @@ from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.saved_config import refuse_other_configuration
 from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sections.source_config import OnPolicy
-from kdmesh_trainer.sections.teacher_config import TEACHER_NAME
+from kdmesh_trainer.sections.teacher_config import TEACHER_NAME, teacher_key
 
 # Loading a large model takes minutes; a server that cannot says so at once by exiting.
 _SERVER_READY_S = 1800.0
@@ -58,7 +58,7 @@ def teachers_to_serve(wanted: Sequence[str]) -> dict[Service, Path]:
     serve: dict[Service, Path] = {}
     for text in wanted:
         name, file = named_file(text)
-        key = f"teachers.{name}.addresses"
+        key = f"{teacher_key(name)}.addresses"
         service = replace(TEACHER, name=f"teacher-{name}", addresses=key) if name else TEACHER
         if service in serve:
             raise ConfigError(f"--serve {text}: there is a server for {service.addresses} already")
@@ -293,9 +293,10 @@ def _checked_trainer(path: Path, overrides: Sequence[str]) -> TrainerConfig:
     check.refuse_missing(cfg, source=path)
     for name, teacher in cfg.all_teachers.items() if isinstance(cfg.objective, Distill) else ():
         if not teacher.addresses:
-            key, serve = (f"teachers.{name}", f"{name}=TEACHER.YAML") if name else ("teacher", "TEACHER.YAML")
+            serve = f"{name}=TEACHER.YAML" if name else "TEACHER.YAML"
             raise ConfigError(
-                f"{path}: {key}.addresses is empty: name a running teacher there, or start one with --serve {serve}"
+                f"{path}: {teacher_key(name)}.addresses is empty: name a running teacher there, or start one with "
+                f"--serve {serve}"
             )
     sampling = {"source.rollouts": cfg.source.rollouts} if isinstance(cfg.source, OnPolicy) else {}
     answering = {} if cfg.evaluation.rollouts is None else {"evaluation.rollouts": cfg.evaluation.rollouts}

@@ -38,6 +38,7 @@ from kdmesh_trainer.sections.judge_config import CustomJudge, MatchJudge
 from kdmesh_trainer.sections.objective_config import CustomDivergence, Distill
 from kdmesh_trainer.sections.questions_config import CustomMatch, QuestionsConfig
 from kdmesh_trainer.sections.source_config import OnPolicy
+from kdmesh_trainer.sections.teacher_config import teacher_key
 
 _SERVICES: dict[str, type[StrictModel]] = {
     "trainer": TrainerConfig,
@@ -247,7 +248,7 @@ def wrong_addresses(cfg: TrainerConfig) -> Iterator[str]:
 def servers(cfg: TrainerConfig) -> Iterator[tuple[str, AccessConfig, Sequence[str]]]:
     """Section, access and addresses of each kind of server that a job has."""
     for name, teacher in cfg.all_teachers.items():
-        yield f"teachers.{name}" if name else "teacher", teacher.access, teacher.addresses
+        yield teacher_key(name), teacher.access, teacher.addresses
     if isinstance(cfg.source, OnPolicy):
         yield "source.rollouts", cfg.source.rollouts.access, cfg.source.rollouts.addresses
     if (rollouts := cfg.evaluation.rollouts) is not None:

@@ -17,11 +17,13 @@ from kdmesh.types import CacheAnswer, TokenSequence
 from kdmesh_trainer import config
 from kdmesh_trainer.builders.checked import Checked, check
 from kdmesh_trainer.builders.data import read_held_out
+from kdmesh_trainer.builders.teachers import refuse_no_address
 from kdmesh_trainer.data.encoding.sides import Addressed, teacher_side
 from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
 from kdmesh_trainer.run_length import num_steps
 from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sections.source_config import OnPolicy
+from kdmesh_trainer.sections.teacher_config import teacher_key
 from kdmesh_trainer.sources.order import step_order
 
 _MIB = 2**20
@@ -246,10 +248,9 @@ def _refuse_unknown(cfg: config.TrainerConfig) -> None:
         raise ConfigError("this run asks the teacher for nothing: it does not distil, and has no held-out data")
     if not cfg.all_teachers:
         raise ConfigError("there is no `teacher` section, so nobody is asked")
+    refuse_no_address(cfg)
     for name, teacher in cfg.all_teachers.items():
-        key = f"teachers.{name}" if name else "teacher"
-        if not teacher.addresses:
-            raise ConfigError(f"{key}.addresses is empty; it must name at least one running teacher as host:port")
+        key = teacher_key(name)
         if teacher.follows_student is not None:
             raise ConfigError(f"{key}.follows_student is set: the rows change while it trains")
         if teacher.has_names:

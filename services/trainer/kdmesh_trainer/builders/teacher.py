@@ -18,7 +18,7 @@ from kdmesh_trainer.fit import check_follower, check_frozen, common_vocabulary
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.publisher import StudentPublisher, TeacherPublisher
 from kdmesh_trainer.sections.source_config import OnPolicy
-from kdmesh_trainer.sections.teacher_config import TeacherConfig
+from kdmesh_trainer.sections.teacher_config import TeacherConfig, teacher_key
 from kdmesh_trainer.student.model import Student
 from kdmesh_trainer.teacher_copy import TeacherCopy
 
@@ -69,7 +69,7 @@ def open_teacher(
         Unauthenticated, PermissionDenied: the teacher does not let this job in.
         DeadlineExpired: no teacher answers.
     """
-    key, teacher = f"teachers.{name}" if name else "teacher", cfg.all_teachers[name]
+    key, teacher = teacher_key(name), cfg.all_teachers[name]
     pool = stack.enter_context(
         TeacherPool(
             teacher.addresses,

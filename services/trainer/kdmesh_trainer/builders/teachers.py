@@ -25,7 +25,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objectives.head import Heads, TeacherHead
 from kdmesh_trainer.objectives.panel_heads import PanelHeads
 from kdmesh_trainer.sections.objective_config import Distill
-from kdmesh_trainer.sections.teacher_config import TeacherConfig
+from kdmesh_trainer.sections.teacher_config import TeacherConfig, teacher_key
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService
 
@@ -121,8 +121,8 @@ def refuse_no_address(cfg: TrainerConfig) -> None:
     """Raises ConfigError when a teacher that the run asks has no address."""
     for name, teacher in _asked(cfg).items():
         if not teacher.addresses:
-            key = f"teachers.{name}" if name else "teacher"
-            raise ConfigError(f"{key}.addresses is empty; it must name at least one running teacher as host:port")
+            said = f"{teacher_key(name)}.addresses is empty; it must name at least one running teacher as host:port"
+            raise ConfigError(said)
 
 
 def _asked(cfg: TrainerConfig) -> Mapping[str, TeacherConfig]:

@@ -20,8 +20,6 @@ with quiet_interrupt():
     from kdmesh_trainer.sections.source_config import OnPolicy
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from kdmesh_trainer.memory.job import Job
     from kdmesh_trainer.memory.memory_plan import Plan
 
@@ -90,6 +88,7 @@ def at_worst(found: Plan, device: str) -> Counter[str]:
 def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | None, ranks: int | None) -> Job:
     import torch
 
+    from kdmesh.models.directory import read_config
     from kdmesh_trainer.builders.context import refuse_unfit_student
     from kdmesh_trainer.builders.layers import refuse_unknown_layers, refuse_unreached
     from kdmesh_trainer.builders.vision import load_reader
@@ -104,7 +103,7 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     refuse_unknown_layers(cfg)
     refuse_unreached(cfg)
     context = cfg.parallel.context
-    student = _model_config(cfg.student.model)
+    student = read_config(cfg.student.model)
     whole, rest = divmod(cfg.batch.max_tokens, cfg.data.max_tokens)
     step_tokens = cfg.batch.sequences * cfg.data.max_tokens
     return Job(
@@ -138,18 +137,13 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     )
 
 
-def _model_config(path: Path) -> PretrainedConfig:
-    """Raises ConfigError when transformers knows no such model."""
-    from kdmesh.models.directory import read_config
-
-    return read_config(path)
-
-
 def _teacher(server: Mapping[str, Any]) -> tuple[int, Any]:
     """Width and element type of a teacher's hidden states."""
     import torch
 
-    config = _model_config(Path(server["model"]))
+    from kdmesh.models.directory import read_config
+
+    config = read_config(Path(server["model"]))
     dtype = config.dtype or torch.float32 if server["dtype"] == "auto" else getattr(torch, server["dtype"])
     return config.get_text_config().hidden_size, dtype
 

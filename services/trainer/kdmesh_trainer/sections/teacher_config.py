@@ -17,6 +17,11 @@ TeacherName = Annotated[str, StringConstraints(pattern=f"^{TEACHER_NAME}$")]
 """Of a teacher among several; also in the data and in the names of figures."""
 
 
+def teacher_key(name: str) -> str:
+    """The section of a teacher; the only one has no name."""
+    return f"teachers.{name}" if name else "teacher"
+
+
 class FollowConfig(SendingConfig):
     """Self-distillation: the teacher servers get the student's weights as it learns, and serve no other job."""
 
