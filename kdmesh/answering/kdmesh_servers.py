@@ -13,7 +13,7 @@ from kdmesh.answering.answer_report import Counts
 from kdmesh.answering.chat_tokens import ChatTokens
 from kdmesh.answering.prompt_rows import Asked
 from kdmesh.answering.source import Answers, Plan
-from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
+from kdmesh.auth.config import AccessConfig
 from kdmesh.chats.image_files import ImageColumn
 from kdmesh.errors import DataError
 from kdmesh.rpc.rollouts.pool import RolloutPool
@@ -59,7 +59,7 @@ class KdmeshServers:
     kind: Literal["rollout", "teacher"]
     addresses: Sequence[str]  # as Discovery takes them; at least one
     model: Path  # directory of the tokenizer, with its chat template; it must be the servers' own
-    access: AccessConfig = OPEN_ACCESS
+    access: AccessConfig
 
     @contextmanager
     def opened(self, plan: Plan, image_root: Path) -> Iterator[TokenAnswers]:

@@ -63,7 +63,7 @@ class Pod:
         return self.phase in ("Succeeded", "Failed")
 
 
-def find_jobs(cluster: Cluster, *, everywhere: bool = False) -> list[Job]:
+def find_jobs(cluster: Cluster, *, everywhere: bool) -> list[Job]:
     """Every job that `kdmesh submit` made and that is still there, the newest first."""
     found = [
         _job(kind, thing)

@@ -100,16 +100,16 @@ class JobPlan:
     retries: int  # restarts after failures; those after a preemption are not counted
     grace_s: int  # from SIGTERM to SIGKILL: the step under way and a checkpoint must fit
     user: int  # number of the user that everything runs as
-    mounts: tuple[Mount, ...] = ()
-    secrets: tuple[SecretVariable, ...] = ()
-    variables: tuple[tuple[str, str], ...] = ()
-    queue: str | None = None  # of Kueue
-    service_account: str | None = None
-    asks_cluster: bool = False  # whether its nodes look for servers by the API
-    node_labels: tuple[tuple[str, str], ...] = ()  # that a machine must have
-    tolerated: tuple[Taint, ...] = ()  # that a machine may have, beside that of its GPUs
-    pull_secret: str | None = None  # to fetch the image with
-    metrics_port: int | None = None  # where the first node shows its metrics
+    mounts: tuple[Mount, ...]
+    secrets: tuple[SecretVariable, ...]
+    variables: tuple[tuple[str, str], ...]
+    queue: str | None  # of Kueue
+    service_account: str | None
+    asks_cluster: bool  # whether its nodes look for servers by the API
+    node_labels: tuple[tuple[str, str], ...]  # that a machine must have
+    tolerated: tuple[Taint, ...]  # that a machine may have, beside that of its GPUs
+    pull_secret: str | None  # to fetch the image with
+    metrics_port: int | None  # where the first node shows its metrics
 
     def __post_init__(self) -> None:
         """Refuse what the cluster would refuse later, or would not."""

@@ -61,7 +61,7 @@ def endpoint_options(command: Command) -> Command:
     return command
 
 
-def refuse_others_options(context: click.Context, *, asks_openai: bool, others: Sequence[str] = ()) -> None:
+def refuse_others_options(context: click.Context, *, asks_openai: bool, others: Sequence[str]) -> None:
     """Raises ConfigError for an option that is only for servers of the kind that are not asked.
 
     Args:

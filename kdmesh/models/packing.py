@@ -19,7 +19,7 @@ class PackedImages:
     """What a row's image tokens stand for; without positions of their own they are numbered as words are."""
 
     inputs: Mapping[str, Tensor]  # of all images in order, by the names that the model's forward pass has for them
-    position_ids_3T: Tensor | None = None  # [3, T] int64 in time, height and width; restarts at 0 with every sequence
+    position_ids_3T: Tensor | None  # [3, T] int64 in time, height and width; restarts at 0 with every sequence
 
     def to(self, device: torch.device) -> PackedImages:
         """The same images on `device`; a GPU is not waited for."""

@@ -35,9 +35,11 @@ PLAN = JobPlan(
     variables=(("NCCL_IB_HCA", "mlx5"),),
     queue="research",
     service_account="trainer",
+    asks_cluster=False,
     node_labels=(("gpu", "h100"),),
     tolerated=(Taint(key="dedicated", value="research", effect="NoExecute"), Taint(key="spot")),
     pull_secret="registry",
+    metrics_port=None,
 )
 
 

@@ -91,7 +91,7 @@ class Replica(Generic[C]):
         router: Router,
         on_change: Callable[[], None],
         *,
-        is_near: Callable[[], bool] = lambda: False,
+        is_near: Callable[[], bool],
     ) -> None:
         self.address = address
         self.client: C | None = None

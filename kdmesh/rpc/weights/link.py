@@ -182,7 +182,7 @@ class WeightLink:
         self.failure = self.failure or error
 
 
-async def describe_weights(address: str, service: WeightService, access: AccessConfig = OPEN_ACCESS) -> ServedWeights:
+async def describe_weights(address: str, service: WeightService, access: AccessConfig) -> ServedWeights:
     """What the server serves now. One attempt.
 
     Raises:

@@ -40,9 +40,7 @@ class Answering:
     The copies are made in threads, while the engine computes the next batch.
     """
 
-    def __init__(
-        self, store: SlabStore, model: EngineDescription, metrics: Metrics, cache: RowCache | None = None
-    ) -> None:
+    def __init__(self, store: SlabStore, model: EngineDescription, metrics: Metrics, cache: RowCache | None) -> None:
         self._store = store
         self._model = model
         self._metrics = metrics

@@ -39,7 +39,7 @@ class Teachers:
     heads: Heads
     prefetch: int  # micro-batches
     vocabulary_size: int  # real tokens that all of them share with the student
-    image_expansion: str = ""  # as TeacherTokens has it
+    image_expansion: str  # as TeacherTokens has it
 
     @property
     def only(self) -> Teacher:

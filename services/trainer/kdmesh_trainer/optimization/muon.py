@@ -25,7 +25,7 @@ _RMS = 0.2  # of an update's elements, as AdamW's mostly have it
 
 
 def build_muon(
-    student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None = None, rate_factor: float = 1.0
+    student: nn.Module, config: OptimizerConfig, *, algorithm: nn.Module | None, rate_factor: float
 ) -> Optimizer:
     """Muon over the matrices of the student's layers, and AdamW over the rest; arguments as build_adamw.
 

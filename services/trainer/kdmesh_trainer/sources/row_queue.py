@@ -31,7 +31,7 @@ class RowQueue:
     """
 
     def __init__(
-        self, teacher: RowService, *, prefetch: int, extend: Callable[[], bool], update_every: int | None = None
+        self, teacher: RowService, *, prefetch: int, extend: Callable[[], bool], update_every: int | None
     ) -> None:
         """
         Args:

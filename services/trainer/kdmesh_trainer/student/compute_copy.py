@@ -21,7 +21,7 @@ class ComputeCopy:
         stays: whether the copies keep their places after a backward pass, because nothing is updated before the next.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, *, in_float32: Collection[nn.Parameter] = ()) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype, *, in_float32: Collection[nn.Parameter]) -> None:
         """
         Args:
             module: its parameters have their own type, and stay what is trained; gradients are added to theirs.

@@ -123,7 +123,7 @@ class ChatEncoder:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def prompt_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+    def prompt_text(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
         """What a model is prompted with after `messages`. Raises one of TEMPLATE_ERRORS where the template does."""
         return self._render(messages, tools=tools, is_prompt=True)
 

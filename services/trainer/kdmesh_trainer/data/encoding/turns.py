@@ -45,9 +45,9 @@ class RenderedTurn:
     prompt: str  # everything before it, generation prompt included
     text: str  # everything up to it, itself included
     content: str
-    images: tuple[Image, ...] = ()  # of what comes before it
-    has_calls: bool = False  # whether it calls tools behind its content, perhaps in special tokens
-    plain_end: int | None = None  # if so: the special token that ends turns without calls; None: there is none
+    images: tuple[Image, ...]  # of what comes before it
+    has_calls: bool  # whether it calls tools behind its content, perhaps in special tokens
+    plain_end: int | None  # if so: the special token that ends turns without calls; None: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

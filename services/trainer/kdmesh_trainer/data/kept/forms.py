@@ -48,7 +48,7 @@ class Form(Protocol[T]):
 class SequenceForm:
     """A Form of sequences, all of one kind."""
 
-    def __init__(self, kind: SequenceKind, teacher_names: tuple[str, ...], *, has_weights: bool = False) -> None:
+    def __init__(self, kind: SequenceKind, teacher_names: tuple[str, ...], *, has_weights: bool) -> None:
         """
         Args:
             teacher_names: those of the teachers that each sequence has one of; empty: none is named.
