@@ -190,7 +190,8 @@ class Processes:
                     raise _failure(child)
             failed = [child for child in ended if child.exit_code != 0]
             if failed:
-                self._settle(waiting)
+                # The others may be about to say why, or wait for ever for the one that is gone.
+                self._see_out(waiting, within_s=_FAILING_TOGETHER_S)
                 refused = [child for child in waiting if child.exit_code == USER_ERROR]
                 raise _failure((refused or failed)[0])
             waiting = [child for child in waiting if child.exit_code is None]
@@ -200,16 +201,7 @@ class Processes:
         with self._shield():
             for child in group:
                 child.send(signal.SIGTERM)
-            deadline = time.monotonic() + max((child.command.grace_s for child in group), default=0.0)
-            live = [child for child in group if child.exit_code is None]
-            while live:
-                ended = _ended(live, timeout_s=max(0.0, deadline - time.monotonic()))
-                if not ended:
-                    for child in live:
-                        child.kill()
-                for child in ended or live:
-                    child.reap()
-                live = [child for child in live if child.exit_code is None]
+            self._see_out(group, within_s=max((child.command.grace_s for child in group), default=0.0))
 
     def _live(self) -> list[Child]:
         return [child for group in self._groups for child in group if child.exit_code is None]
@@ -226,10 +218,10 @@ class Processes:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return report
 
-    def _settle(self, job: Sequence[Child]) -> None:
-        """End a failed job. Its other members may be about to say why, or wait for ever for the one that is gone."""
-        deadline = time.monotonic() + _FAILING_TOGETHER_S
-        while live := [child for child in job if child.exit_code is None]:
+    def _see_out(self, children: Sequence[Child], *, within_s: float) -> None:
+        """Return when all of them have ended; those that take longer are killed."""
+        deadline = time.monotonic() + within_s
+        while live := [child for child in children if child.exit_code is None]:
             ended = _ended(live, timeout_s=max(0.0, deadline - time.monotonic()))
             if not ended:
                 for child in live:
