@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from kdmesh.parameter_names import is_meant, names_nothing
 from kdmesh.weight_files import weight_problem, weight_table
 
 _GENERATION = "generation_config.json"
+_HEAD = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -112,6 +113,18 @@ def freeze_problems(key: str, patterns: Sequence[str], model: Path) -> Iterator[
     for pattern in patterns:
         if not any(is_meant(pattern, name) for name in names):
             yield f"{key}: {names_nothing(pattern, sorted(names))}"
+    if _are_all_meant(patterns, names, model):
+        yield f"{key}: [{', '.join(patterns)}] leaves no parameter to train"
+
+
+def _are_all_meant(patterns: Sequence[str], names: Collection[str], model: Path) -> bool:
+    """Whether no parameter is left. A head that the files lack is the embedding, which either name means."""
+    left = {name for name in names if not any(is_meant(pattern, name) for pattern in patterns)}
+    if _HEAD not in _shapes_of(model):
+        if _HEAD not in left:
+            left = {name for name in left if not name.endswith(".embed_tokens.weight")}
+        left.discard(_HEAD)
+    return not left
 
 
 def rounding_problems(
@@ -187,7 +200,7 @@ def _parameter_names(model: Path) -> set[str] | None:
     is_usual = all(name.startswith(("model.", "lm_head.")) for name in names)
     if not names or not is_usual or not reads_text_alone(model) or any("experts" in name.split(".") for name in names):
         return None
-    return names | {"lm_head.weight"}  # which is not there where it is the embedding
+    return names | {_HEAD}  # which is not there where it is the embedding
 
 
 def _shapes_of(model: Path) -> dict[str, tuple[int, ...]]:
