@@ -236,3 +236,14 @@ def test_a_checkpoint_of_another_configuration_is_refused_before_a_teacher_is_wa
     sentence = refusals.sentence(config, "teacher.deadline_s=0.5")
     assert f"{state.parent} belongs to another run: " in sentence
     assert "seed is 0 now and was 7" in sentence
+
+
+def test_an_adapter_that_peft_refuses_is_known_before_a_server_is_waited_for(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    student = tiny_models.path("falcon_h1", seed=1)
+    config = write_config(tmp_path, student=student, teacher="127.0.0.1:9", steps=1)
+    (outcome,) = run_job(config, "student.lora.rank=2", "teacher.deadline_s=1")
+    assert outcome.exit_code == 2
+    assert "student.lora.target_modules: [PEFT:PeftType.LORA] Module 'out_proj' is incompatible" in outcome.errors
+    assert "waiting for a server" not in outcome.errors

@@ -37,7 +37,7 @@ from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sources.environment import Environment, resolve_environment
 from kdmesh_trainer.sources.judge import Opinion, kept_of_rows, resolve_judge
 from kdmesh_trainer.student.freezing import check_freeze
-from kdmesh_trainer.student.lora import check_base
+from kdmesh_trainer.student.lora import check_adapter
 from kdmesh_trainer.student.rounded_modules import check_rounding
 
 
@@ -76,7 +76,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
     refuse_short_student(cfg)
     refuse_unknown_layers(cfg)
     check_freeze(cfg.student.freeze, cfg.student.model)
-    check_base(cfg.student.lora, cfg.student.model)
+    check_adapter(cfg.student.lora, cfg.student.model)
     check_rounding(
         cfg.student.quantization,
         cfg.student.model,

@@ -41,7 +41,7 @@ from kdmesh_trainer.memory.planned_tower import SmallImage, freeze_unseen, image
 from kdmesh_trainer.mesh import context_group, device_mesh
 from kdmesh_trainer.optimization.optimizer import check_optimizer, optimizer_over
 from kdmesh_trainer.student.freezing import freeze, freeze_vision
-from kdmesh_trainer.student.lora import Adapter, inject_adapter
+from kdmesh_trainer.student.lora import Adapter, inject_without_memory
 from kdmesh_trainer.student.model import (
     RowLoss,
     Student,
@@ -153,9 +153,7 @@ def _lm(job: Job, image: SmallImage | None) -> tuple[PreTrainedModel, Adapter | 
     """The student as it is before it is sharded, and what was put into it."""
     lm, adapter = empty_causal_lm(job.student), None
     if job.lora is not None:
-        # peft moves what it makes to where the model is; tensors without memory cannot be moved, and are there.
-        with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
-            adapter = inject_adapter(lm, job.lora, seed=0)
+        adapter = inject_without_memory(lm, job.lora)
     if reads_images(lm.config) and not job.trains_vision:
         freeze_vision(lm)
     if image is not None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -89,19 +90,19 @@ class Adapter:
         return None
 
 
-def check_base(config: LoraConfig | None, model: Path) -> None:
-    """Return when the matrices of the model in this directory can rest as `config` says.
+def check_adapter(config: LoraConfig | None, model: Path) -> None:
+    """As inject_adapter on a model without memory.
 
     Raises:
-        ConfigError: they cannot, or the directory is no model that transformers builds.
+        ConfigError: as inject_adapter, or the directory is no model that transformers builds.
     """
     # Not at the top: benchmarks of the GPU put adapters on without what loads a model.
     from kdmesh.models.body import empty_causal_lm
 
-    if config is not None and config.base == "nf4":
-        with FakeTensorMode():
-            lm = empty_causal_lm(model)
-            refuse_uneven(lm, _linear(lm))
+    if config is not None:
+        # Some families make constants without memory of their own, outside of what stands in for tensors.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            inject_without_memory(empty_causal_lm(model), config)
 
 
 def train_adapted(lm: PreTrainedModel, config: LoraConfig) -> None:
@@ -115,6 +116,9 @@ def add_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Adapte
     """As inject_adapter; frozen weights that bfloat16 holds exactly, as those of most checkpoints, are kept in it."""
     adapter = inject_adapter(lm, config, seed=seed)
     rest_in_bfloat16(lm)
+    trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
+    facts = {"modules": len(adapter.layers), "adapter_rank": config.rank, "trained_parameters": trained}
+    log.info("adapter added", extra=facts)
     return adapter
 
 
@@ -168,11 +172,14 @@ def inject_adapter(lm: PreTrainedModel, config: LoraConfig, *, seed: int) -> Ada
         # After peft, which knows nothing of what then is there.
         rest_in_four_bits(lm, [f"{name}{_BASE}" if name in layers else name for name in linear])
     lm.eval()
-    trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
-    log.info(
-        "adapter added", extra={"modules": len(layers), "adapter_rank": config.rank, "trained_parameters": trained}
-    )
     return Adapter(config=told, layers=frozenset(layers), scaling=config.scale)
+
+
+def inject_without_memory(lm: PreTrainedModel, config: LoraConfig) -> Adapter:
+    """As inject_adapter of a model without memory, for a caller under FakeTensorMode."""
+    # peft moves what it makes to where the model is; tensors without memory cannot be moved, and are there.
+    with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        return inject_adapter(lm, config, seed=0)
 
 
 def _inject(told: peft.LoraConfig, lm: PreTrainedModel) -> None:
