@@ -110,6 +110,40 @@ def test_lists_paths_and_sections_that_are_short_of_something_are_told_so(
     assert line.startswith(f"  {said}")
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("batch.sequences=1000000000000", "batch.sequences: Input should be less than or equal to 1000000"),
+        ("ranks=1000000000000", "ranks: Input should be less than or equal to 1024"),
+        ("student.lora={rank: 1000000000}", "student.lora.rank: Input should be less than or equal to 65536"),
+        ("student.lora={alpha: 1000000000}", "student.lora.alpha: Input should be less than or equal to 1000000"),
+        ("teacher.deadline_s=1e300", "teacher.deadline_s: Input should be less than or equal to 2592000"),
+        ("objective={name: distill, temperature: 1e300}", "objective.temperature: Input should be less than or"),
+        ("objective={name: distill, kd_weight: 1e300}", "objective.kd_weight: Input should be less than or equal to"),
+        (
+            "objective={name: distill, divergence: {name: renyi, order: 1e300}}",
+            "objective.divergence.order: Input should be less than or equal to",
+        ),
+        ("source={kind: on_policy, max_staleness: 1000000000000}", "source.max_staleness: Input should be less than"),
+        (
+            "source={kind: on_policy, sampling: {top_k: 1000000000000}}",
+            "source.sampling.top_k: Input should be less than 2147483648",
+        ),
+        (
+            "source={kind: on_policy, rollouts: {deadline_s: 1e300}}",
+            "source.rollouts.deadline_s: Input should be less than or equal to 2592000",
+        ),
+        (
+            "evaluation.questions={path: q.jsonl, samples: 1000000000000, sampling: {temperature: 1}}",
+            "evaluation.questions.samples: Input should be less than or equal to 10000",
+        ),
+    ],
+)
+def test_a_number_that_no_run_can_have_is_refused(tmp_path: Path, override: str, said: str) -> None:
+    [line] = refusal(tmp_path, GOOD, override).splitlines()[1:]
+    assert line.startswith(f"  {said}")
+
+
 def test_every_bad_key_is_named_with_its_path(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + "optimizer: {learning_rate: -1, lr: 2}\nbatch: {sequences: many}\ncolour: red\n")
     assert said.splitlines()[0].endswith("my.yaml: 4 problems")

@@ -10,7 +10,7 @@ from kdmesh.config import StrictModel
 class BatchConfig(StrictModel):
     """How sequences become steps and micro-batches."""
 
-    sequences: int = Field(32, ge=1)
+    sequences: int = Field(32, ge=1, le=1_000_000)
     """Sequences of one optimizer step, over all ranks."""
 
     max_tokens: int = Field(8192, ge=8)

@@ -90,7 +90,7 @@ class JobSections(StrictModel):
     seed: int = Field(0, ge=0, lt=2**63)
     """Order of the data and initial weights."""
 
-    ranks: int | None = Field(None, ge=1)
+    ranks: int | None = Field(None, ge=1, le=1024)
     """Processes that `kdmesh train` starts here; null takes one per GPU, or one on the CPU."""
 
     @property

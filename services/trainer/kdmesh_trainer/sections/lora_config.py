@@ -13,10 +13,10 @@ from kdmesh.config import StrictModel
 class LoraConfig(StrictModel):
     """Low-rank adapters on some of the student's linear modules; everything else is frozen. Needs kdmesh[lora]."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=65_536)
     """Inner size of an adapter: a matrix W becomes W + scale * B A, with rank rows in A."""
 
-    alpha: int = Field(32, ge=1)
+    alpha: int = Field(32, ge=1, le=1_000_000)
     """Numerator of the adapter's scale, which is alpha / rank."""
 
     use_rslora: bool = False

@@ -68,7 +68,7 @@ class Renyi(StrictModel):
 
     name: Literal["renyi"]
 
-    order: float = Field(gt=0)
+    order: float = Field(gt=0, le=1e6)
     """Near 1 it is forward KL, which 1 itself is; the larger, the more unlikely tokens count. Required."""
 
     @model_validator(mode="after")
@@ -83,10 +83,10 @@ class AlphaBeta(StrictModel):
 
     name: Literal["alpha_beta"]
 
-    alpha: float = Field(0.2, gt=0)
+    alpha: float = Field(0.2, gt=0, le=1e6)
     """Concentrates on tokens that the teacher likes."""
 
-    beta: float = Field(0.7, gt=0)
+    beta: float = Field(0.7, gt=0, le=1e6)
     """Concentrates on tokens that the student likes."""
 
 
@@ -189,13 +189,13 @@ class Keep(StrictModel):
 class Ramp(StrictModel):
     """A number that moves over the first optimizer steps, and then stays."""
 
-    start: float = Field(ge=0)
+    start: float = Field(ge=0, le=1e6)
     """In the first step. Required."""
 
-    end: float = Field(ge=0)
+    end: float = Field(ge=0, le=1e6)
     """From step `steps` on. Required."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=99_999_999)
     """Optimizer steps on the way. Required."""
 
     shape: Literal["linear", "cosine"] = "linear"
@@ -210,8 +210,12 @@ class Ramp(StrictModel):
 
 
 _Kind = Discriminator(lambda given: "ramp" if isinstance(given, dict | Ramp) else "number")
-_Weight: TypeAlias = Annotated[Annotated[float, Field(ge=0), Tag("number")] | Annotated[Ramp, Tag("ramp")], _Kind]
-_Temperature: TypeAlias = Annotated[Annotated[float, Field(gt=0), Tag("number")] | Annotated[Ramp, Tag("ramp")], _Kind]
+_Weight: TypeAlias = Annotated[
+    Annotated[float, Field(ge=0, le=1e6), Tag("number")] | Annotated[Ramp, Tag("ramp")], _Kind
+]
+_Temperature: TypeAlias = Annotated[
+    Annotated[float, Field(gt=0, le=1e6), Tag("number")] | Annotated[Ramp, Tag("ramp")], _Kind
+]
 
 
 def _counts(weight: float | Ramp) -> bool:

@@ -78,7 +78,7 @@ MatchConfig = Annotated[
 class AnswerSamplingConfig(SamplingConfig):
     """As SamplingConfig, but the likeliest token unless told otherwise."""
 
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, le=1e6)
     """Divides the logits; 0 takes the likeliest token."""
 
 
@@ -101,7 +101,7 @@ class QuestionsConfig(StrictModel):
     limit: int | None = Field(None, ge=1)
     """Only this many questions, from the first on; null takes all."""
 
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=10_000)
     """Answers to each question."""
 
     pass_at: tuple[Annotated[int, Field(ge=1)], ...] = ()

@@ -11,6 +11,9 @@ from pydantic import AfterValidator, Field
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
 
+LONGEST_WAIT_S = 2_592_000
+"""Most seconds that a deadline may have: 30 days."""
+
 _SERVER = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^:/\s\[\]]+):([0-9]{1,5})")
 _MOST_PORT = 65535
 _NAME = re.compile(r"dns:///[^:/\s]+:[0-9]+")

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from kdmesh.auth.config import AccessConfig
 from kdmesh.config import StrictModel
-from kdmesh_trainer.sections.replicas_config import Address, are_named, check_can_be_known
+from kdmesh_trainer.sections.replicas_config import LONGEST_WAIT_S, Address, are_named, check_can_be_known
 
 
 class SendingConfig(StrictModel):
@@ -33,7 +33,7 @@ class RolloutsConfig(SendingConfig):
     access: AccessConfig = AccessConfig()
     """How this job gets in; it must be an operator there, since it brings new weights."""
 
-    deadline_s: float = Field(600.0, gt=0)
+    deadline_s: float = Field(600.0, gt=0, le=LONGEST_WAIT_S)
     """Longest wait for one prompt's samples, or for a server to take new weights, restarts included. Samples that are
     asked for steps ahead (source.max_staleness) have as much for each of those steps."""
 
@@ -51,19 +51,19 @@ class RolloutsConfig(SendingConfig):
 class SamplingConfig(StrictModel):
     """How responses are drawn; applied in this order: repetition penalty, temperature, top_k, top_p, min_p."""
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=1e6)
     """Divides the logits; 0 takes the likeliest token."""
 
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw from the fewest tokens whose probabilities reach this; 1 draws from all."""
 
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=2**31)
     """Draw from this many likeliest tokens; 0 draws from all."""
 
     min_p: float = Field(0.0, ge=0, le=1)
     """Drop tokens less likely than this fraction of the likeliest; 0 drops none."""
 
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, gt=0, le=1e6)
     """Divides positive and multiplies negative logits of tokens that the sequence holds; 1 changes nothing."""
 
     max_new_tokens: int = Field(256, ge=1)

@@ -41,7 +41,7 @@ class OnPolicy(StrictModel):
     judge: JudgeConfig | None = None
     """How much each sample counts (docs/on_policy.md); null: all count alike."""
 
-    max_staleness: int = Field(0, ge=0)
+    max_staleness: int = Field(0, ge=0, le=1000)
     """Updates of the student that a sample's weights may be behind those it trains; 0 samples and trains in turn."""
 
     update_policy: Literal["finish", "abort", "continue"] = "finish"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from kdmesh.auth.config import AccessConfig
-from kdmesh_trainer.sections.replicas_config import ReplicatedConfig, check_can_be_known
+from kdmesh_trainer.sections.replicas_config import LONGEST_WAIT_S, ReplicatedConfig, check_can_be_known
 from kdmesh_trainer.sections.rollouts_config import SendingConfig
 
 TEACHER_NAME = "[A-Za-z0-9_-]+"
@@ -49,7 +49,7 @@ class TeacherConfig(ReplicatedConfig):
     prefetch: int = Field(4, ge=0)
     """Micro-batches each rank asks for ahead of the one it trains on; 0 asks only when needed."""
 
-    deadline_s: float = Field(300.0, gt=0)
+    deadline_s: float = Field(300.0, gt=0, le=LONGEST_WAIT_S)
     """Longest wait for one answer, or for an update with `follows_student`, a teacher's restart included."""
 
     follows_student: FollowConfig | None = None
