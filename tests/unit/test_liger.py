@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
+from kdmesh_trainer.sections.quantization_config import QuantizationConfig
+from kdmesh_trainer.student.rounded_modules import round_modules
 from tests.support.tiny_models import TinyModels
 
 pytestmark = pytest.mark.slow
@@ -34,6 +37,29 @@ def test_norms_and_gated_products_are_liger_s_and_the_loss_is_not(
     for layer in lm.model.layers:
         parts = (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn.q_norm)
         assert all(part.forward.__func__.__qualname__.startswith("Liger") for part in parts)
+
+
+def test_gated_products_of_rounded_matrices_are_of_what_they_are_rounded_to(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.transformers import swiglu
+
+    from kdmesh_trainer.student.liger import use_liger_kernels
+
+    for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):
+        monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
+    kernel = SimpleNamespace(apply=lambda gate, up, *_: torch.nn.functional.silu(gate) * up)  # as on a GPU
+    monkeypatch.setattr(swiglu, "LigerSiLUMulFunction", kernel)
+    lm = load_causal_lm(tiny_models.path("qwen3", seed=1), torch.float32, torch.device("cpu"))
+    input_, mlp = torch.randn(5, 32), lm.model.layers[0].mlp
+    unrounded = mlp(input_)
+    round_modules(lm, QuantizationConfig(weights="int8"), torch.float32)
+    rounded = mlp(input_)
+    use_liger_kernels(lm)
+    assert mlp.forward.__func__.__qualname__.startswith("Liger")
+    assert torch.equal(mlp(input_), rounded)
+    assert not torch.equal(rounded, unrounded)
 
 
 def test_what_liger_cannot_do_is_refused_before_anything_loads() -> None:
