@@ -22,7 +22,7 @@ import torch
 
 from kdmesh.allocator import keep_freed_memory
 from kdmesh.serving.addresses import Addresses
-from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.engine.thread import EngineThread
 from kdmesh.types import DType, HeadSpec
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.engine import EngineDescription, HeadParts, PrefillJob

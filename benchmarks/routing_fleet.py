@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from kdmesh.serving.jobs.waiting_line import RECENT_S
 from kdmesh.serving.rate import DecayingSum
 from kdmesh.serving.throughput import Throughput
-from kdmesh.serving.waiting_line import RECENT_S
 from kdmesh.types import ServerLoad
 
 ONE_WAY_S = 0.0005  # of a message between nodes

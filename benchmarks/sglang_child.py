@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from kdmesh.handles.memory import create_segment
+from kdmesh.handles.slab.memory import create_segment
 from kdmesh.types import DType, TokenSequence
 from kdmesh_teacher.engine import PrefillJob
 from kdmesh_teacher.sglang.config import SglangEngine as EngineConfig

@@ -20,7 +20,7 @@ from benchmarks.measure import finish, say, server, table
 from benchmarks.replay_server import HIDDEN_SIZE, NUM_ROWS
 from kdmesh.allocator import keep_freed_memory
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig, ClientTlsConfig
-from kdmesh.handles.door import Door
+from kdmesh.handles.doors.door import Door
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.doors import DoorChoice, Wire

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.measure import finish, say, server, table
 from benchmarks.transport import BYTES, Timings, time_door
 from kdmesh.allocator import keep_freed_memory
-from kdmesh.handles.rdma_agent import UNSAFE_VALUE, UNSAFE_VARIABLE, Agent
+from kdmesh.handles.rdma.agent import UNSAFE_VALUE, UNSAFE_VARIABLE, Agent
 from kdmesh.rpc.teachers.doors import DoorChoice
 
 _CASES: Sequence[tuple[str, DoorChoice, str]] = (

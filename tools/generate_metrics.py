@@ -12,10 +12,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from kdmesh.auth.certificates import ServerCertificate
-from kdmesh.handles.reports import Counters, SlotState, Snapshot
+from kdmesh.handles.slab.reports import Counters, SlotState, Snapshot
 from kdmesh.serving.config import ListenConfig
-from kdmesh.serving.gate import Gate
-from kdmesh.serving.job_state import JobState
+from kdmesh.serving.engine.gate import Gate
+from kdmesh.serving.jobs.state import JobState
 from kdmesh.serving.security import open_security
 from kdmesh.serving.server_families import ServerCollector
 from kdmesh_rollout import metrics as rollout

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.scale import Scale, median_ms
-from kdmesh.handles.memory import create_segment, map_readonly
+from kdmesh.handles.slab.memory import create_segment, map_readonly
 
 _READ_ONLY = 8  # cudaHostRegisterReadOnly
 

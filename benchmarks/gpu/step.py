@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.gpu.handles import register
 from benchmarks.gpu.scale import Scale
-from kdmesh.handles.memory import create_segment
+from kdmesh.handles.slab.memory import create_segment
 from kdmesh.losses import FusedLoss, OutputHead, build_divergence, fused_linear_divergence
 from kdmesh.models.attention import PACKED_ATTENTION
 from kdmesh.models.forward import hidden_states_TD

@@ -25,8 +25,8 @@ from kdmesh.auth.tls_context import client_context
 from kdmesh.auth.tokens import read_token
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.outputs import show
-from kdmesh.serving.job_state import JobState
-from kdmesh.serving.status import SlabStatus, Status, Working
+from kdmesh.serving.http.status import SlabStatus, Status, Working
+from kdmesh.serving.jobs.state import JobState
 from kdmesh.serving.words import count, seconds, size
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kdmesh.doctor.finding import Finding, ok
 from kdmesh.errors import EngineFailure
-from kdmesh.handles.memory import create_segment, map_readonly
+from kdmesh.handles.slab.memory import create_segment, map_readonly
 from kdmesh.unix_path import unix_address
 
 _SOCKET = "doctor.sock"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kdmesh.errors import InvalidRequest, Unavailable
-from kdmesh.handles.rdma_agent import RemoteMemory
+from kdmesh.handles.rdma.agent import RemoteMemory
 from kdmesh.rpc.wire_enum import WireEnum
 from kdmesh.types import (
     CacheAnswer,

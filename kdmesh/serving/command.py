@@ -21,7 +21,7 @@ from kdmesh.interrupt import INTERRUPTED
 from kdmesh.open_files import raise_open_files
 from kdmesh.outputs import say_error
 from kdmesh.serving.addresses import Addresses
-from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.engine.thread import EngineThread
 
 M = TypeVar("M", bound=StrictModel)
 M_contra = TypeVar("M_contra", bound=StrictModel, contravariant=True)

@@ -14,13 +14,13 @@ from fastapi import FastAPI
 
 from kdmesh.auth.security import Security
 from kdmesh.rpc import server as rpc_server
-from kdmesh.serving import rest
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.config import ListenConfig
-from kdmesh.serving.gate import Gate
-from kdmesh.serving.job_routes import Shared
-from kdmesh.serving.sleep import Sleep
-from kdmesh.serving.status import Working
+from kdmesh.serving.engine.gate import Gate
+from kdmesh.serving.engine.sleep import Sleep
+from kdmesh.serving.http import rest
+from kdmesh.serving.http.status import Working
+from kdmesh.serving.jobs.routes import Shared
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from kdmesh.auth.certificates import watch_certificate
 from kdmesh.auth.config import AuthConfig, is_loopback
 from kdmesh.auth.security import Security
 from kdmesh.serving.config import ListenConfig
-from kdmesh.serving.job_metrics import JobMetrics
+from kdmesh.serving.jobs.metrics import JobMetrics
 
 log = logging.getLogger(__name__)
 

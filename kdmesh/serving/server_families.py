@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from kdmesh.auth.certificates import ServerCertificate
 from kdmesh.auth.watched import Watched
-from kdmesh.serving.gate import Gate
+from kdmesh.serving.engine.gate import Gate
 from kdmesh.types import SleepTag
 
 

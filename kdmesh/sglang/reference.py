@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
-from kdmesh.handles.memory import require_available
+from kdmesh.handles.slab.memory import require_available
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.checkpoint import Checkpoint
 

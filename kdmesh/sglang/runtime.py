@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import torch
 
 from kdmesh.errors import ConfigError, EngineFailure
-from kdmesh.handles import named_memory
-from kdmesh.handles.runtime_dir import runtime_dir
+from kdmesh.handles.slab import named_memory
+from kdmesh.handles.slab.runtime_dir import runtime_dir
 from kdmesh.models.checkpoint import Checkpoint, open_checkpoint
 from kdmesh.models.images.vision import reads_images
 from kdmesh.models.placement import DTYPES
-from kdmesh.serving.revival import RestartLimits
+from kdmesh.serving.engine.revival import RestartLimits
 from kdmesh.sglang import shared_files
 from kdmesh.sglang.arguments import num_schedulers, server_arguments
 from kdmesh.sglang.config import SglangModel

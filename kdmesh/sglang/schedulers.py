@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdmesh.errors import EngineFailure
-from kdmesh.handles.memory import Segment, SegmentWriter
-from kdmesh.handles.peers import peer_pidfd
+from kdmesh.handles.slab.memory import Segment, SegmentWriter
+from kdmesh.handles.slab.peers import peer_pidfd
 from kdmesh.sglang.messages import RECEIVE_BYTES, Adopt, Adopted, Drop, Hello, pack, unpack
 from kdmesh.unix_path import unix_address
 

@@ -8,7 +8,7 @@ import socket
 import threading
 from typing import assert_never
 
-from kdmesh.handles.memory import prefault
+from kdmesh.handles.slab.memory import prefault
 from kdmesh.sglang.messages import RECEIVE_BYTES, Adopt, Adopted, Drop, Hello, pack, unpack
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from kdmesh.handles import named_memory
+from kdmesh.handles.slab import named_memory
 
 # SGLang's own, and those of Python's multiprocessing, whose tracker of them SGLang kills too (0.5.23). What else they
 # have mapped may be somebody else's.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdmesh.handles.memory import Segment
+from kdmesh.handles.slab.memory import Segment
 from kdmesh.sglang.file_names import file_tensors
 from kdmesh.sglang.segments import Segments
 from kdmesh.types import DType

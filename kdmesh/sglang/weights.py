@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdmesh.errors import EngineFailure
-from kdmesh.handles.memory import Segment, create_segment
+from kdmesh.handles.slab.memory import Segment, create_segment
 from kdmesh.models.element_types import element_types
 from kdmesh.models.fingerprint import named_weights
 from kdmesh.models.placement import DTYPES

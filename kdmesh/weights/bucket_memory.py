@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from kdmesh.errors import ConfigError, HandleGone
-from kdmesh.handles.broker import Broker
 from kdmesh.handles.key import Key
-from kdmesh.handles.memory import Segment, create_segment_in_thread
+from kdmesh.handles.slab.broker import Broker
+from kdmesh.handles.slab.memory import Segment, create_segment_in_thread
 from kdmesh.types import DType, Handle
 
 _EPOCH = 1  # a buffer's memory is never replaced

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from kdmesh.errors import ConfigError, HandleGone, Unavailable
-from kdmesh.handles import broker
-from kdmesh.handles.door import Door
-from kdmesh.handles.messages import MAX_UNANSWERED, VERSION, Op, Request
-from kdmesh.handles.shared import Matrix
-from kdmesh.handles.shm_door import ShmDoor
-from kdmesh.handles.store import SlabStore
+from kdmesh.handles.doors.door import Door
+from kdmesh.handles.doors.shm import ShmDoor
+from kdmesh.handles.slab import broker
+from kdmesh.handles.slab.messages import MAX_UNANSWERED, VERSION, Op, Request
+from kdmesh.handles.slab.shared import Matrix
+from kdmesh.handles.slab.store import SlabStore
 from kdmesh.types import DType
 from tests.support.descriptors import nothing_left_open
 from tests.support.handles_consumer import digest, until

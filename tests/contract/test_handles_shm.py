@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from kdmesh.errors import HandleGone, Unavailable
-from kdmesh.handles import peers
-from kdmesh.handles.shared import Matrix
-from kdmesh.handles.store import SlabStore
+from kdmesh.handles.slab import peers
+from kdmesh.handles.slab.shared import Matrix
+from kdmesh.handles.slab.store import SlabStore
 from kdmesh.types import DType, Handle
 from tests.support.handles_consumer import Consumer, Consumers, digest, running, until
 from tests.support.handles_slab import SLOT_BYTES, answer, slab, states

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from kdmesh.errors import ConfigError, HandleGone, InvalidRequest
-from kdmesh.handles import renewal
-from kdmesh.handles.limits import SlabLimits
-from kdmesh.handles.memory import Segment, create_segment_in_thread
-from kdmesh.handles.shared import Matrix
-from kdmesh.handles.shm_door import ShmDoor
-from kdmesh.handles.store import SlabStore
+from kdmesh.handles.doors.shm import ShmDoor
+from kdmesh.handles.slab import renewal
+from kdmesh.handles.slab.limits import SlabLimits
+from kdmesh.handles.slab.memory import Segment, create_segment_in_thread
+from kdmesh.handles.slab.shared import Matrix
+from kdmesh.handles.slab.store import SlabStore
 from kdmesh.types import DType
 from tests.support.descriptors import nothing_left_open
 from tests.support.handles_consumer import digest, until

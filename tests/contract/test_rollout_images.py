@@ -15,7 +15,7 @@ from kdmesh.errors import InvalidRequest
 from kdmesh.rpc.rollouts.client import Ask, RolloutClient
 from kdmesh.rpc.rollouts.codec import sample_digest
 from kdmesh.serving.addresses import Addresses
-from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.engine.thread import EngineThread
 from kdmesh.types import Sampling, TokenSequence
 from kdmesh_rollout.build import build_engine
 from kdmesh_rollout.config import RolloutConfig

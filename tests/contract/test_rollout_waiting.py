@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from kdmesh.errors import EngineFailure, Unavailable
-from kdmesh.serving.engine_thread import EngineThread
-from kdmesh.serving.job_config import JobTerms
-from kdmesh.serving.job_table import JobTable
+from kdmesh.serving.engine.thread import EngineThread
+from kdmesh.serving.jobs.config import JobTerms
+from kdmesh.serving.jobs.table import JobTable
 from kdmesh.types import DType, Sampling
 from kdmesh.weights.manifest import Manifest, TensorSpec, UpdatePolicy
 from kdmesh_rollout.config import FakeEngine as FakeEngineConfig

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kdmesh.errors import EngineFailure
-from kdmesh.handles.memory import create_segment, map_readonly
+from kdmesh.handles.slab.memory import create_segment, map_readonly
 from kdmesh.sglang import shared_files
 from kdmesh.sglang.schedulers import Schedulers
 

@@ -19,7 +19,7 @@ from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.doors import DoorChoice
 from kdmesh.rpc.teachers.pool import TeacherPool
-from kdmesh.serving.revival import RestartLimits
+from kdmesh.serving.engine.revival import RestartLimits
 from kdmesh.types import EVERY_TAG, TokenSequence
 from kdmesh_teacher.cache.directory import RowDirectory
 from kdmesh_teacher.cache.row_cache import RowCache

@@ -17,7 +17,7 @@ import torch
 
 from kdmesh.errors import ConfigError, Unavailable
 from kdmesh.groups.pair_group import PairGroup
-from kdmesh.handles.shm_door import ShmDoor
+from kdmesh.handles.doors.shm import ShmDoor
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers import row_pieces
 from kdmesh.rpc.teachers.client import TeacherClient

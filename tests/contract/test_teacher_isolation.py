@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from kdmesh.errors import HandleGone
-from kdmesh.handles.messages import VERSION, Op, Reply, Request, Status
-from kdmesh.handles.shm_door import ShmDoor
+from kdmesh.handles.doors.shm import ShmDoor
+from kdmesh.handles.slab.messages import VERSION, Op, Reply, Request, Status
 from kdmesh.rpc import codec
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.retry import Deadline

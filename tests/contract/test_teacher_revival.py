@@ -18,7 +18,7 @@ from kdmesh import errors
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.pool import TeacherPool
-from kdmesh.serving.revival import RestartLimits
+from kdmesh.serving.engine.revival import RestartLimits
 from kdmesh.types import EVERY_TAG
 from kdmesh_teacher.config import FakeEngine
 from tests.support.teacher_engines import MortalEngine

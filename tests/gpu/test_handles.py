@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.handles import register
-from kdmesh.handles.memory import create_segment
+from kdmesh.handles.slab.memory import create_segment
 
 pytestmark = pytest.mark.gpu
 

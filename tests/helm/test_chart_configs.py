@@ -14,8 +14,8 @@ import yaml
 from kdmesh import config
 from kdmesh.auth.config import AccessConfig
 from kdmesh.preflight import check
-from kdmesh.serving.job_config import JobTerms
-from kdmesh.serving.job_file import JobFile
+from kdmesh.serving.jobs.config import JobTerms
+from kdmesh.serving.jobs.file import JobFile
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig, TeacherJobTerms
 from kdmesh_teacher.sglang.config import SglangEngine

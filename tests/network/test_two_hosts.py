@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kdmesh.auth.config import ClientTlsConfig
-from kdmesh.handles.rdma_agent import UNSAFE_VALUE, UNSAFE_VARIABLE
+from kdmesh.handles.rdma.agent import UNSAFE_VALUE, UNSAFE_VARIABLE
 from tests.support import two_hosts
 from tests.support.certificates import CertificateAuthority
 from tests.support.far_client import ACCESS_VARIABLE

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from kdmesh.handles.rdma_agent import UNSAFE_VALUE, UNSAFE_VARIABLE
+from kdmesh.handles.rdma.agent import UNSAFE_VALUE, UNSAFE_VARIABLE
 
 
 @pytest.fixture(autouse=True)

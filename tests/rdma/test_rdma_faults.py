@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from kdmesh.errors import HandleGone, Unavailable
-from kdmesh.handles.rdma_agent import RemoteMemory
-from kdmesh.handles.rdma_buffers import Graveyard
-from kdmesh.handles.rdma_door import RdmaDoor, ServerCalls
-from kdmesh.handles.rdma_memory import RdmaMemory
-from kdmesh.handles.store import SlabStore
+from kdmesh.handles.doors.rdma import RdmaDoor, ServerCalls
+from kdmesh.handles.rdma.agent import RemoteMemory
+from kdmesh.handles.rdma.buffers import Graveyard
+from kdmesh.handles.rdma.memory import RdmaMemory
+from kdmesh.handles.slab.store import SlabStore
 from kdmesh.types import Handle
 from tests.support.handles_consumer import digest, until
 from tests.support.handles_slab import answer, slab, states

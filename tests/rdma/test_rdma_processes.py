@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from kdmesh.errors import ConfigError, Unavailable
-from kdmesh.handles.rdma_agent import UNSAFE_VARIABLE, Agent
-from kdmesh.handles.rdma_buffers import Graveyard
-from kdmesh.handles.rdma_door import RdmaDoor
+from kdmesh.handles.doors.rdma import RdmaDoor
+from kdmesh.handles.rdma.agent import UNSAFE_VARIABLE, Agent
+from kdmesh.handles.rdma.buffers import Graveyard
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.pool import TeacherPool
@@ -153,7 +153,7 @@ def test_reader_that_is_killed_disturbs_no_other_and_keeps_no_slot(tmp_path: Pat
 
 STUCK = """
 import asyncio, os, signal, sys
-from kdmesh.handles.rdma_agent import Agent
+from kdmesh.handles.rdma.agent import Agent
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from tests.support.teacher_requests import sequence
@@ -246,7 +246,7 @@ def test_auto_goes_on_by_stream_when_rdma_breaks_for_good(tmp_path: Path, monkey
 
 LEAVING = """
 import asyncio, sys
-from kdmesh.handles.rdma_agent import Agent
+from kdmesh.handles.rdma.agent import Agent
 from kdmesh.rpc.teachers.client import TeacherClient
 
 async def connect():

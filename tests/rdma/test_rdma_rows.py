@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 
-from kdmesh.handles.rdma_door import RdmaDoor
+from kdmesh.handles.doors.rdma import RdmaDoor
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.doors import DoorChoice
 from tests.support.teacher_requests import expected_rows, sequence

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kdmesh.errors import RpcError
-from kdmesh.handles.runtime_dir import runtime_dir
+from kdmesh.handles.slab.runtime_dir import runtime_dir
 from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.sequences import random_sequences
 from tests.support.sglang_teachers import sglang_environment, sglang_teacher, starting

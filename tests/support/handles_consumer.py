@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from kdmesh import errors
-from kdmesh.handles import shm_door
-from kdmesh.handles.shm_door import ShmDoor
+from kdmesh.handles.doors import shm as shm_door
+from kdmesh.handles.doors.shm import ShmDoor
 from kdmesh.types import DType, Handle
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from kdmesh.handles.limits import SlabLimits
-from kdmesh.handles.memory import SegmentWriter
-from kdmesh.handles.store import SlabStore
+from kdmesh.handles.slab.limits import SlabLimits
+from kdmesh.handles.slab.memory import SegmentWriter
+from kdmesh.handles.slab.store import SlabStore
 from kdmesh.types import DType, Handle
 from tests.support.handles_consumer import digest
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from kdmesh.errors import EngineFailure
-from kdmesh.serving.revival import RestartLimits
+from kdmesh.serving.engine.revival import RestartLimits
 from kdmesh_rollout.config import FakeEngine as FakeEngineConfig
 from kdmesh_rollout.engine import Finished
 from kdmesh_rollout.fake_engine import FakeEngine

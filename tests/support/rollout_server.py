@@ -14,7 +14,7 @@ import yaml
 
 from kdmesh.rpc.rollouts.client import RolloutClient
 from kdmesh.serving.addresses import Addresses
-from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.engine.thread import EngineThread
 from kdmesh_rollout.config import FakeEngine, RolloutConfig
 from kdmesh_rollout.lifecycle import serve
 from tests.support.rollout_engines import ControlledEngine

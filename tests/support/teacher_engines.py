@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Sequence, Set
 
 from kdmesh.errors import EngineFailure, KdmeshError
-from kdmesh.handles.memory import Segment
-from kdmesh.serving.revival import RestartLimits
+from kdmesh.handles.slab.memory import Segment
+from kdmesh.serving.engine.revival import RestartLimits
 from kdmesh.types import SleepTag
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
 from kdmesh_teacher.engine import PrefillJob

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import yaml
 
-from kdmesh.handles import named_memory
+from kdmesh.handles.slab import named_memory
 from tests.support.copies import Copy
 from tests.support.teacher_server import teacher_config
 

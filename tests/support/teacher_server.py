@@ -14,7 +14,7 @@ import httpx
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.doors import DoorChoice
 from kdmesh.serving.addresses import Addresses
-from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.engine.thread import EngineThread
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
 from kdmesh_teacher.engine import Engine
 from kdmesh_teacher.lifecycle import serve

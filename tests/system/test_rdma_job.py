@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdmesh.handles.rdma_agent import UNSAFE_VALUE, UNSAFE_VARIABLE
+from kdmesh.handles.rdma.agent import UNSAFE_VALUE, UNSAFE_VARIABLE
 from tests.system.conftest import Materials, Undisturbed
 from tests.system.processes import Processes
 from tests.system.teachers import Teacher

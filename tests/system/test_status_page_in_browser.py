@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from kdmesh.serving import rest
-from kdmesh.serving.fair_queue import FairQueue
-from kdmesh.serving.gate import Gate
-from kdmesh.serving.job_config import JobTerms
-from kdmesh.serving.job_state import Holdings, job_states
-from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.status import SlabStatus, Working
-from kdmesh.serving.status_routes import add_status_routes
+from kdmesh.serving.engine.gate import Gate
+from kdmesh.serving.http import rest
+from kdmesh.serving.http.status import SlabStatus, Working
+from kdmesh.serving.http.status_routes import add_status_routes
+from kdmesh.serving.jobs.config import JobTerms
+from kdmesh.serving.jobs.fair_queue import FairQueue
+from kdmesh.serving.jobs.state import Holdings, job_states
+from kdmesh.serving.jobs.table import JobTable
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

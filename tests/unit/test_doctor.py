@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from kdmesh.commands import cli
 from kdmesh.doctor import command, devices, kernel, limits, software
 from kdmesh.doctor.finding import Finding, ok
-from kdmesh.handles.memory import Segment
+from kdmesh.handles.slab.memory import Segment
 from kdmesh.launch import local
 
 
@@ -50,7 +50,7 @@ def test_memory_that_can_be_written_all_the_same_is_no_sealed_memory(monkeypatch
     made = kernel.create_segment
 
     def unsealed(size_bytes: int) -> Segment:
-        monkeypatch.setattr("kdmesh.handles.memory._SEALS", 0)
+        monkeypatch.setattr("kdmesh.handles.slab.memory._SEALS", 0)
         return made(size_bytes)
 
     monkeypatch.setattr(kernel, "create_segment", unsealed)

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kdmesh.serving.fair_queue import FairQueue, Standing
+from kdmesh.serving.jobs.fair_queue import FairQueue, Standing
 
 QUANTUM = 16
 BATCH = 100

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import pytest
 
 from kdmesh.errors import ConfigError, HandleGone
-from kdmesh.handles.ledger import Ledger
-from kdmesh.handles.limits import SlabLimits
-from kdmesh.handles.reports import SlotState
+from kdmesh.handles.slab.ledger import Ledger
+from kdmesh.handles.slab.limits import SlabLimits
+from kdmesh.handles.slab.reports import SlotState
 from kdmesh.types import DType, Handle
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kdmesh.errors import HandleGone
-from kdmesh.handles.ledger import Ledger
-from kdmesh.handles.limits import SlabLimits
-from kdmesh.handles.reports import SlotState
+from kdmesh.handles.slab.ledger import Ledger
+from kdmesh.handles.slab.limits import SlabLimits
+from kdmesh.handles.slab.reports import SlotState
 from kdmesh.types import DType, Handle
 
 LIMITS = SlabLimits(slots=3, slot_bytes=1, slots_per_session=2, lease_s=10, claim_s=4, max_abandoned=1)

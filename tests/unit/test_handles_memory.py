@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from kdmesh.errors import EngineFailure
-from kdmesh.handles import memory
-from kdmesh.handles.memory import Segment, create_segment, create_segment_in_thread, map_readonly
+from kdmesh.handles.slab import memory
+from kdmesh.handles.slab.memory import Segment, create_segment, create_segment_in_thread, map_readonly
 from tests.support.descriptors import nothing_left_open
 
 SIZE = 8 * mmap.PAGESIZE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdmesh.handles.messages import RECEIVE_BYTES, Op, Reply, Request, Status
+from kdmesh.handles.slab.messages import RECEIVE_BYTES, Op, Reply, Request, Status
 
 U32 = st.integers(0, 2**32 - 1)
 SECRET = st.binary(min_size=16, max_size=16)

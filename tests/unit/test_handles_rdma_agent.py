@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kdmesh.errors import ConfigError, Unavailable
-from kdmesh.handles import rdma_agent
-from kdmesh.handles.rdma_agent import Agent, OwnMemory, RemoteMemory, Transfer
+from kdmesh.handles.rdma import agent as rdma_agent
+from kdmesh.handles.rdma.agent import Agent, OwnMemory, RemoteMemory, Transfer
 
 OWN = OwnMemory(address=4096, size_bytes=100, registration="registration")
 REMOTE = RemoteMemory(agent="server", metadata=b"metadata", address=8192, size_bytes=100)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from kdmesh.errors import ConfigError, EngineFailure, HandleGone, Unavailable
-from kdmesh.handles import rdma_door
-from kdmesh.handles.rdma_agent import (
+from kdmesh.handles.doors import rdma as rdma_door
+from kdmesh.handles.doors.rdma import RdmaDoor, ServerCalls
+from kdmesh.handles.rdma.agent import (
     UNSAFE_VALUE,
     UNSAFE_VARIABLE,
     Agent,
@@ -24,8 +25,7 @@ from kdmesh.handles.rdma_agent import (
     Transfer,
     check_transports,
 )
-from kdmesh.handles.rdma_buffers import Graveyard
-from kdmesh.handles.rdma_door import RdmaDoor, ServerCalls
+from kdmesh.handles.rdma.buffers import Graveyard
 from kdmesh.types import DType, Handle
 from tests.support.handles_consumer import until
 

@@ -13,14 +13,14 @@ from typing import IO
 
 import pytest
 
-from kdmesh.handles import named_memory
-from kdmesh.handles.runtime_dir import runtime_dir
+from kdmesh.handles.slab import named_memory
+from kdmesh.handles.slab.runtime_dir import runtime_dir
 
 _HOLD = """
 import sys
 from pathlib import Path
-from kdmesh.handles import named_memory
-from kdmesh.handles.runtime_dir import runtime_dir
+from kdmesh.handles.slab import named_memory
+from kdmesh.handles.slab.runtime_dir import runtime_dir
 with runtime_dir(None) as directory:
     named_memory.note(directory.path, map(Path, sys.argv[1:]))
     print(directory.path, flush=True)

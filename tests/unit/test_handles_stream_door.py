@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kdmesh.errors import EngineFailure, HandleGone, Unavailable
-from kdmesh.handles.door import Door
-from kdmesh.handles.stream_door import StreamDoor
+from kdmesh.handles.doors.door import Door
+from kdmesh.handles.doors.stream import StreamDoor
 from kdmesh.types import DType, Handle
 
 

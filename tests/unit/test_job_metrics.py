@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from prometheus_client import generate_latest
 
-from kdmesh.serving.fair_queue import FairQueue
-from kdmesh.serving.job_config import JobTerms
-from kdmesh.serving.job_families import job_families
-from kdmesh.serving.job_metrics import MAX_JOBS, JobMetrics
-from kdmesh.serving.job_state import Holdings, job_states
-from kdmesh.serving.job_table import FORGET_S, JobTable, Shortage
+from kdmesh.serving.jobs.config import JobTerms
+from kdmesh.serving.jobs.fair_queue import FairQueue
+from kdmesh.serving.jobs.families import job_families
+from kdmesh.serving.jobs.metrics import MAX_JOBS, JobMetrics
+from kdmesh.serving.jobs.state import Holdings, job_states
+from kdmesh.serving.jobs.table import FORGET_S, JobTable, Shortage
 
 
 class Clock:

@@ -9,10 +9,10 @@ import pytest
 
 from kdmesh.config import load
 from kdmesh.errors import ConfigError
-from kdmesh.serving.job_config import JobTerms
-from kdmesh.serving.job_table import FORGET_S, JobTable, Shortage
+from kdmesh.serving.jobs.config import JobTerms
+from kdmesh.serving.jobs.table import FORGET_S, JobTable, Shortage
+from kdmesh.serving.jobs.waiting_line import WaitingLine
 from kdmesh.serving.rate import DecayingRate, TokenBucket
-from kdmesh.serving.waiting_line import WaitingLine
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 

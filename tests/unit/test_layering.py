@@ -69,8 +69,12 @@ LAYER = {
     "kdmesh.preflight": 4,
 }
 STRANGERS = [("kdmesh.rpc", "kdmesh.losses"), ("kdmesh.losses", "kdmesh.rpc")]
-# Package of kdmesh.rpc -> those of kdmesh.rpc's packages that it may know.
-WITHIN_RPC: dict[str, set[str]] = {"fleet": set(), "weights": set(), "teachers": {"fleet"}, "rollouts": {"fleet"}}
+# Packages of packages -> those of their packages that each may know. What lies beside them may know all of them.
+WITHIN: dict[str, dict[str, set[str]]] = {
+    "kdmesh.handles": {"slab": set(), "rdma": {"slab"}, "doors": {"rdma", "slab"}},
+    "kdmesh.rpc": {"fleet": set(), "weights": set(), "teachers": {"fleet"}, "rollouts": {"fleet"}},
+    "kdmesh.serving": {"engine": set(), "jobs": set(), "http": {"engine", "jobs"}},
+}
 # What one hands to the other all the same: a value without behaviour of its own.
 SHARED = {"kdmesh.losses.head.OutputHead"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc"}
@@ -181,14 +185,15 @@ def test_strangers_stay_strangers(one: str, other: str) -> None:
             assert not reached - SHARED, module.name
 
 
-def test_the_packages_of_rpc_know_each_other_in_one_direction() -> None:
-    packages = {path.parent.name for path in (PACKAGES["kdmesh"] / "rpc").glob("*/__init__.py")}
-    assert packages == set(WITHIN_RPC)
+@pytest.mark.parametrize("unit", WITHIN)
+def test_packages_of_a_package_know_each_other_in_one_direction(unit: str) -> None:
+    packages = {path.parent.name for path in (PACKAGES["kdmesh"] / unit.split(".")[1]).glob("*/__init__.py")}
+    assert packages == set(WITHIN[unit])
     for module in modules():
-        if module.name.startswith("kdmesh.rpc."):
-            inside = module.name.split(".")[2]
-            reached = {dotted.split(".")[2] for dotted in imports(module) if ours(dotted) == "kdmesh.rpc"} & packages
-            assert reached - {inside} <= WITHIN_RPC.get(inside, set()), module.name
+        inside = module.name.split(".")[2:3]
+        if module.unit == unit and inside and inside[0] in packages:
+            reached = {dotted.split(".")[2] for dotted in imports(module) if ours(dotted) == unit} & packages
+            assert reached - set(inside) <= WITHIN[unit][inside[0]], module.name
 
 
 def test_grpc_is_known_only_to_rpc_and_servicers() -> None:

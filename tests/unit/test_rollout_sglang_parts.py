@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kdmesh.errors import ModelMismatch
-from kdmesh.handles.memory import create_segment
+from kdmesh.handles.slab.memory import create_segment
 from kdmesh.models.checkpoint import open_checkpoint
 from kdmesh.models.fingerprint import named_weights
 from kdmesh.sglang.file_names import file_tensors, names_in_files

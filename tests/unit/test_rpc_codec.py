@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdmesh.errors import InvalidRequest, Unavailable
-from kdmesh.handles.rdma_agent import RemoteMemory
+from kdmesh.handles.rdma.agent import RemoteMemory
 from kdmesh.rpc import codec
 from kdmesh.types import DType, Handle, HeadSpec, ModelDescription, TokenSequence
 from kdmesh.v1 import common_pb2

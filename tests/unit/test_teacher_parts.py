@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kdmesh.errors import EngineFailure
-from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.serving.engine.thread import EngineThread
 from kdmesh.serving.throughput import Throughput
 from kdmesh.types import DType
 from kdmesh_teacher import probe

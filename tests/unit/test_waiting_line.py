@@ -12,10 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kdmesh.errors import Unavailable
-from kdmesh.serving.fair_queue import FairQueue
-from kdmesh.serving.job_config import JobTerms
-from kdmesh.serving.job_table import JobTable, Shortage
-from kdmesh.serving.waiting_line import WaitingLine
+from kdmesh.serving.jobs.config import JobTerms
+from kdmesh.serving.jobs.fair_queue import FairQueue
+from kdmesh.serving.jobs.table import JobTable, Shortage
+from kdmesh.serving.jobs.waiting_line import WaitingLine
 
 BATCH, TOKENS_PER_S, REQUEST = 400, 1000.0, 40
 

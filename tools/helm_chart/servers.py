@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kdmesh.serving.job_config import JobTerms
+from kdmesh.serving.jobs.config import JobTerms
 from kdmesh_teacher.config import TeacherJobTerms
 from tools.helm_chart.sections import CaSecret, ChartModel, Objects, SecretKey, TokenSecret
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, EngineFailure, HandleGone, InvalidRequest, RpcError, Unavailable
 from kdmesh.groups.pair_group import Backend
-from kdmesh.handles.door import Door
-from kdmesh.handles.rdma_agent import RemoteMemory
+from kdmesh.handles.doors.door import Door
+from kdmesh.handles.rdma.agent import RemoteMemory
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc import codec
 from kdmesh.rpc.background_tasks import BackgroundTasks

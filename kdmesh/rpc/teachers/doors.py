@@ -11,13 +11,13 @@ from typing import Literal, TypeAlias
 
 from kdmesh.errors import ConfigError, Unavailable
 from kdmesh.groups.pair_group import Backend
-from kdmesh.handles.collective_door import CollectiveDoor, Group
-from kdmesh.handles.door import Door
-from kdmesh.handles.fp8_door import Fp8Door
-from kdmesh.handles.rdma_agent import RemoteMemory
-from kdmesh.handles.rdma_door import RdmaDoor, ServerCalls
-from kdmesh.handles.shm_door import ShmDoor
-from kdmesh.handles.stream_door import StreamDoor
+from kdmesh.handles.doors.collective import CollectiveDoor, Group
+from kdmesh.handles.doors.door import Door
+from kdmesh.handles.doors.fp8 import Fp8Door
+from kdmesh.handles.doors.rdma import RdmaDoor, ServerCalls
+from kdmesh.handles.doors.shm import ShmDoor
+from kdmesh.handles.doors.stream import StreamDoor
+from kdmesh.handles.rdma.agent import RemoteMemory
 from kdmesh.rpc import group_codec
 from kdmesh.types import Handle
 from kdmesh.v1 import teacher_pb2 as pb

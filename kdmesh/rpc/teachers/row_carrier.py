@@ -16,7 +16,7 @@ from kdmesh.errors import HandleGone, InvalidRequest, Unavailable
 from kdmesh.groups.meeting import Meeting, address_towards
 from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.groups.pair_group import Backend, PairGroup, Seat
-from kdmesh.handles.store import SlabStore
+from kdmesh.handles.slab.store import SlabStore
 from kdmesh.rpc import codec, group_codec
 from kdmesh.rpc.teachers.row_client import Client
 from kdmesh.rpc.teachers.row_group import JOIN_S

@@ -55,7 +55,7 @@ class Membership:
 
 
 class RowGroup:
-    """Belongs to the event loop that joined it; see kdmesh.handles.collective_door.Group."""
+    """Belongs to the event loop that joined it; see kdmesh.handles.doors.collective.Group."""
 
     def __init__(self, stream: _Stream, channel: PairChannel, member: Membership) -> None:
         """Use `join`."""

@@ -15,7 +15,7 @@ import torch
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import DeadlineExpired, KdmeshError, RpcError
 from kdmesh.groups.meeting import check_own_address
-from kdmesh.handles.runtime_dir import runtime_dir
+from kdmesh.handles.slab.runtime_dir import runtime_dir
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.retry import Deadline, RetryPolicy
 from kdmesh.rpc.weights.delivery import Delivery

@@ -16,7 +16,7 @@ from kdmesh.errors import EngineFailure, InvalidRequest, Unavailable
 from kdmesh.groups.meeting import Invitation, address_towards, split_address, visit
 from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.groups.pair_group import Backend, PairGroup, Seat
-from kdmesh.handles.shm_door import ShmDoor
+from kdmesh.handles.doors.shm import ShmDoor
 from kdmesh.rpc import codec
 from kdmesh.rpc.weights import codec as weight_codec
 from kdmesh.rpc.weights.offer import JOIN_S

@@ -10,7 +10,7 @@ from kdmesh.interrupt import quiet_interrupt
 with quiet_interrupt():
     from kdmesh.serving import command
     from kdmesh.serving.addresses import Addresses
-    from kdmesh.serving.engine_thread import EngineThread
+    from kdmesh.serving.engine.thread import EngineThread
     from kdmesh_rollout.config import RolloutConfig
 
 

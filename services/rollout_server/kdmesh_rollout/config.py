@@ -10,7 +10,7 @@ from pydantic import Field
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
 from kdmesh.serving.images_config import ImagesConfig
-from kdmesh.serving.job_config import JobTerms
+from kdmesh.serving.jobs.config import JobTerms
 from kdmesh.tracing.config import TracingConfig
 from kdmesh_rollout.sglang.config import SglangEngine
 

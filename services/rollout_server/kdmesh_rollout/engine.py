@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from kdmesh.serving.engine.revival import Mortal
+from kdmesh.serving.engine.sleep import Sleeper
 from kdmesh.serving.images import Vision
-from kdmesh.serving.revival import Mortal
-from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, Int32Array, PlacedImage, Sample, Sampling
 from kdmesh.weights.target import WeightTarget
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdmesh.rpc.weights.updates import WeightUpdates
+from kdmesh.serving.engine.sleep import Sleep
+from kdmesh.serving.engine.updating import Updating
+from kdmesh.serving.http.status import Working
 from kdmesh.serving.images import ImageStore
-from kdmesh.serving.job_config import JobTerms
-from kdmesh.serving.job_state import JobState, job_states
-from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.sleep import Sleep
-from kdmesh.serving.status import Working
-from kdmesh.serving.updating import Updating
+from kdmesh.serving.jobs.config import JobTerms
+from kdmesh.serving.jobs.state import JobState, job_states
+from kdmesh.serving.jobs.table import JobTable
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout.scheduler import Scheduler
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from kdmesh.serving.gate import Gate
+from kdmesh.serving.engine.gate import Gate
 from kdmesh_rollout.parts import Parts
 
 Json = dict[str, Any]

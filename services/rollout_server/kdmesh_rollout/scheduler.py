@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kdmesh.errors import EngineFailure, RpcError, Unavailable, Withdrawn
-from kdmesh.serving.engine_thread import EngineThread
-from kdmesh.serving.fair_queue import FairQueue
-from kdmesh.serving.job_config import JobTerms
-from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.waiting_line import WaitingLine
+from kdmesh.serving.engine.thread import EngineThread
+from kdmesh.serving.jobs.config import JobTerms
+from kdmesh.serving.jobs.fair_queue import FairQueue
+from kdmesh.serving.jobs.table import JobTable
+from kdmesh.serving.jobs.waiting_line import WaitingLine
 from kdmesh.weights.manifest import Manifest, UpdatePolicy
 from kdmesh_rollout.engine import Engine, EngineDescription, Finished, Order
 from kdmesh_rollout.metrics import Metrics

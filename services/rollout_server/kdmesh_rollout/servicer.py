@@ -19,9 +19,9 @@ from kdmesh.rpc import codec, failure
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
 from kdmesh.rpc.rollouts import codec as rollout_codec
-from kdmesh.serving import sleep_rpcs
-from kdmesh.serving.gate import Gate
-from kdmesh.serving.job_table import check_name
+from kdmesh.serving.engine import sleep_rpcs
+from kdmesh.serving.engine.gate import Gate
+from kdmesh.serving.jobs.table import check_name
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.tracing import spans
 from kdmesh.v1 import common_pb2, weights_pb2

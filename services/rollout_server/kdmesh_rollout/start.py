@@ -10,14 +10,14 @@ from functools import partial
 
 from kdmesh.models.placement import gpu
 from kdmesh.rpc.weights.updates import WeightUpdates
-from kdmesh.serving.engine_thread import EngineThread
-from kdmesh.serving.gate import Gate
+from kdmesh.serving.engine.gate import Gate
+from kdmesh.serving.engine.revival import Revival
+from kdmesh.serving.engine.sleep import Sleep, WorkAndUpdates
+from kdmesh.serving.engine.thread import EngineThread
+from kdmesh.serving.engine.updating import Updating
 from kdmesh.serving.images import ImageStore
-from kdmesh.serving.job_config import JobTerms
-from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.revival import Revival
-from kdmesh.serving.sleep import Sleep, WorkAndUpdates
-from kdmesh.serving.updating import Updating
+from kdmesh.serving.jobs.config import JobTerms
+from kdmesh.serving.jobs.table import JobTable
 from kdmesh.types import RolloutDescription
 from kdmesh_rollout import probe
 from kdmesh_rollout.config import RolloutConfig, TransformersEngine

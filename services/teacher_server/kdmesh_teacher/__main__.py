@@ -11,7 +11,7 @@ with quiet_interrupt():
     from kdmesh.allocator import keep_freed_memory
     from kdmesh.serving import command
     from kdmesh.serving.addresses import Addresses
-    from kdmesh.serving.engine_thread import EngineThread
+    from kdmesh.serving.engine.thread import EngineThread
     from kdmesh_teacher.config import TeacherConfig
 
 _KEPT_BYTES = 256 * 2**20  # for the messages of the stream door, and the engine's small tensors
@@ -30,7 +30,7 @@ def main() -> None:
 
 def run(config: TeacherConfig, thread: EngineThread, on_ready: Callable[[Addresses], None]) -> None:
     """Serve until a signal comes. Blocks."""
-    from kdmesh.handles.runtime_dir import RuntimeDir, runtime_dir
+    from kdmesh.handles.slab.runtime_dir import RuntimeDir, runtime_dir
     from kdmesh.tracing.spans import tracing
     from kdmesh_teacher.build import build_engine
     from kdmesh_teacher.lifecycle import serve

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdmesh.errors import EngineFailure, HandleGone
-from kdmesh.handles.store import SlabStore, SlotLease
+from kdmesh.handles.slab.store import SlabStore, SlotLease
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence

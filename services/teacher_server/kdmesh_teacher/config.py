@@ -11,7 +11,7 @@ from kdmesh.auth.config import is_loopback
 from kdmesh.config import StrictModel
 from kdmesh.serving.config import ListenConfig, Port
 from kdmesh.serving.images_config import ImagesConfig
-from kdmesh.serving.job_config import JobTerms
+from kdmesh.serving.jobs.config import JobTerms
 from kdmesh.tracing.config import TracingConfig
 from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.sglang.config import SglangEngine

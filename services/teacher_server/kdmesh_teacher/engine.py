@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from kdmesh.handles.memory import Segment
-from kdmesh.serving.engine_thread import EngineThread
+from kdmesh.handles.slab.memory import Segment
+from kdmesh.serving.engine.revival import Mortal
+from kdmesh.serving.engine.sleep import Sleeper
+from kdmesh.serving.engine.thread import EngineThread
 from kdmesh.serving.images import Vision
-from kdmesh.serving.revival import Mortal
-from kdmesh.serving.sleep import Sleeper
 from kdmesh.types import DType, HeadSpec, TokenSequence
 from kdmesh.weights.target import WeightTarget
 

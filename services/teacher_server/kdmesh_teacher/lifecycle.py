@@ -7,11 +7,12 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from kdmesh.serving import lifecycle, rest
+from kdmesh.serving import lifecycle
 from kdmesh.serving.addresses import Addresses
-from kdmesh.serving.engine_thread import EngineThread
-from kdmesh.serving.gate import Gate
-from kdmesh.serving.job_file import open_jobs
+from kdmesh.serving.engine.gate import Gate
+from kdmesh.serving.engine.thread import EngineThread
+from kdmesh.serving.http import rest
+from kdmesh.serving.jobs.file import open_jobs
 from kdmesh.serving.security import open_security
 from kdmesh.serving.server_families import ServerCollector
 from kdmesh.v1.teacher_pb2_grpc import add_TeacherServicer_to_server

@@ -9,10 +9,10 @@ from itertools import compress
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kdmesh.handles.reports import Snapshot
-from kdmesh.serving.job_families import job_families
-from kdmesh.serving.job_metrics import JOB, JobMetrics
-from kdmesh.serving.job_state import JobState
+from kdmesh.handles.slab.reports import Snapshot
+from kdmesh.serving.jobs.families import job_families
+from kdmesh.serving.jobs.metrics import JOB, JobMetrics
+from kdmesh.serving.jobs.state import JobState
 from kdmesh.serving.server_families import served_families
 from kdmesh.types import SleepTag, TokenSequence
 from kdmesh_teacher.cache.report import CacheState, TierState

@@ -6,14 +6,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kdmesh.handles.rdma_memory import RdmaMemory
-from kdmesh.handles.store import SlabStore
+from kdmesh.handles.rdma.memory import RdmaMemory
+from kdmesh.handles.slab.store import SlabStore
+from kdmesh.serving.engine.sleep import Sleep
+from kdmesh.serving.engine.updating import Updating
+from kdmesh.serving.http.status import SlabStatus, Working
 from kdmesh.serving.images import ImageStore
-from kdmesh.serving.job_state import Holdings, JobState, job_states
-from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.sleep import Sleep
-from kdmesh.serving.status import SlabStatus, Working
-from kdmesh.serving.updating import Updating
+from kdmesh.serving.jobs.state import Holdings, JobState, job_states
+from kdmesh.serving.jobs.table import JobTable
 from kdmesh.types import CacheAnswer, ModelDescription, TokenSequence
 from kdmesh_teacher.cache import entry_file
 from kdmesh_teacher.cache.row_cache import RowCache

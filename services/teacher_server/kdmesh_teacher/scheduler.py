@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kdmesh.errors import DeadlineExpired, EngineFailure, HandleGone, ModelMismatch, RpcError, Unavailable, Withdrawn
-from kdmesh.handles.reports import SessionEnd
-from kdmesh.handles.store import SlabStore, SlotLease
-from kdmesh.serving.fair_queue import FairQueue
-from kdmesh.serving.job_table import JobTable, Shortage
-from kdmesh.serving.waiting_line import WaitingLine
+from kdmesh.handles.slab.reports import SessionEnd
+from kdmesh.handles.slab.store import SlabStore, SlotLease
+from kdmesh.serving.jobs.fair_queue import FairQueue
+from kdmesh.serving.jobs.table import JobTable, Shortage
+from kdmesh.serving.jobs.waiting_line import WaitingLine
 from kdmesh.types import Handle, ServerLoad, TokenSequence
 from kdmesh.weights.manifest import Manifest
 from kdmesh_teacher import admission, shortages

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdmesh.errors import ConfigError, Unavailable
-from kdmesh.handles.shared import Matrix, Shape
-from kdmesh.handles.store import SlabStore
+from kdmesh.handles.slab.shared import Matrix, Shape
+from kdmesh.handles.slab.store import SlabStore
 from kdmesh.types import Handle
 from kdmesh_teacher.engine import EngineDescription, HeadParts
 

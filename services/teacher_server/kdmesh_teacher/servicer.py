@@ -15,16 +15,16 @@ from urllib.parse import unquote
 import grpc
 
 from kdmesh.errors import EngineFailure, HandleGone, InvalidRequest, ModelMismatch, RpcError
-from kdmesh.handles.store import SlabStore
+from kdmesh.handles.slab.store import SlabStore
 from kdmesh.images import ImagesMissing
 from kdmesh.rpc import codec, failure
 from kdmesh.rpc.caller import caller_name
 from kdmesh.rpc.reply_stream import ReplyStream
 from kdmesh.rpc.teachers import raw_chunk, row_chunks
 from kdmesh.rpc.teachers.row_client import Client
-from kdmesh.serving import sleep_rpcs
-from kdmesh.serving.gate import Gate
-from kdmesh.serving.job_table import check_name
+from kdmesh.serving.engine import sleep_rpcs
+from kdmesh.serving.engine.gate import Gate
+from kdmesh.serving.jobs.table import check_name
 from kdmesh.serving.outstanding import Outstanding
 from kdmesh.tracing import spans
 from kdmesh.v1 import common_pb2, weights_pb2

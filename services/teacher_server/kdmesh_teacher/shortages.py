@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kdmesh.handles.reports import SlotState
-from kdmesh.handles.store import SlabStore
-from kdmesh.serving.fair_queue import FairQueue
-from kdmesh.serving.job_table import JobTable, Shortage
+from kdmesh.handles.slab.reports import SlotState
+from kdmesh.handles.slab.store import SlabStore
+from kdmesh.serving.jobs.fair_queue import FairQueue
+from kdmesh.serving.jobs.table import JobTable, Shortage
 from kdmesh_teacher.config import TeacherJobTerms
 from kdmesh_teacher.work import Work
 

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdmesh.errors import ConfigError
-from kdmesh.handles.limits import SlabLimits
-from kdmesh.handles.memory import SegmentWriter
-from kdmesh.handles.rdma_memory import RdmaMemory
-from kdmesh.handles.store import SlabStore
-from kdmesh.serving.engine_thread import EngineThread
-from kdmesh.serving.gate import Gate
+from kdmesh.handles.rdma.memory import RdmaMemory
+from kdmesh.handles.slab.limits import SlabLimits
+from kdmesh.handles.slab.memory import SegmentWriter
+from kdmesh.handles.slab.store import SlabStore
+from kdmesh.serving.engine.gate import Gate
+from kdmesh.serving.engine.revival import Revival
+from kdmesh.serving.engine.sleep import Sleep, WorkAndUpdates
+from kdmesh.serving.engine.thread import EngineThread
+from kdmesh.serving.engine.updating import Updating
 from kdmesh.serving.images import ImageStore
-from kdmesh.serving.job_table import JobTable
-from kdmesh.serving.revival import Revival
-from kdmesh.serving.sleep import Sleep, WorkAndUpdates
-from kdmesh.serving.updating import Updating
+from kdmesh.serving.jobs.table import JobTable
 from kdmesh.types import ModelDescription
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_teacher import probe

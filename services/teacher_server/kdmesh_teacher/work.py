@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import compress, groupby
 
-from kdmesh.handles.store import SlotLease
+from kdmesh.handles.slab.store import SlotLease
 from kdmesh.types import Handle, TokenSequence
 from kdmesh_teacher.cache.row_cache import Found
 from kdmesh_teacher.engine import PrefillJob

@@ -17,7 +17,7 @@ from kdmesh.models.fingerprint import architecture_fingerprint
 from kdmesh.models.head import head_spec, output_head
 from kdmesh.models.images.reader import ImageReader, load_image_reader
 from kdmesh.models.tokenizer import load_tokenizer
-from kdmesh.serving.revival import RestartLimits
+from kdmesh.serving.engine.revival import RestartLimits
 from kdmesh.sglang import sleep
 from kdmesh.sglang.arguments import has_deterministic_inference
 from kdmesh.sglang.runtime import SglangRuntime, restart_limits

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import assert_never
 
 from kdmesh.errors import ConfigError
-from kdmesh.handles.memory import require_available
+from kdmesh.handles.slab.memory import require_available
 from kdmesh_teacher import config
 from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.cache.directory import RowDirectory, opened

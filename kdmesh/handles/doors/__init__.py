@@ -1,0 +1,1 @@
+"""The ways in which a consumer gets at the bytes of a handle."""

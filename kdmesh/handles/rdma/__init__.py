@@ -1,0 +1,1 @@
+"""NIXL on either side of the RDMA door."""

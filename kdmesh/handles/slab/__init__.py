@@ -1,0 +1,1 @@
+"""Shared memory that a server lends to processes of its node."""

@@ -1,0 +1,1 @@
+"""The engine of a server: its thread, its sleep, its revival."""

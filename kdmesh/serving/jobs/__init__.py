@@ -1,0 +1,1 @@
+"""The jobs that share a server, and their requests that wait."""
