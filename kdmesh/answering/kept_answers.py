@@ -17,13 +17,12 @@ from kdmesh.file_lock import lock
 from kdmesh.weights import digests
 
 _DIGEST = "digest"
-_OLDER = {"prompt", "rows", "counts"}  # all that a line had before there were digests
 
 
 class KeptAnswers:
     """A file beside the dataset: what was asked, then a line for each prompt that is done, in the order they were.
 
-    Each such line has a digest of its own; those of files that are older than digests have none, and are believed.
+    Each such line has a digest of its own.
     """
 
     def __init__(self, path: Path, file: FileIO) -> None:
@@ -153,14 +152,13 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     """What `add` wrote; None: it is something else by now."""
     try:
         entry = dict(json.loads(line))
-        digest = entry.pop(_DIGEST, None)
+        digest = entry.pop(_DIGEST)
         number, rows = entry["prompt"], entry["rows"]
         Counts() + Counts(**entry["counts"])
-        is_known = digest == _digest(entry) if digest is not None else entry.keys() == _OLDER
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     is_whole = isinstance(number, int) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    return entry if is_known and is_whole else None
+    return entry if digest == _digest(entry) and is_whole else None
 
 
 def _digest(entry: Mapping[str, Any]) -> str:

@@ -71,16 +71,13 @@ def test_a_damaged_line_costs_its_own_prompt_and_no_other(tmp_path: Path, writte
     assert [json.loads(line)["n"] for line in output.read_text().splitlines()] == [0, 4, 2]
 
 
-def test_answers_that_were_kept_before_there_were_digests_are_gone_on_with(tmp_path: Path) -> None:
+def test_an_answer_without_a_digest_is_damaged(tmp_path: Path) -> None:
     output = tmp_path / "a.jsonl"
     kept_lines = ({"seed": 0}, {"prompt": 1, "rows": [{"n": 1}], "counts": {"cut_off": 2}})
     (tmp_path / "a.jsonl.part").write_text("".join(json.dumps(line) + "\n" for line in kept_lines))
     with kept_answers(output) as kept:
         kept.resume({"seed": 0})
-        assert (kept.prompts, kept.damaged, kept.counts.cut_off) == (1, 0, 2)
-        kept.add(0, [{"n": 0}], Counts())
-        kept.publish(output)
-    assert [json.loads(line)["n"] for line in output.read_text().splitlines()] == [0, 1]
+        assert (kept.prompts, kept.damaged, kept.counts.cut_off) == (0, 1, 0)
 
 
 def test_answers_that_are_damaged_after_they_were_counted_are_not_published(tmp_path: Path) -> None:

@@ -51,24 +51,18 @@ def test_a_checkpoint_belongs_to_what_was_rounded_and_how() -> None:
     assert "student.quantization" not in identity_of()
 
 
-def test_a_run_begun_before_adapters_could_be_scaled_otherwise_goes_on() -> None:
-    assert "use_rslora" not in lora_of()
-    assert "use_rslora" not in lora_of(use_rslora=False)
+def test_a_checkpoint_belongs_to_an_adapter_of_the_same_scale_and_base() -> None:
+    assert lora_of() == lora_of(use_rslora=False, base="full")
     assert lora_of(use_rslora=True)["use_rslora"] is True
-
-
-def test_a_run_begun_before_bases_could_be_small_goes_on_and_with_the_same_base_alone() -> None:
-    assert "base" not in lora_of()
-    assert "base" not in lora_of(base="full")
     assert lora_of(base="nf4")["base"] == "nf4"
 
 
-def test_a_run_begun_before_layers_could_be_compared_goes_on_and_with_the_same_pairs_alone() -> None:
+def test_a_checkpoint_belongs_to_pairs_of_layers_in_any_order() -> None:
     def objective_of(**keys: Any) -> str:
         told = {"objective": {"name": "distill", **keys}, "teacher": {"addresses": ["localhost:1"]}}
         return identity_of_run(**told)["objective"]
 
-    assert "layers" not in json.loads(objective_of())
+    assert json.loads(objective_of())["layers"] is None
     one, same, other = (
         objective_of(layers={"pairs": pairs, "weight": 1}) for pairs in ({1: 2, 3: 4}, {3: 4, 1: 2}, {1: 2, 3: 5})
     )

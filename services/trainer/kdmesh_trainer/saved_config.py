@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdmesh.config import StrictModel
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.config import TrainerConfig
 
@@ -82,22 +83,15 @@ def unreadable(checkpoint: Path, why: str) -> CheckpointError:
 
 def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
     """What a checkpoint can only be continued with, by configuration key: as far as the configuration says it."""
-    objective = cfg.objective.model_dump(mode="json")
-    if cfg.layers is None:
-        objective.pop("layers", None)  # runs begun before there was this key go on
     identity = {
-        "objective": json.dumps(objective, sort_keys=True),
+        "objective": _as_text(cfg.objective),
         "batch.sequences": str(cfg.batch.sequences),
         "seed": str(cfg.seed),
     }
     if cfg.student.lora is not None:
-        lora = cfg.student.lora.model_dump(mode="json")
-        for key, default in (("use_rslora", False), ("base", "full")):
-            if lora[key] == default:
-                del lora[key]  # runs begun before there was this key go on
-        identity["student.lora"] = json.dumps(lora, sort_keys=True)
+        identity["student.lora"] = _as_text(cfg.student.lora)
     if cfg.student.quantization is not None:
-        identity["student.quantization"] = json.dumps(cfg.student.quantization.model_dump(mode="json"), sort_keys=True)
+        identity["student.quantization"] = _as_text(cfg.student.quantization)
     if cfg.student.freeze:
         identity["student.freeze"] = ", ".join(sorted(cfg.student.freeze))
     if cfg.student.freeze_vision:
@@ -107,6 +101,10 @@ def configured_identity(cfg: TrainerConfig) -> dict[str, str]:
     if cfg.optimizer.moments != "float32":
         identity["optimizer.moments"] = cfg.optimizer.moments
     return identity
+
+
+def _as_text(section: StrictModel) -> str:
+    return json.dumps(section.model_dump(mode="json"), sort_keys=True)
 
 
 def refuse_other_configuration(cfg: TrainerConfig) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -51,6 +52,12 @@ from kdmesh_trainer.sources.sampler import ReadResponse, Sampler
 from kdmesh_trainer.sources.show import Showcase
 from kdmesh_trainer.student.model import Student
 
+_MAY_CHANGE: dict[str, Any] = {
+    **dict.fromkeys(("rollouts", "too_long", "colocated", "early_rows_mib", "overlap_tokens", "show_every"), True),
+    "environment": {"deadline_s", "max_calls"},
+}
+"""Keys of `source` in which a run that goes on may differ."""
+
 _JUDGED_PROMPTS = 1000  # enough to know how much two tokenizers have in common
 
 
@@ -76,18 +83,7 @@ class Task:
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint can only be continued with, by configuration key."""
-        shown = {"overlap_tokens", "show_every"}
-        told = self.source.model_dump(
-            mode="json", exclude={"rollouts", "too_long", "colocated", "early_rows_mib", *shown}
-        )
-        if not self.source.sampling.stop_strings:
-            del told["sampling"]["stop_strings"]  # runs begun before there was this key go on
-        if self.source.judge is None:
-            del told["judge"]
-        if self.source.environment is None:
-            del told["environment"]
-        else:
-            told["environment"] = self.source.environment.model_dump(mode="json", exclude={"deadline_s", "max_calls"})
+        told = self.source.model_dump(mode="json", exclude=_MAY_CHANGE)
         identity = {**blend_identity(self.prompts), "source": json.dumps(told, sort_keys=True)}
         identity |= {digest_key("data.train", name): facts.digest for name, facts in self.facts.items()}
         kept = {name: digest_questions(part) for name, part in parts_of(self.prompts).items()}

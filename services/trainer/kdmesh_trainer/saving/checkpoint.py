@@ -120,8 +120,6 @@ class CheckpointDirectory:
     def _refuse_damaged(self, directory: Path) -> None:
         """Every rank reads what it wrote, or on another number of ranks its share of them. Collective."""
         by_rank = self._mesh.on_first(lambda: read_seal(directory))
-        if by_rank is None:
-            return
         mine = by_rank[self._mesh.rank :: self._mesh.world_size]
         found = self._mesh.gather([damage for part in mine for damage in damages(directory, part)])
         if told := [damage for part in found for damage in part]:

@@ -27,18 +27,12 @@ def write_seal(directory: Path, by_rank: Sequence[Digests]) -> None:
     write_synced(directory / SEAL, json.dumps(by_rank, indent=1))
 
 
-def read_seal(checkpoint: Path) -> list[Digests] | None:
-    """What each rank wrote; None: the checkpoint was written before there were digests.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+def read_seal(checkpoint: Path) -> list[Digests]:
+    """What each rank wrote. Raises CheckpointError."""
     try:
-        parts = read_json(checkpoint, SEAL)
+        return [dict(part) for part in read_json(checkpoint, SEAL)]
     except FileNotFoundError:
-        return None
-    try:
-        return [dict(part) for part in parts]
+        raise unreadable(checkpoint, f"there is no {SEAL} in it") from None
     except (ValueError, TypeError):
         raise unreadable(checkpoint, f"{SEAL} does not say what it is to say") from None
 

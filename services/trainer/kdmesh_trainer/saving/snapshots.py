@@ -78,8 +78,7 @@ class ModelSnapshots:
         path = self._output / "best" / _NOTE
         try:
             note = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-            # Runs begun before this was written down go on.
-            is_alike = note.get("judged_by", self._judged_by) == self._judged_by
+            is_alike = note.get("judged_by") == self._judged_by
             return float(note[self._best]) if is_alike and self._best in note else None
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
