@@ -145,11 +145,11 @@ def test_what_a_killed_server_left_goes_when_another_one_starts(
         named = named_memory(family)
         teacher.process.kill()
         psutil.wait_procs(family, timeout=60)
-    assert list(filter(os.path.exists, named))
-    monkeypatch.setattr(tempfile, "tempdir", str(directory))  # where that server had its own
-    with runtime_dir(None) as started:
-        assert set(os.listdir(directory)) == {"teacher.yaml", started.path.name}
-    assert not list(filter(os.path.exists, named))
+        assert list(filter(os.path.exists, named))
+        monkeypatch.setattr(tempfile, "tempdir", str(directory))  # where that server had its own
+        with runtime_dir(None) as started:
+            assert set(os.listdir(directory)) == {"teacher.yaml", started.path.name}
+        assert not list(filter(os.path.exists, named))
 
 
 def test_a_server_that_is_killed_while_its_processes_load_leaves_none(tiny_models: TinyModels, directory: Path) -> None:
