@@ -14,6 +14,7 @@ from benchmarks.measure import Server, finish, say, table
 from benchmarks.shared_server import job_states, request_of, shared_server
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.session_options import SessionOptions
 
 _BATCH_TOKENS, _BATCH_S = 4096, 0.1
 _SHORTEST, _LONGEST = 64, 512  # tokens of a request
@@ -46,7 +47,7 @@ async def _run(server: Server, demands: Mapping[str, int], *, warm_up_s: float, 
     async with AsyncExitStack() as stack:
         asking = []
         for job, demand in demands.items():
-            client = await TeacherClient.connect(server.grpc, job=job, door="shm")
+            client = await TeacherClient.connect(server.grpc, SessionOptions(job=job, door="shm"))
             stack.push_async_callback(client.close)
             asking += [
                 asyncio.create_task(_ask(client, random.Random(f"{job} {number}"), waits_s[job]))

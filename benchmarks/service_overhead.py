@@ -18,6 +18,7 @@ from benchmarks.end_to_end_inputs import VOCABULARY_SIZE, prepare
 from benchmarks.measure import finish, say, server, table
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.types import TokenSequence
 from kdmesh_teacher.config import TransformersEngine as EngineConfig
 from kdmesh_teacher.engine import PrefillJob
@@ -41,7 +42,7 @@ def _sequences() -> tuple[TokenSequence, ...]:
 async def _measure(address: str, engine: TransformersEngine, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds of each call in this process, then through the service, in turn."""
     sequences = _sequences()
-    client = await TeacherClient.connect(address, job="benchmark", door="shm")
+    client = await TeacherClient.connect(address, SessionOptions(job="benchmark", door="shm"))
     size_bytes = sum(s.num_rows for s in sequences) * client.model.hidden_size * client.model.dtype.size_bytes
     out = memoryview(bytearray(size_bytes))
     inside: list[float] = []

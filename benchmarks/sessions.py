@@ -16,6 +16,7 @@ from benchmarks.measure import finish, say, table
 from benchmarks.shared_server import request_of, shared_server
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.session_options import SessionOptions
 
 _TOKENS = 16  # of a request, one row of which is asked for
 _JOBS = 20  # that the sessions belong to
@@ -54,7 +55,9 @@ async def _one_session(client: TeacherClient, load: Load, number: int, began_s: 
 async def _clients(load: Load, pipe: Connection) -> None:
     clients = []
     for number in range(load.first, load.first + load.sessions):
-        clients.append(await TeacherClient.connect(load.address, job=f"job-{number % _JOBS}", door="shm"))
+        clients.append(
+            await TeacherClient.connect(load.address, SessionOptions(job=f"job-{number % _JOBS}", door="shm"))
+        )
     for client in clients:  # each has mapped a slot
         (await client.prefill(request_of(_TOKENS), Deadline.after(60))).rows_RD.sum()
     pipe.send("connected")

@@ -24,6 +24,7 @@ from kdmesh.handles.doors.door import Door
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.doors import DoorChoice, Wire
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.types import Handle, TokenSequence
 
 BYTES = NUM_ROWS * HIDDEN_SIZE * 2
@@ -79,7 +80,7 @@ async def time_door(
     address: str, door: DoorChoice, repeats: int, access: AccessConfig = OPEN_ACCESS, wire: Wire = "exact"
 ) -> Timings:
     """Ask for `repeats` answers through one door, after some that do not count."""
-    client = await TeacherClient.connect(address, job="benchmark", door=door, access=access, wire=wire)
+    client = await TeacherClient.connect(address, SessionOptions(job="benchmark", door=door, access=access, wire=wire))
     client.door = timed = _TimedDoor(client.door)
     positions = np.arange(NUM_ROWS, dtype=np.int32)
     sequence = TokenSequence(token_ids=np.zeros(NUM_ROWS + 1, dtype=np.int32), positions=positions)

@@ -16,6 +16,7 @@ from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.rollouts.client import RolloutClient
 from kdmesh.rpc.rollouts.fleet import RolloutFleet
 from kdmesh.rpc.teachers.fleet import TeacherFleet
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.types import EVERY_TAG, DType
 from kdmesh.weights.manifest import TensorSpec
@@ -29,7 +30,7 @@ FINGERPRINT = "fa4e0000003cfloat32"  # of the fake engine
 
 
 def fleet(address: str, access: AccessConfig) -> TeacherFleet:
-    return TeacherFleet(Discovery([address]), job="label", door="stream", access=access)
+    return TeacherFleet(Discovery([address]), SessionOptions(job="label", door="stream", access=access))
 
 
 async def test_a_job_that_was_never_let_in_is_told_at_once(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ async def test_a_server_that_ends_the_stream_for_want_of_a_role_is_left_at_once(
 
 async def test_a_name_that_no_server_takes_is_told_at_once(tmp_path: Path) -> None:
     async with running_teacher(tmp_path) as teacher:
-        teachers = TeacherFleet(Discovery([teacher.addresses.grpc]), job="x" * 130, door="stream")
+        teachers = TeacherFleet(Discovery([teacher.addresses.grpc]), SessionOptions(job="x" * 130, door="stream"))
         with pytest.raises(InvalidRequest, match="has 130 characters"):
             await teachers.start(Deadline.after(60))
         await teachers.close()

@@ -16,6 +16,7 @@ from kdmesh.rpc.fleet.discovery import Discovery
 from kdmesh.rpc.fleet.routing import RoutingPolicy
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.fleet import TeacherFleet
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from tests.support.fake_cluster import FakeCluster, fake_cluster
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
@@ -50,7 +51,7 @@ def port_of(teacher: RunningTeacher) -> int:
 
 @contextlib.asynccontextmanager
 async def fleet(discovery: Discovery) -> AsyncIterator[TeacherFleet]:
-    opened = TeacherFleet(discovery, job="test", door="stream", routing=PROMPT)
+    opened = TeacherFleet(discovery, SessionOptions(job="test", door="stream"), routing=PROMPT)
     try:
         await opened.start(Deadline.after(20))
         yield opened

@@ -19,6 +19,7 @@ from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.doors import DoorChoice
 from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.serving.engine.revival import RestartLimits
 from kdmesh.types import EVERY_TAG, TokenSequence
 from kdmesh_teacher.cache.directory import RowDirectory
@@ -118,7 +119,7 @@ async def test_processes_of_an_engine_write_only_what_is_missing(tmp_path: Path)
     engine = MortalEngine(config.engine, RestartLimits(restarts=2, window_s=60))
     asked = [sequence(20 + seed, seed=seed) for seed in range(3)]
     async with served(config, engine, tmp_path) as (addresses, _, _):
-        client = await TeacherClient.connect(addresses.grpc, job="test", door="shm")
+        client = await TeacherClient.connect(addresses.grpc, SessionOptions(job="test", door="shm"))
         await ask(client, asked[0])
         engine.offsets.clear()
         await ask(client, *asked)

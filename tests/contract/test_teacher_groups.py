@@ -160,7 +160,7 @@ from tests.support.teacher_requests import sequence
 
 async def main():
     log.configure(service="test")
-    client = await TeacherClient.connect(sys.argv[1], job="other", door="collective")
+    client = await TeacherClient.connect(sys.argv[1], SessionOptions(job="other", door="collective"))
     async def stall(place, timeout_s):
         logging.getLogger("kdmesh.test").info("about to receive")
         await asyncio.Event().wait()

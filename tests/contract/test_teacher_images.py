@@ -15,6 +15,7 @@ from kdmesh.errors import EngineFailure, InvalidRequest
 from kdmesh.images import describe_image
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_teacher.config import TransformersEngine as TransformersEngineConfig
@@ -45,7 +46,7 @@ async def connected(
     assert isinstance(config.engine, TransformersEngineConfig)
     made = (engine or TransformersEngine)(config.engine)
     async with served(config, made, directory) as (addresses, _, _):
-        client = await TeacherClient.connect(addresses.grpc, job="test", door="stream")
+        client = await TeacherClient.connect(addresses.grpc, SessionOptions(job="test", door="stream"))
         try:
             yield client
         finally:

@@ -19,6 +19,7 @@ from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient, TeacherRows
 from kdmesh.rpc.teachers.doors import DoorChoice
 from kdmesh.rpc.teachers.fleet import TeacherFleet
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.types import ServerLoad
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import RunningTeacher, running_teacher
@@ -45,7 +46,7 @@ class Names:
 async def fleet(
     discovery: Discovery, *, door: DoorChoice = "stream", routing: RoutingPolicy = PROMPT, deadline_s: float = 20
 ) -> AsyncIterator[TeacherFleet]:
-    opened = TeacherFleet(discovery, job="test", door=door, routing=routing)
+    opened = TeacherFleet(discovery, SessionOptions(job="test", door=door), routing=routing)
     try:
         await opened.start(Deadline.after(deadline_s))
         yield opened
@@ -174,7 +175,9 @@ async def test_what_other_clients_have_sent_counts(tmp_path: Path) -> None:
 async def test_replies_say_what_the_server_has_to_do(tmp_path: Path) -> None:
     loads: list[ServerLoad] = []
     async with running_teacher(tmp_path) as teacher:
-        client = await TeacherClient.connect(teacher.addresses.grpc, job="test", door="stream", on_load=loads.append)
+        client = await TeacherClient.connect(
+            teacher.addresses.grpc, SessionOptions(job="test", door="stream"), on_load=loads.append
+        )
         await client.prefill([sequence(9)], Deadline.after(20))
         await client.close()
     (load,) = loads

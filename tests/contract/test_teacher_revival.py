@@ -18,6 +18,7 @@ from kdmesh import errors
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.serving.engine.revival import RestartLimits
 from kdmesh.types import EVERY_TAG
 from kdmesh_teacher.config import FakeEngine
@@ -58,7 +59,7 @@ async def mortal(directory: Path, *, restarts: int = 2, window_s: float = 60) ->
 
 @contextlib.asynccontextmanager
 async def client_of(server: Mortal) -> AsyncIterator[TeacherClient]:
-    client = await TeacherClient.connect(server.address, job="test", door="shm")
+    client = await TeacherClient.connect(server.address, SessionOptions(job="test", door="shm"))
     try:
         yield client
     finally:

@@ -17,6 +17,7 @@ from kdmesh.rpc.teachers import raw_chunk, row_chunks
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.doors import DoorChoice
 from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh_teacher.engine import HeadParts
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import num_waiting, running_teacher
@@ -100,7 +101,7 @@ async def test_fp8_rounds_the_rows_of_a_stream_and_nothing_else(
     asked = [sequence(250, seed=1)]
 
     async def ask(address: str, door: DoorChoice) -> tuple[str, torch.Tensor, torch.Tensor]:
-        client = await TeacherClient.connect(address, job="test", door=door, wire="fp8")
+        client = await TeacherClient.connect(address, SessionOptions(job="test", door=door, wire="fp8"))
         try:
             rows = await client.prefill(asked, Deadline.after(10))
             return client.door.name, rows.rows_RD, (await client.head())[0].weight_VD

@@ -18,6 +18,7 @@ from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.fleet.discovery import Discovery
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.fleet import TeacherFleet
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
 from tests.support.teacher_requests import expected_rows, sequence
@@ -198,7 +199,7 @@ async def test_reader_that_stops_reading_keeps_no_slot_past_its_session(tmp_path
             chunks = aiter(reading)
             assert len((await anext(chunks)).data) > 0
         # It goes on in a new session when it has lost its own, whose lease is as short.
-        other = TeacherFleet(Discovery([teacher.addresses.grpc]), job="other", door="stream")
+        other = TeacherFleet(Discovery([teacher.addresses.grpc]), SessionOptions(job="other", door="stream"))
         try:
             await other.start(Deadline.after(20))
             assert (

@@ -19,6 +19,7 @@ from kdmesh.models.placement import DTYPES
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.rpc.weights.services import TEACHERS
 from kdmesh.types import EVERY_TAG, TokenSequence
@@ -47,7 +48,7 @@ async def connected(model: Path, directory: Path, door: DoorChoice, **engine: An
         }
     )
     async with served(config, build_engine(config.engine), directory) as (addresses, _, _):
-        client = await TeacherClient.connect(addresses.grpc, job="test", door=door)
+        client = await TeacherClient.connect(addresses.grpc, SessionOptions(job="test", door=door))
         try:
             yield client
         finally:

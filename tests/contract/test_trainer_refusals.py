@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM
 
 from kdmesh import log
 from kdmesh_trainer import __main__ as trainer
@@ -246,4 +247,18 @@ def test_an_adapter_that_peft_refuses_is_known_before_a_server_is_waited_for(
     (outcome,) = run_job(config, "student.lora.rank=2", "teacher.deadline_s=1")
     assert outcome.exit_code == 2
     assert "student.lora.target_modules: [PEFT:PeftType.LORA] Module 'out_proj' is incompatible" in outcome.errors
+    assert "waiting for a server" not in outcome.errors
+
+
+def test_layers_that_keep_all_activations_are_known_before_a_server_is_waited_for(tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shape = GPTNeoXJapaneseConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_multiple_size=2
+    )
+    GPTNeoXJapaneseForCausalLM(shape).save_pretrained(student)
+    save_tokenizer(student)
+    config = write_config(tmp_path, student=student, teacher="127.0.0.1:9", steps=1)
+    (outcome,) = run_job(config, "student.activation_checkpointing=all", "teacher.deadline_s=1")
+    assert outcome.exit_code == 2
+    assert "layers GPTNeoXJapaneseLayer of gpt_neox_japanese keep all their activations" in outcome.errors
     assert "waiting for a server" not in outcome.errors

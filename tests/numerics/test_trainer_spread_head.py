@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from kdmesh.errors import ConfigError
+from kdmesh.models.body import empty_causal_lm
 from kdmesh.models.head import output_head
 from kdmesh_trainer.evaluate import HeldOutEvaluator
 from kdmesh_trainer.mesh import Mesh
@@ -17,6 +22,7 @@ from kdmesh_trainer.objectives.head import TeacherHead
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sections.parallel_config import Gather
 from kdmesh_trainer.student.model import Student
+from kdmesh_trainer.student.spread_head import check_head
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_parts import LocalTeacher, build_stepper, build_student, random_sequences, step_batch
 from tests.support.trainer_ranks import run_ranks
@@ -139,3 +145,22 @@ def test_weights_after_several_steps_are_those_of_a_whole_head(
             assert result["measured"][what] == expected, f"{kind}, {what}"
         for name, apart in result["apart"].items():
             assert apart < tolerance, f"{kind}: {name} is off by {apart} of what it moved"
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "words"),
+    [
+        ("qwen3", lambda lm: lm.set_output_embeddings(nn.Sequential(lm.lm_head)), "of qwen3 is a Sequential; it must"),
+        ("gemma2", lambda lm: setattr(lm.get_input_embeddings(), "max_norm", 1.0), "input embedding too, a Embedding, and only"),
+    ],
+)
+def test_a_head_that_cannot_be_spread_is_refused(
+    family: str, change: Callable[[PreTrainedModel], None], words: str, tiny_models: TinyModels
+) -> None:
+    path = tiny_models.path(family, seed=1, tie_word_embeddings=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lm = empty_causal_lm(path)
+        check_head(lm)
+        change(lm)
+        with pytest.raises(ConfigError, match=words):
+            check_head(lm)

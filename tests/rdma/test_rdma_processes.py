@@ -21,6 +21,7 @@ from kdmesh.handles.rdma.buffers import Graveyard
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from tests.support.handles_consumer import ROOT
 from tests.support.teacher_process import TeacherProcess, started, teacher_process, teacher_processes
 from tests.support.teacher_requests import expected_rows, sequence
@@ -67,7 +68,7 @@ async def test_read_from_a_killed_server_fails_and_its_buffer_is_kept(
     buried = Graveyard()
     monkeypatch.setattr(RdmaDoor, "connect", functools.partial(RdmaDoor.connect, buried=buried))
     with teacher_process(tmp_path, **WIDE) as teacher:
-        client = await TeacherClient.connect(teacher.grpc, job="test", door="rdma")
+        client = await TeacherClient.connect(teacher.grpc, SessionOptions(job="test", door="rdma"))
         when_a_read_begins(monkeypatch, signal.SIGKILL, teacher)
         with pytest.raises(Unavailable, match="RDMA"):
             await client.prefill(ASKED, Deadline.after(20))
@@ -82,7 +83,7 @@ async def test_read_from_a_stopped_server_ends_with_its_own_deadline(
     buried = Graveyard()
     monkeypatch.setattr(RdmaDoor, "connect", functools.partial(RdmaDoor.connect, read_s=0.3, buried=buried))
     with teacher_process(tmp_path, **WIDE) as teacher:
-        client = await TeacherClient.connect(teacher.grpc, job="test", door="rdma")
+        client = await TeacherClient.connect(teacher.grpc, SessionOptions(job="test", door="rdma"))
         when_a_read_begins(monkeypatch, signal.SIGSTOP, teacher)
         with pytest.raises(Unavailable, match=r"did not end within 0\.5 s"):
             await client.prefill(ASKED, Deadline.after(20))
@@ -124,7 +125,7 @@ from kdmesh.rpc.teachers.client import TeacherClient
 from tests.support.teacher_requests import sequence
 
 async def read_for_ever():
-    client = await TeacherClient.connect(sys.argv[1], job="reader", door="rdma")
+    client = await TeacherClient.connect(sys.argv[1], SessionOptions(job="reader", door="rdma"))
     while True:
         await client.prefill([sequence(250)], Deadline.after(60))
         print("read", flush=True)
@@ -159,7 +160,7 @@ from kdmesh.rpc.teachers.client import TeacherClient
 from tests.support.teacher_requests import sequence
 
 async def hang():
-    client = await TeacherClient.connect(sys.argv[1], job="reader", door="rdma")
+    client = await TeacherClient.connect(sys.argv[1], SessionOptions(job="reader", door="rdma"))
     begin = Agent.begin_read
 
     def stopped(*args, **rest):
@@ -209,7 +210,7 @@ async def test_client_refuses_other_transports_and_auto_says_why(
         (tmp_path / f"teacher-{teacher.addresses.grpc.rpartition(':')[2]}.sock").rename(tmp_path / "elsewhere")
         monkeypatch.delenv(UNSAFE_VARIABLE)
         with pytest.raises(ConfigError, match="UCX_TLS is tcp"):
-            await TeacherClient.connect(teacher.addresses.grpc, job="test", door="rdma")
+            await TeacherClient.connect(teacher.addresses.grpc, SessionOptions(job="test", door="rdma"))
         async with teacher.client(door="auto") as client:
             assert client.door.name == "stream"
             assert torch.equal(
@@ -221,7 +222,7 @@ async def test_client_refuses_other_transports_and_auto_says_why(
 async def test_client_of_a_server_without_rdma_is_told(tmp_path: Path) -> None:
     async with running_teacher(tmp_path) as teacher:
         with pytest.raises(ConfigError, match="the server has no RDMA"):
-            await TeacherClient.connect(teacher.addresses.grpc, job="test", door="rdma")
+            await TeacherClient.connect(teacher.addresses.grpc, SessionOptions(job="test", door="rdma"))
 
 
 def test_auto_goes_on_by_stream_when_rdma_breaks_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +251,7 @@ from kdmesh.handles.rdma.agent import Agent
 from kdmesh.rpc.teachers.client import TeacherClient
 
 async def connect():
-    return await TeacherClient.connect(sys.argv[1], job="reader", door="rdma")
+    return await TeacherClient.connect(sys.argv[1], SessionOptions(job="reader", door="rdma"))
 
 leave = Agent.remove_peer
 

@@ -10,6 +10,7 @@ import yaml
 
 from kdmesh.auth.config import AccessConfig
 from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from tests.support.certificates import replace
 
 JOB, OTHER, OPERATOR, VIEWER = ("token-of-a-job-1", "token-of-a-job-2", "token-of-an-operator", "token-of-a-viewer")
@@ -33,7 +34,7 @@ def access_with(token: str, directory: Path) -> AccessConfig:
 @contextlib.asynccontextmanager
 async def teacher_client(address: str, access: AccessConfig, *, job: str = "label") -> AsyncIterator[TeacherClient]:
     """A connected client that reads rows as a stream."""
-    client = await TeacherClient.connect(address, job=job, door="stream", access=access)
+    client = await TeacherClient.connect(address, SessionOptions(job=job, door="stream", access=access))
     try:
         yield client
     finally:

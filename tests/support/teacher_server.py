@@ -13,6 +13,7 @@ import httpx
 
 from kdmesh.rpc.teachers.client import TeacherClient
 from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.serving.addresses import Addresses
 from kdmesh.serving.engine.thread import EngineThread
 from kdmesh_teacher.config import FakeEngine, TeacherConfig
@@ -33,7 +34,7 @@ class RunningTeacher:
     @contextlib.asynccontextmanager
     async def client(self, *, job: str = "test", door: DoorChoice = "stream") -> AsyncIterator[TeacherClient]:
         """A connected client."""
-        client = await TeacherClient.connect(self.addresses.grpc, job=job, door=door)
+        client = await TeacherClient.connect(self.addresses.grpc, SessionOptions(job=job, door=door))
         try:
             yield client
         finally:

@@ -11,10 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
-import torch
 from torch import Tensor
 
-from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ConfigError, EngineFailure, HandleGone, InvalidRequest, RpcError, Unavailable
 from kdmesh.groups.pair_group import Backend
 from kdmesh.handles.doors.door import Door
@@ -28,9 +26,10 @@ from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.server_client import ServerClient
 from kdmesh.rpc.teachers import raw_chunk
 from kdmesh.rpc.teachers.checked_answer import checked_handle
-from kdmesh.rpc.teachers.doors import DoorChoice, Doorway, Wire, open_door
+from kdmesh.rpc.teachers.doors import Doorway, open_door
 from kdmesh.rpc.teachers.prefill_stream import PrefillStream
 from kdmesh.rpc.teachers.row_group import Membership, RowGroup
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.tracing import spans
 from kdmesh.types import CacheAnswer, Handle, ModelDescription, ServerLoad, TokenSequence
 from kdmesh.v1 import common_pb2
@@ -75,20 +74,11 @@ class TeacherClient(ServerClient):
     door_reason: str
     _stub: TeacherAsyncStub
 
-    def __init__(
-        self,
-        address: str,
-        access: AccessConfig,
-        *,
-        wire: Wire,
-        gpu: torch.device | None,
-        on_load: Callable[[ServerLoad], None],
-    ) -> None:
+    def __init__(self, address: str, options: SessionOptions, on_load: Callable[[ServerLoad], None]) -> None:
         """Use `connect`."""
-        super().__init__(address, access)
+        super().__init__(address, options.access)
+        self._options = options
         self._on_load = on_load
-        self._wire = wire
-        self._gpu = gpu
         self._stub = TeacherStub(self._channel)
         # The generated stub would parse each chunk, which copies it once more.
         self._read_handle: grpc.aio.UnaryStreamMultiCallable[pb.ReadHandleRequest, bytes] = self._channel.unary_stream(
@@ -101,44 +91,36 @@ class TeacherClient(ServerClient):
     async def connect(
         cls,
         address: str,
+        options: SessionOptions,
         *,
-        job: str,
-        door: DoorChoice,
         model_fingerprint: str = "",
-        access: AccessConfig = OPEN_ACCESS,
-        wire: Wire = "exact",
-        gpu: torch.device | None = None,
         on_load: Callable[[ServerLoad], None] = lambda load: None,
     ) -> Self:
         """Open a session. One attempt: a server that is not there or still loads is Unavailable.
 
         Args:
             address: host:port.
-            job: name of the job, for the logs and metrics of a server that asks nobody who they are.
-            door: how rows shall come.
+            options: how to get in, and how rows shall come.
             model_fingerprint: refuse a server with another model; empty accepts any.
-            access: how to get in.
-            wire: how a stream carries rows.
-            gpu: a device of this process, which rows may pass through; None where it has none.
             on_load: called with what the server has to do, whenever it says so.
 
         Raises:
             Unavailable: not reachable, loading or draining.
             ModelMismatch: another model is served there.
             Unauthenticated, PermissionDenied: the server does not let this job in.
-            ConfigError: `door` names one that does not lead to the server from here; `access` cannot be used; or
+            ConfigError: the door named does not lead to the server from here; the access cannot be used; or
                 another kind of server answers there.
             EngineFailure: something else answers there.
         """
-        client = cls(address, access, wire=wire, gpu=gpu, on_load=on_load)
+        client = cls(address, options, on_load)
         try:
-            await client._open(job, door, model_fingerprint)
+            await client._open(model_fingerprint)
         except BaseException:
             await client.close()
             raise
         return client
 
-    async def _open(self, job: str, door: DoorChoice, model_fingerprint: str) -> None:
+    async def _open(self, model_fingerprint: str) -> None:
         with our_errors(self.address, wanted="teacher server"):
             described = await self._stub.Describe(pb.DescribeRequest(), timeout=UNARY_TIMEOUT_S)
         try:
@@ -146,12 +128,13 @@ class TeacherClient(ServerClient):
         except InvalidRequest as error:
             raise EngineFailure(f"{self.address} describes an impossible model: {error}") from None
         wanted = model_fingerprint or self.model.model_fingerprint
-        opened = await self._call(self._stub.OpenSession, pb.OpenSessionRequest(job=job, model_fingerprint=wanted))
+        request = pb.OpenSessionRequest(job=self._options.job, model_fingerprint=wanted)
+        opened = await self._call(self._stub.OpenSession, request)
         self._session, self.max_requests = opened.session, opened.max_slots
         self._lease_s = opened.lease_ms / 1000
         self._closing.push_async_callback(self._close_session)
         self._closing.push_async_callback(self._tasks.close)
-        await self._open_door(door, opened)
+        await self._open_door(opened)
         self._closing.callback(self.door.close)
         self._closing.callback(self._exact.close)
         self._stream = PrefillStream(
@@ -160,17 +143,18 @@ class TeacherClient(ServerClient):
         self._closing.push_async_callback(self._stream.close)
         self._tasks.start(self._keep_alive())
 
-    async def _open_door(self, choice: DoorChoice, opened: pb.OpenSessionResponse) -> None:
+    async def _open_door(self, opened: pb.OpenSessionResponse) -> None:
+        choice = self._options.door
         way = Doorway(
             opened=opened,
             read=self._read,
-            read_fp8=partial(self._read, as_fp8=True) if self._wire == "fp8" else None,
+            read_fp8=partial(self._read, as_fp8=True) if self._options.wire == "fp8" else None,
             release=self._release,
             end=self._end,
             locate=self._locate,
             lose=self._lose,
             join=self._join_group,
-            has_gpu=self._gpu is not None,
+            has_gpu=self._options.gpu is not None,
         )
         try:
             chosen = await open_door(choice, way, address=self.address)
@@ -338,7 +322,7 @@ class TeacherClient(ServerClient):
                 address=self.address,
                 session=self._session,
                 backends=backends,
-                gpu=self._gpu,
+                gpu=self._options.gpu,
                 piece_s=self._lease_s,
                 run=self._tasks.start,
             )

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-
-from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
 from kdmesh.errors import ModelMismatch, Unavailable
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.fleet.discovery import Discovery
@@ -18,8 +15,8 @@ from kdmesh.rpc.fleet.routing import DEFAULT_ROUTING, RoutingPolicy
 from kdmesh.rpc.fleet.server_fleet import ServerFleet
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient, TeacherRows
-from kdmesh.rpc.teachers.doors import DoorChoice, Wire
 from kdmesh.rpc.teachers.needs import Needs
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.types import CacheAnswer, ModelDescription, TokenSequence
 
 log = logging.getLogger(__name__)
@@ -37,23 +34,15 @@ class TeacherFleet(ServerFleet[TeacherClient]):
     def __init__(
         self,
         discovery: Discovery,
+        options: SessionOptions,
         *,
-        job: str,
-        door: DoorChoice,
-        access: AccessConfig = OPEN_ACCESS,
         routing: RoutingPolicy = DEFAULT_ROUTING,
-        wire: Wire = "exact",
-        gpu: torch.device | None = None,
         uses_cache: bool = True,
         layers: Sequence[int] = (),
     ) -> None:
-        self._job = job
+        self._options = options
         self._layers = tuple(layers)
-        self._access = access
-        self._wire: Wire = wire
-        self._gpu = gpu
         self._uses_cache = uses_cache
-        self._door: DoorChoice = door
         self._model: ModelDescription | None = None
         self.weight_version = 0
         self._is_following = False
@@ -155,12 +144,8 @@ class TeacherFleet(ServerFleet[TeacherClient]):
     async def _connect(self, address: str) -> TeacherClient:
         client = await TeacherClient.connect(
             address,
-            job=self._job,
-            door=self._door,
+            self._options,
             model_fingerprint=self._fingerprint,
-            access=self._access,
-            wire=self._wire,
-            gpu=self._gpu,
             on_load=partial(self._replicas.note_load, address),
         )
         try:

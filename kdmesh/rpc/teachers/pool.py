@@ -22,6 +22,7 @@ from kdmesh.rpc.teachers.doors import DoorChoice, Wire
 from kdmesh.rpc.teachers.fleet import TeacherFleet
 from kdmesh.rpc.teachers.needs import Needs
 from kdmesh.rpc.teachers.pending_rows import ArrivedRows, PendingRows
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.rpc.teachers.splitting import split
 from kdmesh.types import CacheAnswer, ModelDescription, TokenSequence
 
@@ -108,18 +109,9 @@ class TeacherPool(ServerPool[TeacherFleet]):
         self._move_after_s = move_after_s
         self._layers = tuple(layers)
         self._requests = self._moved = 0
+        options = SessionOptions(job=job, door=door, access=access, wire=wire, gpu=gpu)
         super().__init__(
-            lambda: TeacherFleet(
-                Discovery(addresses),
-                job=job,
-                door=door,
-                access=access,
-                routing=routing,
-                wire=wire,
-                gpu=gpu,
-                uses_cache=uses_cache,
-                layers=layers,
-            ),
+            lambda: TeacherFleet(Discovery(addresses), options, routing=routing, uses_cache=uses_cache, layers=layers),
             deadline_s=deadline_s,
             connect_s=connect_s,
         )

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from kdmesh.errors import ConfigError, NotFinite
 from kdmesh.file_lock import claimed
 from kdmesh.models.fingerprint import model_fingerprint
-from kdmesh_trainer import config
 from kdmesh_trainer.builders.checked import Checked, check
 from kdmesh_trainer.builders.data import Data, check_fit, read_data
 from kdmesh_trainer.builders.evaluation import build_evaluator, build_examiner, digest_of_judge
@@ -25,6 +24,7 @@ from kdmesh_trainer.builders.student_length import warn_of_new_positions
 from kdmesh_trainer.builders.teacher import build_copy, build_publisher
 from kdmesh_trainer.builders.teachers import Teachers, open_teachers, refuse_no_address
 from kdmesh_trainer.builders.vision import build_packer
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.devices import ScoringPublisher
 from kdmesh_trainer.loop import Exporter, Parts, Publisher, Schedule
 from kdmesh_trainer.mesh import Mesh
@@ -51,7 +51,7 @@ from kdmesh_trainer.teacher_copy import TeacherCopy
 
 
 @contextmanager
-def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[tuple[Parts, Schedule]]:
+def built(cfg: TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[tuple[Parts, Schedule]]:
     """Everything the loop talks to, for as long as the context lasts, and when things happen. Collective.
 
     Raises:
@@ -173,7 +173,7 @@ def built(cfg: config.TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Ite
             raise
 
 
-def _teachers(cfg: config.TrainerConfig, checked: Checked, data: Data, mesh: Mesh, stack: ExitStack) -> Teachers | None:
+def _teachers(cfg: TrainerConfig, checked: Checked, data: Data, mesh: Mesh, stack: ExitStack) -> Teachers | None:
     """Open, and fit for the data."""
     teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, stack=stack)
     if teachers is not None:
@@ -182,14 +182,14 @@ def _teachers(cfg: config.TrainerConfig, checked: Checked, data: Data, mesh: Mes
 
 
 def _telemetry(
-    cfg: config.TrainerConfig, teachers: Teachers | None, mesh: Mesh
+    cfg: TrainerConfig, teachers: Teachers | None, mesh: Mesh
 ) -> AbstractContextManager[RunTelemetry | SilentTelemetry]:
     doors = dict[str, str] if teachers is None else teachers.doors
     imbalance = (lambda: None) if teachers is None else teachers.imbalance
     return open_telemetry(cfg, rank=mesh.rank, doors=doors, imbalance=imbalance)
 
 
-def _identity(cfg: config.TrainerConfig, lm: PreTrainedModel, data: Data, teachers: Teachers | None) -> dict[str, str]:
+def _identity(cfg: TrainerConfig, lm: PreTrainedModel, data: Data, teachers: Teachers | None) -> dict[str, str]:
     """What a checkpoint can only be continued with. By content: a directory may have moved."""
     identity = {"student (fingerprint)": model_fingerprint(lm), **configured_identity(cfg), **data.identity}
     if teachers is not None and isinstance(cfg.objective, Distill):
@@ -209,7 +209,7 @@ def _refuse_unequal_ranks(identity: dict[str, str], mesh: Mesh) -> None:
 
 
 def _source(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     checked: Checked,
     data: Data,
     teachers: Teachers | None,
@@ -262,7 +262,7 @@ def _publishers(
 
 
 def _exporters(
-    cfg: config.TrainerConfig, student: Student, checked: Checked, mesh: Mesh
+    cfg: TrainerConfig, student: Student, checked: Checked, mesh: Mesh
 ) -> tuple[HuggingFaceExporter, *tuple[Exporter, ...]]:
     origin = cfg.student.model
     whole = HuggingFaceExporter(

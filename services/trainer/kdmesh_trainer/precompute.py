@@ -14,10 +14,10 @@ from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.rpc.teachers.splitting import split
 from kdmesh.tokens import digest
 from kdmesh.types import CacheAnswer, TokenSequence
-from kdmesh_trainer import config
 from kdmesh_trainer.builders.checked import Checked, check
 from kdmesh_trainer.builders.data import read_held_out
 from kdmesh_trainer.builders.teachers import refuse_no_address
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.encoding.sides import Addressed, teacher_side
 from kdmesh_trainer.fit import check_frozen, check_requests, common_vocabulary
 from kdmesh_trainer.run_length import num_steps
@@ -67,9 +67,7 @@ Show = Callable[[int, int, float], None]
 """Is told of tokens done, tokens to do, and seconds left."""
 
 
-def precompute(
-    cfg: config.TrainerConfig, *, is_partial: bool, tell: Callable[[str], None], show: Show
-) -> tuple[int, int]:
+def precompute(cfg: TrainerConfig, *, is_partial: bool, tell: Callable[[str], None], show: Show) -> tuple[int, int]:
     """Ask each teacher for what it has not kept of the sequences that this run will ask for; blocks.
 
     May be interrupted at any time: what was computed is kept.
@@ -240,7 +238,7 @@ def _tokens(wanted: Iterable[_Wanted]) -> int:
     return sum(each.sequence.num_tokens for each in wanted)
 
 
-def _refuse_unknown(cfg: config.TrainerConfig) -> None:
+def _refuse_unknown(cfg: TrainerConfig) -> None:
     """Raises ConfigError when the run asks nobody, or not for what the data alone decides."""
     if isinstance(cfg.source, OnPolicy):
         raise ConfigError("source.kind is on_policy: what it asks the teacher is sampled while it trains")
@@ -260,7 +258,7 @@ def _refuse_unknown(cfg: config.TrainerConfig) -> None:
             )
 
 
-def _wanted(cfg: config.TrainerConfig, checked: Checked) -> Iterator[_Wanted]:
+def _wanted(cfg: TrainerConfig, checked: Checked) -> Iterator[_Wanted]:
     """All that the run asks for, as the teacher reads it: held-out data, then what is trained on, in its order."""
     for sequences in read_held_out(cfg, checked).values():
         yield from (_Wanted(sequence=each, has_layers=False) for each in teacher_side(sequences))

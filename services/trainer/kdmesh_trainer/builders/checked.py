@@ -15,15 +15,15 @@ from kdmesh.losses import Divergence, SampledDivergence
 from kdmesh.models.directory import check_model_directory
 from kdmesh.models.images.reader import ImageReader
 from kdmesh.tokens import tokenizer_fingerprint
-from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, resolve_algorithm
 from kdmesh_trainer.builders.context import refuse_unfit_student
 from kdmesh_trainer.builders.evaluation import read_questions_of
 from kdmesh_trainer.builders.layers import refuse_unknown_layers, refuse_unreached
 from kdmesh_trainer.builders.objective import resolve_divergence
-from kdmesh_trainer.builders.student import check_speed
+from kdmesh_trainer.builders.student import check_speed, check_spread
 from kdmesh_trainer.builders.student_length import refuse_short_student
 from kdmesh_trainer.builders.vision import expansion_of, load_reader, no_images
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.encoding.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.data.encoding.recipe import Encoder, EncoderRecipe
 from kdmesh_trainer.data.encoding.tokenizer import TeacherTokens, vocabulary_size
@@ -61,7 +61,7 @@ class Checked:
     build_algorithm: BuildAlgorithm | None  # None: the objective has none
 
 
-def check(cfg: config.TrainerConfig) -> Checked:
+def check(cfg: TrainerConfig) -> Checked:
     """Everything but services, and what is in weights. Raises ConfigError when a part of it cannot be used."""
     check_model_directory(cfg.student.model, needs_weights=cfg.student.weights == "pretrained")
     refuse_unfit_student(cfg)
@@ -83,6 +83,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
         getattr(torch, cfg.student.compute_dtype),
         written=cfg.export.dtype,
     )
+    check_spread(cfg)
     refuse_unreached(cfg)
     encoder = recipe.encoder(tokenizer, reader)
     context = cfg.data.teacher_context
@@ -122,7 +123,7 @@ def check(cfg: config.TrainerConfig) -> Checked:
 
 
 def _token_cache(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     recipe: EncoderRecipe,
     encoder: Encoder,
     tokenizer: PreTrainedTokenizerFast,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from kdmesh.types import TokenSequence
-from kdmesh_trainer import config
 from kdmesh_trainer.builders.checked import Checked
 from kdmesh_trainer.builders.on_policy import Task, check_task, prompt_policy, read_task
 from kdmesh_trainer.builders.teachers import Teachers
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.blend import blend_identity, digest_key, parts_of
 from kdmesh_trainer.data.kept.stored import SequenceFacts, images_of, sequence_facts
 from kdmesh_trainer.data.sequences import load_sequences
@@ -39,7 +39,7 @@ class Data:
         return sum(1 for items in (*seen, *self.held_out.values()) for _ in images_of(items))
 
 
-def read_data(cfg: config.TrainerConfig, checked: Checked, mesh: Mesh) -> Data:
+def read_data(cfg: TrainerConfig, checked: Checked, mesh: Mesh) -> Data:
     """Both datasets. Collective.
 
     Raises:
@@ -57,7 +57,7 @@ def read_data(cfg: config.TrainerConfig, checked: Checked, mesh: Mesh) -> Data:
         cache.release()
 
 
-def check_fit(cfg: config.TrainerConfig, data: Data, teachers: Teachers) -> None:
+def check_fit(cfg: TrainerConfig, data: Data, teachers: Teachers) -> None:
     """Return when every teacher takes what it will be asked for.
 
     Raises:
@@ -72,7 +72,7 @@ def check_fit(cfg: config.TrainerConfig, data: Data, teachers: Teachers) -> None
         teachers.check_requests(_held_out_name(name), sequences)
 
 
-def _read(cfg: config.TrainerConfig, checked: Checked) -> Data:
+def _read(cfg: TrainerConfig, checked: Checked) -> Data:
     train, identity = _read_train(cfg, checked)
     if cfg.data.held_out_share is not None:
         identity["data.held_out"] = str(cfg.data.held_out_share)
@@ -81,7 +81,7 @@ def _read(cfg: config.TrainerConfig, checked: Checked) -> Data:
     return Data(train=train, held_out=held_out, identity=identity, steps=steps)
 
 
-def read_alone(cfg: config.TrainerConfig, data: TrainingData) -> None:
+def read_alone(cfg: TrainerConfig, data: TrainingData) -> None:
     """Read what is trained on, as a run will, where no teacher says what fits it; a token cache has it from then on.
 
     Raises:
@@ -93,7 +93,7 @@ def read_alone(cfg: config.TrainerConfig, data: TrainingData) -> None:
         data.sequences()
 
 
-def read_held_out(cfg: config.TrainerConfig, checked: Checked) -> dict[str, Sequence[TokenSequence]]:
+def read_held_out(cfg: TrainerConfig, checked: Checked) -> dict[str, Sequence[TokenSequence]]:
     """What the student is judged on, by name, as Data has it. Raises DataError when it cannot be used."""
     return {
         name: load_sequences(
@@ -107,7 +107,7 @@ def _held_out_name(name: str) -> str:
     return f"held_out.{name}" if name else "held_out"
 
 
-def _read_train(cfg: config.TrainerConfig, checked: Checked) -> tuple[Sequence[TokenSequence] | Task, dict[str, str]]:
+def _read_train(cfg: TrainerConfig, checked: Checked) -> tuple[Sequence[TokenSequence] | Task, dict[str, str]]:
     match cfg.source:
         case OffPolicy():
             train = checked.train.sequences()

@@ -14,10 +14,10 @@ from kdmesh.chats.image_files import ImageColumn
 from kdmesh.models.images.reader import ImageReader
 from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.types import TokenSequence
-from kdmesh_trainer import config
 from kdmesh_trainer.builders.rollouts import Rollouts
 from kdmesh_trainer.builders.teachers import Teachers
 from kdmesh_trainer.builders.vision import expansion_of
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.encoding.chat import ChatEncoder
 from kdmesh_trainer.data.images import dataset_images
 from kdmesh_trainer.data.kept.stored import sequence_facts
@@ -36,7 +36,7 @@ from kdmesh_trainer.student.model import Student
 
 
 def build_evaluator(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     student: Student,
     held_out: Mapping[str, Sequence[TokenSequence]],
     teachers: Teachers | None,
@@ -60,7 +60,7 @@ def build_evaluator(
 
 
 def digest_of_judge(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     held_out: Mapping[str, Sequence[TokenSequence]],
     teachers: Teachers | None,
     exam: Exam | None,
@@ -79,7 +79,7 @@ def digest_of_judge(
 
 
 def read_questions_of(
-    cfg: config.TrainerConfig, tokenizer: PreTrainedTokenizerFast, reader: ImageReader | None
+    cfg: TrainerConfig, tokenizer: PreTrainedTokenizerFast, reader: ImageReader | None
 ) -> Exam | None:
     """What the student will be asked at every evaluation; None: nothing. Loads no model.
 
@@ -102,7 +102,7 @@ def read_questions_of(
 
 
 def build_examiner(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     exam: Exam | None,
     rollouts: Rollouts | None,
     *,

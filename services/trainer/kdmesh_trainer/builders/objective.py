@@ -18,11 +18,11 @@ from kdmesh.losses import (
     truncated,
 )
 from kdmesh.models.head import output_head
-from kdmesh_trainer import config
 from kdmesh_trainer.algorithms.build import BuildAlgorithm, rate_factor
 from kdmesh_trainer.algorithms.layer_distance import LayerDistance
 from kdmesh_trainer.algorithms.seam import Algorithm, Setup, Terms
 from kdmesh_trainer.builders.teachers import Teachers
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.encoding.tokenizer import TeacherTokens
 from kdmesh_trainer.objectives.layered import WithLayers
 from kdmesh_trainer.objectives.objective import CrossEntropy, Distillation, Objective
@@ -75,14 +75,14 @@ def build_algorithm(
     )
 
 
-def build_optimizer(cfg: config.TrainerConfig, student: Student) -> Optimizer:
+def build_optimizer(cfg: TrainerConfig, student: Student) -> Optimizer:
     """Over the sharded student, with an algorithm's own parameters."""
     factor = rate_factor(cfg.objective.algorithm) if isinstance(cfg.objective, Distill) else 1.0
     return optimizer_over(student, cfg.optimizer, algorithm=student.algorithm, rate_factor=factor)
 
 
 def build_objective(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     divergence: Divergence | SampledDivergence | None,
     algorithm: Algorithm | None,
     teachers: Teachers | None,
@@ -104,7 +104,7 @@ def build_objective(
 
 
 def _with_whole_heads(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     divergence: Divergence | SampledDivergence | None,
     algorithm: Algorithm | None,
     teachers: Teachers | None,

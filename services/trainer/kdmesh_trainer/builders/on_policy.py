@@ -16,10 +16,10 @@ from kdmesh.models.ends import stop_token_ids
 from kdmesh.rpc.rollouts.pool import RolloutPool
 from kdmesh.rpc.teachers.needs import Needs
 from kdmesh.types import Int32Array, PlacedImage, Sampling, TokenSequence
-from kdmesh_trainer import config
 from kdmesh_trainer.builders.rollouts import Rollouts
 from kdmesh_trainer.builders.teacher import Teacher
 from kdmesh_trainer.builders.teachers import Teachers
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.data.blend import blend_identity, digest_key, parts_of
 from kdmesh_trainer.data.encoding.other_tokenizer import OtherTokenizerEncoder
 from kdmesh_trainer.data.encoding.recipe import Encoder
@@ -100,7 +100,7 @@ class Task:
 
 
 def read_task(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     source: OnPolicy,
     *,
     data: TrainingData,
@@ -146,7 +146,7 @@ def read_task(
     )
 
 
-def check_task(cfg: config.TrainerConfig, task: Task, teachers: Teachers) -> None:
+def check_task(cfg: TrainerConfig, task: Task, teachers: Teachers) -> None:
     """Return when the teachers take every response to their prompts, and the data's own answers.
 
     Raises:
@@ -164,7 +164,7 @@ def check_task(cfg: config.TrainerConfig, task: Task, teachers: Teachers) -> Non
         teachers.check_requests("train", task.answers)
 
 
-def _most(cfg: config.TrainerConfig, source: OnPolicy, *, prompt_tokens: int) -> tuple[int, int]:
+def _most(cfg: TrainerConfig, source: OnPolicy, *, prompt_tokens: int) -> tuple[int, int]:
     """Most tokens, and most loss tokens, of what a prompt of so many tokens may become."""
     drawn, environment = source.sampling.max_new_tokens, source.environment
     if environment is None:
@@ -176,7 +176,7 @@ def _decoder(tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> Callable
     return partial(response_text, tokenizer, ends=sampling.stop_token_ids, stop_strings=sampling.stop_strings)
 
 
-def prompt_policy(cfg: config.TrainerConfig, source: OnPolicy) -> PromptPolicy:
+def prompt_policy(cfg: TrainerConfig, source: OnPolicy) -> PromptPolicy:
     """What becomes of rows that give no prompt, or too long a one."""
     most = cfg.data.max_tokens - source.sampling.max_new_tokens
     return PromptPolicy(max_tokens=most, too_long=source.too_long, unusable=cfg.data.unusable)
@@ -191,7 +191,7 @@ def _images_read(prompts: Sequence[Prompt], name: str) -> Iterator[PlacedImage]:
 
 
 def _refuse_unlike_prompts(
-    cfg: config.TrainerConfig, prompts: Sequence[Prompt], encoder: OtherTokenizerEncoder, tokens: TeacherTokens
+    cfg: TrainerConfig, prompts: Sequence[Prompt], encoder: OtherTokenizerEncoder, tokens: TeacherTokens
 ) -> None:
     """Raises DataError when the tokenizers have too little in common, in what the prompts say."""
     assert cfg.data.teacher_tokenizer is not None  # of whom the encoder is
@@ -210,7 +210,7 @@ def _reader_of_responses(encoder: OtherTokenizerEncoder, teacher: Teacher) -> Re
 
 
 def build_source(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     task: Task,
     *,
     steps: int,
@@ -268,7 +268,7 @@ def build_source(
     return built
 
 
-def _early(cfg: config.TrainerConfig, source: OnPolicy, teachers: Teachers) -> EarlyService:
+def _early(cfg: TrainerConfig, source: OnPolicy, teachers: Teachers) -> EarlyService:
     """Who is asked for rows as samples come; several teachers have equal parts of the memory for them."""
 
     def of_one(teacher: Teacher) -> EarlyRows:
@@ -284,7 +284,7 @@ def _early(cfg: config.TrainerConfig, source: OnPolicy, teachers: Teachers) -> E
 
 
 def _sampler(
-    cfg: config.TrainerConfig, task: Task, pool: RolloutPool, teachers: Teachers, mesh: Mesh, stack: ExitStack
+    cfg: TrainerConfig, task: Task, pool: RolloutPool, teachers: Teachers, mesh: Mesh, stack: ExitStack
 ) -> Sampler:
     each, other = task.source.samples_per_prompt, task.other_tokenizer
     return Sampler(
@@ -300,7 +300,7 @@ def _sampler(
     )
 
 
-def _episodes(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, stack: ExitStack) -> Episodes | None:
+def _episodes(cfg: TrainerConfig, task: Task, pool: RolloutPool, stack: ExitStack) -> Episodes | None:
     asked = task.source.environment
     if asked is None or task.environment is None:
         return None
@@ -315,14 +315,14 @@ def _episodes(cfg: config.TrainerConfig, task: Task, pool: RolloutPool, stack: E
     return episodes
 
 
-def _answers(cfg: config.TrainerConfig, task: Task) -> AnswerOrder | None:
+def _answers(cfg: TrainerConfig, task: Task) -> AnswerOrder | None:
     if not task.answers:
         return None
     sampled = task.source.prompts_of(cfg.batch.sequences) * task.source.samples_per_prompt
     return AnswerOrder(task.answers, per_step=cfg.batch.sequences - sampled, seed=cfg.seed)
 
 
-def _showcase(cfg: config.TrainerConfig, task: Task) -> Showcase | None:
+def _showcase(cfg: TrainerConfig, task: Task) -> Showcase | None:
     if task.source.show_every is None:
         return None
     return Showcase(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses import VocabularyShare
 from kdmesh.models.attention import varlen_refusal
-from kdmesh.models.body import load_causal_lm
+from kdmesh.models.body import empty_causal_lm, load_causal_lm
 from kdmesh.models.directory import read_config
 from kdmesh.models.head import head_spec
 from kdmesh.models.recurrent import is_recurrent
 from kdmesh.models.verify import check_training
 from kdmesh.processor import warn_if_slow
-from kdmesh_trainer import config
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimization.optimizer import check_optimizer
 from kdmesh_trainer.sections.parallel_config import ParallelConfig
@@ -25,11 +26,12 @@ from kdmesh_trainer.student.compiled_layers import check_compiler, compile_layer
 from kdmesh_trainer.student.freezing import freeze, rest_in_bfloat16
 from kdmesh_trainer.student.model import Student, checkpoint_activations, shard
 from kdmesh_trainer.student.rounded_modules import round_modules
+from kdmesh_trainer.student.spread_head import check_head
 
 log = logging.getLogger(__name__)
 
 
-def check_speed(cfg: config.TrainerConfig) -> None:
+def check_speed(cfg: TrainerConfig) -> None:
     """Raises ConfigError when this machine lacks what `cfg` wants to make steps fast or small."""
     check_optimizer(cfg.optimizer)
     device = torch.device("cuda" if cfg.student.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -43,6 +45,20 @@ def check_speed(cfg: config.TrainerConfig) -> None:
             from kdmesh_trainer.student.liger import check_liger  # not at the top: it needs an extra
 
             check_liger(model, device)
+
+
+def check_spread(cfg: TrainerConfig) -> None:
+    """As `spread`, on a model without memory. Raises ConfigError as that does."""
+    spreads_head = cfg.parallel.head == "vocabulary"
+    if cfg.student.checkpointed_every is None and not spreads_head:
+        return
+    # Some families make constants without memory of their own, outside of what stands in for tensors.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lm = empty_causal_lm(cfg.student.model)
+        if cfg.student.checkpointed_every is not None:
+            checkpoint_activations(lm, every=cfg.student.checkpointed_every)
+        if spreads_head:
+            check_head(lm)
 
 
 def _refuse_recurrent(cfg: StudentConfig, model: PretrainedConfig) -> None:
@@ -68,7 +84,7 @@ def is_varlen(cfg: StudentConfig, model: PretrainedConfig, device: torch.device)
     return refusal is None
 
 
-def load_student(cfg: config.TrainerConfig, vocabulary_size: int) -> PreTrainedModel:
+def load_student(cfg: TrainerConfig, vocabulary_size: int) -> PreTrainedModel:
     """The model in float32 on the CPU, whole; sharding moves each rank's part to its device.
 
     Raises:

@@ -13,7 +13,7 @@ from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.rpc.weights.services import TEACHERS
 from kdmesh.weights.buckets import bucket_size
 from kdmesh.weights.manifest import UpdatePolicy
-from kdmesh_trainer import config
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.fit import check_follower, check_frozen, common_vocabulary
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.publisher import StudentPublisher, TeacherPublisher
@@ -49,7 +49,7 @@ class Teacher:
 
 
 def open_teacher(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     name: str,
     *,
     tokenizer_fingerprint: str,

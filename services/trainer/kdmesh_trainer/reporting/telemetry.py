@@ -15,7 +15,7 @@ from typing import Any
 
 from kdmesh.log import can_redraw
 from kdmesh.tracing.spans import span
-from kdmesh_trainer import config
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.reporting.metrics import Metrics
 from kdmesh_trainer.reporting.metrics_server import MetricsServer, serving
@@ -36,7 +36,7 @@ _SHORTEST_WAIT_S = 1e-3  # a shorter one says nothing of how fast the other side
 
 @contextmanager
 def open_telemetry(
-    cfg: config.TrainerConfig,
+    cfg: TrainerConfig,
     *,
     rank: int,
     doors: Callable[[], Mapping[str, str]],

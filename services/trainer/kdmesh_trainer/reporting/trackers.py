@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Protocol, assert_never
 
 from kdmesh.errors import ConfigError
-from kdmesh_trainer import config
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.saving.files import write_synced, written_beside_checkpoints
 from kdmesh_trainer.sections.job_config import TrackerName
 
@@ -34,7 +34,7 @@ class Tracker(Protocol):
         ...
 
 
-def build_trackers(cfg: config.TrainerConfig) -> list[Tracker]:
+def build_trackers(cfg: TrainerConfig) -> list[Tracker]:
     """The trackers that `cfg` names.
 
     Raises:
@@ -43,7 +43,7 @@ def build_trackers(cfg: config.TrainerConfig) -> list[Tracker]:
     return [_build(name, cfg) for name in cfg.trackers]
 
 
-def _build(name: TrackerName, cfg: config.TrainerConfig) -> Tracker:
+def _build(name: TrackerName, cfg: TrainerConfig) -> Tracker:
     match name:
         case "tensorboard":
             return TensorBoard(_load("torch.utils.tensorboard", "tensorboard", "tensorboard"), cfg.output)
@@ -94,7 +94,7 @@ class TensorBoard:
 class WandB:
     """A Weights & Biases run, continued by the id kept in `output`. Raises CheckpointError when it cannot be kept."""
 
-    def __init__(self, module: ModuleType, cfg: config.TrainerConfig) -> None:
+    def __init__(self, module: ModuleType, cfg: TrainerConfig) -> None:
         self._module = module
         self._cfg = cfg
         self._run: Any = None
@@ -134,7 +134,7 @@ class WandB:
 class MLflow:
     """An MLflow run, continued by the id kept in `output`. Raises CheckpointError when it cannot be kept."""
 
-    def __init__(self, module: ModuleType, cfg: config.TrainerConfig) -> None:
+    def __init__(self, module: ModuleType, cfg: TrainerConfig) -> None:
         self._module = module
         self._cfg = cfg
         self._is_open = False

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from kdmesh_trainer import config
+from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.saving.files import append_line, keep_lines
 
 _PACKAGES = (
@@ -27,7 +27,7 @@ _PACKAGES = (
 )
 
 
-def record_start(cfg: config.TrainerConfig, identity: Mapping[str, str], *, ranks: int, device: torch.device) -> None:
+def record_start(cfg: TrainerConfig, identity: Mapping[str, str], *, ranks: int, device: torch.device) -> None:
     """Add a line to OUTPUT/starts.jsonl, which has one for each time that the run was started or continued.
 
     Args:

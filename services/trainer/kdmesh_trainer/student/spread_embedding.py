@@ -17,20 +17,22 @@ from kdmesh.losses import VocabularyShare
 _TOKENS = 8192  # that all ranks together look up at a time
 
 
-def spread_embedding(embedding: nn.Module, share: VocabularyShare, dtype: torch.dtype) -> None:
-    """Have the module look its tokens up where their rows are, in place; collective from then on, as is its backward.
-
-    Its weight is a shard by tokens. The rows come as `dtype`, and their gradient is that of the mean over ranks, as
-    that of `fused_linear_across_ranks` is.
-
-    Raises:
-        ConfigError: it changes its rows when it looks them up.
-    """
+def plain_embedding(embedding: nn.Module) -> nn.Embedding:
+    """The same module. Raises ConfigError when it changes its rows while it looks them up."""
     if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None or embedding.scale_grad_by_freq:
         raise ConfigError(
             f"parallel.head vocabulary: the student's head is its input embedding too, a {type(embedding).__name__}, "
             "and only a plain embedding can be spread over ranks"
         )
+    return embedding
+
+
+def spread_embedding(embedding: nn.Embedding, share: VocabularyShare, dtype: torch.dtype) -> None:
+    """Have the module look its tokens up where their rows are, in place; collective from then on, as is its backward.
+
+    Its weight is a shard by tokens. The rows come as `dtype`, and their gradient is that of the mean over ranks, as
+    that of `fused_linear_across_ranks` is.
+    """
     padding, embedding.padding_idx = embedding.padding_idx, None
     plain = copy.copy(embedding)  # of the same parameters and buffers, with the family's own forward, which may scale
 

@@ -12,7 +12,22 @@ from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses import OutputHead, VocabularyShare
-from kdmesh_trainer.student.spread_embedding import spread_embedding
+from kdmesh_trainer.student.spread_embedding import plain_embedding, spread_embedding
+
+
+def check_head(lm: PreTrainedModel) -> tuple[nn.Linear, nn.Embedding | None]:
+    """The output head, and the input embedding where that has the same weight.
+
+    Raises:
+        ConfigError: one of them has a form that cannot be spread.
+    """
+    linear, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    if not isinstance(linear, nn.Linear) or list(linear.children()):
+        raise ConfigError(
+            f"parallel.head vocabulary: the output head of {lm.config.model_type} is a {type(linear).__name__}; it "
+            "must be a plain linear layer"
+        )
+    return linear, plain_embedding(embedding) if embedding.weight is linear.weight else None
 
 
 def spread_head(
@@ -23,22 +38,16 @@ def spread_head(
     Where the input embedding is the same tensor, a token's row is had from the rank that has it, as `compute_dtype`.
 
     Raises:
-        ConfigError: the head or the input embedding has a form that does not allow it.
+        ConfigError: as `check_head`.
     """
-    linear, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-    if not isinstance(linear, nn.Linear) or list(linear.children()):
-        raise ConfigError(
-            f"parallel.head vocabulary: the output head of {lm.config.model_type} is a {type(linear).__name__}; it "
-            "must be a plain linear layer"
-        )
-    is_tied = embedding.weight is linear.weight
+    linear, tied = check_head(lm)
     spread = {parameter: _own_part(parameter, share, mesh) for parameter in linear.parameters()}
     for module in lm.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter in spread:
                 setattr(module, name, spread[parameter])
-    if is_tied:
-        spread_embedding(embedding, share, compute_dtype)
+    if tied is not None:
+        spread_embedding(tied, share, compute_dtype)
     return set(spread.values())
 
 
