@@ -80,6 +80,7 @@ def empty_causal_lm(path: Path) -> PreTrainedModel:
     with _refusing(path, "built"), no_init_weights():
         check_layer_types(config, path)
         model = _initialise(config, torch.float32, moves=False).eval()
+        model.tie_weights()  # which is left out with the initialisation
         begin_with_every_sequence(model)
     return model
 

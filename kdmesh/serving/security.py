@@ -42,8 +42,6 @@ def _tell(config: ListenConfig) -> None:
     if config.auth is None and is_far:
         log.warning("whoever reaches this server may use it", extra={"host": config.host})
     elif config.auth is None:
-        log.info(
-            "this machine alone reaches the server, since nothing says who may use it", extra={"host": config.host}
-        )
+        log.info("processes of this machine alone reach this server; any of them may use it", extra={"host": config.host})
     elif config.tls is None and is_far:
         log.warning("tokens travel in the clear, unless something else encrypts them", extra={"host": config.host})

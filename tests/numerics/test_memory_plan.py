@@ -108,6 +108,14 @@ def test_twice_the_tokens_take_twice_the_activations(tmp_path: Path) -> None:
     assert many == pytest.approx(2 * few, rel=0.02)
 
 
+def test_a_head_that_is_the_embedding_is_counted_once(tmp_path: Path) -> None:
+    tied, apart = (
+        plan(job(saved(tmp_path / str(is_tied), WIDE, is_tied=is_tied), 64_000, [64])) for is_tied in (True, False)
+    )
+    for what, copies in (("parameters", 1), ("AdamW", 2)):
+        assert apart.resident[what] - tied.resident[what] == pytest.approx(copies * 4 * 64_000 * 256, rel=1e-5)
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_a_head_that_is_spread_over_four_ranks_takes_a_quarter_on_each(tmp_path: Path, is_tied: bool) -> None:
     alone = replace(job(saved(tmp_path, WIDE, is_tied=is_tied), 63_000, [40, 24]), ranks=4)

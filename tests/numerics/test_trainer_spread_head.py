@@ -151,7 +151,11 @@ def test_weights_after_several_steps_are_those_of_a_whole_head(
     ("family", "change", "words"),
     [
         ("qwen3", lambda lm: lm.set_output_embeddings(nn.Sequential(lm.lm_head)), "of qwen3 is a Sequential; it must"),
-        ("gemma2", lambda lm: setattr(lm.get_input_embeddings(), "max_norm", 1.0), "input embedding too, a Embedding, and only"),
+        (
+            "gemma2",
+            lambda lm: setattr(lm.get_input_embeddings(), "max_norm", 1.0),
+            "input embedding too, a Gemma2TextScaledWord",
+        ),
     ],
 )
 def test_a_head_that_cannot_be_spread_is_refused(
