@@ -42,6 +42,6 @@ def _tell(config: ListenConfig) -> None:
     if config.auth is None and is_far:
         log.warning("whoever reaches this server may use it", extra={"host": config.host})
     elif config.auth is None:
-        log.info("processes of this machine alone reach this server; any of them may use it", extra={"host": config.host})
+        log.info("any process of this machine may use this server, and no other", extra={"host": config.host})
     elif config.tls is None and is_far:
         log.warning("tokens travel in the clear, unless something else encrypts them", extra={"host": config.host})
