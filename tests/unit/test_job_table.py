@@ -34,8 +34,11 @@ def test_override_says_what_it_names_and_the_defaults_the_rest() -> None:
     table.override("job", JobTerms(priority="low"))
     assert table.terms("job") == JobTerms(weight=3, priority="low", max_tokens_in_flight=100)
     assert table.standing("job").rank > table.standing("other").rank
-    table.reset("job")
-    assert (table.terms("job"), table.overrides) == (defaults, {})
+    table.override("other", JobTerms(weight=5))
+    for job in ("job", "other"):
+        table.reset(job)
+    assert table.overrides == {"job": JobTerms(max_tokens_in_flight=None)}
+    assert (table.terms("job").max_tokens_in_flight, table.terms("other")) == (None, defaults)
 
 
 def test_what_an_operator_said_holds_until_the_file_says_something_new_of_that_job() -> None:
@@ -45,6 +48,9 @@ def test_what_an_operator_said_holds_until_the_file_says_something_new_of_that_j
     files.append({"a": JobTerms(weight=2), "b": JobTerms(weight=3)})
     table.look_again()
     assert [table.terms(job).weight for job in "ab"] == [5, 3]
+    table.reset("a")
+    assert table.terms("a").weight == 2
+    table.override("b", JobTerms(weight=7))
     files.append({"a": JobTerms(weight=4)})
     table.look_again()
     assert [table.terms(job).weight for job in "ab"] == [4, 9]

@@ -62,7 +62,7 @@ def add_job_routes(app: FastAPI, shared: Callable[[], Shared]) -> None:
 
     @app.delete("/v1/jobs/{job:path}")
     async def reset(job: str) -> Json:
-        """The defaults from now on."""
+        """What the configuration and `jobs.file` say of it, from now on."""
         server = shared()
         server.jobs.reset(job)
         return _only(server, job)

@@ -104,7 +104,11 @@ class JobTable(Generic[T]):
         self.on_change()
 
     def reset(self, job: str) -> None:
-        """From now on the job has the defaults."""
+        """Take back what the job was given while the server ran."""
+        terms = self._seen.get(job, self._configured.get(job))
+        if terms is not None:
+            self.override(job, terms)
+            return
         for table in (self._overrides, self._terms, self._standings):
             table.pop(job, None)
         self.on_change()
@@ -116,10 +120,7 @@ class JobTable(Generic[T]):
             return
         self._seen = found
         for job in seen.keys() - found.keys():
-            if job in self._configured:
-                self.override(job, self._configured[job])
-            else:
-                self.reset(job)
+            self.reset(job)
         for job, terms in found.items():
             if job not in seen or seen[job] != terms or seen[job].model_fields_set != terms.model_fields_set:
                 self.override(job, terms)
