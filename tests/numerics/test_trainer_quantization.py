@@ -230,10 +230,27 @@ def train_and_export(
 
 @torch.no_grad()
 def logits_of_directory(path: Path, dtype: torch.dtype) -> Tensor:
+    """By transformers, but for activations, which are rounded as SGLang and vLLM round them."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    for module in model.modules():
+        of_input = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
+        if of_input is not None:
+            module.quantization_enabled = False  # the matrix is rounded already
+            how = rounded_to_int8 if of_input.type == "int" else rounded_to_fp8
+            module.register_forward_pre_hook(lambda _, given, how=how: (how(given[0]),))
     sequence = SEQUENCES[0]
     token_ids = torch.from_numpy(sequence.token_ids).long()[None]
     return model(token_ids).logits[0, torch.from_numpy(sequence.positions).long(), :VOCABULARY_SIZE].float()  # type: ignore[no-any-return]
+
+
+def rounded_to_int8(tokens: Tensor) -> Tensor:
+    scales = tokens.float().abs().amax(-1, keepdim=True) / 127
+    return ((tokens / scales).round() * scales).to(tokens.dtype)
+
+
+def rounded_to_fp8(tokens: Tensor) -> Tensor:
+    scales = tokens.float().abs().amax(-1, keepdim=True) / 448
+    return ((tokens / scales).to(torch.float8_e4m3fn).float() * scales).to(tokens.dtype)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

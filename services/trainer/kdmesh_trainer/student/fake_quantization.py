@@ -1,8 +1,8 @@
 """Linear modules that compute with matrices rounded to few bits, and train what is rounded.
 
 Sources: Jacob et al. 2018, arXiv:1712.05877, section 3 (rounding in the forward pass alone); Bengio et al. 2013,
-arXiv:1308.3432 (the straight-through gradient). Scales and ranges are those of compressed-tensors 0.20, in whose format
-the student is written.
+arXiv:1308.3432 (the straight-through gradient). Scales and ranges of matrices are those of compressed-tensors 0.20, in
+whose format the student is written; those of activations are those of SGLang 0.5's and vLLM's kernels.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # it is then off by as much as rounding may be anyway.
 _LARGEST = {"int4": 7.5, "int8": 127.5, "fp8": 448.0}
 _RANGE = {"int4": (-8.0, 7.0), "int8": (-128.0, 127.0), "fp8": (-448.0, 448.0)}
+# Of a token's activations: a whole number, since of one half-way between two the last bit would decide.
+_LARGEST_INPUT = {"int8": 127.0, "fp8": 448.0}
 _LEAST_SCALE = torch.finfo(torch.bfloat16).tiny
 
 
@@ -74,15 +76,16 @@ class Rounding:
         return like_shard(products.view(own.shape).to(self.compute_dtype), master)
 
     def rounded_input(self, input_: Tensor) -> Tensor:
-        """[..., columns] rounded by a scale for each token, all in the type of the input, as compressed-tensors does.
+        """[..., columns] rounded by a scale for each token, in the type of the input; scales are float32 or wider.
 
         It is the input itself where activations are not rounded.
         """
         if self.activations == "none":
             return input_
-        scales = input_.abs().amax(-1, keepdim=True) / _LARGEST[self.activations]
-        scales = scales.where(scales != 0, torch.finfo(input_.dtype).eps)
-        return _round_(input_ / scales, self.activations).mul_(scales)
+        wide = input_.to(torch.promote_types(input_.dtype, torch.float32))
+        scales = wide.abs().amax(-1, keepdim=True) / _LARGEST_INPUT[self.activations]
+        scales = scales.where(scales != 0, 1.0)
+        return _round_(wide / scales, self.activations).mul_(scales).to(input_.dtype)
 
 
 def _round_(shares: Tensor, numbers: WeightNumbers) -> Tensor:
