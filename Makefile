@@ -20,7 +20,7 @@ NODE_INSTALLED := $(NODE)/.installed
 KUBERNETES_TOOLS := .cache/kubernetes-tools/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability test-containers test-node check format proto metrics dashboards constraints clean
+.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability test-containers test-node check format proto configuration metrics dashboards constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -134,11 +134,15 @@ check: $(INSTALLED)  ## Lint, types, generated code, documents
 	$(BIN)/python tools/generate_helm.py --check
 	$(BIN)/python tools/generate_metrics.py --check
 	$(BIN)/python -m tools.generate_dashboards --check
+	$(BIN)/python tools/generate_configuration.py --check
 	$(BIN)/python tools/check_docs.py
 
 format: $(INSTALLED)  ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+configuration: $(INSTALLED)  ## Regenerate docs/configuration.md
+	$(BIN)/python tools/generate_configuration.py
 
 metrics: $(INSTALLED)  ## Regenerate the tables of docs/metrics.md
 	$(BIN)/python tools/generate_metrics.py

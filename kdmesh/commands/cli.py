@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from kdmesh.commands import cluster_commands, evaluation, generation, harness, planning, token_files
+from kdmesh.commands import cluster_commands, evaluation, generation, harness, planning, schemas, token_files
 from kdmesh.commands.access_option import access_option, checked_addresses, read_access
 from kdmesh.commands.config_option import config_argument, set_option
 from kdmesh.commands.finite_range import FiniteRange
@@ -88,7 +88,8 @@ def main() -> None:
     Train in Kubernetes  kdmesh submit my.yaml --nodes 2 --gpus 8 --image IMAGE
     See those jobs    kdmesh jobs | kdmesh logs NAME | kdmesh describe NAME | kdmesh cancel NAME
 
-    Every setting lives in the YAML file; the commented files in examples/ name the usual ones.
+    Every setting lives in the YAML file; the commented files in examples/ name the usual ones, docs/configuration.md
+    all of them.
     """
 
 
@@ -339,7 +340,15 @@ def demo(
     click.echo(outcome.json())
 
 
-_BESIDE = (planning.plan, token_files.tokenize, generation.generate, evaluation.evaluate, harness.lm_eval, doctor)
+_BESIDE = (
+    planning.plan,
+    schemas.schema,
+    token_files.tokenize,
+    generation.generate,
+    evaluation.evaluate,
+    harness.lm_eval,
+    doctor,
+)
 
 for command in (*_BESIDE, *cluster_commands.COMMANDS):
     main.add_command(command)

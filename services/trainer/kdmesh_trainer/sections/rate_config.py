@@ -76,9 +76,13 @@ def _of_name(given: Any) -> Any:
     return {"name": given} if isinstance(given, str) else given
 
 
+_Rate: TypeAlias = Annotated[
+    Cosine | Linear | Polynomial | WarmupStableDecay | InverseSqrt | Constant, Field(discriminator="name")
+]
+_Named: TypeAlias = Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
 RateConfig: TypeAlias = Annotated[
-    Annotated[Cosine | Linear | Polynomial | WarmupStableDecay | InverseSqrt | Constant, Field(discriminator="name")],
-    BeforeValidator(_of_name),
+    _Rate,
+    BeforeValidator(_of_name, json_schema_input_type=_Named | _Rate),
 ]
 
 
