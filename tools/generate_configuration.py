@@ -105,7 +105,8 @@ class Page:
         if not meaning and "$ref" in value:
             meaning = self.definitions[_name(value["$ref"])].get("description", "")
         default = "required" if key in required else _default(value)
-        return f"| `{key}` | {self._kind(value)} | {default} | {_escaped(meaning)} |"
+        meaning = _escaped(meaning.removesuffix(" Required."))  # the column before says it
+        return f"| `{key}` | {self._kind(value)} | {default} | {meaning} |"
 
     def _kind(self, value: Json) -> str:
         """What may stand there."""

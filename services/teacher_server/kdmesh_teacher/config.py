@@ -23,7 +23,7 @@ class TransformersEngine(StrictModel):
     kind: Literal["transformers"] = "transformers"
 
     model: Path
-    """Directory of a Hugging Face causal LM, or hf://OWNER/MODEL on the hub. Required: there is no sensible default."""
+    """Directory of a Hugging Face causal LM, or hf://OWNER/MODEL on the hub. Required."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Element type of the weights and of the rows; auto keeps the one the checkpoint names."""
