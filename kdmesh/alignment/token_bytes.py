@@ -29,8 +29,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes | None]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     added = tokenizer.added_tokens_decoder
     read = _reader(backend)
-    found: list[bytes | None] = [None] * len(tokenizer)
-    for token, number in tokenizer.get_vocab().items():
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    found: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)  # more than tokens where no token has some id
+    for token, number in vocabulary.items():
         if number in added:
             found[number] = None if added[number].special else added[number].content.encode()
         else:

@@ -64,6 +64,16 @@ def test_special_tokens_and_ids_beyond_the_vocabulary_stand_for_nothing() -> Non
     assert found.ends.tolist() == [0, *found.ends[1:-2].tolist(), 7, 7]
 
 
+def test_ids_that_no_token_has_stand_for_nothing() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={**{c: n for n, c in enumerate(alphabet)}, "he": 300}, merges=[("h", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    table = token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert len(table) == 301
+    assert table[300] == b"he"
+    assert table[256:300] == [None] * 44
+
+
 @pytest.mark.parametrize("student", KINDS)
 @pytest.mark.parametrize("teacher", KINDS)
 def test_at_least_95_percent_of_the_bytes_of_any_pair_are_aligned(student: str, teacher: str) -> None:
