@@ -362,6 +362,11 @@ def test_a_tokenizer_without_a_template_needs_one_from_the_configuration(tmp_pat
     assert tokenizer.decode(sequence.labels) == "Hello there, how are you?<|im_end|>"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(TEMPLATES["chatml"], encoding="utf-8-sig")
+    assert read_template(tmp_path / "t.jinja") == TEMPLATES["chatml"]
+
+
 def test_a_bad_template_is_refused_before_any_row(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the chat template"):
         read_template(tmp_path / "absent.jinja")

@@ -44,7 +44,7 @@ def read_template(path: Path) -> str:
         ConfigError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is not part of any prompt
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the chat template {path}: {error}") from None
 
