@@ -9,6 +9,8 @@ from pathlib import Path
 
 from kdmesh.extension import search_path
 
+_OF_ANY_NAME = ("*", "__getattr__")  # a module with one of these may have names that its source does not tell
+
 
 def function_problems(
     key: str,
@@ -39,10 +41,10 @@ def function_problems(
     except SyntaxError as error:
         yield f"{where}: {spec.origin} is not Python: {error.msg} in line {error.lineno}"
         return
-    if name not in defined:
+    if not defined.keys() & {name, *_OF_ANY_NAME}:
         yield f"{where}: {spec.origin} defines no {name!r}"
         return
-    match defined[name]:
+    match defined.get(name):
         case ast.FunctionDef() if is_class:
             yield f"{where}: {name} is a function, and must be a class"
         case ast.FunctionDef() as function:
@@ -67,20 +69,33 @@ def _find(module: str) -> ModuleSpec | None:
     return PathFinder.find_spec(last, path)
 
 
-def _definitions(source: Path) -> dict[str, ast.AST]:
-    """Top-level names of a module: functions, classes, assignments, imports."""
-    names: dict[str, ast.AST] = {}
-    for node in ast.parse(source.read_text(encoding="utf-8"), str(source)).body:
-        match node:
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                names[node.name] = node
-            case ast.Assign(targets=targets):
-                names.update({target.id: node for target in targets if isinstance(target, ast.Name)})
-            case ast.AnnAssign(target=ast.Name(id=name)):
-                names[name] = node
-            case ast.Import() | ast.ImportFrom():
-                names.update({alias.asname or alias.name: node for alias in node.names})
+def _definitions(source: Path) -> dict[str, ast.stmt]:
+    """Names of a module, each with its last statement that binds it, which may be a block of others."""
+    names: dict[str, ast.stmt] = {}
+    for statement in ast.parse(source.read_bytes(), str(source)).body:
+        bound = _Bound()
+        bound.visit(statement)
+        names.update(dict.fromkeys(bound.names, statement))
     return names
+
+
+class _Bound(ast.NodeVisitor):
+    """The names that a statement binds, at any depth but for the inside of functions and classes."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
+        self.names.add(node.name)
+
+    visit_AsyncFunctionDef = visit_ClassDef = visit_FunctionDef
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Store):
+            self.names.add(node.id)
+
+    def visit_alias(self, node: ast.alias) -> None:
+        self.names.add(node.asname or node.name)
 
 
 def _misfits(name: str, function: ast.FunctionDef, params: Mapping[str, object], positional: int) -> Iterator[str]:

@@ -142,6 +142,25 @@ def test_custom_functions_are_checked_without_importing_them(good: Path, target:
 
 
 @pytest.mark.parametrize(
+    "source",
+    [
+        b"try:\n    import absent\nexcept ImportError:\n    def divergence(log_q, log_p, strength): return None\n",
+        b"if True:\n    def divergence(log_q, log_p, **how): return None\n",
+        b"from parts.inner.mine import *\n",
+        b"import parts.inner.mine\ndef __getattr__(name): return getattr(parts.inner.mine, name)\n",
+        b"one, divergence = 1, lambda log_q, log_p, strength: None\n",
+        b"\xef\xbb\xbfdef divergence(log_q, log_p, strength): return None\n",
+        b"# -*- coding: latin-1 -*-\n# \xe9\ndef divergence(log_q, log_p, strength): return None\n",
+    ],
+)
+def test_what_only_importing_tells_of_custom_functions_is_not_refused(good: Path, source: bytes) -> None:
+    Path("mine.py").write_bytes(source)
+    custom = "{name: custom, target: 'mine:divergence', params: {strength: 1}}"
+    overrides = set_arguments([f"objective={{name: distill, divergence: {custom}}}"])
+    assert run("check", "train.yaml", *overrides).output == "train.yaml: a good trainer configuration\n"
+
+
+@pytest.mark.parametrize(
     ("targets", "words"),
     [
         ("all-linear", "a good trainer configuration"),
