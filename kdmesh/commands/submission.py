@@ -18,7 +18,6 @@ from kdmesh.errors import ConfigError
 from kdmesh.hub import named_in
 from kdmesh.preflight import check
 from kdmesh_trainer.config import TrainerConfig
-from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sections.teacher_config import teacher_key
 
@@ -127,7 +126,7 @@ def _resources(wishes: Wishes) -> Resources:
 
 def _unservable(cfg: TrainerConfig) -> Iterator[str]:
     """Servers that the job needs and does not name."""
-    for name, teacher in cfg.all_teachers.items() if isinstance(cfg.objective, Distill) else ():
+    for name, teacher in cfg.asked_teachers.items():
         if not teacher.addresses:
             yield f"{teacher_key(name)}.addresses is empty: name a running teacher there"
     if isinstance(cfg.source, OnPolicy) and not cfg.source.rollouts.addresses:

@@ -26,7 +26,6 @@ from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.saved_config import refuse_other_configuration
-from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sections.teacher_config import TEACHER_NAME, teacher_key
 
@@ -291,7 +290,7 @@ def _addresses_to_come(path: Path, overrides: Sequence[str], serve: Mapping[Serv
 def _checked_trainer(path: Path, overrides: Sequence[str]) -> TrainerConfig:
     cfg = check.load_as(TrainerConfig, path, overrides)
     check.refuse_missing(cfg, source=path)
-    for name, teacher in cfg.all_teachers.items() if isinstance(cfg.objective, Distill) else ():
+    for name, teacher in cfg.asked_teachers.items():
         if not teacher.addresses:
             serve = f"{name}=TEACHER.YAML" if name else "TEACHER.YAML"
             raise ConfigError(

@@ -483,6 +483,16 @@ def test_a_served_teacher_gives_the_layers_that_are_compared_or_is_not_started(
     assert "objective.layers needs outputs of the teacher's layers: engine.pipeline_parallel is 2" in result.output
 
 
+def test_a_teacher_that_judges_alone_must_have_an_address_too(good: Path) -> None:
+    alone = set_arguments(["objective={name: sft}", "teacher.addresses=[]", *QUESTIONS])
+    Path("questions.jsonl").touch()
+    held_out = set_arguments(["data.held_out={format: chat, path: train.jsonl}"])
+    result = run("train", "train.yaml", "--serve-rollout", "rollout.yaml", *alone, *held_out)
+    assert result.exit_code == 2
+    assert "teacher.addresses is empty" in result.output
+    assert "--serve TEACHER.YAML" in result.output
+
+
 def test_sampling_without_a_server_says_how_to_get_one(good: Path) -> None:
     result = run("train", "train.yaml", *set_arguments(SAMPLED))
     assert result.exit_code == 2

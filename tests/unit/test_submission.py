@@ -84,6 +84,10 @@ def test_servers_that_are_needed_are_named(config: Path) -> None:
     assert "teacher.addresses is empty" in refused(config, "teacher.addresses=[]")
     sampled = ("source={kind: on_policy}", "data.max_tokens=512", "batch.max_tokens=1024")
     assert "source.rollouts.addresses is empty" in refused(config, *sampled)
+    judged = ("objective={name: sft}", "data.held_out={format: chat, path: /data/held_out.jsonl}")
+    assert "teacher.addresses is empty" in refused(config, "teacher.addresses=[]", *judged)
+    made = submission.plan(config, ("objective={name: sft}", "teacher.addresses=[]"), Wishes(**WISHES), "Job")
+    assert not made.asks_cluster
 
 
 def test_metrics_must_be_readable_from_outside_the_pod(config: Path) -> None:

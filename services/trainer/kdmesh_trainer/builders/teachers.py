@@ -25,7 +25,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.objectives.head import Heads, TeacherHead
 from kdmesh_trainer.objectives.panel_heads import PanelHeads
 from kdmesh_trainer.sections.objective_config import Distill
-from kdmesh_trainer.sections.teacher_config import TeacherConfig, teacher_key
+from kdmesh_trainer.sections.teacher_config import teacher_key
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService
 
@@ -119,16 +119,10 @@ def _images_read(sequences: Sequence[TokenSequence], name: str) -> Iterator[Plac
 
 def refuse_no_address(cfg: TrainerConfig) -> None:
     """Raises ConfigError when a teacher that the run asks has no address."""
-    for name, teacher in _asked(cfg).items():
+    for name, teacher in cfg.asked_teachers.items():
         if not teacher.addresses:
             said = f"{teacher_key(name)}.addresses is empty; it must name at least one running teacher as host:port"
             raise ConfigError(said)
-
-
-def _asked(cfg: TrainerConfig) -> Mapping[str, TeacherConfig]:
-    """By name; none for SFT without held-out data."""
-    is_asked = isinstance(cfg.objective, Distill) or cfg.data.held_out is not None
-    return cfg.all_teachers if is_asked else {}
 
 
 def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stack: ExitStack) -> Teachers | None:
@@ -143,7 +137,7 @@ def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stac
         DeadlineExpired: one does not answer.
     """
     refuse_no_address(cfg)
-    if not _asked(cfg):
+    if not cfg.asked_teachers:
         return None
     teachers = {
         name: open_teacher(

@@ -110,6 +110,12 @@ class JobSections(StrictModel):
         return self.teachers if self.teacher is None else {"": self.teacher}
 
     @property
+    def asked_teachers(self) -> dict[str, TeacherConfig]:
+        """Those of them that the run asks; none for SFT without held-out data."""
+        is_asked = isinstance(self.objective, Distill) or self.data.held_out is not None
+        return self.all_teachers if is_asked else {}
+
+    @property
     def layers(self) -> LayersConfig | None:
         """Hidden states below the last that are compared; None: there are none."""
         return self.objective.layers if isinstance(self.objective, Distill) else None
