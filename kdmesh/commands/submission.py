@@ -160,6 +160,10 @@ def _unfit_ranks(cfg: TrainerConfig, made: JobPlan) -> Iterator[str]:
         yield "student.device is cuda, and --gpus is 0"
     if cfg.student.device == "cpu" and gpus:
         yield f"student.device is cpu, and --gpus is {gpus}: they would lie idle"
+    try:
+        cfg.parallel.check_ranks(made.nodes * ranks)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _misplaced(cfg: TrainerConfig, made: JobPlan, in_image: Sequence[str]) -> Iterator[str]:

@@ -90,6 +90,16 @@ def test_servers_that_are_needed_are_named(config: Path) -> None:
     assert not made.asks_cluster
 
 
+@pytest.mark.parametrize("key", ["context", "shard_ranks"])
+def test_ranks_that_cannot_share_a_student_are_told_before_they_are_started(config: Path, key: str) -> None:
+    for nodes, gpus in ((1, 4), (4, 2)):
+        wanted = Wishes(**{**WISHES, "nodes": nodes, "gpus": gpus})
+        with pytest.raises(ConfigError, match=rf"parallel.{key} is 3 and the job has {nodes * gpus} ranks"):
+            submission.plan(config, (f"parallel.{key}=3",), wanted, "JobSet")
+    made = submission.plan(config, (f"parallel.{key}=6",), Wishes(**{**WISHES, "nodes": 3, "gpus": 2}), "JobSet")
+    assert made.nodes == 3
+
+
 def test_metrics_must_be_readable_from_outside_the_pod(config: Path) -> None:
     said = refused(config, "metrics={port: 0}")
     assert "metrics.host is 127.0.0.1, which nobody reaches from outside the pod" in said
