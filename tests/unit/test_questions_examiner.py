@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -164,8 +165,10 @@ def test_a_grader_that_raises_makes_an_answer_wrong_and_is_told_once(
     mesh: Mesh, caplog: pytest.LogCaptureFixture
 ) -> None:
     def picky(response: str, question: Question) -> bool:
-        if question.answers[0] in ("2", "5"):
+        if question.answers[0] == "2":
             raise KeyError("unit")
+        if question.answers[0] == "5":
+            sys.exit("the end")
         return right(response, question)
 
     with caplog.at_level(logging.WARNING):
@@ -173,6 +176,7 @@ def test_a_grader_that_raises_makes_an_answer_wrong_and_is_told_once(
     assert scores.grader_errors == 4
     assert [each.num_right for each in kept] == [1, 2, 0, 1, 2, 0, 1, 2, 2]
     assert kept[2].responses[0].error == "KeyError: 'unit'"
+    assert kept[5].responses[0].error == "SystemExit: the end"
     (told,) = [entry.__dict__ for entry in caplog.records]
     assert (told["responses"], told["question"], told["why"]) == (4, "questions.jsonl:2", "KeyError: 'unit'")
 

@@ -97,6 +97,10 @@ def unsure(response: str, row: dict[str, Any]) -> str:
     return "perhaps"
 
 
+def taking(response: str, row: dict[str, Any]) -> bool:
+    return bool(row["tests"].pop() == response)
+
+
 def custom(target: str, **params: Any) -> MatchConfig:
     return CONFIG.validate_python({"name": "custom", "target": f"{HERE}:{target}", "params": params})
 
@@ -105,6 +109,12 @@ def test_a_grader_of_ones_own_gets_the_response_and_the_whole_row() -> None:
     matcher = build_matcher(custom("within", distance=2))
     assert matcher("41", question("42", answer=42))
     assert not matcher("39", question("42", answer=42))
+
+
+def test_what_a_grader_does_to_a_row_is_not_seen_by_the_next_one() -> None:
+    asked = question(tests=["1", "42"])
+    matcher = build_matcher(custom("taking"))
+    assert [matcher("42", asked) for _ in range(3)] == [True, True, True]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def graded(is_right: Matcher, question: Question, text: str, *, is_cut_off: bool
     right, error = False, ""
     try:
         right = is_right(text, question)
-    except Exception as failure:  # noqa: BLE001 - a grader of the user's own must not end a run
+    except (Exception, SystemExit) as failure:  # noqa: BLE001 - a grader of the user's own must not end a run
         error = f"{type(failure).__name__}: {failure}"
     return Response(text=text, is_right=right, is_cut_off=is_cut_off, num_tokens=num_tokens, error=error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -108,7 +109,8 @@ def _custom(cfg: CustomMatch, key: str) -> Matcher:
         raise ConfigError(f"{key}: {error}") from None
 
     def is_right(response: str, question: Question) -> bool:
-        verdict = function(response, dict(question.row))
+        # A copy of all of it: the next response to the question is graded by the row as it was.
+        verdict = function(response, copy.deepcopy(dict(question.row)))
         if not isinstance(verdict, bool):
             raise TypeError(f"{cfg.target} returned {verdict!r}; it must return True or False")
         return verdict
