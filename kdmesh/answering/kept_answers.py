@@ -166,7 +166,8 @@ def _digest(entry: Mapping[str, Any]) -> str:
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    # Half a surrogate pair, in a key of a prompt that nobody reads, is the escape that it is in JSON.
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _differences(first: bytes, own: bytes) -> str:

@@ -33,6 +33,19 @@ def test_answers_are_gone_on_with_and_become_the_dataset(tmp_path: Path) -> None
     assert list(output.parent.iterdir()) == [output]
 
 
+def test_half_a_surrogate_pair_is_kept_as_the_prompt_has_it(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "ü", "name": "\ud83d"}]}]
+    with pytest.raises(RuntimeError), kept_answers(tmp_path / "a.jsonl") as kept:
+        kept.resume({"seed": 0})
+        kept.add(0, rows, Counts())
+        raise RuntimeError
+    with kept_answers(tmp_path / "a.jsonl") as kept:
+        kept.resume({"seed": 0})
+        assert (kept.written, kept.damaged) == (1, 0)
+        kept.publish(tmp_path / "a.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == rows
+
+
 @pytest.mark.parametrize(
     ("written", "damaged"),
     [
