@@ -81,7 +81,7 @@ class _Misfit:
 
 
 def _with_misfits(value: object, types: Set[Any]) -> object:
-    """`value`, or in a list its parts, as a `_Misfit` where pydantic would make one of `types` of another kind."""
+    """`value`, or in a list or mapping its parts, as a `_Misfit` where pydantic would make another kind of it."""
     if isinstance(value, bool):
         return _Misfit(value) if bool not in types and not types.isdisjoint((int, float)) else value
     if value == "" and Path in types:
@@ -89,6 +89,9 @@ def _with_misfits(value: object, types: Set[Any]) -> object:
     if isinstance(value, list):
         parts = {part for each in types if get_origin(each) in (tuple, list) for part in get_args(each)}
         return [_with_misfits(part, set().union(*map(_types, parts))) for part in value]
+    if isinstance(value, dict):
+        held = {get_args(each)[1] for each in types if get_origin(each) is dict}
+        return {key: _with_misfits(part, set().union(*map(_types, held))) for key, part in value.items()}
     return value
 
 

@@ -86,6 +86,14 @@ def test_what_breaks_a_rule_is_said_in_words_of_a_configuration(tmp_path: Path) 
         ("metrics={port: true}", "metrics.port: give a whole number (got true)"),
         ("profile={steps: [2, true]}", "profile.steps.1: give a whole number (got true)"),
         ("optimizer.betas=[false, 0.9]", "optimizer.betas.0: give a number (got false)"),
+        (
+            "objective={name: distill, teacher_weights: {a: true}}",
+            "objective.teacher_weights.a: give a number (got true)",
+        ),
+        (
+            "objective={name: distill, layers: {pairs: {1: true}}}",
+            "objective.layers.pairs.1: give a whole number (got true)",
+        ),
         ("optimizer.max_gradient_norm=true", "optimizer.max_gradient_norm: give a number (got true)"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate: give a number (got 'fast')"),
         ("student.freeze_vision=2", "student.freeze_vision: give true or false (got 2)"),
