@@ -39,6 +39,7 @@ class ServerClient:
         self._lost: asyncio.Future[RpcError] = asyncio.get_running_loop().create_future()
         self._closing = contextlib.AsyncExitStack()
         self._closing.push_async_callback(self._channel.close)
+        self._closing_turn = asyncio.Lock()
 
     async def sleep(self, tags: Set[SleepTag], *, drain_s: float) -> None:
         """Have the server give these back, after what it computes now. Raises RpcError as the proto says of Sleep."""
@@ -58,7 +59,9 @@ class ServerClient:
     async def close(self) -> None:
         """End the connection; requests under way fail as Unavailable. Tensors stay good."""
         self._lose(Unavailable(f"the connection to {self.address} was closed", retry_after_s=0.0))
-        await self._closing.aclose()
+        # Who waits for the loss closes it too, and must not take the channel from the farewell that needs it.
+        async with self._closing_turn:
+            await self._closing.aclose()
 
     def _lose(self, reason: RpcError) -> None:
         if not self._lost.done():

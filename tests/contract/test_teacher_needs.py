@@ -62,6 +62,16 @@ def test_one_that_comes_back_narrower_than_the_longest_sequence_gets_nothing_whi
             assert pool.describe().max_request_tokens == 256
 
 
+def test_the_session_with_one_that_is_left_out_ends_at_once(tmp_path: Path) -> None:
+    with (
+        teacher_processes(tmp_path, {}, NARROW) as (wide, narrow),
+        TeacherPool([wide.grpc, narrow.grpc], job="test", deadline_s=30) as pool,
+    ):
+        pool.require(Needs.of(tokens=200, rows=199))
+        # Until its next attempt to be used, which opens another.
+        until(lambda: narrow.get("/v1/sessions")["sessions"] == [])
+
+
 def test_a_job_waits_for_its_only_teacher_to_come_back_as_it_was_and_names_what_is_too_narrow(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
