@@ -150,6 +150,16 @@ async def test_the_servers_own_limit_ends_a_request_too() -> None:
             await generate(client, ask(prompt()))
 
 
+async def test_a_sample_counts_for_no_more_tokens_than_the_model_takes() -> None:
+    async with running_rollout(engine={"max_running": 1}) as server, server.client() as client:
+        server.engine.hold()
+        unbounded = generating(client, ask(prompt(), samples=2, max_new_tokens=10**6))
+        await server.until(running=1, waiting=1)
+        assert (await server.queue())["waiting"]["tokens"] == 64
+        server.engine.let_go()
+        await unbounded
+
+
 async def test_a_full_queue_refuses_with_a_wait() -> None:
     async with (
         running_rollout(queue={"max_tokens": 40}, engine={"max_running": 1}) as server,

@@ -182,7 +182,9 @@ class Scheduler:
             job=request.job,
             order=order,
             index=index,
-            num_tokens=len(request.prompt_ids) + request.sampling.max_new_tokens,
+            num_tokens=min(
+                len(request.prompt_ids) + request.sampling.max_new_tokens, self._engine.model.max_sequence_tokens
+            ),
             arrived_s=time.monotonic(),
             answers=answers,
         )
