@@ -245,7 +245,8 @@ async def test_a_commit_that_has_begun_is_finished_although_nobody_waits() -> No
             await asyncio.to_thread(has_begun.wait)
         await asyncio.sleep(0.02)
         may_end.set()
-        await until(lambda: updates.version == 1)
+        await until(lambda: updates.updated_at_s is not None)
+        assert updates.version == 1
         await _update(address, 2)
         assert target.version == 2
 

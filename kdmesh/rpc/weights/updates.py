@@ -169,16 +169,20 @@ class WeightUpdates:
 
     async def _commit(self, manifest: Manifest) -> None:
         """Apply it; when cancelled, not at all unless it has begun."""
-        turn = _Turn(self._versions.commit)
+        turn = _Turn(self._take_over)
         applying = asyncio.ensure_future(self._apply(manifest, turn.take))
         try:
             await asyncio.shield(applying)
-            self.updated_at_s = time.time()
         except asyncio.CancelledError:
             if turn.withdraw():
                 applying.cancel()
             await asyncio.wait([applying])
             raise
+
+    def _take_over(self) -> None:
+        """In the engine's thread."""
+        self._versions.commit()
+        self.updated_at_s = time.time()
 
     async def _run(self, call: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
