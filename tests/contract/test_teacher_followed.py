@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from pathlib import Path
 
@@ -10,13 +11,19 @@ import torch
 from torch import Tensor
 
 from kdmesh import errors
+from kdmesh.rpc.fleet.discovery import Discovery
+from kdmesh.rpc.fleet.routing import RoutingPolicy
+from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.teachers.fleet import TeacherFleet
 from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.rpc.weights.services import TEACHERS
 from kdmesh.types import DType
 from kdmesh.weights.manifest import TensorSpec
 from tests.support.teacher_process import teacher_process
 from tests.support.teacher_requests import expected_rows, sequence
+from tests.support.teacher_server import running_teacher
 
 FINGERPRINT = "fa4e000000080000003c"
 ASKED = [sequence(30)]
@@ -106,6 +113,35 @@ def test_nobody_waits_for_rows_when_the_only_teacher_has_lost_its_weights(tmp_pa
             pytest.raises(errors.ModelMismatch, match="no teacher has weight version 2 any more"),
         ):
             pool.submit(ASKED).wait()
+
+
+async def test_nobody_waits_for_rows_when_a_teacher_without_the_weights_has_moved(tmp_path: Path) -> None:
+    found: list[str] = []
+
+    async def resolve(name: str, port: int) -> list[str]:
+        return found
+
+    async with (
+        running_teacher(tmp_path, engine={"updatable": True}) as one,
+        running_teacher(tmp_path, engine={"updatable": True}) as other,
+    ):
+        addresses = [one.addresses.grpc, other.addresses.grpc]
+        found[:] = addresses[:1]
+        options, routing = SessionOptions(job="test", door="stream"), RoutingPolicy(look_every_s=0.01)
+        fleet = TeacherFleet(Discovery(["dns:///teachers:1"], resolve), options, routing=routing)
+        try:
+            await fleet.start(Deadline.after(20))
+            fleet.follow(2)
+            for address in reversed(addresses):  # as pods that are started anew, at another address each time
+                found[:] = [address]
+                said = ""
+                while f"any more: {address} were started anew" not in said:
+                    await asyncio.sleep(0)  # a refusal waits for nothing
+                    with pytest.raises(errors.ModelMismatch) as mismatch:
+                        await fleet.ask(ASKED, Deadline.after(5), 2)
+                    said = str(mismatch.value)
+        finally:
+            await fleet.close()
 
 
 def test_heads_that_are_out_of_date_take_no_memory_of_the_client(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ class TeacherFleet(ServerFleet[TeacherClient]):
     def _hopeless(self) -> ModelMismatch | None:
         """Whoever waits for rows would wait in vain: the next update comes after them."""
         addresses = self._replicas.addresses
-        if not addresses or self._outdated != addresses:
+        if not addresses or not addresses <= self._outdated:
             return None
         return ModelMismatch(
             f"no teacher has weight version {self.weight_version} any more: {', '.join(sorted(addresses))} "
