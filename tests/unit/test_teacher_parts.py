@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from kdmesh.errors import EngineFailure
 from kdmesh.serving.engine.thread import EngineThread
@@ -17,11 +18,18 @@ from kdmesh.serving.throughput import Throughput
 from kdmesh.types import DType
 from kdmesh_teacher import probe
 from kdmesh_teacher.config import FakeEngine as FakeEngineConfig
+from kdmesh_teacher.config import SlabConfig
 from kdmesh_teacher.engine import HeadParts, PrefillJob
 from kdmesh_teacher.fake_engine import FakeEngine, as_bytes, hidden_states
 from tests.support.teacher_requests import sequence
 
 FAKE = FakeEngineConfig(kind="fake", hidden_size=8, vocabulary_size=60, max_batch_tokens=256)
+
+
+@pytest.mark.parametrize("key", ["lease_s", "claim_s"])
+def test_a_time_that_clients_cannot_be_told_is_refused(key: str) -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 2592000"):
+        SlabConfig.model_validate({key: 5_000_000})
 
 
 def test_speed_is_that_of_the_last_batches() -> None:

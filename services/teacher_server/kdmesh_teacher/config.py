@@ -16,6 +16,8 @@ from kdmesh.tracing.config import TracingConfig
 from kdmesh_teacher.cache.config import CacheConfig
 from kdmesh_teacher.sglang.config import SglangEngine
 
+_LONGEST_S = 2_592_000  # 30 days; clients are told in 32 bits of milliseconds
+
 
 class TransformersEngine(StrictModel):
     """Runs the model in this process with Hugging Face transformers, on the CPU or one GPU."""
@@ -116,10 +118,10 @@ class SlabConfig(StrictModel):
     slots_per_session: int = Field(8, ge=1)
     """Most slots one session may hold at once."""
 
-    lease_s: float = Field(30.0, gt=0)
+    lease_s: float = Field(30.0, gt=0, le=_LONGEST_S)
     """Silence after which a session ends."""
 
-    claim_s: float = Field(30.0, gt=0)
+    claim_s: float = Field(30.0, gt=0, le=_LONGEST_S)
     """How long an answer waits to be claimed."""
 
     max_abandoned: int = Field(16, ge=0)
