@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+from kdmesh.errors import Unavailable
 from kdmesh.rpc import codec
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.fleet.discovery import Discovery
@@ -233,3 +234,24 @@ async def test_client_whose_session_was_closed_notices(tmp_path: Path) -> None:
         await other.stub.CloseSession(pb.CloseSessionRequest(session=client._session))
         async with asyncio.timeout(2):
             assert "unknown or its lease has ended" in str(await client.wait_lost())
+
+
+async def test_a_release_that_the_server_never_heard_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_teacher(tmp_path) as teacher, teacher.client() as client, httpx.AsyncClient() as http:
+        send, sent = client._stub.Release, 0
+
+        async def lose_the_first(request: pb.ReleaseRequest, **options: Any) -> pb.ReleaseResponse:
+            nonlocal sent
+            sent += 1
+            if sent == 1:
+                raise Unavailable("the server did not answer in time")
+            return await send(request, **options)
+
+        monkeypatch.setattr(client._stub, "Release", lose_the_first)
+        await client.prefill([sequence(9)], Deadline.after(10))
+        async with asyncio.timeout(10):
+            while (await http.get(f"http://{teacher.addresses.rest}/v1/slab")).json()["slots"]["free"] < 4:
+                pass  # each look is a round trip through the server's loop
+        assert sent == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from kdmesh.rpc import codec
 from kdmesh.rpc.background_tasks import BackgroundTasks
 from kdmesh.rpc.calls import UNARY_TIMEOUT_S, our_errors
 from kdmesh.rpc.missing_images import with_images
-from kdmesh.rpc.retry import Deadline
+from kdmesh.rpc.retry import Deadline, RetryPolicy
 from kdmesh.rpc.server_client import ServerClient
 from kdmesh.rpc.teachers import raw_chunk
 from kdmesh.rpc.teachers.checked_answer import checked_handle
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CLOSE_S = 2.0  # for a farewell; without it, the session ends with its lease
+_RELEASE_AGAIN = RetryPolicy()
 _READ_HANDLE = "/kdmesh.v1.Teacher/ReadHandle"
 
 
@@ -353,9 +355,16 @@ class TeacherClient(ServerClient):
         self._tasks.start(self._send_release(handle))
 
     async def _send_release(self, handle: common_pb2.Handle) -> None:
-        # A release that is lost comes anyway, with the end of the session.
-        with contextlib.suppress(RpcError):
-            await self._call(self._stub.Release, pb.ReleaseRequest(session=self._session, handles=[handle]))
+        """Until the server has heard it: a slot whose release is lost is this session's until that ends."""
+        for attempt in itertools.count():
+            try:
+                await self._call(self._stub.Release, pb.ReleaseRequest(session=self._session, handles=[handle]))
+            except Unavailable:
+                await asyncio.sleep(_RELEASE_AGAIN.wait_s(attempt))
+            except RpcError:  # the session has ended
+                return
+            else:
+                return
 
     async def _close_session(self) -> None:
         with contextlib.suppress(RpcError):
