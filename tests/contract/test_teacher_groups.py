@@ -156,6 +156,7 @@ import asyncio, logging, sys
 from kdmesh import log
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from tests.support.teacher_requests import sequence
 
 async def main():

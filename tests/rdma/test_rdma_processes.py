@@ -122,6 +122,7 @@ READER = """
 import asyncio, sys
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from tests.support.teacher_requests import sequence
 
 async def read_for_ever():
@@ -157,6 +158,7 @@ import asyncio, os, signal, sys
 from kdmesh.handles.rdma.agent import Agent
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.session_options import SessionOptions
 from tests.support.teacher_requests import sequence
 
 async def hang():
@@ -249,6 +251,7 @@ LEAVING = """
 import asyncio, sys
 from kdmesh.handles.rdma.agent import Agent
 from kdmesh.rpc.teachers.client import TeacherClient
+from kdmesh.rpc.teachers.session_options import SessionOptions
 
 async def connect():
     return await TeacherClient.connect(sys.argv[1], SessionOptions(job="reader", door="rdma"))
