@@ -98,6 +98,15 @@ def test_a_teacher_follows_one_job_as_long_as_that_is_connected(tmp_path: Path) 
         publish(4, teacher.grpc, job="second")
 
 
+def test_a_job_whose_update_is_refused_is_not_followed(tmp_path: Path) -> None:
+    with teacher_process(tmp_path, engine={"updatable": True}) as teacher:
+        publish(5, teacher.grpc, job="first")
+        with TeacherPool([teacher.grpc], job="second", deadline_s=20):
+            with pytest.raises(errors.ModelMismatch, match="version 2 is not newer than the one served, 5"):
+                publish(2, teacher.grpc, job="second")
+            publish(6, teacher.grpc, job="first")
+
+
 def test_nobody_waits_for_rows_when_the_only_teacher_has_lost_its_weights(tmp_path: Path) -> None:
     with (
         teacher_process(tmp_path, engine={"updatable": True}) as first,

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -49,6 +50,7 @@ class WeightUpdates:
         silence_s: float = 300.0,
         device: torch.device | None = None,
         admit: Callable[[str], None] = lambda job: None,
+        taken: Callable[[str], None] = lambda job: None,
     ) -> None:
         """
         Args:
@@ -59,6 +61,7 @@ class WeightUpdates:
             policies: those that `apply` knows.
             silence_s: how long a sender may say nothing before its update is dropped.
             admit: raises an RpcError when the job of this name may not update the weights.
+            taken: called in the engine's thread when the weights of the job of this name are served.
             device: a GPU that this process computes on, to which bytes may come over NCCL; None where it has none.
         """
         self._versions = WeightVersions(target, architecture_fingerprint=architecture_fingerprint, version=version)
@@ -67,6 +70,7 @@ class WeightUpdates:
         self._silence_s = silence_s
         self._device = device
         self._admit = admit
+        self._taken = taken
         self.updated_at_s: float | None = None
         """When the weights that are served came, in Unix time; None: they are those of the start."""
 
@@ -112,7 +116,7 @@ class WeightUpdates:
         self._receiving = manifest
         try:
             with spans.span("weight update", parent=begin.begin.traceparent, job=job, version=manifest.version):
-                async with aclosing(self._receive(begin.begin, requests)) as replies:
+                async with aclosing(self._receive(begin.begin, requests, job)) as replies:
                     async for reply in replies:
                         yield reply
         finally:
@@ -121,7 +125,7 @@ class WeightUpdates:
         yield pb.UpdateWeightsReply(weight_version=self.version)
 
     async def _receive(
-        self, begin: pb.BeginUpdate, requests: AsyncIterator[pb.UpdateWeightsRequest]
+        self, begin: pb.BeginUpdate, requests: AsyncIterator[pb.UpdateWeightsRequest], job: str
     ) -> AsyncGenerator[pb.UpdateWeightsReply, None]:
         """The replies to all steps but the last; then it is committed."""
         began_s = time.time()
@@ -143,7 +147,7 @@ class WeightUpdates:
             spans.record("receive", begin_s=began_s, end_s=time.time(), door=source.door.value)
             verified = await self._run(self._versions.verify)
             with spans.span("commit"):
-                await self._commit(verified)
+                await self._commit(verified, job)
         finally:
             # In the thread, behind whatever it still does, so nothing is written after it. When cancelled, not awaited.
             ending = asyncio.wrap_future(self._thread.submit(self._versions.discard))
@@ -167,9 +171,9 @@ class WeightUpdates:
             raise InvalidRequest(f"the update says {step or 'nothing'} where {' or '.join(wanted)} comes next")
         return request
 
-    async def _commit(self, manifest: Manifest) -> None:
+    async def _commit(self, manifest: Manifest, job: str) -> None:
         """Apply it; when cancelled, not at all unless it has begun."""
-        turn = _Turn(self._take_over)
+        turn = _Turn(partial(self._take_over, job))
         applying = asyncio.ensure_future(self._apply(manifest, turn.take))
         try:
             await asyncio.shield(applying)
@@ -179,10 +183,11 @@ class WeightUpdates:
             await asyncio.wait([applying])
             raise
 
-    def _take_over(self) -> None:
+    def _take_over(self, job: str) -> None:
         """In the engine's thread."""
         self._versions.commit()
         self.updated_at_s = time.time()
+        self._taken(job)
 
     async def _run(self, call: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)

@@ -19,10 +19,13 @@ class FollowedJob:
         self._job: str | None = None
 
     def admit(self, job: str) -> None:
-        """A job is about to replace the weights. Raises ModelMismatch when they follow another one's student."""
+        """A job wants to replace the weights. Raises ModelMismatch when they follow another one's student."""
         if self._job not in (None, job) and self._job in self._connected():
             raise ModelMismatch(
                 f"the weights of this teacher follow job {self._job}, which is connected; job {job or '(unnamed)'} "
                 "needs a teacher of its own"
             )
+
+    def taken(self, job: str) -> None:
+        """The weights are those of this job now."""
         self._job = job

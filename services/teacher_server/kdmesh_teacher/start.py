@@ -133,6 +133,7 @@ def _updates(
     from kdmesh.rpc.weights.updates import WeightUpdates
 
     assert isinstance(engine, UpdatableEngine)
+    followed = FollowedJob(lambda: {session.job for session in store.snapshot().sessions})
     updates = WeightUpdates(
         engine,
         architecture_fingerprint=model.architecture_fingerprint,
@@ -140,7 +141,8 @@ def _updates(
         version=FIRST_VERSION,
         policies=(UpdatePolicy.FINISH,),
         device=gpu(cfg.device) if isinstance(cfg, TransformersEngine) else None,
-        admit=FollowedJob(lambda: {session.job for session in store.snapshot().sessions}).admit,
+        admit=followed.admit,
+        taken=followed.taken,
     )
     stack.push_async_callback(asyncio.to_thread, updates.close)
     return updates
