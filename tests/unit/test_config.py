@@ -91,7 +91,7 @@ def test_what_breaks_a_rule_is_said_in_words_of_a_configuration(tmp_path: Path) 
             "objective.teacher_weights.a: give a number (got true)",
         ),
         (
-            "objective={name: distill, layers: {pairs: {1: true}}}",
+            "objective={name: distill, layers: {pairs: {1: true}, weight: 1}}",
             "objective.layers.pairs.1: give a whole number (got true)",
         ),
         ("optimizer.max_gradient_norm=true", "optimizer.max_gradient_norm: give a number (got true)"),
