@@ -27,9 +27,11 @@ FAKE = FakeEngineConfig(kind="fake", hidden_size=8, vocabulary_size=60, max_batc
 
 
 @pytest.mark.parametrize("key", ["lease_s", "claim_s"])
-def test_a_time_that_clients_cannot_be_told_is_refused(key: str) -> None:
+def test_a_time_that_clients_cannot_be_told_or_keep_is_refused(key: str) -> None:
     with pytest.raises(ValidationError, match="less than or equal to 2592000"):
         SlabConfig.model_validate({key: 5_000_000})
+    with pytest.raises(ValidationError, match=r"greater than or equal to 0\.1"):
+        SlabConfig.model_validate({key: 0.001})
 
 
 def test_speed_is_that_of_the_last_batches() -> None:

@@ -118,10 +118,10 @@ class SlabConfig(StrictModel):
     slots_per_session: int = Field(8, ge=1)
     """Most slots one session may hold at once."""
 
-    lease_s: float = Field(30.0, gt=0, le=_LONGEST_S)
+    lease_s: float = Field(30.0, ge=0.1, le=_LONGEST_S)
     """Silence after which a session ends."""
 
-    claim_s: float = Field(30.0, gt=0, le=_LONGEST_S)
+    claim_s: float = Field(30.0, ge=0.1, le=_LONGEST_S)
     """How long an answer waits to be claimed."""
 
     max_abandoned: int = Field(16, ge=0)
