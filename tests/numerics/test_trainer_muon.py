@@ -98,7 +98,8 @@ def textbook(student: Path) -> dict[str, Array]:
     result = {}
     for name, parameter in model.named_parameters():
         weight: Array = parameter.detach().numpy().copy()
-        is_vector = weight.ndim == 1 or name.endswith("bias")  # also one of each expert, in one tensor
+        # Also those of each expert or head, in one tensor.
+        is_vector = weight.ndim == 1 or name.endswith("bias") or "norm" in name
         decay = 0.0 if is_vector else 0.1
         momentum, first, second = (np.zeros_like(weight) for _ in range(3))
         for step, rate in enumerate(RATES):
@@ -123,6 +124,7 @@ def textbook(student: Path) -> dict[str, Array]:
         ("qwen3", False, 2, {}),
         ("qwen3", True, 2, {"spreads_head": True}),
         ("gpt_oss", False, 1, {}),
+        ("cohere", True, 1, {}),
         pytest.param("qwen3", False, 3, {}, marks=pytest.mark.slow),
         pytest.param("qwen3", True, 4, {"shard_ranks": 2}, marks=pytest.mark.slow),
     ],

@@ -191,7 +191,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "tie_word_embeddings": True,
     },
-    "cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
+    "cohere": {"logit_scale": 0.25, "tie_word_embeddings": True, "use_qk_norm": True},
     "granite": {
         "logits_scaling": 4.0,
         "attention_multiplier": 0.3,

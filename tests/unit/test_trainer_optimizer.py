@@ -155,6 +155,7 @@ def test_norms_and_biases_do_not_decay() -> None:
     # As of gpt_oss's experts.
     model.register_parameter("up_proj", torch.nn.Parameter(torch.zeros(2, 3, 3)))
     model.register_parameter("up_proj_bias", torch.nn.Parameter(torch.zeros(2, 3)))
+    model.register_module("q_norm", torch.nn.LayerNorm((2, 3), bias=False))  # of two heads, as Cohere's
     optimizer = build_adamw(model, OptimizerConfig(weight_decay=0.1))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
@@ -164,6 +165,7 @@ def test_norms_and_biases_do_not_decay() -> None:
         "0.bias": 0.0,
         "1.weight": 0.0,
         "1.bias": 0.0,
+        "q_norm.weight": 0.0,
     }
 
 

@@ -57,8 +57,8 @@ def parameter_groups(
 
 
 def holds_vectors(name: str, parameter: nn.Parameter) -> bool:
-    """Whether it is a norm or a bias, or several in one tensor, as the biases of gpt_oss's experts."""
-    return parameter.ndim < 2 or name.endswith("bias")
+    """Whether it is a norm or a bias, or several in one tensor, as of gpt_oss's experts or Cohere's heads."""
+    return parameter.ndim < 2 or name.endswith("bias") or name.rpartition(".")[0].endswith("norm")
 
 
 class ShardedAdamW(AdamW):
