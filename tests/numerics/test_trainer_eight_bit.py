@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from kdmesh.errors import ConfigError
+from kdmesh.errors import CheckpointError, ConfigError
 from kdmesh_trainer.memory.memory_plan import plan
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimization import optimizer as optimizer_module
@@ -116,6 +118,18 @@ def test_a_run_continues_on_another_number_of_ranks(arguments: dict[str, Any], b
     rest = run_ranks(f"{RUNS}:train", ranks=after, **arguments, until=STEPS)[0]
     assert rest["first"] == 4
     assert rest["losses"] == pytest.approx(whole["losses"][4:], rel=2e-3)  # other matrices are whole on one rank
+
+
+def test_a_checkpoint_asks_for_the_space_that_it_takes(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(f"{RUNS}:train", ranks=1, **arguments, until=2, save_at=1)
+    on_disk = sum(file.stat().st_size for file in (Path(arguments["checkpoints"]) / "step-00000001").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(CheckpointError, match="not enough space") as refused:
+        run_ranks(f"{RUNS}:train", ranks=1, **arguments, until=2, save_at=2)
+    needed = int(str(refused.value).partition("(")[2].split()[0])
+    assert on_disk <= needed <= on_disk + 2**20
 
 
 def test_a_plan_counts_a_byte_for_each_moment(tmp_path: Path) -> None:

@@ -11,11 +11,21 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def has_rounded(moments: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether any is kept in a type of its own, as torchao's are."""
     return any(_is_rounded(value) for of_one in moments.values() for value in of_one.values())
+
+
+def bytes_in_files(value: Tensor) -> int:
+    """Of all shards of a tensor, where each is kept as this rank's is; moments in a type of their own tell more."""
+    own = _local(value)
+    if not is_traceable_wrapper_subclass(own):
+        return value.numel() * value.element_size()
+    parts = (getattr(own, name) for name in own.__tensor_flatten__()[0])
+    return -(-sum(part.nbytes for part in parts) * value.numel() // own.numel())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.optimization.rounded_moments import has_rounded, widened
+from kdmesh_trainer.optimization.rounded_moments import bytes_in_files, has_rounded, widened
 from kdmesh_trainer.saved_config import (
     COMPLETE,
     STATE,
@@ -268,10 +268,7 @@ def _with_moments(saved: Collection[str]) -> set[str]:
 
 def _size_bytes(state: Mapping[str, Any]) -> int:
     """Bytes of all tensors, over all shards."""
-    return sum(
-        value.numel() * value.element_size() if isinstance(value, Tensor) else _size_bytes(value)
-        for value in state.values()
-    )
+    return sum(bytes_in_files(value) if isinstance(value, Tensor) else _size_bytes(value) for value in state.values())
 
 
 def _cause(error: CheckpointException) -> str:
