@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from tests.support.copies import copy_of_kdmesh
-from tests.support.tiny_models import TinyModels
+from tests.support.other_tokenizers import save_sentence_piece
+from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 from tests.support.tiny_vision import TinyVisionModels
 from tests.support.trainer_jobs import write_config
 
@@ -67,6 +68,30 @@ def test_layers_that_are_compared_are_planned_for_where_the_teacher_is_known(
     assert "names layer 3 of the student" in plan(config, *layers, *beyond, code=2)
     beyond = ("--set", "objective.layers.pairs={1: 3}", "--serve", str(server))
     assert "names layer 3 of the teacher, which has layers 1 to 2" in plan(config, *layers, *beyond, code=2)
+
+
+def test_the_head_of_a_teacher_with_another_tokenizer_has_its_own_tokens(
+    config: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    other, server = tmp_path / "tokenizer", tmp_path / "teacher.yaml"
+    size = save_sentence_piece(other, size=2000)
+    model = tiny_models.path("llama", seed=2, vocab_size=4000)
+    server.write_text(yaml.safe_dump({"engine": {"kind": "transformers", "model": str(model)}}), encoding="utf-8")
+
+    def tokens(*more: str) -> float:
+        both = (
+            "--set",
+            f"data.teacher_tokenizer={{path: {other}}}",
+            *(part for each in more for part in ("--set", each)),
+        )
+        told = json.loads(plan(config, "--json", "--serve", str(server), *both))
+        return told["rank_bytes_between_steps"]["teacher's head"] / (4 * 32)
+
+    shared = tokens()
+    assert 50 < shared < VOCABULARY_SIZE
+    by_rank = "objective={name: distill, algorithm: {name: uld}}"
+    assert tokens(by_rank, "data.held_out=null") == size > 3 * VOCABULARY_SIZE
+    assert tokens(by_rank) == size + shared
 
 
 @pytest.mark.parametrize(("family", "part"), [("qwen2_5_vl", 0.6), ("internvl", 0.8)])

@@ -106,12 +106,13 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
     student = read_config(cfg.student.model)
     whole, rest = divmod(cfg.batch.max_tokens, cfg.data.max_tokens)
     step_tokens = cfg.batch.sequences * cfg.data.max_tokens
+    num_tokens = _tokens_of_teacher(cfg)
     return Job(
         student=cfg.student.model,
         vocabulary_size=vocabulary_size(load_fast_tokenizer(cfg.student.model)),
         teachers=[
-            TeacherHead(name=server["name"], hidden_size=_teacher(server)[0], dtype=_teacher(server)[1])
-            for server in servers
+            TeacherHead(name=server["name"], hidden_size=width, dtype=dtype, num_tokens=num_tokens)
+            for server, (width, dtype) in ((server, _teacher(server)) for server in servers)
         ],
         compute_dtype=getattr(torch, cfg.student.compute_dtype),
         device=torch.device("cuda" if has_gpu else "cpu"),
@@ -135,6 +136,24 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         layers=cfg.layers,
         follows=None if cfg.teacher is None else cfg.teacher.follows_student,
     )
+
+
+def _tokens_of_teacher(cfg: TrainerConfig) -> int | None:
+    """Whose rows of its head a rank has where it has another tokenizer; None: it has the student's."""
+    from kdmesh_trainer.data.encoding.other_tokenizer import OtherTokenizerEncoder
+    from kdmesh_trainer.data.encoding.recipe import EncoderRecipe
+    from kdmesh_trainer.sections.algorithm_config import VanillaKD
+    from kdmesh_trainer.sections.objective_config import Distill
+
+    if cfg.data.teacher_tokenizer is None:
+        return None
+    recipe = EncoderRecipe(student=cfg.student.model, data=cfg.data)
+    encoder = recipe.encoder(recipe.tokenizer())
+    assert isinstance(encoder, OtherTokenizerEncoder)
+    compares_all = isinstance(cfg.objective, Distill) and not isinstance(cfg.objective.algorithm, VanillaKD)
+    # Held-out data compare distributions over what both have, for which there is a head beside the whole one.
+    compares_shared = not compares_all or cfg.data.held_out is not None
+    return compares_all * encoder.teacher_tokens().size + compares_shared * len(encoder.shared.student_ids)
 
 
 def _teacher(server: Mapping[str, Any]) -> tuple[int, Any]:

@@ -28,6 +28,7 @@ class TeacherHead:
     hidden_size: int
     dtype: torch.dtype
     has_bias: bool = False
+    num_tokens: int | None = None  # whose rows a rank has; None: the student's, or its share of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -329,9 +329,10 @@ def _num_tokens(job: Job, student: Student) -> int:
     return job.vocabulary_size if student.share is None else student.share.num_tokens
 
 
-def _head(teacher: TeacherHead, vocabulary_size: int) -> list[Tensor]:
-    weight = torch.empty(vocabulary_size, teacher.hidden_size, dtype=teacher.dtype)
-    return [weight, torch.empty(vocabulary_size, dtype=teacher.dtype)] if teacher.has_bias else [weight]
+def _head(teacher: TeacherHead, students_tokens: int) -> list[Tensor]:
+    num_tokens = students_tokens if teacher.num_tokens is None else teacher.num_tokens
+    weight = torch.empty(num_tokens, teacher.hidden_size, dtype=teacher.dtype)
+    return [weight, torch.empty(num_tokens, dtype=teacher.dtype)] if teacher.has_bias else [weight]
 
 
 def _packed(job: Job) -> PackedTokens:
