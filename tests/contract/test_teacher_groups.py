@@ -73,7 +73,7 @@ async def test_a_server_without_groups_is_a_configuration_error(tmp_path: Path) 
 
 
 async def test_auto_says_why_it_took_no_other_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def connect(*arguments: object) -> ShmDoor:
+    async def connect(*arguments: object, **options: object) -> ShmDoor:
         raise Unavailable("no shared memory through /there: another node")
 
     monkeypatch.setattr(ShmDoor, "connect", connect)

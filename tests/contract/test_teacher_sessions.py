@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import os
+import resource
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -255,3 +257,31 @@ async def test_a_release_that_the_server_never_heard_is_sent_again(
             while (await http.get(f"http://{teacher.addresses.rest}/v1/slab")).json()["slots"]["free"] < 4:
                 pass  # each look is a round trip through the server's loop
         assert sent == 2
+
+
+async def test_a_client_whose_process_may_open_no_more_files_gives_its_session_and_slot_back(tmp_path: Path) -> None:
+    async with running_teacher(tmp_path) as teacher, httpx.AsyncClient() as http:
+        await http.get(f"http://{teacher.addresses.rest}/v1/slab")
+        async with teacher.client(door="shm") as client:
+            with no_more_files(), pytest.raises(Unavailable, match="no descriptor came; has this process as many open"):
+                await client.prefill([sequence(9)], Deadline.after(10))
+            assert "no descriptor came" in str(await client.wait_lost())
+        async with asyncio.timeout(10):
+            while (await http.get(f"http://{teacher.addresses.rest}/v1/slab")).json()["slots"]["free"] < 4:
+                pass  # each look is a round trip through the server's loop
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -10,6 +10,7 @@ import os
 import socket
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -34,23 +35,38 @@ class ShmDoor:
 
     name = "shm"
 
-    def __init__(self, wire: _Wire) -> None:
+    def __init__(self, wire: _Wire, on_lost: Callable[[Unavailable], None]) -> None:
         """Use `connect`."""
         self._wire: _Wire | None = wire
+        self._on_lost = on_lost
         self._mappings: dict[int, _Mapping] = {}  # by segment, each in its newest epoch
         self._claims: deque[_Claim] = deque()  # sent and unanswered, oldest first
         self._turns = asyncio.Semaphore(messages.MAX_UNANSWERED)
         wire.loop.add_reader(wire.sock, self._readable)
 
     @classmethod
-    async def connect(cls, socket_path: Path, session: bytes, nonce: bytes, *, timeout_s: float = 5.0) -> Self:
+    async def connect(
+        cls,
+        socket_path: Path,
+        session: bytes,
+        nonce: bytes,
+        *,
+        on_lost: Callable[[Unavailable], None] = lambda reason: None,
+        timeout_s: float = 5.0,
+    ) -> Self:
         """The door to the server that told `nonce` and opened `session`.
+
+        Args:
+            on_lost: called when a segment's memory did not come, and never will in this session.
 
         Raises:
             Unavailable: that server cannot be reached through this socket; use another door.
             HandleGone: the session has ended.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise Unavailable(f"no shared memory through {socket_path}: {error}") from None
         sock.setblocking(False)
         try:
             with unix_address(socket_path) as address:
@@ -69,7 +85,7 @@ class ShmDoor:
         except BaseException:
             sock.close()
             raise
-        return cls(_Wire(sock))
+        return cls(_Wire(sock), on_lost)
 
     async def fetch(self, handle: Handle) -> Tensor:
         """See Door. A write to the tensor kills the process: the memory is mapped read-only."""
@@ -137,6 +153,16 @@ class ShmDoor:
             gone = HandleGone(f"the handle to segment {claim.handle.segment} has ended, or its session")
             _settle(claim.answer, gone)
             return
+        if not fds and not self._has_mapped(claim.handle):
+            # The broker sends it once. Where this process may open no more files, the system has dropped it.
+            lost = Unavailable(
+                f"segment {claim.handle.segment} cannot be mapped: no descriptor came; has this process as many open "
+                "files as it may have (`ulimit -n`)?"
+            )
+            _settle(claim.answer, lost)
+            self._end(lost)
+            self._on_lost(lost)
+            return
         try:
             if fds:
                 self._map(claim.handle, fds[0], reply.size_bytes)
@@ -157,11 +183,15 @@ class ShmDoor:
         except (OSError, ValueError, EngineFailure) as error:
             raise EngineFailure(f"segment {handle.segment} cannot be mapped: {error}") from None
 
+    def _has_mapped(self, handle: Handle) -> bool:
+        mapping = self._mappings.get(handle.segment)
+        return mapping is not None and mapping.epoch == handle.epoch
+
     def _tensor(self, wire: _Wire, handle: Handle) -> Tensor:
         """Over a segment that was mapped; the broker counts this process as its reader."""
-        mapping = self._mappings.get(handle.segment)
-        if mapping is None or mapping.epoch != handle.epoch:
+        if not self._has_mapped(handle):
             raise EngineFailure(f"segment {handle.segment} cannot be mapped: no descriptor came, and none is known")
+        mapping = self._mappings[handle.segment]
         size_bytes = len(mapping.memory)
         if handle.offset_bytes + handle.size_bytes > size_bytes:
             raise EngineFailure(

@@ -116,7 +116,9 @@ async def _open(name: DoorName, way: Doorway, *, is_asked_for: bool) -> Door:
     match name:
         case "shm":
             opened = way.opened
-            return await ShmDoor.connect(Path(opened.broker_socket), opened.session, opened.node_nonce)
+            return await ShmDoor.connect(
+                Path(opened.broker_socket), opened.session, opened.node_nonce, on_lost=way.lose
+            )
         case "rdma":
             if not way.opened.has_rdma:
                 raise Unavailable("the server has no RDMA")
