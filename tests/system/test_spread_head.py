@@ -90,3 +90,21 @@ def test_samples_come_from_the_student_that_is_trained(
         assert 0 < step["student_entropy_nats"] < 6
         assert 0 < step["teacher_entropy_nats"] < 6
     assert rollouts.weight_version() == 5
+
+
+def test_ranks_that_wait_for_each_other_keep_no_slot_from_each_other(
+    materials: Materials, processes: Processes, tmp_path: Path
+) -> None:
+    narrow = Teacher(processes, tmp_path / "teacher", materials.teacher, slab={"slots": 1})
+    narrow.start()
+    job = Job(
+        processes,
+        tmp_path / "job",
+        materials.plain,
+        narrow.address,
+        teacher={"door": "shm", "deadline_s": 30},
+        steps=4,
+        parallel=SPREAD,
+    )
+    job.start_ranks(2).succeed()
+    assert len(job.steps()) == 4

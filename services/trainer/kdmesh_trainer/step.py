@@ -25,7 +25,7 @@ from kdmesh_trainer.objectives.objective import Objective
 from kdmesh_trainer.optimization.learning_rate import learning_rate
 from kdmesh_trainer.optimization.optimizer import set_learning_rate
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
-from kdmesh_trainer.sources.batches import MicroBatch, StepBatch
+from kdmesh_trainer.sources.batches import MicroBatch, PanelRows, StepBatch, copied
 from kdmesh_trainer.stats import StepStats
 from kdmesh_trainer.student.model import LossTotals, Student, begin_micro_batch
 from kdmesh_trainer.student.shards import norm_over_ranks
@@ -165,6 +165,9 @@ def forward(
         with record_function("wait for the teacher"):
             # Also where none of the rows is this rank's: others may need those that it asked for.
             answered = tally.wait(micro_batch)
+            if student.share is not None and answered is not None:  # the loss waits for the rows of all ranks
+                assert not isinstance(answered, PanelRows)
+                answered = copied(answered, device)
         with record_function("head and loss"):
             sequences = micro_batch.sequences if micro_batch.held is None else micro_batch.held
             rows = StudentRows(

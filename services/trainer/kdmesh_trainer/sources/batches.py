@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from kdmesh.models.packing import moved
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.stats import RolloutFigures
 
@@ -20,7 +22,7 @@ class TeacherRows(Protocol):
         """[R, D] in the order of the sequences and of each one's positions; read-only. Where outputs of n layers are
         asked for they follow, [R, (1 + n) D].
 
-        On the CPU, or on this rank's device where ranks hold a row of tokens together.
+        On the CPU, or on this rank's device where ranks hold a row of tokens together, or a head.
         """
         ...
 
@@ -28,6 +30,20 @@ class TeacherRows(Protocol):
     def weight_version(self) -> int:
         """The teacher weights that made them; only the head of the same version turns them into logits."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CopiedRows:
+    """TeacherRows in memory of this rank's own."""
+
+    rows_RD: Tensor
+    weight_version: int
+
+
+def copied(rows: TeacherRows, device: torch.device) -> CopiedRows:
+    """The same on `device`, for a rank that waits for others with them, who may need the teacher's memory."""
+    own_RD = rows.rows_RD.clone() if device.type == "cpu" else moved(rows.rows_RD, device)
+    return CopiedRows(rows_RD=own_RD, weight_version=rows.weight_version)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -16,7 +16,7 @@ from kdmesh.models.packing import moved, slice_bounds
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.encoding.sides import some_rows
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.sources.batches import MicroBatch, PanelPart, PanelRows, PendingRows, TeacherRows
+from kdmesh_trainer.sources.batches import CopiedRows, MicroBatch, PanelPart, PanelRows, PendingRows, copied
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -137,14 +137,6 @@ def _rows_of(members: Sequence[int], sequences: Sequence[TokenSequence]) -> Int6
     return np.concatenate([np.empty(0, np.int64), *(np.arange(rows[n], rows[n + 1]) for n in members)]).astype(np.int64)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Rows:
-    """TeacherRows, handed over."""
-
-    rows_RD: Tensor
-    weight_version: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answer:
     """What a rank tells the others of a teacher's answer to it."""
@@ -193,7 +185,7 @@ class _HandedRows:
         self._device = device
         self._names = names
 
-    def wait(self) -> _Rows | PanelRows:
+    def wait(self) -> CopiedRows | PanelRows:
         """See PendingRows. Collective of the group: this rank waits until the others have what they asked for.
 
         Raises:
@@ -211,21 +203,17 @@ class _HandedRows:
                 handed.append(self._hand_over(name, parts.pop(name, None), answers))
         if self._names == ("",):
             (only,) = handed
-            return _Rows(rows_RD=only.rows.rows_RD, weight_version=only.rows.weight_version)
+            return CopiedRows(rows_RD=only.rows.rows_RD, weight_version=only.rows.weight_version)
         return PanelRows(parts=tuple(handed))
 
     def _parts(self, own: PendingRows | None) -> Iterator[PanelPart]:
         """What the teachers answered to this rank, copied: others may still wait for memory that their rows need."""
         answer = None if own is None else own.wait()
         if isinstance(answer, PanelRows):
-            yield from (replace(part, rows=self._copied(part.rows)) for part in answer.parts)
+            yield from (replace(part, rows=copied(part.rows, self._device)) for part in answer.parts)
         elif answer is not None:
             # Whoever waits for a single teacher counts by itself.
-            yield PanelPart(name="", rows=self._copied(answer), index_R=None, num_tokens=0, wait_s=0.0)
-
-    def _copied(self, rows: TeacherRows) -> _Rows:
-        own_RD = rows.rows_RD.clone() if self._device.type == "cpu" else moved(rows.rows_RD, self._device)
-        return _Rows(rows_RD=own_RD, weight_version=rows.weight_version)
+            yield PanelPart(name="", rows=copied(answer, self._device), index_R=None, num_tokens=0, wait_s=0.0)
 
     def _answer(self, part: PanelPart | None) -> _Answer:
         ranks = self._context.size
@@ -263,7 +251,7 @@ class _HandedRows:
         has_all = len(numbers) == end - begin
         return PanelPart(
             name=name,
-            rows=_Rows(rows_RD=rows_RD, weight_version=first.weight_version),
+            rows=CopiedRows(rows_RD=rows_RD, weight_version=first.weight_version),
             index_R=None if has_all else torch.from_numpy(numbers - begin),
             num_tokens=0 if part is None else part.num_tokens,
             wait_s=0.0 if part is None else part.wait_s,
