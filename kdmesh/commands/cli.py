@@ -72,6 +72,7 @@ def main() -> None:
     See it work       kdmesh demo
     Check a machine   kdmesh doctor
     Check a config    kdmesh check examples/train.yaml
+    Know its keys     kdmesh schema trainer > trainer.schema.json
     Plan its memory   kdmesh plan examples/train.yaml
     Serve a teacher   kdmesh teacher examples/teacher.yaml
     Sample a student  kdmesh rollout examples/rollout.yaml
