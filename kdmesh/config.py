@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Mapping, Sequence, Set
 from datetime import date
 from difflib import get_close_matches
@@ -14,11 +13,11 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
-from yaml.constructor import ConstructorError
 from yaml.error import MarkedYAMLError
 
 from kdmesh.errors import ConfigError
 from kdmesh.hub import made_local, named_in
+from kdmesh.plain_yaml import Loader
 
 
 class StrictModel(BaseModel):
@@ -101,32 +100,6 @@ def _types(annotation: Any) -> set[Any]:
     return {annotation}.union(*map(_types, choices))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as its readers expect it: a key is there once, and 1e-5 is a number, which YAML 1.1 takes for a text."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises ConstructorError for a key that is there twice."""
-        seen = set()
-        for key, _ in node.value:
-            told = key.tag, str(key.value)
-            if told in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise ConstructorError(None, None, f"key {key.value!r} is there twice", key.start_mark)
-            seen.add(told)
-        return super().construct_mapping(node, deep)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Raises ConstructorError for what looks like a date or a number and is none, as 2026-13-01."""
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError) as error:
-            raise ConstructorError(None, None, f"{node.tag.rpartition(':')[2]}: {error}", node.start_mark) from None
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 M = TypeVar("M", bound=StrictModel)
 
 _MOST_GUESSES = 3
@@ -164,7 +137,7 @@ def named_value(text: str) -> tuple[str | None, Any]:
     """Of NAME=VALUE, the value read as YAML; no name: it is not of that form."""
     name, equals, value = text.partition("=")
     try:
-        return (name if name and equals else None), yaml.load(value, _Loader)
+        return (name if name and equals else None), yaml.load(value, Loader)
     except (yaml.YAMLError, RecursionError):
         return None, None
 
@@ -190,7 +163,7 @@ def parse(model: type[M], tree: dict[str, Any], *, source: Path, fetch: bool = T
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -224,7 +197,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(dotted.split(".")):
         raise ConfigError(f"--set {override!r} is not of the form a.b=value")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError):
         raise ConfigError(f"--set {override!r}: {text!r} is not YAML") from None
     *parents, last = dotted.split(".")

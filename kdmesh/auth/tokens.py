@@ -14,6 +14,7 @@ from kdmesh.auth.identity import Identity, Name, Role
 from kdmesh.auth.watched import Watched, read_bytes
 from kdmesh.config import StrictModel
 from kdmesh.errors import ConfigError
+from kdmesh.plain_yaml import UniqueKeysLoader
 
 _SHORTEST = 16
 _VISIBLE = r"^[\x21-\x7e]+$"
@@ -76,10 +77,11 @@ def watch_tokens(path: Path, on_failure: Callable[[], None]) -> Watched[TokenSet
 def read_tokens(path: Path) -> TokenSet:
     """Raises ConfigError when the file cannot be read, or says anything but tokens."""
     try:
-        tree = yaml.safe_load(read_bytes(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(read_bytes(path), UniqueKeysLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{path} is not YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise ConfigError(f"{path} is not YAML, or has a key twice{line}") from None
     try:
         file = TokenFile.model_validate(tree)
     except ValidationError as error:

@@ -17,6 +17,7 @@ from kdmesh.cluster.plan import JobKind
 from kdmesh.commands import submission
 from kdmesh.commands.config_option import config_argument, set_option
 from kdmesh.outputs import show
+from kdmesh.plain_yaml import Dumper
 
 if TYPE_CHECKING:
     from kdmesh.cluster.client import Cluster
@@ -238,7 +239,7 @@ def _cluster(context: str | None, namespace: str | None) -> Iterator[Cluster]:
         yield cluster
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(Dumper):
     """Writes text of several lines as such."""
 
 

@@ -16,6 +16,7 @@ from kdmesh.cluster.plan import WORK, JobKind, JobPlan, Mount, Output, Resources
 from kdmesh.cluster.pods import RENDEZVOUS_PORT
 from kdmesh.errors import ConfigError
 from kdmesh.hub import named_in
+from kdmesh.plain_yaml import Dumper
 from kdmesh.preflight import check
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.sections.source_config import OnPolicy
@@ -69,7 +70,7 @@ def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) ->
         name=name,
         kind=kind,
         image=wishes.image,
-        config=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
+        config=yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True),
         output_path=str(output),
         nodes=wishes.nodes,
         resources=_resources(wishes),

@@ -133,6 +133,10 @@ def test_a_dry_run_prints_what_would_be_sent_and_sends_nothing(cluster: FakeClus
     assert printed[-1]["kind"] == "JobSet"
 
 
+def test_what_a_dry_run_prints_is_the_same_to_a_reader_of_yaml_1_2(here: Path) -> None:
+    assert "value: '1e-5'" in run(*SUBMIT, "--dry-run", "--env", "RATE=1e-5").output
+
+
 def test_a_dry_run_of_a_known_kind_needs_no_cluster(here: Path) -> None:
     assert yaml.safe_load_all(run(*SUBMIT, "--dry-run").output)
 

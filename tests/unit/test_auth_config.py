@@ -112,6 +112,9 @@ SECRET = "a-secret-that-is-long-enough"
             f"tokens: [{{name: x, role: job, token: {SECRET}}}, {{name: y, role: job, token: {SECRET}}}]",
             "y and x have the same token",
         ),
+        (f"tokens: [{{name: x, role: job, role: operator, token: {SECRET}}}]", "has a key twice .line 1"),
+        (f"tokens: [{{name: x, role: job, token: {SECRET}}}]\ntokens: []", "has a key twice .line 2"),
+        (f"tokens: [{{name: 2026-13-01, role: job, token: {SECRET}}}]", "is not YAML"),
     ],
 )
 def test_a_file_of_tokens_is_refused_without_a_word_of_its_secrets(tmp_path: Path, text: str, words: str) -> None:

@@ -41,6 +41,7 @@ LAYER = {
     "kdmesh.open_files": 1,
     "kdmesh.outputs": 1,
     "kdmesh.parameter_names": 1,
+    "kdmesh.plain_yaml": 1,
     "kdmesh.tokens": 1,
     "kdmesh.tracing": 1,
     "kdmesh.unix_path": 1,

@@ -10,7 +10,9 @@ import yaml
 
 from kdmesh.commands import submission
 from kdmesh.commands.submission import Wishes
+from kdmesh.config import load
 from kdmesh.errors import ConfigError
+from kdmesh_trainer.config import TrainerConfig
 
 WISHES: dict[str, Any] = {
     "nodes": 1,
@@ -134,6 +136,13 @@ def test_what_configures_a_server_is_not_submitted(tmp_path: Path) -> None:
 )
 def test_words_of_the_wrong_form_are_told_the_right_one(config: Path, wish: str, value: str, words: str) -> None:
     assert words in refused(config, **{wish: (value,)})
+
+
+def test_a_text_that_looks_like_a_number_travels_as_a_text(config: Path, tmp_path: Path) -> None:
+    made = submission.plan(config, ("output='1e5'",), Wishes(**{**WISHES, "name": "student"}), "Job")
+    travelled = tmp_path / "travelled.yaml"
+    travelled.write_text(made.config, encoding="utf-8")
+    assert load(TrainerConfig, travelled).output == Path("1e5")
 
 
 def test_the_example_is_submitted_as_it_says() -> None:
