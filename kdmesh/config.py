@@ -207,6 +207,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             node[key] = {}
         if not isinstance(node[key], dict):
             raise ConfigError(f"--set {override!r}: {key!r} is not a section")
+        node[key] = dict(node[key])  # which an alias may have put elsewhere, too
         node = node[key]
     node[last] = value
 

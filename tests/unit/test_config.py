@@ -285,6 +285,11 @@ def test_a_key_that_is_there_twice_is_refused_with_its_line(tmp_path: Path) -> N
     assert config.read_tree(merged)["b"] == {"x": 3, "y": 2}
 
 
+def test_a_value_is_laid_over_one_of_the_sections_that_an_alias_makes_the_same(tmp_path: Path) -> None:
+    path = written(tmp_path, "a: &both {x: {y: 1}}\nb: *both\n")
+    assert config.read_tree(path, ["b.x.y=2", "b.z=3"]) == {"a": {"x": {"y": 1}}, "b": {"x": {"y": 2}, "z": 3}}
+
+
 def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert config.load(TrainerConfig, written(tmp_path, GOOD), ["output=~/runs/x"]).output == tmp_path / "runs" / "x"
