@@ -50,12 +50,12 @@ class WebTokens:
                 leeway=self._cfg.leeway_s,
                 options={"require": ["exp", "iss", "aud"]},
             )
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, TypeError) as error:  # the second where the key is of another kind than the signature
             raise Unauthenticated(f"the bearer token is not valid: {self._why(error)}") from None
         identity = self._identity(claims)
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
-        self._known[digest] = identity, claims["exp"] + self._cfg.leeway_s
+        self._known[digest] = identity, int(claims["exp"]) + self._cfg.leeway_s
         return identity
 
     def _identity(self, claims: dict[str, object]) -> Identity:
@@ -70,7 +70,7 @@ class WebTokens:
             raise PermissionDenied(f"the token of {name} is valid, but it has no role on this server")
         return Identity(name, role)
 
-    def _why(self, error: jwt.PyJWTError) -> str:
+    def _why(self, error: Exception) -> str:
         """For the caller: our own words, since the library's may quote the token."""
         match error:
             case jwt.ExpiredSignatureError():

@@ -118,6 +118,19 @@ async def test_what_everybody_knows_signs_nothing(tmp_path: Path, algorithm: str
             await show(address, forged(SHARED, algorithm, key_id="shared"), tmp_path)
 
 
+async def test_a_token_for_a_key_of_another_kind_is_refused_as_every_other(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(key_set(one=KEY))
+    async with guarded(tmp_path, jwks=str(path)) as address:
+        with pytest.raises(Unauthenticated, match="no JSON web token that a key of the issuer has signed"):
+            await show(address, forged(SHARED, "RS256", key_id="one"), tmp_path)
+
+
+async def test_an_expiry_that_an_issuer_writes_as_a_text_counts(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as address:
+        await show(address, signed(exp=str(int(time.time()) + 3600)), tmp_path)
+
+
 async def test_the_role_is_the_claimed_one_or_that_of_the_name(tmp_path: Path) -> None:
     async with guarded(tmp_path, roles={"job-two": "job", "eye": "viewer"}) as address:
         await show(address, signed(role=None, sub="job-two"), tmp_path)
