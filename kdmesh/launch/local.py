@@ -126,8 +126,8 @@ class Processes:
     """Children of this process, in groups: started in order, stopped in reverse.
 
     A context manager, for the main thread only (signals, and a child is tied to the thread that starts it).
-    Inside it SIGINT, SIGTERM and SIGHUP raise `Stopped`. On exit, for whatever reason, each group gets
-    SIGTERM and its grace, then SIGKILL; a second signal kills everything at once.
+    Inside it SIGINT, SIGTERM, and SIGHUP where it is not ignored, raise `Stopped`. On exit, for whatever reason, each
+    group gets SIGTERM and its grace, then SIGKILL; a second signal kills everything at once.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,9 @@ class Processes:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Processes:
-        self._previous = {signum: signal.signal(signum, self._on_signal) for signum in _STOPPING}
+        is_to_stay = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup has it
+        stopping = [signum for signum in _STOPPING if signum is not signal.SIGHUP or not is_to_stay]
+        self._previous = {signum: signal.signal(signum, self._on_signal) for signum in stopping}
         return self
 
     def __exit__(

@@ -208,11 +208,11 @@ RANK = """
 """
 
 
-def launch(rank: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """A launcher with a service and two ranks; the process ids of all three children, all up."""
+def launch(rank: str, *before: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """A launcher, run by `before`, with a service and two ranks; the process ids of all three children, all up."""
     scripts = [textwrap.dedent(script) for script in (SERVICE, rank)]
     launcher = subprocess.Popen(
-        [sys.executable, "-u", "-c", textwrap.dedent(LAUNCHER), *scripts], stdout=subprocess.PIPE, text=True
+        [*before, sys.executable, "-u", "-c", textwrap.dedent(LAUNCHER), *scripts], stdout=subprocess.PIPE, text=True
     )
     assert launcher.stdout is not None
     return launcher, [int(launcher.stdout.readline()) for _ in range(3)]
@@ -225,6 +225,15 @@ def test_a_signal_lets_the_ranks_checkpoint_and_leaves_no_process(signum: signal
     output, _ = launcher.communicate(timeout=60)
     assert output.splitlines() == ["checkpoint", "checkpoint", f"{int(signum)} [0, 0]"]
     assert launcher.returncode == 0
+    assert all(is_gone(pid) for pid in children)
+
+
+def test_a_run_goes_on_after_a_hangup_that_it_was_to_ignore() -> None:
+    launcher, children = launch(RANK, "nohup")
+    launcher.send_signal(signal.SIGHUP)
+    launcher.send_signal(signal.SIGTERM)
+    output, _ = launcher.communicate(timeout=60)
+    assert output.splitlines()[-1] == f"{int(signal.SIGTERM)} [0, 0]"  # not that the second killed them
     assert all(is_gone(pid) for pid in children)
 
 
