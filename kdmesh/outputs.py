@@ -36,7 +36,13 @@ def show(*parts: RenderableType, width: int, wraps: bool = True) -> None:
     from rich.console import Console
 
     is_terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=not wraps, width=None if is_terminal else width)
+    console = Console(
+        file=sys.stdout,
+        highlight=False,
+        markup=False,  # many of the words are of others
+        soft_wrap=not wraps,
+        width=None if is_terminal else width,
+    )
     with console.capture() as captured:
         for part in parts:
             console.print(part)

@@ -26,7 +26,7 @@ def print_on_policy(outcome: OnPolicyOutcome) -> None:
 
 def _print(teacher: Evaluation, rows: Sequence[tuple[str, Evaluation]], sentence: str, report: Path) -> None:
     table = Table(title="On held-out functions", title_justify="left", title_style="bold")
-    for heading in ("model", "KL(teacher ‖ model)", "perplexity", "same first choice"):
+    for heading in ("model", "KL(teacher || model)", "perplexity", "same first choice"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     table.add_row("teacher", "", f"{teacher.perplexity:,.1f}", "")
     for name, evaluation in rows:
@@ -35,7 +35,7 @@ def _print(teacher: Evaluation, rows: Sequence[tuple[str, Evaluation]], sentence
         assert kl is not None
         assert agreement is not None
         table.add_row(name, f"{kl:.4f}", f"{evaluation.perplexity:,.1f}", f"{agreement:.1%}", style=style)
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
     console.print()
     console.print(table)
     console.print(sentence)

@@ -16,6 +16,7 @@ from kdmesh.demo.corpus import Corpus
 from kdmesh.demo.plan import Plan
 from kdmesh.demo.record import read_record
 from kdmesh.errors import ConfigError
+from kdmesh.outputs import refused_directory
 
 METRICS = "metrics.jsonl"
 _PLAN = "plan.json"
@@ -81,10 +82,13 @@ def open_workspace(plan: Plan, corpus: Corpus, *, output: Path, cache: Path) -> 
     """Make the directories, and clear away students that another plan, teacher or corpus has made.
 
     Raises:
-        ConfigError: `output` holds something that is not a demo's.
+        ConfigError: `output` holds something that is not a demo's, or one of them cannot be written.
     """
     teacher = _digest(_teacher_part(plan), corpus)
     workspace = Workspace(output=output, cached=cache / f"demo-teacher-{teacher[:16]}")
+    for directory in (output, workspace.cached):
+        if (why := refused_directory(directory)) is not None:
+            raise ConfigError(why)
     known = output / _PLAN
     if output.exists() and any(output.iterdir()) and not known.exists():
         raise ConfigError(f"{output} holds something else than a demo; give another --output")

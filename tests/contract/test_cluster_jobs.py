@@ -268,7 +268,8 @@ def test_a_job_is_described_with_its_pods_and_what_happened(cluster: FakeCluster
     scheduled = {"type": "PodScheduled", "status": "False", "message": "0/4 nodes: 4 Insufficient nvidia.com/gpu."}
     cluster.put("pods", pod("my-student", 1, "Pending", conditions=[scheduled]))
     about = {"kind": "Pod", "name": "my-student-node-0-1-a"}
-    event = {"involvedObject": about, "reason": "FailedScheduling", "message": "0/4", "type": "Warning", "count": 3}
+    message = "unmounted volumes=[output], unattached volumes=[/work]"
+    event = {"involvedObject": about, "reason": "FailedMount", "message": message, "type": "Warning", "count": 3}
     cluster.put("events", {"metadata": {"name": "e1"}, "lastTimestamp": "2026-01-01T00:00:00Z", **event})
     other = {**event, "involvedObject": {"kind": "Pod", "name": "my-student-2-node-0-1"}}
     cluster.put("events", {"metadata": {"name": "e2"}, "lastTimestamp": "2026-01-01T00:00:00Z", **other})
@@ -281,7 +282,7 @@ def test_a_job_is_described_with_its_pods_and_what_happened(cluster: FakeCluster
         "StartupPolicyInProgress: waiting",
         "exit code 2: data.train.path: there is no file",
         "no machine for it: 0/4 nodes: 4 Insufficient nvidia.com/gpu.",
-        "WARNING FailedScheduling (3 times)  Pod my-student-node-0-1-a: 0/4",
+        f"WARNING FailedMount (3 times)  Pod my-student-node-0-1-a: {message}",
     ):
         assert words in said
     assert "my-student-2" not in said

@@ -248,6 +248,16 @@ def test_a_directory_with_something_else_in_it_is_not_touched(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output, cache in (("file/demo", "cache"), ("demo", "file/cache")):
+        with pytest.raises(ConfigError, match="file is not a directory"):
+            places.open_workspace(STANDARD, CORPUS, output=tmp_path / output, cache=tmp_path / cache)
+    with pytest.raises(ConfigError, match="/proc/demo cannot be written"):
+        places.open_workspace(STANDARD, CORPUS, output=Path("/proc/demo"), cache=tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_run_is_finished_when_its_last_evaluation_and_its_model_are_there(tmp_path: Path) -> None:
     metrics(tmp_path / "run" / "metrics.jsonl", kl=[1.0, 0.5], steps=12)
     assert not places.is_finished(tmp_path / "run", steps=12)
