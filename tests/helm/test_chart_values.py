@@ -95,6 +95,14 @@ def test_the_schema_refuses(setting: str, sentence: str) -> None:
         (['teacher.env={"AWS_SECRET_ACCESS_KEY":"a"}'], "teacher.env.AWS_SECRET_ACCESS_KEY looks like a secret"),
         (["teacher.nodes=2"], "teacher.nodes is 2, but an engine of kind transformers works on one"),
         (["teacher.rowCache.enabled=true"], "teacher.config.cache.directory_mib go together"),
+        (
+            ['teacher.config.cache={"directory_mib":102400}', "teacher.rowCache.enabled=true"],
+            "teacher.config.cache.directory_mib is 102400, which is all of teacher.rowCache.size (100Gi) or more",
+        ),
+        (
+            ['teacher.config.server.auth={"jwt":{"issuer":"i","audience":"a","jwks":"/keys/jwks.json"}}'],
+            "auth.allowAnonymous and teacher.config.server.auth contradict each other",
+        ),
         (['teacher.config.cache={"directory_mib":5}'], "teacher.config.cache.directory_mib go together"),
         (['teacher.sharing.mode="claim"'], "name a claim on a local volume in existingClaim"),
         (["teacher.sharing.prepare=true"], "teacher.sharing.prepare is for mode hostPath, not pod"),

@@ -41,6 +41,9 @@
 {{- if not (or $auth.tokensSecret.name $auth.allowAnonymous (dig "jwt" "" $identities) (dig "certificates" "" $identities)) -}}
 {{- fail "nothing says who may use the servers: name a Secret of tokens in auth.tokensSecret.name (docs/kubernetes.md makes one), or set auth.allowAnonymous=true on a network of trusted users" -}}
 {{- end -}}
+{{- if and $auth.allowAnonymous $server.auth -}}
+{{- fail (printf "auth.allowAnonymous and %s.config.server.auth contradict each other" .name) -}}
+{{- end -}}
 {{- if and .root.Values.tls.clientCaSecret.name (not $hasTls) -}}
 {{- fail "tls.clientCaSecret.name needs a certificate of the server: set tls.existingSecret or tls.certManager.issuerRef.name" -}}
 {{- end -}}
@@ -134,6 +137,10 @@
 {{- $cache := $config.cache | default dict -}}
 {{- if ne (not .values.rowCache.enabled) (not (dig "directory_mib" false $cache)) -}}
 {{- fail "teacher.rowCache.enabled and teacher.config.cache.directory_mib go together: a volume for rows, and how much of it they take" -}}
+{{- end -}}
+{{- $rows := include "kdmesh.mebibytes" .values.rowCache.size -}}
+{{- if and .values.rowCache.enabled $rows (le (float64 $rows) (float64 $cache.directory_mib)) -}}
+{{- fail (printf "teacher.config.cache.directory_mib is %v, which is all of teacher.rowCache.size (%s) or more" $cache.directory_mib .values.rowCache.size) -}}
 {{- end -}}
 {{- $slab := mulf (float64 $config.slab.slots) (float64 $config.slab.slot_mib) -}}
 {{- $memory := include "kdmesh.mebibytes" (.values.resources.limits.memory | default "") -}}
