@@ -11,6 +11,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yaml import YAMLError
+
 from kdmesh.cluster.kinds import KINDS, Kind
 from kdmesh.cluster.refusals import Missing, refusal, unreachable
 from kdmesh.cluster.watching import Watch
@@ -233,7 +235,7 @@ def _connect(context: str | None) -> tuple[ApiClient, str]:
     except ImportError:
         raise ConfigError("the package kubernetes is not installed: pip install 'kdmesh[kubernetes]'") from None
     configuration = client.Configuration()
-    file = os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
+    file = os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")  # as it is where there is no home
     has_file = any(Path(one).is_file() for one in file.split(os.pathsep))
     try:
         if not has_file and context is None and "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -245,7 +247,7 @@ def _connect(context: str | None) -> tuple[ApiClient, str]:
         else:
             namespace = _namespace(config.list_kube_config_contexts(file), context, file)
             config.load_kube_config(file, context, client_configuration=configuration)
-    except (config.ConfigException, OSError) as error:
+    except (config.ConfigException, OSError, YAMLError, ValueError, TypeError) as error:  # the last three: damaged
         raise ConfigError(f"the cluster cannot be reached as {file} says: {error}") from None
     configuration.retries = 0
     return client.ApiClient(configuration), namespace

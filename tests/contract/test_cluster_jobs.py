@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import pwd
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -219,6 +220,31 @@ def test_a_context_that_is_not_there_is_told_with_those_that_are(cluster: FakeCl
 
 def test_without_a_kubeconfig_it_is_said_where_it_should_be(here: Path) -> None:
     assert f"there is no kubeconfig {here / 'kubeconfig'}" in run("jobs", code=2).output
+
+
+def test_a_user_without_a_home_is_told_the_same(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(number: int) -> NoReturn:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "KUBECONFIG"):
+        monkeypatch.delenv(name)
+    assert "there is no kubeconfig ~/.kube/config" in run("jobs", code=2).output
+
+
+CLUSTER = "{server: 'https://127.0.0.1:9', certificate-authority-data: abc}"
+CONTEXT = f"""
+current-context: here
+contexts: [{{name: here, context: {{cluster: c, user: ann}}}}]
+clusters: [{{name: c, cluster: {CLUSTER}}}]
+users: [{{name: ann, user: {{}}}}]
+"""
+
+
+@pytest.mark.parametrize("text", ["clusters: [", "- a list", CONTEXT])
+def test_a_damaged_kubeconfig_is_named(here: Path, text: str) -> None:
+    (here / "kubeconfig").write_text(text)
+    assert f"the cluster cannot be reached as {here / 'kubeconfig'} says" in run("jobs", code=2).output
 
 
 def test_a_cluster_that_does_not_answer_is_named(here: Path) -> None:
