@@ -58,7 +58,7 @@ def _cluster_options(command: F) -> F:
     "--resource", "resources", multiple=True, metavar="NAME=AMOUNT", help="More of each node, as rdma/ib=1 is."
 )
 @click.option("--claim", help="Existing PersistentVolumeClaim for the output.  [default: one is made]")
-@click.option("--storage", default="100Gi", show_default=True, help="Size of the claim that is made.")
+@click.option("--storage", help="Size of the claim that is made.  [default: 100Gi]")
 @click.option("--storage-class", help="Class of the claim that is made.  [default: the cluster's]")
 @click.option(
     "--volume", "volumes", multiple=True, metavar="CLAIM:/PATH[:rw]", help="Mount a claim with models or data."

@@ -24,6 +24,7 @@ from kdmesh_trainer.sections.teacher_config import teacher_key
 
 _CPUS_PER_RANK = 4
 _MEMORY_GIB_PER_RANK = 32
+_STORAGE = "100Gi"
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")  # as the chart has it
 
 
@@ -41,7 +42,7 @@ class Wishes:
     gpu_resource: str = "nvidia.com/gpu"
     resources: tuple[str, ...] = ()  # NAME=AMOUNT
     claim: str | None = None
-    storage: str = "100Gi"
+    storage: str | None = None
     storage_class: str | None = None
     volumes: tuple[str, ...] = ()  # CLAIM:/path[:rw]
     secrets: tuple[str, ...] = ()  # SECRET:/path
@@ -74,9 +75,7 @@ def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) ->
         output_path=str(output),
         nodes=wishes.nodes,
         resources=_resources(wishes),
-        output=Output(claim=wishes.claim, size=None)
-        if wishes.claim is not None
-        else Output(claim=f"{name}-output", size=wishes.storage, storage_class=wishes.storage_class),
+        output=_output(wishes, name),
         retries=wishes.retries,
         grace_s=wishes.grace_s,
         user=wishes.user,
@@ -109,6 +108,15 @@ def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) ->
 def _name(cfg: TrainerConfig) -> str:
     """That of the output directory, as names are in a cluster."""
     return re.sub(r"[^a-z0-9]+", "-", cfg.output.name.lower()).strip("-") or "train"
+
+
+def _output(wishes: Wishes, name: str) -> Output:
+    if wishes.claim is None:
+        return Output(claim=f"{name}-output", size=wishes.storage or _STORAGE, storage_class=wishes.storage_class)
+    for option, value in (("--storage", wishes.storage), ("--storage-class", wishes.storage_class)):
+        if value is not None:
+            raise ConfigError(f"{option} is for a claim that is made, and --claim {wishes.claim} is there already")
+    return Output(claim=wishes.claim, size=None)
 
 
 def _resources(wishes: Wishes) -> Resources:

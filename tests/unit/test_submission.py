@@ -82,6 +82,12 @@ def test_what_lies_in_a_given_claim_or_in_the_image_is_taken(config: Path) -> No
     assert "models/../../opt" in refused(config, "student.model=models/../../opt", claim="mine")
 
 
+@pytest.mark.parametrize("wish", ["storage", "storage_class"])
+def test_what_a_claim_is_made_with_does_not_go_with_one_that_is_there(config: Path, wish: str) -> None:
+    option = f"--{wish.replace('_', '-')}"
+    assert f"{option} is for a claim that is made" in refused(config, claim="mine", **{wish: "1Ti"})
+
+
 def test_servers_that_are_needed_are_named(config: Path) -> None:
     assert "teacher.addresses is empty" in refused(config, "teacher.addresses=[]")
     sampled = ("source={kind: on_policy}", "data.max_tokens=512", "batch.max_tokens=1024")
