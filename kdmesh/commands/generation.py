@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,9 +14,9 @@ from kdmesh.chats.chat_template import TemplateSetting
 from kdmesh.commands.access_option import access_option, checked_addresses, read_access
 from kdmesh.commands.endpoint_options import endpoint_options, read_endpoint, refuse_others_options
 from kdmesh.commands.model_directory import ModelDirectory
+from kdmesh.commands.stopping import stoppable
 from kdmesh.config import named_value
 from kdmesh.errors import ConfigError
-from kdmesh.launch.local import Stopped
 from kdmesh.outputs import refuse_own_input, refuse_to_replace
 
 if TYPE_CHECKING:
@@ -114,7 +111,7 @@ def generate(context: click.Context, /, prompts: Path, output: Path, **options: 
         template_settings=dict(map(_setting, options["template_settings"])),
     )
     log.configure_command("generate")
-    with _stoppable():
+    with stoppable():
         report = generating.generate(servers, prompts, output, plan, image_root=options["image_root"])
     click.echo(report.sentence())
     click.echo(report.json())
@@ -163,17 +160,3 @@ def _setting(text: str) -> tuple[str, TemplateSetting]:
             f"--template-setting {text!r} is not of the form NAME=VALUE, with a text, a number, true or false"
         )
     return name, value
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Inside, SIGTERM ends what is under way as Ctrl-C does: everything is put in order first."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Stopped(signum)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -23,6 +23,7 @@ from rich.text import Text
 from kdmesh.auth.config import AccessConfig
 from kdmesh.auth.tls_context import client_context
 from kdmesh.auth.tokens import read_token
+from kdmesh.commands.stopping import stoppable
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.outputs import show
 from kdmesh.serving.http.status import SlabStatus, Status, Working
@@ -105,10 +106,10 @@ def once(server: Server, *, as_json: bool) -> None:
 
 
 def live(server: Server, *, interval_s: float) -> None:
-    """Show what the server does until q or Ctrl-C. When it goes away, that is said, and it is asked again."""
+    """Show what the server does until q, Ctrl-C or SIGTERM. When it goes away, that is said, and it is asked again."""
     status: Status | None = None
     problem = ""
-    with contextlib.suppress(KeyboardInterrupt), _keys(), Live(screen=True, auto_refresh=False) as screen:
+    with contextlib.suppress(KeyboardInterrupt), stoppable(), _keys(), Live(screen=True, auto_refresh=False) as screen:
         while True:
             try:
                 status, problem = server.look(), ""

@@ -185,6 +185,24 @@ async def test_live_view_survives_its_server_and_leaves_the_terminal_as_it_was(t
     terminal.close()
 
 
+async def test_a_live_view_that_is_ended_by_a_signal_leaves_the_terminal_as_it_was() -> None:
+    terminal = Terminal()
+    before = termios.tcgetattr(terminal.slave)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", "from kdmesh.commands.cli import main; main()", "top", "--server", "127.0.0.1:1"),
+        stdin=terminal.slave,
+        stdout=terminal.slave,
+        env=_without_size(os.environ) | {"TERM": "xterm"},
+    )
+    await terminal.until(lambda seen: b"q quits" in seen)
+    process.terminate()
+    assert await process.wait() == 0
+    await terminal.until(lambda seen: seen.endswith(b"\x1b[?25h\x1b[?1049l"))
+    assert termios.tcgetattr(terminal.slave) == before
+    terminal.close()
+
+
 async def test_server_that_asks_who_calls_is_shown_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody there: the token is for the server alone
     auth = {"tokens": str(write_tokens(tmp_path / "tokens.yaml", VIEWER))}
