@@ -58,7 +58,8 @@ def peer_names(certificate: dict[str, Any] | None) -> Sequence[str]:
     """The names in what `getpeercert` returned: subject alternative names in order, then the common name."""
     if not certificate:
         return ()
-    alternatives = [value for _, value in certificate.get("subjectAltName", ())]
+    told = certificate.get("subjectAltName", ())
+    alternatives = [value for _, value in told if isinstance(value, str)]  # that of a directory has parts, and no text
     common = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
     return (*alternatives, *common)
 

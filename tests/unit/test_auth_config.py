@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from kdmesh.auth.certificates import read_certificate
+from kdmesh.auth.certificates import peer_names, read_certificate
 from kdmesh.auth.config import AccessConfig, ServerTlsConfig
 from kdmesh.auth.identity import Role, is_name
 from kdmesh.auth.tokens import read_token, read_tokens
@@ -223,3 +223,9 @@ def test_a_name_is_what_logs_and_metrics_can_show(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "two words", "-x", "x\n", "ä", "*.example", "x" * 129])
 def test_anything_else_is_no_name(text: str) -> None:
     assert not is_name(text)
+
+
+def test_a_certificate_may_name_more_than_names() -> None:
+    directory = ("DirName", ((("commonName", "somebody"),),))
+    told = {"subjectAltName": (directory, ("DNS", "job-one")), "subject": ((("commonName", "common"),),)}
+    assert peer_names(told) == ("job-one", "common")
