@@ -8,6 +8,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.datastructures import URL
+from starlette.requests import Request
 
 from kdmesh.errors import DeadlineExpired, Unavailable
 from kdmesh.rpc.retry import Deadline
@@ -47,6 +49,15 @@ async def test_only_probes_are_asked_nothing(tmp_path: Path, kind: str) -> None:
             assert "bearer token" in answer.json()["reason"]
             assert answer.headers["WWW-Authenticate"].startswith("Bearer")
         assert (await http.post("/healthz")).status_code == 401
+
+
+async def test_a_host_header_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with guarded(tmp_path) as http:
+        # As versions of Starlette that kdmesh takes, too, put a URL together.
+        monkeypatch.setattr(
+            Request, "url", property(lambda one: URL(f"http://{one.headers['Host']}{one.scope['path']}"))
+        )
+        assert (await http.get("/v1/sessions", headers={"Host": "any/healthz?"})).status_code == 401
 
 
 @pytest.mark.parametrize("token", [VIEWER, JOB, OPERATOR])
