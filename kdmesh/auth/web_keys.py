@@ -128,4 +128,4 @@ def _read_key(path: Path) -> KeySet:
         load_pem_public_key(data)
     except (ValueError, TypeError):
         raise ConfigError(f"{path} is no public key in PEM") from None
-    return KeySet({None: data.decode()})
+    return KeySet({None: data.decode("latin-1")})  # what stands around the key is of any encoding

@@ -131,6 +131,13 @@ async def test_an_expiry_that_an_issuer_writes_as_a_text_counts(tmp_path: Path) 
         await show(address, signed(exp=str(int(time.time()) + 3600)), tmp_path)
 
 
+async def test_words_of_any_encoding_may_stand_before_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "commented.pem"
+    path.write_bytes("# Schlüssel\n".encode("latin-1") + PUBLIC)
+    async with guarded(tmp_path, key=str(path)) as address:
+        await show(address, signed(), tmp_path)
+
+
 async def test_the_role_is_the_claimed_one_or_that_of_the_name(tmp_path: Path) -> None:
     async with guarded(tmp_path, roles={"job-two": "job", "eye": "viewer"}) as address:
         await show(address, signed(role=None, sub="job-two"), tmp_path)
