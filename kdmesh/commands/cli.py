@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -199,8 +200,11 @@ def check_command(config: Path, overrides: tuple[str, ...], reads_data: bool) ->
     if reads_data:
         if not isinstance(cfg, TrainerConfig):
             raise ConfigError(f"{config} is a {check.kind(cfg)} configuration; --data is about a trainer's data")
-        if refused := subprocess.run(jobs.read_arguments(config, overrides), check=False).returncode:
-            sys.exit(refused)
+        ended = subprocess.run(jobs.read_arguments(config, overrides), check=False).returncode
+        if ended < 0:
+            raise local.ChildFailed(f"reading the data was killed by {signal.Signals(-ended).name}", exit_code=ended)
+        if ended:
+            sys.exit(ended)
     click.echo(f"{config}: a good {check.kind(cfg)} configuration")
 
 

@@ -346,6 +346,13 @@ def test_a_port_of_metrics_that_is_taken_is_refused_before_a_teacher_is_served(
     assert "metrics: cannot listen on 127.0.0.1" in result.output
 
 
+def test_a_check_of_data_that_is_killed_says_so(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(jobs, "read_arguments", lambda *_: killed)
+    result = run("check", str(good), "--data")
+    assert (result.exit_code, "reading the data was killed by SIGKILL" in result.output) == (1, True)
+
+
 def test_data_that_are_no_file_are_refused(good: Path) -> None:
     os.mkfifo("pipe.jsonl")
     for path in ("pipe.jsonl", "/dev/null"):
