@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from kdmesh.errors import ConfigError, KdmeshError
 
@@ -21,9 +21,23 @@ def say(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # where the rest goes, what is still buffered included
-        os.close(nowhere)
+        _lead_nowhere(sys.stdout)
+
+
+def tell(line: str) -> None:
+    """Write to stderr what a person may want to know. When nobody can read it any more, the command goes on."""
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except OSError:  # Ctrl-C has ended `tee`, too; or the terminal is gone
+        _lead_nowhere(sys.stderr)
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    """Where the rest goes, what is still buffered included."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def show(*parts: RenderableType, width: int, wraps: bool = True) -> None:

@@ -9,8 +9,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import click
-
 from kdmesh import config
 from kdmesh.errors import ConfigError
 from kdmesh.file_lock import claimed
@@ -19,6 +17,7 @@ from kdmesh.launch.machine_fit import refuse_unfit_machine
 from kdmesh.launch.place import Place, exit_when_stopped, place, ranks_per_node
 from kdmesh.launch.program import program
 from kdmesh.launch.service_log import kept_in
+from kdmesh.outputs import tell
 from kdmesh.preflight import check
 from kdmesh.preflight.teacher_fit import refuse_unfit_teacher
 from kdmesh.serving.config import ListenConfig
@@ -124,7 +123,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
     ranks: list[local.Child] = []
     try:
         with ExitStack() as stack:
-            logs = {service: stack.enter_context(kept_in(_log_of(cfg, service), show=_echo)) for service in serve}
+            logs = {service: stack.enter_context(kept_in(_log_of(cfg, service), show=tell)) for service in serve}
             processes = stack.enter_context(local.Processes())
             read = _read_command(path, [*overrides, *later])
             is_kept = cfg.data.token_cache is not None  # so that the ranks need not read again
@@ -132,7 +131,7 @@ def train(path: Path, overrides: Sequence[str], serve: Mapping[Service, Path]) -
                 for service, file in serve.items():
                     cores, log, told = threads.server, logs[service], _log_of(cfg, service)
                     command = server_command(service, file, servers[service], threads=cores, on_line=log)
-                    _echo(f"Starting the server of {file}; the run waits for its model. Its log: {told}")
+                    tell(f"Starting the server of {file}; the run waits for its model. Its log: {told}")
                     overrides = [*overrides, *served(service, start_server(processes, command))]
             commands = rank_commands(path, overrides, ranks=num_ranks(cfg), threads=threads.rank, place=here)
             ranks = processes.start(*commands)
@@ -149,9 +148,9 @@ def _tell_end(cfg: TrainerConfig, ranks: Sequence[local.Child], *, is_finished: 
     if stopped is not None and any(rank.exit_code == stopped for rank in ranks):
         raise local.ChildFailed("stopped before its last step; the next start continues", exit_code=stopped) from None
     if stopped is not None or is_finished:
-        _echo(f"The run had done its last step already, and was finished: the student is in {cfg.output / 'final'}.")
+        tell(f"The run had done its last step already, and was finished: the student is in {cfg.output / 'final'}.")
     else:
-        _echo(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.")
+        tell(f"Stopped, with a checkpoint in {cfg.output}; the same command continues.")
 
 
 def _has_ended_well(ranks: Sequence[local.Child]) -> bool:
@@ -159,7 +158,7 @@ def _has_ended_well(ranks: Sequence[local.Child]) -> bool:
     if ranks and all(rank.exit_code in (0, exit_when_stopped()) for rank in ranks):
         return True
     if ranks and all(rank.exit_code in _BEFORE_ITS_FIRST_STEP for rank in ranks):
-        _echo("Stopped before the first step: there is nothing to save.")
+        tell("Stopped before the first step: there is nothing to save.")
     return False
 
 
@@ -193,7 +192,7 @@ def _wait(processes: local.Processes, ranks: Sequence[local.Child]) -> None:
     try:
         processes.wait(ranks)
     except local.Stopped:
-        _echo("Stopping after this step, with a checkpoint, or now if there was none yet; once more ends at once.")
+        tell("Stopping after this step, with a checkpoint, or now if there was none yet; once more ends at once.")
         raise
 
 
@@ -244,7 +243,7 @@ def _read_command(path: Path, overrides: Sequence[str]) -> local.Command:
         name="reading the data",
         argv=read_arguments(path, overrides),
         env=local.thread_limits(1),
-        on_line=lambda line: None if line.startswith("{") else _echo(line),  # ranks will tell the events
+        on_line=lambda line: None if line.startswith("{") else tell(line),  # ranks will tell the events
         may_finish=True,
     )
 
@@ -333,7 +332,3 @@ def _refuse_same_port(servers: Sequence[tuple[Path, ListenConfig]]) -> None:
 
 def _is_on_gpu(cfg: TrainerConfig) -> bool:
     return cfg.student.device != "cpu" and local.num_gpus() > 0
-
-
-def _echo(line: str) -> None:
-    click.echo(line, err=True)

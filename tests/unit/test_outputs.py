@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,14 @@ pathlib.Path({str(tmp_path / "done")!r}).touch()
         said = process.stderr.read()
     assert (process.returncode, said) == (0, "")
     assert (tmp_path / "done").exists()
+
+
+def test_a_command_goes_on_when_nobody_reads_what_it_tells() -> None:
+    script = "from kdmesh.outputs import tell; tell('a'); tell('b'); print('goes on')"
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=writer, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stdout) == (0, "goes on\n")
