@@ -28,9 +28,8 @@ def guard(app: FastAPI, authority: Authority) -> None:
     @app.middleware("http")
     async def admit(request: Request, handle: Callable[[Request], Awaitable[Response]]) -> Response:
         is_reading = request.method in _READING
-        path = request.scope[
-            "path"
-        ]  # not that of request.url, into which Starlette 0.46 takes the client's Host header
+        # Not that of request.url, into which Starlette 0.46 takes the client's Host header.
+        path = request.scope["path"]
         if is_reading and path in _OPEN:
             return await handle(request)
         what = f"{request.method} {path}"
