@@ -107,8 +107,16 @@ class SglangRuntime:
 
     @property
     def max_input_tokens(self) -> int:
-        """Most tokens of a prompt, as SGLang counts them."""
-        return int(self.engine._scheduler_init_result.scheduler_infos[0]["max_req_input_len"])
+        """Most tokens of a prompt, and of a prompt with its response.
+
+        SGLang 0.5.23 takes prompts that it then never starts: its KV cache must have a page to spare for each, behind
+        their last one, which may be nearly empty.
+        """
+        from sglang.srt.runtime_context import get_schedule
+
+        told: dict[str, int] = self.engine._scheduler_init_result.scheduler_infos[0]
+        page_size: int = get_schedule().page_size
+        return min(told["max_req_input_len"], told["max_total_num_tokens"] - 2 * page_size)
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         """What a coroutine returns or raises. Blocks. Raises EngineFailure when a scheduler dies meanwhile."""

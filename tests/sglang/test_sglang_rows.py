@@ -86,6 +86,21 @@ def test_longest_sequence_is_taken_and_a_longer_one_refused(pool: TeacherPool, m
     assert relative_error(rows(pool, asked), hugging_face_rows(model, asked)) < 1e-5
 
 
+def test_longest_sequence_is_taken_where_pages_of_a_cache_shorter_than_the_model_limit_it(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pages = {"arguments": {"max_total_tokens": LIMIT // 2, "page_size": 64}}
+    with (
+        sglang_teacher(tmp_path_factory.mktemp("s"), model, engine=pages) as server,
+        TeacherPool([server.grpc], job="test", door="shm", deadline_s=60) as pool,
+    ):
+        longest = pool.describe().max_sequence_tokens
+        assert longest > LIMIT // 2 - 3 * 64
+        for length in (longest, longest - 60):
+            asked = sequences(length, seed=5)
+            assert relative_error(rows(pool, asked), hugging_face_rows(model, asked)) < 1e-5
+
+
 def test_sequences_that_share_a_prompt_prefill_it_once(teacher: TeacherProcess, pool: TeacherPool, model: Path) -> None:
     random = np.random.default_rng(3)
     prompt = random.integers(0, VOCABULARY_SIZE, 300, dtype=np.int32)

@@ -134,6 +134,22 @@ def test_longest_prompt_leaves_room_for_one_token(pool: RolloutPool) -> None:
     assert (sample.num_tokens, sample.finish_reason) == (1, FinishReason.LENGTH)
 
 
+def test_longest_samples_are_drawn_where_pages_of_a_small_cache_limit_them(
+    tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = tiny_models.path(max_position_embeddings=1024)
+    pages = {"max_total_tokens": 512, "page_size": 64}
+    with (
+        sglang_rollout(tmp_path_factory.mktemp("s"), model, arguments=pages) as server,
+        RolloutPool([server.grpc], job="test", deadline_s=60) as pool,
+    ):
+        most = pool.describe().max_sequence_tokens
+        assert most > 512 - 3 * 64
+        for length in (most - 1, 65, 20):
+            (sample,) = pool.submit(ids(length), Sampling(max_new_tokens=1000), num_samples=1, seed=1).wait()
+            assert (sample.num_tokens, sample.finish_reason) == (most - length, FinishReason.LENGTH)
+
+
 def test_a_short_request_does_not_wait_for_long_ones(pool: RolloutPool) -> None:
     long = pool.submit(ids(5), Sampling(max_new_tokens=240), num_samples=4, seed=1)
     pool.submit(ids(5), Sampling(max_new_tokens=1), num_samples=1, seed=1).wait()
