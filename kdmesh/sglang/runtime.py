@@ -101,7 +101,9 @@ class SglangRuntime:
         self.schedulers.wait_reports(num_schedulers(config), _REPORT_S)
         self._shared_files = shared_files.mapped_by(self.schedulers.pids)  # while they live
         named_memory.note(directory, self._shared_files)
-        self.schedulers.watch(self._died)
+        # One that hands requests out need not be the schedulers' parent, with which they would die.
+        others = set(self.engine.get_all_child_pids()).difference(self.schedulers.pids)
+        self.schedulers.watch(self._died, others)
         if config.node_rank > 0:
             raise EngineFailure(self.loop.run_until_complete(self._death))
 

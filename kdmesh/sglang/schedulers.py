@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class Schedulers:
         self._changed = threading.Condition()
         self._adopted: set[tuple[int, int]] = set()  # (pid, segment number)
         self._death: str | None = None
+        self._others: dict[int, int] = {}  # process ids by the descriptors that tell of their deaths
         self._watcher: threading.Thread | None = None
         self._wake_read, self._wake_write = os.pipe()
 
@@ -81,8 +82,15 @@ class Schedulers:
         """Of those that have reported."""
         return tuple(scheduler.pid for scheduler in self._schedulers)
 
-    def watch(self, on_death: Callable[[str], None]) -> None:
-        """From now on call `on_death` with the reason, once and from a thread, when a scheduler dies."""
+    def watch(self, on_death: Callable[[str], None], others: Iterable[int] = ()) -> None:
+        """From now on call `on_death` with the reason, once and from a thread, when a scheduler dies.
+
+        Args:
+            others: ids of processes through which requests come to the schedulers; they are missed too.
+        """
+        for pid in others:
+            with contextlib.suppress(OSError):  # a kernel without such descriptors
+                self._others[os.pidfd_open(pid)] = pid
         self._watcher = threading.Thread(target=self._watch, args=(on_death,), name="sglang-schedulers", daemon=True)
         self._watcher.start()
 
@@ -128,25 +136,29 @@ class Schedulers:
                 os.close(scheduler.pidfd)
         self._listener.close()
         self.socket_path.unlink(missing_ok=True)
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        for descriptor in (self._wake_read, self._wake_write, *self._others):
+            os.close(descriptor)
 
     def _watch(self, on_death: Callable[[str], None]) -> None:
         poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN)
+        for descriptor in (self._wake_read, *self._others):
+            poll.register(descriptor, select.POLLIN)
         by_descriptor: dict[int, _Scheduler] = {}
         for scheduler in self._schedulers:
-            for descriptor in (scheduler.sock.fileno(), scheduler.pidfd):
-                if descriptor is not None:
-                    by_descriptor[descriptor] = scheduler
-                    poll.register(descriptor, select.POLLIN)
+            for known in (scheduler.sock.fileno(), scheduler.pidfd):
+                if known is not None:
+                    by_descriptor[known] = scheduler
+                    poll.register(known, select.POLLIN)
         while True:
             for descriptor, _ in poll.poll():
                 if descriptor == self._wake_read:
                     return
+                if descriptor in self._others:
+                    self._died(f"SGLang's process {self._others[descriptor]}", on_death)
+                    return
                 scheduler = by_descriptor[descriptor]
                 if descriptor == scheduler.pidfd or not self._heard(scheduler):
-                    self._died(scheduler, on_death)
+                    self._died(f"the SGLang scheduler {scheduler.hello.rank} (process {scheduler.pid})", on_death)
                     return
 
     def _heard(self, scheduler: _Scheduler) -> bool:
@@ -163,8 +175,8 @@ class Schedulers:
                 self._changed.notify_all()
         return bool(data)
 
-    def _died(self, scheduler: _Scheduler, on_death: Callable[[str], None]) -> None:
-        reason = f"the SGLang scheduler {scheduler.hello.rank} (process {scheduler.pid}) died"
+    def _died(self, who: str, on_death: Callable[[str], None]) -> None:
+        reason = f"{who} died"
         with self._changed:
             self._death = reason
             self._changed.notify_all()

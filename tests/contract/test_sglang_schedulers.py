@@ -130,6 +130,17 @@ def test_a_death_is_told_at_once_and_ends_what_waits(tmp_path: Path) -> None:
         assert str(failures[0]) == reason
 
 
+def test_the_death_of_a_process_that_hands_requests_out_is_told_too(tmp_path: Path) -> None:
+    with (
+        reported(tmp_path, hello()) as (schedulers, _),
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other,
+    ):
+        deaths: queue.SimpleQueue[str] = queue.SimpleQueue()
+        schedulers.watch(deaths.put, [other.pid])
+        other.kill()
+        assert deaths.get(timeout=60) == f"SGLang's process {other.pid} died"
+
+
 def test_fewer_reports_than_schedulers_are_refused(tmp_path: Path) -> None:
     with reported(tmp_path, hello()) as (schedulers, _), pytest.raises(EngineFailure, match="1 of 2 SGLang schedulers"):
         schedulers.wait_reports(2, 0.2)
