@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
 from kdmesh_trainer.memory.memory_plan import plan
+from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sections.lora_config import LoraConfig
 from kdmesh_trainer.sections.parallel_config import Gather
 from kdmesh_trainer.student.four_bit import VALUES, FourBitLinear, pack, unpack
@@ -27,7 +29,7 @@ from tests.numerics.test_trainer_compiled import needs_compiler
 from tests.numerics.test_trainer_lora import textbook
 from tests.support.killed_runs import check_exact_continuation
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_ranks import run_ranks
+from tests.support.trainer_ranks import finish, run_ranks, start_ranks_of
 
 LORA = "tests.numerics.test_trainer_lora"
 # 64 divides the inputs of every matrix.
@@ -95,6 +97,39 @@ def test_a_module_and_its_gradient_are_those_of_the_rounded_matrix(dtype: torch.
     assert small.weight.grad is None
     with pytest.raises(ConfigError, match=r"convert their inputs to torch\.uint8"):
         small(inputs[1].to(small.weight.dtype))
+
+
+def compiled(mesh: Mesh) -> dict[str, Any]:
+    """How far compiled modules are from themselves, and element types of what they keep that is as large as a matrix;
+    in a process of its own, where what torch's compiler warns of is no error.
+    """
+    torch.manual_seed(0)
+    modules = nn.Sequential(FourBitLinear(nn.Linear(64, 192)), nn.SiLU(), FourBitLinear(nn.Linear(192, 64)))
+    input_ = torch.randn(5, 64, requires_grad=True)
+    kept: list[Tensor] = []
+
+    @torch.compiler.disable
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = torch.compile(modules.forward, dynamic=True)(input_)
+    found, expected = ((each, *torch.autograd.grad(each.sum(), input_)) for each in (output, modules(input_)))
+    return {
+        "apart": max(((one - other).norm() / other.norm()).item() for one, other in zip(found, expected, strict=True)),
+        "kept": sorted({str(tensor.dtype) for tensor in kept if tensor.numel() > input_.shape[0] * 192}),
+    }
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_modules_compute_with_the_same_numbers_and_keep_bytes_for_the_backward_pass() -> None:
+    [outcome] = finish(start_ranks_of("tests.numerics.test_trainer_four_bit:compiled", ranks=1))
+    assert outcome.exit_code == 0, outcome.errors
+    told = json.loads(outcome.output.splitlines()[-1])
+    assert told["kept"] == ["torch.uint8"]
+    assert told["apart"] < 1e-5
 
 
 @pytest.mark.parametrize(

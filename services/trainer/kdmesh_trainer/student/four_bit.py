@@ -106,6 +106,8 @@ class FourBitLinear(nn.Module):
         # On the device once: a copy in every pass would have the host wait for it.
         self.register_buffer("pairs", _pairs(), persistent=False)
 
+    # Compiled code would keep whole matrices for the backward pass, and leave out rounding to bfloat16 in float32.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input_: Tensor) -> Tensor:
         """As a linear module of the numbers that are kept, in the input's type.
 
