@@ -212,7 +212,9 @@ def launch(rank: str, *before: str) -> tuple[subprocess.Popen[str], list[int]]:
     """A launcher, run by `before`, with a service and two ranks; the process ids of all three children, all up."""
     scripts = [textwrap.dedent(script) for script in (SERVICE, rank)]
     launcher = subprocess.Popen(
-        [*before, sys.executable, "-u", "-c", textwrap.dedent(LAUNCHER), *scripts], stdout=subprocess.PIPE, text=True
+        ["env", "--default-signal=HUP", *before, sys.executable, "-u", "-c", textwrap.dedent(LAUNCHER), *scripts],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert launcher.stdout is not None
     return launcher, [int(launcher.stdout.readline()) for _ in range(3)]

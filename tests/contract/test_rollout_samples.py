@@ -273,7 +273,10 @@ async def test_metrics_parse_and_count() -> None:
         await generate(client, ask(prompt(), samples=3))
         with pytest.raises(errors.ModelMismatch):
             await generate(client, ask(prompt(), newest=1))
-        text = (await http.get(f"http://{server.addresses.rest}/metrics")).text
+        text = ""
+        async with asyncio.timeout(20):
+            while 'outcome="ModelMismatch"' not in text:  # the client may hear of it before it is counted
+                text = (await http.get(f"http://{server.addresses.rest}/metrics")).text
     found = {
         (sample.name.removeprefix("kdmesh_rollout_"), tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)

@@ -166,7 +166,8 @@ def openai_server(*, certificate: Pair | None = None) -> Iterator[OpenAIServer]:
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate.cert, certificate.key)
-        listening.socket = context.wrap_socket(listening.socket, server_side=True)
+        # Each connection shakes hands in its own thread: one whose client went away must not hold up the others.
+        listening.socket = context.wrap_socket(listening.socket, server_side=True, do_handshake_on_connect=False)
         server.url = server.url.replace("http", "https", 1)
     thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
