@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -22,7 +23,7 @@ from kdmesh.models.quiet import quiet
 from kdmesh.models.recurrent import begin_with_every_sequence
 from kdmesh.models.verify import check_head, check_layer_types, check_packing
 
-__all__ = ["empty_causal_lm", "hidden_states_TD", "load_causal_lm"]
+__all__ = ["empty_causal_lm", "hidden_states_TD", "load_causal_lm", "without_memory"]
 
 # What transformers raises for files that do not fit together; the message is its own.
 _LOAD_ERRORS = (
@@ -69,8 +70,13 @@ def load_causal_lm(
     return model
 
 
+def without_memory() -> FakeTensorMode:
+    """Inside, tensors are made without memory, but for constants that some families make by means of their own."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def empty_causal_lm(path: Path) -> PreTrainedModel:
-    """The architecture of directory `path` in float32 and eval mode, for a caller under FakeTensorMode: no weights.
+    """The architecture of directory `path` in float32 and eval mode, for a caller in `without_memory`: no weights.
 
     Raises:
         ConfigError: the directory is not a model that transformers builds.

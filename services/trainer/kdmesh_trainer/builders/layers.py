@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
-from kdmesh.models.body import empty_causal_lm
+from kdmesh.models.body import empty_causal_lm, without_memory
 from kdmesh.models.directory import read_config
 from kdmesh.models.head import output_head
 from kdmesh.models.layer_outputs import num_layers, numbered_layers
@@ -39,7 +38,7 @@ def refuse_unreached(cfg: TrainerConfig) -> None:
     """Raises ConfigError when layers alone are compared, and the student trains nothing at or below them."""
     if cfg.layers is None or not (isinstance(cfg.objective, Distill) and cfg.objective.compares_layers_alone):
         return
-    with FakeTensorMode():
+    with without_memory():
         lm = empty_causal_lm(cfg.student.model)
         if cfg.student.lora is not None:
             train_adapted(lm, cfg.student.lora)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
 from kdmesh.losses import VocabularyShare
 from kdmesh.models.attention import varlen_refusal
-from kdmesh.models.body import empty_causal_lm, load_causal_lm
+from kdmesh.models.body import empty_causal_lm, load_causal_lm, without_memory
 from kdmesh.models.directory import read_config
 from kdmesh.models.head import head_spec
 from kdmesh.models.recurrent import is_recurrent
@@ -52,8 +51,7 @@ def check_spread(cfg: TrainerConfig) -> None:
     spreads_head = cfg.parallel.head == "vocabulary"
     if cfg.student.checkpointed_every is None and not spreads_head:
         return
-    # Some families make constants without memory of their own, outside of what stands in for tensors.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_memory():
         lm = empty_causal_lm(cfg.student.model)
         if cfg.student.checkpointed_every is not None:
             checkpoint_activations(lm, every=cfg.student.checkpointed_every)

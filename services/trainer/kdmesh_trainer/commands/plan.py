@@ -168,11 +168,10 @@ def _teacher(server: Mapping[str, Any]) -> tuple[int, Any]:
 
 
 def _weights_bytes(server: Mapping[str, Any]) -> int:
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from kdmesh.models.body import empty_causal_lm
+    from kdmesh.models.body import empty_causal_lm, without_memory
 
-    with FakeTensorMode():
+    with without_memory():
         model = empty_causal_lm(Path(server["model"]))
         num_parameters: int = sum(parameter.numel() for parameter in model.parameters())
         return num_parameters * int(_teacher(server)[1].itemsize)

@@ -28,7 +28,7 @@ from transformers.integrations import moe
 from kdmesh.errors import ConfigError
 from kdmesh.losses import FusedLoss, OutputHead, VocabularyShare
 from kdmesh.losses.footprint import Footprint, loss_footprint, slice_footprint
-from kdmesh.models.body import empty_causal_lm
+from kdmesh.models.body import empty_causal_lm, without_memory
 from kdmesh.models.context import ContextGroup
 from kdmesh.models.head import output_head
 from kdmesh.models.images.vision import reads_images
@@ -96,7 +96,7 @@ def _plan(job: Job) -> Plan:
     with (
         _ranks(job) as (mesh, context),
         _experts_in_every_type(),
-        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        without_memory() as fake,
         live.watching(),
     ):
         with live.counted_as("parameters"):

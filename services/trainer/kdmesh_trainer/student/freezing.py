@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdmesh.errors import ConfigError
 from kdmesh.models.images.vision import vision_parts
@@ -28,10 +27,10 @@ def check_freeze(patterns: Sequence[str], model: Path) -> None:
         ConfigError: as `freeze`, or the directory is no model that transformers builds.
     """
     # Not at the top: benchmarks of the GPU take a student apart without what loads one.
-    from kdmesh.models.body import empty_causal_lm
+    from kdmesh.models.body import empty_causal_lm, without_memory
 
     if patterns:
-        with FakeTensorMode():
+        with without_memory():
             freeze(empty_causal_lm(model), patterns)
 
 

@@ -13,7 +13,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from kdmesh.errors import ConfigError
@@ -97,11 +96,10 @@ def check_adapter(config: LoraConfig | None, model: Path) -> None:
         ConfigError: as inject_adapter, or the directory is no model that transformers builds.
     """
     # Not at the top: benchmarks of the GPU put adapters on without what loads a model.
-    from kdmesh.models.body import empty_causal_lm
+    from kdmesh.models.body import empty_causal_lm, without_memory
 
     if config is not None:
-        # Some families make constants without memory of their own, outside of what stands in for tensors.
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with without_memory():
             inject_without_memory(empty_causal_lm(model), config)
 
 

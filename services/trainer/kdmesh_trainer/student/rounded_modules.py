@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kdmesh.errors import ConfigError
@@ -43,7 +42,7 @@ def check_rounding(
         ConfigError: they cannot, what writes them is not installed, or the directory is no model.
     """
     # Not at the top: benchmarks of the GPU take a student apart without what loads one.
-    from kdmesh.models.body import empty_causal_lm
+    from kdmesh.models.body import empty_causal_lm, without_memory
 
     if config is None:
         return
@@ -65,8 +64,7 @@ def check_rounding(
             f"export.dtype is origin and {model} has float16, which does not hold every scale of student.quantization: "
             "choose bfloat16 or float32"
         )
-    # Some families make constants without memory of their own, outside of what stands in for tensors.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_memory():
         names = modules_to_round(empty_causal_lm(model), config, compute_dtype)
     stored = stored_tensors(model)
     if others := [name for name in names if stored and f"{name}.weight" not in stored]:
