@@ -107,7 +107,7 @@ def plan(path: Path, overrides: Sequence[str], wishes: Wishes, kind: JobKind) ->
 
 def _name(cfg: TrainerConfig) -> str:
     """That of the output directory, as names are in a cluster."""
-    return re.sub(r"[^a-z0-9]+", "-", cfg.output.name.lower()).strip("-") or "train"
+    return re.sub(r"[^a-z0-9]+", "-", cfg.job_name.lower()).strip("-") or "train"
 
 
 def _output(wishes: Wishes, name: str) -> Output:

@@ -15,6 +15,7 @@ from kdmesh.errors import Unavailable
 from kdmesh.rpc import codec
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.weights import codec as weight_codec
+from kdmesh.rpc.weights.updates import WeightUpdates
 from kdmesh.types import DType, Handle
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.v1.rollout_pb2_grpc import RolloutStub
@@ -85,6 +86,11 @@ def _buckets() -> list[Step]:
 
 
 COMMIT = Step(commit=pb.CommitUpdate())
+
+
+async def _answered(updates: WeightUpdates, requests: AsyncIterator[Step]) -> None:
+    async for _ in updates.answer(requests):
+        pass
 
 
 async def _update(address: str, version: int) -> None:
@@ -249,6 +255,34 @@ async def test_a_commit_that_has_begun_is_finished_although_nobody_waits() -> No
         assert updates.version == 1
         await _update(address, 2)
         assert target.version == 2
+
+
+async def test_a_target_that_starts_over_waits_for_the_end_of_an_update_whose_stream_is_gone() -> None:
+    is_copying, may_end = threading.Event(), threading.Event()
+
+    class _Slow(MemoryTarget):
+        def write(self, place: int, offset_bytes: int, data: memoryview) -> None:
+            is_copying.set()
+            may_end.wait()
+            super().write(place, offset_bytes, data)
+
+    async def requests() -> AsyncIterator[Step]:
+        yield _begin()
+        yield FIRST
+
+    target = _Slow(SPECS)
+    async with weight_server(target) as (address, updates):
+        answering = asyncio.create_task(_answered(updates, requests()))
+        await asyncio.to_thread(is_copying.wait)
+        while not answering.done():  # once ends the copying, again the waiting for its end
+            answering.cancel()
+            await asyncio.sleep(0)
+        starting_over = asyncio.create_task(updates.start_over())
+        await asyncio.sleep(0.02)
+        may_end.set()
+        await starting_over
+        assert target.staged is None and updates.version == 0
+        await _update(address, 1)
 
 
 async def test_an_update_that_was_committed_is_ended_before_the_next_begins() -> None:

@@ -182,6 +182,11 @@ def test_a_tracker_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     assert "trackers names one twice: tensorboard, wandb, tensorboard" in said
 
 
+def test_an_output_that_no_server_takes_as_the_name_of_a_job_is_refused(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD, f"output=runs/{'long' * 40}")
+    assert "output ends in the job's name: " in said and "has 160 characters; it must be of at most 128" in said
+
+
 def test_a_parameter_of_another_divergence_is_refused(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + "objective: {name: distill, divergence: {name: forward_kl, beta: 0.1}}\n")
     assert said.splitlines()[1:] == ["  objective.divergence.beta: there is no such key for forward_kl"]

@@ -37,6 +37,7 @@ LAYER = {
     "kdmesh.hub": 1,
     "kdmesh.images": 1,
     "kdmesh.interrupt": 1,
+    "kdmesh.job_names": 1,
     "kdmesh.log": 1,
     "kdmesh.open_files": 1,
     "kdmesh.outputs": 1,

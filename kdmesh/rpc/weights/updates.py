@@ -87,9 +87,9 @@ class WeightUpdates:
         """What is being done about new weights."""
         return self._versions.state
 
-    def start_over(self) -> None:
+    async def start_over(self) -> None:
         """The target has the weights of the start again; no update is being received."""
-        self._versions.start_over()
+        await self._run(self._versions.start_over)  # behind the end of an update whose stream is gone
         self.updated_at_s = None
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
+from kdmesh import job_names
 from kdmesh.errors import InvalidRequest
 from kdmesh.serving.jobs.config import JobTerms
 from kdmesh.serving.jobs.fair_queue import Standing
@@ -18,7 +19,6 @@ T = TypeVar("T", bound=JobTerms)
 
 FORGET_S = 900.0  # a job that did nothing for so long has left
 _MAX_BOOKS = 1024  # names come from clients: with more, those silent for longest are forgotten at once
-_MAX_NAME = 128
 _NUM_WAITS = 512  # newest waits of a job, for its percentiles
 _NONE: Mapping[str, Any] = {}
 _RANKS = {"high": 0, "normal": 1, "low": 2}
@@ -223,11 +223,8 @@ class JobTable(Generic[T]):
 
 def check_name(job: str) -> None:
     """Raises InvalidRequest when a job cannot be called that."""
-    if len(job) > _MAX_NAME or not job.isprintable():
-        raise InvalidRequest(
-            f"the job's name {job[:_MAX_NAME]!r} has {len(job)} characters; it must be of at most {_MAX_NAME} that can "
-            "be printed"
-        )
+    if problem := job_names.problem_of(job):
+        raise InvalidRequest(problem)
 
 
 def _standing(terms: JobTerms) -> Standing:

@@ -79,7 +79,7 @@ async def start(
     if isinstance(engine, ProcessEngine):
 
         async def bring_back() -> None:
-            updates.start_over()
+            await updates.start_over()
             await thread.run(check)
             await sleep.sleep_again()
             updating.accept()

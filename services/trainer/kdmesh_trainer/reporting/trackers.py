@@ -105,7 +105,7 @@ class WandB:
         self._run = self._module.init(
             # What W&B's own variables say, which an argument would overrule; it reads the others itself.
             project=os.environ.get("WANDB_PROJECT") or _PROJECT,
-            name=os.environ.get("WANDB_NAME") or self._cfg.output.name,
+            name=os.environ.get("WANDB_NAME") or self._cfg.job_name,
             dir=str(self._cfg.output),
             id=_kept_id(id_file),
             resume="allow",
@@ -147,7 +147,7 @@ class MLflow:
         else:
             if not (os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID")):
                 self._module.set_experiment(_PROJECT)
-            run = self._module.start_run(run_name=self._cfg.output.name)
+            run = self._module.start_run(run_name=self._cfg.job_name)
             with written_beside_checkpoints(id_file):
                 write_synced(id_file, run.info.run_id)
             self._module.log_dict(self._cfg.model_dump(mode="json"), "config.json")

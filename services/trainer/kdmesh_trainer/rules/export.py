@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kdmesh import job_names
 from kdmesh_trainer.sections.job_config import JobSections
 
 
 def broken(cfg: JobSections) -> Iterator[str]:
-    """Every broken rule of exports and trackers."""
+    """Every broken rule of the output, exports and trackers."""
+    if problem := job_names.problem_of(cfg.job_name):
+        yield f"output ends in the job's name: {problem}"
     if len(set(cfg.trackers)) < len(cfg.trackers):
         yield f"trackers names one twice: {', '.join(cfg.trackers)}"
     if cfg.export.matrices != "rounded" and cfg.student.quantization is None:

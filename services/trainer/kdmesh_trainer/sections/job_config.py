@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -96,7 +97,7 @@ class JobSections(StrictModel):
     @property
     def job_name(self) -> str:
         """By which servers and dashboards know the run: the last part of `output`."""
-        return self.output.resolve().name
+        return Path(os.path.abspath(self.output)).name
 
     @property
     def teacher_update_every(self) -> int | None:
