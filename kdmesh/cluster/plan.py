@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
+from kdmesh.cluster import names
 from kdmesh.errors import ConfigError
 
 WORK = PurePosixPath("/work")
@@ -22,6 +23,20 @@ STOPPED = 75
 REFUSED = 2
 """Exit code of a node that was refused its input: to start it again changes nothing."""
 
+OWN_VARIABLES = frozenset(
+    {
+        "PET_NNODES",
+        "PET_NPROC_PER_NODE",
+        "PET_NODE_RANK",
+        "PET_MASTER_ADDR",
+        "PET_MASTER_PORT",
+        "KDMESH_EXIT_WHEN_STOPPED",
+        "KDMESH_NODE_NAME",
+        "KDMESH_NAMESPACE",
+    }
+)
+"""Environment variables by which the nodes of a job find each other and say how they ended."""
+
 JobKind = Literal["Job", "JobSet", "TrainJob"]
 
 # A pod is called NAME-node-0-INDEX-xxxxx, and that must fit into 63 characters.
@@ -29,6 +44,7 @@ _LONGEST_NAME = 45
 _NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
+_SET_ELSEWHERE = {"cpu": "--cpus", "memory": "--memory"}
 _RESERVED = (WORK, CONFIG, PurePosixPath("/tmp"), PurePosixPath("/dev/shm"))
 
 
@@ -129,7 +145,36 @@ class JobPlan:
                 raise ConfigError(f"{taint.effect!r} is no effect of a taint, as {', '.join(_EFFECTS)} are")
         if self.user < 1:
             raise ConfigError(f"--user {self.user}: a job runs as an ordinary user, of a number above 0")
+        self._refuse_unfit_names()
+        self._refuse_unfit_variables()
         self._refuse_unfit_mounts()
+
+    def _refuse_unfit_names(self) -> None:
+        for source, kind in [(mount.source, mount.kind) for mount in self.mounts]:
+            names.require(names.is_object, source, f"the name of a {kind}")
+        for one in self.secrets:
+            names.require(names.is_object, one.secret, "the name of a secret")
+        names.require(names.is_object, self.output.claim, "the name of a claim")
+        names.require(names.is_object, self.output.storage_class, "the name of a storage class")
+        names.require(names.is_object, self.service_account, "the name of a service account")
+        names.require(names.is_object, self.pull_secret, "the name of a secret")
+        names.require(names.is_object, self.queue, "the name of a queue")
+        for resource in (self.resources.gpu_resource, *(name for name, _ in self.resources.others)):
+            names.require(names.is_key, resource, "the name of a resource")
+            if resource in _SET_ELSEWHERE:
+                raise ConfigError(f"{resource} is not a resource of its own: say {_SET_ELSEWHERE[resource]}")
+        for key, value in (*self.node_labels, *((taint.key, taint.value) for taint in self.tolerated)):
+            names.require(names.is_key, key, "the key of a label or a taint")
+            names.require(names.is_label_value, value, "the value of a label or a taint")
+
+    def _refuse_unfit_variables(self) -> None:
+        given = [name for name, _ in self.variables] + [one.name for one in self.secrets]
+        for name in given:
+            names.require(names.is_variable, name, "the name of an environment variable")
+            if name in OWN_VARIABLES:
+                raise ConfigError(f"the environment variable {name} is the job's own")
+            if given.count(name) > 1:
+                raise ConfigError(f"the environment variable {name} is given twice")
 
     def _refuse_unfit_mounts(self) -> None:
         paths = [mount.path for mount in self.mounts]
@@ -141,3 +186,5 @@ class JobPlan:
                 raise ConfigError(
                     f"a volume cannot be mounted at {path}: {taken[0] if taken else 'another one'} is there"
                 )
+            if path.is_relative_to(CONFIG):
+                raise ConfigError(f"a volume cannot be mounted at {path}: nothing can be written to {CONFIG}")

@@ -144,6 +144,36 @@ def test_words_of_the_wrong_form_are_told_the_right_one(config: Path, wish: str,
     assert words in refused(config, **{wish: (value,)})
 
 
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"volumes": ("My_Models:/models",)}, "'My_Models' cannot be the name of a claim"),
+        ({"secrets": ("token:/etc/kdmesh/token",)}, "mounted at /etc/kdmesh/token: nothing can be written to"),
+        ({"secret_variables": ("KEY=My.Secret/key",)}, "'My.Secret' cannot be the name of a secret"),
+        ({"variables": ("MY KEY=1",)}, "'MY KEY' cannot be the name of an environment variable"),
+        ({"variables": ("1KEY=1",)}, "'1KEY' cannot be the name of an environment variable"),
+        ({"variables": ("PET_NNODES=4",)}, "the environment variable PET_NNODES is the job's own"),
+        ({"variables": ("A=1",), "secret_variables": ("A=s/k",)}, "the environment variable A is given twice"),
+        ({"node_labels": ("a b=c",)}, "'a b' cannot be the key of a label"),
+        ({"node_labels": ("Example.com/gpu=c",)}, "'Example.com/gpu' cannot be the key of a label"),
+        ({"node_labels": ("gpu=an h200",)}, "'an h200' cannot be the value of a label"),
+        ({"node_labels": (f"gpu={'h' * 64}",)}, "cannot be the value of a label"),
+        ({"tolerated": ("a:b:NoSchedule",)}, "'b:NoSchedule' is no effect"),
+        ({"resources": ("rdma ib=1",)}, "'rdma ib' cannot be the name of a resource"),
+        ({"resources": ("memory=1Gi",)}, "memory is not a resource of its own: say --memory"),
+        ({"claim": "Mine"}, "'Mine' cannot be the name of a claim"),
+        ({"storage_class": "fast disk"}, "'fast disk' cannot be the name of a storage class"),
+        ({"service_account": "a/b"}, "'a/b' cannot be the name of a service account"),
+        ({"pull_secret": "-a"}, "'-a' cannot be the name of a secret"),
+        ({"queue": "a_b"}, "'a_b' cannot be the name of a queue"),
+    ],
+)
+def test_what_the_cluster_would_refuse_is_refused_before_anything_is_sent(
+    config: Path, wishes: dict[str, Any], words: str
+) -> None:
+    assert words in refused(config, **wishes)
+
+
 def test_a_text_that_looks_like_a_number_travels_as_a_text(config: Path, tmp_path: Path) -> None:
     made = submission.plan(config, ("output='1e5'",), Wishes(**{**WISHES, "name": "student"}), "Job")
     travelled = tmp_path / "travelled.yaml"
