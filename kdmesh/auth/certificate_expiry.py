@@ -12,13 +12,14 @@ _VERSION = 0xA0  # a tag of DER
 _FORMATS = {0x17: "%y%m%d%H%M%SZ", 0x18: "%Y%m%d%H%M%SZ"}  # of time, by tag
 
 
-def expires_at_s(chain: bytes) -> float:
-    """When the first of them to end does, in Unix time.
+def expires_at_s(chain: bytes) -> float | None:
+    """When the first of them to end does, in Unix time; None: all are of OpenSSL's own kind, with trust settings.
 
     Args:
-        chain: certificates in PEM, at least one, that OpenSSL has taken.
+        chain: certificates in PEM that OpenSSL has taken.
     """
-    return min(_not_after_s(ssl.PEM_cert_to_DER_cert(pem)) for pem in _PEM.findall(chain.decode("latin-1")))
+    ends_s = [_not_after_s(ssl.PEM_cert_to_DER_cert(pem)) for pem in _PEM.findall(chain.decode("latin-1"))]
+    return min(ends_s, default=None)
 
 
 def _not_after_s(der: bytes) -> float:

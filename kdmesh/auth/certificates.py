@@ -34,11 +34,14 @@ def watch_certificate(tls: ServerTlsConfig, on_failure: Callable[[], None]) -> W
 def read_certificate(tls: ServerTlsConfig) -> ServerCertificate:
     """Raises ConfigError when the files cannot be read, or the key is not the certificate's."""
     context, chain = _context(tls), read_bytes(tls.cert)
+    ends_s = expires_at_s(chain)
+    if ends_s is None:
+        raise ConfigError(f"{tls.cert} holds no BEGIN CERTIFICATE; openssl x509 without -trustout writes one")
     return ServerCertificate(
         chain=chain,
         key=read_bytes(tls.key),
         client_ca=None if tls.client_ca is None else read_bytes(tls.client_ca),
-        expires_at_s=expires_at_s(chain),
+        expires_at_s=ends_s,
         context=context,
     )
 

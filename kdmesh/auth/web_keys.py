@@ -11,10 +11,11 @@ import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import jwt
-from jwt import PyJWK, PyJWKSet
+from jwt import PyJWK
 
 from kdmesh.auth.config import JwtConfig
 from kdmesh.auth.watched import Watched, read_bytes
@@ -109,15 +110,27 @@ def _get(url: str, ca: Path | None) -> bytes:
 
 def _parse(data: bytes, source: str) -> KeySet:
     try:
-        tree = json.loads(data)
-        # A symmetric key would let whoever can read it make tokens.
-        public = [key for key in tree["keys"] if key.get("kty") != "oct"]
-        keys = PyJWKSet.from_dict({"keys": public}).keys
-    except (ValueError, TypeError, KeyError, AttributeError, jwt.PyJWTError):
-        raise ConfigError(f"{source} is no JSON web key set with a public key in it") from None
+        entries = json.loads(data)["keys"]
+        keys = {entry.get("kid"): key for entry in entries if (key := _public_key(entry)) is not None}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        keys = {}
+    if not keys:
+        raise ConfigError(f"{source} is no JSON web key set with a public key in it")
+    return KeySet(keys)
+
+
+def _public_key(entry: dict[str, Any]) -> PyJWK | Any | None:
+    """None: it is not one that signatures are checked with; a set may hold such keys (RFC 7517, section 5)."""
+    if entry.get("kty") == "oct":  # a symmetric key would let whoever can read it make tokens
+        return None
+    if not isinstance(entry.get("kid"), str | None):
+        return None
+    try:
+        key = PyJWK.from_dict(entry)
+    except (jwt.PyJWTError, NotImplementedError, TypeError, ValueError):  # the second for the algorithm "none"
+        return None
     # A key that names no algorithm goes with any for its kind; the library would take it for one of RS256 alone.
-    named = {key.get("kid") for key in public if key.get("alg")}
-    return KeySet({key.key_id: key if key.key_id in named else key.key for key in keys})
+    return key if entry.get("alg") else key.key
 
 
 def _read_key(path: Path) -> KeySet:

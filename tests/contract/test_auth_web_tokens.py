@@ -204,6 +204,17 @@ async def test_a_key_that_names_no_algorithm_goes_with_every_one_that_is_allowed
             await show(address, signed(key_id="one"), tmp_path)
 
 
+async def test_keys_of_no_use_in_a_set_leave_the_others(tmp_path: Path) -> None:
+    good = json.loads(key_set(one=KEY))["keys"][0]
+    useless = [{"alg": "none"}, {"kid": ["a"]}, {"kid": 5}, {"alg": ["ES256"]}, {"alg": "nothing"}, {"crv": "P-1"}]
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"keys": [*({**good, "kid": "other", **change} for change in useless), good]}))
+    async with guarded(tmp_path, jwks=str(path)) as address:
+        await show(address, signed(key_id="one"), tmp_path)
+        with pytest.raises(Unauthenticated):
+            await show(address, signed(key_id="other"), tmp_path)
+
+
 def key_set(**keys: ec.EllipticCurvePrivateKey) -> str:
     """With a key that everybody could sign with, which must not be taken."""
     public = [json.loads(ECAlgorithm.to_jwk(key.public_key())) | {"kid": name} for name, key in keys.items()]

@@ -19,6 +19,7 @@ from kdmesh_rollout.config import RolloutServerConfig
 from kdmesh_teacher.config import ServerConfig, TeacherConfig
 from kdmesh_trainer.sections.rollouts_config import RolloutsConfig
 from kdmesh_trainer.sections.teacher_config import TeacherConfig as TrainersTeacher
+from tests.support.certificates import CertificateAuthority
 
 TOKENS = {"tokens": "tokens.yaml"}
 TLS = {"cert": "a.crt", "key": "a.key"}
@@ -185,6 +186,13 @@ def test_files_that_cannot_be_read_are_told_from_those_that_say_nonsense(tmp_pat
         read_tokens(tmp_path / "gone.yaml")
     with pytest.raises(Unreadable):
         read_certificate(ServerTlsConfig(cert=tmp_path / "gone.pem", key=tmp_path / "gone.key"))
+
+
+def test_a_certificate_of_a_kind_that_only_openssl_reads_is_refused(tmp_path: Path) -> None:
+    pair = CertificateAuthority(tmp_path).issue("teacher")
+    pair.cert.write_bytes(pair.cert.read_bytes().replace(b" CERTIFICATE", b" TRUSTED CERTIFICATE"))
+    with pytest.raises(ConfigError, match="holds no BEGIN CERTIFICATE"):
+        read_certificate(ServerTlsConfig(cert=pair.cert, key=pair.key))
 
 
 def test_servers_that_are_found_by_name_are_known_by_one() -> None:
