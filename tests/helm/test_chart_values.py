@@ -93,6 +93,19 @@ def test_the_schema_refuses(setting: str, sentence: str) -> None:
         (["teacher.config.slab.slots=64"], "takes 64 x 64 MiB, which is all of resources.limits.memory (4Gi) or more"),
         (['teacher.env={"HF_TOKEN":"hf_abc"}'], "teacher.env.HF_TOKEN looks like a secret"),
         (['teacher.env={"AWS_SECRET_ACCESS_KEY":"a"}'], "teacher.env.AWS_SECRET_ACCESS_KEY looks like a secret"),
+        (
+            ['teacher.env={"A":"1"}', 'teacher.secretEnv={"A":{"name":"a","key":"b"}}'],
+            "teacher.env.A and secretEnv.A are both set",
+        ),
+        (
+            ['teacher.podLabels={"app.kubernetes.io/instance":"other"}'],
+            "teacher.podLabels.app.kubernetes.io/instance is a label of the chart's own",
+        ),
+        (
+            ['tls.certManager={"duration":"24h","renewBefore":"1440m"}'],
+            "tls.certManager.duration is 24h, and renewBefore 1440m",
+        ),
+        (['tls.certManager={"duration":"90 days"}'], 'unknown unit " days" in duration'),
         (["teacher.nodes=2"], "teacher.nodes is 2, but an engine of kind transformers works on one"),
         (["teacher.rowCache.enabled=true"], "teacher.config.cache.directory_mib go together"),
         (

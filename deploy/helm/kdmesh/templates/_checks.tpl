@@ -12,6 +12,12 @@
 {{- if and $values.tls.existingSecret $values.tls.certManager.issuerRef.name -}}
 {{- fail "tls.existingSecret and tls.certManager.issuerRef.name are both set: the certificate can come from one of them" -}}
 {{- end -}}
+{{- with $values.tls.certManager -}}
+{{- $signed := toDate "2006" "2000" -}}
+{{- if le ($signed | mustDateModify .duration).Unix ($signed | mustDateModify .renewBefore).Unix -}}
+{{- fail (printf "tls.certManager.duration is %s, and renewBefore %s: a certificate must be good for longer than it is renewed before its end" .duration .renewBefore) -}}
+{{- end -}}
+{{- end -}}
 {{- if and $values.auth.tokensSecret.name $values.auth.allowAnonymous -}}
 {{- fail "auth.tokensSecret.name and auth.allowAnonymous contradict each other" -}}
 {{- end -}}
@@ -23,6 +29,7 @@
 {{- include "kdmesh.checkGpus" $server -}}
 {{- include "kdmesh.checkReplicas" $server -}}
 {{- include "kdmesh.checkEnvironment" $server -}}
+{{- include "kdmesh.checkLabels" $server -}}
 {{- if and $server.values.jobs.overrides $server.values.jobs.existingConfigMap -}}
 {{- fail (printf "%s.jobs.overrides and existingConfigMap are both set: what jobs may take can stand in one of them" $name) -}}
 {{- end -}}
@@ -117,7 +124,20 @@
 {{- end -}}
 {{- end }}
 
+{{- define "kdmesh.checkLabels" -}}
+{{- range $key, $_ := .values.podLabels -}}
+{{- if or (hasPrefix "app.kubernetes.io/" $key) (eq $key "helm.sh/chart") -}}
+{{- fail (printf "%s.podLabels.%s is a label of the chart's own, by which its pods are found" $.name $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{- define "kdmesh.checkEnvironment" -}}
+{{- range $key, $_ := .values.secretEnv -}}
+{{- if hasKey $.values.env $key -}}
+{{- fail (printf "%s.env.%s and secretEnv.%s are both set: a variable has one value" $.name $key $key) -}}
+{{- end -}}
+{{- end -}}
 {{- range $key, $_ := .values.env -}}
 {{- if regexMatch "(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$" $key -}}
 {{- fail (printf "%s.env.%s looks like a secret, which Helm would keep in the release: put it in a Secret and name that in %s.secretEnv" $.name $key $.name) -}}
