@@ -20,8 +20,9 @@ from kdmesh.sglang.messages import RECEIVE_BYTES, Adopt, Adopted, Drop, Hello, p
 from kdmesh.unix_path import unix_address
 
 _BACKLOG = 128
-# Mapping and touching 64 GiB takes a few seconds.
+# Mapping and touching 64 GiB takes one process a few seconds, and all of a server's do it at once.
 _ADOPT_S = 60.0
+_ADOPT_BYTES_PER_S = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,16 +115,18 @@ class Schedulers:
         self._show(segment, self._schedulers, holds_weights=True)
 
     def _show(self, segment: Segment, schedulers: Sequence[_Scheduler], *, holds_weights: bool = False) -> None:
+        patience_s = _ADOPT_S + segment.size_bytes / _ADOPT_BYTES_PER_S
         message = pack(Adopt(number=segment.number, size_bytes=segment.size_bytes, holds_weights=holds_weights))
         for scheduler in schedulers:
             socket.send_fds(scheduler.sock, [message], [segment.fd])
         wanted = {(scheduler.pid, segment.number) for scheduler in schedulers}
         with self._changed:
-            self._changed.wait_for(lambda: self._death is not None or wanted <= self._adopted, _ADOPT_S)
+            self._changed.wait_for(lambda: self._death is not None or wanted <= self._adopted, patience_s)
             is_adopted = wanted <= self._adopted
             self._adopted -= wanted
         if not is_adopted:
-            raise ConnectionResetError(self._death or f"SGLang did not map {segment.size_bytes} bytes in {_ADOPT_S} s")
+            did_not = f"SGLang did not map {segment.size_bytes} bytes in {patience_s:.0f} s"
+            raise ConnectionResetError(self._death or did_not)
 
     def close(self) -> None:
         """Hang up; no death is told any more."""
