@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
+from kdmesh.cores import num_cores
 from kdmesh.demo.charts import Chart, draw_all
 from kdmesh.demo.corpus import Corpus
 from kdmesh.demo.models import Architecture
@@ -128,4 +129,4 @@ def _example(corpus: Corpus) -> str:
 
 def _made_with() -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("kdmesh", "torch", "transformers"))
-    return f"{packages}, Python {platform.python_version()}, {platform.system()} on {os.cpu_count()} cores"
+    return f"{packages}, Python {platform.python_version()}, {platform.system()} on {num_cores()} cores"

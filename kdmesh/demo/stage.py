@@ -12,6 +12,7 @@ from typing import Any
 from rich.markup import escape
 
 from kdmesh import config
+from kdmesh.cores import num_cores
 from kdmesh.demo import plan as plans
 from kdmesh.demo.corpus import Corpus, build_corpus
 from kdmesh.demo.live import Live
@@ -75,7 +76,7 @@ class Stage:
                 service,
                 path,
                 config.load(service.config, path),
-                threads=max(1, local.num_cores() // 2),
+                threads=max(1, num_cores() // 2),
                 on_line=self._kept(self.workspace.output / f"{service.name}.log"),
             )
             address = jobs.start_server(self._processes, command)

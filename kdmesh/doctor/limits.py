@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from kdmesh.cores import cpu_share
 from kdmesh.doctor.finding import Finding, ok
 from kdmesh.open_files import LEAST, most_open_files
 from kdmesh.serving.words import size
@@ -21,12 +22,20 @@ _CLOCK_ERROR = 5  # adjtimex(2): TIME_ERROR
 
 
 def limits() -> Iterator[Finding]:
-    """Memory, shared memory, locked memory, open files, and the clock."""
+    """Cores, memory, shared memory, locked memory, open files, and the clock."""
+    yield _cores()
     yield _memory()
     yield _shared_memory()
     yield _locked_memory()
     yield _descriptors()
     yield _clock()
+
+
+def _cores() -> Finding:
+    """Informs only: GPUs need few."""
+    share = cpu_share()
+    within = "" if share is None else f", and this container may have the time of {share:g}"
+    return ok("cores", f"{len(os.sched_getaffinity(0))} are allowed{within}")
 
 
 def _memory() -> Finding:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdmesh import config
+from kdmesh.cores import num_cores
 from kdmesh.errors import ConfigError
 from kdmesh.file_lock import claimed
 from kdmesh.launch import local
@@ -207,7 +208,7 @@ def split_threads(cfg: TrainerConfig, *, with_servers: bool) -> Threads:
     One thread more than there are cores costs little, because servers work while ranks wait and the other way
     round; several per core would make every matrix product wait for its slowest thread.
     """
-    cores = local.num_cores()
+    cores = num_cores()
     server = max(1, cores // 2)
     left = cores - server if with_servers and not _is_on_gpu(cfg) else cores
     return Threads(server=server, rank=max(1, left // num_ranks(cfg)))

@@ -312,11 +312,6 @@ def thread_limits(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
-def num_cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def num_gpus() -> int:
     """NVIDIA GPUs this process may use, found without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from kdmesh.cores import num_cores
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.images.reader import ImageReader, load_image_reader
@@ -24,14 +26,13 @@ def load_served(
     Args:
         dtype: `engine.dtype`.
         on: `engine.device`.
-        threads: torch's, for the whole process; None leaves them.
+        threads: torch's, for the whole process; None leaves as many of them as there are cores for.
 
     Raises:
         ConfigError: it cannot be loaded, or run over packed sequences with or without images, or its weights are of a
             type that no message carries.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _use_threads(threads)
     model = load_causal_lm(path, torch_dtype(dtype), device(on))
     if model.dtype not in DTYPES:
         raise ConfigError(f"{path} has weights of {model.dtype}; set engine.dtype to float32 or bfloat16")
@@ -40,3 +41,11 @@ def load_served(
     if reader is not None:
         check_images(model, reader)
     return model, reader
+
+
+def _use_threads(threads: int | None) -> None:
+    """torch counts the machine's cores, whatever a container may have of them."""
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = min(torch.get_num_threads(), num_cores())
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from kdmesh.commands import cli
 from kdmesh.errors import DataError
-from kdmesh.launch import jobs, local
+from kdmesh.launch import jobs
 from kdmesh.launch.program import set_arguments
 from kdmesh.preflight import check
 from kdmesh_trainer.config import TrainerConfig
@@ -661,7 +661,7 @@ def test_under_torchrun_the_command_becomes_the_rank(good: Path, monkeypatch: py
 def test_threads_are_divided_so_that_no_core_gets_several(
     good: Path, cores: int, ranks: int, with_teacher: bool, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "num_cores", lambda: cores)
+    monkeypatch.setattr(jobs, "num_cores", lambda: cores)
     cfg = jobs.config.load(TrainerConfig, good, [f"ranks={ranks}", "student.device=cpu"])
     threads = jobs.split_threads(cfg, with_servers=with_teacher)
     assert (threads.server, threads.rank) == expected

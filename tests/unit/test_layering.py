@@ -31,6 +31,7 @@ LAYER = {
     "kdmesh.batching": 1,
     "kdmesh.chats": 1,
     "kdmesh.config": 1,
+    "kdmesh.cores": 1,
     "kdmesh.counting": 1,
     "kdmesh.extension": 1,
     "kdmesh.file_lock": 1,

@@ -42,7 +42,7 @@ class TransformersEngine(StrictModel):
     """Prompt tokens computed in one step, so that long prompts do not hold up the others; at least one prompt."""
 
     threads: int | None = Field(None, ge=1)
-    """CPU threads of the engine; unset lets torch decide."""
+    """CPU threads of the engine; unset takes as many as there are cores for it."""
 
 
 class FakeEngine(StrictModel):

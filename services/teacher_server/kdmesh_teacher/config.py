@@ -40,7 +40,7 @@ class TransformersEngine(StrictModel):
     """Tokens prefilled together, over all requests of a batch."""
 
     threads: int | None = Field(None, ge=1)
-    """CPU threads of the engine; unset lets torch decide."""
+    """CPU threads of the engine; unset takes as many as there are cores for it."""
 
     updatable: bool = False
     """Let one job replace the weights, for self-distillation; jobs that want a frozen teacher refuse such a server."""

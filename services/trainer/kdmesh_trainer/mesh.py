@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from kdmesh.allocator import keep_freed_memory
+from kdmesh.cores import num_cores
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.models.context import ContextGroup
 
@@ -220,4 +221,4 @@ def _use_cores() -> None:
     """Share this machine's cores among its ranks, unless OMP_NUM_THREADS decides."""
     if "OMP_NUM_THREADS" not in os.environ:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        torch.set_num_threads(max(1, num_cores() // ranks))
