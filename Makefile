@@ -7,6 +7,8 @@ RDMA_INSTALLED := $(VENV)/.rdma-installed
 CHAOS_INSTALLED := $(VENV)/.chaos-installed
 SGLANG := .cache/sglang-env
 SGLANG_INSTALLED := $(SGLANG)/.installed
+LOWEST := .cache/lowest-env
+LOWEST_INSTALLED := $(LOWEST)/.installed
 PROMETHEUS := .cache/prometheus
 PROMETHEUS_INSTALLED := $(PROMETHEUS)/.installed
 COMPOSE := .cache/compose
@@ -20,7 +22,7 @@ NODE_INSTALLED := $(NODE)/.installed
 KUBERNETES_TOOLS := .cache/kubernetes-tools/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-onpolicy gpu test test-slow test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability test-containers test-node check format proto configuration metrics dashboards constraints clean
+.PHONY: help demo demo-onpolicy gpu test test-slow test-lowest test-chaos test-rdma test-network test-sglang sglang-env prometheus-env compose-env kubernetes-tools helm test-observability test-containers test-node check format proto configuration metrics dashboards constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-zA-Z_%-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -40,6 +42,14 @@ $(SGLANG_INSTALLED): pyproject.toml tools/sglang_env/bare.txt tools/sglang_env/p
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tools/sglang_env/bare.txt
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check -r tools/sglang_env/packages.txt
 	$(SGLANG)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# The oldest versions that pyproject.toml allows; of torch that one of which there is a build for CPUs.
+$(LOWEST_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra demo --extra dev --no-emit-package torch --output-file $(LOWEST)/constraints.txt pyproject.toml
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt --editable '.[demo,dev]'
 	@touch $@
 
 $(RDMA_INSTALLED): $(INSTALLED)
@@ -87,6 +97,9 @@ test-rdma: $(RDMA_INSTALLED)  ## The RDMA door, over the test transports of NIXL
 
 test-slow: $(INSTALLED)  ## Whole suites that `make test` leaves out, to stay short
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m slow
+
+test-lowest: $(LOWEST_INSTALLED) $(KUBERNETES_TOOLS)  ## Unit and contract tests with the oldest packages that pyproject.toml allows
+	$(LOWEST)/bin/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile tests/unit tests/contract
 
 test-chaos: $(CHAOS_INSTALLED)  ## Two teachers and three jobs through every fault, at random moments (needs a C compiler)
 	$(BIN)/pytest -v -m chaos tests/chaos
