@@ -143,6 +143,25 @@ def test_the_gradient_is_right_to_its_own_rounding_however_near_the_teacher(name
     assert relative_error(outcome.gradients[0], reference.gradients[0]) < 6e-3
 
 
+@pytest.mark.parametrize("name", ["jensen_shannon", "skewed_kl", "skewed_reverse_kl"])
+def test_what_only_one_of_the_two_ever_says_counts_by_its_share_of_the_mixture(
+    name: str, device: torch.device, launches: list[kernel_rows.Launch]
+) -> None:
+    case = sized(Case(name=name, knob=0.3, has_labels=False, has_bias=True), device)
+    inputs = tensors(case, torch.float32)
+    assert inputs.student_bias_V is not None and inputs.teacher_bias_V is not None
+    inputs.student_bias_V.data[10:20] = -1e7
+    inputs.teacher_bias_V[15:25] = -1e7
+    student, teacher = heads(case, inputs)
+    log_q_RV = student.logits(inputs.student_hidden_RD.detach()).double().log_softmax(-1)
+    log_p_RV = teacher.logits(inputs.teacher_hidden_RE).double().log_softmax(-1)
+    assert callable(case.divergence)
+    exact_R, _ = case.divergence(log_q_RV.detach(), log_p_RV)
+    loss = call(case, moved(inputs, device))
+    torch.testing.assert_close(loss.divergence_R.cpu().double(), exact_R, rtol=1e-4, atol=1e-5)
+    assert launches
+
+
 @pytest.mark.parametrize("tail_mass", [1e-4, 0.3, 0.5, 0.7])
 def test_the_tail_is_found_among_equals_and_extremes(
     tail_mass: float, device: torch.device, launches: list[kernel_rows.Launch]

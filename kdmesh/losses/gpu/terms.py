@@ -66,14 +66,14 @@ def terms(log_q, log_p, log_ratio, is_target, gate, first, second, OP: tl.conste
 def _mixture_terms(q, p, log_q, log_p, log_ratio, first, second, OP: tl.constexpr):
     """As terms."""
     if OP == JENSEN_SHANNON:
-        log_m = _log_mixture(log_ratio, first)
+        log_m, log_p_m = _log_mixture(log_ratio, first)
         h = (first - 1.0) * q * log_m
-        f = first * p * (log_ratio - log_m) + h
+        f = first * p * log_p_m + h
     elif OP == SKEWED_KL:
-        log_m = _log_mixture(log_ratio, first)
-        f, h = p * (log_ratio - log_m), (first - 1.0) * p * tl.exp(-log_m)
+        log_m, log_p_m = _log_mixture(log_ratio, first)
+        f, h = p * log_p_m, (first - 1.0) * p * tl.exp(-log_m)
     elif OP == SKEWED_REVERSE_KL:
-        log_m = _log_mixture(log_ratio, 1.0 - first)
+        log_m, _ = _log_mixture(log_ratio, 1.0 - first)
         f, h = -q * log_m, -q * (log_m + first * _expm1(-log_m))
     else:
         f, h = _alpha_beta_terms(log_q, log_p, log_ratio, first, second)
@@ -96,10 +96,14 @@ def _alpha_beta_terms(log_q, log_p, log_ratio, alpha, beta):
 
 @triton.jit
 def _log_mixture(log_ratio, share):
-    """log(m / q) of m = share p + (1 - share) q; finite whatever underflows."""
+    """log(m / q) and log(p / m) of m = share p + (1 - share) q; finite whatever underflows.
+
+    The second is not the difference of log(p / q) and the first: where q is next to nothing both are as large.
+    """
     smaller = tl.exp(-tl.abs(log_ratio))
     mixed = tl.where(log_ratio > 0.0, share + (1.0 - share) * smaller, (1.0 - share) + share * smaller)
-    return tl.maximum(log_ratio, 0.0) + tl.log(mixed)
+    log_mixed = tl.log(mixed)
+    return tl.maximum(log_ratio, 0.0) + log_mixed, tl.minimum(log_ratio, 0.0) - log_mixed
 
 
 @triton.jit
