@@ -86,7 +86,8 @@ def gradients_of_layouts(
         if model.algorithm is not None:
             results |= {name: whole(p.grad, None) for name, p in model.algorithm.named_parameters()}
         assert totals.layer_distance is not None and totals.num_layered == batch.num_loss_tokens
-        results["loss"] = torch.tensor([totals.loss, totals.divergence], dtype=torch.float64)
+        loss = totals.loss * batch.loss_weight / batch.num_loss_tokens  # of weights relative to their mean
+        results["loss"] = torch.tensor([loss, totals.divergence], dtype=torch.float64)
         results["distance"] = torch.tensor([totals.layer_distance], dtype=torch.float64)
         if mesh.is_first:
             save_file(results, Path(output) / f"{mesh.num_data_groups}-{number}.safetensors")

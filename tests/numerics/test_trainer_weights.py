@@ -125,6 +125,26 @@ def test_the_loss_is_the_weighted_mean_of_all_loss_tokens_in_every_layout(
                 assert error < 1e-5, f"{ranks} ranks, layout {number}: {name} is off by {error}"
 
 
+@pytest.mark.parametrize("unit", [1e-60, 1e60])
+def test_only_how_weights_compare_matters_not_how_large_they_are(
+    mesh: Mesh, tiny_models: TinyModels, unit: float
+) -> None:
+    student = build_student(
+        tiny_models.path("qwen3", seed=1), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32
+    )
+    teacher = LocalTeacher(tiny_models.path("llama", seed=2, hidden_size=48, vocab_size=336))
+    stepper = build_stepper(student, teacher, mesh, config=OptimizerConfig(), steps=1)
+    plan = LAYOUTS[1][1][0]
+    gradients, losses = [], []
+    for factor in (1.0, unit):
+        sequences = [replace(sequence, weight=factor * sequence.weight) for sequence in batch_sequences()]
+        tally = stepper.accumulate(step_batch(sequences, plan, teacher))
+        gradients.append(torch.cat([whole(p.grad, None).flatten() for p in student.lm.parameters()]))
+        losses.append(tally.over_all_ranks()[0].loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert (gradients[1] - gradients[0]).norm() < 1e-6 * gradients[0].norm()
+
+
 def test_rows_keep_their_weights_when_several_teachers_share_them() -> None:
     random = torch.Generator().manual_seed(5)
     hidden_RD, weight_R = torch.randn(7, 6, generator=random), torch.rand(7, generator=random)

@@ -123,7 +123,7 @@ def gradient(mesh: Mesh, *, student: str, teacher: str, kind: str = "threaded") 
         batch = source.next_batch()
         tally = run.stepper.accumulate(batch)
         found = whole(dict(run.model.lm.named_parameters())["model.layers.0.mlp.up_proj.weight"].grad, None)
-        loss = tally.over_all_ranks()[0].loss / batch.loss_weight
+        loss = tally.over_all_ranks()[0].loss / batch.num_loss_tokens
     return {"loss": loss, "gradient": found.flatten().tolist()}
 
 

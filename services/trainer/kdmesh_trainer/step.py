@@ -78,7 +78,7 @@ class GradientStepper:
             norms = [_gradient_norm(parameters) for parameters in trained]
         with record_function("figures of all ranks"):
             totals, (gradient_norm, *others) = tally.over_all_ranks(*norms)
-        loss = totals.loss / batch.loss_weight
+        loss = totals.loss / batch.num_loss_tokens
         if not all(math.isfinite(number) for number in (loss, gradient_norm, *others)):
             raise NotFinite(
                 f"step {batch.step} has loss {loss} and gradient norm {gradient_norm}, which must be finite; "
@@ -110,18 +110,20 @@ class GradientStepper:
         """Leave the batch's gradient in the student's parameters, in place of any other. Collective.
 
         The objective is (sum of weight * per-token loss over all ranks) / (weight of the loss tokens of all
-        ranks), so it does not depend on how tokens were split. FSDP averages gradients over ranks, hence the
-        factor world_size. Every rank must pass the same number of micro-batches.
+        ranks), so it does not depend on how tokens were split. Weights are taken relative to their mean, as they
+        may be smaller or larger than what float32 holds, and the sum divided by the number of tokens. FSDP averages
+        gradients over ranks, hence the factor world_size. Every rank must pass the same number of micro-batches.
         """
         if not self._student.training:  # an evaluation came before
             self._student.train()
         self.optimizer.zero_grad(set_to_none=True)
         tally = Tally(self._mesh, teachers=self._teachers)
         objective = self._objective.at(batch.step)
-        scale = self._mesh.world_size / batch.loss_weight
+        mean_weight = batch.loss_weight / batch.num_loss_tokens
+        scale = self._mesh.world_size / batch.num_loss_tokens
         for micro_batch in batch.micro_batches:
             begin_micro_batch(self._student, is_last=micro_batch is batch.micro_batches[-1])
-            totals = forward(self._student, objective, micro_batch, tally, self._mesh.device)
+            totals = forward(self._student, objective, micro_batch, tally, self._mesh.device, mean_weight=mean_weight)
             with record_function("backward"):
                 (totals.loss_sum * scale).backward()  # type: ignore[no-untyped-call]
             tally.add(totals)
@@ -156,9 +158,19 @@ class GradientStepper:
 
 
 def forward(
-    student: Student, objective: Objective, micro_batch: MicroBatch, tally: Tally, device: torch.device
+    student: Student,
+    objective: Objective,
+    micro_batch: MicroBatch,
+    tally: Tally,
+    device: torch.device,
+    *,
+    mean_weight: float = 1.0,
 ) -> LossTotals:
-    """The loss of one micro-batch. Collective; a rank without sequences passes a blank."""
+    """The loss of one micro-batch. Collective; a rank without sequences passes a blank.
+
+    Args:
+        mean_weight: what a row's weight must be for it to count once.
+    """
 
     def row_loss(hidden_RD: Tensor, head: OutputHead, labels_R: Tensor, *layers: Tensor) -> FusedLoss:
         # Only here are the rows held: their memory is the teacher's again before the backward pass.
@@ -176,7 +188,7 @@ def forward(
                 labels_R=labels_R,
                 num_sampled=micro_batch.num_sampled_rows,
                 sequences=sequences,
-                weight_R=_weights(sequences, hidden_RD.device),
+                weight_R=_weights(sequences, mean_weight, hidden_RD.device),
                 layers=layers,
             )
             loss = objective(rows, answered if len(labels_R) else None)
@@ -191,11 +203,11 @@ def forward(
     return totals
 
 
-def _weights(sequences: Sequence[TokenSequence], device: torch.device) -> Tensor | None:
-    """[R] that of each row; None: all are 1."""
-    if all(sequence.weight == 1 for sequence in sequences):
+def _weights(sequences: Sequence[TokenSequence], mean: float, device: torch.device) -> Tensor | None:
+    """[R] how often each row counts; None: all count once."""
+    if all(sequence.weight == mean for sequence in sequences):
         return None
-    weights = [sequence.weight for sequence in sequences]
+    weights = [sequence.weight / mean for sequence in sequences]
     return moved(torch.from_numpy(np.repeat(np.array(weights, np.float32), [s.num_rows for s in sequences])), device)
 
 

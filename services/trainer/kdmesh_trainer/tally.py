@@ -23,7 +23,7 @@ from kdmesh_trainer.student.model import LossTotals
 class Totals:
     """Sums over all rows of all ranks, equal on every rank."""
 
-    loss: float
+    loss: float  # where rows have weights, by these relative to their mean
     divergence: float
     cross_entropy: float
     top1_agreement: float
