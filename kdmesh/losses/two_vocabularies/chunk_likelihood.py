@@ -10,8 +10,10 @@ from torch import Tensor
 from kdmesh.errors import InvalidRequest
 from kdmesh.losses.two_vocabularies.labelled import ChunkLoss, ChunkRows, LabelledRows
 
-# Keeps the logarithm of 1 - p finite for what is certain.
+# Keeps the logarithm of 1 - p finite for what is certain. A large tau leaves little of the likelihoods' logarithms, of
+# which it must stay a small part.
 _MARGIN = 1e-6
+_MARGIN_NATS = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,7 +98,8 @@ def binary_kl(log_q_C: Tensor, log_p_C: Tensor, *, tau: float) -> tuple[Tensor, 
     Source: Minixhofer et al. 2025 (ALM), arXiv:2503.20083, the binarised f-divergence with f of KL. The factor tau,
     without which it fades as 1/tau, is ours.
     """
-    log_b_C, log_a_C = log_q_C / tau - _MARGIN, log_p_C / tau - _MARGIN
+    margin = min(_MARGIN, _MARGIN_NATS / tau)
+    log_b_C, log_a_C = log_q_C / tau - margin, log_p_C / tau - margin
     a_C, not_a_C, not_b_C = log_a_C.exp(), -log_a_C.expm1(), -log_b_C.expm1()
     value_C = a_C * (log_a_C - log_b_C) + not_a_C * (not_a_C.log() - not_b_C.log())
     return value_C * tau, (not_a_C - not_b_C) / not_b_C
