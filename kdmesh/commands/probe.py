@@ -104,9 +104,7 @@ def compare(
         description = pool.describe()
         _check_tokenizer(model, tokenizer, description)
         sequences = [_sequence(tokenizer, prompt, description) for prompt in prompts]
-        rows = pool.submit(sequences).wait()
-        head, _ = pool.head()
-        served_RV = head.sliced(description.head.vocabulary_size).logits(rows.rows_RD).double().log_softmax(-1)
+        served_RV = _served_log_probabilities(pool, sequences, description)
         door_used = pool.stats().door
     local_RV = _local_log_probabilities(model, sequences, description)
     difference = float((served_RV - local_RV).abs().max())
@@ -137,6 +135,15 @@ def _sequence(tokenizer: PreTrainedTokenizerBase, prompt: str, served: ModelDesc
     if len(ids) < 2:
         raise ConfigError(f"the prompt {prompt!r} has {len(ids)} token; at least 2 are needed")
     return TokenSequence(token_ids=np.array(ids, dtype=np.int32), positions=np.arange(len(ids) - 1, dtype=np.int32))
+
+
+def _served_log_probabilities(
+    pool: TeacherPool, sequences: Sequence[TokenSequence], served: ModelDescription
+) -> torch.Tensor:
+    """[R, V] float64, from the rows and head of the service; the rows are let go of, so that their slot is free."""
+    head, _ = pool.head()
+    rows_RD = pool.submit(sequences).wait().rows_RD
+    return head.sliced(served.head.vocabulary_size).logits(rows_RD).double().log_softmax(-1)
 
 
 @torch.no_grad()

@@ -125,6 +125,21 @@ def test_a_probe_takes_prompts_from_a_file(
     assert "has no prompt" in empty.output
 
 
+def test_a_probe_gives_its_rows_back_before_it_ends(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """A session that ends with rows leaves a slot abandoned, as by a client that hangs."""
+    model, lines = tiny_models.path(seed=1), list[str]()
+    path = teacher_yaml(tmp_path / "teacher.yaml", model)
+    with local.Processes() as processes:
+        cfg = config.load(TeacherConfig, path)
+        address = jobs.start_server(
+            processes, jobs.server_command(jobs.TEACHER, path, cfg, threads=1, on_line=lines.append)
+        )
+        assert '"door": "shm"' in run_probe(address, model).stdout
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    (ended,) = [event for event in events if event["event"] == "session ended"]
+    assert ended["abandoned_slots"] == 0
+
+
 def test_a_probe_without_a_teacher_says_so(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_DEADLINE_S", 0.5)
     result = run_probe("127.0.0.1:1", tiny_models.path(seed=1))
