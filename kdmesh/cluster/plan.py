@@ -16,6 +16,9 @@ WORK = PurePosixPath("/work")
 CONFIG = PurePosixPath("/etc/kdmesh")
 """Where the ConfigMap is mounted."""
 
+TEMPORARY = PurePosixPath("/tmp")
+"""Where each node may write what is gone with it."""
+
 CONFIG_FILE = "train.yaml"
 STOPPED = 75
 """Exit code of a node whose run was stopped before its last step, and continues when it is started again."""
@@ -45,7 +48,7 @@ _NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _SET_ELSEWHERE = {"cpu": "--cpus", "memory": "--memory"}
-_RESERVED = (WORK, CONFIG, PurePosixPath("/tmp"), PurePosixPath("/dev/shm"))
+_RESERVED = (WORK, CONFIG, TEMPORARY, PurePosixPath("/dev/shm"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdmesh.cluster.plan import CONFIG, CONFIG_FILE, STOPPED, WORK, JobPlan, Mount, Taint
+from kdmesh.cluster.plan import CONFIG, CONFIG_FILE, STOPPED, TEMPORARY, WORK, JobPlan, Mount, Taint
 
 CONTAINER = "node"
 """Kubeflow Trainer writes its variables into the container of this name."""
@@ -75,7 +75,7 @@ def _container(plan: JobPlan, first_node: str) -> dict[str, Any]:
             {"name": "config", "mountPath": str(CONFIG), "readOnly": True},
             {"name": "output", "mountPath": str(WORK)},
             {"name": "shared-memory", "mountPath": "/dev/shm"},
-            {"name": "temporary", "mountPath": "/tmp"},
+            {"name": "temporary", "mountPath": str(TEMPORARY)},
             *(
                 {"name": f"mount-{index}", "mountPath": str(mount.path), "readOnly": mount.is_read_only}
                 for index, mount in enumerate(plan.mounts)
@@ -99,7 +99,7 @@ def _environment(plan: JobPlan, first_node: str) -> list[dict[str, Any]]:
         "PET_MASTER_ADDR": first_node,
         "PET_MASTER_PORT": str(RENDEZVOUS_PORT),
         "KDMESH_EXIT_WHEN_STOPPED": str(STOPPED),
-        "HOME": "/tmp",
+        "HOME": str(TEMPORARY),
         "USER": "kdmesh",  # the number of the user has no name in the image
         "HF_HUB_OFFLINE": "1",
         **dict(plan.variables),

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from kdmesh import config
 from kdmesh.auth.config import is_loopback
-from kdmesh.cluster.plan import WORK, JobKind, JobPlan, Mount, Output, Resources, SecretVariable, Taint
+from kdmesh.cluster.plan import TEMPORARY, WORK, JobKind, JobPlan, Mount, Output, Resources, SecretVariable, Taint
 from kdmesh.cluster.pods import RENDEZVOUS_PORT
 from kdmesh.errors import ConfigError
 from kdmesh.hub import named_in
@@ -186,6 +186,9 @@ def _misplaced(cfg: TrainerConfig, made: JobPlan, in_image: Sequence[str]) -> It
         if key == "output":
             if not _is_in(where, writable):
                 yield f"output: {path} is on no volume that can be written to, and would be gone with the job"
+        elif key == "data.token_cache.directory":  # made by the job, which may lose it
+            if not _is_in(where, [*writable, TEMPORARY]):
+                yield f"{key}: {path} is on no volume that can be written to; {TEMPORARY} is one, of each node"
         elif _is_in(where, readable):
             continue
         elif _is_in(where, [WORK]):

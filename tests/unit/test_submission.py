@@ -82,6 +82,19 @@ def test_what_lies_in_a_given_claim_or_in_the_image_is_taken(config: Path) -> No
     assert "models/../../opt" in refused(config, "student.model=models/../../opt", claim="mine")
 
 
+@pytest.mark.parametrize("directory", ["tokens", "/work/tokens", "/tmp/tokens", "/kept/tokens"])
+def test_token_ids_lie_wherever_a_node_may_write(config: Path, directory: str) -> None:
+    wishes = Wishes(**{**WISHES, "volumes": (*WISHES["volumes"], "kept:/kept:rw")})
+    made = submission.plan(config, (f"data.token_cache.directory={directory}",), wishes, "Job")
+    assert directory in made.config
+
+
+@pytest.mark.parametrize("directory", ["/data/tokens", "/var/tmp/tokens", "../tokens"])
+def test_token_ids_are_not_put_where_no_node_may_write(config: Path, directory: str) -> None:
+    said = refused(config, f"data.token_cache.directory={directory}", in_image=("/var/tmp",))
+    assert f"data.token_cache.directory: {directory} is on no volume that can be written to" in said
+
+
 @pytest.mark.parametrize("wish", ["storage", "storage_class"])
 def test_what_a_claim_is_made_with_does_not_go_with_one_that_is_there(config: Path, wish: str) -> None:
     option = f"--{wish.replace('_', '-')}"
