@@ -64,6 +64,23 @@ async def test_a_job_survives_that_its_token_is_exchanged_on_the_server_first(tm
         await teachers.close()
 
 
+async def test_a_slot_is_given_back_although_the_token_is_exchanged_here_first(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "tokens.yaml", JOB)
+    mine = tmp_path / "mine.token"
+    mine.write_text(JOB)
+    server = {"auth": {"tokens": str(path)}}
+    async with running_teacher(tmp_path, server=server, slab={"slots": 1, "slots_per_session": 1}) as teacher:
+        teachers = fleet(teacher.addresses.grpc, AccessConfig(token_file=mine))
+        await teachers.start(Deadline.after(10))
+        mine.write_text(OTHER)
+        asked = asyncio.create_task(teachers.ask([sequence(9)], Deadline.after(10), teachers.weight_version))
+        await asyncio.wait({asked}, timeout=0.3)
+        assert not asked.done()  # answered, and neither read nor released
+        path.write_text(path.read_text() + f"- {{name: job-one, role: job, token: {OTHER}}}\n")
+        assert (await asked).rows_RD.equal(expected_rows([sequence(9)]))
+        await teachers.close()
+
+
 async def test_a_server_that_ends_the_stream_for_want_of_a_role_is_left_at_once(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "tokens.yaml", VIEWER)  # may connect, and not sample
     async with running_rollout(server={"auth": {"tokens": str(path)}}) as rollout:

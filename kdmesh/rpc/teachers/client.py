@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc
 from torch import Tensor
 
-from kdmesh.errors import ConfigError, EngineFailure, HandleGone, InvalidRequest, RpcError, Unavailable
+from kdmesh.errors import (
+    ConfigError,
+    EngineFailure,
+    HandleGone,
+    InvalidRequest,
+    RpcError,
+    Unauthenticated,
+    Unavailable,
+)
 from kdmesh.groups.pair_group import Backend
 from kdmesh.handles.doors.door import Door
 from kdmesh.handles.rdma.agent import RemoteMemory
@@ -359,7 +367,7 @@ class TeacherClient(ServerClient):
         for attempt in itertools.count():
             try:
                 await self._call(self._stub.Release, pb.ReleaseRequest(session=self._session, handles=[handle]))
-            except Unavailable:
+            except (Unavailable, Unauthenticated):  # a token may be exchanged at any time
                 await asyncio.sleep(_RELEASE_AGAIN.wait_s(attempt))
             except RpcError:  # the session has ended
                 return
