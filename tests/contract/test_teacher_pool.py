@@ -8,8 +8,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -20,9 +21,12 @@ import torch
 
 from kdmesh import errors
 from kdmesh.rpc.teachers.doors import DoorChoice
+from kdmesh.rpc.teachers.pending_rows import PendingRows
 from kdmesh.rpc.teachers.pool import TeacherPool
+from kdmesh.types import TokenSequence
 from kdmesh.v1 import teacher_pb2 as pb
 from kdmesh.v1.teacher_pb2_grpc import TeacherStub
+from kdmesh_trainer.sources.panel import Panel
 from tests.support.teacher_process import TeacherProcess, teacher_process, teacher_processes
 from tests.support.teacher_requests import expected_rows, sequence
 from tests.support.teacher_server import running_teacher
@@ -300,3 +304,36 @@ def test_forced_shared_memory_that_is_not_there_is_an_error(tmp_path: Path) -> N
         with TeacherPool([running.grpc], job="test", door="auto", deadline_s=10) as pool:
             (reason,) = pool.stats().doors.values()
             assert list(pool.stats().doors) == ["stream"] and reason.startswith("shm: no shared memory through ")
+
+
+def test_jobs_that_name_two_teachers_of_one_slot_in_another_order_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    have_first = threading.Barrier(2)
+
+    @dataclass
+    class Turn:
+        """Asks when both jobs have what they asked their first teacher for."""
+
+        pool: TeacherPool
+        is_first: bool
+
+        def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
+            if not self.is_first:
+                have_first.wait(10)
+            pending = self.pool.submit(sequences)
+            while self.is_first and not pending.is_done:
+                time.sleep(0.01)
+            return pending
+
+    def ask(addresses: Sequence[str]) -> float:
+        first, second = (TeacherPool([address], job=addresses[0], deadline_s=8) for address in addresses)
+        with first, second:
+            panel = Panel({"a": Turn(first, is_first=True), "b": Turn(second, is_first=False)}, asks_all=True)
+            began_s = time.monotonic()
+            rows = panel.submit([sequence(9)]).wait()
+            assert all(torch.equal(part.rows.rows_RD, expected_rows([sequence(9)])) for part in rows.parts)
+            return time.monotonic() - began_s
+
+    narrow = {"slab": {"slots": 1, "slots_per_session": 1}}
+    with teacher_processes(tmp_path, narrow, narrow) as (one, two), ThreadPoolExecutor(2) as jobs:
+        took_s = list(jobs.map(ask, [(one.grpc, two.grpc), (two.grpc, one.grpc)]))
+    assert max(took_s) < 1.5, "nothing waited until rows that nobody takes are moved"

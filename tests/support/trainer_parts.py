@@ -54,6 +54,7 @@ class Rows:
     rows_RD: Tensor
     weight_version: int = 1
     has_failed: bool = False
+    is_done: bool = True
 
     def wait(self) -> Rows:
         """Themselves."""

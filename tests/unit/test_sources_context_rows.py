@@ -54,6 +54,7 @@ class Teacher:
 @dataclass(frozen=True)
 class Pending:
     rows: Rows
+    is_done: bool = True
 
     def wait(self) -> Rows:
         return self.rows

@@ -37,6 +37,7 @@ class Rows:
 class Pending:
     rows: Rows | None
     has_failed: bool = False
+    is_done: bool = True
 
     def wait(self) -> Rows:
         rows, self.rows = self.rows, None

@@ -79,6 +79,15 @@ class PendingRows(Protocol):
         ...
 
 
+class AskedRows(PendingRows, Protocol):
+    """Rows that were asked for."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
     """What this rank puts through one forward and backward pass, alone or with those who hold the row with it."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from kdmesh.errors import KdmeshError, ModelMismatch
 from kdmesh.tokens import digest
 from kdmesh.types import TokenSequence
-from kdmesh_trainer.sources.batches import PendingRows, TeacherRows
+from kdmesh_trainer.sources.batches import AskedRows, TeacherRows
 from kdmesh_trainer.sources.row_queue import RowService
 
 
-class KeptRows(PendingRows, Protocol):
+class KeptRows(AskedRows, Protocol):
     """Rows that are kept by this process until they are waited for."""
 
     @property
@@ -114,7 +114,7 @@ class EarlyRows:
                     self._asked.setdefault(key, deque()).append(early)
             self._ask()
 
-    def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
+    def submit(self, sequences: Sequence[TokenSequence]) -> AskedRows:
         """See RowService; what is not under way already is asked for in one request."""
         early = [self._take(sequence) for sequence in sequences]
         missing = [sequence for sequence, rows in zip(sequences, early, strict=True) if rows is None]
@@ -190,6 +190,11 @@ class _JoinedRows:
         self._early = early
         self._asked = asked
         self._asked_rows = asked_rows
+
+    @property
+    def is_done(self) -> bool:
+        """See AskedRows."""
+        return all(rows is None or rows.is_done for rows in (*self._early, self._asked))
 
     def wait(self) -> TeacherRows:
         """See PendingRows."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.encoding.sides import Addressed
-from kdmesh_trainer.sources.batches import PanelPart, PanelRows, PendingRows
+from kdmesh_trainer.sources.batches import AskedRows, PanelPart, PanelRows, copied
 from kdmesh_trainer.sources.early_rows import EarlyService
 from kdmesh_trainer.sources.row_queue import RowService
 
@@ -89,19 +89,27 @@ class _Ask:
     """What one teacher was asked for."""
 
     name: str
-    pending: PendingRows
+    pending: AskedRows
     index_R: Tensor | None
     num_tokens: int
 
 
 class PendingPanel:
-    """Rows that several teachers were asked for; see PendingRows."""
+    """Rows that several teachers were asked for; see AskedRows."""
 
     def __init__(self, asks: list[_Ask]) -> None:
         self._asks = asks
 
+    @property
+    def is_done(self) -> bool:
+        """See AskedRows."""
+        return all(ask.pending.is_done for ask in self._asks)
+
     def wait(self) -> PanelRows:
-        """Block for one after the other; what passes while the first is waited for is not counted for the second."""
+        """Block for one after the other; what passes while the first is waited for is not counted for the second.
+
+        No teacher's memory is held while another is waited for: who has that may wait for this.
+        """
         asks, self._asks = self._asks, []
         parts = []
         while asks:
@@ -109,6 +117,8 @@ class PendingPanel:
             began_s = time.perf_counter()
             rows = ask.pending.wait()
             assert not isinstance(rows, PanelRows), "a panel in a panel"
+            if not all(other.pending.is_done for other in asks):
+                rows = copied(rows, torch.device("cpu"))
             parts.append(
                 PanelPart(
                     name=ask.name,

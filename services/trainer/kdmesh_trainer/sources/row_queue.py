@@ -9,13 +9,13 @@ from typing import Protocol
 
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.encoding.sides import teacher_side
-from kdmesh_trainer.sources.batches import PanelRows, PendingRows, TeacherRows
+from kdmesh_trainer.sources.batches import AskedRows, PanelRows, PendingRows, TeacherRows
 
 
 class RowService(Protocol):
     """Where a teacher's rows come from."""
 
-    def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
+    def submit(self, sequences: Sequence[TokenSequence]) -> AskedRows:
         """Ask for the rows of a group of sequences, as the teacher reads them, in their order. Does not block."""
         ...
 
