@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,9 +33,11 @@ class Rows:
     rows_RD: Tensor
     weight_version: int
     has_failed: bool = False
+    on_wait: Callable[[], None] = lambda: None
 
     def wait(self) -> Rows:
         assert not self.has_failed
+        self.on_wait()
         return self
 
 
@@ -46,12 +48,14 @@ class Teacher:
     version: int = 1
     is_failing: bool = False
     asked: list[tuple[list[int], bool]] = field(default_factory=list)  # first ids of a group, and whether it is kept
+    waited_for: list[tuple[list[int], bool]] = field(default_factory=list)  # the same, in the order of the waits
 
     def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> Rows:
         if any(s.num_tokens > ROWS + 1 for s in sequences):
             raise InvalidRequest("too long")
-        self.asked.append(([int(s.token_ids[0]) for s in sequences], keep))
-        return Rows(rows_of(sequences), self.version, self.is_failing)
+        group = [int(s.token_ids[0]) for s in sequences], keep
+        self.asked.append(group)
+        return Rows(rows_of(sequences), self.version, self.is_failing, lambda: self.waited_for.append(group))
 
 
 def early_rows(teacher: Teacher, *, most_rows: int = 100, is_frozen: bool = True) -> EarlyRows:
@@ -78,6 +82,14 @@ def test_what_did_not_come_here_is_asked_for_in_one_request_and_lies_in_its_plac
     assert torch.equal(rows.rows_RD, rows_of(group))
     assert rows.weight_version == 1
     assert teacher.asked == [([5], True), ([1, 2], False)]
+
+
+def test_no_slot_is_held_while_rows_that_are_kept_are_waited_for() -> None:
+    teacher = Teacher()
+    early = early_rows(teacher)
+    early.add(0, sequence(5))
+    early.submit([sequence(9), sequence(5)]).wait()
+    assert teacher.waited_for == [([5], True), ([9], False)]  # of these the second lie in memory of the teacher
 
 
 def test_equal_samples_have_rows_of_their_own() -> None:

@@ -198,9 +198,10 @@ class _JoinedRows:
 
     def wait(self) -> TeacherRows:
         """See PendingRows."""
+        answers = [None if rows is None else rows.wait() for rows in self._early]
+        # Last: its memory may be the teacher's only slot, and the others need one until they are kept.
         asked = None if self._asked is None else self._asked.wait()
         parts = iter(() if asked is None else torch.split(asked.rows_RD, list(self._asked_rows)))
-        answers = [None if rows is None else rows.wait() for rows in self._early]
         versions = {answer.weight_version for answer in (asked, *answers) if answer is not None}
         if len(versions) > 1:
             raise ModelMismatch(
