@@ -81,6 +81,8 @@ class _Misfit:
 
 def _with_misfits(value: object, types: Set[Any]) -> object:
     """`value`, or in a list or mapping its parts, as a `_Misfit` where pydantic would make another kind of it."""
+    if not types:  # nor may a part be anything
+        return value
     if isinstance(value, bool):
         return _Misfit(value) if bool not in types and not types.isdisjoint((int, float)) else value
     if value == "" and Path in types:
@@ -156,9 +158,9 @@ def parse(model: type[M], tree: dict[str, Any], *, source: Path, fetch: bool = T
         # Only what is good so far is worth to be fetched.
         return model.model_validate(made_local(tree, fetch=fetch)) if any(named_in(tree)) else parsed
     except ValidationError as error:
-        lines = _lines(error.errors(), tree, model)
+        lines = problems(error, tree, model)
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise ConfigError("\n".join([f"{source}: {count}", *lines])) from None
+        raise ConfigError("\n".join([f"{source}: {count}", *(f"  {line}" for line in lines)])) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -228,18 +230,19 @@ _SAID = {
 _SAY_CHOICES = ("name", "kind", "format")  # keys that say which of several a section is
 
 
-def _lines(errors: Sequence[ErrorDetails], tree: dict[str, Any], model: type[StrictModel]) -> list[str]:
-    """One for each that is wrong: of a value that may be of several kinds, pydantic says why it is none of each."""
+def problems(error: ValidationError, tree: dict[str, Any], model: type[StrictModel]) -> list[str]:
+    """One sentence for each: of a value that may be of several kinds, pydantic says why it is none of each."""
+    errors = error.errors()
     broken = errors[0].get("ctx", {}).get("error")
     if isinstance(broken, BrokenRules):  # which nobody looks at before every key is good
-        return [f"  {rule}" for rule in broken.rules]
+        return list(broken.rules)
     messages: dict[tuple[str, str], list[str]] = {}
     for details in errors:
         where, message, got = _where_message_got(details, tree, model)
         said = messages.setdefault((where, got), [])
         if message not in said:
             said.append(message)
-    return [f"  {where}{', or '.join(said)}{got}" for (where, got), said in messages.items()]
+    return [f"{where}{', or '.join(said)}{got}" for (where, got), said in messages.items()]
 
 
 def _where_message_got(details: ErrorDetails, tree: dict[str, Any], model: type[StrictModel]) -> tuple[str, str, str]:

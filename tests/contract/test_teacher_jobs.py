@@ -202,6 +202,7 @@ async def test_operator_changes_the_terms_of_a_running_job(tmp_path: Path) -> No
         ("job", {"weight": 0}, "weight: Input should be greater than or equal to 0.001 (got 0)"),
         ("job", {"priority": "urgent"}, "(got 'urgent')"),
         ("job", {"max_tokens": 5}, "max_tokens: there is no such key"),
+        ("job", {"weight": True}, "weight: give a number (got true)"),
         ("n" * 129, {}, "has 129 characters; it must be of at most 128"),
     ],
 )
@@ -213,6 +214,15 @@ async def test_bad_terms_are_refused_with_the_value(
         assert put.status_code == 400
         assert sentence in put.json()["reason"]
         assert (await rest(teacher, "/v1/jobs")).json()["jobs"] == []
+
+
+@pytest.mark.parametrize("depth", [600, 900])
+async def test_terms_in_each_other_are_refused_however_deep(tmp_path: Path, depth: int) -> None:
+    async with running_teacher(tmp_path) as teacher:
+        deep = f'{{"weight": {"[" * depth}{"]" * depth}}}'
+        headers = {"Content-Type": "application/json"}
+        put = await rest(teacher, "/v1/jobs/job", "PUT", content=deep, headers=headers)
+        assert (put.status_code, put.json()) == (400, {"reason": "weight: give a number (got a list)"})
 
 
 async def test_name_that_cannot_be_shown_is_refused(tmp_path: Path) -> None:

@@ -167,6 +167,9 @@ async def test_operators_sleep_and_wake_over_http(tmp_path: Path) -> None:
             {"reason": "no tag; name at least one of weights, kv_cache"},
         )
         assert (await http.post(f"{base}/sleep", json={"tags": ["bed"]})).status_code == 422
+        for given in ('{"tags": ["weights"], "drain_s": NaN}', '{"tags": [1e999]}', '{"tags": ["\\ud800"]}'):
+            answer = await http.post(f"{base}/sleep", content=given, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 422, given
 
 
 def test_a_pool_puts_its_teachers_to_sleep_and_one_that_sleeps_when_it_comes_is_woken(tmp_path: Path) -> None:

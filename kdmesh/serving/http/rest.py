@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Body, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -50,6 +51,7 @@ def build_app(service: str, gate: Gate[Any], registry: CollectorRegistry, author
 
     for kind in _HTTP:
         app.add_exception_handler(kind, refused)
+    app.add_exception_handler(RequestValidationError, _misfit)
 
     @app.get("/healthz")
     async def healthz() -> Json:
@@ -71,6 +73,13 @@ def build_app(service: str, gate: Gate[Any], registry: CollectorRegistry, author
     add_job_routes(app, gate.parts)
     add_status_routes(app, gate, service)
     return app
+
+
+async def _misfit(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's answer without the values that were given, which may be none that JSON can say, as NaN is."""
+    assert isinstance(error, RequestValidationError)
+    told = [{key: details[key] for key in ("type", "loc", "msg")} for details in error.errors()]
+    return JSONResponse({"detail": told}, status_code=422)
 
 
 def _add_sleep_routes(app: FastAPI, sleep: Callable[[], Sleep]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from fastapi import Body, FastAPI
 from pydantic import ValidationError
 
+from kdmesh.config import problems
 from kdmesh.errors import InvalidRequest
 from kdmesh.serving.jobs.state import JobState
 from kdmesh.serving.jobs.table import JobTable, check_name
@@ -54,10 +55,11 @@ def add_job_routes(app: FastAPI, shared: Callable[[], Shared]) -> None:
         """Terms of its own from now on, in place of those that it had; what is left out is that of the defaults."""
         server = shared()
         check_name(job)
+        kind = type(server.jobs.defaults)
         try:
-            server.jobs.override(job, type(server.jobs.defaults).model_validate(terms))
+            server.jobs.override(job, kind.model_validate(terms))
         except ValidationError as error:
-            raise InvalidRequest("; ".join(_sentence(details) for details in error.errors())) from None
+            raise InvalidRequest("; ".join(problems(error, terms, kind))) from None
         return _only(server, job)
 
     @app.delete("/v1/jobs/{job:path}")
@@ -71,10 +73,3 @@ def add_job_routes(app: FastAPI, shared: Callable[[], Shared]) -> None:
 def _only(server: Shared, job: str) -> Json:
     (state,) = server.job_states(job)
     return asdict(state)
-
-
-def _sentence(details: Any) -> str:
-    key = ".".join(map(str, details["loc"]))
-    if details["type"] == "extra_forbidden":
-        return f"{key}: there is no such key"
-    return f"{key}: {details['msg']} (got {details['input']!r})"
