@@ -51,6 +51,12 @@ async def test_only_probes_are_asked_nothing(tmp_path: Path, kind: str) -> None:
         assert (await http.post("/healthz")).status_code == 401
 
 
+async def test_a_password_that_is_no_text_opens_nothing(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as http:
+        for password in (b"\xff\xff", b"no base64", b"/w=="):
+            assert (await http.get("/metrics", headers={"Authorization": b"Basic " + password})).status_code == 401
+
+
 async def test_a_host_header_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with guarded(tmp_path) as http:
         # As versions of Starlette that kdmesh takes, too, put a URL together.
