@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kdmesh.errors import ConfigError
+from kdmesh_trainer.reporting import metrics_server
 from kdmesh_trainer.reporting.metrics import Metrics
 from kdmesh_trainer.reporting.metrics_server import serving
 from kdmesh_trainer.reporting.progress import LogProgress
@@ -142,6 +143,39 @@ def test_the_end_waits_for_a_reading_that_began_after_it() -> None:
         while waits.is_alive():
             found = pool.submit(read, server.port).result()
         assert found["not_finite_steps_total"] == 1
+
+
+def test_who_accepts_a_version_that_is_none_reads_text(capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(MetricsConfig(port=0), Metrics("student-a", steps=7).registry) as server:
+        headers = {"Accept": "application/openmetrics-text;version=one"}
+        answer = httpx.get(f"http://127.0.0.1:{server.port}/metrics", headers=headers)
+        assert (answer.status_code, "steps_wanted" in answer.text) == (200, True)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_end_does_not_wait_for_a_reader_that_dribbles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_server, "_LONGEST_S", 0.5)
+    has_ended = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        with serving(MetricsConfig(port=0), Metrics("student-a", steps=7).registry) as server:
+            reader = socket.create_connection(("127.0.0.1", server.port))
+            reader.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+            is_let_go = pool.submit(dribble, reader, has_ended)
+        has_ended.set()
+        assert is_let_go.result()
+
+
+def dribble(reader: socket.socket, has_ended: threading.Event) -> bool:
+    """Whether it was hung up on before the end, which is waited for in vain otherwise."""
+    with reader:
+        for _ in range(200):
+            try:
+                reader.sendall(b"a")
+            except OSError:
+                return True
+            if has_ended.wait(0.05):
+                return True
+    return False
 
 
 @pytest.mark.slow

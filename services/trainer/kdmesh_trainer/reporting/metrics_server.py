@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -17,7 +17,7 @@ from kdmesh_trainer.sections.metrics_config import MetricsConfig
 
 log = logging.getLogger(__name__)
 
-_SILENT_S = 10.0  # a client that says nothing for so long is let go
+_LONGEST_S = 10.0  # a client that takes longer is let go: the end of the run waits for it
 
 
 class MetricsServer:
@@ -47,6 +47,8 @@ def serving(cfg: MetricsConfig, registry: CollectorRegistry) -> Iterator[Metrics
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         was_read.set()  # first: then what is read is newer than any `clear` before
+        # The text that servers have, for everybody: prometheus_client fails on an Accept whose version is no number.
+        environ.pop("HTTP_ACCEPT", None)
         answer: Iterable[bytes] = metrics_app(environ, start_response)
         return answer
 
@@ -76,7 +78,21 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _SILENT_S
+    def setup(self) -> None:
+        """See socketserver."""
+        super().setup()
+        self._longest = threading.Timer(_LONGEST_S, self._let_go)
+        self._longest.daemon = True
+        self._longest.start()
+
+    def finish(self) -> None:
+        """See socketserver."""
+        self._longest.cancel()
+        super().finish()
+
+    def _let_go(self) -> None:
+        with suppress(OSError):  # it has gone
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, format: str, *args: object) -> None:
         """A reading is no event."""
