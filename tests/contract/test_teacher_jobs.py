@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,18 @@ async def test_terms_in_each_other_are_refused_however_deep(tmp_path: Path, dept
         headers = {"Content-Type": "application/json"}
         put = await rest(teacher, "/v1/jobs/job", "PUT", content=deep, headers=headers)
         assert (put.status_code, put.json()) == (400, {"reason": "weight: give a number (got a list)"})
+
+
+async def test_terms_that_are_too_long_or_may_be_are_not_read(tmp_path: Path) -> None:
+    async def in_parts() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    async with running_teacher(tmp_path) as teacher:
+        put = await rest(teacher, "/v1/jobs/job", "PUT", content=b"{" + b" " * 2**20)
+        assert (put.status_code, put.json()) == (413, {"reason": "a body of 1048577 bytes; it may have 1048576"})
+        put = await rest(teacher, "/v1/jobs/job", "PUT", content=in_parts())
+        assert (put.status_code, put.json()) == (411, {"reason": "a body needs a Content-Length"})
+        assert (await rest(teacher, "/v1/jobs")).json()["jobs"] == []
 
 
 async def test_name_that_cannot_be_shown_is_refused(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -29,6 +30,8 @@ from kdmesh.types import SleepTag
 
 Json = dict[str, Any]
 
+_MOST_BYTES = 2**20  # of a body, which is read whole before it is looked at
+
 _HTTP = {InvalidRequest: 400, Unavailable: 503, DeadlineExpired: 504}
 
 
@@ -42,6 +45,7 @@ def build_app(service: str, gate: Gate[Any], registry: CollectorRegistry, author
         gate: of `lifecycle.Parts`.
     """
     app = FastAPI(title=f"kdmesh {service}", docs_url=None, redoc_url=None)
+    app.router.route_class = _Route
     guard(app, authority)
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
@@ -73,6 +77,24 @@ def build_app(service: str, gate: Gate[Any], registry: CollectorRegistry, author
     add_job_routes(app, gate.parts)
     add_status_routes(app, gate, service)
     return app
+
+
+class _Route(APIRoute):
+    """One that reads no body of more than _MOST_BYTES, and none that does not say how long it is."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See FastAPI."""
+        handle = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            if "Transfer-Encoding" in request.headers:
+                return JSONResponse({"reason": "a body needs a Content-Length"}, status_code=411)
+            if (size_bytes := int(request.headers.get("Content-Length", "0"))) > _MOST_BYTES:
+                reason = f"a body of {size_bytes} bytes; it may have {_MOST_BYTES}"
+                return JSONResponse({"reason": reason}, status_code=413)
+            return await handle(request)
+
+        return bounded
 
 
 async def _misfit(request: Request, error: Exception) -> JSONResponse:
