@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kdmesh.errors import EngineFailure
@@ -65,8 +66,11 @@ class Schedulers:
         deadline_s = time.monotonic() + timeout_s
         while len(self._schedulers) < count:
             try:
-                self._listener.settimeout(max(deadline_s - time.monotonic(), 0.001))
-                self._schedulers.append(_received(self._listener.accept()[0]))
+                self._listener.settimeout(_left_s(deadline_s))
+                reporting = self._listener.accept()[0]
+                reporting.settimeout(_left_s(deadline_s))
+                if (scheduler := _received(reporting)) is not None:
+                    self._schedulers.append(scheduler)
             except TimeoutError:
                 raise EngineFailure(
                     f"{len(self._schedulers)} of {count} SGLang schedulers reported: the others run without kdmesh's "
@@ -89,10 +93,15 @@ class Schedulers:
         Args:
             others: ids of processes through which requests come to the schedulers; they are missed too.
         """
+        watch: Callable[[Callable[[str], None]], None] = self._watch
         for pid in others:
-            with contextlib.suppress(OSError):  # a kernel without such descriptors
+            try:
                 self._others[os.pidfd_open(pid)] = pid
-        self._watcher = threading.Thread(target=self._watch, args=(on_death,), name="sglang-schedulers", daemon=True)
+            except ProcessLookupError:
+                watch = partial(self._died, _other(pid))
+            except OSError:  # a kernel without such descriptors
+                continue
+        self._watcher = threading.Thread(target=watch, args=(on_death,), name="sglang-schedulers", daemon=True)
         self._watcher.start()
 
     def adopt(self, segment: Segment) -> None:
@@ -157,7 +166,7 @@ class Schedulers:
                 if descriptor == self._wake_read:
                     return
                 if descriptor in self._others:
-                    self._died(f"SGLang's process {self._others[descriptor]}", on_death)
+                    self._died(_other(self._others[descriptor]), on_death)
                     return
                 scheduler = by_descriptor[descriptor]
                 if descriptor == scheduler.pidfd or not self._heard(scheduler):
@@ -199,9 +208,28 @@ class _ReadersOfWeights:
         self.schedulers.drop(segment)
 
 
-def _received(sock: socket.socket) -> _Scheduler:
-    sock.settimeout(None)
+def _other(pid: int) -> str:
+    """For people."""
+    return f"SGLang's process {pid}"
+
+
+def _left_s(deadline_s: float) -> float:
+    """For a socket, to which 0 is something else."""
+    return max(deadline_s - time.monotonic(), 0.001)
+
+
+def _received(sock: socket.socket) -> _Scheduler | None:
+    """What reports there; None: it died before it had. Raises TimeoutError."""
     pid, _, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    hello = unpack(sock.recv(RECEIVE_BYTES))
+    try:
+        data = sock.recv(RECEIVE_BYTES)
+    except BaseException:
+        sock.close()
+        raise
+    if not data:
+        sock.close()
+        return None
+    sock.settimeout(None)
+    hello = unpack(data)
     assert isinstance(hello, Hello)
     return _Scheduler(sock=sock, pidfd=peer_pidfd(sock, pid), pid=pid, hello=hello)

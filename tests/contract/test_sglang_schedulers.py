@@ -7,6 +7,7 @@ import json
 import queue
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -139,6 +140,29 @@ def test_the_death_of_a_process_that_hands_requests_out_is_told_too(tmp_path: Pa
         schedulers.watch(deaths.put, [other.pid])
         other.kill()
         assert deaths.get(timeout=60) == f"SGLang's process {other.pid} died"
+
+
+def test_a_death_before_it_is_watched_for_is_told(tmp_path: Path) -> None:
+    with (
+        reported(tmp_path, hello()) as (schedulers, _),
+        subprocess.Popen([sys.executable, "-c", ""]) as other,
+    ):
+        other.wait()
+        deaths: queue.SimpleQueue[str] = queue.SimpleQueue()
+        schedulers.watch(deaths.put, [other.pid])
+        assert deaths.get(timeout=60) == f"SGLang's process {other.pid} died"
+
+
+@pytest.mark.parametrize("has_died", [True, False], ids=["died", "hangs"])
+def test_one_that_comes_and_says_nothing_has_not_reported(tmp_path: Path, has_died: bool) -> None:
+    with contextlib.closing(Schedulers(tmp_path / "s.sock")) as schedulers:
+        silent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.closing(silent):
+            silent.connect(str(schedulers.socket_path))
+            if has_died:
+                silent.close()
+            with pytest.raises(EngineFailure, match="0 of 1 SGLang schedulers"):
+                schedulers.wait_reports(1, 0.2)
 
 
 def test_fewer_reports_than_schedulers_are_refused(tmp_path: Path) -> None:
