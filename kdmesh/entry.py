@@ -13,7 +13,12 @@ def main() -> None:
     with quiet_interrupt():
         _open_closed_streams()
         from kdmesh.commands.cli import main as command
-    command()
+        from kdmesh.outputs import say_full
+    try:
+        command()
+    except OSError as error:
+        say_full(error)
+        sys.exit(1)
 
 
 def _open_closed_streams() -> None:

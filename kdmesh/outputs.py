@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from kdmesh.errors import ConfigError, KdmeshError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def say(text: str) -> None:
@@ -66,7 +69,15 @@ def show(*parts: RenderableType, width: int, wraps: bool = True) -> None:
 
 def say_error(error: KdmeshError) -> None:
     """Write to stderr what ends a command, as every command does."""
-    sys.stderr.write(f"Error: {error}\n")
+    tell(f"Error: {error}")
+
+
+def say_full(error: OSError) -> None:
+    """Write to stderr that a stream, as stdout, is led to a disk that is full. Raises `error` if it says otherwise."""
+    if error.errno not in _FULL or error.filename is not None:
+        raise error
+    _lead_nowhere(sys.stdout)  # with what is still buffered, which would fail again at exit
+    tell(f"Error: nothing more can be written: {error.strerror}")
 
 
 def make_writable(path: Path) -> None:

@@ -25,7 +25,7 @@ from kdmesh.auth.tls_context import client_context
 from kdmesh.auth.tokens import read_token
 from kdmesh.commands.stopping import stoppable
 from kdmesh.errors import ConfigError, KdmeshError
-from kdmesh.outputs import show
+from kdmesh.outputs import say, show
 from kdmesh.serving.http.status import SlabStatus, Status, Working
 from kdmesh.serving.jobs.state import JobState
 from kdmesh.serving.words import count, seconds, size
@@ -100,7 +100,7 @@ def once(server: Server, *, as_json: bool) -> None:
     """Print what the server does now. Raises NoAnswer."""
     status = server.look()
     if as_json:
-        sys.stdout.write(json.dumps(dataclasses.asdict(status)) + "\n")
+        say(json.dumps(dataclasses.asdict(status)) + "\n")
     else:
         show(render(status), width=_WIDTH)
 

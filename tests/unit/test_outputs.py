@@ -153,3 +153,26 @@ def test_a_command_goes_on_when_nobody_reads_what_it_tells() -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stdout) == (0, "goes on\n")
+
+
+_TRAINERS_COMMAND = """
+import sys
+from kdmesh.config import config_parser
+from kdmesh.outputs import say
+from kdmesh_trainer.commands.running import run
+sys.exit(run(config_parser("figures", "Say figures."), lambda *_: say("figures") or 0))
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["from kdmesh.entry import main; main()", "schema", "trainer"],
+        ["from kdmesh.entry import main; main()", "--version"],
+        [_TRAINERS_COMMAND, "train.yaml"],
+    ],
+)
+def test_a_full_disk_behind_stdout_is_told_in_a_line(at_hand: None, command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", *command], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "Error: nothing more can be written: No space left on device\n")

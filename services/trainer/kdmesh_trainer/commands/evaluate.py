@@ -103,10 +103,10 @@ class _Answers:
 
     @contextmanager
     def told_if_it_ends_early(self) -> Iterator[None]:
-        """Inside, a person is told what is there when an error or Ctrl-C ends it."""
+        """Inside, a person is told what is there when an error, Ctrl-C or a stdout that is full ends it."""
         try:
             yield
-        except (KdmeshError, KeyboardInterrupt):
+        except (KdmeshError, KeyboardInterrupt, OSError):
             if self._early is not None and (number := self._early.number):
                 sys.stderr.write(f"The questions with all their answers, {number} of them, are in {self._early.path}\n")
             raise

@@ -10,9 +10,10 @@ from kdmesh.config import load
 from kdmesh.errors import KdmeshError
 from kdmesh.interrupt import INTERRUPTED
 from kdmesh.open_files import raise_open_files
-from kdmesh.outputs import say_error
+from kdmesh.outputs import say_error, say_full
 from kdmesh_trainer.config import TrainerConfig
 
+_FAILED = 1
 _REFUSED = 2
 
 
@@ -30,7 +31,8 @@ def run(
         when_stopped: what a person is told after Ctrl-C.
 
     Returns:
-        The exit status: that of `work`, 2 when something was refused or a server failed, 130 after Ctrl-C.
+        The exit status: that of `work`, 1 when stdout is full, 2 when something was refused or a server failed, 130
+        after Ctrl-C.
     """
     arguments = parser.parse_args()
     try:
@@ -39,6 +41,9 @@ def run(
     except KdmeshError as error:
         say_error(error)
         return _REFUSED
+    except OSError as error:
+        say_full(error)
+        return _FAILED
     except KeyboardInterrupt:
         sys.stderr.write(when_stopped)
         return INTERRUPTED
