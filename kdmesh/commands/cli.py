@@ -23,7 +23,7 @@ from kdmesh.launch import jobs, local
 from kdmesh.launch.place import exit_when_stopped
 from kdmesh.launch.program import become
 from kdmesh.log import can_redraw
-from kdmesh.outputs import say_error
+from kdmesh.outputs import say, say_error
 from kdmesh.preflight import check
 from kdmesh_rollout.config import RolloutConfig
 from kdmesh_teacher.config import TeacherConfig
@@ -254,8 +254,7 @@ def probe(
     log.configure_command("probe")
     texts = probing.read_prompts(prompts)
     verdict = probing.compare(address, model, texts, bound=bound, door=door, access=read_access(access_file))
-    click.echo(verdict.sentence())
-    click.echo(verdict.json())
+    say(f"{verdict.sentence()}\n{verdict.json()}\n")
     if not verdict.has_passed:
         sys.exit(_ERROR)
 

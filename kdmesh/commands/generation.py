@@ -17,7 +17,7 @@ from kdmesh.commands.model_directory import ModelDirectory
 from kdmesh.commands.stopping import stoppable
 from kdmesh.config import named_value
 from kdmesh.errors import ConfigError
-from kdmesh.outputs import refuse_own_input, refuse_to_replace
+from kdmesh.outputs import refuse_own_input, refuse_to_replace, say
 
 if TYPE_CHECKING:
     from kdmesh.answering.source import Servers
@@ -113,8 +113,7 @@ def generate(context: click.Context, /, prompts: Path, output: Path, **options: 
     log.configure_command("generate")
     with stoppable():
         report = generating.generate(servers, prompts, output, plan, image_root=options["image_root"])
-    click.echo(report.sentence())
-    click.echo(report.json())
+    say(f"{report.sentence()}\n{report.json()}\n")
 
 
 def _servers(context: click.Context, options: Mapping[str, Any]) -> Servers:

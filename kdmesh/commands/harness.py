@@ -10,7 +10,7 @@ import click
 
 from kdmesh.commands.model_directory import ModelDirectory
 from kdmesh.errors import ConfigError
-from kdmesh.outputs import make_writable
+from kdmesh.outputs import make_writable, say
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
@@ -61,10 +61,12 @@ def lm_eval(
     )
     from lm_eval.utils import make_table
 
-    click.echo(make_table(found))
-    click.echo(json.dumps({task: _numbers(metrics) for task, metrics in found["results"].items()}))
-    if output is not None:
-        _write(output, json.dumps(found, indent=1, default=str))
+    figures = json.dumps({task: _numbers(metrics) for task, metrics in found["results"].items()})
+    try:
+        say(f"{make_table(found)}\n{figures}\n")
+    finally:  # hours of work, which a stdout that is full must not lose
+        if output is not None:
+            _write(output, json.dumps(found, indent=1, default=str))
 
 
 def directory_of(model: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -65,6 +66,25 @@ def test_lm_eval_makes_the_directory_of_its_output_and_tells_what_it_found_first
     assert result.exit_code == 2
     assert "a table" in result.output
     assert "cannot write full/found.json" in result.output
+
+
+def test_what_lm_eval_found_is_written_when_nobody_reads_it_or_stdout_is_full(
+    at_hand: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"results": {"parity": {"acc": 0.5}}}
+    monkeypatch.setattr(harness, "judge", lambda model, tasks, **options: found)
+    tables = SimpleNamespace(make_table=lambda found: "a table")
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(utils=tables))
+    monkeypatch.setitem(sys.modules, "lm_eval.utils", tables)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        cli.main(["lm-eval", "student", "--tasks", "parity", "--output", "unread.json"], standalone_mode=False)
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        cli.main(["lm-eval", "student", "--tasks", "parity", "--output", "untold.json"], standalone_mode=False)
+    assert [json.loads(Path(name).read_text()) for name in ("unread.json", "untold.json")] == [found, found]
 
 
 def test_evaluate_refuses_an_output_that_cannot_be_written_before_it_asks(at_hand: None) -> None:
