@@ -65,6 +65,13 @@ def test_a_weight_that_is_no_finite_number_of_at_least_0_is_refused(tmp_path: Pa
         list(open_dataset(ChatFile(path=path, weight_column="score"))())
 
 
+@pytest.mark.parametrize("value", ["1e39", "1e-46", "1" + "0" * 400, '"1e39"'])
+def test_a_weight_beyond_what_losses_are_added_up_in_is_refused(tmp_path: Path, value: str) -> None:
+    row = f'{{"prompt": "a", "completion": "b", "w": {value}}}'
+    with pytest.raises(DataError, match=r"a\.jsonl:1: w is .*; a weight must be 0, or from 1e-30 to 1e\+30"):
+        list(open_dataset(ChatFile(path=write(tmp_path / "a.jsonl", row), weight_column="w"))())
+
+
 def test_a_directory_is_read_in_the_order_of_its_file_names(tmp_path: Path) -> None:
     for name in ("b.json", "a.jsonl"):
         write(tmp_path / name, lines({"messages": [{"role": "user", "content": name}]}))
