@@ -10,8 +10,10 @@ from typing import Any
 
 from kdmesh.errors import DataError
 from kdmesh_trainer.data.files.piece import PIECE_BYTES, ChooseColumns, Piece, reading
+from kdmesh_trainer.data.files.table_rows import chosen_columns, objects_of
 
 _MAGIC = b"ARROW1"
+_AS_OBJECTS = 1024  # rows at a time, which take many times their bytes then
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
@@ -79,11 +81,10 @@ def arrow_rows(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, objec
             source.seek(piece.begin)
             batches = _batches(source, schema, end=piece.begin + piece.size_bytes)
         for batch in batches:
-            chosen = batch.select(choose(batch.schema.names))
-            for begin in range(0, batch.num_rows, 1024):  # as objects, rows take many times their bytes
-                for row in chosen.slice(begin, 1024).to_pylist():
-                    yield f"{piece.path}: row {number}", row
-                    number += 1
+            chosen = batch.select(chosen_columns(piece.path, batch.schema.names, choose))
+            for begin in range(0, batch.num_rows, _AS_OBJECTS):
+                yield from objects_of(piece.path, chosen.slice(begin, _AS_OBJECTS), first=number + begin)
+            number += batch.num_rows
 
 
 @contextmanager

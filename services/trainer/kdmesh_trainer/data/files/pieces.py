@@ -14,6 +14,7 @@ from kdmesh.hub import ROW_SUFFIXES
 from kdmesh_trainer.data.files.arrow_files import arrow_pieces, arrow_rows, saved_files
 from kdmesh_trainer.data.files.csv_files import csv_pieces, csv_rows
 from kdmesh_trainer.data.files.piece import PIECE_BYTES, ChooseColumns, Piece, reading, text_of
+from kdmesh_trainer.data.files.table_rows import chosen_columns, objects_of
 
 
 def find_files(path: Path) -> tuple[Path, ...]:
@@ -160,10 +161,9 @@ def _parquet_rows(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, ob
     try:
         with pq.ParquetFile(piece.path) as file:
             number = piece.first
-            columns = choose(file.schema_arrow.names)
+            columns = chosen_columns(piece.path, file.schema_arrow.names, choose)
             for batch in file.iter_batches(batch_size=1024, row_groups=[piece.begin], columns=columns):
-                for row in batch.to_pylist():
-                    yield f"{piece.path}: row {number}", row
-                    number += 1
+                yield from objects_of(piece.path, batch, first=number)
+                number += batch.num_rows
     except pa.ArrowInvalid as error:
         raise DataError(f"{piece.path} is not a Parquet file: {error}") from error

@@ -22,7 +22,7 @@ from kdmesh.chats.chat_rows import (
 from kdmesh.chats.image_files import ImageColumn, ImageSource, NoImages
 from kdmesh.errors import DataError
 from kdmesh.extension import resolve
-from kdmesh_trainer.data.files.piece import Piece
+from kdmesh_trainer.data.files.piece import ChooseColumns, Piece
 from kdmesh_trainer.data.files.pieces import find_files, pieces_of, rows_of
 from kdmesh_trainer.data.images import dataset_images
 from kdmesh_trainer.sections.data_config import ChatFile, CustomDataset, DatasetConfig, ImagesConfig, TextFile
@@ -90,17 +90,22 @@ class ChatFiles:
             yield replace(chat, row=row) if self.columns.keeps_rows else chat
 
     def _refuse_absent_columns(self) -> None:
-        absent, first = list(self.columns.named), None
-        rows = (each for file in self.files for piece in pieces_of(file) for each in rows_of(piece, list))
+        named = self.columns.named
+        absent = list(named)
+        # Of tables no other columns, which nobody may be able to read, unless there are none of these.
+        rows = self._rows(lambda names: [name for name in names if name in named] or list(names))
         while absent and (found := next(rows, None)) is not None:
-            first = first or found
             row = found[1] if isinstance(found[1], Mapping) else {}
             absent = [name for name in absent if name not in row]
-        if absent and first is not None and isinstance(first[1], Mapping):  # else there are no rows, or worse
+        first = next(self._rows(list), None) if absent else None
+        if first is not None and isinstance(first[1], Mapping):  # else there are no rows, or worse
             raise DataError(
                 f"{self.name}: no row has a column {absent[0]!r}, as the configuration calls it; columns found in "
                 f"{first[0]}: {columns_found(first[1])}"
             )
+
+    def _rows(self, choose: ChooseColumns) -> Iterator[tuple[str, object]]:
+        return (each for file in self.files for piece in pieces_of(file) for each in rows_of(piece, choose))
 
     def _chat(self, row: object, origin: str) -> Chat:
         columns = self.columns
