@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +44,8 @@ every_kind = pytest.mark.parametrize(
 @every_kind
 def test_a_text_that_is_not_utf_8_is_refused_with_its_row_and_column(tmp_path: Path, write: Write, name: str) -> None:
     write(tmp_path / name, pa.table({"prompt": NO_UTF8, "completion": ["x", "y"]}))
-    with pytest.raises(DataError, match=rf"{name}: row 2: prompt cannot be read: 'utf-8' codec"):
+    words = {"a.parquet": "row 2: prompt cannot be read: 'utf-8'", "a.arrow": "rows 1 to 2 are damaged, or no UTF-8: "}
+    with pytest.raises(DataError, match=f"{name}: {words[name]}"):
         list(open_dataset(ChatFile(path=tmp_path / name))())
 
 
@@ -55,7 +58,7 @@ def test_a_value_that_python_cannot_hold_is_no_matter_where_nobody_reads_it(
     config = ChatFile(path=tmp_path / name, prompt_column="q", completion_column="a")
     assert [chat.messages[0].content for chat in open_dataset(config)()] == ["a", "b"]
     whole = open_dataset(config, keeps_rows=True)
-    with pytest.raises(DataError, match=rf"{name}: row 2: made cannot be read: "):
+    with pytest.raises(DataError, match=rf"{name}: row(s 1 to 2 are damaged, or no UTF-8| 2: made cannot be read): "):
         list(whole())
 
 
@@ -73,3 +76,35 @@ def test_a_misspelt_column_is_told_with_all_that_there_are(tmp_path: Path, write
     config = ChatFile(path=tmp_path / name, prompt_column="q", completion_column="a")
     with pytest.raises(DataError, match=rf"no row has a column 'a', .*{name}: row 1: q, answer"):
         list(open_dataset(config)())
+
+
+@every_kind
+def test_no_damage_of_a_file_ends_the_process(tmp_path: Path, write: Write, name: str) -> None:
+    """In a process of its own: pyarrow follows damaged places, to anywhere."""
+    rows = [{"prompt": "q" * number, "completion": "a" * number} for number in range(1, 20)]
+    write(tmp_path / name, pa.Table.from_pylist(rows))
+    done = subprocess.run(
+        [sys.executable, "-c", _DAMAGE, str(tmp_path / name)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+_DAMAGE = """
+import contextlib, pathlib, random, resource, sys
+from kdmesh.errors import DataError
+from kdmesh_trainer.data.files.pieces import size_of
+from kdmesh_trainer.data.files.readers import open_dataset
+from kdmesh_trainer.sections.data_config import ChatFile
+resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+path, words = pathlib.Path(sys.argv[1]), random.Random(1)
+whole = path.read_bytes()
+for _ in range(300):
+    damaged = bytearray(whole)
+    for _ in range(words.randint(1, 4)):
+        damaged[words.randrange(len(whole))] = words.randrange(256)
+    path.unlink()
+    path.write_bytes(damaged)
+    with contextlib.suppress(DataError):
+        size_of(path)
+        list(open_dataset(ChatFile(path=path))())
+"""

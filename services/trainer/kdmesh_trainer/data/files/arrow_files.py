@@ -10,7 +10,7 @@ from typing import Any
 
 from kdmesh.errors import DataError
 from kdmesh_trainer.data.files.piece import PIECE_BYTES, ChooseColumns, Piece, reading
-from kdmesh_trainer.data.files.table_rows import chosen_columns, objects_of
+from kdmesh_trainer.data.files.table_rows import chosen_columns, objects_of, reading_as
 
 _MAGIC = b"ARROW1"
 _AS_OBJECTS = 1024  # rows at a time, which take many times their bytes then
@@ -54,7 +54,8 @@ def arrow_pieces(path: Path) -> Iterator[Piece]:
             file, first = pa.ipc.open_file(source), 1
             for number in range(file.num_record_batches):
                 batch = file.get_batch(number)
-                yield Piece(path=path, kind="batch", first=first, begin=number, size_bytes=batch.nbytes)
+                size_bytes = batch.get_total_buffer_size()  # nbytes looks into the batch, which may be damaged
+                yield Piece(path=path, kind="batch", first=first, begin=number, size_bytes=size_bytes)
                 first += batch.num_rows
             return
         schema = _schema(path, source)
@@ -82,20 +83,28 @@ def arrow_rows(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, objec
             batches = _batches(source, schema, end=piece.begin + piece.size_bytes)
         for batch in batches:
             chosen = batch.select(chosen_columns(piece.path, batch.schema.names, choose))
+            _check(chosen, f"{piece.path}: rows {number} to {number + batch.num_rows - 1}")
             for begin in range(0, batch.num_rows, _AS_OBJECTS):
                 yield from objects_of(piece.path, chosen.slice(begin, _AS_OBJECTS), first=number + begin)
             number += batch.num_rows
+
+
+def _check(batch: Any, origin: str) -> None:
+    """Raises DataError when it is damaged: pyarrow follows lengths and places as the file has them, to anywhere."""
+    import pyarrow as pa
+
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{origin} are damaged, or no UTF-8: {error}") from None
 
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[Any]:
     import pyarrow as pa
 
-    try:
-        with pa.memory_map(str(path)) as source:
-            yield source
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not an Arrow file: {error}") from error
+    with reading_as("an Arrow", path), pa.memory_map(str(path)) as source:
+        yield source
 
 
 def _schema(path: Path, source: Any) -> Any:

@@ -14,7 +14,7 @@ from kdmesh.hub import ROW_SUFFIXES
 from kdmesh_trainer.data.files.arrow_files import arrow_pieces, arrow_rows, saved_files
 from kdmesh_trainer.data.files.csv_files import csv_pieces, csv_rows
 from kdmesh_trainer.data.files.piece import PIECE_BYTES, ChooseColumns, Piece, reading, text_of
-from kdmesh_trainer.data.files.table_rows import chosen_columns, objects_of
+from kdmesh_trainer.data.files.table_rows import chosen_columns, objects_of, reading_as
 
 
 def find_files(path: Path) -> tuple[Path, ...]:
@@ -140,13 +140,10 @@ def _parse(text: str, path: Path, *, first_line: int) -> object:
 
 
 def _row_groups(path: Path) -> Iterator[Piece]:
-    import pyarrow as pa  # a tenth of a second, and most datasets are JSON
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # a tenth of a second, and most datasets are JSON
 
-    try:
+    with reading_as("a Parquet", path):
         metadata = pq.read_metadata(path)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
     first = 1
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -155,15 +152,11 @@ def _row_groups(path: Path) -> Iterator[Piece]:
 
 
 def _parquet_rows(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, object]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(piece.path) as file:
-            number = piece.first
-            columns = chosen_columns(piece.path, file.schema_arrow.names, choose)
-            for batch in file.iter_batches(batch_size=1024, row_groups=[piece.begin], columns=columns):
-                yield from objects_of(piece.path, batch, first=number)
-                number += batch.num_rows
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{piece.path} is not a Parquet file: {error}") from error
+    with reading_as("a Parquet", piece.path), pq.ParquetFile(piece.path) as file:
+        number = piece.first
+        columns = chosen_columns(piece.path, file.schema_arrow.names, choose)
+        for batch in file.iter_batches(batch_size=1024, row_groups=[piece.begin], columns=columns):
+            yield from objects_of(piece.path, batch, first=number)
+            number += batch.num_rows

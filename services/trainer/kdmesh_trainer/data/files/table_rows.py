@@ -1,13 +1,27 @@
-"""Rows of Parquet and Arrow files' batches as objects of Python."""
+"""Rows of Parquet and Arrow files as objects of Python."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kdmesh.errors import DataError
 from kdmesh_trainer.data.files.piece import ChooseColumns
+
+
+@contextmanager
+def reading_as(kind: str, path: Path) -> Iterator[None]:
+    """Say of a file that it is not of that kind: a DataError with its name and why."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowMemoryError as error:
+        raise DataError(f"{path} is damaged, or needs more memory than there is: {error}") from error
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
+        raise DataError(f"{path} is not {kind} file: {error}") from error
 
 
 def chosen_columns(path: Path, names: Sequence[str], choose: ChooseColumns) -> list[str]:
