@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from kdmesh.errors import DataError
@@ -18,9 +19,10 @@ _ANSWER_KEYS = ("name", "tool_call_id")
 
 def tools_of(row: Mapping[Any, Any], origin: str) -> tuple[Tool, ...]:
     """Those in the column `tools`, which may be JSON as a text. Raises DataError when they are none."""
-    tools = _functions(row.get(TOOLS_COLUMN), f"{origin}: {TOOLS_COLUMN}")
-    _refuse_half_pairs(tools, f"{origin}: {TOOLS_COLUMN}")
-    return tools
+    with _not_too_deep(f"{origin}: {TOOLS_COLUMN}"):
+        tools = _functions(row.get(TOOLS_COLUMN), f"{origin}: {TOOLS_COLUMN}")
+        _refuse_half_pairs(tools, f"{origin}: {TOOLS_COLUMN}")
+        return tools
 
 
 def calls_of(message: Mapping[Any, Any], role: str, origin: str) -> tuple[Tool, ...]:
@@ -29,12 +31,13 @@ def calls_of(message: Mapping[Any, Any], role: str, origin: str) -> tuple[Tool, 
     Raises:
         DataError: they are none, or not the assistant's.
     """
-    calls = _functions(message.get("tool_calls"), f"{origin}.tool_calls")
-    if calls and role != "assistant":
-        raise DataError(f"{origin}: 'tool_calls' at a turn of the {role}; only the assistant calls tools")
-    read = tuple(_with_read_arguments(call) for call in calls)
-    _refuse_half_pairs(read, f"{origin}.tool_calls")
-    return read
+    with _not_too_deep(f"{origin}.tool_calls"):
+        calls = _functions(message.get("tool_calls"), f"{origin}.tool_calls")
+        if calls and role != "assistant":
+            raise DataError(f"{origin}: 'tool_calls' at a turn of the {role}; only the assistant calls tools")
+        read = tuple(_with_read_arguments(call) for call in calls)
+        _refuse_half_pairs(read, f"{origin}.tool_calls")
+        return read
 
 
 def answer_keys(message: Mapping[Any, Any], role: str, origin: str) -> dict[str, str]:
@@ -55,6 +58,15 @@ def are_written(functions: Sequence[Tool], text: str) -> bool:
     """Whether a text names these, tools and calls of them, as often as they are there."""
     names = [name_of(function) for function in functions]
     return all(text.count(name) >= names.count(name) for name in names)
+
+
+@contextmanager
+def _not_too_deep(origin: str) -> Iterator[None]:
+    """Say of what is nested deeper than Python follows that it is: a DataError."""
+    try:
+        yield
+    except RecursionError:
+        raise DataError(f"{origin} is nested too deeply") from None
 
 
 def _functions(value: object, origin: str) -> tuple[Tool, ...]:

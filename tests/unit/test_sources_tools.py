@@ -199,6 +199,17 @@ def test_what_is_no_tool_and_no_call_is_refused(row: dict[str, Any], refused: st
         chat(row)
 
 
+@pytest.mark.parametrize("is_text", [False, True])
+@pytest.mark.parametrize("key", ["tools", "tool_calls"])
+def test_what_is_nested_deeper_than_python_follows_is_refused(key: str, is_text: bool) -> None:
+    deep = f'[{{"name": "f", "arguments": {{"a": {"[" * 900 + "]" * 900}}}}}]'
+    value = deep if is_text else json.loads(deep)
+    answer = {"role": "assistant", "content": "x", **({key: value} if key == "tool_calls" else {})}
+    row = {"messages": [{"role": "user", "content": "x"}, answer], **({key: value} if key == "tools" else {})}
+    with pytest.raises(DataError, match=rf"here.*: .*{key} is nested too deeply"):
+        chat_from_row(row, column="messages", origin="here")
+
+
 def test_a_template_that_leaves_tools_out_gives_no_prompt() -> None:
     chat = chat_from_row({"tools": [TOOL], "messages": [USER]}, column="messages", origin="a:1")
     [prompt] = ChatEncoder(chat_tokenizer("chatml")).encode_prompts([chat])
