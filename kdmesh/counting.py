@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kdmesh import log
+from kdmesh import log, outputs
 
 _EVERY_S = 10.0
 
@@ -41,7 +41,7 @@ def told(what: str) -> Show:
     """What says on stderr how many of `what` are done, for `elsewhere`."""
 
     def tell(done: int, total: int, left_s: float | None) -> None:
-        sys.stderr.write(f"{done:,} of {total:,} {what}" + ("\n" if left_s is None else f", {clock(left_s)} left\n"))
+        outputs.tell(f"{done:,} of {total:,} {what}" + ("" if left_s is None else f", {clock(left_s)} left"))
 
     return tell
 

@@ -11,6 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, TextIO
 
+from kdmesh.outputs import lead_nowhere
 from kdmesh.tracing import spans
 
 if TYPE_CHECKING:
@@ -64,7 +65,13 @@ def console() -> Console:
     """The terminal that log lines are rendered on; a live display must share it to keep its own line intact."""
     from rich.console import Console  # a tenth of a second, needed on terminals only
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    class Stderr(Console):
+        """Goes on when nobody reads it any more, where rich ends the process, or the one thread that logs."""
+
+        def on_broken_pipe(self) -> None:
+            lead_nowhere(sys.stderr)
+
+    return Stderr(stderr=True, highlight=False, soft_wrap=True)
 
 
 def can_redraw(stream: TextIO) -> bool:
@@ -138,7 +145,10 @@ class _ConsoleHandler(logging.Handler):
             line.append(_short(value) if isinstance(value, float) else str(value))
         if record.exc_info:
             line.append("\n" + logging.Formatter().formatException(record.exc_info))
-        console().print(line)
+        try:
+            console().print(line)
+        except OSError:  # the terminal is gone, or a disk is full
+            lead_nowhere(sys.stderr)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

@@ -24,7 +24,7 @@ def say(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        _lead_nowhere(sys.stdout)
+        lead_nowhere(sys.stdout)
 
 
 def tell(line: str) -> None:
@@ -33,10 +33,10 @@ def tell(line: str) -> None:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
     except OSError:  # Ctrl-C has ended `tee`, too; or the terminal is gone
-        _lead_nowhere(sys.stderr)
+        lead_nowhere(sys.stderr)
 
 
-def _lead_nowhere(stream: TextIO) -> None:
+def lead_nowhere(stream: TextIO) -> None:
     """Where the rest goes, what is still buffered included."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
@@ -76,7 +76,7 @@ def say_full(error: OSError) -> None:
     """Write to stderr that a stream, as stdout, is led to a disk that is full. Raises `error` if it says otherwise."""
     if error.errno not in _FULL or error.filename is not None:
         raise error
-    _lead_nowhere(sys.stdout)  # with what is still buffered, which would fail again at exit
+    lead_nowhere(sys.stdout)  # with what is still buffered, which would fail again at exit
     tell(f"Error: nothing more can be written: {error.strerror}")
 
 

@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
-
 from kdmesh.answering.answer_report import Report
 from kdmesh.answering.kept_answers import KeptAnswers, kept_answers
 from kdmesh.answering.prompt_rows import Asked, Prompts
@@ -17,7 +15,7 @@ from kdmesh.answering.source import AnswerSource, Plan, Servers
 from kdmesh.counting import Pace, counted, told
 from kdmesh.errors import KdmeshError
 from kdmesh.launch.local import Stopped
-from kdmesh.outputs import refuse_own_input
+from kdmesh.outputs import refuse_own_input, tell
 
 
 def generate(servers: Servers, prompts: Path, output: Path, plan: Plan, *, image_root: Path | None = None) -> Report:
@@ -86,23 +84,19 @@ def _kept_told(kept: KeptAnswers) -> Iterator[None]:
     """Say what is gone on with, and what is kept when it fails."""
     if kept.damaged:
         lines = "1 line" if kept.damaged == 1 else f"{kept.damaged:,} lines"
-        _tell(f"Damaged in {kept.path}: {lines} of answers, to prompts that are asked again.")
+        tell(f"Damaged in {kept.path}: {lines} of answers, to prompts that are asked again.")
     if kept.prompts:
-        _tell(f"Going on behind {kept.prompts:,} prompts, whose answers are in {kept.path}.")
+        tell(f"Going on behind {kept.prompts:,} prompts, whose answers are in {kept.path}.")
     try:
         yield
     except (KdmeshError, KeyboardInterrupt) as error:
         if kept.prompts:
-            _tell(
+            tell(
                 f"The answers to {kept.prompts:,} prompts are kept in {kept.path}; the same command goes on from there."
             )
         if isinstance(error, KeyboardInterrupt):
             raise Stopped(error.signum if isinstance(error, Stopped) else signal.SIGINT) from None
         raise
-
-
-def _tell(sentence: str) -> None:
-    click.echo(sentence, err=True)
 
 
 def _answered(asked: Asked, turn: Mapping[str, Any]) -> dict[str, Any]:

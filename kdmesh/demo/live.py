@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from kdmesh.counting import clock
 from kdmesh.demo.record import Record, read_record, teacher_wait_fraction, tokens_per_second
-from kdmesh.log import can_redraw
+from kdmesh.log import can_redraw, console
 
 _LOOK_S = 0.5
 _LINE_EVERY_S = 10.0
@@ -27,7 +26,7 @@ class Live:
     """
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = console()
         self._begun_s = time.monotonic()
 
     def say(self, text: str) -> None:

@@ -164,15 +164,34 @@ pathlib.Path({str(tmp_path / "done")!r}).touch()
     assert (tmp_path / "done").exists()
 
 
-def test_a_command_goes_on_when_nobody_reads_what_it_tells() -> None:
-    script = "from kdmesh.outputs import tell; tell('a'); tell('b'); print('goes on')"
+_LOGGED = """
+import logging, threading
+from kdmesh import log
+log.configure_command("generate")
+thread = threading.Thread(target=lambda: print(logging.getLogger("kdmesh").warning("a"), end=", "))
+thread.start()
+thread.join()
+logging.getLogger("kdmesh").warning("b")
+print("goes on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("from kdmesh.outputs import tell; tell('a'); tell('b'); print('goes on')", "goes on\n"),
+        ("from kdmesh.counting import told; told('rows')(1, 2, None); print('goes on')", "goes on\n"),
+        (_LOGGED, "None, goes on\n"),
+    ],
+)
+def test_a_command_goes_on_when_nobody_reads_what_it_tells(script: str, said: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
         done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=writer, text=True)
     finally:
         os.close(writer)
-    assert (done.returncode, done.stdout) == (0, "goes on\n")
+    assert (done.returncode, done.stdout) == (0, said)
 
 
 _TRAINERS_COMMAND = """

@@ -19,7 +19,7 @@ with quiet_interrupt():
     from kdmesh.config import config_parser, load
     from kdmesh.counting import counted, told
     from kdmesh.errors import ConfigError, KdmeshError
-    from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace, say
+    from kdmesh.outputs import make_writable, refuse_own_input, refuse_to_replace, say, tell
     from kdmesh_trainer.commands.running import run
     from kdmesh_trainer.config import TrainerConfig
     from kdmesh_trainer.sections.source_config import OnPolicy
@@ -108,7 +108,7 @@ class _Answers:
             yield
         except (KdmeshError, KeyboardInterrupt, OSError):
             if self._early is not None and (number := self._early.number):
-                sys.stderr.write(f"The questions with all their answers, {number} of them, are in {self._early.path}\n")
+                tell(f"The questions with all their answers, {number} of them, are in {self._early.path}")
             raise
 
 

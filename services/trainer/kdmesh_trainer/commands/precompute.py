@@ -23,7 +23,7 @@ _INCOMPLETE = 1
 
 def main() -> int:
     """Returns 0 when everything is kept, 1 when the cache did not keep all of it; else see `run`."""
-    stopped = "Stopped; what was computed is kept, and the same command goes on from there.\n"
+    stopped = "Stopped; what was computed is kept, and the same command goes on from there."
     return run(_parser(), _precompute, when_stopped=stopped)
 
 

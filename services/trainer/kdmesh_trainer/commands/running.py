@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 
 from kdmesh.config import load
 from kdmesh.errors import KdmeshError
 from kdmesh.interrupt import INTERRUPTED
 from kdmesh.open_files import raise_open_files
-from kdmesh.outputs import say_error, say_full
+from kdmesh.outputs import say_error, say_full, tell
 from kdmesh_trainer.config import TrainerConfig
 
 _FAILED = 1
@@ -45,5 +44,6 @@ def run(
         say_full(error)
         return _FAILED
     except KeyboardInterrupt:
-        sys.stderr.write(when_stopped)
+        if when_stopped:
+            tell(when_stopped)
         return INTERRUPTED

@@ -18,7 +18,7 @@ with quiet_interrupt():
 def main() -> int:
     """Make what is missing. Returns 0 when everything is there; else see `run`."""
     parser = config_parser("kdmesh_trainer.commands.tokenize", "Make the files of token ids that a run maps.")
-    return run(parser, _make, when_stopped="Stopped; datasets that were complete are kept.\n")
+    return run(parser, _make, when_stopped="Stopped; datasets that were complete are kept.")
 
 
 def _make(cfg: TrainerConfig, _: argparse.Namespace) -> int:
