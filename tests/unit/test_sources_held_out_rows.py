@@ -163,6 +163,10 @@ def test_a_share_that_leaves_nothing_on_one_side_is_refused(student: Path, tmp_p
         Read(student, train, 0.9999, cache=cache).trained()
     with pytest.raises(DataError, match=r"dataset train: data.held_out \(0.9999\) takes all of its rows"):
         Read(student, train, 0.9999, cache=cache).prompted()
+    empty = file_of(tmp_path / "b.jsonl", [])
+    (tmp_path / "b.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"dataset .*b\.jsonl is empty"):
+        Read(student, empty, 0.5, cache=cache).trained()
 
 
 def test_a_readers_own_rows_are_held_out_too(student: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

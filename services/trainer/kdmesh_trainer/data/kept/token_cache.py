@@ -213,6 +213,7 @@ class TokenCache:
                 show(done_bytes, report.rows)
         share = self._recipe.data.held_out_share
         if share is not None and report is not None and not report.rows:
+            next(work.chats())  # raises when there is no row at all
             raise all_held_out(name, share)
         if report is None or not report.rows:
             raise DataError(f"dataset {work.chats.name} is empty")
