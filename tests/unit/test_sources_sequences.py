@@ -95,6 +95,15 @@ def test_unusable_rows_are_refused_by_default_with_place_and_reason(tmp_path: Pa
         load(tmp_path, [SHORT, row("a", "")])
 
 
+def test_the_first_bad_row_is_told_whichever_rule_it_breaks(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:2: empty assistant turn"):
+        load(tmp_path, [SHORT, row("a", ""), SHORT, {"messages": 3}])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: messages must be a list"):
+        load(tmp_path, [SHORT, {"messages": 3}, row("a", "")])
+    [sequence] = load(tmp_path, [SHORT, {"messages": 3}], max_sequences=1).sequences
+    assert TOKENIZER.decode(sequence.labels) == "It was.<|im_end|>"
+
+
 def test_a_dataset_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     said = r"none of 3 rows can be trained on: 2 x empty assistant turn, 1 x too long for data\.max_tokens$"
     with pytest.raises(DataError, match=said):

@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from typing import Literal, Protocol, TypeAlias
 
 from kdmesh.chats.chat_rows import Chat
@@ -15,7 +14,7 @@ from kdmesh.errors import DataError
 from kdmesh.tokens import DIGEST_BYTES
 from kdmesh_trainer.data.encoding.sides import Prompt, Question
 from kdmesh_trainer.data.encoding.turns import Unusable
-from kdmesh_trainer.data.files.readers import Reader
+from kdmesh_trainer.data.files.readers import Reader, groups_of
 from kdmesh_trainer.data.reading_progress import reading_told
 
 log = logging.getLogger(__name__)
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 # What responses to the prompt of a chat are judged by. Raises DataError when the chat does not say it.
 QuestionOf: TypeAlias = Callable[[Chat], Question]
 
-_CHATS_PER_CALL = 256
 # Stands where the next prompt's length would: no length is this.
 _TEACHERS = (2**64 - 1).to_bytes(8, "little")
 _IMAGE = (2**64 - 3).to_bytes(8, "little")
@@ -108,8 +106,7 @@ def encode_prompts(
 ) -> PromptSet:
     """The prompts of some chats, of which there may be none; errors are those of load_prompts."""
     intake = _Intake(policy, question_of)
-    rest = iter(chats)
-    while group := list(islice(rest, _CHATS_PER_CALL)):
+    for group in groups_of(chats):
         for chat, encoded in zip(group, encoder.encode_prompts(group), strict=True):
             intake.add(chat, encoded)
     return intake.prompt_set()

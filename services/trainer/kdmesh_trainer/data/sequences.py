@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from typing import Protocol
 
 from kdmesh.chats.chat_rows import Chat
@@ -14,14 +13,11 @@ from kdmesh.errors import DataError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.encoding.sides import addressed, first_rows
 from kdmesh_trainer.data.encoding.turns import Unusable
-from kdmesh_trainer.data.files.readers import Reader
+from kdmesh_trainer.data.files.readers import Reader, groups_of
 from kdmesh_trainer.data.reading_progress import reading_told
 from kdmesh_trainer.sections.data_config import DataConfig
 
 log = logging.getLogger(__name__)
-
-# Enough for the tokenizer's threads, little enough that progress is seen to move.
-_CHATS_PER_CALL = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +107,7 @@ def encode_chats(
 ) -> Dataset:
     """The sequences of some chats, of which there may be none; arguments and errors are those of load_sequences."""
     intake = _Intake(policy)
-    rest = iter(chats)
-    while group := list(islice(rest, _CHATS_PER_CALL)):
+    for group in groups_of(chats):
         for chat, encoded in zip(group, encoder.encode(group), strict=True):
             intake.add(chat, encoded)
         if max_sequences is not None and len(intake.sequences) >= max_sequences:

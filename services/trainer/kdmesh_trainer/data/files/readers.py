@@ -31,6 +31,9 @@ Reader = Callable[[], Iterator[Chat]]
 """Starts one pass over a dataset."""
 
 
+# Enough for the tokenizer's threads, little enough that progress is seen to move.
+_CHATS_PER_CALL = 256
+
 TEXT_STUDENT = NoImages(
     "the student reads text alone: its model is of another kind, or has no preprocessor_config.json beside it"
 )
@@ -190,6 +193,26 @@ def open_files(
         case _:
             assert_never(config)
     return ChatFiles(name=str(config.path), files=files, columns=columns)
+
+
+def groups_of(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
+    """The chats, so many at a time as are encoded together.
+
+    A DataError comes behind all chats before it: whichever rule a row breaks, the first such row is told.
+    """
+    group: list[Chat] = []
+    try:
+        for chat in chats:
+            group.append(chat)
+            if len(group) == _CHATS_PER_CALL:
+                yield group
+                group = []
+    except DataError:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
 
 
 def _image_column(cfg: ImagesConfig | NoImages, directory: Path | None) -> ImageColumn:
