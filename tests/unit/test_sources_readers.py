@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -402,6 +403,18 @@ def custom_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def custom(module: str, function: str, **params: object) -> CustomDataset:
     return CustomDataset(format="custom", target=f"{module}:{function}", params=params)
+
+
+def test_a_path_that_nobody_may_look_at_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*: File name too long"):
+        open_dataset(ChatFile(path=tmp_path / f"{'x' * 300}.jsonl"))
+
+    def refuse(path: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied")  # root may look at everything
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=f"cannot read {tmp_path}: Permission denied"):
+        open_dataset(ChatFile(path=tmp_path))
 
 
 def test_a_custom_reader_is_resolved_at_once_and_run_later(custom_module: str) -> None:

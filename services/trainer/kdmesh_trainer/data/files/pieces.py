@@ -21,8 +21,13 @@ def find_files(path: Path) -> tuple[Path, ...]:
     """The file at `path`, or those of that directory: as it tells their order itself, or by name.
 
     Raises:
-        DataError: there is none of a known kind, or it is not clear which are meant.
+        DataError: there is none of a known kind, it is not clear which are meant, or nobody may look.
     """
+    with reading(path):
+        return _found(path)
+
+
+def _found(path: Path) -> tuple[Path, ...]:
     known = ", ".join(ROW_SUFFIXES)
     if path.is_dir():
         if (saved := saved_files(path)) is not None:
