@@ -34,8 +34,7 @@ _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "
 # They change what the template renders or what carries loss: ignoring them would train on something else.
 _UNSUPPORTED_KEYS = ("function_call", "train_detail")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# With room in float32 for the loss of a step's tokens, and for the sum of the weights, which divides it.
-_LEAST_WEIGHT, _GREATEST_WEIGHT = 1e-30, 1e30
+_GREATEST_WEIGHT = 1e300  # with room for the sum of a step's
 # By which formats say whether a turn carries loss.
 _TRAINED_KEYS = ("train", "training", "loss")
 
@@ -244,11 +243,9 @@ def _weight(row: Mapping[Any, Any], column: str, origin: str) -> float:
         raise DataError(f"{origin}: {column} is {value!r}; a weight must be a number, not {_kind(value)}")
     if not 0 <= value < math.inf:
         raise DataError(f"{origin}: {column} is {value}; a weight must be finite and not negative")
-    if value and not _LEAST_WEIGHT <= value <= _GREATEST_WEIGHT:
-        raise DataError(
-            f"{origin}: {column} is {float(min(value, sys.float_info.max)):g}; a weight must be 0, or from "
-            f"{_LEAST_WEIGHT:g} to {_GREATEST_WEIGHT:g}: losses are added up in float32"
-        )
+    if value > _GREATEST_WEIGHT:
+        shown = f"{min(value, sys.float_info.max):g}"
+        raise DataError(f"{origin}: {column} is {shown}; a weight must be at most {_GREATEST_WEIGHT:g}")
     return float(value)
 
 

@@ -66,10 +66,10 @@ def test_a_weight_that_is_no_finite_number_of_at_least_0_is_refused(tmp_path: Pa
         list(open_dataset(ChatFile(path=path, weight_column="score"))())
 
 
-@pytest.mark.parametrize("value", ["1e39", "1e-46", "1" + "0" * 400, '"1e39"'])
-def test_a_weight_beyond_what_losses_are_added_up_in_is_refused(tmp_path: Path, value: str) -> None:
+@pytest.mark.parametrize("value", ["1e301", "1" + "0" * 400, '"1e301"'])
+def test_a_weight_of_which_no_sum_can_be_made_is_refused(tmp_path: Path, value: str) -> None:
     row = f'{{"prompt": "a", "completion": "b", "w": {value}}}'
-    with pytest.raises(DataError, match=r"a\.jsonl:1: w is .*; a weight must be 0, or from 1e-30 to 1e\+30"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: w is .*; a weight must be at most 1e\+300"):
         list(open_dataset(ChatFile(path=write(tmp_path / "a.jsonl", row), weight_column="w"))())
 
 
