@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -58,3 +60,37 @@ async def test_a_server_that_is_far_away_is_reached_at_the_first_attempt() -> No
     ):
         described = await RolloutStub(far).Describe(pb.DescribeRolloutRequest(), timeout=10)
         assert described.weight_version == 0
+
+
+# In a process of its own: grpc reads how much it may say when it is imported.
+_CUT_OFF = """
+import asyncio
+from kdmesh.rpc.channel import open_channel
+from kdmesh.v1.rollout_pb2_grpc import RolloutStub
+from kdmesh.v1.weights_pb2 import UpdateWeightsRequest
+import grpc
+
+async def hang(requests, context):
+    await asyncio.Event().wait()
+    yield b""
+
+async def main():
+    server = grpc.aio.server()
+    methods = {"UpdateWeights": grpc.stream_stream_rpc_method_handler(hang)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("kdmesh.v1.Rollout", methods)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        call = RolloutStub(channel).UpdateWeights()
+        await call.write(UpdateWeightsRequest())
+        await asyncio.sleep(0.1)
+        await server.stop(0)
+        print(await call.code())
+
+asyncio.run(main())
+"""
+
+
+def test_a_server_that_ends_is_told_by_us_and_not_by_grpc_too() -> None:
+    done = subprocess.run([sys.executable, "-c", _CUT_OFF], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("StatusCode.UNAVAILABLE\n", "")
