@@ -106,12 +106,11 @@ def _row(line: str, place: str) -> dict[str, Any]:
 
 
 def _turns(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
-    """The row's turns as it has them, without answers at their end."""
-    prompt, turns = row.get("prompt"), row.get("messages")
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list):
-        turns = prompt
+    """The row's turns as it has them, without answers at their end: of `messages` first, as the trainer reads rows."""
+    turns = row.get("messages")
+    if not turns:
+        prompt = row.get("prompt")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(f"{place} has neither `messages`, a list of turns, nor `prompt`, a text or a list of turns")
     while turns and (turns[-1].get("role") or turns[-1].get("from")) in ASSISTANTS:

@@ -44,7 +44,7 @@ _GENERATE_S = 3600.0  # for the answers to one prompt
     type=ModelDirectory(with_weights=False),
     help="Directory, or hf://OWNER/MODEL, with the servers' tokenizer and a chat template; not for --openai.",
 )
-@click.option("--prompts", required=True, type=_FILE, help="JSONL with `messages` or `prompt` in each row.")
+@click.option("--prompts", required=True, type=_FILE, help="JSONL with `messages`, or else `prompt`, in each row.")
 @click.option("--output", required=True, type=_FILE, help="JSONL to write: a chat dataset for a trainer.")
 @click.option(
     "--image-root",

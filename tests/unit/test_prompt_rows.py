@@ -53,6 +53,17 @@ def test_what_no_dataset_may_hold_is_refused_before_it_is_answered(tmp_path: Pat
         read(tmp_path, json.dumps({"messages": [turn]}))
 
 
+@pytest.mark.parametrize("prompt", ["Hi", [{"role": "user", "content": "Hi"}]])
+def test_of_a_row_with_both_forms_the_messages_are_answered_as_a_trainer_reads_them(
+    tmp_path: Path, prompt: object
+) -> None:
+    turns = [{"role": "user", "content": "Hello"}]
+    assert read(tmp_path, json.dumps({"prompt": prompt, "messages": turns})).messages == turns
+    assert read(tmp_path, json.dumps({"prompt": prompt, "messages": None})).messages == [
+        {"role": "user", "content": "Hi"}
+    ]
+
+
 def test_turns_are_shown_to_the_template_as_a_trainer_shows_them_and_kept_as_they_are(tmp_path: Path) -> None:
     turns = [
         {"from": "human", "value": "Hi"},
