@@ -40,7 +40,7 @@ def our_errors(address: str, *, wanted: str = "") -> Iterator[None]:
         if wanted and _SPEAKS_HTTP in str(failure):
             said = f"{address} answers, but not gRPC: is it `server.rest_port` instead of `server.port`?"
             failure = Unavailable(said, retry_after_s=0.0)
-        if wanted and str(failure).endswith(_NOBODY):
+        if wanted and _NOBODY in str(failure):
             failure = Unavailable(f"{address} refuses connections: nothing listens there", retry_after_s=0.0)
         if wanted and str(failure).endswith(_HUNG_UP):
             failure = Unavailable(f"{failure}, as by a server that asks for TLS: see `access.tls`", retry_after_s=0.0)

@@ -203,7 +203,7 @@ def test_a_namespace_that_is_not_there_is_named(cluster: FakeCluster) -> None:
 
 @pytest.mark.skipif(not CRDS.is_dir(), reason=f"no definitions of custom resources in {CRDS}")
 def test_what_the_cluster_finds_wrong_is_told_with_its_place(cluster: FakeCluster) -> None:
-    said = run(*SUBMIT, "--kind", "JobSet", "--storage-class", "Fast_Disk", "--nodes", "3", code=0)
+    said = run(*SUBMIT, "--kind", "JobSet", "--storage-class", "fast-disk", "--nodes", "3", code=0)
     assert said.output
     thing = cluster.get("jobsets", "my-student") | {"metadata": {"name": "other"}}
     thing["spec"]["failurePolicy"]["maxRestart"] = 1
