@@ -249,7 +249,9 @@ async def test_a_number_that_is_taken_ends_the_stream() -> None:
 async def test_an_engine_failure_ends_what_is_under_way_and_nothing_else() -> None:
     async with running_rollout(engine={"max_running": 1}) as server, server.client() as client:
         server.engine.hold()
-        doomed, waiting = generating(client, ask(prompt())), generating(client, ask(prompt(seed=1)))
+        doomed = generating(client, ask(prompt()))
+        await server.until(running=1, waiting=0)
+        waiting = generating(client, ask(prompt(seed=1)))
         await server.until(running=1, waiting=1)
         server.engine.failures.append(RuntimeError("secret of the machine"))
         server.engine.let_go()
