@@ -112,7 +112,7 @@ def _parse(data: bytes, source: str) -> KeySet:
     try:
         entries = json.loads(data)["keys"]
         keys = {entry.get("kid"): key for entry in entries if (key := _public_key(entry)) is not None}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         keys = {}
     if not keys:
         raise ConfigError(f"{source} is no JSON web key set with a public key in it")
