@@ -10,6 +10,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,7 +51,9 @@ class Run:
         self._mesh = mesh
         self.path = path
 
-    def directory(self, *, keep: int = 2, steps: int = 100, **identity: str) -> CheckpointDirectory:
+    def directory(
+        self, *, keep: int = 2, steps: int = 100, due_after_s: float | None = None, **identity: str
+    ) -> CheckpointDirectory:
         return CheckpointDirectory(
             self.path,
             self.student,
@@ -58,6 +61,7 @@ class Run:
             identity=IDENTITY | identity,
             steps=steps,
             keep=keep,
+            due_after_s=due_after_s,
             mesh=self._mesh,
         )
 
@@ -96,6 +100,19 @@ def test_a_parameter_without_a_gradient_stops_nothing(tmp_path: Path, tiny_model
             assert one.idle not in one.optimizer.state
         weights = [dict(one.student.named_parameters()) for one in (run, again)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_another_is_due_so_long_after_the_start_or_the_last_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now_s))
+    directory, never = run.directory(due_after_s=60), run.directory()
+    for since_s, is_due in ((59.0, False), (60.0, True)):
+        now_s = 100.0 + since_s
+        assert directory.is_due() is is_due
+    directory.save(next_step=1)
+    assert not directory.is_due()
+    now_s = 220.0
+    assert directory.is_due() and not never.is_due()
 
 
 def test_only_the_newest_are_kept(run: Run) -> None:

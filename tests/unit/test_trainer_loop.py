@@ -33,13 +33,19 @@ class Recorder:
     """Plays every part and writes down what the loop asks for."""
 
     def __init__(
-        self, *, first: int = 0, stop_after: int | None = None, stop_while_judged_after: int | None = None
+        self,
+        *,
+        first: int = 0,
+        stop_after: int | None = None,
+        stop_while_judged_after: int | None = None,
+        due_after: int | None = None,
     ) -> None:
         self.events: list[str] = []
         self.watched: list[int] = []
         self._first = first
         self._stop_after = stop_after
         self._stop_while_judged_after = stop_while_judged_after
+        self._due_after = due_after
         self._done = 0
 
     def restore(self) -> int:
@@ -84,6 +90,9 @@ class Recorder:
     def examine(self, *, done: int, stop: Stop) -> AnswerScores:
         self.events.append(f"examine {done}")
         return ANSWERS
+
+    def is_due(self) -> bool:
+        return self._done == self._due_after
 
     def save(self, *, next_step: int) -> None:
         self.events.append(f"save {next_step}")
@@ -187,6 +196,13 @@ def test_evaluations_and_checkpoints_come_when_they_are_due() -> None:
     assert [event for event in events if event.startswith("save")] == ["save 3", "save 5"]
     assert events.index("scores 2") > events.index("update 1")
     assert events.index("scores 2") < events.index("update 2")
+
+
+def test_a_checkpoint_that_is_due_by_the_clock_is_written_after_the_step() -> None:
+    recorder = Recorder(due_after=2)
+    run(recorder.parts(has_held_out=False), schedule(5, checkpoint_every=4))
+    saves = [event for event in recorder.without_phases() if event.startswith(("report", "save"))]
+    assert saves == ["report 0", "report 1", "save 2", "report 2", "report 3", "save 4", "report 4", "save 5"]
 
 
 def test_questions_are_asked_of_the_published_student_whenever_it_is_judged() -> None:

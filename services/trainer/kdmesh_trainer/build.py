@@ -141,6 +141,7 @@ def built(cfg: TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[t
                 identity=identity,
                 steps=data.steps,
                 keep=cfg.checkpoint.keep,
+                due_after_s=None if cfg.checkpoint.minutes is None else 60 * cfg.checkpoint.minutes,
                 mesh=mesh,
                 teacher_copy=copy,
             ),

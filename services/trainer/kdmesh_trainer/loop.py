@@ -52,6 +52,10 @@ class Checkpoints(Protocol):
         """Load the newest checkpoint, if any; the next step to run. Collective."""
         ...
 
+    def is_due(self) -> bool:
+        """Whether so much time has passed since the newest one that another is to be written. Collective."""
+        ...
+
     def save(self, *, next_step: int) -> None:
         """Write everything that continuing at `next_step` needs. Collective."""
         ...
@@ -144,7 +148,7 @@ class Schedule:
 
     steps: int
     evaluate_every: int | None  # None: only before the first step and after the last
-    checkpoint_every: int | None  # None: only when stopped and after the last step
+    checkpoint_every: int | None  # None: only when due, when stopped and after the last step
     export_every: int | None = None  # None: only after the last step
 
     def evaluates_at(self, done: int) -> bool:
@@ -191,7 +195,7 @@ def run(parts: Parts, schedule: Schedule) -> int:
             with parts.telemetry.phase("export"):
                 parts.snapshots.write(done=done)
         is_stopping = parts.stop.is_wanted()
-        if is_stopping or schedule.saves_at(done):
+        if is_stopping or schedule.saves_at(done) or parts.checkpoints.is_due():
             _save(parts, done=done)
         if is_stopping and done < schedule.steps:
             return done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class CheckpointDirectory:
         identity: Mapping[str, str],
         steps: int,
         keep: int,
+        due_after_s: float | None = None,
         mesh: Mesh,
         teacher_copy: TeacherCopy | None = None,
     ) -> None:
@@ -64,6 +66,7 @@ class CheckpointDirectory:
             identity: what must be the same for a checkpoint to be continued, by configuration key.
             steps: of the whole run.
             keep: how many of the newest to keep.
+            due_after_s: so long after the last one, or the start, another is due; None: never.
             teacher_copy: what a teacher that follows the student is to have; None: it does not.
         """
         self._path = path
@@ -72,6 +75,8 @@ class CheckpointDirectory:
         self._identity = dict(identity)
         self._steps = steps
         self._keep = keep
+        self._due_after_s = due_after_s
+        self._last_s = time.monotonic()
         self._mesh = mesh
         self._teacher_copy = teacher_copy
 
@@ -125,6 +130,12 @@ class CheckpointDirectory:
         if told := [damage for part in found for damage in part]:
             raise unreadable(directory, "; ".join(told))
 
+    def is_due(self) -> bool:
+        """Whether it is time for another one: by the clock of the first rank. Collective."""
+        if self._due_after_s is None:
+            return False
+        return self._mesh.is_any(self._mesh.is_first and time.monotonic() - self._last_s >= self._due_after_s)
+
     def save(self, *, next_step: int) -> None:
         """Write everything that continuing at `next_step` needs, then remove the oldest. Collective.
 
@@ -144,6 +155,7 @@ class CheckpointDirectory:
             raise self._not_written(writing, needed_bytes, _cause(error)) from error
         written = self._mesh.gather(_written(writing, self._mesh.rank))
         self._mesh.on_first(lambda: self._finish(writing, next_step, needed_bytes, written))
+        self._last_s = time.monotonic()
 
     def _newest(self) -> int:
         for pattern in (_WRITING, _REMOVING):

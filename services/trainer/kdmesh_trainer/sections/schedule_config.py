@@ -32,7 +32,11 @@ class CheckpointConfig(StrictModel):
     """Saved state for resuming."""
 
     every: int | None = Field(None, ge=1)
-    """Steps between checkpoints; null saves only when stopped and at the end."""
+    """Steps between checkpoints; null leaves it to `minutes`. A run also saves when it is stopped, and at its end."""
+
+    minutes: float | None = Field(30.0, gt=0)
+    """Longest time that a run which is killed may lose: the step that ends after it saves, whatever `every` says;
+    null: there is none."""
 
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
