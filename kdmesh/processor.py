@@ -22,7 +22,11 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device, *, key: str) -> None:
-    """Tell the log which key of the configuration makes a model many times slower than float32 would, if it does."""
+    """Tell the log which key of the configuration makes a model many times slower than another would, if it does."""
     if not multiplies(dtype, device):
         said = "this processor has no fast products of this type; float32 is many times faster"
-        log.warning(said, extra={"key": key, "dtype": str(dtype).removeprefix("torch.")})
+    elif device.type == "cuda" and dtype is torch.float32:
+        said = "a GPU's fast products are of shorter types; bfloat16 is many times faster"
+    else:
+        return
+    log.warning(said, extra={"key": key, "dtype": str(dtype).removeprefix("torch.")})

@@ -36,3 +36,11 @@ def test_the_warning_names_the_key(has_bfloat16: bool, caplog: pytest.LogCapture
         warn_if_slow(torch.float32, CPU, key="engine.dtype")
     told = [] if has_bfloat16 else ["engine.dtype"]
     assert [record.__dict__["key"] for record in caplog.records] == told
+
+
+def test_float32_is_told_to_be_slow_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for dtype in (torch.float32, torch.bfloat16):
+            warn_if_slow(dtype, torch.device("cuda"), key="student.compute_dtype")
+    assert [record.__dict__["dtype"] for record in caplog.records] == ["float32"]
+    assert "bfloat16 is many times faster" in caplog.text
