@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from kdmesh.cores import num_cores
+from kdmesh.allowance import num_cores
 from kdmesh.demo.charts import Chart, draw_all
 from kdmesh.demo.corpus import Corpus
 from kdmesh.demo.models import Architecture

@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 
 from kdmesh import config
-from kdmesh.cores import num_cores
+from kdmesh.allowance import num_cores
 from kdmesh.demo import plan as plans
 from kdmesh.demo.corpus import Corpus, build_corpus
 from kdmesh.demo.live import Live

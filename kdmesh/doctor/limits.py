@@ -9,15 +9,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from kdmesh.cores import cpu_share
+from kdmesh.allowance import ControlGroups, available_bytes
 from kdmesh.doctor.finding import Finding, ok
 from kdmesh.open_files import LEAST, most_open_files
 from kdmesh.serving.words import size
 
 _SHARED_MEMORY_BYTES = 2**30
 _DESCRIPTORS = 4096
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_NO_LIMIT = 2**60  # what cgroup v1 says instead of a word
 _CLOCK_ERROR = 5  # adjtimex(2): TIME_ERROR
 
 
@@ -33,27 +31,16 @@ def limits() -> Iterator[Finding]:
 
 def _cores() -> Finding:
     """Informs only: GPUs need few."""
-    share = cpu_share()
+    share = ControlGroups().cpu_share()
     within = "" if share is None else f", and this container may have the time of {share:g}"
     return ok("cores", f"{len(os.sched_getaffinity(0))} are allowed{within}")
 
 
 def _memory() -> Finding:
     """Informs only: how much is enough depends on the models."""
-    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-    available = int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024
-    limit = memory_limit()
-    within = "" if limit is None else f", and this container may have {size(limit)}"
-    return ok("memory", f"{size(available)} are available{within}; slabs are charged to their server")
-
-
-def memory_limit() -> int | None:
-    """Bytes that this container may have; None where nobody limits it."""
-    for path in map(Path, _CGROUPS):
-        if path.is_file():
-            text = path.read_text(encoding="ascii").strip()
-            return int(text) if text.isdigit() and int(text) < _NO_LIMIT else None
-    return None
+    limit = ControlGroups().memory_limit()
+    within = "" if limit is None else f" of the {size(limit)} that this container may have"
+    return ok("memory", f"{size(available_bytes())} are available{within}; slabs are charged to their server")
 
 
 def _shared_memory() -> Finding:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdmesh import config
-from kdmesh.cores import num_cores
+from kdmesh.allowance import num_cores
 from kdmesh.errors import ConfigError
 from kdmesh.file_lock import claimed
 from kdmesh.launch import local

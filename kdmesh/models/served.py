@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from kdmesh.cores import num_cores
+from kdmesh.allowance import num_cores
 from kdmesh.errors import ConfigError
 from kdmesh.models.body import load_causal_lm
 from kdmesh.models.images.reader import ImageReader, load_image_reader

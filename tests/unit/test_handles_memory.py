@@ -115,7 +115,7 @@ def test_view_keeps_the_memory_of_a_closed_segment() -> None:
 
 
 def test_more_memory_than_there_is_is_refused() -> None:
-    with pytest.raises(OSError, match="shared memory"):
+    with pytest.raises(OSError, match="bytes of memory are wanted"):
         create_segment(2**60)
 
 

@@ -16,9 +16,9 @@ import itertools
 import mmap
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
+from kdmesh.allowance import available_bytes
 from kdmesh.errors import EngineFailure
 
 _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; Python has no name for it
@@ -78,11 +78,10 @@ def whole_pages(size_bytes: int) -> int:
 
 
 def require_available(size_bytes: int) -> None:
-    """Raises OSError when the machine has less memory than that to give."""
-    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-    available_bytes = int(meminfo.partition("MemAvailable:")[2].split()[0]) * 1024
-    if size_bytes > available_bytes:
-        raise OSError(errno.ENOMEM, f"{size_bytes} bytes of shared memory are wanted, {available_bytes} are available")
+    """Raises OSError when the machine, or the container, has less memory than that to give."""
+    available = available_bytes()
+    if size_bytes > available:
+        raise OSError(errno.ENOMEM, f"{size_bytes} bytes of memory are wanted, {available} are available")
 
 
 def create_segment(size_bytes: int, writer: SegmentWriter | None = None) -> Segment:

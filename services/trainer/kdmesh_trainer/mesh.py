@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from kdmesh.allocator import keep_freed_memory
-from kdmesh.cores import num_cores
+from kdmesh.allowance import num_cores
 from kdmesh.errors import ConfigError, KdmeshError
 from kdmesh.models.context import ContextGroup
 
