@@ -108,7 +108,7 @@ def _row(line: str, place: str) -> dict[str, Any]:
 def _turns(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
     """The row's turns as it has them, without answers at their end: of `messages` first, as the trainer reads rows."""
     turns = row.get("messages")
-    if not turns:
+    if turns is None:
         prompt = row.get("prompt")
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
