@@ -99,7 +99,7 @@ test-slow: $(INSTALLED)  ## Whole suites that `make test` leaves out, to stay sh
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m slow
 
 test-lowest: $(LOWEST_INSTALLED) $(KUBERNETES_TOOLS)  ## Unit and contract tests with the oldest packages that pyproject.toml allows
-	$(LOWEST)/bin/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile tests/unit tests/contract
+	$(LOWEST)/bin/pytest -q -W ignore::DeprecationWarning --numprocesses auto --maxprocesses 4 --dist loadfile tests/unit tests/contract
 
 test-chaos: $(CHAOS_INSTALLED)  ## Two teachers and three jobs through every fault, at random moments (needs a C compiler)
 	$(BIN)/pytest -v -m chaos tests/chaos
