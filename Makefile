@@ -98,8 +98,9 @@ test-rdma: $(RDMA_INSTALLED)  ## The RDMA door, over the test transports of NIXL
 test-slow: $(INSTALLED)  ## Whole suites that `make test` leaves out, to stay short
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m slow
 
+# LFM2 and LFM3 need transformers 5.23, before which they are refused; SGLang pins 5.19.
 test-lowest: $(LOWEST_INSTALLED) $(KUBERNETES_TOOLS)  ## Unit and contract tests with the oldest packages that pyproject.toml allows
-	$(LOWEST)/bin/pytest -q -W ignore::DeprecationWarning --numprocesses auto --maxprocesses 4 --dist loadfile tests/unit tests/contract
+	$(LOWEST)/bin/pytest -q -W ignore::DeprecationWarning -k 'not lfm' --numprocesses auto --maxprocesses 4 --dist loadfile tests/unit tests/contract
 
 test-chaos: $(CHAOS_INSTALLED)  ## Two teachers and three jobs through every fault, at random moments (needs a C compiler)
 	$(BIN)/pytest -v -m chaos tests/chaos
