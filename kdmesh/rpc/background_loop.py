@@ -26,17 +26,27 @@ class BackgroundLoop:
     def __init__(self) -> None:
         self._thread: _Thread | None = _borrow()
         self._loop = self._thread.loop
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._started: set[asyncio.Task[Any]] = set()
+        self._run: set[asyncio.Task[Any]] = set()
 
     def start(
         self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
     ) -> concurrent.futures.Future[T]:
         """Begin work(*args) on the loop, after whatever was started before."""
-        return asyncio.run_coroutine_threadsafe(self._own(functools.partial(work, *args, **kwargs)), self._loop)
+        return self._begin(functools.partial(work, *args, **kwargs), self._started)
 
     def run(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """What work(*args) returns. Blocks."""
-        return self.start(work, *args, **kwargs).result()
+        return self._begin(functools.partial(work, *args, **kwargs), self._run).result()
+
+    def abort(self) -> None:
+        """Cancel what was begun by `start` and has not ended. Any thread; does not block."""
+
+        def cancel() -> None:
+            for task in tuple(self._started):
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(cancel)
 
     def each(
         self, work: Callable[[Item], Coroutine[Any, Any, T]], items: Iterable[Item], *, at_once: int
@@ -69,17 +79,22 @@ class BackgroundLoop:
         _give_back(self._thread)
         self._thread = None
 
-    async def _own(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            return await work()  # made only now: what is cancelled before it begins leaves no coroutine behind
-        finally:
-            self._tasks.discard(task)
+    def _begin(
+        self, work: Callable[[], Coroutine[Any, Any, T]], among: set[asyncio.Task[Any]]
+    ) -> concurrent.futures.Future[T]:
+        async def own() -> T:
+            task = asyncio.current_task()
+            assert task is not None
+            among.add(task)
+            try:
+                return await work()  # made only now: what is cancelled before it begins leaves no coroutine behind
+            finally:
+                among.discard(task)
+
+        return asyncio.run_coroutine_threadsafe(own(), self._loop)
 
     async def _cancel(self) -> None:
-        tasks = tuple(self._tasks)
+        tasks = (*self._started, *self._run)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

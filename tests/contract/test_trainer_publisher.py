@@ -309,7 +309,7 @@ def test_every_rank_hears_that_the_weights_were_not_taken(tiny_models: TinyModel
         results
         == [
             [
-                "DeadlineExpired: version 8 was not taken",
+                "StepLost: version 8 was not taken",
                 "ModelMismatch: the servers' weights have several element types: bfloat16 at a, float32 at b",
             ]
         ]

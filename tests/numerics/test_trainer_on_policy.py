@@ -22,6 +22,7 @@ from kdmesh_trainer.objectives.head import TeacherHead
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.rollouts import Rollout
 from kdmesh_trainer.stats import SampleScores
+from kdmesh_trainer.stop import StepLost
 from kdmesh_trainer.tally import Tally
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_devices import shared_losses
@@ -373,8 +374,8 @@ class Liar(FastRollouts):
 @pytest.mark.parametrize(
     ("lie", "error", "says"),
     [
-        ("too few", EngineFailure, "sent 1 samples of up to .* asked for 2"),
-        ("too long", EngineFailure, "of up to 13 tokens; it was asked for 2 of at most 12"),
+        ("too few", StepLost, "sent 1 samples of up to .* asked for 2"),
+        ("too long", StepLost, "of up to 13 tokens; it was asked for 2 of at most 12"),
         ("too old", ModelMismatch, "step 0 began on weight version 0; source.max_staleness 0 allows 1"),
     ],
 )

@@ -12,7 +12,7 @@ from kdmesh_trainer.questions.estimate import Estimate
 from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.sources.batches import StepBatch
 from kdmesh_trainer.stats import Scores, StepStats
-from kdmesh_trainer.stop import Stopping
+from kdmesh_trainer.stop import StepLost, Stopping
 
 SCORES = Scores(
     kl_nats_per_token=None, cross_entropy_nats_per_token=1.0, top1_agreement=None, num_loss_tokens=1, num_sequences=1
@@ -39,13 +39,20 @@ class Recorder:
         stop_after: int | None = None,
         stop_while_judged_after: int | None = None,
         due_after: int | None = None,
+        lost: int | None = None,
+        unpublished: int | None = None,
+        stop_once: str | None = None,
     ) -> None:
+        """`lost` is a step that cannot be done, `unpublished` a student that nobody takes."""
         self.events: list[str] = []
         self.watched: list[int] = []
         self._first = first
         self._stop_after = stop_after
         self._stop_while_judged_after = stop_while_judged_after
         self._due_after = due_after
+        self._lost = lost
+        self._unpublished = unpublished
+        self._stop_once = stop_once
         self._done = 0
 
     def restore(self) -> int:
@@ -64,6 +71,8 @@ class Recorder:
         return StepBatch(step=self._done, micro_batches=(), num_loss_tokens=1, num_tokens=2, loss_weight=1)
 
     def update(self, batch: StepBatch) -> StepStats:
+        if batch.step == self._lost:
+            raise StepLost("no teacher has answered")
         self.events.append(f"update {batch.step}")
         self._done = batch.step + 1
         return StepStats(
@@ -80,6 +89,8 @@ class Recorder:
 
     def publish(self, *, version: int) -> None:
         self.events.append(f"publish {version}")
+        if version == self._unpublished:
+            raise StepLost("nobody took it")
 
     def evaluate(self, *, stop: Stop) -> Scores:
         self.events.append("evaluate")
@@ -108,6 +119,8 @@ class Recorder:
         self.events.append(f"judged {done} by {' and '.join(told)}")
 
     def is_wanted(self) -> bool:
+        if self._stop_once is not None:
+            return self._stop_once in self.events
         is_judging = self.events[-1] == "evaluate"
         return self._done == (self._stop_while_judged_after if is_judging else self._stop_after)
 
@@ -295,3 +308,40 @@ def test_a_run_that_is_to_end_while_it_is_judged_at_last_is_complete() -> None:
     recorder = Recorder(stop_while_judged_after=2)
     assert run(recorder.parts(), schedule(2)) == 2
     assert recorder.without_phases()[-2:] == ["scores 2", "export"]
+
+
+def test_a_checkpoint_that_was_due_is_not_written_again_when_the_run_ends_while_it_is_judged() -> None:
+    recorder = Recorder(stop_while_judged_after=2, due_after=2)
+    assert run(recorder.parts(), schedule(4, evaluate_every=2)) == 2
+    assert [event for event in recorder.events if event.startswith("save")] == ["save 2"]
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 3])
+def test_a_step_that_is_lost_ends_the_run_with_the_steps_before_it_in_a_checkpoint(
+    checkpoint_every: int | None,
+) -> None:
+    recorder = Recorder(lost=3)
+    with pytest.raises(StepLost, match="no teacher has answered"):
+        run(recorder.parts(has_held_out=False), schedule(5, checkpoint_every=checkpoint_every))
+    after = [event for event in recorder.without_phases() if event.startswith(("report", "save", "export"))]
+    assert after == ["report 0", "report 1", "report 2", "save 3"]
+
+
+def test_a_step_that_is_lost_when_the_run_is_to_stop_is_only_left_out() -> None:
+    recorder = Recorder(lost=3, stop_once="save 3")
+    assert run(recorder.parts(has_held_out=False), schedule(5)) == 3
+    assert recorder.without_phases()[-1] == "save 3"
+
+
+def test_a_first_step_that_is_lost_leaves_nothing_new() -> None:
+    recorder = Recorder(first=2, lost=2)
+    with pytest.raises(StepLost):
+        run(recorder.parts(has_held_out=False), schedule(5))
+    assert recorder.without_phases() == ["restore", "source at 2", "start 2, not judged"]
+
+
+def test_a_student_that_nobody_takes_ends_the_run_with_its_step_on_record_and_in_a_checkpoint() -> None:
+    recorder = Recorder(unpublished=2)
+    with pytest.raises(StepLost, match="nobody took it"):
+        run(recorder.parts(has_held_out=False, publishes=True), schedule(5))
+    assert recorder.without_phases()[-4:] == ["update 1", "publish 2", "report 1", "save 2"]

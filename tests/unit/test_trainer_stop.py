@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -46,3 +47,28 @@ def test_a_second_signal_kills() -> None:
     ended = subprocess.run([sys.executable, "-c", KILLED_BY_THE_SECOND], capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGINT
     assert ended.stdout == "still here\n"
+
+
+def test_what_is_waited_for_when_patience_ends_is_given_up_again_and_again() -> None:
+    given_up: list[int] = []
+    is_twice = threading.Event()
+
+    def give_up() -> None:
+        given_up.append(len(given_up))
+        if len(given_up) == 2:
+            is_twice.set()
+
+    with StopSignals(patience_s=0.0) as signals:
+        signals.at_last(give_up)
+        assert not is_twice.wait(3 * stop._LOOK_EVERY_S)
+        assert not given_up  # nobody has asked for it
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert is_twice.wait(60)
+
+
+def test_a_run_that_ends_in_time_gives_nothing_up() -> None:
+    given_up: list[int] = []
+    with StopSignals(patience_s=3600.0) as signals:
+        signals.at_last(lambda: given_up.append(1))
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not given_up

@@ -61,6 +61,10 @@ class ServerPool(Generic[F]):
         deadline = Deadline.after(self._deadline_s if within_s is None else within_s)
         self._loop.run(self._fleet.set_asleep, frozenset[SleepTag](), deadline)
 
+    def give_up(self) -> None:
+        """Abort the requests that are under way; whoever waits for one gets Unavailable. Any thread; does not block."""
+        self._loop.abort()
+
     def close(self) -> None:
         """Abort what is under way and end the thread; whoever still waits gets Unavailable. Tensors stay good."""
         if not self._loop.is_closed:

@@ -40,7 +40,7 @@ class PendingSamples:
         try:
             return self._future.result()
         except concurrent.futures.CancelledError:
-            raise Unavailable("the connection to the rollout servers was closed") from None
+            raise Unavailable("the request was given up, or the connection to the rollout servers closed") from None
 
     async def arrive(self) -> list[Sample]:
         """As `wait`, for a coroutine; it is cancelled where the connection is closed."""

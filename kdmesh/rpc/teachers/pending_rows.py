@@ -74,4 +74,4 @@ class PendingRows:
             self._future.cancel()
             raise DeadlineExpired(f"no teacher has answered within {self._longest_wait_s:g} s") from None
         except concurrent.futures.CancelledError:
-            raise Unavailable("the connection to the teachers was closed") from None
+            raise Unavailable("the request was given up, or the connection to the teachers closed") from None

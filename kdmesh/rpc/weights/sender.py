@@ -98,6 +98,7 @@ class WeightSender:
         self._policy = RetryPolicy()
         self._closing = AsyncExitStack()
         self._base: bytes | None = None  # that all servers were left with
+        self._progress: Progress | None = None  # of the version that is published now
         self._loop = BackgroundLoop()
         try:
             self._memory = self._loop.run(self._open)
@@ -191,7 +192,7 @@ class WeightSender:
         is_known = adapter is not None and adapter.base == self._base
         short = update(factors) if is_known else None
         deadline = Deadline.after(self._deadline_s)
-        progress = Progress(update([*tensors, *factors]), short, to, deadline, needed=needed)
+        self._progress = progress = Progress(update([*tensors, *factors]), short, to, deadline, needed=needed)
         while progress.is_unfinished:
             began_s = time.time()
             delivery = self._loop.run(self._begin, progress)
@@ -203,9 +204,15 @@ class WeightSender:
             for link in delivery.links:
                 facts = {"address": link.address, "door": link.door.value}
                 spans.record("weights", begin_s=began_s, end_s=time.time(), is_taken=link.has_committed, **facts)
+        self._progress = None
         left_behind = progress.report()
         self._base = None if adapter is None else adapter.base
         return left_behind
+
+    def give_up(self) -> None:
+        """Try servers no more that have not taken what is published now. Any thread; does not block."""
+        if self._progress is not None:
+            self._progress.deadline = Deadline.after(0)
 
     def close(self) -> None:
         """Give the memory back and end the thread."""

@@ -71,7 +71,7 @@ def built(cfg: TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[t
             warn_of_new_positions(cfg)
         refuse_no_address(cfg)
         data = read_data(cfg, checked, mesh)  # first: what is wrong in files is not to wait for a server
-        teachers = _teachers(cfg, checked, data, mesh, stack)
+        teachers = _teachers(cfg, checked, data, mesh, signals, stack)
         telemetry = stack.enter_context(_telemetry(cfg, teachers, mesh))
         is_shared = teachers is not None and checked.teacher_tokens.shared is None
         vocabulary_size = teachers.vocabulary_size if teachers is not None and is_shared else checked.vocabulary_size
@@ -108,7 +108,7 @@ def built(cfg: TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[t
         torch.manual_seed(cfg.seed + mesh.rank)  # from here on, ranks may draw different numbers
         optimizer = build_optimizer(cfg, student)
         copy = None if teachers is None or cfg.teacher is None else build_copy(teachers.only, student)
-        rollouts = open_rollouts(cfg, student, mesh, stack)
+        rollouts = open_rollouts(cfg, student, mesh, signals, stack)
         source = _source(cfg, checked, data, teachers, rollouts, student, mesh, stack)
         exporters = _exporters(cfg, student, checked, mesh)
         parts = Parts(
@@ -121,8 +121,9 @@ def built(cfg: TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[t
                 steps=data.steps,
                 mesh=mesh,
                 teachers=("",) if teachers is None else teachers.heads.names,
+                outage=None if teachers is None else teachers.outage,
             ),
-            publishers=tuple(_publishers(teachers, copy, student, source, mesh, stack)),
+            publishers=tuple(_publishers(teachers, copy, student, source, mesh, signals, stack)),
             evaluator=build_evaluator(cfg, student, data.held_out, teachers, source, mesh),
             examiner=build_examiner(
                 cfg,
@@ -174,9 +175,11 @@ def built(cfg: TrainerConfig, *, mesh: Mesh, signals: StopSignals) -> Iterator[t
             raise
 
 
-def _teachers(cfg: TrainerConfig, checked: Checked, data: Data, mesh: Mesh, stack: ExitStack) -> Teachers | None:
+def _teachers(
+    cfg: TrainerConfig, checked: Checked, data: Data, mesh: Mesh, signals: StopSignals, stack: ExitStack
+) -> Teachers | None:
     """Open, and fit for the data."""
-    teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, stack=stack)
+    teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, signals=signals, stack=stack)
     if teachers is not None:
         check_fit(cfg, data, teachers)
     return teachers
@@ -253,10 +256,16 @@ def _source(
 
 
 def _publishers(
-    teachers: Teachers | None, copy: TeacherCopy | None, student: Student, source: Source, mesh: Mesh, stack: ExitStack
+    teachers: Teachers | None,
+    copy: TeacherCopy | None,
+    student: Student,
+    source: Source,
+    mesh: Mesh,
+    signals: StopSignals,
+    stack: ExitStack,
 ) -> Iterator[Publisher]:
     if teachers is not None and copy is not None:
-        publisher = build_publisher(teachers.only, copy, student, mesh, stack)
+        publisher = build_publisher(teachers.only, copy, student, mesh, signals, stack)
         yield ScoringPublisher(publisher, source.devices) if isinstance(source, OnPolicySource) else publisher
     if isinstance(source, OnPolicySource):
         yield source

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Set
 from typing import Protocol
 
-from kdmesh.errors import KdmeshError
+from kdmesh.errors import KdmeshError, RpcError
 from kdmesh.models.resting_weights import give_back_memory
 from kdmesh.types import EVERY_TAG, SleepTag
 from kdmesh_trainer.loop import Evaluator, Publisher, Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.stats import Scores
+from kdmesh_trainer.stop import StepLost
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,10 @@ class Servers(Protocol):
 
 
 class Devices(Protocol):
-    """Says what comes next, and returns when the devices are free for it. Collective; nothing may be under way."""
+    """Says what comes next, and returns when the devices are free for it. Collective; nothing may be under way.
+
+    Raises StepLost where somebody does not give them back, or take them.
+    """
 
     @property
     def are_shared(self) -> bool:
@@ -107,7 +111,10 @@ class SharedDevices:
 
         give_back_memory(self._mesh.device)
         self._mesh.gather(None)  # until every rank has: servers lie on the devices of all
-        self._mesh.on_first(call_all)
+        try:
+            self._mesh.on_first(call_all)
+        except RpcError as error:
+            raise StepLost(str(error)) from error
 
 
 class ScoringEvaluator:

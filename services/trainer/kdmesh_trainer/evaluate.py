@@ -21,6 +21,7 @@ from kdmesh_trainer.objectives.objective import CrossEntropy, Distillation, Obje
 from kdmesh_trainer.objectives.spread import spread
 from kdmesh_trainer.sources.batches import MicroBatch, PendingRows
 from kdmesh_trainer.sources.context_rows import ContextRows, asking
+from kdmesh_trainer.sources.outage import Outage
 from kdmesh_trainer.sources.row_queue import RowService
 from kdmesh_trainer.stats import Scores
 from kdmesh_trainer.step import forward
@@ -45,6 +46,7 @@ class HeldOutEvaluator:
         prefetch: int,
         mesh: Mesh,
         parts: Mapping[str, int] | None = None,
+        outage: Outage | None = None,
     ) -> None:
         """
         Args:
@@ -52,6 +54,7 @@ class HeldOutEvaluator:
             max_tokens: of one micro-batch.
             prefetch: micro-batches to ask the teacher for ahead of the one that is judged.
             parts: how many of the sequences are of each of several datasets, in order, by name; None: they are of one.
+            outage: see Tally.
         """
         self._sizes = {"": len(sequences), **(parts or {})}
         rest = iter(sequences)
@@ -67,6 +70,7 @@ class HeldOutEvaluator:
         self._objective = judge if student.share is None else spread(judge, student.share)
         self._prefetch = prefetch
         self._mesh = mesh
+        self._outage = outage
 
     @torch.no_grad()
     def evaluate(self, *, stop: Stop = NEVER) -> Scores:
@@ -75,10 +79,10 @@ class HeldOutEvaluator:
         Raises:
             Stopping: `stop` is wanted, before the end.
             ModelMismatch: the teacher's rows are not all of one weight version.
-            RpcError: rows of the teacher did not come.
+            StepLost: rows of the teacher did not come.
         """
         self._student.eval()
-        tallies = {name: Tally(self._mesh, teachers=self._names) for name in self._sizes}
+        tallies = {name: Tally(self._mesh, teachers=self._names, outage=self._outage) for name in self._sizes}
         for name, micro_batch in self._micro_batches():
             if stop.is_wanted():
                 raise Stopping

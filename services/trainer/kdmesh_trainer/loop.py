@@ -10,14 +10,14 @@ from kdmesh.tracing.spans import span
 from kdmesh_trainer.questions.scores import AnswerScores
 from kdmesh_trainer.sources.batches import Source, StepBatch
 from kdmesh_trainer.stats import Scores, StepStats
-from kdmesh_trainer.stop import NEVER, Stopping
+from kdmesh_trainer.stop import NEVER, StepLost, Stopping
 
 
 class Stepper(Protocol):
     """Turns a batch into an update of the student."""
 
     def update(self, batch: StepBatch) -> StepStats:
-        """One optimizer step. Collective."""
+        """One optimizer step. Collective. Raises StepLost where it cannot be done, and then has changed nothing."""
         ...
 
 
@@ -25,7 +25,7 @@ class Publisher(Protocol):
     """Keeps a copy of the student that somebody else uses while it learns."""
 
     def publish(self, *, version: int) -> None:
-        """Have it be the student as it is now, after `version` steps. Collective."""
+        """Have it be the student as it is now, after `version` steps. Collective. Raises StepLost where it fails."""
         ...
 
 
@@ -169,36 +169,44 @@ def run(parts: Parts, schedule: Schedule) -> int:
 
     Fewer than `schedule.steps` when somebody wanted to stop: then a checkpoint holds
     all of them, and the next run does the rest.
+
+    Raises:
+        StepLost: a service failed; a checkpoint holds the steps before.
     """
-    first = parts.checkpoints.restore()
+    first = kept = parts.checkpoints.restore()  # kept: steps that the newest checkpoint holds
     parts.source.start_at(first)
     parts.telemetry.start(first, schedule.steps, is_judged=schedule.evaluates_at(first))
     # Before anything is sampled: servers that were started anew, or have seen later steps than this, must have these.
     _publish(parts, version=first)
     for step in range(first, schedule.steps):
+        done, unpublished = step + 1, None
         try:
             _evaluate_if_due(parts, schedule, done=step, stop=parts.stop)
-        except Stopping:
-            if step > first and not schedule.saves_at(step):
+            with span("step", step=step), parts.profiler.watching(step):
+                with parts.telemetry.phase("batch"):
+                    batch = parts.source.next_batch()
+                with parts.telemetry.phase("update"):
+                    stats = parts.stepper.update(batch)
+                unpublished = _failure_to_publish(parts, version=done)
+        except (Stopping, StepLost) as left:
+            if step > kept:
                 _save(parts, done=step)
-            return step
-        done = step + 1
-        with span("step", step=step), parts.profiler.watching(step):
-            with parts.telemetry.phase("batch"):
-                batch = parts.source.next_batch()
-            with parts.telemetry.phase("update"):
-                stats = parts.stepper.update(batch)
-            _publish(parts, version=done)
+            if isinstance(left, Stopping) or parts.stop.is_wanted():
+                return step
+            raise
         # Before the checkpoint: a run that dies in between must find this step either to do or on record.
         parts.telemetry.report(step, stats)
         if parts.snapshots is not None and schedule.writes_at(done):
             with parts.telemetry.phase("export"):
                 parts.snapshots.write(done=done)
         is_stopping = parts.stop.is_wanted()
-        if is_stopping or schedule.saves_at(done) or parts.checkpoints.is_due():
+        if unpublished is not None or is_stopping or schedule.saves_at(done) or parts.checkpoints.is_due():
             _save(parts, done=done)
+            kept = done
         if is_stopping and done < schedule.steps:
             return done
+        if unpublished is not None:
+            raise unpublished
     _evaluate_if_due(parts, schedule, done=schedule.steps, stop=NEVER)  # nothing else is left to do
     with parts.telemetry.phase("export"):
         for exporter in parts.exporters:
@@ -215,6 +223,14 @@ def _publish(parts: Parts, *, version: int) -> None:
     for publisher in parts.publishers:
         with parts.telemetry.phase("publish"):
             publisher.publish(version=version)
+
+
+def _failure_to_publish(parts: Parts, *, version: int) -> StepLost | None:
+    try:
+        _publish(parts, version=version)
+    except StepLost as error:
+        return error
+    return None
 
 
 def _evaluate_if_due(parts: Parts, schedule: Schedule, *, done: int, stop: Stop) -> None:

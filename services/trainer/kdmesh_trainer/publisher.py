@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch
+from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch, RpcError
 from kdmesh.models.element_types import element_types
 from kdmesh.models.placement import DTYPES
 from kdmesh.rpc.weights.services import ServedWeights
@@ -21,6 +21,7 @@ from kdmesh.types import DType
 from kdmesh.weights.manifest import BASE_BYTES, AdapterSpec, LowRankSpec, TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.stop import StepLost
 from kdmesh_trainer.student.lora import LowRank
 from kdmesh_trainer.student.model import Student, release
 from kdmesh_trainer.student.weights import StudentWeight, whole, without_aliases
@@ -128,7 +129,8 @@ class StudentPublisher:
         were not there, and not needed.
 
         Raises:
-            KdmeshError: as WeightSender.publish says; on every rank.
+            StepLost: a server that is needed refuses it, or does not take it in time; on every rank.
+            NotFinite, ConfigError: as WeightSender.publish says; on every rank.
         """
         release(self._student)
         if self._dtype is None:
@@ -146,7 +148,8 @@ class StudentPublisher:
             among: addresses of servers that were found to lack it, of which the sender may not know yet.
 
         Raises:
-            KdmeshError: as WeightSender.publish says, but for servers that are not there; on every rank.
+            StepLost: a server refuses it; on every rank.
+            NotFinite, ConfigError: as WeightSender.publish says; on every rank.
         """
         release(self._student)
         outdated = self._mesh.on_first(lambda: self._look_for_outdated(among))
@@ -296,7 +299,8 @@ class TeacherPublisher:
         The first call sends the copy as it is: the teacher may have been started anew, or have seen later steps.
 
         Raises:
-            KdmeshError: as WeightSender.publish says; on every rank.
+            StepLost: a server that is needed refuses it, or does not take it in time; on every rank.
+            NotFinite, ConfigError: as WeightSender.publish says; on every rank.
         """
         before, self._steps_done = self._steps_done, version
         assert before is None or version == before + 1
@@ -306,6 +310,8 @@ class TeacherPublisher:
 
 
 def _agreed(outcome: frozenset[str] | KdmeshError) -> frozenset[str]:
+    if isinstance(outcome, RpcError):  # the student is whole
+        raise StepLost(str(outcome)) from outcome
     if isinstance(outcome, KdmeshError):
         raise outcome
     return outcome

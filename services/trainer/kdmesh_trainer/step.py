@@ -24,9 +24,12 @@ from kdmesh_trainer.objectives.layered import LayeredLoss
 from kdmesh_trainer.objectives.objective import Objective
 from kdmesh_trainer.optimization.learning_rate import learning_rate
 from kdmesh_trainer.optimization.optimizer import set_learning_rate
+from kdmesh_trainer.random_state import random_state, set_random_state
 from kdmesh_trainer.sections.optimizer_config import OptimizerConfig
 from kdmesh_trainer.sources.batches import MicroBatch, PanelRows, StepBatch, copied
+from kdmesh_trainer.sources.outage import Outage
 from kdmesh_trainer.stats import StepStats
+from kdmesh_trainer.stop import StepLost
 from kdmesh_trainer.student.model import LossTotals, Student, begin_micro_batch
 from kdmesh_trainer.student.shards import norm_over_ranks
 from kdmesh_trainer.tally import Tally
@@ -47,8 +50,9 @@ class GradientStepper:
         steps: int,
         mesh: Mesh,
         teachers: Sequence[str] = ("",),
+        outage: Outage | None = None,
     ) -> None:
-        """`teachers` are the names of those that rows may come from; that of the only one is empty."""
+        """`teachers` and `outage` are as Tally has them."""
         self._student = student.train()
         self._objective = objective
         self.optimizer = optimizer
@@ -56,6 +60,7 @@ class GradientStepper:
         self._steps = steps
         self._mesh = mesh
         self._teachers = teachers
+        self._outage = outage
 
     def update(self, batch: StepBatch) -> StepStats:
         """One optimizer step. Collective.
@@ -63,21 +68,28 @@ class GradientStepper:
         Raises:
             NotFinite: the loss or its gradient is not finite; every rank raises it.
             ModelMismatch: the teacher's rows are not all of one weight version.
-            RpcError: rows of the teacher did not come.
+            StepLost: rows of the teacher did not come; every rank raises it.
 
-            After any of these the weights are as they were before, and the run is over.
+            After any of these the weights are as they were before, and the run is over. After StepLost, so are random
+            states: a checkpoint may be written.
 
         A batch without weight, of which every rank has the same, changes nothing.
         """
         rate = learning_rate(self._config, step=batch.step, steps=self._steps)
         if batch.loss_weight == 0:
             return self._skipped(batch, rate)
+        random = random_state(self._mesh.device)
         tally = self.accumulate(batch)
         trained = self._student.parameters_apart()
         with record_function("gradient norm"):
             norms = [_gradient_norm(parameters) for parameters in trained]
-        with record_function("figures of all ranks"):
-            totals, (gradient_norm, *others) = tally.over_all_ranks(*norms)
+        try:
+            with record_function("figures of all ranks"):
+                totals, (gradient_norm, *others) = tally.over_all_ranks(*norms)
+        except StepLost:
+            self.optimizer.zero_grad(set_to_none=True)
+            set_random_state(random, self._mesh.device)
+            raise
         loss = totals.loss / batch.num_loss_tokens
         if not all(math.isfinite(number) for number in (loss, gradient_norm, *others)):
             raise NotFinite(
@@ -117,7 +129,7 @@ class GradientStepper:
         if not self._student.training:  # an evaluation came before
             self._student.train()
         self.optimizer.zero_grad(set_to_none=True)
-        tally = Tally(self._mesh, teachers=self._teachers)
+        tally = Tally(self._mesh, teachers=self._teachers, outage=self._outage)
         objective = self._objective.at(batch.step)
         mean_weight = batch.loss_weight / batch.num_loss_tokens
         scale = self._mesh.world_size / batch.num_loss_tokens

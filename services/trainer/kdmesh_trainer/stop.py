@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from kdmesh.errors import KdmeshError
 
 if TYPE_CHECKING:
     from kdmesh_trainer.mesh import Mesh
@@ -14,20 +18,35 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A terminal's Ctrl-C reaches a rank twice at once, directly and through torchrun: that is one wish, not two.
 _SAME_WISH_S = 1.0
+# Who stops this run may have stopped its servers with it; and 30 s after the signal many would kill it.
+_PATIENCE_S = 15.0
+_LOOK_EVERY_S = 0.2
 
 
 class Stopping(Exception):
     """Raised on every rank: somebody wants the run to end, and what they do together need not be finished."""
 
 
+class StepLost(KdmeshError):
+    """Raised on every rank: what one of them waited for does not come, so what they do together is left undone."""
+
+
 class StopSignals:
     """Remembers the first SIGTERM or SIGINT; a second one kills this process at once.
 
-    A context manager, on the main thread only.
+    What is still waited for when patience ends is given up. A context manager, on the main thread only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience_s: float = _PATIENCE_S) -> None:
         self._asked_at_s: float | None = None
+        self._patience_s = patience_s
+        self._waits: list[Callable[[], None]] = []
+        self._is_over = threading.Event()
+        self._clock = threading.Thread(target=self._watch, name="kdmesh patience", daemon=True)
+
+    def at_last(self, give_up: Callable[[], None]) -> None:
+        """Have this called in another thread, again and again, from `patience_s` after a signal to the run's end."""
+        self._waits.append(give_up)
 
     @property
     def is_asked(self) -> bool:
@@ -36,11 +55,21 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         self._previous = [signal.signal(number, self._on_signal) for number in _SIGNALS]
+        self._clock.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._clock.join()
         for number, handler in zip(_SIGNALS, self._previous, strict=True):
             signal.signal(number, handler)
+
+    def _watch(self) -> None:
+        # It looks, and is not told: a signal may come while its thread holds the lock of whatever would tell.
+        while not self._is_over.wait(_LOOK_EVERY_S):
+            if self._asked_at_s is not None and time.monotonic() - self._asked_at_s >= self._patience_s:
+                for give_up in self._waits:
+                    give_up()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()

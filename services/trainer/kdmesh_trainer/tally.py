@@ -15,6 +15,7 @@ from kdmesh.models.packing import moved
 from kdmesh_trainer.data.encoding.sides import Int64Array, answered_rows, teacher_side
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.batches import MicroBatch, PanelPart, PanelRows, TeacherRows
+from kdmesh_trainer.sources.outage import Outage
 from kdmesh_trainer.stats import SampleScores, TeacherFigures
 from kdmesh_trainer.student.model import LossTotals
 
@@ -111,9 +112,14 @@ _NUM_OWN = len(_Teacher("").own())
 class Tally:
     """This rank's part of a step or an evaluation."""
 
-    def __init__(self, mesh: Mesh, *, teachers: Sequence[str] = ("",)) -> None:
-        """`teachers` are the names of those that rows may come from; that of the only one is empty."""
+    def __init__(self, mesh: Mesh, *, teachers: Sequence[str] = ("",), outage: Outage | None = None) -> None:
+        """
+        Args:
+            teachers: names of those that rows may come from; that of the only one is empty.
+            outage: of these; None: rows that do not come are raised where they are waited for.
+        """
         self._mesh = mesh
+        self._outage = outage or Outage()
         self._teachers = {name: _Teacher(name) for name in teachers}
         self._sums_5 = torch.zeros(5, dtype=torch.float64, device=mesh.device)
         self._samples_4 = torch.zeros(4, dtype=torch.float64, device=mesh.device)
@@ -196,18 +202,21 @@ class Tally:
         The one place where a step waits for the device.
 
         Raises:
+            StepLost: rows of a rank did not come.
             ModelMismatch: another rank's rows have another weight version. Not every rank notices.
         """
         own = [self._num_diverging, self._num_labelled, self._num_overlapping, self._num_sampled, self._num_compared]
-        own += [self._num_preferring, self._num_weighed, self._num_layered]
+        own += [self._num_preferring, self._num_weighed, self._num_layered, self._outage.has_begun]
         seen = [number for teacher in self._teachers.values() for number in teacher.own()]
         counted = self._sums_5.new_tensor([*own, *seen])
         sums = self._mesh.sum(torch.cat([self._sums_5, self._samples_4, self._layered_1, counted]))
         # A norm of gradients that the host keeps is there too.
         values = torch.cat([sums, *(value.to(sums).reshape(1) for value in more)]).tolist()
+        if values[18]:
+            self._outage.leave(self._mesh)
         teachers = {
             name: teacher.figures(values[first : first + _NUM_OWN], ranks=self._mesh.world_size)
-            for (name, teacher), first in zip(self._teachers.items(), range(18, len(sums), _NUM_OWN), strict=True)
+            for (name, teacher), first in zip(self._teachers.items(), range(19, len(sums), _NUM_OWN), strict=True)
         }
         totals = Totals(
             loss=values[0],

@@ -50,6 +50,7 @@ def build_evaluator(
         student,
         [sequence for sequences in held_out.values() for sequence in sequences],
         parts={name: len(sequences) for name, sequences in held_out.items() if name},
+        outage=None if teachers is None else teachers.outage,
         teacher=None if teachers is None else teachers.final_rows,
         teacher_head=None if teachers is None else teachers.heads,
         max_tokens=cfg.batch.max_tokens,

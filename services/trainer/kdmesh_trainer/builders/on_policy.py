@@ -274,7 +274,7 @@ def _early(cfg: TrainerConfig, source: OnPolicy, teachers: Teachers) -> EarlySer
     def of_one(teacher: Teacher) -> EarlyRows:
         size_bytes = source.early_rows_mib * 2**20 // len(teachers.by_name)
         return EarlyRows(
-            teacher.pool,
+            teacher.rows,
             most_rows=0 if source.colocated else size_bytes // teacher.pool.row_bytes(),
             is_frozen=cfg.teacher_update_every is None,
         )

@@ -16,6 +16,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.publisher import StudentPublisher
 from kdmesh_trainer.sections.rollouts_config import RolloutsConfig
 from kdmesh_trainer.sections.source_config import OnPolicy
+from kdmesh_trainer.stop import StopSignals
 from kdmesh_trainer.student.model import Student
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,14 @@ class Rollouts:
     publisher: StudentPublisher
 
 
-def open_rollouts(cfg: TrainerConfig, student: Student, mesh: Mesh, stack: ExitStack) -> Rollouts | None:
+def open_rollouts(
+    cfg: TrainerConfig, student: Student, mesh: Mesh, signals: StopSignals, stack: ExitStack
+) -> Rollouts | None:
     """Those that sample for the run, or else answer its questions; connections are closed with `stack`. Collective.
 
     Args:
         student: sharded.
+        signals: that end the wait for samples, and for servers to take weights.
 
     Returns:
         None for a run without such servers.
@@ -62,6 +66,9 @@ def open_rollouts(cfg: TrainerConfig, student: Student, mesh: Mesh, stack: ExitS
     )
     where = pool.addresses if rollouts.has_names else rollouts.addresses
     sender = stack.enter_context(_weight_sender(where, rollouts, student, mesh)) if mesh.is_first else None
+    signals.at_last(pool.give_up)
+    if sender is not None:
+        signals.at_last(sender.give_up)
     publisher = StudentPublisher(student, sender, policy=policy, mesh=mesh, needed=1, come_and_go=rollouts.has_names)
     return Rollouts(pool=pool, publisher=publisher)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kdmesh.rpc.fleet.routing import RoutingPolicy
+from kdmesh.rpc.teachers.pending_rows import PendingRows
 from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.rpc.weights.sender import WeightSender
 from kdmesh.rpc.weights.services import TEACHERS
+from kdmesh.types import TokenSequence
 from kdmesh.weights.buckets import bucket_size
 from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer.config import TrainerConfig
@@ -19,6 +22,9 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.publisher import StudentPublisher, TeacherPublisher
 from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sections.teacher_config import TeacherConfig, teacher_key
+from kdmesh_trainer.sources.early_rows import KeepingService
+from kdmesh_trainer.sources.outage import LenientRows, Outage
+from kdmesh_trainer.stop import StopSignals
 from kdmesh_trainer.student.model import Student
 from kdmesh_trainer.teacher_copy import TeacherCopy
 
@@ -33,6 +39,8 @@ class Teacher:
     cfg: TeacherConfig
     job: str  # whose connection it is
     pool: TeacherPool
+    rows: KeepingService
+    final_rows: KeepingService  # without the outputs of layers: what a student is judged by
     vocabulary_size: int  # real tokens that it shares with the student
 
     def identity(self) -> dict[str, str]:
@@ -55,6 +63,8 @@ def open_teacher(
     tokenizer_fingerprint: str,
     vocabulary_size: int,
     mesh: Mesh,
+    signals: StopSignals,
+    outage: Outage,
     stack: ExitStack,
 ) -> Teacher:
     """A connection to each of its servers, closed with `stack`. Collective.
@@ -63,6 +73,8 @@ def open_teacher(
         name: among `teachers`; that of `teacher` is empty.
         tokenizer_fingerprint: that the teacher must have.
         vocabulary_size: real tokens of the tokenizer that it must have.
+        signals: that end the wait for rows.
+        outage: what becomes of rows that do not come.
 
     Raises:
         ModelMismatch: the teacher does not fit the student, or this job.
@@ -94,7 +106,28 @@ def open_teacher(
     size = common_vocabulary(model, tokenizer_fingerprint=tokenizer_fingerprint, vocabulary_size=vocabulary_size)
     facts = {"key": key, "teacher": model.name, "fingerprint": model.model_fingerprint, "dtype": model.dtype.value}
     log.info("teacher found", extra={**facts, "vocabulary_size": size})
-    return Teacher(key=key, cfg=teacher, job=cfg.job_name, pool=pool, vocabulary_size=size)
+    signals.at_last(pool.give_up)
+    rows = LenientRows(pool, outage)
+    return Teacher(
+        key=key,
+        cfg=teacher,
+        job=cfg.job_name,
+        pool=pool,
+        rows=rows,
+        final_rows=rows if cfg.layers is None else LenientRows(_FinalRows(pool), outage),
+        vocabulary_size=size,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _FinalRows:
+    """A KeepingService that leaves out the outputs of layers."""
+
+    pool: TeacherPool
+
+    def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> PendingRows:
+        """See KeepingService."""
+        return self.pool.submit(sequences, keep=keep, has_layers=False)
 
 
 def build_copy(teacher: Teacher, student: Student) -> TeacherCopy | None:
@@ -114,10 +147,12 @@ def build_copy(teacher: Teacher, student: Student) -> TeacherCopy | None:
 
 
 def build_publisher(
-    teacher: Teacher, copy: TeacherCopy, student: Student, mesh: Mesh, stack: ExitStack
+    teacher: Teacher, copy: TeacherCopy, student: Student, mesh: Mesh, signals: StopSignals, stack: ExitStack
 ) -> TeacherPublisher:
     """What brings `copy` to the teacher; its connections are closed with `stack`."""
     sender = stack.enter_context(_weight_sender(teacher, student, mesh)) if mesh.is_first else None
+    if sender is not None:
+        signals.at_last(sender.give_up)
     sending = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh, weights=copy.weights)
     return TeacherPublisher(copy, sending, teacher.pool)
 

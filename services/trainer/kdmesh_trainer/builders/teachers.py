@@ -11,8 +11,6 @@ import torch
 from kdmesh.errors import ConfigError
 from kdmesh.losses import OutputHead
 from kdmesh.rpc.teachers.needs import Needs
-from kdmesh.rpc.teachers.pending_rows import PendingRows
-from kdmesh.rpc.teachers.pool import TeacherPool
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.builders.teacher import Teacher, open_teacher
 from kdmesh_trainer.config import TrainerConfig
@@ -26,8 +24,10 @@ from kdmesh_trainer.objectives.head import Heads, TeacherHead
 from kdmesh_trainer.objectives.panel_heads import PanelHeads
 from kdmesh_trainer.sections.objective_config import Distill
 from kdmesh_trainer.sections.teacher_config import teacher_key
+from kdmesh_trainer.sources.outage import Outage
 from kdmesh_trainer.sources.panel import Panel
 from kdmesh_trainer.sources.row_queue import RowService
+from kdmesh_trainer.stop import StopSignals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,7 @@ class Teachers:
     prefetch: int  # micro-batches
     vocabulary_size: int  # real tokens that all of them share with the student
     image_expansion: str  # as TeacherTokens has it
+    outage: Outage
 
     @property
     def only(self) -> Teacher:
@@ -50,7 +51,7 @@ class Teachers:
     @property
     def final_rows(self) -> RowService:
         """As `rows`, of final hidden states alone: what a student is judged by."""
-        return _FinalRows(self.by_name[""].pool) if "" in self.by_name else self.rows  # several have no others
+        return self.by_name[""].final_rows if "" in self.by_name else self.rows  # several have no others
 
     def doors(self) -> dict[str, str]:
         """Through which rows come now, and why through these."""
@@ -93,17 +94,6 @@ class Teachers:
                 check_lengths(dataset, tokens=most.tokens, rows=most.rows, teacher=model)
 
 
-@dataclass(frozen=True, slots=True)
-class _FinalRows:
-    """A RowService that leaves out the outputs of layers."""
-
-    pool: TeacherPool
-
-    def submit(self, sequences: Sequence[TokenSequence]) -> PendingRows:
-        """See RowService."""
-        return self.pool.submit(sequences, has_layers=False)
-
-
 def _rounded(head: OutputHead, dtype: torch.dtype) -> OutputHead:
     bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
     return replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=bias_V)
@@ -125,11 +115,14 @@ def refuse_no_address(cfg: TrainerConfig) -> None:
             raise ConfigError(said)
 
 
-def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stack: ExitStack) -> Teachers | None:
+def open_teachers(
+    cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, signals: StopSignals, stack: ExitStack
+) -> Teachers | None:
     """None when nobody would ask one anything: without a section, and for SFT without held-out data.
 
     Args:
         tokens: of every teacher.
+        signals: that end the wait for rows.
 
     Raises:
         ConfigError: no address is given.
@@ -139,6 +132,7 @@ def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stac
     refuse_no_address(cfg)
     if not cfg.asked_teachers:
         return None
+    outage = Outage()
     teachers = {
         name: open_teacher(
             cfg,
@@ -146,6 +140,8 @@ def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stac
             tokenizer_fingerprint=tokens.fingerprint,
             vocabulary_size=tokens.size,
             mesh=mesh,
+            signals=signals,
+            outage=outage,
             stack=stack,
         )
         for name in cfg.all_teachers
@@ -159,13 +155,14 @@ def open_teachers(cfg: TrainerConfig, *, tokens: TeacherTokens, mesh: Mesh, stac
     is_panel = bool(cfg.teachers)
     return Teachers(
         by_name=teachers,
-        rows=Panel({name: teacher.pool for name, teacher in teachers.items()}, asks_all=weights is not None)
+        rows=Panel({name: teacher.rows for name, teacher in teachers.items()}, asks_all=weights is not None)
         if is_panel
-        else teachers[""].pool,
+        else teachers[""].rows,
         heads=PanelHeads(heads, weights=weights) if is_panel else heads[""],
         prefetch=max(teacher.prefetch for teacher in cfg.all_teachers.values()),
         vocabulary_size=size,
         image_expansion=tokens.image_expansion,
+        outage=outage,
     )
 
 

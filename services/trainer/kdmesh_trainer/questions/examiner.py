@@ -36,7 +36,7 @@ class AskedWeights(Protocol):
         """Have the servers be the student after `done` steps; its weight version, 0 for whichever. Collective.
 
         Raises:
-            RpcError: a server did not take the weights.
+            StepLost: a server did not take the weights.
         """
         ...
 
@@ -122,7 +122,7 @@ class Examiner:
 
         Raises:
             Stopping: `stop` is wanted, before the end.
-            RpcError: answers did not come.
+            StepLost: answers did not come.
             CheckpointError: what was answered cannot be written.
         """
         version = self._weights.bring(done=done)

@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 from kdmesh.errors import CheckpointError
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.optimization.rounded_moments import bytes_in_files, has_rounded, widened
+from kdmesh_trainer.random_state import random_state, set_random_state
 from kdmesh_trainer.saved_config import (
     COMPLETE,
     STATE,
@@ -106,7 +106,8 @@ class CheckpointDirectory:
         except CheckpointException as error:
             raise unreadable(directory, _cause(error)) from error
         if "random" in state:
-            self._set_random_state(state["random"])
+            saved_state = {name.rpartition("-")[0]: value for name, value in state["random"].items()}
+            set_random_state(saved_state, self._mesh.device)
         self._mesh.on_first(self._remove_oldest)
         log.info("continuing from a checkpoint", extra={"step": next_step, "path": str(directory)})
         return next_step
@@ -231,15 +232,7 @@ class CheckpointDirectory:
             del moments[name], self._optimizer.state[parameters[name]]
 
     def _random_state(self) -> dict[str, Tensor]:
-        state = {f"cpu-{self._mesh.rank}": torch.get_rng_state()}
-        if self._mesh.device.type == "cuda":
-            state[f"cuda-{self._mesh.rank}"] = torch.cuda.get_rng_state(self._mesh.device)
-        return state
-
-    def _set_random_state(self, state: Mapping[str, Tensor]) -> None:
-        torch.set_rng_state(state[f"cpu-{self._mesh.rank}"])
-        if f"cuda-{self._mesh.rank}" in state:
-            torch.cuda.set_rng_state(state[f"cuda-{self._mesh.rank}"], self._mesh.device)
+        return {f"{kind}-{self._mesh.rank}": state for kind, state in random_state(self._mesh.device).items()}
 
     def _not_written(self, path: Path, needed_bytes: int, why: str) -> CheckpointError:
         existing = next(parent for parent in (self._path, *self._path.parents) if parent.exists())

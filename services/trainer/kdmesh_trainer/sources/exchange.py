@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Collection
 from typing import TypeAlias
 
-from kdmesh.errors import ModelMismatch
+from kdmesh.errors import KdmeshError, ModelMismatch
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.sources.shares import Share
+from kdmesh_trainer.stop import StepLost
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +30,11 @@ def exchange(sampler: Sampler, step: int, *, what: str, mesh: Mesh, bring_again:
 
     Raises:
         ModelMismatch: servers refuse although they got the weights again.
-        RpcError: samples will not come.
+        StepLost: the samples of a rank will not come, or cannot be used.
     """
     num_refused = 0
     while True:
-        shares = mesh.gather(sampler.collect(step))
+        shares = _whole_or_lost(mesh.gather(_collected(sampler, step)))
         if all(share.is_whole for share in shares):
             return shares
         refusals = [share.refusal for share in shares if share.refusal]
@@ -45,3 +46,18 @@ def exchange(sampler: Sampler, step: int, *, what: str, mesh: Mesh, bring_again:
         bring_again({address for share in shares for address in share.outdated})
         sampler.ask_again(step)
     raise ModelMismatch(f"{what} could not be sampled although the servers got the weights again: {refusals[0]}")
+
+
+def _collected(sampler: Sampler, step: int) -> Share | KdmeshError:
+    """What this rank has for the others; never raised here, while they wait for it."""
+    try:
+        return sampler.collect(step)
+    except KdmeshError as error:
+        return error
+
+
+def _whole_or_lost(collected: list[Share | KdmeshError]) -> list[Share]:
+    for each in collected:
+        if isinstance(each, KdmeshError):
+            raise StepLost(str(each)) from each
+    return [each for each in collected if isinstance(each, Share)]

@@ -110,7 +110,7 @@ class OnPolicySource:
         """Bring the student to those who sample, and ask for what may now be sampled. Collective.
 
         Raises:
-            RpcError: a server did not take the weights.
+            StepLost: a server did not take the weights.
         """
         self.devices.publish()
         self._weights.publish(version=version)
@@ -126,8 +126,8 @@ class OnPolicySource:
             ModelMismatch: a sample began on weights that its step does not allow.
             EngineFailure: what a server sent is not what was asked for.
             JudgeFailed: on every sample of a step.
-            EnvironmentFailed: on a sample; or no episode of a step could have a second turn.
-            RpcError: samples did not come.
+            EnvironmentFailed: no episode of a step could have a second turn.
+            StepLost: samples did not come, or the environment failed on one.
         """
         self._early.allow(self._rows.begin(self._next_given))
         self._next_given += 1

@@ -75,7 +75,7 @@ class WeightPublisher(Protocol):
         """Have every server that is there serve the student as it is now, after `version` steps. Collective.
 
         Raises:
-            RpcError: none took it within the deadline, or one refused it.
+            StepLost: none took it within the deadline, or one refused it.
         """
         ...
 
@@ -86,7 +86,7 @@ class WeightPublisher(Protocol):
             among: addresses of servers that were found to lack it; the same on every rank.
 
         Raises:
-            RpcError: one refused it.
+            StepLost: one refused it.
         """
         ...
 
