@@ -8,8 +8,6 @@ from kdmesh.config import StrictModel
 from kdmesh_trainer.sections.questions_config import QuestionsConfig
 from kdmesh_trainer.sections.rollouts_config import RolloutsConfig
 
-_MOST_STEPS = 99_999_999  # names of checkpoints have eight digits
-
 
 class EvaluationConfig(StrictModel):
     """On held-out data, and by questions; both also before the first step and after the last."""
