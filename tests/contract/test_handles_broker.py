@@ -31,7 +31,7 @@ from tests.support.handles_slab import answer, slab, states
 
 
 async def door_to(store: SlabStore) -> tuple[ShmDoor, bytes]:
-    session = store.open_session("job").token
+    session = store.open_session("job")
     return await ShmDoor.connect(store.socket_path, session, store.nonce), session
 
 
@@ -104,7 +104,7 @@ async def test_socket_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
 async def test_socket_may_lie_deeper_than_its_address_may_be_long(tmp_path: Path) -> None:
     deep = tmp_path / ("x" * 120)
     async with slab(deep) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         door = await ShmDoor.connect(store.socket_path, session, store.nonce)
         door.close()
         with pytest.raises(ConfigError, match="a live server"):
@@ -126,7 +126,7 @@ async def test_other_users_are_turned_away(tmp_path: Path, monkeypatch: pytest.M
 
 async def test_server_with_another_nonce_is_another_server(tmp_path: Path) -> None:
     async with slab(tmp_path) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         with pytest.raises(Unavailable, match="another server"):
             await ShmDoor.connect(store.socket_path, session, bytes(16))
         assert store.is_open(session)  # it may use another door
@@ -178,7 +178,7 @@ async def test_client_that_talks_garbage_loses_its_slots_and_nobody_else(tmp_pat
         handle, expected = answer(store, session, seed=1)
         tensor = await door.fetch(handle)
         for length in (1, 27, 28, 29, 63, 64, 2000):
-            other = store.open_session("garbage").token
+            other = store.open_session("garbage")
             taken, _ = answer(store, other, seed=2)
             with raw(store) as sock:
                 sock.send(Request(Op.HELLO, VERSION, 0, other).pack())
@@ -196,7 +196,7 @@ async def test_client_that_talks_garbage_loses_its_slots_and_nobody_else(tmp_pat
 
 async def test_client_that_never_listens_is_hung_up_on(tmp_path: Path) -> None:
     async with slab(tmp_path) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         with raw(store) as sock:
             sock.send(Request(Op.HELLO, VERSION, 0, session).pack())
             claim = Request(Op.CLAIM, 0, 1, bytes(16)).pack()
@@ -209,7 +209,7 @@ async def test_broker_out_of_descriptors_accepts_later(tmp_path: Path, monkeypat
     monkeypatch.setattr(broker, "_ACCEPT_AGAIN_S", 0.05)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with slab(tmp_path) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         with raw(store) as sock:
             used = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(used, sock.fileno() + 1), hard))
@@ -316,7 +316,7 @@ async def test_fetch_fails_when_the_server_goes(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "broker.sock"))
         listener.listen()
         async with slab(tmp_path / "real") as store:
-            session = store.open_session("job").token
+            session = store.open_session("job")
             handle, _ = answer(store, session, seed=1)
         connecting = asyncio.create_task(ShmDoor.connect(tmp_path / "broker.sock", session, bytes(16)))
         server, _ = await asyncio.get_running_loop().sock_accept(listener)

@@ -32,7 +32,7 @@ def consumers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consumers]:
 @contextlib.asynccontextmanager
 async def client(consumers: Consumers, store: SlabStore, job: str = "job") -> AsyncIterator[tuple[Consumer, bytes]]:
     """A consumer process with a session and an open door."""
-    session = store.open_session(job).token
+    session = store.open_session(job)
     async with consumers.one() as consumer:
         await consumer.connect(store.socket_path, session, store.nonce)
         yield consumer, session
@@ -74,7 +74,7 @@ async def test_answer_in_memory_that_is_mapped_needs_no_claim(tmp_path: Path, co
         assert await consumer.ask("fetch", handle=second) == expected
         await consumer.ask("drop")
         assert await until(lambda: states(store) == {"free": 1}) < 1
-        other = store.open_session("job").token  # which has no door, and so nothing mapped
+        other = store.open_session("job")  # which has no door, and so nothing mapped
         foreign, _ = answer(store, other, seed=3)
         assert not foreign.is_claimed
 
@@ -95,7 +95,7 @@ async def test_consumer_killed_before_it_looks_gives_a_claimed_answer_back(
 
 async def test_wrong_handles_are_gone_and_the_door_goes_on(tmp_path: Path, consumers: Consumers) -> None:
     async with slab(tmp_path) as store, client(consumers, store) as (consumer, session):
-        other = store.open_session("other").token
+        other = store.open_session("other")
         foreign, _ = answer(store, other, seed=1)
         handle, expected = answer(store, session, seed=2)
         fields = {name: getattr(handle, name) for name in ("offset_bytes", "rows", "cols", "dtype")}
@@ -177,7 +177,7 @@ async def test_silent_consumer_keeps_right_bytes_and_its_credit_comes_back(
         assert store.snapshot().orphans == 1
         assert not store.is_open(session)
 
-        other = store.open_session("other").token
+        other = store.open_session("other")
         for seed in range(2, 10):  # into the slot's new memory
             store.keep_alive(other)
             new, _ = answer(store, other, seed)

@@ -27,7 +27,7 @@ from tests.support.handles_slab import SLOT_BYTES, answer, slab, states
 
 async def test_stream_reads_what_was_written(tmp_path: Path) -> None:
     async with slab(tmp_path) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         handle, expected = answer(store, session, seed=1)
         for _ in range(2):
             with store.reading(session, handle) as view:
@@ -40,7 +40,7 @@ async def test_stream_reads_what_was_written(tmp_path: Path) -> None:
 
 async def test_handle_that_says_something_else_is_refused(tmp_path: Path) -> None:
     async with slab(tmp_path) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         handle, _ = answer(store, session, seed=1)
         (shared,) = await store.add_shared_segment(
             [Matrix(data=memoryview(bytes(64)), rows=4, cols=4, dtype=DType.FLOAT32)]
@@ -67,7 +67,7 @@ def shared(value: float) -> list[Matrix]:
 
 async def test_a_retired_segment_stays_for_those_who_were_lent_it_and_goes_with_the_last(tmp_path: Path) -> None:
     async with slab(tmp_path) as store:
-        one, other, stranger = (store.open_session("job").token for _ in range(3))
+        one, other, stranger = (store.open_session("job") for _ in range(3))
         handles = await store.add_shared_segment(shared(1))
         store.lend(one, handles)
         store.lend(other, handles)
@@ -86,7 +86,7 @@ async def test_a_retired_segment_stays_for_those_who_were_lent_it_and_goes_with_
 
 async def test_a_session_holds_one_shared_segment_and_no_number_is_used_twice(tmp_path: Path) -> None:
     async with slab(tmp_path) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         numbers, sizes = [], set()
         for value in range(4):
             handles = await store.add_shared_segment(shared(value))
@@ -103,11 +103,11 @@ async def test_a_session_holds_one_shared_segment_and_no_number_is_used_twice(tm
 
 async def test_slot_is_not_written_while_a_stream_reads_it(tmp_path: Path) -> None:
     async with slab(tmp_path, slots=1, lease_s=0.1) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         handle, expected = answer(store, session, seed=1)
         with store.reading(session, handle) as view:
             await until(lambda: not store.is_open(session))  # it was silent
-            other = store.open_session("other").token
+            other = store.open_session("other")
             assert store.try_acquire(other) is None
             assert digest(view) == expected
         assert store.try_acquire(other) is not None
@@ -118,7 +118,7 @@ async def test_waiting_scheduler_is_told_once_of_slots_that_come_free_together(t
         calls = list[str]()
         store.on_free = lambda: calls.append("free")
         store.on_session_end = lambda end: calls.append("end" if end.token == first else "other")
-        first = store.open_session("job").token
+        first = store.open_session("job")
         answer(store, first, seed=1)
         answer(store, first, seed=2)
         store.close_session(first)
@@ -130,7 +130,7 @@ async def test_waiting_scheduler_is_told_once_of_slots_that_come_free_together(t
 
 async def test_unclaimed_answer_ends_in_time(tmp_path: Path) -> None:
     async with slab(tmp_path, claim_s=0.1) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         handle, _ = answer(store, session, seed=1)
         assert 0.1 < await until(lambda: states(store) == {"free": 2}) < 1
         with pytest.raises(HandleGone), store.reading(session, handle):
@@ -140,7 +140,7 @@ async def test_unclaimed_answer_ends_in_time(tmp_path: Path) -> None:
 
 async def test_session_lives_while_it_is_kept_alive(tmp_path: Path) -> None:
     async with slab(tmp_path, lease_s=0.2) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         loop = asyncio.get_running_loop()
         end = loop.time() + 0.5
         while loop.time() < end:
@@ -155,7 +155,7 @@ async def test_session_lives_while_it_is_kept_alive(tmp_path: Path) -> None:
 
 async def test_loop_that_stood_still_does_not_end_sessions(tmp_path: Path) -> None:
     async with slab(tmp_path, lease_s=0.5) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         await asyncio.sleep(0)  # the sweep has begun to wait
         time.sleep(0.8)  # noqa: ASYNC251  nobody could be heard
         await asyncio.sleep(0.1)
@@ -164,7 +164,7 @@ async def test_loop_that_stood_still_does_not_end_sessions(tmp_path: Path) -> No
 
 async def test_answer_to_a_session_that_ended_is_taken_back(tmp_path: Path) -> None:
     async with slab(tmp_path, slots=1) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         lease = store.try_acquire(session)
         assert lease is not None
         store.close_session(session)
@@ -178,7 +178,7 @@ async def test_answer_to_a_session_that_ended_is_taken_back(tmp_path: Path) -> N
 
 async def test_lease_that_has_ended_writes_no_more(tmp_path: Path) -> None:
     async with slab(tmp_path, slots=2) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         published, cancelled = store.try_acquire(session), store.try_acquire(session)
         assert published is not None and cancelled is not None
         store.publish(published, rows=1, cols=1, dtype=DType.FLOAT32)
@@ -205,7 +205,7 @@ async def test_another_process_is_shown_every_memory_that_it_may_have_to_write(t
     other = OtherProcess()
     async with slab(tmp_path, slots=2, writer=other) as store:
         assert len(other.segments) == 2
-        session = store.open_session("job").token
+        session = store.open_session("job")
         lease = store.try_acquire(session)
         assert lease is not None
         replaced = lease.segment
@@ -225,7 +225,7 @@ async def test_after_a_change_of_writer_no_slot_is_lent_with_the_old_memory_and_
     tmp_path: Path,
 ) -> None:
     async with slab(tmp_path, slots=3) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         door = await ShmDoor.connect(store.socket_path, session, store.nonce)
         held, expected = answer(store, session, seed=1)
         tensor = await door.fetch(held)
@@ -260,7 +260,7 @@ async def test_slot_without_new_memory_stays_out_of_service_until_there_is_some(
         return await create_segment_in_thread(size_bytes)
 
     async with slab(tmp_path, slots=1, lease_s=0.2) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         door = await ShmDoor.connect(store.socket_path, session, store.nonce)
         handle, expected = answer(store, session, seed=1)
         tensor = await door.fetch(handle)
@@ -290,7 +290,7 @@ async def test_everything_goes_with_the_store(tmp_path: Path) -> None:
     before = mapped()
     with nothing_left_open():
         async with slab(tmp_path, slots=3) as store:
-            session = store.open_session("job").token
+            session = store.open_session("job")
             door = await ShmDoor.connect(store.socket_path, session, store.nonce)
             handle, _ = answer(store, session, seed=1)
             await store.add_shared_segment([Matrix(data=memoryview(bytes(64)), rows=4, cols=4, dtype=DType.FLOAT32)])

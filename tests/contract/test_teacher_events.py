@@ -127,7 +127,7 @@ class Clients:
 
     def open(self) -> None:
         job = self.rng.choice("abc")
-        self.sessions[self.store.open_session(job).token] = job
+        self.sessions[self.store.open_session(job)] = job
 
     def close(self) -> None:
         self.store.close_session(self.rng.choice(list(self.sessions)))

@@ -33,7 +33,7 @@ class Server:
     def __init__(self, store: SlabStore, memory: RdmaMemory) -> None:
         self.store = store
         self.memory = memory
-        self.session = store.open_session("job").token
+        self.session = store.open_session("job")
         self.lie: Callable[[RemoteMemory], RemoteMemory] = lambda memory: memory
         self.before_end: Callable[[], Awaitable[None]] | None = None
 

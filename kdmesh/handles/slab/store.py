@@ -1,7 +1,7 @@
 """The slab of a server: slots of shared memory, lent to sessions.
 
     async with SlabStore(limits, socket_path=path) as store:  # makes the memory, starts the broker
-        session = store.open_session("job").token
+        session = store.open_session("job")
         lease = store.try_acquire(session)  # None: no credit; on_free tells when to ask again
         engine_writes(lease.buffer[:n])
         handle = store.publish(lease, rows=rows, cols=cols, dtype=dtype)
@@ -48,14 +48,6 @@ from kdmesh.handles.slab.shared import Matrix, Shape, SharedSegments
 from kdmesh.types import DType, Handle
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
-    """What OpenSession answers with."""
-
-    token: bytes  # 16 random bytes: identity and secret
-    job: str
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -143,9 +135,9 @@ class SlabStore:
 
     # Sessions
 
-    def open_session(self, job: str) -> Session:
-        """A new session; it ends after limits.lease_s without `keep_alive`."""
-        return Session(token=self._ledger.open_session(job), job=job)
+    def open_session(self, job: str) -> bytes:
+        """A new session's identity and secret, 16 random bytes; it ends after limits.lease_s without `keep_alive`."""
+        return self._ledger.open_session(job)
 
     def is_open(self, session: bytes) -> bool:
         """Whether the session lives."""

@@ -71,7 +71,7 @@ class Servicer(TeacherServicer):
         store, job = parts.store, caller_name() or request.job
         check_name(job)
         return pb.OpenSessionResponse(
-            session=store.open_session(job).token,
+            session=store.open_session(job),
             lease_ms=_ms(store.limits.lease_s),
             claim_ms=_ms(store.limits.claim_s),
             max_slots=min(store.limits.slots, store.limits.slots_per_session),
