@@ -32,7 +32,6 @@ _OPTIONS = (
 class RpcServer:
     """A server that listens; its services answer, and say Unavailable until they are ready."""
 
-    host: str
     port: int
     service: str
     _server: grpc.aio.Server
@@ -86,7 +85,7 @@ async def serving(
         raise ConfigError(
             f"cannot listen on {address} for gRPC: the port is in use, or not ours to take; `server.port` names one"
         ) from None
-    listening = RpcServer(host, bound, service, server, health_servicer)
+    listening = RpcServer(bound, service, server, health_servicer)
     await listening.report(is_serving=False)
     await server.start()
     try:
