@@ -58,7 +58,7 @@ def job(model: Path, vocabulary: int, lengths: list[int], *, accumulates: bool =
     return Job(
         student=model,
         vocabulary_size=vocabulary,
-        teachers=[TeacherHead(name="", hidden_size=TEACHER_SIZE, dtype=torch.float32)],
+        teachers=[TeacherHead(hidden_size=TEACHER_SIZE, dtype=torch.float32)],
         compute_dtype=torch.float32,
         device=torch.device("cpu"),
         optimizer=OptimizerConfig(),
@@ -200,7 +200,7 @@ def test_what_a_teacher_that_follows_the_student_is_to_have_is_counted(
 def test_layers_that_are_compared_take_their_maps_and_a_gradient_of_each_until_the_backward_pass(
     tmp_path: Path, width: int, dtype: torch.dtype
 ) -> None:
-    teacher = TeacherHead(name="", hidden_size=width, dtype=dtype)
+    teacher = TeacherHead(hidden_size=width, dtype=dtype)
     without = replace(job(saved(tmp_path, TINY, is_tied=True), 300, [2048]), teachers=[teacher], compute_dtype=dtype)
     pairs = {1: 2, 2: 5}
     found, compared = plan(without), plan(replace(without, layers=LayersConfig(pairs=pairs, weight=1)))

@@ -111,8 +111,8 @@ def _job(cfg: TrainerConfig, servers: list[dict[str, Any]], *, device: str | Non
         student=cfg.student.model,
         vocabulary_size=vocabulary_size(load_fast_tokenizer(cfg.student.model)),
         teachers=[
-            TeacherHead(name=server["name"], hidden_size=width, dtype=dtype, num_tokens=num_tokens)
-            for server, (width, dtype) in ((server, _teacher(server)) for server in servers)
+            TeacherHead(hidden_size=width, dtype=dtype, num_tokens=num_tokens)
+            for width, dtype in map(_teacher, servers)
         ],
         compute_dtype=getattr(torch, cfg.student.compute_dtype),
         device=torch.device("cuda" if has_gpu else "cpu"),

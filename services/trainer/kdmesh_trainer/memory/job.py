@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 class TeacherHead:
     """The head of a teacher, of which every rank has a copy, or its tokens' rows."""
 
-    name: str
     hidden_size: int
     dtype: torch.dtype
     has_bias: bool = False
