@@ -14,6 +14,9 @@ from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import ConfigError, Unavailable
 
+JOIN_S = 10.0
+"""Longest time for two processes to make a group."""
+
 PROOF_BYTES = 16
 SECRET_BYTES = 2 * PROOF_BYTES
 
@@ -92,6 +95,12 @@ def visit(invitation: Invitation, *, timeout_s: float) -> Store:
     except RuntimeError as error:
         raise Unavailable(f"no store at {invitation.store_address}: {first_line(error)}") from None
     return PrefixStore(invitation.prefix, store)
+
+
+def reach(invitation: Invitation) -> tuple[Store, str]:
+    """As `visit`, and the address of this machine that the first process reaches."""
+    host = address_towards(split_address(invitation.store_address)[0])
+    return visit(invitation, timeout_s=JOIN_S), host
 
 
 def split_address(address: str) -> tuple[str, int]:

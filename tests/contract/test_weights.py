@@ -107,15 +107,15 @@ async def test_a_server_out_of_reach_of_the_memory_gets_it_inline_while_another_
 
 async def test_a_group_meets_at_the_advertised_address_and_at_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[tuple[str, int]] = []
-    visit = weight_source.visit
+    reach = weight_source.reach
 
-    def look(invitation: Invitation, *, timeout_s: float) -> Store:
+    def look(invitation: Invitation) -> tuple[Store, str]:
         met.append(split_address(invitation.store_address))
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", met[-1][1]))
-        return visit(invitation, timeout_s=timeout_s)
+        return reach(invitation)
 
-    monkeypatch.setattr(weight_source, "visit", look)
+    monkeypatch.setattr(weight_source, "reach", look)
     target = MemoryTarget(SPECS)
     async with weight_server(target) as (address, _):
         with WeightSender([address], door="collective", advertise="127.0.0.2", deadline_s=30) as sender:
@@ -124,10 +124,10 @@ async def test_a_group_meets_at_the_advertised_address_and_at_no_other(monkeypat
 
 
 async def test_a_collective_door_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def visit(invitation: Invitation, *, timeout_s: float) -> Store:
+    def reach(invitation: Invitation) -> tuple[Store, str]:
         raise Unavailable("no way")
 
-    monkeypatch.setattr(weight_source, "visit", visit)
+    monkeypatch.setattr(weight_source, "reach", reach)
     async with weight_server(MemoryTarget(SPECS)) as (address, _):
         refused = pytest.raises(ConfigError, match=r"door collective, but .* source\.rollouts\.advertise")
         with _sender([address], door="collective") as sender, refused:

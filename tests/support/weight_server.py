@@ -134,7 +134,7 @@ def _narrow(reach: Reach) -> None:
     if reach != "all":
         setattr(weight_source.ShmDoor, "connect", fail)  # noqa: B010
     if reach == "nothing":
-        setattr(weight_source, "visit", fail)  # noqa: B010
+        setattr(weight_source, "reach", fail)  # noqa: B010
 
 
 async def _main(ready: Path, named: str, seconds_per_write: float, port: int, fingerprint: str) -> None:

@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 
 from kdmesh.errors import HandleGone, InvalidRequest, Unavailable
-from kdmesh.groups.meeting import Meeting, address_towards
+from kdmesh.groups.meeting import JOIN_S, Meeting, address_towards
 from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.groups.pair_group import Backend, PairGroup, Seat
 from kdmesh.handles.slab.store import SlabStore
 from kdmesh.rpc import codec, group_codec
 from kdmesh.rpc.teachers.row_client import Client
-from kdmesh.rpc.teachers.row_group import JOIN_S
 from kdmesh.rpc.teachers.row_pieces import Checksum, pieces
 from kdmesh.types import Handle
 from kdmesh.v1 import teacher_pb2 as pb

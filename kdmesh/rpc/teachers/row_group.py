@@ -11,10 +11,9 @@ from typing import Any, Self, TypeAlias
 
 import grpc
 import torch
-from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import EngineFailure, InvalidRequest, Unavailable
-from kdmesh.groups.meeting import Invitation, address_towards, split_address, visit
+from kdmesh.groups.meeting import JOIN_S, reach
 from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.groups.pair_group import Backend, PairGroup, Seat
 from kdmesh.rpc import codec, group_codec
@@ -22,9 +21,6 @@ from kdmesh.rpc.ordered_stream import OrderedStream
 from kdmesh.rpc.teachers.row_pieces import Checksum, pieces
 from kdmesh.types import Handle
 from kdmesh.v1 import teacher_pb2 as pb
-
-JOIN_S = 10.0
-"""Longest time for server and client to make a group."""
 
 _REASON_S = 5.0  # after a group broke; whatever broke it ends the stream too, and says more
 
@@ -130,7 +126,7 @@ async def _join(stream: _Stream, member: Membership) -> PairChannel:
         raise EngineFailure(f"{member.address} asks into no group: {error}") from None
     if backend not in member.backends:
         raise EngineFailure(f"{member.address} takes {backend}, which was not offered")
-    store, host = await asyncio.to_thread(_reach, invitation)
+    store, host = await asyncio.to_thread(reach, invitation)
     device = member.gpu if backend is Backend.NCCL and member.gpu is not None else torch.device("cpu")
     seat = Seat(store=store, secret=invitation.secret, rank=1, backend=backend, device=device, host=host)
     channel = PairChannel(partial(PairGroup, seat, timeout_s=JOIN_S))
@@ -140,9 +136,3 @@ async def _join(stream: _Stream, member: Membership) -> PairChannel:
         await channel.close()
         raise
     return channel
-
-
-def _reach(invitation: Invitation) -> tuple[Store, str]:
-    """The place in the store, and the address of this machine that the server reaches. Blocks."""
-    host = address_towards(split_address(invitation.store_address)[0])
-    return visit(invitation, timeout_s=JOIN_S), host

@@ -21,7 +21,7 @@ from kdmesh.errors import (
     RpcError,
     Unavailable,
 )
-from kdmesh.groups.meeting import Meeting, address_towards, split_address
+from kdmesh.groups.meeting import JOIN_S, Meeting, address_towards, split_address
 from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.groups.pair_group import Backend, PairGroup, Seat
 from kdmesh.rpc.background_tasks import BackgroundTasks
@@ -29,7 +29,7 @@ from kdmesh.rpc.calls import our_errors
 from kdmesh.rpc.channel import open_channel
 from kdmesh.rpc.weights import codec as weight_codec
 from kdmesh.rpc.weights.carriers import ByHandle, Carrier, FilledBucket, Inline, ThroughGroup
-from kdmesh.rpc.weights.offer import JOIN_S, DoorOffer
+from kdmesh.rpc.weights.offer import DoorOffer
 from kdmesh.rpc.weights.services import ServedWeights, UpdateStream, WeightService
 from kdmesh.tracing import spans
 from kdmesh.v1 import weights_pb2 as pb

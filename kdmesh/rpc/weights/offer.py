@@ -12,9 +12,6 @@ from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.bucket_memory import BucketMemory
 from kdmesh.weights.doors import Door, DoorChoice
 
-JOIN_S = 10.0
-"""Longest time for sender and server to make a group."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoorOffer:

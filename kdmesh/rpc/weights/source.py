@@ -10,16 +10,14 @@ from typing import Self, assert_never
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
 
 from kdmesh.errors import EngineFailure, InvalidRequest, Unavailable
-from kdmesh.groups.meeting import Invitation, address_towards, split_address, visit
+from kdmesh.groups.meeting import JOIN_S, reach
 from kdmesh.groups.pair_channel import PairChannel
 from kdmesh.groups.pair_group import Backend, PairGroup, Seat
 from kdmesh.handles.doors.shm import ShmDoor
 from kdmesh.rpc import codec
 from kdmesh.rpc.weights import codec as weight_codec
-from kdmesh.rpc.weights.offer import JOIN_S
 from kdmesh.v1 import weights_pb2 as pb
 from kdmesh.weights.doors import GROUPS, Door
 
@@ -72,7 +70,7 @@ class BucketSource:
             raise InvalidRequest(f"the update asks into a group; its door is {self.door}, and it can be joined once")
         invitation = weight_codec.invitation_from_wire(message)
         try:
-            store, host = await asyncio.to_thread(_reach, invitation)
+            store, host = await asyncio.to_thread(reach, invitation)
         except Unavailable as error:
             log.warning("weights come inline", extra={"reason": str(error)})
             self.door = Door.INLINE
@@ -144,12 +142,6 @@ class BucketSource:
 
 def _octets(tensor: Tensor) -> memoryview:
     return tensor.numpy().data
-
-
-def _reach(invitation: Invitation) -> tuple[Store, str]:
-    """The store, and the address of this machine that the sender reaches. Blocks."""
-    host = address_towards(split_address(invitation.store_address)[0])
-    return visit(invitation, timeout_s=JOIN_S), host
 
 
 async def _open_shm(begin: pb.BeginUpdate) -> ShmDoor | None:
