@@ -19,7 +19,7 @@ class SharedTokens:
 
 
 def shared_tokens(
-    student: Sequence[bytes | None], teacher: Sequence[bytes | None], *, also: Sequence[tuple[int, int]] = ()
+    student: Sequence[bytes | None], teacher: Sequence[bytes | None], *, also: Sequence[tuple[int, int]]
 ) -> SharedTokens:
     """The pairs by bytes; of several tokens for the same bytes the first, and none for no bytes.
 

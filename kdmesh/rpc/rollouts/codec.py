@@ -89,7 +89,7 @@ def sample_to_wire(
     )
 
 
-def sample_digest(prompt_ids: Int32Array, sample: Sample, images: tuple[PlacedImage, ...] = ()) -> bytes:
+def sample_digest(prompt_ids: Int32Array, sample: Sample, images: tuple[PlacedImage, ...]) -> bytes:
     """16 bytes over prompt and response, with a position for every token of the response."""
     num_tokens = len(prompt_ids) + sample.num_tokens
     sequence = TokenSequence(

@@ -17,7 +17,7 @@ def checked_handle(
     model: ModelDescription,
     address: str,
     *,
-    layers: Sequence[int] = (),
+    layers: Sequence[int],
 ) -> Handle:
     """The handle, when it is the answer to these sequences and layers. Raises EngineFailure when it is not."""
     if result.digest != digest(sequences, layers):

@@ -39,7 +39,7 @@ def check_layers(layers: Sequence[int], model: ModelDescription) -> None:
             raise InvalidRequest(f"the request is for layer {layer}; the model has layers 1 to {model.num_layers}")
 
 
-def check_sequences(sequences: Sequence[TokenSequence], model: ModelDescription, layers: Sequence[int] = ()) -> None:
+def check_sequences(sequences: Sequence[TokenSequence], model: ModelDescription, layers: Sequence[int]) -> None:
     """Raises InvalidRequest, with the value and the limit, when the model cannot answer the request."""
     limit = model.head.padded_vocabulary_size
     for index, sequence in enumerate(sequences):

@@ -35,7 +35,7 @@ class TextEncoder:
         *,
         max_tokens: int,
         chats: ChatEncoder | None,
-        images: ImageTokens | None = None,
+        images: ImageTokens | None,
     ) -> None:
         """
         Args:
