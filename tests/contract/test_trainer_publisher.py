@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import grpc
 import pytest
 import torch
 from torch import Tensor
@@ -26,8 +25,6 @@ from kdmesh.rpc.weights.services import ServedWeights
 from kdmesh.sglang.runtime import SglangRuntime
 from kdmesh.sglang.weights import SglangWeights
 from kdmesh.types import DType
-from kdmesh.v1 import rollout_pb2 as pb
-from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.digests import digest
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
@@ -40,7 +37,7 @@ from kdmesh_trainer.student.model import Student
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
 from tests.support.trainer_parts import build_student
 from tests.support.trainer_ranks import run_ranks
-from tests.support.weight_server import weight_server_process
+from tests.support.weight_server import served_by, weight_server_process
 
 BUCKET_BYTES = 2**14  # the embedding takes several
 
@@ -96,12 +93,6 @@ def _expected(path: Path, dtype: DType, steps: list[int]) -> str:
     return digest(torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in whole]).numpy().data).hex()
 
 
-def _served(address: str) -> tuple[int, str]:
-    with grpc.insecure_channel(address) as channel:
-        described = RolloutStub(channel).Describe(pb.DescribeRolloutRequest(), timeout=20)
-    return described.weight_version, described.model_name
-
-
 @pytest.mark.parametrize(
     ("ranks", "dtype", "tied"),
     [
@@ -121,7 +112,7 @@ def test_servers_get_the_student_bit_for_bit(
             "tests.contract.test_trainer_publisher:publish", ranks=ranks, path=str(path), address=address, steps=steps
         )
         assert results == [[1, 2, 3]] * ranks
-        assert _served(address) == (3, _expected(path, dtype, steps))
+        assert served_by(address) == (3, _expected(path, dtype, steps))
 
 
 def test_numbers_rise_when_a_run_goes_back_to_an_earlier_step(tiny_models: TinyModels, tmp_path: Path) -> None:
@@ -131,7 +122,7 @@ def test_numbers_rise_when_a_run_goes_back_to_an_earlier_step(tiny_models: TinyM
     with running as (_, address), joined("cpu", longest_wait_s=60) as mesh:
         for steps, versions in (([0, 1, 2], [1, 2, 3]), ([1, 1], [4, 5])):
             assert publish(mesh, str(path), address, steps) == versions
-            assert _served(address) == (versions[-1], _expected(path, DType.BFLOAT16, steps))
+            assert served_by(address) == (versions[-1], _expected(path, DType.BFLOAT16, steps))
 
 
 def publish_adapted(mesh: Mesh, path: str, address: str, output: str, options: dict[str, Any]) -> list[list[str]]:
@@ -185,8 +176,8 @@ def test_servers_serve_matrices_with_their_adapters_and_get_the_base_once(
     with weight_server_process(tmp_path / "ready", specs, fingerprint=fingerprint) as (_, address):
         arguments = {"path": str(path), "address": address, "output": str(tmp_path / "whole"), "options": options}
         results = run_ranks("tests.contract.test_trainer_publisher:publish_adapted", ranks=2, **arguments)
-        assert _served(address) == (3, _expected(tmp_path / "whole", DType.BFLOAT16, []))
-        assert _served(address) != (3, _expected(path, DType.BFLOAT16, []))
+        assert served_by(address) == (3, _expected(tmp_path / "whole", DType.BFLOAT16, []))
+        assert served_by(address) != (3, _expected(path, DType.BFLOAT16, []))
     base = [spec.name for spec in specs]
     factors = [f"{name}.{side}" for name in base if "k_proj" in name or "down_proj" in name for side in "ab"]
     assert results == [[base + factors, factors, factors] if is_apart else [base] * 3] * 2

@@ -9,10 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
-import grpc
 import psutil
 import pytest
 import torch
@@ -21,15 +19,12 @@ from torch import Tensor
 from kdmesh.errors import DeadlineExpired, InvalidRequest
 from kdmesh.rpc.weights.delivery import Delivery
 from kdmesh.rpc.weights.sender import WeightSender
-from kdmesh.v1 import rollout_pb2 as pb
-from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.buckets import BucketEntry
 from kdmesh.weights.digests import digest
 from kdmesh.weights.doors import DoorChoice
 from kdmesh.weights.manifest import TensorSpec
-from kdmesh.weights.packing import Weights
-from tests.support.weight_server import ROOT, weight_server_process
-from tests.support.weight_targets import FINGERPRINT, random_weights
+from tests.support.weight_server import ROOT, served_by, weight_server_process
+from tests.support.weight_targets import FINGERPRINT, makers_of, random_weights
 
 SHAPES: dict[str, tuple[int, ...]] = {f"layer {i}": (100, 400) for i in range(12)}
 
@@ -45,19 +40,8 @@ def _weights(version: int) -> dict[TensorSpec, Tensor]:
     return random_weights(SHAPES, seed=version)
 
 
-def _makers(weights: Mapping[TensorSpec, Tensor]) -> Weights:
-    return [(spec, lambda tensor=tensor: tensor) for spec, tensor in weights.items()]  # type: ignore[misc]
-
-
 def _publish(sender: WeightSender, version: int) -> None:
-    sender.publish(version, FINGERPRINT, _makers(_weights(version)))
-
-
-def _served(address: str) -> tuple[int, str]:
-    """Version, and digest of the bytes."""
-    with grpc.insecure_channel(address) as channel:
-        described = RolloutStub(channel).Describe(pb.DescribeRolloutRequest(), timeout=20)
-    return described.weight_version, described.model_name
+    sender.publish(version, FINGERPRINT, makers_of(_weights(version)))
 
 
 def _expected(version: int) -> tuple[int, str]:
@@ -102,10 +86,10 @@ def test_a_killed_sender_leaves_the_old_weights_and_nothing_else(door: DoorChoic
             else:
                 assert _group_sockets(server, address) > 0
             killed.kill()
-        assert _served(address) == _expected(1)
+        assert served_by(address) == _expected(1)
         with WeightSender([address], deadline_s=20) as sender:
             _publish(sender, 3)
-            assert _served(address) == _expected(3)
+            assert served_by(address) == _expected(3)
         assert (_shared_mappings(server), _unix_sockets(server)) == (0, before)
         assert _group_sockets(server, address) == 0
     assert os.listdir(tempfile.gettempdir()) == []
@@ -124,7 +108,7 @@ class _Publishing(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        makers = _makers(_weights(1))
+        makers = makers_of(_weights(1))
         spec, make = makers[8]
 
         def tell() -> Tensor:
@@ -150,7 +134,7 @@ def test_a_killed_server_is_reported_and_another_is_served(door: DoorChoice, tmp
         killed.kill()
         publishing.join(20)
         assert str(publishing.error).startswith(f"version 1 was not taken within 2 s by {gone}: ")
-        assert _served(address) == _expected(1)
+        assert served_by(address) == _expected(1)
 
 
 def test_a_server_that_hangs_is_reported_and_another_is_served(tmp_path: Path) -> None:
@@ -164,9 +148,9 @@ def test_a_server_that_hangs_is_reported_and_another_is_served(tmp_path: Path) -
         stopped.send_signal(signal.SIGSTOP)
         publishing.join(20)
         assert str(publishing.error).startswith(f"version 1 was not taken within 2 s by {hangs}: ")
-        assert address not in str(publishing.error) and _served(address) == _expected(1)
+        assert address not in str(publishing.error) and served_by(address) == _expected(1)
         stopped.send_signal(signal.SIGCONT)
-        assert _served(hangs)[0] == 0
+        assert served_by(hangs)[0] == 0
 
 
 def test_servers_take_the_same_bytes_through_different_doors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -180,7 +164,7 @@ def test_servers_take_the_same_bytes_through_different_doors(tmp_path: Path, cap
     ):
         for version in (1, 2):
             _publish(sender, version)
-            assert [_served(address) for address in (near, far, lost)] == [_expected(version)] * 3
+            assert [served_by(address) for address in (near, far, lost)] == [_expected(version)] * 3
     doors = {(record.address, record.door) for record in caplog.records if record.msg == "weights on their way"}  # type: ignore[attr-defined]
     assert doors == {(near, "shm"), (far, "gloo"), (lost, "inline")}
 
@@ -194,7 +178,7 @@ def test_a_killed_server_that_is_back_in_time_gets_all_of_it(tmp_path: Path) -> 
         killed.wait()
         with weight_server_process(tmp_path / "one", specs, port=int(address.rpartition(":")[2])):
             publishing.join(60)
-            assert publishing.error is None and _served(address) == _expected(1)
+            assert publishing.error is None and served_by(address) == _expected(1)
 
 
 def test_a_corrupted_byte_leaves_the_old_weights_and_nothing_else(
@@ -213,5 +197,5 @@ def test_a_corrupted_byte_leaves_the_old_weights_and_nothing_else(
         with monkeypatch.context() as patch, pytest.raises(InvalidRequest, match="not those sent"):
             patch.setattr(Delivery, "hand_over", corrupt)
             _publish(sender, 2)
-        assert _served(address) == _expected(1)
+        assert served_by(address) == _expected(1)
         assert (_shared_mappings(server), _unix_sockets(server)) == (0, before)

@@ -24,7 +24,7 @@ from kdmesh.weights.manifest import AdapterSpec, LowRankSpec, Manifest, TensorSp
 from kdmesh.weights.packing import Changes, Weights
 from tests.support.handles_consumer import until
 from tests.support.weight_server import weight_server
-from tests.support.weight_targets import FINGERPRINT, MemoryTarget, is_same, random_weights
+from tests.support.weight_targets import FINGERPRINT, MemoryTarget, is_same, makers_of, random_weights
 
 # The largest spans several buckets of 64 KiB; inline, messages of 1 MiB hold several of the others.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -44,17 +44,13 @@ def _weights(seed: int) -> dict[TensorSpec, Tensor]:
 SPECS = list(_weights(0))
 
 
-def _makers(weights: Mapping[TensorSpec, Tensor]) -> Weights:
-    return [(spec, lambda tensor=tensor: tensor) for spec, tensor in weights.items()]  # type: ignore[misc]
-
-
 def _sender(addresses: Sequence[str], *, door: DoorChoice = "auto", deadline_s: float = 30) -> WeightSender:
     return WeightSender(addresses, bucket_bytes=BUCKET_BYTES, door=door, deadline_s=deadline_s)
 
 
 async def _publish(sender: WeightSender, version: int, *, policy: UpdatePolicy = UpdatePolicy.FINISH) -> None:
     """Weights of which the version is the seed."""
-    await asyncio.to_thread(sender.publish, version, FINGERPRINT, _makers(_weights(version)), policy)
+    await asyncio.to_thread(sender.publish, version, FINGERPRINT, makers_of(_weights(version)), policy)
 
 
 def _serves(target: MemoryTarget, version: int) -> bool:
@@ -333,7 +329,7 @@ async def test_weights_that_are_not_finite_are_not_sent_and_the_next_version_is(
             bad = _weights(2)
             next(tensor for spec, tensor in bad.items() if spec.name == name).view(-1)[-1] = float("nan")
             with pytest.raises(NotFinite, match=f"{name} is not finite as bfloat16"):
-                await asyncio.to_thread(sender.publish, 2, FINGERPRINT, _makers(bad))
+                await asyncio.to_thread(sender.publish, 2, FINGERPRINT, makers_of(bad))
             await until(lambda: target.staged is None)
             assert _serves(target, 1) and updates.version == 1
             await _publish(sender, 3)
@@ -346,7 +342,7 @@ async def test_nothing_is_left_when_a_tensor_cannot_be_made() -> None:
     def fail() -> Tensor:
         raise RuntimeError("no such tensor")
 
-    makers = [*_makers(_weights(1))[:-1], (SPECS[-1], fail)]
+    makers = [*makers_of(_weights(1))[:-1], (SPECS[-1], fail)]
     async with weight_server(target) as (address, _):
         with _sender([address]) as sender:
             with pytest.raises(RuntimeError, match="no such tensor"):

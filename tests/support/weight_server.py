@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias, cast
 
+import grpc
 import torch
 
 from kdmesh.errors import Unavailable
@@ -26,7 +27,7 @@ from kdmesh.rpc.weights import source as weight_source
 from kdmesh.rpc.weights.updates import Apply, WeightUpdates
 from kdmesh.types import DType
 from kdmesh.v1 import rollout_pb2, weights_pb2
-from kdmesh.v1.rollout_pb2_grpc import RolloutServicer, add_RolloutServicer_to_server
+from kdmesh.v1.rollout_pb2_grpc import RolloutServicer, RolloutStub, add_RolloutServicer_to_server
 from kdmesh.weights.digests import digest
 from kdmesh.weights.manifest import Manifest, TensorSpec
 from tests.support.weight_targets import FINGERPRINT, MemoryTarget
@@ -97,6 +98,13 @@ class SlowTarget(MemoryTarget):
         """Copy, later."""
         time.sleep(self.seconds_per_write)
         super().write(tensor, offset_bytes, data)
+
+
+def served_by(address: str) -> tuple[int, str]:
+    """Version, and digest of the bytes."""
+    with grpc.insecure_channel(address) as channel:
+        described = RolloutStub(channel).Describe(rollout_pb2.DescribeRolloutRequest(), timeout=20)
+    return described.weight_version, described.model_name
 
 
 @contextlib.contextmanager

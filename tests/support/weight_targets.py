@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kdmesh.types import DType
 from kdmesh.weights.manifest import Manifest, TensorSpec, UpdatePolicy
+from kdmesh.weights.packing import Weights
 from kdmesh.weights.staging import StagedTensors
 
 FINGERPRINT = "f" * 32
@@ -68,6 +69,11 @@ def random_weights(
         octets = torch.randint(0, 256, (spec.size_bytes,), dtype=torch.uint8, generator=generator)
         weights[spec] = octets.view(getattr(torch, dtype.value)).reshape(shape).nan_to_num()
     return weights
+
+
+def makers_of(weights: Mapping[TensorSpec, Tensor]) -> Weights:
+    """The same tensors, as a sender takes them."""
+    return [(spec, lambda tensor=tensor: tensor) for spec, tensor in weights.items()]  # type: ignore[misc]
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
