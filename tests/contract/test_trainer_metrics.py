@@ -21,9 +21,10 @@ from kdmesh_trainer.reporting.progress import LogProgress
 from kdmesh_trainer.reporting.telemetry import RunTelemetry
 from kdmesh_trainer.sections.metrics_config import MetricsConfig
 from kdmesh_trainer.stats import Scores, StepStats, TeacherFigures
+from tests.support.free_port import free_port
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import write_config
-from tests.system.processes import Processes, free_port
+from tests.system.processes import Processes
 from tests.system.training import KDMESH
 
 IPV6 = Path("/proc/net/if_inet6")

@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from kubernetes.utils import parse_quantity
 
 from tests.support.certificates import CertificateAuthority
-from tests.system.processes import ROOT, Processes, free_port
+from tests.support.free_port import free_port
+from tests.system.processes import ROOT, Processes
 
 BINARIES = ROOT / ".cache" / "kubernetes"
 ADMIN, PERSON = "admin-token", "person-token"

@@ -14,7 +14,8 @@ import yaml
 
 from tests.node import apart, image
 from tests.node.api_server import ADMIN, BINARIES, ApiServer
-from tests.system.processes import ROOT, Process, Processes, free_port
+from tests.support.free_port import free_port
+from tests.system.processes import ROOT, Process, Processes
 
 NAME = "node1"
 DOMAIN = "cluster.local"

@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.support.free_port import free_port
 from tests.support.promql import FILES, PROMTOOL
-from tests.system.processes import Process, Processes, free_port
+from tests.system.processes import Process, Processes
 
 
 class Webhook:

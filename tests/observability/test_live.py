@@ -18,10 +18,11 @@ from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.observability.monitoring import Prometheus, Webhook, webhook
 from tests.support import promql
 from tests.support.certificates import CertificateAuthority
+from tests.support.free_port import free_port
 from tests.support.teacher_requests import sequence
 from tests.support.trainer_jobs import write_questions
 from tests.system.conftest import Materials
-from tests.system.processes import Processes, free_port
+from tests.system.processes import Processes
 from tests.system.rollouts import Rollouts
 from tests.system.teachers import Teacher
 from tests.system.training import Job

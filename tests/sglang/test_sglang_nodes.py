@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from kdmesh.rpc.teachers.pool import TeacherPool
+from tests.support.free_port import free_port
 from tests.support.reference_rows import hugging_face_rows
 from tests.support.sequences import random_sequences
-from tests.support.sglang_teachers import free_port, starting
+from tests.support.sglang_teachers import starting
 from tests.support.teacher_process import await_ready, wait_event
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 

@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from kdmesh.commands import cli
 from kdmesh_trainer.data.files.readers import open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, ImagesConfig
-from tests.support.sglang_teachers import free_port, sglang_environment
+from tests.support.free_port import free_port
+from tests.support.sglang_teachers import sglang_environment
 from tests.support.teacher_process import started
 from tests.support.tiny_models import TinyModels
 

@@ -10,10 +10,11 @@ import pytest
 
 from kdmesh.rpc.teachers.pool import TeacherPool
 from tests.support.chart_pods import mount, running
+from tests.support.free_port import free_port
 from tests.support.reference_rows import hugging_face_rows
 from tests.support.rendered_chart import pods, rendered_with
 from tests.support.sequences import random_sequences
-from tests.support.sglang_teachers import free_port, sglang_environment, teacher_tree
+from tests.support.sglang_teachers import sglang_environment, teacher_tree
 from tests.support.teacher_process import await_ready, wait_event
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
 

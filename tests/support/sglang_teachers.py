@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,13 +25,6 @@ def sglang_environment(**variables: str) -> dict[str, str]:
     """The environment of a process that is to import SGLang on a machine without a GPU."""
     paths = [str(STANDIN), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "SGLANG_USE_CPU_ENGINE": "1"} | variables
-
-
-def free_port() -> int:
-    """A port that nobody has at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def teacher_tree(model: Path) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from kdmesh_trainer.mesh import joined
 from tests.support.copies import Copy, copy_of_module
+from tests.support.free_port import free_port
 
 
 def run_ranks(target: str, *, ranks: int, context: int = 1, within_s: float = 100, **arguments: Any) -> list[Any]:
@@ -96,7 +96,7 @@ def start_ranks(arguments: list[str], *, ranks: int) -> list[subprocess.Popen[st
 
 
 def _environments(ranks: int) -> list[dict[str, str]]:
-    port = _free_port()
+    port = free_port()
     common = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -106,13 +106,6 @@ def _environments(ranks: int) -> list[dict[str, str]]:
         "OMP_NUM_THREADS": "1",
     }
     return [{**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _call(target: str, arguments: Mapping[str, Any], context: int = 1) -> Any:

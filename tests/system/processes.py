@@ -6,7 +6,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,11 +116,3 @@ class Processes:
         process = Process(name, directory, command, env)
         self._started.append(process)
         return process
-
-
-def free_port() -> int:
-    """A port that nobody listens on now, so that a client may be told of a server before there is one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

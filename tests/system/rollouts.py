@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.system.processes import Process, Processes, free_port
+from tests.support.free_port import free_port
+from tests.system.processes import Process, Processes
 
 
 class Rollouts:

@@ -11,7 +11,8 @@ import httpx
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.system.processes import Process, Processes, free_port
+from tests.support.free_port import free_port
+from tests.system.processes import Process, Processes
 
 
 class Teacher:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.free_port import free_port
 from tests.system.conftest import Materials, Undisturbed
-from tests.system.processes import Process, Processes, free_port
+from tests.system.processes import Process, Processes
 from tests.system.training import Job
 
 pytestmark = pytest.mark.slow

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.free_port import free_port
 from tests.support.tiny_models import save_model, save_tokenizer
 from tests.support.trainer_jobs import write_chats
 from tests.system.conftest import Materials, Undisturbed
-from tests.system.processes import Process, Processes, free_port
+from tests.system.processes import Process, Processes
 from tests.system.teachers import Teacher
 from tests.system.training import Job
 
