@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from tests.support.teacher_process import wait_event
 from tests.support.tiny_models import TinyModels
 from tests.support.token_caches import entries
-from tests.support.trainer_jobs import losses, run_job, serving_teacher, started_job, write_chats, write_config
+from tests.support.trainer_jobs import losses, records, run_job, serving_teacher, started_job, write_chats, write_config
 from tests.support.trainer_ranks import finish
 
 pytestmark = pytest.mark.slow
@@ -68,12 +67,10 @@ def pair(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> I
 
 def drawn(run: Path) -> list[dict[str, int]]:
     """Of every step, the sequences of each dataset."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     key = "dataset_sequences."
     return [
-        {name.removeprefix(key): count for name, count in line.items() if name.startswith(key)}
-        for line in lines
-        if line["kind"] == "step"
+        {name.removeprefix(key): count for name, count in step.items() if name.startswith(key)}
+        for step in records(run, "step")
     ]
 
 

@@ -10,7 +10,15 @@ import pytest
 
 from tests.support.teacher_process import wait_event
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_jobs import checkpoint_steps, evaluations, losses, run_job, started_job, write_config
+from tests.support.trainer_jobs import (
+    checkpoint_steps,
+    evaluations,
+    losses,
+    records,
+    run_job,
+    started_job,
+    write_config,
+)
 from tests.support.trainer_ranks import finish
 
 # 30 rows, 4 in a step: 29 of them once the longest is left out.
@@ -47,8 +55,7 @@ def sets(epochs: float) -> tuple[str, ...]:
 
 
 def rates(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["learning_rate"] for line in lines if line["kind"] == "step"]
+    return [step["learning_rate"] for step in records(run, "step")]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.support.openai_runs import answers, asked_again_soon, four_prompts, r
 from tests.support.openai_server import KEY, MODEL, Answer, OpenAIServer, answer_of, openai_server, said
 from tests.support.teacher_process import started
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_jobs import evaluations, run_job, write_config
+from tests.support.trainer_jobs import check_answers_can_be_learnt
 
 CALL = {"id": "call7", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "it"}'}}
 
@@ -246,21 +246,8 @@ def test_a_student_learns_from_the_answers(server: OpenAIServer, tiny_models: Ti
     prompts = write(tmp_path / "prompts.jsonl", *({"prompt": f"say {number}"} for number in range(16)))
     server.choices = {f"say {i}": [said("that is so")] for i in range(16)}
     assert report(run(server, prompts))["written"] == 16
-    written = {"format": "chat", "path": str(prompts.with_name("answers.jsonl"))}
-    job = write_config(
-        tmp_path,
-        student=tiny_models.path("qwen3", seed=6, hidden_size=24),
-        teacher=None,
-        steps=12,
-        objective={"name": "sft"},
-        data={"train": written, "held_out": written, "max_tokens": 128, "unusable": "drop"},
-        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
-        batch={"sequences": 8, "max_tokens": 512},
-    )
-    (outcome,) = run_job(job)
-    assert outcome.exit_code == 0, outcome.errors
-    before, after = (scores["cross_entropy_nats_per_token"] for scores in evaluations(tmp_path / "run").values())
-    assert after < 0.8 * before
+    answered, student = prompts.with_name("answers.jsonl"), tiny_models.path("qwen3", seed=6, hidden_size=24)
+    check_answers_can_be_learnt(answered, tmp_path, student=student, steps=12)
 
 
 @pytest.mark.parametrize(

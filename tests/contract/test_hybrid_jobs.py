@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.tiny_models import TinyModels
 from tests.support.tiny_vision import TinyVisionModels, png
-from tests.support.trainer_jobs import losses, run_job, serving_teacher, write_config
+from tests.support.trainer_jobs import losses, records, run_job, run_whole_and_in_parts, serving_teacher, write_config
 
 
 @pytest.mark.parametrize(
@@ -29,19 +29,7 @@ def test_a_job_of_two_ranks_goes_on_and_writes_a_model(
     tiny_models: TinyModels, tmp_path: Path, of_student: str, of_teacher: str
 ) -> None:
     student, teacher = tiny_models.path(of_student, seed=1), tiny_models.path(of_teacher, seed=2)
-    configs = []
-    with serving_teacher(tmp_path, teacher) as address:
-        for name in ("whole", "parts"):
-            (tmp_path / name).mkdir()
-            configs.append(
-                write_config(tmp_path / name, student=student, teacher=address, steps=4, checkpoint={"every": 2})
-            )
-        whole, parts = configs
-        for config, *overrides in ((whole,), (parts, "steps=2"), (parts,)):
-            for outcome in run_job(config, *overrides, ranks=2):
-                assert outcome.exit_code == 0, outcome.errors
-    run = tmp_path / "whole" / "run"
-    assert losses(tmp_path / "parts" / "run") == losses(run)
+    run = run_whole_and_in_parts(tmp_path, student=student, teacher=teacher)
     before, after = (dict(AutoModelForCausalLM.from_pretrained(p).named_parameters()) for p in (student, run / "final"))
     assert before.keys() == after.keys()
     assert not any(torch.equal(after[name], parameter) for name, parameter in before.items())
@@ -54,8 +42,7 @@ def test_a_teacher_that_follows_the_student_differs_from_it_in_nothing(tiny_mode
         config = write_config(tmp_path, student=student, teacher=address, steps=4, objective=objective)
         for outcome in run_job(config, "teacher.follows_student={every: 1}", "teacher.prefetch=0", ranks=2):
             assert outcome.exit_code == 0, outcome.errors
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = records(tmp_path / "run", "step")
     assert len(steps) == 4
     assert all(abs(step["divergence_nats_per_token"]) < 1e-6 for step in steps)
     assert len({step["loss_nats_per_token"] for step in steps}) == 4

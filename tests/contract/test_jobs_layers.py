@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.teacher_process import await_ready, started
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_jobs import losses, run_job, serving_teacher, write_config
+from tests.support.trainer_jobs import losses, records, run_job, serving_teacher, write_config
 
 STEPS = 8
 LAYERS: dict[str, Any] = {"pairs": {1: 2, 2: 4}, "weight": 0.5, "distance": "mse"}
-
-
-def figures(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "step"]
 
 
 def kdmesh(command: str, config: Path, *arguments: str) -> tuple[int, str]:
@@ -63,9 +57,9 @@ def test_a_student_nears_its_teachers_layers_and_goes_on_with_its_maps_on_any_nu
         assert list(losses(runs[name])) == list(range(STEPS))
         for step, loss in losses(runs["whole"]).items():
             assert losses(runs[name])[step] == pytest.approx(loss, rel=2e-4)
-    distances = [step["layer_distance"] for step in figures(runs["whole"])]
+    distances = [step["layer_distance"] for step in records(runs["whole"], "step")]
     assert distances[-1] < 0.9 * distances[0]
-    for step in figures(runs["whole"]):
+    for step in records(runs["whole"], "step"):
         parts_of_it = step["divergence_nats_per_token"] + 0.2 * step["cross_entropy_nats_per_token"]
         assert step["loss_nats_per_token"] == pytest.approx(parts_of_it + 0.5 * step["layer_distance"], rel=1e-5)
     written, original = (AutoModelForCausalLM.from_pretrained(path) for path in (runs["whole"] / "final", student))
@@ -88,7 +82,7 @@ def test_a_teacher_that_follows_the_student_has_its_layers_where_they_are_new(
         )
         (outcome,) = run_job(config, "teacher.follows_student={every: 2}")
         assert outcome.exit_code == 0, outcome.errors
-    distances = [step["layer_distance"] for step in figures(tmp_path / "run")]
+    distances = [step["layer_distance"] for step in records(tmp_path / "run", "step")]
     assert max(distances[0::2]) < 1e-9 < 1e-6 < min(distances[1::2])
 
 

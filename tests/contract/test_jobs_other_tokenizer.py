@@ -14,6 +14,7 @@ from tests.support.tiny_models import TinyModels
 from tests.support.trainer_jobs import (
     evaluations,
     losses,
+    records,
     run_job,
     serving_rollouts,
     serving_teacher,
@@ -159,8 +160,7 @@ def test_samples_are_trained_on_as_they_were_drawn_and_scored_as_the_teacher_rea
         with started_job(config, ranks=ranks) as processes:
             outcomes = finish(processes, within_s=300)
     assert [outcome.exit_code for outcome in outcomes] == [0] * ranks, [outcome.errors for outcome in outcomes]
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = records(tmp_path / "run", "step")
     assert len(steps) == 4
     assert all(0 < step["aligned_fraction"] <= 1 for step in steps)
     # The log-probabilities that were sampled with are those of the rows that are trained on: their ids are the same.

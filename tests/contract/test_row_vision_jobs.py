@@ -14,7 +14,7 @@ from kdmesh.models.body import load_causal_lm
 from kdmesh.models.verify import check_images
 from tests.support.row_families import ROW_FAMILIES
 from tests.support.tiny_vision import TinyVisionModels, png, reader_of
-from tests.support.trainer_jobs import losses, run_job, serving_rollouts, serving_teacher, write_config
+from tests.support.trainer_jobs import losses, records, run_job, serving_rollouts, serving_teacher, write_config
 
 
 def write_pictures(directory: Path) -> dict[str, Any]:
@@ -63,8 +63,7 @@ def test_a_job_learns_from_images_goes_on_and_writes_a_model_and_samples_of_it(
         source = f"source={{kind: on_policy, rollouts: {rollouts}, sampling: {{max_new_tokens: 8}}}}"
         succeed(sampled, source, "student.lora={rank: 2}", "student.activation_checkpointing=all", ranks=1)
     assert losses(tmp_path / "parts" / "run") == losses(tmp_path / "whole" / "run")
-    lines = [json.loads(line) for line in (tmp_path / "sampled" / "run" / "metrics.jsonl").read_text().splitlines()]
-    drawn = [line["sampler_kl_k1_nats"] for line in lines if line["kind"] == "step"]
+    drawn = [step["sampler_kl_k1_nats"] for step in records(tmp_path / "sampled" / "run", "step")]
     assert len(drawn) == 4
     assert all(abs(nats) < 1e-4 for nats in drawn)  # the sampler has every step's new weights, and sees the images
     for name in ("whole", "sampled"):

@@ -11,26 +11,14 @@ from kdmesh.models.body import hidden_states_TD, load_causal_lm
 from kdmesh.models.packing import pack
 from tests.support.sequences import random_sequences
 from tests.support.tiny_models import VOCABULARY_SIZE, TinyModels
-from tests.support.trainer_jobs import losses, run_job, serving_teacher, write_config
+from tests.support.trainer_jobs import run_whole_and_in_parts
 
 
 def test_a_job_of_two_ranks_goes_on_and_writes_a_model_that_transformers_runs_by_itself(
     tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     student, teacher = tiny_models.path("gpt_oss", seed=1), tiny_models.path("gpt_oss", seed=2)
-    configs = []
-    with serving_teacher(tmp_path, teacher) as address:
-        for name in ("whole", "parts"):
-            (tmp_path / name).mkdir()
-            configs.append(
-                write_config(tmp_path / name, student=student, teacher=address, steps=4, checkpoint={"every": 2})
-            )
-        whole, parts = configs
-        for config, *overrides in ((whole,), (parts, "steps=2"), (parts,)):
-            for outcome in run_job(config, *overrides, ranks=2):
-                assert outcome.exit_code == 0, outcome.errors
-    final = tmp_path / "whole" / "run" / "final"
-    assert losses(tmp_path / "parts" / "run") == losses(tmp_path / "whole" / "run")
+    final = run_whole_and_in_parts(tmp_path, student=student, teacher=teacher) / "final"
     origin, alone = (AutoModelForCausalLM.from_pretrained(p, attn_implementation="eager") for p in (student, final))
     before, after = dict(origin.named_parameters()), dict(alone.named_parameters())
     assert before.keys() == after.keys() and any(name.endswith(".sinks") for name in after)

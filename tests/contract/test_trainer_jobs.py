@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tests.support.trainer_jobs import (
     checkpoint_steps,
     evaluations,
     losses,
+    records,
     run_job,
     serving_teacher,
     started_job,
@@ -168,6 +168,5 @@ def test_cross_entropy_is_told_of_to_the_end_where_it_was_once_learnt_from(
     config = write_config(tmp_path, student=pair.student, teacher=pair.teacher, steps=4, objective=objective)
     (outcome,) = run_job(config)
     assert outcome.exit_code == 0, outcome.errors
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    told = [line["cross_entropy_nats_per_token"] is not None for line in lines if line["kind"] == "step"]
+    told = [step["cross_entropy_nats_per_token"] is not None for step in records(tmp_path / "run", "step")]
     assert told == 4 * [is_told]

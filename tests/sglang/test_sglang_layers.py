@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from tests.support.sglang_teachers import CHUNK_TOKENS, metric, sglang_teacher
 from tests.support.sglang_weights import publish
 from tests.support.teacher_process import TeacherProcess
 from tests.support.tiny_models import FAMILIES, VOCABULARY_SIZE, TinyModels
-from tests.support.trainer_jobs import run_job, serving_teacher, write_config
+from tests.support.trainer_jobs import records, run_job, serving_teacher, write_config
 
 pytestmark = pytest.mark.sglang
 
@@ -196,8 +195,7 @@ def figures(directory: Path, begun: Path, address: str, *overrides: str, **secti
     config = write_config(directory, student=begun, teacher=address, steps=6, **sections)
     (outcome,) = run_job(config, *overrides)
     assert outcome.exit_code == 0, outcome.errors
-    lines = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [(line["loss_nats_per_token"], line["layer_distance"]) for line in lines if line["kind"] == "step"]
+    return [(step["loss_nats_per_token"], step["layer_distance"]) for step in records(directory / "run", "step")]
 
 
 @pytest.mark.timeout(400)

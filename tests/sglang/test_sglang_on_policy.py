@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from tests.support.sglang_rollouts import rollout_tree
 from tests.support.sglang_teachers import sglang_environment, teacher_tree
 from tests.support.tiny_models import TinyModels
-from tests.support.trainer_jobs import write_config
+from tests.support.trainer_jobs import records, write_config
 
 pytestmark = pytest.mark.sglang
 
@@ -65,8 +64,7 @@ def test_the_loop_learns_and_its_sampler_is_the_student(
         check=True,
         timeout=360,
     )
-    lines = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = records(directory / "run", "step")
     assert len(steps) == STEPS
     for step in steps:
         assert step["response_tokens_mean"] > 1

@@ -77,10 +77,52 @@ def run_job(config: Path, *overrides: str, ranks: int = 1) -> list[Outcome]:
         return finish(processes)
 
 
+def run_whole_and_in_parts(directory: Path, *, student: Path, teacher: Path) -> Path:
+    """The output of a job of two ranks, which has the losses of one that was stopped and went on."""
+    configs = []
+    with serving_teacher(directory, teacher) as address:
+        for name in ("whole", "parts"):
+            (directory / name).mkdir()
+            configs.append(
+                write_config(directory / name, student=student, teacher=address, steps=4, checkpoint={"every": 2})
+            )
+        whole, parts = configs
+        for config, *overrides in ((whole,), (parts, "steps=2"), (parts,)):
+            for outcome in run_job(config, *overrides, ranks=2):
+                assert outcome.exit_code == 0, outcome.errors
+    run = directory / "whole" / "run"
+    assert losses(directory / "parts" / "run") == losses(run)
+    return run
+
+
+def check_answers_can_be_learnt(answers: Path, directory: Path, *, student: Path, steps: int) -> None:
+    """A student that trains on generated answers predicts them better."""
+    written = {"format": "chat", "path": str(answers)}
+    job = write_config(
+        directory,
+        student=student,
+        teacher=None,
+        steps=steps,
+        objective={"name": "sft"},
+        data={"train": written, "held_out": written, "max_tokens": 128, "unusable": "drop"},
+        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        batch={"sequences": 8, "max_tokens": 512},
+    )
+    (outcome,) = run_job(job)
+    assert outcome.exit_code == 0, outcome.errors
+    before, after = (scores["cross_entropy_nats_per_token"] for scores in evaluations(directory / "run").values())
+    assert after < 0.8 * before
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """What a run's record has of a kind, as step or evaluation."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
 def losses(run: Path) -> dict[int, float]:
     """Loss by step, of a run's record."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
+    steps = records(run, "step")
     by_step = {line["step"]: line["loss_nats_per_token"] for line in steps}
     assert len(by_step) == len(steps), "a step is recorded twice"
     return by_step
@@ -88,8 +130,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def evaluations(run: Path) -> dict[int, dict[str, Any]]:
     """Scores by the number of steps done, of a run's record."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines if line["kind"] == "evaluation"}
+    return {line["step"]: line for line in records(run, "evaluation")}
 
 
 def checkpoint_steps(run: Path) -> list[int]:
