@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Generic, Protocol, TypeVar
 
 S = TypeVar("S")
@@ -52,15 +51,6 @@ class _Job(Generic[W]):
     deficit: float = 0.0  # tokens that it may still be given in this turn
     round: int = -1  # in which it was given its newest credit
     has_turn: bool = False  # it was given its credit, and has not used it up
-
-
-class _End(Enum):
-    """Why a job is not looked at any longer for now."""
-
-    NOTHING_LEFT = auto()
-    CREDIT_USED = auto()  # it goes to the end of the turns
-    NO_ROOM = auto()  # what is next is larger than the rest of the batch
-    NOT_STARTABLE = auto()  # for reasons that the caller knows: no slot, over a quota
 
 
 class FairQueue(Generic[W]):
@@ -228,8 +218,7 @@ class _Taking(Generic[W, S]):
             num_before = len(self._batch)
             again = []
             for name in turns:
-                end = self._give_turn(name)
-                if end is _End.CREDIT_USED:
+                if self._give_turn(name):
                     jobs[name].has_turn = False
                     jobs[name] = jobs.pop(name)
                     again.append(name)
@@ -239,23 +228,22 @@ class _Taking(Generic[W, S]):
         self._make_up()
         return self._batch
 
-    def _give_turn(self, name: str) -> _End:
+    def _give_turn(self, name: str) -> bool:
+        """Start what the job can; True when it stopped because its credit is used up, so that it goes to the end."""
         job = self._queue._jobs[name]
         while (work := self._next(name, job)) is not None:
             if not job.has_turn:
                 job.has_turn = True
                 self._credit(name, job, 1)
             if work.num_tokens > job.deficit:
-                return _End.CREDIT_USED
+                return True
             started = self._start(work)
             if started is None:
                 self._sessions[name].popleft()
                 continue
             self._batch.append((work, started))
             self._served(name, job, work)
-            if not job.sessions:
-                return _End.NOTHING_LEFT
-        return _End.NO_ROOM if name in self._has_no_room else _End.NOT_STARTABLE
+        return False
 
     def _next(self, name: str, job: _Job[W]) -> W | None:
         """What the job would start now; None when it can start nothing in this batch."""
