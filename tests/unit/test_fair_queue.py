@@ -159,8 +159,8 @@ def test_share_is_the_weight_among_those_that_wait() -> None:
 
 
 def test_what_is_ahead_of_a_job_is_its_share_and_not_the_whole_queue() -> None:
-    standings = {"a": Standing(2), "urgent": Standing(rank=-1)}
-    queue = queue_of(("a", 100), ("flood", 10_000), ("few", 10), standings=standings)
+    standings = {"a": Standing(2), "urgent": Standing(rank=-1), "idle": Standing(rank=1)}
+    queue = queue_of(("a", 100), ("flood", 10_000), ("few", 10), ("idle", 1000), standings=standings)
     assert queue.tokens_until("a", 100) == 100 + 50 + 10
     assert queue.tokens_until("new", 30) == 30 + 60 + 30 + 10
     queue.push(Ask("urgent", 70))

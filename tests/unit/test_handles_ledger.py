@@ -358,6 +358,26 @@ def test_stream_outlives_the_holder_of_an_abandoned_slot() -> None:
     assert b.states() == {"free": 1}
 
 
+def test_memory_that_other_jobs_map_makes_way_only_for_a_session_that_can_use_it() -> None:
+    b = books(slots=3, per_session=1)
+    first, second, full = (b.ledger.open_session(job) for job in ("a", "b", "c"))
+    b.answer(full)
+    for session in (first, second):
+        handle = b.answer(session)
+        b.ledger.claim(session, handle, holder=1)
+    for session in (first, second):
+        b.ledger.end_session(session)
+    b.ledger.holder_gone(1)
+    assert not b.ledger.make_way(full)  # it has its share
+    assert not b.ledger.make_way(first)  # it has ended
+    assert not b.ledger.make_way(b.ledger.open_session("a"))  # a slot of its own job is free
+    assert b.states() == {"free": 2, "ready": 1}
+    other = b.ledger.open_session("d")
+    assert b.ledger.make_way(other)
+    assert not b.ledger.make_way(other)  # it has been done
+    assert b.states() == {"free": 1, "ready": 1, "abandoned": 1}
+
+
 def test_looking_shows_every_state_and_session() -> None:
     b = books()
     first = b.ledger.open_session("a")
