@@ -317,6 +317,19 @@ def test_holder_that_wakes_and_lets_go_is_no_longer_waited_for() -> None:
     assert (b.states(), b.ledger.num_orphans) == ({"free": 2}, 0)
 
 
+def test_worn_memory_that_nobody_reads_is_replaced_whatever_holders_still_have() -> None:
+    b = books(slots=2, max_abandoned=1)
+    session = b.ledger.open_session("a")
+    b.ledger.claim(session, b.answer(session), holder=1)
+    b.ledger.end_session(session)
+    replaced = b.ledger.to_renew()
+    assert replaced is not None and b.ledger.renew(replaced)
+    b.ledger.wear_out()
+    while (worn := b.ledger.to_renew()) is not None:
+        assert b.ledger.renew(worn)
+    assert (b.states(), b.ledger.num_orphans) == ({"free": 2}, 1)
+
+
 def test_memory_that_comes_too_late_is_not_wanted() -> None:
     b = books(slots=1)
     session = b.ledger.open_session("a")

@@ -125,6 +125,50 @@ def test_refused_job_is_told_when_it_would_be_let_in(num_others: int) -> None:
     assert close(refused.value.retry_after_s, server.now_s - began_s)
 
 
+def test_a_full_queue_lets_a_job_in_up_to_its_share_and_no_token_beyond() -> None:
+    server = Server({}, max_tokens=400)
+    for _ in range(10):
+        server.join("flood")  # all of it, while nobody else waits
+    with pytest.raises(Unavailable, match="400 tokens wait, this request has 1, and at most 400 may wait, 400 of them"):
+        server.join("flood", 1)
+    for _ in range(5):
+        server.join("mine")
+    for job in ("mine", "flood"):
+        with pytest.raises(Unavailable, match=r"600 tokens wait, .* 200 of them"):
+            server.join(job, 1)
+    assert (server.line.queue.tokens_of("flood"), server.line.queue.tokens_of("mine")) == (400, 200)
+
+
+def test_a_full_queue_lets_one_call_in_of_a_job_with_nothing_in_it() -> None:
+    server = Server({}, max_tokens=400)
+    for job in ("flood", "mine"):
+        server.line.join([Ask(job, 300), Ask(job, 300)])
+        assert server.line.queue.requests_of(job) == 2
+        with pytest.raises(Unavailable):
+            server.join(job, 1)
+
+
+def test_new_terms_count_for_the_next_request_that_is_to_be_let_in() -> None:
+    files: list[dict[str, JobTerms]] = [{}]
+    line = WaitingLine[Ask](JobTable(JobTerms(), look=lambda: files[-1]), max_tokens=400)
+    line.join([Ask("flood", 400)])
+    line.join([Ask("mine", 200)])
+    with pytest.raises(Unavailable):
+        line.join([Ask("mine", 100)])
+    files.append({"mine": JobTerms(weight=3)})
+    line.join([Ask("mine", 100)])
+
+
+def test_what_started_counts_and_what_start_refused_does_not() -> None:
+    server = Server({"mine": JobTerms(max_tokens_in_flight=REQUEST)})
+    ask = server.join("mine")
+    server.now_s += 3.0
+    assert server.line.take(BATCH, lambda ask: True, lambda ask: None) == []
+    assert (server.jobs.book("mine").tokens_in_flight, list(server.jobs.book("mine").waits_s)) == (0, [])
+    assert server.line.take(BATCH, lambda ask: True, lambda ask: True) == [(ask, True)]
+    assert (server.jobs.book("mine").tokens_in_flight, list(server.jobs.book("mine").waits_s)) == (REQUEST, [3.0])
+
+
 def test_higher_classes_are_ahead_of_a_job_in_full() -> None:
     server = Server({"urgent": JobTerms(priority="high")})
     server.fill("urgent", 4000)
@@ -191,3 +235,14 @@ async def test_a_rate_that_lets_a_job_start_wakes_whoever_found_that_it_did_not(
     async with asyncio.timeout(5):
         await server.line.until_woken(wake)
     assert wake.is_set()
+
+
+async def test_nobody_is_woken_before_the_rate_lets_the_job_start() -> None:
+    server = Server({"mine": JobTerms(max_requests_per_s=0.001)})
+    server.join("mine")
+    server.join("mine")
+    assert server.line.take(BATCH, lambda ask: True, lambda ask: True)
+    assert not server.line.take(BATCH, lambda ask: True, lambda ask: True)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await server.line.until_woken(asyncio.Event())
