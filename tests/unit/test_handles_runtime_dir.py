@@ -13,6 +13,7 @@ from typing import IO
 
 import pytest
 
+from kdmesh.errors import ConfigError
 from kdmesh.handles.slab import named_memory
 from kdmesh.handles.slab.runtime_dir import runtime_dir
 
@@ -133,3 +134,22 @@ def test_a_configured_directory_that_exists_is_left_as_it_is(tmp_path: Path) -> 
     with runtime_dir(tmp_path) as directory:
         assert list(directory.path.iterdir()) == []
     assert tmp_path.is_dir()
+
+
+def test_a_configured_directory_that_was_missing_goes_with_its_server(tmp_path: Path) -> None:
+    with runtime_dir(tmp_path / "run" / "kdmesh") as directory:
+        assert directory.path.is_dir()
+    assert not directory.path.exists()
+
+
+def test_a_server_leaves_what_another_has_in_the_configured_directory(tmp_path: Path) -> None:
+    shared = tmp_path / "kdmesh"
+    with runtime_dir(shared), runtime_dir(shared) as other:
+        (other.path / "teacher-2.sock").touch()
+    assert (shared / "teacher-2.sock").exists()
+
+
+def test_a_configured_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot make the runtime directory .*/file/kdmesh"):
+        runtime_dir(tmp_path / "file" / "kdmesh").__enter__()

@@ -25,16 +25,22 @@ class RuntimeDir:
 
     path: Path
     is_ours: bool  # made by this process
+    is_private: bool  # nobody else puts anything there
 
     def remove(self) -> None:
-        """Remove it with all that lies in it, if this process made it."""
-        if self.is_ours:
+        """Remove it, if this process made it; not with what other servers have in it."""
+        if self.is_private:
             shutil.rmtree(self.path, ignore_errors=True)
+        elif self.is_ours:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
 
 
 @contextlib.contextmanager
 def runtime_dir(configured: Path | None) -> Iterator[RuntimeDir]:
     """The configured directory, made if it is missing, or a private one; removed on exit if it was made here.
+
+    A configured one is removed only when it is empty by then: other servers may have their sockets in it.
 
     Private directories of this user's servers that were killed are removed too, with the named memory noted there.
 
@@ -76,7 +82,9 @@ def _remove_abandoned(parent: Path) -> None:
 def _private(stack: contextlib.ExitStack) -> RuntimeDir:
     """A new one, removed when `stack` ends. It gets its name when it is locked: before that it would look abandoned."""
     unlocked = Path(tempfile.mkdtemp(prefix=_UNLOCKED_PREFIX))
-    directory = RuntimeDir(unlocked.with_name(unlocked.name.replace(_UNLOCKED_PREFIX, _PREFIX)), is_ours=True)
+    directory = RuntimeDir(
+        unlocked.with_name(unlocked.name.replace(_UNLOCKED_PREFIX, _PREFIX)), is_ours=True, is_private=True
+    )
     stack.callback(shutil.rmtree, unlocked, ignore_errors=True)
     stack.callback(directory.remove)
     (unlocked / _LOCK).touch()
@@ -87,6 +95,6 @@ def _private(stack: contextlib.ExitStack) -> RuntimeDir:
 
 def _make(configured: Path) -> RuntimeDir:
     if configured.is_dir():
-        return RuntimeDir(configured, is_ours=False)
+        return RuntimeDir(configured, is_ours=False, is_private=False)
     configured.mkdir(mode=0o700, parents=True)
-    return RuntimeDir(configured, is_ours=True)
+    return RuntimeDir(configured, is_ours=True, is_private=False)
