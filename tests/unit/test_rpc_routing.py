@@ -50,6 +50,13 @@ def test_a_slow_server_counts_for_what_it_can_do() -> None:
     assert made.best("ab", 1000, 0.0) == "b"
 
 
+def test_speeds_that_are_about_equal_are_taken_for_the_same() -> None:
+    made = router("ab")
+    say(made, "a", 1000, tokens_per_s=1000)
+    say(made, "b", 1050, tokens_per_s=1100)
+    assert made.best("ab", 10, 0.0) == "a"
+
+
 def test_a_report_gets_old_as_the_server_goes_on() -> None:
     made = router("ab")
     say(made, "a", 5000, now_s=0.0)
@@ -75,6 +82,21 @@ def test_of_those_with_nothing_to_do_the_one_that_did_least_is_taken() -> None:
     assert {made.best("ab", 10, 0.0) for _ in range(20)} == {"b"}
     say(made, "b", 1)
     assert made.best("ab", 10, 0.0) == "a"
+
+
+def test_a_server_that_has_measured_no_speed_yet_counts_as_a_usual_one() -> None:
+    made = router("ab")
+    made.reported("a", ServerLoad(waiting_tokens=100, tokens_per_s=None), 0.0)
+    say(made, "b", 200, tokens_per_s=4000)
+    assert made.best("ab", 10, 0.0) == "a"
+
+
+def test_a_report_is_relied_on_for_a_moment() -> None:
+    made = router("a", fresh_s=0.02)
+    assert not made.is_known("a", 10.0)
+    say(made, "a", 0, now_s=10.0)
+    assert made.is_known("a", 10.01)
+    assert not made.is_known("a", 10.03)
 
 
 def test_equals_are_drawn_by_lot() -> None:
@@ -169,6 +191,42 @@ def test_answers_that_take_far_longer_than_the_others_eject() -> None:
     for _ in range(10):
         answer(made, "c", 0.0, took_s=9.0)
     assert free(made, "abc", 0.0) == ["a", "b"]
+
+
+def test_of_two_servers_the_far_slower_one_is_ejected() -> None:
+    made = router("ab", slow_factor=5, slow_by_s=1)
+    for _ in range(10):
+        answer(made, "a", 0.0, took_s=1.0)
+        answer(made, "b", 0.0, took_s=20.0)
+    assert free(made, "ab", 0.0) == ["a"]
+
+
+def test_what_makes_all_of_them_late_ejects_nobody() -> None:
+    made = router("abc", slow_factor=5, slow_by_s=1)
+    for _ in range(10):
+        for name, took_s in (("a", 20.0), ("b", 20.0), ("c", 60.0)):
+            answer(made, name, 0.0, took_s=took_s)
+    assert free(made, "abc", 0.0) == ["a", "b", "c"]
+
+
+def test_a_server_that_becomes_slow_after_many_good_answers_is_soon_found_out() -> None:
+    made = router("abc", slow_factor=5, slow_by_s=1)
+    for name in "abc":
+        for _ in range(200):
+            answer(made, name, 0.0, took_s=1.0)
+    answer(made, "c", 0.0, took_s=20.0)  # once is no habit
+    assert free(made, "abc", 0.0) == ["a", "b", "c"]
+    for _ in range(9):
+        answer(made, "c", 0.0, took_s=20.0)
+    assert free(made, "abc", 0.0) == ["a", "b"]
+
+
+def test_requests_that_were_given_up_or_refused_for_now_are_no_failures() -> None:
+    made = router("ab", max_failures=1)
+    for _ in range(10):
+        made.unanswered(made.sent("a", 10, 0.0), 0.0, is_its_fault=False)
+    made.sent("a", 10, 0.0)
+    assert free(made, "ab", 0.0) == ["a", "b"]
 
 
 def test_a_long_queue_and_a_low_speed_explain_a_late_answer() -> None:

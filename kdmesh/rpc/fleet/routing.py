@@ -200,7 +200,7 @@ class Router:
         return server.lateness > self._policy.slow_factor * max(others[len(others) // 2], 1.0)
 
     def _eject(self, server: _Server, now_s: float) -> None:
-        num_ejected = sum(s.is_ejected for s in self._servers.values() if s is not server)
+        num_ejected = sum(s.is_ejected for s in self._servers.values())
         if not server.is_ejected and 2 * (num_ejected + 1) > len(self._servers):
             return
         wait_s = self._policy.ejected_s * 2.0 ** min(server.ejections, 16)
