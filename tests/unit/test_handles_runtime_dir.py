@@ -153,3 +153,18 @@ def test_a_configured_directory_that_cannot_be_made_is_named(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cannot make the runtime directory .*/file/kdmesh"):
         runtime_dir(tmp_path / "file" / "kdmesh").__enter__()
+
+
+def test_two_servers_may_make_the_configured_directory_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+
+    def make_when_another_has(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        make(path, mode, parents, exist_ok=True)
+        make(path, mode, parents, exist_ok)
+
+    monkeypatch.setattr(Path, "mkdir", make_when_another_has)
+    with runtime_dir(tmp_path / "kdmesh") as directory:
+        assert directory.path.is_dir()
+    assert directory.path.is_dir()  # it is the other's

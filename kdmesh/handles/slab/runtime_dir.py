@@ -94,7 +94,10 @@ def _private(stack: contextlib.ExitStack) -> RuntimeDir:
 
 
 def _make(configured: Path) -> RuntimeDir:
-    if configured.is_dir():
+    try:
+        configured.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        if not configured.is_dir():
+            raise
         return RuntimeDir(configured, is_ours=False, is_private=False)
-    configured.mkdir(mode=0o700, parents=True)
     return RuntimeDir(configured, is_ours=True, is_private=False)
