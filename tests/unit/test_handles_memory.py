@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import gc
 import mmap
@@ -104,6 +105,18 @@ def test_memory_is_there_before_it_is_used_and_gone_afterwards(
         assert reader[-1] == 0  # a reader keeps it
         del reader
     assert num_mappings() == mappings
+
+
+def test_memory_that_runs_out_is_told_and_not_touched() -> None:
+    class Full(mmap.mmap):
+        def madvise(self, option: int, start: int = 0, length: int = 0, /) -> None:
+            raise OSError(errno.ENOMEM, "there is none")
+
+        def __setitem__(self, key: object, value: object) -> None:
+            raise AssertionError("the kernel kills who touches a page that it does not have")
+
+    with contextlib.closing(Full(-1, SIZE)) as mapping, pytest.raises(OSError, match="there is none"):
+        memory.prefault(mapping)
 
 
 def test_view_keeps_the_memory_of_a_closed_segment() -> None:
