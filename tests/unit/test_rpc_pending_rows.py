@@ -50,6 +50,15 @@ def test_cancelled_request_is_unavailable() -> None:
         PendingRows(future).wait()
 
 
+def test_only_what_is_known_to_fail_has_failed() -> None:
+    under_way, answered, refused, cancelled = (Future() for _ in range(4))
+    answered.set_result(arrived())
+    refused.set_exception(InvalidRequest("why"))
+    cancelled.cancel()
+    pending = [PendingRows(future) for future in (under_way, answered, refused, cancelled)]
+    assert [rows.has_failed for rows in pending] == [False, False, True, True]
+
+
 def test_request_that_nobody_refers_to_is_cancelled() -> None:
     future = Future()
     pending = PendingRows(future)
