@@ -194,6 +194,20 @@ async def test_client_that_talks_garbage_loses_its_slots_and_nobody_else(tmp_pat
         door.close()
 
 
+async def test_client_that_hangs_up_and_lives_keeps_its_session_and_what_it_has_not_mapped(tmp_path: Path) -> None:
+    async with slab(tmp_path) as store:
+        session = store.open_session("job").token
+        mapped, _ = answer(store, session, seed=1)
+        ready, _ = answer(store, session, seed=2)
+        with raw(store) as sock:
+            sock.send(Request(Op.HELLO, VERSION, 0, session).pack())
+            await hears(sock)
+            sock.send(Request(Op.CLAIM, mapped.segment, mapped.epoch, mapped.token).pack())
+            await hears(sock)
+        await until(lambda: states(store) == {"free": 1, "ready": 1})
+        assert store.find(session, ready)[1] == ready
+
+
 async def test_client_that_never_listens_is_hung_up_on(tmp_path: Path) -> None:
     async with slab(tmp_path) as store:
         session = store.open_session("job")
