@@ -228,6 +228,8 @@ async def test_a_file_that_cannot_be_read_now_is_a_miss_and_stays(
                 else:
                     patch.setattr(os, "readv", fail)
                 assert await recall(cache, 3) is None
+            await files.wait_written()
+            assert len(stored(tmp_path)) == 1
             assert not any(cache.find("job", 1, [sequence(9, seed=3)]).is_kept)  # or it would be read again at once
             await keep(cache, 3, rows(3))
             assert await recall(cache, 3) == rows(3)
