@@ -139,6 +139,13 @@ def test_a_full_queue_lets_a_job_in_up_to_its_share_and_no_token_beyond() -> Non
     assert (server.line.queue.tokens_of("flood"), server.line.queue.tokens_of("mine")) == (400, 200)
 
 
+def test_a_queue_with_room_lets_a_job_in_beyond_its_share() -> None:
+    server = Server({}, max_tokens=400)
+    for job in ("flood", "mine", *["flood"] * 8):
+        server.join(job)
+    assert (server.line.queue.tokens_of("flood"), server.line.queue.num_tokens) == (360, 400)
+
+
 def test_a_full_queue_lets_one_call_in_of_a_job_with_nothing_in_it() -> None:
     server = Server({}, max_tokens=400)
     for job in ("flood", "mine"):
@@ -161,8 +168,9 @@ def test_new_terms_count_for_the_next_request_that_is_to_be_let_in() -> None:
 
 def test_what_started_counts_and_what_start_refused_does_not() -> None:
     server = Server({"mine": JobTerms(max_tokens_in_flight=REQUEST)})
+    server.now_s = 10.0
     ask = server.join("mine")
-    server.now_s += 3.0
+    server.now_s = 13.0
     assert server.line.take(BATCH, lambda ask: True, lambda ask: None) == []
     assert (server.jobs.book("mine").tokens_in_flight, list(server.jobs.book("mine").waits_s)) == (0, [])
     assert server.line.take(BATCH, lambda ask: True, lambda ask: True) == [(ask, True)]
