@@ -117,6 +117,40 @@ def test_it_goes_on_after_what_differs() -> None:
     assert ends[found.student_ends[-1] - 1] == len(text)
 
 
+@given(
+    front=st.text("ab", max_size=6),
+    differing=st.tuples(st.text("ab", max_size=12), st.text("ab", max_size=12)),
+    back=st.text("ab", max_size=12),
+    lengths=st.tuples(*[st.lists(st.integers(0, 3), max_size=20)] * 2),
+    most_tokens=st.integers(1, 3),
+)
+def test_chunks_of_texts_that_differ_are_the_same_bytes_and_no_token_is_in_two(
+    front: str, differing: tuple[str, str], back: str, lengths: tuple[list[int], list[int]], most_tokens: int
+) -> None:
+    texts = [(front + middle + back).encode() for middle in differing]
+    mine, theirs = (cut(text, sizes) for text, sizes in zip(texts, lengths, strict=True))
+    found = align(spans_of(mine), texts[0], spans_of(theirs), texts[1], most_tokens=most_tokens)
+    num_bytes = own_end = their_end = 0
+    for s0, s1, t0, t1 in zip(
+        found.student_begins, found.student_ends, found.teacher_begins, found.teacher_ends, strict=True
+    ):
+        assert b"".join(mine[s0:s1]) == b"".join(theirs[t0:t1]) != b""
+        assert own_end <= s0 < s1 <= s0 + most_tokens
+        assert their_end <= t0 < t1 <= t0 + most_tokens
+        own_end, their_end, num_bytes = s1, t1, num_bytes + len(b"".join(mine[s0:s1]))
+    assert found.aligned_bytes == num_bytes
+
+
+def cut(text: bytes, lengths: list[int]) -> list[bytes]:
+    """Tokens of so many bytes, as long as there are some, and one of the rest."""
+    edges = np.minimum(np.cumsum([0, *lengths]), len(text)).tolist()
+    return [text[begin:end] for begin, end in zip(edges, [*edges[1:], len(text)], strict=True)]
+
+
+def spans_of(tokens: list[bytes]) -> Spans:
+    return Spans(token_ids=np.arange(len(tokens), dtype=np.int32), ends=np.cumsum([*map(len, tokens)], dtype=np.int32))
+
+
 def test_texts_without_anything_in_common_have_no_chunks() -> None:
     found = aligned("byte_level", "byte_level", "aaaa", "zzzz")
     assert len(found.student_begins) == 0
