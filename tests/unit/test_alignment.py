@@ -184,7 +184,8 @@ def test_a_boundary_is_whitespace_that_no_token_has_behind_other_bytes() -> None
     assert found.student_ids.tolist() == [1, 4]  # a newline does not count: the other has it inside a token
     assert found.teacher_ids.tolist() == [1, 2, 4]
     assert boundary_tokens([b"a b\t\n\r"], theirs, ends=[(0, 4)]) is None
-    assert boundary_tokens([b"a"], [b"b"], ends=[]) is None
+    for one, other in (([b"a"], [b"b"]), ([b" a"], [b"b"]), ([b"a"], [b" b"])):
+        assert boundary_tokens(one, other, ends=[]) is None
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_level_small", "sentence_piece_bytes"])
