@@ -39,14 +39,17 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class _Commands(click.Group):
-    """Turns our errors into one message: exit code 2 for what the user can put right, 1 for what broke."""
+    """Turns our errors into one message: exit code 2 for what the user can put right, 1 for what broke.
+
+    Children may also end with 3, for services that did not answer.
+    """
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except local.ChildFailed as error:
-            code = error.exit_code if error.exit_code in (local.USER_ERROR, exit_when_stopped()) else _ERROR
+            code = error.exit_code if error.exit_code in (*local.TOLD, exit_when_stopped()) else _ERROR
             if error.is_told:
                 sys.exit(code)
             _fail(error, code)

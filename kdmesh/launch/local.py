@@ -34,6 +34,10 @@ _FAILING_TOGETHER_S = 5.0
 _READY_LOOK_S = 0.05
 
 USER_ERROR = 2
+AWAY = 3
+"""Exit code where a service did not answer in time: the same command may succeed later."""
+TOLD = frozenset({USER_ERROR, AWAY})
+"""Exit codes of children that have said why, in one sentence."""
 """Exit code of every kdmesh process that was refused its input."""
 
 
@@ -194,8 +198,8 @@ class Processes:
             if failed:
                 # The others may be about to say why, or wait for ever for the one that is gone.
                 self._see_out(waiting, within_s=_FAILING_TOGETHER_S)
-                refused = [child for child in waiting if child.exit_code == USER_ERROR]
-                raise _failure((refused or failed)[0])
+                told = [child for child in waiting if child.exit_code in TOLD]
+                raise _failure((told or failed)[0])
             waiting = [child for child in waiting if child.exit_code is None]
 
     def stop(self, group: Sequence[Child]) -> None:
@@ -358,7 +362,7 @@ def _failure(child: Child) -> ChildFailed:
     code = child.exit_code
     assert code is not None
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return ChildFailed(f"{child.name} {how}", exit_code=code, is_told=code == USER_ERROR)
+    return ChildFailed(f"{child.name} {how}", exit_code=code, is_told=code in TOLD)
 
 
 def _last_lines(child: Child) -> str:

@@ -37,12 +37,12 @@ class Refusals:
         self._monkeypatch = monkeypatch
         self._capsys = capsys
 
-    def sentence(self, config: Path, *overrides: str) -> str:
+    def sentence(self, config: Path, *overrides: str, status: int = 2) -> str:
         argv = ["kdmesh_trainer", str(config), *(part for override in overrides for part in ("--set", override))]
         self._monkeypatch.setattr("sys.argv", argv)
         self._monkeypatch.setattr(log, "configure", lambda *_, **__: None)
         self._capsys.readouterr()
-        assert trainer.main() == 2
+        assert trainer.main() == status
         errors = self._capsys.readouterr().err
         assert "Traceback" not in errors
         return errors
@@ -85,7 +85,7 @@ def test_a_teacher_that_is_not_there_is_waited_for_no_longer_than_its_deadline(
     refusals: Refusals, student: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, student=student, teacher="127.0.0.1:9", steps=1)
-    assert "127.0.0.1:9" in refusals.sentence(config, "teacher.deadline_s=0.5")
+    assert "127.0.0.1:9" in refusals.sentence(config, "teacher.deadline_s=0.5", status=3)
 
 
 def test_another_tokenizer_is_refused_with_both_fingerprints(

@@ -83,7 +83,7 @@ def checkpoints(job: Job) -> list[str]:
 
 
 def test_a_job_whose_teacher_stays_away_ends_with_its_steps_in_a_checkpoint(story: Story) -> None:
-    assert story.hasty_launcher.exit_code() == 2
+    assert story.hasty_launcher.exit_code() == 3
     assert story.hasty_kept > 0
     assert checkpoints(story.hasty) == [f"step-{story.hasty_kept:08d}"]
     [said] = [line for line in story.hasty_launcher.words() if line.startswith("Error")]

@@ -126,7 +126,7 @@ def test_job_waits_for_its_teacher_and_learns_exactly_the_same(story: Story, und
 
 
 def test_job_that_waits_no_longer_says_so(story: Story) -> None:
-    assert story.hasty_trainer.exit_code() == 2
+    assert story.hasty_trainer.exit_code() == 3
     address = re.escape(story.teacher.address)
     (sentence,) = story.hasty_trainer.words()
     assert re.match(

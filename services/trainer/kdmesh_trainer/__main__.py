@@ -13,19 +13,21 @@ from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
 with quiet_interrupt():
     from kdmesh import log
     from kdmesh.config import config_parser, load
-    from kdmesh.errors import KdmeshError, OutOfMemory
+    from kdmesh.errors import DeadlineExpired, KdmeshError, OutOfMemory, Unavailable
     from kdmesh.open_files import raise_open_files
     from kdmesh.outputs import say_error
     from kdmesh_trainer.config import TrainerConfig
     from kdmesh_trainer.sections.source_config import OnPolicy
+    from kdmesh_trainer.stop import StepLost
 
 if TYPE_CHECKING:
     from kdmesh_trainer.mesh import Mesh
 
 logger = logging.getLogger("kdmesh_trainer")  # not __name__, which is "__main__" here
 
-_REFUSED = 2
 _BROKEN = 1
+_REFUSED = 2
+_AWAY = 3
 
 
 class _Failed(Exception):
@@ -42,8 +44,8 @@ def main() -> int:
     Returns:
         The exit status: 0 when all steps are done, or when SIGTERM or SIGINT ended the run with
         a checkpoint, unless KDMESH_EXIT_WHEN_STOPPED names another for that; 2 when something
-        was refused or a service failed, in one sentence; 1 when another rank ended; 130 when
-        a signal came before the first step was done.
+        was refused, and 3 when a service did not answer in time, in one sentence; 1 when another
+        rank ended; 130 when a signal came before the first step was done.
     """
     arguments = _parser().parse_args()
     rank = int(os.environ.get("RANK", "0"))
@@ -138,7 +140,8 @@ def _too_large(error: RuntimeError, rank: int) -> OutOfMemory:
 def _refused(error: KdmeshError, *, is_speaker: bool) -> int:
     if is_speaker:
         say_error(error)
-    return _REFUSED
+    cause = error.__cause__ if isinstance(error, StepLost) else error
+    return _AWAY if isinstance(cause, Unavailable | DeadlineExpired) else _REFUSED
 
 
 def _leave(status: int) -> NoReturn:

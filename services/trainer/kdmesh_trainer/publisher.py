@@ -248,7 +248,10 @@ class StudentPublisher:
             outcome = self._send(to, needed)
         else:
             self._follow()
-        left = self._mesh.on_first(lambda: _agreed(outcome))
+        try:
+            left = self._mesh.on_first(lambda: _agreed(outcome))
+        except RpcError as error:  # the student is whole
+            raise StepLost(str(error)) from error
         tried = self._behind if to is None else to
         self._behind = left | (self._behind - tried)
 
@@ -310,8 +313,6 @@ class TeacherPublisher:
 
 
 def _agreed(outcome: frozenset[str] | KdmeshError) -> frozenset[str]:
-    if isinstance(outcome, RpcError):  # the student is whole
-        raise StepLost(str(outcome)) from outcome
     if isinstance(outcome, KdmeshError):
         raise outcome
     return outcome
