@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kdmesh import errors
+from kdmesh.handles.slab.ledger import Ledger
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.teachers.client import TeacherClient, TeacherRows
 from kdmesh.types import TokenSequence
@@ -129,6 +130,22 @@ async def test_no_slot_within_the_bounded_wait_is_unavailable_with_the_slabs_sta
         assert refused.value.retry_after_s == 1.0
         del kept
         assert (await ask(other, [sequence(9)])).rows_RD.shape == (8, 8)
+
+
+async def test_end_of_a_wait_for_a_slot_looks_at_no_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Ledger] = []
+    async with (
+        running_teacher(tmp_path, queue={"max_wait_s": 0.2}, slab={"slots": 1}) as teacher,
+        teacher.client(door="shm") as keeper,
+        teacher.client(door="shm") as other,
+    ):
+        kept = await ask(keeper, [sequence(9)])
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "sessions", lambda ledger: looks.append(ledger) or ())
+            with pytest.raises(errors.Unavailable, match="no slot came free; of 1 slots are 1 held"):
+                await ask(other, [sequence(9)])
+        del kept
+    assert not looks
 
 
 async def test_session_at_its_share_is_told_so(tmp_path: Path) -> None:

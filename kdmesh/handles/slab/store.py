@@ -214,7 +214,7 @@ class SlabStore:
 
     async def wait_collected(self) -> None:
         """Return when no answer waits to be claimed."""
-        while self._ledger.slots_by_state()[SlotState.READY]:
+        while self.slots_by_state()[SlotState.READY]:
             self._is_collected.clear()
             await self._is_collected.wait()
 
@@ -297,10 +297,14 @@ class SlabStore:
         """Slots with what each job asked for, also those that a client of it maps whose session has ended."""
         return self._ledger.slots_of
 
+    def slots_by_state(self) -> Mapping[SlotState, int]:
+        """How many slots are in each state; together all of them."""
+        return self._ledger.slots_by_state()
+
     def snapshot(self) -> Snapshot:
         """The slab as it is now."""
         return Snapshot(
-            slots=self._ledger.slots_by_state(),
+            slots=self.slots_by_state(),
             slot_bytes=self.slot_bytes,
             sessions=self._ledger.sessions(),
             orphans=self._ledger.num_orphans,

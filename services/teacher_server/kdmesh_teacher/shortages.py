@@ -43,7 +43,7 @@ def why_waiting(store: SlabStore, jobs: Jobs, queue: FairQueue[Work], work: Work
 
 
 def _slab_state(store: SlabStore, job: str) -> str:
-    slots = store.snapshot().slots
+    slots = store.slots_by_state()  # not a snapshot: thousands of requests may have waited for long enough at once
     if slots[SlotState.FREE] and store.slots_by_job().get(job, 0) < store.limits.slots_per_session:
         return "what is free was mapped by other jobs, and gets no new memory"
     if slots[SlotState.FREE]:
