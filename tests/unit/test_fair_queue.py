@@ -73,9 +73,18 @@ def test_sessions_of_a_job_take_turns_and_each_is_first_in_first_out() -> None:
     for ask in asks:
         queue.push(ask)
     order = [asks[index] for index in (0, 3, 5, 1, 4, 2)]
-    assert queue.of_job("job") == order
+    assert list(queue.of_job("job")) == order
     assert take(queue) == order
     assert (queue.num_tokens, queue.num_requests, queue.jobs()) == (0, 0, ())
+
+
+def test_first_of_many_is_found_without_a_list_of_them() -> None:
+    queue = FairQueue[Ask]()
+    asks = [Ask("job", 1, session) for session in (b"a", b"a", b"b")]
+    for ask in asks:
+        queue.push(ask)
+    assert next(queue.of_job("job")) is asks[0]
+    assert list(queue.of_job("nobody")) == []
 
 
 def test_turns_go_on_where_the_last_batch_ended() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -107,19 +107,15 @@ class FairQueue(Generic[W]):
         """The jobs that wait, in the order of their turns."""
         return tuple(self._jobs)
 
-    def of_job(self, job: str) -> Sequence[W]:
-        """Its requests in the order in which they will start."""
+    def of_job(self, job: str) -> Iterator[W]:
+        """Its requests in the order in which they will start, listed only as far as they are asked for."""
         waiting = self._jobs.get(job)
-        if waiting is None:
-            return ()
-        queues = deque(deque(session) for session in waiting.sessions.values())
-        ordered: list[W] = []
+        queues = deque(map(iter, waiting.sessions.values()) if waiting is not None else ())
         while queues:
             session = queues.popleft()
-            ordered.append(session.popleft())
-            if session:
+            if (work := next(session, None)) is not None:
+                yield work
                 queues.append(session)
-        return ordered
 
     def of_session(self, job: str, session: bytes) -> Sequence[W]:
         """Its requests in order."""
