@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -297,6 +298,30 @@ async def test_a_full_disk_stops_the_writing_for_a_while_and_says_so(
     await cache.close()
     assert cache.state().refusal == ""
     assert cache.state().directory == replace(cache.state().directory, entries=1)
+
+
+async def test_what_waits_for_a_slow_disk_is_bounded_until_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, write = threading.Event(), entry_file.write
+
+    def write_later(path: Path, key: bytes, data: memoryview, digest: bytes) -> None:
+        assert may_write.wait(30)
+        write(path, key, data, digest)
+
+    monkeypatch.setattr(directory_module.entry_file, "write", write_later)
+    monkeypatch.setattr(directory_module, "_MAX_BACKLOG_BYTES", 2 * len(rows(1)))
+    files = RowDirectory(tmp_path, MIB)
+    cache = RowCache(keys(), None, files)
+    for number in (1, 2, 3):
+        await keep(cache, number, rows(number))
+    assert (cache.state().skipped, files.state().entries) == (1, 2)
+    may_write.set()
+    await files.wait_written()
+    for number in (3, 4):
+        await keep(cache, number, rows(number))
+    await cache.close()
+    assert (cache.state().skipped, files.state().entries) == (1, 4)
 
 
 def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:

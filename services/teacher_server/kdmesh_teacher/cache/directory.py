@@ -48,6 +48,7 @@ class RowDirectory:
         self._path = path
         self._files = LeastRecentlyUsed[None](budget_bytes)
         self._unwritten: dict[bytes, KeptRows] = {}  # they wait to be written
+        self._unwritten_bytes = 0  # counted along: behind a slow disk wait many small ones
         self._unread = set[bytes]()  # a read failed, and they were not computed since
         self._clock = clock
         self._rest_s = rest_s
@@ -77,13 +78,14 @@ class RowDirectory:
         if key in self._files or key in self._unwritten:
             return
         size_bytes = len(rows.data)
-        is_behind = sum(len(rows.data) for rows in self._unwritten.values()) + size_bytes > _MAX_BACKLOG_BYTES
+        is_behind = self._unwritten_bytes + size_bytes > _MAX_BACKLOG_BYTES
         gone = None if self.refusal or is_behind else self._files.add(key, None, entry_file.size_on_disk(size_bytes))
         if gone is None:
             self.skipped += 1
             return
         self._unread.difference_update(gone)
         self._unwritten[key] = rows
+        self._unwritten_bytes += size_bytes
         writing = asyncio.get_running_loop().run_in_executor(self._writer, self._write, gone, key, rows)
         writing.add_done_callback(partial(self._written, key))
 
@@ -148,7 +150,7 @@ class RowDirectory:
                 self._file(key).unlink(missing_ok=True)
 
     def _written(self, key: bytes, writing: asyncio.Future[None]) -> None:
-        del self._unwritten[key]
+        self._unwritten_bytes -= len(self._unwritten.pop(key).data)
         failure = writing.exception()
         if failure is None:
             return
