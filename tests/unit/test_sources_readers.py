@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdmesh.chats.chat_rows import chat_from_row
+from kdmesh.chats.chat_rows import Chat, Message, chat_from_row
 from kdmesh.errors import ConfigError, DataError
-from kdmesh_trainer.data.files.readers import open_dataset
+from kdmesh_trainer.data.files.readers import groups_of, open_dataset
 from kdmesh_trainer.sections.data_config import ChatFile, CustomDataset
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -35,6 +35,15 @@ def read(path: Path, column: str = "messages") -> list[list[tuple[str, str]]]:
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize(("num_chats", "characters", "largest"), [(600, 1, 256), (9, 2**20, 4), (3, 2**23, 1)])
+def test_as_many_chats_are_encoded_together_as_their_texts_allow(num_chats: int, characters: int, largest: int) -> None:
+    message = Message(role="user", content="x" * characters)
+    chats = [Chat(messages=(message,), origin=str(number)) for number in range(num_chats)]
+    groups = list(groups_of(chats))
+    assert max(map(len, groups)) == largest
+    assert [chat for group in groups for chat in group] == chats
 
 
 def test_json_lines_arrays_and_parquet_give_the_same_chats(tmp_path: Path) -> None:

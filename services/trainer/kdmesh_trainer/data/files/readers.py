@@ -31,8 +31,10 @@ Reader = Callable[[], Iterator[Chat]]
 """Starts one pass over a dataset."""
 
 
-# Enough for the tokenizer's threads, little enough that progress is seen to move.
+# Enough for the tokenizer's threads, little enough that progress is seen to move. Of a long chat every turn is held as
+# the template renders it, which takes many times its own text.
 _CHATS_PER_CALL = 256
+_CHARACTERS_PER_CALL = 4 * 2**20
 
 TEXT_STUDENT = NoImages(
     "the student reads text alone: its model is of another kind, or has no preprocessor_config.json beside it"
@@ -201,12 +203,14 @@ def groups_of(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
     A DataError comes behind all chats before it: whichever rule a row breaks, the first such row is told.
     """
     group: list[Chat] = []
+    characters = 0
     try:
         for chat in chats:
             group.append(chat)
-            if len(group) == _CHATS_PER_CALL:
+            characters += sum(len(message.content) for message in chat.messages)
+            if len(group) == _CHATS_PER_CALL or characters >= _CHARACTERS_PER_CALL:
                 yield group
-                group = []
+                group, characters = [], 0
     except DataError:
         if group:
             yield group
