@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -56,8 +57,8 @@ def name_of(tool: Tool) -> str:
 
 def are_written(functions: Sequence[Tool], text: str) -> bool:
     """Whether a text names these, tools and calls of them, as often as they are there."""
-    names = [name_of(function) for function in functions]
-    return all(text.count(name) >= names.count(name) for name in names)
+    times = Counter(name_of(function) for function in functions)
+    return all(text.count(name) >= number for name, number in times.items())
 
 
 @contextmanager
