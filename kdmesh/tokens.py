@@ -21,20 +21,35 @@ def digest(sequences: Sequence[TokenSequence], layers: Sequence[int] = ()) -> by
     Args:
         layers: whose outputs are asked for beside the final hidden states.
     """
-    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    state.update(len(sequences).to_bytes(8, "little"))
+    running = RunningDigest(len(sequences))
     for sequence in sequences:
+        running.add(sequence)
+    return running.digest(layers)
+
+
+class RunningDigest:
+    """What `digest` gives, of sequences that come one after the other."""
+
+    def __init__(self, num_sequences: int) -> None:
+        """So many will be added."""
+        self._state = hashlib.blake2b(num_sequences.to_bytes(8, "little"), digest_size=DIGEST_BYTES)
+
+    def add(self, sequence: TokenSequence) -> None:
+        """Add the next one."""
         for array in (sequence.token_ids, sequence.positions):
-            state.update(len(array).to_bytes(8, "little"))
-            state.update(array.astype("<i4").tobytes())
+            self._state.update(len(array).to_bytes(8, "little"))
+            self._state.update(array.astype("<i4").tobytes())
         if sequence.images:
-            state.update(_IMAGES_FOLLOW)
-            state.update(len(sequence.images).to_bytes(8, "little"))
-            state.update(image_names(sequence))
-    if layers:
-        state.update(_LAYERS_FOLLOW)
-        state.update(layer_names(layers))
-    return state.digest()
+            self._state.update(_IMAGES_FOLLOW)
+            self._state.update(len(sequence.images).to_bytes(8, "little"))
+            self._state.update(image_names(sequence))
+
+    def digest(self, layers: Sequence[int] = ()) -> bytes:
+        """Of all of them; `layers` as in `digest`. Nothing may be added then."""
+        if layers:
+            self._state.update(_LAYERS_FOLLOW)
+            self._state.update(layer_names(layers))
+        return self._state.digest()
 
 
 def image_names(sequence: TokenSequence) -> bytes:

@@ -18,9 +18,11 @@ import pytest
 from kdmesh.chats.chat_rows import NO_COLUMNS, TeacherColumns
 from kdmesh.errors import ConfigError, DataError
 from kdmesh.tokens import digest
+from kdmesh.types import Int32Array
 from kdmesh_trainer.data.encoding.sides import Addressed, Aligned, InChunks, InContext, teacher_side
 from kdmesh_trainer.data.files import pieces
 from kdmesh_trainer.data.kept import token_cache
+from kdmesh_trainer.data.kept.record_store import Records
 from kdmesh_trainer.data.kept.stored import longest_of, measured, measured_prompts, sequence_facts
 from kdmesh_trainer.data.prompts import PromptPolicy, load_prompts
 from kdmesh_trainer.data.sequences import load_sequences
@@ -121,6 +123,23 @@ def test_stored_sequences_are_those_of_memory(
     assert {type(s) for s in teacher_side(found)} == {type(s) for s in teacher_side(expected)}
     assert [plain(s) for s in found[3:9:2]] == [plain(s) for s in expected[3:9:2]]
     assert plain(found[-1]) == plain(expected[-1])
+
+
+def test_sequences_are_read_once_to_know_what_there_is_of_them(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    arrays = Records.arrays
+
+    def watched(records: Records, number: int) -> list[Int32Array]:
+        read.append(number)
+        return arrays(records, number)
+
+    monkeypatch.setattr(Records, "arrays", watched)
+    data = data_of(tmp_path)
+    cache, _ = make_cache(student, data)
+    assert len(cache.sequences("train", files_of(data))) == 60
+    assert read == list(range(60))
 
 
 @pytest.mark.parametrize("columns", [NO_COLUMNS, WHO])

@@ -35,8 +35,9 @@ class Records:
 
     def __init__(self, directory: Path, num_arrays: int) -> None:
         """Nothing is compared with any digest; see `opened`."""
-        self._index: Int64Array = np.memmap(directory / _INDEX, "<i8", "r")
-        self._numbers: Int32Array = np.memmap(directory / _TOKENS, "<i4", "r")
+        # Plain arrays over the maps: a slice of a memmap takes as long as a record.
+        self._index: Int64Array = np.asarray(np.memmap(directory / _INDEX, "<i8", "r"))
+        self._numbers: Int32Array = np.asarray(np.memmap(directory / _TOKENS, "<i4", "r"))
         self._num_arrays = num_arrays
 
     def __len__(self) -> int:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from kdmesh.tokens import digest
+from kdmesh.tokens import RunningDigest
 from kdmesh.types import PlacedImage, TokenSequence
 from kdmesh_trainer.data.blend import parts_of
-from kdmesh_trainer.data.encoding.sides import Addressed, Aligned, InChunks, Prompt, TeacherSide, aligned_rows
+from kdmesh_trainer.data.encoding.sides import (
+    Addressed,
+    Aligned,
+    InChunks,
+    Prompt,
+    TeacherSide,
+    aligned_rows,
+    teacher_side,
+)
 from kdmesh_trainer.data.kept.forms import Form
 from kdmesh_trainer.data.kept.record_store import Records
 from kdmesh_trainer.data.lazy import Lazy
@@ -88,29 +96,44 @@ def sequence_facts(sequences: Sequence[TokenSequence]) -> SequenceFacts:
 
 
 def measured(sequences: Sequence[TokenSequence]) -> SequenceFacts:
-    """Looks at every sequence, one after the other, and keeps none."""
-    theirs = TeacherSide(sequences)
-    names = [s.teacher_name for s in theirs if isinstance(s, Addressed)]
-    weights = np.array([sequence.weight for sequence in sequences], "<f8")
+    """Looks at every sequence once, one after the other, and keeps none."""
+    own, theirs = RunningDigest(len(sequences)), RunningDigest(len(sequences))
+    names: list[str] = []
+    weights: list[float] = []
+    longest: dict[str, Longest] = {}
+    rows = rows_compared = 0
+    has_other_tokenizer = False
+    for sequence in sequences:
+        [read] = teacher_side([sequence])
+        own.add(sequence)
+        theirs.add(read)
+        if isinstance(read, Addressed):
+            names.append(read.teacher_name)
+        weights.append(sequence.weight)
+        has_other_tokenizer |= isinstance(sequence, Aligned | InChunks)
+        _add_length(longest, *_length(read))
+        rows += sequence.num_rows
+        rows_compared += aligned_rows(sequence)
+    weight = np.array(weights, "<f8")
     return SequenceFacts(
-        digest=digest(sequences).hex(),
-        teacher_digest=digest(theirs).hex(),
+        digest=own.digest().hex(),
+        teacher_digest=theirs.digest().hex(),
         teacher_names=hashlib.blake2b(" ".join(names).encode()).hexdigest() if names else "",
-        has_other_tokenizer=any(isinstance(sequence, Aligned | InChunks) for sequence in sequences),
-        longest=_most(_lengths(theirs)),
-        rows=sum(sequence.num_rows for sequence in sequences),
-        aligned_rows=sum(map(aligned_rows, sequences)),
-        weights="" if (weights == 1).all() else hashlib.blake2b(weights.tobytes()).hexdigest(),
+        has_other_tokenizer=has_other_tokenizer,
+        longest=longest,
+        rows=rows,
+        aligned_rows=rows_compared,
+        weights="" if (weight == 1).all() else hashlib.blake2b(weight.tobytes()).hexdigest(),
     )
 
 
 def longest_of(sequences: Sequence[TokenSequence]) -> dict[str, Longest]:
     """As SequenceFacts has it, of a dataset or a blend."""
-    return _most(
-        each
-        for part in parts_of(sequences).values()
-        for each in (part.facts.longest.items() if isinstance(part, Stored) else _lengths(TeacherSide(part)))
-    )
+    longest: dict[str, Longest] = {}
+    for part in parts_of(sequences).values():
+        for each in part.facts.longest.items() if isinstance(part, Stored) else map(_length, TeacherSide(part)):
+            _add_length(longest, *each)
+    return longest
 
 
 def prompt_facts(prompts: Sequence[Prompt]) -> PromptFacts:
@@ -142,15 +165,12 @@ def images_of(items: Sequence[TokenSequence | Prompt]) -> Iterator[PlacedImage]:
                 yield from item.images
 
 
-def _lengths(theirs: Iterable[TokenSequence]) -> Iterator[tuple[str, Longest]]:
-    for sequence in theirs:
-        asked = sequence.teacher_name if isinstance(sequence, Addressed) else ""
-        yield asked, Longest(tokens=sequence.num_tokens, rows=sequence.num_rows)
+def _length(read: TokenSequence) -> tuple[str, Longest]:
+    """(the name of the teacher that is asked, empty for all; what it reads)."""
+    asked = read.teacher_name if isinstance(read, Addressed) else ""
+    return asked, Longest(tokens=read.num_tokens, rows=read.num_rows)
 
 
-def _most(lengths: Iterable[tuple[str, Longest]]) -> dict[str, Longest]:
-    longest: dict[str, Longest] = {}
-    for name, one in lengths:
-        most = longest.get(name, one)
-        longest[name] = Longest(tokens=max(most.tokens, one.tokens), rows=max(most.rows, one.rows))
-    return longest
+def _add_length(longest: dict[str, Longest], name: str, one: Longest) -> None:
+    most = longest.get(name, one)
+    longest[name] = Longest(tokens=max(most.tokens, one.tokens), rows=max(most.rows, one.rows))
