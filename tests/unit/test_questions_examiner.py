@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kdmesh.chats.chat_rows import Chat, Message
-from kdmesh.errors import CheckpointError, DeadlineExpired, EngineFailure, ModelMismatch
+from kdmesh.errors import CheckpointError, DeadlineExpired, ModelMismatch
 from kdmesh.types import FinishReason, Int32Array, PlacedImage, Sample, Sampling
 from kdmesh_trainer.data.encoding.sides import Question
 from kdmesh_trainer.devices import OwnDevices
@@ -24,7 +24,7 @@ from kdmesh_trainer.questions.exam import Exam
 from kdmesh_trainer.questions.examiner import Examiner, ServedWeights, StudentWeights
 from kdmesh_trainer.questions.scores import Answered
 from kdmesh_trainer.sources.order import StepPrompt
-from kdmesh_trainer.stop import Stopping
+from kdmesh_trainer.stop import StepLost, Stopping
 from tests.support.full_disk import files_limited_to
 
 LONGEST = 5
@@ -272,7 +272,7 @@ def test_a_server_that_is_slow_and_steady_is_asked_again_for_what_is_late(mesh: 
 def test_a_server_that_answers_nothing_any_more_ends_the_run_with_the_reason(mesh: Mesh) -> None:
     for until, rounds in ((0, 1), (25, 4), (64, 7 + 2)):  # the second group was asked before the first was answered
         server = BusyServer(together=10, until=until)
-        with pytest.raises(DeadlineExpired, match="nothing came"):
+        with pytest.raises(StepLost, match="nothing came"):
             ask(mesh, exam(150), server)
         assert server.rounds == rounds
 
@@ -297,7 +297,7 @@ def early(mesh: Mesh, asked: Exam, server: Server, *, ends: type[BaseException])
 
 def test_what_came_before_the_servers_were_gone_is_taken(mesh: Mesh) -> None:
     for until in (0, 25, 64):
-        assert early(mesh, exam(150), BusyServer(together=10, until=until), ends=DeadlineExpired) == list(range(until))
+        assert early(mesh, exam(150), BusyServer(together=10, until=until), ends=StepLost) == list(range(until))
 
 
 class Interrupted(BusyServer):
@@ -315,7 +315,7 @@ def test_what_came_before_a_person_ended_it_is_taken(mesh: Mesh) -> None:
 
 def test_samples_that_nobody_asked_for_are_not_taken(mesh: Mesh) -> None:
     asked = replace(exam(150), sampling=Sampling(max_new_tokens=LONGEST - 1))  # one question in five has longer ones
-    assert early(mesh, asked, Server(), ends=EngineFailure) == [i for i in range(128) if i % LONGEST < LONGEST - 1]
+    assert early(mesh, asked, Server(), ends=StepLost) == [i for i in range(128) if i % LONGEST < LONGEST - 1]
 
 
 def test_an_answer_of_other_weights_is_not_taken_for_the_students(mesh: Mesh) -> None:
