@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdmesh.errors import DataError
-from kdmesh_trainer.data.files import pieces
+from kdmesh_trainer.data.files import piece, pieces
 from kdmesh_trainer.data.files.pieces import find_files, pieces_of, rows_of, size_of
 
 
@@ -64,6 +64,29 @@ def test_parquet_falls_into_its_row_groups(tmp_path: Path) -> None:
     assert sum(piece.size_bytes for piece in parts) == size_of(path)
     found = [row for piece in parts for row in rows_of(piece, lambda names: ["number"])]
     assert found == [(f"{path}: row {number + 1}", {"number": number}) for number in range(25)]
+
+
+@pytest.mark.parametrize("num_rows", [2_500, 7])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_large_group_of_rows_falls_into_parts_of_which_each_can_be_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, num_rows: int
+) -> None:
+    path = tmp_path / f"a.{kind}"
+    table = pa.table({"number": list(range(num_rows)), "other": ["x"] * num_rows})
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write(table.combine_chunks().to_batches()[0])
+    [whole] = pieces_of(path)
+    monkeypatch.setattr(piece, "_PART_BYTES", 1)
+    parts = list(pieces_of(path))
+    assert len(parts) == min(num_rows, piece._MOST_PARTS)
+    assert sum(part.size_bytes for part in parts) == size_of(path) == whole.size_bytes
+    alone = [list(rows_of(part, lambda names: ["number"])) for part in reversed(parts)]
+    found = [row for part in reversed(alone) for row in part]
+    assert found == [(f"{path}: row {number + 1}", {"number": number}) for number in range(num_rows)]
+    assert {len(part) for part in alone} <= {num_rows // len(parts), num_rows // len(parts) + 1}
 
 
 def test_an_array_is_one_piece(tmp_path: Path) -> None:

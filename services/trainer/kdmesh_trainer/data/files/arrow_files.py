@@ -55,8 +55,12 @@ def arrow_pieces(path: Path) -> Iterator[Piece]:
             for number in range(file.num_record_batches):
                 batch = file.get_batch(number)
                 size_bytes = batch.get_total_buffer_size()  # nbytes looks into the batch, which may be damaged
-                yield Piece(path=path, kind="batch", first=first, begin=number, size_bytes=size_bytes)
-                first += batch.num_rows
+                num_rows = batch.num_rows
+                whole = Piece(
+                    path=path, kind="batch", first=first, begin=number, size_bytes=size_bytes, num_rows=num_rows
+                )
+                yield from whole.parts()
+                first += num_rows
             return
         schema = _schema(path, source)
         begin, first, num_rows = source.tell(), 1, 0
@@ -77,6 +81,7 @@ def arrow_rows(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, objec
     with _mapped(piece.path) as source:
         if piece.kind == "batch":
             batches: Iterator[Any] = iter([pa.ipc.open_file(source).get_batch(piece.begin)])
+            batches = (batch.slice(piece.skip, piece.num_rows) for batch in batches)
         else:
             schema = _schema(piece.path, source)
             source.seek(piece.begin)

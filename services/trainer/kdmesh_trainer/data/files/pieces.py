@@ -16,6 +16,8 @@ from kdmesh_trainer.data.files.csv_files import csv_pieces, csv_rows
 from kdmesh_trainer.data.files.piece import PIECE_BYTES, ChooseColumns, Piece, reading, text_of
 from kdmesh_trainer.data.files.table_rows import chosen_columns, objects_of, reading_as
 
+_DECODED = 1024  # rows at a time
+
 
 def find_files(path: Path) -> tuple[Path, ...]:
     """The file at `path`, or those of that directory: as it tells their order itself, or by name.
@@ -54,7 +56,8 @@ def size_of(path: Path) -> int:
 
 
 def pieces_of(path: Path) -> Iterator[Piece]:
-    """All of a file: lines and CSV by the megabyte, Parquet by the row group, Arrow by the batch, an array as a whole.
+    """All of a file: lines and CSV by the megabyte, row groups of Parquet and batches of Arrow whole or, where they are
+    large, in parts, an array as a whole.
 
     Raises:
         DataError: it cannot be read.
@@ -152,16 +155,23 @@ def _row_groups(path: Path) -> Iterator[Piece]:
     first = 1
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        yield Piece(path=path, kind="row group", first=first, begin=number, size_bytes=group.total_byte_size)
-        first += group.num_rows
+        size_bytes, num_rows = group.total_byte_size, group.num_rows
+        whole = Piece(path=path, kind="row group", first=first, begin=number, size_bytes=size_bytes, num_rows=num_rows)
+        yield from whole.parts()
+        first += num_rows
 
 
 def _parquet_rows(piece: Piece, choose: ChooseColumns) -> Iterator[tuple[str, object]]:
     import pyarrow.parquet as pq
 
     with reading_as("a Parquet", piece.path), pq.ParquetFile(piece.path) as file:
-        number = piece.first
+        assert piece.num_rows is not None
         columns = chosen_columns(piece.path, file.schema_arrow.names, choose)
-        for batch in file.iter_batches(batch_size=1024, row_groups=[piece.begin], columns=columns):
-            yield from objects_of(piece.path, batch, first=number)
-            number += batch.num_rows
+        at, end = 0, piece.skip + piece.num_rows  # rows of the group
+        for batch in file.iter_batches(batch_size=_DECODED, row_groups=[piece.begin], columns=columns):
+            skipped = max(0, piece.skip - at)
+            mine = batch.slice(skipped, max(0, end - at - skipped))
+            yield from objects_of(piece.path, mine, first=piece.first + at + skipped - piece.skip)
+            at += batch.num_rows
+            if at >= end:
+                return
