@@ -196,7 +196,7 @@ async def test_client_that_talks_garbage_loses_its_slots_and_nobody_else(tmp_pat
 
 async def test_client_that_hangs_up_and_lives_keeps_its_session_and_what_it_has_not_mapped(tmp_path: Path) -> None:
     async with slab(tmp_path) as store:
-        session = store.open_session("job").token
+        session = store.open_session("job")
         mapped, _ = answer(store, session, seed=1)
         ready, _ = answer(store, session, seed=2)
         with raw(store) as sock:
