@@ -18,6 +18,7 @@ from kdmesh.commands.finite_range import FiniteRange
 from kdmesh.commands.model_directory import ModelDirectory
 from kdmesh.doctor.command import doctor
 from kdmesh.errors import ConfigError, KdmeshError
+from kdmesh.exit_codes import TOLD, exit_code
 from kdmesh.interrupt import INTERRUPTED
 from kdmesh.launch import jobs, local
 from kdmesh.launch.place import exit_when_stopped
@@ -39,9 +40,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class _Commands(click.Group):
-    """Turns our errors into one message: exit code 2 for what the user can put right, 1 for what broke.
-
-    Children may also end with 3, for services that did not answer.
+    """Turns our errors into one message: exit code 2 for what the user can put right, 3 for servers that do not
+    answer, 1 for what broke.
     """
 
     def invoke(self, ctx: click.Context) -> object:
@@ -49,12 +49,12 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except local.ChildFailed as error:
-            code = error.exit_code if error.exit_code in (*local.TOLD, exit_when_stopped()) else _ERROR
+            code = error.exit_code if error.exit_code in (*TOLD, exit_when_stopped()) else _ERROR
             if error.is_told:
                 sys.exit(code)
             _fail(error, code)
         except KdmeshError as error:
-            _fail(error, local.USER_ERROR)
+            _fail(error, exit_code(error))
         except local.Stopped as stopped:
             sys.exit(128 + stopped.signum)
         except KeyboardInterrupt:

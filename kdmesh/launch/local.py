@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from kdmesh.errors import KdmeshError
+from kdmesh.exit_codes import TOLD
 from kdmesh.launch.place import Place, exit_when_stopped
 from kdmesh.log import is_urgent
 
@@ -33,11 +34,6 @@ _LONG_GRACE_S = 86400.0  # where somebody else kills what does not stop
 _FAILING_TOGETHER_S = 5.0
 _READY_LOOK_S = 0.05
 
-USER_ERROR = 2
-AWAY = 3
-"""Exit code where a service did not answer in time: the same command may succeed later."""
-TOLD = frozenset({USER_ERROR, AWAY})
-"""Exit codes of children that have said why, in one sentence."""
 """Exit code of every kdmesh process that was refused its input."""
 
 

@@ -22,6 +22,8 @@ from kdmesh_trainer.builders.teacher import open_teacher
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.sections.source_config import OnPolicy
+from kdmesh_trainer.sources.outage import Outage
+from kdmesh_trainer.stop import StopSignals
 from kdmesh_trainer.student.model import Student
 from tests.support.certificates import CertificateAuthority
 from tests.support.identities import JOB, OPERATOR, write_tokens
@@ -106,7 +108,16 @@ def trainer(guarded: Guarded, tmp_path: Path, token: str) -> TrainerConfig:
 def test_a_trainer_gets_into_its_teacher(guarded: Guarded, tmp_path: Path, token: str, kind: type[Exception]) -> None:
     cfg = trainer(guarded, tmp_path, token)
     with ExitStack() as stack, pytest.raises(kind):  # inside, the fake engine has another tokenizer
-        open_teacher(cfg, "", tokenizer_fingerprint="ours", vocabulary_size=60, mesh=MESH, stack=stack)
+        open_teacher(
+            cfg,
+            "",
+            tokenizer_fingerprint="ours",
+            vocabulary_size=60,
+            mesh=MESH,
+            signals=StopSignals(),
+            outage=Outage(),
+            stack=stack,
+        )
 
 
 def test_a_trainer_brings_weights_with_the_access_of_its_rollout_servers(guarded: Guarded, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_server_that_is_not_there_is_named_soon_and_nothing_stays(
     for kind, name in (("--rollout", "rollout server"), ("--teacher", "teacher")):
         caplog.clear()
         result = run(kind, "127.0.0.1:1", *where)
-        assert result.exit_code == 2
+        assert result.exit_code == 3
         assert re.search(rf"no {name} is ready within 1 s \(127.0.0.1:1: ", result.output), result.output
         waited = [record for record in caplog.records if record.getMessage() == "waiting for a server"]
         assert [(record.__dict__["kind"], record.__dict__["address"]) for record in waited] == [(name, "127.0.0.1:1")]

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kdmesh import exit_codes
 from kdmesh.launch import local
 
 SERVICE = """
@@ -158,7 +159,7 @@ def test_a_refused_rank_is_named_even_when_another_fails_first() -> None:
     refusal = pytest.raises(local.ChildFailed, match="rank 1 exited with code 2")
     with refusal as caught, local.Processes() as processes:
         processes.wait(processes.start(quiet(waits_for_death, "rank 0"), quiet(refused, "rank 1")))
-    assert caught.value.exit_code == local.USER_ERROR
+    assert caught.value.exit_code == exit_codes.REFUSED
 
 
 def test_a_rank_that_waits_for_a_dead_one_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def test_a_probe_gives_its_rows_back_before_it_ends(tiny_models: TinyModels, tmp
 def test_a_probe_without_a_teacher_says_so(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_DEADLINE_S", 0.5)
     result = run_probe("127.0.0.1:1", tiny_models.path(seed=1))
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "no teacher" in result.output
     assert "Traceback" not in result.output
 
@@ -169,7 +169,7 @@ def test_a_probe_of_the_rest_port_guesses_so_while_it_waits(tiny_models: TinyMod
         finally:
             http.shutdown()
             serving.join()
-    assert done.returncode == 2
+    assert done.returncode == 3
     said = "answers, but not gRPC: is it `server.rest_port` instead of `server.port`?"
     waits, *_, refusal = done.stderr.splitlines()
     assert waits.endswith(f"waiting for a server  kind=teacher  address={address}  reason={address} {said}")

@@ -78,12 +78,12 @@ def test_what_does_not_pass_ends_with_the_servers_words(
     monkeypatch.setattr(client, "_RETRY_S", 0.1)
     server.next.extend([Answer(500, {"message": "no memory"})] * 100)
     result = run(server, prompts, "--concurrency", "1")
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert f"{server.url}: answers 500: no memory; it was tried again for 0 s" in result.output
     monkeypatch.setattr(client, "_CONNECT_S", 2.0)
     monkeypatch.setattr(server, "url", "http://127.0.0.1:1/v1")
     result = run(server, prompts)
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "http://127.0.0.1:1/v1: All connection attempts failed; it was tried again" in result.output
     assert list(prompts.parent.iterdir()) == [prompts]
 

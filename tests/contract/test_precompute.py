@@ -26,6 +26,7 @@ from kdmesh_trainer.builders.teachers import open_teachers
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.mesh import joined
 from kdmesh_trainer.precompute import precompute
+from kdmesh_trainer.stop import StopSignals
 from tests.support.sequences import random_sequences
 from tests.support.teacher_server import served
 from tests.support.tiny_models import TinyModels
@@ -135,7 +136,7 @@ async def test_a_run_that_compares_layers_is_judged_by_final_states_that_were_co
     def kl_nats_per_token(cfg: TrainerConfig) -> float:
         with joined("cpu", longest_wait_s=30) as mesh, ExitStack() as stack:
             checked = check(cfg)
-            teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, stack=stack)
+            teachers = open_teachers(cfg, tokens=checked.teacher_tokens, mesh=mesh, signals=StopSignals(), stack=stack)
             assert teachers is not None
             size = teachers.vocabulary_size
             student = build_student(model, mesh, vocabulary_size=size, compute_dtype=torch.float32)

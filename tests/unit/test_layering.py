@@ -33,6 +33,7 @@ LAYER = {
     "kdmesh.chats": 1,
     "kdmesh.config": 1,
     "kdmesh.counting": 1,
+    "kdmesh.exit_codes": 1,
     "kdmesh.extension": 1,
     "kdmesh.file_lock": 1,
     "kdmesh.hub": 1,

@@ -13,12 +13,12 @@ from kdmesh.interrupt import INTERRUPTED, quiet_interrupt
 with quiet_interrupt():
     from kdmesh import log
     from kdmesh.config import config_parser, load
-    from kdmesh.errors import DeadlineExpired, KdmeshError, OutOfMemory, Unavailable
+    from kdmesh.errors import KdmeshError, OutOfMemory
+    from kdmesh.exit_codes import exit_code
     from kdmesh.open_files import raise_open_files
     from kdmesh.outputs import say_error
     from kdmesh_trainer.config import TrainerConfig
     from kdmesh_trainer.sections.source_config import OnPolicy
-    from kdmesh_trainer.stop import StepLost
 
 if TYPE_CHECKING:
     from kdmesh_trainer.mesh import Mesh
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kdmesh_trainer")  # not __name__, which is "__main__" here
 
 _BROKEN = 1
-_REFUSED = 2
-_AWAY = 3
 
 
 class _Failed(Exception):
@@ -140,8 +138,7 @@ def _too_large(error: RuntimeError, rank: int) -> OutOfMemory:
 def _refused(error: KdmeshError, *, is_speaker: bool) -> int:
     if is_speaker:
         say_error(error)
-    cause = error.__cause__ if isinstance(error, StepLost) else error
-    return _AWAY if isinstance(cause, Unavailable | DeadlineExpired) else _REFUSED
+    return exit_code(error)
 
 
 def _leave(status: int) -> NoReturn:

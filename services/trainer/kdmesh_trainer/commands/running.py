@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from kdmesh.config import load
 from kdmesh.errors import KdmeshError
+from kdmesh.exit_codes import exit_code
 from kdmesh.interrupt import INTERRUPTED
 from kdmesh.open_files import raise_open_files
 from kdmesh.outputs import say_error, say_full, tell
 from kdmesh_trainer.config import TrainerConfig
 
 _FAILED = 1
-_REFUSED = 2
 
 
 def run(
@@ -30,8 +30,8 @@ def run(
         when_stopped: what a person is told after Ctrl-C.
 
     Returns:
-        The exit status: that of `work`, 1 when stdout is full, 2 when something was refused or a server failed, 130
-        after Ctrl-C.
+        The exit status: that of `work`, 1 when stdout is full, 2 when something was refused or a server failed, 3
+        when none answered in time, 130 after Ctrl-C.
     """
     arguments = parser.parse_args()
     try:
@@ -39,7 +39,7 @@ def run(
         return work(load(TrainerConfig, arguments.config, arguments.set), arguments)
     except KdmeshError as error:
         say_error(error)
-        return _REFUSED
+        return exit_code(error)
     except OSError as error:
         say_full(error)
         return _FAILED
