@@ -234,7 +234,7 @@ def test_a_job_whose_questions_nobody_answers_ends_with_the_reason_on_every_rank
     trainer = job.start_ranks(2)
     trainer.until(lambda: rollouts.num_waiting() >= 8)
     rollouts.process.signal(signal.SIGKILL)
-    assert trainer.exit_code() == 2
+    assert trainer.exit_code() == 3
     sentences = [line for line in trainer.words() if rollouts.address in line]
     assert len(sentences) == 1
 

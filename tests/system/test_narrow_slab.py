@@ -81,7 +81,7 @@ def test_job_waits_for_a_slot_no_longer_than_its_deadline_and_says_why(
     with TeacherPool([teacher.address], job="greedy", deadline_s=60) as pool:
         kept = pool.submit(sequences()).wait()
         trainer = job.start()
-        assert trainer.exit_code() == 2
+        assert trainer.exit_code() == 3
         del kept
     (sentence,) = trainer.words()
     assert re.search(r"within 4 s \(.*no slot came free; of 1 slots are 1 held", sentence)

@@ -259,7 +259,7 @@ def test_a_job_whose_rollout_server_stays_away_says_so(
     trainer.until(gate.is_reached)
     rollouts.process.signal(signal.SIGKILL)
     gate.let_go()
-    assert trainer.exit_code() == 2
+    assert trainer.exit_code() == 3
     [sentence] = trainer.words()
     assert rollouts.address in sentence
     assert "8" in sentence
