@@ -89,7 +89,8 @@ def test_another_tokenizer_than_the_teachers_own_and_too_little_in_common_are_re
     assert "these tokenizers have too little in common" in outcome.errors
     (tmp_path / "third").mkdir()
     save_sentence_piece(tmp_path / "third", size=300)
-    (outcome,) = run_job(config, f"data.teacher_tokenizer.path={tmp_path / 'third'}")
+    third = f"data.teacher_tokenizer.path={tmp_path / 'third'}"
+    (outcome,) = run_job(config, third, "data.teacher_tokenizer.min_aligned=0")
     assert outcome.exit_code != 0
     assert "has another tokenizer" in outcome.errors
 
