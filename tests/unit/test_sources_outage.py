@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 import torch
 
 from kdmesh.errors import DeadlineExpired, ModelMismatch, RpcError
@@ -33,6 +32,9 @@ class Teacher:
     def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> Pending:
         self.kept.append(keep)
         return Pending(self, sum(each.num_rows for each in sequences))
+
+    def blank_rows(self, num_rows: int) -> CopiedRows:
+        return CopiedRows(rows_RD=torch.zeros(num_rows, COLUMNS), weight_version=self.version)
 
 
 class Pending:
@@ -73,18 +75,27 @@ def test_once_rows_do_not_come_all_are_blank_and_nobody_is_asked() -> None:
     teacher.error = ModelMismatch("this is not why")
     later = service.submit([sequence(rows=4)])
     for rows, count in ((lost, 2), (ahead[1].wait(), 3), (later.wait(), 4)):
-        assert torch.equal(rows.rows_RD, torch.zeros(count, COLUMNS, dtype=torch.bfloat16))
+        assert torch.equal(rows.rows_RD, torch.zeros(count, COLUMNS))
         assert rows.weight_version == 7
     assert later.is_done and not later.has_failed
     assert len(teacher.kept) == 3
 
 
-def test_before_any_rows_have_come_the_error_is_raised() -> None:
+def test_so_are_the_first_that_a_rank_waits_for_which_others_may_have() -> None:
     teacher, outage = Teacher(), Outage()
     teacher.error = DeadlineExpired("no teacher has answered")
-    with pytest.raises(DeadlineExpired, match="no teacher has answered"):
-        LenientRows(teacher, outage).submit([sequence(rows=1)]).wait()
-    assert not outage.has_begun
+    rows = LenientRows(teacher, outage).submit([sequence(rows=1)]).wait()
+    assert outage.has_begun and not rows.rows_RD.any()
+
+
+def test_blank_rows_are_of_the_weights_that_others_have_rows_of_now() -> None:
+    teacher, outage = Teacher(), Outage()
+    service = LenientRows(teacher, outage)
+    assert service.submit([sequence(rows=1)]).wait().weight_version == 7
+    teacher.version = 8  # it has followed the student
+    pending = service.submit([sequence(rows=1)])
+    teacher.error = DeadlineExpired("no teacher has answered")
+    assert pending.wait().weight_version == 8
 
 
 def test_neither_rows_nor_what_failed_are_held() -> None:

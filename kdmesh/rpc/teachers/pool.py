@@ -169,6 +169,13 @@ class TeacherPool(ServerPool[TeacherFleet]):
         layers = self._layers if has_layers else ()
         return self._loop.run(self._fleet.find_cached, sequences, deadline, self._fleet.weight_version, layers=layers)
 
+    def blank_rows(self, num_rows: int, *, has_layers: bool = True) -> TeacherRows:
+        """Zeros, as if they had been asked for now; nobody is asked."""
+        model = self._fleet.model
+        columns = model.num_columns(self._layers if has_layers else ())
+        rows_RD = torch.zeros(num_rows, columns, dtype=getattr(torch, model.dtype.value))
+        return TeacherRows(rows_RD=rows_RD, weight_version=self._fleet.weight_version, is_borrowed=False)
+
     def follow(self, weight_version: int) -> None:
         """From now on ask for rows of these weights, which every teacher has been given."""
         self._fleet.follow(weight_version)

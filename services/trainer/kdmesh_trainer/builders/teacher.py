@@ -22,6 +22,7 @@ from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.publisher import StudentPublisher, TeacherPublisher
 from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sections.teacher_config import TeacherConfig, teacher_key
+from kdmesh_trainer.sources.batches import TeacherRows
 from kdmesh_trainer.sources.early_rows import KeepingService
 from kdmesh_trainer.sources.outage import LenientRows, Outage
 from kdmesh_trainer.stop import StopSignals
@@ -121,13 +122,17 @@ def open_teacher(
 
 @dataclass(frozen=True, slots=True)
 class _FinalRows:
-    """A KeepingService that leaves out the outputs of layers."""
+    """A LenientService that leaves out the outputs of layers."""
 
     pool: TeacherPool
 
     def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> PendingRows:
         """See KeepingService."""
         return self.pool.submit(sequences, keep=keep, has_layers=False)
+
+    def blank_rows(self, num_rows: int) -> TeacherRows:
+        """See LenientService."""
+        return self.pool.blank_rows(num_rows, has_layers=False)
 
 
 def build_copy(teacher: Teacher, student: Student) -> TeacherCopy | None:

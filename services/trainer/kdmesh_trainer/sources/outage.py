@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from typing import Protocol
 
 from kdmesh.errors import RpcError
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.sources.batches import CopiedRows, TeacherRows
+from kdmesh_trainer.sources.batches import TeacherRows
 from kdmesh_trainer.sources.early_rows import KeepingService, KeptRows
 from kdmesh_trainer.stop import StepLost
 
@@ -37,55 +35,37 @@ class Outage:
                 raise StepLost(str(error)) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Blank:
-    """What stands for rows in a step that is lost: as wide as those before, and of the same weights."""
+class LenientService(KeepingService, Protocol):
+    """A KeepingService that can do without the teacher."""
 
-    columns: int
-    dtype: torch.dtype
-    weight_version: int
-
-    @classmethod
-    def like(cls, rows: TeacherRows) -> _Blank:
-        return cls(rows.rows_RD.shape[1], rows.rows_RD.dtype, rows.weight_version)
-
-    def rows(self, count: int) -> TeacherRows:
-        rows_RD = torch.zeros(count, self.columns, dtype=self.dtype)
-        return CopiedRows(rows_RD=rows_RD, weight_version=self.weight_version)
+    def blank_rows(self, num_rows: int) -> TeacherRows:
+        """Zeros, as wide and of the same weights as rows that were asked for now."""
+        ...
 
 
 class LenientRows:
     """A KeepingService whose rows always come: once one has failed, blank ones, and the outage is known.
 
-    Other ranks compute with this one and would wait for it, so it may only leave where they do. Before any rows have
-    come there is nothing to lose, and it raises.
+    Other ranks compute with this one and would wait for it, so it may only leave where they do.
     """
 
-    def __init__(self, teacher: KeepingService, outage: Outage) -> None:
+    def __init__(self, teacher: LenientService, outage: Outage) -> None:
         self._teacher = teacher
         self._outage = outage
-        self._blank: _Blank | None = None
 
     def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> KeptRows:
         """See KeepingService."""
-        if self._blank is not None and self._outage.has_begun:
-            return _LenientRows(self, None, sequences)
-        return _LenientRows(self, self._teacher.submit(sequences, keep=keep), sequences)
+        pending = None if self._outage.has_begun else self._teacher.submit(sequences, keep=keep)
+        return _LenientRows(self, pending, sequences)
 
     def take(self, pending: KeptRows | None, count: int) -> TeacherRows:
         """So many rows, those of `pending` if they come."""
-        if pending is not None and not (self._blank is not None and self._outage.has_begun):
+        if pending is not None and not self._outage.has_begun:
             try:
-                rows = pending.wait()
+                return pending.wait()
             except RpcError as error:
-                if self._blank is None:
-                    raise
                 self._outage.begin(error)
-            else:
-                self._blank = _Blank.like(rows)
-                return rows
-        assert self._blank is not None
-        return self._blank.rows(count)
+        return self._teacher.blank_rows(count)
 
 
 class _LenientRows:
