@@ -272,6 +272,13 @@ def test_servers_of_sglang_expect_the_same_types(mixture: Path) -> None:
     assert SglangWeights(cast(SglangRuntime, runtime)).tensor_specs() == held
 
 
+class _SilentSender(_FailingSender):
+    """Hears from no server."""
+
+    def describe(self) -> tuple[ServedWeights, ...]:
+        raise DeadlineExpired("nobody has answered")
+
+
 class _MixedSender(_FailingSender):
     """Knows servers that differ."""
 
@@ -284,7 +291,7 @@ def fail(mesh: Mesh, path: str) -> list[str]:
     """What a rank hears."""
     student = build_student(Path(path), mesh, vocabulary_size=VOCABULARY_SIZE, compute_dtype=torch.float32)
     heard = []
-    for make in (_FailingSender, _MixedSender):
+    for make in (_FailingSender, _SilentSender, _MixedSender):
         sender = make() if mesh.is_first else None
         publisher = StudentPublisher(student, sender, policy=UpdatePolicy.FINISH, mesh=mesh)
         try:
@@ -301,7 +308,8 @@ def test_every_rank_hears_that_the_weights_were_not_taken(tiny_models: TinyModel
         == [
             [
                 "StepLost: version 8 was not taken",
-                "ModelMismatch: the servers' weights have several element types: bfloat16 at a, float32 at b",
+                "StepLost: nobody has answered",
+                "StepLost: the servers' weights have several element types: bfloat16 at a, float32 at b",
             ]
         ]
         * 2

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Set
 from typing import Protocol
 
-from kdmesh.errors import KdmeshError, RpcError
+from kdmesh.errors import KdmeshError
 from kdmesh.models.resting_weights import give_back_memory
 from kdmesh.types import EVERY_TAG, SleepTag
 from kdmesh_trainer.loop import Evaluator, Publisher, Stop
 from kdmesh_trainer.mesh import Mesh
 from kdmesh_trainer.stats import Scores
-from kdmesh_trainer.stop import StepLost
+from kdmesh_trainer.stop import losing_the_step
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +111,8 @@ class SharedDevices:
 
         give_back_memory(self._mesh.device)
         self._mesh.gather(None)  # until every rank has: servers lie on the devices of all
-        try:
+        with losing_the_step():
             self._mesh.on_first(call_all)
-        except RpcError as error:
-            raise StepLost(str(error)) from error
 
 
 class ScoringEvaluator:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch, RpcError
+from kdmesh.errors import ConfigError, KdmeshError, ModelMismatch
 from kdmesh.models.element_types import element_types
 from kdmesh.models.placement import DTYPES
 from kdmesh.rpc.weights.services import ServedWeights
@@ -21,7 +21,7 @@ from kdmesh.types import DType
 from kdmesh.weights.manifest import BASE_BYTES, AdapterSpec, LowRankSpec, TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Changes, Weights
 from kdmesh_trainer.mesh import Mesh
-from kdmesh_trainer.stop import StepLost
+from kdmesh_trainer.stop import losing_the_step
 from kdmesh_trainer.student.lora import LowRank
 from kdmesh_trainer.student.model import Student, release
 from kdmesh_trainer.student.weights import StudentWeight, whole, without_aliases
@@ -134,7 +134,8 @@ class StudentPublisher:
         """
         release(self._student)
         if self._dtype is None:
-            self._dtype = self._mesh.on_first(self._look_at_servers)
+            with losing_the_step():
+                self._dtype = self._mesh.on_first(self._look_at_servers)
             self._decide(self._dtype)
         self._weight_version = self._mesh.on_first(lambda: self._weight_version + 1)
         self._bring(to=None, needed=self._needed)
@@ -248,10 +249,8 @@ class StudentPublisher:
             outcome = self._send(to, needed)
         else:
             self._follow()
-        try:
+        with losing_the_step():  # the student is whole
             left = self._mesh.on_first(lambda: _agreed(outcome))
-        except RpcError as error:  # the student is whole
-            raise StepLost(str(error)) from error
         tried = self._behind if to is None else to
         self._behind = left | (self._behind - tried)
 

@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from kdmesh.errors import KdmeshError
+from kdmesh.errors import KdmeshError, RpcError
 
 if TYPE_CHECKING:
     from kdmesh_trainer.mesh import Mesh
@@ -29,6 +30,15 @@ class Stopping(Exception):
 
 class StepLost(KdmeshError):
     """Raised on every rank: what one of them waited for does not come, so what they do together is left undone."""
+
+
+@contextmanager
+def losing_the_step() -> Iterator[None]:
+    """What a service fails in inside, on every rank, costs them the step."""
+    try:
+        yield
+    except RpcError as error:
+        raise StepLost(str(error)) from error
 
 
 class StopSignals:
