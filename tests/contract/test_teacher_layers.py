@@ -69,7 +69,8 @@ def test_a_group_of_wider_rows_is_asked_for_in_more_parts(tmp_path: Path, door: 
             with pytest.raises(errors.InvalidRequest, match=r"asks for 129 rows; .*raise its slab\.slot_mib"):
                 pool.submit([sequence(130)])
             for has_layers in (True, False):
-                rows, blank = pool.submit(group, has_layers=has_layers).wait(), pool.blank_rows(5, has_layers=has_layers)
+                rows = pool.submit(group, has_layers=has_layers).wait()
+                blank = pool.blank_rows(5, has_layers=has_layers)
                 assert blank.rows_RD.shape == (5, rows.rows_RD.shape[1]) and blank.rows_RD.dtype == rows.rows_RD.dtype
                 assert blank.weight_version == rows.weight_version and not blank.rows_RD.any()
             return requests

@@ -46,6 +46,7 @@ class Recorder:
         """`lost` is a step that cannot be done, `unpublished` a student that nobody takes."""
         self.events: list[str] = []
         self.watched: list[int] = []
+        self.too_late_after = ""
         self._first = first
         self._stop_after = stop_after
         self._stop_while_judged_after = stop_while_judged_after
@@ -123,6 +124,9 @@ class Recorder:
             return self._stop_once in self.events
         is_judging = self.events[-1] == "evaluate"
         return self._done == (self._stop_while_judged_after if is_judging else self._stop_after)
+
+    def has_come_too_late(self) -> None:
+        self.too_late_after = self.without_phases()[-1]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -260,6 +264,16 @@ def test_a_stop_during_the_last_step_changes_nothing() -> None:
     recorder, other = Recorder(stop_after=3), Recorder()
     assert run(recorder.parts(), schedule(3)) == run(other.parts(), schedule(3)) == 3
     assert recorder.events == other.events
+
+
+def test_once_the_last_step_is_saved_nothing_is_given_up_for_a_stop() -> None:
+    recorder = Recorder(stop_after=3)
+    run(recorder.parts(), schedule(3))
+    assert recorder.too_late_after == "save 3"
+    assert recorder.without_phases()[-3:] == ["evaluate", "scores 3", "export"]
+    stopped = Recorder(stop_after=2)
+    run(stopped.parts(), schedule(3))
+    assert not stopped.too_late_after
 
 
 def test_a_continued_run_starts_where_the_checkpoint_says() -> None:

@@ -72,3 +72,13 @@ def test_a_run_that_ends_in_time_gives_nothing_up() -> None:
         signals.at_last(lambda: given_up.append(1))
         os.kill(os.getpid(), signal.SIGTERM)
     assert not given_up
+
+
+def test_a_run_that_is_to_end_by_itself_gives_nothing_up_any_more() -> None:
+    given_up: list[int] = []
+    with StopSignals(patience_s=0.0) as signals:
+        signals.at_last(lambda: given_up.append(1))
+        signals.give_nothing_up()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.is_asked
+    assert not given_up

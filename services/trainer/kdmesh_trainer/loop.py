@@ -89,6 +89,14 @@ class Stop(Protocol):
         ...
 
 
+class RunStop(Stop, Protocol):
+    """A Stop of the whole run."""
+
+    def has_come_too_late(self) -> None:
+        """What is left to do is done, whoever wants the run to end: nothing is given up for that any more."""
+        ...
+
+
 class Profiler(Protocol):
     """Looks into steps, on every rank."""
 
@@ -137,7 +145,7 @@ class Parts:
     checkpoints: Checkpoints
     exporters: tuple[Exporter, ...]
     snapshots: Snapshots | None = None  # None: the student is written at the end alone
-    stop: Stop
+    stop: RunStop
     telemetry: Telemetry
     profiler: Profiler
 
@@ -207,6 +215,7 @@ def run(parts: Parts, schedule: Schedule) -> int:
             return done
         if unpublished is not None:
             raise unpublished
+    parts.stop.has_come_too_late()
     _evaluate_if_due(parts, schedule, done=schedule.steps, stop=NEVER)  # nothing else is left to do
     with parts.telemetry.phase("export"):
         for exporter in parts.exporters:

@@ -55,8 +55,13 @@ class StopSignals:
         self._clock = threading.Thread(target=self._watch, name="kdmesh patience", daemon=True)
 
     def at_last(self, give_up: Callable[[], None]) -> None:
-        """Have this called in another thread, again and again, from `patience_s` after a signal to the run's end."""
+        """Have this called in another thread, again and again, from `patience_s` after a signal on."""
         self._waits.append(give_up)
+
+    def give_nothing_up(self) -> None:
+        """From now on. Blocks, shortly: what is being given up is given up before."""
+        self._is_over.set()
+        self._clock.join()
 
     @property
     def is_asked(self) -> bool:
@@ -69,8 +74,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._clock.join()
+        self.give_nothing_up()
         for number, handler in zip(_SIGNALS, self._previous, strict=True):
             signal.signal(number, handler)
 
@@ -100,6 +104,10 @@ class AgreedStop:
     def is_wanted(self) -> bool:
         """True when any rank got a signal. Collective."""
         return self._mesh.is_any(self._signals.is_asked)
+
+    def has_come_too_late(self) -> None:
+        """See RunStop."""
+        self._signals.give_nothing_up()
 
 
 class NeverStop:
