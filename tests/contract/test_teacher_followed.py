@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,9 @@ def publish(version: int, *addresses: str, job: str = "") -> None:
 def rows_and_head(pool: TeacherPool, version: int) -> tuple[Tensor, Tensor]:
     rows, (head, belongs_to) = pool.submit(ASKED).wait(), pool.head()
     assert rows.weight_version == belongs_to == version
+    blank, its_version = pool.blank_head()
+    assert its_version == version and blank.weight_VD.shape == head.weight_VD.shape and not blank.weight_VD.any()
+    assert blank.weight_VD.dtype == head.weight_VD.dtype
     return rows.rows_RD.clone(), head.weight_VD.clone()
 
 
@@ -170,3 +174,19 @@ def test_heads_that_are_out_of_date_take_no_memory_of_the_client(tmp_path: Path)
             del head
             counts.append(mappings())
         assert len(set(counts)) == 1
+
+
+def test_who_waits_for_the_head_of_a_teacher_that_is_gone_is_told_when_it_is_given_up(tmp_path: Path) -> None:
+    with (
+        teacher_process(tmp_path, engine={"updatable": True}) as teacher,
+        TeacherPool([teacher.grpc], job="test", deadline_s=3600) as pool,
+        ThreadPoolExecutor(max_workers=1) as waiting,
+    ):
+        teacher.signal(signal.SIGKILL)
+        teacher.process.wait()
+        asked = waiting.submit(pool.head)
+        while not asked.done():
+            pool.give_up()
+            wait([asked], timeout=0.1)
+        with pytest.raises(errors.Unavailable, match="was given up"):
+            asked.result()

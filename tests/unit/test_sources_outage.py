@@ -7,12 +7,14 @@ import weakref
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 
 from kdmesh.errors import DeadlineExpired, ModelMismatch, RpcError
+from kdmesh.losses import OutputHead
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.sources.batches import CopiedRows
-from kdmesh_trainer.sources.outage import LenientRows, Outage
+from kdmesh_trainer.sources.outage import LenientHead, LenientRows, Outage
 
 COLUMNS = 3
 
@@ -26,7 +28,7 @@ class Teacher:
 
     def __init__(self) -> None:
         self.error: RpcError | None = None
-        self.version = 7
+        self.version = self.head_version = 7
         self.kept: list[bool] = []
 
     def submit(self, sequences: Sequence[TokenSequence], *, keep: bool = False) -> Pending:
@@ -35,6 +37,18 @@ class Teacher:
 
     def blank_rows(self, num_rows: int) -> CopiedRows:
         return CopiedRows(rows_RD=torch.zeros(num_rows, COLUMNS), weight_version=self.version)
+
+    def head(self) -> tuple[OutputHead, int]:
+        if self.error is not None:
+            raise self.error
+        return OutputHead(weight_VD=torch.ones(2, COLUMNS)), self.head_version
+
+    def blank_head(self) -> tuple[OutputHead, int]:
+        return OutputHead(weight_VD=torch.zeros(2, COLUMNS)), self.version
+
+    @property
+    def weight_version(self) -> int:
+        return self.version
 
 
 class Pending:
@@ -96,6 +110,34 @@ def test_blank_rows_are_of_the_weights_that_others_have_rows_of_now() -> None:
     pending = service.submit([sequence(rows=1)])
     teacher.error = DeadlineExpired("no teacher has answered")
     assert pending.wait().weight_version == 8
+
+
+def test_a_head_that_comes_is_the_teacher_s_own() -> None:
+    teacher, outage = Teacher(), Outage()
+    head, version = LenientHead(teacher, outage).head()
+    assert head.weight_VD.all() and version == 7 and not outage.has_begun
+
+
+@pytest.mark.parametrize("why", ["it does not come", "it is of other weights"])
+def test_without_the_head_of_its_rows_a_step_is_lost(why: str) -> None:
+    teacher, outage = Teacher(), Outage()
+    if why == "it does not come":
+        teacher.error = DeadlineExpired("no teacher has answered")
+    else:
+        teacher.head_version = 3  # it was started anew
+    service = LenientHead(teacher, outage)
+    for _ in range(2):
+        head, version = service.head()
+        assert not head.weight_VD.any() and version == 7
+        assert outage.has_begun
+
+
+def test_where_rows_have_not_come_no_head_is_asked_for() -> None:
+    teacher, outage = Teacher(), Outage()
+    outage.begin(DeadlineExpired("no teacher has answered"))
+    teacher.error = ModelMismatch("this is never heard")
+    head, _ = LenientHead(teacher, outage).head()
+    assert not head.weight_VD.any()
 
 
 def test_neither_rows_nor_what_failed_are_held() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kdmesh.auth.config import OPEN_ACCESS, AccessConfig
-from kdmesh.errors import InvalidRequest
+from kdmesh.errors import InvalidRequest, Unavailable
 from kdmesh.losses.head import OutputHead
 from kdmesh.rpc.fleet.discovery import Discovery
 from kdmesh.rpc.fleet.routing import DEFAULT_ROUTING, RoutingPolicy
@@ -169,12 +170,29 @@ class TeacherPool(ServerPool[TeacherFleet]):
         layers = self._layers if has_layers else ()
         return self._loop.run(self._fleet.find_cached, sequences, deadline, self._fleet.weight_version, layers=layers)
 
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that rows are asked of now."""
+        return self._fleet.weight_version
+
     def blank_rows(self, num_rows: int, *, has_layers: bool = True) -> TeacherRows:
         """Zeros, as if they had been asked for now; nobody is asked."""
         model = self._fleet.model
         columns = model.num_columns(self._layers if has_layers else ())
         rows_RD = torch.zeros(num_rows, columns, dtype=getattr(torch, model.dtype.value))
         return TeacherRows(rows_RD=rows_RD, weight_version=self._fleet.weight_version, is_borrowed=False)
+
+    def blank_head(self) -> tuple[OutputHead, int]:
+        """As `head`, of zeros; nobody is asked."""
+        model, spec = self._fleet.model, self._fleet.model.head
+        weight_VD = torch.zeros(spec.padded_vocabulary_size, model.hidden_size, dtype=getattr(torch, model.dtype.value))
+        head = OutputHead(
+            weight_VD=weight_VD,
+            bias_V=weight_VD.new_zeros(len(weight_VD)) if spec.has_bias else None,
+            logit_scale=spec.logit_scale,
+            logit_softcap=spec.logit_softcap,
+        )
+        return head, self._fleet.weight_version
 
     def follow(self, weight_version: int) -> None:
         """From now on ask for rows of these weights, which every teacher has been given."""
@@ -187,8 +205,13 @@ class TeacherPool(ServerPool[TeacherFleet]):
 
         Raises:
             DeadlineExpired: no teacher answered in time.
+            Unavailable: it was given up.
         """
-        return self._loop.run(self._fleet.head, Deadline.after(self._deadline_s))
+        fetching = self._loop.start(self._fleet.head, Deadline.after(self._deadline_s))
+        try:
+            return fetching.result()
+        except concurrent.futures.CancelledError:
+            raise Unavailable("the teacher's head was given up, or the connection to the teachers closed") from None
 
     def stats(self) -> ClientStats:
         """What was done so far."""

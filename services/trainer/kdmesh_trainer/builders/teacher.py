@@ -19,12 +19,13 @@ from kdmesh.weights.manifest import UpdatePolicy
 from kdmesh_trainer.config import TrainerConfig
 from kdmesh_trainer.fit import check_follower, check_frozen, common_vocabulary
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objectives.head import HeadService
 from kdmesh_trainer.publisher import StudentPublisher, TeacherPublisher
 from kdmesh_trainer.sections.source_config import OnPolicy
 from kdmesh_trainer.sections.teacher_config import TeacherConfig, teacher_key
 from kdmesh_trainer.sources.batches import TeacherRows
 from kdmesh_trainer.sources.early_rows import KeepingService
-from kdmesh_trainer.sources.outage import LenientRows, Outage
+from kdmesh_trainer.sources.outage import LenientHead, LenientRows, Outage
 from kdmesh_trainer.stop import StopSignals
 from kdmesh_trainer.student.model import Student
 from kdmesh_trainer.teacher_copy import TeacherCopy
@@ -42,6 +43,7 @@ class Teacher:
     pool: TeacherPool
     rows: KeepingService
     final_rows: KeepingService  # without the outputs of layers: what a student is judged by
+    head: HeadService
     vocabulary_size: int  # real tokens that it shares with the student
 
     def identity(self) -> dict[str, str]:
@@ -75,7 +77,7 @@ def open_teacher(
         tokenizer_fingerprint: that the teacher must have.
         vocabulary_size: real tokens of the tokenizer that it must have.
         signals: that end the wait for rows.
-        outage: what becomes of rows that do not come.
+        outage: what becomes of rows, or a head, that do not come.
 
     Raises:
         ModelMismatch: the teacher does not fit the student, or this job.
@@ -116,6 +118,7 @@ def open_teacher(
         pool=pool,
         rows=rows,
         final_rows=rows if cfg.layers is None else LenientRows(_FinalRows(pool), outage),
+        head=LenientHead(pool, outage),
         vocabulary_size=size,
     )
 

@@ -148,7 +148,7 @@ def open_teachers(
     }
     size = min(teacher.vocabulary_size for teacher in teachers.values())
     heads = {
-        name: TeacherHead(teacher.pool, vocabulary_size=size, device=mesh.device, shared=tokens.shared)
+        name: TeacherHead(teacher.head, vocabulary_size=size, device=mesh.device, shared=tokens.shared)
         for name, teacher in teachers.items()
     }
     weights = _weights(cfg)

@@ -1,13 +1,15 @@
-"""Rows that a teacher does not give: the rank goes on with blank ones, so that all ranks leave the step together."""
+"""What a teacher does not give: the rank goes on with blanks, so that all ranks leave the step together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from kdmesh.errors import RpcError
+from kdmesh.errors import ModelMismatch, RpcError
+from kdmesh.losses import OutputHead
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.objectives.head import HeadService
 from kdmesh_trainer.sources.batches import TeacherRows
 from kdmesh_trainer.sources.early_rows import KeepingService, KeptRows
 from kdmesh_trainer.stop import StepLost
@@ -66,6 +68,45 @@ class LenientRows:
             except RpcError as error:
                 self._outage.begin(error)
         return self._teacher.blank_rows(count)
+
+
+class LenientHeads(HeadService, Protocol):
+    """A HeadService that can do without the teacher."""
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that rows are asked of now."""
+        ...
+
+    def blank_head(self) -> tuple[OutputHead, int]:
+        """Zeros in the shape of the head that goes with rows that are asked for now, and its weight version."""
+        ...
+
+
+class LenientHead:
+    """A HeadService whose head always comes, as LenientRows do: what they go with, or zeros."""
+
+    def __init__(self, teacher: LenientHeads, outage: Outage) -> None:
+        self._teacher = teacher
+        self._outage = outage
+
+    def head(self) -> tuple[OutputHead, int]:
+        """See HeadService."""
+        if not self._outage.has_begun:
+            try:
+                return self._fitting()
+            except RpcError as error:
+                self._outage.begin(error)
+        return self._teacher.blank_head()
+
+    def _fitting(self) -> tuple[OutputHead, int]:
+        """Raises ModelMismatch where the teacher, started anew, has no head for rows that it gave before."""
+        head, version = self._teacher.head()
+        if version != self._teacher.weight_version:
+            raise ModelMismatch(
+                f"the teacher's head has weight version {version} by now; the rows have {self._teacher.weight_version}"
+            )
+        return head, version
 
 
 class _LenientRows:
