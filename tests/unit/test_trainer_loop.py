@@ -359,3 +359,13 @@ def test_a_student_that_nobody_takes_ends_the_run_with_its_step_on_record_and_in
     with pytest.raises(StepLost, match="nobody took it"):
         run(recorder.parts(has_held_out=False, publishes=True), schedule(5))
     assert recorder.without_phases()[-4:] == ["update 1", "publish 2", "report 1", "save 2"]
+
+
+def test_a_run_that_is_to_stop_while_nobody_takes_its_first_student_has_lost_nothing() -> None:
+    recorder = Recorder(first=2, unpublished=2, stop_once="publish 2")
+    assert run(recorder.parts(has_held_out=False, publishes=True), schedule(5)) == 2
+    assert recorder.without_phases()[-1] == "publish 2"
+    for steps, stop_once in ((5, None), (2, "publish 2")):  # nobody asked for it; no step is left
+        with pytest.raises(StepLost, match="nobody took it"):
+            parts = Recorder(first=2, unpublished=2, stop_once=stop_once).parts(has_held_out=False, publishes=True)
+            run(parts, schedule(steps))

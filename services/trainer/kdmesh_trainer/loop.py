@@ -185,7 +185,8 @@ def run(parts: Parts, schedule: Schedule) -> int:
     parts.source.start_at(first)
     parts.telemetry.start(first, schedule.steps, is_judged=schedule.evaluates_at(first))
     # Before anything is sampled: servers that were started anew, or have seen later steps than this, must have these.
-    _publish(parts, version=first)
+    if not _begins(parts, schedule, first=first):
+        return first
     for step in range(first, schedule.steps):
         done, unpublished = step + 1, None
         try:
@@ -217,10 +218,22 @@ def run(parts: Parts, schedule: Schedule) -> int:
             raise unpublished
     parts.stop.has_come_too_late()
     _evaluate_if_due(parts, schedule, done=schedule.steps, stop=NEVER)  # nothing else is left to do
+    _export(parts)
+    return schedule.steps
+
+
+def _begins(parts: Parts, schedule: Schedule, *, first: int) -> bool:
+    """Publish what the run begins with; False where nobody takes it and the run is to stop, as it was."""
+    unpublished = _failure_to_publish(parts, version=first)
+    if unpublished is not None and (first == schedule.steps or not parts.stop.is_wanted()):
+        raise unpublished
+    return unpublished is None
+
+
+def _export(parts: Parts) -> None:
     with parts.telemetry.phase("export"):
         for exporter in parts.exporters:
             exporter.export()
-    return schedule.steps
 
 
 def _save(parts: Parts, *, done: int) -> None:
