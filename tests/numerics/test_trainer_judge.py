@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from kdmesh.errors import JudgeFailed
 from kdmesh.tokens import digest
 from kdmesh_trainer.mesh import Mesh
+from kdmesh_trainer.stop import StepLost
 from tests.support.judged_runs import gradient, judge, judged, textbook, weight_of
 from tests.support.tiny_models import TinyModels
 from tests.support.trainer_devices import shared_losses
@@ -99,5 +99,5 @@ def test_samples_on_which_the_judge_fails_are_left_out_and_a_step_of_them_ends_t
     assert step["figures"]["left_out_fraction"] == errors / 6
     [told] = [record for record in caplog.records if "the judge failed" in record.message]
     assert (told.step, told.samples, told.why) == (0, errors, "ValueError: no")  # type: ignore[attr-defined]
-    with pytest.raises(JudgeFailed, match=r"failed on all 6 samples of step 0, .*: ValueError: no row has that"):
+    with pytest.raises(StepLost, match=r"failed on all 6 samples of step 0, .*: ValueError: no row has that"):
         judged(mesh, names=["broken"], **models)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kdmesh.batching import plan_step, shortest_first
-from kdmesh.errors import JudgeFailed, ModelMismatch
+from kdmesh.errors import EnvironmentFailed, JudgeFailed, ModelMismatch
 from kdmesh.types import TokenSequence
 from kdmesh_trainer.data.encoding.sides import teacher_side
 from kdmesh_trainer.devices import Devices, OwnDevices
@@ -27,6 +27,7 @@ from kdmesh_trainer.sources.rollouts import Rollout, WeightPublisher, figures_of
 from kdmesh_trainer.sources.row_queue import RowQueue
 from kdmesh_trainer.sources.sampler import Sampler
 from kdmesh_trainer.sources.show import Showcase
+from kdmesh_trainer.stop import StepLost
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +126,8 @@ class OnPolicySource:
         Raises:
             ModelMismatch: a sample began on weights that its step does not allow.
             EngineFailure: what a server sent is not what was asked for.
-            JudgeFailed: on every sample of a step.
-            EnvironmentFailed: no episode of a step could have a second turn.
-            StepLost: samples did not come, or the environment failed on one.
+            StepLost: samples did not come; the environment failed on one, or none of a step could have a second turn;
+                or the judge failed on all.
         """
         self._early.allow(self._rows.begin(self._next_given))
         self._next_given += 1
@@ -173,8 +173,11 @@ class OnPolicySource:
         rollouts = self._sampler.assemble(step, shares)
         if self._showcase is not None:
             self._showcase.show(step, rollouts)
-        refuse_unanswerable(step, rollouts)
-        self._look_at_verdicts(step, rollouts)
+        try:
+            refuse_unanswerable(step, rollouts)
+            self._look_at_verdicts(step, rollouts)
+        except (EnvironmentFailed, JudgeFailed) as error:  # on every rank
+            raise StepLost(str(error)) from error
         counting = [index for index, rollout in enumerate(rollouts) if rollout.counts]
         trained = [rollouts[index] for index in counting]
         staleness = [self._staleness(step, rollout) for rollout in rollouts]
