@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from kdmesh.v1.rollout_pb2_grpc import RolloutStub
 from kdmesh.weights.manifest import TensorSpec, UpdatePolicy
 from kdmesh.weights.packing import Weights
 from kdmesh_rollout.fake_engine import salt_of
+from tests.support.free_port import free_port
 from tests.support.rollout_samples import ask, expected_tokens, generate, generating, prompt
 from tests.support.rollout_server import RunningRollout, running_rollout
 
@@ -174,6 +176,38 @@ async def test_an_update_that_is_withdrawn_in_time_costs_nothing() -> None:
         server.engine.commit = commit  # type: ignore[method-assign]
         await publish(server, 1, weights(1)[0], UpdatePolicy.FINISH)
         assert (await generate(client, ask(prompt())))[0].max_weight_version == 1
+
+
+async def given_up(sender: WeightSender, call: Callable[[], object]) -> None:
+    """Call it in a thread, and give it up until it ends."""
+    calling = asyncio.create_task(asyncio.to_thread(call))
+    while not calling.done():
+        sender.give_up()
+        await asyncio.wait([calling], timeout=0.05)
+    await calling
+
+
+async def test_an_update_that_waits_for_samples_can_be_given_up() -> None:
+    async with running_rollout() as server, server.client() as client:
+        server.engine.hold()
+        old = generating(client, ask(prompt()))
+        await server.until(running=1)
+        with WeightSender([server.addresses.grpc], bucket_bytes=2**20, deadline_s=3600) as sender:
+            with pytest.raises(errors.DeadlineExpired, match="within 3600 s"):
+                await given_up(sender, lambda: sender.publish(1, FINGERPRINT, weights(1)[0], UpdatePolicy.FINISH))
+            server.engine.let_go()
+            (sample,) = await old
+            assert sample.max_weight_version == 0
+            await asyncio.to_thread(sender.publish, 1, FINGERPRINT, weights(1)[0], UpdatePolicy.FINISH)
+        assert (await server.queue())["weights"] == {"version": 1, "state": "serving"}
+
+
+async def test_looking_at_servers_that_do_not_answer_can_be_given_up() -> None:
+    with (
+        WeightSender([f"127.0.0.1:{free_port()}"], bucket_bytes=2**20, deadline_s=3600) as sender,
+        pytest.raises(errors.DeadlineExpired, match="did not answer in time"),
+    ):
+        await given_up(sender, sender.describe)
 
 
 def begin(*, version: int) -> pb.BeginUpdate:

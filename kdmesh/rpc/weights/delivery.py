@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from kdmesh.errors import DeadlineExpired, KdmeshError
 from kdmesh.rpc.retry import Deadline
 from kdmesh.rpc.weights.carriers import FilledBucket
+from kdmesh.rpc.weights.limits import Limits
 from kdmesh.rpc.weights.link import WeightLink
 from kdmesh.weights.bucket_memory import BucketMemory
 from kdmesh.weights.buckets import BucketEntry
@@ -20,10 +21,11 @@ class Delivery:
     committed.
     """
 
-    def __init__(self, links: Sequence[WeightLink], memory: BucketMemory) -> None:
-        """Takes the links over; all of the memory is free."""
+    def __init__(self, links: Sequence[WeightLink], memory: BucketMemory, limits: Limits) -> None:
+        """Takes the links over; all of the memory is free. `limits` hold for every wait."""
         self.links = tuple(links)
         self._memory = memory
+        self._limits = limits
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for buffer in range(memory.num_buffers):
             self._free.put_nowait(buffer)
@@ -31,7 +33,7 @@ class Delivery:
     async def next_buffer(self, deadline: Deadline) -> int | None:
         """A buffer to fill; None when nobody listens any more."""
         try:
-            async with asyncio.timeout(deadline.left_s):
+            async with self._limits.of(deadline.left_s):
                 buffer = await self._free.get()
         except TimeoutError:
             self._give_up()
@@ -57,7 +59,7 @@ class Delivery:
     async def commit(self, version: int, deadline: Deadline) -> None:
         """Have every server commit that has all of it."""
         try:
-            async with asyncio.timeout(deadline.left_s):
+            async with self._limits.of(deadline.left_s):
                 for _ in range(self._memory.num_buffers):  # all are free: everything has been copied
                     await self._free.get()
                 await asyncio.gather(*(_commit(link, version) for link in self.links))

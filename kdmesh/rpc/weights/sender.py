@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +20,7 @@ from kdmesh.handles.slab.runtime_dir import runtime_dir
 from kdmesh.rpc.background_loop import BackgroundLoop
 from kdmesh.rpc.retry import Deadline, RetryPolicy
 from kdmesh.rpc.weights.delivery import Delivery
+from kdmesh.rpc.weights.limits import Limits
 from kdmesh.rpc.weights.link import WeightLink, describe_weights
 from kdmesh.rpc.weights.offer import DoorOffer
 from kdmesh.rpc.weights.progress import Progress, Update
@@ -96,6 +98,7 @@ class WeightSender:
         self._bucket_bytes = bucket_bytes
         self._deadline_s = deadline_s
         self._policy = RetryPolicy()
+        self._limits = Limits()
         self._closing = AsyncExitStack()
         self._base: bytes | None = None  # that all servers were left with
         self._progress: Progress | None = None  # of the version that is published now
@@ -127,7 +130,7 @@ class WeightSender:
         Raises:
             DeadlineExpired: one does not answer in time.
         """
-        return self._loop.run(self._describe, Deadline.after(self._deadline_s))
+        return self._loop.run(self._described, Deadline.after(self._deadline_s))
 
     def outdated(self, version: int, *, among: Collection[str] = ()) -> frozenset[str]:
         """Addresses of the servers, those `among` included, that answer now, and serve an older version.
@@ -210,9 +213,11 @@ class WeightSender:
         return left_behind
 
     def give_up(self) -> None:
-        """Try servers no more that have not taken what is published now. Any thread; does not block."""
-        if self._progress is not None:
-            self._progress.deadline = Deadline.after(0)
+        """Wait no more for servers that do not answer, or have not taken what is published now.
+
+        Any thread; does not block.
+        """
+        self._loop.start(self._give_up)
 
     def close(self) -> None:
         """Give the memory back and end the thread."""
@@ -245,6 +250,12 @@ class WeightSender:
             self._closing = stack.pop_all()
         return memory
 
+    async def _give_up(self) -> None:
+        progress = self._progress  # the caller's thread may be done with it
+        if progress is not None:
+            progress.deadline = replace(progress.deadline, at_s=time.monotonic())
+        self._limits.end()
+
     async def _begin(self, progress: Progress) -> Delivery:
         """To whoever can be reached; to nobody when the deadline has passed or nothing is left to do."""
         while progress.is_unfinished:
@@ -254,12 +265,12 @@ class WeightSender:
             progress.begin_attempt(self._where())
             links = await asyncio.gather(*(self._try_link(progress, address) for address in tuple(progress.waiting)))
             if any(links):
-                return Delivery([link for link in links if link is not None], self._memory)
-        return Delivery([], self._memory)
+                return Delivery([link for link in links if link is not None], self._memory, self._limits)
+        return Delivery([], self._memory, self._limits)
 
     async def _try_link(self, progress: Progress, address: str) -> WeightLink | None:
         try:
-            async with asyncio.timeout(min(progress.deadline.left_s, self._offer.bucket_s)):
+            async with self._limits.of(min(progress.deadline.left_s, self._offer.bucket_s)):
                 if address in progress.uncertain:
                     served = await describe_weights(address, self._service, self._access)
                     if served.version == progress.version:
@@ -284,6 +295,13 @@ class WeightSender:
         asked = tuple(dict.fromkeys((*self._where(), *among)))
         found = await asyncio.gather(*(is_outdated(address) for address in asked))
         return frozenset(address for address, is_old in zip(asked, found, strict=True) if is_old)
+
+    async def _described(self, deadline: Deadline) -> tuple[ServedWeights, ...]:
+        try:
+            async with self._limits.of(deadline.left_s):
+                return await self._describe(deadline)
+        except TimeoutError:
+            raise DeadlineExpired(f"{', '.join(self._where()) or 'no server'} did not answer in time") from None
 
     async def _describe(self, deadline: Deadline) -> tuple[ServedWeights, ...]:
         for attempt in itertools.count():
