@@ -43,7 +43,9 @@ def wait_some_steps(world: World, running: list[Running], chance: random.Random)
 
 
 def kill_teacher(world: World, running: list[Running], chance: random.Random) -> None:
-    chance.choice(world.teachers).process.signal(signal.SIGKILL)
+    killed = chance.choice(world.teachers).process
+    killed.signal(signal.SIGKILL)
+    killed.exit_code()  # else whoever looks at once, as behind the last fault, takes it for one that lives
 
 
 def stop_teacher(world: World, running: list[Running], chance: random.Random) -> None:
